@@ -124,7 +124,7 @@ def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
 
     runs: name -> (steps [n], losses [n], or [seeds, n] to draw every seed faintly and their mean). Values above 0.
     """
-    figure, axes = _axes(7.4, 3.5)
+    figure, axes = _axes(9.0, 3.9)
     ends, texts = [], []
     for index, (name, (steps, losses)) in enumerate(runs.items()):
         x, y = np.asarray(steps, dtype=float), np.atleast_2d(np.asarray(losses, dtype=float))
@@ -152,7 +152,7 @@ def probability_curve(probability: Sequence[float]) -> Figure:
     p = np.asarray(probability, dtype=float)
     if p.ndim != 1 or not len(p) or not ((p >= 0) & (p <= 1)).all():
         raise InputError.of("probability", "a table of values between 0 and 1", p.shape)
-    figure, axes = _axes(7.4, 2.9)
+    figure, axes = _axes(9.0, 3.0)
     t = np.arange(len(p))
     axes.fill_between(t, p, color=BLUE, alpha=0.14, linewidth=0)
     axes.plot(t, p, color=BLUE, linewidth=2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a distillation experiment: ``report.json`` for programs, a self-contained ``report.html`` for people."""
+"""The report of a distillation experiment: ``report.json`` for programs, self-contained ``report.html`` for people."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 CAPTIONS = {
     "samples": (
         "Samples",
-        "The same noise for every model. A red frame with a cross marks what the judge reads as another digit or color.",
+        "Each column one prompt. A red frame with a cross marks what the judge reads as another digit or color.",
     ),
     "loss": ("Training", "Loss of each student. Faint: as logged; strong: running mean."),
     "probability": (
         "How often the prompt is replaced",
-        "At timestep t the prompt of a cached latent is exchanged for a random one of the whole pool with probability p(t): "
-        "seldom where the latent shows the image, almost always where it is noise.",
+        "At timestep t the prompt of a cached latent is exchanged for a random one of the pool with probability p(t), "
+        "for the student with random conditioning only.",
     ),
 }
 
@@ -38,12 +38,12 @@ def write_report(
 ) -> Path:
     """Write ``report.json`` and ``report.html`` into ``directory`` (created), each whole or not at all; the HTML's path.
 
-    ``report`` (plain JSON values) must hold ``teacher`` and ``students.<name>`` with ``seen`` and ``unseen`` (accuracies
-    0..1) and ``parameters``; ``seconds.total``; ``versions``; ``backend`` (op -> kernel). Beside an accuracy may stand
-    ``seen_interval`` [low, high], ``seen_n``, and for several seeds ``seen_mean``, ``seen_std`` with ``seeds``, and the
-    same for ``unseen``; beside the parameters ``seconds`` and ``images_per_second``. At the top level ``title``,
-    ``finding`` (else one is worded from the numbers), ``judge`` {accuracy, interval, n}, ``prompts`` {seen, unseen},
-    ``device``, ``date`` and ``reproduce`` (a list of commands) are shown where present.
+    ``report`` (plain JSON values) must hold ``teacher`` and ``students.<name>`` with ``seen`` and ``unseen``
+    (accuracies 0..1) and ``parameters``; ``seconds.total``; ``versions``; ``backend`` (op -> kernel). Shown where
+    present: beside an accuracy ``seen_interval`` [low, high], ``seen_n`` and for several ``seeds`` ``seen_mean`` and
+    ``seen_std`` (the same for ``unseen``); beside the parameters ``seconds`` and ``images_per_second``; at the top
+    level ``title``, ``finding`` (else worded from the numbers), ``judge`` {accuracy, interval, n}, ``prompts`` {seen,
+    unseen}, ``device``, ``date``, ``reproduce`` (a list of commands).
 
     ``figures``: ``samples``, ``loss``, ``probability`` and any others, in the order to show them.
     Raises ``InputError`` naming a missing or impossible entry, ``StorageError`` where the directory cannot be written;
@@ -86,15 +86,16 @@ def render(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
 def finding(report: Mapping[str, Any]) -> str:
     """One sentence: what each student keeps of the teacher's accuracy on prompts that were never in the cache."""
     teacher = report["teacher"]
+    whole = _accuracy(teacher, "unseen")
     parts = []
     for name, student in sorted(report["students"].items(), key=lambda item: -_accuracy(item[1], "unseen")):
-        how = f"distilled with {label(name).lower()}" + ("" if name == "random_conditioning" else " prompts only")
-        parts.append(f"{_kept(student, teacher)} when {how}")
+        how = label(name).lower() + ("" if name == "random_conditioning" else " prompts only")
+        parts.append(f"{_kept(student, whole)}{'' if parts else " of the teacher's accuracy"} with {how}")
     size = next(iter(report["students"].values()))["parameters"] / teacher["parameters"]
     return (
-        f"On prompts that never appeared in its cache, a student with {percent(size, 0)} of the teacher's parameters "
-        f"keeps {', and '.join(parts)}."
-    ).replace("keeps ", "keeps ", 1)
+        f"On prompts that never were in the cache, a student with {percent(size, 0)} of the parameters "
+        f"keeps {', against '.join(parts)}."
+    )
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -118,9 +119,9 @@ def count(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\u202f")
 
 
-def _kept(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> str:
-    whole = _accuracy(teacher, "unseen")
-    return f"{percent(_accuracy(student, 'unseen') / whole, 0) if whole else '–'} of the teacher's accuracy"
+def _kept(student: Mapping[str, Any], whole: float) -> str:
+    """The share of the teacher's accuracy on unseen prompts, which is ``whole``."""
+    return percent(_accuracy(student, "unseen") / whole, 0) if whole else "n/a"
 
 
 def _accuracy(model: Mapping[str, Any], kind: str) -> float:
@@ -132,12 +133,8 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     teacher = report["teacher"]
     whole = _accuracy(teacher, "unseen")
     for name, student in report["students"].items():
-        kept = _accuracy(student, "unseen") / whole if whole else 0.0
-        yield {
-            "key": name,
-            "value": percent(kept, 0),
-            "text": f"{label(name)}: of the teacher's accuracy on unseen prompts",
-        }
+        text = f"{label(name)}: share of the teacher's accuracy kept on unseen prompts"
+        yield {"key": name, "value": _kept(student, whole), "text": text}
     first = next(iter(report["students"].values()))
     size = percent(first["parameters"] / teacher["parameters"], 0)
     yield {"key": "", "value": size, "text": f"of the teacher's {count(teacher['parameters'])} parameters in a student"}
@@ -155,7 +152,7 @@ def _row(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
             notes.append(f"± {percent(model[f'{kind}_std'])}" + (f" over {number} seeds" if number else ""))
         if interval:
             low, high = interval
-            notes.append(f"95\u202f%: {100 * low:.1f}–{100 * high:.1f}")
+            notes.append(f"95\u202f%: {100 * low:.1f}\u2013{100 * high:.1f}")
         if f"{kind}_n" in model:
             notes.append(f"n = {count(model[f'{kind}_n'])}")
         cells.append({"kind": kind, "value": value, "interval": interval, "notes": notes})
