@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+
+def noise_gather(*args: Any) -> None: ...
+def refuse(*args: Any) -> str | None: ...
