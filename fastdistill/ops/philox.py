@@ -106,7 +106,7 @@ def normal(seed: Tensor, step: Tensor, samples: Tensor, shape: Sequence[int], *,
     block = torch.arange((count + 3) // 4, device=samples.device)
     w0, w1, w2, w3 = words(seed, step, samples[:, None], block, stream)
     z = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
-    return z.reshape(len(samples), -1)[:, :count].reshape(len(samples), *shape)
+    return z.flatten(1)[:, :count].reshape(len(samples), *shape)
 
 
 def permute(position: Tensor, n: int, seed: Tensor, epoch: Tensor) -> Tensor:
