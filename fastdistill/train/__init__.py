@@ -2,6 +2,7 @@
 """Training: configuration, the step, checkpoints and the trainer around them."""
 
 from fastdistill.train.config import TrainConfig
-from fastdistill.train.trainer import DistillTrainer, FitResult
+from fastdistill.train.loop import FitResult
+from fastdistill.train.trainer import DistillTrainer
 
 __all__ = ["DistillTrainer", "FitResult", "TrainConfig"]
