@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of a report, drawn for a light page in a few named colors that ``png`` can exchange for a dark one.
+
+A figure's label (``figure.get_label()``) is the text a reader gets who cannot see it.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastdistill.errors import InputError
+from fastdistill.evaluate._optional import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Light page -> dark page. Only these are used, so exchanging them exactly re-themes a figure.
+THEME = {
+    "#1c2430": "#e8ecf1",  # ink
+    "#5d6875": "#9ba7b5",  # muted
+    "#dfe4ea": "#2d3641",  # grid
+    "#ffffff": "#14181d",  # page
+    "#0b6bb5": "#5cb3f5",  # blue
+    "#c8551b": "#f49a62",  # orange
+    "#2b8a57": "#5fd093",  # green
+    "#8a4fb0": "#c796ea",  # purple
+    "#c5202e": "#ff7a80",  # red
+}
+INK, MUTED, GRID, PAGE, BLUE, ORANGE, GREEN, PURPLE, RED = THEME
+ROLE = {"teacher": MUTED, "random_conditioning": BLUE, "paired": ORANGE}
+_MORE = (GREEN, PURPLE, RED, INK)
+
+
+def label(name: str) -> str:
+    """A run's or model's key as words: ``random_conditioning`` -> ``Random conditioning``."""
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def png(figure: Figure, *, dark: bool = False, transparent: bool = True, dpi: int = 200) -> bytes:
+    """The figure as a PNG file; ``dark`` exchanges the theme's colors for the time of drawing."""
+    figure.draw_without_rendering()  # makes every tick exist before colors are exchanged
+    buffer = io.BytesIO()
+    if dark:
+        _exchange(figure, THEME)
+    figure.savefig(buffer, format="png", dpi=dpi, transparent=transparent)
+    if dark:
+        _exchange(figure, {new: old for old, new in THEME.items()})
+    return buffer.getvalue()
+
+
+def sample_grid(
+    samples: Mapping[str, Any],
+    prompts: Sequence[str],
+    *,
+    correct: Mapping[str, Sequence[bool]] | None = None,
+    seen: Sequence[bool] | None = None,
+) -> Figure:
+    """Rows are models, columns are prompts; a red frame and cross mark what the judge reads as something else.
+
+    samples: model -> images [P, C, H, W] or [P, H, W], values in [0, 1] (clipped), C 1 or 3; tensors or arrays.
+    correct: model -> P judgements. seen: whether each prompt was in the cache; gives two panels, seen above unseen.
+    """
+    count = len(prompts)
+    images = {name: _images(f"samples[{name!r}]", value, count) for name, value in samples.items()}
+    if not images or not count:
+        raise InputError.of("samples", "at least one model and one prompt", f"{len(images)} and {count}")
+    judged = {} if correct is None else {name: [bool(right) for right in value] for name, value in correct.items()}
+    for name, value in judged.items():
+        if name not in images or len(value) != count:
+            raise InputError.of(f"correct[{name!r}]", f"{count} judgements of a model in samples", len(value))
+    if seen is not None and len(seen) != count:
+        raise InputError.of("seen", f"{count} values, one for each prompt", len(seen))
+    panels = [("", list(range(count)))]
+    if seen is not None:
+        panels = [
+            ("Prompts in the cache", [i for i in range(count) if seen[i]]),
+            ("Prompts never seen in the cache", [i for i in range(count) if not seen[i]]),
+        ]
+        panels = [panel for panel in panels if panel[1]]
+
+    cell, gap, left, title, header, between = 0.82, 0.09, 1.75, 0.36, 0.42, 0.28  # inches
+    columns = max(len(panel[1]) for panel in panels)
+    heights = [(title if name else 0) + header + len(images) * (cell + gap) for name, _ in panels]
+    width, height = left + columns * (cell + gap), sum(heights) + between * (len(panels) - 1) + 0.06
+    figure = _figure(width, height)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
+    top = 0.0
+    for (name, members), panel_height in zip(panels, heights, strict=True):
+        y = top
+        if name:
+            axes.text(0.02, y + title / 2, name, color=INK, fontsize=11, weight="bold", va="center")
+            y += title
+        for column, prompt in enumerate(members):
+            text = "\n".join(textwrap.wrap(prompts[prompt], 11))
+            x = left + column * (cell + gap) + cell / 2
+            axes.text(x, y + header - 0.07, text, color=MUTED, fontsize=8.5, ha="center", va="bottom", linespacing=1.15)
+        y += header
+        for model, stack in images.items():
+            verdict = judged.get(model)
+            middle = y + cell / 2
+            axes.text(0.02, middle - 0.09 * (verdict is not None), label(model), color=INK, fontsize=9.5, va="center")
+            if verdict is not None:
+                right = sum(verdict[i] for i in members)
+                axes.text(0.02, middle + 0.12, f"{right} of {len(members)} right", color=MUTED, fontsize=8, va="center")
+            for column, prompt in enumerate(members):
+                wrong = verdict is not None and not verdict[prompt]
+                _cell(axes, stack[prompt], left + column * (cell + gap), y, cell, wrong=wrong)
+            y += cell + gap
+        top += panel_height + between
+    figure.set_label(_grid_text(images, prompts, judged))
+    return figure
+
+
+def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
+    """Training losses over optimizer steps, logarithmic: faint what was logged, strong its running mean.
+
+    runs: name -> (steps [n], losses [n], or [seeds, n] to draw every seed faintly and their mean). Values above 0.
+    """
+    figure, axes = _axes(7.4, 3.5)
+    ends, texts = [], []
+    for index, (name, (steps, losses)) in enumerate(runs.items()):
+        x, y = np.asarray(steps, dtype=float), np.atleast_2d(np.asarray(losses, dtype=float))
+        if x.ndim != 1 or not len(x) or y.ndim != 2 or y.shape[1] != len(x):
+            raise InputError.of(f"runs[{name!r}]", "steps [n] and losses [n] or [seeds, n]", (x.shape, y.shape))
+        color = ROLE.get(name, _MORE[index % len(_MORE)])
+        for row in y:
+            axes.plot(x, row, color=color, alpha=0.22, linewidth=0.9)
+        mean = _smooth(y.mean(0))
+        axes.plot(x, mean, color=color, linewidth=2, solid_capstyle="round")
+        ends.append((mean[-1], name, color, x[-1]))
+        texts.append(f"{label(name)}: from {mean[0]:.3g} to {mean[-1]:.3g} at step {x[-1]:.0f}")
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
+    axes.set_ylabel("loss", color=MUTED, fontsize=9)
+    axes.margins(x=0.01)
+    _log_ticks(axes)
+    _end_labels(figure, axes, ends)
+    figure.set_label("Loss over training steps. " + "; ".join(texts) + ".")
+    return figure
+
+
+def probability_curve(probability: Sequence[float]) -> Figure:
+    """p(t): how often the prompt of a noisy latent is replaced by a random one, for every timestep t = 0..T-1."""
+    p = np.asarray(probability, dtype=float)
+    if p.ndim != 1 or not len(p) or not ((p >= 0) & (p <= 1)).all():
+        raise InputError.of("probability", "a table of values between 0 and 1", p.shape)
+    figure, axes = _axes(7.4, 2.9)
+    t = np.arange(len(p))
+    axes.fill_between(t, p, color=BLUE, alpha=0.14, linewidth=0)
+    axes.plot(t, p, color=BLUE, linewidth=2)
+    axes.axhline(p.mean(), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"mean {p.mean():.3f}",
+        (0, p.mean()),
+        (4, 4),
+        textcoords="offset points",
+        color=MUTED,
+        fontsize=8.5,
+        va="bottom",
+    )
+    axes.set(xlim=(0, max(len(p) - 1, 1)), ylim=(0, 1.02))
+    axes.set_xlabel("timestep t (0: the clean latent, right: pure noise)", color=MUTED, fontsize=9)
+    axes.set_ylabel("p(t)", color=MUTED, fontsize=9)
+    figure.set_label(
+        f"Probability of a random prompt: {p[0]:.3f} at t = 0, {p[-1]:.3f} at t = {len(p) - 1}, mean {p.mean():.3f}."
+    )
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure outside pyplot: no global state, drawn by Agg."""
+    require("matplotlib.backends.backend_agg")
+    return require("matplotlib.figure").Figure(figsize=(width, height), facecolor=PAGE)  # type: ignore[no-any-return]
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Any]:
+    figure = _figure(width, height)
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot(facecolor="none")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_edgecolor(GRID)
+    axes.tick_params(which="both", length=0, colors=MUTED, labelsize=8.5)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _images(name: str, value: Any, count: int) -> np.ndarray:
+    array = value.detach().float().cpu().numpy() if hasattr(value, "detach") else np.asarray(value, dtype=float)
+    if array.ndim == 3:
+        array = array[:, None]
+    if array.ndim != 4 or len(array) != count or array.shape[1] not in (1, 3):
+        raise InputError.of(name, f"images [{count}, 1 or 3, H, W]", tuple(array.shape))
+    if not np.isfinite(array).all():
+        raise InputError.of(name, "finite values", "NaN or infinity")
+    return np.broadcast_to(array, (count, 3, *array.shape[2:])).transpose(0, 2, 3, 1).clip(0, 1)
+
+
+def _cell(axes: Any, image: np.ndarray, x: float, y: float, size: float, *, wrong: bool) -> None:
+    patches = require("matplotlib.patches")
+    rounded = patches.BoxStyle.Round(pad=0, rounding_size=0.07)
+    frame = patches.FancyBboxPatch(
+        (x, y), size, size, rounded, facecolor="none", edgecolor=RED if wrong else GRID, linewidth=1.8 if wrong else 0.8
+    )
+    axes.add_patch(frame)
+    shown = axes.imshow(image, extent=(x, x + size, y + size, y), interpolation="nearest", aspect="auto", zorder=0.5)
+    shown.set_clip_path(frame)
+    if wrong:
+        at = (x + size - 0.11, y + 0.11)
+        axes.add_patch(patches.Circle(at, 0.095, facecolor=RED, edgecolor=PAGE, linewidth=1, zorder=4))
+        axes.plot(*at, marker="x", markersize=4.2, markeredgewidth=1.4, color=PAGE, zorder=5)
+
+
+def _grid_text(images: Mapping[str, Any], prompts: Sequence[str], judged: Mapping[str, list[bool]]) -> str:
+    text = f"Samples of {', '.join(label(name) for name in images)} for the prompts {', '.join(prompts)}."
+    for name, verdict in judged.items():
+        missed = [prompt for prompt, right in zip(prompts, verdict, strict=True) if not right]
+        text += f" {label(name)} wrong: {', '.join(missed) if missed else 'none'}."
+    return text
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A centered running mean over 5 % of the points, narrower at the ends, in the logarithm as it is drawn."""
+    half = max(len(values) // 40, 1)
+    logs = np.log(np.maximum(values, np.finfo(float).tiny))
+    windows = [logs[max(0, i - half) : i + half + 1] for i in range(len(logs))]
+    return np.exp([window.mean() for window in windows])
+
+
+def _log_ticks(axes: Any) -> None:
+    """Plain numbers at 1, 2 and 5 instead of powers of ten."""
+    ticker = require("matplotlib.ticker")
+    axes.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _end_labels(figure: Figure, axes: Any, ends: list[tuple[float, str, str, float]]) -> None:
+    """Names beside the ends of their lines, pushed apart where they would overlap; better to read than a legend."""
+    figure.draw_without_rendering()
+    points = 72 / figure.dpi
+    lowest = -np.inf
+    for value, name, color, x in sorted(ends):
+        position = axes.transData.transform((x, value))[1] * points
+        offset = max(0.0, lowest + 13 - position)
+        lowest = position + offset
+        axes.annotate(
+            label(name),
+            (x, value),
+            (8, offset),
+            textcoords="offset points",
+            color=color,
+            fontsize=9,
+            va="center",
+            weight="bold",
+        )
+
+
+def _exchange(figure: Figure, colors: Mapping[str, str]) -> None:
+    to_hex, to_rgba = (getattr(require("matplotlib.colors"), name) for name in ("to_hex", "to_rgba"))
+
+    def exchanged(color: Any) -> Any:
+        if isinstance(color, str) and color.lower() in ("none", "auto", "inherit"):
+            return color
+        rgba = to_rgba(color)
+        return to_rgba(colors.get(to_hex(rgba), to_hex(rgba)), rgba[3])
+
+    for artist in figure.findobj():
+        for name in ("color", "markeredgecolor", "markerfacecolor", "facecolor", "edgecolor"):
+            get, put = getattr(artist, f"get_{name}", None), getattr(artist, f"set_{name}", None)
+            if get is None or put is None:
+                continue
+            value = get()
+            several = isinstance(value, np.ndarray) and value.ndim == 2
+            put([exchanged(color) for color in value] if several else exchanged(value))

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a student leaves out of its teacher: the named recipes and the U-Net configuration each one gives."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastdistill.errors import InputError
+
+# One value a stage, outermost first; `up_block_types` and `reverse_transformer_layers_per_block` run the other way.
+_PER_STAGE = (
+    "down_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+    "only_cross_attention",
+)
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """A student as the difference from its teacher, a ``UNet2DConditionModel``. The defaults keep what the teacher has.
+
+    layers_per_block: layers in every down block (up blocks get one more); the innermost of each block are dropped.
+    remove_mid: drop the mid block. remove_stages: drop that many innermost stages.
+    width: factor on every stage's channels, rounded to the groups of the norms.
+    block_out_channels: the channels of every stage that is kept, instead of ``width``.
+    """
+
+    layers_per_block: int | None = None
+    remove_mid: bool = False
+    remove_stages: int = 0
+    width: float | None = None
+    block_out_channels: tuple[int, ...] | None = None
+
+
+#: Students by name. bk_*: BK-SDM's block-removed students; channel_*: random conditioning's students of smaller width.
+SPECS: dict[str, StudentSpec] = {
+    "bk_base": StudentSpec(layers_per_block=1),
+    "bk_small": StudentSpec(layers_per_block=1, remove_mid=True),
+    "bk_tiny": StudentSpec(layers_per_block=1, remove_mid=True, remove_stages=1),
+    "channel_base": StudentSpec(width=0.8),
+    "channel_small": StudentSpec(width=0.7),
+    "channel_tiny": StudentSpec(width=0.6),
+    "channel_micro": StudentSpec(width=0.5),
+}
+
+
+def student_spec(spec: str | StudentSpec | Mapping[str, Any]) -> StudentSpec:
+    """The spec of this name, of these fields (as read from YAML), or itself."""
+    if isinstance(spec, StudentSpec):
+        return spec
+    if isinstance(spec, str):
+        if spec not in SPECS:
+            near = difflib.get_close_matches(spec, SPECS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InputError.of("spec", f"one of {', '.join(SPECS)}", f"{spec!r}{hint}")
+        return SPECS[spec]
+    known = [field.name for field in fields(StudentSpec)]
+    unknown = [key for key in spec if key not in known]
+    if unknown:
+        raise InputError.of("spec", f"the fields {', '.join(known)}", ", ".join(unknown))
+    values = dict(spec)
+    if values.get("block_out_channels") is not None:
+        values["block_out_channels"] = tuple(values["block_out_channels"])
+    return StudentSpec(**values)
+
+
+def student_config(teacher_config: Mapping[str, Any], spec: str | StudentSpec | Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the student of a teacher with ``teacher_config`` (of a ``UNet2DConditionModel``).
+
+    Raises ``InputError`` for a spec that asks for more than the teacher has, removes nothing, or leaves no way for the
+    prompt to enter.
+    """
+    if "down_block_types" not in teacher_config or "cross_attention_dim" not in teacher_config:
+        raise InputError.of(
+            "teacher", "a UNet2DConditionModel's config", teacher_config.get("_class_name", "another one")
+        )
+    spec = student_spec(spec)
+    teacher = _shorten({key: value for key, value in teacher_config.items() if not key.startswith("_")}, 0)
+    config = _shorten(teacher, spec.remove_stages)
+    if spec.layers_per_block is not None and set(per_stage(config, "layers_per_block")) != {spec.layers_per_block}:
+        config["layers_per_block"] = spec.layers_per_block
+    if spec.remove_mid:
+        config["mid_block_type"] = None
+    if spec.width is not None and spec.block_out_channels is not None:
+        raise InputError.of("spec", "width or block_out_channels", "both")
+    widths = config["block_out_channels"]
+    if spec.width is not None:
+        config["block_out_channels"] = _scaled(config, spec.width)
+    if spec.block_out_channels is not None:
+        config["block_out_channels"] = _given(config, spec.block_out_channels)
+    config["attention_head_dim"] = _heads(config, widths)
+    check_config(teacher, config)
+    if spec != StudentSpec() and all(teacher[key] == value for key, value in config.items()):
+        raise InputError.of("spec", "a part to remove from the teacher", f"{spec}, which removes nothing of it")
+    return config
+
+
+def check_config(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
+    """Refuse a student configuration that does not fit the teacher's inputs, or is deeper or wider than the teacher."""
+    for key in ("in_channels", "out_channels"):
+        if teacher[key] != student[key]:
+            raise InputError.of(f"student.{key}", f"the teacher's {teacher[key]}", student[key])
+    stages, most = len(student["block_out_channels"]), len(teacher["block_out_channels"])
+    if not 1 <= stages <= most:
+        raise InputError.of("student.block_out_channels", f"1 to {most} stages, as the teacher has {most}", stages)
+    for key in ("layers_per_block", "block_out_channels", "transformer_layers_per_block"):
+        pairs = zip(per_stage(student, key), per_stage(teacher, key), strict=False)
+        for stage, (own, limit) in enumerate(pairs):
+            if _deepest(own) < 1 or _deepest(own) > _deepest(limit):
+                raise InputError.of(f"student.{key}", f"1 to {limit} in stage {stage}, as the teacher has {limit}", own)
+    if per_stage(student, "cross_attention_dim") != per_stage(teacher, "cross_attention_dim")[:stages]:
+        rule = f"the teacher's {teacher['cross_attention_dim']}"
+        raise InputError.of("student.cross_attention_dim", rule, student["cross_attention_dim"])
+    if student["mid_block_type"] is not None and teacher["mid_block_type"] is None:
+        raise InputError.of(
+            "student.mid_block_type", "None, as the teacher has no mid block", student["mid_block_type"]
+        )
+    if _conditioned(teacher) and not _conditioned(student):
+        raise InputError.of("spec", "a student that keeps some cross-attention", "one that would not see the prompt")
+
+
+def per_stage(config: Mapping[str, Any], key: str) -> list[Any]:
+    """``config[key]`` as one value a stage, outermost first."""
+    value = config[key]
+    return list(value) if isinstance(value, list | tuple) else [value] * len(config["down_block_types"])
+
+
+def cross_attends(block_type: str | None) -> bool:
+    """Whether blocks of this type hold transformers (with a ``proj_out``) that see the prompt."""
+    return block_type is not None and "CrossAttn" in block_type and "Simple" not in block_type
+
+
+def _shorten(config: Mapping[str, Any], stages: int) -> dict[str, Any]:
+    """``config`` without its ``stages`` innermost stages."""
+    total = len(config["down_block_types"])
+    if not 0 <= stages < total:
+        raise InputError.of("spec.remove_stages", f"0 to {total - 1}, as the teacher has {total} stages", stages)
+    short = dict(config)
+    for key in _PER_STAGE:
+        if isinstance(config.get(key), list | tuple):
+            short[key] = tuple(config[key][: total - stages])
+    for key in ("up_block_types", "reverse_transformer_layers_per_block"):
+        if config.get(key) is not None:
+            short[key] = tuple(config[key][stages:])
+    return short
+
+
+def _scaled(config: Mapping[str, Any], factor: float) -> tuple[int, ...]:
+    """Every stage's channels times ``factor``, rounded to the groups of the norms (at least one group)."""
+    if not 0 < factor <= 1:
+        raise InputError.of("spec.width", "a factor above 0, at most 1 (the teacher's own width)", factor)
+    groups = config.get("norm_num_groups") or 1
+    return tuple(max(groups, round(factor * width / groups) * groups) for width in config["block_out_channels"])
+
+
+def _given(config: Mapping[str, Any], widths: tuple[int, ...]) -> tuple[int, ...]:
+    groups = config.get("norm_num_groups") or 1
+    if len(widths) != len(config["block_out_channels"]):
+        raise InputError.of(
+            "spec.block_out_channels", f"one value for each of {len(config['block_out_channels'])} stages", widths
+        )
+    if any(width % groups for width in widths):
+        raise InputError.of("spec.block_out_channels", f"multiples of norm_num_groups ({groups})", widths)
+    return widths
+
+
+def _heads(config: Mapping[str, Any], before: Sequence[int]) -> int | tuple[int, ...]:
+    """Heads a stage for channels that were ``before``: the teacher's number of heads, else heads of the teacher's size.
+
+    (``attention_head_dim`` is the number of heads where blocks cross-attend: a misnomer of diffusers.)
+    """
+    heads = per_stage(config, "attention_head_dim")
+    chosen = []
+    stages = zip(heads, before, config["block_out_channels"], config["down_block_types"], strict=True)
+    for head, old, new, kind in stages:
+        if not cross_attends(kind) or new % head == 0:
+            chosen.append(head)
+        elif old % head == 0 and new % (old // head) == 0:
+            chosen.append(new // (old // head))
+        else:
+            raise InputError.of("student.block_out_channels", f"channels that divide into {head} heads", new)
+    return config["attention_head_dim"] if chosen == heads else tuple(chosen)
+
+
+def _deepest(value: int | Sequence[Any]) -> int:
+    return value if isinstance(value, int) else max(_deepest(item) for item in value)
+
+
+def _conditioned(config: Mapping[str, Any]) -> bool:
+    kinds = [*config["down_block_types"], *config["up_block_types"], config["mid_block_type"] or ""]
+    return any("CrossAttn" in kind for kind in kinds)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smaller students made from a teacher: by removing blocks (BK-SDM, arXiv 2305.15798) or by narrowing every stage.
+
+The narrower students and their taps are those of random conditioning (arXiv 2504.02011).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
+
+from fastdistill.errors import InputError
+from fastdistill.models.copying import CopyReport, copy_from_teacher, copy_sources
+from fastdistill.models.specs import StudentSpec, cross_attends, per_stage, student_config, student_spec
+from fastdistill.models.taps import resolve
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student with what its distillation needs.
+
+    model: fp32, on the teacher's device. teacher_taps, student_taps: module names, pair by pair.
+    channels: (student channels, teacher channels) a pair, to build ``Adapters`` from.
+    copied: where its weights came from.
+    """
+
+    model: UNet2DConditionModel
+    teacher_taps: tuple[str, ...]
+    student_taps: tuple[str, ...]
+    channels: tuple[tuple[int, int], ...]
+    copied: CopyReport | None
+
+    @property
+    def needs_adapters(self) -> bool:
+        return any(student != teacher for student, teacher in self.channels)
+
+
+def make_student(
+    teacher: UNet2DConditionModel,
+    spec: str | StudentSpec | Mapping[str, Any],
+    *,
+    init: Literal["teacher", "random"] = "teacher",
+    seed: int = 0,
+) -> Student:
+    """The student of ``teacher`` that ``spec`` names, initialized from it or from ``seed``.
+
+    The global random state is left alone. A teacher on the meta device gives a student there, to count and plan with.
+    Raises ``InputError`` before anything is allocated where the spec does not fit the teacher.
+    """
+    if not isinstance(teacher, UNet2DConditionModel):
+        raise InputError.of("teacher", "a diffusers UNet2DConditionModel", type(teacher).__name__)
+    if init not in ("teacher", "random"):
+        raise InputError.of("init", "'teacher' or 'random'", repr(init))
+    spec = student_spec(spec)
+    config = student_config(teacher.config, spec)
+    with torch.device("meta"):
+        plan = _unet(config)
+    check_parameters(teacher, plan)
+    if init == "teacher":
+        copy_sources(plan, teacher)
+    taps = student_taps(teacher.config, config)
+    theirs = resolve(teacher, [pair[0] for pair in taps])
+    own = resolve(plan, [pair[1] for pair in taps])
+    pairs = tuple((_channels(s), _channels(t)) for s, t in zip(own, theirs, strict=True))
+    device = next(teacher.parameters()).device
+    model = plan if device.type == "meta" else _build(config, seed).to(device)
+    report = copy_from_teacher(model, teacher) if init == "teacher" else None
+    return Student(model, tuple(pair[0] for pair in taps), tuple(pair[1] for pair in taps), pairs, report)
+
+
+def check_parameters(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse a student with more parameters than its teacher."""
+    most, own = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
+    if own > most:
+        raise InputError.of("student", f"at most the teacher's {most:,} parameters", f"{own:,}")
+
+
+def student_taps(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs (teacher module, student module) to compare, for two configurations of which one is the other's student.
+
+    Same widths: the outputs of the blocks; where innermost stages were removed, the student's new innermost down block
+    is compared at its last transformer instead, as the teacher's goes on to downsample. Other widths: the last
+    convolution of every block, for which 1x1 adapters are needed.
+    """
+    stages, removed = (
+        len(student["block_out_channels"]),
+        len(teacher["block_out_channels"]) - len(student["block_out_channels"]),
+    )
+    own, theirs = per_stage(student, "layers_per_block"), per_stage(teacher, "layers_per_block")
+    narrow = tuple(student["block_out_channels"]) != tuple(teacher["block_out_channels"])[:stages]
+    down = [f"down_blocks.{i}" for i in range(stages)]
+    pairs = [(name, name) for name in down]
+    if removed or narrow:
+        last = stages - 1
+        kind = student["down_block_types"][last]
+        pairs[last] = (_last_layer(down[last], kind, theirs[last]), _last_layer(down[last], kind, own[last]))
+    if narrow:
+        pairs[:-1] = [(f"{name}.downsamplers.0.conv",) * 2 for name in down[:-1]]
+        if student["mid_block_type"] is not None:
+            mid = "attentions.0.proj_out" if cross_attends(student["mid_block_type"]) else "resnets.1.conv2"
+            pairs.append((f"mid_block.{mid}", f"mid_block.{mid}"))
+    for block in range(stages):
+        names = f"up_blocks.{block + removed}", f"up_blocks.{block}"
+        if narrow and block < stages - 1:
+            names = f"{names[0]}.upsamplers.0.conv", f"{names[1]}.upsamplers.0.conv"
+        elif narrow:
+            kind = student["up_block_types"][block]
+            layers = theirs[stages - 1 - block] + 1, own[stages - 1 - block] + 1
+            names = _last_layer(names[0], kind, layers[0]), _last_layer(names[1], kind, layers[1])
+        pairs.append(names)
+    return pairs
+
+
+def _last_layer(block: str, kind: str, layers: int) -> str:
+    """The last convolution of a block before its resampler."""
+    return f"{block}.attentions.{layers - 1}.proj_out" if cross_attends(kind) else f"{block}.resnets.{layers - 1}.conv2"
+
+
+def _channels(module: nn.Module) -> int:
+    """Channels that this module, a block or its last layer, puts out."""
+    blocks = getattr(module, "resnets", None)
+    owner = module if blocks is None else blocks[-1]
+    return int(getattr(owner, "out_features" if isinstance(owner, nn.Linear) else "out_channels"))
+
+
+def _build(config: Mapping[str, Any], seed: int) -> UNet2DConditionModel:
+    """A U-Net with initial weights from ``seed``, on the CPU. Only the CPU's generator is used, and it is put back."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return _unet(config)
+
+
+def _unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    model: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(config))
+    return model

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small U-Nets of the shapes the students are made for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+SD1: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+#: SD-1.x in small: the same blocks and the same proportions of channels.
+SMALL: dict[str, Any] = {
+    "block_out_channels": (8, 16, 32, 32),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+}
+#: The digits task: two stages of one layer.
+DIGITS: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def sd1() -> UNet2DConditionModel:
+    """SD-1.x without memory."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SD1)
+
+
+@pytest.fixture
+def small() -> Callable[..., UNet2DConditionModel]:
+    def make(**changes: Any) -> UNet2DConditionModel:
+        torch.manual_seed(0)
+        return UNet2DConditionModel(**{**SMALL, **changes})
+
+    return make
+
+
+@pytest.fixture
+def digits() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(**DIGITS)
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def inputs(model: UNet2DConditionModel, size: int = 8, batch: int = 2, length: int = 3) -> dict[str, torch.Tensor]:
+    """Arguments of a forward, on the model's device."""
+    device = next(model.parameters()).device
+    random = torch.Generator().manual_seed(1)
+    sample = torch.randn(batch, model.config["in_channels"], size, size, generator=random)
+    prompt = torch.randn(batch, length, model.config["cross_attention_dim"], generator=random)
+    return {
+        "sample": sample.to(device),
+        "timestep": torch.arange(batch, device=device) * 100,
+        "encoder_hidden_states": prompt.to(device),
+    }
