@@ -116,6 +116,10 @@ class PromptBank:
         chosen = self.embeddings[rows.to(self.embeddings.device)]
         return PromptBank(chosen, list(texts), self.null_text, self.encoder)
 
+    def to(self, device: torch.device | str) -> PromptBank:
+        """The same bank with its embeddings on a device."""
+        return PromptBank(self.embeddings.to(device), self.texts, self.null_text, self.encoder)
+
     def check_width(self, cross_attention_dim: int) -> None:
         """InputError naming both widths unless the rows have the width that the model's cross-attention reads."""
         _check_width(self.embeddings.shape[-1], cross_attention_dim)
