@@ -7,6 +7,11 @@ import importlib
 from functools import cache
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # fd::Dtype of csrc/common.h
+
 
 @cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
@@ -35,3 +40,15 @@ def cuda_reason() -> str | None:
     """Why the CUDA kernels cannot run in this installation, or None."""
     reason = _load("_cuda")[1]
     return reason and f"{reason} (no nvcc when it was installed?)"
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, without gaps or overlaps, in any order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

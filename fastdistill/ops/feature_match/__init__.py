@@ -26,14 +26,14 @@ _feature_match = register(
     " Tensor(a!) loss, Tensor(b!) taps, Tensor(c!)[] grads)",
     summary="sum_l weight_l * mean((student_l - teacher_l)^2), loss and gradient in one pass",
     reference=reference.feature_match,
-    kernels=[Kernel("cpp", "cpu", cpp.feature_match, _native.cpu_reason)],
+    kernels=[Kernel("cpp", "cpu", cpp.feature_match, _native.cpu_reason, cpp.refuse)],
 )
 _scale_gradients = register(
     "scale_gradients",
     "(Tensor(a!)[] grads, Tensor factor)",
     summary="gradients times a device scalar, in place; no work when it is 1",
     reference=reference.scale_gradients,
-    kernels=[Kernel("cpp", "cpu", cpp.scale_gradients, _native.cpu_reason)],
+    kernels=[Kernel("cpp", "cpu", cpp.scale_gradients, _native.cpu_reason, cpp.refuse_scale)],
 )
 
 
