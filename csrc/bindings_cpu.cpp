@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// fastdistill._cpu: one line an entry point; addresses as integers, the GIL released. Choice of the instruction set.
+// Nothing is checked here: fastdistill/ops/<op>/cpp.py does, under torch's dispatcher.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+
+namespace py = pybind11;
+using Address = uintptr_t;
+using Addresses = std::vector<uintptr_t>;
+
+namespace {
+
+template <typename T> T* at(Address a) { return reinterpret_cast<T*>(a); }
+
+// What this machine can run, the best last.
+const std::vector<fd::Kernels>& available() {
+  static const std::vector<fd::Kernels> table = [] {
+    std::vector<fd::Kernels> t = {FD_KERNELS(baseline)};
+#ifdef FD_HAVE_AVX2
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // both imply F16C
+    if (avx2) t.push_back(FD_KERNELS(avx2));
+#endif
+#ifdef FD_HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      t.push_back(FD_KERNELS(avx512));
+#endif
+    return t;
+  }();
+  return table;
+}
+
+const fd::Kernels* kernels = nullptr;
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const fd::Kernels& k : available()) names.push_back(k.isa);
+  return names;
+}
+
+void use_isa(const std::string& name) {
+  std::string known;
+  for (const fd::Kernels& k : available()) {
+    if (name == k.isa) {
+      kernels = &k;
+      return;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(k.isa);
+  }
+  throw std::invalid_argument("instruction set: expected one of " + known + " (those this machine can run), got '" + name +
+                              "'");
+}
+
+std::vector<fd::Tap> taps_of(const Addresses& student, const Addresses& teacher, const Addresses& gradient,
+                             const std::vector<int64_t>& n, const std::vector<int>& student_dtype,
+                             const std::vector<int>& teacher_dtype) {
+  std::vector<fd::Tap> taps(n.size());
+  for (size_t l = 0; l < n.size(); ++l)
+    taps[l] = {
+        at<void>(student[l]),        at<void>(teacher[l]),       gradient.empty() ? nullptr : at<void>(gradient[l]), n[l],
+        fd::Dtype(student_dtype[l]), fd::Dtype(teacher_dtype[l])};
+  return taps;
+}
+
+void feature_match(const Addresses& student, const Addresses& teacher, const Addresses& gradient, const std::vector<int64_t>& n,
+                   const std::vector<int>& student_dtype, const std::vector<int>& teacher_dtype, Address weights,
+                   Address grad_scale, int distance, float eps, Address loss, Address tap_loss, int threads) {
+  const std::vector<fd::Tap> taps = taps_of(student, teacher, gradient, n, student_dtype, teacher_dtype);
+  const int64_t count = int64_t(taps.size());
+  std::vector<double> partials(size_t(kernels->feature_match_workspace(taps.data(), count)));
+  kernels->feature_match({taps.data(), count, at<float>(weights), at<float>(grad_scale), fd::Distance(distance), eps,
+                          at<float>(loss), at<float>(tap_loss), partials.data(), threads});
+}
+
+void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, const std::vector<int>& dtype, Address factor,
+                     int threads) {
+  const std::vector<fd::Tap> taps = taps_of(gradient, gradient, gradient, n, dtype, dtype);
+  fd::FeatureMatch arguments = {};
+  arguments.taps = taps.data();
+  arguments.count = int64_t(taps.size());
+  arguments.threads = threads;
+  kernels->scale_gradients(arguments, at<float>(factor));
+}
+
+int64_t noise_gather(Address latents, Address latent_prompts, Address prompts, Address coefficients, Address replace,
+                     Address counter, int64_t latent_count, int64_t prompt_count, int64_t steps, int64_t row,
+                     int64_t prompt_row, int64_t batch, int64_t first_sample, int64_t global_batch, int64_t pool,
+                     int64_t null_index, int64_t null_threshold, bool with_replacement, int dtype, int prompt_dtype,
+                     Address x_t, Address timestep, Address prompt, Address target, Address latent_index, Address prompt_index,
+                     Address choice, int threads) {
+  fd::NoiseGather a = {};
+  a.latents = at<void>(latents), a.latent_prompts = at<int64_t>(latent_prompts), a.prompts = at<void>(prompts);
+  a.coefficients = at<float>(coefficients), a.replace = at<int64_t>(replace), a.counter = at<int64_t>(counter);
+  a.latent_count = latent_count, a.prompt_count = prompt_count, a.steps = steps, a.row = row, a.prompt_row = prompt_row;
+  a.batch = batch, a.first_sample = first_sample, a.global_batch = global_batch, a.pool = pool;
+  a.null_index = null_index, a.null_threshold = null_threshold, a.with_replacement = with_replacement;
+  a.dtype = fd::Dtype(dtype), a.prompt_dtype = fd::Dtype(prompt_dtype);
+  a.x_t = at<void>(x_t), a.timestep = at<int64_t>(timestep), a.prompt = at<void>(prompt), a.target = at<void>(target);
+  a.latent_index = at<int64_t>(latent_index), a.prompt_index = at<int64_t>(prompt_index), a.choice = at<int64_t>(choice);
+  a.threads = threads;
+  return kernels->noise_gather(a);
+}
+
+void philox(Address counter, Address key, Address words, Address normals, int64_t n) {
+  kernels->philox(at<uint32_t>(counter), at<uint32_t>(key), at<uint32_t>(words), at<float>(normals), n);
+}
+
+void convert(Address from, int from_dtype, Address to, int to_dtype, int64_t n) {
+  kernels->convert(at<void>(from), fd::Dtype(from_dtype), at<void>(to), fd::Dtype(to_dtype), n);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "C++ kernels on raw addresses. Call fastdistill.ops instead: it checks what is unchecked here.";
+  m.def("feature_match", &feature_match, release());
+  m.def("scale_gradients", &scale_gradients, release());
+  m.def("noise_gather", &noise_gather, release());
+  m.def("philox4x32", &philox, release(), "words[n, 4] and normals[n, 4] of counter[n, 4] under key[2]");
+  m.def("convert", &convert, release(), "n elements between fp32 (0), bf16 (1) and fp16 (2)");
+  m.def("isa", [] { return kernels->isa; }, "the instruction set in use");
+  m.def("isas", &isas, "the instruction sets that this machine can run, the best last");
+  m.def("use_isa", &use_isa, "force a lower instruction set (FASTDISTILL_CPU_ISA does so from the start)");
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  const char* forced = std::getenv("FASTDISTILL_CPU_ISA");
+  if (forced && *forced) {
+    try {
+      use_isa(forced);
+    } catch (const std::invalid_argument& e) {
+      throw py::import_error(std::string("FASTDISTILL_CPU_ISA, ") + e.what());
+    }
+  } else {
+    kernels = &available().back();
+  }
+}

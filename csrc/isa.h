@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU entry points, once for each instruction set they are compiled for, and the table that is chosen at run time.
+#pragma once
+#include "feature_match/math.h"
+#include "noise_gather/math.h"
+
+#define FD_DECLARE(isa)                                                                                  \
+  namespace fd::isa {                                                                                    \
+  void philox(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n); \
+  void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n);                 \
+  int64_t feature_match_workspace(const Tap* taps, int64_t count);                                       \
+  void feature_match(const FeatureMatch& a);                                                             \
+  void scale_gradients(const FeatureMatch& a, const float* factor);                                      \
+  int64_t noise_gather(const NoiseGather& a);                                                            \
+  }
+FD_DECLARE(baseline)
+#ifdef FD_HAVE_AVX2
+FD_DECLARE(avx2)
+#endif
+#ifdef FD_HAVE_AVX512
+FD_DECLARE(avx512)
+#endif
+
+namespace fd {
+
+struct Kernels {
+  const char* isa;
+  decltype(&baseline::philox) philox;
+  decltype(&baseline::convert) convert;
+  decltype(&baseline::feature_match_workspace) feature_match_workspace;
+  decltype(&baseline::feature_match) feature_match;
+  decltype(&baseline::scale_gradients) scale_gradients;
+  decltype(&baseline::noise_gather) noise_gather;
+};
+
+#define FD_KERNELS(isa)               \
+  {#isa,                              \
+   &fd::isa::philox,                  \
+   &fd::isa::convert,                 \
+   &fd::isa::feature_match_workspace, \
+   &fd::isa::feature_match,           \
+   &fd::isa::scale_gradients,         \
+   &fd::isa::noise_gather}
+
+}  // namespace fd

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// The draws of one batch row and its mixing with noise: the random-number contract, scalar, for host and device.
+//
+//   stream 0 block 0  word 0 timestep, 1 replace the prompt?, 2 random prompt, 3 null prompt?   block 1 word 0  latent (with
+//                     replacement); stream 1 noise; stream 2 the permutation of an epoch
+//   x_t = signal x + noise z      target = target_signal x + target_noise z
+#pragma once
+#include "philox.h"
+
+namespace fd {
+
+enum Choice : int64_t { choice_paired = 0, choice_random = 1, choice_null = 2 };
+
+struct NoiseGather {
+  const void* latents;                        // [N, row]
+  const int64_t* latent_prompts;              // [N]
+  const void* prompts;                        // [M, prompt_row]
+  const float* coefficients;                  // [T, 4] signal, noise, target_signal, target_noise
+  const int64_t* replace;                     // [T] thresholds floor(p 2^32)
+  const int64_t* counter;                     // [2] seed, step
+  int64_t latent_count, prompt_count, steps;  // N, M, T
+  int64_t row, prompt_row;                    // elements of a latent, elements of a prompt
+  int64_t batch, first_sample, global_batch, pool, null_index, null_threshold;
+  bool with_replacement;
+  Dtype dtype, prompt_dtype;
+  void* x_t;          // [batch, row]
+  int64_t* timestep;  // [batch], as the three below
+  void* prompt;       // [batch, prompt_row]
+  void* target;       // [batch, row] or null
+  int64_t* latent_index;
+  int64_t* prompt_index;
+  int64_t* choice;
+  int threads;
+};
+
+namespace FD_ISA {
+
+using Words = Block<uint32_t>;
+
+FD_HD Words draw(uint64_t seed, uint32_t stream, uint64_t block, uint32_t sample, uint64_t step) {
+  const uint32_t high = stream << 16 | (uint32_t(block >> 32) & 0xFFFFu);
+  return philox4x32(Words{uint32_t(block), high, sample, uint32_t(step)}, uint32_t(seed), uint32_t(seed >> 32));
+}
+
+// Binary digits of half of the numbers below n, at least 1.
+FD_HD int half_bits(int64_t n) {
+  int bits = 0;
+  for (uint64_t v = uint64_t(n - 1); v != 0; v >>= 1) ++bits;
+  return bits < 2 ? 1 : (bits + 1) / 2;
+}
+
+// A permutation of [0, n) for every (seed, epoch): six Feistel rounds, repeated until the value is below n again.
+FD_HD int64_t permute(int64_t v, int64_t n, uint64_t seed, uint64_t epoch) {
+  const int half = half_bits(n);
+  const uint64_t mask = (uint64_t(1) << half) - 1;
+  do {
+    uint64_t left = uint64_t(v) >> half, right = uint64_t(v) & mask;
+    for (uint32_t round = 0; round < 6; ++round) {
+      const Words w =
+          philox4x32(Words{uint32_t(right), stream_permutation << 16 | round, uint32_t(epoch), uint32_t(epoch >> 32)},
+                     uint32_t(seed), uint32_t(seed >> 32));
+      const uint64_t next = left ^ (w.x & mask);
+      left = right;
+      right = next;
+    }
+    v = int64_t(left << half | right);
+  } while (v >= n);
+  return v;
+}
+
+struct Draw {
+  int64_t timestep, latent, prompt, choice;
+};
+
+FD_HD Draw draw_row(const NoiseGather& a, int64_t b) {
+  const uint64_t seed = uint64_t(a.counter[0]), step = uint64_t(a.counter[1]);
+  const int64_t sample = a.first_sample + b;
+  const Words w = draw(seed, stream_choice, 0, uint32_t(sample), step);
+  Draw d;
+  d.timestep = below(w.x, a.steps);
+  if (a.with_replacement) {
+    d.latent = below(draw(seed, stream_choice, 1, uint32_t(sample), step).x, a.latent_count);
+  } else {
+    const int64_t position = int64_t(step) * a.global_batch + sample;
+    int64_t epoch = position / a.latent_count, at = position % a.latent_count;
+    if (at < 0) at += a.latent_count, --epoch;  // floor, as Python divides
+    d.latent = permute(at, a.latent_count, seed, uint64_t(epoch));
+  }
+  if (int64_t(w.w) < a.null_threshold) {
+    d.choice = choice_null;
+    d.prompt = a.null_index;
+  } else if (int64_t(w.y) < a.replace[d.timestep]) {
+    d.choice = choice_random;
+    d.prompt = below(w.z, a.pool);
+  } else {
+    d.choice = choice_paired;
+    d.prompt = a.latent_prompts[d.latent];
+  }
+  return d;
+}
+
+template <typename F> FD_HD F mix(F x, F z, F signal, F noise) { return signal * x + noise * z; }
+
+}  // namespace FD_ISA
+}  // namespace fd

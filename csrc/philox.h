@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) and normals by Box-Muller. Branch-free, and written once for a scalar (one
+// block, as a GPU thread runs it) and for a SIMD register of blocks; the functions that differ have the same names in
+// common.h and simd.h.
+//
+// Contract: key = (seed low, seed high); counter = (block low, stream << 16 | block high, sample, step); one block is four
+// words. The integers are equal in every backend. The normals are within 1.5e-6 of the exact value (bound of the contract:
+// 4e-6), and equal in every bit on all instruction sets, as nothing here is contracted into a fused multiply-add on a CPU.
+#pragma once
+#include "common.h"
+#ifndef __CUDACC__
+#include "simd.h"
+#endif
+
+namespace fd {
+
+enum Stream : uint32_t { stream_choice = 0, stream_noise = 1, stream_permutation = 2 };
+
+namespace FD_ISA {
+
+template <typename W> struct Block {
+  W x, y, z, w;
+};
+
+template <typename W> FD_HD Block<W> philox4x32(Block<W> c, uint32_t key0, uint32_t key1) {
+  FD_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const auto p0 = multiply(c.x, 0xD2511F53u), p1 = multiply(c.z, 0xCD9E8D57u);
+    c = {upper(p1) ^ c.y ^ key0, lower(p1), upper(p0) ^ c.w ^ key1, lower(p0)};
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// Word -> integer in [0, n), n < 2^32.
+FD_HD int64_t below(uint32_t word, int64_t n) { return int64_t((uint64_t(word) * uint64_t(n)) >> 32); }
+
+// Word -> u in (0, 1), exact in fp32. U is uint32_t or a register of them.
+template <typename U> FD_HD auto uniform(U word) { return (int_to_float(word >> 9) + 0.5f) * 0x1p-23f; }
+
+// -2 ln u, relative error < 2e-7: u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln(1 + f) = f + f^2 Q(f), Q minimax.
+template <typename F> FD_HD F minus_two_log(F u) {
+  const auto shifted = as_bits(u) - 0x3F3504F3u + (64u << 23);  // bits of sqrt(1/2); 64 keeps the exponent positive
+  const F e = int_to_float(shifted >> 23) - 64.0f;
+  const F f = as_float((shifted & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+  F q = 0.08734843f * f - 0.14307522f;
+  q = q * f + 0.14917974f;
+  q = q * f - 0.16570508f;
+  q = q * f + 0.19962072f;
+  q = q * f - 0.25001755f;
+  q = q * f + 0.33333950f;
+  q = q * f - 0.49999992f;
+  return -2.0f * ((e * -2.12194440e-4f + f * f * q) + f + e * 0.693359375f);  // ln 2 in two parts, the larger exact times e
+}
+
+template <typename F> struct Pair {
+  F even, odd;
+};
+
+// sqrt(-2 ln u1) (cos 2 pi u2, sin 2 pi u2). 4 u2 = q + f with |f| <= 1/2 is exact; sine and cosine of f pi/2 by minimax.
+template <typename U> FD_HD auto box_muller(U word1, U word2) {
+  const auto quarters = 4.0f * uniform(word2);
+  const U q = float_to_int(quarters + 0.5f);
+  const auto f = quarters - int_to_float(q), z = f * f;
+  const U sine = as_bits(f * (((-0.00459225360f * z + 0.0796758897f) * z - 0.645962937f) * z + 1.57079631f));
+  const U cosine = as_bits(((-0.0204260771f * z + 0.253606310f) * z - 1.23369795f) * z + 1.0f);
+  const U swap = 0u - (q & 1u);
+  const auto c = as_float(((sine & swap) | (cosine & ~swap)) ^ (((q + 1u) & 2u) << 30));
+  const auto s = as_float(((cosine & swap) | (sine & ~swap)) ^ ((q & 2u) << 30));
+  const auto r = square_root(minus_two_log(uniform(word1)));
+  return Pair<decltype(r * c)>{r * c, r * s};
+}
+
+}  // namespace FD_ISA
+}  // namespace fd

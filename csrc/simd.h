@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen float lanes in the widest registers of the instruction set at hand. Every operation is lane by lane, so a sum kept
+// in lanes has the same bits on all instruction sets. GCC and clang vector extensions; intrinsics only where those have no
+// words: fp16 conversion and stores that go past the caches.
+#pragma once
+#include "common.h"
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#define FD_X86 1
+#endif
+
+#if defined(__AVX512F__)
+#define FD_INTRINSIC(name) _mm512_##name
+#elif defined(__AVX2__)
+#define FD_INTRINSIC(name) _mm256_##name
+#elif defined(FD_X86)
+#define FD_INTRINSIC(name) _mm_##name
+#endif
+
+namespace fd::FD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int simd_width = 16;
+#elif defined(__AVX2__)
+constexpr int simd_width = 8;
+#else
+constexpr int simd_width = 4;
+#endif
+constexpr int lanes = 16;
+constexpr int simd_parts = lanes / simd_width;
+
+typedef float vfloat __attribute__((vector_size(4 * simd_width)));
+typedef double vdouble __attribute__((vector_size(4 * simd_width)));
+typedef int32_t vint __attribute__((vector_size(4 * simd_width)));
+typedef uint32_t vuint __attribute__((vector_size(4 * simd_width)));
+typedef uint64_t vwide __attribute__((vector_size(4 * simd_width)));
+typedef uint16_t vhalf __attribute__((vector_size(2 * simd_width)));
+
+struct Lanes {
+  vfloat part[simd_parts];
+};
+
+FD_HD Lanes splat(float x) {
+  Lanes r;
+  for (int i = 0; i < simd_parts; ++i) r.part[i] = x - vfloat{};  // x - 0 keeps the sign of zero
+  return r;
+}
+FD_HD Lanes operator+(Lanes a, Lanes b) {
+  for (int i = 0; i < simd_parts; ++i) a.part[i] += b.part[i];
+  return a;
+}
+FD_HD Lanes operator-(Lanes a, Lanes b) {
+  for (int i = 0; i < simd_parts; ++i) a.part[i] -= b.part[i];
+  return a;
+}
+FD_HD Lanes operator*(Lanes a, Lanes b) {
+  for (int i = 0; i < simd_parts; ++i) a.part[i] *= b.part[i];
+  return a;
+}
+
+// The sum of the lanes, always in this order.
+FD_HD double sum(Lanes a) {
+  float x[lanes];
+  memcpy(x, &a, sizeof x);
+  double total = 0;
+  for (int i = 0; i < lanes; ++i) total += x[i];
+  return total;
+}
+
+FD_HD Lanes load(const float* p) {
+  Lanes r;
+  memcpy(&r, p, sizeof r);
+  return r;
+}
+FD_HD Lanes load(const bf16* p) {
+  Lanes r;
+  for (int i = 0; i < simd_parts; ++i) {
+    vhalf half;
+    memcpy(&half, p + i * simd_width, sizeof half);
+    r.part[i] = (vfloat)(__builtin_convertvector(half, vuint) << 16);
+  }
+  return r;
+}
+#if !defined(__AVX512F__) && !defined(__F16C__)
+// The scalar conversions of common.h, four lanes at a time; not inlined, as they are long.
+static __attribute__((noinline, unused)) Lanes load_f16(const f16* p) {
+  Lanes r;
+  for (int i = 0; i < simd_parts; ++i) {
+    vhalf half;
+    memcpy(&half, p + i * simd_width, sizeof half);
+    const vuint word = __builtin_convertvector(half, vuint) << 16, twice = word + word;
+    const vfloat normal = (vfloat)((twice >> 4) + (0xE0u << 23)) * 0x1p-112f;
+    const vfloat subnormal = (vfloat)((twice >> 17) | (126u << 23)) - 0.5f;
+    const vuint small = (vuint)(twice < (1u << 27));
+    r.part[i] = (vfloat)((word & 0x80000000u) | (small & (vuint)subnormal) | (~small & (vuint)normal));
+  }
+  return r;
+}
+static __attribute__((noinline, unused)) void store_f16(f16* p, Lanes a) {
+  vhalf half[simd_parts];
+  for (int i = 0; i < simd_parts; ++i) {
+    const vuint bits = (vuint)a.part[i], twice = bits + bits, exponent = twice & 0xFF000000u;
+    const vuint large = (vuint)(exponent > 0x71000000u), nan = (vuint)(twice > 0xFF000000u);
+    const vuint bias = (large & exponent) | (~large & 0x71000000u);
+    const vfloat magnitude = (vfloat)(bits & 0x7FFFFFFFu) * 0x1p+112f * 0x1p-110f;
+    const vuint total = (vuint)((vfloat)((bias >> 1) + 0x07800000u) + magnitude);
+    const vuint rounded = ((total >> 13) & 0x7C00u) + (total & 0x0FFFu);
+    half[i] = __builtin_convertvector(((bits >> 16) & 0x8000u) | (nan & 0x7E00u) | (~nan & rounded), vhalf);
+  }
+  memcpy(p, half, sizeof half);
+}
+#endif
+
+FD_HD Lanes load(const f16* p) {
+  Lanes r;
+#if defined(__AVX512F__)
+  r.part[0] = (vfloat)_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  for (int i = 0; i < simd_parts; ++i)
+    r.part[i] = (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i * simd_width)));
+#else
+  r = load_f16(p);
+#endif
+  return r;
+}
+
+// One register, as the scalar functions of the same names.
+FD_HD vuint as_bits(vfloat x) { return (vuint)x; }
+FD_HD vfloat as_float(vuint bits) { return (vfloat)bits; }
+FD_HD vfloat int_to_float(vuint x) { return __builtin_convertvector((vint)x, vfloat); }
+FD_HD vuint float_to_int(vfloat x) { return (vuint) __builtin_convertvector(x, vint); }
+FD_HD vfloat square_root(vfloat x) {
+#ifdef FD_X86
+  return (vfloat)FD_INTRINSIC(sqrt_ps)(x);
+#else
+  for (int i = 0; i < simd_width; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// 32-bit words in 64-bit places whose upper halves hold anything: a product is then one instruction.
+FD_HD vwide multiply(vwide a, uint32_t b) {
+#if defined(__AVX512F__)
+  return (vwide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (vwide)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(FD_X86)
+  return (vwide)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xFFFFFFFFu) * uint64_t(b);
+#endif
+}
+FD_HD vwide upper(vwide product) { return product >> 32; }
+FD_HD vwide lower(vwide product) { return product; }
+FD_HD vuint pack(vwide even, vwide odd) { return (vuint)((even & 0xFFFFFFFFu) | (odd << 32)); }
+
+// p[4 i + k] = lane of part k that holds column i; lane l holds column (l mod 4) * width / 4 + l / 4, which makes the
+// transposition one of 4 x 4 blocks inside 128 bits.
+FD_HD constexpr int column(int lane) { return lane % 4 * (simd_width / 4) + lane / 4; }
+FD_HD void store_columns(float* p, vfloat a, vfloat b, vfloat c, vfloat d) {
+#ifdef FD_X86
+  const vdouble ab0 = (vdouble)FD_INTRINSIC(unpacklo_ps)(a, b), ab1 = (vdouble)FD_INTRINSIC(unpackhi_ps)(a, b);
+  const vdouble cd0 = (vdouble)FD_INTRINSIC(unpacklo_ps)(c, d), cd1 = (vdouble)FD_INTRINSIC(unpackhi_ps)(c, d);
+  const vdouble rows[4] = {(vdouble)FD_INTRINSIC(unpacklo_pd)(ab0, cd0), (vdouble)FD_INTRINSIC(unpackhi_pd)(ab0, cd0),
+                           (vdouble)FD_INTRINSIC(unpacklo_pd)(ab1, cd1), (vdouble)FD_INTRINSIC(unpackhi_pd)(ab1, cd1)};
+  memcpy(p, rows, sizeof rows);
+#else
+  for (int l = 0; l < simd_width; ++l) {
+    const float z[4] = {a[l], b[l], c[l], d[l]};
+    memcpy(p + 4 * column(l), z, sizeof z);
+  }
+#endif
+}
+
+FD_HD void stream_bytes(void* p, vfloat v) {
+#ifdef FD_X86
+  FD_INTRINSIC(stream_ps)((float*)p, v);
+#else
+  memcpy(p, &v, sizeof v);
+#endif
+}
+
+// Streaming stores need addresses that are multiples of 64 bytes (of 32 for two-byte dtypes), and stream_fence() after the
+// last one of a thread.
+FD_HD void stream_fence() {
+#ifdef FD_X86
+  _mm_sfence();
+#endif
+}
+
+template <bool stream> FD_HD void store(float* p, Lanes a) {
+  if (stream)
+    for (int i = 0; i < simd_parts; ++i) stream_bytes(p + i * simd_width, a.part[i]);
+  else memcpy(p, &a, sizeof a);
+}
+
+template <bool stream> FD_HD void store_halves(void* p, const void* halves) {
+#ifdef FD_X86
+  if (stream) {
+    for (int i = 0; i < 2; ++i) _mm_stream_si128((__m128i*)p + i, _mm_loadu_si128((const __m128i*)halves + i));
+    return;
+  }
+#endif
+  memcpy(p, halves, 2 * lanes);
+}
+
+template <bool stream> FD_HD void store(bf16* p, Lanes a) {
+  vhalf half[simd_parts];
+  for (int i = 0; i < simd_parts; ++i) {
+    const vuint bits = (vuint)a.part[i];
+    const vuint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const vuint ordered = (vuint)(a.part[i] == a.part[i]);  // all ones unless NaN
+    half[i] = __builtin_convertvector((rounded & ordered) | (~ordered & 0x7FC0u), vhalf);
+  }
+  store_halves<stream>(p, half);
+}
+template <bool stream> FD_HD void store(f16* p, Lanes a) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtps_ph(0xFFFF, (__m512)a.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  store_halves<stream>(p, &half);
+#elif defined(__F16C__)
+  __m128i half[simd_parts];
+  for (int i = 0; i < simd_parts; ++i) half[i] = _mm256_cvtps_ph((__m256)a.part[i], _MM_FROUND_TO_NEAREST_INT);
+  store_halves<stream>(p, half);
+#else
+  f16 half[lanes];
+  store_f16(half, a);
+  store_halves<stream>(p, half);
+#endif
+}
+
+// The first n lanes, the others zero; and the first n lanes written.
+template <typename T> FD_HD Lanes load_first(const T* p, int64_t n) {
+  T x[lanes] = {};
+  memcpy(x, p, n * sizeof(T));
+  return load(x);
+}
+template <typename T> FD_HD void store_first(T* p, Lanes a, int64_t n) {
+  T x[lanes];
+  store<false>(x, a);
+  memcpy(p, x, n * sizeof(T));
+}
+
+}  // namespace fd::FD_ISA

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are either whole or not there: atomic replacement and a lock on a directory (POSIX)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from fastdistill.errors import StorageError
+
+LOCK_NAME = ".lock"
+_TEMPORARY_SUFFIX = ".tmp"
+
+
+def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Replaces ``path`` by ``content``: afterwards it holds all of it, or what it held before, whatever interrupts.
+
+    ``content`` is the bytes, or a function that writes them into the open binary file it is given. The bytes go to a
+    temporary file of the same directory, reach the disk (fsync), take the name (``os.replace``), and the directory
+    reaches the disk. On any failure, Ctrl-C included, the temporary file is removed. A full disk, a read-only place and
+    other I/O errors are raised as StorageError.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "xb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # torch.save hides the OSError of a full disk behind a RuntimeError about file positions.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError) and not isinstance(cause, StorageError):
+            raise StorageError(f"{path}: could not be written: {reason(cause)}") from error
+        raise
+
+
+def make_directory(path: Path) -> None:
+    """Creates ``path`` and its parents where they are not there; StorageError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise StorageError(f"{path}: expected a directory, got a file in its place or above it") from None
+    except OSError as error:
+        raise StorageError(f"{path}: the directory could not be created: {reason(error)}") from error
+
+
+def require_space(path: Path, needed: int) -> None:
+    """StorageError when the disk that holds (or will hold) ``path`` has fewer than ``needed`` bytes free."""
+    place = path
+    while not os.path.isdir(place):
+        if place == place.parent:
+            return
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise StorageError(f"{path}: expected {megabytes(needed)} of free disk space, got {megabytes(free)}")
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds the directory for one writer; a second one, of this or of another process, gets a StorageError at once.
+
+    The lock is the kernel's (``flock``): it ends with the process that holds it, so that a killed run leaves nothing
+    to clean up. The lock file itself stays; it says which process held the directory last.
+    """
+    try:
+        descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise StorageError(f"{directory}: cannot be written to: {reason(error)}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+            raise StorageError(
+                f"{directory}: another process is writing here (process {holder}); wait for it, or end it"
+            ) from None
+        except OSError as error:
+            raise StorageError(f"{directory}: could not be locked: {reason(error)}") from error
+        # The number is only for the message above: a disk too full to hold it must not stop a resumable run here.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sweep(directory: Path) -> None:
+    """Removes the temporary files that a killed ``atomic_write`` left; call it only with the directory locked."""
+    for leftover in directory.glob(f".*{_TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def reason(error: OSError) -> str:
+    """The operating system's words, without the number and the path."""
+    return error.strerror or str(error)
+
+
+def megabytes(size: int) -> str:
+    """``1234567`` -> ``"1.2 MB"``."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no fsync of directories
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The latent cache: samples of the teacher for few prompts, the data of image-free distillation (arXiv 2504.02011)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
+from fastdistill.data.manifest import Manifest, TensorSpec
+from fastdistill.data.shards import RowWriter, load_rows
+from fastdistill.errors import InputError, StorageError
+
+KIND = "latent_cache"
+
+
+@dataclass(frozen=True, eq=False)
+class LatentCache:
+    """D = {(x^n, c^n)}: ``latents`` [N, *S] in the model's own scale, ``prompt_index`` [N] int64 rows of a prompt bank.
+
+    ``fingerprint`` says what made it. InputError when the two do not belong together.
+    """
+
+    latents: Tensor
+    prompt_index: Tensor
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.latents.ndim < 2 or not self.latents.dtype.is_floating_point:
+            got = f"{self.latents.dtype} {tuple(self.latents.shape)}"
+            raise InputError.of("latents", "a floating-point tensor [N, ...]", got)
+        _check_prompt_index(self.prompt_index, len(self.latents))
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        expect: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        verify: bool = True,
+    ) -> LatentCache:
+        """The cache of a directory, its latents as ``dtype`` (None: as stored).
+
+        ``expect`` holds fields of the fingerprint that must have these values, such as ``{"teacher": sha256}``: a cache
+        made by another teacher is refused with both values (StorageError), before its latents are read. So are
+        directories that are not there or unfinished and shards that are missing or damaged (named);
+        ``verify=False`` skips the checksums.
+        """
+
+        wanted = plain(expect or {}, "expect")
+
+        def as_expected(manifest: Manifest) -> None:
+            found = manifest.fingerprint
+            changed = differences(wanted, {key: found[key] for key in wanted if key in found})
+            if changed:
+                raise StorageError(
+                    f"{path}: this cache was made differently ({'; '.join(changed)}); make one in an empty directory"
+                )
+
+        manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=as_expected)
+        return cls(rows["latents"], rows["prompt_index"], manifest.fingerprint)
+
+    def check_prompts(self, prompts: int) -> None:
+        """InputError unless every row points at one of ``prompts`` prompts (``len`` of the prompt bank)."""
+        last = int(self.prompt_index.max())
+        if last >= prompts:
+            raise InputError.of("prompt_index", f"rows of a bank of {prompts} prompts", f"row {last}")
+
+
+def generate_latent_cache(
+    path: str | Path,
+    generate: Callable[[Tensor, Tensor], Tensor],
+    prompt_index: Tensor,
+    row_shape: Sequence[int],
+    dtype: torch.dtype,
+    fingerprint: Mapping[str, Any],
+    *,
+    rows_per_shard: int = 1024,
+    batch: int = 64,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Writes a cache of N = len(prompt_index) latents to the directory ``path``, or goes on with one left unfinished.
+
+    ``generate(rows, prompt_index[rows])``, both int64 [b] on the CPU and b <= batch, returns latents [b, *row_shape]
+    on any device, stored as ``dtype``. Latent n must depend on n and its prompt alone (``initial_noise`` of
+    ``diffusion.sampler`` is made for it): batches start anew at each shard, so an interrupted run, resumed with the
+    same ``batch``, ends with the same bits; another ``batch`` may change their rounding only.
+    ``fingerprint`` must hold everything else that decides the values (hash of the teacher's weights, sampler settings,
+    hash of the prompts, seed); a hash of ``prompt_index`` is added to it. ``progress(rows done, N)`` is called at
+    the start and after each batch.
+
+    Errors: those of RowWriter, before anything is written; InputError when ``generate`` returns another shape or a
+    value that is not finite as ``dtype``; StorageError for a full disk. What was finished by then stays and is
+    continued by the next call.
+    """
+    rows = len(prompt_index) if prompt_index.ndim else 0
+    _check_prompt_index(prompt_index, rows)
+    if batch < 1:
+        raise InputError.of("batch", "at least 1", batch)
+    if not dtype.is_floating_point:
+        raise InputError.of("dtype", "a floating-point type", dtype)
+    prompt_index = prompt_index.cpu()
+    report = progress or (lambda done, total: None)
+    shape = tuple(row_shape)
+    with RowWriter(
+        path,
+        kind=KIND,
+        fingerprint={**fingerprint, "prompt_index": sha256_of_tensors({"prompt_index": prompt_index})},
+        rows=rows,
+        tensors={"latents": TensorSpec(shape, dtype), "prompt_index": TensorSpec((), torch.int64)},
+        rows_per_shard=rows_per_shard,
+    ) as writer:
+        report(writer.rows_done, rows)
+        for span in writer.missing:
+            done = writer.rows_done
+            latents = torch.empty((span.stop - span.start, *shape), dtype=dtype)
+            for start in range(span.start, span.stop, batch):
+                numbers = torch.arange(start, min(start + batch, span.stop))
+                with torch.no_grad():
+                    made = generate(numbers, prompt_index[numbers])
+                latents[start - span.start :][: len(numbers)] = _checked(made, shape, dtype, numbers)
+                if start + len(numbers) < span.stop:
+                    report(done + start + len(numbers) - span.start, rows)
+            writer.write(span, {"latents": latents, "prompt_index": prompt_index[span.start : span.stop]})
+            report(writer.rows_done, rows)
+
+
+def _check_prompt_index(prompt_index: Tensor, rows: int) -> None:
+    if prompt_index.dtype != torch.int64 or tuple(prompt_index.shape) != (rows,) or rows == 0:
+        got = f"{prompt_index.dtype} {tuple(prompt_index.shape)}"
+        raise InputError.of("prompt_index", f"torch.int64 ({rows or 'N'},), at least one row", got)
+    if int(prompt_index.min()) < 0:
+        raise InputError.of("prompt_index", "rows of the prompt bank, from 0", int(prompt_index.min()))
+
+
+def _checked(made: Tensor, shape: tuple[int, ...], dtype: torch.dtype, numbers: Tensor) -> Tensor:
+    wanted = (len(numbers), *shape)
+    if tuple(made.shape) != wanted:
+        raise InputError.of("generate(rows, prompt_index)", f"latents of shape {wanted}", tuple(made.shape))
+    made = made.to("cpu", dtype)
+    finite = torch.isfinite(made).flatten(1).all(1)
+    if not finite.all():
+        row = int(numbers[~finite][0])
+        raise InputError.of(
+            "generate(rows, prompt_index)", f"latents that are finite as {dtype}", f"row {row} with others"
+        )
+    return made

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain diffusion training, without a teacher: how a teacher itself is made (Ho, Jain, Abbeel 2020, arXiv 2006.11239, eq. 14)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.distill.objective import Setting, cast_inputs, predict
+from fastdistill.ops import empty_draw, noise_gather
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """mean over samples of min(1 / abar(t), weight_limit) |target - S(x_t, c, t)|^2.
+
+    In terms of the clean sample the weight 1 / abar is what the plain loss leaves out at large t, where the prompt
+    decides; the limit 1 gives the plain loss. ``null_probability`` of the prompts are null, for guidance.
+    """
+
+    weight_limit: float = 1.0
+    null_probability: float = 0.1
+
+    def bind(self, setting: Setting) -> BoundDenoising:
+        return BoundDenoising(self, setting)
+
+    def describe(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+class BoundDenoising:
+    metric_names = ("loss",)
+    trained: Sequence[nn.Module] = ()
+
+    def __init__(self, config: Denoising, setting: Setting) -> None:
+        device = setting.device
+        schedule = setting.schedule
+        self._model = setting.student
+        self._null_probability = config.null_probability
+        self._banks = setting.latents, setting.latent_prompts, setting.prompts
+        coefficients = schedule.coefficients(setting.prediction_type).to(device)
+        self._tables = coefficients, torch.zeros(len(schedule), dtype=torch.int64, device=device)
+        self._weights = schedule.alphas_cumprod.reciprocal().clamp(max=config.weight_limit).float().to(device)
+        self._out = empty_draw(setting.latents, setting.prompts, setting.batch, target=True)
+
+    def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
+        draw = noise_gather(
+            *self._banks,
+            *self._tables,
+            counter,
+            out=self._out,
+            null_index=len(self._banks[2]) - 1,
+            null_probability=self._null_probability,
+        )
+        x_t, prompt = cast_inputs(self._model, draw.x_t, draw.prompt)
+        output = predict(self._model, x_t, draw.timestep, prompt)
+        each = (output.float() - draw.target.float()).square().flatten(1).mean(1)
+        loss = (each * self._weights[draw.timestep]).mean()
+        return loss, [loss.detach()]

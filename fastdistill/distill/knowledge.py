@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Knowledge distillation of outputs and features (BK-SDM, arXiv 2305.15798; arXiv 2504.02011, eq. for L_out and L_feat).
+
+    L = w_out |T(x_t, c, t) - S(x_t, c, t)|^2 + w_feat sum_l |f_T^l - f_S^l|^2 + w_task |target - S(x_t, c, t)|^2
+
+Each square is a mean over the elements of its tensor; features are summed over taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.distill.objective import Setting, cast_inputs, predict
+from fastdistill.errors import InputError
+from fastdistill.models.adapters import Adapters
+from fastdistill.models.taps import Taps, channels
+from fastdistill.ops import Draw, feature_match
+from fastdistill.ops.noise_gather import RANDOM
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the three losses; 0 leaves one out, and with it what only it needs."""
+
+    output: float = 1.0
+    feature: float = 1.0
+    task: float = 0.0
+
+
+class Knowledge:
+    """Teacher and student side by side on one draw.
+
+    ``taps`` pairs (teacher module, student module). Where their channels differ, a 1x1 adapter projects the student's
+    feature; adapters are trained with the student (``trained``) and belong to no export.
+    """
+
+    metric_names = ("loss", "output", "feature", "task")
+
+    def __init__(
+        self,
+        setting: Setting,
+        taps: Sequence[tuple[str, str]],
+        weights: Weights,
+        feature_distance: Literal["mse", "normalized_mse"],
+        adapter_seed: int = 0,
+    ) -> None:
+        if not (weights.output or weights.feature or weights.task):
+            raise InputError.of("weights", "at least one loss with a weight above 0", weights)
+        if weights.feature and not taps:
+            raise InputError.of("taps", "pairs (teacher module, student module) for the feature loss", "none")
+        self.teacher, self.student = setting.teacher, setting.student
+        self.weights, self.feature_distance = weights, feature_distance
+        self.trained: tuple[nn.Module, ...] = ()
+        self._zero = torch.zeros((), device=setting.device)
+        self._gradients: list[Tensor] | None = None  # buffers that every step writes into
+        self._taps: tuple[Taps, Taps] | None = None
+        self._checked = False
+        if weights.feature:
+            self._taps = Taps(self.teacher, [t for t, _ in taps]), Taps(self.student, [s for _, s in taps])
+            self.adapters = self._make_adapters(setting, taps, adapter_seed)
+            self.trained = (self.adapters,)
+
+    def _make_adapters(self, setting: Setting, taps: Sequence[tuple[str, str]], seed: int) -> Adapters:
+        assert self._taps is not None
+        shapes = []
+        for model, tapped in zip((self.teacher, self.student), self._taps, strict=True):
+            x, prompt = cast_inputs(model, setting.latents[:1], setting.prompts[:1])
+            time = torch.zeros(1, dtype=torch.int64)
+            shapes.append(tapped.shapes(x, time, encoder_hidden_states=prompt))
+        for (teacher_name, student_name), theirs, own in zip(taps, *shapes, strict=True):
+            fits = len(theirs) == len(own) and theirs[2:] == own[2:] if len(own) == 4 else len(theirs) == len(own)
+            if not fits:
+                rule = f"the size of the teacher's {teacher_name} {theirs}"
+                raise InputError.of(f"student tap {student_name}", rule, own)
+        pairs = [(channels(own), channels(theirs)) for theirs, own in zip(*shapes, strict=True)]
+        return Adapters(pairs, seed=seed).to(setting.device)
+
+    def __call__(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its parts ``metric_names`` (unweighted, but the first)."""
+        target, theirs = self._teacher(draw) if self.weights.output or self.weights.feature else (None, [])
+        x_t, prompt = cast_inputs(self.student, draw.x_t, draw.prompt)
+        output = predict(self.student, x_t, draw.timestep, prompt)
+        parts = dict.fromkeys(("output", "feature", "task"), self._zero)
+        if self.weights.output:
+            assert target is not None
+            parts["output"] = feature_match([output], [target]).loss
+        if self.weights.feature:
+            parts["feature"] = self._feature_loss(theirs)
+        if self.weights.task:
+            parts["task"] = _task_loss(output, draw)
+        loss = sum((getattr(self.weights, name) * part for name, part in parts.items()), self._zero)
+        return loss, [loss.detach(), *(part.detach() for part in parts.values())]
+
+    @torch.no_grad()
+    def _teacher(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
+        x_t, prompt = cast_inputs(self.teacher, draw.x_t, draw.prompt)
+        output = predict(self.teacher, x_t, draw.timestep, prompt)
+        return output, self._taps[0].features() if self._taps else []
+
+    def _feature_loss(self, theirs: list[Tensor]) -> Tensor:
+        assert self._taps is not None
+        own = self._taps[1].features()
+        if not self._checked:
+            self._taps[1].check_gradients(own)
+            self._checked = True
+        own = self.adapters(own)
+        if self._gradients is None or any(
+            g.shape != s.shape or g.stride() != s.stride() for g, s in zip(self._gradients, own, strict=True)
+        ):
+            self._gradients = [torch.empty_like(s, requires_grad=False) for s in own]
+        return feature_match(own, theirs, distance=self.feature_distance, grads=self._gradients).loss
+
+
+def _task_loss(output: Tensor, draw: Draw) -> Tensor:
+    """Mean over the batch of each sample's mean square error against the draw's own target.
+
+    Samples whose prompt was replaced by another one weigh 0: their latent is not a sample of that prompt.
+    """
+    each = (output.float() - draw.target.float()).square().flatten(1).mean(1)
+    return (each * (draw.choice != RANDOM)).mean()

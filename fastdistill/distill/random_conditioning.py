@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random conditioning: image-free distillation from few latents and many prompts (arXiv 2504.02011).
+
+A latent made for one prompt is noised and shown with another one, drawn from the whole pool with probability p(t): at
+large t the noised latent says little about its prompt, so the teacher's answer for the other prompt is a lesson too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.fingerprint import sha256_of_tensors
+from fastdistill.diffusion.conditioning import replacement_probability, thresholds
+from fastdistill.distill.knowledge import Knowledge, Weights
+from fastdistill.distill.objective import Setting
+from fastdistill.ops import empty_draw, noise_gather
+
+
+@dataclass(frozen=True)
+class RandomConditioning:
+    """The objective's settings; the defaults are the paper's.
+
+    probability: name of p(t) (``fastdistill.diffusion.conditioning``) or a function of t/T; its ``parameters`` by name.
+        ``"const"`` with ``{"value": 0.0}`` is plain distillation on the latents' own prompts.
+    null_probability: how often the null prompt replaces whichever was chosen.
+    weights: of output, feature and task loss. feature_distance: the plain mean square or each tap's normalized by the
+        teacher feature's. taps: pairs (teacher module, student module), as ``make_student`` returns them.
+    """
+
+    probability: str | Callable[[float], float] = "exp"
+    parameters: dict[str, float] = field(default_factory=dict)
+    null_probability: float = 0.1
+    weights: Weights = Weights()
+    feature_distance: Literal["mse", "normalized_mse"] = "mse"
+    taps: tuple[tuple[str, str], ...] = ()
+    with_replacement: bool = False
+
+    def p(self, T: int) -> Tensor:
+        """[T] float64: the probability of a random prompt at each timestep."""
+        return replacement_probability(self.probability, T, **self.parameters)
+
+    def bind(self, setting: Setting) -> BoundRandomConditioning:
+        return BoundRandomConditioning(self, setting)
+
+    def describe(self) -> dict[str, object]:
+        if isinstance(self.probability, str):
+            return dataclasses.asdict(self)
+        table = sha256_of_tensors({"p": self.p(1000)})
+        return dataclasses.asdict(dataclasses.replace(self, probability=f"function with table {table}"))
+
+
+class BoundRandomConditioning:
+    """Draws a batch by counter and compares teacher and student on it."""
+
+    def __init__(self, config: RandomConditioning, setting: Setting) -> None:
+        self._knowledge = Knowledge(setting, config.taps, config.weights, config.feature_distance)
+        self.metric_names = self._knowledge.metric_names
+        self.trained: tuple[nn.Module, ...] = self._knowledge.trained
+        coefficients = setting.schedule.coefficients(setting.prediction_type)
+        replace = thresholds(config.p(len(setting.schedule)))
+        self._tables = coefficients.to(setting.device), replace.to(setting.device)
+        self._banks = setting.latents, setting.latent_prompts, setting.prompts
+        self._out = empty_draw(setting.latents, setting.prompts, setting.batch, target=config.weights.task > 0)
+        self._options = {
+            "null_index": len(setting.prompts) - 1,
+            "null_probability": config.null_probability,
+            "with_replacement": config.with_replacement,
+        }
+
+    def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with torch.no_grad():
+            draw = noise_gather(*self._banks, *self._tables, counter, out=self._out, **self._options)
+        return self._knowledge(draw)

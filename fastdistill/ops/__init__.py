@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused ops, each usable alone; ``fastdistill doctor`` prints this index with the kernels of each.
+
+==================  ==============================================================================================
+``feature_match``   sum_l weight_l * distance(student_l, teacher_l) over all taps, loss and gradient in one pass
+``noise_gather``    a batch of noised latents, timesteps and paired, random or null prompts from banks, by counter
+==================  ==============================================================================================
+"""
+
+from fastdistill.ops._dispatch import OPS, used, use
+from fastdistill.ops.feature_match import FeatureMatch, feature_match
+from fastdistill.ops.noise_gather import Draw, empty_draw, noise_gather
+
+__all__ = ["OPS", "Draw", "FeatureMatch", "empty_draw", "feature_match", "noise_gather", "use", "used"]

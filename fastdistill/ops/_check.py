@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules that ops check before anything is launched, each with one wording."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistill.errors import InputError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, argument: str, rule: object, value: object) -> None:
+    """Raise ``InputError`` "argument: expected rule, got value" unless the condition holds."""
+    if not condition:
+        raise InputError.of(argument, rule, value)
+
+
+def shape(tensor: Tensor, argument: str, expected: tuple[int | None, ...], meaning: str) -> None:
+    """The tensor has this shape (None: any size); ``meaning`` says in words what it must be."""
+    fits = tensor.dim() == len(expected) and all(e in (None, g) for e, g in zip(expected, tensor.shape, strict=True))
+    require(fits, argument, meaning, tuple(tensor.shape))
+
+
+def dtype(tensor: Tensor, argument: str, *allowed: torch.dtype) -> None:
+    """The tensor has one of these dtypes."""
+    names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+    require(tensor.dtype in allowed, argument, f"dtype {names}", str(tensor.dtype).removeprefix("torch."))
+
+
+def device(tensor: Tensor, argument: str, expected: torch.device, of: str) -> None:
+    """The tensor lives on the device of another argument."""
+    require(tensor.device == expected, argument, f"the device of {of} ({expected})", tensor.device)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One mechanism for every op: a schema, a reference, and kernels per device in order of preference.
+
+An op writes into tensors that its caller gives it (``Tensor(a!)`` arguments, nothing returned), so that a step can reuse its
+buffers; the public function beside each op allocates them when the caller brings none. Kernels are only ever reached through the
+dispatcher: under a fake tensor a raw pointer is 0 and would kill the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastdistill.errors import InputError, KernelError
+
+REFERENCE = "reference"
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastdistill_kernel", default=None)
+
+
+@contextlib.contextmanager
+def use(kernel: str | None) -> Iterator[None]:
+    """Force one kernel inside the block: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None restores the automatic choice.
+
+    Raises:
+        KernelError: when an op is called that has no such kernel for the device, or whose kernel refuses the call; with its reason.
+    """
+    names = sorted({name for op in OPS.values() for name in op.kernel_names()})
+    if kernel is not None and kernel not in names:
+        raise InputError.of("kernel", f"one of {', '.join(names)}", repr(kernel))
+    token = _forced.set(kernel)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _never(*args: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op on one device type.
+
+    ``launch`` has the op's schema. ``available`` says why this installation cannot run it at all, ``refuse`` why not this call;
+    both return None when all is well.
+    """
+
+    name: str
+    device: str
+    launch: Callable[..., None]
+    available: Callable[[], str | None]
+    refuse: Callable[..., str | None] = _never
+
+
+@dataclass
+class Op:
+    name: str
+    summary: str
+    reference: Callable[..., None]
+    kernels: Sequence[Kernel]
+    calls: Counter[str] = field(default_factory=Counter)
+
+    def kernel_names(self) -> list[str]:
+        return [*dict.fromkeys(k.name for k in self.kernels), REFERENCE]
+
+    def choose(self, device: str, *args: Any) -> tuple[str, Callable[..., None]]:
+        """The kernel that runs this call: the first on this device that does not refuse it, else the reference."""
+        forced = _forced.get()
+        if forced == REFERENCE:
+            return REFERENCE, self.reference
+        reason = f"it has none for {device}"
+        for kernel in self.kernels:
+            if kernel.device != device or forced not in (None, kernel.name):
+                continue
+            refusal = kernel.available() or kernel.refuse(*args)
+            if refusal is None:
+                return kernel.name, kernel.launch
+            reason = refusal
+        if forced is not None:
+            raise KernelError(f"{self.name}: kernel {forced!r} cannot run this call on {device}: {reason}")
+        return REFERENCE, self.reference
+
+    def run(self, device: str, *args: Any) -> None:
+        name, launch = self.choose(device, *args)
+        self.calls[name] += 1
+        launch(*args)
+
+    def table(self) -> list[dict[str, str | None]]:
+        """One row a kernel: name, device and the reason why it cannot run in this installation (None: it can)."""
+        rows = [{"kernel": k.name, "device": k.device, "reason": k.available()} for k in self.kernels]
+        return [*rows, {"kernel": REFERENCE, "device": "any", "reason": None}]
+
+
+OPS: dict[str, Op] = {}
+
+
+def used() -> dict[str, list[str]]:
+    """The kernels that each op has run with in this process, the most used first: ``{"feature_match": ["cpp"], ...}``."""
+    return {name: [kernel for kernel, _ in op.calls.most_common()] for name, op in OPS.items() if op.calls}
+
+
+def register(
+    name: str, schema: str, *, summary: str, reference: Callable[..., None], kernels: Sequence[Kernel] = ()
+) -> Callable[..., None]:
+    """Define ``fastdistill::<name>`` and return its callable.
+
+    Args:
+        schema: the argument list in torch's schema language; outputs are mutable arguments, nothing is returned.
+        summary: the formula in one line, shown by ``fastdistill doctor``.
+        reference: the eager specification, run wherever no kernel takes the call.
+        kernels: best first; those of a device that refuse a call pass it to the next.
+    """
+    op = OPS[name] = Op(name, summary, reference, kernels)
+    qualified = f"fastdistill::{name}"
+    torch.library.define(qualified, f"{schema} -> ()")
+    torch.library.register_fake(qualified, _never)  # outputs are the caller's: there is nothing to infer
+    torch.library.impl(qualified, "default", reference)
+    for device in ("cpu", "cuda"):
+        torch.library.impl(qualified, device, functools.partial(op.run, device))
+    return getattr(torch.ops.fastdistill, name).default

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled extensions, loaded once; without them the ops run on their references and say why."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # fd::Dtype of csrc/common.h
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(f"fastdistill.{name}"), None
+    except ModuleNotFoundError:
+        return None, f"the extension fastdistill.{name} was not built"
+    except ImportError as error:
+        return None, f"the extension fastdistill.{name} does not load: {error}"
+
+
+def cpu() -> ModuleType:
+    """The C++ kernels; call only where ``cpu_reason`` is None."""
+    module = _load("_cpu")[0]
+    assert module is not None
+    return module
+
+
+def cpu_reason() -> str | None:
+    """Why the C++ kernels cannot run in this installation, or None."""
+    reason = _load("_cpu")[1]
+    return reason and f"{reason} (no C++ compiler when it was installed?)"
+
+
+def cuda_reason() -> str | None:
+    """Why the CUDA kernels cannot run in this installation, or None."""
+    reason = _load("_cuda")[1]
+    return reason and f"{reason} (no nvcc when it was installed?)"
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, without gaps or overlaps, in any order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The feature loss of all taps of a step in one launch, its gradient in the same pass.
+
+    loss = sum_l weight_l * distance(student_l, teacher_l)
+
+Random Conditioning (arXiv 2504.02011) and BK-SDM (arXiv 2305.15798) use the plain mean square with all weights 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdistill.errors import InputError
+from fastdistill.ops import _check, _native
+from fastdistill.ops._dispatch import Kernel, register
+from fastdistill.ops.feature_match import cpp, reference
+from fastdistill.ops.feature_match.reference import DISTANCES
+
+_feature_match = register(
+    "feature_match",
+    "(Tensor[] student, Tensor[] teacher, Tensor weights, Tensor grad_scale, int distance, float eps,"
+    " Tensor(a!) loss, Tensor(b!) taps, Tensor(c!)[] grads)",
+    summary="sum_l weight_l * mean((student_l - teacher_l)^2), loss and gradient in one pass",
+    reference=reference.feature_match,
+    kernels=[Kernel("cpp", "cpu", cpp.feature_match, _native.cpu_reason, cpp.refuse)],
+)
+_scale_gradients = register(
+    "scale_gradients",
+    "(Tensor(a!)[] grads, Tensor factor)",
+    summary="gradients times a device scalar, in place; no work when it is 1",
+    reference=reference.scale_gradients,
+    kernels=[Kernel("cpp", "cpu", cpp.scale_gradients, _native.cpu_reason, cpp.refuse_scale)],
+)
+
+
+class FeatureMatch(NamedTuple):
+    """``loss``: 0-dim float32, differentiable with respect to the student. ``taps``: [L] float32, unweighted, for logging."""
+
+    loss: Tensor
+    taps: Tensor
+
+
+def feature_match(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    weights: Sequence[float] | Tensor | None = None,
+    distance: str = "mse",
+    grad_scale: Tensor | None = None,
+    eps: float = 1e-6,
+    grads: Sequence[Tensor] | None = None,
+) -> FeatureMatch:
+    """Match a student's features to a frozen teacher's over all taps at once.
+
+    Args:
+        student: L tensors of any shape, float32, bfloat16 or float16, any dense layout.
+        teacher: L tensors of the same shapes on the same device, without gradient; dtypes may differ from the student's.
+        weights: L floats, or a float32 tensor [L] on the device (None: all 1; pass a tensor inside a CUDA graph).
+        distance: ``"mse"``, mean((s - t)^2), or ``"normalized_mse"``, the same over mean(t^2) + eps, so that no tap swamps the rest.
+        grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before ``backward``. The
+            gradient is stored already multiplied by it, so that float16 gradients do not underflow. None: 1.
+        grads: L buffers like ``student`` to write the gradient into, so that a training step can reuse them; they are handed to
+            autograd by ``backward``. None: fresh ones.
+
+    Returns:
+        ``FeatureMatch(loss, taps)``; float32 accumulation, the same bits on every run and for any number of threads.
+
+    Raises:
+        InputError: mismatched counts, shapes, devices or dtypes, or a teacher that requires gradient.
+    """
+    student, teacher = list(student), list(teacher)
+    weights, grad_scale = _checked(student, teacher, weights, distance, grad_scale, grads)
+    if student and torch.is_grad_enabled() and any(s.requires_grad for s in student):
+        buffers = list(grads) if grads is not None else None
+        loss, taps = _FeatureMatch.apply(len(student), buffers, weights, grad_scale, distance, eps, *student, *teacher)
+        return FeatureMatch(loss, taps)
+    return FeatureMatch(*_launch(student, teacher, weights, grad_scale, distance, eps, []))
+
+
+def _checked(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: Sequence[float] | Tensor | None,
+    distance: str,
+    grad_scale: Tensor | None,
+    grads: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    require = _check.require
+    require(len(student) > 0, "student", "at least one tap", "none")
+    require(len(teacher) == len(student), "teacher", f"as many taps as student ({len(student)})", len(teacher))
+    require(distance in DISTANCES, "distance", f"one of {', '.join(DISTANCES)}", repr(distance))
+    device = student[0].device
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        _check.dtype(s, f"student[{i}]", *_check.FLOATS)
+        _check.dtype(t, f"teacher[{i}]", *_check.FLOATS)
+        require(t.shape == s.shape, f"teacher[{i}]", f"the shape of student[{i}] {tuple(s.shape)}", tuple(t.shape))
+        _check.device(s, f"student[{i}]", device, "student[0]")
+        _check.device(t, f"teacher[{i}]", device, "student[0]")
+        require(
+            not t.requires_grad,
+            f"teacher[{i}]",
+            "a tensor without gradient (run the teacher under no_grad)",
+            "requires_grad=True",
+        )
+    if grads is not None:
+        require(len(grads) == len(student), "grads", f"as many buffers as student ({len(student)})", len(grads))
+        for i, (g, s) in enumerate(zip(grads, student, strict=True)):
+            fits = (g.shape, g.dtype, g.device) == (s.shape, s.dtype, s.device)
+            require(
+                fits,
+                f"grads[{i}]",
+                f"a buffer like student[{i}] {tuple(s.shape)} {s.dtype}",
+                f"{tuple(g.shape)} {g.dtype}",
+            )
+    if weights is None:
+        weights = torch.ones(len(student), device=device)
+    elif not isinstance(weights, Tensor):
+        weights = torch.tensor(list(weights), dtype=torch.float32, device=device)
+    _check.shape(weights, "weights", (len(student),), f"one weight a tap ({len(student)},)")
+    _check.dtype(weights, "weights", torch.float32)
+    _check.device(weights, "weights", device, "student[0]")
+    if grad_scale is None:
+        grad_scale = torch.ones((), device=device)
+    _check.shape(grad_scale, "grad_scale", (), "a 0-dim tensor")
+    _check.dtype(grad_scale, "grad_scale", torch.float32)
+    _check.device(grad_scale, "grad_scale", device, "student[0]")
+    return weights, grad_scale
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor itself where its memory has no gaps and no overlap (whatever the order of its dimensions), else a dense copy."""
+    if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
+        return tensor
+    twin = torch.empty_like(tensor, device="meta")  # takes over the strides of a dense tensor, and only of one
+    return tensor if twin.stride() == tensor.stride() else _laid_out_like(twin, tensor)
+
+
+def _laid_out_like(layout: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` with the strides of ``layout``."""
+    return torch.empty_strided(layout.shape, layout.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _launch(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    weights: Tensor,
+    grad_scale: Tensor,
+    distance: str,
+    eps: float,
+    grads: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Bring each tap's tensors to one dense layout (the student's), so that kernels see flat memory, and run the op."""
+    student = [_dense(s.detach()) for s in student]
+    teacher = [t if t.stride() == s.stride() else _laid_out_like(s, t) for s, t in zip(student, teacher, strict=True)]
+    loss, taps = weights.new_empty(()), weights.new_empty(len(student))
+    _feature_match(student, teacher, weights, grad_scale, DISTANCES[distance], eps, loss, taps, grads)
+    return loss, taps
+
+
+class _FeatureMatch(torch.autograd.Function):
+    """The gradient is made in the forward; the backward hands it on, times what the loss was multiplied by since."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        count: int,
+        grads: list[Tensor] | None,
+        weights: Tensor,
+        grad_scale: Tensor,
+        distance: str,
+        eps: float,
+        *features: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        student, teacher = list(features[:count]), list(features[count:])
+        student = [_dense(s.detach()) for s in student]
+        if grads is None:
+            grads = [torch.empty_like(s) for s in student]
+        else:
+            for i, (g, s) in enumerate(zip(grads, student, strict=True)):
+                _check.require(
+                    g.stride() == s.stride(), f"grads[{i}]", f"the strides of student[{i}] {s.stride()}", g.stride()
+                )
+        loss, taps = _launch(student, teacher, weights, grad_scale, distance, eps, grads)
+        ctx.count, ctx.grads, ctx.grad_scale = count, grads, grad_scale
+        ctx.mark_non_differentiable(taps)
+        return loss, taps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+        if ctx.grads is None:
+            raise RuntimeError(
+                "feature_match: backward ran a second time, after the first took its gradient buffers: use retain_graph=True"
+            )
+        factor = grad_loss.float() / ctx.grad_scale
+        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+            # Compiled, the product fuses with whatever consumes it; with the graph kept, another backward will want the buffers.
+            grads = [(g.float() * factor).to(g.dtype) for g in ctx.grads]
+        else:
+            grads, ctx.grads = ctx.grads, None
+            _scale_gradients(grads, factor)
+        return (None,) * 6 + (*grads, *[None] * ctx.count)

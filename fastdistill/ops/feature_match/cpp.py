@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feature matching in C++: ``csrc/feature_match/cpu.cpp``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops import _native
+
+
+def feature_match(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weights: Tensor,
+    grad_scale: Tensor,
+    distance: int,
+    eps: float,
+    loss: Tensor,
+    taps: Tensor,
+    grads: Sequence[Tensor],
+) -> None:
+    """One parallel loop over all taps; arguments as the reference's."""
+    _native.cpu().feature_match(
+        [s.data_ptr() for s in student],
+        [t.data_ptr() for t in teacher],
+        [g.data_ptr() for g in grads],
+        [s.numel() for s in student],
+        [_native.DTYPES[s.dtype] for s in student],
+        [_native.DTYPES[t.dtype] for t in teacher],
+        weights.data_ptr(), grad_scale.data_ptr(), distance, eps, loss.data_ptr(), taps.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def refuse(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weights: Tensor,
+    grad_scale: Tensor,
+    distance: int,
+    eps: float,
+    loss: Tensor,
+    taps: Tensor,
+    grads: Sequence[Tensor],
+) -> str | None:
+    """Flat memory is what the kernel walks: every tensor of a tap must be dense and laid out like the others."""
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        if s.stride() != t.stride() or (grads and grads[i].stride() != s.stride()):
+            return f"student[{i}], teacher[{i}] and its gradient have different strides"
+        if not _native.is_dense(s):
+            return f"student[{i}] has gaps or overlaps in memory (strides {s.stride()})"
+    if not (weights.is_contiguous() and taps.is_contiguous()):
+        return "weights and taps must be contiguous"
+    return None
+
+
+def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
+    """In place; nothing is touched where the factor is 1."""
+    _native.cpu().scale_gradients(
+        [g.data_ptr() for g in grads],
+        [g.numel() for g in grads],
+        [_native.DTYPES[g.dtype] for g in grads],
+        factor.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def refuse_scale(grads: Sequence[Tensor], factor: Tensor) -> str | None:
+    """The kernel walks flat memory."""
+    for i, g in enumerate(grads):
+        if not _native.is_dense(g):
+            return f"grads[{i}] has gaps or overlaps in memory (strides {g.stride()})"
+    return None

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feature matching in eager torch: the specification of the op's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MSE, NORMALIZED_MSE = range(2)
+DISTANCES = {"mse": MSE, "normalized_mse": NORMALIZED_MSE}
+
+
+def distance_and_gradient(student: Tensor, teacher: Tensor, distance: int, eps: float) -> tuple[Tensor, Tensor]:
+    """One tap's distance (0-dim) and its gradient with respect to the student, in the dtype of the arguments.
+
+    mse: mean((s - t)^2).  normalized_mse: mean((s - t)^2) / (mean(t^2) + eps).
+    """
+    count = max(student.numel(), 1)  # an empty tap has distance 0
+    difference = student - teacher
+    scale = 1.0 / count if distance == MSE else 1.0 / (count * (teacher.square().sum() / count + eps))
+    return difference.square().sum() * scale, difference * (2.0 * scale)
+
+
+def feature_match(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    weights: Tensor,
+    grad_scale: Tensor,
+    distance: int,
+    eps: float,
+    loss: Tensor,
+    taps: Tensor,
+    grads: Sequence[Tensor],
+) -> None:
+    """Fill ``loss`` and ``taps``, and ``grads`` where it is not empty; accumulates in float32."""
+    for tap, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        value, gradient = distance_and_gradient(s.float(), t.float(), distance, eps)
+        taps[tap].copy_(value)
+        if grads:
+            grads[tap].copy_(gradient * (grad_scale * weights[tap]))
+    loss.copy_(torch.dot(weights, taps))
+
+
+def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply in place by a device scalar."""
+    for gradient in grads:
+        gradient.mul_(factor)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every model of the task is sampled: the same steps, guidance and noise for teacher and students."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.diffusion.sampler import ddim, initial_noise
+from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.tasks.digits.data import SHAPE
+
+SCHEDULE = NoiseSchedule.cosine()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """DDIM with classifier-free guidance."""
+
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Sampling steps."""
+    guidance_scale: float = 2.5
+    """diffusers' guidance scale: 1 is none."""
+    clip_sample: Annotated[float, Field(gt=0)] = 1.2
+    """Limit of the predicted clean sample; images lie in [-1, 1]."""
+
+    def describe(self) -> dict[str, object]:
+        return asdict(self) | {"sampler": "ddim", "schedule": SCHEDULE.to_config()}
+
+
+def sample(
+    model: nn.Module,
+    bank: PromptBank,
+    prompt: Tensor,
+    rows: Tensor,
+    seed: int,
+    sampling: Sampling,
+    *,
+    batch: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Images [n, 3, 8, 8] float32 on the CPU.
+
+    Args:
+        bank: prompts on the model's device. prompt: [n] int64 rows of it.
+        rows: [n] int64: numbers of the initial noise under ``seed``; image i depends on (seed, rows[i], prompt[i]).
+        progress: called with the number of images done after each batch.
+    """
+    device = next(model.parameters()).device
+    images = []
+    for numbers, wanted in zip(rows.split(batch), prompt.split(batch), strict=True):
+        images.append(
+            ddim(
+                model,
+                initial_noise(seed, numbers.to(device), SHAPE),
+                bank.embeddings[wanted.to(device)],
+                bank.null,
+                SCHEDULE,
+                steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                clip_sample=sampling.clip_sample,
+            ).cpu()
+        )
+        if progress is not None:
+            progress(sum(map(len, images)))
+    return torch.cat(images) if images else torch.empty(0, *SHAPE)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small frozen text encoder: "a red seven" becomes five tokens of 32 numbers, so that a condition is [L, D].
+
+Word embeddings with positions, one residual attention layer in which the words of a prompt mix, a layer norm. Its weights
+are not learned: they are counter-based normals (``fastdistill.ops.philox``), the same on every machine.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.errors import InputError
+from fastdistill.ops import philox
+from fastdistill.tasks.digits.data import COLORS, DIGITS, PROMPTS
+
+LENGTH, WIDTH = 5, 32  # <start> a red seven <end>
+VOCABULARY = ("<pad>", "<start>", "<end>", "a", *COLORS, *DIGITS)
+_SEED = 7
+_MIX = 0.25  # of the attention layer's output into the residual stream
+
+
+@cache
+def _weights() -> tuple[Tensor, ...]:
+    """Embeddings [V, D], positions [L, D], and the attention's four projections [D, D]."""
+
+    def normal(part: int, *shape: int) -> Tensor:
+        seed, step = torch.tensor(_SEED), torch.tensor(part)
+        return philox.normal(seed, step, torch.zeros(1, dtype=torch.int64), shape)[0]
+
+    projections = [normal(2 + i, WIDTH, WIDTH) / WIDTH**0.5 for i in range(4)]
+    return normal(0, len(VOCABULARY), WIDTH), 0.5 * normal(1, LENGTH, WIDTH), *projections
+
+
+def tokenize(text: str) -> list[int]:
+    """Token numbers of a prompt, LENGTH of them; InputError for words that are not in the vocabulary."""
+    words = text.lower().split()
+    for word in words:
+        if word not in VOCABULARY[3:]:
+            near = difflib.get_close_matches(word, VOCABULARY[3:], n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InputError.of("text", f"words of {', '.join(VOCABULARY[3:])}", f"{word!r}{hint}")
+    if len(words) > LENGTH - 2:
+        raise InputError.of("text", f"at most {LENGTH - 2} words", f"{len(words)}: {text!r}")
+    tokens = ["<start>", *words, "<end>"]
+    return [VOCABULARY.index(t) for t in tokens + ["<pad>"] * (LENGTH - len(tokens))]
+
+
+def encode(texts: Sequence[str]) -> Tensor:
+    """Prompts [n] -> [n, LENGTH, WIDTH] float32; the empty text is the null prompt."""
+    embedding, position, to_q, to_k, to_v, to_out = _weights()
+    hidden = embedding[torch.tensor([tokenize(text) for text in texts]).reshape(-1, LENGTH)] + position
+    normed = F.layer_norm(hidden, (WIDTH,))
+    query, key, value = normed @ to_q, normed @ to_k, normed @ to_v
+    mixed = (query @ key.transpose(1, 2) / WIDTH**0.5).softmax(-1) @ value @ to_out
+    return F.layer_norm(hidden + _MIX * mixed, (WIDTH,))
+
+
+def prompt_bank() -> PromptBank:
+    """The 80 prompts in PROMPTS' order, then the null prompt."""
+    return PromptBank.build([p.text for p in PROMPTS], encode)

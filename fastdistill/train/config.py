@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed configuration: plain dataclasses from which command line, YAML and checks derive.
+
+Constraints stand in the annotations (``Annotated[int, Field(gt=0)]``); ``validated`` checks all of them at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from fastdistill.errors import InputError
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a student is trained. The defaults are random conditioning's (arXiv 2504.02011, SD-1.4)."""
+
+    steps: Annotated[int, Field(ge=1)] = 1000
+    """Optimizer steps."""
+    batch: Annotated[int, Field(ge=1)] = 256
+    """Samples a step."""
+    lr: Annotated[float, Field(gt=0)] = 5e-5
+    """Learning rate of AdamW, its peak where it is scheduled."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """What the rate does after the warm-up: stay, or fall to 0 on a cosine at the last step."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the rate rises linearly."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of AdamW's moments."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    """AdamW's decoupled weight decay."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest global norm of the gradient, adapters included."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Decay of the average of the student's weights; it warms up as (1 + step) / (10 + step)."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of every draw (``fastdistill.ops.philox``)."""
+    log_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between two lines of metrics, the only moments at which the device is waited for."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest checkpoints stay."""
+
+
+def validated(config: Config, name: str = "config") -> Config:
+    """The configuration itself, once every rule in its annotations holds.
+
+    Raises:
+        InputError: all that is wrong with it, one line a field.
+    """
+    return from_mapping(type(config), dataclasses.asdict(config), name)  # type: ignore[call-overload]
+
+
+def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "config") -> Config:
+    """A configuration from nested mappings, as YAML holds them; fields that are not named keep their defaults.
+
+    Raises:
+        InputError: unknown fields (near matches named) and broken rules, all at once.
+    """
+    problems = _unknown(kind, values, "")
+    try:
+        config = pydantic.TypeAdapter(kind).validate_python(dict(values))
+    except pydantic.ValidationError as error:
+        problems += [
+            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg'].lower()}, got {e['input']!r}"
+            for e in error.errors()
+            if e["type"] != "unexpected_keyword_argument"
+        ]
+    if problems:
+        plural = "" if len(problems) == 1 else "s"
+        raise InputError(f"{name}: {len(problems)} problem{plural}\n" + "\n".join(f"  {p}" for p in problems))
+    return config
+
+
+def from_yaml(kind: type[Config], path: str | Path) -> Config:
+    """A configuration from a YAML file; see ``from_mapping``."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError.of("config", "a readable YAML file", f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError.of("config", "YAML", f"{path}: {error}") from error
+    if not isinstance(values, dict | None):
+        raise InputError.of(str(path), "a mapping of fields", type(values).__name__)
+    return from_mapping(kind, values or {}, str(path))
+
+
+def to_yaml(config: object) -> str:
+    """A configuration as YAML that ``from_yaml`` reads back."""
+    values = pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _unknown(kind: type, values: Mapping[str, Any], prefix: str) -> list[str]:
+    """Lines for the fields that a (nested) dataclass does not have."""
+    hints = pydantic.TypeAdapter(kind).json_schema()
+    return _unknown_in(hints, hints, values, prefix)
+
+
+def _unknown_in(root: Mapping[str, Any], schema: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> list[str]:
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+    known = schema.get("properties")
+    if known is None:
+        return []
+    lines = []
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else f" (its fields: {', '.join(known)})"
+            lines.append(f"{prefix}{key}: no such field{hint}")
+        elif isinstance(value, Mapping):
+            lines += _unknown_in(root, known[key], value, f"{prefix}{key}.")
+    return lines

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop around a training step: metrics, checkpoints, exact resume, clean stops."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastdistill.data.files import atomic_write, locked, make_directory, reason, sweep
+from fastdistill.errors import FastdistillError, StorageError
+from fastdistill.train import checkpoint
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.step import TrainStep
+
+Metrics = dict[str, float]
+Progress = Callable[[int, Metrics | None], object]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """``history``: one entry a log interval, means over it. ``seconds``: training time over all sittings."""
+
+    steps: int
+    seconds: float
+    history: list[Metrics]
+
+
+def fit(
+    step: TrainStep,
+    student: nn.Module,
+    fingerprint: Mapping[str, Any],
+    config: TrainConfig,
+    directory: str | Path | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Run a step to the last one of its configuration; see ``DistillTrainer.fit``."""
+    with contextlib.ExitStack() as stack:
+        run = _Run(step, student, fingerprint, config)
+        if directory is not None:
+            path = Path(directory)
+            make_directory(path)
+            stack.enter_context(locked(path))
+            sweep(path)
+            run.open(path)
+        stopped = stack.enter_context(_signals())
+        done = int(step.counter[1])
+        if progress is not None:
+            progress(done, None)
+        while done < config.steps and not stopped.is_set():
+            step()
+            done += 1
+            metrics = run.log(done) if done % config.log_every == 0 or done == config.steps else None
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                run.save(done)
+            if progress is not None:
+                progress(done, metrics)
+        if stopped.is_set() and done < config.steps:
+            run.save(done)
+            raise KeyboardInterrupt(f"stopped after step {done} of {config.steps}")
+        return FitResult(done, run.seconds(), run.history)
+
+
+class _Run:
+    """The side of a run that touches clocks and files."""
+
+    def __init__(self, step: TrainStep, student: nn.Module, fingerprint: Mapping[str, Any], config: TrainConfig) -> None:
+        self.step, self.student, self.fingerprint, self.config = step, student, fingerprint, config
+        self.history: list[Metrics] = []
+        self.directory: Path | None = None
+        self._before, self._start = 0.0, time.perf_counter()
+        self._logged = 0
+
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._start
+
+    def open(self, directory: Path) -> None:
+        """Go on with the run of this directory, if it holds one."""
+        self.directory = directory
+        found = checkpoint.latest(directory, self.fingerprint)
+        if found is None:
+            return
+        checkpoint.restore(found.tensors, self.step, self.student)
+        self._before = found.seconds
+        self.history = [m for m in read_metrics(directory / "metrics.jsonl") if m["step"] <= found.step]
+        self._logged = int(self.history[-1]["step"]) if self.history else 0
+        atomic_write(directory / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.history).encode())
+
+    def log(self, done: int) -> Metrics:
+        """Means of the metrics since the last line: the one place where the device is waited for."""
+        means = (self.step.totals / max(done - self._logged, 1)).tolist()
+        self.step.totals.zero_()
+        self._logged = done
+        metrics = {"step": done, **dict(zip(self.step.metric_names, means, strict=True)), "seconds": self.seconds()}
+        if not all(math.isfinite(value) for value in metrics.values()):
+            values = ", ".join(f"{k} {v:g}" for k, v in metrics.items() if not math.isfinite(v))
+            raise FastdistillError(
+                f"training: expected finite metrics, got {values} by step {done}; the last checkpoint is intact "
+                "(a lower learning rate or more warm-up usually helps)"
+            )
+        self.history.append(metrics)
+        if self.directory is not None:
+            path = self.directory / "metrics.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(metrics) + "\n")
+            except OSError as error:
+                raise StorageError(f"{path}: could not be written: {reason(error)}") from error
+        return metrics
+
+    def save(self, done: int) -> None:
+        if self.directory is not None:
+            state = checkpoint.state_of(self.step, self.student)
+            checkpoint.save(self.directory, state, done, self.seconds(), self.fingerprint)
+            checkpoint.prune(self.directory, self.config.keep_checkpoints)
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    metrics = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            metrics.append(json.loads(line))
+    return metrics
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in half; a second one interrupts at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        stopped.set()
+        signal.signal(number, signal.default_int_handler)
+
+    try:
+        for number in before:
+            signal.signal(number, stop)
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

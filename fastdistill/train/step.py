@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step: a pure function of the parameters and the step counter, with nothing read back to the host.
+
+    draw -> teacher -> student -> losses -> backward -> clip -> AdamW -> EMA -> counter + 1
+
+Seed, step, learning rate and EMA decay are read from device memory, so the same code can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.distill.objective import BoundObjective
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.ema import Ema
+
+
+def learning_rates(config: TrainConfig) -> Tensor:
+    """[steps] float32: linear warm-up, then constant or a cosine that would reach 0 one step after the last."""
+    rates = []
+    for step in range(config.steps):
+        scale = min(1.0, (step + 1) / (config.warmup + 1))
+        if config.lr_schedule == "cosine" and step >= config.warmup:
+            scale = 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(config.steps - config.warmup, 1)))
+        rates.append(config.lr * scale)
+    return torch.tensor(rates, dtype=torch.float32)
+
+
+class TrainStep:
+    """Calling it advances the student, the adapters, the optimizer, the EMA and the counter by one step.
+
+    ``counter`` is [2] int64 on the device, (seed, step). ``totals`` [metrics] float32 sums the metrics of the steps
+    since it was last zeroed; ``metric_names`` says what each is.
+    """
+
+    def __init__(self, objective: BoundObjective, student: nn.Module, config: TrainConfig, device: torch.device) -> None:
+        self.objective = objective
+        self.parameters = [p for p in student.parameters() if p.requires_grad]
+        self.parameters += [p for module in objective.trained for p in module.parameters()]
+        self.clip = config.clip
+        self.lr = torch.tensor(config.lr, device=device)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=self.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.ema = Ema(student, config.ema_decay, config.steps)
+        self.counter = torch.tensor([config.seed, 0], device=device)
+        self._rates = learning_rates(config).to(device)
+        self.metric_names = [*objective.metric_names, "gradient_norm"]
+        self.totals = torch.zeros(len(self.metric_names), device=device)
+
+    def __call__(self) -> None:
+        step = self.counter[1:]
+        loss, metrics = self.objective(self.counter)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.lr.copy_(self._rates.index_select(0, step).squeeze(0))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(step)
+        self.totals.add_(torch.stack([*metrics, norm]))
+        step.add_(1)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer: a thin loop around ``TrainStep`` that logs, checkpoints, resumes and stops cleanly."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
+from fastdistill.data.latent_cache import LatentCache
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
+from fastdistill.distill.objective import Objective, Setting
+from fastdistill.errors import InputError
+from fastdistill.models.students import check_parameters
+from fastdistill.train.config import TrainConfig, validated
+from fastdistill.train.loop import FitResult, Progress, fit
+from fastdistill.train.step import TrainStep
+
+class DistillTrainer:
+    """Distil a teacher into a student.
+
+    Args:
+        teacher: any diffusers model, or a module of its call shape ``model(x_t, t, encoder_hidden_states=prompt)``.
+            It is frozen, kept out of the optimizer and run in its own dtype.
+        student: the same; trained in place.
+        schedule: a ``NoiseSchedule`` or a diffusers scheduler.
+        latents: the cache. prompts: the bank that its rows point into, the null prompt last.
+        objective: such as ``RandomConditioning``.
+        config: see ``TrainConfig``.
+        device: where to train (None: where the student is).
+        prediction_type: what both models put out (None: what a diffusers scheduler says, else epsilon).
+
+    Raises:
+        InputError: whatever does not fit together, before anything is launched or written.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        schedule: NoiseSchedule | Any,
+        latents: LatentCache,
+        prompts: PromptBank,
+        objective: Objective,
+        config: TrainConfig,
+        *,
+        device: torch.device | str | None = None,
+        prediction_type: PredictionType | None = None,
+    ) -> None:
+        self.config = validated(config, "config")
+        if not isinstance(schedule, NoiseSchedule):
+            prediction_type = prediction_type or schedule.config.get("prediction_type")
+            schedule = NoiseSchedule.from_diffusers(schedule)
+        self.device = torch.device(device) if device is not None else next(student.parameters()).device
+        _check_models(teacher, student, latents, prompts)
+        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
+        self.student = student.to(self.device).train()
+        setting = Setting(
+            teacher=self.teacher,
+            student=self.student,
+            schedule=schedule,
+            latents=latents.latents.to(self.device),
+            latent_prompts=latents.prompt_index.to(self.device),
+            prompts=prompts.embeddings.to(self.device),
+            batch=config.batch,
+            prediction_type=prediction_type or "epsilon",
+        )
+        self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
+        self.step = TrainStep(objective.bind(setting), self.student, config, self.device)
+
+    def fit(
+        self, directory: str | Path | None = None, *, progress: Progress | None = None
+    ) -> FitResult:
+        """Train to the last step of the configuration.
+
+        With a directory, checkpoints and ``metrics.jsonl`` go there, and a run found in it is gone on with: the result
+        is the same to the last bit as without the interruption. Ctrl-C ends the step under way, writes a checkpoint
+        and raises KeyboardInterrupt.
+
+        Args:
+            directory: where the run lives; one process at a time.
+            progress: called after every step with the steps done and, at log intervals, the metrics.
+
+        Raises:
+            StorageError: the directory cannot be written, or holds a run of other settings or a damaged checkpoint.
+            FastdistillError: the loss is not finite.
+        """
+        return fit(self.step, self.student, self._fingerprint, self.config, directory, progress)
+
+    def ema_student(self) -> nn.Module:
+        """A copy of the student with the averaged weights, in eval mode: what one samples from and exports."""
+        model = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.step.ema.copy_to(model)
+        return model
+
+
+def _check_models(teacher: nn.Module, student: nn.Module, latents: LatentCache, prompts: PromptBank) -> None:
+    check_parameters(teacher, student)
+    latents.check_prompts(len(prompts))
+    for name, model in {"teacher": teacher, "student": student}.items():
+        config = getattr(model, "config", {})
+        channels, width = config.get("in_channels"), config.get("cross_attention_dim")
+        if channels is not None and channels != latents.latents.shape[1]:
+            raise InputError.of("latents", f"{channels} channels (in_channels of the {name})", latents.latents.shape[1])
+        if isinstance(width, int):
+            prompts.check_width(width)
+
+
+def _fingerprint(
+    setting: Setting, latents: LatentCache, prompts: PromptBank, objective: Objective, config: TrainConfig
+) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with."""
+    free = {"log_every", "checkpoint_every", "keep_checkpoints"}
+    if config.lr_schedule == "constant":
+        free.add("steps")  # a constant rate can simply go on
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    data = {"latents": latents.latents, "prompt_index": latents.prompt_index}
+    shapes: dict[str, Tensor] = dict(setting.student.named_parameters())
+    return {
+        "config": settings,
+        "objective": objective.describe(),
+        "teacher": sha256_of_tensors(setting.teacher.state_dict()),
+        "student": sha256_of_json({name: list(p.shape) for name, p in shapes.items()}),
+        "latents": sha256_of_json(dict(latents.fingerprint)) if latents.fingerprint else sha256_of_tensors(data),
+        "prompts": prompts.sha256,
+        "schedule": setting.schedule.to_config(),
+        "prediction_type": setting.prediction_type,
+    }

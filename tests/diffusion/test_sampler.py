@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DDIM against diffusers step by step, and against the exact law that guidance samples for a Gaussian."""
+
+import itertools
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdistill.diffusion.sampler import ddim, initial_noise, trailing_timesteps
+from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.errors import InputError
+from fastdistill.ops.philox import INITIAL_NOISE, normal
+
+PROMPTS = torch.linspace(-1, 1, 3 * 2 * 4).reshape(3, 2, 4)
+NULL = torch.full((2, 4), 0.25)
+
+
+def smooth(x, t, encoder_hidden_states):
+    """Depends on everything, row by row."""
+    shift = encoder_hidden_states.mean((1, 2)).reshape(-1, 1, 1, 1)
+    return SimpleNamespace(sample=torch.tanh(0.7 * x + shift + t.reshape(-1, 1, 1, 1) / 1000))
+
+
+def in_diffusers(model, x, prompts, null, scheduler, steps, g, clip):
+    scheduler.set_timesteps(steps)
+    states = []
+    for t in scheduler.timesteps:
+        times = t.expand(len(x))
+        conditional = model(x, times, encoder_hidden_states=prompts).sample
+        unconditional = model(x, times, encoder_hidden_states=null.expand_as(prompts)).sample
+        out = unconditional + g * (conditional - unconditional)
+        x = scheduler.step(out, t, x, eta=0.0, use_clipped_model_output=clip is not None).prev_sample
+        states.append(x)
+    return scheduler.timesteps.tolist(), states
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("g", [1.0, 7.5, 0.0, -0.5])
+@pytest.mark.parametrize(("spacing", "offset"), [("trailing", 0), ("leading", 1)])
+def test_each_step_is_that_of_diffusers(prediction_type, clip, g, spacing, offset):
+    schedule = NoiseSchedule.scaled_linear(1000)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction_type,
+        clip_sample=clip is not None,
+        set_alpha_to_one=True,
+        timestep_spacing=spacing,
+        steps_offset=offset,
+    )
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = schedule.alphas_cumprod, torch.tensor(1.0).double()
+    x_T = initial_noise(0, torch.arange(3), (2, 4, 4)).double()
+    times, theirs = in_diffusers(smooth, x_T, PROMPTS.double(), NULL.double(), scheduler, 10, g, clip)
+    ours = []
+    end = ddim(
+        smooth,
+        x_T,
+        PROMPTS.double(),
+        NULL.double(),
+        schedule,
+        steps=10,
+        guidance_scale=g,
+        prediction_type=prediction_type,
+        timesteps=None if spacing == "trailing" else times,
+        clip_sample=clip,
+        callback=lambda index, t, x: ours.append((index, t, x)),
+    )
+    assert [(index, t) for index, t, _ in ours] == list(enumerate(times))
+    # The same formulas on the same float64 table: ten steps of rounding, and 1 / sqrt(abar_T) = 15 magnifies it.
+    for (_, _, a), b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert torch.equal(end, ours[-1][2])
+
+
+@pytest.mark.parametrize("T", [1000, 100])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 25, 30, 50, 99, 100])
+def test_trailing_timesteps_are_those_of_diffusers(T, steps):
+    scheduler = DDIMScheduler(num_train_timesteps=T, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert trailing_timesteps(T, steps) == scheduler.timesteps.tolist()
+
+
+@given(st.integers(1, 1200), st.data())
+def test_trailing_timesteps_fall_from_the_last(T, data):
+    times = trailing_timesteps(T, data.draw(st.integers(1, T)))
+    assert times[0] == T - 1 and times[-1] >= 0 and all(a > b for a, b in itertools.pairwise(times))
+
+
+@pytest.mark.parametrize("g", [1.0, 3.0, 0.0, 0.4])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("steps", [18, 30])
+def test_the_law_sampled_for_a_gaussian_is_the_exact_recursion(g, prediction_type, steps):
+    """p(x|c) = N(mu, c), p(x) = N(0, u): DDIM is affine in x_T, so its mean and variance are exact from two points.
+
+    In units x / sqrt(abar), sigma^2 = (1 - abar) / abar, DDIM is Euler in sigma, for which with w = g - 1,
+    k = (1+w) c/(c+sigma^2) - w u/(u+sigma^2), o = (1+w) mu sigma^2/(c+sigma^2), rho = sigma_next / sigma:
+    m <- (rho + (1-rho) k) m + (1-rho) o,  V <- (rho + (1-rho) k)^2 V, from (0, 1 / abar_T) for x_T ~ N(0, 1).
+    """
+    mu, c, u, w = 1.3, 0.4, 2.0, g - 1
+    schedule = NoiseSchedule.cosine(1000)
+
+    def exact(x, t, encoder_hidden_states):
+        abar = schedule.alphas_cumprod[t].reshape(-1, 1)
+        chosen = encoder_hidden_states[:, 0, :1]  # 1 for the prompt, 0 for the null prompt
+        mean, variance = mu * chosen, c * chosen + u * (1 - chosen)
+        score = -(x - abar.sqrt() * mean) / (abar * variance + 1 - abar)
+        eps = -(1 - abar).sqrt() * score
+        x0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
+        return {"epsilon": eps, "sample": x0, "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * x0}[
+            prediction_type
+        ]
+
+    x_T = torch.tensor([[0.0], [1.0], [-2.0]], dtype=torch.float64)
+    prompts, null = torch.ones(3, 1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    at = ddim(exact, x_T, prompts, null, schedule, steps=steps, guidance_scale=g, prediction_type=prediction_type)[
+        :, 0
+    ].tolist()
+    mean, slope = at[0], at[1] - at[0]
+    assert at[2] == pytest.approx(mean - 2 * slope, rel=1e-9)
+
+    abars = [float(schedule.alphas_cumprod[t]) for t in trailing_timesteps(1000, steps)]
+    sigmas = [math.sqrt((1 - abar) / abar) for abar in abars] + [0.0]
+    m, V = 0.0, 1 / abars[0]
+    for sigma, following in itertools.pairwise(sigmas):
+        rho = following / sigma
+        k = (1 + w) * c / (c + sigma**2) - w * u / (u + sigma**2)
+        o = (1 + w) * mu * sigma**2 / (c + sigma**2)
+        m, V = (rho + (1 - rho) * k) * m + (1 - rho) * o, (rho + (1 - rho) * k) ** 2 * V
+    # sqrt(1 / abar_T) = 2e4 for the cosine schedule: float64 loses 4 to 5 of its 16 digits to cancellation.
+    assert mean == pytest.approx(m, rel=1e-9)
+    assert slope**2 == pytest.approx(V, rel=1e-9)
+
+
+def counting(model):
+    def wrapped(x, t, encoder_hidden_states):
+        wrapped.rows.append(len(x))
+        return model(x, t, encoder_hidden_states)
+
+    wrapped.rows = []
+    return wrapped
+
+
+@pytest.mark.parametrize(("g", "rows"), [(1.0, 3), (0.0, 3), (2.0, 6)])
+def test_guidance_runs_only_the_passes_it_needs(g, rows):
+    model = counting(smooth)
+    ddim(model, torch.ones(3, 1, 2, 2), PROMPTS, NULL, NoiseSchedule.cosine(), steps=4, guidance_scale=g)
+    assert model.rows == [rows] * 4
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=4,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
+
+
+def test_a_unet_of_diffusers_and_rows_do_not_depend_on_their_batch(unet):
+    x_T = initial_noise(1, torch.arange(3), (3, 8, 8))
+    arguments = {"steps": 3, "guidance_scale": 2.0, "clip_sample": 1.0}
+    schedule = NoiseSchedule.cosine()
+    all_rows = ddim(unet, x_T, PROMPTS, NULL, schedule, **arguments)
+    assert all_rows.shape == x_T.shape and all_rows.dtype == torch.float32 and not all_rows.requires_grad
+    one_row = ddim(unet, x_T[1:2], PROMPTS[1:2], NULL[None], schedule, **arguments)
+    # Matrix products round differently at other batch sizes: 1e-5 for values of order 1.
+    torch.testing.assert_close(all_rows[1:2], one_row, rtol=0, atol=1e-5)
+    as_tuple = ddim(lambda *a, **k: unet(*a, **k, return_dict=False), x_T, PROMPTS, NULL, schedule, **arguments)
+    assert torch.equal(as_tuple, all_rows)
+
+
+def test_low_precision_models_keep_a_float32_state():
+    seen, states = [], []
+
+    def model(x, t, encoder_hidden_states):
+        seen.append(x.dtype)
+        return smooth(x, t, encoder_hidden_states)
+
+    x_T = torch.ones(3, 1, 2, 2, dtype=torch.bfloat16)
+    x_0 = ddim(
+        model,
+        x_T,
+        PROMPTS.bfloat16(),
+        NULL.bfloat16(),
+        NoiseSchedule.cosine(),
+        steps=5,
+        guidance_scale=2.0,
+        callback=lambda index, t, x: states.append(x.dtype),
+    )
+    assert set(seen) == {torch.bfloat16} and set(states) == {torch.float32} and x_0.dtype == torch.bfloat16
+
+
+def test_zero_terminal_signal():
+    schedule = NoiseSchedule(torch.tensor([0.9, 0.5, 0.0]))
+    x_T = torch.ones(3, 1, 2, 2)
+    for kind in ("v_prediction", "sample"):
+        x_0 = ddim(smooth, x_T, PROMPTS, NULL, schedule, steps=3, guidance_scale=1.0, prediction_type=kind)
+        assert bool(torch.isfinite(x_0).all())
+    with pytest.raises(InputError, match="expected sample or v_prediction where abar is 0"):
+        ddim(smooth, x_T, PROMPTS, NULL, schedule, steps=3, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": PROMPTS[:2]}, "prompts: expected [3 (batch of x_T), length, width], got (2, 2, 4)"),
+        ({"null_prompt": None}, "null_prompt: expected [length, width] for a guidance_scale of 2.0, got None"),
+        ({"null_prompt": NULL[:1]}, "null_prompt: expected a row of prompts (2, 4), got (1, 4)"),
+        ({"null_prompt": PROMPTS}, "null_prompt: expected a row of prompts (2, 4), got (3, 2, 4)"),
+        ({"null_prompt": NULL.to("meta")}, "null_prompt: expected the device of x_T (cpu), got meta"),
+        ({"x_T": torch.ones(3, 1, dtype=torch.int64)}, "x_T: expected floating point"),
+        ({"steps": 0}, "steps: expected 1 to 1000"),
+        ({"steps": 1001}, "steps: expected 1 to 1000"),
+        ({"timesteps": [1, 2]}, "timesteps: expected decreasing values from 999 to 0, got [1, 2]"),
+        ({"timesteps": [1000, 2]}, "timesteps: expected decreasing values from 999 to 0"),
+        ({"timesteps": [5]}, "timesteps: expected as many as steps, 2, got 1"),
+        ({"guidance_scale": math.nan}, "guidance_scale: expected a finite number, got nan"),
+        ({"clip_sample": 0.0}, "clip_sample: expected a limit above 0"),
+        ({"prediction_type": "eps"}, "prediction_type: expected one of epsilon, sample, v_prediction, got 'eps'"),
+        ({"model": lambda *a, **k: torch.ones(1)}, "model: expected a prediction of shape (6, 1, 2, 2), got (1,)"),
+        ({"model": lambda *a, **k: None}, "model: expected a prediction of shape (6, 1, 2, 2), got NoneType"),
+    ],
+)
+def test_bad_input(changes, message):
+    arguments = {
+        "model": smooth,
+        "x_T": torch.ones(3, 1, 2, 2),
+        "prompts": PROMPTS,
+        "null_prompt": NULL,
+        "schedule": NoiseSchedule.cosine(),
+        "steps": 2,
+        "guidance_scale": 2.0,
+    }
+    with pytest.raises(InputError, match=re.escape(message)):
+        ddim(**(arguments | changes))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(-(2**63), 2**63 - 1), st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=6), st.integers(1, 9))
+def test_initial_noise_belongs_to_its_row(seed, rows, width):
+    rows = torch.tensor(rows, dtype=torch.int64)
+    together = initial_noise(seed, rows, (width, 2))
+    assert together.shape == (len(rows), width, 2) and together.dtype == torch.float32
+    for row, noise in zip(rows, together, strict=True):
+        assert torch.equal(initial_noise(seed, row[None], (width, 2))[0], noise)
+
+
+def test_initial_noise_is_normal_and_apart_from_training_noise():
+    noise = initial_noise(7, torch.arange(64), (64, 64))
+    n = noise.numel()
+    assert abs(float(noise.mean())) < 4 / math.sqrt(n) and abs(float(noise.var()) - 1) < 4 * math.sqrt(2 / n)
+    zero = torch.tensor(0)
+    assert torch.equal(noise, normal(torch.tensor(7), zero, torch.arange(64), (64, 64), stream=INITIAL_NOISE))
+    other = normal(torch.tensor(7), zero, torch.arange(64), (64, 64))
+    assert abs(float((noise * other).mean())) < 4 / math.sqrt(n)
+    with pytest.raises(InputError, match=r"rows: expected row numbers in \[0, 2\*\*32\), got -1 to 3"):
+        initial_noise(0, torch.tensor([3, -1]), (2,))
+    with pytest.raises(InputError, match="rows: expected int64 row numbers"):
+        initial_noise(0, torch.arange(3).float(), (2,))

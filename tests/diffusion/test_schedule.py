@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noise schedules against diffusers' float32 tables and the identities of the coefficients."""
+
+import json
+import re
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.errors import InputError
+
+CASES = {
+    "cosine": (NoiseSchedule.cosine, {"beta_schedule": "squaredcos_cap_v2"}),
+    "linear": (NoiseSchedule.linear, {"beta_schedule": "linear"}),
+    "scaled_linear": (
+        NoiseSchedule.scaled_linear,
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    ),
+}
+
+
+def float32_bound(schedule: NoiseSchedule) -> torch.Tensor:
+    """Relative error that float32 may put into abar_t = prod (1 - beta_s); u = 2^-24 is half a unit in the last place.
+
+    beta carries at most 4 u of its own size (a linspace in float32, its root, its square), 1 - beta is rounded once
+    (u/2 absolutely, as its value is in [1/2, 1), or less), which divides by 1 - beta; each product is rounded by u.
+    """
+    u = 2.0**-24
+    abar = schedule.alphas_cumprod
+    alpha = abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    return ((4 * u * (1 - alpha) + u / 2) / alpha + u).cumsum(0)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("T", [1, 10, 1000])
+def test_tables_are_those_of_diffusers(name, scheduler, T):
+    maker, config = CASES[name]
+    ours, theirs = maker(T), scheduler(num_train_timesteps=T, **config).alphas_cumprod
+    assert ours.alphas_cumprod.dtype == torch.float64 and len(ours) == T
+    error = (ours.alphas_cumprod / theirs.double() - 1).abs()
+    assert bool((error <= float32_bound(ours)).all()), (error / float32_bound(ours)).max()
+
+
+def test_the_bound_is_tight_enough_to_fail():
+    """Another schedule, or the same shifted by one timestep, is far outside it."""
+    cosine = NoiseSchedule.cosine()
+    shifted = cosine.alphas_cumprod[1:] / cosine.alphas_cumprod[:-1] - 1
+    assert bool((shifted.abs() > 10 * float32_bound(cosine)[:-1]).all())
+
+
+def test_cosine_ends_at_the_cap_and_known_values():
+    abar = NoiseSchedule.cosine(1000).alphas_cumprod
+    assert float(abar[999] / abar[998]) == pytest.approx(1e-3, rel=1e-12)  # beta is capped at .999
+    # Where no cap has acted the product telescopes: abar_t = f((t+1)/T) / f(0), f(u) = cos^2((u+.008)/1.008 pi/2).
+    u = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    f = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
+    assert float(abar[499]) == pytest.approx(float(f[1] / f[0]), rel=1e-12)
+
+
+@pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction"])
+def test_coefficients_rotate(target):
+    schedule = NoiseSchedule.scaled_linear()
+    c = schedule.coefficients(target)
+    assert c.dtype == torch.float32 and c.shape == (1000, 4)
+    signal, noise, x, e = schedule.alphas_cumprod.sqrt(), (1 - schedule.alphas_cumprod).sqrt(), *c[:, 2:].double().T
+    exact = {
+        "epsilon": (0 * signal, 0 * noise + 1),
+        "sample": (0 * signal + 1, 0 * noise),
+        "v_prediction": (-noise, signal),
+    }
+    for found, wanted in zip((*c[:, :2].double().T, x, e), (signal, noise, *exact[target]), strict=True):
+        assert bool(((found - wanted).abs() <= 2.0**-24 * wanted.abs()).all())  # rounded once
+
+
+def test_velocity_is_that_of_diffusers():
+    scheduler = DDPMScheduler()
+    x, noise = torch.randn(2, 1000, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    t = torch.arange(1000)
+    c = NoiseSchedule.from_diffusers(scheduler).coefficients("v_prediction")
+    # Two products and a sum of numbers up to ~4 in float32, on both sides.
+    torch.testing.assert_close(c[:, 2:3] * x + c[:, 3:] * noise, scheduler.get_velocity(x, noise, t), rtol=0, atol=2e-6)
+    torch.testing.assert_close(c[:, :1] * x + c[:, 1:2] * noise, scheduler.add_noise(x, noise, t), rtol=0, atol=2e-6)
+
+
+def test_from_diffusers_is_exact_also_with_zero_terminal_snr():
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True, num_train_timesteps=50)
+    schedule = NoiseSchedule.from_diffusers(scheduler)
+    assert torch.equal(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod)
+    with pytest.raises(InputError, match="scheduler: expected a diffusers scheduler with alphas_cumprod, got int"):
+        NoiseSchedule.from_diffusers(3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.one_of(
+        st.builds(NoiseSchedule.cosine, st.integers(1, 60), st.floats(0.1, 0.999)),
+        st.builds(NoiseSchedule.linear, st.integers(1, 60), st.floats(0, 0.01), st.floats(0.01, 0.9)),
+        st.builds(NoiseSchedule.scaled_linear, st.integers(1, 60)),
+        st.lists(st.floats(1e-9, 1), min_size=1, max_size=9).map(
+            lambda v: NoiseSchedule(torch.tensor(sorted(v, reverse=True), dtype=torch.float64))
+        ),
+    )
+)
+def test_a_config_makes_the_same_schedule_again(schedule):
+    again = NoiseSchedule.from_config(json.loads(json.dumps(schedule.to_config())))
+    assert torch.equal(again.alphas_cumprod, schedule.alphas_cumprod)
+    assert again.to_config() == schedule.to_config()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NoiseSchedule(torch.tensor([0.5, 0.6])), "alphas_cumprod: expected values of [0, 1]"),
+        (lambda: NoiseSchedule(torch.tensor([0.5, float("nan")])), "alphas_cumprod: expected values of [0, 1]"),
+        (lambda: NoiseSchedule(torch.tensor([1.5, 0.5])), "alphas_cumprod: expected values of [0, 1]"),
+        (lambda: NoiseSchedule(torch.tensor([0.0])), "alphas_cumprod: expected values of [0, 1], the first above 0"),
+        (lambda: NoiseSchedule(torch.ones(2, 2)), "one value a timestep, [T], got (2, 2)"),
+        (lambda: NoiseSchedule.cosine(0), "T: expected at least 1 timestep, got 0"),
+        (lambda: NoiseSchedule.cosine().coefficients("eps"), "target: expected one of epsilon, sample, v_prediction"),
+        (lambda: NoiseSchedule.from_config({"name": "cosin"}), "schedule name: expected one of cosine, linear"),
+        (lambda: NoiseSchedule.from_config({"name": "cosine", "S": 1}), "schedule cosine: "),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        make()

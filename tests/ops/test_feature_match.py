@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""feature_match under ``check_op``: every kernel, dtype, layout and shape, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdistill.errors import InputError, KernelError
+from fastdistill.ops import OPS, feature_match, use
+from fastdistill.ops.feature_match.reference import MSE, NORMALIZED_MSE, distance_and_gradient
+from tests.harness import Case, check_fake, check_op, detached, evaluate, kernels_of, layouts
+
+SHAPES = {
+    "conv": [(2, 8, 4, 4), (2, 16, 2, 2)],
+    "odd": [(3, 5, 7), (1,), (13,), (2, 3, 1, 5, 3)],
+    "one": [(1, 1, 1, 1)],
+    "empty": [(0, 4), (3, 4)],
+    "large": [(3, 33, 37, 41)],  # more than one chunk, and no multiple of a vector
+}
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def truth(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distance: str) -> tuple[Tensor, Tensor]:
+    """The definition in autograd: independent of the op's hand-written gradient."""
+    taps = []
+    for s, t in zip(student, teacher, strict=True):
+        if s.numel() == 0:
+            taps.append((s * 0).sum())
+            continue
+        value = (s - t).pow(2).mean()
+        taps.append(value if distance == "mse" else value / (t.pow(2).mean() + 1e-6))
+    stacked = torch.stack(taps)
+    return (weights.to(stacked.dtype) * stacked).sum(), stacked.detach()
+
+
+def eager(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distance: str) -> tuple[Tensor, Tensor]:
+    """What a user writes: the same in float32 by ``.float()``."""
+    return truth([s.float() for s in student], [t.float() for t in teacher], weights, distance)
+
+
+def call(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distance: str) -> tuple[Tensor, Tensor]:
+    return feature_match(student, teacher, weights=weights, distance=distance)
+
+
+def make(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, distance: str, teacher_dtype: torch.dtype | None = None
+) -> Case:
+    g = torch.Generator().manual_seed(sum(map(len, shapes)) + len(distance))
+    student = [torch.randn(s, generator=g).to(dtype).requires_grad_() for s in shapes]
+    teacher = [(1.5 * torch.randn(s, generator=g) + 0.5).to(teacher_dtype or dtype) for s in shapes]
+    weights = torch.rand(len(shapes), generator=g) + 0.5
+    sums = {}
+    if distance == "mse":  # every term is positive, so the sum of magnitudes is the value itself
+        with torch.no_grad():
+            loss = truth([s.double() for s in student], [t.double() for t in teacher], weights, distance)[0].item()
+        sums = {0: (max(sum(s.numel() for s in student), 1), loss)}
+    return Case("feature_match", (student, teacher, weights, distance), call, truth, eager, sums)
+
+
+KERNELS = kernels_of("feature_match")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("distance", ["mse", "normalized_mse"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_values_and_contract(kernel: str, distance: str, dtype: torch.dtype, shapes: str) -> None:
+    thorough = dtype == torch.float32 and shapes in ("conv", "odd")
+    check_op(
+        make(SHAPES[shapes], dtype, distance),
+        kernel,
+        compiled=("aot_eager", "inductor") if thorough and shapes == "conv" else ("aot_eager",) if thorough else (),
+        registration=thorough,
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtypes", [p for p in itertools.product(FLOATS, FLOATS) if p[0] != p[1]], ids=str)
+def test_student_and_teacher_of_different_dtypes(kernel: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    for distance in ("mse", "normalized_mse"):
+        check_op(make(SHAPES["conv"], dtypes[0], distance, dtypes[1]), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_layouts(kernel: str) -> None:
+    """Any mix of layouts gives the same values; the gradient comes in the student's layout where that is dense."""
+    case = make([(2, 8, 4, 6)], torch.float32, "mse")
+    (student,), (teacher,), weights, distance = case.inputs
+    for (sn, s), (_, t) in itertools.product(layouts(student), layouts(teacher)):
+        moved = Case(case.op, ([s], [t], weights, distance), call, truth, eager, case.sums)
+        check_op(moved, kernel, compiled=("aot_eager",) if sn == "permuted" else (), registration=False)
+        if sn != "sliced":
+            with use(kernel):
+                (gradient,) = evaluate(call, detached(moved.inputs), 1.0)[1]
+            assert gradient.stride() == s.stride()
+
+
+@pytest.mark.parametrize("distance", [MSE, NORMALIZED_MSE])
+def test_gradient_of_the_reference(distance: int) -> None:
+    """The hand-written gradient of the specification is autograd's, in float64."""
+    s = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(3, 4, dtype=torch.float64)
+    value, gradient = distance_and_gradient(s, t, distance, 1e-6)
+    (expected,) = torch.autograd.grad(value, s)
+    torch.testing.assert_close(gradient, expected, rtol=1e-14, atol=1e-15)
+    torch.autograd.gradcheck(lambda x: distance_and_gradient(x, t, distance, 1e-6)[0], s)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_float16_gradients_survive_under_a_loss_scale(kernel: str) -> None:
+    """2 (s - t) / n underflows in float16 for n = 2^16 and small differences; scaled before rounding it does not."""
+    t = torch.zeros(2**16, dtype=torch.float16)
+    s = torch.full_like(t, 2.0**-10).requires_grad_()
+    scale = torch.tensor(2.0**12)
+    with use(kernel):
+        (plain,) = torch.autograd.grad(feature_match([s], [t]).loss, s)
+        (scaled,) = torch.autograd.grad(feature_match([s], [t], grad_scale=scale).loss * scale, s)
+    assert plain.abs().max() == 0  # 2^-25 is below half the smallest subnormal
+    assert torch.equal(scaled, torch.full_like(scaled, 2.0**-13))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_backward_again(kernel: str) -> None:
+    s, t = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    with use(kernel):
+        loss = feature_match([s], [t]).loss * 3
+        (first,) = torch.autograd.grad(loss, s, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, s)
+        assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()
+        with pytest.raises(RuntimeError, match="retain_graph=True"):
+            torch.autograd.grad(loss, s)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_buffers_are_reused(kernel: str) -> None:
+    s, t = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    buffer = torch.empty(4, 5)
+    with use(kernel):
+        (expected,) = torch.autograd.grad(feature_match([s], [t]).loss, s)
+        (got,) = torch.autograd.grad(feature_match([s], [t], grads=[buffer]).loss, s)
+    assert torch.equal(got, expected) and got.data_ptr() == buffer.data_ptr()
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference"])
+def test_same_bits_for_any_number_of_threads(kernel: str) -> None:
+    case = make([(5, 33, 37, 41), (3, 7)], torch.float32, "normalized_mse")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            with use(kernel):
+                results.append(evaluate(call, detached(case.inputs), 1.0))
+    finally:
+        torch.set_num_threads(before)
+    for outputs, gradients in results[1:]:
+        for one, two in zip([*outputs, *gradients], [*results[0][0], *results[0][1]], strict=True):
+            assert torch.equal(one, two)
+
+
+def test_fake_cuda_tensors() -> None:
+    check_fake(make(SHAPES["conv"], torch.bfloat16, "mse"), "cuda")
+
+
+def test_without_gradient_no_buffer_is_written() -> None:
+    t = torch.randn(4, 5)
+    with torch.no_grad():
+        loss, taps = feature_match([torch.zeros(4, 5, requires_grad=True)], [t])
+    assert not loss.requires_grad and torch.isclose(loss, t.square().mean()) and taps.shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([], []), "student: expected at least one tap, got none"),
+        (([torch.ones(2)], []), r"teacher: expected as many taps as student \(1\), got 0"),
+        (
+            ([torch.ones(8, 64)], [torch.ones(8, 32)]),
+            r"teacher\[0\]: expected the shape of student\[0\] \(8, 64\), got \(8, 32\)",
+        ),
+        (
+            ([torch.ones(2).double()], [torch.ones(2)]),
+            r"student\[0\]: expected dtype float32 or bfloat16 or float16, got float64",
+        ),
+        (
+            ([torch.ones(2)], [torch.ones(2, device="meta")]),
+            r"teacher\[0\]: expected the device of student\[0\] \(cpu\), got meta",
+        ),
+        (([torch.ones(2)], [torch.ones(2, requires_grad=True)]), r"teacher\[0\]: expected a tensor without gradient"),
+    ],
+)
+def test_bad_input(arguments: tuple[list[Tensor], list[Tensor]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        feature_match(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distance": "l1"}, "distance: expected one of mse, normalized_mse, got 'l1'"),
+        ({"weights": [1.0, 2.0]}, r"weights: expected one weight a tap \(1,\), got \(2,\)"),
+        ({"weights": torch.ones(1).double()}, "weights: expected dtype float32, got float64"),
+        ({"grad_scale": torch.ones(1)}, r"grad_scale: expected a 0-dim tensor, got \(1,\)"),
+        ({"grads": []}, r"grads: expected as many buffers as student \(1\), got 0"),
+        ({"grads": [torch.ones(3)]}, r"grads\[0\]: expected a buffer like student\[0\]"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        feature_match([torch.ones(2, requires_grad=True)], [torch.ones(2)], **options)  # type: ignore[arg-type]
+
+
+def test_forcing_a_kernel_that_is_not_there_says_why() -> None:
+    with pytest.raises(InputError, match="kernel: expected one of .*, got 'cudnn'"), use("cudnn"):
+        pass
+    op = OPS["feature_match"]
+    with use("reference"):
+        assert op.choose("cpu")[0] == "reference"
+    if "cpp" in KERNELS:
+        with (
+            use("cpp"),
+            pytest.raises(
+                KernelError, match="feature_match: kernel 'cpp' cannot run this call on cuda: it has none for cuda"
+            ),
+        ):
+            op.choose("cuda")

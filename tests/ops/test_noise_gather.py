@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""noise_gather under ``check_op``, and the contract of its draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastdistill.errors import InputError
+from fastdistill.ops import empty_draw, noise_gather, use
+from fastdistill.ops.noise_gather import NULL, PAIRED, RANDOM, Draw
+from tests.harness import Case, check_fake, check_op, kernels_of, layouts
+from tests.ops import oracle
+
+KERNELS = kernels_of("noise_gather")
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+T = 50
+
+
+def banks(
+    shape: tuple[int, ...] = (3, 5, 7), rows: int = 11, latent_dtype: Any = torch.float32, prompt_dtype: Any = None
+) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(rows + len(shape))
+    latents = torch.randn((rows, *shape), generator=g).to(latent_dtype)
+    prompts = torch.randn((9, 4, 6), generator=g).to(prompt_dtype or latent_dtype)
+    alpha = torch.linspace(0.99, 0.05, T)
+    coefficients = torch.stack([alpha, (1 - alpha**2).sqrt(), -(1 - alpha**2).sqrt(), alpha], 1)
+    replace = (torch.linspace(0, 1, T, dtype=torch.float64) * 2**32).floor().long()
+    return latents, torch.arange(rows) % 6, prompts, coefficients, replace, torch.tensor([2**40 + 5, 7])
+
+
+def case_of(inputs: tuple[Tensor, ...], batch: int, **options: Any) -> Case:
+    settings = {"null_index": 8, "null_probability": 0.25, "pool": 8, "target": True} | options
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(noise_gather(*tensors, batch=batch, **settings))
+
+    def exact(dtype: type) -> Any:
+        def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
+            *arrays, counter = [t.double().numpy() if t.is_floating_point() else t.numpy() for t in tensors]
+            columns = oracle.draw(
+                *arrays, int(counter[0]) % 2**64, int(counter[1]),
+                first=settings.get("first_sample", 0), batch=batch, total=settings.get("global_batch", batch), pool=settings["pool"],
+                null=settings["null_index"], null_threshold=int(settings["null_probability"] * 2**32),
+                with_replacement=settings.get("with_replacement", False), dtype=dtype,
+            )  # fmt: skip
+            out = [torch.from_numpy(c) for c in columns]
+            if dtype is np.float32:
+                out = [
+                    o.to(tensors[2 if i == 2 else 0].dtype) if o.is_floating_point() else o for i, o in enumerate(out)
+                ]
+            return tuple(out)
+
+        return evaluate
+
+    return Case("noise_gather", inputs, call, exact(np.float64), exact(np.float32))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 8, 8), (1,), (130,)], ids=str)
+def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    thorough = dtype == torch.float32 and shape == (3, 5, 7)
+    backends = ("aot_eager", "inductor") if thorough else ()
+    check_op(case_of(banks(shape, latent_dtype=dtype), 6), kernel, compiled=backends, registration=thorough)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"with_replacement": True},
+        {"first_sample": 3, "global_batch": 20},
+        {"null_probability": 0.0},
+        {"null_probability": 1.0},
+        {"pool": 1},
+        {"null_index": 0, "pool": 9},
+    ],
+    ids=str,
+)
+def test_options(kernel: str, options: dict[str, Any]) -> None:
+    check_op(case_of(banks(), 6, **options), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dtypes_of_the_banks_are_independent(kernel: str) -> None:
+    for latent_dtype in FLOATS:
+        for prompt_dtype in FLOATS:
+            inputs = banks((4, 4), latent_dtype=latent_dtype, prompt_dtype=prompt_dtype)
+            check_op(case_of(inputs, 3), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("rows", "batch"), [(1, 5), (2, 7), (11, 1), (11, 0), (7, 40)])
+def test_sizes(kernel: str, rows: int, batch: int) -> None:
+    if batch == 0:
+        with use(kernel):
+            draw = noise_gather(*banks(rows=rows), batch=0, null_index=8, target=True)
+        assert draw.x_t.shape == draw.target.shape == (0, 3, 5, 7) and draw.prompt.shape == (0, 4, 6)
+        return
+    check_op(case_of(banks(rows=rows), batch), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_banks_in_any_layout(kernel: str) -> None:
+    """A kernel takes a bank with gaps or permuted rows, or refuses it with a reason and the reference runs: the draw is the same."""
+    latents, own, prompts, *rest = banks((4, 6, 8))
+    with use("reference"):
+        expected = noise_gather(latents, own, prompts, *rest, batch=5, null_index=8)
+    for (_, moved_latents), (_, moved_prompts) in zip(layouts(latents), layouts(prompts), strict=False):
+        draw = noise_gather(moved_latents, own, moved_prompts, *rest, batch=5, null_index=8)
+        for one, two in zip(draw, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=8e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_any_split_of_the_batch_draws_the_same(kernel: str) -> None:
+    inputs = banks(rows=29)
+    with use(kernel):
+        whole = noise_gather(*inputs, batch=12, null_index=8, target=True)
+        for parts in ((6, 6), (5, 7), (1, 11)):
+            first, drawn = 0, []
+            for part in parts:
+                drawn.append(
+                    noise_gather(*inputs, batch=part, first_sample=first, global_batch=12, null_index=8, target=True)
+                )
+                first += part
+            for field in Draw._fields:
+                assert torch.equal(torch.cat([getattr(d, field) for d in drawn]), getattr(whole, field))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_latent_once_an_epoch(kernel: str) -> None:
+    *tables, counter = banks(rows=10)
+    with use(kernel):
+        seen = [noise_gather(*tables, torch.tensor([3, step]), batch=4, null_index=8).latent_index for step in range(5)]
+    first, second = torch.cat(seen).split(10)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10)) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rates_of_random_and_null_prompts(kernel: str) -> None:
+    """p(t) within 4 sigma in each tenth of the timesteps, the null rate over all, and the timesteps uniform."""
+    n = 40_000
+    latents, own, prompts, coefficients, replace, counter = banks((1,), rows=7)
+    with use(kernel):
+        draw = noise_gather(
+            latents, own, prompts, coefficients, replace, counter, batch=n, null_index=8, null_probability=0.1
+        )
+    null = (draw.choice == NULL).double().mean().item()
+    assert abs(null - 0.1) < 4 * (0.1 * 0.9 / n) ** 0.5
+    kept = draw.choice != NULL
+    for bin in range(10):
+        inside = kept & (draw.timestep // (T // 10) == bin)
+        count = int(inside.sum())
+        p = replace[bin * (T // 10) : (bin + 1) * (T // 10)].double().mean().item() / 2**32
+        rate = (draw.choice[inside] == RANDOM).double().mean().item()
+        assert abs(rate - p) <= 4 * (max(p * (1 - p), 1e-4) / count) ** 0.5
+    frequencies = torch.bincount(draw.timestep, minlength=T).double()
+    assert ((frequencies - n / T).abs() < 5 * (n / T) ** 0.5).all()
+    rows = torch.bincount(draw.prompt_index[draw.choice == RANDOM], minlength=9).double()
+    assert rows[8] == 0 and ((rows[:8] - rows.sum() / 8).abs() < 5 * (rows.sum() / 8) ** 0.5).all()
+    paired = draw.choice == PAIRED
+    assert torch.equal(draw.prompt_index[paired], own[draw.latent_index[paired]])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_same_integers_as_the_reference_at_scale(kernel: str) -> None:
+    latents, own, prompts, coefficients, replace, _ = banks((4, 8, 8), rows=1000)
+    for seed, step in ((0, 0), (2**62 + 3, 2**31 + 5), (-7, 123456)):
+        counter = torch.tensor([seed, step])
+        with use("reference"):
+            expected = noise_gather(latents, own, prompts, coefficients, replace, counter, batch=700, null_index=8)
+        with use(kernel):
+            draw = noise_gather(latents, own, prompts, coefficients, replace, counter, batch=700, null_index=8)
+        for field in ("timestep", "latent_index", "prompt_index", "choice", "prompt"):
+            assert torch.equal(getattr(draw, field), getattr(expected, field)), field
+        torch.testing.assert_close(draw.x_t, expected.x_t, rtol=0, atol=4e-6 + 2e-6)
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference"])
+def test_same_bits_for_any_number_of_threads(kernel: str) -> None:
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            with use(kernel):
+                results.append(noise_gather(*banks((3, 33, 35)), batch=7, null_index=8, target=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_buffers_are_reused(kernel: str) -> None:
+    inputs = banks()
+    out = empty_draw(inputs[0], inputs[2], 5)
+    with use(kernel):
+        draw = noise_gather(*inputs, out=out, null_index=8)
+        assert draw is out and draw.target.shape == (0,)
+        assert torch.equal(draw.x_t, noise_gather(*inputs, batch=5, null_index=8).x_t)
+
+
+def test_fake_cuda_tensors() -> None:
+    check_fake(case_of(banks(), 4), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({0: torch.ones(0, 3)}, {}, r"latents: expected \[N, ...\] with 1 to 2\*\*32 rows, got \(0, 3\)"),
+        ({0: torch.ones(11, 3).double()}, {}, "latents: expected dtype float32 or bfloat16 or float16, got float64"),
+        (
+            {1: torch.zeros(3, dtype=torch.int64)},
+            {},
+            r"latent_prompts: expected one row number a latent \(11,\), got \(3,\)",
+        ),
+        ({2: torch.ones(9, 4, device="meta")}, {}, r"prompts: expected the device of latents \(cpu\), got meta"),
+        (
+            {3: torch.ones(T, 2)},
+            {},
+            r"coefficients: expected one row of 4 a timestep of replace \(50, 4\), got \(50, 2\)",
+        ),
+        ({4: torch.ones(T)}, {}, "replace: expected dtype int64, got float32"),
+        ({5: torch.ones(3, dtype=torch.int64)}, {}, r"counter: expected \(seed, step\), shape \(2,\), got \(3,\)"),
+        ({}, {"null_index": 9}, "null_index: expected a row of prompts, 0 to 8, got 9"),
+        ({}, {"pool": 10}, r"pool: expected 1 to the rows of prompts \(9\), got 10"),
+        ({}, {"null_probability": 1.5}, "null_probability: expected a probability, 0 to 1, got 1.5"),
+        (
+            {},
+            {"global_batch": 3},
+            r"global_batch: expected at least first_sample \+ batch \(4\), at most 2\*\*32, got 3",
+        ),
+        ({}, {"batch": None}, r"batch: expected a number of samples >= 0 \(or out=\), got None"),
+    ],
+)
+def test_bad_input(change: dict[int, Tensor], options: dict[str, Any], message: str) -> None:
+    inputs = [change.get(i, t) for i, t in enumerate(banks())]
+    with pytest.raises(InputError, match=message):
+        noise_gather(*inputs, **({"batch": 4, "null_index": 8} | options))
