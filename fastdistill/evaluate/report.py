@@ -6,12 +6,12 @@ from __future__ import annotations
 import base64
 import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdistill.errors import InputError, StorageError
+from fastdistill.data.files import atomic_write, make_directory
+from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.figures import label, png
 
@@ -36,7 +36,7 @@ CAPTIONS = {
 def write_report(
     directory: str | os.PathLike[str], report: Mapping[str, Any], figures: Mapping[str, Figure] | None = None
 ) -> Path:
-    """Write ``report.json`` and ``report.html`` into ``directory`` (created), each whole or not at all; the HTML's path.
+    """Write ``report.json`` and ``report.html`` into ``directory`` (created), each whole or not at all.
 
     ``report`` (plain JSON values) must hold ``teacher`` and ``students.<name>`` with ``seen`` and ``unseen``
     (accuracies 0..1) and ``parameters``; ``seconds.total``; ``versions``; ``backend`` (op -> kernel). Shown where
@@ -46,8 +46,8 @@ def write_report(
     unseen}, ``device``, ``date``, ``reproduce`` (a list of commands).
 
     ``figures``: ``samples``, ``loss``, ``probability`` and any others, in the order to show them.
-    Raises ``InputError`` naming a missing or impossible entry, ``StorageError`` where the directory cannot be written;
-    nothing is written before both files are complete.
+    Returns the path of the HTML. Raises ``InputError`` naming a missing or impossible entry and ``StorageError`` where
+    the directory cannot be written; nothing is written before both files are complete.
     """
     _check(report)
     try:
@@ -56,12 +56,9 @@ def write_report(
         raise InputError.of("report", "plain JSON values without NaN", str(error)) from error
     page = render(report, figures or {})
     folder = Path(directory)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "report.json", data)
-        _replace(folder / "report.html", page)
-    except OSError as error:
-        raise StorageError(f"{folder}: expected to be able to write the report, got {error}") from error
+    make_directory(folder)
+    atomic_write(folder / "report.json", data.encode())
+    atomic_write(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
@@ -87,10 +84,11 @@ def finding(report: Mapping[str, Any]) -> str:
     """One sentence: what each student keeps of the teacher's accuracy on prompts that were never in the cache."""
     teacher = report["teacher"]
     whole = _accuracy(teacher, "unseen")
-    parts = []
+    parts: list[str] = []
     for name, student in sorted(report["students"].items(), key=lambda item: -_accuracy(item[1], "unseen")):
         how = label(name).lower() + ("" if name == "random_conditioning" else " prompts only")
-        parts.append(f"{_kept(student, whole)}{'' if parts else " of the teacher's accuracy"} with {how}")
+        unit = "" if parts else " of the teacher's accuracy"
+        parts.append(f"{_kept(student, whole)}{unit} with {how}")
     size = next(iter(report["students"].values()))["parameters"] / teacher["parameters"]
     return (
         f"On prompts that never were in the cache, a student with {percent(size, 0)} of the parameters "
@@ -195,16 +193,3 @@ def _check(report: Mapping[str, Any]) -> None:
             raise InputError.of(f"report.{model}.parameters", "a positive number", entry(f"{model}.parameters"))
     for path in ("seconds.total", "versions", "backend"):
         entry(path)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write ``path`` through a temporary file beside it: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import io
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from fastdistill.errors import InputError
+from fastdistill.evaluate import loss_curves, png, probability_curve, sample_grid
+from fastdistill.evaluate.figures import BLUE, PAGE, RED, THEME
+
+PROMPTS = ["a red seven", "a blue two"]
+SAMPLES = {"teacher": torch.zeros(2, 3, 4, 4), "paired": np.full((2, 4, 4), 2.0)}
+
+
+def pixels(figure: Any, **options: Any) -> np.ndarray:
+    return (imread(io.BytesIO(png(figure, dpi=80, **options)))[..., :3] * 255).round().astype(int)
+
+
+def share(image: np.ndarray, color: str) -> float:
+    """Share of pixels near this color."""
+    wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+    return float((abs(image - wanted).max(-1) <= 3).mean())
+
+
+def test_wrong_samples_are_marked() -> None:
+    right = {"teacher": [True, True], "paired": [True, True]}
+    wrong = {"teacher": [True, True], "paired": [False, True]}
+    plain, marked = (sample_grid(SAMPLES, PROMPTS, correct=verdict, seen=[True, False]) for verdict in (right, wrong))
+    assert share(pixels(plain, transparent=False), RED) == 0
+    assert share(pixels(marked, transparent=False), RED) > 0.001
+    assert "Paired wrong: a red seven." in marked.get_label()
+    assert "Paired wrong: none." in plain.get_label()
+
+
+def test_images_are_clipped_and_put_where_they_belong() -> None:
+    figure = sample_grid(SAMPLES, PROMPTS)
+    shown = [image.get_array() for image in figure.axes[0].get_images()]
+    assert [tuple(array.shape) for array in shown] == [(4, 4, 3)] * 4
+    assert [float(array.max()) for array in shown] == [0, 0, 1, 1]
+
+
+def test_dark_exchanges_the_colors_and_puts_them_back() -> None:
+    figure = probability_curve(np.linspace(0, 1, 50))
+    light = pixels(figure, transparent=False)
+    dark = pixels(figure, transparent=False, dark=True)
+    assert share(light, PAGE) > 0.5 and share(light, THEME[PAGE]) == 0
+    assert share(dark, THEME[PAGE]) > 0.3 and share(dark, PAGE) == 0
+    assert share(light, BLUE) > 0 and share(dark, THEME[BLUE]) > 0 and share(dark, BLUE) == 0
+    assert np.array_equal(pixels(figure, transparent=False), light)
+
+
+def test_loss_curves() -> None:
+    steps = np.arange(100)
+    figure = loss_curves(
+        {"random_conditioning": (steps, [np.full(100, 0.5), np.full(100, 0.3)]), "paired": (steps, steps + 1.0)}
+    )
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    assert len(axes.lines) == 5  # two seeds and their mean, one run and its mean
+    np.testing.assert_allclose(axes.lines[2].get_ydata(), 0.4)
+    smooth = np.asarray(axes.lines[4].get_ydata())
+    assert (np.diff(smooth) > 0).all() and smooth[50] == pytest.approx(51, rel=0.01)
+    assert {text.get_text() for text in axes.texts} == {"Random conditioning", "Paired"}
+
+
+def test_labels_of_lines_that_end_together_do_not_overlap() -> None:
+    steps = [0, 1, 2]
+    figure = loss_curves({name: (steps, [1.0, 0.5, 0.1]) for name in ("random_conditioning", "paired", "teacher")})
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sample_grid({}, PROMPTS), "samples: expected at least one model"),
+        (
+            lambda: sample_grid({"teacher": torch.zeros(3, 3, 4, 4)}, PROMPTS),
+            r"samples\['teacher'\]: expected images \[2",
+        ),
+        (lambda: sample_grid({"teacher": torch.full((2, 1, 4, 4), torch.nan)}, PROMPTS), "finite"),
+        (
+            lambda: sample_grid(SAMPLES, PROMPTS, correct={"paired": [True]}),
+            r"correct\['paired'\]: expected 2 judgements",
+        ),
+        (lambda: sample_grid(SAMPLES, PROMPTS, seen=[True]), "seen: expected 2 values"),
+        (lambda: loss_curves({"paired": ([1, 2], [1.0])}), r"runs\['paired'\]"),
+        (lambda: probability_curve([0.1, 1.2]), "probability: expected"),
+    ],
+)
+def test_bad_input(call: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()
