@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiment from beginning to end: cache, students side by side, judge, report (``fastdistill demo digits``)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import fastdistill
+from fastdistill.data.files import atomic_write, locked, make_directory, require_space
+from fastdistill.data.fingerprint import plain, sha256_of_tensors
+from fastdistill.data.latent_cache import generate_latent_cache
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.errors import FastdistillError
+from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
+from fastdistill.tasks.digits.report import write
+from fastdistill.tasks.digits.sampling import sample
+from fastdistill.tasks.digits.teacher import load_teacher
+from fastdistill.tasks.digits.text_encoder import prompt_bank
+from fastdistill.train.config import validated
+
+CACHE_SEED = 0
+_SPACE = 200_000_000  # bytes: cache, checkpoints and exports of a run stay below it
+
+
+def run(config: DigitsConfig, console: Console | None = None) -> Path:
+    """Run the experiment, or go on with it, and return the path of ``report.html``.
+
+    Raises:
+        FastdistillError: whatever cannot be read, written or computed, in one message; what was finished stays.
+        KeyboardInterrupt: after every process has written its checkpoint.
+    """
+    config = validated(config, "digits").resolved()
+    console = console or Console()
+    torch.set_num_threads(config.threads)
+    output = Path(config.output)
+    make_directory(output)
+    require_space(output, _SPACE)
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(output))
+        progress = stack.enter_context(_progress(console))
+        prepared = _prepare(config, output, progress)
+        results = _workers(config, output, progress)
+    seconds = {"total": time.perf_counter() - start, "cache": prepared}
+    path = write(config, output, results, seconds, versions())
+    console.print(_summary(results))
+    console.print(f"\nReport: [bold]{path}[/bold]", soft_wrap=True)
+    return path
+
+
+def versions() -> dict[str, str]:
+    return {
+        "fastdistill": fastdistill.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> float:
+    """Prompt bank and latent cache; returns the seconds that the cache took in this sitting."""
+    bank = prompt_bank()
+    if not (output / "prompts" / "manifest.json").exists():
+        bank.save(output / "prompts")
+    elif PromptBank.load(output / "prompts").sha256 != bank.sha256:
+        raise FastdistillError(f"{output / 'prompts'}: holds other prompts; use another directory or delete it")
+    teacher = load_teacher().to(config.device)
+    bank = bank.to(config.device)
+    task = progress.add_task("teacher: cache of seen prompts", total=config.cache_images)
+
+    def generate(rows: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        return sample(teacher, bank, prompt, rows, CACHE_SEED, config.sampling)
+
+    start = time.perf_counter()
+    generate_latent_cache(
+        output / "cache",
+        generate,
+        torch.tensor(data.SEEN).repeat(-(-config.cache_images // len(data.SEEN)))[: config.cache_images],
+        data.SHAPE,
+        torch.float32,
+        {
+            "teacher": sha256_of_tensors(teacher.state_dict()),
+            "prompts": bank.sha256,
+            "sampling": config.sampling.describe(),
+            "seed": CACHE_SEED,
+        },
+        rows_per_shard=256,
+        progress=lambda done, total: progress.update(task, completed=done),
+    )
+    return time.perf_counter() - start
+
+
+def _workers(config: DigitsConfig, output: Path, progress: Progress) -> dict[str, list[dict[str, Any]]]:
+    """Every model's result by name, one entry a seed."""
+    jobs = []
+    for seed in range(config.seeds):
+        for name in STUDENTS:
+            jobs.append((f"{name.replace('_', ' ')}" + (f", seed {seed}" if config.seeds > 1 else ""), name, seed))
+    jobs.append(("teacher", "teacher", 0))
+    stop = threading.Event()
+    results: dict[str, list[dict[str, Any]]] = {}
+    with ThreadPoolExecutor(config.workers) as pool:
+        futures = [pool.submit(_work, config, output, progress, stop, *job) for job in jobs]
+        try:
+            pending = set(futures)
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+        except BaseException:
+            stop.set()
+            for future in futures:
+                future.cancel()
+            raise
+    for future in futures:
+        result = future.result()
+        results.setdefault(result["model"], []).append(result)
+    return results
+
+
+def _work(
+    config: DigitsConfig, output: Path, progress: Progress, stop: threading.Event, title: str, name: str, seed: int
+) -> dict[str, Any]:
+    """Run one worker to its end and show what it reports."""
+    directory = output / "models" / (name if name == "teacher" else f"{name}-{seed}")
+    make_directory(directory)
+    job = {"model": name, "seed": seed, "config": plain(dataclasses.asdict(config))}
+    atomic_write(directory / "job.json", json.dumps(job).encode())
+    task = progress.add_task(title, total=None)
+    command = [sys.executable, "-m", "fastdistill.tasks.digits.worker", str(directory / "job.json")]
+    with open(directory / "log.txt", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+        ended = threading.Event()
+
+        def end() -> None:  # a session of its own keeps the terminal's Ctrl-C away: it is passed on once, from here
+            while not ended.wait(0.1):
+                if stop.is_set():
+                    with contextlib.suppress(ProcessLookupError):
+                        process.send_signal(signal.SIGINT)
+                    return
+
+        threading.Thread(target=end, daemon=True).start()
+        assert process.stdout is not None
+        error = None
+        for line in process.stdout:
+            fields = json.loads(line)
+            error = fields.get("error", error)
+            if "phase" in fields:
+                loss = f", loss {fields['loss']:.3f}" if fields.get("loss") else ""
+                said = {"description": f"{title}: {fields['phase']}{loss}"} if loss or fields["done"] < 2 else {}
+                progress.update(task, completed=fields["done"], total=fields["total"], **said)
+        code = process.wait()
+        ended.set()
+    if stop.is_set() or code in (130, -signal.SIGINT):
+        raise KeyboardInterrupt
+    if error is not None:
+        raise FastdistillError(f"{title}: {error}")
+    if code != 0:
+        raise FastdistillError(f"{title}: the process ended with {code}; its last words are in {directory / 'log.txt'}")
+    progress.update(task, description=title, completed=1, total=1)
+    result: dict[str, Any] = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        yield progress
+
+
+def _summary(results: dict[str, list[dict[str, Any]]]) -> Table:
+    """The short table at the end."""
+    table = Table(title="Images that show their prompt")
+    for column in ("model", "seen prompts", "unseen prompts", "parameters", "training", "images/s"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name in ("teacher", *STUDENTS):
+        runs = results[name]
+        shares = [
+            sum(r["counts"][kind]["right"] for r in runs) / sum(r["counts"][kind]["n"] for r in runs)
+            for kind in ("seen", "unseen")
+        ]
+        seconds = sum(r.get("seconds", 0.0) for r in runs) / len(runs)
+        table.add_row(
+            name.replace("_", " "),
+            *(f"{share:.1%}" for share in shares),
+            f"{runs[0]['parameters']:,}",
+            f"{seconds:.0f} s" if seconds else "-",
+            f"{sum(r['images_per_second'] for r in runs) / len(runs):.0f}",
+        )
+    return table
+
+

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the results of the experiment to ``report.json``, ``report.html`` and the pictures in them."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from fastdistill.diffusion.conditioning import replacement_probability
+from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid
+from fastdistill.evaluate.metrics import mean_spread, wilson_interval
+from fastdistill.evaluate.report import write_report
+from fastdistill.data.files import atomic_write
+from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
+from fastdistill.tasks.digits.sampling import SCHEDULE
+
+Results = dict[str, list[dict[str, Any]]]
+_SHOWN_SEEN, _SHOWN_UNSEEN = 8, 8
+
+
+def write(
+    config: DigitsConfig, output: Path, results: Results, seconds: dict[str, float], versions: dict[str, str]
+) -> Path:
+    """Write the report of finished results (one entry a seed) and return the path of the page."""
+    report: dict[str, Any] = {
+        "title": "Random conditioning on handwritten digits",
+        "teacher": _model(results["teacher"]),
+        "students": {name: _model(results[name]) for name in STUDENTS},
+        "seconds": seconds,
+        "versions": versions,
+        "backend": _backend(results),
+        "judge": _judge(results["teacher"][0]),
+        "prompts": {"seen": len(data.SEEN), "unseen": len(data.UNSEEN)},
+        "device": config.device if config.device != "cpu" else f"{platform.machine()} CPU, {config.threads} thread a process",
+        "date": datetime.date.today().isoformat(),
+        "reproduce": [_command(config)],
+    }
+    figures = {
+        "samples": _samples(output),
+        "loss": loss_curves({name: _losses(results[name][0]) for name in STUDENTS}),
+        "probability": probability_curve(_p().tolist()),
+    }
+    page = write_report(output, report, figures)
+    for name, figure in figures.items():
+        atomic_write(output / f"{name}.png", png(figure, transparent=False))
+    return page
+
+
+def _p() -> Tensor:
+    name, parameters = STUDENTS["random_conditioning"]
+    return replacement_probability(name, len(SCHEDULE), **parameters)
+
+
+def _model(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies pooled over the seeds, with Wilson intervals; mean and spread where there are several."""
+    model: dict[str, Any] = {"parameters": runs[0]["parameters"]}
+    for kind in ("seen", "unseen"):
+        right = sum(run["counts"][kind]["right"] for run in runs)
+        n = sum(run["counts"][kind]["n"] for run in runs)
+        model |= {kind: right / n, f"{kind}_interval": wilson_interval(right, n), f"{kind}_n": n}
+        if len(runs) > 1:
+            each = [run["counts"][kind]["right"] / run["counts"][kind]["n"] for run in runs]
+            model[f"{kind}_mean"], model[f"{kind}_std"] = mean_spread(each)
+            model[f"{kind}_each"] = each
+    if len(runs) > 1:
+        model["seeds"] = [run["seed"] for run in runs]
+    if "seconds" in runs[0]:
+        model["seconds"] = sum(run["seconds"] for run in runs) / len(runs)
+    model["images_per_second"] = sum(run["images_per_second"] for run in runs) / len(runs)
+    return model
+
+
+def _judge(run: dict[str, Any]) -> dict[str, Any]:
+    accuracy, n = run["judge_accuracy"], run["judge_n"]
+    return {"accuracy": accuracy, "interval": wilson_interval(round(accuracy * n), n), "n": n}
+
+
+def _backend(results: Results) -> dict[str, str]:
+    """The kernel each op ran with, over all processes."""
+    used: dict[str, set[str]] = {}
+    for run in (run for runs in results.values() for run in runs):
+        for op, kernels in run["backend"].items():
+            used.setdefault(op, set()).update(kernels)
+    return {op: ", ".join(sorted(kernels)) for op, kernels in sorted(used.items())}
+
+
+def _losses(run: dict[str, Any]) -> tuple[list[float], list[float]]:
+    return [m["step"] for m in run["history"]], [m["loss"] for m in run["history"]]
+
+
+def _samples(output: Path) -> Any:
+    """The first image of each model for prompts spread over the seen and the unseen ones."""
+    chosen = [rows[i * len(rows) // n] for rows, n in ((data.SEEN, _SHOWN_SEEN), (data.UNSEEN, _SHOWN_UNSEEN)) for i in range(n)]
+    images, right = {}, {}
+    for name, directory in {"teacher": "teacher", **{name: f"{name}-0" for name in STUDENTS}}.items():
+        stored = safetensors.torch.load_file(output / "models" / directory / "samples.safetensors")
+        images[name] = (stored["images"][chosen].clamp(-1, 1) + 1) / 2
+        right[name] = stored["right"][chosen].tolist()
+    prompts = [data.PROMPTS[row].text.removeprefix("a ") for row in chosen]
+    return sample_grid(images, prompts, correct=right, seen=[data.PROMPTS[row].seen for row in chosen])
+
+
+def _command(config: DigitsConfig) -> str:
+    flags = " --quick" if config.quick else ""
+    flags += f" --seeds {config.seeds}" if config.seeds > 1 else ""
+    flags += " --student blocks" if config.student == "blocks" else ""
+    return f"fastdistill demo digits{flags}"

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model's part of the experiment in a process of its own: train a student (or take the teacher), sample, judge.
+
+``python -m fastdistill.tasks.digits.worker JOB.json`` prints progress as JSON lines and writes ``result.json`` and
+``samples.safetensors`` beside the job. Ctrl-C and SIGTERM end it after the step under way, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from fastdistill import ops
+from fastdistill.data.files import atomic_write
+from fastdistill.data.fingerprint import plain, sha256_of_json, sha256_of_tensors
+from fastdistill.data.latent_cache import LatentCache
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.errors import FastdistillError
+from fastdistill.models import make_student
+from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
+from fastdistill.tasks.digits.judge import Judge
+from fastdistill.tasks.digits.sampling import SCHEDULE, sample
+from fastdistill.tasks.digits.teacher import load_teacher
+from fastdistill.train import DistillTrainer
+from fastdistill.train.config import from_mapping
+
+Report = Callable[..., None]
+EVALUATION_SEED = 2**31  # noise of the judged images: not that of the cache
+
+
+def run(job: Path, report: Report) -> None:
+    """Do what the job file says, unless its result is already there."""
+    described = json.loads(job.read_text(encoding="utf-8"))
+    config = from_mapping(DigitsConfig, described["config"])
+    torch.set_num_threads(config.threads)
+    teacher = load_teacher().to(config.device)
+    bank = PromptBank.load(Path(config.output) / "prompts").to(config.device)
+    settings = plain(dataclasses.asdict(config))
+    for free in ("output", "seeds", "workers", "threads", "quick"):
+        del settings[free]
+    made_from = {**settings, "model": described["model"], "seed": described["seed"], "prompts": bank.sha256}
+    made_from["teacher"] = sha256_of_tensors(teacher.state_dict())
+    fingerprint = sha256_of_json(made_from)
+    done = job.parent / "result.json"
+    if done.exists() and json.loads(done.read_text(encoding="utf-8")).get("fingerprint") == fingerprint:
+        return
+    result: dict[str, Any] = {"model": described["model"], "seed": described["seed"], "fingerprint": fingerprint}
+    model: nn.Module = teacher
+    if described["model"] != "teacher":
+        model, training = _train(config, described["model"], described["seed"], teacher, bank, job.parent, report)
+        result |= training
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    result |= _evaluate(config, model, bank, job.parent, report)
+    result["backend"] = ops.used()
+    atomic_write(done, json.dumps(result, indent=1).encode())
+
+
+def _train(
+    config: DigitsConfig, name: str, seed: int, teacher: Any, bank: PromptBank, directory: Path, report: Report
+) -> tuple[nn.Module, dict[str, Any]]:
+    cache = LatentCache.load(Path(config.output) / "cache", expect={"prompts": bank.sha256}, device=config.device)
+    student = make_student(teacher, config.spec(), init="random" if config.student == "narrow" else "teacher", seed=seed)
+    probability, parameters = STUDENTS[name]
+    objective = RandomConditioning(
+        probability=probability,
+        parameters=parameters,
+        null_probability=config.null_probability,
+        weights=Weights(feature=config.feature_weight),
+        feature_distance=config.feature_distance,
+        taps=tuple(zip(student.teacher_taps, student.student_taps, strict=True)) if config.feature_weight else (),
+    )
+    train = dataclasses.replace(config.train, seed=seed)
+    trainer = DistillTrainer(teacher, student.model, SCHEDULE, cache, bank, objective, train, device=config.device)
+
+    def progress(done: int, metrics: dict[str, float] | None) -> None:
+        report(phase="training", done=done, total=train.steps, loss=metrics and metrics["loss"])
+
+    fitted = trainer.fit(directory / "training", progress=progress)
+    model = trainer.ema_student()
+    model.save_pretrained(directory / "student")  # type: ignore[operator]
+    return model, {"seconds": fitted.seconds, "history": fitted.history}
+
+
+def _evaluate(
+    config: DigitsConfig, model: nn.Module, bank: PromptBank, directory: Path, report: Report
+) -> dict[str, Any]:
+    judge = Judge()
+    prompt = torch.arange(len(data.PROMPTS)).repeat_interleave(config.images_per_prompt)
+    start = time.perf_counter()
+    images = sample(
+        model,
+        bank,
+        prompt,
+        torch.arange(len(prompt)),
+        EVALUATION_SEED,
+        config.sampling,
+        progress=lambda done: report(phase="judging", done=done, total=len(prompt)),
+    )
+    seconds = time.perf_counter() - start
+    right = judge.right(images, prompt)
+    first = torch.arange(0, len(prompt), config.images_per_prompt)
+    shown = {"images": images[first], "right": right[first]}
+    atomic_write(directory / "samples.safetensors", safetensors.torch.save(shown))
+    counts = {}
+    for kind, rows in {"seen": data.SEEN, "unseen": data.UNSEEN}.items():
+        among = torch.isin(prompt, torch.tensor(rows))
+        counts[kind] = {"right": int(right[among].sum()), "n": int(among.sum())}
+    return {
+        "counts": counts,
+        "images_per_second": len(prompt) / seconds,
+        "judge_accuracy": judge.accuracy_on_real,
+        "judge_n": data.HELD_OUT,
+    }
+
+
+def main() -> int:
+    parent = os.getppid()
+
+    def report(**fields: Any) -> None:
+        if os.getppid() != parent:  # nobody is left to read: stop as for Ctrl-C
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        print(json.dumps(fields), flush=True)
+
+    try:
+        run(Path(sys.argv[1]), report)
+    except FastdistillError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
