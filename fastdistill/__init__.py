@@ -1,4 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distil conditional diffusion models into smaller or cheaper ones, fast."""
+"""Distil conditional diffusion models into smaller or cheaper ones, fast.
+
+The public names are loaded when they are first used, so that ``import fastdistill`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
+
+_HOME = {
+    "DistillTrainer": "train",
+    "TrainConfig": "train",
+    "RandomConditioning": "distill",
+    "Weights": "distill",
+    "LatentCache": "data.latent_cache",
+    "generate_latent_cache": "data.latent_cache",
+    "PromptBank": "data.prompt_bank",
+    "NoiseSchedule": "diffusion.schedule",
+    "ddim": "diffusion.sampler",
+    "initial_noise": "diffusion.sampler",
+    "make_student": "models",
+    "feature_match": "ops",
+    "noise_gather": "ops",
+}
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from fastdistill.data.latent_cache import LatentCache as LatentCache
+    from fastdistill.data.latent_cache import generate_latent_cache as generate_latent_cache
+    from fastdistill.data.prompt_bank import PromptBank as PromptBank
+    from fastdistill.diffusion.sampler import ddim as ddim
+    from fastdistill.diffusion.sampler import initial_noise as initial_noise
+    from fastdistill.diffusion.schedule import NoiseSchedule as NoiseSchedule
+    from fastdistill.distill import RandomConditioning as RandomConditioning
+    from fastdistill.distill import Weights as Weights
+    from fastdistill.models import make_student as make_student
+    from fastdistill.ops import feature_match as feature_match
+    from fastdistill.ops import noise_gather as noise_gather
+    from fastdistill.train import DistillTrainer as DistillTrainer
+    from fastdistill.train import TrainConfig as TrainConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastdistill' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fastdistill.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

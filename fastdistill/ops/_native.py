@@ -36,6 +36,11 @@ def cpu_reason() -> str | None:
     return reason and f"{reason} (no C++ compiler when it was installed?)"
 
 
+def cpu_summary() -> str:
+    """Which instruction set the C++ kernels use; call only where ``cpu_reason`` is None."""
+    return f"built, uses {cpu().isa()} (this machine has {', '.join(cpu().isas())})"
+
+
 def cuda_reason() -> str | None:
     """Why the CUDA kernels cannot run in this installation, or None."""
     reason = _load("_cuda")[1]

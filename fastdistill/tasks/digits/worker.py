@@ -82,7 +82,7 @@ def _train(
         feature_distance=config.feature_distance,
         taps=tuple(zip(student.teacher_taps, student.student_taps, strict=True)) if config.feature_weight else (),
     )
-    train = dataclasses.replace(config.train, seed=seed)
+    train = dataclasses.replace(config.train, seed=config.train.seed + seed)
     trainer = DistillTrainer(teacher, student.model, SCHEDULE, cache, bank, objective, train, device=config.device)
 
     def progress(done: int, metrics: dict[str, float] | None) -> None:

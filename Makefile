@@ -1,0 +1,49 @@
+# make setup | demo | test | bench | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread: with two and a busy core, a small training step was 16 times slower.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test test-slow bench lint format build-matrix clean
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/*/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastdistill needs Python >= 3.11, got " + sys.version.split()[0] + " (make PYTHON=python3.12)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet torch
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[demo,dev]'
+	$(BIN)/fastdistill doctor
+	@touch $@
+
+demo: setup
+	$(BIN)/fastdistill demo digits $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*')
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*')
+
+build-matrix: setup
+	$(BIN)/python -m pytest tests/build -m slow $(ARGS)
+
+clean:
+	rm -rf build $(VENV) fastdistill/*.so *.egg-info

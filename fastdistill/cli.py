@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Options derive from the configuration dataclasses; ``--config FILE.yaml`` sets them first."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import tyro
+from rich.console import Console
+
+import fastdistill
+from fastdistill.errors import FastdistillError
+from fastdistill.train.config import from_yaml, to_yaml, validated
+
+Config = TypeVar("Config")
+_USAGE = """\
+fastdistill {version}: distil conditional diffusion models into smaller or cheaper ones
+
+usage: fastdistill COMMAND [options]        (fastdistill COMMAND --help lists a command's options)
+
+  demo digits      random conditioning against paired prompts on handwritten digits; writes a report
+  teacher digits   train the digits teacher by its recipe (its weights ship with the package)
+  doctor           versions, devices, and which kernel each op runs with, or why not
+
+options of demo and teacher:
+  --config FILE    YAML with any of the command's options; options on the command line come on top
+  --dry-run        print the resulting configuration as YAML, checked, and stop
+"""
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Versions, devices, and the kernels of every op."""
+
+    json: bool = False
+    """Print JSON."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for an error of the user's or the machine's, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _run(arguments)
+    except FastdistillError as error:
+        print(f"fastdistill: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastdistill: stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    match arguments:
+        case [] | ["-h" | "--help" | "help", *_]:
+            print(_USAGE.format(version=fastdistill.__version__), end="")
+        case ["--version", *_]:
+            print(fastdistill.__version__)
+        case ["doctor", *rest]:
+            from fastdistill.doctor import doctor
+
+            options = tyro.cli(DoctorConfig, args=rest, prog="fastdistill doctor")
+            doctor(Console(), as_json=options.json)
+        case ["demo", "digits", *rest]:
+            from fastdistill.tasks.digits.config import DigitsConfig
+
+            if (config := _configured(DigitsConfig, rest, "fastdistill demo digits")) is not None:
+                from fastdistill.tasks.digits.demo import run
+
+                run(config)
+        case ["teacher", "digits", *rest]:
+            from fastdistill.tasks.digits.teacher import TeacherConfig
+
+            if (config := _configured(TeacherConfig, rest, "fastdistill teacher digits")) is not None:
+                _teacher(config)
+        case ["demo" | "teacher" as command, *rest]:
+            known = "digits"
+            raise FastdistillError(f"{command}: expected a task ({known}), got {rest[0] if rest else 'none'}")
+        case [command, *_]:
+            raise FastdistillError(f"command: expected demo, teacher or doctor, got {command!r} (fastdistill --help)")
+    return 0
+
+
+def _configured(kind: type[Config], arguments: list[str], program: str) -> Config | None:
+    """The checked configuration of a command, or None after a dry run."""
+    dry = "--dry-run" in arguments
+    arguments = [a for a in arguments if a != "--dry-run"]
+    file, rest = _config_file(arguments)
+    default = from_yaml(kind, file) if file is not None else kind()
+    config = validated(tyro.cli(kind, args=rest, default=default, prog=f"fastdistill {program}"), program)
+    if dry:
+        print(to_yaml(config), end="")
+        return None
+    return config
+
+
+def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
+    for i, argument in enumerate(arguments):
+        if argument == "--config":
+            if i + 1 == len(arguments):
+                raise FastdistillError("--config: expected a YAML file, got nothing")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config="), arguments[:i] + arguments[i + 1 :]
+    return None, arguments
+
+
+def _teacher(config: Any) -> None:
+    from rich.progress import Progress
+
+    from fastdistill.tasks.digits.teacher import provenance, train_teacher
+
+    console = Console()
+    with Progress(console=console, refresh_per_second=2) as progress:
+        task = progress.add_task("digits teacher", total=config.train.steps)
+
+        def show(done: int, metrics: dict[str, float] | None) -> None:
+            text = {} if metrics is None else {"description": f"digits teacher: loss {metrics['loss']:.3f}"}
+            progress.update(task, completed=done, **text)
+
+        made = train_teacher(config, show)
+    shipped = provenance()
+    same = "the same bits as" if made["sha256"] == shipped["sha256"] else "other bits than"
+    console.print(f"{config.output}/teacher.safetensors holds {same} the shipped weights", soft_wrap=True)
+    for name, value in made["metrics"].items():
+        console.print(f"  {name:24} {value:.4g}   (shipped: {shipped['metrics'][name]:.4g})")
+
+

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs here and what does not, with the reason."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fastdistill
+from fastdistill.ops import OPS, _native
+
+_PACKAGES = ("torch", "diffusers", "triton", "safetensors", "numpy", "xformers")
+
+
+def examine() -> dict[str, Any]:
+    """Versions, devices, extensions, and a row for every kernel of every op with the reason why it cannot run here."""
+    devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+    kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    kernels = []
+    for name, op in OPS.items():
+        rows = op.table()
+        chosen = {kind: next(r["kernel"] for r in rows if r["device"] in (kind, "any") and not r["reason"]) for kind in kinds}
+        for row in rows:
+            takes = [kind for kind, kernel in chosen.items() if kernel == row["kernel"]]
+            kernels.append({"op": name, "formula": op.summary, **row, "chosen_for": takes})
+    return {
+        "versions": {"fastdistill": fastdistill.__version__, "python": platform.python_version(), **_versions()},
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "extensions": {
+            "_cpu": _native.cpu_reason() or _native.cpu_summary(),
+            "_cuda": _native.cuda_reason() or "built; no op uses it yet",
+        },
+        "kernels": kernels,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def doctor(console: Console, *, as_json: bool = False) -> None:
+    """Print what ``examine`` finds."""
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for title, values in {"versions": found["versions"], "extensions": found["extensions"]}.items():
+        console.print(f"[bold]{title}[/bold]")
+        for key, value in values.items():
+            console.print(f"  {key:12} {value}", highlight=False, soft_wrap=True)
+    console.print("[bold]devices[/bold]")
+    if len(found["devices"]) == 1:
+        console.print("  no CUDA device", highlight=False)
+    for device in found["devices"]:
+        console.print(f"  {device}", highlight=False)
+    console.print(f"  {found['threads']} of {found['cores']} CPU threads in use", highlight=False)
+    table = Table(title="kernels, best first", title_justify="left")
+    for column in ("op", "kernel", "device", "chosen for", "why it cannot run here"):
+        table.add_column(column)
+    previous = None
+    for row in found["kernels"]:
+        op = row["op"] if row["op"] != previous else ""
+        previous = row["op"]
+        table.add_row(op, row["kernel"], row["device"], ", ".join(row["chosen_for"]), row["reason"] or "")
+    console.print(table)
