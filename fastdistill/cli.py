@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 from rich.console import Console
@@ -63,17 +63,9 @@ def _run(arguments: list[str]) -> int:
             options = tyro.cli(DoctorConfig, args=rest, prog="fastdistill doctor")
             doctor(Console(), as_json=options.json)
         case ["demo", "digits", *rest]:
-            from fastdistill.tasks.digits.config import DigitsConfig
-
-            if (config := _configured(DigitsConfig, rest, "fastdistill demo digits")) is not None:
-                from fastdistill.tasks.digits.demo import run
-
-                run(config)
+            _demo_digits(rest)
         case ["teacher", "digits", *rest]:
-            from fastdistill.tasks.digits.teacher import TeacherConfig
-
-            if (config := _configured(TeacherConfig, rest, "fastdistill teacher digits")) is not None:
-                _teacher(config)
+            _teacher_digits(rest)
         case ["demo" | "teacher" as command, *rest]:
             known = "digits"
             raise FastdistillError(f"{command}: expected a task ({known}), got {rest[0] if rest else 'none'}")
@@ -106,18 +98,32 @@ def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _teacher(config: Any) -> None:
-    from rich.progress import Progress
+def _demo_digits(arguments: list[str]) -> None:
+    from fastdistill.tasks.digits.config import DigitsConfig
 
-    from fastdistill.tasks.digits.teacher import provenance, train_teacher
+    config = _configured(DigitsConfig, arguments, "demo digits")
+    if config is not None:
+        from fastdistill.tasks.digits.demo import run
+
+        run(config)
+
+
+def _teacher_digits(arguments: list[str]) -> None:
+    from fastdistill.tasks.digits.teacher import TeacherConfig, provenance, train_teacher
+
+    config = _configured(TeacherConfig, arguments, "teacher digits")
+    if config is None:
+        return
+    from rich.progress import Progress
 
     console = Console()
     with Progress(console=console, refresh_per_second=2) as progress:
         task = progress.add_task("digits teacher", total=config.train.steps)
 
         def show(done: int, metrics: dict[str, float] | None) -> None:
-            text = {} if metrics is None else {"description": f"digits teacher: loss {metrics['loss']:.3f}"}
-            progress.update(task, completed=done, **text)
+            progress.update(task, completed=done)
+            if metrics is not None:
+                progress.update(task, description=f"digits teacher: loss {metrics['loss']:.3f}")
 
         made = train_teacher(config, show)
     shipped = provenance()
@@ -125,5 +131,3 @@ def _teacher(config: Any) -> None:
     console.print(f"{config.output}/teacher.safetensors holds {same} the shipped weights", soft_wrap=True)
     for name, value in made["metrics"].items():
         console.print(f"  {name:24} {value:.4g}   (shipped: {shipped['metrics'][name]:.4g})")
-
-

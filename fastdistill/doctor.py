@@ -26,7 +26,9 @@ def examine() -> dict[str, Any]:
     kernels = []
     for name, op in OPS.items():
         rows = op.table()
-        chosen = {kind: next(r["kernel"] for r in rows if r["device"] in (kind, "any") and not r["reason"]) for kind in kinds}
+        chosen = {
+            kind: next(r["kernel"] for r in rows if r["device"] in (kind, "any") and not r["reason"]) for kind in kinds
+        }
         for row in rows:
             takes = [kind for kind, kernel in chosen.items() if kernel == row["kernel"]]
             kernels.append({"op": name, "formula": op.summary, **row, "chosen_for": takes})

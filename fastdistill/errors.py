@@ -13,7 +13,8 @@ class InputError(FastdistillError, ValueError):
 
     @classmethod
     def of(cls, argument: str, rule: object, value: object) -> InputError:
-        """``InputError.of("teacher[2]", "the shape of student[2] (8, 64)", (8, 32))`` in the one wording used everywhere."""
+        """``InputError.of("teacher[2]", "the shape of student[2] (8, 64)", (8, 32))`` in the one wording used
+        everywhere."""
         return cls(f"{argument}: expected {rule}, got {value}")
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``check_op``: everything an op's kernel must satisfy, for any kernel that the op registers.
 
-A ``Case`` says how to call the op's public function, what it should return in float64 (written independently), and what a user's
-eager code of the same precision returns. The rule for floats: error against float64 at most 2x (gradients 3x) that of the
-same-precision eager code, or 4 eps of the largest magnitude (for sums eps sqrt(n) of the sum of the terms' magnitudes), whichever is
-larger. Integers are equal.
+A ``Case`` says how to call the op's public function, what it should return in float64 (written independently), and what
+a user's eager code of the same precision returns. The rule for floats: error against float64 at most 2x (gradients 3x)
+that of the same-precision eager code, or 4 eps of the largest magnitude (for sums eps sqrt(n) of the sum of the terms'
+magnitudes), whichever is larger. Integers are equal.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from fastdistill.ops._dispatch import REFERENCE
 class Case:
     """One call of one op.
 
-    ``call``, ``truth`` and ``eager`` take ``inputs`` and return a tuple of tensors of the same shapes; inputs that require gradient
-    are differentiated. ``sums`` gives, for outputs that are sums, (number of terms, sum of the terms' magnitudes).
+    ``call``, ``truth`` and ``eager`` take ``inputs`` and return a tuple of tensors of the same shapes; inputs that
+    require gradient are differentiated. ``sums`` gives, for outputs that are sums, (number of terms, sum of the terms'
+    magnitudes).
     """
 
     op: str
@@ -167,7 +168,8 @@ def check_compiled(case: Case, kernel: str, backend: str = "aot_eager") -> None:
 
 
 def check_fake(case: Case, device: str = "cpu") -> None:
-    """Fake and meta tensors go through without touching memory, and give shapes, dtypes and strides as the real ones."""
+    """Fake and meta tensors go through without touching memory, and give shapes, dtypes and strides as the real
+    ones."""
     real, real_gradients = evaluate(case.call, detached(case.inputs), case.cotangent)
     meta = tree_map_only(Tensor, lambda t: t.detach().to("meta").requires_grad_(t.requires_grad), case.inputs)
     with FakeTensorMode():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain diffusion training, without a teacher: how a teacher itself is made (Ho, Jain, Abbeel 2020, arXiv 2006.11239, eq. 14)."""
+"""Plain diffusion training, without a teacher: how a teacher itself is made (Ho, Jain, Abbeel 2020, arXiv 2006.11239,
+eq. 14)."""
 
 from __future__ import annotations
 

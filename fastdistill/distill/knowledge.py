@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Knowledge distillation of outputs and features (BK-SDM, arXiv 2305.15798; arXiv 2504.02011, eq. for L_out and L_feat).
+"""Knowledge distillation of outputs and features (BK-SDM, arXiv 2305.15798; arXiv 2504.02011, eq. for L_out and
+L_feat).
 
     L = w_out |T(x_t, c, t) - S(x_t, c, t)|^2 + w_feat sum_l |f_T^l - f_S^l|^2 + w_task |target - S(x_t, c, t)|^2
 

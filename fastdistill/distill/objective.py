@@ -43,8 +43,11 @@ class BoundObjective(Protocol):
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
     """
 
-    metric_names: Sequence[str]
-    trained: Sequence[nn.Module]
+    @property
+    def metric_names(self) -> Sequence[str]: ...
+
+    @property
+    def trained(self) -> Sequence[nn.Module]: ...
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]: ...
 
@@ -61,7 +64,8 @@ def predict(model: nn.Module, x_t: Tensor, timestep: Tensor, prompt: Tensor) -> 
     """The output tensor of a model of diffusers' call shape, whatever it wraps it in."""
     output = model(x_t, timestep, encoder_hidden_states=prompt)
     output = getattr(output, "sample", output)
-    return output[0] if isinstance(output, tuple) else output
+    prediction: Tensor = output[0] if isinstance(output, tuple) else output
+    return prediction
 
 
 def cast_inputs(model: nn.Module, x_t: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:

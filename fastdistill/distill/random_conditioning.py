@@ -67,13 +67,18 @@ class BoundRandomConditioning:
         self._tables = coefficients.to(setting.device), replace.to(setting.device)
         self._banks = setting.latents, setting.latent_prompts, setting.prompts
         self._out = empty_draw(setting.latents, setting.prompts, setting.batch, target=config.weights.task > 0)
-        self._options = {
-            "null_index": len(setting.prompts) - 1,
-            "null_probability": config.null_probability,
-            "with_replacement": config.with_replacement,
-        }
+        self._null_index = len(setting.prompts) - 1
+        self._config = config
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         with torch.no_grad():
-            draw = noise_gather(*self._banks, *self._tables, counter, out=self._out, **self._options)
+            draw = noise_gather(
+                *self._banks,
+                *self._tables,
+                counter,
+                out=self._out,
+                null_index=self._null_index,
+                null_probability=self._config.null_probability,
+                with_replacement=self._config.with_replacement,
+            )
         return self._knowledge(draw)

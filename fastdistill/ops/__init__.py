@@ -7,7 +7,7 @@
 ==================  ==============================================================================================
 """
 
-from fastdistill.ops._dispatch import OPS, used, use
+from fastdistill.ops._dispatch import OPS, use, used
 from fastdistill.ops.feature_match import FeatureMatch, feature_match
 from fastdistill.ops.noise_gather import Draw, empty_draw, noise_gather
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One mechanism for every op: a schema, a reference, and kernels per device in order of preference.
 
-An op writes into tensors that its caller gives it (``Tensor(a!)`` arguments, nothing returned), so that a step can reuse its
-buffers; the public function beside each op allocates them when the caller brings none. Kernels are only ever reached through the
+An op writes into tensors that its caller gives it (``Tensor(a!)`` arguments, nothing returned), so that a step can
+reuse its buffers; the public function beside each op allocates them when the caller brings none. Kernels are only ever
+reached through the
 dispatcher: under a fake tensor a raw pointer is 0 and would kill the process.
 """
 
@@ -26,10 +27,12 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastdistil
 
 @contextlib.contextmanager
 def use(kernel: str | None) -> Iterator[None]:
-    """Force one kernel inside the block: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None restores the automatic choice.
+    """Force one kernel inside the block: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None restores the
+    automatic choice.
 
     Raises:
-        KernelError: when an op is called that has no such kernel for the device, or whose kernel refuses the call; with its reason.
+        KernelError: when an op is called that has no such kernel for the device, or whose kernel refuses the call; with
+            its reason.
     """
     names = sorted({name for op in OPS.values() for name in op.kernel_names()})
     if kernel is not None and kernel not in names:
@@ -49,8 +52,8 @@ def _never(*args: Any) -> str | None:
 class Kernel:
     """One implementation of an op on one device type.
 
-    ``launch`` has the op's schema. ``available`` says why this installation cannot run it at all, ``refuse`` why not this call;
-    both return None when all is well.
+    ``launch`` has the op's schema. ``available`` says why this installation cannot run it at all, ``refuse`` why not
+    this call; both return None when all is well.
     """
 
     name: str
@@ -103,7 +106,8 @@ OPS: dict[str, Op] = {}
 
 
 def used() -> dict[str, list[str]]:
-    """The kernels that each op has run with in this process, the most used first: ``{"feature_match": ["cpp"], ...}``."""
+    """The kernels that each op has run with in this process, the most used first: ``{"feature_match": ["cpp"],
+    ...}``."""
     return {name: [kernel for kernel, _ in op.calls.most_common()] for name, op in OPS.items() if op.calls}
 
 
@@ -125,4 +129,5 @@ def register(
     torch.library.impl(qualified, "default", reference)
     for device in ("cpu", "cuda"):
         torch.library.impl(qualified, device, functools.partial(op.run, device))
-    return getattr(torch.ops.fastdistill, name).default
+    overload: Callable[..., None] = getattr(torch.ops.fastdistill, name).default
+    return overload

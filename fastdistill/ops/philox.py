@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Philox4x32-10 and what is drawn from it, in torch int64 arithmetic: the specification of every kernel's random numbers.
+"""Philox4x32-10 and what is drawn from it, in torch int64 arithmetic: the specification of every kernel's random
+numbers.
 
-A draw is a function of (seed, step, sample, element) alone, so it is the same in every backend, under any split of the batch,
-after any resume, and inside a replayed CUDA graph. Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+A draw is a function of (seed, step, sample, element) alone, so it is the same in every backend, under any split of the
+batch, after any resume, and inside a replayed CUDA graph. Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy
+as 1, 2, 3" (SC 2011).
 
 =========  =====================================================================================================
 stream     use: counter = (block low 32, stream << 16 | block high 16, sample, step), key = (seed low 32, seed high 32)
@@ -112,13 +114,15 @@ def normal(seed: Tensor, step: Tensor, samples: Tensor, shape: Sequence[int], *,
 def permute(position: Tensor, n: int, seed: Tensor, epoch: Tensor) -> Tensor:
     """The keyed permutation of [0, n) that orders an epoch's latents.
 
-    A six-round Feistel network on Philox over the smallest even number of bits that holds n, walked until it lands inside [0, n).
+    A six-round Feistel network on Philox over the smallest even number of bits that holds n, walked until it lands
+    inside [0, n).
 
     Args:
         position: int64 in [0, n). epoch: int64, broadcastable with it. n: 1 <= n < 2**62.
 
     Returns:
-        int64, like ``position``. (The walk's length is read on the host: at most a handful of turns, each over the whole tensor.)
+        int64, like ``position``. (The walk's length is read on the host: at most a handful of turns, each over the
+        whole tensor.)
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

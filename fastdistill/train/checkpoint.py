@@ -34,7 +34,9 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def save(directory: Path, state: Mapping[str, Tensor], step: int, seconds: float, fingerprint: Mapping[str, Any]) -> Path:
+def save(
+    directory: Path, state: Mapping[str, Tensor], step: int, seconds: float, fingerprint: Mapping[str, Any]
+) -> Path:
     """Write ``step-<step>.safetensors``; StorageError when it cannot be written, and nothing is left of the attempt."""
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     head = {"schema": SCHEMA, "step": step, "seconds": seconds, "fingerprint": plain(fingerprint)}
@@ -79,7 +81,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             head = json.loads((file.metadata() or {})["fastdistill"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
@@ -115,7 +117,9 @@ def restore(tensors: Mapping[str, Tensor], step: TrainStep, student: torch.nn.Mo
     step.ema.load_state_dict(part("ema."))
     for i, parameter in enumerate(step.parameters):
         step.optimizer.state[parameter] = {
-            k: torch.empty_like(parameter, dtype=v.dtype).copy_(v) if v.shape == parameter.shape else v.to(parameter.device)
+            k: torch.empty_like(parameter, dtype=v.dtype).copy_(v)
+            if v.shape == parameter.shape
+            else v.to(parameter.device)
             for k, v in part(f"optimizer.{i}.").items()
         }
     step.counter.copy_(tensors["counter"])

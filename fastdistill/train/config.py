@@ -111,7 +111,9 @@ def _unknown(kind: type, values: Mapping[str, Any], prefix: str) -> list[str]:
     return _unknown_in(hints, hints, values, prefix)
 
 
-def _unknown_in(root: Mapping[str, Any], schema: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> list[str]:
+def _unknown_in(
+    root: Mapping[str, Any], schema: Mapping[str, Any], values: Mapping[str, Any], prefix: str
+) -> list[str]:
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
     known = schema.get("properties")

@@ -73,7 +73,9 @@ def fit(
 class _Run:
     """The side of a run that touches clocks and files."""
 
-    def __init__(self, step: TrainStep, student: nn.Module, fingerprint: Mapping[str, Any], config: TrainConfig) -> None:
+    def __init__(
+        self, step: TrainStep, student: nn.Module, fingerprint: Mapping[str, Any], config: TrainConfig
+    ) -> None:
         self.step, self.student, self.fingerprint, self.config = step, student, fingerprint, config
         self.history: list[Metrics] = []
         self.directory: Path | None = None

@@ -36,7 +36,9 @@ class TrainStep:
     since it was last zeroed; ``metric_names`` says what each is.
     """
 
-    def __init__(self, objective: BoundObjective, student: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, objective: BoundObjective, student: nn.Module, config: TrainConfig, device: torch.device
+    ) -> None:
         self.objective = objective
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.parameters += [p for module in objective.trained for p in module.parameters()]

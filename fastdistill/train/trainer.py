@@ -22,6 +22,7 @@ from fastdistill.train.config import TrainConfig, validated
 from fastdistill.train.loop import FitResult, Progress, fit
 from fastdistill.train.step import TrainStep
 
+
 class DistillTrainer:
     """Distil a teacher into a student.
 
@@ -74,9 +75,7 @@ class DistillTrainer:
         self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
         self.step = TrainStep(objective.bind(setting), self.student, config, self.device)
 
-    def fit(
-        self, directory: str | Path | None = None, *, progress: Progress | None = None
-    ) -> FitResult:
+    def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
         """Train to the last step of the configuration.
 
         With a directory, checkpoints and ``metrics.jsonl`` go there, and a run found in it is gone on with: the result

@@ -214,7 +214,7 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 
 
 def test_forcing_a_kernel_that_is_not_there_says_why() -> None:
-    with pytest.raises(InputError, match="kernel: expected one of .*, got 'cudnn'"), use("cudnn"):
+    with pytest.raises(InputError, match=r"kernel: expected one of .*, got 'cudnn'"), use("cudnn"):
         pass
     op = OPS["feature_match"]
     with use("reference"):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
 from fastdistill.ops._dispatch import Kernel, register
 from fastdistill.ops.feature_match import cpp, reference
@@ -38,7 +37,8 @@ _scale_gradients = register(
 
 
 class FeatureMatch(NamedTuple):
-    """``loss``: 0-dim float32, differentiable with respect to the student. ``taps``: [L] float32, unweighted, for logging."""
+    """``loss``: 0-dim float32, differentiable with respect to the student. ``taps``: [L] float32, unweighted, for
+    logging."""
 
     loss: Tensor
     taps: Tensor
@@ -58,13 +58,16 @@ def feature_match(
 
     Args:
         student: L tensors of any shape, float32, bfloat16 or float16, any dense layout.
-        teacher: L tensors of the same shapes on the same device, without gradient; dtypes may differ from the student's.
+        teacher: L tensors of the same shapes on the same device, without gradient; dtypes may differ from the
+            student's.
         weights: L floats, or a float32 tensor [L] on the device (None: all 1; pass a tensor inside a CUDA graph).
-        distance: ``"mse"``, mean((s - t)^2), or ``"normalized_mse"``, the same over mean(t^2) + eps, so that no tap swamps the rest.
-        grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before ``backward``. The
-            gradient is stored already multiplied by it, so that float16 gradients do not underflow. None: 1.
-        grads: L buffers like ``student`` to write the gradient into, so that a training step can reuse them; they are handed to
-            autograd by ``backward``. None: fresh ones.
+        distance: ``"mse"``, mean((s - t)^2), or ``"normalized_mse"``, the same over mean(t^2) + eps, so that no tap
+            swamps the rest.
+        grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before
+            ``backward``. The gradient is stored already multiplied by it, so that float16 gradients do not underflow.
+            None: 1.
+        grads: L buffers like ``student`` to write the gradient into, so that a training step can reuse them; they are
+            handed to autograd by ``backward``. None: fresh ones.
 
     Returns:
         ``FeatureMatch(loss, taps)``; float32 accumulation, the same bits on every run and for any number of threads.
@@ -132,7 +135,8 @@ def _checked(
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The tensor itself where its memory has no gaps and no overlap (whatever the order of its dimensions), else a dense copy."""
+    """The tensor itself where its memory has no gaps and no overlap (whatever the order of its dimensions), else a
+    dense copy."""
     if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
         return tensor
     twin = torch.empty_like(tensor, device="meta")  # takes over the strides of a dense tensor, and only of one
@@ -194,11 +198,12 @@ class _FeatureMatch(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
         if ctx.grads is None:
             raise RuntimeError(
-                "feature_match: backward ran a second time, after the first took its gradient buffers: use retain_graph=True"
+                "feature_match: backward ran a second time, after the first took the gradient: use retain_graph=True"
             )
         factor = grad_loss.float() / ctx.grad_scale
         if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-            # Compiled, the product fuses with whatever consumes it; with the graph kept, another backward will want the buffers.
+            # Compiled, the product fuses with whatever consumes it; with the graph kept, another backward will want the
+            # buffers.
             grads = [(g.float() * factor).to(g.dtype) for g in ctx.grads]
         else:
             grads, ctx.grads = ctx.grads, None

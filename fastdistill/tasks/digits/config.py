@@ -32,7 +32,8 @@ class DigitsConfig:
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Students trained of each kind; several give mean and spread."""
     student: Literal["narrow", "blocks"] = "narrow"
-    """narrow: fewer channels, from scratch, features through 1x1 adapters. blocks: no mid block, the teacher's weights."""
+    """narrow: fewer channels, from scratch, features through 1x1 adapters. blocks: no mid block, the teacher's
+    weights."""
     channels: tuple[int, int] = (24, 48)
     """Channels of the narrow student's stages (the teacher has 32, 64)."""
     cache_images: Annotated[int, Field(ge=48)] = 1536
@@ -47,7 +48,14 @@ class DigitsConfig:
     """Share of prompts replaced by the null prompt."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=1500, batch=64, lr=4e-3, lr_schedule="cosine", warmup=50, ema_decay=0.995, log_every=25, checkpoint_every=100
+            steps=1500,
+            batch=64,
+            lr=4e-3,
+            lr_schedule="cosine",
+            warmup=50,
+            ema_decay=0.995,
+            log_every=25,
+            checkpoint_every=100,
         )
     )
     sampling: Sampling = Sampling()

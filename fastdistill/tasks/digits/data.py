@@ -44,9 +44,7 @@ class Prompt:
         return list(COLORS)[self.color] not in UNSEEN_COLORS and DIGITS[self.digit] not in UNSEEN_DIGITS
 
 
-PROMPTS = tuple(
-    Prompt(f"a {color} {digit}", c, d) for c, color in enumerate(COLORS) for d, digit in enumerate(DIGITS)
-)
+PROMPTS = tuple(Prompt(f"a {color} {digit}", c, d) for c, color in enumerate(COLORS) for d, digit in enumerate(DIGITS))
 SEEN = tuple(i for i, p in enumerate(PROMPTS) if p.seen)  # 6 colors x 8 digits = 48 prompts
 UNSEEN = tuple(i for i, p in enumerate(PROMPTS) if not p.seen)  # the other 32
 
@@ -89,4 +87,6 @@ def tinted(part: Scans) -> tuple[Tensor, Tensor]:
 def fingerprint() -> str:
     """sha256 of the scans and their split."""
     kept, held_out = scans()
-    return sha256_of_tensors({"kept": kept.ink, "kept.digit": kept.digit, "out": held_out.ink, "out.digit": held_out.digit})
+    return sha256_of_tensors(
+        {"kept": kept.ink, "kept.digit": kept.digit, "out": held_out.ink, "out.digit": held_out.digit}
+    )

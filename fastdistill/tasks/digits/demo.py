@@ -166,8 +166,9 @@ def _work(
             error = fields.get("error", error)
             if "phase" in fields:
                 loss = f", loss {fields['loss']:.3f}" if fields.get("loss") else ""
-                said = {"description": f"{title}: {fields['phase']}{loss}"} if loss or fields["done"] < 2 else {}
-                progress.update(task, completed=fields["done"], total=fields["total"], **said)
+                if loss or fields["phase"] != "training":
+                    progress.update(task, description=f"{title}: {fields['phase']}{loss}")
+                progress.update(task, completed=fields["done"], total=fields["total"])
         code = process.wait()
         ended.set()
     if stop.is_set() or code in (130, -signal.SIGINT):
@@ -208,5 +209,3 @@ def _summary(results: dict[str, list[dict[str, Any]]]) -> Table:
             f"{sum(r['images_per_second'] for r in runs) / len(runs):.0f}",
         )
     return table
-
-

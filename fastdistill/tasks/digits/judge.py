@@ -42,7 +42,8 @@ class Judge:
 
 
 def _unmixed(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest color [n] and the ink in it [n, 8, 8]: for each tint the least-squares ink in [0, 1], then the best."""
+    """The nearest color [n] and the ink in it [n, 8, 8]: for each tint the least-squares ink in [0, 1], then the
+    best."""
     tint = tints() / SHAPE[0] ** 0.5  # unit vectors
     ink = torch.einsum("nchw,kc->nkhw", images, tint).div(SHAPE[0] ** 0.5).clamp(0, 1)
     explained = ink[:, :, None] * tints()[None, :, :, None, None]

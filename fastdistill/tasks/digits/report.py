@@ -11,11 +11,11 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from fastdistill.data.files import atomic_write
 from fastdistill.diffusion.conditioning import replacement_probability
 from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid
 from fastdistill.evaluate.metrics import mean_spread, wilson_interval
 from fastdistill.evaluate.report import write_report
-from fastdistill.data.files import atomic_write
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.sampling import SCHEDULE
@@ -37,7 +37,9 @@ def write(
         "backend": _backend(results),
         "judge": _judge(results["teacher"][0]),
         "prompts": {"seen": len(data.SEEN), "unseen": len(data.UNSEEN)},
-        "device": config.device if config.device != "cpu" else f"{platform.machine()} CPU, {config.threads} thread a process",
+        "device": config.device
+        if config.device != "cpu"
+        else f"{platform.machine()} CPU, {config.threads} thread a process",
         "date": datetime.date.today().isoformat(),
         "reproduce": [_command(config)],
     }
@@ -96,7 +98,11 @@ def _losses(run: dict[str, Any]) -> tuple[list[float], list[float]]:
 
 def _samples(output: Path) -> Any:
     """The first image of each model for prompts spread over the seen and the unseen ones."""
-    chosen = [rows[i * len(rows) // n] for rows, n in ((data.SEEN, _SHOWN_SEEN), (data.UNSEEN, _SHOWN_UNSEEN)) for i in range(n)]
+    chosen = [
+        rows[i * len(rows) // n]
+        for rows, n in ((data.SEEN, _SHOWN_SEEN), (data.UNSEEN, _SHOWN_UNSEEN))
+        for i in range(n)
+    ]
     images, right = {}, {}
     for name, directory in {"teacher": "teacher", **{name: f"{name}-0" for name in STUDENTS}}.items():
         stored = safetensors.torch.load_file(output / "models" / directory / "samples.safetensors")

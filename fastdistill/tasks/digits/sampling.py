@@ -54,7 +54,7 @@ def sample(
     """
     device = next(model.parameters()).device
     images = []
-    for numbers, wanted in zip(rows.split(batch), prompt.split(batch), strict=True):
+    for numbers, wanted in zip(torch.split(rows, batch), torch.split(prompt, batch), strict=True):
         images.append(
             ddim(
                 model,

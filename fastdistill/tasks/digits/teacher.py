@@ -159,8 +159,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             provenance = json.loads((file.metadata() or {})["provenance"])
-            return {name: file.get_tensor(name) for name in file.keys()}, provenance
+            return {name: file.get_tensor(name) for name in file.keys()}, provenance  # noqa: SIM118
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise StorageError(f"{path}: damaged, not a teacher's weights ({error}); reinstall, or train it anew") from error
+        raise StorageError(
+            f"{path}: damaged, not a teacher's weights ({error}); reinstall, or train it anew"
+        ) from error

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small frozen text encoder: "a red seven" becomes five tokens of 32 numbers, so that a condition is [L, D].
 
-Word embeddings with positions, one residual attention layer in which the words of a prompt mix, a layer norm. Its weights
+Word embeddings with positions, one residual attention layer in which the words of a prompt mix, a layer norm. Its
+weights
 are not learned: they are counter-based normals (``fastdistill.ops.philox``), the same on every machine.
 """
 

@@ -72,7 +72,9 @@ def _train(
     config: DigitsConfig, name: str, seed: int, teacher: Any, bank: PromptBank, directory: Path, report: Report
 ) -> tuple[nn.Module, dict[str, Any]]:
     cache = LatentCache.load(Path(config.output) / "cache", expect={"prompts": bank.sha256}, device=config.device)
-    student = make_student(teacher, config.spec(), init="random" if config.student == "narrow" else "teacher", seed=seed)
+    student = make_student(
+        teacher, config.spec(), init="random" if config.student == "narrow" else "teacher", seed=seed
+    )
     probability, parameters = STUDENTS[name]
     objective = RandomConditioning(
         probability=probability,

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A teacher, a cache and a prompt bank of a few kilobytes, for tests of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from fastdistill.data.latent_cache import LatentCache
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.models import Student, make_student
+from fastdistill.train import DistillTrainer, TrainConfig
+
+SCHEDULE = NoiseSchedule.cosine()
+
+
+def teacher() -> UNet2DConditionModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(8, 16),
+            layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=12,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
+
+
+def cache(rows: int = 20) -> LatentCache:
+    g = torch.Generator().manual_seed(1)
+    return LatentCache(torch.randn(rows, 3, 8, 8, generator=g), torch.arange(rows) % 6, {})
+
+
+def bank(width: int = 12) -> PromptBank:
+    g = torch.Generator().manual_seed(2)
+    return PromptBank(torch.randn(9, 4, width, generator=g), [f"prompt {i}" for i in range(8)])
+
+
+def student(kind: str = "bk_base", model: UNet2DConditionModel | None = None) -> Student:
+    init = "teacher" if kind.startswith("bk") else "random"
+    return make_student(model or teacher(), kind, init=init, seed=3)  # type: ignore[arg-type]
+
+
+def objective(made: Student, **changes: Any) -> RandomConditioning:
+    taps = tuple(zip(made.teacher_taps, made.student_taps, strict=True))
+    return RandomConditioning(**({"taps": taps, "weights": Weights()} | changes))
+
+
+def config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**({"steps": 6, "batch": 4, "lr": 1e-3, "log_every": 2, "checkpoint_every": 2} | changes))
+
+
+def trainer(kind: str = "bk_base", changes: dict[str, Any] | None = None, **options: Any) -> DistillTrainer:
+    own = teacher()
+    made = student(kind, own)
+    return DistillTrainer(
+        own, made.model, SCHEDULE, cache(), bank(), objective(made, **(changes or {})), config(**options)
+    )

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration: everything wrong is told at once, and YAML goes there and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastdistill.errors import InputError
+from fastdistill.tasks.digits.config import DigitsConfig
+from fastdistill.tasks.digits.teacher import TeacherConfig
+from fastdistill.train.config import TrainConfig, from_mapping, from_yaml, to_yaml, validated
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, DigitsConfig, TeacherConfig])
+def test_defaults_are_valid_and_yaml_reads_back(kind: type, tmp_path: Path) -> None:
+    config = validated(kind())
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert from_yaml(kind, tmp_path / "config.yaml") == config
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(InputError) as error:
+        from_mapping(DigitsConfig, {"train": {"stepz": 3, "lr": -1, "betas": [0.9, 2]}, "sead": 2, "seeds": "many"})
+    lines = str(error.value).splitlines()
+    assert lines[0] == "config: 5 problems"
+    assert "  train.stepz: no such field (did you mean steps?)" in lines
+    assert "  sead: no such field (did you mean seeds?)" in lines
+    assert "  train.lr: input should be greater than 0, got -1" in lines
+    assert any(line.startswith("  train.betas.1: input should be less than 1, got 2") for line in lines)
+    assert any(line.startswith("  seeds: input should be a valid integer") and "'many'" in line for line in lines)
+
+
+def test_an_unknown_field_with_nothing_near_shows_what_there_is() -> None:
+    with pytest.raises(InputError, match=r"zzz: no such field \(its fields: steps, batch, lr"):
+        from_mapping(TrainConfig, {"zzz": 1})
+
+
+def test_fields_that_are_not_named_keep_their_defaults(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"train": {"steps": 7}}))
+    config = from_yaml(DigitsConfig, tmp_path / "c.yaml")
+    assert config.train.steps == 7 and config.train.batch == TrainConfig().batch and config.seeds == 1
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config: expected a readable YAML file, got .*nothing\.yaml"):
+        from_yaml(TrainConfig, tmp_path / "nothing.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(InputError, match="expected a mapping of fields, got list"):
+        from_yaml(TrainConfig, tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(InputError, match="config: expected YAML"):
+        from_yaml(TrainConfig, tmp_path / "broken.yaml")
+
+
+def test_out_of_range_values_in_code() -> None:
+    with pytest.raises(InputError, match=r"config: 2 problems\n  steps: .*\n  ema_decay: "):
+        validated(TrainConfig(steps=0, ema_decay=1.0))

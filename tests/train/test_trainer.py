@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer: exact resume, clean stops, and errors before anything is launched or written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdistill.distill import Weights
+from fastdistill.errors import FastdistillError, InputError, StorageError
+from fastdistill.models import make_student
+from fastdistill.train import DistillTrainer
+from fastdistill.train.checkpoint import state_of, steps
+from fastdistill.train.loop import read_metrics
+from fastdistill.train.step import learning_rates
+from tests import small
+
+
+def state(trainer: DistillTrainer) -> dict[str, Tensor]:
+    return state_of(trainer.step, trainer.student)
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["bk_base", "channel_base"])
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_resume_is_exact(tmp_path: Path, kind: str, stop_after: int) -> None:
+    """Stopped anywhere, even between checkpoints, a run ends with the bits of one that never stopped."""
+    whole = small.trainer(kind)
+    expected = whole.fit()
+
+    def stop(done: int, _: object) -> None:
+        if done == stop_after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        small.trainer(kind).fit(tmp_path, progress=stop)
+    again = small.trainer(kind)
+    result = again.fit(tmp_path)
+    assert same(state(again), state(whole))
+    losses = [[m["loss"] for m in r.history] for r in (expected, result)]
+    assert losses[0] == losses[1] == [m["loss"] for m in read_metrics(tmp_path / "metrics.jsonl")]
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+    first = small.trainer()
+    first.fit(tmp_path)
+    again = small.trainer()
+    assert again.fit(tmp_path).steps == 6 and same(state(again), state(first))
+
+
+def test_a_constant_rate_can_go_on_for_more_steps(tmp_path: Path) -> None:
+    small.trainer(steps=4).fit(tmp_path)
+    longer = small.trainer(steps=6)
+    longer.fit(tmp_path)
+    whole = small.trainer(steps=6)
+    whole.fit()
+    assert same(state(longer), state(whole))
+
+
+def test_training_lowers_the_loss_and_moves_the_adapters() -> None:
+    trainer = small.trainer("channel_base", steps=60, batch=16, lr=3e-3, log_every=10)
+    before = [p.detach().clone() for m in trainer.step.objective.trained for p in m.parameters()]
+    history = trainer.fit().history
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    after = [p for m in trainer.step.objective.trained for p in m.parameters()]
+    assert before and all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_gradient_is_clipped_adapters_included() -> None:
+    trainer = small.trainer("channel_base", clip=1e-3)
+    seen: list[float] = []
+
+    def look(*_: object) -> None:
+        norms = [p.grad.norm() for p in trainer.step.parameters if p.grad is not None]
+        seen.append(torch.stack(norms).norm().item())
+
+    trainer.step.optimizer.register_step_pre_hook(look)
+    trainer.step()
+    adapters = {id(p) for m in trainer.step.objective.trained for p in m.parameters()}
+    assert adapters <= {id(p) for p in trainer.step.parameters}
+    assert seen[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_average_starts_from_the_student_and_is_what_is_exported() -> None:
+    trainer = small.trainer(ema_decay=0.5, steps=2)
+    start = {k: v.clone() for k, v in trainer.student.named_parameters()}
+    trainer.step()
+    exported = dict(trainer.ema_student().named_parameters())
+    for name, now in trainer.student.named_parameters():
+        expected = start[name] + (1 - 0.1) * (now - start[name])  # decay (1 + 0) / (10 + 0) at the first step
+        torch.testing.assert_close(exported[name], expected.detach(), rtol=1e-6, atol=1e-7)
+    assert not any(p.requires_grad for p in exported.values())
+
+
+def test_learning_rates() -> None:
+    constant = learning_rates(small.config(steps=10, warmup=4, lr=1.0))
+    assert constant.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1.0] * 6])
+    cosine = learning_rates(small.config(steps=10, warmup=2, lr=2.0, lr_schedule="cosine"))
+    assert cosine[2] == 2.0 and cosine[6] == pytest.approx(1.0) and 0 < cosine[9] < 0.1
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a value is brought to the host, or a shape depends on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            raise AssertionError(f"the step calls {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"weights": Weights(task=0.5), "with_replacement": True}], ids=str)
+def test_the_step_reads_nothing_back(changes: dict[str, Any]) -> None:
+    trainer = small.trainer("channel_base", changes)
+    trainer.step()  # the first one makes buffers
+    with NoReading():
+        trainer.step()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            trainer.step.lr.item()
+    assert trainer.step.counter.tolist() == [0, 2]
+
+
+def test_a_diffusers_scheduler_will_do() -> None:
+    own = small.teacher()
+    made = small.student(model=own)
+    scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
+    trainer = DistillTrainer(
+        own, made.model, scheduler, small.cache(), small.bank(), small.objective(made), small.config()
+    )
+    ours = small.trainer()
+    trainer.fit()
+    ours.fit()
+    for a, b in zip(trainer.student.parameters(), ours.student.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path) -> None:
+    trainer = small.trainer(checkpoint_every=100)
+
+    def press(done: int, _: object) -> None:
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6"):
+        trainer.fit(tmp_path, progress=press)
+    assert list(steps(tmp_path)) == [3] and signal.getsignal(signal.SIGINT) == handler
+    again, whole = small.trainer(checkpoint_every=100), small.trainer(checkpoint_every=100)
+    again.fit(tmp_path)
+    whole.fit()
+    assert same(state(again), state(whole))
+
+
+CHILD = """
+import sys
+from tests import small
+small.trainer(steps=10**6, checkpoint_every=1, log_every=1).fit(sys.argv[1])
+"""
+
+
+def test_killed_at_any_moment_nothing_is_half_written(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while len(steps(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    reached = max(steps(tmp_path))
+    again, whole = small.trainer(steps=reached + 2), small.trainer(steps=reached + 2)
+    assert again.fit(tmp_path).steps == reached + 2
+    whole.fit()
+    assert same(state(again), state(whole))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    small.trainer().fit(tmp_path)
+    newest = list(steps(tmp_path).values())[-1]
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 1
+    newest.write_bytes(data)
+    with pytest.raises(StorageError, match=rf"{newest.name}: damaged.*delete it to go on from the one before"):
+        small.trainer().fit(tmp_path)
+    newest.write_bytes(data[:100])
+    with pytest.raises(StorageError, match=rf"{newest.name}: damaged"):
+        small.trainer().fit(tmp_path)
+    newest.unlink()
+    assert small.trainer().fit(tmp_path).steps == 6
+
+
+def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
+    small.trainer().fit(tmp_path)
+    with pytest.raises(StorageError, match=r"config\.lr: expected 0\.002, got 0\.001.*another directory"):
+        small.trainer(lr=2e-3).fit(tmp_path)
+    with pytest.raises(StorageError, match=r"objective\.null_probability: expected 0\.2, got 0\.1"):
+        small.trainer(changes={"null_probability": 0.2}).fit(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    trainer = small.trainer(lr=1e30)
+    with pytest.raises(FastdistillError, match=r"expected finite metrics, got .*lower learning rate"):
+        trainer.fit(tmp_path)
+    assert not steps(tmp_path)
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/fastdistill")):
+        with pytest.raises(StorageError, match=str(place)):
+            small.trainer().fit(place)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    small.trainer(steps=2).fit(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        with pytest.raises(StorageError, match="could not be written"):
+            small.trainer(steps=4).fit(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(steps(tmp_path)) == [2] and not list(tmp_path.glob(".*.tmp"))
+    assert small.trainer(steps=4).fit(tmp_path).steps == 4
+
+
+def test_two_runs_in_one_directory(tmp_path: Path) -> None:
+    def second(done: int, _: object) -> None:
+        if done == 1:
+            with pytest.raises(StorageError, match="another process is writing here"):
+                small.trainer().fit(tmp_path)
+
+    small.trainer().fit(tmp_path, progress=second)
+
+
+def test_what_does_not_fit_together() -> None:
+    own = small.teacher()
+    made = small.student(model=own)
+    rest = small.objective(made), small.config()
+    with pytest.raises(InputError, match="width 12"):
+        DistillTrainer(own, made.model, small.SCHEDULE, small.cache(), small.bank(width=16), *rest)
+    with pytest.raises(InputError, match="student: expected at most the teacher's"):
+        DistillTrainer(made.model, own, small.SCHEDULE, small.cache(), small.bank(), *rest)
+    cache = small.cache()
+    for latents, message in (
+        (torch.randn(20, 4, 8, 8), r"latents: expected 3 channels \(in_channels of the teacher\), got 4"),
+    ):
+        with pytest.raises(InputError, match=message):
+            DistillTrainer(
+                own, made.model, small.SCHEDULE, type(cache)(latents, cache.prompt_index), small.bank(), *rest
+            )
+    with pytest.raises(InputError, match="prompt"):
+        wrong = type(cache)(cache.latents, cache.prompt_index + 5)
+        DistillTrainer(own, made.model, small.SCHEDULE, wrong, small.bank(), *rest)
+    with pytest.raises(InputError, match=r"config: 2 problems\n.*steps: .*\n.*lr: "):
+        DistillTrainer(own, made.model, small.SCHEDULE, cache, small.bank(), rest[0], small.config(steps=0, lr=-1.0))
+    with pytest.raises(InputError, match="layers_per_block"):
+        make_student(own, {"layers_per_block": 3})
+
+
+def test_the_teacher_is_left_alone() -> None:
+    trainer = small.trainer()
+    before = {k: v.clone() for k, v in trainer.teacher.state_dict().items()}
+    trainer.fit()
+    assert same(before, trainer.teacher.state_dict())
+    assert not any(p.requires_grad for p in trainer.teacher.parameters())
+    held = {id(p) for group in trainer.step.optimizer.param_groups for p in group["params"]}
+    assert held.isdisjoint(id(p) for p in trainer.teacher.parameters())
