@@ -41,6 +41,7 @@ namespace FD_ISA {
 
 FD_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FD_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+FD_HD int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 FD_HD uint32_t as_bits(float x) {
   uint32_t bits;

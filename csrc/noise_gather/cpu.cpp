@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // noise_gather: the draws of a batch, its latents with noise, its prompts, in one parallel loop over pieces of rows.
 //
-// Threads   rows are drawn first (a few hundred integer operations each); then pieces of 8192 latent elements and of 64 KiB
-//           of prompt are split statically. Every output is a function of its own position: same bits at any thread count
-// Traffic   latent row read, x_t written (and target where wanted), prompt row read and written; the noise never in memory
+// Threads   rows are drawn first (a few hundred integer operations each); then pieces of a sample, each a part of its
+//           latent and the matching part of its prompt, are split statically. Every output is a function of its own
+//           position: same bits at any thread count
+// Traffic   latent row read, x_t written (and target where wanted), prompt row read and written; the noise never in memory.
+//           The noise is arithmetic and the prompt is memory: while the one is computed, the other is fetched into the
+//           second-level cache, from where it is then copied. Outputs stay in the caches: the models read them next
 // Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents
 // Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 for latents and prompts independently
 #include "noise_gather/math.h"
@@ -12,10 +15,11 @@
 namespace fd::FD_ISA {
 namespace {
 
-constexpr int64_t noise_piece = 8192;            // elements, a multiple of blocks_at_once * 4
-constexpr int64_t copy_piece = 64 << 10;         // bytes
-constexpr int64_t stream_bytes_min = 256 << 10;  // larger outputs go past the caches
+constexpr int64_t noise_piece = 8192;      // elements of a latent in a piece at most
+constexpr int64_t copy_piece = 128 << 10;  // bytes of a prompt in a piece at most, well inside a second-level cache
+constexpr int64_t fetch_distance = 8 << 10;  // bytes
 constexpr int blocks_at_once = 16;
+constexpr int64_t group = 4 * blocks_at_once;  // elements whose noise is made together
 
 // z[0, 64): the normals of 16 blocks in element order. counter.x is a multiple of 16.
 FD_HD void normals(const Words counter, uint32_t key0, uint32_t key1, float* z) {
@@ -31,13 +35,30 @@ FD_HD void normals(const Words counter, uint32_t key0, uint32_t key1, float* z) 
   }
 }
 
-template <bool stream, bool with_target, typename T> void noise_rows(const T* x, T* x_t, T* target, const float* c,
-                                                                     uint64_t seed, uint64_t step, uint32_t sample,
-                                                                     int64_t first, int64_t n) {
+// Bytes copied a few lines at a time, each fetched some calls before.
+struct Copy {
+  char* to;
+  const char* from;
+  int64_t left;
+  int64_t lines;  // a call
+};
+
+FD_HD void advance(Copy& copy) {
+  const int64_t n = smaller(copy.left, 64 * copy.lines);
+  for (int64_t i = 0; i < n; i += 64) {
+    __builtin_prefetch(copy.from + i + fetch_distance, 0, 2);
+    __builtin_prefetch(copy.to + i + fetch_distance, 1, 2);
+  }
+  memcpy(copy.to, copy.from, n);
+  copy.to += n, copy.from += n, copy.left -= n;
+}
+
+template <bool with_target, typename T> void noise_rows(const T* x, T* x_t, T* target, const float* c, uint64_t seed,
+                                                        uint64_t step, uint32_t sample, int64_t first, int64_t n, Copy& copy) {
   const Lanes signal = splat(c[0]), noise = splat(c[1]), target_signal = splat(c[2]), target_noise = splat(c[3]);
-  constexpr int64_t group = 4 * blocks_at_once;
   float z[group];
   for (int64_t i = 0; i < n; i += group) {
+    advance(copy);
     const uint64_t block = uint64_t(first + i) / 4;
     const Words counter = {uint32_t(block), stream_noise << 16 | (uint32_t(block >> 32) & 0xFFFFu), sample, uint32_t(step)};
     normals(counter, uint32_t(seed), uint32_t(seed >> 32), z);
@@ -46,8 +67,8 @@ template <bool stream, bool with_target, typename T> void noise_rows(const T* x,
       const Lanes zs = load(z + j);
       if (rest >= lanes) {
         const Lanes xs = load(x + at);
-        store<stream>(x_t + at, mix(xs, zs, signal, noise));
-        if (with_target) store<stream>(target + at, mix(xs, zs, target_signal, target_noise));
+        store<false>(x_t + at, mix(xs, zs, signal, noise));
+        if (with_target) store<false>(target + at, mix(xs, zs, target_signal, target_noise));
       } else {
         const Lanes xs = load_first(x + at, rest);
         store_first(x_t + at, mix(xs, zs, signal, noise), rest);
@@ -57,34 +78,15 @@ template <bool stream, bool with_target, typename T> void noise_rows(const T* x,
   }
 }
 
-template <typename T> void noise_unit(const NoiseGather& a, int64_t b, int64_t first, bool stream) {
-  const int64_t n = smaller(a.row - first, noise_piece), out = b * a.row + first;
+template <typename T> void noise_part(const NoiseGather& a, int64_t b, int64_t first, int64_t n, Copy& copy) {
+  const int64_t out = b * a.row + first;
   const T* x = static_cast<const T*>(a.latents) + a.latent_index[b] * a.row + first;
   T* x_t = static_cast<T*>(a.x_t) + out;
-  T* target = a.target ? static_cast<T*>(a.target) + out : nullptr;
   const float* c = a.coefficients + 4 * a.timestep[b];
   const uint64_t seed = uint64_t(a.counter[0]), step = uint64_t(a.counter[1]);
   const uint32_t sample = uint32_t(a.first_sample + b);
-  stream = stream && uintptr_t(x_t) % 64 == 0 && uintptr_t(target) % 64 == 0;
-  if (stream && target) noise_rows<true, true>(x, x_t, target, c, seed, step, sample, first, n);
-  else if (stream) noise_rows<true, false>(x, x_t, target, c, seed, step, sample, first, n);
-  else if (target) noise_rows<false, true>(x, x_t, target, c, seed, step, sample, first, n);
-  else noise_rows<false, false>(x, x_t, target, c, seed, step, sample, first, n);
-}
-
-void copy_bytes(char* to, const char* from, int64_t n, bool stream) {
-  if (stream) {
-    const int64_t head = smaller(int64_t(-uintptr_t(to) & 63), n);
-    memcpy(to, from, head);
-    int64_t i = head;
-    for (; i + 256 <= n; i += 256) {
-      Lanes part[4];
-      memcpy(part, from + i, sizeof part);
-      for (int k = 0; k < 4; ++k) store<true>(reinterpret_cast<float*>(to + i) + k * lanes, part[k]);
-    }
-    to += i, from += i, n -= i;
-  }
-  memcpy(to, from, n);
+  if (a.target) noise_rows<true>(x, x_t, static_cast<T*>(a.target) + out, c, seed, step, sample, first, n, copy);
+  else noise_rows<false>(x, x_t, static_cast<T*>(nullptr), c, seed, step, sample, first, n, copy);
 }
 
 }  // namespace
@@ -102,29 +104,25 @@ int64_t noise_gather(const NoiseGather& a) {
   }
   if (outside >= 0) return outside;
   const int64_t prompt_bytes = a.prompt_row * bytes_of(a.prompt_dtype);
-  const int64_t noise_units = ceil_div(a.row, noise_piece), units = noise_units + ceil_div(prompt_bytes, copy_piece);
-  const bool stream = a.batch * (prompt_bytes + a.row * bytes_of(a.dtype)) >= stream_bytes_min;
-  const int threads = int(smaller(a.threads, a.batch * units));
+  const int64_t pieces = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(prompt_bytes, copy_piece)));
+  const int64_t elements = larger(1, ceil_div(ceil_div(a.row, pieces), group)) * group,
+                bytes = ceil_div(ceil_div(prompt_bytes, pieces), 64) * 64;
+  const int64_t lines = ceil_div(bytes / 64, elements / group), total = a.batch * pieces;
+  const int threads = int(smaller(a.threads, total));
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
-    const int64_t total = a.batch * units;
     for (int64_t at = total * part / threads; at < total * (part + 1) / threads; ++at) {
-      const int64_t b = at / units, unit = at % units;
-      if (unit < noise_units) {
-        const int64_t first = unit * noise_piece;
-        switch (a.dtype) {
-          case Dtype::f32: noise_unit<float>(a, b, first, stream); break;
-          case Dtype::bf16: noise_unit<bf16>(a, b, first, stream); break;
-          default: noise_unit<f16>(a, b, first, stream); break;
-        }
-      } else {
-        const int64_t first = (unit - noise_units) * copy_piece;
-        copy_bytes(static_cast<char*>(a.prompt) + b * prompt_bytes + first,
-                   static_cast<const char*>(a.prompts) + a.prompt_index[b] * prompt_bytes + first,
-                   smaller(prompt_bytes - first, copy_piece), stream);
+      const int64_t b = at / pieces, piece = at % pieces, first = piece * elements, offset = piece * bytes;
+      const int64_t n = smaller(a.row - first, elements), copied = larger(smaller(prompt_bytes - offset, bytes), 0);
+      const char* from = static_cast<const char*>(a.prompts) + a.prompt_index[b] * prompt_bytes + offset;
+      Copy copy = {static_cast<char*>(a.prompt) + b * prompt_bytes + offset, from, copied, lines};
+      switch (a.dtype) {
+        case Dtype::f32: noise_part<float>(a, b, first, n, copy); break;
+        case Dtype::bf16: noise_part<bf16>(a, b, first, n, copy); break;
+        default: noise_part<f16>(a, b, first, n, copy); break;
       }
+      memcpy(copy.to, copy.from, copy.left);
     }
-    stream_fence();
   }
   return -1;
 }

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError
 
+_passed: set[object] = set()
+_MOST_PASSED = 4096
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,3 +37,28 @@ def dtype(tensor: Tensor, argument: str, *allowed: torch.dtype) -> None:
 def device(tensor: Tensor, argument: str, expected: torch.device, of: str) -> None:
     """The tensor lives on the device of another argument."""
     require(tensor.device == expected, argument, f"the device of {of} ({expected})", tensor.device)
+
+
+def once(check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check of shapes, dtypes and devices unless one of the same passed before.
+
+    ``arguments`` are tensors, lists of tensors and plain values. A loop calls an op with the same kinds of tensors every
+    step; telling that they are takes a tenth of the time of checking them.
+    """
+    if torch.compiler.is_compiling():
+        check(*arguments)
+        return
+    key = (check, *(_kind(a) for a in arguments))
+    if key not in _passed:
+        check(*arguments)
+        if len(_passed) >= _MOST_PASSED:
+            _passed.clear()
+        _passed.add(key)
+
+
+def _kind(argument: Any) -> object:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.dtype, argument.device, argument.requires_grad
+    if isinstance(argument, list | tuple):
+        return tuple(_kind(item) for item in argument)
+    return argument

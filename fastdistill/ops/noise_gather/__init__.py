@@ -95,27 +95,17 @@ def noise_gather(
     Raises:
         InputError: a wrong shape, dtype, device or range, before anything is launched.
     """
-    require = _check.require
     if out is None:
-        require(batch is not None and batch >= 0, "batch", "a number of samples >= 0 (or out=)", batch)
+        _check.require(batch is not None and batch >= 0, "batch", "a number of samples >= 0 (or out=)", batch)
         out = empty_draw(latents, prompts, batch, target=target)  # type: ignore[arg-type]
     batch = len(out.x_t)
     global_batch = batch if global_batch is None else global_batch
     if pool is None:
         pool = null_index if null_index > 0 else len(prompts)
     null_threshold = threshold(null_probability, "null_probability")
-    _check_banks(latents, latent_prompts, prompts, coefficients, replace, counter)
-    require(0 <= null_index < len(prompts), "null_index", f"a row of prompts, 0 to {len(prompts) - 1}", null_index)
-    require(1 <= pool <= len(prompts), "pool", f"1 to the rows of prompts ({len(prompts)})", pool)
-    require(first_sample >= 0, "first_sample", "a sample number >= 0", first_sample)
-    last = first_sample + batch
-    require(
-        last <= global_batch <= 2**32,
-        "global_batch",
-        f"at least first_sample + batch ({last}), at most 2**32",
-        global_batch,
-    )
-    _check_out(out, latents, prompts, batch)
+    _check.once(_check_banks, latents, latent_prompts, prompts, coefficients, replace, counter)
+    _check.once(_check_numbers, prompts, null_index, pool, first_sample, batch, global_batch)
+    _check.once(_check_out, out, latents, prompts, batch)
     _noise_gather(
         latents, latent_prompts, prompts, coefficients, replace, counter,
         first_sample, global_batch, pool, null_index, null_threshold, with_replacement, *out,
@@ -160,6 +150,17 @@ def _check_banks(
     }
     for name, tensor in others.items():
         _check.device(tensor, name, latents.device, "latents")
+
+
+def _check_numbers(
+    prompts: Tensor, null_index: int, pool: int, first_sample: int, batch: int, global_batch: int
+) -> None:
+    rows, last = len(prompts), first_sample + batch
+    _check.require(0 <= null_index < rows, "null_index", f"a row of prompts, 0 to {rows - 1}", null_index)
+    _check.require(1 <= pool <= rows, "pool", f"1 to the rows of prompts ({rows})", pool)
+    _check.require(first_sample >= 0, "first_sample", "a sample number >= 0", first_sample)
+    rule = f"at least first_sample + batch ({last}), at most 2**32"
+    _check.require(last <= global_batch <= 2**32, "global_batch", rule, global_batch)
 
 
 def _check_out(out: Draw, latents: Tensor, prompts: Tensor, batch: int) -> None:

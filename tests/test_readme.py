@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README shows is executed, and what it names is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.strip().splitlines()) <= 15
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["result"].steps == 4  # type: ignore[attr-defined]
+    student = UNet2DConditionModel.from_pretrained("runs/mine/student")
+    wanted = names["trainer"].ema_student().state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(value, wanted[name]) for name, value in student.state_dict().items())
+
+
+def test_what_it_links_to_is_there() -> None:
+    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("target", re.findall(r"`?make (\w+)", README))
+def test_make_targets_exist(target: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
