@@ -41,6 +41,11 @@ namespace FD_ISA {
 
 FD_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FD_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+#ifdef __CUDA_ARCH__
+FD_HD float muladd(float a, float b, float c) { return fmaf(a, b, c); }
+#else
+FD_HD float muladd(float a, float b, float c) { return a * b + c; }
+#endif
 FD_HD int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 FD_HD uint32_t as_bits(float x) {

@@ -138,6 +138,22 @@ FD_HD vfloat square_root(vfloat x) {
 #endif
 }
 
+// a b + c, in one rounding where the instruction set has it.
+FD_HD vfloat muladd(vfloat a, vfloat b, vfloat c) {
+#if defined(__AVX512F__) || defined(__FMA__)
+  return (vfloat)FD_INTRINSIC(fmadd_ps)(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+FD_HD vfloat muladd(vfloat a, vfloat b, float c) { return muladd(a, b, c - vfloat{}); }
+FD_HD vfloat muladd(vfloat a, float b, float c) { return muladd(a, b - vfloat{}, c - vfloat{}); }
+FD_HD vfloat muladd(vfloat a, float b, vfloat c) { return muladd(a, b - vfloat{}, c); }
+FD_HD Lanes muladd(Lanes a, Lanes b, Lanes c) {
+  for (int i = 0; i < simd_parts; ++i) a.part[i] = muladd(a.part[i], b.part[i], c.part[i]);
+  return a;
+}
+
 // 32-bit words in 64-bit places whose upper halves hold anything: a product is then one instruction.
 FD_HD vwide multiply(vwide a, uint32_t b) {
 #if defined(__AVX512F__)
@@ -150,9 +166,21 @@ FD_HD vwide multiply(vwide a, uint32_t b) {
   return (a & 0xFFFFFFFFu) * uint64_t(b);
 #endif
 }
-FD_HD vwide upper(vwide product) { return product >> 32; }
+FD_HD vwide upper(vwide product) {
+#if defined(__AVX512F__)
+  return (vwide)_mm512_shuffle_epi32((__m512i)product, (_MM_PERM_ENUM)0xF5);  // a shift would wait for the multiplier's port
+#else
+  return product >> 32;
+#endif
+}
 FD_HD vwide lower(vwide product) { return product; }
-FD_HD vuint pack(vwide even, vwide odd) { return (vuint)((even & 0xFFFFFFFFu) | (odd << 32)); }
+FD_HD vuint pack(vwide even, vwide odd) {
+#if defined(__AVX512F__)
+  return (vuint)_mm512_mask_shuffle_epi32((__m512i)even, 0xAAAA, (__m512i)odd, (_MM_PERM_ENUM)0xA0);
+#else
+  return (vuint)((even & 0xFFFFFFFFu) | (odd << 32));
+#endif
+}
 
 // p[4 i + k] = lane of part k that holds column i; lane l holds column (l mod 4) * width / 4 + l / 4, which makes the
 // transposition one of 4 x 4 blocks inside 128 bits.

@@ -5,8 +5,8 @@
 //           latent and the matching part of its prompt, are split statically. Every output is a function of its own
 //           position: same bits at any thread count
 // Traffic   latent row read, x_t written (and target where wanted), prompt row read and written; the noise never in memory.
-//           The noise is arithmetic and the prompt is memory: while the one is computed, the other is fetched into the
-//           second-level cache, from where it is then copied. Outputs stay in the caches: the models read them next
+//           The noise is arithmetic and the prompt is memory: while the one is computed, the other is fetched and
+//           copied a few lines at a time. Outputs stay in the caches: the models read them next
 // Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents
 // Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 for latents and prompts independently
 #include "noise_gather/math.h"
@@ -15,9 +15,10 @@
 namespace fd::FD_ISA {
 namespace {
 
-constexpr int64_t noise_piece = 8192;      // elements of a latent in a piece at most
-constexpr int64_t copy_piece = 128 << 10;  // bytes of a prompt in a piece at most, well inside a second-level cache
-constexpr int64_t fetch_distance = 8 << 10;  // bytes
+constexpr int64_t noise_piece = 8192;        // elements of a latent in a piece at most
+constexpr int64_t copy_piece = 128 << 10;    // bytes of a prompt in a piece at most
+constexpr int64_t fetch_distance = 1 << 10;  // bytes
+constexpr int64_t copy_streams = 8;
 constexpr int blocks_at_once = 16;
 constexpr int64_t group = 4 * blocks_at_once;  // elements whose noise is made together
 
@@ -35,22 +36,29 @@ FD_HD void normals(const Words counter, uint32_t key0, uint32_t key1, float* z) 
   }
 }
 
-// Bytes copied a few lines at a time, each fetched some calls before.
+// Bytes copied a few lines at a time: in several streams, as a core fetches more from many pages at once than from one.
 struct Copy {
   char* to;
   const char* from;
-  int64_t left;
-  int64_t lines;  // a call
+  int64_t size, stream, done;  // bytes: of all, of a stream, of a stream so far
+  int64_t lines;               // of a stream in a call
 };
 
 FD_HD void advance(Copy& copy) {
-  const int64_t n = smaller(copy.left, 64 * copy.lines);
-  for (int64_t i = 0; i < n; i += 64) {
-    __builtin_prefetch(copy.from + i + fetch_distance, 0, 2);
-    __builtin_prefetch(copy.to + i + fetch_distance, 1, 2);
+  for (int64_t line = 0; line < copy.lines && copy.done < copy.stream; ++line, copy.done += 64) {
+    for (int64_t i = 0; i < copy_streams; ++i) {
+      const int64_t at = i * copy.stream + copy.done;
+      __builtin_prefetch(copy.from + at + fetch_distance, 0, 3);
+      memcpy(copy.to + at, copy.from + at, 64);
+    }
   }
-  memcpy(copy.to, copy.from, n);
-  copy.to += n, copy.from += n, copy.left -= n;
+}
+
+void finish(Copy& copy) {
+  copy.lines = copy.stream / 64;
+  advance(copy);
+  const int64_t streamed = copy_streams * copy.stream;
+  memcpy(copy.to + streamed, copy.from + streamed, copy.size - streamed);
 }
 
 template <bool with_target, typename T> void noise_rows(const T* x, T* x_t, T* target, const float* c, uint64_t seed,
@@ -107,7 +115,7 @@ int64_t noise_gather(const NoiseGather& a) {
   const int64_t pieces = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(prompt_bytes, copy_piece)));
   const int64_t elements = larger(1, ceil_div(ceil_div(a.row, pieces), group)) * group,
                 bytes = ceil_div(ceil_div(prompt_bytes, pieces), 64) * 64;
-  const int64_t lines = ceil_div(bytes / 64, elements / group), total = a.batch * pieces;
+  const int64_t lines = ceil_div(bytes / 64 / copy_streams, elements / group), total = a.batch * pieces;
   const int threads = int(smaller(a.threads, total));
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
@@ -115,13 +123,14 @@ int64_t noise_gather(const NoiseGather& a) {
       const int64_t b = at / pieces, piece = at % pieces, first = piece * elements, offset = piece * bytes;
       const int64_t n = smaller(a.row - first, elements), copied = larger(smaller(prompt_bytes - offset, bytes), 0);
       const char* from = static_cast<const char*>(a.prompts) + a.prompt_index[b] * prompt_bytes + offset;
-      Copy copy = {static_cast<char*>(a.prompt) + b * prompt_bytes + offset, from, copied, lines};
+      Copy copy = {
+          static_cast<char*>(a.prompt) + b * prompt_bytes + offset, from, copied, copied / copy_streams / 64 * 64, 0, lines};
       switch (a.dtype) {
         case Dtype::f32: noise_part<float>(a, b, first, n, copy); break;
         case Dtype::bf16: noise_part<bf16>(a, b, first, n, copy); break;
         default: noise_part<f16>(a, b, first, n, copy); break;
       }
-      memcpy(copy.to, copy.from, copy.left);
+      finish(copy);
     }
   }
   return -1;

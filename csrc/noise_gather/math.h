@@ -99,7 +99,7 @@ FD_HD Draw draw_row(const NoiseGather& a, int64_t b) {
   return d;
 }
 
-template <typename F> FD_HD F mix(F x, F z, F signal, F noise) { return signal * x + noise * z; }
+template <typename F> FD_HD F mix(F x, F z, F signal, F noise) { return muladd(signal, x, noise * z); }
 
 }  // namespace FD_ISA
 }  // namespace fd

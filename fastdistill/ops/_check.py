@@ -39,26 +39,17 @@ def device(tensor: Tensor, argument: str, expected: torch.device, of: str) -> No
     require(tensor.device == expected, argument, f"the device of {of} ({expected})", tensor.device)
 
 
-def once(check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check of shapes, dtypes and devices unless one of the same passed before.
+def once(check: Callable[[tuple[Tensor, ...], Any], None], tensors: tuple[Tensor, ...], values: Any) -> None:
+    """Run a check of shapes, dtypes and devices unless one of the same passed before; ``values`` must be hashable.
 
-    ``arguments`` are tensors, lists of tensors and plain values. A loop calls an op with the same kinds of tensors every
-    step; telling that they are takes a tenth of the time of checking them.
+    A loop calls an op with the same kinds of tensors every step; telling that they are takes a tenth of checking them.
     """
     if torch.compiler.is_compiling():
-        check(*arguments)
+        check(tensors, values)
         return
-    key = (check, *(_kind(a) for a in arguments))
+    key = (check, values, *[(t.shape, t.dtype, t.device) for t in tensors])
     if key not in _passed:
-        check(*arguments)
+        check(tensors, values)
         if len(_passed) >= _MOST_PASSED:
             _passed.clear()
         _passed.add(key)
-
-
-def _kind(argument: Any) -> object:
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.dtype, argument.device, argument.requires_grad
-    if isinstance(argument, list | tuple):
-        return tuple(_kind(item) for item in argument)
-    return argument

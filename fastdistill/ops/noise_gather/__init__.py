@@ -103,12 +103,10 @@ def noise_gather(
     if pool is None:
         pool = null_index if null_index > 0 else len(prompts)
     null_threshold = threshold(null_probability, "null_probability")
-    _check.once(_check_banks, latents, latent_prompts, prompts, coefficients, replace, counter)
-    _check.once(_check_numbers, prompts, null_index, pool, first_sample, batch, global_batch)
-    _check.once(_check_out, out, latents, prompts, batch)
+    banks = latents, latent_prompts, prompts, coefficients, replace, counter
+    _check.once(_check_all, (*banks, *out), (null_index, pool, first_sample, batch, global_batch))
     _noise_gather(
-        latents, latent_prompts, prompts, coefficients, replace, counter,
-        first_sample, global_batch, pool, null_index, null_threshold, with_replacement, *out,
+        *banks, first_sample, global_batch, pool, null_index, null_threshold, with_replacement, *out,
     )  # fmt: skip
     return out
 
@@ -117,6 +115,14 @@ def threshold(probability: float, argument: str) -> int:
     """An event of this probability is a 32-bit word below floor(probability * 2**32)."""
     _check.require(0.0 <= probability <= 1.0, argument, "a probability, 0 to 1", probability)
     return int(probability * 2**32)
+
+
+def _check_all(tensors: tuple[Tensor, ...], numbers: tuple[int, int, int, int, int]) -> None:
+    banks, out = tensors[:6], Draw(*tensors[6:])
+    latents, prompts, batch = tensors[0], tensors[2], numbers[3]
+    _check_banks(*banks)
+    _check_numbers(len(prompts), *numbers)
+    _check_out(out, latents, prompts, batch)
 
 
 def _check_banks(
@@ -152,10 +158,8 @@ def _check_banks(
         _check.device(tensor, name, latents.device, "latents")
 
 
-def _check_numbers(
-    prompts: Tensor, null_index: int, pool: int, first_sample: int, batch: int, global_batch: int
-) -> None:
-    rows, last = len(prompts), first_sample + batch
+def _check_numbers(rows: int, null_index: int, pool: int, first_sample: int, batch: int, global_batch: int) -> None:
+    last = first_sample + batch
     _check.require(0 <= null_index < rows, "null_index", f"a row of prompts, 0 to {rows - 1}", null_index)
     _check.require(1 <= pool <= rows, "pool", f"1 to the rows of prompts ({rows})", pool)
     _check.require(first_sample >= 0, "first_sample", "a sample number >= 0", first_sample)
