@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the kernels through ninja, without torch: parallel, incremental, also in an isolated build environment.
 
-fastdistill._cpu   C++ kernels, whenever a C++17 compiler (CXX, g++, clang++, c++) is there     FASTDISTILL_CPU=1 requires it, =0 skips
-fastdistill._cuda  CUDA kernels, when nvcc is there too (PATH, CUDA_HOME, /usr/local/cuda)      FASTDISTILL_CUDA=1 requires, =0 skips
-                   FASTDISTILL_CUDA_ARCHS="80;90" overrides the GPU architectures; MAX_JOBS limits the compiler processes
+fastdistill._cpu   C++ kernels, whenever a C++17 compiler (CXX, g++, clang++, c++) is there
+                   FASTDISTILL_CPU=1 requires it, =0 skips
+fastdistill._cuda  CUDA kernels, when nvcc is there too (PATH, CUDA_HOME, /usr/local/cuda)
+                   FASTDISTILL_CUDA=1 requires it, =0 skips; FASTDISTILL_CUDA_ARCHS="80;90" names the architectures
+MAX_JOBS limits the compiler processes.
 
-Without a compiler the package installs as pure Python. Objects stay under build/native-*, so a second build compiles nothing.
+Without a compiler the package installs as pure Python. Objects stay under build/native-*, so that a second build
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 ISAS = {"baseline": [], "avx2": "-mavx2 -mfma -mf16c".split()}
 ISAS["avx512"] = ISAS["avx2"] + "-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()
-# Equal bits on every instruction set: nothing is contracted into a fused multiply-add.
+# Nothing is contracted into a fused multiply-add but where the source asks for one.
 KERNEL_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti".split()
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option".split()
+WARNINGS = "-Wall -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option".split()
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
 INCLUDE = sysconfig.get_path("include")
 
@@ -42,7 +46,9 @@ def compiles(command: list[str], source: str, suffix: str = ".cpp") -> bool:
         path = Path(folder, "probe" + suffix)
         path.write_text(source)
         try:
-            return subprocess.run([*command, str(path), "-o", f"{folder}/probe.out"], capture_output=True).returncode == 0
+            return (
+                subprocess.run([*command, str(path), "-o", f"{folder}/probe.out"], capture_output=True).returncode == 0
+            )
         except OSError:
             return False
 
@@ -129,7 +135,7 @@ class BuildKernels(build_ext):
     def build_extensions(self) -> None:
         folder = f"build/native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         Path(ROOT, folder).mkdir(parents=True, exist_ok=True)
-        ninja, cxx = Ninja(folder), CXX or []
+        ninja = Ninja(folder)
         # An isolated build has pybind11 at a new path every time; a copy at a fixed path keeps the objects valid.
         import pybind11
 
@@ -186,7 +192,9 @@ class BuildKernels(build_ext):
         objects = [ninja.compile("csrc/bindings_cuda.cpp", cxx, binding_flags)]
         flags = "-std=c++17 -O3 -lineinfo --threads=0 -Xcompiler=-fPIC,-fvisibility=hidden".split()
         objects += [ninja.compile(source, common, flags) for source in CUDA_SOURCES[1:]]
-        ninja.add("link", target, objects, [nvcc, f"-ccbin={cxx[-1]}", "-shared", "-cudart=static", *objects, "-o", target])
+        ninja.add(
+            "link", target, objects, [nvcc, f"-ccbin={cxx[-1]}", "-shared", "-cudart=static", *objects, "-o", target]
+        )
         return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,13 @@ def test_what_it_links_to_is_there() -> None:
 def test_make_targets_exist(target: str) -> None:
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_its_figures_are_the_committed_measurements() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import tables
+    finally:
+        sys.path.pop(0)
+    assert tables.filled(README) == README, "run python docs/tables.py"
+    assert "random conditioning" in tables.digits()

@@ -73,7 +73,7 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "con
     """
     problems = _unknown(kind, values, "")
     try:
-        config = pydantic.TypeAdapter(kind).validate_python(dict(values))
+        config = pydantic.TypeAdapter(kind).validate_python(_onto(dataclasses.asdict(kind()), values))  # type: ignore[call-overload]
     except pydantic.ValidationError as error:
         problems += [
             f"{'.'.join(str(part) for part in e['loc'])}: {e['msg'].lower()}, got {e['input']!r}"
@@ -103,6 +103,15 @@ def to_yaml(config: object) -> str:
     """A configuration as YAML that ``from_yaml`` reads back."""
     values = pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def _onto(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over the defaults, which may be another task's than those of the nested class."""
+    laid = dict(values)
+    for key, default in defaults.items():
+        given = values.get(key, default)
+        laid[key] = _onto(default, given) if isinstance(default, dict) and isinstance(given, Mapping) else given
+    return laid
 
 
 def _unknown(kind: type, values: Mapping[str, Any], prefix: str) -> list[str]:

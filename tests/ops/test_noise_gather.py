@@ -44,8 +44,9 @@ def case_of(inputs: tuple[Tensor, ...], batch: int, **options: Any) -> Case:
             *arrays, counter = [t.double().numpy() if t.is_floating_point() else t.numpy() for t in tensors]
             columns = oracle.draw(
                 *arrays, int(counter[0]) % 2**64, int(counter[1]),
-                first=settings.get("first_sample", 0), batch=batch, total=settings.get("global_batch", batch), pool=settings["pool"],
-                null=settings["null_index"], null_threshold=int(settings["null_probability"] * 2**32),
+                first=settings.get("first_sample", 0), batch=batch, total=settings.get("global_batch", batch),
+                pool=settings["pool"], null=settings["null_index"],
+                null_threshold=int(settings["null_probability"] * 2**32),
                 with_replacement=settings.get("with_replacement", False), dtype=dtype,
             )  # fmt: skip
             out = [torch.from_numpy(c) for c in columns]
@@ -107,7 +108,8 @@ def test_sizes(kernel: str, rows: int, batch: int) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_banks_in_any_layout(kernel: str) -> None:
-    """A kernel takes a bank with gaps or permuted rows, or refuses it with a reason and the reference runs: the draw is the same."""
+    """A kernel takes a bank with gaps or permuted rows, or refuses it with a reason and the reference runs: the draw is
+    the same."""
     latents, own, prompts, *rest = banks((4, 6, 8))
     with use("reference"):
         expected = noise_gather(latents, own, prompts, *rest, batch=5, null_index=8)
@@ -135,7 +137,7 @@ def test_any_split_of_the_batch_draws_the_same(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_latent_once_an_epoch(kernel: str) -> None:
-    *tables, counter = banks(rows=10)
+    *tables, _ = banks(rows=10)
     with use(kernel):
         seen = [noise_gather(*tables, torch.tensor([3, step]), batch=4, null_index=8).latent_index for step in range(5)]
     first, second = torch.cat(seen).split(10)

@@ -30,7 +30,8 @@ def feature_match(
         [s.numel() for s in student],
         [_native.DTYPES[s.dtype] for s in student],
         [_native.DTYPES[t.dtype] for t in teacher],
-        weights.data_ptr(), grad_scale.data_ptr(), distance, eps, loss.data_ptr(), taps.data_ptr(), torch.get_num_threads(),
+        weights.data_ptr(), grad_scale.data_ptr(), distance, eps, loss.data_ptr(), taps.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

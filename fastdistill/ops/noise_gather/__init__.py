@@ -2,9 +2,11 @@
 """A training batch drawn in one launch: latent, timestep and prompt (paired, random or null), noise injected.
 
     x_t = signal(t) x + noise(t) eps,   t ~ U{0..T-1},  eps ~ N(0, I)
-    prompt = the latent's own with probability 1 - p(t), one of the pool with probability p(t); then null with probability p_null
+    prompt = the latent's own with probability 1 - p(t), one of the pool with probability p(t); then null with
+    probability p_null
 
-Random Conditioning (arXiv 2504.02011). The numbers come from a counter, never from a stateful generator (``fastdistill.ops.philox``).
+Random Conditioning (arXiv 2504.02011). The numbers come from a counter, never from a stateful generator
+(``fastdistill.ops.philox``).
 """
 
 from __future__ import annotations
@@ -77,15 +79,18 @@ def noise_gather(
         latents: [N, *S] float32, bfloat16 or float16: the cache.
         latent_prompts: [N] int64: the row of ``prompts`` that each latent was made from.
         prompts: [M, *P] float32, bfloat16 or float16: encoded prompts, the null prompt among them.
-        coefficients: [T, 4] float32: signal, noise, target signal, target noise of each timestep (``NoiseSchedule.coefficients``).
+        coefficients: [T, 4] float32: signal, noise, target signal, target noise of each timestep
+            (``NoiseSchedule.coefficients``).
         replace: [T] int64: floor(p(t) * 2**32), the probability of a random prompt (``conditioning.thresholds``).
         counter: [2] int64 on the device: seed and step.
         batch: number of samples of this process (or give ``out``).
         null_index: row of the null prompt. null_probability: how often it replaces whatever was chosen.
-        pool: random prompts are drawn from rows [0, pool); None: all rows before ``null_index``, or all if it comes first.
-        first_sample, global_batch: this process draws samples [first_sample, first_sample + batch) of a global batch, so that draws
-            do not depend on how it is split. None: the batch is the whole.
-        with_replacement: draw latents independently; otherwise each comes once an epoch, in an order keyed by seed and epoch.
+        pool: random prompts are drawn from rows [0, pool); None: all rows before ``null_index``, or all if it comes
+            first.
+        first_sample, global_batch: this process draws samples [first_sample, first_sample + batch) of a global batch,
+            so that draws do not depend on how it is split. None: the batch is the whole.
+        with_replacement: draw latents independently; otherwise each comes once an epoch, in an order keyed by seed and
+            epoch.
         target: also return target_signal(t) x + target_noise(t) eps.
         out: buffers from ``empty_draw`` to write into.
 

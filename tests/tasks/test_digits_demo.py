@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiment from the command line, small: its report, and what happens when it is stopped, repeated or damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastdistill.data.fingerprint import sha256_of_json
+
+SMALL: dict[str, Any] = {
+    "cache_images": 48,
+    "images_per_prompt": 1,
+    "channels": [8, 16],
+    "train": {"steps": 8, "batch": 8, "warmup": 2, "checkpoint_every": 2, "log_every": 2},
+    "sampling": {"steps": 2},
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def start(output: Path, **changes: Any) -> subprocess.Popen[str]:
+    output.parent.mkdir(exist_ok=True)
+    config = output.parent / f"{output.name}.yaml"
+    config.write_text(yaml.safe_dump(SMALL | changes))
+    command = [sys.executable, "-m", "fastdistill", "demo", "digits", "--config", str(config), "--output", str(output)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def figures(output: Path) -> dict[str, Any]:
+    report = json.loads((output / "report.json").read_text())
+    models = {"teacher": report["teacher"], **report["students"]}
+    return {name: [model["seen"], model["unseen"], model["parameters"]] for name, model in models.items()}
+
+
+def weights(output: Path) -> dict[str, bytes]:
+    found = sorted(output.glob("models/*/student/*.safetensors"))
+    return {str(path.relative_to(output)): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("digits") / "whole"
+    code, out, error = finish(start(output))
+    assert code == 0, error
+    assert f"Report: {output}/report.html" in out
+    return output
+
+
+def test_report(whole: Path) -> None:
+    report = json.loads((whole / "report.json").read_text())
+    for model in (report["teacher"], *report["students"].values()):
+        assert 0 <= model["seen"] <= 1 and 0 <= model["unseen"] <= 1
+        assert model["seen_interval"][0] <= model["seen"] <= model["seen_interval"][1]
+        assert model["images_per_second"] > 0
+    assert report["teacher"]["parameters"] == 984_867
+    assert set(report["students"]) == {"random_conditioning", "paired"}
+    assert report["students"]["paired"]["seconds"] > 0 and report["seconds"]["total"] > 0
+    assert set(report["versions"]) >= {"fastdistill", "torch", "diffusers", "python"}
+    assert set(report["backend"]) == {"noise_gather", "feature_match", "scale_gradients"}
+    page = (whole / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 3
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page) and "<script" not in page
+
+
+def test_again_reuses_everything(whole: Path) -> None:
+    before, trained = figures(whole), weights(whole)
+    times = {path: path.stat().st_mtime_ns for path in whole.glob("models/*/training/*")}
+    code, _, error = finish(start(whole))
+    assert code == 0, error
+    assert figures(whole) == before and weights(whole) == trained
+    assert {path: path.stat().st_mtime_ns for path in whole.glob("models/*/training/*")} == times
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return list(output.glob("models/*/training/step-*.safetensors"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_stopped_while_students_train(whole: Path, tmp_path: Path, number: signal.Signals) -> None:
+    output = tmp_path / "stopped"
+    process = start(output)
+    deadline = time.monotonic() + 120
+    while not checkpoints(output) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    code, _, error = finish(process)
+    if number == signal.SIGINT:
+        assert code == 130
+        assert error.strip() == "fastdistill: stopped; run the same command again to go on"
+        assert not (output / "report.json").exists()
+    code, _, error = finish(wait_for_orphans(output))
+    assert code == 0, error
+    assert figures(output) == figures(whole) and weights(output) == weights(whole)
+
+
+def wait_for_orphans(output: Path) -> subprocess.Popen[str]:
+    """Start again once no worker of the stopped run is left: each notices that its parent is gone after a step."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = subprocess.run(["pgrep", "-f", str(output / "models")], capture_output=True, text=True)
+        if not found.stdout.strip():
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("a worker outlived its parent")
+    return start(output)
+
+
+def one_line(process: subprocess.Popen[str]) -> str:
+    code, _, error = finish(process)
+    assert code == 2, error
+    (line,) = error.strip().splitlines()
+    return line
+
+
+def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (f"{tmp_path}/file/run", "/proc/run"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastdistill", "demo", "digits", "--output", place],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        assert one_line(process).startswith(f"fastdistill: {place}: ")
+
+
+def test_a_damaged_shard_is_made_anew(whole: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "damaged")], check=True)
+    output = tmp_path / "damaged"
+    (shard,) = (output / "cache").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    for result in output.glob("models/*/result.json"):
+        result.unlink()
+    for step in checkpoints(output):
+        step.unlink()
+    code, _, error = finish(start(output))
+    assert code == 0, error  # the damaged shard was made anew, and everything after it is the same
+    assert figures(output) == figures(whole)
+
+
+def test_a_cache_of_another_teacher_is_refused(whole: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "other")], check=True)
+    manifest = tmp_path / "other" / "cache" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["fingerprint"]["teacher"] = "0" * 64
+    content["fingerprint_sha256"] = sha256_of_json(content["fingerprint"])
+    manifest.write_text(json.dumps(content))
+    line = one_line(start(tmp_path / "other"))
+    assert re.search(r"other/cache: .*teacher: expected '\w{64}', got '0{64}'", line), line
+
+
+def test_two_at_once(whole: Path) -> None:
+    first = start(whole)
+    lock = whole / ".lock"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and lock.read_text().strip() != str(first.pid):
+        time.sleep(0.01)
+    second = start(whole)
+    assert f"{whole}: another process is writing here (process {first.pid})" in one_line(second)
+    assert finish(first)[0] == 0

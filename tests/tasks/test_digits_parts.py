@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data, text encoder, judge and teacher of the digits task."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdistill.errors import InputError, StorageError
+from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits.judge import Judge
+from fastdistill.tasks.digits.sampling import Sampling, sample
+from fastdistill.tasks.digits.teacher import WEIGHTS, TeacherConfig, load_teacher, provenance, train_teacher
+from fastdistill.tasks.digits.text_encoder import encode, prompt_bank
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge()
+
+
+def test_prompts_and_their_split() -> None:
+    assert len(data.PROMPTS) == 80 and len(data.SEEN) == 48 and len(data.UNSEEN) == 32
+    assert data.PROMPTS[7].text == "a red seven" and not data.PROMPTS[7].seen
+    for row in data.SEEN:
+        _, color, digit = data.PROMPTS[row].text.split()
+        assert color not in data.UNSEEN_COLORS and digit not in data.UNSEEN_DIGITS
+
+
+def test_scans_are_the_ones_that_the_teacher_was_made_from() -> None:
+    kept, held_out = data.scans()
+    assert len(kept.ink) == 1437 and len(held_out.ink) == 360
+    assert data.fingerprint() == provenance()["data"]
+    images, rows = data.tinted(kept)
+    assert images.shape == (8 * 1437, 3, 8, 8) and images.abs().max() <= 1
+    assert torch.equal(rows % 10, kept.digit.repeat(8))
+
+
+def test_text_encoder() -> None:
+    bank = prompt_bank()
+    assert bank.embeddings.shape == (81, 5, 32) and bank.sha256 == provenance()["prompts"]
+    assert torch.allclose(bank.embeddings.mean(-1), torch.zeros(81, 5), atol=1e-6)  # it ends in a layer norm
+    assert torch.equal(bank.embeddings[80:], encode([""]))
+    distance = torch.cdist(bank.embeddings.flatten(1), bank.embeddings.flatten(1)) + 10 * torch.eye(81)
+    assert distance.min() > 1  # no two prompts look alike
+    with pytest.raises(InputError, match=r"text: expected words of .*got 'sevn' \(did you mean seven\?\)"):
+        encode(["a red sevn"])
+    with pytest.raises(InputError, match="text: expected at most 3 words, got 4"):
+        encode(["a red red seven"])
+
+
+def test_judge_on_real_scans(judge: Judge) -> None:
+    assert judge.accuracy_on_real >= 0.97
+    held_out = data.scans()[1]
+    images, rows = data.tinted(held_out)
+    right = judge.right(images, rows)
+    assert right.double().mean() == pytest.approx(judge.accuracy_on_real)  # the tint changes nothing
+    noisy = images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    assert judge.right(noisy, rows).double().mean() > 0.95
+    assert judge.right(images[right], (rows[right] + 1) % 80).sum() == 0  # the next digit or color is wrong
+    assert judge(torch.empty(0, 3, 8, 8)).shape == (0,)
+
+
+def test_the_shipped_teacher_is_what_it_says(judge: Judge) -> None:
+    teacher = load_teacher()
+    made = provenance()
+    assert WEIGHTS.stat().st_size <= 5_000_000
+    assert sum(p.numel() for p in teacher.parameters()) == 984_867
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert made["metrics"]["right"] >= 0.95 and made["metrics"]["images"] >= 1280
+    assert made["recipe"]["train"]["steps"] == TeacherConfig().train.steps  # the recipe as it stands
+    rows = torch.arange(3, 80, 4)
+    images = sample(teacher, prompt_bank(), rows, rows, 123, Sampling())
+    assert judge.right(images, rows).double().mean() >= 0.9
+
+
+def test_an_image_depends_on_its_own_row_alone() -> None:
+    teacher, bank = load_teacher(), prompt_bank()
+    rows = torch.tensor([5, 17, 44])
+    few = Sampling(steps=3)
+    whole = sample(teacher, bank, rows, rows, 1, few)
+    alone = sample(teacher, bank, rows[1:2], rows[1:2], 1, few)
+    torch.testing.assert_close(alone, whole[1:2], rtol=1e-4, atol=1e-4)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    content = bytearray(WEIGHTS.read_bytes())
+    content[-3] ^= 4
+    path = tmp_path / "teacher.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"teacher\.safetensors: damaged"):
+        load_teacher(path)
+    path.write_bytes(content[:1000])
+    with pytest.raises(StorageError, match=r"teacher\.safetensors: damaged"):
+        load_teacher(path)
+    with pytest.raises(StorageError, match=r"nothing\.safetensors: could not be read"):
+        load_teacher(tmp_path / "nothing.safetensors")
+
+
+def test_the_recipe_runs_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    recipe = TeacherConfig(images_per_prompt=1, sampling=Sampling(steps=1))
+    train = dataclasses.replace(recipe.train, steps=4, batch=8, checkpoint_every=2, log_every=2)
+    recipe = dataclasses.replace(recipe, train=train)
+    whole = train_teacher(dataclasses.replace(recipe, output=str(tmp_path / "whole")))
+
+    def stop(done: int, _: object) -> None:
+        if done == 3:
+            raise InterruptedError
+
+    halved = dataclasses.replace(recipe, output=str(tmp_path / "halved"))
+    with pytest.raises(InterruptedError):
+        train_teacher(halved, stop)
+    assert train_teacher(halved)["sha256"] == whole["sha256"]
+    assert load_teacher(tmp_path / "halved" / "teacher.safetensors") is not None

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line and the doctor: what they print, and what they say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fastdistill
+from fastdistill.cli import main
+from fastdistill.ops import OPS
+from fastdistill.tasks.digits.config import DigitsConfig
+from fastdistill.train.config import from_yaml
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(list(arguments))
+    out, error = capsys.readouterr()
+    return code, out, error
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
+def test_help(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    code, out, error = said(capsys, *arguments)
+    assert code == 0 and not error
+    for command in ("demo digits", "teacher digits", "doctor"):
+        assert command in out
+    assert all(len(line) <= 100 for line in out.splitlines())
+
+
+@pytest.mark.parametrize("command", [("demo", "digits"), ("teacher", "digits"), ("doctor",)])
+def test_help_of_a_command(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert f"usage: fastdistill {' '.join(command)}" in out
+    if command != ("doctor",):
+        assert "--train.lr FLOAT" in out and "Learning rate" in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "--version")[1].strip() == fastdistill.__version__
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("distil",), "fastdistill: command: expected demo, teacher or doctor, got 'distil' (fastdistill --help)"),
+        (("demo",), "fastdistill: demo: expected a task (digits), got none"),
+        (("teacher", "cats"), "fastdistill: teacher: expected a task (digits), got cats"),
+        (("demo", "digits", "--config"), "fastdistill: --config: expected a YAML file, got nothing"),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
+    assert said(capsys, *arguments) == (2, "", message + "\n")
+
+
+def test_all_mistakes_of_a_configuration_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, error = said(capsys, "demo", "digits", "--train.steps", "-3", "--cache-images", "2", "--dry-run")
+    assert code == 2 and not out
+    assert error.splitlines() == [
+        "fastdistill: demo digits: 2 problems",
+        "  cache_images: input should be greater than or equal to 48, got 2",
+        "  train.steps: input should be greater than or equal to 1, got -3",
+    ]
+
+
+def test_a_dry_run_prints_what_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump({"train": {"lr": 0.5}, "seeds": 3}))
+    arguments = ("demo", "digits", "--config", str(tmp_path / "first.yaml"), "--seeds", "2", "--dry-run")
+    code, out, _ = said(capsys, *arguments)
+    assert code == 0
+    (tmp_path / "second.yaml").write_text(out)
+    config = from_yaml(DigitsConfig, tmp_path / "second.yaml")
+    assert config.train.lr == 0.5 and config.seeds == 2 and config.train.steps == DigitsConfig().train.steps
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = said(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["versions"]["fastdistill"] == fastdistill.__version__
+    assert "cpu" in found["devices"]
+    for op in OPS:
+        rows = [row for row in found["kernels"] if row["op"] == op]
+        assert rows[-1]["kernel"] == "reference" and rows[-1]["reason"] is None
+        assert sum("cpu" in row["chosen_for"] for row in rows) == 1
+    code, out, _ = said(capsys, "doctor")
+    assert code == 0 and all(op in out for op in OPS)
+
+
+WITHOUT_EXTENSION = """
+import importlib.abc, sys
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastdistill._cpu":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+from fastdistill.cli import main
+main(["doctor", "--json"])
+import torch
+from fastdistill.ops import feature_match, use, used
+assert feature_match([torch.ones(2)], [torch.zeros(2)]).loss == 1
+assert used() == {"feature_match": ["reference"]}
+try:
+    with use("cpp"):
+        feature_match([torch.ones(2)], [torch.zeros(2)])
+except RuntimeError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def test_without_the_extension_the_reference_runs_and_the_reason_is_told() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTENSION],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    reason = "the extension fastdistill._cpu was not built (no C++ compiler when it was installed?)"
+    rows = json.loads(done.stdout)["kernels"]
+    assert all(row["reason"] == reason for row in rows if row["kernel"] == "cpp")
+    assert all(row["chosen_for"] == ["cpu"] for row in rows if row["kernel"] == "reference")
+    assert f"feature_match: kernel 'cpp' cannot run this call on cpu: {reason}" in done.stderr
