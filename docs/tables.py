@@ -28,10 +28,10 @@ def digits() -> str:
     seeds = len(report["students"]["paired"].get("seeds", [0]))
     judge = report["judge"]
     lines.append("")
+    images = report["teacher"]["seen_n"] + report["teacher"]["unseen_n"]
     lines.append(
-        f"{seeds} seeds (mean ± standard deviation), {report['teacher']['seen_n'] + report['teacher']['unseen_n']} images "
-        f"a model and seed, judged by a classifier that knows the real scans only ({100 * judge['accuracy']:.1f} % right on "
-        f"{judge['n']} held-out ones)."
+        f"{seeds} seeds (mean ± standard deviation), {images} images a model and seed, judged by a classifier that knows "
+        f"the real scans only ({100 * judge['accuracy']:.1f} % right on {judge['n']} held-out ones)."
     )
     return "\n".join(lines)
 
