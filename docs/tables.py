@@ -30,8 +30,8 @@ def digits() -> str:
     lines.append("")
     images = report["teacher"]["seen_n"] + report["teacher"]["unseen_n"]
     lines.append(
-        f"{seeds} seeds (mean ± standard deviation), {images} images a model and seed, judged by a classifier that knows "
-        f"the real scans only ({100 * judge['accuracy']:.1f} % right on {judge['n']} held-out ones)."
+        f"{seeds} seeds (mean ± standard deviation), {images} images a model and seed, judged by a classifier that "
+        f"knows the real scans only ({100 * judge['accuracy']:.1f} % right on {judge['n']} held-out ones)."
     )
     return "\n".join(lines)
 
