@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather import NULL, PAIRED, RANDOM, Draw
 from tests.harness import Case, check_fake, check_op, kernels_of, layouts
@@ -117,6 +117,23 @@ def test_banks_in_any_layout(kernel: str) -> None:
         draw = noise_gather(moved_latents, own, moved_prompts, *rest, batch=5, null_index=8)
         for one, two in zip(draw, expected, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=8e-6)
+
+
+@pytest.mark.skipif("cpp" not in KERNELS, reason="the C++ kernels are not built")
+def test_a_refusal_names_the_bank() -> None:
+    latents, own, prompts, *rest = banks((4, 6, 8))
+    with use("cpp"), pytest.raises(KernelError, match=r"'cpp' cannot run this call on cpu: prompts is not contiguous"):
+        noise_gather(latents, own, prompts.transpose(1, 2), *rest, batch=5, null_index=8)
+
+
+@pytest.mark.skipif("cpp" not in KERNELS, reason="the C++ kernels are not built")
+def test_a_latent_of_a_prompt_that_is_not_there() -> None:
+    latents, own, *rest = banks()
+    with (
+        use("cpp"),
+        pytest.raises(InputError, match=r"latent_prompts\[\d+\]: expected a row of prompts, 0 to 8, got 99"),
+    ):
+        noise_gather(latents, torch.full_like(own, 99), *rest, batch=50, null_index=8)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
