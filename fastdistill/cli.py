@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import dataclass
 from typing import TypeVar
@@ -41,6 +42,7 @@ class DoctorConfig:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for an error of the user's or the machine's, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is as clean as Ctrl-C
     try:
         return _run(arguments)
     except FastdistillError as error:
@@ -49,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastdistill: stopped; run the same command again to go on", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: list[str]) -> int:

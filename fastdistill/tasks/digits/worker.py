@@ -130,6 +130,8 @@ def _evaluate(
 
 def main() -> int:
     parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the parent runs in a shell's background
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def report(**fields: Any) -> None:
         if os.getppid() != parent:  # nobody is left to read: stop as for Ctrl-C
