@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import ddim, initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.errors import InputError
 from fastdistill.tasks.digits.data import SHAPE
 
 SCHEDULE = NoiseSchedule.cosine()
@@ -25,13 +26,22 @@ class Sampling:
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     """Sampling steps."""
-    guidance_scale: float = 2.5
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 2.5
     """diffusers' guidance scale: 1 is none."""
-    clip_sample: Annotated[float, Field(gt=0)] = 1.2
+    clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.2
     """Limit of the predicted clean sample; images lie in [-1, 1]."""
 
     def describe(self) -> dict[str, object]:
         return asdict(self) | {"sampler": "ddim", "schedule": SCHEDULE.to_config()}
+
+
+def check_device(name: str) -> None:
+    """InputError unless this installation computes on the device of this name."""
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an AssertionError where CUDA is not built in
+        got = f"{name!r} ({str(error).splitlines()[0]})"
+        raise InputError.of("device", "a device that torch can use here, such as 'cpu'", got) from error
 
 
 def sample(
@@ -52,6 +62,8 @@ def sample(
         rows: [n] int64: numbers of the initial noise under ``seed``; image i depends on (seed, rows[i], prompt[i]).
         progress: called with the number of images done after each batch.
     """
+    if not len(rows):
+        return torch.empty(0, *SHAPE)
     device = next(model.parameters()).device
     images = []
     for numbers, wanted in zip(torch.split(rows, batch), torch.split(prompt, batch), strict=True):
@@ -69,4 +81,4 @@ def sample(
         )
         if progress is not None:
             progress(sum(map(len, images)))
-    return torch.cat(images) if images else torch.empty(0, *SHAPE)
+    return torch.cat(images)
