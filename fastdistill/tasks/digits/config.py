@@ -36,11 +36,11 @@ class DigitsConfig:
     weights."""
     channels: tuple[int, int] = (24, 48)
     """Channels of the narrow student's stages (the teacher has 32, 64)."""
-    cache_images: Annotated[int, Field(ge=48)] = 1536
+    cache_images: Annotated[int, Field(ge=48, le=1_000_000)] = 1536
     """Latents that the teacher makes for the 48 seen prompts, in turn."""
-    images_per_prompt: Annotated[int, Field(ge=1)] = 16
+    images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 16
     """Images of each of the 80 prompts by which a model is judged."""
-    feature_weight: Annotated[float, Field(ge=0)] = 1.0
+    feature_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of the feature loss; the output loss has 1."""
     feature_distance: Literal["mse", "normalized_mse"] = "mse"
     """normalized_mse divides each tap by the teacher feature's mean square."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import diffusers
 import torch
@@ -24,21 +24,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fastdistill
-from fastdistill.data.files import atomic_write, locked, make_directory, require_space
+from fastdistill.data.files import atomic_write, locked, make_directory, reason, require_space
 from fastdistill.data.fingerprint import plain, sha256_of_tensors
 from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.errors import FastdistillError
+from fastdistill.errors import FastdistillError, StorageError
+from fastdistill.models.specs import student_config
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.report import write
-from fastdistill.tasks.digits.sampling import sample
+from fastdistill.tasks.digits.sampling import check_device, sample
 from fastdistill.tasks.digits.teacher import load_teacher
 from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.train.config import validated
 
 CACHE_SEED = 0
 _SPACE = 200_000_000  # bytes: cache, checkpoints and exports of a run stay below it
+_PATIENCE = 20.0  # seconds that a process has for its checkpoint after Ctrl-C
 
 
 def run(config: DigitsConfig, console: Console | None = None) -> Path:
@@ -49,6 +51,7 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
         KeyboardInterrupt: after every process has written its checkpoint.
     """
     config = validated(config, "digits").resolved()
+    check_device(config.device)
     console = console or Console()
     torch.set_num_threads(config.threads)
     output = Path(config.output)
@@ -78,12 +81,12 @@ def versions() -> dict[str, str]:
 
 def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> float:
     """Prompt bank and latent cache; returns the seconds that the cache took in this sitting."""
-    bank = prompt_bank()
+    bank, teacher = prompt_bank(), load_teacher().to(config.device)
+    student_config(teacher.config, config.spec())  # refuses what cannot be built, before anything is written
     if not (output / "prompts" / "manifest.json").exists():
         bank.save(output / "prompts")
     elif PromptBank.load(output / "prompts").sha256 != bank.sha256:
         raise FastdistillError(f"{output / 'prompts'}: holds other prompts; use another directory or delete it")
-    teacher = load_teacher().to(config.device)
     bank = bank.to(config.device)
     task = progress.add_task("teacher: cache of seen prompts", total=config.cache_images)
 
@@ -147,15 +150,16 @@ def _work(
     atomic_write(directory / "job.json", json.dumps(job).encode())
     task = progress.add_task(title, total=None)
     command = [sys.executable, "-m", "fastdistill.tasks.digits.worker", str(directory / "job.json")]
-    with open(directory / "log.txt", "w", encoding="utf-8") as log:
+    with _opened(directory / "log.txt") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
         ended = threading.Event()
 
         def end() -> None:  # a session of its own keeps the terminal's Ctrl-C away: it is passed on once, from here
             while not ended.wait(0.1):
                 if stop.is_set():
-                    with contextlib.suppress(ProcessLookupError):
-                        process.send_signal(signal.SIGINT)
+                    process.send_signal(signal.SIGINT)
+                    if not ended.wait(_PATIENCE):
+                        process.kill()  # its last checkpoint is whole
                     return
 
         threading.Thread(target=end, daemon=True).start()
@@ -180,6 +184,13 @@ def _work(
     progress.update(task, description=title, completed=1, total=1)
     result: dict[str, Any] = json.loads((directory / "result.json").read_text(encoding="utf-8"))
     return result
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{path}: could not be written: {reason(error)}") from error
 
 
 @contextlib.contextmanager
