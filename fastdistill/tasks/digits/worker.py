@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ from fastdistill.data.fingerprint import plain, sha256_of_json, sha256_of_tensor
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
-from fastdistill.errors import FastdistillError
+from fastdistill.errors import FastdistillError, StorageError
 from fastdistill.models import make_student
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
@@ -38,6 +40,7 @@ from fastdistill.train import DistillTrainer
 from fastdistill.train.config import from_mapping
 
 Report = Callable[..., None]
+EXPORTED = ("config.json", "diffusion_pytorch_model.safetensors")
 EVALUATION_SEED = 2**31  # noise of the judged images: not that of the cache
 
 
@@ -55,7 +58,7 @@ def run(job: Path, report: Report) -> None:
     made_from["teacher"] = sha256_of_tensors(teacher.state_dict())
     fingerprint = sha256_of_json(made_from)
     done = job.parent / "result.json"
-    if done.exists() and json.loads(done.read_text(encoding="utf-8")).get("fingerprint") == fingerprint:
+    if _finished(done, fingerprint):
         return
     result: dict[str, Any] = {"model": described["model"], "seed": described["seed"], "fingerprint": fingerprint}
     model: nn.Module = teacher
@@ -66,6 +69,32 @@ def run(job: Path, report: Report) -> None:
     result |= _evaluate(config, model, bank, job.parent, report)
     result["backend"] = ops.used()
     atomic_write(done, json.dumps(result, indent=1).encode())
+
+
+def _finished(done: Path, fingerprint: str) -> bool:
+    """Whether this result is there, with what belongs to it; a damaged one is not, and is made anew."""
+    try:
+        result = json.loads(done.read_text(encoding="utf-8"))
+        if not isinstance(result, dict) or result.get("fingerprint") != fingerprint:
+            return False
+        safetensors.torch.load_file(done.parent / "samples.safetensors")
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return False
+    return result["model"] == "teacher" or all((done.parent / "student" / name).exists() for name in EXPORTED)
+
+
+def _export(model: Any, directory: Path) -> None:
+    """``model.save_pretrained``, whole or not there."""
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        if directory.exists():
+            shutil.rmtree(directory)
+        temporary.rename(directory)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StorageError(f"{directory}: could not be written: {error}") from error
 
 
 def _train(
@@ -92,7 +121,7 @@ def _train(
 
     fitted = trainer.fit(directory / "training", progress=progress)
     model = trainer.ema_student()
-    model.save_pretrained(directory / "student")  # type: ignore[operator]
+    _export(model, directory / "student")
     return model, {"seconds": fitted.seconds, "history": fitted.history}
 
 
