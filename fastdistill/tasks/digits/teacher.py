@@ -147,7 +147,11 @@ def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
     if sha256_of_tensors(tensors) != provenance["sha256"]:
         raise StorageError(f"{path}: damaged, its tensors do not have the hash it states; reinstall, or train it anew")
     model = build(0)
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        told = " ".join(str(error).split())
+        raise StorageError(f"{path}: expected the tensors of the digits teacher, got others ({told})") from error
     return model.eval().requires_grad_(False)
 
 
@@ -160,6 +164,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             provenance = json.loads((file.metadata() or {})["provenance"])
+            if not isinstance(provenance, dict) or "sha256" not in provenance:
+                raise ValueError("its provenance has no sha256")
             return {name: file.get_tensor(name) for name in file.keys()}, provenance  # noqa: SIM118
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
