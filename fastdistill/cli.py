@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import TypeVar
 
-import tyro
-from rich.console import Console
-
 import fastdistill
 from fastdistill.errors import FastdistillError
-from fastdistill.train.config import from_yaml, to_yaml, validated
+
+# Everything heavy is imported where it is used: help is there at once, and Ctrl-C during an import ends like any other.
 
 Config = TypeVar("Config")
 _USAGE = """\
@@ -44,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is as clean as Ctrl-C
     try:
-        return _run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _run(arguments)
     except FastdistillError as error:
         print(f"fastdistill: {error}", file=sys.stderr)
         return 2
@@ -55,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning in its own words, without the source line that gave it."""
+    print(f"fastdistill: {message}", file=sys.stderr)
+
+
 def _run(arguments: list[str]) -> int:
     match arguments:
         case [] | ["-h" | "--help" | "help", *_]:
@@ -62,6 +68,9 @@ def _run(arguments: list[str]) -> int:
         case ["--version", *_]:
             print(fastdistill.__version__)
         case ["doctor", *rest]:
+            import tyro
+            from rich.console import Console
+
             from fastdistill.doctor import doctor
 
             options = tyro.cli(DoctorConfig, args=rest, prog="fastdistill doctor")
@@ -80,6 +89,10 @@ def _run(arguments: list[str]) -> int:
 
 def _configured(kind: type[Config], arguments: list[str], program: str) -> Config | None:
     """The checked configuration of a command, or None after a dry run."""
+    import tyro
+
+    from fastdistill.train.config import from_yaml, to_yaml, validated
+
     dry = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
     file, rest = _config_file(arguments)
@@ -118,6 +131,7 @@ def _teacher_digits(arguments: list[str]) -> None:
     config = _configured(TeacherConfig, arguments, "teacher digits")
     if config is None:
         return
+    from rich.console import Console
     from rich.progress import Progress
 
     console = Console()

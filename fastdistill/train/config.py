@@ -28,9 +28,9 @@ class TrainConfig:
 
     steps: Annotated[int, Field(ge=1)] = 1000
     """Optimizer steps."""
-    batch: Annotated[int, Field(ge=1)] = 256
+    batch: Annotated[int, Field(ge=1, le=2**20)] = 256
     """Samples a step."""
-    lr: Annotated[float, Field(gt=0)] = 5e-5
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
     """Learning rate of AdamW, its peak where it is scheduled."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """What the rate does after the warm-up: stay, or fall to 0 on a cosine at the last step."""
@@ -38,9 +38,9 @@ class TrainConfig:
     """Steps over which the rate rises linearly."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay of AdamW's moments."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-2
     """AdamW's decoupled weight decay."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """AdamW's epsilon."""
     clip: Annotated[float, Field(gt=0)] = 1.0
     """Largest global norm of the gradient, adapters included."""

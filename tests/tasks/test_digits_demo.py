@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,22 @@ SMALL: dict[str, Any] = {
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def start(output: Path, **changes: Any) -> subprocess.Popen[str]:
+def start(output: Path, limit: Sequence[str] = (), **changes: Any) -> subprocess.Popen[str]:
     output.parent.mkdir(exist_ok=True)
     config = output.parent / f"{output.name}.yaml"
     config.write_text(yaml.safe_dump(SMALL | changes))
-    command = [sys.executable, "-m", "fastdistill", "demo", "digits", "--config", str(config), "--output", str(output)]
+    command = [
+        *limit,
+        sys.executable,
+        "-m",
+        "fastdistill",
+        "demo",
+        "digits",
+        "--config",
+        str(config),
+        "--output",
+        str(output),
+    ]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -92,11 +104,11 @@ def test_report(whole: Path) -> None:
 
 def test_again_reuses_everything(whole: Path) -> None:
     before, trained = figures(whole), weights(whole)
-    times = {path: path.stat().st_mtime_ns for path in whole.glob("models/*/training/*")}
+    times = {path: path.stat().st_mtime_ns for path in whole.glob("models/**/*") if path.is_file()}
     code, _, error = finish(start(whole))
     assert code == 0, error
     assert figures(whole) == before and weights(whole) == trained
-    assert {path: path.stat().st_mtime_ns for path in whole.glob("models/*/training/*")} == times
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # no process was started either
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -134,6 +146,22 @@ def wait_for_orphans(output: Path) -> subprocess.Popen[str]:
     return start(output)
 
 
+def test_stopped_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path / "stopped")
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    code, out, error = finish(process)
+    assert code == 130 and not out
+    assert error.strip() == "fastdistill: stopped; run the same command again to go on"
+
+
+def test_memory_that_is_not_there_is_one_line(whole: Path, tmp_path: Path) -> None:
+    train = SMALL["train"] | {"batch": 2**20, "steps": 1}
+    limit = ["prlimit", f"--as={6 * 2**30}", "--"]
+    line = one_line(start(tmp_path / "large", limit, train=train, workers=1))
+    assert "not enough memory: lower --train.batch" in line
+
+
 def one_line(process: subprocess.Popen[str]) -> str:
     code, _, error = finish(process)
     assert code == 2, error
@@ -166,6 +194,8 @@ def test_a_damaged_shard_is_made_anew(whole: Path, tmp_path: Path) -> None:
     for step in checkpoints(output):
         step.unlink()
     code, _, error = finish(start(output))
+    (warning,) = error.splitlines()
+    assert re.match(rf"fastdistill: {output}/cache/\S+\.safetensors: ", warning)
     assert code == 0, error  # the damaged shard was made anew, and everything after it is the same
     assert figures(output) == figures(whole)
 
@@ -187,6 +217,9 @@ def test_two_at_once(whole: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and lock.read_text().strip() != str(first.pid):
         time.sleep(0.01)
-    second = start(whole)
-    assert f"{whole}: another process is writing here (process {first.pid})" in one_line(second)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        assert f"{whole}: another process is writing here (process {first.pid})" in one_line(start(whole))
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert finish(first)[0] == 0

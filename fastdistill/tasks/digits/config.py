@@ -59,9 +59,9 @@ class DigitsConfig:
         )
     )
     sampling: Sampling = Sampling()
-    workers: Annotated[int, Field(ge=1)] = field(default_factory=lambda: min(2, os.cpu_count() or 1))
+    workers: Annotated[int, Field(ge=1, le=64)] = field(default_factory=lambda: min(2, os.cpu_count() or 1))
     """Processes side by side, one model each."""
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1, le=os.cpu_count() or 1)] = 1
     """CPU threads of a process; more than one was slower on small machines."""
     device: str = "auto"
     """Where to compute; auto takes a GPU when there is one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import platform
 import signal
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,7 +31,7 @@ from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import FastdistillError, StorageError
 from fastdistill.models.specs import student_config
-from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits import data, worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.report import write
 from fastdistill.tasks.digits.sampling import check_device, sample
@@ -61,8 +62,8 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(output))
         progress = stack.enter_context(_progress(console))
-        prepared = _prepare(config, output, progress)
-        results = _workers(config, output, progress)
+        made_from, prepared = _prepare(config, output, progress)
+        results = _workers(config, output, made_from, progress)
     seconds = {"total": time.perf_counter() - start, "cache": prepared}
     path = write(config, output, results, seconds, versions())
     console.print(_summary(results))
@@ -79,8 +80,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> float:
-    """Prompt bank and latent cache; returns the seconds that the cache took in this sitting."""
+def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> tuple[dict[str, str], float]:
+    """Prompt bank and latent cache; returns the checksums of teacher and prompts, and the seconds that the cache took
+    in this sitting."""
     bank, teacher = prompt_bank(), load_teacher().to(config.device)
     student_config(teacher.config, config.spec())  # refuses what cannot be built, before anything is written
     if not (output / "prompts" / "manifest.json").exists():
@@ -88,6 +90,7 @@ def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> float:
     elif PromptBank.load(output / "prompts").sha256 != bank.sha256:
         raise FastdistillError(f"{output / 'prompts'}: holds other prompts; use another directory or delete it")
     bank = bank.to(config.device)
+    made_from = {"teacher": sha256_of_tensors(teacher.state_dict()), "prompts": bank.sha256}
     task = progress.add_task("teacher: cache of seen prompts", total=config.cache_images)
 
     def generate(rows: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
@@ -101,18 +104,19 @@ def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> float:
         data.SHAPE,
         torch.float32,
         {
-            "teacher": sha256_of_tensors(teacher.state_dict()),
-            "prompts": bank.sha256,
+            **made_from,
             "sampling": config.sampling.describe(),
             "seed": CACHE_SEED,
         },
         rows_per_shard=256,
         progress=lambda done, total: progress.update(task, completed=done),
     )
-    return time.perf_counter() - start
+    return made_from, time.perf_counter() - start
 
 
-def _workers(config: DigitsConfig, output: Path, progress: Progress) -> dict[str, list[dict[str, Any]]]:
+def _workers(
+    config: DigitsConfig, output: Path, made_from: dict[str, str], progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
     """Every model's result by name, one entry a seed."""
     jobs = []
     for seed in range(config.seeds):
@@ -122,7 +126,7 @@ def _workers(config: DigitsConfig, output: Path, progress: Progress) -> dict[str
     stop = threading.Event()
     results: dict[str, list[dict[str, Any]]] = {}
     with ThreadPoolExecutor(config.workers) as pool:
-        futures = [pool.submit(_work, config, output, progress, stop, *job) for job in jobs]
+        futures = [pool.submit(_work, config, output, made_from, progress, stop, *job) for job in jobs]
         try:
             pending = set(futures)
             while pending:
@@ -141,14 +145,30 @@ def _workers(config: DigitsConfig, output: Path, progress: Progress) -> dict[str
 
 
 def _work(
-    config: DigitsConfig, output: Path, progress: Progress, stop: threading.Event, title: str, name: str, seed: int
+    config: DigitsConfig,
+    output: Path,
+    made_from: dict[str, str],
+    progress: Progress,
+    stop: threading.Event,
+    title: str,
+    name: str,
+    seed: int,
 ) -> dict[str, Any]:
-    """Run one worker to its end and show what it reports."""
+    """One model's result: as it lies there, or from a worker run to its end while showing what it reports."""
     directory = output / "models" / (name if name == "teacher" else f"{name}-{seed}")
-    make_directory(directory)
-    job = {"model": name, "seed": seed, "config": plain(dataclasses.asdict(config))}
-    atomic_write(directory / "job.json", json.dumps(job).encode())
     task = progress.add_task(title, total=None)
+    if not worker.finished(directory, worker.fingerprint(config, name, seed, **made_from)):
+        job = {"model": name, "seed": seed, "config": plain(dataclasses.asdict(config))}
+        make_directory(directory)
+        atomic_write(directory / "job.json", json.dumps(job).encode())
+        _run_worker(directory, stop, title, functools.partial(progress.update, task))
+    progress.update(task, description=title, completed=1, total=1)
+    result: dict[str, Any] = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _run_worker(directory: Path, stop: threading.Event, title: str, show: Callable[..., None]) -> None:
+    """The job of a directory in a process of its own, until it ends or ``stop`` is set."""
     command = [sys.executable, "-m", "fastdistill.tasks.digits.worker", str(directory / "job.json")]
     with _opened(directory / "log.txt") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
@@ -171,8 +191,8 @@ def _work(
             if "phase" in fields:
                 loss = f", loss {fields['loss']:.3f}" if fields.get("loss") else ""
                 if loss or fields["phase"] != "training":
-                    progress.update(task, description=f"{title}: {fields['phase']}{loss}")
-                progress.update(task, completed=fields["done"], total=fields["total"])
+                    show(description=f"{title}: {fields['phase']}{loss}")
+                show(completed=fields["done"], total=fields["total"])
         code = process.wait()
         ended.set()
     if stop.is_set() or code in (130, -signal.SIGINT):
@@ -180,10 +200,8 @@ def _work(
     if error is not None:
         raise FastdistillError(f"{title}: {error}")
     if code != 0:
-        raise FastdistillError(f"{title}: the process ended with {code}; its last words are in {directory / 'log.txt'}")
-    progress.update(task, description=title, completed=1, total=1)
-    result: dict[str, Any] = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-    return result
+        how = "was killed (out of memory?)" if code == -signal.SIGKILL else f"ended with {code}"
+        raise FastdistillError(f"{title}: the process {how}; its last words are in {directory / 'log.txt'}")
 
 
 def _opened(path: Path) -> TextIO:

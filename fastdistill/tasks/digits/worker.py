@@ -45,42 +45,44 @@ EVALUATION_SEED = 2**31  # noise of the judged images: not that of the cache
 
 
 def run(job: Path, report: Report) -> None:
-    """Do what the job file says, unless its result is already there."""
+    """Do what the job file says."""
     described = json.loads(job.read_text(encoding="utf-8"))
     config = from_mapping(DigitsConfig, described["config"])
     torch.set_num_threads(config.threads)
     teacher = load_teacher().to(config.device)
     bank = PromptBank.load(Path(config.output) / "prompts").to(config.device)
-    settings = plain(dataclasses.asdict(config))
-    for free in ("output", "seeds", "workers", "threads", "quick"):
-        del settings[free]
-    made_from = {**settings, "model": described["model"], "seed": described["seed"], "prompts": bank.sha256}
-    made_from["teacher"] = sha256_of_tensors(teacher.state_dict())
-    fingerprint = sha256_of_json(made_from)
-    done = job.parent / "result.json"
-    if _finished(done, fingerprint):
-        return
-    result: dict[str, Any] = {"model": described["model"], "seed": described["seed"], "fingerprint": fingerprint}
+    name, seed = described["model"], described["seed"]
+    made_from = fingerprint(config, name, seed, sha256_of_tensors(teacher.state_dict()), bank.sha256)
+    result: dict[str, Any] = {"model": name, "seed": seed, "fingerprint": made_from}
     model: nn.Module = teacher
-    if described["model"] != "teacher":
-        model, training = _train(config, described["model"], described["seed"], teacher, bank, job.parent, report)
+    if name != "teacher":
+        model, training = _train(config, name, seed, teacher, bank, job.parent, report)
         result |= training
     result["parameters"] = sum(p.numel() for p in model.parameters())
     result |= _evaluate(config, model, bank, job.parent, report)
     result["backend"] = ops.used()
-    atomic_write(done, json.dumps(result, indent=1).encode())
+    atomic_write(job.parent / "result.json", json.dumps(result, indent=1).encode())
 
 
-def _finished(done: Path, fingerprint: str) -> bool:
+def fingerprint(config: DigitsConfig, model: str, seed: int, teacher: str, prompts: str) -> str:
+    """What a result depends on, ``teacher`` and ``prompts`` by their checksums."""
+    settings = plain(dataclasses.asdict(config))
+    for free in ("output", "seeds", "workers", "threads", "quick"):
+        del settings[free]
+    return sha256_of_json({**settings, "model": model, "seed": seed, "prompts": prompts, "teacher": teacher})
+
+
+def finished(directory: Path, fingerprint: str) -> bool:
     """Whether this result is there, with what belongs to it; a damaged one is not, and is made anew."""
+    done = directory / "result.json"
     try:
         result = json.loads(done.read_text(encoding="utf-8"))
         if not isinstance(result, dict) or result.get("fingerprint") != fingerprint:
             return False
-        safetensors.torch.load_file(done.parent / "samples.safetensors")
+        safetensors.torch.load_file(directory / "samples.safetensors")
     except (OSError, ValueError, safetensors.SafetensorError):
         return False
-    return result["model"] == "teacher" or all((done.parent / "student" / name).exists() for name in EXPORTED)
+    return result["model"] == "teacher" or all((directory / "student" / name).exists() for name in EXPORTED)
 
 
 def _export(model: Any, directory: Path) -> None:
@@ -175,6 +177,11 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        print(json.dumps({"error": "not enough memory: lower --train.batch, --workers or the channels"}), flush=True)
+        return 2
     return 0
 
 
