@@ -108,13 +108,14 @@ def _noise_gather(batch: int, dtype: str, compiled: bool) -> Benchmark:
     coefficients = torch.stack([alpha, (1 - alpha**2).sqrt(), torch.zeros(steps), torch.ones(steps)], 1)
     replace = torch.full((steps,), 2**31)
     counter = torch.tensor([1, 0])
+    step = counter[1]
     out = empty_draw(latents, prompts, batch)
     signal, noise = (c.to(kind) for c in coefficients[:, :2].T)
     x, z = torch.empty_like(out.x_t), torch.empty_like(out.x_t)
     prompt = torch.empty_like(out.prompt)
 
     def ours() -> object:
-        counter[1] += 1
+        step.add_(1)
         return noise_gather(latents, own, prompts, coefficients, replace, counter, null_index=texts - 1, out=out)
 
     def literal() -> Tensor:
@@ -127,7 +128,7 @@ def _noise_gather(batch: int, dtype: str, compiled: bool) -> Benchmark:
 
     def check() -> None:
         got = [tensor.clone() for tensor in ours()]  # type: ignore[attr-defined]
-        counter[1] -= 1
+        step.sub_(1)
         with use("reference"):
             expected = ours()
         bound = 4e-6 if kind == torch.float32 else 2 * torch.finfo(kind).eps

@@ -61,7 +61,7 @@ FD_HD float as_float(uint32_t bits) {
 }
 
 FD_HD float int_to_float(uint32_t x) { return float(int32_t(x)); }
-FD_HD uint32_t float_to_int(float x) { return uint32_t(int32_t(x)); }
+FD_HD uint32_t shift_signed(uint32_t x, int bits) { return uint32_t(int32_t(x) >> bits); }
 FD_HD float square_root(float x) {
 #ifdef __CUDA_ARCH__
   return __fsqrt_rn(x);

@@ -23,9 +23,9 @@ template <typename W> struct Block {
   W x, y, z, w;
 };
 
-template <typename W> FD_HD Block<W> philox4x32(Block<W> c, uint32_t key0, uint32_t key1) {
+template <typename W> FD_HD Block<W> philox_rounds(Block<W> c, uint32_t key0, uint32_t key1, int first) {
   FD_UNROLL
-  for (int round = 0; round < 10; ++round) {
+  for (int round = first; round < 10; ++round) {
     const auto p0 = multiply(c.x, 0xD2511F53u), p1 = multiply(c.z, 0xCD9E8D57u);
     c = {upper(p1) ^ c.y ^ key0, lower(p1), upper(p0) ^ c.w ^ key1, lower(p0)};
     key0 += 0x9E3779B9u;
@@ -34,16 +34,35 @@ template <typename W> FD_HD Block<W> philox4x32(Block<W> c, uint32_t key0, uint3
   return c;
 }
 
+template <typename W> FD_HD Block<W> philox4x32(Block<W> c, uint32_t key0, uint32_t key1) {
+  return philox_rounds(c, key0, key1, 0);
+}
+
+// The same for blocks that differ in their first word alone: half of the first two rounds is then one scalar's.
+template <typename W> FD_HD Block<W> philox4x32(W x, Block<uint32_t> c, uint32_t key0, uint32_t key1) {
+  const auto p0 = multiply(x, 0xD2511F53u);
+  const uint64_t p1 = multiply(c.z, 0xCD9E8D57u);
+  const W z = upper(p0) ^ (c.w ^ key1);
+  const uint32_t next = upper(p1) ^ c.y ^ key0;
+  key0 += 0x9E3779B9u;
+  key1 += 0xBB67AE85u;
+  const uint64_t q0 = multiply(next, 0xD2511F53u);
+  const auto q1 = multiply(z, 0xCD9E8D57u);
+  const W w = W{} + lower(q0);
+  return philox_rounds(Block<W>{upper(q1) ^ (lower(p1) ^ key0), lower(q1), lower(p0) ^ (upper(q0) ^ key1), w},
+                       key0 + 0x9E3779B9u, key1 + 0xBB67AE85u, 2);
+}
+
 // Word -> integer in [0, n), n < 2^32.
 FD_HD int64_t below(uint32_t word, int64_t n) { return int64_t((uint64_t(word) * uint64_t(n)) >> 32); }
 
 // Word -> u in (0, 1), exact in fp32. U is uint32_t or a register of them.
-template <typename U> FD_HD auto uniform(U word) { return (int_to_float(word >> 9) + 0.5f) * 0x1p-23f; }
+template <typename U> FD_HD auto uniform(U word) { return muladd(int_to_float(word >> 9), 0x1p-23f, 0x1p-24f); }
 
 // -2 ln u, relative error < 2e-7: u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln(1 + f) = f + f^2 Q(f), Q minimax.
 template <typename F> FD_HD F minus_two_log(F u) {
-  const auto shifted = as_bits(u) - 0x3F3504F3u + (64u << 23);  // bits of sqrt(1/2); 64 keeps the exponent positive
-  const F e = int_to_float(shifted >> 23) - 64.0f;
+  const auto shifted = as_bits(u) - 0x3F3504F3u;  // bits of sqrt(1/2)
+  const F e = int_to_float(shift_signed(shifted, 23));
   const F f = as_float((shifted & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
   F q = muladd(f, 0.08734843f, -0.14307522f);
   q = muladd(q, f, 0.14917974f);
@@ -60,17 +79,17 @@ template <typename F> struct Pair {
   F even, odd;
 };
 
-// sqrt(-2 ln u1) (cos 2 pi u2, sin 2 pi u2). 4 u2 = q + f with |f| <= 1/2 is exact; sine and cosine of f pi/2 by minimax.
+// sqrt(-2 ln u1) (cos 2 pi u2, sin 2 pi u2). 4 u2 = q + f with |f| < 1/2 is exact, and integer arithmetic: q is the nearest
+// quadrant, in the upper two bits of ``quadrant``, f what the other bits are past it. Sine and cosine of f pi/2 by minimax.
 template <typename U> FD_HD auto box_muller(U word1, U word2) {
-  const auto quarters = 4.0f * uniform(word2);
-  const U q = float_to_int(quarters + 0.5f);
-  const auto f = quarters - int_to_float(q), z = f * f;
+  const U quadrant = word2 + (1u << 29);
+  const auto f = muladd(int_to_float(shift_signed(word2 << 2, 11)), 0x1p-21f, 0x1p-22f), z = f * f;
   const auto sine_part = muladd(muladd(muladd(z, -0.00459225360f, 0.0796758897f), z, -0.645962937f), z, 1.57079631f);
   const U sine = as_bits(f * sine_part);
   const U cosine = as_bits(muladd(muladd(muladd(z, -0.0204260771f, 0.253606310f), z, -1.23369795f), z, 1.0f));
-  const U swap = 0u - (q & 1u);
-  const auto c = as_float(((sine & swap) | (cosine & ~swap)) ^ (((q + 1u) & 2u) << 30));
-  const auto s = as_float(((cosine & swap) | (sine & ~swap)) ^ ((q & 2u) << 30));
+  const U swap = shift_signed(quadrant << 1, 31);
+  const auto c = as_float(((sine & swap) | (cosine & ~swap)) ^ ((quadrant + (1u << 30)) & 0x80000000u));
+  const auto s = as_float(((cosine & swap) | (sine & ~swap)) ^ (quadrant & 0x80000000u));
   const auto r = square_root(minus_two_log(uniform(word1)));
   return Pair<decltype(r * c)>{r * c, r * s};
 }

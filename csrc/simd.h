@@ -128,7 +128,7 @@ FD_HD Lanes load(const f16* p) {
 FD_HD vuint as_bits(vfloat x) { return (vuint)x; }
 FD_HD vfloat as_float(vuint bits) { return (vfloat)bits; }
 FD_HD vfloat int_to_float(vuint x) { return __builtin_convertvector((vint)x, vfloat); }
-FD_HD vuint float_to_int(vfloat x) { return (vuint) __builtin_convertvector(x, vint); }
+FD_HD vuint shift_signed(vuint x, int bits) { return (vuint)((vint)x >> bits); }
 FD_HD vfloat square_root(vfloat x) {
 #ifdef FD_X86
   return (vfloat)FD_INTRINSIC(sqrt_ps)(x);

@@ -19,18 +19,17 @@ constexpr int64_t noise_piece = 8192;        // elements of a latent in a piece 
 constexpr int64_t copy_piece = 128 << 10;    // bytes of a prompt in a piece at most
 constexpr int64_t fetch_distance = 1 << 10;  // bytes
 constexpr int64_t copy_streams = 8;
-constexpr int blocks_at_once = 16;
+constexpr int blocks_at_once = 32;             // two chains of Philox rounds side by side
 constexpr int64_t group = 4 * blocks_at_once;  // elements whose noise is made together
 
-// z[0, 64): the normals of 16 blocks in element order. counter.x is a multiple of 16.
+// z[0, group): the normals of blocks_at_once blocks in element order. counter.x is a multiple of blocks_at_once.
 FD_HD void normals(const Words counter, uint32_t key0, uint32_t key1, float* z) {
   vwide even, odd;  // columns of the even and of the odd lanes
   for (int i = 0; i < simd_width / 2; ++i) even[i] = column(2 * i), odd[i] = column(2 * i + 1);
-  const vwide y = vwide{} + counter.y, sample = vwide{} + counter.z, step = vwide{} + counter.w;
-  for (int part = 0; part < simd_parts; ++part) {
+  for (int part = 0; part < blocks_at_once / simd_width; ++part) {
     const uint64_t first = counter.x + part * simd_width;
-    const Block<vwide> a = philox4x32(Block<vwide>{even + first, y, sample, step}, key0, key1);
-    const Block<vwide> b = philox4x32(Block<vwide>{odd + first, y, sample, step}, key0, key1);
+    const Block<vwide> a = philox4x32(even + first, counter, key0, key1);
+    const Block<vwide> b = philox4x32(odd + first, counter, key0, key1);
     const auto front = box_muller(pack(a.x, b.x), pack(a.y, b.y)), back = box_muller(pack(a.z, b.z), pack(a.w, b.w));
     store_columns(z + 4 * part * simd_width, front.even, front.odd, back.even, back.odd);
   }
@@ -40,23 +39,24 @@ FD_HD void normals(const Words counter, uint32_t key0, uint32_t key1, float* z) 
 struct Copy {
   char* to;
   const char* from;
+  const char* next;            // what will be copied after this
   int64_t size, stream, done;  // bytes: of all, of a stream, of a stream so far
-  int64_t lines;               // of a stream in a call
 };
 
-FD_HD void advance(Copy& copy) {
-  for (int64_t line = 0; line < copy.lines && copy.done < copy.stream; ++line, copy.done += 64) {
+FD_HD void advance(Copy& copy, int64_t until) {
+  for (; copy.done < until; copy.done += 64) {
+    const int64_t ahead = copy.done + fetch_distance;
+    const char* fetched = ahead < copy.stream ? copy.from + ahead : copy.next + (ahead - copy.stream);
     for (int64_t i = 0; i < copy_streams; ++i) {
       const int64_t at = i * copy.stream + copy.done;
-      __builtin_prefetch(copy.from + at + fetch_distance, 0, 3);
+      __builtin_prefetch(fetched + i * copy.stream, 0, 3);
       memcpy(copy.to + at, copy.from + at, 64);
     }
   }
 }
 
 void finish(Copy& copy) {
-  copy.lines = copy.stream / 64;
-  advance(copy);
+  advance(copy, copy.stream);
   const int64_t streamed = copy_streams * copy.stream;
   memcpy(copy.to + streamed, copy.from + streamed, copy.size - streamed);
 }
@@ -65,8 +65,9 @@ template <bool with_target, typename T> void noise_rows(const T* x, T* x_t, T* t
                                                         uint64_t step, uint32_t sample, int64_t first, int64_t n, Copy& copy) {
   const Lanes signal = splat(c[0]), noise = splat(c[1]), target_signal = splat(c[2]), target_noise = splat(c[3]);
   float z[group];
+  const int64_t share = copy.stream / larger(1, n / group);
   for (int64_t i = 0; i < n; i += group) {
-    advance(copy);
+    advance(copy, smaller(copy.stream, (i / group + 1) * share));
     const uint64_t block = uint64_t(first + i) / 4;
     const Words counter = {uint32_t(block), stream_noise << 16 | (uint32_t(block >> 32) & 0xFFFFu), sample, uint32_t(step)};
     normals(counter, uint32_t(seed), uint32_t(seed >> 32), z);
@@ -115,16 +116,19 @@ int64_t noise_gather(const NoiseGather& a) {
   const int64_t pieces = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(prompt_bytes, copy_piece)));
   const int64_t elements = larger(1, ceil_div(ceil_div(a.row, pieces), group)) * group,
                 bytes = ceil_div(ceil_div(prompt_bytes, pieces), 64) * 64;
-  const int64_t lines = ceil_div(bytes / 64 / copy_streams, elements / group), total = a.batch * pieces;
+  const int64_t total = a.batch * pieces;
   const int threads = int(smaller(a.threads, total));
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
     for (int64_t at = total * part / threads; at < total * (part + 1) / threads; ++at) {
       const int64_t b = at / pieces, piece = at % pieces, first = piece * elements, offset = piece * bytes;
       const int64_t n = smaller(a.row - first, elements), copied = larger(smaller(prompt_bytes - offset, bytes), 0);
-      const char* from = static_cast<const char*>(a.prompts) + a.prompt_index[b] * prompt_bytes + offset;
+      const char* prompts = static_cast<const char*>(a.prompts);
+      const char* from = prompts + a.prompt_index[b] * prompt_bytes + offset;
+      const int64_t after = at + 1 < total ? at + 1 : at;
+      const char* next = prompts + a.prompt_index[after / pieces] * prompt_bytes + after % pieces * bytes;
       Copy copy = {
-          static_cast<char*>(a.prompt) + b * prompt_bytes + offset, from, copied, copied / copy_streams / 64 * 64, 0, lines};
+          static_cast<char*>(a.prompt) + b * prompt_bytes + offset, from, next, copied, copied / copy_streams / 64 * 64, 0};
       switch (a.dtype) {
         case Dtype::f32: noise_part<float>(a, b, first, n, copy); break;
         case Dtype::bf16: noise_part<bf16>(a, b, first, n, copy); break;

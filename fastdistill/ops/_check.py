@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastdistill.errors import InputError
 
 _passed: set[object] = set()
 _MOST_PASSED = 4096
+_kind = operator.attrgetter("shape", "dtype", "device")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,7 +49,7 @@ def once(check: Callable[[tuple[Tensor, ...], Any], None], tensors: tuple[Tensor
     if torch.compiler.is_compiling():
         check(tensors, values)
         return
-    key = (check, values, *[(t.shape, t.dtype, t.device) for t in tensors])
+    key = (check, values, *map(_kind, tensors))
     if key not in _passed:
         check(tensors, values)
         if len(_passed) >= _MOST_PASSED:

@@ -36,10 +36,11 @@ def noise_gather(
     Raises:
         InputError: a latent names a prompt that the bank does not have.
     """
+    rows, texts, steps, batch = latents.size(0), prompts.size(0), replace.size(0), x_t.size(0)
     outside = _native.cpu().noise_gather(
         latents.data_ptr(), latent_prompts.data_ptr(), prompts.data_ptr(), coefficients.data_ptr(), replace.data_ptr(),
-        counter.data_ptr(), len(latents), len(prompts), len(replace), latents[0].numel(), prompts[0].numel(), len(x_t),
-        first_sample, global_batch, pool, null_index, null_threshold, with_replacement,
+        counter.data_ptr(), rows, texts, steps, latents.numel() // rows, prompts.numel() // texts, batch, first_sample,
+        global_batch, pool, null_index, null_threshold, with_replacement,
         _native.DTYPES[latents.dtype], _native.DTYPES[prompts.dtype], x_t.data_ptr(), timestep.data_ptr(),
         prompt.data_ptr(), target.data_ptr() if target.numel() else 0, latent_index.data_ptr(), prompt_index.data_ptr(),
         choice.data_ptr(), torch.get_num_threads(),
@@ -65,6 +66,8 @@ def refuse(
     *outputs: Tensor,
 ) -> str | None:
     """Rows are read and written as flat memory: banks and outputs must be contiguous."""
+    if all(map(Tensor.is_contiguous, (latents, latent_prompts, prompts, coefficients, replace, counter, *outputs))):
+        return None
     names = "latents latent_prompts prompts coefficients replace counter".split()
     for name, bank in zip(names, (latents, latent_prompts, prompts, coefficients, replace, counter), strict=True):
         if not bank.is_contiguous():
