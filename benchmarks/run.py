@@ -44,7 +44,7 @@ class Options:
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads, the rivals' too."""
     rounds: Annotated[int, Field(ge=4)] = 41
-    """Rounds counted, after three that are not."""
+    """Rounds counted at least; short ones are repeated for two seconds."""
     compiled: bool = True
     """Time torch.compile as well."""
     csv: str = ""

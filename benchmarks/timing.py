@@ -18,21 +18,28 @@ class Timing:
 
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 3
+    contestants: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 2.0
 ) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Times of each contestant, and for all but the first the median over rounds of its time by the first's."""
-    for _ in range(warm_up):
-        for run in contestants.values():
-            run()
+    """Times of each contestant, and for all but the first the median over rounds of its time by the first's.
+
+    At least ``rounds`` are counted, and as many as fit into ``seconds``; a tenth of both goes before, uncounted.
+    """
+    _times(contestants, max(rounds // 10, 3), seconds / 10)
+    times = _times(contestants, rounds, seconds)
+    ours, *rivals = times
+    ratios = {r: statistics.median(b / a for a, b in zip(times[ours], times[r], strict=True)) for r in rivals}
+    return {name: _summary(values) for name, values in times.items()}, ratios
+
+
+def _times(contestants: Mapping[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    while len(next(iter(times.values()))) < rounds or time.perf_counter() - begin < seconds:
         for name, run in contestants.items():
             start = time.perf_counter()
             run()
             times[name].append(1e3 * (time.perf_counter() - start))
-    ours, *rivals = times
-    ratios = {r: statistics.median(b / a for a, b in zip(times[ours], times[r], strict=True)) for r in rivals}
-    return {name: _summary(values) for name, values in times.items()}, ratios
+    return times
 
 
 def _summary(values: list[float]) -> Timing:

@@ -25,6 +25,7 @@ _HOME = {
     "make_student": "models",
     "feature_match": "ops",
     "noise_gather": "ops",
+    "NoiseGather": "ops",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from fastdistill.distill import RandomConditioning as RandomConditioning
     from fastdistill.distill import Weights as Weights
     from fastdistill.models import make_student as make_student
+    from fastdistill.ops import NoiseGather as NoiseGather
     from fastdistill.ops import feature_match as feature_match
     from fastdistill.ops import noise_gather as noise_gather
     from fastdistill.train import DistillTrainer as DistillTrainer

@@ -43,6 +43,11 @@ struct Copy {
   int64_t size, stream, done;  // bytes: of all, of a stream, of a stream so far
 };
 
+FD_HD void fetch_start(const Copy& copy) {
+  for (int64_t at = 0; at < smaller(fetch_distance, copy.stream); at += 64)
+    for (int64_t i = 0; i < copy_streams; ++i) __builtin_prefetch(copy.from + i * copy.stream + at, 0, 3);
+}
+
 FD_HD void advance(Copy& copy, int64_t until) {
   for (; copy.done < until; copy.done += 64) {
     const int64_t ahead = copy.done + fetch_distance;
@@ -129,6 +134,7 @@ int64_t noise_gather(const NoiseGather& a) {
       const char* next = prompts + a.prompt_index[after / pieces] * prompt_bytes + after % pieces * bytes;
       Copy copy = {
           static_cast<char*>(a.prompt) + b * prompt_bytes + offset, from, next, copied, copied / copy_streams / 64 * 64, 0};
+      if (at == total * part / threads) fetch_start(copy);
       switch (a.dtype) {
         case Dtype::f32: noise_part<float>(a, b, first, n, copy); break;
         case Dtype::bf16: noise_part<bf16>(a, b, first, n, copy); break;

@@ -9,6 +9,6 @@
 
 from fastdistill.ops._dispatch import OPS, use, used
 from fastdistill.ops.feature_match import FeatureMatch, feature_match
-from fastdistill.ops.noise_gather import Draw, empty_draw, noise_gather
+from fastdistill.ops.noise_gather import Draw, NoiseGather, empty_draw, noise_gather
 
-__all__ = ["OPS", "Draw", "FeatureMatch", "empty_draw", "feature_match", "noise_gather", "use", "used"]
+__all__ = ["OPS", "Draw", "FeatureMatch", "NoiseGather", "empty_draw", "feature_match", "noise_gather", "use", "used"]

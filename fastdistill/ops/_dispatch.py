@@ -74,27 +74,31 @@ class Op:
     def kernel_names(self) -> list[str]:
         return [*dict.fromkeys(k.name for k in self.kernels), REFERENCE]
 
-    def choose(self, device: str, *args: Any) -> tuple[str, Callable[..., None]]:
-        """The kernel that runs this call: the first on this device that does not refuse it, else the reference."""
-        forced = _forced.get()
-        if forced == REFERENCE:
-            return REFERENCE, self.reference
-        reason = f"it has none for {device}"
-        for kernel in self.kernels:
-            if kernel.device != device or forced not in (None, kernel.name):
-                continue
-            refusal = kernel.available() or kernel.refuse(*args)
-            if refusal is None:
-                return kernel.name, kernel.launch
-            reason = refusal
-        if forced is not None:
-            raise KernelError(f"{self.name}: kernel {forced!r} cannot run this call on {device}: {reason}")
-        return REFERENCE, self.reference
-
     def run(self, device: str, *args: Any) -> None:
-        name, launch = self.choose(device, *args)
-        self.calls[name] += 1
-        launch(*args)
+        """Run the call on the first kernel of this device that does not refuse it, else on the reference."""
+        forced = _forced.get()
+        if forced != REFERENCE:
+            for kernel in self.kernels:
+                if (
+                    kernel.device == device
+                    and (forced is None or forced == kernel.name)
+                    and kernel.available() is None
+                    and kernel.refuse(*args) is None
+                ):
+                    self.calls[kernel.name] += 1
+                    kernel.launch(*args)
+                    return
+            if forced is not None:
+                reason = self._reason(forced, device, args)
+                raise KernelError(f"{self.name}: kernel {forced!r} cannot run this call on {device}: {reason}")
+        self.calls[REFERENCE] += 1
+        self.reference(*args)
+
+    def _reason(self, name: str, device: str, args: tuple[Any, ...]) -> str:
+        """Why the kernel of this name cannot run the call."""
+        kernels = [k for k in self.kernels if (k.name, k.device) == (name, device)]
+        reasons = [k.available() or k.refuse(*args) for k in kernels]
+        return " and ".join(r for r in reasons if r) or f"it has none for {device}"
 
     def table(self) -> list[dict[str, str | None]]:
         """One row a kernel: name, device and the reason why it cannot run in this installation (None: it can)."""

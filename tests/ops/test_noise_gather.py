@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import empty_draw, noise_gather, use
-from fastdistill.ops.noise_gather import NULL, PAIRED, RANDOM, Draw
+from fastdistill.ops.noise_gather import NULL, PAIRED, RANDOM, Draw, NoiseGather
 from tests.harness import Case, check_fake, check_op, kernels_of, layouts
 from tests.ops import oracle
 
@@ -223,6 +223,20 @@ def test_buffers_are_reused(kernel: str) -> None:
         draw = noise_gather(*inputs, out=out, null_index=8)
         assert draw is out and draw.target.shape == (0,)
         assert torch.equal(draw.x_t, noise_gather(*inputs, batch=5, null_index=8).x_t)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_prepared_once_it_draws_the_step_that_the_counter_holds(kernel: str) -> None:
+    *tables, counter = banks()
+    with use(kernel):
+        draw = NoiseGather(*tables, counter, batch=5, null_index=8, target=True)
+        for _ in range(3):
+            counter[1] += 1
+            expected = noise_gather(*tables, counter, batch=5, null_index=8, target=True)
+            got = draw()
+            assert got is draw.out and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with pytest.raises(InputError, match="null_index: expected a row of prompts, 0 to 8, got 9"):
+        NoiseGather(*tables, counter, batch=5, null_index=9)
 
 
 def test_fake_cuda_tensors() -> None:

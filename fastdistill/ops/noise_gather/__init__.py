@@ -11,7 +11,7 @@ Random Conditioning (arXiv 2504.02011). The numbers come from a counter, never f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fastdistill.ops._dispatch import Kernel, register
 from fastdistill.ops.noise_gather import cpp, reference
 from fastdistill.ops.noise_gather.reference import NULL, PAIRED, RANDOM
 
-__all__ = ["NULL", "PAIRED", "RANDOM", "Draw", "empty_draw", "noise_gather"]
+__all__ = ["NULL", "PAIRED", "RANDOM", "Draw", "NoiseGather", "empty_draw", "noise_gather"]
 
 _noise_gather = register(
     "noise_gather",
@@ -100,6 +100,64 @@ def noise_gather(
     Raises:
         InputError: a wrong shape, dtype, device or range, before anything is launched.
     """
+    arguments, out = _prepared(
+        (latents, latent_prompts, prompts, coefficients, replace, counter),
+        batch, null_index, null_probability, pool, first_sample, global_batch, with_replacement, target, out,
+    )  # fmt: skip
+    _noise_gather(*arguments)
+    return out
+
+
+class NoiseGather:
+    """``noise_gather`` with its arguments prepared and checked once: what a training loop calls every step.
+
+    It takes the arguments of ``noise_gather``. A call draws the batch of the step that ``counter`` holds by then, into
+    the same buffers every time, and returns them. None of the tensors may be resized in between.
+    """
+
+    def __init__(
+        self,
+        latents: Tensor,
+        latent_prompts: Tensor,
+        prompts: Tensor,
+        coefficients: Tensor,
+        replace: Tensor,
+        counter: Tensor,
+        *,
+        batch: int | None = None,
+        null_index: int,
+        null_probability: float = 0.1,
+        pool: int | None = None,
+        first_sample: int = 0,
+        global_batch: int | None = None,
+        with_replacement: bool = False,
+        target: bool = False,
+        out: Draw | None = None,
+    ) -> None:
+        self._arguments, self.out = _prepared(
+            (latents, latent_prompts, prompts, coefficients, replace, counter),
+            batch, null_index, null_probability, pool, first_sample, global_batch, with_replacement, target, out,
+        )  # fmt: skip
+
+    def __call__(self) -> Draw:
+        _noise_gather(*self._arguments)
+        return self.out
+
+
+def _prepared(
+    banks: tuple[Tensor, ...],
+    batch: int | None,
+    null_index: int,
+    null_probability: float,
+    pool: int | None,
+    first_sample: int,
+    global_batch: int | None,
+    with_replacement: bool,
+    target: bool,
+    out: Draw | None,
+) -> tuple[tuple[Any, ...], Draw]:
+    """The op's arguments, checked, and the buffers among them."""
+    latents, prompts = banks[0], banks[2]
     if out is None:
         _check.require(batch is not None and batch >= 0, "batch", "a number of samples >= 0 (or out=)", batch)
         out = empty_draw(latents, prompts, batch, target=target)  # type: ignore[arg-type]
@@ -108,12 +166,10 @@ def noise_gather(
     if pool is None:
         pool = null_index if null_index > 0 else len(prompts)
     null_threshold = threshold(null_probability, "null_probability")
-    banks = latents, latent_prompts, prompts, coefficients, replace, counter
     _check.once(_check_all, (*banks, *out), (null_index, pool, first_sample, batch, global_batch))
-    _noise_gather(
+    return (
         *banks, first_sample, global_batch, pool, null_index, null_threshold, with_replacement, *out,
-    )  # fmt: skip
-    return out
+    ), out  # fmt: skip
 
 
 def threshold(probability: float, argument: str) -> int:
