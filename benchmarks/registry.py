@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdistill.ops import NoiseGather, feature_match, use
+from fastdistill.train import AdamWEMA
 
 # Outputs of the down and up blocks of a U-Net of Stable Diffusion 1.5 at 512 x 512: bk_base's taps.
 SD15_TAPS = (
@@ -49,7 +50,7 @@ def benchmarks(ops: list[str], dtypes: list[str], batches: list[int], compiled: 
     """The chosen benchmarks, made one at a time, as they are large."""
     for op in ops:
         for dtype in dtypes:
-            for batch in batches:
+            for batch in batches[:1] if op in WITHOUT_BATCH else batches:
                 yield MAKERS[op](batch, dtype, compiled)
 
 
@@ -143,7 +144,80 @@ def _noise_gather(batch: int, dtype: str, compiled: bool) -> Benchmark:
     )
 
 
+# Widths of the stages of a U-Net of Stable Diffusion 1.5; a block is a resnet with its time projection, a transformer.
+SD15_WIDTHS = (320, 640, 1280)
+
+
+def _block(width: int) -> list[tuple[int, ...]]:
+    resnet = [(width,), (width,), (width, width, 3, 3), (width,), (width, 1280), (width,)]
+    resnet += [(width,), (width,), (width, width, 3, 3), (width,)]
+    attention = [(width,), (width,), *[(width, width)] * 4, (width,), (width, width), (width,)]
+    cross = [(width, width), (width, 768), (width, 768), (width, width), (width,)]
+    return [*resnet, *attention, *cross, (8 * width, width), (8 * width,), (width, 4 * width), (width,)]
+
+
+def _adamw_ema(batch: int, dtype: str, compiled: bool) -> Benchmark:
+    """One block of each width; bf16 is bf16 weights and gradients with fp32 masters."""
+    kind = DTYPES[dtype]
+    g = torch.Generator().manual_seed(0)
+    shapes = [s for width in SD15_WIDTHS for s in _block(width)]
+    weights = [torch.randn(s, generator=g) for s in shapes]
+    grads = [torch.randn(s, generator=g) for s in shapes]
+
+    def parameters() -> list[Tensor]:
+        made = [w.to(kind, copy=True).requires_grad_() for w in weights]
+        for p, grad in zip(made, grads, strict=True):
+            p.grad = grad.to(kind, copy=True)
+        return made
+
+    def rival(fused: bool | None, foreach_average: bool) -> Callable[[], object]:
+        held = parameters()
+        masters = [p.detach().float().requires_grad_() for p in held] if kind != torch.float32 else held
+        averages = [p.detach().clone() for p in masters]
+        optimizer = torch.optim.AdamW(masters, lr=1e-5, fused=fused)
+
+        @torch.no_grad()
+        def run() -> None:
+            if masters is not held:
+                for p, master in zip(held, masters, strict=True):
+                    master.grad = p.grad.float()  # type: ignore[union-attr]
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
+            optimizer.step()
+            if foreach_average:
+                torch._foreach_lerp_(averages, masters, 1e-4)
+            else:
+                for average, p in zip(averages, masters, strict=True):
+                    average.lerp_(p, 1e-4)
+            if masters is not held:
+                torch._foreach_copy_(held, masters)
+
+        return run
+
+    optimizer = AdamWEMA(parameters(), lr=1e-5, max_norm=1.0, ema_decay=0.9999)
+
+    def check() -> None:
+        results = []
+        for kernel in (None, "reference"):
+            some = [w[:8].to(kind, copy=True).requires_grad_() for w in weights]
+            small = AdamWEMA(some, lr=1e-3, max_norm=1.0, ema_decay=0.9999)
+            for p, grad in zip(some, grads, strict=True):
+                p.grad = grad[:8].to(kind)
+            with use(kernel):
+                small.step()
+            results.append([t for p in some for t in small.state[p].values()])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+    count = sum(w.numel() for w in weights)
+    rivals = {"default": rival(None, False), "fused, foreach EMA": rival(True, True)}
+    moved = count * (4 + 4 * 8 + 4 if kind == torch.float32 else 2 + 4 * 8 + 2 + 2)  # norm, four arrays, gradient, copy
+    shape = f"SD-1.5 blocks 320 640 1280, {count / 1e6:.0f}M"
+    return Benchmark("adamw_ema", shape, dtype, moved, optimizer.step, check, rivals)
+
+
+WITHOUT_BATCH = {"adamw_ema"}
 MAKERS: dict[str, Callable[[int, str, bool], Benchmark]] = {
+    "adamw_ema": _adamw_ema,
     "feature_match": _feature_match,
     "noise_gather": _noise_gather,
 }

@@ -35,7 +35,7 @@ class Options:
     """Ratios of the ops' CPU kernels to what a user would write. Ratios count; absolute times of a shared machine do
     not."""
 
-    op: tuple[Literal["feature_match", "noise_gather"], ...] = tuple(MAKERS)  # type: ignore[assignment]
+    op: tuple[Literal["adamw_ema", "feature_match", "noise_gather"], ...] = tuple(MAKERS)  # type: ignore[assignment]
     """Ops to measure."""
     dtype: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)
     """Dtypes of the tensors."""

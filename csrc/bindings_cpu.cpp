@@ -108,6 +108,23 @@ int64_t noise_gather(Address latents, Address latent_prompts, Address prompts, A
   return kernels->noise_gather(a);
 }
 
+void grad_square_sum(Address rows, int64_t count, int64_t chunk, int64_t chunks, Address total, int threads) {
+  std::vector<double> partials(chunks);
+  kernels->grad_square_sum(at<fd::GradientRow>(rows), count, chunk, partials.data(), at<double>(total), threads);
+}
+
+void adamw_ema(Address rows, int64_t count, int64_t chunk, Address square_sum, Address grad_scale, Address found_inf,
+               Address ema_weight, Address skipped, double max_norm, bool ema_warmup, bool zero_grads, int threads) {
+  const fd::AdamWInputs inputs = {at<double>(square_sum),
+                                  at<float>(grad_scale),
+                                  at<float>(found_inf),
+                                  at<float>(ema_weight),
+                                  max_norm,
+                                  ema_warmup,
+                                  zero_grads};
+  kernels->adamw_ema(at<fd::AdamWRow>(rows), count, chunk, inputs, at<int64_t>(skipped), threads);
+}
+
 void philox(Address counter, Address key, Address words, Address normals, int64_t n) {
   kernels->philox(at<uint32_t>(counter), at<uint32_t>(key), at<uint32_t>(words), at<float>(normals), n);
 }
@@ -124,6 +141,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("feature_match", &feature_match, release());
   m.def("scale_gradients", &scale_gradients, release());
   m.def("noise_gather", &noise_gather, release());
+  m.def("grad_square_sum", &grad_square_sum, release());
+  m.def("adamw_ema", &adamw_ema, release());
   m.def("philox4x32", &philox, release(), "words[n, 4] and normals[n, 4] of counter[n, 4] under key[2]");
   m.def("convert", &convert, release(), "n elements between fp32 (0), bf16 (1) and fp16 (2)");
   m.def("isa", [] { return kernels->isa; }, "the instruction set in use");

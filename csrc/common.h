@@ -69,6 +69,20 @@ FD_HD float square_root(float x) {
   return __builtin_sqrtf(x);
 #endif
 }
+FD_HD double square_root(double x) {
+#ifdef __CUDA_ARCH__
+  return __dsqrt_rn(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+FD_HD double power(double x, double y) {
+#ifdef __CUDA_ARCH__
+  return pow(x, y);
+#else
+  return __builtin_pow(x, y);
+#endif
+}
 
 FD_HD uint64_t multiply(uint32_t a, uint32_t b) { return uint64_t(a) * b; }
 FD_HD uint32_t upper(uint64_t product) { return uint32_t(product >> 32); }

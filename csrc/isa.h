@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU entry points, once for each instruction set they are compiled for, and the table that is chosen at run time.
 #pragma once
+#include "adamw_ema/math.h"
 #include "feature_match/math.h"
 #include "noise_gather/math.h"
 
-#define FD_DECLARE(isa)                                                                                  \
-  namespace fd::isa {                                                                                    \
-  void philox(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n); \
-  void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n);                 \
-  int64_t feature_match_workspace(const Tap* taps, int64_t count);                                       \
-  void feature_match(const FeatureMatch& a);                                                             \
-  void scale_gradients(const FeatureMatch& a, const float* factor);                                      \
-  int64_t noise_gather(const NoiseGather& a);                                                            \
+#define FD_DECLARE(isa)                                                                                                      \
+  namespace fd::isa {                                                                                                        \
+  void philox(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n);                     \
+  void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n);                                     \
+  int64_t feature_match_workspace(const Tap* taps, int64_t count);                                                           \
+  void feature_match(const FeatureMatch& a);                                                                                 \
+  void scale_gradients(const FeatureMatch& a, const float* factor);                                                          \
+  int64_t noise_gather(const NoiseGather& a);                                                                                \
+  void grad_square_sum(const GradientRow* rows, int64_t count, int64_t chunk, double* partials, double* total, int threads); \
+  void adamw_ema(const AdamWRow* rows, int64_t count, int64_t chunk, const AdamWInputs& a, int64_t* skipped, int threads);   \
   }
 FD_DECLARE(baseline)
 #ifdef FD_HAVE_AVX2
@@ -31,6 +34,8 @@ struct Kernels {
   decltype(&baseline::feature_match) feature_match;
   decltype(&baseline::scale_gradients) scale_gradients;
   decltype(&baseline::noise_gather) noise_gather;
+  decltype(&baseline::grad_square_sum) grad_square_sum;
+  decltype(&baseline::adamw_ema) adamw_ema;
 };
 
 #define FD_KERNELS(isa)               \
@@ -40,6 +45,8 @@ struct Kernels {
    &fd::isa::feature_match_workspace, \
    &fd::isa::feature_match,           \
    &fd::isa::scale_gradients,         \
-   &fd::isa::noise_gather}
+   &fd::isa::noise_gather,            \
+   &fd::isa::grad_square_sum,         \
+   &fd::isa::adamw_ema}
 
 }  // namespace fd

@@ -57,6 +57,10 @@ FD_HD Lanes operator*(Lanes a, Lanes b) {
   for (int i = 0; i < simd_parts; ++i) a.part[i] *= b.part[i];
   return a;
 }
+FD_HD Lanes operator/(Lanes a, Lanes b) {
+  for (int i = 0; i < simd_parts; ++i) a.part[i] /= b.part[i];
+  return a;
+}
 
 // The sum of the lanes, always in this order.
 FD_HD double sum(Lanes a) {
@@ -136,6 +140,11 @@ FD_HD vfloat square_root(vfloat x) {
   for (int i = 0; i < simd_width; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
 #endif
+}
+
+FD_HD Lanes square_root(Lanes a) {
+  for (int i = 0; i < simd_parts; ++i) a.part[i] = square_root(a.part[i]);
+  return a;
 }
 
 // a b + c, in one rounding where the instruction set has it.

@@ -57,3 +57,9 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def same_order(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order in memory."""
+    steps = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return one.stride() == other.stride() or all(size < 2 or a == b for size, a, b in steps)

@@ -3,6 +3,7 @@
 
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult
+from fastdistill.train.optimizer import AdamWEMA
 from fastdistill.train.trainer import DistillTrainer
 
-__all__ = ["DistillTrainer", "FitResult", "TrainConfig"]
+__all__ = ["AdamWEMA", "DistillTrainer", "FitResult", "TrainConfig"]

@@ -23,7 +23,7 @@ from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
 from fastdistill.errors import StorageError
 from fastdistill.train.step import TrainStep
 
-SCHEMA = 1
+SCHEMA = 2
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -94,11 +94,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def state_of(step: TrainStep, student: torch.nn.Module) -> dict[str, Tensor]:
-    """Everything a run consists of: weights, adapters, average, optimizer moments, counter and metric sums."""
+    """Everything a run consists of: weights, adapters, moments and averages of the optimizer, counter and metrics."""
     state = {f"student.{k}": v for k, v in student.state_dict().items()}
     for i, module in enumerate(step.objective.trained):
         state |= {f"trained.{i}.{k}": v for k, v in module.state_dict().items()}
-    state |= {f"ema.{k}": v for k, v in step.ema.state_dict().items()}
     for i, parameter in enumerate(step.parameters):
         state |= {f"optimizer.{i}.{k}": v for k, v in step.optimizer.state[parameter].items()}
     return state | {"counter": step.counter, "totals": step.totals}
@@ -114,7 +113,6 @@ def restore(tensors: Mapping[str, Tensor], step: TrainStep, student: torch.nn.Mo
     student.load_state_dict(part("student."))
     for i, module in enumerate(step.objective.trained):
         module.load_state_dict(part(f"trained.{i}."))
-    step.ema.load_state_dict(part("ema."))
     for i, parameter in enumerate(step.parameters):
         step.optimizer.state[parameter] = {
             k: torch.empty_like(parameter, dtype=v.dtype).copy_(v)

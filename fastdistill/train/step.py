@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step: a pure function of the parameters and the step counter, with nothing read back to the host.
 
-    draw -> teacher -> student -> losses -> backward -> clip -> AdamW -> EMA -> counter + 1
+    draw -> teacher -> student -> losses -> backward -> clip, AdamW, EMA -> counter + 1
 
 Seed, step, learning rate and EMA decay are read from device memory, so the same code can be captured in a graph.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdistill.distill.objective import BoundObjective
 from fastdistill.train.config import TrainConfig
-from fastdistill.train.ema import Ema
+from fastdistill.train.optimizer import AdamWEMA
 
 
 def learning_rates(config: TrainConfig) -> Tensor:
@@ -40,19 +40,19 @@ class TrainStep:
         self, objective: BoundObjective, student: nn.Module, config: TrainConfig, device: torch.device
     ) -> None:
         self.objective = objective
-        self.parameters = [p for p in student.parameters() if p.requires_grad]
-        self.parameters += [p for module in objective.trained for p in module.parameters()]
-        self.clip = config.clip
+        own = [p for p in student.parameters() if p.requires_grad]
+        adapters = [p for module in objective.trained for p in module.parameters()]
+        self.parameters = own + adapters
         self.lr = torch.tensor(config.lr, device=device)
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
+        self.optimizer = AdamWEMA(
+            [{"params": own}, {"params": adapters, "ema": False}],
             lr=self.lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            fused=True,
+            max_norm=config.clip,
+            ema_decay=config.ema_decay,
         )
-        self.ema = Ema(student, config.ema_decay, config.steps)
         self.counter = torch.tensor([config.seed, 0], device=device)
         self._rates = learning_rates(config).to(device)
         self.metric_names = [*objective.metric_names, "gradient_norm"]
@@ -62,10 +62,9 @@ class TrainStep:
         step = self.counter[1:]
         loss, metrics = self.objective(self.counter)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.lr.copy_(self._rates.index_select(0, step).squeeze(0))
-        self.optimizer.step()
+        square_sum = self.optimizer.square_sum()
+        self.optimizer.update(square_sum)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(step)
-        self.totals.add_(torch.stack([*metrics, norm]))
+        self.totals.add_(torch.stack([*metrics, square_sum.sqrt().float()]))
         step.add_(1)

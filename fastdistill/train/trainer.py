@@ -95,7 +95,7 @@ class DistillTrainer:
     def ema_student(self) -> nn.Module:
         """A copy of the student with the averaged weights, in eval mode: what one samples from and exports."""
         model = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.step.ema.copy_to(model)
+        self.step.optimizer.copy_average(self.student, model)
         return model
 
 

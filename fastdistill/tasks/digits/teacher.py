@@ -99,7 +99,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
     fingerprint = {"recipe": recipe, "data": data.fingerprint(), "prompts": bank.sha256, "architecture": ARCHITECTURE}
     result = fit(step, model, fingerprint, config.train, output, progress)
 
-    step.ema.copy_to(model)
+    step.optimizer.copy_average(model, model)
     model.eval()
     provenance = fingerprint | {
         "metrics": judged(model, config) | {"train_seconds": round(result.seconds, 1)},

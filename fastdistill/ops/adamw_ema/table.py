@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All tensors of a call as one table of 64-bit words: ``GradientRow`` and ``AdamWRow`` of ``csrc/adamw_ema/math.h``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from fastdistill.ops import _native
+
+CHUNK = 8192  # elements of a partial sum and of a piece of work
+Table = npt.NDArray[np.int64]
+
+
+def gradients(grads: Sequence[Tensor]) -> Table:
+    """[N, 4]: elements, chunks of the gradients before, address, dtype."""
+    sizes = np.array([g.numel() for g in grads], np.int64)
+    chunks = -(-sizes // CHUNK)
+    addresses = np.array([g.data_ptr() for g in grads], np.int64)
+    dtypes = np.array([_native.DTYPES[g.dtype] for g in grads], np.int64)
+    return np.stack([sizes, np.cumsum(chunks) - chunks, addresses, dtypes], 1)
+
+
+def chunks(table: Table) -> int:
+    """Chunks of all gradients of a table."""
+    return int(table[-1, 1] - (-table[-1, 0] // CHUNK)) if len(table) else 0
+
+
+def parameters(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: Sequence[Tensor],
+    group: Sequence[int],
+    hyper: Sequence[float],
+) -> Table:
+    """[N, 16]: the gradient's four words, then addresses (0: not wanted), the copy's dtype and the hyper-parameters."""
+
+    def addresses(tensors: Sequence[Tensor]) -> list[int]:
+        return [t.data_ptr() for t in tensors] if tensors else [0] * len(params)
+
+    table = np.empty((len(params), 16), np.int64)
+    table[:, :4] = gradients(grads)
+    for column, tensors in enumerate((params, exp_avgs, exp_avg_sqs, averages, copies), 4):
+        table[:, column] = addresses(tensors)
+    table[:, 9] = [_native.DTYPES[c.dtype] for c in copies] if copies else 0
+    table[:, 10] = addresses(steps)
+    index = np.array(group, np.int64)
+    table[:, 11] = np.array([t.data_ptr() for t in lr], np.int64)[index]
+    table[:, 12:] = np.array(hyper, np.float64).reshape(-1, 4)[index].view(np.int64)
+    return table

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW with clipping, an average of the weights and float32 master weights, in one pass over memory a step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.errors import InputError
+from fastdistill.ops import AdamWGroup, _native, adamw_ema, grad_square_sum
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """``torch.optim.AdamW(fused=True)`` and ``clip_grad_norm_`` and an exponential moving average, by ``adamw_ema``.
+
+    Its ``state_dict`` goes into torch's optimizer and back; beyond torch's it holds ``ema``, the average, and for
+    bfloat16 and float16 parameters ``master``, the weights in float32. All state is float32 whatever the parameters
+    are. A parameter without gradient rests, its average too. Gradients that are not finite leave everything as it is
+    and raise the count ``skipped``.
+
+    A step reads nothing back to the host and can be captured in a CUDA graph; what may change there comes from device
+    memory: ``lr`` as a 0-dim tensor, ``ema_weight``. ``torch.amp.GradScaler`` and learning-rate schedulers work as with
+    torch's.
+
+    Args:
+        params: parameters, or groups of them; a group may have hyper-parameters of its own, ``"ema": False`` too. All
+            on one device: float32, bfloat16 or float16.
+        lr: a float, or a 0-dim tensor; one on the device is read there at every step.
+        betas, eps, weight_decay: AdamW's.
+        max_norm: largest norm of the gradient over all groups.
+        ema_decay: decay of the averages (None: no averages).
+        ema_warmup: the decay at step k (from 0) is at most (1 + k) / (10 + k).
+        zero_grads: zero the gradients in the same pass, for a loop that keeps their buffers.
+
+    Attributes:
+        skipped: 0-dim int64, steps that were skipped. ema_weight: 0-dim float32, 1 - decay; both on the device.
+
+    Raises:
+        InputError: parameters of other dtypes or on several devices; loaded state of amsgrad or maximize.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        max_norm: float = math.inf,
+        ema_decay: float | None = None,
+        ema_warmup: bool = True,
+        zero_grads: bool = False,
+    ) -> None:
+        self._averaged = ema_decay is not None
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        parameters = self._parameters()
+        device = parameters[0].device
+        for i, p in enumerate(parameters):
+            if p.device != device:
+                raise InputError.of(f"params[{i}]", f"the device of params[0] ({device})", p.device)
+            if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise InputError.of(f"params[{i}]", "dtype float32, bfloat16 or float16", p.dtype)
+        self.max_norm, self.ema_warmup, self.zero_grads = max_norm, ema_warmup, zero_grads
+        self.ema_weight = torch.tensor(1 - (ema_decay or 0.0), dtype=torch.float32, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        param_group.setdefault("ema", self._averaged)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("_averaged", "max_norm", "ema_warmup", "zero_grads", "ema_weight", "skipped")
+        return super().__getstate__() | {name: getattr(self, name) for name in names}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Norm, clip, update. ``closure`` reevaluates the loss, as torch's optimizers have it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update(self.square_sum())
+        return loss
+
+    @torch.no_grad()
+    def square_sum(self) -> Tensor:
+        """The sum of squares of all gradients, 0-dim float64 on the device, as the loss scale left them.
+
+        Sums over the shards of DTensors are all-reduced. Who shards without DTensor does that with the result and goes
+        on with ``update``.
+        """
+        parts: dict[Any, list[Tensor]] = {}
+        for p in self._parameters():
+            if p.grad is not None:
+                parts.setdefault(_shards(p.grad), []).append(_local(p.grad))
+        sums = [self.skipped.new_zeros((), dtype=torch.float64)] if not parts else []
+        for shards, grads in parts.items():
+            sums.append(grad_square_sum(grads))
+            for mesh, dimension in shards:
+                torch.distributed.all_reduce(sums[-1], group=mesh.get_group(dimension))
+        return sum(sums[1:], sums[0])
+
+    @torch.no_grad()
+    def update(self, square_sum: Tensor) -> None:
+        """Clip by this sum of squares, update and average; what ``step`` does after ``square_sum``."""
+        rows: list[tuple[Tensor, ...]] = []
+        group: list[int] = []
+        unwanted, no_copy = self.ema_weight.new_empty(0), self.ema_weight.new_empty(0, dtype=torch.bfloat16)
+        for index, shared in enumerate(self.param_groups):
+            for p in shared["params"]:
+                if p.grad is None:
+                    continue
+                state = self._prepared(p, shared["ema"])
+                weights = state.get("master", p)
+                if not _native.same_order(p.grad, weights):
+                    p.grad = torch.empty_like(weights, dtype=p.grad.dtype).copy_(p.grad)
+                average = state["ema"] if shared["ema"] else unwanted
+                copy = p.detach() if "master" in state else no_copy
+                moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                tensors = (weights.detach(), p.grad, *moments, average, copy)
+                rows.append(tuple(map(_local, tensors)))
+                group.append(index)
+        if not rows:
+            return
+        params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies = map(list, zip(*rows, strict=True))
+        settings = self.param_groups
+        adamw_ema(
+            params, grads, exp_avgs, exp_avg_sqs, steps, averages=averages, copies=copies,
+            groups=[AdamWGroup(self._rate(g["lr"]), g["betas"], g["eps"], g["weight_decay"]) for g in settings],
+            group=group, square_sum=square_sum, skipped=self.skipped, max_norm=self.max_norm,
+            grad_scale=self._scalar("grad_scale"), found_inf=self._scalar("found_inf"), ema_weight=self.ema_weight,
+            ema_warmup=self.ema_warmup, zero_grads=self.zero_grads,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def copy_average(self, module: nn.Module, to: nn.Module) -> None:
+        """Write the averages of a module's parameters into a module of the same parameters; those that have none yet
+        are their own."""
+        for source, target in zip(module.parameters(), to.parameters(), strict=True):
+            target.copy_(self.state.get(source, {}).get("ema", source))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of this optimizer or of torch's; state stays float32, in the memory layout of the parameters."""
+        averaged = [group["ema"] for group in self.param_groups]
+        saved: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, state: saved.update(state))  # as other hooks leave it
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for group, flag in zip(self.param_groups, averaged, strict=True):
+            group.setdefault("ema", flag)
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise InputError.of("state_dict", f"a state without {option}", f"{option}=True")
+        numbers = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
+        for number, p in zip(numbers, self._parameters(), strict=True):
+            for name, value in saved["state"].get(number, {}).items():
+                if name == "step":
+                    self.state[p][name] = torch.as_tensor(value, dtype=torch.float32, device=p.device).clone()
+                else:  # torch's loader has cast it to the dtype of the parameter
+                    self.state[p][name] = torch.empty_like(p, dtype=torch.float32).copy_(value)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _prepared(self, p: Tensor, averaged: bool) -> dict[str, Tensor]:
+        """The state of a parameter, with what is not there yet."""
+        state: dict[str, Tensor] = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+        if p.dtype != torch.float32 and "master" not in state:
+            state["master"] = p.detach().float()
+        if averaged and "ema" not in state:
+            state["ema"] = state.get("master", p).detach().clone()
+        return state
+
+    def _rate(self, lr: float | Tensor) -> Tensor:
+        device = self.skipped.device
+        if isinstance(lr, Tensor):
+            return lr.reshape(()).to(device, torch.float32, non_blocking=True)
+        return torch.full((), lr, dtype=torch.float32, device=device)
+
+    def _scalar(self, name: str) -> Tensor | None:
+        """What ``torch.amp.GradScaler`` left on the optimizer for this step."""
+        value: Tensor | None = getattr(self, name, None)
+        return None if value is None else value.reshape(()).to(self.skipped.device, torch.float32, non_blocking=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor that is here; other tensors themselves."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[attr-defined, unused-ignore]
+    return local
+
+
+def _shards(tensor: Tensor) -> tuple[tuple[Any, int], ...]:
+    """The dimensions of the device mesh over which a DTensor is cut; none for other tensors."""
+    if not hasattr(tensor, "to_local"):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if any(p.is_partial() for p in placements):
+        raise InputError.of("gradient", "a DTensor that is sharded or replicated", placements)
+    return tuple((mesh, i) for i, p in enumerate(placements) if p.is_shard())

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamWEMA against torch's fused AdamW with clipping and an average, and with what torch builds around optimizers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from fastdistill.errors import InputError
+from fastdistill.train import AdamWEMA
+
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(20, 7)).to(dtype)
+
+
+def backward(net: nn.Module, step: int, scale: float = 1.0) -> None:
+    x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+    (scale * net(x.to(next(net.parameters()).dtype)).float().square().mean()).backward()
+
+
+def close(net: nn.Module, other: nn.Module, rtol: float = 2e-6) -> None:
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-7)
+
+
+def run(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, clip: float | None = None) -> None:
+    for k in steps:
+        backward(net, k)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("clip", [math.inf, 0.05])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_parity_with_torch(clip: float, memory: torch.memory_format) -> None:
+    ours, theirs = model().to(memory_format=memory), model().to(memory_format=memory)
+    average = torch.optim.swa_utils.AveragedModel(theirs, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    mine = AdamWEMA(ours.parameters(), **OPTIONS, max_norm=clip, ema_decay=0.9, ema_warmup=False)
+    other = torch.optim.AdamW(theirs.parameters(), **OPTIONS, fused=True)
+    average.update_parameters(theirs)  # the first call copies: the average starts from the weights
+    for k in range(5):
+        run(ours, mine, range(k, k + 1))
+        run(theirs, other, range(k, k + 1), clip)
+        average.update_parameters(theirs)
+    close(ours, theirs)
+    exported = copy.deepcopy(ours)
+    mine.copy_average(ours, exported)
+    close(exported, average.module)
+    assert mine.skipped == 0
+
+
+def test_state_goes_to_torch_and_back() -> None:
+    one, two = model(), model()
+    ours, theirs = AdamWEMA(one.parameters(), **OPTIONS, ema_decay=0.9), torch.optim.AdamW(two.parameters(), fused=True)
+    run(one, ours, range(3))
+    two.load_state_dict(one.state_dict())
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))  # torch would share the tensors
+    run(one, ours, range(3, 5))
+    run(two, theirs, range(3, 5))
+    close(one, two)
+    three = copy.deepcopy(two)
+    back = AdamWEMA(three.parameters(), ema_decay=0.9)
+    back.load_state_dict(theirs.state_dict())
+    assert back.param_groups[0]["lr"] == 1e-2 and back.param_groups[0]["ema"] is True
+    run(two, theirs, range(5, 7))
+    run(three, back, range(5, 7))
+    close(two, three)
+    assert back.state[next(three.parameters())]["step"] == 7
+
+
+@pytest.mark.parametrize("saver", ["torch", "ours"])
+def test_low_precision_weights_keep_float32_state(saver: str) -> None:
+    net, truth = model(torch.bfloat16), model(torch.bfloat16).float()
+    options = OPTIONS | {"lr": 1e-5}  # far below what a bfloat16 weight of 0.1 can take up
+    mine, other = AdamWEMA(net.parameters(), **options, ema_decay=0.5), torch.optim.AdamW(truth.parameters(), **options)
+    for k in range(4):
+        backward(net, k)
+        for p, q in zip(net.parameters(), truth.parameters(), strict=True):
+            q.grad = p.grad.float() if p.grad is not None else None
+        mine.step()
+        other.step()
+        mine.zero_grad()
+    for p, q in zip(net.parameters(), truth.parameters(), strict=True):
+        state = mine.state[p]
+        assert {t.dtype for t in state.values()} == {torch.float32}
+        torch.testing.assert_close(state["master"], q.detach(), rtol=1e-6, atol=1e-9)
+        assert torch.equal(p, state["master"].bfloat16())
+    again = AdamWEMA(net.parameters(), ema_decay=0.5)
+    saved = mine.state_dict() if saver == "ours" else torch.optim.AdamW(net.parameters()).state_dict()
+    again.load_state_dict(saved)
+    run(net, again, range(1))
+    for p in net.parameters():
+        assert {t.dtype for t in again.state[p].values()} == {torch.float32}
+    if saver == "ours":
+        fresh = AdamWEMA(net.parameters(), ema_decay=0.5)
+        fresh.load_state_dict(copy.deepcopy(saved))
+        for p in net.parameters():
+            for name, value in mine.state[p].items():
+                assert torch.equal(fresh.state[p][name], value)
+
+
+def test_the_average_warms_up_with_the_step() -> None:
+    net = model()
+    mine = AdamWEMA(net.parameters(), lr=0.1, ema_decay=0.2)
+    expected = [p.detach().clone() for p in net.parameters()]
+    for k in range(4):
+        run(net, mine, range(k, k + 1))
+        for average, p in zip(expected, net.parameters(), strict=True):
+            average.lerp_(p.detach(), 1 - min(0.2, (1 + k) / (10 + k)))
+    for average, p in zip(expected, net.parameters(), strict=True):
+        torch.testing.assert_close(mine.state[p]["ema"], average, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_grad_scaler(unscale: bool) -> None:
+    """As with torch's fused optimizer: scaled gradients, a step that overflows, the scale that falls."""
+    results = []
+    for ours in (True, False):
+        net = model()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        optimizer: Any = (
+            AdamWEMA(net.parameters(), **OPTIONS, max_norm=0.05)
+            if ours
+            else torch.optim.AdamW(net.parameters(), **OPTIONS, fused=True)
+        )
+        for k in range(4):
+            backward(net, k, scale=float(scaler.get_scale()) * (math.inf if k == 2 else 1.0))
+            scaler.scale(torch.ones(()))
+            if unscale or not ours:
+                scaler.unscale_(optimizer)
+            if not ours:
+                nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        results.append((net, optimizer, scaler.get_scale()))
+    close(results[0][0], results[1][0])
+    assert results[0][1].skipped == 1 and results[0][2] == results[1][2] == 2.0**9
+    p = next(results[0][0].parameters())
+    assert results[0][1].state[p]["step"] == 3
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)], ids=str)
+def test_schedulers_set_the_rate(lr: float | Tensor) -> None:
+    ours, theirs = model(), model()
+    rates = [lr.clone() if isinstance(lr, Tensor) else lr for _ in range(2)]
+    pairs: list[tuple[nn.Module, torch.optim.Optimizer]] = [
+        (ours, AdamWEMA(ours.parameters(), lr=rates[0])),
+        (theirs, torch.optim.AdamW(theirs.parameters(), lr=rates[1], fused=True)),
+    ]
+    for net, optimizer in pairs:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        for k in range(3):
+            run(net, optimizer, range(k, k + 1))
+            scheduler.step()
+    close(ours, theirs)
+
+
+def test_zeroed_gradients_keep_their_buffers() -> None:
+    net, plain = model(), model()
+    mine, other = AdamWEMA(net.parameters(), **OPTIONS, zero_grads=True), AdamWEMA(plain.parameters(), **OPTIONS)
+    for k in range(3):
+        backward(net, k)
+        addresses = [p.grad.data_ptr() for p in net.parameters() if p.grad is not None]
+        mine.step()
+        assert [p.grad.data_ptr() for p in net.parameters() if p.grad is not None and not p.grad.any()] == addresses
+    run(plain, other, range(3))
+    close(net, plain, rtol=0)
+
+
+def test_gradients_in_another_layout_and_missing_ones() -> None:
+    net, twin = model(), model()
+    mine, other = (
+        AdamWEMA(net.parameters(), **OPTIONS, max_norm=0.1),
+        AdamWEMA(twin.parameters(), **OPTIONS, max_norm=0.1),
+    )
+    for k in range(2):
+        backward(net, k)
+        backward(twin, k)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            if p.dim() == 4:
+                p.grad = p.grad.contiguous(memory_format=torch.channels_last)
+        twin[2].bias.grad = net[2].bias.grad = None
+        mine.step()
+        other.step()
+    close(net, twin, rtol=0)
+    assert torch.equal(net[2].bias, model()[2].bias) and net[2].bias not in mine.state
+
+
+def test_a_step_without_gradients_and_a_closure() -> None:
+    net = model()
+    mine = AdamWEMA(net.parameters(), **OPTIONS)
+    mine.step()
+    assert not mine.state
+
+    def closure() -> Tensor:
+        mine.zero_grad()
+        backward(net, 0)
+        return torch.tensor(3.0)
+
+    assert mine.step(closure) == 3.0 and len(mine.state) == 4
+
+
+def test_the_norm_and_the_update_are_separate() -> None:
+    """Two shards of one model, their sums added between the two calls, are the whole model."""
+    whole, parts = model(), model()
+    mine = AdamWEMA(whole.parameters(), **OPTIONS, max_norm=0.05)
+    shards = [AdamWEMA(list(parts.parameters())[i::2], **OPTIONS, max_norm=0.05) for i in range(2)]
+    for k in range(2):
+        run(whole, mine, range(k, k + 1))
+        backward(parts, k)
+        total = shards[0].square_sum() + shards[1].square_sum()
+        for shard in shards:
+            shard.update(total)
+            shard.zero_grad()
+    close(whole, parts, rtol=1e-6)
+
+
+def test_torch_distributed_reads_and_writes_its_state() -> None:
+    """``get_optimizer_state_dict`` steps a fresh optimizer with lr 0, which must move nothing."""
+    net, source = model(), model()
+    full = AdamWEMA(source.parameters(), **OPTIONS, ema_decay=0.9)
+    run(source, full, range(2))
+    fresh = AdamWEMA(net.parameters(), **OPTIONS, ema_decay=0.9)
+    before = copy.deepcopy(net)
+    get_optimizer_state_dict(net, fresh)
+    close(net, before, rtol=0)
+    net.load_state_dict(source.state_dict())
+    set_optimizer_state_dict(net, fresh, get_optimizer_state_dict(source, full))
+    run(source, full, range(2, 4))
+    run(net, fresh, range(2, 4))
+    close(net, source, rtol=0)
+    for p, q in zip(net.parameters(), source.parameters(), strict=True):
+        assert torch.equal(fresh.state[p]["ema"], full.state[q]["ema"])
+
+
+def test_a_copy_of_the_optimizer_steps() -> None:
+    net = model()
+    mine = AdamWEMA(net.parameters(), **OPTIONS, max_norm=0.1, ema_decay=0.9)
+    run(net, mine, range(1))
+    twin = copy.deepcopy(mine)
+    for p, q in zip(net.parameters(), twin.param_groups[0]["params"], strict=True):
+        p.grad = torch.ones_like(p)
+        q.grad = torch.ones_like(p)
+    mine.step()
+    twin.step()
+    for p, q in zip(net.parameters(), twin.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(
+        InputError, match=r"params\[0\]: expected dtype float32, bfloat16 or float16, got torch.float64"
+    ):
+        AdamWEMA([torch.zeros(2, dtype=torch.float64, requires_grad=True)])
+    with pytest.raises(InputError, match=r"params\[1\]: expected the device of params\[0\] \(cpu\), got meta"):
+        AdamWEMA([torch.zeros(2, requires_grad=True, device=d) for d in ("cpu", "meta")])
+    net = model()
+    saved = torch.optim.AdamW(net.parameters(), amsgrad=True).state_dict()
+    with pytest.raises(InputError, match="state_dict: expected a state without amsgrad"):
+        AdamWEMA(net.parameters()).load_state_dict(saved)
+
+
+def _sharded(rank: int, directory: str) -> None:
+    """One of two processes: conv weights sharded, the linear layer replicated, against the whole model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    whole = model()
+    placements = [Shard(0), Shard(0), Replicate(), Replicate()]
+    parts = [
+        nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [how]))
+        for p, how in zip(whole.parameters(), placements, strict=True)
+    ]
+    mine = AdamWEMA(parts, **OPTIONS, max_norm=0.05, ema_decay=0.9)
+    other = AdamWEMA(whole.parameters(), **OPTIONS, max_norm=0.05, ema_decay=0.9)
+    for k in range(3):
+        backward(whole, k)
+        for p, q, how in zip(parts, whole.parameters(), placements, strict=True):
+            assert q.grad is not None
+            p.grad = distribute_tensor(q.grad, mesh, [how])
+        mine.step()
+        other.step()
+        whole.zero_grad()
+    for p, q in zip(parts, whole.parameters(), strict=True):
+        torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-6, atol=1e-8)  # type: ignore[operator]
+        ema = mine.state[p]["ema"].full_tensor()  # type: ignore[attr-defined]
+        torch.testing.assert_close(ema, other.state[q]["ema"], rtol=1e-6, atol=1e-8)
+    torch.distributed.destroy_process_group()
+
+
+def test_shards_are_one_model(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_sharded, (str(tmp_path),), nprocs=2)
