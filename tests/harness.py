@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+import tests.triton_on_cpu
 from fastdistill.ops import OPS, use
 from fastdistill.ops._dispatch import REFERENCE
 
@@ -46,6 +47,11 @@ class Case:
 def kernels_of(op: str, device: str = "cpu") -> list[str]:
     """The kernels of an op that can run here, the reference first."""
     return [REFERENCE, *(k.name for k in OPS[op].kernels if k.device == device and k.available() is None)]
+
+
+def interpreted(kernel: str) -> bool:
+    """Whether a kernel runs in an interpreter here, a few milliseconds a program: its tests take small sizes."""
+    return kernel == "triton" and tests.triton_on_cpu.INTERPRETED
 
 
 @contextlib.contextmanager

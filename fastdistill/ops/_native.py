@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from functools import cache
 from types import ModuleType
 
@@ -45,6 +46,14 @@ def cuda_reason() -> str | None:
     """Why the CUDA kernels cannot run in this installation, or None."""
     reason = _load("_cuda")[1]
     return reason and f"{reason} (no nvcc when it was installed?)"
+
+
+@cache
+def triton_reason() -> str | None:
+    """Why the Triton kernels cannot run in this installation, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None if torch.cuda.is_available() else "no CUDA device"
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._dispatch import Kernel, register
+from fastdistill.ops._dispatch import Kernel, later, register
 from fastdistill.ops.noise_gather import cpp, reference
 from fastdistill.ops.noise_gather.reference import NULL, PAIRED, RANDOM
 
@@ -31,7 +31,10 @@ _noise_gather = register(
     " Tensor(e!) latent_index, Tensor(f!) prompt_index, Tensor(g!) choice)",
     summary="x_t = signal(t) x + noise(t) eps with latent, t and prompt drawn by counter and gathered from the banks",
     reference=reference.noise_gather,
-    kernels=[Kernel("cpp", "cpu", cpp.noise_gather, _native.cpu_reason, cpp.refuse)],
+    kernels=[
+        Kernel("triton", "cuda", later(f"{__name__}.triton", "noise_gather"), _native.triton_reason, cpp.refuse),
+        Kernel("cpp", "cpu", cpp.noise_gather, _native.cpu_reason, cpp.refuse),
+    ],
 )
 
 

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How each op's Triton kernels are launched by real models: shapes and dtypes alone, no memory is touched."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _module(op: str) -> Any:
+    return importlib.import_module(f"fastdistill.ops.{op}.triton")
+
+
+def _noise_gather(dtype: torch.dtype, with_replacement: bool, target: bool) -> Callable[[], None]:
+    def launch() -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        batch, latent, prompt = 64, (4, 64, 64), (77, 768)
+        x_t = empty(batch, *latent, dtype=dtype)
+        _module("noise_gather").noise_gather(
+            empty(10_000, *latent, dtype=dtype), empty(10_000), empty(200_001, *prompt, dtype=dtype),
+            empty(1000, 4, dtype=torch.float32), empty(1000), empty(2), 0, batch, 200_000, 200_000, 2**28,
+            with_replacement, x_t, empty(batch), empty(batch, *prompt, dtype=dtype),
+            torch.empty_like(x_t) if target else empty(0, dtype=dtype), empty(batch), empty(batch), empty(batch),
+        )  # fmt: skip
+
+    return launch
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "noise_gather": _noise_gather(torch.bfloat16, False, False),
+    "noise_gather fp32": _noise_gather(torch.float32, False, False),
+    "noise_gather with replacement and target": _noise_gather(torch.float16, True, True),
+}

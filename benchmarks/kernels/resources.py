@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers, spills and shared memory of a cubin, and the occupancy that they allow."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+# Of a multiprocessor: threads, blocks, bytes of shared memory (CUDA C++ Programming Guide, compute capabilities).
+_LIMITS = {80: (2048, 32, 167936), 86: (1536, 16, 102400), 89: (1536, 24, 102400), 90: (2048, 32, 233472)}
+_LIMITS[100] = _LIMITS[90]
+_REGISTERS, _PARTITIONS, _GRANULE = 65536, 4, 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel. ``spill_bytes``: local memory of a thread. ``occupancy``: resident warps over the most."""
+
+    op: str
+    kernel: str
+    backend: str
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    threads: int
+    occupancy: float
+
+
+def cuobjdump() -> str:
+    """The tool's path: of the CUDA toolkit, or of Triton's wheel."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        import triton
+
+        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return found
+
+
+def usage(path: str | Path) -> list[tuple[int, str, dict[str, int]]]:
+    """(architecture, mangled kernel name, {REG, STACK, SHARED, LOCAL, ...}) of each kernel in a cubin or a library."""
+    done = subprocess.run([cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True)
+    arch, name, found = 0, "", []
+    for line in done.stdout.splitlines():
+        if match := re.search(r"arch = sm_(\d+)", line):
+            arch = int(match[1])
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = match[1]
+        elif "REG:" in line:
+            found.append((arch, name, {k: int(v) for k, v in re.findall(r"(\w+)(?:\[\d+\])?:(\d+)", line)}))
+    return found
+
+
+def occupancy(arch: int, registers: int, shared: int, threads: int) -> float:
+    """Resident warps of a multiprocessor over the most it can hold, by registers, shared memory, threads and blocks."""
+    most_threads, most_blocks, most_shared = _LIMITS[arch]
+    warps = math.ceil(threads / 32)
+    of_warp = math.ceil(max(registers, 1) * 32 / _GRANULE) * _GRANULE
+    by_registers = _REGISTERS // _PARTITIONS // of_warp * _PARTITIONS // warps
+    by_shared = most_shared // (shared + 1024)  # a block's own kilobyte is the system's
+    blocks = min(by_registers, by_shared, most_threads // threads, most_blocks)
+    return blocks * warps / (most_threads // 32)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel compiled ahead of time for GPUs that are not here: ``python -m benchmarks.kernels.triton`` prints
+rows as JSON.
+
+The ops' own launch functions run on tensors that are never touched; in place of a launch, what would be launched is
+compiled. It needs a process in which Triton does not interpret.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from benchmarks.kernels.launches import LAUNCHES
+from benchmarks.kernels.resources import Row, occupancy, usage
+
+ARCHS = (80, 90, 100)
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
+    torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+
+
+class Recorder:
+    """Inside, launching a Triton kernel keeps (kernel, signature, constants, attributes, options) and runs nothing."""
+
+    def __init__(self) -> None:
+        self.launched: dict[str, tuple[JITFunction, Any, Any, Any, dict[str, int]]] = {}
+
+    def __enter__(self) -> Recorder:
+        self._run = JITFunction.run
+        recorder = self
+
+        def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            recorder.record(kernel, args, kwargs)
+
+        JITFunction.run = run
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        JITFunction.run = self._run
+
+    def record(self, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs}
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(kernel.params):
+            value = values[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[(i,)] = "constexpr", value
+            else:
+                signature[parameter.name] = _specialized(value, (i,), constants, attributes)
+        key = f"{kernel.__name__} {signature} {constants} {attributes} {options}"
+        self.launched[key] = (kernel, signature, constants, attributes, options)
+
+
+def _specialized(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    """The type of an argument as Triton's launcher specializes it: 1 is a constant, multiples of 16 are known to be."""
+    if isinstance(value, tuple):
+        return tuple(_specialized(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+    if isinstance(value, Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return f"*{_TYPES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    if value == 1:
+        constants[path] = 1
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def rows(launches: dict[str, Callable[[], None]] = LAUNCHES, archs: tuple[int, ...] = ARCHS) -> Iterator[Row]:
+    """One row a kernel, specialization and architecture."""
+    for name, launch in launches.items():
+        with Recorder() as recorder:
+            launch()
+        if not recorder.launched:
+            raise RuntimeError(f"{name}: launched no Triton kernel")
+        for kernel, signature, constants, attributes, options in recorder.launched.values():
+            for arch in archs:
+                source = ASTSource(kernel, signature, constants, attributes)
+                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    Path(file.name).write_bytes(compiled.asm["cubin"])
+                    ((_, _, used),) = usage(file.name)
+                threads, shared = 32 * options.get("num_warps", 4), compiled.metadata.shared
+                yield Row(
+                    name, kernel.__name__, "triton", f"sm_{arch}", used["REG"], used["STACK"] + used["LOCAL"], shared,
+                    threads, occupancy(arch, used["REG"], shared, threads),
+                )  # fmt: skip
+
+
+if __name__ == "__main__":
+    json.dump([dataclasses.asdict(row) for row in rows()], sys.stdout, indent=1)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every Triton kernel shares: the random-number contract on a GPU.
+
+The arithmetic is that of ``csrc/philox.h``, operation by operation, so that the integers are equal and the normals have
+the same bits (every multiply-add is one ``fma``; nothing is left for the compiler to contract).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CHOICE: tl.constexpr = tl.constexpr(0)
+NOISE: tl.constexpr = tl.constexpr(1)
+PERMUTATION: tl.constexpr = tl.constexpr(2)
+
+
+@triton.jit
+def philox_words(seed, step, sample, block, stream):
+    """Four uint32 words of each block (int64, scalar or vector); ``seed``, ``step``, ``sample`` are int64 scalars."""
+    low = block.to(tl.uint32)
+    zero = low ^ low
+    high = zero + ((block >> 32) & 0xFFFF).to(tl.uint32) + (stream << 16)
+    return tl.philox(seed, low, high, zero + sample.to(tl.uint32), zero + step.to(tl.uint32))
+
+
+@triton.jit
+def below(word, n):
+    """Word -> integer in [0, n), int64."""
+    return ((tl.cast(word, tl.uint64) * tl.cast(n, tl.uint64)) >> 32).to(tl.int64)
+
+
+@triton.jit
+def _minus_two_log(word):
+    """-2 ln u, u = (word >> 9 + 1/2) 2^-23: u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln(1 + f) = f + f^2 Q(f)."""
+    u = tl.fma((word >> 9).to(tl.int32).to(tl.float32), 1.1920928955078125e-07, 5.9604644775390625e-08)
+    shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
+    e = (shifted >> 23).to(tl.float32)
+    f = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    q = tl.fma(f, 0.08734843, -0.14307522)
+    q = tl.fma(q, f, 0.14917974)
+    q = tl.fma(q, f, -0.16570508)
+    q = tl.fma(q, f, 0.19962072)
+    q = tl.fma(q, f, -0.25001755)
+    q = tl.fma(q, f, 0.33333950)
+    q = tl.fma(q, f, -0.49999992)
+    tail = tl.fma(f * f, q, e * -2.12194440e-4) + f
+    return -2.0 * tl.fma(e, 0.693359375, tail)
+
+
+@triton.jit
+def box_muller(word1, word2):
+    """Two normals from two words: sqrt(-2 ln u1) (cos 2 pi u2, sin 2 pi u2)."""
+    quadrant = (word2 + 0x20000000).to(tl.int32, bitcast=True)
+    past = ((word2 << 2).to(tl.int32, bitcast=True) >> 11).to(tl.float32)
+    f = tl.fma(past, 4.76837158203125e-07, 2.384185791015625e-07)
+    z = f * f
+    sine = f * tl.fma(tl.fma(tl.fma(z, -0.00459225360, 0.0796758897), z, -0.645962937), z, 1.57079631)
+    cosine = tl.fma(tl.fma(tl.fma(z, -0.0204260771, 0.253606310), z, -1.23369795), z, 1.0)
+    swap = (quadrant & 0x40000000) != 0
+    even, odd = tl.where(swap, sine, cosine), tl.where(swap, cosine, sine)
+    even = tl.where((quadrant + 0x40000000) < 0, -even, even)
+    odd = tl.where(quadrant < 0, -odd, odd)
+    r = tl.sqrt_rn(_minus_two_log(word1))
+    return r * even, r * odd
+
+
+@triton.jit
+def normals(seed, step, sample, first, BLOCK: tl.constexpr):
+    """The noise of elements [first, first + BLOCK) of a sample, float32; ``first`` and BLOCK are multiples of 4."""
+    block = first // 4 + tl.arange(0, BLOCK // 4).to(tl.int64)
+    w0, w1, w2, w3 = philox_words(seed, step, sample, block, NOISE)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit
+def _feistel(value, half, seed, epoch):
+    mask = (tl.full((), 1, tl.int64) << half) - 1
+    left, right = value >> half, value & mask
+    for round in tl.static_range(6):
+        word, _, _, _ = philox_words(seed, epoch >> 32, epoch, right + (round << 32), PERMUTATION)
+        left, right = right, left ^ (word.to(tl.int64) & mask)
+    return (left << half) | right
+
+
+@triton.jit
+def permute(at, n, half, seed, epoch):
+    """A keyed permutation of [0, n): six Feistel rounds on ``half`` bits a side, repeated until below n."""
+    value = _feistel(at, half, seed, epoch)
+    while value >= n:
+        value = _feistel(value, half, seed, epoch)
+    return value
