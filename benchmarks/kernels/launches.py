@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.registry import SD15_TAPS
+
 
 def _module(op: str) -> Any:
     return importlib.import_module(f"fastdistill.ops.{op}.triton")
@@ -31,7 +33,32 @@ def _noise_gather(dtype: torch.dtype, with_replacement: bool, target: bool) -> C
     return launch
 
 
+def _feature_match(student: torch.dtype, teacher: torch.dtype, distance: int, gradient: bool) -> Callable[[], None]:
+    def launch() -> None:
+        def features(dtype: torch.dtype) -> list[torch.Tensor]:
+            return [torch.empty((32, *shape), dtype=dtype, device="meta") for shape in SD15_TAPS]
+
+        scalar = torch.empty((), device="meta")
+        table = torch.empty(len(SD15_TAPS), device="meta")
+        grads = features(student) if gradient else []
+        module = _module("feature_match")
+        module.feature_match(features(student), features(teacher), table, scalar, distance, 1e-6, scalar, table, grads)
+
+    return launch
+
+
+def _scale_gradients() -> None:
+    grads = [torch.empty((32, *shape), dtype=torch.bfloat16, device="meta") for shape in SD15_TAPS]
+    _module("feature_match").scale_gradients(grads, torch.empty((), device="meta"))
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
+    "feature_match": _feature_match(torch.bfloat16, torch.bfloat16, 0, True),
+    "feature_match fp32": _feature_match(torch.float32, torch.float32, 0, True),
+    "feature_match mixed": _feature_match(torch.float32, torch.float16, 0, True),
+    "feature_match normalized": _feature_match(torch.bfloat16, torch.bfloat16, 1, True),
+    "feature_match loss alone": _feature_match(torch.bfloat16, torch.bfloat16, 0, False),
+    "scale_gradients": _scale_gradients,
     "noise_gather": _noise_gather(torch.bfloat16, False, False),
     "noise_gather fp32": _noise_gather(torch.float32, False, False),
     "noise_gather with replacement and target": _noise_gather(torch.float16, True, True),

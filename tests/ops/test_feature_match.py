@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -97,6 +98,36 @@ def test_layouts(kernel: str) -> None:
             with use(kernel):
                 (gradient,) = evaluate(call, detached(moved.inputs), 1.0)[1]
             assert gradient.stride() == s.stride()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("distance", ["mse", "normalized_mse"])
+def test_more_taps_than_a_launch_takes(kernel: str, distance: str) -> None:
+    """Forty taps, some empty, of dtypes that change on the way."""
+    shapes = [(1 + 7 * i % 11, 3 * (i % 5)) for i in range(40)]
+    case = make(shapes, torch.float32, distance)
+    student, teacher, weights, _ = case.inputs
+    student = [s.detach().to(FLOATS[i // 15]).requires_grad_() for i, s in enumerate(student)]
+    inputs = (student, teacher, weights, distance)
+    check_op(Case(case.op, inputs, call, truth, eager, case.sums), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_memory_that_does_not_start_at_a_vector(kernel: str) -> None:
+    case = make([(4099,)], torch.float32, "mse")
+    (student,), (teacher,), weights, distance = case.inputs
+    moved = torch.empty(2, 4100)
+    s, t = moved[0, 1:].copy_(student.detach()).requires_grad_(), moved[1, 1:].copy_(teacher)
+    inputs = ([s], [t], weights, distance)
+    check_op(Case(case.op, inputs, call, truth, eager, case.sums), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
+@pytest.mark.parametrize("distance", ["mse", "normalized_mse"])
+def test_long_chunks_of_the_triton_kernel(distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("fastdistill.ops.feature_match.triton")
+    monkeypatch.setattr(module, "CHUNKS", 1)
+    check_op(make([(3, 40_000), (5,)], torch.float32, distance), "triton", compiled=(), registration=False)
 
 
 @pytest.mark.parametrize("distance", [MSE, NORMALIZED_MSE])

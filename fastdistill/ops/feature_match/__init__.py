@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._dispatch import Kernel, register
+from fastdistill.ops._dispatch import Kernel, later, register
 from fastdistill.ops.feature_match import cpp, reference
 from fastdistill.ops.feature_match.reference import DISTANCES
 
@@ -25,14 +25,22 @@ _feature_match = register(
     " Tensor(a!) loss, Tensor(b!) taps, Tensor(c!)[] grads)",
     summary="sum_l weight_l * mean((student_l - teacher_l)^2), loss and gradient in one pass",
     reference=reference.feature_match,
-    kernels=[Kernel("cpp", "cpu", cpp.feature_match, _native.cpu_reason, cpp.refuse)],
+    kernels=[
+        Kernel("triton", "cuda", later(f"{__name__}.triton", "feature_match"), _native.triton_reason, cpp.refuse),
+        Kernel("cpp", "cpu", cpp.feature_match, _native.cpu_reason, cpp.refuse),
+    ],
 )
 _scale_gradients = register(
     "scale_gradients",
     "(Tensor(a!)[] grads, Tensor factor)",
     summary="gradients times a device scalar, in place; no work when it is 1",
     reference=reference.scale_gradients,
-    kernels=[Kernel("cpp", "cpu", cpp.scale_gradients, _native.cpu_reason, cpp.refuse_scale)],
+    kernels=[
+        Kernel(
+            "triton", "cuda", later(f"{__name__}.triton", "scale_gradients"), _native.triton_reason, cpp.refuse_scale
+        ),
+        Kernel("cpp", "cpu", cpp.scale_gradients, _native.cpu_reason, cpp.refuse_scale),
+    ],
 )
 
 
