@@ -1,23 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // fastdistill._cpu: one line an entry point; addresses as integers, the GIL released. Choice of the instruction set.
 // Nothing is checked here: fastdistill/ops/<op>/cpp.py does, under torch's dispatcher.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cstdlib>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
+#include "bindings.h"
 #include "isa.h"
 
-namespace py = pybind11;
-using Address = uintptr_t;
-using Addresses = std::vector<uintptr_t>;
-
 namespace {
-
-template <typename T> T* at(Address a) { return reinterpret_cast<T*>(a); }
 
 // What this machine can run, the best last.
 const std::vector<fd::Kernels>& available() {
@@ -58,17 +48,6 @@ void use_isa(const std::string& name) {
                               "'");
 }
 
-std::vector<fd::Tap> taps_of(const Addresses& student, const Addresses& teacher, const Addresses& gradient,
-                             const std::vector<int64_t>& n, const std::vector<int>& student_dtype,
-                             const std::vector<int>& teacher_dtype) {
-  std::vector<fd::Tap> taps(n.size());
-  for (size_t l = 0; l < n.size(); ++l)
-    taps[l] = {
-        at<void>(student[l]),        at<void>(teacher[l]),       gradient.empty() ? nullptr : at<void>(gradient[l]), n[l],
-        fd::Dtype(student_dtype[l]), fd::Dtype(teacher_dtype[l])};
-  return taps;
-}
-
 void feature_match(const Addresses& student, const Addresses& teacher, const Addresses& gradient, const std::vector<int64_t>& n,
                    const std::vector<int>& student_dtype, const std::vector<int>& teacher_dtype, Address weights,
                    Address grad_scale, int distance, float eps, Address loss, Address tap_loss, int threads) {
@@ -95,15 +74,10 @@ int64_t noise_gather(Address latents, Address latent_prompts, Address prompts, A
                      int64_t null_index, int64_t null_threshold, bool with_replacement, int dtype, int prompt_dtype,
                      Address x_t, Address timestep, Address prompt, Address target, Address latent_index, Address prompt_index,
                      Address choice, int threads) {
-  fd::NoiseGather a = {};
-  a.latents = at<void>(latents), a.latent_prompts = at<int64_t>(latent_prompts), a.prompts = at<void>(prompts);
-  a.coefficients = at<float>(coefficients), a.replace = at<int64_t>(replace), a.counter = at<int64_t>(counter);
-  a.latent_count = latent_count, a.prompt_count = prompt_count, a.steps = steps, a.row = row, a.prompt_row = prompt_row;
-  a.batch = batch, a.first_sample = first_sample, a.global_batch = global_batch, a.pool = pool;
-  a.null_index = null_index, a.null_threshold = null_threshold, a.with_replacement = with_replacement;
-  a.dtype = fd::Dtype(dtype), a.prompt_dtype = fd::Dtype(prompt_dtype);
-  a.x_t = at<void>(x_t), a.timestep = at<int64_t>(timestep), a.prompt = at<void>(prompt), a.target = at<void>(target);
-  a.latent_index = at<int64_t>(latent_index), a.prompt_index = at<int64_t>(prompt_index), a.choice = at<int64_t>(choice);
+  fd::NoiseGather a =
+      draw_of(latents, latent_prompts, prompts, coefficients, replace, counter, latent_count, prompt_count, steps, row,
+              prompt_row, batch, first_sample, global_batch, pool, null_index, null_threshold, with_replacement, dtype,
+              prompt_dtype, x_t, timestep, prompt, target, latent_index, prompt_index, choice);
   a.threads = threads;
   return kernels->noise_gather(a);
 }

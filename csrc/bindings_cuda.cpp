@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // fastdistill._cuda: one line an entry point; addresses and the stream as integers, launch errors as RuntimeError.
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
 #include <stdexcept>
-#include <string>
 
-namespace py = pybind11;
-using Address = uintptr_t;
+#include "bindings.h"
 
+int64_t feature_match_cuda_workspace(const fd::Tap* taps, int64_t count);
+const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient, const float* weights, const float* grad_scale,
+                               fd::Distance distance, float eps, float* loss, float* tap_loss, double* workspace, void* stream);
+const char* scale_gradients_cuda(const fd::Tap* taps, int64_t count, const float* factor, void* stream);
+const char* noise_gather_cuda(const fd::NoiseGather& a, void* stream);
 const char* philox_cuda(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n, void* stream);
 
 namespace {
-
-template <typename T> T* at(Address a) { return reinterpret_cast<T*>(a); }
 
 void check(const char* op, const char* error) {
   if (error) throw std::runtime_error(std::string(op) + ": " + error);
@@ -24,10 +22,50 @@ void philox(Address counter, Address key, Address words, Address normals, int64_
         philox_cuda(at<uint32_t>(counter), at<uint32_t>(key), at<uint32_t>(words), at<float>(normals), n, at<void>(stream)));
 }
 
+int64_t feature_match_workspace(const std::vector<int64_t>& n) {
+  std::vector<fd::Tap> taps(n.size());
+  for (size_t l = 0; l < n.size(); ++l) taps[l].n = n[l];
+  return feature_match_cuda_workspace(taps.data(), int64_t(n.size()));
+}
+
+void feature_match(const Addresses& student, const Addresses& teacher, const Addresses& gradient, const std::vector<int64_t>& n,
+                   const std::vector<int>& student_dtype, const std::vector<int>& teacher_dtype, Address weights,
+                   Address grad_scale, int distance, float eps, Address loss, Address tap_loss, Address workspace,
+                   Address stream) {
+  const std::vector<fd::Tap> taps = taps_of(student, teacher, gradient, n, student_dtype, teacher_dtype);
+  check("feature_match", feature_match_cuda(taps.data(), int64_t(taps.size()), !gradient.empty(), at<float>(weights),
+                                            at<float>(grad_scale), fd::Distance(distance), eps, at<float>(loss),
+                                            at<float>(tap_loss), at<double>(workspace), at<void>(stream)));
+}
+
+void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, const std::vector<int>& dtype, Address factor,
+                     Address stream) {
+  const std::vector<fd::Tap> taps = taps_of(gradient, gradient, gradient, n, dtype, dtype);
+  check("scale_gradients", scale_gradients_cuda(taps.data(), int64_t(taps.size()), at<float>(factor), at<void>(stream)));
+}
+
+void noise_gather(Address latents, Address latent_prompts, Address prompts, Address coefficients, Address replace,
+                  Address counter, int64_t latent_count, int64_t prompt_count, int64_t steps, int64_t row, int64_t prompt_row,
+                  int64_t batch, int64_t first_sample, int64_t global_batch, int64_t pool, int64_t null_index,
+                  int64_t null_threshold, bool with_replacement, int dtype, int prompt_dtype, Address x_t, Address timestep,
+                  Address prompt, Address target, Address latent_index, Address prompt_index, Address choice, Address stream) {
+  check("noise_gather",
+        noise_gather_cuda(
+            draw_of(latents, latent_prompts, prompts, coefficients, replace, counter, latent_count, prompt_count, steps, row,
+                    prompt_row, batch, first_sample, global_batch, pool, null_index, null_threshold, with_replacement, dtype,
+                    prompt_dtype, x_t, timestep, prompt, target, latent_index, prompt_index, choice),
+            at<void>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels on raw addresses. Call fastdistill.ops instead: it checks what is unchecked here.";
-  m.def("philox4x32", &philox, py::call_guard<py::gil_scoped_release>(),
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("feature_match", &feature_match, release());
+  m.def("feature_match_workspace", &feature_match_workspace, "doubles that feature_match needs for taps of n elements");
+  m.def("scale_gradients", &scale_gradients, release());
+  m.def("noise_gather", &noise_gather, release());
+  m.def("philox4x32", &philox, release(),
         "words[n, 4] and normals[n, 4] of counter[n, 4] under key[2], on the device and the stream");
 }

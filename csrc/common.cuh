@@ -1,18 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CUDA kernel shares: the one way to launch, and errors as strings (null: no error).
+// What every CUDA kernel shares: the one way to launch, errors as strings (null: no error), vectors of 16 bytes, sums over a
+// block in a fixed order.
 #pragma once
 #include <cstdint>
 
 #include "common.h"
-
-namespace fd {
-
-constexpr int threads_per_block = 256;
-
-// Blocks for n items, at least one: an empty grid is a launch error.
-inline unsigned blocks_for(int64_t n, int per_block) { return n > 0 ? unsigned((n + per_block - 1) / per_block) : 1u; }
-
-}  // namespace fd
 
 // Launches kernel<<<grid, block, shared bytes, stream>>>(...). A macro, so that a host emulation can put its own in place.
 #ifndef FD_LAUNCH
@@ -25,3 +17,40 @@ inline const char* fd_launch_error() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
+
+namespace fd {
+
+constexpr int threads_per_block = 256;
+
+// Blocks for n items, at least one: an empty grid is a launch error.
+inline unsigned blocks_for(int64_t n, int per_block) { return n > 0 ? unsigned((n + per_block - 1) / per_block) : 1u; }
+
+// Blocks of a grid that goes around: as many as there are items, at most ``each`` a multiprocessor.
+inline unsigned persistent_blocks(int64_t items, int each) {
+  int device = 0, processors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t most = int64_t(processors) * each;
+  return unsigned(items < 1 ? 1 : items < most ? items : most);
+}
+
+// Eight elements, read and written 16 bytes at a time where they start at a multiple of 16 bytes.
+template <typename T> struct alignas(16) Eight {
+  T x[8];
+};
+
+inline __device__ bool starts_vector(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// The sum over a block, for thread 0: lanes by halves, then warps in their order. Every thread takes part.
+template <int threads, typename F> __device__ F block_sum(F value, F* by_warp) {
+  for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, bits);
+  if (threadIdx.x % 32 == 0) by_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  F total = 0;
+  if (threadIdx.x == 0)
+    for (int i = 0; i < threads / 32; ++i) total += by_warp[i];
+  __syncthreads();  // by_warp may be used again
+  return total;
+}
+
+}  // namespace fd

@@ -92,10 +92,16 @@ FD_HD uint32_t lower(uint64_t product) { return uint32_t(product); }
 FD_HD float to_float(float x) { return x; }
 FD_HD float to_float(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 FD_HD float to_float(f16 x) {
+#ifdef __CUDA_ARCH__
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const uint32_t word = uint32_t(x.bits) << 16, twice = word + word;
   const float normal = as_float((twice >> 4) + (0xE0u << 23)) * 0x1p-112f;
   const float subnormal = as_float((twice >> 17) | (126u << 23)) - 0.5f;
   return as_float((word & 0x80000000u) | as_bits(twice < (1u << 27) ? subnormal : normal));
+#endif
 }
 
 // From float: rounded once, to nearest even, as the hardware does it; NaN stays NaN (its payload is not kept).
@@ -107,12 +113,18 @@ template <> FD_HD bf16 from_float<bf16>(float x) {
   return {uint16_t(x == x ? rounded : 0x7FC0u)};
 }
 template <> FD_HD f16 from_float<f16>(float x) {
+#ifdef __CUDA_ARCH__
+  f16 value;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(value.bits) : "f"(x));
+  return value;
+#else
   const uint32_t bits = as_bits(x), twice = bits + bits, sign = (bits >> 16) & 0x8000u;
   const uint32_t exponent = twice & 0xFF000000u, bias = exponent > 0x71000000u ? exponent : 0x71000000u;
   const float magnitude = as_float(bits & 0x7FFFFFFFu) * 0x1p+112f * 0x1p-110f;  // overflows to inf where fp16 does
   const uint32_t sum = as_bits(as_float((bias >> 1) + 0x07800000u) + magnitude);
   const uint32_t half = ((sum >> 13) & 0x7C00u) + (sum & 0x0FFFu);
   return {uint16_t(sign | (twice > 0xFF000000u ? 0x7E00u : half))};
+#endif
 }
 
 }  // namespace FD_ISA

@@ -39,7 +39,7 @@ def examine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "extensions": {
             "_cpu": _native.cpu_reason() or _native.cpu_summary(),
-            "_cuda": _native.cuda_reason() or "built; no op uses it yet",
+            "_cuda": _native.cuda_summary(),
         },
         "kernels": kernels,
     }

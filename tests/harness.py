@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-import tests.triton_on_cpu
+import tests.gpu_on_cpu
 from fastdistill.ops import OPS, use
 from fastdistill.ops._dispatch import REFERENCE
 
@@ -49,9 +49,9 @@ def kernels_of(op: str, device: str = "cpu") -> list[str]:
     return [REFERENCE, *(k.name for k in OPS[op].kernels if k.device == device and k.available() is None)]
 
 
-def interpreted(kernel: str) -> bool:
-    """Whether a kernel runs in an interpreter here, a few milliseconds a program: its tests take small sizes."""
-    return kernel == "triton" and tests.triton_on_cpu.INTERPRETED
+def emulated(kernel: str) -> bool:
+    """Whether a kernel for a GPU is emulated here, a few milliseconds a block: its tests take small sizes."""
+    return kernel in ("triton", "cuda") and tests.gpu_on_cpu.EMULATED
 
 
 @contextlib.contextmanager

@@ -42,10 +42,29 @@ def cpu_summary() -> str:
     return f"built, uses {cpu().isa()} (this machine has {', '.join(cpu().isas())})"
 
 
+def cuda() -> ModuleType:
+    """The CUDA kernels; call only where ``cuda_reason`` is None."""
+    module = _load("_cuda")[0]
+    assert module is not None
+    return module
+
+
+@cache
 def cuda_reason() -> str | None:
     """Why the CUDA kernels cannot run in this installation, or None."""
-    reason = _load("_cuda")[1]
-    return reason and f"{reason} (no nvcc when it was installed?)"
+    if reason := _load("_cuda")[1]:
+        return f"{reason} (no nvcc when it was installed?)"
+    return None if torch.cuda.is_available() else "no CUDA device"
+
+
+def cuda_summary() -> str:
+    """Whether the CUDA kernels were built."""
+    return "built" if _load("_cuda")[1] is None else str(cuda_reason())
+
+
+def stream(tensor: Tensor) -> int:
+    """The handle of the stream that a kernel on this tensor belongs to."""
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
 
 
 @cache

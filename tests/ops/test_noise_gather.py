@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather import NULL, PAIRED, RANDOM, Draw, NoiseGather
-from tests.harness import Case, check_fake, check_op, interpreted, kernels_of, layouts
+from tests.harness import Case, check_fake, check_op, emulated, kernels_of, layouts
 from tests.ops import oracle
 
 KERNELS = kernels_of("noise_gather")
@@ -136,11 +136,11 @@ def test_a_latent_of_a_prompt_that_is_not_there() -> None:
         noise_gather(latents, torch.full_like(own, 99), *rest, batch=50, null_index=8)
 
 
-@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
-def test_where_an_error_cannot_be_raised_the_row_is_nan() -> None:
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k in ("triton", "cuda")])
+def test_where_an_error_cannot_be_raised_the_row_is_nan(kernel: str) -> None:
     """A kernel on a GPU reads nothing outside of the bank."""
     latents, own, *rest = banks()
-    with use("triton"):
+    with use(kernel):
         draw = noise_gather(latents, torch.full_like(own, 99), *rest, batch=6, null_index=8, null_probability=0.0)
     paired = draw.choice == PAIRED
     assert paired.any() and draw.prompt[paired].isnan().all() and draw.prompt[~paired].isfinite().all()
@@ -171,7 +171,7 @@ def test_each_latent_once_an_epoch(kernel: str) -> None:
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10)) and not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if not interpreted(k)])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if not emulated(k)])
 def test_rates_of_random_and_null_prompts(kernel: str) -> None:
     """p(t) within 4 sigma in each tenth of the timesteps, the null rate over all, and the timesteps uniform."""
     n = 40_000
@@ -200,7 +200,7 @@ def test_rates_of_random_and_null_prompts(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_same_integers_as_the_reference_at_scale(kernel: str) -> None:
     latents, own, prompts, coefficients, replace, _ = banks((4, 8, 8), rows=1000)
-    batch = 50 if interpreted(kernel) else 700
+    batch = 50 if emulated(kernel) else 700
     for seed, step in ((0, 0), (2**62 + 3, 2**31 + 5), (-7, 123456)):
         counter = torch.tensor([seed, step])
         with use("reference"):

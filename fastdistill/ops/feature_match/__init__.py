@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdistill.ops import _check, _native
 from fastdistill.ops._dispatch import Kernel, later, register
-from fastdistill.ops.feature_match import cpp, reference
+from fastdistill.ops.feature_match import cpp, cuda, reference
 from fastdistill.ops.feature_match.reference import DISTANCES
 
 _feature_match = register(
@@ -26,6 +26,7 @@ _feature_match = register(
     summary="sum_l weight_l * mean((student_l - teacher_l)^2), loss and gradient in one pass",
     reference=reference.feature_match,
     kernels=[
+        Kernel("cuda", "cuda", cuda.feature_match, _native.cuda_reason, cpp.refuse),
         Kernel("triton", "cuda", later(f"{__name__}.triton", "feature_match"), _native.triton_reason, cpp.refuse),
         Kernel("cpp", "cpu", cpp.feature_match, _native.cpu_reason, cpp.refuse),
     ],
@@ -36,6 +37,7 @@ _scale_gradients = register(
     summary="gradients times a device scalar, in place; no work when it is 1",
     reference=reference.scale_gradients,
     kernels=[
+        Kernel("cuda", "cuda", cuda.scale_gradients, _native.cuda_reason, cpp.refuse_scale),
         Kernel(
             "triton", "cuda", later(f"{__name__}.triton", "scale_gradients"), _native.triton_reason, cpp.refuse_scale
         ),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdistill.ops import _check, _native
 from fastdistill.ops._dispatch import Kernel, later, register
-from fastdistill.ops.noise_gather import cpp, reference
+from fastdistill.ops.noise_gather import cpp, cuda, reference
 from fastdistill.ops.noise_gather.reference import NULL, PAIRED, RANDOM
 
 __all__ = ["NULL", "PAIRED", "RANDOM", "Draw", "NoiseGather", "empty_draw", "noise_gather"]
@@ -32,6 +32,7 @@ _noise_gather = register(
     summary="x_t = signal(t) x + noise(t) eps with latent, t and prompt drawn by counter and gathered from the banks",
     reference=reference.noise_gather,
     kernels=[
+        Kernel("cuda", "cuda", cuda.noise_gather, _native.cuda_reason, cpp.refuse),
         Kernel("triton", "cuda", later(f"{__name__}.triton", "noise_gather"), _native.triton_reason, cpp.refuse),
         Kernel("cpp", "cpu", cpp.noise_gather, _native.cpu_reason, cpp.refuse),
     ],

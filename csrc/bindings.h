@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// What both extension modules make of Python's arguments: addresses as integers, structures of the ops.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "feature_match/math.h"
+#include "noise_gather/math.h"
+
+namespace py = pybind11;
+using Address = uintptr_t;
+using Addresses = std::vector<uintptr_t>;
+
+template <typename T> T* at(Address a) { return reinterpret_cast<T*>(a); }
+
+inline std::vector<fd::Tap> taps_of(const Addresses& student, const Addresses& teacher, const Addresses& gradient,
+                                    const std::vector<int64_t>& n, const std::vector<int>& student_dtype,
+                                    const std::vector<int>& teacher_dtype) {
+  std::vector<fd::Tap> taps(n.size());
+  for (size_t l = 0; l < n.size(); ++l)
+    taps[l] = {
+        at<void>(student[l]),        at<void>(teacher[l]),       gradient.empty() ? nullptr : at<void>(gradient[l]), n[l],
+        fd::Dtype(student_dtype[l]), fd::Dtype(teacher_dtype[l])};
+  return taps;
+}
+
+inline fd::NoiseGather draw_of(Address latents, Address latent_prompts, Address prompts, Address coefficients, Address replace,
+                               Address counter, int64_t latent_count, int64_t prompt_count, int64_t steps, int64_t row,
+                               int64_t prompt_row, int64_t batch, int64_t first_sample, int64_t global_batch, int64_t pool,
+                               int64_t null_index, int64_t null_threshold, bool with_replacement, int dtype, int prompt_dtype,
+                               Address x_t, Address timestep, Address prompt, Address target, Address latent_index,
+                               Address prompt_index, Address choice) {
+  fd::NoiseGather a = {};
+  a.latents = at<void>(latents), a.latent_prompts = at<int64_t>(latent_prompts), a.prompts = at<void>(prompts);
+  a.coefficients = at<float>(coefficients), a.replace = at<int64_t>(replace), a.counter = at<int64_t>(counter);
+  a.latent_count = latent_count, a.prompt_count = prompt_count, a.steps = steps, a.row = row, a.prompt_row = prompt_row;
+  a.batch = batch, a.first_sample = first_sample, a.global_batch = global_batch, a.pool = pool;
+  a.null_index = null_index, a.null_threshold = null_threshold, a.with_replacement = with_replacement;
+  a.dtype = fd::Dtype(dtype), a.prompt_dtype = fd::Dtype(prompt_dtype);
+  a.x_t = at<void>(x_t), a.timestep = at<int64_t>(timestep), a.prompt = at<void>(prompt), a.target = at<void>(target);
+  a.latent_index = at<int64_t>(latent_index), a.prompt_index = at<int64_t>(prompt_index), a.choice = at<int64_t>(choice);
+  return a;
+}

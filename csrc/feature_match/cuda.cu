@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// feature_match on a GPU: the weighted distances of all taps and their gradients in one launch, and one block that adds the
+// partial sums in order.
+//
+// Grid      256 threads a block, persistent over the chunks of all taps; the table of taps is a kernel argument
+// Traffic   mse with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in bf16);
+//           normalized_mse reads twice (20 and 10 bytes); 16-byte accesses where a tap starts at a multiple of 16 bytes
+// Precision elements and a thread's sum in fp32 (at most 128 terms), above it in fp32 by halves of a warp and over warps in
+//           order, chunks in double in their order; gradients rounded once
+// Limits    any n >= 0 (64-bit), fp32/bf16/fp16 for student and teacher independently, 16 taps a launch
+#include "common.cuh"
+#include "feature_match/math.h"
+
+namespace fd {
+namespace {
+
+using namespace FD_ISA;
+
+constexpr int most_taps = 16, finishing_threads = 1024, blocks_each = 8;
+constexpr int64_t short_chunk = 4096, long_chunk = 32768, many_chunks = 4096;
+
+struct Taps {
+  Tap tap[most_taps];
+  int64_t first[most_taps + 1];  // chunk of each tap
+  int64_t chunk;                 // elements of a chunk
+  int count;
+  bool continues;  // an earlier launch has begun the loss
+  const float* weights;
+  const float* grad_scale;
+  double* denominators;  // [count]
+  double* partials;      // [chunks, 2]
+};
+
+enum Pass { sum_only, gradient_only, sum_and_gradient };
+
+struct Sums {
+  float difference, teacher;
+};
+
+template <Pass pass, bool norm, typename S, typename T>
+__device__ void element(Sums& sums, const S& s, const T& t, S& gradient, float factor) {
+  const float reference = to_float(t), d = to_float(s) - reference;
+  if (pass != gradient_only) sums.difference = muladd(d, d, sums.difference);
+  if (norm) sums.teacher = muladd(reference, reference, sums.teacher);
+  if (pass != sum_only) gradient = from_float<S>(factor * d);
+}
+
+template <Pass pass, bool norm, typename S, typename T>
+__device__ Sums run_chunk(const Tap& tap, int64_t first, int64_t n, float factor) {
+  const S* student = static_cast<const S*>(tap.student) + first;
+  const T* teacher = static_cast<const T*>(tap.teacher) + first;
+  S* gradient = pass == sum_only ? nullptr : static_cast<S*>(tap.gradient) + first;
+  Sums sums = {0.0f, 0.0f};
+  int64_t done = 0;
+  if (starts_vector(student) && starts_vector(teacher) && starts_vector(gradient)) {
+    done = n / 8 * 8;
+#pragma unroll 2
+    for (int64_t i = 8 * threadIdx.x; i < done; i += 8 * threads_per_block) {
+      const Eight<S> s = *reinterpret_cast<const Eight<S>*>(student + i);
+      const Eight<T> t = *reinterpret_cast<const Eight<T>*>(teacher + i);
+      Eight<S> g;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) element<pass, norm>(sums, s.x[k], t.x[k], g.x[k], factor);
+      if (pass != sum_only) *reinterpret_cast<Eight<S>*>(gradient + i) = g;
+    }
+  }
+  for (int64_t i = done + threadIdx.x; i < n; i += threads_per_block) {
+    S g;
+    element<pass, norm>(sums, student[i], teacher[i], g, factor);
+    if (pass != sum_only) gradient[i] = g;
+  }
+  return sums;
+}
+
+template <Pass pass, bool norm, typename S>
+__device__ Sums run_student(const Tap& tap, int64_t first, int64_t n, float factor) {
+  switch (tap.teacher_dtype) {
+    case Dtype::f32: return run_chunk<pass, norm, S, float>(tap, first, n, factor);
+    case Dtype::bf16: return run_chunk<pass, norm, S, bf16>(tap, first, n, factor);
+    default: return run_chunk<pass, norm, S, f16>(tap, first, n, factor);
+  }
+}
+
+template <Pass pass, bool norm> __device__ Sums run(const Tap& tap, int64_t first, int64_t n, float factor) {
+  switch (tap.student_dtype) {
+    case Dtype::f32: return run_student<pass, norm, float>(tap, first, n, factor);
+    case Dtype::bf16: return run_student<pass, norm, bf16>(tap, first, n, factor);
+    default: return run_student<pass, norm, f16>(tap, first, n, factor);
+  }
+}
+
+__device__ int tap_of(const Taps& a, int64_t chunk) {
+  int l = 0;
+  while (chunk >= a.first[l + 1]) ++l;
+  return l;
+}
+
+template <Pass pass, bool norm> __global__ void __launch_bounds__(threads_per_block) match(const __grid_constant__ Taps a) {
+  __shared__ float by_warp[threads_per_block / 32];
+  for (int64_t chunk = blockIdx.x; chunk < a.first[a.count]; chunk += gridDim.x) {
+    const int l = tap_of(a, chunk);
+    const Tap& tap = a.tap[l];
+    const int64_t first = (chunk - a.first[l]) * a.chunk;
+    float factor = 0.0f;
+    if (pass == sum_and_gradient) factor = gradient_factor(*a.grad_scale, a.weights[l], 1.0, tap.n);
+    if (pass == gradient_only) factor = gradient_factor(*a.grad_scale, a.weights[l], a.denominators[l], tap.n);
+    const Sums sums = run<pass, norm>(tap, first, smaller(tap.n - first, a.chunk), factor);
+    if (pass == gradient_only) continue;
+    const float difference = block_sum<threads_per_block>(sums.difference, by_warp);
+    const float teacher = norm ? block_sum<threads_per_block>(sums.teacher, by_warp) : 0.0f;
+    if (threadIdx.x == 0) {
+      a.partials[2 * chunk] = double(difference);
+      if (norm) a.partials[2 * chunk + 1] = double(teacher);
+    }
+  }
+}
+
+template <bool norm> __global__ void __launch_bounds__(finishing_threads)
+    finish(const __grid_constant__ Taps a, float eps, float* loss, float* tap_loss) {
+  __shared__ double by_warp[finishing_threads / 32];
+  double total = 0.0;
+  for (int l = 0; l < a.count; ++l) {
+    double difference = 0.0, teacher = 0.0;
+    for (int64_t chunk = a.first[l] + threadIdx.x; chunk < a.first[l + 1]; chunk += finishing_threads) {
+      difference += a.partials[2 * chunk];
+      if (norm) teacher += a.partials[2 * chunk + 1];
+    }
+    difference = block_sum<finishing_threads>(difference, by_warp);
+    if (norm) teacher = block_sum<finishing_threads>(teacher, by_warp);
+    if (threadIdx.x != 0) continue;
+    const double n = double(larger(a.tap[l].n, 1)), denominator = norm ? teacher / n + double(eps) : 1.0;
+    const double distance = difference / n / denominator;
+    a.denominators[l] = denominator;
+    tap_loss[l] = float(distance);
+    total += double(a.weights[l]) * distance;
+  }
+  if (threadIdx.x == 0) *loss = float(a.continues ? double(*loss) + total : total);
+}
+
+template <typename T> __device__ void scale_chunk(T* x, int64_t n, float factor) {
+  int64_t done = 0;
+  if (starts_vector(x)) {
+    done = n / 8 * 8;
+    for (int64_t i = 8 * threadIdx.x; i < done; i += 8 * threads_per_block) {
+      Eight<T>& at = *reinterpret_cast<Eight<T>*>(x + i);
+      Eight<T> values = at;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) values.x[k] = from_float<T>(to_float(values.x[k]) * factor);
+      at = values;
+    }
+  }
+  for (int64_t i = done + threadIdx.x; i < n; i += threads_per_block) x[i] = from_float<T>(to_float(x[i]) * factor);
+}
+
+__global__ void __launch_bounds__(threads_per_block) scale(const __grid_constant__ Taps a, const float* factor) {
+  const float by = *factor;
+  if (by == 1.0f) return;
+  for (int64_t chunk = blockIdx.x; chunk < a.first[a.count]; chunk += gridDim.x) {
+    const int l = tap_of(a, chunk);
+    const int64_t first = (chunk - a.first[l]) * a.chunk, n = smaller(a.tap[l].n - first, a.chunk);
+    switch (a.tap[l].student_dtype) {
+      case Dtype::f32: scale_chunk(static_cast<float*>(a.tap[l].gradient) + first, n, by); break;
+      case Dtype::bf16: scale_chunk(static_cast<bf16*>(a.tap[l].gradient) + first, n, by); break;
+      default: scale_chunk(static_cast<f16*>(a.tap[l].gradient) + first, n, by); break;
+    }
+  }
+}
+
+// The next taps of a call: at most 16, cut into chunks.
+Taps table(const Tap* taps, int64_t count) {
+  Taps a = {};
+  a.count = int(smaller(count, most_taps));
+  int64_t elements = 0;
+  for (int l = 0; l < a.count; ++l) elements += taps[l].n;
+  a.chunk = elements > many_chunks * short_chunk ? long_chunk : short_chunk;
+  for (int l = 0; l < a.count; ++l) {
+    a.tap[l] = taps[l];
+    a.first[l + 1] = a.first[l] + ceil_div(taps[l].n, a.chunk);
+  }
+  return a;
+}
+
+template <Pass pass, bool norm> void launch_match(const Taps& a, void* stream) {
+  const auto kernel = &match<pass, norm>;
+  if (a.first[a.count] > 0)
+    FD_LAUNCH(kernel, persistent_blocks(a.first[a.count], blocks_each), threads_per_block, 0, stream, a);
+}
+
+}  // namespace
+}  // namespace fd
+
+// Doubles of workspace that feature_match_cuda needs.
+int64_t feature_match_cuda_workspace(const fd::Tap* taps, int64_t count) {
+  int64_t most = 0;
+  for (int64_t l = 0; l < count; l += fd::most_taps) {
+    const fd::Taps a = fd::table(taps + l, count - l);
+    most = fd::larger(most, 2 * a.first[a.count]);
+  }
+  return most + fd::most_taps;
+}
+
+const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient, const float* weights, const float* grad_scale,
+                               fd::Distance distance, float eps, float* loss, float* tap_loss, double* workspace,
+                               void* stream) {
+  using namespace fd;
+  for (int64_t l = 0; l < count; l += most_taps) {
+    Taps a = table(taps + l, count - l);
+    a.continues = l > 0, a.weights = weights + l, a.grad_scale = grad_scale;
+    a.denominators = workspace, a.partials = workspace + most_taps;
+    if (distance == Distance::mse) {
+      if (gradient) launch_match<sum_and_gradient, false>(a, stream);
+      else launch_match<sum_only, false>(a, stream);
+      const auto kernel = &finish<false>;
+      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, a, eps, loss, tap_loss + l);
+    } else {
+      launch_match<sum_only, true>(a, stream);
+      const auto kernel = &finish<true>;
+      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, a, eps, loss, tap_loss + l);
+      if (gradient) launch_match<gradient_only, false>(a, stream);
+    }
+  }
+  return fd_launch_error();
+}
+
+const char* scale_gradients_cuda(const fd::Tap* taps, int64_t count, const float* factor, void* stream) {
+  using namespace fd;
+  for (int64_t l = 0; l < count; l += most_taps) {
+    const Taps a = table(taps + l, count - l);
+    if (a.first[a.count] > 0)
+      FD_LAUNCH(scale, persistent_blocks(a.first[a.count], blocks_each), threads_per_block, 0, stream, a, factor);
+  }
+  return fd_launch_error();
+}

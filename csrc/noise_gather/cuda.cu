@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+// noise_gather on a GPU: the draws of a batch, its latents with noise, its prompts, in one launch.
+//
+// Grid      256 threads a block, persistent over pieces of samples; one thread draws the row (seven Philox blocks), all make
+//           the noise of a part of its latent and copy the matching part of its prompt; the first piece writes the indices
+// Traffic   latent row read, x_t written (and target where wanted), prompt row read and written, 16 bytes at a time where
+//           rows start at multiples of 16 bytes; the noise never in memory
+// Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents
+// Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 latents; a prompt row outside of the bank is NaN
+#include "common.cuh"
+#include "noise_gather/math.h"
+
+namespace fd {
+namespace {
+
+using namespace FD_ISA;
+
+constexpr int blocks_each = 8;
+constexpr int64_t noise_piece = 8 * threads_per_block;  // elements of a latent in a piece
+constexpr int64_t copy_piece = 32 << 10;                // bytes of a prompt in a piece at most
+
+struct Pieces {
+  int64_t count, elements, bytes;  // pieces of a sample; of a latent and of a prompt in each
+};
+
+// Eight normals from element ``first`` on, a multiple of 4.
+__device__ void normals(const NoiseGather& a, int64_t sample, int64_t first, float* z) {
+  for (int half = 0; half < 2; ++half) {
+    const uint64_t seed = uint64_t(a.counter[0]), step = uint64_t(a.counter[1]);
+    const Words w = draw(seed, stream_noise, uint64_t(first) / 4 + half, uint32_t(sample), step);
+    const auto front = box_muller(w.x, w.y), back = box_muller(w.z, w.w);
+    z[4 * half] = front.even, z[4 * half + 1] = front.odd, z[4 * half + 2] = back.even, z[4 * half + 3] = back.odd;
+  }
+}
+
+template <typename T> __device__ void noise_part(const NoiseGather& a, const Draw& d, int64_t b, int64_t first, int64_t end) {
+  const float* c = a.coefficients + 4 * d.timestep;
+  const float signal = c[0], noise = c[1], target_signal = c[2], target_noise = c[3];
+  const T* latent = static_cast<const T*>(a.latents) + d.latent * a.row;
+  T* x_t = static_cast<T*>(a.x_t) + b * a.row;
+  T* target = a.target ? static_cast<T*>(a.target) + b * a.row : nullptr;
+  for (int64_t i = first + 8 * threadIdx.x; i < end; i += 8 * threads_per_block) {
+    float z[8];
+    normals(a, a.first_sample + b, i, z);
+    Eight<T> x, mixed, wanted;
+    const bool vector = i + 8 <= end && starts_vector(latent + i) && starts_vector(x_t + i) && starts_vector(target + i);
+    const int64_t n = smaller(end - i, 8);
+    if (vector) x = *reinterpret_cast<const Eight<T>*>(latent + i);
+    else
+      for (int k = 0; k < 8; ++k) x.x[k] = latent[i + (k < n ? k : 0)];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      mixed.x[k] = from_float<T>(mix(to_float(x.x[k]), z[k], signal, noise));
+      wanted.x[k] = from_float<T>(mix(to_float(x.x[k]), z[k], target_signal, target_noise));
+    }
+    if (vector) {
+      *reinterpret_cast<Eight<T>*>(x_t + i) = mixed;
+      if (target) *reinterpret_cast<Eight<T>*>(target + i) = wanted;
+    } else {
+      for (int k = 0; k < n; ++k) x_t[i + k] = mixed.x[k];
+      for (int k = 0; target && k < n; ++k) target[i + k] = wanted.x[k];
+    }
+  }
+}
+
+// Bytes [first, end) of a prompt, or NaN (all bits set) where the row is not in the bank.
+__device__ void copy_part(const NoiseGather& a, const Draw& d, int64_t b, int64_t bytes, int64_t first, int64_t end) {
+  const bool there = d.prompt >= 0 && d.prompt < a.prompt_count;
+  const char* from = static_cast<const char*>(a.prompts) + (there ? d.prompt * bytes : 0);
+  char* to = static_cast<char*>(a.prompt) + b * bytes;
+  int64_t done = first;
+  if (starts_vector(from + first) && starts_vector(to + first)) {
+    done = first + (end - first) / 16 * 16;
+    const uint4 nan = {~0u, ~0u, ~0u, ~0u};
+#pragma unroll 4
+    for (int64_t i = first + 16 * threadIdx.x; i < done; i += 16 * threads_per_block)
+      *reinterpret_cast<uint4*>(to + i) = there ? *reinterpret_cast<const uint4*>(from + i) : nan;
+  }
+  for (int64_t i = done + threadIdx.x; i < end; i += threads_per_block) to[i] = there ? from[i] : char(0xFF);
+}
+
+__global__ void __launch_bounds__(threads_per_block) gather(const __grid_constant__ NoiseGather a, const Pieces pieces) {
+  __shared__ Draw drawn;
+  const int64_t prompt_bytes = a.prompt_row * bytes_of(a.prompt_dtype);
+  for (int64_t at = blockIdx.x; at < a.batch * pieces.count; at += gridDim.x) {
+    const int64_t b = at / pieces.count, piece = at % pieces.count;
+    if (threadIdx.x == 0) {
+      drawn = draw_row(a, b);
+      if (piece == 0) {
+        a.timestep[b] = drawn.timestep;
+        a.latent_index[b] = drawn.latent;
+        a.prompt_index[b] = drawn.prompt;
+        a.choice[b] = drawn.choice;
+      }
+    }
+    __syncthreads();
+    const Draw d = drawn;
+    const int64_t first = piece * pieces.elements, end = smaller(first + pieces.elements, a.row);
+    switch (a.dtype) {
+      case Dtype::f32: noise_part<float>(a, d, b, first, end); break;
+      case Dtype::bf16: noise_part<bf16>(a, d, b, first, end); break;
+      default: noise_part<f16>(a, d, b, first, end); break;
+    }
+    const int64_t offset = smaller(piece * pieces.bytes, prompt_bytes);
+    copy_part(a, d, b, prompt_bytes, offset, smaller(offset + pieces.bytes, prompt_bytes));
+    __syncthreads();  // before the next row is drawn
+  }
+}
+
+}  // namespace
+}  // namespace fd
+
+const char* noise_gather_cuda(const fd::NoiseGather& a, void* stream) {
+  using namespace fd;
+  if (a.batch == 0) return nullptr;
+  const int64_t prompt_bytes = a.prompt_row * bytes_of(a.prompt_dtype);
+  Pieces p;
+  p.count = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(prompt_bytes, copy_piece)));
+  p.elements = larger(1, ceil_div(ceil_div(a.row, p.count), 8)) * 8;
+  p.bytes = ceil_div(ceil_div(prompt_bytes, p.count), 16) * 16;
+  FD_LAUNCH(gather, persistent_blocks(a.batch * p.count, blocks_each), threads_per_block, 0, stream, a, p);
+  return fd_launch_error();
+}

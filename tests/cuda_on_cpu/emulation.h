@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// A small CUDA on the CPU: enough of the language to run this project's kernels as they are written, one thread at a time.
+//
+// The threads of a block are fibers that run until they wait: at __syncthreads, or at a warp's shuffle, vote or
+// __syncwarp, where the lanes of the mask meet. Blocks and threads take turns in an order that changes with every launch,
+// and shared memory is poisoned before every block, also differently each time: what depends on a missing barrier or on
+// memory that nobody wrote changes from one launch to the next. A barrier that not all threads reach, and an access
+// outside of memory, end the launch with an error that names kernel, block and thread.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+#define __grid_constant__
+// One thread of the system runs all, so that its thread-local memory of this module is the blocks' shared memory.
+#define __shared__ static thread_local
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 : uint3 {
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : uint3{x, y, z} {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
+typedef void* cudaStream_t;
+typedef int cudaError_t;
+constexpr cudaError_t cudaSuccess = 0;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+namespace fd_emulation {
+
+extern uint3 thread, block;
+extern dim3 block_size, grid_size;
+
+void launch(const char* kernel, dim3 grid, dim3 block, const std::function<void()>& body);
+const char* take_error();
+void meet_block(int line);
+// Deposits ``bytes`` of a lane's value, waits for the lanes of the mask, and returns the values of the warp's 32 lanes.
+const uint64_t* meet_warp(unsigned mask, uint64_t value, int line);
+
+template <typename T> uint64_t word_of(T value) {
+  static_assert(sizeof(T) <= 8, "shuffles take at most eight bytes");
+  uint64_t word = 0;
+  memcpy(&word, &value, sizeof value);
+  return word;
+}
+template <typename T> T value_of(uint64_t word) {
+  T value;
+  memcpy(&value, &word, sizeof value);
+  return value;
+}
+inline int lane() { return int(thread.x % 32); }
+
+template <typename T> T shuffle(unsigned mask, T value, int from, int line) {
+  const uint64_t* values = meet_warp(mask, word_of(value), line);
+  return from < 0 || from > 31 ? value : value_of<T>(values[from]);
+}
+inline unsigned ballot(unsigned mask, bool vote, int line) {
+  const uint64_t* votes = meet_warp(mask, vote, line);
+  unsigned bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= unsigned((mask >> i & 1) && votes[i]) << i;
+  return bits;
+}
+
+}  // namespace fd_emulation
+
+#define threadIdx (fd_emulation::thread)
+#define blockIdx (fd_emulation::block)
+#define blockDim (fd_emulation::block_size)
+#define gridDim (fd_emulation::grid_size)
+constexpr int warpSize = 32;
+
+#define __syncthreads() fd_emulation::meet_block(__LINE__)
+#define __syncwarp(...) ((void)fd_emulation::meet_warp(~0u, 0, __LINE__))
+#define __shfl_sync(mask, value, from) fd_emulation::shuffle(mask, value, from, __LINE__)
+#define __shfl_xor_sync(mask, value, bits) fd_emulation::shuffle(mask, value, fd_emulation::lane() ^ (bits), __LINE__)
+#define __shfl_down_sync(mask, value, by) fd_emulation::shuffle(mask, value, fd_emulation::lane() + int(by), __LINE__)
+#define __shfl_up_sync(mask, value, by) fd_emulation::shuffle(mask, value, fd_emulation::lane() - int(by), __LINE__)
+#define __ballot_sync(mask, vote) fd_emulation::ballot(mask, vote, __LINE__)
+#define __any_sync(mask, vote) (fd_emulation::ballot(mask, vote, __LINE__) != 0)
+#define __all_sync(mask, vote) (fd_emulation::ballot(mask, vote, __LINE__) == (mask))
+
+// One thread runs at a time, so an atomic operation is a plain one.
+template <typename T> T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at = before + value;
+  return before;
+}
+template <typename T> T atomicMax(T* at, T value) {
+  const T before = *at;
+  if (value > before) *at = value;
+  return before;
+}
+inline void __threadfence() {}
+template <typename T> T __ldg(const T* at) { return *at; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+
+inline cudaError_t cudaGetLastError() { return 1; }
+inline const char* cudaGetErrorString(cudaError_t) { return fd_emulation::take_error(); }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 2;  // multiprocessors: few, so that persistent loops go around
+  return cudaSuccess;
+}
+
+#define FD_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  fd_emulation::launch(#kernel, grid, block, [=] { kernel(__VA_ARGS__); })
