@@ -1,4 +1,4 @@
-# make setup | demo | test | bench | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PYTHON=python3.12
+# make setup | demo | test | bench | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow bench lint format build-matrix clean
+.PHONY: setup demo test test-slow bench kernels-report lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -31,16 +31,19 @@ test-slow: setup
 bench: setup
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
+kernels-report: setup
+	$(BIN)/python -m benchmarks.kernels.report
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*')
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.c*')
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*')
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.c*')
 
 build-matrix: setup
 	$(BIN)/python -m pytest tests/build -m slow $(ARGS)

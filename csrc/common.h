@@ -35,7 +35,7 @@ struct f16 {
   uint16_t bits;
 };
 
-constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+FD_HD constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 namespace FD_ISA {
 

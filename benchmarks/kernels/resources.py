@@ -13,6 +13,7 @@ from pathlib import Path
 # Of a multiprocessor: threads, blocks, bytes of shared memory (CUDA C++ Programming Guide, compute capabilities).
 _LIMITS = {80: (2048, 32, 167936), 86: (1536, 16, 102400), 89: (1536, 24, 102400), 90: (2048, 32, 233472)}
 _LIMITS[100] = _LIMITS[90]
+SYSTEM_SHARED = 1024  # bytes of shared memory that every block takes beside its own
 _REGISTERS, _PARTITIONS, _GRANULE = 65536, 4, 256
 
 
@@ -61,6 +62,6 @@ def occupancy(arch: int, registers: int, shared: int, threads: int) -> float:
     warps = math.ceil(threads / 32)
     of_warp = math.ceil(max(registers, 1) * 32 / _GRANULE) * _GRANULE
     by_registers = _REGISTERS // _PARTITIONS // of_warp * _PARTITIONS // warps
-    by_shared = most_shared // (shared + 1024)  # a block's own kilobyte is the system's
+    by_shared = most_shared // (shared + SYSTEM_SHARED)
     blocks = min(by_registers, by_shared, most_threads // threads, most_blocks)
     return blocks * warps / (most_threads // 32)

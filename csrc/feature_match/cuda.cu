@@ -95,7 +95,7 @@ __device__ int tap_of(const Taps& a, int64_t chunk) {
   return l;
 }
 
-template <Pass pass, bool norm> __global__ void __launch_bounds__(threads_per_block) match(const __grid_constant__ Taps a) {
+template <Pass pass, bool norm> __global__ void __launch_bounds__(threads_per_block, 4) match(const __grid_constant__ Taps a) {
   __shared__ float by_warp[threads_per_block / 32];
   for (int64_t chunk = blockIdx.x; chunk < a.first[a.count]; chunk += gridDim.x) {
     const int l = tap_of(a, chunk);

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nvcc made of every CUDA kernel of the built extension, for the architectures that the report names."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+from benchmarks.kernels.resources import SYSTEM_SHARED, Row, occupancy, usage
+
+ARCHS = (80, 90, 100)
+THREADS = {"finish": 1024}  # of a block; 256 everywhere else
+_OPS = {"match": "feature_match", "finish": "feature_match", "scale": "scale_gradients", "gather": "noise_gather"}
+_OPS["philox_kernel"] = "philox4x32"
+
+
+def rows() -> Iterator[Row]:
+    """One row a kernel and architecture.
+
+    Raises:
+        RuntimeError: the extension was not built, or holds a kernel that this table does not know.
+    """
+    spec = importlib.util.find_spec("fastdistill._cuda")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the extension fastdistill._cuda was not built (no nvcc when it was installed?)")
+    for arch, mangled, used in usage(spec.origin):
+        if arch not in ARCHS:
+            continue
+        name = _demangled(mangled)
+        base = re.split(r"[<(]", name)[0]
+        if base not in _OPS:
+            raise RuntimeError(f"{name}: a kernel without an op in benchmarks/kernels/cuda.py")
+        threads, shared = THREADS.get(base, 256), used["SHARED"]
+        if arch >= 90 and shared:
+            shared -= SYSTEM_SHARED  # counted by the compiler there
+        yield Row(
+            _OPS[base], name, "cuda", f"sm_{arch}", used["REG"], used["STACK"] + used["LOCAL"], shared, threads,
+            occupancy(arch, used["REG"], shared, threads),
+        )  # fmt: skip
+
+
+def _demangled(name: str) -> str:
+    """``match<2, false>`` of a mangled name."""
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if tool is None:
+        raise RuntimeError("c++filt was not found (it comes with the compiler)")
+    full = subprocess.run([tool, name], capture_output=True, text=True, check=True).stdout.strip()
+    plain = full.replace("(anonymous namespace)::", "").replace("fd::", "").removeprefix("void ")
+    plain = re.sub(r"\((\w+)\)(\d)", r"\1 \2", plain)
+    return plain.split("(")[0]
