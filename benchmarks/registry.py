@@ -156,11 +156,16 @@ def _block(width: int) -> list[tuple[int, ...]]:
     return [*resnet, *attention, *cross, (8 * width, width), (8 * width,), (width, 4 * width), (width,)]
 
 
+def sd15_weights() -> list[tuple[int, ...]]:
+    """The shapes of one block of each width."""
+    return [shape for width in SD15_WIDTHS for shape in _block(width)]
+
+
 def _adamw_ema(batch: int, dtype: str, compiled: bool) -> Benchmark:
     """One block of each width; bf16 is bf16 weights and gradients with fp32 masters."""
     kind = DTYPES[dtype]
     g = torch.Generator().manual_seed(0)
-    shapes = [s for width in SD15_WIDTHS for s in _block(width)]
+    shapes = sd15_weights()
     weights = [torch.randn(s, generator=g) for s in shapes]
     grads = [torch.randn(s, generator=g) for s in shapes]
 

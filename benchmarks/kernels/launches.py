@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from benchmarks.registry import SD15_TAPS
+from benchmarks.registry import SD15_TAPS, sd15_weights
 
 
 def _module(op: str) -> Any:
@@ -52,7 +52,37 @@ def _scale_gradients() -> None:
     _module("feature_match").scale_gradients(grads, torch.empty((), device="meta"))
 
 
+def _meta(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+
+
+def _adamw_ema(dtype: torch.dtype, average: bool, zero_grads: bool) -> Callable[[], None]:
+    def launch() -> None:
+        shapes = sd15_weights()
+        copies = _meta(shapes, dtype) if dtype != torch.float32 else []
+        averages = _meta(shapes) if average else []
+        scalar = torch.empty((), device="meta")
+        (double,), (count,) = _meta([()], torch.float64), _meta([()], torch.int64)
+        steps = _meta([()] * len(shapes))
+        _module("adamw_ema").adamw_ema(
+            _meta(shapes), _meta(shapes, dtype), _meta(shapes), _meta(shapes), averages, copies, steps, [scalar],
+            double, scalar if average else None, None, scalar, count, [0] * len(shapes), [0.9, 0.999, 1e-8, 1e-2], 1.0,
+            True, zero_grads,
+        )  # fmt: skip
+
+    return launch
+
+
+def _grad_square_sum(dtype: torch.dtype) -> Callable[[], None]:
+    return lambda: _module("adamw_ema").grad_square_sum(_meta(sd15_weights(), dtype), *_meta([()], torch.float64))
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
+    "adamw_ema": _adamw_ema(torch.bfloat16, True, False),
+    "adamw_ema fp32": _adamw_ema(torch.float32, True, True),
+    "adamw_ema without average": _adamw_ema(torch.float16, False, True),
+    "grad_square_sum": _grad_square_sum(torch.bfloat16),
+    "grad_square_sum fp32": _grad_square_sum(torch.float32),
     "feature_match": _feature_match(torch.bfloat16, torch.bfloat16, 0, True),
     "feature_match fp32": _feature_match(torch.float32, torch.float32, 0, True),
     "feature_match mixed": _feature_match(torch.float32, torch.float16, 0, True),

@@ -10,6 +10,7 @@ the optimizer made of both.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,15 +19,19 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._dispatch import Kernel, register
+from fastdistill.ops._dispatch import Kernel, later, register
 from fastdistill.ops.adamw_ema import cpp, reference
 
+_triton = functools.partial(later, f"{__name__}.triton")
 _grad_square_sum = register(
     "grad_square_sum",
     "(Tensor[] grads, Tensor(a!) total)",
     summary="sum of the squares of all gradients, which is what clipping needs",
     reference=reference.grad_square_sum,
-    kernels=[Kernel("cpp", "cpu", cpp.grad_square_sum, _native.cpu_reason, cpp.refuse_square_sum)],
+    kernels=[
+        Kernel("triton", "cuda", _triton("grad_square_sum"), _native.triton_reason, _triton("refuse_square_sum")),
+        Kernel("cpp", "cpu", cpp.grad_square_sum, _native.cpu_reason, cpp.refuse_square_sum),
+    ],
 )
 _adamw_ema = register(
     "adamw_ema",
@@ -36,7 +41,10 @@ _adamw_ema = register(
     " bool zero_grads)",
     summary="clip, AdamW, average of the weights, low-precision copy and zeroed gradients in one pass",
     reference=reference.adamw_ema,
-    kernels=[Kernel("cpp", "cpu", cpp.adamw_ema, _native.cpu_reason, cpp.refuse)],
+    kernels=[
+        Kernel("triton", "cuda", _triton("adamw_ema"), _native.triton_reason, _triton("refuse")),
+        Kernel("cpp", "cpu", cpp.adamw_ema, _native.cpu_reason, cpp.refuse),
+    ],
 )
 
 

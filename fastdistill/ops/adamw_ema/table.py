@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from fastdistill.ops import _native
 
 CHUNK = 8192  # elements of a partial sum and of a piece of work
 Table = npt.NDArray[np.int64]
+_MOST_COPIES = 64
+_copies: OrderedDict[tuple[bytes, torch.device], tuple[Tensor, Tensor]] = OrderedDict()  # on the host, on the device
 
 
 def gradients(grads: Sequence[Tensor]) -> Table:
@@ -56,3 +60,32 @@ def parameters(
     table[:, 11] = np.array([t.data_ptr() for t in lr], np.int64)[index]
     table[:, 12:] = np.array(hyper, np.float64).reshape(-1, 4)[index].view(np.int64)
     return table
+
+
+def selected(table: Table, rows: Sequence[int]) -> Table:
+    """Some rows, as a table of their own."""
+    some = table[list(rows)]
+    some[:, 1] = np.cumsum(-(-some[:, 0] // CHUNK)) - -(-some[:, 0] // CHUNK)
+    return some
+
+
+def is_on_device(table: Table, device: torch.device) -> bool:
+    """Whether ``on_device`` needs no copy."""
+    return (table.tobytes(), device) in _copies
+
+
+def on_device(table: Table, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The table and, for each chunk, the row that it is of. Copied from pinned memory once for the same addresses, so
+    that nothing waits and a captured graph can read them."""
+    key = table.tobytes(), device
+    if key not in _copies:
+        owners = np.repeat(np.arange(len(table)), -(-table[:, 0] // CHUNK))
+        host = torch.from_numpy(np.concatenate([table.reshape(-1), owners]))
+        if device.type == "cuda":
+            host = host.pin_memory()
+        _copies[key] = host, host.to(device, non_blocking=True)
+        if len(_copies) > _MOST_COPIES:
+            _copies.popitem(last=False)
+    _copies.move_to_end(key)
+    words = _copies[key][1]
+    return words[: table.size], words[table.size :]
