@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "adamw_ema/math.h"
 #include "feature_match/math.h"
 #include "noise_gather/math.h"
 
@@ -25,6 +26,17 @@ inline std::vector<fd::Tap> taps_of(const Addresses& student, const Addresses& t
         at<void>(student[l]),        at<void>(teacher[l]),       gradient.empty() ? nullptr : at<void>(gradient[l]), n[l],
         fd::Dtype(student_dtype[l]), fd::Dtype(teacher_dtype[l])};
   return taps;
+}
+
+inline fd::AdamWInputs inputs_of(Address square_sum, Address grad_scale, Address found_inf, Address ema_weight, double max_norm,
+                                 bool ema_warmup, bool zero_grads) {
+  return {at<double>(square_sum),
+          at<float>(grad_scale),
+          at<float>(found_inf),
+          at<float>(ema_weight),
+          max_norm,
+          ema_warmup,
+          zero_grads};
 }
 
 inline fd::NoiseGather draw_of(Address latents, Address latent_prompts, Address prompts, Address coefficients, Address replace,

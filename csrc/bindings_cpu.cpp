@@ -89,13 +89,7 @@ void grad_square_sum(Address rows, int64_t count, int64_t chunk, int64_t chunks,
 
 void adamw_ema(Address rows, int64_t count, int64_t chunk, Address square_sum, Address grad_scale, Address found_inf,
                Address ema_weight, Address skipped, double max_norm, bool ema_warmup, bool zero_grads, int threads) {
-  const fd::AdamWInputs inputs = {at<double>(square_sum),
-                                  at<float>(grad_scale),
-                                  at<float>(found_inf),
-                                  at<float>(ema_weight),
-                                  max_norm,
-                                  ema_warmup,
-                                  zero_grads};
+  const fd::AdamWInputs inputs = inputs_of(square_sum, grad_scale, found_inf, ema_weight, max_norm, ema_warmup, zero_grads);
   kernels->adamw_ema(at<fd::AdamWRow>(rows), count, chunk, inputs, at<int64_t>(skipped), threads);
 }
 

@@ -9,6 +9,11 @@ const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient
                                fd::Distance distance, float eps, float* loss, float* tap_loss, double* workspace, void* stream);
 const char* scale_gradients_cuda(const fd::Tap* taps, int64_t count, const float* factor, void* stream);
 const char* noise_gather_cuda(const fd::NoiseGather& a, void* stream);
+const char* grad_square_sum_cuda(const fd::GradientRow* rows, int64_t count, int64_t chunk, double* partials, double* total,
+                                 void* stream);
+int64_t adamw_ema_cuda_workspace();
+const char* adamw_ema_cuda(const fd::AdamWRow* rows, int64_t count, int64_t chunk, const fd::AdamWInputs& inputs,
+                           int64_t* skipped, float* workspace, void* stream);
 const char* philox_cuda(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n, void* stream);
 
 namespace {
@@ -57,6 +62,19 @@ void noise_gather(Address latents, Address latent_prompts, Address prompts, Addr
             at<void>(stream)));
 }
 
+void grad_square_sum(Address rows, int64_t count, int64_t chunk, Address partials, Address total, Address stream) {
+  check("grad_square_sum", grad_square_sum_cuda(at<fd::GradientRow>(rows), count, chunk, at<double>(partials),
+                                                at<double>(total), at<void>(stream)));
+}
+
+void adamw_ema(Address rows, int64_t count, int64_t chunk, Address square_sum, Address grad_scale, Address found_inf,
+               Address ema_weight, Address skipped, double max_norm, bool ema_warmup, bool zero_grads, Address workspace,
+               Address stream) {
+  const fd::AdamWInputs inputs = inputs_of(square_sum, grad_scale, found_inf, ema_weight, max_norm, ema_warmup, zero_grads);
+  check("adamw_ema", adamw_ema_cuda(at<fd::AdamWRow>(rows), count, chunk, inputs, at<int64_t>(skipped), at<float>(workspace),
+                                    at<void>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -66,6 +84,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("feature_match_workspace", &feature_match_workspace, "doubles that feature_match needs for taps of n elements");
   m.def("scale_gradients", &scale_gradients, release());
   m.def("noise_gather", &noise_gather, release());
+  m.def("grad_square_sum", &grad_square_sum, release());
+  m.def("adamw_ema_workspace", &adamw_ema_cuda_workspace, "floats that adamw_ema needs for each parameter");
+  m.def("adamw_ema", &adamw_ema, release());
   m.def("philox4x32", &philox, release(),
         "words[n, 4] and normals[n, 4] of counter[n, 4] under key[2], on the device and the stream");
 }

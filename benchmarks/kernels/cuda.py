@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from benchmarks.kernels.resources import SYSTEM_SHARED, Row, occupancy, usage
 
 ARCHS = (80, 90, 100)
-THREADS = {"finish": 1024}  # of a block; 256 everywhere else
+THREADS = {"add_squares": 1024, "finish": 1024, "prepare": 128}  # of a block; 256 everywhere else
 _OPS = {"match": "feature_match", "finish": "feature_match", "scale": "scale_gradients", "gather": "noise_gather"}
-_OPS["philox_kernel"] = "philox4x32"
+_OPS |= {"square_sum": "grad_square_sum", "add_squares": "grad_square_sum"}
+_OPS |= {"prepare": "adamw_ema", "update": "adamw_ema", "philox_kernel": "philox4x32"}
 
 
 def rows() -> Iterator[Row]:

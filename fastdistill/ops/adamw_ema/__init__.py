@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdistill.ops import _check, _native
 from fastdistill.ops._dispatch import Kernel, later, register
-from fastdistill.ops.adamw_ema import cpp, reference
+from fastdistill.ops.adamw_ema import cpp, cuda, reference
 
 _triton = functools.partial(later, f"{__name__}.triton")
 _grad_square_sum = register(
@@ -29,6 +29,7 @@ _grad_square_sum = register(
     summary="sum of the squares of all gradients, which is what clipping needs",
     reference=reference.grad_square_sum,
     kernels=[
+        Kernel("cuda", "cuda", cuda.grad_square_sum, _native.cuda_reason, cpp.refuse_square_sum),
         Kernel("triton", "cuda", _triton("grad_square_sum"), _native.triton_reason, _triton("refuse_square_sum")),
         Kernel("cpp", "cpu", cpp.grad_square_sum, _native.cpu_reason, cpp.refuse_square_sum),
     ],
@@ -42,6 +43,7 @@ _adamw_ema = register(
     summary="clip, AdamW, average of the weights, low-precision copy and zeroed gradients in one pass",
     reference=reference.adamw_ema,
     kernels=[
+        Kernel("cuda", "cuda", cuda.adamw_ema, _native.cuda_reason, cuda.refuse),
         Kernel("triton", "cuda", _triton("adamw_ema"), _native.triton_reason, _triton("refuse")),
         Kernel("cpp", "cpu", cpp.adamw_ema, _native.cpu_reason, cpp.refuse),
     ],

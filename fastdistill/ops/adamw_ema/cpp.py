@@ -52,7 +52,7 @@ def adamw_ema(
     rows = table.parameters(params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps, lr, group, hyper)
     _native.cpu().adamw_ema(
         rows.ctypes.data, len(rows), table.CHUNK,
-        square_sum.data_ptr(), _address(grad_scale), _address(found_inf), _address(ema_weight), skipped.data_ptr(),
+        square_sum.data_ptr(), address(grad_scale), address(found_inf), address(ema_weight), skipped.data_ptr(),
         max_norm, ema_warmup, zero_grads, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -77,5 +77,6 @@ def refuse(
     return None
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """0 where there is no tensor."""
     return tensor.data_ptr() if tensor is not None else 0

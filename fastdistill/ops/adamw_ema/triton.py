@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops.adamw_ema import cpp, table
+from fastdistill.ops.adamw_ema import cpp, cuda, table
 from fastdistill.ops.adamw_ema.table import CHUNK, Table
 
 STEP = 2048  # elements of a norm that a program holds at once
@@ -299,9 +299,7 @@ def adamw_ema(
 
 def refuse(*args: Any) -> str | None:
     """As the C++ kernel; and a table of addresses cannot be copied to the device while a CUDA graph is captured."""
-    if not args[0]:
-        return "there are no parameters"
-    return cpp.refuse(*args) or _unseen(lambda: _tables(*args[:8], *args[13:15]), args[8])
+    return cuda.refuse(*args) or _unseen(lambda: _tables(*args[:8], *args[13:15]), args[8])
 
 
 def refuse_square_sum(grads: Sequence[Tensor], total: Tensor) -> str | None:
