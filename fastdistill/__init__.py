@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "AdamWEMA": "train",
     "DistillTrainer": "train",
     "TrainConfig": "train",
     "RandomConditioning": "distill",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from fastdistill.ops import NoiseGather as NoiseGather
     from fastdistill.ops import feature_match as feature_match
     from fastdistill.ops import noise_gather as noise_gather
+    from fastdistill.train import AdamWEMA as AdamWEMA
     from fastdistill.train import DistillTrainer as DistillTrainer
     from fastdistill.train import TrainConfig as TrainConfig
 
