@@ -6,7 +6,8 @@
 
 int64_t feature_match_cuda_workspace(const fd::Tap* taps, int64_t count);
 const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient, const float* weights, const float* grad_scale,
-                               fd::Distance distance, float eps, float* loss, float* tap_loss, double* workspace, void* stream);
+                               fd::Distance distance, float parameter, float* loss, float* tap_loss, double* workspace,
+                               void* stream);
 const char* scale_gradients_cuda(const fd::Tap* taps, int64_t count, const float* factor, void* stream);
 const char* noise_gather_cuda(const fd::NoiseGather& a, void* stream);
 const char* grad_square_sum_cuda(const fd::GradientRow* rows, int64_t count, int64_t chunk, double* partials, double* total,
@@ -35,11 +36,11 @@ int64_t feature_match_workspace(const std::vector<int64_t>& n) {
 
 void feature_match(const Addresses& student, const Addresses& teacher, const Addresses& gradient, const std::vector<int64_t>& n,
                    const std::vector<int>& student_dtype, const std::vector<int>& teacher_dtype, Address weights,
-                   Address grad_scale, int distance, float eps, Address loss, Address tap_loss, Address workspace,
+                   Address grad_scale, int distance, float parameter, Address loss, Address tap_loss, Address workspace,
                    Address stream) {
   const std::vector<fd::Tap> taps = taps_of(student, teacher, gradient, n, student_dtype, teacher_dtype);
   check("feature_match", feature_match_cuda(taps.data(), int64_t(taps.size()), !gradient.empty(), at<float>(weights),
-                                            at<float>(grad_scale), fd::Distance(distance), eps, at<float>(loss),
+                                            at<float>(grad_scale), fd::Distance(distance), parameter, at<float>(loss),
                                             at<float>(tap_loss), at<double>(workspace), at<void>(stream)));
 }
 

@@ -48,6 +48,9 @@ FD_HD float muladd(float a, float b, float c) { return a * b + c; }
 #endif
 FD_HD int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
+// x in [-limit, limit]; NaN stays.
+FD_HD float clamp(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
+
 FD_HD uint32_t as_bits(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);

@@ -62,6 +62,14 @@ FD_HD Lanes operator/(Lanes a, Lanes b) {
   return a;
 }
 
+FD_HD Lanes clamp(Lanes x, Lanes limit) {
+  for (int i = 0; i < simd_parts; ++i) {
+    const vfloat high = limit.part[i], low = -high;
+    x.part[i] = x.part[i] < low ? low : x.part[i] > high ? high : x.part[i];
+  }
+  return x;
+}
+
 // The sum of the lanes, always in this order.
 FD_HD double sum(Lanes a) {
   float x[lanes];

@@ -87,6 +87,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "feature_match fp32": _feature_match(torch.float32, torch.float32, 0, True),
     "feature_match mixed": _feature_match(torch.float32, torch.float16, 0, True),
     "feature_match normalized": _feature_match(torch.bfloat16, torch.bfloat16, 1, True),
+    "feature_match huber": _feature_match(torch.bfloat16, torch.bfloat16, 2, True),
     "feature_match loss alone": _feature_match(torch.bfloat16, torch.bfloat16, 0, False),
     "scale_gradients": _scale_gradients,
     "noise_gather": _noise_gather(torch.bfloat16, False, False),

@@ -3,7 +3,8 @@
 //
 // Threads   static split of all chunks of all taps; partial sums are kept by chunk and added in order, so the result has the
 //           same bits at any thread count and on any instruction set
-// Traffic   mse with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in bf16);
+// Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in
+// bf16);
 //           normalized_mse reads twice (20 and 10 bytes); without gradient 8 and 4
 // Precision elements and lane sums in fp32 (128 terms a lane), everything above a lane in double; gradients rounded once
 // Limits    any n >= 0 (64-bit), fp32/bf16/fp16 for student and teacher independently
@@ -22,11 +23,12 @@ struct Sums {
 };
 
 enum Pass { sum_only, gradient_only, sum_and_gradient };
+enum Kind { squared, normalized, huber };
 
-template <Pass pass, bool norm, bool stream, typename S, typename T>
-Sums run_chunk(const S* student, const T* teacher, S* gradient, int64_t n, float factor) {
+template <Pass pass, Kind kind, bool stream, typename S, typename T>
+Sums run_chunk(const S* student, const T* teacher, S* gradient, int64_t n, float factor, float parameter) {
   constexpr int unroll = 4;
-  const Lanes f = splat(factor);
+  const Lanes f = splat(factor), delta = splat(parameter), half = splat(0.5f);
   Lanes difference[unroll], square_teacher[unroll];
   for (int u = 0; u < unroll; ++u) difference[u] = square_teacher[u] = splat(0.0f);
   int64_t i = 0;
@@ -34,48 +36,49 @@ Sums run_chunk(const S* student, const T* teacher, S* gradient, int64_t n, float
     FD_UNROLL
     for (int u = 0; u < unroll; ++u) {
       const Lanes t = load(teacher + i + u * lanes), d = load(student + i + u * lanes) - t;
-      if (pass != gradient_only) difference[u] = difference[u] + square(d);
-      if (norm) square_teacher[u] = square_teacher[u] + square(t);
-      if (pass != sum_only) store<stream>(gradient + i + u * lanes, f * d);
+      if (pass != gradient_only) difference[u] = difference[u] + term<kind == huber>(d, delta, half);
+      if (kind == normalized) square_teacher[u] = square_teacher[u] + square(t);
+      if (pass != sum_only) store<stream>(gradient + i + u * lanes, f * slope<kind == huber>(d, delta));
     }
   }
   for (; i < n; i += lanes) {
     const int64_t rest = smaller(n - i, lanes);
     const Lanes t = load_first(teacher + i, rest), d = load_first(student + i, rest) - t;
-    if (pass != gradient_only) difference[0] = difference[0] + square(d);
-    if (norm) square_teacher[0] = square_teacher[0] + square(t);
-    if (pass != sum_only) store_first(gradient + i, f * d, rest);
+    if (pass != gradient_only) difference[0] = difference[0] + term<kind == huber>(d, delta, half);
+    if (kind == normalized) square_teacher[0] = square_teacher[0] + square(t);
+    if (pass != sum_only) store_first(gradient + i, f * slope<kind == huber>(d, delta), rest);
   }
   Sums sums = {0, 0};
   if (pass != gradient_only) sums.difference = sum((difference[0] + difference[1]) + (difference[2] + difference[3]));
-  if (norm) sums.teacher = sum((square_teacher[0] + square_teacher[1]) + (square_teacher[2] + square_teacher[3]));
+  if (kind == normalized) sums.teacher = sum((square_teacher[0] + square_teacher[1]) + (square_teacher[2] + square_teacher[3]));
   return sums;
 }
 
-template <Pass pass, bool norm, typename S, typename T>
-Sums run_typed(const Tap& tap, int64_t first, int64_t n, float factor, bool stream) {
+template <Pass pass, Kind kind, typename S, typename T>
+Sums run_typed(const Tap& tap, int64_t first, int64_t n, float factor, float parameter, bool stream) {
   const S* student = static_cast<const S*>(tap.student) + first;
   const T* teacher = static_cast<const T*>(tap.teacher) + first;
-  if (pass == sum_only) return run_chunk<pass, norm, false>(student, teacher, (S*)nullptr, n, factor);
+  if (pass == sum_only) return run_chunk<pass, kind, false>(student, teacher, (S*)nullptr, n, factor, parameter);
   S* gradient = static_cast<S*>(tap.gradient) + first;
-  if (stream && uintptr_t(gradient) % 64 == 0) return run_chunk<pass, norm, true>(student, teacher, gradient, n, factor);
-  return run_chunk<pass, norm, false>(student, teacher, gradient, n, factor);
+  if (stream && uintptr_t(gradient) % 64 == 0)
+    return run_chunk<pass, kind, true>(student, teacher, gradient, n, factor, parameter);
+  return run_chunk<pass, kind, false>(student, teacher, gradient, n, factor, parameter);
 }
 
-template <Pass pass, bool norm, typename S>
-Sums run_student(const Tap& tap, int64_t first, int64_t n, float factor, bool stream) {
+template <Pass pass, Kind kind, typename S>
+Sums run_student(const Tap& tap, int64_t first, int64_t n, float factor, float parameter, bool stream) {
   switch (tap.teacher_dtype) {
-    case Dtype::f32: return run_typed<pass, norm, S, float>(tap, first, n, factor, stream);
-    case Dtype::bf16: return run_typed<pass, norm, S, bf16>(tap, first, n, factor, stream);
-    default: return run_typed<pass, norm, S, f16>(tap, first, n, factor, stream);
+    case Dtype::f32: return run_typed<pass, kind, S, float>(tap, first, n, factor, parameter, stream);
+    case Dtype::bf16: return run_typed<pass, kind, S, bf16>(tap, first, n, factor, parameter, stream);
+    default: return run_typed<pass, kind, S, f16>(tap, first, n, factor, parameter, stream);
   }
 }
 
-template <Pass pass, bool norm> Sums run(const Tap& tap, int64_t first, int64_t n, float factor, bool stream) {
+template <Pass pass, Kind kind> Sums run(const Tap& tap, int64_t first, int64_t n, float factor, float parameter, bool stream) {
   switch (tap.student_dtype) {
-    case Dtype::f32: return run_student<pass, norm, float>(tap, first, n, factor, stream);
-    case Dtype::bf16: return run_student<pass, norm, bf16>(tap, first, n, factor, stream);
-    default: return run_student<pass, norm, f16>(tap, first, n, factor, stream);
+    case Dtype::f32: return run_student<pass, kind, float>(tap, first, n, factor, parameter, stream);
+    case Dtype::bf16: return run_student<pass, kind, bf16>(tap, first, n, factor, parameter, stream);
+    default: return run_student<pass, kind, f16>(tap, first, n, factor, parameter, stream);
   }
 }
 
@@ -110,7 +113,8 @@ void feature_match(const FeatureMatch& a) {
     total += chunks_of(a.taps[l]);
     if (a.taps[l].gradient) written += a.taps[l].n * bytes_of(a.taps[l].student_dtype);
   }
-  const bool stream = written >= stream_bytes_min, one_pass = a.distance == Distance::mse;
+  const bool stream = written >= stream_bytes_min, is_huber = a.distance == Distance::huber,
+             one_pass = a.distance != Distance::normalized_mse;
   Sums* by_chunk = reinterpret_cast<Sums*>(a.partials);
   Sums* by_tap = by_chunk + total;
   const float scale = *a.grad_scale;
@@ -118,9 +122,12 @@ void feature_match(const FeatureMatch& a) {
   for_chunks(a, total, [&](int64_t l, int64_t chunk, int64_t at) {
     const Tap& tap = a.taps[l];
     const int64_t first = chunk * feature_match_chunk, n = smaller(tap.n - first, feature_match_chunk);
-    if (!one_pass) by_chunk[at] = run<sum_only, true>(tap, first, n, 0.0f, false);
-    else if (!tap.gradient) by_chunk[at] = run<sum_only, false>(tap, first, n, 0.0f, false);
-    else by_chunk[at] = run<sum_and_gradient, false>(tap, first, n, gradient_factor(scale, a.weights[l], 1.0, tap.n), stream);
+    const float factor = gradient_factor(scale, a.weights[l], 1.0, tap.n, is_huber);
+    if (!one_pass) by_chunk[at] = run<sum_only, normalized>(tap, first, n, 0.0f, 0.0f, false);
+    else if (is_huber && tap.gradient) by_chunk[at] = run<sum_and_gradient, huber>(tap, first, n, factor, a.parameter, stream);
+    else if (is_huber) by_chunk[at] = run<sum_only, huber>(tap, first, n, 0.0f, a.parameter, false);
+    else if (tap.gradient) by_chunk[at] = run<sum_and_gradient, squared>(tap, first, n, factor, 0.0f, stream);
+    else by_chunk[at] = run<sum_only, squared>(tap, first, n, 0.0f, 0.0f, false);
   });
 
   double loss = 0;
@@ -131,7 +138,7 @@ void feature_match(const FeatureMatch& a) {
       sums.difference += by_chunk[at].difference;
       sums.teacher += by_chunk[at].teacher;
     }
-    const double n = double(tap.n > 0 ? tap.n : 1), denominator = one_pass ? 1.0 : sums.teacher / n + double(a.eps);
+    const double n = double(tap.n > 0 ? tap.n : 1), denominator = one_pass ? 1.0 : sums.teacher / n + double(a.parameter);
     const double distance = tap.n > 0 ? sums.difference / n / denominator : 0.0;
     by_tap[l].teacher = denominator;
     a.tap_loss[l] = float(distance);
@@ -144,8 +151,8 @@ void feature_match(const FeatureMatch& a) {
     const Tap& tap = a.taps[l];
     if (!tap.gradient) return;
     const int64_t first = chunk * feature_match_chunk, n = smaller(tap.n - first, feature_match_chunk);
-    const float factor = gradient_factor(scale, a.weights[l], by_tap[l].teacher, tap.n);
-    run<gradient_only, false>(tap, first, n, factor, stream);
+    const float factor = gradient_factor(scale, a.weights[l], by_tap[l].teacher, tap.n, false);
+    run<gradient_only, squared>(tap, first, n, factor, 0.0f, stream);
   });
 }
 

@@ -3,7 +3,8 @@
 // partial sums in order.
 //
 // Grid      256 threads a block, persistent over the chunks of all taps; the table of taps is a kernel argument
-// Traffic   mse with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in bf16);
+// Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in
+// bf16);
 //           normalized_mse reads twice (20 and 10 bytes); 16-byte accesses where a tap starts at a multiple of 16 bytes
 // Precision elements and a thread's sum in fp32 (at most 128 terms), above it in fp32 by halves of a warp and over warps in
 //           order, chunks in double in their order; gradients rounded once
@@ -27,26 +28,28 @@ struct Taps {
   bool continues;  // an earlier launch has begun the loss
   const float* weights;
   const float* grad_scale;
+  float parameter;       // eps of normalized_mse, delta of huber
   double* denominators;  // [count]
   double* partials;      // [chunks, 2]
 };
 
 enum Pass { sum_only, gradient_only, sum_and_gradient };
+enum Kind { squared, normalized, huber };
 
 struct Sums {
   float difference, teacher;
 };
 
-template <Pass pass, bool norm, typename S, typename T>
-__device__ void element(Sums& sums, const S& s, const T& t, S& gradient, float factor) {
+template <Pass pass, Kind kind, typename S, typename T>
+__device__ void element(Sums& sums, const S& s, const T& t, S& gradient, float factor, float delta) {
   const float reference = to_float(t), d = to_float(s) - reference;
-  if (pass != gradient_only) sums.difference = muladd(d, d, sums.difference);
-  if (norm) sums.teacher = muladd(reference, reference, sums.teacher);
-  if (pass != sum_only) gradient = from_float<S>(factor * d);
+  if (pass != gradient_only) sums.difference += term<kind == huber>(d, delta, 0.5f);
+  if (kind == normalized) sums.teacher = muladd(reference, reference, sums.teacher);
+  if (pass != sum_only) gradient = from_float<S>(factor * slope<kind == huber>(d, delta));
 }
 
-template <Pass pass, bool norm, typename S, typename T>
-__device__ Sums run_chunk(const Tap& tap, int64_t first, int64_t n, float factor) {
+template <Pass pass, Kind kind, typename S, typename T>
+__device__ Sums run_chunk(const Tap& tap, int64_t first, int64_t n, float factor, float delta) {
   const S* student = static_cast<const S*>(tap.student) + first;
   const T* teacher = static_cast<const T*>(tap.teacher) + first;
   S* gradient = pass == sum_only ? nullptr : static_cast<S*>(tap.gradient) + first;
@@ -60,32 +63,32 @@ __device__ Sums run_chunk(const Tap& tap, int64_t first, int64_t n, float factor
       const Eight<T> t = *reinterpret_cast<const Eight<T>*>(teacher + i);
       Eight<S> g;
 #pragma unroll
-      for (int k = 0; k < 8; ++k) element<pass, norm>(sums, s.x[k], t.x[k], g.x[k], factor);
+      for (int k = 0; k < 8; ++k) element<pass, kind>(sums, s.x[k], t.x[k], g.x[k], factor, delta);
       if (pass != sum_only) *reinterpret_cast<Eight<S>*>(gradient + i) = g;
     }
   }
   for (int64_t i = done + threadIdx.x; i < n; i += threads_per_block) {
     S g;
-    element<pass, norm>(sums, student[i], teacher[i], g, factor);
+    element<pass, kind>(sums, student[i], teacher[i], g, factor, delta);
     if (pass != sum_only) gradient[i] = g;
   }
   return sums;
 }
 
-template <Pass pass, bool norm, typename S>
-__device__ Sums run_student(const Tap& tap, int64_t first, int64_t n, float factor) {
+template <Pass pass, Kind kind, typename S>
+__device__ Sums run_student(const Tap& tap, int64_t first, int64_t n, float factor, float delta) {
   switch (tap.teacher_dtype) {
-    case Dtype::f32: return run_chunk<pass, norm, S, float>(tap, first, n, factor);
-    case Dtype::bf16: return run_chunk<pass, norm, S, bf16>(tap, first, n, factor);
-    default: return run_chunk<pass, norm, S, f16>(tap, first, n, factor);
+    case Dtype::f32: return run_chunk<pass, kind, S, float>(tap, first, n, factor, delta);
+    case Dtype::bf16: return run_chunk<pass, kind, S, bf16>(tap, first, n, factor, delta);
+    default: return run_chunk<pass, kind, S, f16>(tap, first, n, factor, delta);
   }
 }
 
-template <Pass pass, bool norm> __device__ Sums run(const Tap& tap, int64_t first, int64_t n, float factor) {
+template <Pass pass, Kind kind> __device__ Sums run(const Tap& tap, int64_t first, int64_t n, float factor, float delta) {
   switch (tap.student_dtype) {
-    case Dtype::f32: return run_student<pass, norm, float>(tap, first, n, factor);
-    case Dtype::bf16: return run_student<pass, norm, bf16>(tap, first, n, factor);
-    default: return run_student<pass, norm, f16>(tap, first, n, factor);
+    case Dtype::f32: return run_student<pass, kind, float>(tap, first, n, factor, delta);
+    case Dtype::bf16: return run_student<pass, kind, bf16>(tap, first, n, factor, delta);
+    default: return run_student<pass, kind, f16>(tap, first, n, factor, delta);
   }
 }
 
@@ -95,28 +98,28 @@ __device__ int tap_of(const Taps& a, int64_t chunk) {
   return l;
 }
 
-template <Pass pass, bool norm> __global__ void __launch_bounds__(threads_per_block, 4) match(const __grid_constant__ Taps a) {
+template <Pass pass, Kind kind> __global__ void __launch_bounds__(threads_per_block, 3) match(const __grid_constant__ Taps a) {
   __shared__ float by_warp[threads_per_block / 32];
   for (int64_t chunk = blockIdx.x; chunk < a.first[a.count]; chunk += gridDim.x) {
     const int l = tap_of(a, chunk);
     const Tap& tap = a.tap[l];
     const int64_t first = (chunk - a.first[l]) * a.chunk;
     float factor = 0.0f;
-    if (pass == sum_and_gradient) factor = gradient_factor(*a.grad_scale, a.weights[l], 1.0, tap.n);
-    if (pass == gradient_only) factor = gradient_factor(*a.grad_scale, a.weights[l], a.denominators[l], tap.n);
-    const Sums sums = run<pass, norm>(tap, first, smaller(tap.n - first, a.chunk), factor);
+    if (pass == sum_and_gradient) factor = gradient_factor(*a.grad_scale, a.weights[l], 1.0, tap.n, kind == huber);
+    if (pass == gradient_only) factor = gradient_factor(*a.grad_scale, a.weights[l], a.denominators[l], tap.n, false);
+    const Sums sums = run<pass, kind>(tap, first, smaller(tap.n - first, a.chunk), factor, a.parameter);
     if (pass == gradient_only) continue;
     const float difference = block_sum<threads_per_block>(sums.difference, by_warp);
-    const float teacher = norm ? block_sum<threads_per_block>(sums.teacher, by_warp) : 0.0f;
+    const float teacher = kind == normalized ? block_sum<threads_per_block>(sums.teacher, by_warp) : 0.0f;
     if (threadIdx.x == 0) {
       a.partials[2 * chunk] = double(difference);
-      if (norm) a.partials[2 * chunk + 1] = double(teacher);
+      if (kind == normalized) a.partials[2 * chunk + 1] = double(teacher);
     }
   }
 }
 
 template <bool norm> __global__ void __launch_bounds__(finishing_threads)
-    finish(const __grid_constant__ Taps a, float eps, float* loss, float* tap_loss) {
+    finish(const __grid_constant__ Taps a, float* loss, float* tap_loss) {
   __shared__ double by_warp[finishing_threads / 32];
   double total = 0.0;
   for (int l = 0; l < a.count; ++l) {
@@ -128,7 +131,7 @@ template <bool norm> __global__ void __launch_bounds__(finishing_threads)
     difference = block_sum<finishing_threads>(difference, by_warp);
     if (norm) teacher = block_sum<finishing_threads>(teacher, by_warp);
     if (threadIdx.x != 0) continue;
-    const double n = double(larger(a.tap[l].n, 1)), denominator = norm ? teacher / n + double(eps) : 1.0;
+    const double n = double(larger(a.tap[l].n, 1)), denominator = norm ? teacher / n + double(a.parameter) : 1.0;
     const double distance = difference / n / denominator;
     a.denominators[l] = denominator;
     tap_loss[l] = float(distance);
@@ -180,8 +183,8 @@ Taps table(const Tap* taps, int64_t count) {
   return a;
 }
 
-template <Pass pass, bool norm> void launch_match(const Taps& a, void* stream) {
-  const auto kernel = &match<pass, norm>;
+template <Pass pass, Kind kind> void launch_match(const Taps& a, void* stream) {
+  const auto kernel = &match<pass, kind>;
   if (a.first[a.count] > 0)
     FD_LAUNCH(kernel, persistent_blocks(a.first[a.count], blocks_each), threads_per_block, 0, stream, a);
 }
@@ -200,23 +203,24 @@ int64_t feature_match_cuda_workspace(const fd::Tap* taps, int64_t count) {
 }
 
 const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient, const float* weights, const float* grad_scale,
-                               fd::Distance distance, float eps, float* loss, float* tap_loss, double* workspace,
+                               fd::Distance distance, float parameter, float* loss, float* tap_loss, double* workspace,
                                void* stream) {
   using namespace fd;
   for (int64_t l = 0; l < count; l += most_taps) {
     Taps a = table(taps + l, count - l);
-    a.continues = l > 0, a.weights = weights + l, a.grad_scale = grad_scale;
+    a.continues = l > 0, a.weights = weights + l, a.grad_scale = grad_scale, a.parameter = parameter;
     a.denominators = workspace, a.partials = workspace + most_taps;
-    if (distance == Distance::mse) {
-      if (gradient) launch_match<sum_and_gradient, false>(a, stream);
-      else launch_match<sum_only, false>(a, stream);
+    if (distance != Distance::normalized_mse) {
+      if (distance == Distance::huber)
+        gradient ? launch_match<sum_and_gradient, huber>(a, stream) : launch_match<sum_only, huber>(a, stream);
+      else gradient ? launch_match<sum_and_gradient, squared>(a, stream) : launch_match<sum_only, squared>(a, stream);
       const auto kernel = &finish<false>;
-      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, a, eps, loss, tap_loss + l);
+      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, a, loss, tap_loss + l);
     } else {
-      launch_match<sum_only, true>(a, stream);
+      launch_match<sum_only, normalized>(a, stream);
       const auto kernel = &finish<true>;
-      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, a, eps, loss, tap_loss + l);
-      if (gradient) launch_match<gradient_only, false>(a, stream);
+      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, a, loss, tap_loss + l);
+      if (gradient) launch_match<gradient_only, squared>(a, stream);
     }
   }
   return fd_launch_error();

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import OPS, feature_match, use, used
-from fastdistill.ops.feature_match.reference import MSE, NORMALIZED_MSE, distance_and_gradient
+from fastdistill.ops.feature_match.reference import HUBER, MSE, NORMALIZED_MSE, distance_and_gradient
 from tests.harness import Case, check_fake, check_op, detached, evaluate, kernels_of, layouts
 
 SHAPES = {
@@ -22,6 +22,8 @@ SHAPES = {
     "empty": [(0, 4), (3, 4)],
     "large": [(3, 33, 37, 41)],  # more than one chunk, and no multiple of a vector
 }
+DELTA = 0.75
+DISTANCES = ["mse", "normalized_mse", "huber"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -31,6 +33,9 @@ def truth(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distanc
     for s, t in zip(student, teacher, strict=True):
         if s.numel() == 0:
             taps.append((s * 0).sum())
+            continue
+        if distance == "huber":
+            taps.append(torch.nn.functional.huber_loss(s, t, delta=DELTA))
             continue
         value = (s - t).pow(2).mean()
         taps.append(value if distance == "mse" else value / (t.pow(2).mean() + 1e-6))
@@ -44,7 +49,7 @@ def eager(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distanc
 
 
 def call(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distance: str) -> tuple[Tensor, Tensor]:
-    return feature_match(student, teacher, weights=weights, distance=distance)
+    return feature_match(student, teacher, weights=weights, distance=distance, delta=DELTA)
 
 
 def make(
@@ -55,7 +60,7 @@ def make(
     teacher = [(1.5 * torch.randn(s, generator=g) + 0.5).to(teacher_dtype or dtype) for s in shapes]
     weights = torch.rand(len(shapes), generator=g) + 0.5
     sums = {}
-    if distance == "mse":  # every term is positive, so the sum of magnitudes is the value itself
+    if distance != "normalized_mse":  # every term is positive, so the sum of magnitudes is the value itself
         with torch.no_grad():
             loss = truth([s.double() for s in student], [t.double() for t in teacher], weights, distance)[0].item()
         sums = {0: (max(sum(s.numel() for s in student), 1), loss)}
@@ -66,7 +71,7 @@ KERNELS = kernels_of("feature_match")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("distance", ["mse", "normalized_mse"])
+@pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shapes", SHAPES)
 def test_values_and_contract(kernel: str, distance: str, dtype: torch.dtype, shapes: str) -> None:
@@ -82,7 +87,7 @@ def test_values_and_contract(kernel: str, distance: str, dtype: torch.dtype, sha
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtypes", [p for p in itertools.product(FLOATS, FLOATS) if p[0] != p[1]], ids=str)
 def test_student_and_teacher_of_different_dtypes(kernel: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    for distance in ("mse", "normalized_mse"):
+    for distance in DISTANCES:
         check_op(make(SHAPES["conv"], dtypes[0], distance, dtypes[1]), kernel, compiled=(), registration=False)
 
 
@@ -101,7 +106,7 @@ def test_layouts(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("distance", ["mse", "normalized_mse"])
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_more_taps_than_a_launch_takes(kernel: str, distance: str) -> None:
     """Forty taps, some empty, of dtypes that change on the way."""
     shapes = [(1 + 7 * i % 11, 3 * (i % 5)) for i in range(40)]
@@ -123,22 +128,22 @@ def test_memory_that_does_not_start_at_a_vector(kernel: str) -> None:
 
 
 @pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
-@pytest.mark.parametrize("distance", ["mse", "normalized_mse"])
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_long_chunks_of_the_triton_kernel(distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("fastdistill.ops.feature_match.triton")
     monkeypatch.setattr(module, "CHUNKS", 1)
     check_op(make([(3, 40_000), (5,)], torch.float32, distance), "triton", compiled=(), registration=False)
 
 
-@pytest.mark.parametrize("distance", [MSE, NORMALIZED_MSE])
+@pytest.mark.parametrize("distance", [MSE, NORMALIZED_MSE, HUBER])
 def test_gradient_of_the_reference(distance: int) -> None:
     """The hand-written gradient of the specification is autograd's, in float64."""
     s = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     t = torch.randn(3, 4, dtype=torch.float64)
-    value, gradient = distance_and_gradient(s, t, distance, 1e-6)
+    value, gradient = distance_and_gradient(s, t, distance, 0.5)
     (expected,) = torch.autograd.grad(value, s)
     torch.testing.assert_close(gradient, expected, rtol=1e-14, atol=1e-15)
-    torch.autograd.gradcheck(lambda x: distance_and_gradient(x, t, distance, 1e-6)[0], s)
+    torch.autograd.gradcheck(lambda x: distance_and_gradient(x, t, distance, 0.5)[0], s)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -231,7 +236,7 @@ def test_bad_input(arguments: tuple[list[Tensor], list[Tensor]], message: str) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distance": "l1"}, "distance: expected one of mse, normalized_mse, got 'l1'"),
+        ({"distance": "l1"}, "distance: expected one of mse, normalized_mse, huber, got 'l1'"),
         ({"weights": [1.0, 2.0]}, r"weights: expected one weight a tap \(1,\), got \(2,\)"),
         ({"weights": torch.ones(1).double()}, "weights: expected dtype float32, got float64"),
         ({"grad_scale": torch.ones(1)}, r"grad_scale: expected a 0-dim tensor, got \(1,\)"),
@@ -242,6 +247,40 @@ def test_bad_input(arguments: tuple[list[Tensor], list[Tensor]], message: str) -
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         feature_match([torch.ones(2, requires_grad=True)], [torch.ones(2)], **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_the_gradient_over_the_teacher(kernel: str, distance: str) -> None:
+    """The same values, in the teacher's memory; autograd hands out that memory itself."""
+    student, teacher, weights, _ = make([(2, 8, 4, 4), (3, 5)], torch.float32, distance).inputs
+    options = {"weights": weights, "distance": distance, "delta": DELTA}
+    with use(kernel):
+        expected = torch.autograd.grad(feature_match(student, teacher, **options).loss, student)
+        loss = feature_match(student, teacher, **options, overwrite_teacher=True).loss
+        got = torch.autograd.grad(loss, student)
+    for g, e, t in zip(got, expected, teacher, strict=True):
+        assert torch.equal(g, e) and g.data_ptr() == t.data_ptr()
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, student)
+
+
+def test_teachers_that_cannot_be_overwritten() -> None:
+    def refused(student: list[Tensor], teacher: list[Tensor], message: str, **options: object) -> None:
+        with pytest.raises(InputError, match=message):
+            feature_match([s.requires_grad_() for s in student], teacher, overwrite_teacher=True, **options)
+
+    one, two = torch.ones(2, 3), torch.ones(2, 3)
+    refused(
+        [one, two], [torch.ones(2, 3)] * 2, r"teacher\[1\]: expected memory of its own .*, got that of teacher\[0\]"
+    )
+    refused(
+        [one], [one.detach()], r"teacher\[0\]: expected memory of its own to be overwritten, got that of student\[0\]"
+    )
+    refused([one], [torch.ones(2, 3).half()], r"teacher\[0\]: expected the dtype of student\[0\]")
+    refused([one], [torch.ones(3, 2).T], r"teacher\[0\]: expected dense, with the strides of student\[0\]")
+    refused([one], [torch.ones(2, 3)], "grads: expected None beside overwrite_teacher", grads=[torch.ones(2, 3)])
+    refused([one], [torch.ones(2, 3)], "delta: expected a number > 0, got 0.0", distance="huber", delta=0.0)
 
 
 def test_forcing_a_kernel_that_is_not_there_says_why() -> None:

@@ -8,6 +8,7 @@ Random Conditioning (arXiv 2504.02011) and BK-SDM (arXiv 2305.15798) use the pla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from fastdistill.ops.feature_match.reference import DISTANCES
 
 _feature_match = register(
     "feature_match",
-    "(Tensor[] student, Tensor[] teacher, Tensor weights, Tensor grad_scale, int distance, float eps,"
+    "(Tensor[] student, Tensor[] teacher, Tensor weights, Tensor grad_scale, int distance, float parameter,"
     " Tensor(a!) loss, Tensor(b!) taps, Tensor(c!)[] grads)",
     summary="sum_l weight_l * mean((student_l - teacher_l)^2), loss and gradient in one pass",
     reference=reference.feature_match,
@@ -62,7 +63,9 @@ def feature_match(
     distance: str = "mse",
     grad_scale: Tensor | None = None,
     eps: float = 1e-6,
+    delta: float = 1.0,
     grads: Sequence[Tensor] | None = None,
+    overwrite_teacher: bool = False,
 ) -> FeatureMatch:
     """Match a student's features to a frozen teacher's over all taps at once.
 
@@ -71,13 +74,17 @@ def feature_match(
         teacher: L tensors of the same shapes on the same device, without gradient; dtypes may differ from the
             student's.
         weights: L floats, or a float32 tensor [L] on the device (None: all 1; pass a tensor inside a CUDA graph).
-        distance: ``"mse"``, mean((s - t)^2), or ``"normalized_mse"``, the same over mean(t^2) + eps, so that no tap
-            swamps the rest.
+        distance: ``"mse"``, mean((s - t)^2); ``"normalized_mse"``, the same over mean(t^2) + eps, so that no tap
+            swamps the rest; or ``"huber"``, (s - t)^2 / 2 up to a difference of delta and linear beyond
+            (``torch.nn.functional.huber_loss``).
         grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before
             ``backward``. The gradient is stored already multiplied by it, so that float16 gradients do not underflow.
             None: 1.
         grads: L buffers like ``student`` to write the gradient into, so that a training step can reuse them; they are
             handed to autograd by ``backward``. None: fresh ones.
+        overwrite_teacher: write the gradient over the teacher's features, which saves as much memory as the taps take;
+            they are gone after the call. Each must be dense, of the student's dtype and strides, and share its memory
+            with no other tap.
 
     Returns:
         ``FeatureMatch(loss, taps)``; float32 accumulation, the same bits on every run and for any number of threads.
@@ -87,11 +94,19 @@ def feature_match(
     """
     student, teacher = list(student), list(teacher)
     weights, grad_scale = _checked(student, teacher, weights, distance, grad_scale, grads)
+    _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
+    parameter = delta if distance == "huber" else eps
     if student and torch.is_grad_enabled() and any(s.requires_grad for s in student):
+        if overwrite_teacher:
+            _check.require(grads is None, "grads", "None beside overwrite_teacher", f"{len(student)} buffers")
+            _check_overwritten(student, teacher)
+            grads = [t.detach() for t in teacher]
         buffers = list(grads) if grads is not None else None
-        loss, taps = _FeatureMatch.apply(len(student), buffers, weights, grad_scale, distance, eps, *student, *teacher)
+        loss, taps = _FeatureMatch.apply(
+            len(student), buffers, weights, grad_scale, distance, parameter, *student, *teacher
+        )
         return FeatureMatch(loss, taps)
-    return FeatureMatch(*_launch(student, teacher, weights, grad_scale, distance, eps, []))
+    return FeatureMatch(*_launch(student, teacher, weights, grad_scale, distance, parameter, []))
 
 
 def _checked(
@@ -144,6 +159,22 @@ def _checked(
     return weights, grad_scale
 
 
+def _check_overwritten(student: list[Tensor], teacher: list[Tensor]) -> None:
+    """A gradient may take the place of a teacher's feature only where nothing else is lost with it."""
+    seen: dict[int, str] = {}
+    for i, s in enumerate(student):
+        seen[s.untyped_storage()._cdata] = f"student[{i}]"
+    for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        name = f"teacher[{i}]"
+        _check.require(t.dtype == s.dtype, name, f"the dtype of student[{i}] ({s.dtype}) to be overwritten", t.dtype)
+        same = t.stride() == s.stride() and _native.is_dense(t)
+        rule = f"dense, with the strides of student[{i}] {s.stride()}, to be overwritten"
+        _check.require(same, name, rule, t.stride())
+        storage = t.untyped_storage()._cdata
+        _check.require(storage not in seen, name, "memory of its own to be overwritten", f"that of {seen.get(storage)}")
+        seen[storage] = name
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor itself where its memory has no gaps and no overlap (whatever the order of its dimensions), else a
     dense copy."""
@@ -164,14 +195,14 @@ def _launch(
     weights: Tensor,
     grad_scale: Tensor,
     distance: str,
-    eps: float,
+    parameter: float,
     grads: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Bring each tap's tensors to one dense layout (the student's), so that kernels see flat memory, and run the op."""
     student = [_dense(s.detach()) for s in student]
     teacher = [t if t.stride() == s.stride() else _laid_out_like(s, t) for s, t in zip(student, teacher, strict=True)]
     loss, taps = weights.new_empty(()), weights.new_empty(len(student))
-    _feature_match(student, teacher, weights, grad_scale, DISTANCES[distance], eps, loss, taps, grads)
+    _feature_match(student, teacher, weights, grad_scale, DISTANCES[distance], parameter, loss, taps, grads)
     return loss, taps
 
 
@@ -186,7 +217,7 @@ class _FeatureMatch(torch.autograd.Function):
         weights: Tensor,
         grad_scale: Tensor,
         distance: str,
-        eps: float,
+        parameter: float,
         *features: Tensor,
     ) -> tuple[Tensor, Tensor]:
         student, teacher = list(features[:count]), list(features[count:])
@@ -198,7 +229,7 @@ class _FeatureMatch(torch.autograd.Function):
                 _check.require(
                     g.stride() == s.stride(), f"grads[{i}]", f"the strides of student[{i}] {s.stride()}", g.stride()
                 )
-        loss, taps = _launch(student, teacher, weights, grad_scale, distance, eps, grads)
+        loss, taps = _launch(student, teacher, weights, grad_scale, distance, parameter, grads)
         ctx.count, ctx.grads, ctx.grad_scale = count, grads, grad_scale
         ctx.mark_non_differentiable(taps)
         return loss, taps

@@ -17,7 +17,7 @@ def feature_match(
     weights: Tensor,
     grad_scale: Tensor,
     distance: int,
-    eps: float,
+    parameter: float,
     loss: Tensor,
     taps: Tensor,
     grads: Sequence[Tensor],
@@ -30,7 +30,7 @@ def feature_match(
         [s.numel() for s in student],
         [_native.DTYPES[s.dtype] for s in student],
         [_native.DTYPES[t.dtype] for t in teacher],
-        weights.data_ptr(), grad_scale.data_ptr(), distance, eps, loss.data_ptr(), taps.data_ptr(),
+        weights.data_ptr(), grad_scale.data_ptr(), distance, parameter, loss.data_ptr(), taps.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ def refuse(
     weights: Tensor,
     grad_scale: Tensor,
     distance: int,
-    eps: float,
+    parameter: float,
     loss: Tensor,
     taps: Tensor,
     grads: Sequence[Tensor],

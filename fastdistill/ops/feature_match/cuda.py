@@ -17,7 +17,7 @@ def feature_match(
     weights: Tensor,
     grad_scale: Tensor,
     distance: int,
-    eps: float,
+    parameter: float,
     loss: Tensor,
     taps: Tensor,
     grads: Sequence[Tensor],
@@ -33,7 +33,7 @@ def feature_match(
         sizes,
         [_native.DTYPES[s.dtype] for s in student],
         [_native.DTYPES[t.dtype] for t in teacher],
-        weights.data_ptr(), grad_scale.data_ptr(), distance, eps, loss.data_ptr(), taps.data_ptr(),
+        weights.data_ptr(), grad_scale.data_ptr(), distance, parameter, loss.data_ptr(), taps.data_ptr(),
         workspace.data_ptr(), _native.stream(loss),
     )  # fmt: skip
 

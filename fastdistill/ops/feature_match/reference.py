@@ -8,18 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MSE, NORMALIZED_MSE = range(2)
-DISTANCES = {"mse": MSE, "normalized_mse": NORMALIZED_MSE}
+MSE, NORMALIZED_MSE, HUBER = range(3)
+DISTANCES = {"mse": MSE, "normalized_mse": NORMALIZED_MSE, "huber": HUBER}
 
 
-def distance_and_gradient(student: Tensor, teacher: Tensor, distance: int, eps: float) -> tuple[Tensor, Tensor]:
+def distance_and_gradient(student: Tensor, teacher: Tensor, distance: int, parameter: float) -> tuple[Tensor, Tensor]:
     """One tap's distance (0-dim) and its gradient with respect to the student, in the dtype of the arguments.
 
-    mse: mean((s - t)^2).  normalized_mse: mean((s - t)^2) / (mean(t^2) + eps).
+    mse: mean((s - t)^2).  normalized_mse: mean((s - t)^2) / (mean(t^2) + parameter).
+    huber: mean(c (s - t - c / 2)) with c = s - t clamped to +-parameter.
     """
     count = max(student.numel(), 1)  # an empty tap has distance 0
     difference = student - teacher
-    scale = 1.0 / count if distance == MSE else 1.0 / (count * (teacher.square().sum() / count + eps))
+    if distance == HUBER:
+        clamped = difference.clamp(-parameter, parameter)
+        return (clamped * (difference - 0.5 * clamped)).sum() / count, clamped / count
+    scale = 1.0 / count if distance == MSE else 1.0 / (count * (teacher.square().sum() / count + parameter))
     return difference.square().sum() * scale, difference * (2.0 * scale)
 
 
@@ -29,14 +33,14 @@ def feature_match(
     weights: Tensor,
     grad_scale: Tensor,
     distance: int,
-    eps: float,
+    parameter: float,
     loss: Tensor,
     taps: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
     """Fill ``loss`` and ``taps``, and ``grads`` where it is not empty; accumulates in float32."""
     for tap, (s, t) in enumerate(zip(student, teacher, strict=True)):
-        value, gradient = distance_and_gradient(s.float(), t.float(), distance, eps)
+        value, gradient = distance_and_gradient(s.float(), t.float(), distance, parameter)
         taps[tap].copy_(value)
         if grads:
             grads[tap].copy_(gradient * (grad_scale * weights[tap]))

@@ -3,8 +3,8 @@
 
 Grid      one program a chunk of one or sixteen steps of 2048 elements, over all taps; the addresses of the taps are
           kernel arguments, so nothing is copied to the device and a CUDA graph holds them
-Traffic   mse with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in bf16);
-          normalized_mse reads twice; 16-byte accesses, unmasked but in a tap's last chunk
+Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32,
+          6 in bf16); normalized_mse reads twice; 16-byte accesses, unmasked but in a tap's last chunk
 Precision elements and the sum of a chunk in fp32 (a tree), chunks added in fp64 in their order; gradients rounded once
 Limits    any n >= 0 (64-bit); dense taps of equal strides; TAPS of one pair of dtypes share a launch
 """
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops.feature_match.reference import MSE
+from fastdistill.ops.feature_match.reference import HUBER, NORMALIZED_MSE
 
 STEP = 2048  # elements that a program holds at once
 CHUNKS = 8192  # more chunks of one step than this, and a program takes sixteen steps: fewer partial sums to add
@@ -51,8 +51,8 @@ def _pointer(address, like, offset, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _chunk(
-    student, teacher, gradient, factor, left, SUM: tl.constexpr, GRADIENT: tl.constexpr, NORM: tl.constexpr,
-    MASKED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    student, teacher, gradient, factor, delta, left, SUM: tl.constexpr, GRADIENT: tl.constexpr, NORM: tl.constexpr,
+    HUBER: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The chunk's sums of (s - t)^2 and t^2, and its gradient written."""
     lane = tl.arange(0, STEP)
@@ -67,12 +67,18 @@ def _chunk(
             s = tl.load(student + e).to(tl.float32)
             t = tl.load(teacher + e).to(tl.float32)
         d = s - t
+        c = d
+        if HUBER:  # clamped; NaN stays
+            c = tl.where(d < -delta, -delta, tl.where(d > delta, delta, d))
         if SUM:
-            differences += d * d
+            if HUBER:
+                differences += c * (d - 0.5 * c)
+            else:
+                differences += d * d
         if NORM:
             squares += t * t
         if GRADIENT:
-            value = (factor * d).to(gradient.dtype.element_ty)
+            value = (factor * c).to(gradient.dtype.element_ty)
             if MASKED:
                 tl.store(gradient + e, value, mask=e < left)
             else:
@@ -82,9 +88,9 @@ def _chunk(
 
 @triton.jit
 def _match(
-    students, teachers, gradients, sizes, weights, grad_scale, denominators, partials, COUNT: tl.constexpr,
-    SUM: tl.constexpr, GRADIENT: tl.constexpr, NORM: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
+    students, teachers, gradients, sizes, weights, grad_scale, denominators, partials, delta, COUNT: tl.constexpr,
+    SUM: tl.constexpr, GRADIENT: tl.constexpr, NORM: tl.constexpr, HUBER: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     address, n, tap, offset = _tap(chunk, students, sizes, COUNT, CHUNK)
@@ -98,15 +104,19 @@ def _match(
         denominator = n.to(tl.float64)
         if NORM:
             denominator *= tl.load(denominators + tap)
-        scale = tl.load(grad_scale).to(tl.float64) * tl.load(weights + tap).to(tl.float64) * 2.0
+        scale = tl.load(grad_scale).to(tl.float64) * tl.load(weights + tap).to(tl.float64)
+        if not HUBER:
+            scale *= 2.0
         factor = (scale / denominator).to(tl.float32)
     left = n - offset
     if left >= CHUNK:
         difference, square = _chunk(
-            student, teacher, gradient, factor, left, SUM, GRADIENT, NORM, False, CHUNK, STEP
+            student, teacher, gradient, factor, delta, left, SUM, GRADIENT, NORM, HUBER, False, CHUNK, STEP
         )  # fmt: skip
     else:
-        difference, square = _chunk(student, teacher, gradient, factor, left, SUM, GRADIENT, NORM, True, CHUNK, STEP)
+        difference, square = _chunk(
+            student, teacher, gradient, factor, delta, left, SUM, GRADIENT, NORM, HUBER, True, CHUNK, STEP
+        )  # fmt: skip
     if SUM:
         tl.store(partials + 2 * chunk, difference)
         if NORM:
@@ -115,7 +125,7 @@ def _match(
 
 @triton.jit
 def _finish(
-    partials, sizes, weights, eps, loss, taps, denominators, COUNT: tl.constexpr, NORM: tl.constexpr,
+    partials, sizes, weights, parameter, loss, taps, denominators, COUNT: tl.constexpr, NORM: tl.constexpr,
     FIRST: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Each tap's distance from its chunks in order, what its gradient is divided by, and the loss so far."""
@@ -136,7 +146,7 @@ def _finish(
         count = tl.maximum(tl.cast(sizes[i], tl.int64), 1).to(tl.float64)
         denominator = tl.full((), 1.0, tl.float64)
         if NORM:
-            denominator = tl.sum(square) / count + eps
+            denominator = tl.sum(square) / count + parameter
         value = (tl.sum(difference) / (count * denominator)).to(tl.float32)
         tl.store(taps + i, value)
         tl.store(denominators + i, denominator)
@@ -167,13 +177,13 @@ def feature_match(
     weights: Tensor,
     grad_scale: Tensor,
     distance: int,
-    eps: float,
+    parameter: float,
     loss: Tensor,
     taps: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
     """Two launches a group of taps (three for normalized_mse with a gradient); arguments as the reference's."""
-    norm = distance != MSE
+    norm, huber = distance == NORMALIZED_MSE, distance == HUBER
     for first, last in _groups(student, teacher):
         s, t, g = tuple(student[first:last]), tuple(teacher[first:last]), tuple(grads[first:last])
         sizes = tuple(x.numel() for x in s)
@@ -181,15 +191,15 @@ def feature_match(
         partials = torch.empty(2 * max(chunks, 1), dtype=torch.float32, device=loss.device)
         denominators = torch.empty(TAPS, dtype=torch.float64, device=loss.device)
         aligned = all(x.data_ptr() % 16 == 0 for x in (*s, *t, *g))
-        tables = s, t, g or s, sizes, weights[first:last], grad_scale, denominators, partials, count
+        tables = s, t, g or s, sizes, weights[first:last], grad_scale, denominators, partials, parameter, count
         if chunks:
-            _match[(chunks,)](*tables, True, bool(g) and not norm, norm, aligned, chunk, STEP, num_warps=WARPS)
+            _match[(chunks,)](*tables, True, bool(g) and not norm, norm, huber, aligned, chunk, STEP, num_warps=WARPS)
         _finish[(1,)](
-            partials, sizes, weights[first:last], eps, loss, taps[first:last], denominators, count, norm, first == 0,
-            chunk, 1024, num_warps=WARPS,
+            partials, sizes, weights[first:last], parameter, loss, taps[first:last], denominators, count, norm,
+            first == 0, chunk, 1024, num_warps=WARPS,
         )  # fmt: skip
         if chunks and g and norm:
-            _match[(chunks,)](*tables, False, True, norm, aligned, chunk, STEP, num_warps=WARPS)
+            _match[(chunks,)](*tables, False, True, norm, huber, aligned, chunk, STEP, num_warps=WARPS)
 
 
 @triton.jit
