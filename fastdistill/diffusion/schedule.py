@@ -109,6 +109,20 @@ class NoiseSchedule:
         return torch.stack([signal, noise, *targets[check_prediction_type(target, "target")]], dim=1).float()
 
 
+def flow_coefficients(T: int = 1000, shift: float = 1.0) -> Tensor:
+    """float32 [T, 4] of rectified flow, as ``NoiseSchedule.coefficients``: x_t = (1 - s) x_0 + s noise, target =
+    noise - x_0.
+
+    s = shift u / (1 + (shift - 1) u) with u = (t + 1) / T (Esser et al. 2024, 2403.03206, eq. 23): the ``sigmas`` of
+    diffusers' ``FlowMatchEulerDiscreteScheduler`` in ascending order. Float64, rounded once.
+    """
+    if not 0 < shift < math.inf:
+        raise InputError.of("shift", "a number > 0", shift)
+    u = torch.arange(1, _positive(T) + 1, dtype=torch.float64) / T
+    s = shift * u / (1 + (shift - 1) * u)
+    return torch.stack([1 - s, s, -torch.ones_like(s), torch.ones_like(s)], dim=1).float()
+
+
 def check_prediction_type(value: str, argument: str = "prediction_type") -> PredictionType:
     """``value`` itself; InputError unless it is one of the three."""
     if value not in get_args(PredictionType):

@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
 from fastdistill.errors import InputError
 
 CASES = {
@@ -112,9 +112,24 @@ def test_a_config_makes_the_same_schedule_again(schedule):
     assert again.to_config() == schedule.to_config()
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_flow_is_that_of_diffusers(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=shift)
+    table = flow_coefficients(50, shift)
+    torch.testing.assert_close(table[:, 1], scheduler.sigmas.flip(0)[-50:], rtol=3e-7, atol=0)
+    x, z = torch.randn(2, 50, dtype=torch.float64)
+    signal, noise, target_signal, target_noise = table.double().T
+    assert torch.equal(target_signal * x + target_noise * z, z - x)
+    step = 1e-3  # the target is the velocity d x_t / d s
+    moved = (signal - step) * x + (noise + step) * z
+    torch.testing.assert_close((moved - (signal * x + noise * z)) / step, z - x, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: flow_coefficients(shift=0), "shift: expected a number > 0, got 0"),
+        (lambda: flow_coefficients(0), "T: expected at least 1 timestep, got 0"),
         (lambda: NoiseSchedule(torch.tensor([0.5, 0.6])), "alphas_cumprod: expected values of [0, 1]"),
         (lambda: NoiseSchedule(torch.tensor([0.5, float("nan")])), "alphas_cumprod: expected values of [0, 1]"),
         (lambda: NoiseSchedule(torch.tensor([1.5, 0.5])), "alphas_cumprod: expected values of [0, 1]"),
