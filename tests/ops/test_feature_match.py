@@ -265,6 +265,20 @@ def test_the_gradient_over_the_teacher(kernel: str, distance: str) -> None:
         torch.autograd.grad(loss, student)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("cpp" not in KERNELS, reason="the C++ kernels are not built")
+def test_more_than_2_to_the_31_elements() -> None:
+    """Offsets are 64-bit: the last elements count, and get their gradient. 9 GB."""
+    n = 2**31 + 70
+    student, teacher = (torch.zeros(n, dtype=torch.bfloat16) for _ in range(2))
+    student[-3:] = 2.0
+    student.requires_grad_()
+    with use("cpp"):
+        loss, _ = feature_match([student], [teacher], grad_scale=torch.tensor(float(n)), overwrite_teacher=True)
+    assert loss.item() == pytest.approx(3 * 4.0 / n)
+    assert teacher[-3:].tolist() == [4.0, 4.0, 4.0] and teacher[:-3].count_nonzero() == 0
+
+
 def test_teachers_that_cannot_be_overwritten() -> None:
     def refused(student: list[Tensor], teacher: list[Tensor], message: str, **options: object) -> None:
         with pytest.raises(InputError, match=message):
