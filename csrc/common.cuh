@@ -10,6 +10,8 @@
 #ifndef FD_LAUNCH
 #define FD_LAUNCH(kernel, grid, block, shared, stream, ...) \
   kernel<<<(grid), (block), (shared), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// The shared bytes of the launch, as an array in the kernel.
+#define FD_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #endif
 
 // The last error of a launch as a string, null if there was none.

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.machinery
 import importlib.util
 import os
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,38 +19,56 @@ import pybind11
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FLAGS = "-std=c++17 -O1 -fPIC -shared -ffp-contract=off -Wno-unknown-pragmas -Wno-psabi".split()
+FLAGS = "-std=c++17 -O1 -g1 -fPIC -ffp-contract=off -Wno-unknown-pragmas -Wno-psabi".split()
+# What announces every access to memory.cpp, and traps at an index past an array and at a vector that is not aligned.
+WATCHED = "-fsanitize=thread,bounds,alignment -fsanitize-undefined-trap-on-error".split()
+LINK = "-shared -Wl,-z,defs".split()
+loaded: list[ctypes.CDLL] = []  # the libraries of kernels that can run
 
 
-def kernels(sources: list[Path]) -> Path:
+@cache
+def kernels(sources: tuple[Path, ...]) -> Path:
     """A library of kernels. It holds nothing else, as all its thread-local memory counts as shared memory of blocks."""
-    options = ["-include", str(HERE / "emulation.h"), "-x", "c++", *map(str, sources), str(HERE / "emulation.cpp")]
-    return _compiled("kernels.so", sources, options)
-
-
-def _compiled(name: str, sources: list[Path], options: list[str]) -> Path:
-    """The library that these options make of the sources, made anew when any source or header has changed."""
-    headers = [*HERE.glob("emulation.*"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
-    content = b"".join(path.read_bytes() for path in sorted({*sources, *headers}))
-    key = hashlib.sha256(content + " ".join([*FLAGS, *options]).encode()).hexdigest()[:16]
-    library = ROOT / "build" / "cuda_on_cpu" / key / name
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        includes = [HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-        temporary = library.with_suffix(f".{os.getpid()}.tmp")
-        command = ["g++", *FLAGS, *(f"-I{path}" for path in includes), *options, "-o", str(temporary)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        temporary.replace(library)
+    scheduler = [(HERE / name, ("-O2",)) for name in ("emulation.cpp", "memory.cpp")]
+    flags = (*WATCHED, "-include", str(HERE / "emulation.h"), "-x", "c++")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda one: _compiled(*one), [(source, flags) for source in sources] + scheduler))
+    library = _linked("kernels.so", objects, LINK)
+    loaded.append(ctypes.CDLL(str(library)))
+    loaded[-1].fd_forbid.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_bool]
     return library
+
+
+def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
+    """The object of a source, made anew when the source or any header has changed."""
+    headers = [*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
+    content = b"".join(path.read_bytes() for path in [source, *sorted(headers)])
+    includes = [f"-I{path}" for path in (HERE, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))]
+    return _made(f"{source.parent.name}.{source.name}.o", content, [*FLAGS, *includes, *flags, "-c", str(source)])
+
+
+def _linked(name: str, objects: list[Path], flags: list[str]) -> Path:
+    return _made(name, b"", [*map(str, objects), *flags])
+
+
+def _made(name: str, content: bytes, options: list[str]) -> Path:
+    key = hashlib.sha256(content + " ".join(options).encode()).hexdigest()[:16]
+    path = ROOT / "build" / "cuda_on_cpu" / key / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        done = subprocess.run(["g++", *options, "-o", str(temporary)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        temporary.replace(path)
+    return path
 
 
 @cache
 def module() -> ModuleType:
     """``fastdistill._cuda``, emulated."""
-    library = kernels(sorted((ROOT / "csrc").rglob("*.cu")))
-    bindings = ROOT / "csrc" / "bindings_cuda.cpp"
-    path = _compiled("_cuda.so", [bindings], [str(bindings), str(library), f"-Wl,-rpath,{library.parent}"])
+    library = kernels(tuple(sorted((ROOT / "csrc").rglob("*.cu"))))
+    bindings = _compiled(ROOT / "csrc" / "bindings_cuda.cpp", ())
+    path = _linked("_cuda.so", [bindings], ["-shared", str(library), f"-Wl,-rpath,{library.parent}"])
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(path))
     spec = importlib.util.spec_from_loader("_cuda", loader)
     assert spec is not None

@@ -2,7 +2,7 @@
 // The scheduler of fibers behind emulation.h.
 #include "emulation.h"
 
-#include <link.h>
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -13,6 +13,8 @@
 #include <random>
 #include <string>
 #include <vector>
+
+#include "memory.h"
 
 namespace fd_emulation {
 
@@ -31,7 +33,9 @@ struct Fiber {
   int line;       // of the barrier where it waits
   unsigned mask;  // of the lanes that it waits for
   int meetings;   // of its warp so far
+  bool orders;    // memory, at this meeting
   uint3 index;
+  Runner runner;
 };
 
 struct Warp {
@@ -47,25 +51,7 @@ const std::function<void()>* body;
 std::string error;
 const char* kernel_name;
 uint64_t launches = 0;
-sigjmp_buf fault;
-void* fault_address;
-
-thread_local volatile char touched;  // without a use, the module's thread-local memory would not be there yet
-
-// Fills all shared memory of this module.
-int poison_shared(dl_phdr_info* info, size_t, void* value) {
-  const auto here = reinterpret_cast<ElfW(Addr)>(&poison_shared);
-  size_t bytes = 0;
-  bool ours = false;
-  for (int i = 0; i < info->dlpi_phnum; ++i) {
-    const ElfW(Phdr) & part = info->dlpi_phdr[i];
-    const ElfW(Addr) start = info->dlpi_addr + part.p_vaddr;
-    if (part.p_type == PT_TLS) bytes = part.p_memsz;
-    ours = ours || (part.p_type == PT_LOAD && here >= start && here < start + part.p_memsz);
-  }
-  if (ours) memset(info->dlpi_tls_data, *static_cast<int*>(value), bytes);
-  return ours;
-}
+sigjmp_buf failure;
 
 std::string place() {
   char text[160];
@@ -74,19 +60,38 @@ std::string place() {
   return text;
 }
 
-void on_fault(int, siginfo_t* info, void*) {
-  fault_address = info->si_addr;
-  siglongjmp(fault, 1);
+// ``file.cu:12`` of an address in this library, where addr2line is at hand.
+std::string line_of(const void* code) {
+  Dl_info info;
+  if (!code || !dladdr(code, &info)) return "";
+  char command[512], found[512] = "";
+  const size_t offset = size_t(static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase)) - 1;
+  snprintf(command, sizeof command, "addr2line -s -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
+  if (FILE* tool = popen(command, "r")) {
+    if (!fgets(found, sizeof found, tool)) found[0] = 0;
+    pclose(tool);
+  }
+  const std::string line = std::string(found).substr(0, strcspn(found, "\n ("));
+  return line.empty() || line[0] == '?' ? "" : " (" + line + ")";
+}
+
+void on_fault(int signal, siginfo_t* info, void*) {
+  if (signal == SIGILL) fail("indexes past an array or breaks an alignment", static_cast<const char*>(info->si_addr) + 1);
+  char text[64];
+  snprintf(text, sizeof text, "accesses %p, which is out of bounds", info->si_addr);
+  fail(text, last_access());
 }
 
 void enter() {
   (*body)();
+  runner = nullptr;
   current->state = done;
   swapcontext(&current->context, &scheduler);
 }
 
 void wait(State state, int line, unsigned mask) {
   current->state = state, current->line = line, current->mask = mask;
+  runner = nullptr;
   swapcontext(&current->context, &scheduler);
 }
 
@@ -110,8 +115,13 @@ bool release_warps() {
       }
       if (!all) continue;
       any = true;
-      for (int lane = 0; lane < 32; ++lane)
-        if (mask >> lane & 1) fibers[32 * w + lane].state = ready;
+      const uint32_t now = next_moment();
+      for (int lane = 0; lane < 32; ++lane) {
+        if (!(mask >> lane & 1)) continue;
+        Fiber& f = fibers[32 * w + lane];
+        f.state = ready;
+        if (f.orders) f.runner.warp_sync = now;
+      }
     }
   }
   return any;
@@ -120,14 +130,13 @@ bool release_warps() {
 bool release_block() {
   for (const Fiber& f : fibers)
     if (f.state != at_block || f.line != fibers[0].line) return false;
-  for (Fiber& f : fibers) f.state = ready;
+  const uint32_t now = next_moment();
+  for (Fiber& f : fibers) f.state = ready, f.runner.block_sync = now;
   return true;
 }
 
 // Runs one block; false: an error is set.
-bool run_block(std::mt19937_64& random, int poison) {
-  touched = 1;
-  dl_iterate_phdr(poison_shared, &poison);
+bool run_block(std::mt19937_64& random, size_t number) {
   std::vector<size_t> order(fibers.size());
   for (size_t i = 0; i < fibers.size(); ++i) {
     Fiber& f = fibers[i];
@@ -136,6 +145,7 @@ bool run_block(std::mt19937_64& random, int poison) {
     f.index = {unsigned(i % block_size.x), unsigned(i / block_size.x % block_size.y),
                unsigned(i / block_size.x / block_size.y)};
     getcontext(&f.context);
+    f.runner = {uint32_t(number << 10 | i), 0, 0, stacks[i].get(), stacks[i].get() + stack_bytes};
     f.context.uc_stack.ss_sp = stacks[i].get();
     f.context.uc_stack.ss_size = stack_bytes;
     f.context.uc_link = nullptr;
@@ -148,6 +158,7 @@ bool run_block(std::mt19937_64& random, int poison) {
       if (fibers[i].state != ready) continue;
       current = &fibers[i];
       thread = current->index;
+      runner = &current->runner;
       swapcontext(&scheduler, &current->context);
     }
     if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == done; })) return true;
@@ -165,14 +176,21 @@ bool run_block(std::mt19937_64& random, int poison) {
 
 }  // namespace
 
+void fail(const std::string& what, const void* caller) {
+  runner = nullptr;
+  error = place() + " " + what + line_of(caller);
+  siglongjmp(failure, 1);
+}
+
 void meet_block(int line) { wait(at_block, line, 0); }
 
-const uint64_t* meet_warp(unsigned mask, uint64_t value, int line) {
+const uint64_t* meet_warp(unsigned mask, uint64_t value, int line, bool orders) {
   Fiber* self = current;
   const size_t at = size_t(self - fibers.data());
   uint64_t* values = warps[at / 32].values[self->meetings++ % 2];
   values[at % 32] = value;
-  if (!(mask >> (at % 32) & 1)) error = place() + " is not in the mask of its own shuffle or vote";
+  if (!(mask >> (at % 32) & 1)) fail("is not in the mask of its own shuffle or vote");
+  self->orders = orders;
   wait(at_warp, line, mask);
   return values;
 }
@@ -184,11 +202,11 @@ const char* take_error() {
   return taken.empty() ? nullptr : taken.c_str();
 }
 
-void launch(const char* kernel, dim3 grid, dim3 size, const std::function<void()>& run) {
+void launch(const char* kernel, dim3 grid, dim3 size, size_t shared, const std::function<void()>& run) {
   if (!error.empty()) return;
   kernel_name = kernel, body = &run, grid_size = grid, block_size = size;
   const size_t threads = size_t(size.x) * size.y * size.z, blocks = size_t(grid.x) * grid.y * grid.z;
-  if (threads == 0 || threads > 1024 || blocks == 0) {
+  if (threads == 0 || threads > 1024 || blocks == 0 || blocks >> 19 || shared > most_dynamic) {
     error = std::string(kernel) + ": invalid configuration";
     return;
   }
@@ -200,25 +218,21 @@ void launch(const char* kernel, dim3 grid, dim3 size, const std::function<void()
   std::vector<size_t> order(blocks);
   for (size_t i = 0; i < blocks; ++i) order[i] = i;
   if (launches % 2) std::shuffle(order.begin(), order.end(), random);
-  const int poison = launches % 2 ? 0xFF : 0x47;
 
-  struct sigaction action = {}, segv, bus;
+  watch_launch();
+  struct sigaction action = {}, before[3];
+  const int signals[3] = {SIGSEGV, SIGBUS, SIGILL};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
-  sigaction(SIGSEGV, &action, &segv);
-  sigaction(SIGBUS, &action, &bus);
-  if (sigsetjmp(fault, 1) == 0) {
+  for (int i = 0; i < 3; ++i) sigaction(signals[i], &action, &before[i]);
+  if (sigsetjmp(failure, 1) == 0) {
     for (size_t i : order) {
       block = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-      if (!run_block(random, poison)) break;
+      watch_block(shared, launches % 2 ? 0xFF : 0x47);
+      if (!run_block(random, i)) break;
     }
-  } else {
-    char text[64];
-    snprintf(text, sizeof text, " accesses %p, which is out of bounds", fault_address);
-    error = place() + text;
   }
-  sigaction(SIGSEGV, &segv, nullptr);
-  sigaction(SIGBUS, &bus, nullptr);
+  for (int i = 0; i < 3; ++i) sigaction(signals[i], &before[i], nullptr);
 }
 
 }  // namespace fd_emulation

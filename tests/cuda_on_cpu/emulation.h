@@ -2,10 +2,9 @@
 // A small CUDA on the CPU: enough of the language to run this project's kernels as they are written, one thread at a time.
 //
 // The threads of a block are fibers that run until they wait: at __syncthreads, or at a warp's shuffle, vote or
-// __syncwarp, where the lanes of the mask meet. Blocks and threads take turns in an order that changes with every launch,
-// and shared memory is poisoned before every block, also differently each time: what depends on a missing barrier or on
-// memory that nobody wrote changes from one launch to the next. A barrier that not all threads reach, and an access
-// outside of memory, end the launch with an error that names kernel, block and thread.
+// __syncwarp, where the lanes of the mask meet. Blocks and threads take turns in an order that changes with every launch.
+// A barrier that not all threads reach, and whatever memory.cpp finds, end the launch with an error that names kernel,
+// block, thread and line. Shared memory is also poisoned, differently each time, as not every access is announced.
 #pragma once
 #include <ucontext.h>
 
@@ -50,11 +49,14 @@ namespace fd_emulation {
 extern uint3 thread, block;
 extern dim3 block_size, grid_size;
 
-void launch(const char* kernel, dim3 grid, dim3 block, const std::function<void()>& body);
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
 const char* take_error();
 void meet_block(int line);
 // Deposits ``bytes`` of a lane's value, waits for the lanes of the mask, and returns the values of the warp's 32 lanes.
-const uint64_t* meet_warp(unsigned mask, uint64_t value, int line);
+const uint64_t* meet_warp(unsigned mask, uint64_t value, int line, bool orders = false);
+void* dynamic_shared();
+void fence();
+void atomically(const void* address, size_t size);
 
 template <typename T> uint64_t word_of(T value) {
   static_assert(sizeof(T) <= 8, "shuffles take at most eight bytes");
@@ -67,6 +69,10 @@ template <typename T> T value_of(uint64_t word) {
   memcpy(&value, &word, sizeof value);
   return value;
 }
+struct SyncWarp {
+  int line;
+  void operator()(unsigned mask = ~0u) const { meet_warp(mask, 0, line, true); }
+};
 inline int lane() { return int(thread.x % 32); }
 
 template <typename T> T shuffle(unsigned mask, T value, int from, int line) {
@@ -89,7 +95,7 @@ inline unsigned ballot(unsigned mask, bool vote, int line) {
 constexpr int warpSize = 32;
 
 #define __syncthreads() fd_emulation::meet_block(__LINE__)
-#define __syncwarp(...) ((void)fd_emulation::meet_warp(~0u, 0, __LINE__))
+#define __syncwarp(...) fd_emulation::SyncWarp{__LINE__}(__VA_ARGS__)
 #define __shfl_sync(mask, value, from) fd_emulation::shuffle(mask, value, from, __LINE__)
 #define __shfl_xor_sync(mask, value, bits) fd_emulation::shuffle(mask, value, fd_emulation::lane() ^ (bits), __LINE__)
 #define __shfl_down_sync(mask, value, by) fd_emulation::shuffle(mask, value, fd_emulation::lane() + int(by), __LINE__)
@@ -99,17 +105,19 @@ constexpr int warpSize = 32;
 #define __all_sync(mask, vote) (fd_emulation::ballot(mask, vote, __LINE__) == (mask))
 
 // One thread runs at a time, so an atomic operation is a plain one.
-template <typename T> T atomicAdd(T* at, T value) {
+template <typename T, typename F> __attribute__((no_sanitize("thread"))) T fd_atomic(T* at, const F& change) {
+  fd_emulation::atomically(at, sizeof(T));
   const T before = *at;
-  *at = before + value;
+  *at = change(before);
   return before;
+}
+template <typename T> T atomicAdd(T* at, T value) {
+  return fd_atomic(at, [=](T before) { return before + value; });
 }
 template <typename T> T atomicMax(T* at, T value) {
-  const T before = *at;
-  if (value > before) *at = value;
-  return before;
+  return fd_atomic(at, [=](T before) { return value > before ? value : before; });
 }
-inline void __threadfence() {}
+inline void __threadfence() { fd_emulation::fence(); }
 template <typename T> T __ldg(const T* at) { return *at; }
 template <typename T> void __stcs(T* at, T value) { *at = value; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
@@ -123,4 +131,5 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 }
 
 #define FD_LAUNCH(kernel, grid, block, shared, stream, ...) \
-  fd_emulation::launch(#kernel, grid, block, [=] { kernel(__VA_ARGS__); })
+  fd_emulation::launch(#kernel, grid, block, shared, [=] { kernel(__VA_ARGS__); })
+#define FD_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(fd_emulation::dynamic_shared())

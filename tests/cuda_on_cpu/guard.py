@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tests.cuda_on_cpu import loaded
+
 PAGE = mmap.PAGESIZE
 CANARY = 0xA5
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -21,8 +23,8 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class Guarded:
     """A copy of a dense tensor whose memory ends at a forbidden page, and begins less than a page after another.
 
-    It starts at a multiple of 16 bytes plus what the original's start is past one, so up to 15 bytes may lie behind it;
-    they hold a canary.
+    It starts at a multiple of 16 bytes plus what the original's start is past one, so up to 15 bytes may lie behind it.
+    They and those before it hold a canary, and kernels that are watched may not touch them.
     """
 
     def __init__(self, original: Tensor) -> None:
@@ -43,11 +45,22 @@ class Guarded:
         if size:
             self.tensor.copy_(original)
         self._protect(0)
+        self._forbid(True)
+
+    def _forbid(self, forbidden: bool) -> None:
+        for library in loaded:
+            library.fd_forbid(self._base + PAGE, self._base + self._start, forbidden)
+            library.fd_forbid(self._base + self._end - self._slack, self._base + self._end, forbidden)
 
     def _protect(self, access: int) -> None:
         for page in (self._base, self._base + len(self._map) - PAGE):
             if _libc.mprotect(page, PAGE, access) != 0:
                 raise OSError(ctypes.get_errno(), "mprotect")
+
+    def open(self) -> None:
+        """Let all of the memory be touched again."""
+        self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
+        self._forbid(False)
 
     def release(self) -> None:
         """Copy the content back.
@@ -58,7 +71,6 @@ class Guarded:
         if self.tensor is not self.original:
             self.original.copy_(self.tensor)
         beside = self._map[PAGE : self._start] + self._map[self._end - self._slack : self._end]
-        self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
         assert set(beside) <= {CANARY}, f"wrote beside a tensor of shape {tuple(self.original.shape)}"
 
 
@@ -69,9 +81,13 @@ def guarded(launch: Callable[..., None]) -> Callable[..., None]:
         leaves, structure = tree_flatten(list(args))
         guards = [Guarded(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
         inside = [leaf if guard is None else guard.tensor for leaf, guard in zip(leaves, guards, strict=True)]
-        launch(*tree_unflatten(inside, structure))
-        for guard in guards:
-            if guard is not None:
-                guard.release()
+        held = [guard for guard in guards if guard is not None]
+        try:
+            launch(*tree_unflatten(inside, structure))
+        finally:
+            for guard in held:
+                guard.open()
+        for guard in held:
+            guard.release()
 
     return run
