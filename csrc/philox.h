@@ -94,5 +94,42 @@ template <typename U> FD_HD auto box_muller(U word1, U word2) {
   return Pair<decltype(r * c)>{r * c, r * s};
 }
 
+// One block of four words of a stream.
+using Words = Block<uint32_t>;
+FD_HD Words draw(uint64_t seed, uint32_t stream, uint64_t block, uint32_t sample, uint64_t step) {
+  const uint32_t high = stream << 16 | (uint32_t(block >> 32) & 0xFFFFu);
+  return philox4x32(Words{uint32_t(block), high, sample, uint32_t(step)}, uint32_t(seed), uint32_t(seed >> 32));
+}
+
+// z[0, 8): a sample's noise from element `first` on, a multiple of 4.
+FD_HD void eight_normals(uint64_t seed, uint64_t step, uint32_t sample, int64_t first, float* z) {
+  for (int half = 0; half < 2; ++half) {
+    const Words w = draw(seed, stream_noise, uint64_t(first) / 4 + half, sample, step);
+    const auto front = box_muller(w.x, w.y), back = box_muller(w.z, w.w);
+    z[4 * half] = front.even, z[4 * half + 1] = front.odd, z[4 * half + 2] = back.even, z[4 * half + 3] = back.odd;
+  }
+}
+
+#ifndef __CUDACC__
+constexpr int blocks_at_once = 32;                   // two chains of Philox rounds side by side
+constexpr int64_t noise_group = 4 * blocks_at_once;  // elements whose noise is made together
+
+// z[0, noise_group): a sample's noise from element `first` on, a multiple of noise_group.
+FD_HD void group_normals(uint64_t seed, uint64_t step, uint32_t sample, int64_t first, float* z) {
+  const uint64_t block = uint64_t(first) / 4;
+  const Words counter = {uint32_t(block), stream_noise << 16 | (uint32_t(block >> 32) & 0xFFFFu), sample, uint32_t(step)};
+  const uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+  vwide even, odd;  // columns of the even and of the odd lanes
+  for (int i = 0; i < simd_width / 2; ++i) even[i] = column(2 * i), odd[i] = column(2 * i + 1);
+  for (int part = 0; part < blocks_at_once / simd_width; ++part) {
+    const uint64_t at = counter.x + part * simd_width;
+    const Block<vwide> a = philox4x32(even + at, counter, key0, key1);
+    const Block<vwide> b = philox4x32(odd + at, counter, key0, key1);
+    const auto front = box_muller(pack(a.x, b.x), pack(a.y, b.y)), back = box_muller(pack(a.z, b.z), pack(a.w, b.w));
+    store_columns(z + 4 * part * simd_width, front.even, front.odd, back.even, back.odd);
+  }
+}
+#endif
+
 }  // namespace FD_ISA
 }  // namespace fd

@@ -19,21 +19,6 @@ constexpr int64_t noise_piece = 8192;        // elements of a latent in a piece 
 constexpr int64_t copy_piece = 128 << 10;    // bytes of a prompt in a piece at most
 constexpr int64_t fetch_distance = 1 << 10;  // bytes
 constexpr int64_t copy_streams = 8;
-constexpr int blocks_at_once = 32;             // two chains of Philox rounds side by side
-constexpr int64_t group = 4 * blocks_at_once;  // elements whose noise is made together
-
-// z[0, group): the normals of blocks_at_once blocks in element order. counter.x is a multiple of blocks_at_once.
-FD_HD void normals(const Words counter, uint32_t key0, uint32_t key1, float* z) {
-  vwide even, odd;  // columns of the even and of the odd lanes
-  for (int i = 0; i < simd_width / 2; ++i) even[i] = column(2 * i), odd[i] = column(2 * i + 1);
-  for (int part = 0; part < blocks_at_once / simd_width; ++part) {
-    const uint64_t first = counter.x + part * simd_width;
-    const Block<vwide> a = philox4x32(even + first, counter, key0, key1);
-    const Block<vwide> b = philox4x32(odd + first, counter, key0, key1);
-    const auto front = box_muller(pack(a.x, b.x), pack(a.y, b.y)), back = box_muller(pack(a.z, b.z), pack(a.w, b.w));
-    store_columns(z + 4 * part * simd_width, front.even, front.odd, back.even, back.odd);
-  }
-}
 
 // Bytes copied a few lines at a time: in several streams, as a core fetches more from many pages at once than from one.
 struct Copy {
@@ -69,14 +54,12 @@ void finish(Copy& copy) {
 template <bool with_target, typename T> void noise_rows(const T* x, T* x_t, T* target, const float* c, uint64_t seed,
                                                         uint64_t step, uint32_t sample, int64_t first, int64_t n, Copy& copy) {
   const Lanes signal = splat(c[0]), noise = splat(c[1]), target_signal = splat(c[2]), target_noise = splat(c[3]);
-  float z[group];
-  const int64_t share = copy.stream / larger(1, n / group);
-  for (int64_t i = 0; i < n; i += group) {
-    advance(copy, smaller(copy.stream, (i / group + 1) * share));
-    const uint64_t block = uint64_t(first + i) / 4;
-    const Words counter = {uint32_t(block), stream_noise << 16 | (uint32_t(block >> 32) & 0xFFFFu), sample, uint32_t(step)};
-    normals(counter, uint32_t(seed), uint32_t(seed >> 32), z);
-    for (int64_t j = 0; j < group && i + j < n; j += lanes) {
+  float z[noise_group];
+  const int64_t share = copy.stream / larger(1, n / noise_group);
+  for (int64_t i = 0; i < n; i += noise_group) {
+    advance(copy, smaller(copy.stream, (i / noise_group + 1) * share));
+    group_normals(seed, step, sample, first + i, z);
+    for (int64_t j = 0; j < noise_group && i + j < n; j += lanes) {
       const int64_t at = i + j, rest = n - at;
       const Lanes zs = load(z + j);
       if (rest >= lanes) {
@@ -119,7 +102,7 @@ int64_t noise_gather(const NoiseGather& a) {
   if (outside >= 0) return outside;
   const int64_t prompt_bytes = a.prompt_row * bytes_of(a.prompt_dtype);
   const int64_t pieces = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(prompt_bytes, copy_piece)));
-  const int64_t elements = larger(1, ceil_div(ceil_div(a.row, pieces), group)) * group,
+  const int64_t elements = larger(1, ceil_div(ceil_div(a.row, pieces), noise_group)) * noise_group,
                 bytes = ceil_div(ceil_div(prompt_bytes, pieces), 64) * 64;
   const int64_t total = a.batch * pieces;
   const int threads = int(smaller(a.threads, total));

@@ -23,16 +23,6 @@ struct Pieces {
   int64_t count, elements, bytes;  // pieces of a sample; of a latent and of a prompt in each
 };
 
-// Eight normals from element ``first`` on, a multiple of 4.
-__device__ void normals(const NoiseGather& a, int64_t sample, int64_t first, float* z) {
-  for (int half = 0; half < 2; ++half) {
-    const uint64_t seed = uint64_t(a.counter[0]), step = uint64_t(a.counter[1]);
-    const Words w = draw(seed, stream_noise, uint64_t(first) / 4 + half, uint32_t(sample), step);
-    const auto front = box_muller(w.x, w.y), back = box_muller(w.z, w.w);
-    z[4 * half] = front.even, z[4 * half + 1] = front.odd, z[4 * half + 2] = back.even, z[4 * half + 3] = back.odd;
-  }
-}
-
 template <typename T> __device__ void noise_part(const NoiseGather& a, const Draw& d, int64_t b, int64_t first, int64_t end) {
   const float* c = a.coefficients + 4 * d.timestep;
   const float signal = c[0], noise = c[1], target_signal = c[2], target_noise = c[3];
@@ -41,7 +31,7 @@ template <typename T> __device__ void noise_part(const NoiseGather& a, const Dra
   T* target = a.target ? static_cast<T*>(a.target) + b * a.row : nullptr;
   for (int64_t i = first + 8 * threadIdx.x; i < end; i += 8 * threads_per_block) {
     float z[8];
-    normals(a, a.first_sample + b, i, z);
+    eight_normals(uint64_t(a.counter[0]), uint64_t(a.counter[1]), uint32_t(a.first_sample + b), i, z);
     Eight<T> x, mixed, wanted;
     const bool vector = i + 8 <= end && starts_vector(latent + i) && starts_vector(x_t + i) && starts_vector(target + i);
     const int64_t n = smaller(end - i, 8);

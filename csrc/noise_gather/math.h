@@ -35,13 +35,6 @@ struct NoiseGather {
 
 namespace FD_ISA {
 
-using Words = Block<uint32_t>;
-
-FD_HD Words draw(uint64_t seed, uint32_t stream, uint64_t block, uint32_t sample, uint64_t step) {
-  const uint32_t high = stream << 16 | (uint32_t(block >> 32) & 0xFFFFu);
-  return philox4x32(Words{uint32_t(block), high, sample, uint32_t(step)}, uint32_t(seed), uint32_t(seed >> 32));
-}
-
 // Binary digits of half of the numbers below n, at least 1.
 FD_HD int half_bits(int64_t n) {
   int bits = 0;
