@@ -5,6 +5,7 @@ fastdistill._cpu   C++ kernels, whenever a C++17 compiler (CXX, g++, clang++, c+
                    FASTDISTILL_CPU=1 requires it, =0 skips
 fastdistill._cuda  CUDA kernels, when nvcc is there too (PATH, CUDA_HOME, /usr/local/cuda)
                    FASTDISTILL_CUDA=1 requires it, =0 skips; FASTDISTILL_CUDA_ARCHS="80;90" names the architectures
+FASTDISTILL_SANITIZE="address,undefined" builds fastdistill._cpu under these sanitizers (make sanitizers).
 MAX_JOBS limits the compiler processes.
 
 Without a compiler the package installs as pure Python. Objects stay under build/native-*, so that a second build
@@ -34,6 +35,9 @@ KERNEL_FLAGS = "-ffp-contract=off -fno-math-errno -fno-trapping-math -fno-except
 WARNINGS = "-Wall -Wno-psabi -Wno-maybe-uninitialized -Wno-unknown-warning-option".split()
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *WARNINGS]
 SHARED = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+if SANITIZE := os.environ.get("FASTDISTILL_SANITIZE", ""):
+    CXX_FLAGS += ["-O1", "-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover"]
+    SHARED += [f"-fsanitize={SANITIZE}"]
 INCLUDE = sysconfig.get_path("include")
 
 
@@ -133,7 +137,7 @@ class Ninja:
 
 class BuildKernels(build_ext):
     def build_extensions(self) -> None:
-        folder = f"build/native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        folder = f"build/native-{sys.implementation.cache_tag}-{sysconfig.get_platform()}{SANITIZE and '-sanitized'}"
         Path(ROOT, folder).mkdir(parents=True, exist_ok=True)
         ninja = Ninja(folder)
         # An isolated build has pybind11 at a new path every time; a copy at a fixed path keeps the objects valid.

@@ -17,9 +17,10 @@ EMULATED = not torch.cuda.is_available()
 if EMULATED:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import fastdistill  # noqa: E402
 from fastdistill.ops import OPS, _native  # noqa: E402
 from fastdistill.ops._dispatch import Kernel, _forced  # noqa: E402
-from tests import cuda_on_cpu  # noqa: E402
+from tests import cuda_on_cpu, sanitizers  # noqa: E402
 from tests.cuda_on_cpu.guard import guarded  # noqa: E402
 
 
@@ -33,6 +34,8 @@ def _emulated(kernel: Kernel) -> Kernel:
     return Kernel(kernel.name, "cpu", launch, lambda: None, refuse)
 
 
+if sanitizers.SANITIZE:
+    fastdistill.__path__.insert(0, str(sanitizers.BUILT / "fastdistill"))
 if EMULATED:
     _native.cuda = cuda_on_cpu.module
     for op in OPS.values():

@@ -17,12 +17,17 @@ from types import ModuleType
 
 import pybind11
 
+from tests.sanitizers import SANITIZE
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FLAGS = "-std=c++17 -O1 -g1 -fPIC -ffp-contract=off -Wno-unknown-pragmas -Wno-psabi".split()
 # What announces every access to memory.cpp, and traps at an index past an array and at a vector that is not aligned.
 WATCHED = "-fsanitize=thread,bounds,alignment -fsanitize-undefined-trap-on-error".split()
 LINK = "-shared -Wl,-z,defs".split()
+if SANITIZE:  # the compiler's own instead
+    WATCHED = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover", "-fno-omit-frame-pointer"]
+    LINK = ["-shared", f"-fsanitize={SANITIZE}"]
 loaded: list[ctypes.CDLL] = []  # the libraries of kernels that can run
 
 
