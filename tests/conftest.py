@@ -1,4 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loaded before any test module: Triton decides at its first import whether it interprets."""
 
+from collections.abc import Iterator
+
+import pytest
+import torch
+
 import tests.gpu_on_cpu  # noqa: F401
+from tests.harness import On, device_of
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    return f"{val}@{val.device}" if isinstance(val, On) and val.device != "cpu" else None
+
+
+@pytest.fixture(autouse=True)
+def _made_on_the_device_of_the_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    device = device_of(getattr(request.node, "callspec", None) and request.node.callspec.params.get("kernel"))
+    if device == "cpu":
+        yield
+        return
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)

@@ -5,11 +5,15 @@ A ``Case`` says how to call the op's public function, what it should return in f
 a user's eager code of the same precision returns. The rule for floats: error against float64 at most 2x (gradients 3x)
 that of the same-precision eager code, or 4 eps of the largest magnitude (for sums eps sqrt(n) of the sum of the terms'
 magnitudes), whichever is larger. Integers are equal.
+
+``kernels_of`` names each kernel with the device to test it on: on a CPU emulated where it is for a GPU, and where there
+is a GPU on that. Tests of a parameter ``kernel`` then make all their tensors there (``tests/conftest.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-import tests.gpu_on_cpu
 from fastdistill.ops import OPS, use
 from fastdistill.ops._dispatch import REFERENCE
 
@@ -44,14 +47,42 @@ class Case:
     cotangent: float = 1.75
 
 
-def kernels_of(op: str, device: str = "cpu") -> list[str]:
-    """The kernels of an op that can run here, the reference first."""
-    return [REFERENCE, *(k.name for k in OPS[op].kernels if k.device == device and k.available() is None)]
+class On(str):
+    """The name of a kernel, with the type of device on which it is tested."""
+
+    device: str
+
+    def __new__(cls, name: str, device: str) -> On:
+        self = super().__new__(cls, name)
+        self.device = device
+        return self
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def kernels_of(op: str, devices: Sequence[str] = DEVICES) -> list[str]:
+    """The kernels of an op that can run here, the reference first on each device."""
+    return [
+        On(name, device)
+        for device in devices
+        for name in (REFERENCE, *(k.name for k in OPS[op].kernels if k.device == device and k.available() is None))
+    ]
+
+
+def device_of(kernel: object) -> str:
+    """Where a kernel is tested: a name alone means the CPU."""
+    return getattr(kernel, "device", "cpu")
+
+
+def generator(seed: int) -> torch.Generator:
+    """Random numbers for the tensors of a test, on the device where it makes them."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def emulated(kernel: str) -> bool:
     """Whether a kernel for a GPU is emulated here, a few milliseconds a block: its tests take small sizes."""
-    return kernel in ("triton", "cuda") and tests.gpu_on_cpu.EMULATED
+    return kernel in ("triton", "cuda") and device_of(kernel) == "cpu"
 
 
 @contextlib.contextmanager
@@ -78,6 +109,11 @@ def detached(tree: Any, dtype: torch.dtype | None = None) -> Any:
         return (twin if dtype is None or not t.is_floating_point() else twin.to(dtype)).requires_grad_(t.requires_grad)
 
     return tree_map_only(Tensor, leaf, tree)
+
+
+def on(device: str, tree: Any) -> Any:
+    """A copy on a device, with leaves of their own; strides kept."""
+    return detached(tree_map_only(Tensor, lambda t: t.detach().to(device).requires_grad_(t.requires_grad), tree))
 
 
 def leaves(tree: Any) -> list[Tensor]:
@@ -122,13 +158,16 @@ def check_values(case: Case, kernel: str) -> None:
     with use(kernel), poisoned_empty():
         outputs, gradients = evaluate(case.call, detached(case.inputs), case.cotangent)
         again, gradients_again = evaluate(case.call, detached(case.inputs), case.cotangent)
-    truth, true_gradients = evaluate(case.truth, detached(case.inputs, torch.float64), case.cotangent)
-    eager, eager_gradients = evaluate(case.eager, detached(case.inputs), case.cotangent)
+    with torch.device("cpu"):
+        exact = detached(on("cpu", case.inputs), torch.float64)
+        truth, true_gradients = evaluate(case.truth, exact, case.cotangent)
+        eager, eager_gradients = evaluate(case.eager, on("cpu", case.inputs), case.cotangent)
+    assert all(t.device.type == device_of(kernel) for t in [*outputs, *gradients])
     assert len(outputs) == len(truth) == len(eager)
     for i, triple in enumerate(zip(outputs, truth, eager, strict=True)):
-        assert_close(f"{case.op}[{kernel}] output {i}", *triple, factor=2.0, terms=case.sums.get(i))
+        assert_close(f"{case.op}[{kernel}] output {i}", *map(Tensor.cpu, triple), factor=2.0, terms=case.sums.get(i))
     for i, triple in enumerate(zip(gradients, true_gradients, eager_gradients, strict=True)):
-        assert_close(f"{case.op}[{kernel}] gradient {i}", *triple, factor=3.0)
+        assert_close(f"{case.op}[{kernel}] gradient {i}", *map(Tensor.cpu, triple), factor=3.0)
     for one, two in zip([*outputs, *gradients], [*again, *gradients_again], strict=True):
         assert torch.equal(one, two), f"{case.op}[{kernel}]: two runs differ"
 
@@ -193,9 +232,11 @@ def check_fake(case: Case, device: str = "cpu") -> None:
 
 
 def check_op(case: Case, kernel: str, *, compiled: Sequence[str] = ("aot_eager",), registration: bool = True) -> None:
-    """All of the above for one kernel on one case."""
+    """All of the above for one kernel on one case, whose inputs are brought to the kernel's device."""
+    if any(t.device.type != device_of(kernel) for t in tree_flatten(case.inputs)[0] if isinstance(t, Tensor)):
+        case = dataclasses.replace(case, inputs=on(device_of(kernel), case.inputs))
     check_values(case, kernel)
-    check_fake(case)
+    check_fake(case, device_of(kernel))
     if registration:
         check_registration(case, kernel)
     for backend in compiled:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import OPS, AdamWGroup, adamw_ema, grad_square_sum, use
-from tests.harness import Case, check_fake, check_op, detached, emulated, kernels_of
+from tests.harness import Case, check_fake, check_op, detached, emulated, generator, kernels_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy, of gradients that are not finite
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +32,7 @@ def make(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32, clip: float = CLIP, warmup: bool = True
 ) -> Case:
     """Several steps in two groups of unequal hyper-parameters; averages for all but the last parameter."""
-    g = torch.Generator().manual_seed(len(shapes))
+    g = generator(len(shapes))
     params = [torch.randn(s, generator=g) for s in shapes]
     grads = [[torch.randn(s, generator=g).to(dtype) for s in shapes] for _ in range(STEPS)]
     return Case(
@@ -194,14 +194,14 @@ def test_the_loss_scale_is_taken_out_before_clipping(kernel: str, max_norm: floa
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_square_sum(kernel: str, dtype: torch.dtype) -> None:
-    grads = [torch.randn(s, generator=torch.Generator().manual_seed(1)).to(dtype) for s in SHAPES["large"]]
+    grads = [torch.randn(s, generator=generator(1)).to(dtype) for s in SHAPES["large"]]
     grads += [grads[0].permute(3, 1, 0, 2), grads[0][:, ::2]]
     if emulated(kernel) and kernel == "triton":
         grads[0] = grads[0][0]
     for some in (grads[:2], grads[:3], grads, []):
         expected = sum(x.double().square().sum() for x in some)
         with use(kernel if len(some) < 4 else "reference"):
-            total = grad_square_sum(some)
+            total = grad_square_sum(some, out=torch.empty((), dtype=torch.float64))
         torch.testing.assert_close(total, torch.as_tensor(expected).double(), rtol=2e-7, atol=0)
 
 
@@ -210,7 +210,7 @@ def test_kinds_may_be_mixed(kernel: str) -> None:
     """Gradients and copies of several dtypes, with and without average, memory that starts anywhere."""
 
     def run(kernel: str) -> list[Tensor]:
-        g = torch.Generator().manual_seed(5)
+        g = generator(5)
         params = [torch.randn(41 + i, generator=g)[i % 3 :] for i in range(9)]
         grads = [torch.randn(p.shape, generator=g).to(FLOATS[i % 3]) for i, p in enumerate(params)]
         twin, exp_avgs, exp_avg_sqs, _, steps = state_of(params)
@@ -272,7 +272,7 @@ def test_layouts_that_differ_run_on_the_reference() -> None:
     p = torch.randn(2, 8, 4, 6)
     results = []
     for memory in (torch.contiguous_format, torch.channels_last):
-        grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).contiguous(memory_format=memory)
+        grad = torch.randn(p.shape, generator=generator(3)).contiguous(memory_format=memory)
         results.append(call([p], [[grad]], [torch.tensor(1e-2), torch.tensor(0.0)], 1.0, False)[0])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
     refusals = [k.refuse([p], [grad], [p], [p], [], []) for k in OPS["adamw_ema"].kernels if k.name == "cpp"]

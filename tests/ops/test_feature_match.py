@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import OPS, feature_match, use, used
 from fastdistill.ops.feature_match.reference import HUBER, MSE, NORMALIZED_MSE, distance_and_gradient
-from tests.harness import Case, check_fake, check_op, detached, evaluate, kernels_of, layouts
+from tests.harness import Case, check_fake, check_op, detached, emulated, evaluate, generator, kernels_of, layouts
 
 SHAPES = {
     "conv": [(2, 8, 4, 4), (2, 16, 2, 2)],
@@ -55,7 +55,7 @@ def call(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distance
 def make(
     shapes: list[tuple[int, ...]], dtype: torch.dtype, distance: str, teacher_dtype: torch.dtype | None = None
 ) -> Case:
-    g = torch.Generator().manual_seed(sum(map(len, shapes)) + len(distance))
+    g = generator(sum(map(len, shapes)) + len(distance))
     student = [torch.randn(s, generator=g).to(dtype).requires_grad_() for s in shapes]
     teacher = [(1.5 * torch.randn(s, generator=g) + 0.5).to(teacher_dtype or dtype) for s in shapes]
     weights = torch.rand(len(shapes), generator=g) + 0.5
@@ -127,12 +127,12 @@ def test_memory_that_does_not_start_at_a_vector(kernel: str) -> None:
     check_op(Case(case.op, inputs, call, truth, eager, case.sums), kernel, compiled=(), registration=False)
 
 
-@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k == "triton"])
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_long_chunks_of_the_triton_kernel(distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_chunks_of_the_triton_kernel(kernel: str, distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("fastdistill.ops.feature_match.triton")
     monkeypatch.setattr(module, "CHUNKS", 1)
-    check_op(make([(3, 40_000), (5,)], torch.float32, distance), "triton", compiled=(), registration=False)
+    check_op(make([(3, 40_000), (5,)], torch.float32, distance), kernel, compiled=(), registration=False)
 
 
 @pytest.mark.parametrize("distance", [MSE, NORMALIZED_MSE, HUBER])
@@ -266,14 +266,14 @@ def test_the_gradient_over_the_teacher(kernel: str, distance: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("cpp" not in KERNELS, reason="the C++ kernels are not built")
-def test_more_than_2_to_the_31_elements() -> None:
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference" and not emulated(k)])
+def test_more_than_2_to_the_31_elements(kernel: str) -> None:
     """Offsets are 64-bit: the last elements count, and get their gradient. 9 GB."""
     n = 2**31 + 70
     student, teacher = (torch.zeros(n, dtype=torch.bfloat16) for _ in range(2))
     student[-3:] = 2.0
     student.requires_grad_()
-    with use("cpp"):
+    with use(kernel):
         loss, _ = feature_match([student], [teacher], grad_scale=torch.tensor(float(n)), overwrite_teacher=True)
     assert loss.item() == pytest.approx(3 * 4.0 / n)
     assert teacher[-3:].tolist() == [4.0, 4.0, 4.0] and teacher[:-3].count_nonzero() == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather import NULL, PAIRED, RANDOM, Draw, NoiseGather
-from tests.harness import Case, check_fake, check_op, emulated, kernels_of, layouts
+from tests.harness import Case, check_fake, check_op, emulated, generator, kernels_of, layouts
 from tests.ops import oracle
 
 KERNELS = kernels_of("noise_gather")
@@ -24,7 +24,7 @@ T = 50
 def banks(
     shape: tuple[int, ...] = (3, 5, 7), rows: int = 11, latent_dtype: Any = torch.float32, prompt_dtype: Any = None
 ) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(rows + len(shape))
+    g = generator(rows + len(shape))
     latents = torch.randn((rows, *shape), generator=g).to(latent_dtype)
     prompts = torch.randn((9, 4, 6), generator=g).to(prompt_dtype or latent_dtype)
     alpha = torch.linspace(0.99, 0.05, T)
