@@ -1,144 +1,123 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.run``: check, time against rivals in one interleaved run, print, append to
+"""``python -m benchmarks.run``: check each op, time it against its rivals in one interleaved run, print, append to
 results/<device>.csv."""
 
 from __future__ import annotations
 
-import csv
-import datetime
+import argparse
+import contextlib
 import json
-import platform
-import re
-import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
 import torch
-import tyro
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.registry import MAKERS, Benchmark, benchmarks
-from benchmarks.timing import interleaved
-from fastdistill.errors import FastdistillError
-from fastdistill.ops import _native
-from fastdistill.train.config import validated
+from benchmarks import base, files, machine
+from benchmarks.measure import WRONG, Row, Settings, measure, unmeasured
+from benchmarks.registry import DTYPES, Case, cases, ops
 
-RESULTS = Path(__file__).parent / "results"
+NO_GPU = "no CUDA device"
 
 
-@dataclass(frozen=True)
-class Options:
-    """Ratios of the ops' CPU kernels to what a user would write. Ratios count; absolute times of a shared machine do
-    not."""
-
-    op: tuple[Literal["adamw_ema", "feature_match", "noise_gather"], ...] = tuple(MAKERS)  # type: ignore[assignment]
-    """Ops to measure."""
-    dtype: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)
-    """Dtypes of the tensors."""
-    batch: tuple[Annotated[int, Field(ge=1)], ...] = (4, 16)
-    """Batch sizes."""
-    threads: Annotated[int, Field(ge=1)] = 1
-    """CPU threads, the rivals' too."""
-    rounds: Annotated[int, Field(ge=4)] = 41
-    """Rounds counted at least; short ones are repeated for two seconds."""
-    compiled: bool = True
-    """Time torch.compile as well."""
-    csv: str = ""
-    """File to append to (default: benchmarks/results/<device>.csv; "none" for no file)."""
-    json: bool = False
-    """Print rows as JSON instead of a table."""
-
-
-def device() -> str:
-    """The processor's name."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def measure(benchmark: Benchmark, options: Options) -> list[dict[str, Any]]:
-    """One row a rival. A kernel that does not match its reference is not timed."""
-    benchmark.check()
-    times, ratios = interleaved({"ours": benchmark.ours, **benchmark.rivals}, options.rounds)
-    common = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "op": benchmark.op,
-        "shape": benchmark.shape,
-        "dtype": benchmark.dtype,
-        "threads": options.threads,
-    }
-    ours = times["ours"]
-    about = {
-        "ours_ms": round(ours.median, 4),
-        "ours_iqr_ms": round(ours.spread, 4),
-        "ours_gb_s": round(benchmark.bytes / ours.median / 1e6, 2),
-        "isa": _native.cpu().isa() if _native.cpu_reason() is None else "reference",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-    }
-    rows = [
-        common
-        | {
-            "rival": name,
-            "ratio": round(ratios[name], 3),
-            "rival_ms": round(times[name].median, 4),
-            "rival_iqr_ms": round(times[name].spread, 4),
-        }
-        | about
-        for name in benchmark.rivals
-    ]
-    gone = {"ratio": "", "rival_ms": "", "rival_iqr_ms": ""}
-    return rows + [common | {"rival": f"{name}: {why}"} | gone | about for name, why in benchmark.missing.items()]
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__, allow_abbrev=False)
+    p.add_argument("--op", nargs="+", choices=ops(), default=ops(), metavar="OP", help=f"of {', '.join(ops())}")
+    p.add_argument("--rival", nargs="+", help="these rivals alone, by the names in the table")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: fp32 on a CPU, bf16 on a GPU")
+    p.add_argument("--shape", default="", help="shapes that contain this")
+    p.add_argument(
+        "--headline", action=argparse.BooleanOptionalAction, help="the shapes of the first part on a GPU, or the others"
     )
-    return done.stdout.strip() or "unknown"
+    p.add_argument("--threads", type=int, default=1, help="CPU threads, the rivals' too (%(default)s)")
+    p.add_argument(
+        "--rounds", type=int, help="counted at least, 41 on a CPU, 100 on a GPU; short ones fill two seconds"
+    )
+    p.add_argument("--minutes", type=float, default=float("inf"), help="after these no further case is begun")
+    p.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave torch.compile out")
+    p.add_argument("--base", metavar="COMMIT", help="time this tree against a commit instead of against rivals")
+    p.add_argument("--csv", help='file to append to (default: benchmarks/results/<device>.csv; "none" for no file)')
+    p.add_argument("--json", metavar="FILE", help='write the rows as JSON ("-": print them instead of the table)')
+    return p
 
 
-def main() -> int:
-    options = validated(tyro.cli(Options, prog="python -m benchmarks.run"), "benchmarks")
+def main(arguments: list[str] | None = None) -> int:
+    p = parser()
+    options = p.parse_args(arguments)
+    if options.threads < 1 or (options.rounds or 4) < 4:
+        p.error("--threads takes 1 or more, --rounds 4 or more")
+    base_commit = machine.commit(options.base) if options.base else ""
+    if options.base and not base_commit:
+        p.error(f"--base: git knows no commit {options.base!r}")
+    gpu = options.device == "cuda"
     torch.set_num_threads(options.threads)
+    settings = Settings(
+        torch.device(options.device),
+        threads=options.threads,
+        rounds=options.rounds or (100 if gpu else 41),
+        warm_up=25 if gpu else 5,
+        rivals=options.rival,
+        compiled=options.compiled,
+    )
+    dtypes = options.dtype or (["bf16"] if gpu else ["fp32"])
+    chosen = [c for c in cases(options.device, options.op, dtypes) if options.shape in c.shape]
+    if options.headline is not None:
+        chosen = [c for c in chosen if c.headline == options.headline]
+    if not chosen:
+        p.error("no case has that op, dtype and shape on this kind of device")
+    there = not gpu or torch.cuda.is_available()
+    csv = Path(options.csv or files.RESULTS / f"{machine.slug(settings.device)}.csv") if there else None
+    if options.csv == "none":
+        csv = None
     rows = []
-    for benchmark in benchmarks(list(options.op), list(options.dtype), list(options.batch), options.compiled):
-        rows += measure(benchmark, options)
-    if options.json:
+    for some in _measured(chosen, settings, base_commit, options.minutes):
+        rows += some
+        if csv is not None:
+            files.append(csv, some)
+        if options.json not in (None, "-"):
+            Path(options.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if options.json == "-":
         print(json.dumps(rows, indent=2))
     else:
-        table = Table(title=f"{device()}, {options.threads} thread(s): times faster than the rival")
-        for column in ("op", "shape", "dtype", "rival", "ratio", "ours, GB/s"):
-            table.add_column(column)
-        for row in rows:
-            cells = (row[k] for k in ("op", "shape", "dtype", "rival", "ratio", "ours_gb_s"))
-            table.add_row(*(str(cell) for cell in cells))
-        Console().print(table)
-    if options.csv != "none":
-        slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", device().lower())).strip("-")
-        append(Path(options.csv) if options.csv else RESULTS / f"cpu-{slug}.csv", rows)
-    return 0
+        name = machine.device_name(settings.device) if there else NO_GPU
+        Console(width=150).print(_table(rows, f"{name}: times faster than the rival"))
+    return 1 if any(str(row["note"]).startswith(WRONG) for row in rows) else 0
+
+
+def _measured(chosen: list[Case], settings: Settings, base_commit: str, minutes: float) -> Iterator[list[Row]]:
+    """The rows of one case after the other, so that what was measured is kept whatever comes."""
+    start = time.perf_counter()
+    if settings.device.type == "cuda" and not torch.cuda.is_available():
+        yield from (unmeasured(case, settings, NO_GPU) for case in chosen)
+        return
+    against = base.Base(base_commit, settings) if base_commit else None
+    with against or contextlib.nullcontext():
+        for i, case in enumerate(chosen, 1):
+            if time.perf_counter() - start > 60 * minutes:
+                yield unmeasured(case, settings, f"not begun within {minutes:g} minutes")
+                continue
+            print(f"[{i}/{len(chosen)}] {case}", file=sys.stderr, flush=True)
+            yield against.measure(case) if against else measure(case, settings)
+
+
+def _table(rows: list[Row], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    columns = {"op": "op", "shape": "shape", "dtype": "dtype", "mode": "mode", "rival": "rival", "ratio": "ratio"}
+    columns |= {"ours_gb_s": "GB/s", "ours_tflop_s": "TFLOP/s", "percent": "% of ceiling", "note": "note"}
+    used = {key: title for key, title in columns.items() if any(row[key] != "" for row in rows)}
+    for heading in used.values():
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in used))
+    return table
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except FastdistillError as error:
-        sys.exit(f"benchmarks: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; what was measured is kept")

@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: every round runs each contestant once, so that a machine that drifts drifts for all of them."""
+"""Interleaved timing: every round runs each contestant once, so that a machine that drifts drifts for all of them.
+
+On a GPU a round waits for the device first and is timed by its events, so that what Python and the launches cost is in
+it; in a captured CUDA graph they are not. Inputs rotate through copies that together exceed the L2 cache.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+
+from benchmarks.registry import Run
+
+Stopwatch = Callable[[], float]  # runs once and returns milliseconds
+_MOST_COPIES = 16
 
 
 @dataclass(frozen=True)
@@ -17,31 +30,89 @@ class Timing:
     spread: float
 
 
+def copies(moved: int, device: torch.device) -> int:
+    """How many copies of inputs of so many bytes keep each one cold in a GPU's L2. (On a CPU one: inputs are larger
+    than the caches of a core, or other rows every round.)"""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(max(math.ceil(3 * cache / max(moved, 1)), 1), _MOST_COPIES)
+
+
+def stopwatch(runs: Sequence[Run], device: torch.device) -> Stopwatch:
+    """Each call times the next of ``runs``."""
+    turns = itertools.cycle(runs)
+    if device.type != "cuda":
+
+        def on_cpu() -> float:
+            run = next(turns)
+            start = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - start)
+
+        return on_cpu
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def on_gpu() -> float:
+        run = next(turns)
+        torch.cuda.synchronize(device)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    return on_gpu
+
+
+def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
+    """All of ``runs`` in one CUDA graph; a call replays it and returns the time of one run.
+
+    Raises whatever cannot be captured.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            for run in runs:
+                run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    kept = []  # outputs stay: what a graph's pool gives back, a later run of the same graph would share
+    with torch.cuda.graph(graph):
+        for run in runs:
+            kept.append(run())
+    replay = stopwatch([graph.replay], device)
+    return lambda: replay() / len(kept)
+
+
 def interleaved(
-    contestants: Mapping[str, Callable[[], object]], rounds: int, seconds: float = 2.0
+    contestants: Mapping[str, Stopwatch], rounds: int, warm_up: int, seconds: float = 2.0
 ) -> tuple[dict[str, Timing], dict[str, float]]:
     """Times of each contestant, and for all but the first the median over rounds of its time by the first's.
 
-    At least ``rounds`` are counted, and as many as fit into ``seconds``; a tenth of both goes before, uncounted.
+    At least ``rounds`` are counted, and as many as fit into ``seconds``; ``warm_up`` and a tenth of ``seconds`` go
+    before, uncounted.
     """
-    _times(contestants, max(rounds // 10, 3), seconds / 10)
-    times = _times(contestants, rounds, seconds)
+    _times(contestants, warm_up, seconds / 10)
+    return summary(_times(contestants, rounds, seconds))
+
+
+def summary(times: Mapping[str, Sequence[float]]) -> tuple[dict[str, Timing], dict[str, float]]:
+    """Of the rounds of each contestant: medians and spreads, and the ratios to the first."""
     ours, *rivals = times
     ratios = {r: statistics.median(b / a for a, b in zip(times[ours], times[r], strict=True)) for r in rivals}
-    return {name: _summary(values) for name, values in times.items()}, ratios
+    timings = {}
+    for name, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        timings[name] = Timing(median, high - low)
+    return timings, ratios
 
 
-def _times(contestants: Mapping[str, Callable[[], object]], rounds: int, seconds: float) -> dict[str, list[float]]:
+def _times(contestants: Mapping[str, Stopwatch], rounds: int, seconds: float) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in contestants}
     begin = time.perf_counter()
     while len(next(iter(times.values()))) < rounds or time.perf_counter() - begin < seconds:
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(1e3 * (time.perf_counter() - start))
+        for name, timed in contestants.items():
+            times[name].append(timed())
     return times
-
-
-def _summary(values: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(values, n=4)
-    return Timing(median, high - low)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.registry import SD15_TAPS, sd15_weights
+from benchmarks.shapes import SD15_TAPS, sd15_weights
 
 
 def _module(op: str) -> Any:

@@ -39,8 +39,11 @@ def use(kernel: str | None) -> Iterator[None]:
     if kernel is not None and kernel not in names:
         raise InputError.of("kernel", f"one of {', '.join(names)}", repr(kernel))
     token = _forced.set(kernel)
+    # A GPU's backward would run in a thread of autograd's, where nothing is forced.
+    here = torch.autograd.set_multithreading_enabled(False) if kernel is not None else contextlib.nullcontext()
     try:
-        yield
+        with here:
+            yield
     finally:
         _forced.reset(token)
 

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine of a measurement: its name, its versions, and what it reaches at best, measured in the same run."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.registry import Run
+from benchmarks.timing import stopwatch
+from fastdistill.ops import _native
+
+ROOT = Path(__file__).parent.parent
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def slug(device: torch.device) -> str:
+    """The name of the device's file: ``cpu-intel-xeon-processor``, ``gpu-nvidia-h100-80gb-hbm3``."""
+    name = re.sub(r"\((r|tm)\)", "", device_name(device).lower())
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    return f"{kind}-{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}"
+
+
+@functools.cache
+def versions(device: torch.device) -> dict[str, Any]:
+    """What a row says of where it comes from."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "not installed"
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "isa": _native.cpu().isa() if device.type == "cpu" and _native.cpu_reason() is None else "",
+        "driver": _smi("driver_version") if device.type == "cuda" else "",
+        "torch": torch.__version__,
+        "triton": triton,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def commit(name: str = "") -> str:
+    """The commit of this tree ("-dirty" where it was changed), or of ``name``."""
+    described = "git describe --always --dirty".split()
+    wanted = ["git", "rev-parse", "--short", "--verify", f"{name}^{{commit}}"] if name else described
+    done = subprocess.run(wanted, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() or ("" if name else "unknown")
+
+
+def load(device: torch.device) -> dict[str, str]:
+    """A GPU's clock in MHz and power in watts at this moment."""
+    on_gpu = device.type == "cuda"
+    return {"sm_mhz": _smi("clocks.sm") if on_gpu else "", "watts": _smi("power.draw") if on_gpu else ""}
+
+
+def _smi(field: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+@functools.cache
+def copy_gb_s(device: torch.device) -> float:
+    """Bytes read and written by a copy of 256 MiB (1 GiB on a GPU), a second."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / 1e6 / _best(lambda: target.copy_(source), device)
+
+
+@functools.cache
+def matmul_tflop_s(dtype: torch.dtype, device: torch.device) -> float:
+    """Of a square matrix product, random numbers: 8192 a side on a GPU, 1024 on a CPU."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    out = torch.empty_like(a)
+    return 2 * n**3 / 1e9 / _best(lambda: torch.mm(a, b, out=out), device)
+
+
+def _best(run: Run, device: torch.device) -> float:
+    """The shortest of 25 rounds: a ceiling is what the machine reaches when nothing else runs on it."""
+    timed = stopwatch([run], device)
+    return min(timed() for _ in range(25))

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of real models, as their published configurations give them."""
+
+from __future__ import annotations
+
+Sizes = tuple[int, ...]
+
+# Outputs of the down and up blocks of a U-Net of Stable Diffusion 1.5 at 512 x 512: bk_base's taps.
+SD15_TAPS = (
+    (320, 32, 32),
+    (640, 16, 16),
+    (1280, 8, 8),
+    (1280, 8, 8),
+    (1280, 16, 16),
+    (1280, 32, 32),
+    (640, 64, 64),
+    (320, 64, 64),
+)
+# The same of SDXL's at 1024 x 1024, its mid block with them.
+SDXL_TAPS = (
+    (320, 64, 64),
+    (640, 32, 32),
+    (1280, 32, 32),
+    (1280, 32, 32),
+    (1280, 64, 64),
+    (640, 128, 128),
+    (320, 128, 128),
+)
+# Every other block of the 28 of PixArt-XL/2 at 512 x 512: 1024 tokens.
+PIXART_TAPS = ((1024, 1152),) * 14
+
+# (latent, prompt) of a sample.
+SD15_SAMPLE: tuple[Sizes, Sizes] = (4, 64, 64), (77, 768)
+SDXL_SAMPLE: tuple[Sizes, Sizes] = (4, 128, 128), (77, 2048)
+PIXART_SAMPLE: tuple[Sizes, Sizes] = (4, 64, 64), (120, 4096)
+
+# Widths of the stages of a U-Net of Stable Diffusion 1.5; a block is a resnet with its time projection, a transformer.
+SD15_WIDTHS = (320, 640, 1280)
+
+
+def sd15_weights() -> list[Sizes]:
+    """The shapes of the parameters of one block of each width."""
+    return [shape for width in SD15_WIDTHS for shape in _unet_block(width)]
+
+
+def _unet_block(width: int) -> list[Sizes]:
+    resnet = [(width,), (width,), (width, width, 3, 3), (width,), (width, 1280), (width,)]
+    resnet += [(width,), (width,), (width, width, 3, 3), (width,)]
+    attention = [(width,), (width,), *[(width, width)] * 4, (width,), (width, width), (width,)]
+    cross = [(width, width), (width, 768), (width, 768), (width, width), (width,)]
+    return [*resnet, *attention, *cross, (8 * width, width), (8 * width,), (width, 4 * width), (width,)]
+
+
+def pixart_weights(blocks: int = 28) -> list[Sizes]:
+    """The shapes of the parameters of PixArt-XL/2's transformer blocks."""
+    width = 1152
+    attention = [(width, width), (width,)] * 8
+    feed_forward = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return [(6, width), *attention, *feed_forward] * blocks

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pytest --benchmark``: the op benchmarks instead of the tests, with every option of pytest-benchmark beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--benchmark", action="store_true", help="run the op benchmarks, not the tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.option.benchmark:
+        return
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark (pip install pytest-benchmark)")
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args = [str(BENCHMARKS)]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whatever paths are asked for, no benchmark runs without ``--benchmark``."""
+    return True if collection_path.is_relative_to(BENCHMARKS) and not config.option.benchmark else None

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks: when they run, that they are gated, and what they say of what is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import files, registry
+from benchmarks.measure import FIELDS, Settings, measure
+from benchmarks.registry import Case, Workload
+from benchmarks.run import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_pytest_benchmark_times_ops_alone(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    flags = ["--benchmark-max-time=0.1", "--benchmark-min-rounds=2", f"--benchmark-json={path}"]
+    done = run_pytest("--benchmark", "-k", "noise_gather and B4 and not compile", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    timed = json.loads(path.read_text())["benchmarks"]
+    assert {entry["extra_info"]["op"] for entry in timed} == {"noise_gather"}
+    assert {entry["name"].rsplit("-", 1)[1] for entry in timed} == {"ours]", "literal]"}
+    assert "tests/ops" not in done.stdout
+
+
+def test_plain_pytest_runs_none() -> None:
+    done = run_pytest("--collect-only", "-q", "benchmarks", "tests/test_readme.py")
+    assert "tests/test_readme.py::" in done.stdout and "benchmarks/test_ops.py::" not in done.stdout
+
+
+def test_every_op_has_cases_for_both_kinds_of_device() -> None:
+    for op in registry.ops():
+        for device in ("cpu", "cuda"):
+            found = list(registry.cases(device, [op]))
+            assert len({str(case) for case in found}) == len(found) > 0, device
+        assert any(case.headline for case in found), "none is for the first part on a GPU"
+
+
+CPU = Settings(torch.device("cpu"), rounds=4, warm_up=1, seconds=0.0)
+
+
+def case_of(right: bool) -> tuple[Case, list[str]]:
+    ran: list[str] = []
+
+    def check() -> None:
+        assert right, "it is wrong"
+
+    workload = Workload(lambda: ran.append("ours"), {"slow": lambda: ran.append("slow"), "gone": "not here"}, check, 8)
+    return Case("planted", "small", "fp32", "cpu", lambda device: workload, ("slow", "gone")), ran
+
+
+def test_rows_of_rivals_that_are_there_and_that_are_not() -> None:
+    case, ran = case_of(right=True)
+    slow, gone = measure(case, CPU)
+    assert slow["rival"] == "slow" and slow["ratio"] > 0 and slow["rival_iqr_ms"] >= 0 and not slow["note"]
+    assert slow["copy_gb_s"] > 0 and slow["percent"] > 0 and slow["ours_gb_s"] > 0
+    assert gone["ratio"] == "" and gone["note"] == "not here"
+    assert ran.count("slow") >= 4
+
+
+def test_a_wrong_op_is_not_timed() -> None:
+    case, ran = case_of(right=False)
+    rows = measure(case, CPU)
+    assert len(rows) == 2 and not ran
+    assert all(row["note"].startswith("wrong: AssertionError: it is wrong") and row["ratio"] == "" for row in rows)
+
+
+def test_without_a_gpu_every_row_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    before = sorted(files.RESULTS.iterdir())
+    assert main(["--device", "cuda", "--json", "-"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["op"] for row in rows} == set(registry.ops())
+    assert all(row["note"] == "no CUDA device" and row["ratio"] == "" for row in rows)
+    assert sorted(files.RESULTS.iterdir()) == before
+
+
+def test_a_file_of_fewer_columns_keeps_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "device.csv"
+    path.write_text("date,op,ratio\n2026-01-01,feature_match,2.5\n")
+    files.append(path, [dict.fromkeys(FIELDS, "") | {"op": "noise_gather"}])
+    with path.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["date"], first["op"], first["ratio"], first["note"]) == ("2026-01-01", "feature_match", "2.5", "")
+    assert second["op"] == "noise_gather"
+
+
+@pytest.mark.parametrize("flags", [["--base", "no-such-commit"], ["--rounds", "1"], ["--shape", "B=5"], ["--op", "x"]])
+def test_mistakes_are_told(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--device", "cpu", "--csv", "none", *flags])
+    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
