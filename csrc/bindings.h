@@ -5,11 +5,13 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "adamw_ema/math.h"
 #include "feature_match/math.h"
 #include "noise_gather/math.h"
+#include "output_match/math.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -54,5 +56,30 @@ inline fd::NoiseGather draw_of(Address latents, Address latent_prompts, Address 
   a.dtype = fd::Dtype(dtype), a.prompt_dtype = fd::Dtype(prompt_dtype);
   a.x_t = at<void>(x_t), a.timestep = at<int64_t>(timestep), a.prompt = at<void>(prompt), a.target = at<void>(target);
   a.latent_index = at<int64_t>(latent_index), a.prompt_index = at<int64_t>(prompt_index), a.choice = at<int64_t>(choice);
+  return a;
+}
+
+// Address, dtype, elements from one row to the next.
+using Matrix = std::tuple<Address, int, int64_t>;
+
+inline fd::OutputMatch match_of(const Matrix& student, const Matrix& teacher, const Matrix& unconditional, const Matrix& x_t,
+                                const Matrix& latents, Address timestep, Address table, Address guidance, Address weights,
+                                Address latent_index, Address choice, Address coefficients, Address counter, int64_t batch,
+                                int64_t n, int64_t steps, int64_t latent_count, int64_t first_sample, float output_weight,
+                                float task_weight, Address grad_scale, bool huber, float delta, Address loss, Address parts,
+                                Address samples, Address gradient) {
+  const auto rows = [](const Matrix& m) {
+    return fd::Rows{at<void>(std::get<0>(m)), fd::Dtype(std::get<1>(m)), std::get<2>(m)};
+  };
+  fd::OutputMatch a = {};
+  a.student = rows(student), a.teacher = rows(teacher), a.unconditional = rows(unconditional), a.x_t = rows(x_t);
+  a.latents = rows(latents), a.timestep = at<int64_t>(timestep), a.table = at<float>(table);
+  a.guidance = at<float>(guidance), a.weights = at<float>(weights);
+  a.latent_index = at<int64_t>(latent_index), a.choice = at<int64_t>(choice);
+  a.coefficients = at<float>(coefficients), a.counter = at<int64_t>(counter);
+  a.batch = batch, a.n = n, a.steps = steps, a.latent_count = latent_count, a.first_sample = first_sample;
+  a.output_weight = output_weight, a.task_weight = task_weight, a.grad_scale = at<float>(grad_scale);
+  a.huber = huber, a.delta = delta, a.loss = at<float>(loss), a.parts = at<float>(parts), a.samples = at<float>(samples);
+  a.gradient = at<void>(gradient);
   return a;
 }

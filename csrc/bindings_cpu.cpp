@@ -82,6 +82,21 @@ int64_t noise_gather(Address latents, Address latent_prompts, Address prompts, A
   return kernels->noise_gather(a);
 }
 
+int64_t output_match(const Matrix& student, const Matrix& teacher, const Matrix& unconditional, const Matrix& x_t,
+                     const Matrix& latents, Address timestep, Address table, Address guidance, Address weights,
+                     Address latent_index, Address choice, Address coefficients, Address counter, int64_t batch, int64_t n,
+                     int64_t steps, int64_t latent_count, int64_t first_sample, float output_weight, float task_weight,
+                     Address grad_scale, bool huber, float delta, Address loss, Address parts, Address samples,
+                     Address gradient, int threads) {
+  fd::OutputMatch a = match_of(student, teacher, unconditional, x_t, latents, timestep, table, guidance, weights, latent_index,
+                               choice, coefficients, counter, batch, n, steps, latent_count, first_sample, output_weight,
+                               task_weight, grad_scale, huber, delta, loss, parts, samples, gradient);
+  std::vector<double> partials(size_t(2 * batch * fd::FD_ISA::output_match_chunks(a)));
+  a.partials = partials.data();
+  a.threads = threads;
+  return kernels->output_match(a);
+}
+
 void grad_square_sum(Address rows, int64_t count, int64_t chunk, int64_t chunks, Address total, int threads) {
   std::vector<double> partials(chunks);
   kernels->grad_square_sum(at<fd::GradientRow>(rows), count, chunk, partials.data(), at<double>(total), threads);
@@ -109,6 +124,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("feature_match", &feature_match, release());
   m.def("scale_gradients", &scale_gradients, release());
   m.def("noise_gather", &noise_gather, release());
+  m.def("output_match", &output_match, release());
   m.def("grad_square_sum", &grad_square_sum, release());
   m.def("adamw_ema", &adamw_ema, release());
   m.def("philox4x32", &philox, release(), "words[n, 4] and normals[n, 4] of counter[n, 4] under key[2]");

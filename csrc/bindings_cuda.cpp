@@ -10,6 +10,8 @@ const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient
                                void* stream);
 const char* scale_gradients_cuda(const fd::Tap* taps, int64_t count, const float* factor, void* stream);
 const char* noise_gather_cuda(const fd::NoiseGather& a, void* stream);
+int64_t output_match_cuda_workspace(int64_t batch, int64_t n);
+const char* output_match_cuda(const fd::OutputMatch& a, void* stream);
 const char* grad_square_sum_cuda(const fd::GradientRow* rows, int64_t count, int64_t chunk, double* partials, double* total,
                                  void* stream);
 int64_t adamw_ema_cuda_workspace();
@@ -63,6 +65,19 @@ void noise_gather(Address latents, Address latent_prompts, Address prompts, Addr
             at<void>(stream)));
 }
 
+void output_match(const Matrix& student, const Matrix& teacher, const Matrix& unconditional, const Matrix& x_t,
+                  const Matrix& latents, Address timestep, Address table, Address guidance, Address weights,
+                  Address latent_index, Address choice, Address coefficients, Address counter, int64_t batch, int64_t n,
+                  int64_t steps, int64_t latent_count, int64_t first_sample, float output_weight, float task_weight,
+                  Address grad_scale, bool huber, float delta, Address loss, Address parts, Address samples, Address gradient,
+                  Address workspace, Address stream) {
+  fd::OutputMatch a = match_of(student, teacher, unconditional, x_t, latents, timestep, table, guidance, weights, latent_index,
+                               choice, coefficients, counter, batch, n, steps, latent_count, first_sample, output_weight,
+                               task_weight, grad_scale, huber, delta, loss, parts, samples, gradient);
+  a.partials = at<double>(workspace);
+  check("output_match", output_match_cuda(a, at<void>(stream)));
+}
+
 void grad_square_sum(Address rows, int64_t count, int64_t chunk, Address partials, Address total, Address stream) {
   check("grad_square_sum", grad_square_sum_cuda(at<fd::GradientRow>(rows), count, chunk, at<double>(partials),
                                                 at<double>(total), at<void>(stream)));
@@ -85,6 +100,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("feature_match_workspace", &feature_match_workspace, "doubles that feature_match needs for taps of n elements");
   m.def("scale_gradients", &scale_gradients, release());
   m.def("noise_gather", &noise_gather, release());
+  m.def("output_match_workspace", &output_match_cuda_workspace, "doubles that output_match needs for batch samples of n");
+  m.def("output_match", &output_match, release());
   m.def("grad_square_sum", &grad_square_sum, release());
   m.def("adamw_ema_workspace", &adamw_ema_cuda_workspace, "floats that adamw_ema needs for each parameter");
   m.def("adamw_ema", &adamw_ema, release());

@@ -4,6 +4,7 @@
 #include "adamw_ema/math.h"
 #include "feature_match/math.h"
 #include "noise_gather/math.h"
+#include "output_match/math.h"
 
 #define FD_DECLARE(isa)                                                                                                      \
   namespace fd::isa {                                                                                                        \
@@ -13,6 +14,7 @@
   void feature_match(const FeatureMatch& a);                                                                                 \
   void scale_gradients(const FeatureMatch& a, const float* factor);                                                          \
   int64_t noise_gather(const NoiseGather& a);                                                                                \
+  int64_t output_match(const OutputMatch& a);                                                                                \
   void grad_square_sum(const GradientRow* rows, int64_t count, int64_t chunk, double* partials, double* total, int threads); \
   void adamw_ema(const AdamWRow* rows, int64_t count, int64_t chunk, const AdamWInputs& a, int64_t* skipped, int threads);   \
   }
@@ -34,6 +36,7 @@ struct Kernels {
   decltype(&baseline::feature_match) feature_match;
   decltype(&baseline::scale_gradients) scale_gradients;
   decltype(&baseline::noise_gather) noise_gather;
+  decltype(&baseline::output_match) output_match;
   decltype(&baseline::grad_square_sum) grad_square_sum;
   decltype(&baseline::adamw_ema) adamw_ema;
 };
@@ -46,6 +49,7 @@ struct Kernels {
    &fd::isa::feature_match,           \
    &fd::isa::scale_gradients,         \
    &fd::isa::noise_gather,            \
+   &fd::isa::output_match,            \
    &fd::isa::grad_square_sum,         \
    &fd::isa::adamw_ema}
 

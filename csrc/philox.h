@@ -17,6 +17,9 @@ namespace fd {
 
 enum Stream : uint32_t { stream_choice = 0, stream_noise = 1, stream_permutation = 2 };
 
+// Which prompt a draw took.
+enum Choice : int64_t { choice_paired = 0, choice_random = 1, choice_null = 2 };
+
 namespace FD_ISA {
 
 template <typename W> struct Block {

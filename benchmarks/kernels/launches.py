@@ -77,6 +77,28 @@ def _grad_square_sum(dtype: torch.dtype) -> Callable[[], None]:
     return lambda: _module("adamw_ema").grad_square_sum(_meta(sd15_weights(), dtype), *_meta([()], torch.float64))
 
 
+def _output_match(
+    student: torch.dtype, teacher: torch.dtype, guided: bool, task: bool, huber: bool
+) -> Callable[[], None]:
+    def launch() -> None:
+        batch, latent = 32, (4, 64, 64)
+        (output,) = _meta([(batch, *latent)], student)
+        conditional, unconditional = _meta([(batch, *latent)] * 2, teacher)
+        floats, (scalar, parts, samples, table, coefficients) = (
+            _meta([(batch,)] * 2), _meta([(), (2,), (batch, 2), (1000, 5), (1000, 4)])
+        )  # fmt: skip
+        time, index, choice, counter = _meta([(batch,)] * 3 + [(2,)], torch.int64)
+        (latents,) = _meta([(10_000, *latent)], teacher)
+        (nothing,) = _meta([(0,)])
+        _module("output_match").output_match(
+            output, conditional, unconditional if guided else nothing, time, table, floats[0] if guided else nothing,
+            floats[1], nothing, *((latents, index, choice, coefficients, counter) if task else [nothing] * 5), 0, 4,
+            1.0, 1.0, scalar, huber, 1.0, scalar, parts, samples, torch.empty_like(output),
+        )  # fmt: skip
+
+    return launch
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "adamw_ema": _adamw_ema(torch.bfloat16, True, False),
     "adamw_ema fp32": _adamw_ema(torch.float32, True, True),
@@ -90,6 +112,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "feature_match huber": _feature_match(torch.bfloat16, torch.bfloat16, 2, True),
     "feature_match loss alone": _feature_match(torch.bfloat16, torch.bfloat16, 0, False),
     "scale_gradients": _scale_gradients,
+    "output_match": _output_match(torch.bfloat16, torch.bfloat16, False, False, False),
+    "output_match guided with a task": _output_match(torch.float32, torch.bfloat16, True, True, False),
+    "output_match huber": _output_match(torch.float16, torch.float16, True, True, True),
     "noise_gather": _noise_gather(torch.bfloat16, False, False),
     "noise_gather fp32": _noise_gather(torch.float32, False, False),
     "noise_gather with replacement and target": _noise_gather(torch.float16, True, True),

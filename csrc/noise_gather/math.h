@@ -9,8 +9,6 @@
 
 namespace fd {
 
-enum Choice : int64_t { choice_paired = 0, choice_random = 1, choice_null = 2 };
-
 struct NoiseGather {
   const void* latents;                        // [N, row]
   const int64_t* latent_prompts;              // [N]

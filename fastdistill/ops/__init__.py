@@ -5,6 +5,7 @@
 ``adamw_ema``       clip by the global norm, AdamW, average, low-precision copy and zeroed gradients over all tensors
 ``feature_match``   sum_l weight_l * distance(student_l, teacher_l) over all taps, loss and gradient in one pass
 ``noise_gather``    a batch of noised latents, timesteps and paired, random or null prompts from banks, by counter
+``output_match``    a student's output against a guided teacher's and the draw's own target, loss and gradient at once
 ==================  ==============================================================================================
 """
 
@@ -12,6 +13,7 @@ from fastdistill.ops._dispatch import OPS, use, used
 from fastdistill.ops.adamw_ema import AdamWGroup, adamw_ema, grad_square_sum
 from fastdistill.ops.feature_match import FeatureMatch, feature_match
 from fastdistill.ops.noise_gather import Draw, NoiseGather, empty_draw, noise_gather
+from fastdistill.ops.output_match import OutputMatch, Task, output_match
 
 __all__ = [
     "OPS",
@@ -19,11 +21,14 @@ __all__ = [
     "Draw",
     "FeatureMatch",
     "NoiseGather",
+    "OutputMatch",
+    "Task",
     "adamw_ema",
     "empty_draw",
     "feature_match",
     "grad_square_sum",
     "noise_gather",
+    "output_match",
     "use",
     "used",
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
+from fastdistill.ops._backward import hand_on
 from fastdistill.ops._dispatch import Kernel, later, register
 from fastdistill.ops.feature_match import cpp, cuda, reference
 from fastdistill.ops.feature_match.reference import DISTANCES
@@ -32,7 +33,7 @@ _feature_match = register(
         Kernel("cpp", "cpu", cpp.feature_match, _native.cpu_reason, cpp.refuse),
     ],
 )
-_scale_gradients = register(
+register(
     "scale_gradients",
     "(Tensor(a!)[] grads, Tensor factor)",
     summary="gradients times a device scalar, in place; no work when it is 1",
@@ -237,16 +238,5 @@ class _FeatureMatch(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
-        if ctx.grads is None:
-            raise RuntimeError(
-                "feature_match: backward ran a second time, after the first took the gradient: use retain_graph=True"
-            )
-        factor = grad_loss.float() / ctx.grad_scale
-        if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-            # Compiled, the product fuses with whatever consumes it; with the graph kept, another backward will want the
-            # buffers.
-            grads = [(g.float() * factor).to(g.dtype) for g in ctx.grads]
-        else:
-            grads, ctx.grads = ctx.grads, None
-            _scale_gradients(grads, factor)
+        grads = hand_on("feature_match", ctx, grad_loss)
         return (None,) * 6 + (*grads, *[None] * ctx.count)

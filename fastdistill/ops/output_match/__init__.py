@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A student's output against its targets, loss and gradient in one pass; the targets are never written.
+
+    target_b = from_x_t x_t + from_teacher (c + w (c - u))        c, u: the teacher with and without the prompt
+    task_b   = target_signal x + target_noise eps                 eps made again from the draw's counter
+    loss     = output_weight mean_b(weight_b |s - target_b|^2) + task_weight mean_b(weight_b |s - task_b|^2)
+
+Output and task loss of BK-SDM (arXiv 2305.15798) and Random Conditioning (arXiv 2504.02011); with a guidance weight w,
+the target of guidance distillation (Meng et al., arXiv 2210.03142, eq. 1 in the form s_c + w (s_c - s_u)).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops import _check, _native
+from fastdistill.ops._backward import hand_on
+from fastdistill.ops._dispatch import Kernel, later, register
+from fastdistill.ops.noise_gather import Draw
+from fastdistill.ops.output_match import cpp, cuda, reference
+
+_output_match = register(
+    "output_match",
+    "(Tensor student, Tensor teacher, Tensor unconditional, Tensor timestep, Tensor table, Tensor guidance,"
+    " Tensor weights, Tensor x_t, Tensor latents, Tensor latent_index, Tensor choice, Tensor coefficients,"
+    " Tensor counter, int first_sample, int channels, float output_weight, float task_weight, Tensor grad_scale,"
+    " bool huber, float delta, Tensor(a!) loss, Tensor(b!) parts, Tensor(c!) samples, Tensor(d!) grad)",
+    summary="a student's output against a guided teacher's and the draw's own target, loss and gradient in one pass",
+    reference=reference.output_match,
+    kernels=[
+        Kernel("cuda", "cuda", cuda.output_match, _native.cuda_reason, cpp.refuse),
+        Kernel("triton", "cuda", later(f"{__name__}.triton", "output_match"), _native.triton_reason, cpp.refuse),
+        Kernel("cpp", "cpu", cpp.output_match, _native.cpu_reason, cpp.refuse),
+    ],
+)
+
+
+class Task(NamedTuple):
+    """What the target of a draw is made of again: the arguments that ``noise_gather`` drew it from."""
+
+    latents: Tensor  # [N, C, *S]: the cache
+    latent_index: Tensor  # [B] int64
+    choice: Tensor  # [B] int64: samples that a RANDOM prompt replaced have no task
+    coefficients: Tensor  # [T, 4] float32
+    counter: Tensor  # [2] int64: seed and step, as they were at the draw
+    first_sample: int = 0
+
+    @classmethod
+    def of(cls, draw: Draw, latents: Tensor, coefficients: Tensor, counter: Tensor, first_sample: int = 0) -> Task:
+        """The task of a draw that ``noise_gather`` made from these."""
+        return cls(latents, draw.latent_index, draw.choice, coefficients, counter, first_sample)
+
+
+class OutputMatch(NamedTuple):
+    """``loss``: 0-dim float32, differentiable with respect to the student. ``parts``: [2] float32, output and task,
+    weighted by sample but not by ``output_weight`` and ``task_weight``. ``samples``: [B, 2] float32, each sample's two
+    distances, unweighted."""
+
+    loss: Tensor
+    parts: Tensor
+    samples: Tensor
+
+
+def output_match(
+    student: Tensor,
+    teacher: Tensor | None,
+    timestep: Tensor,
+    table: Tensor,
+    *,
+    unconditional: Tensor | None = None,
+    guidance: Tensor | None = None,
+    weights: Tensor | None = None,
+    x_t: Tensor | None = None,
+    task: Task | None = None,
+    channels: int | None = None,
+    output_weight: float = 1.0,
+    task_weight: float = 1.0,
+    distance: str = "mse",
+    delta: float = 1.0,
+    grad_scale: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> OutputMatch:
+    """Match a student's output to its teacher's and, where there is a task, to the draw's own target.
+
+    Args:
+        student: [B, C, *S], or [B, 2 C, *S] of a model that learns its variance too: those channels are left out, with
+            gradient 0. float32, bfloat16 or float16; so are teacher, unconditional, x_t and task.latents.
+        teacher: [B, C or 2 C, *S] without gradient, or None for the task alone.
+        timestep: [B] int64.
+        table: [T, 5] float32 from ``diffusion.matching.match_table``: guidance weight, how the teacher's prediction
+            becomes the student's (of x_t, of the prediction), weight of the output loss, weight of the task loss.
+        unconditional: the teacher's output for the null prompt, of the teacher's shape and dtype; None: no guidance.
+        guidance: [B] float32 by which the table's guidance weight is multiplied; None: 1.
+        weights: [B] float32 by which the table's loss weights are multiplied; None: 1.
+        x_t: [B, C, *S], needed where teacher and student predict different things (``match_table(teacher=...)``).
+        task: what the draw's own target is made of (``Task.of``); None: no task loss.
+        channels: C where nothing else tells it: x_t, the task, or one model that learns its variance and one that does
+            not. None: from those, else all of the student's.
+        distance: ``"mse"``, or ``"huber"``: d^2 / 2 up to a difference of delta and linear beyond.
+        grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before
+            ``backward``; the gradient is stored multiplied by it, so that float16 does not underflow. None: 1.
+        grad: a contiguous buffer like ``student`` for the gradient, handed to autograd by ``backward``; None: fresh.
+
+    Returns:
+        ``OutputMatch``; float32 accumulation, the same bits on every run. Tensors that are not contiguous are copied.
+
+    Raises:
+        InputError: mismatched shapes, devices or dtypes, a teacher that requires gradient, a timestep outside of the
+            table (on a GPU the loss is NaN then).
+    """
+    _check.require(distance in ("mse", "huber"), "distance", "one of mse, huber", repr(distance))
+    _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
+    _check.require(teacher is not None or task is not None, "teacher", "an output, or a task beside it", None)
+    if grad_scale is None:
+        grad_scale = torch.ones((), device=student.device)
+    optional = (teacher, unconditional, guidance, weights, x_t, grad, *(task[:5] if task else [None] * 5))
+    _check.once(_check_all, tuple(t for t in (student, timestep, table, grad_scale, *optional) if t is not None),
+                (channels, tuple(t is not None for t in optional)))  # fmt: skip
+    for name, tensor in {"teacher": teacher, "unconditional": unconditional}.items():
+        frozen = tensor is None or not tensor.requires_grad
+        _check.require(frozen, name, "a tensor without gradient (run the teacher under no_grad)", "requires_grad=True")
+    nothing, nowhere = student.new_empty(0), timestep.new_empty(0)
+    no_floats = table.new_empty(0)
+
+    def given(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
+        return otherwise if tensor is None else tensor.detach().contiguous()
+
+    arguments = (
+        given(teacher, nothing), given(unconditional, nothing), timestep.contiguous(), table.contiguous(),
+        given(guidance, no_floats), given(weights, no_floats), given(x_t, nothing),
+        *(map(torch.Tensor.contiguous, task[:5]) if task else (nothing, nowhere, nowhere, no_floats, nowhere)),
+        task.first_sample if task else 0, _channels(student, teacher, x_t, task, channels), float(output_weight),
+        float(task_weight), grad_scale, distance == "huber", float(delta),
+    )  # fmt: skip
+    if torch.is_grad_enabled() and student.requires_grad:
+        return OutputMatch(*_OutputMatch.apply(student, grad, arguments))
+    return OutputMatch(*_launch(student.detach(), arguments, nothing))
+
+
+def _channels(
+    student: Tensor, teacher: Tensor | None, x_t: Tensor | None, task: Task | None, channels: int | None
+) -> int:
+    if channels is not None:
+        return channels
+    if x_t is not None:
+        return x_t.size(1)
+    if task is not None:
+        return task.latents.size(1)
+    assert teacher is not None
+    return min(student.size(1), teacher.size(1))
+
+
+def _launch(student: Tensor, arguments: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    table = arguments[3]
+    loss, parts, samples = table.new_empty(()), table.new_empty(2), table.new_empty(len(student), 2)
+    _output_match(student.contiguous(), *arguments, loss, parts, samples, grad)
+    return loss, parts, samples
+
+
+class _OutputMatch(torch.autograd.Function):
+    """The gradient is made in the forward; the backward hands it on, times what the loss was multiplied by since."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, grad: Tensor | None, arguments: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if grad is None:
+            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+        loss, parts, samples = _launch(student.detach(), arguments, grad)
+        ctx.grads, ctx.grad_scale = [grad], arguments[-3]
+        ctx.mark_non_differentiable(parts, samples)
+        return loss, parts, samples
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        return (*hand_on("output_match", ctx, grad_loss), None, None)
+
+
+_OPTIONAL = (
+    "teacher unconditional guidance weights x_t grad"
+    " task.latents task.latent_index task.choice task.coefficients task.counter"
+).split()
+
+
+def _check_all(tensors: tuple[Tensor, ...], values: tuple[int | None, tuple[bool, ...]]) -> None:
+    names = ["student", "timestep", "table", "grad_scale"]
+    names += [name for name, there in zip(_OPTIONAL, values[1], strict=True) if there]
+    given = dict(zip(names, tensors, strict=True))
+    student, table = given["student"], given["table"]
+    for name, tensor in given.items():
+        _check.device(tensor, name, student.device, "student")
+    _check.require(student.dim() >= 2, "student", "[B, C, ...]", tuple(student.shape))
+    for name in ("student", "teacher", "unconditional", "x_t", "task.latents"):
+        if name in given:
+            _check.dtype(given[name], name, *_check.FLOATS)
+    batch, size = len(student), student.shape[2:]
+    _check.require(table.dim() == 2 and table.size(1) == 5 and len(table) >= 1, "table", "[T, 5]", tuple(table.shape))
+    _check.shape(given["grad_scale"], "grad_scale", (), "a 0-dim tensor")
+    for name in ("table", "grad_scale", "guidance", "weights", "task.coefficients"):
+        if name in given:
+            _check.dtype(given[name], name, torch.float32)
+    for name in ("timestep", "task.latent_index", "task.choice", "task.counter"):
+        if name in given:
+            _check.dtype(given[name], name, torch.int64)
+    for name in ("timestep", "guidance", "weights", "task.latent_index", "task.choice"):
+        if name in given:
+            _check.shape(given[name], name, (batch,), f"one number a sample ({batch},)")
+    channels, source = values[0], "channels"
+    for name in ("x_t", "task.latents", "teacher"):
+        if channels is None and name in given and given[name].dim() >= 2:
+            channels, source = given[name].size(1), name
+            if name == "teacher":
+                channels, source = min(channels, student.size(1)), "student or teacher"
+    assert channels is not None
+    twice = f"the {channels} channels of {source} or, with a learned variance, twice as many"
+    _check.require(student.size(1) in (channels, 2 * channels), "student", twice, tuple(student.shape))
+    _check_rows(given, batch, channels, size, twice)
+    if "task.counter" in given:
+        _check.shape(given["task.counter"], "task.counter", (2,), "(seed, step), shape (2,)")
+        rule = f"one row of 4 a timestep of table ({len(table)}, 4)"
+        _check.shape(given["task.coefficients"], "task.coefficients", (len(table), 4), rule)
+
+
+def _check_rows(given: dict[str, Tensor], batch: int, channels: int, size: torch.Size, twice: str) -> None:
+    student = given["student"]
+    if "teacher" in given:
+        teacher = given["teacher"]
+        rule = f"{student.dim()} dimensions, {batch} samples of size {tuple(size)}"
+        fits = teacher.dim() == student.dim() and len(teacher) == batch and teacher.shape[2:] == size
+        _check.require(fits, "teacher", rule, tuple(teacher.shape))
+        _check.require(teacher.size(1) in (channels, 2 * channels), "teacher", twice, tuple(teacher.shape))
+    if "unconditional" in given:
+        _check.require("teacher" in given, "unconditional", "None without teacher", tuple(given["unconditional"].shape))
+        shape, dtype = given["teacher"].shape, given["teacher"].dtype
+        _check.shape(given["unconditional"], "unconditional", tuple(shape), f"the shape of teacher {tuple(shape)}")
+        _check.dtype(given["unconditional"], "unconditional", dtype)
+    if "x_t" in given:
+        _check.shape(given["x_t"], "x_t", (batch, channels, *size), f"shape {(batch, channels, *size)}")
+    if "task.latents" in given:
+        rule = f"[N, {', '.join(map(str, (channels, *size)))}]"
+        _check.shape(given["task.latents"], "task.latents", (None, channels, *size), rule)
+    if "grad" in given:
+        grad = given["grad"]
+        fits = grad.shape == student.shape and grad.dtype == student.dtype and grad.is_contiguous()
+        rule = f"a contiguous buffer like student {tuple(student.shape)} {student.dtype}"
+        _check.require(fits, "grad", rule, f"{tuple(grad.shape)} {grad.dtype} {grad.stride()}")

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output matching in CUDA: ``csrc/output_match/cuda.cu``. It takes the calls that the C++ kernel takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastdistill.ops import _native
+from fastdistill.ops.output_match.cpp import addresses
+
+
+def output_match(*arguments: Any) -> None:
+    """Two launches; arguments as the reference's. A timestep or latent that its table does not have makes the loss
+    NaN."""
+    student = arguments[0]
+    given = addresses(*arguments)
+    batch, matched = given[13], given[14]
+    size = _native.cuda().output_match_workspace(batch, matched)
+    workspace = torch.empty(size, dtype=torch.float64, device=student.device)
+    _native.cuda().output_match(*given, workspace.data_ptr(), _native.stream(student))

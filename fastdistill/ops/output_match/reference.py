@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output matching in eager torch: the specification of the op's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops import philox
+from fastdistill.ops.noise_gather.reference import RANDOM
+
+GUIDANCE, FROM_X_T, FROM_TEACHER, OUTPUT_WEIGHT, TASK_WEIGHT = range(5)  # columns of the table
+
+
+def output_match(
+    student: Tensor,
+    teacher: Tensor,
+    unconditional: Tensor,
+    timestep: Tensor,
+    table: Tensor,
+    guidance: Tensor,
+    weights: Tensor,
+    x_t: Tensor,
+    latents: Tensor,
+    latent_index: Tensor,
+    choice: Tensor,
+    coefficients: Tensor,
+    counter: Tensor,
+    first_sample: int,
+    channels: int,
+    output_weight: float,
+    task_weight: float,
+    grad_scale: Tensor,
+    huber: bool,
+    delta: float,
+    loss: Tensor,
+    parts: Tensor,
+    samples: Tensor,
+    grad: Tensor,
+) -> None:
+    """Fill the outputs, ``grad`` where it has elements; float32 throughout. A tensor of no elements is not there."""
+    shape = (len(student), *[1] * (student.dim() - 1))
+    row = table[timestep]
+    own = weights if len(weights) else torch.ones_like(row[:, 0])
+    weight = torch.stack([row[:, OUTPUT_WEIGHT], row[:, TASK_WEIGHT]], 1) * own[:, None]
+    s = student[:, :channels].float()
+    differences = [torch.zeros_like(s), torch.zeros_like(s)]
+    if teacher.numel():
+        target = teacher[:, :channels].float()
+        if unconditional.numel():
+            w = row[:, GUIDANCE] * guidance if len(guidance) else row[:, GUIDANCE]
+            target = target + w.view(shape) * (target - unconditional[:, :channels].float())
+        target = target * row[:, FROM_TEACHER].view(shape)
+        if x_t.numel():
+            target = target + row[:, FROM_X_T].view(shape) * x_t.float()
+        differences[0] = s - target
+    if counter.numel():
+        sample = first_sample + torch.arange(len(student), device=student.device)
+        z = philox.normal(counter[0], counter[1], sample, s.shape[1:])
+        signal, noise = coefficients[timestep].view(-1, 4, *shape[1:]).unbind(1)[2:]
+        differences[1] = s - (signal * latents[latent_index].float() + noise * z)
+        weight[:, 1] *= choice != RANDOM
+
+    slopes = [d.clamp(-delta, delta) if huber else d for d in differences]
+    terms = [c * (d - 0.5 * c) if huber else d * d for c, d in zip(slopes, differences, strict=True)]
+    count = max(s[:1].numel(), 1)
+    samples.copy_(torch.stack([t.flatten(1).sum(1) / count for t in terms], 1))
+    parts.copy_((weight * samples).sum(0) / max(len(s), 1))
+    loss.copy_(output_weight * parts[0] + task_weight * parts[1])
+    if grad.numel():
+        factor = grad_scale * weight * ((1.0 if huber else 2.0) / max(s.numel(), 1))
+        grad.zero_()
+        grad[:, :channels].copy_(
+            (output_weight * factor[:, 0]).view(shape) * slopes[0]
+            + (task_weight * factor[:, 1]).view(shape) * slopes[1]
+        )

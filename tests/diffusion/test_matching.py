@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of output_match: conversions against their definition and diffusers, weights against diffusers' SNR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from fastdistill.diffusion.matching import conversion, loss_weights, match_table
+from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
+from fastdistill.errors import InputError
+
+T = 1000
+KINDS = ["epsilon", "sample", "v_prediction"]
+
+
+def scheduler() -> Any:
+    return DDIMScheduler(T, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def coefficients(kind: str) -> Tensor:
+    return NoiseSchedule.from_diffusers(scheduler()).coefficients(kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("student", KINDS)
+@pytest.mark.parametrize("teacher", KINDS)
+def test_conversions(student: str, teacher: str) -> None:
+    """Made of any x_0 and noise, the teacher's prediction becomes the student's at every timestep."""
+    own, theirs = coefficients(student).double(), coefficients(teacher).double()
+    x, noise = torch.randn(2, T, 1, dtype=torch.float64).unbind()
+    x_t = own[:, :1] * x + own[:, 1:2] * noise
+    prediction, wanted = (c[:, 2:3] * x + c[:, 3:] * noise for c in (theirs, own))
+    c = conversion(coefficients(student), coefficients(teacher))
+    torch.testing.assert_close(c[:, :1] * x_t + c[:, 1:] * prediction, wanted, rtol=1e-6, atol=1e-6)
+    if student == teacher:
+        assert torch.equal(c, torch.tensor([0.0, 1.0], dtype=torch.float64).expand(T, 2))
+
+
+def test_v_to_epsilon_as_diffusers_does_it() -> None:
+    x, noise, time = torch.randn(1, 4), torch.randn(1, 4), torch.tensor([700])
+    plan = scheduler()
+    x_t, v = plan.add_noise(x, noise, time), plan.get_velocity(x, noise, time)
+    c = conversion(coefficients("epsilon"), coefficients("v_prediction"))[700].float()
+    torch.testing.assert_close(c[0] * x_t + c[1] * v, noise, rtol=1e-5, atol=1e-5)
+
+
+def test_flow_to_flow_is_the_identity() -> None:
+    assert torch.equal(conversion(flow_coefficients(T), flow_coefficients(T))[:, 1], torch.ones(T, dtype=torch.float64))
+
+
+def test_weights_against_diffusers_snr() -> None:
+    snr = compute_snr(scheduler(), torch.arange(T)).double()
+    five = torch.full_like(snr, 5.0)
+    expected = {
+        ("epsilon", "snr"): torch.ones_like(snr),
+        ("sample", "snr"): snr,
+        ("epsilon", "min_snr"): torch.minimum(snr, five) / snr,
+        ("v_prediction", "min_snr"): torch.minimum(snr, five) / (snr + 1),
+        ("sample", "min_snr"): torch.minimum(snr, five),
+        ("sample", "truncated_snr"): snr.clamp(min=1),
+        ("epsilon", "truncated_snr"): snr.clamp(min=1) / snr,
+        ("v_prediction", "uniform"): torch.ones_like(snr),
+    }
+    for (kind, weighting), weights in expected.items():
+        torch.testing.assert_close(loss_weights(coefficients(kind), weighting), weights, rtol=2e-5, atol=0)  # type: ignore[arg-type]
+
+
+def test_table() -> None:
+    own = coefficients("epsilon")
+    table = match_table(own, guidance=lambda u: 3 * u, weights=torch.arange(T) / T, task_weights="uniform")
+    assert table.dtype == torch.float32 and table.shape == (T, 5)
+    assert table[500].tolist() == pytest.approx([1.5, 0.0, 1.0, 0.5, 1.0])
+    assert match_table(own, guidance=2.0)[:, 0].eq(2).all() and match_table(own, weights="min_snr")[0, 4] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": "snr2"}, "weights: expected one of uniform, snr, truncated_snr, min_snr, or a tensor, got 'snr2'"),
+        ({"weights": torch.ones(3)}, r"weights: expected one number a timestep \(1000,\), got \(3,\)"),
+        ({"guidance": torch.full((T,), float("nan"))}, r"guidance\[0\]: expected a finite number, got nan"),
+        ({"gamma": 0.0, "weights": "min_snr"}, "gamma: expected a number > 0, got 0.0"),
+        ({"teacher": flow_coefficients(T)}, "teacher: expected the signal and noise of coefficients"),
+        ({"teacher": torch.ones(T, 3)}, r"teacher: expected coefficients \[T, 4\], got \(1000, 3\)"),
+    ],
+)
+def test_bad_input(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        match_table(coefficients("epsilon"), **arguments)
+
+
+def test_a_prediction_from_which_nothing_follows() -> None:
+    """At zero terminal signal x_t is the noise itself: an epsilon prediction says nothing about x_0."""
+    schedule = NoiseSchedule(torch.tensor([0.5, 0.0], dtype=torch.float64))
+    with pytest.raises(InputError, match=r"teacher: expected predictions that x_0 follows from \(at timestep 1 "):
+        conversion(schedule.coefficients("v_prediction"), schedule.coefficients("epsilon"))
