@@ -20,11 +20,13 @@ template <typename T> void widen(const T* from, int64_t n, float* to) {
     store<false>(to + i, i + lanes <= n ? load(from + i) : load_first(from + i, larger(0, n - i)));
 }
 
+constexpr float zeros[noise_group] = {};
+
 // Elements [first, first + n) of row b as floats, zeros up to noise_group; all zeros where there are no rows.
 const float* floats(const Rows& rows, int64_t b, int64_t first, int64_t n, float* buffer) {
   const int64_t at = b * rows.row + first;
-  if (!rows.data) memset(buffer, 0, noise_group * sizeof(float));
-  else if (rows.dtype == Dtype::bf16) widen(static_cast<const bf16*>(rows.data) + at, n, buffer);
+  if (!rows.data) return zeros;
+  if (rows.dtype == Dtype::bf16) widen(static_cast<const bf16*>(rows.data) + at, n, buffer);
   else if (rows.dtype == Dtype::f16) widen(static_cast<const f16*>(rows.data) + at, n, buffer);
   else if (n == noise_group) return static_cast<const float*>(rows.data) + at;
   else widen(static_cast<const float*>(rows.data) + at, n, buffer);
@@ -55,19 +57,20 @@ template <bool huber> Sums run_chunk(const OutputMatch& a, const MatchRow& r, in
   const Lanes output_gradient = splat(r.output_gradient), task_gradient = splat(r.task_gradient);
   const Lanes delta = splat(a.delta), half = splat(0.5f), none = splat(0.0f);
   const Rows latents = r.target_signal == 0.0f ? Rows{} : a.latents;
-  const Rows unguided = a.unconditional.data ? a.unconditional : a.teacher;
   Lanes output = none, task = none;
   for (int64_t i = first; i < end; i += noise_group) {
     const int64_t n = smaller(end - i, noise_group);
-    float buffers[6][noise_group], z[noise_group] = {};
+    float buffers[6][noise_group], made[noise_group];
+    const float* z = zeros;
     const float* student = floats(a.student, b, i, n, buffers[0]);
     const float* conditional = floats(a.teacher, b, i, n, buffers[1]);
-    const float* unconditional = floats(unguided, b, i, n, buffers[2]);
+    const float* unconditional = a.unconditional.data ? floats(a.unconditional, b, i, n, buffers[2]) : conditional;
     const float* x_t = floats(a.x_t, b, i, n, buffers[3]);
     const float* x = floats(latents, r.latent, i, n, buffers[4]);
     if (a.counter) {
-      group_normals(uint64_t(a.counter[0]), uint64_t(a.counter[1]), uint32_t(a.first_sample + b), i, z);
-      memset(z + n, 0, (noise_group - n) * sizeof(float));
+      group_normals(uint64_t(a.counter[0]), uint64_t(a.counter[1]), uint32_t(a.first_sample + b), i, made);
+      memset(made + n, 0, (noise_group - n) * sizeof(float));
+      z = made;
     }
     for (int64_t j = 0; j < noise_group; j += lanes) {
       const Lanes s = load(student + j);
