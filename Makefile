@@ -1,4 +1,4 @@
-# make setup | demo | test | sanitizers | bench | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PYTHON=python3.12
+# make setup | demo | test | sanitizers | gpu-sanitizers | bench | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow sanitizers bench kernels-report lint format build-matrix clean
+.PHONY: setup demo test test-slow sanitizers gpu-sanitizers bench kernels-report lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -30,6 +30,9 @@ test-slow: setup
 
 sanitizers: setup
 	$(BIN)/python -m tests.sanitizers $(ARGS)
+
+gpu-sanitizers: setup
+	$(BIN)/python -m pytest tests/gpu -m 'gpu and slow' $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks.run $(ARGS)

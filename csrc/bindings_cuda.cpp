@@ -17,6 +17,7 @@ const char* grad_square_sum_cuda(const fd::GradientRow* rows, int64_t count, int
 int64_t adamw_ema_cuda_workspace();
 const char* adamw_ema_cuda(const fd::AdamWRow* rows, int64_t count, int64_t chunk, const fd::AdamWInputs& inputs,
                            int64_t* skipped, float* workspace, void* stream);
+const char* unavailable_cuda();
 const char* philox_cuda(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n, void* stream);
 
 namespace {
@@ -96,6 +97,7 @@ void adamw_ema(Address rows, int64_t count, int64_t chunk, Address square_sum, A
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels on raw addresses. Call fastdistill.ops instead: it checks what is unchecked here.";
   using release = py::call_guard<py::gil_scoped_release>;
+  m.def("unavailable", &unavailable_cuda, "why the current GPU or its driver cannot run these kernels, or None");
   m.def("feature_match", &feature_match, release());
   m.def("feature_match_workspace", &feature_match_workspace, "doubles that feature_match needs for taps of n elements");
   m.def("scale_gradients", &scale_gradients, release());

@@ -14,11 +14,11 @@
 #define FD_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #endif
 
-// The last error of a launch as a string, null if there was none.
-inline const char* fd_launch_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
+// An error as a string, null if it is none.
+inline const char* fd_error(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// The last error of a launch.
+inline const char* fd_launch_error() { return fd_error(cudaGetLastError()); }
 
 namespace fd {
 

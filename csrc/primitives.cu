@@ -33,3 +33,9 @@ const char* philox_cuda(const uint32_t* counter, const uint32_t* key, uint32_t* 
   FD_LAUNCH(philox_kernel, grid, fd::threads_per_block, 0, stream, counter, key, words, normals, n);
   return fd_launch_error();
 }
+
+// Why the current GPU runs no kernel of this file, which is built as the others are: its architecture, or an old driver.
+const char* unavailable_cuda() {
+  cudaFuncAttributes attributes;
+  return fd_error(cudaFuncGetAttributes(&attributes, philox_kernel));
+}

@@ -18,15 +18,15 @@ if EMULATED:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import fastdistill  # noqa: E402
-from fastdistill.ops import OPS, _native  # noqa: E402
-from fastdistill.ops._dispatch import Kernel, _forced  # noqa: E402
+from fastdistill.ops import OPS, _dispatch, _native  # noqa: E402
+from fastdistill.ops._dispatch import Kernel  # noqa: E402
 from tests import cuda_on_cpu, sanitizers  # noqa: E402
 from tests.cuda_on_cpu.guard import guarded  # noqa: E402
 
 
 def _emulated(kernel: Kernel) -> Kernel:
     def refuse(*args: Any) -> str | None:
-        if _forced.get() != kernel.name:
+        if _dispatch._forced != kernel.name:
             return "emulated only when it is asked for"
         return kernel.refuse(*args)
 

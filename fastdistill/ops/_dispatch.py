@@ -10,7 +10,6 @@ dispatcher: under a fake tensor a raw pointer is 0 and would kill the process.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import importlib
 from collections import Counter
@@ -23,13 +22,13 @@ import torch
 from fastdistill.errors import InputError, KernelError
 
 REFERENCE = "reference"
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastdistill_kernel", default=None)
+_forced: str | None = None  # of all threads: a backward on a GPU runs in one of autograd's
 
 
 @contextlib.contextmanager
 def use(kernel: str | None) -> Iterator[None]:
-    """Force one kernel inside the block: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None restores the
-    automatic choice.
+    """Force one kernel inside the block, in every thread: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None
+    restores the automatic choice.
 
     Raises:
         KernelError: when an op is called that has no such kernel for the device, or whose kernel refuses the call; with
@@ -38,14 +37,12 @@ def use(kernel: str | None) -> Iterator[None]:
     names = sorted({name for op in OPS.values() for name in op.kernel_names()})
     if kernel is not None and kernel not in names:
         raise InputError.of("kernel", f"one of {', '.join(names)}", repr(kernel))
-    token = _forced.set(kernel)
-    # A GPU's backward would run in a thread of autograd's, where nothing is forced.
-    here = torch.autograd.set_multithreading_enabled(False) if kernel is not None else contextlib.nullcontext()
+    global _forced
+    before, _forced = _forced, kernel
     try:
-        with here:
-            yield
+        yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def _never(*args: Any) -> str | None:
@@ -76,6 +73,12 @@ def later(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def _gpu_of(args: Sequence[Any]) -> int | None:
+    """The number of the first GPU among those of the tensors, or of the first tensors of lists."""
+    tensors = (a[0] if isinstance(a, (list, tuple)) and a else a for a in args)
+    return next((t.get_device() for t in tensors if isinstance(t, torch.Tensor) and t.is_cuda), None)
+
+
 @dataclass
 class Op:
     name: str
@@ -89,7 +92,7 @@ class Op:
 
     def run(self, device: str, *args: Any) -> None:
         """Run the call on the first kernel of this device that does not refuse it, else on the reference."""
-        forced = _forced.get()
+        forced = _forced
         if forced != REFERENCE:
             for kernel in self.kernels:
                 if (
@@ -106,6 +109,14 @@ class Op:
                 raise KernelError(f"{self.name}: kernel {forced!r} cannot run this call on {device}: {reason}")
         self.calls[REFERENCE] += 1
         self.reference(*args)
+
+    def run_on_gpu(self, *args: Any) -> None:
+        """``run`` with the GPU of the call's tensors as the current one: launches and streams belong to that."""
+        if torch.cuda.device_count() > 1 and (gpu := _gpu_of(args)) not in (None, torch.cuda.current_device()):
+            with torch.cuda.device(gpu):
+                self.run("cuda", *args)
+        else:
+            self.run("cuda", *args)
 
     def _reason(self, name: str, device: str, args: tuple[Any, ...]) -> str:
         """Why the kernel of this name cannot run the call."""
@@ -144,7 +155,7 @@ def register(
     torch.library.define(qualified, f"{schema} -> ()")
     torch.library.register_fake(qualified, _never)  # outputs are the caller's: there is nothing to infer
     torch.library.impl(qualified, "default", reference)
-    for device in ("cpu", "cuda"):
-        torch.library.impl(qualified, device, functools.partial(op.run, device))
+    torch.library.impl(qualified, "cpu", functools.partial(op.run, "cpu"))
+    torch.library.impl(qualified, "cuda", op.run_on_gpu)
     overload: Callable[..., None] = getattr(torch.ops.fastdistill, name).default
     return overload

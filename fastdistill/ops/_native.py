@@ -54,7 +54,10 @@ def cuda_reason() -> str | None:
     """Why the CUDA kernels cannot run in this installation, or None."""
     if reason := _load("_cuda")[1]:
         return f"{reason} (no nvcc when it was installed?)"
-    return None if torch.cuda.is_available() else "no CUDA device"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    reason = cuda().unavailable()
+    return reason and f"the extension fastdistill._cuda was not built for this GPU and driver: {reason}"
 
 
 def cuda_summary() -> str:

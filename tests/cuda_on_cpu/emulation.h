@@ -43,6 +43,7 @@ typedef void* cudaStream_t;
 typedef int cudaError_t;
 constexpr cudaError_t cudaSuccess = 0;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+struct cudaFuncAttributes {};
 
 namespace fd_emulation {
 
@@ -129,6 +130,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   *value = 2;  // multiprocessors: few, so that persistent loops go around
   return cudaSuccess;
 }
+template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) { return cudaSuccess; }
 
 #define FD_LAUNCH(kernel, grid, block, shared, stream, ...) \
   fd_emulation::launch(#kernel, grid, block, shared, [=] { kernel(__VA_ARGS__); })

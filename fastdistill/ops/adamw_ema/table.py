@@ -17,6 +17,7 @@ CHUNK = 8192  # elements of a partial sum and of a piece of work
 Table = npt.NDArray[np.int64]
 _MOST_COPIES = 64
 _copies: OrderedDict[tuple[bytes, torch.device], tuple[Tensor, Tensor]] = OrderedDict()  # on the host, on the device
+_captured: dict[tuple[bytes, torch.device], Tensor] = {}  # those that a CUDA graph reads, as long as the process lives
 
 
 def gradients(grads: Sequence[Tensor]) -> Table:
@@ -88,4 +89,6 @@ def on_device(table: Table, device: torch.device) -> tuple[Tensor, Tensor]:
             _copies.popitem(last=False)
     _copies.move_to_end(key)
     words = _copies[key][1]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[key] = words
     return words[: table.size], words[table.size :]

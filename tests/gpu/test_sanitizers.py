@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel for a GPU under NVIDIA's compute-sanitizer, in a process of its own: ``make gpu-sanitizers``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu.work import KERNELS, WORKS
+
+ROOT = Path(__file__).parents[2]
+PLACES = [os.environ.get("PATH", ""), *(f"{os.environ.get(v, '')}/bin" for v in ("CUDA_HOME", "CUDA_PATH"))]
+TOOL = shutil.which("compute-sanitizer", path=os.pathsep.join([*PLACES, "/usr/local/cuda/bin"]))
+# Every tensor is an allocation of its own, so that its ends are seen.
+WITHOUT_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+PLANTED = """
+import torch
+from fastdistill.ops import _native
+x, factor = torch.ones(64, device="cuda"), torch.full((), 2.0, device="cuda")
+_native.cuda().scale_gradients([x.data_ptr()], [65], [0], factor.data_ptr(), _native.stream(x))
+torch.cuda.synchronize()
+"""
+
+
+def run(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
+    assert TOOL is not None
+    return subprocess.run(
+        [TOOL, "--tool", tool, "--error-exitcode", "17", "--print-limit", "20", sys.executable, *command],
+        cwd=ROOT, env=os.environ | WITHOUT_CACHE, capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(TOOL is None, reason="no compute-sanitizer on PATH, in CUDA_HOME or in /usr/local/cuda")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_every_kernel_is_clean(tool: str, kernel: str) -> None:
+    done = run(tool, "-m", "tests.gpu.work", "cuda", kernel)
+    output = done.stdout[-8000:] + done.stderr[-4000:]
+    assert done.returncode == 0, output
+    assert all(f"{kernel} {op} wrote" in output for op in WORKS), output
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(TOOL is None, reason="no compute-sanitizer on PATH, in CUDA_HOME or in /usr/local/cuda")
+def test_a_planted_bug_is_found() -> None:
+    done = run("memcheck", "-c", PLANTED)
+    assert done.returncode != 0 and "Invalid __global__" in done.stdout + done.stderr, done.stdout[-4000:]
+
+
+def test_the_process_that_is_watched() -> None:
+    """It runs every kernel; here emulated where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.work", device], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" wrote")[0] for line in done.stdout.splitlines()] == [
+        f"{k} {w}" for k in KERNELS for w in WORKS
+    ]

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One small step of every op with a kernel for a GPU, on memory that stays in place.
+
+``python -m tests.gpu.work DEVICE [KERNEL ...]`` runs each, for a tool that watches the process.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops import AdamWGroup, NoiseGather, adamw_ema, feature_match, grad_square_sum, use
+
+KERNELS = ("triton", "cuda")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Work:
+    """``step`` reads and advances the ``state``, and returns what it wrote; all of it depends on the state alone."""
+
+    state: list[Tensor]
+    step: Callable[[], list[Tensor]]
+
+
+def banks(device: str, rows: int = 11) -> tuple[Tensor, ...]:
+    """What ``noise_gather`` draws from, and its counter; rows of a size that is no multiple of a vector."""
+    g = torch.Generator().manual_seed(1)
+    latents, prompts = torch.randn((rows, 3, 5, 7), generator=g), torch.randn((9, 4, 6), generator=g)
+    alpha = torch.linspace(0.99, 0.05, 50)
+    noise = (1 - alpha**2).sqrt()
+    coefficients = torch.stack([alpha, noise, -noise, alpha], 1)
+    replace = (torch.linspace(0, 1, 50, dtype=torch.float64) * 2**32).long()
+    counter = torch.tensor([2**40 + 5, 7])
+    return tuple(t.to(device) for t in (latents, torch.arange(rows) % 6, prompts, coefficients, replace, counter))
+
+
+def noise_gather_work(device: str) -> Work:
+    inputs = banks(device)
+    draw = NoiseGather(*inputs, batch=6, null_index=8, null_probability=0.25, target=True)
+
+    def step() -> list[Tensor]:
+        drawn = [t.clone() for t in draw()]
+        inputs[-1][1] += 1
+        return drawn
+
+    return Work(list(inputs), step)
+
+
+def feature_match_work(device: str, distance: str) -> Work:
+    g = torch.Generator().manual_seed(2)
+    shapes = [(3, 5, 7), (1,), (2, 8, 4, 4), (5000,)]
+    student = [torch.randn(s, generator=g).to(device, d) for s, d in zip(shapes, (*FLOATS, FLOATS[0]), strict=True)]
+    teacher = [torch.randn(s.shape, generator=g).to(device, s.dtype) for s in student]
+    weights = torch.linspace(0.5, 1.5, len(shapes)).to(device)
+    buffers = [torch.empty_like(s) for s in student]
+
+    def step() -> list[Tensor]:
+        leaves = [s.detach().requires_grad_() for s in student]
+        loss, taps = feature_match(leaves, teacher, weights=weights, distance=distance, grads=buffers)
+        gradients = torch.autograd.grad(3 * loss, leaves)
+        with torch.no_grad():
+            for s, gradient in zip(student, gradients, strict=True):
+                s -= gradient
+        return [loss.detach(), taps, *(gradient.clone() for gradient in gradients)]
+
+    return Work([*student, *teacher, weights], step)
+
+
+def adamw_ema_work(device: str) -> Work:
+    g = torch.Generator().manual_seed(3)
+    shapes = [(3, 5, 7), (1,), (9000,), (2, 8, 4)]
+    params = [torch.randn(s, generator=g).to(device) for s in shapes]
+    grads = [torch.randn(s, generator=g).to(device, d) for s, d in zip(shapes, (*FLOATS, FLOATS[0]), strict=True)]
+    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    averages = [p.clone() for p in params]
+    copies = [p.to(torch.bfloat16) if i % 2 else p.new_empty(0, dtype=torch.float16) for i, p in enumerate(params)]
+    steps = [p.new_zeros(()) for p in params]
+    skipped = torch.zeros((), dtype=torch.int64, device=device)
+    lr, weight = torch.tensor(0.1).to(device), torch.tensor(0.5).to(device)
+    written = [*params, *moments[0], *moments[1], *averages, *copies, *steps, skipped]
+
+    def step() -> list[Tensor]:
+        total = grad_square_sum(grads)
+        adamw_ema(
+            params, grads, *moments, steps, groups=[AdamWGroup(lr)], square_sum=total, skipped=skipped, copies=copies,
+            averages=averages, max_norm=1.0, ema_weight=weight, ema_warmup=True,
+        )  # fmt: skip
+        lr.mul_(0.5)
+        return [total, *(t.clone() for t in written)]
+
+    return Work([*written, *grads, lr, weight], step)
+
+
+WORKS: dict[str, Callable[[str], Work]] = {
+    "noise_gather": noise_gather_work,
+    "feature_match-mse": lambda device: feature_match_work(device, "mse"),
+    "feature_match-huber": lambda device: feature_match_work(device, "huber"),
+    "feature_match-normalized_mse": lambda device: feature_match_work(device, "normalized_mse"),
+    "adamw_ema": adamw_ema_work,
+}
+
+
+def steps_of(work: Work, count: int = 3) -> list[list[Tensor]]:
+    """What each of some steps wrote; the state is as before in the end."""
+    before = [t.clone() for t in work.state]
+    written = [[t.clone() for t in work.step()] for _ in range(count)]
+    restore(work, before)
+    return written
+
+
+def restore(work: Work, state: list[Tensor]) -> None:
+    for t, value in zip(work.state, state, strict=True):
+        t.copy_(value)
+
+
+def main(device: str, *kernels: str) -> None:
+    for name in kernels or KERNELS:
+        for op, make in WORKS.items():
+            with use(name):
+                written = steps_of(make(device), 2)
+            print(name, op, "wrote", sum(t.double().nan_to_num().sum().item() for t in written[-1]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "cpu":
+        import tests.gpu_on_cpu  # noqa: F401
+    main(*sys.argv[1:])
