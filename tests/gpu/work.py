@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdistill.ops import AdamWGroup, NoiseGather, adamw_ema, feature_match, grad_square_sum, use
+from fastdistill.ops import AdamWGroup, NoiseGather, Task, adamw_ema, feature_match, grad_square_sum, output_match, use
 
 KERNELS = ("triton", "cuda")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,6 +71,30 @@ def feature_match_work(device: str, distance: str) -> Work:
     return Work([*student, *teacher, weights], step)
 
 
+def output_match_work(device: str) -> Work:
+    """On a draw, guided, with the teacher's prediction converted and the task's noise made again."""
+    *tables, counter = banks(device)
+    latents, coefficients = tables[0], tables[3]
+    draw = NoiseGather(*tables, counter, batch=6, null_index=8, target=True)
+    g = torch.Generator().manual_seed(4)
+    student, teacher, unconditional = (torch.randn((6, 3, 5, 7), generator=g).to(device) for _ in range(3))
+    table = torch.rand((50, 5), generator=g).to(device)
+
+    def step() -> list[Tensor]:
+        drawn, leaf = draw(), student.detach().requires_grad_()
+        task = Task.of(drawn, latents, coefficients, counter)
+        loss, *rest = output_match(
+            leaf, teacher, drawn.timestep, table, unconditional=unconditional, x_t=drawn.x_t, task=task
+        )
+        (gradient,) = torch.autograd.grad(3 * loss, leaf)
+        with torch.no_grad():
+            student.sub_(gradient)
+        counter[1] += 1
+        return [loss.detach(), *rest, gradient.clone()]
+
+    return Work([*tables, counter, student, teacher, unconditional, table], step)
+
+
 def adamw_ema_work(device: str) -> Work:
     g = torch.Generator().manual_seed(3)
     shapes = [(3, 5, 7), (1,), (9000,), (2, 8, 4)]
@@ -101,6 +125,7 @@ WORKS: dict[str, Callable[[str], Work]] = {
     "feature_match-mse": lambda device: feature_match_work(device, "mse"),
     "feature_match-huber": lambda device: feature_match_work(device, "huber"),
     "feature_match-normalized_mse": lambda device: feature_match_work(device, "normalized_mse"),
+    "output_match": output_match_work,
     "adamw_ema": adamw_ema_work,
 }
 

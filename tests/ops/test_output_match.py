@@ -16,7 +16,7 @@ from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
 from fastdistill.errors import InputError
 from fastdistill.ops import Task, noise_gather, output_match, use
 from fastdistill.ops.noise_gather import RANDOM
-from tests.harness import Case, check_fake, check_op, detached, emulated, evaluate, kernels_of, layouts
+from tests.harness import Case, check_fake, check_op, detached, emulated, evaluate, generator, kernels_of, layouts
 from tests.ops import oracle
 from tests.ops.test_noise_gather import banks
 
@@ -51,7 +51,7 @@ class Setting:
 
 
 def case_of(setting: Setting) -> Case:
-    g = torch.Generator().manual_seed(setting.batch + len(setting.size))
+    g = generator(setting.batch + len(setting.size))
     channels, *size = setting.size
 
     def rows(count: int, dtype: torch.dtype, sigma: bool = False) -> Tensor:
@@ -115,7 +115,7 @@ def case_of(setting: Setting) -> Case:
                     z = oracle.normals(oracle.words(SEED, STEP, FIRST + b, (s.numel() + 3) // 4, 1), s.numel(), dtype)
                     x = task.latents[task.latent_index[b]].to(real)
                     c = task.coefficients[t].to(real)
-                    each[1] = distance(s - (c[2] * x + c[3] * torch.from_numpy(z).view_as(s)))
+                    each[1] = distance(s - (c[2] * x + c[3] * torch.from_numpy(z).to(s.device).view_as(s)))
                     weight[1] = weight[1] * int(task.choice[b] != RANDOM)
                 row = torch.stack(each)
                 samples.append(row)
