@@ -6,6 +6,7 @@
 
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "adamw_ema/math.h"
@@ -41,20 +42,27 @@ inline fd::AdamWInputs inputs_of(Address square_sum, Address grad_scale, Address
           zero_grads};
 }
 
-inline fd::NoiseGather draw_of(Address latents, Address latent_prompts, Address prompts, Address coefficients, Address replace,
-                               Address counter, int64_t latent_count, int64_t prompt_count, int64_t steps, int64_t row,
-                               int64_t prompt_row, int64_t batch, int64_t first_sample, int64_t global_batch, int64_t pool,
-                               int64_t null_index, int64_t null_threshold, bool with_replacement, int dtype, int prompt_dtype,
-                               Address x_t, Address timestep, Address prompt, Address target, Address latent_index,
+inline fd::NoiseGather draw_of(Address latents, Address latent_prompts, const Addresses& prompts,
+                               const std::vector<int64_t>& prompt_bytes, Address coefficients, Address replace, Address counter,
+                               int64_t latent_count, int64_t prompt_count, int64_t steps, int64_t latent_ring,
+                               int64_t prompt_ring, int64_t row, int64_t batch, int64_t first_sample, int64_t global_batch,
+                               int64_t pool, int64_t null_index, int64_t null_threshold, bool with_replacement, int dtype,
+                               Address x_t, Address timestep, const Addresses& prompt, Address target, Address latent_index,
                                Address prompt_index, Address choice) {
   fd::NoiseGather a = {};
-  a.latents = at<void>(latents), a.latent_prompts = at<int64_t>(latent_prompts), a.prompts = at<void>(prompts);
+  a.latents = at<void>(latents), a.latent_prompts = at<int64_t>(latent_prompts);
+  a.bank_count = int(prompts.size());
+  for (int i = 0; i < a.bank_count; ++i) {
+    a.banks[i] = {at<void>(prompts[i]), at<void>(prompt[i]), prompt_bytes[i]};
+    if (a.banks[i].bytes > a.banks[0].bytes) std::swap(a.banks[0], a.banks[i]);
+  }
   a.coefficients = at<float>(coefficients), a.replace = at<int64_t>(replace), a.counter = at<int64_t>(counter);
-  a.latent_count = latent_count, a.prompt_count = prompt_count, a.steps = steps, a.row = row, a.prompt_row = prompt_row;
+  a.latent_count = latent_count, a.prompt_count = prompt_count, a.steps = steps;
+  a.latent_ring = latent_ring, a.prompt_ring = prompt_ring, a.row = row;
   a.batch = batch, a.first_sample = first_sample, a.global_batch = global_batch, a.pool = pool;
   a.null_index = null_index, a.null_threshold = null_threshold, a.with_replacement = with_replacement;
-  a.dtype = fd::Dtype(dtype), a.prompt_dtype = fd::Dtype(prompt_dtype);
-  a.x_t = at<void>(x_t), a.timestep = at<int64_t>(timestep), a.prompt = at<void>(prompt), a.target = at<void>(target);
+  a.dtype = fd::Dtype(dtype);
+  a.x_t = at<void>(x_t), a.timestep = at<int64_t>(timestep), a.target = at<void>(target);
   a.latent_index = at<int64_t>(latent_index), a.prompt_index = at<int64_t>(prompt_index), a.choice = at<int64_t>(choice);
   return a;
 }

@@ -68,16 +68,17 @@ void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, c
   kernels->scale_gradients(arguments, at<float>(factor));
 }
 
-int64_t noise_gather(Address latents, Address latent_prompts, Address prompts, Address coefficients, Address replace,
-                     Address counter, int64_t latent_count, int64_t prompt_count, int64_t steps, int64_t row,
-                     int64_t prompt_row, int64_t batch, int64_t first_sample, int64_t global_batch, int64_t pool,
-                     int64_t null_index, int64_t null_threshold, bool with_replacement, int dtype, int prompt_dtype,
-                     Address x_t, Address timestep, Address prompt, Address target, Address latent_index, Address prompt_index,
-                     Address choice, int threads) {
+int64_t noise_gather(Address latents, Address latent_prompts, const Addresses& prompts,
+                     const std::vector<int64_t>& prompt_bytes, Address coefficients, Address replace, Address counter,
+                     int64_t latent_count, int64_t prompt_count, int64_t steps, int64_t latent_ring, int64_t prompt_ring,
+                     int64_t row, int64_t batch, int64_t first_sample, int64_t global_batch, int64_t pool, int64_t null_index,
+                     int64_t null_threshold, bool with_replacement, int dtype, Address x_t, Address timestep,
+                     const Addresses& prompt, Address target, Address latent_index, Address prompt_index, Address choice,
+                     int threads) {
   fd::NoiseGather a =
-      draw_of(latents, latent_prompts, prompts, coefficients, replace, counter, latent_count, prompt_count, steps, row,
-              prompt_row, batch, first_sample, global_batch, pool, null_index, null_threshold, with_replacement, dtype,
-              prompt_dtype, x_t, timestep, prompt, target, latent_index, prompt_index, choice);
+      draw_of(latents, latent_prompts, prompts, prompt_bytes, coefficients, replace, counter, latent_count, prompt_count, steps,
+              latent_ring, prompt_ring, row, batch, first_sample, global_batch, pool, null_index, null_threshold,
+              with_replacement, dtype, x_t, timestep, prompt, target, latent_index, prompt_index, choice);
   a.threads = threads;
   return kernels->noise_gather(a);
 }

@@ -11,22 +11,32 @@ import torch
 
 from benchmarks.shapes import SD15_TAPS, sd15_weights
 
+# Of both text encoders, pooled, and the time ids (original size, crop, target size); a mask as PixArt's.
+SDXL_PROMPTS = [
+    ((77, 2048), torch.bfloat16), ((1280,), torch.bfloat16), ((6,), torch.float32), ((120,), torch.bool),
+]  # fmt: skip
+
 
 def _module(op: str) -> Any:
     return importlib.import_module(f"fastdistill.ops.{op}.triton")
 
 
-def _noise_gather(dtype: torch.dtype, with_replacement: bool, target: bool) -> Callable[[], None]:
+def _noise_gather(
+    dtype: torch.dtype,
+    with_replacement: bool,
+    target: bool,
+    prompts: Iterable[tuple[tuple[int, ...], torch.dtype]] = (),
+) -> Callable[[], None]:
     def launch() -> None:
         def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        batch, latent, prompt = 64, (4, 64, 64), (77, 768)
+        batch, latent, rows = 64, (4, 64, 64), list(prompts) or [((77, 768), dtype)]
         x_t = empty(batch, *latent, dtype=dtype)
         _module("noise_gather").noise_gather(
-            empty(10_000, *latent, dtype=dtype), empty(10_000), empty(200_001, *prompt, dtype=dtype),
-            empty(1000, 4, dtype=torch.float32), empty(1000), empty(2), 0, batch, 200_000, 200_000, 2**28,
-            with_replacement, x_t, empty(batch), empty(batch, *prompt, dtype=dtype),
+            empty(10_000, *latent, dtype=dtype), empty(10_000), [empty(200_001, *s, dtype=d) for s, d in rows],
+            empty(1000, 4, dtype=torch.float32), empty(1000), empty(2), 0, batch, 0, 0, 200_000, 200_000, 2**28,
+            with_replacement, x_t, empty(batch), [empty(batch, *s, dtype=d) for s, d in rows],
             torch.empty_like(x_t) if target else empty(0, dtype=dtype), empty(batch), empty(batch), empty(batch),
         )  # fmt: skip
 
@@ -116,6 +126,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "output_match guided with a task": _output_match(torch.float32, torch.bfloat16, True, True, False),
     "output_match huber": _output_match(torch.float16, torch.float16, True, True, True),
     "noise_gather": _noise_gather(torch.bfloat16, False, False),
+    "noise_gather SDXL": _noise_gather(torch.bfloat16, False, False, SDXL_PROMPTS),
+    "noise_gather DiT": _noise_gather(torch.float32, False, False, [((), torch.int64)]),
     "noise_gather fp32": _noise_gather(torch.float32, False, False),
     "noise_gather with replacement and target": _noise_gather(torch.float16, True, True),
 }

@@ -29,7 +29,7 @@ from benchmarks.kernels.resources import Row, occupancy, usage
 ARCHS = (80, 90, 100)
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
-    torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 
 

@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// noise_gather: the draws of a batch, its latents with noise, its prompts, in one parallel loop over pieces of rows.
+// noise_gather: the draws of a batch, its latents with noise, its prompts (rows of up to eight banks), in one
+// parallel loop over pieces of rows.
 //
 // Threads   rows are drawn first (a few hundred integer operations each); then pieces of a sample, each a part of its
 //           latent and the matching part of its prompt, are split statically. Every output is a function of its own
 //           position: same bits at any thread count
 // Traffic   latent row read, x_t written (and target where wanted), prompt row read and written; the noise never in memory.
-//           The noise is arithmetic and the prompt is memory: while the one is computed, the other is fetched and
-//           copied a few lines at a time. Outputs stay in the caches: the models read them next
+//           The noise is arithmetic and the prompt is memory: while the one is computed, the row of the largest bank
+//           is fetched and copied a few lines at a time; those of the others follow. Outputs stay in the caches: the models
+//           read them next
 // Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents
-// Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 for latents and prompts independently
+// Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 latents; prompts are bytes
 #include "noise_gather/math.h"
 #include "simd.h"
 
@@ -77,13 +79,23 @@ template <bool with_target, typename T> void noise_rows(const T* x, T* x_t, T* t
 
 template <typename T> void noise_part(const NoiseGather& a, int64_t b, int64_t first, int64_t n, Copy& copy) {
   const int64_t out = b * a.row + first;
-  const T* x = static_cast<const T*>(a.latents) + a.latent_index[b] * a.row + first;
+  const T* x = static_cast<const T*>(a.latents) + place(a, a.latent_index[b], a.latent_ring, b) * a.row + first;
   T* x_t = static_cast<T*>(a.x_t) + out;
   const float* c = a.coefficients + 4 * a.timestep[b];
   const uint64_t seed = uint64_t(a.counter[0]), step = uint64_t(a.counter[1]);
   const uint32_t sample = uint32_t(a.first_sample + b);
   if (a.target) noise_rows<true>(x, x_t, static_cast<T*>(a.target) + out, c, seed, step, sample, first, n, copy);
   else noise_rows<false>(x, x_t, static_cast<T*>(nullptr), c, seed, step, sample, first, n, copy);
+}
+
+const char* prompt_of(const NoiseGather& a, const Bank& bank, int64_t b) {
+  return static_cast<const char*>(bank.rows) + place(a, a.prompt_index[b], a.prompt_ring, b) * bank.bytes;
+}
+
+// One of ``pieces`` equal parts of a bank's row.
+void copy_part(const NoiseGather& a, const Bank& bank, int64_t b, int64_t piece, int64_t pieces) {
+  const int64_t part = ceil_div(bank.bytes, pieces), first = piece * part, n = smaller(bank.bytes - first, part);
+  if (n > 0) memcpy(static_cast<char*>(bank.out) + b * bank.bytes + first, prompt_of(a, bank, b) + first, n);
 }
 
 }  // namespace
@@ -100,23 +112,25 @@ int64_t noise_gather(const NoiseGather& a) {
     a.choice[b] = d.choice;
   }
   if (outside >= 0) return outside;
-  const int64_t prompt_bytes = a.prompt_row * bytes_of(a.prompt_dtype);
-  const int64_t pieces = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(prompt_bytes, copy_piece)));
+  const Bank& bank = a.banks[0];
+  const int64_t pieces = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(bank.bytes, copy_piece)));
   const int64_t elements = larger(1, ceil_div(ceil_div(a.row, pieces), noise_group)) * noise_group,
-                bytes = ceil_div(ceil_div(prompt_bytes, pieces), 64) * 64;
+                bytes = ceil_div(ceil_div(bank.bytes, pieces), 64) * 64;
   const int64_t total = a.batch * pieces;
   const int threads = int(smaller(a.threads, total));
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
     for (int64_t at = total * part / threads; at < total * (part + 1) / threads; ++at) {
       const int64_t b = at / pieces, piece = at % pieces, first = piece * elements, offset = piece * bytes;
-      const int64_t n = smaller(a.row - first, elements), copied = larger(smaller(prompt_bytes - offset, bytes), 0);
-      const char* prompts = static_cast<const char*>(a.prompts);
-      const char* from = prompts + a.prompt_index[b] * prompt_bytes + offset;
+      const int64_t n = smaller(a.row - first, elements), copied = larger(smaller(bank.bytes - offset, bytes), 0);
       const int64_t after = at + 1 < total ? at + 1 : at;
-      const char* next = prompts + a.prompt_index[after / pieces] * prompt_bytes + after % pieces * bytes;
-      Copy copy = {
-          static_cast<char*>(a.prompt) + b * prompt_bytes + offset, from, next, copied, copied / copy_streams / 64 * 64, 0};
+      const char* next = prompt_of(a, bank, after / pieces) + after % pieces * bytes;
+      Copy copy = {static_cast<char*>(bank.out) + b * bank.bytes + offset,
+                   prompt_of(a, bank, b) + offset,
+                   next,
+                   copied,
+                   copied / copy_streams / 64 * 64,
+                   0};
       if (at == total * part / threads) fetch_start(copy);
       switch (a.dtype) {
         case Dtype::f32: noise_part<float>(a, b, first, n, copy); break;
@@ -124,6 +138,7 @@ int64_t noise_gather(const NoiseGather& a) {
         default: noise_part<f16>(a, b, first, n, copy); break;
       }
       finish(copy);
+      for (int i = 1; i < a.bank_count; ++i) copy_part(a, a.banks[i], b, piece, pieces);
     }
   }
   return -1;

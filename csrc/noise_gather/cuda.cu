@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// noise_gather on a GPU: the draws of a batch, its latents with noise, its prompts, in one launch.
+// noise_gather on a GPU: the draws of a batch, its latents with noise, its prompts (rows of up to eight banks), in one launch.
 //
 // Grid      256 threads a block, persistent over pieces of samples; one thread draws the row (seven Philox blocks), all make
 //           the noise of a part of its latent and copy the matching part of its prompt; the first piece writes the indices
-// Traffic   latent row read, x_t written (and target where wanted), prompt row read and written, 16 bytes at a time where
-//           rows start at multiples of 16 bytes; the noise never in memory
+// Traffic   latent row read, x_t written (and target where wanted), prompt rows read and written, 16 bytes at a time where
+//           rows start at multiples of 16 bytes; the noise never in memory. Banks may lie in pinned host memory: each byte
+//           then crosses the bus once
 // Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents
-// Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 latents; a prompt row outside of the bank is NaN
+// Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 latents; prompts are bytes, and a row outside of
+//           the bank comes out with all bits set (NaN, -1)
 #include "common.cuh"
 #include "noise_gather/math.h"
 
@@ -20,13 +22,13 @@ constexpr int64_t noise_piece = 8 * threads_per_block;  // elements of a latent 
 constexpr int64_t copy_piece = 32 << 10;                // bytes of a prompt in a piece at most
 
 struct Pieces {
-  int64_t count, elements, bytes;  // pieces of a sample; of a latent and of a prompt in each
+  int64_t count, elements, bytes[most_banks];  // pieces of a sample; of a latent and of each bank's row in each
 };
 
 template <typename T> __device__ void noise_part(const NoiseGather& a, const Draw& d, int64_t b, int64_t first, int64_t end) {
   const float* c = a.coefficients + 4 * d.timestep;
   const float signal = c[0], noise = c[1], target_signal = c[2], target_noise = c[3];
-  const T* latent = static_cast<const T*>(a.latents) + d.latent * a.row;
+  const T* latent = static_cast<const T*>(a.latents) + place(a, d.latent, a.latent_ring, b) * a.row;
   T* x_t = static_cast<T*>(a.x_t) + b * a.row;
   T* target = a.target ? static_cast<T*>(a.target) + b * a.row : nullptr;
   for (int64_t i = first + 8 * threadIdx.x; i < end; i += 8 * threads_per_block) {
@@ -53,11 +55,11 @@ template <typename T> __device__ void noise_part(const NoiseGather& a, const Dra
   }
 }
 
-// Bytes [first, end) of a prompt, or NaN (all bits set) where the row is not in the bank.
-__device__ void copy_part(const NoiseGather& a, const Draw& d, int64_t b, int64_t bytes, int64_t first, int64_t end) {
+// Bytes [first, end) of a bank's row, or all bits set (NaN, -1) where the row is not in the bank.
+__device__ void copy_part(const NoiseGather& a, const Bank& bank, const Draw& d, int64_t b, int64_t first, int64_t end) {
   const bool there = d.prompt >= 0 && d.prompt < a.prompt_count;
-  const char* from = static_cast<const char*>(a.prompts) + (there ? d.prompt * bytes : 0);
-  char* to = static_cast<char*>(a.prompt) + b * bytes;
+  const char* from = static_cast<const char*>(bank.rows) + (there ? place(a, d.prompt, a.prompt_ring, b) * bank.bytes : 0);
+  char* to = static_cast<char*>(bank.out) + b * bank.bytes;
   int64_t done = first;
   if (starts_vector(from + first) && starts_vector(to + first)) {
     done = first + (end - first) / 16 * 16;
@@ -69,9 +71,9 @@ __device__ void copy_part(const NoiseGather& a, const Draw& d, int64_t b, int64_
   for (int64_t i = done + threadIdx.x; i < end; i += threads_per_block) to[i] = there ? from[i] : char(0xFF);
 }
 
-__global__ void __launch_bounds__(threads_per_block) gather(const __grid_constant__ NoiseGather a, const Pieces pieces) {
+__global__ void __launch_bounds__(threads_per_block)
+    gather(const __grid_constant__ NoiseGather a, const __grid_constant__ Pieces pieces) {
   __shared__ Draw drawn;
-  const int64_t prompt_bytes = a.prompt_row * bytes_of(a.prompt_dtype);
   for (int64_t at = blockIdx.x; at < a.batch * pieces.count; at += gridDim.x) {
     const int64_t b = at / pieces.count, piece = at % pieces.count;
     if (threadIdx.x == 0) {
@@ -91,8 +93,10 @@ __global__ void __launch_bounds__(threads_per_block) gather(const __grid_constan
       case Dtype::bf16: noise_part<bf16>(a, d, b, first, end); break;
       default: noise_part<f16>(a, d, b, first, end); break;
     }
-    const int64_t offset = smaller(piece * pieces.bytes, prompt_bytes);
-    copy_part(a, d, b, prompt_bytes, offset, smaller(offset + pieces.bytes, prompt_bytes));
+    for (int i = 0; i < a.bank_count; ++i) {
+      const int64_t bytes = a.banks[i].bytes, offset = smaller(piece * pieces.bytes[i], bytes);
+      copy_part(a, a.banks[i], d, b, offset, smaller(offset + pieces.bytes[i], bytes));
+    }
     __syncthreads();  // before the next row is drawn
   }
 }
@@ -103,11 +107,10 @@ __global__ void __launch_bounds__(threads_per_block) gather(const __grid_constan
 const char* noise_gather_cuda(const fd::NoiseGather& a, void* stream) {
   using namespace fd;
   if (a.batch == 0) return nullptr;
-  const int64_t prompt_bytes = a.prompt_row * bytes_of(a.prompt_dtype);
-  Pieces p;
-  p.count = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(prompt_bytes, copy_piece)));
+  Pieces p = {};
+  p.count = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(a.banks[0].bytes, copy_piece)));
   p.elements = larger(1, ceil_div(ceil_div(a.row, p.count), 8)) * 8;
-  p.bytes = ceil_div(ceil_div(prompt_bytes, p.count), 16) * 16;
+  for (int i = 0; i < a.bank_count; ++i) p.bytes[i] = ceil_div(ceil_div(a.banks[i].bytes, p.count), 16) * 16;
   FD_LAUNCH(gather, persistent_blocks(a.batch * p.count, blocks_each), threads_per_block, 0, stream, a, p);
   return fd_launch_error();
 }

@@ -9,21 +9,32 @@
 
 namespace fd {
 
+constexpr int most_banks = 8;
+
+// Rows that follow the prompt index, copied as bytes whatever they hold.
+struct Bank {
+  const void* rows;  // [M, bytes]
+  void* out;         // [batch, bytes]
+  int64_t bytes;     // of a row
+};
+
+// A staged bank is a ring of R batches in place of its rows: sample b of step s is row (s mod R) batch + b.
 struct NoiseGather {
-  const void* latents;                        // [N, row]
-  const int64_t* latent_prompts;              // [N]
-  const void* prompts;                        // [M, prompt_row]
+  const void* latents;            // [N, row]
+  const int64_t* latent_prompts;  // [N]
+  Bank banks[most_banks];         // the largest first
+  int bank_count;
   const float* coefficients;                  // [T, 4] signal, noise, target_signal, target_noise
   const int64_t* replace;                     // [T] thresholds floor(p 2^32)
   const int64_t* counter;                     // [2] seed, step
   int64_t latent_count, prompt_count, steps;  // N, M, T
-  int64_t row, prompt_row;                    // elements of a latent, elements of a prompt
+  int64_t latent_ring, prompt_ring;           // R where latents, prompts are staged; 0 where they are not
+  int64_t row;                                // elements of a latent
   int64_t batch, first_sample, global_batch, pool, null_index, null_threshold;
   bool with_replacement;
-  Dtype dtype, prompt_dtype;
+  Dtype dtype;
   void* x_t;          // [batch, row]
   int64_t* timestep;  // [batch], as the three below
-  void* prompt;       // [batch, prompt_row]
   void* target;       // [batch, row] or null
   int64_t* latent_index;
   int64_t* prompt_index;
@@ -88,6 +99,13 @@ FD_HD Draw draw_row(const NoiseGather& a, int64_t b) {
     d.prompt = a.latent_prompts[d.latent];
   }
   return d;
+}
+
+// The row to read for sample b: the drawn one, or its place in the ring.
+FD_HD int64_t place(const NoiseGather& a, int64_t drawn, int64_t ring, int64_t b) {
+  if (ring == 0) return drawn;
+  const int64_t turn = a.counter[1] % ring;
+  return (turn < 0 ? turn + ring : turn) * a.batch + b;
 }
 
 template <typename F> FD_HD F mix(F x, F z, F signal, F noise) { return muladd(signal, x, noise * z); }

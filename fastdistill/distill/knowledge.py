@@ -81,7 +81,7 @@ class Knowledge:
         pairs = [(channels(own), channels(theirs)) for theirs, own in zip(*shapes, strict=True)]
         return Adapters(pairs, seed=seed).to(setting.device)
 
-    def __call__(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
+    def __call__(self, draw: Draw[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The loss and its parts ``metric_names`` (unweighted, but the first)."""
         target, theirs = self._teacher(draw) if self.weights.output or self.weights.feature else (None, [])
         x_t, prompt = cast_inputs(self.student, draw.x_t, draw.prompt)
@@ -98,7 +98,7 @@ class Knowledge:
         return loss, [loss.detach(), *(part.detach() for part in parts.values())]
 
     @torch.no_grad()
-    def _teacher(self, draw: Draw) -> tuple[Tensor, list[Tensor]]:
+    def _teacher(self, draw: Draw[Tensor]) -> tuple[Tensor, list[Tensor]]:
         x_t, prompt = cast_inputs(self.teacher, draw.x_t, draw.prompt)
         output = predict(self.teacher, x_t, draw.timestep, prompt)
         return output, self._taps[0].features() if self._taps else []
@@ -117,7 +117,7 @@ class Knowledge:
         return feature_match(own, theirs, distance=self.feature_distance, grads=self._gradients).loss
 
 
-def _task_loss(output: Tensor, draw: Draw) -> Tensor:
+def _task_loss(output: Tensor, draw: Draw[Tensor]) -> Tensor:
     """Mean over the batch of each sample's mean square error against the draw's own target.
 
     Samples whose prompt was replaced by another one weigh 0: their latent is not a sample of that prompt.

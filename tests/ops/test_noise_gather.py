@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
+from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, flow_coefficients
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather import NULL, PAIRED, RANDOM, Draw, NoiseGather
@@ -33,28 +35,31 @@ def banks(
     return latents, torch.arange(rows) % 6, prompts, coefficients, replace, torch.tensor([2**40 + 5, 7])
 
 
-def case_of(inputs: tuple[Tensor, ...], batch: int, **options: Any) -> Case:
+def flat(draw: Draw[Any]) -> tuple[Tensor, ...]:
+    return tuple(tree_leaves(tuple(draw)))
+
+
+def case_of(inputs: tuple[Any, ...], batch: int, **options: Any) -> Case:
     settings = {"null_index": 8, "null_probability": 0.25, "pool": 8, "target": True} | options
 
-    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(noise_gather(*tensors, batch=batch, **settings))
+    def call(*tensors: Any) -> tuple[Tensor, ...]:
+        return flat(noise_gather(*tensors, batch=batch, **settings))
 
     def exact(dtype: type) -> Any:
-        def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
-            *arrays, counter = [t.double().numpy() if t.is_floating_point() else t.numpy() for t in tensors]
+        def evaluate(*tensors: Any) -> tuple[Tensor, ...]:
+            latents, own, prompts, *tables, counter = tensors
+            arrays = [t.double().numpy() if t.is_floating_point() else t.numpy() for t in (latents, own, *tables)]
             columns = oracle.draw(
-                *arrays, int(counter[0]) % 2**64, int(counter[1]),
+                *arrays[:2], np.zeros((9, 1)), *arrays[2:], int(counter[0]) % 2**64, int(counter[1]),
                 first=settings.get("first_sample", 0), batch=batch, total=settings.get("global_batch", batch),
                 pool=settings["pool"], null=settings["null_index"],
                 null_threshold=int(settings["null_probability"] * 2**32),
                 with_replacement=settings.get("with_replacement", False), dtype=dtype,
             )  # fmt: skip
-            out = [torch.from_numpy(c) for c in columns]
+            x_t, t, _, target, latent, row, choice = map(torch.from_numpy, columns)
             if dtype is np.float32:
-                out = [
-                    o.to(tensors[2 if i == 2 else 0].dtype) if o.is_floating_point() else o for i, o in enumerate(out)
-                ]
-            return tuple(out)
+                x_t, target = x_t.to(latents.dtype), target.to(latents.dtype)
+            return flat(Draw(x_t, t, tree_map(lambda bank: bank[row], prompts), target, latent, row, choice))
 
         return evaluate
 
@@ -93,6 +98,25 @@ def test_dtypes_of_the_banks_are_independent(kernel: str) -> None:
         for prompt_dtype in FLOATS:
             inputs = banks((4, 4), latent_dtype=latent_dtype, prompt_dtype=prompt_dtype)
             check_op(case_of(inputs, 3), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_targets_by_table(kernel: str) -> None:
+    """epsilon, sample, v (x_0 = signal x_t - noise v) and flow (x_0 = x_t - s target) are tables of the one kernel."""
+    latents, own, prompts, _, replace, counter = banks((3, 5))
+    schedule = NoiseSchedule.cosine(T)
+    tables = {t: schedule.coefficients(t) for t in get_args(PredictionType)} | {"flow": flow_coefficients(T, 3.0)}
+    for name, table in tables.items():
+        with use(kernel):
+            draw = noise_gather(latents, own, prompts, table, replace, counter, batch=4, null_index=8, target=True)
+        x, signal, noise = latents[draw.latent_index], *table[draw.timestep, :2].view(4, 2, 1, 1).unbind(1)
+        found = {
+            "epsilon": draw.x_t - noise * draw.target,
+            "sample": signal * draw.target,
+            "v_prediction": signal * (signal * draw.x_t - noise * draw.target),
+            "flow": signal * (draw.x_t - noise * draw.target),
+        }[name]
+        torch.testing.assert_close(found, signal * x, rtol=0, atol=2e-6, msg=name)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -137,13 +161,16 @@ def test_a_latent_of_a_prompt_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k in ("triton", "cuda")])
-def test_where_an_error_cannot_be_raised_the_row_is_nan(kernel: str) -> None:
+def test_where_an_error_cannot_be_raised_all_bits_are_set(kernel: str) -> None:
     """A kernel on a GPU reads nothing outside of the bank."""
     latents, own, *rest = banks()
     with use(kernel):
         draw = noise_gather(latents, torch.full_like(own, 99), *rest, batch=6, null_index=8, null_probability=0.0)
+        labels = noise_gather(latents, torch.full_like(own, -1), torch.arange(9), *rest[1:], batch=6, null_index=8)
     paired = draw.choice == PAIRED
     assert paired.any() and draw.prompt[paired].isnan().all() and draw.prompt[~paired].isfinite().all()
+    outside = labels.choice == PAIRED
+    assert (labels.prompt[outside] == -1).all() and (labels.prompt[~outside] >= 0).all()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -264,7 +291,7 @@ def test_fake_cuda_tensors() -> None:
             {},
             r"latent_prompts: expected one row number a latent \(11,\), got \(3,\)",
         ),
-        ({2: torch.ones(9, 4, device="meta")}, {}, r"prompts: expected the device of latents \(cpu\), got meta"),
+        ({2: torch.ones(9, 4, device="meta")}, {}, r"prompts: expected the device of counter \(cpu\), got meta"),
         (
             {3: torch.ones(T, 2)},
             {},

@@ -11,23 +11,26 @@ Random Conditioning (arXiv 2504.02011). The numbers come from a counter, never f
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
 from fastdistill.ops._dispatch import Kernel, later, register
-from fastdistill.ops.noise_gather import cpp, cuda, reference
+from fastdistill.ops.noise_gather import banks, cpp, cuda, reference
+from fastdistill.ops.noise_gather.banks import Banks
 from fastdistill.ops.noise_gather.reference import NULL, PAIRED, RANDOM
 
 __all__ = ["NULL", "PAIRED", "RANDOM", "Draw", "NoiseGather", "empty_draw", "noise_gather"]
 
 _noise_gather = register(
     "noise_gather",
-    "(Tensor latents, Tensor latent_prompts, Tensor prompts, Tensor coefficients, Tensor replace, Tensor counter,"
-    " int first_sample, int global_batch, int pool, int null_index, int null_threshold, bool with_replacement,"
-    " Tensor(a!) x_t, Tensor(b!) timestep, Tensor(c!) prompt, Tensor(d!) target,"
+    "(Tensor latents, Tensor latent_prompts, Tensor[] prompts, Tensor coefficients, Tensor replace, Tensor counter,"
+    " int first_sample, int global_batch, int latent_rows, int prompt_rows, int pool, int null_index,"
+    " int null_threshold, bool with_replacement,"
+    " Tensor(a!) x_t, Tensor(b!) timestep, Tensor(c!)[] prompt, Tensor(d!) target,"
     " Tensor(e!) latent_index, Tensor(f!) prompt_index, Tensor(g!) choice)",
     summary="x_t = signal(t) x + noise(t) eps with latent, t and prompt drawn by counter and gathered from the banks",
     reference=reference.noise_gather,
@@ -39,30 +42,40 @@ _noise_gather = register(
 )
 
 
-class Draw(NamedTuple):
+class Draw(NamedTuple, Generic[Banks]):
     """A batch. ``choice`` is PAIRED (0), RANDOM (1) or NULL (2); ``target`` has 0 elements where none was asked for."""
 
     x_t: Tensor  # [B, *S] dtype of the latents
     timestep: Tensor  # [B] int64
-    prompt: Tensor  # [B, *P] dtype of the prompts
+    prompt: Banks  # [B, *P] dtype of the prompts; a list, tuple or dict of them as the banks are
     target: Tensor  # [B, *S] dtype of the latents, or [0]
     latent_index: Tensor  # [B] int64
     prompt_index: Tensor  # [B] int64
     choice: Tensor  # [B] int64
 
 
-def empty_draw(latents: Tensor, prompts: Tensor, batch: int, *, target: bool = False) -> Draw:
-    """Buffers for ``noise_gather(..., out=...)``, so that every step writes into the same memory."""
-    index = [torch.empty(batch, dtype=torch.int64, device=latents.device) for _ in range(4)]
-    x_t = latents.new_empty((batch, *latents.shape[1:]))
-    wanted = torch.empty_like(x_t) if target else latents.new_empty(0)
-    return Draw(x_t, index[0], prompts.new_empty((batch, *prompts.shape[1:])), wanted, *index[1:])
+def empty_draw(
+    latents: Tensor, prompts: Banks, batch: int, *, target: bool = False, device: torch.device | str | None = None
+) -> Draw[Banks]:
+    """Buffers for ``noise_gather(..., out=...)``, so that every step writes into the same memory.
+
+    ``device``: where the step runs (None: where the latents are; they may be in pinned host memory).
+    """
+    device = latents.device if device is None else device
+
+    def buffer(bank: Tensor) -> Tensor:
+        return bank.new_empty((batch, *bank.shape[1:]), device=device)
+
+    index = [torch.empty(batch, dtype=torch.int64, device=device) for _ in range(4)]
+    x_t = buffer(latents)
+    wanted = torch.empty_like(x_t) if target else x_t.new_empty(0)
+    return Draw(x_t, index[0], banks.mapped(buffer, prompts), wanted, *index[1:])
 
 
 def noise_gather(
     latents: Tensor,
     latent_prompts: Tensor,
-    prompts: Tensor,
+    prompts: Banks,
     coefficients: Tensor,
     replace: Tensor,
     counter: Tensor,
@@ -75,16 +88,20 @@ def noise_gather(
     global_batch: int | None = None,
     with_replacement: bool = False,
     target: bool = False,
-    out: Draw | None = None,
-) -> Draw:
+    latent_rows: int = 0,
+    prompt_rows: int = 0,
+    out: Draw[Banks] | None = None,
+) -> Draw[Banks]:
     """Draw a batch of noised latents with their timesteps and prompts.
 
     Args:
         latents: [N, *S] float32, bfloat16 or float16: the cache.
         latent_prompts: [N] int64: the row of ``prompts`` that each latent was made from.
-        prompts: [M, *P] float32, bfloat16 or float16: encoded prompts, the null prompt among them.
-        coefficients: [T, 4] float32: signal, noise, target signal, target noise of each timestep
-            (``NoiseSchedule.coefficients``).
+        prompts: [M, *P] of any dtype: encoded prompts or class labels, the null prompt among them. Or a list, tuple or
+            dict of banks of M rows each, such as embeddings, pooled embeddings, time ids and masks: the same row of all
+            is copied as it is, and ``Draw.prompt`` has the same structure.
+        coefficients: [T, 4] float32: signal, noise, target signal, target noise of each timestep: epsilon, sample and v
+            (``NoiseSchedule.coefficients``) or rectified flow (``flow_coefficients``).
         replace: [T] int64: floor(p(t) * 2**32), the probability of a random prompt (``conditioning.thresholds``).
         counter: [2] int64 on the device: seed and step.
         batch: number of samples of this process (or give ``out``).
@@ -96,7 +113,13 @@ def noise_gather(
         with_replacement: draw latents independently; otherwise each comes once an epoch, in an order keyed by seed and
             epoch.
         target: also return target_signal(t) x + target_noise(t) eps.
+        latent_rows, prompt_rows: where not 0, ``latents`` or ``prompts`` is not the bank, which has this many rows, but
+            a ring [R * batch, ...] of rows staged for R steps: sample b of step s is row (s mod R) * batch + b. The
+            draw is the bank's (``fastdistill.data.staged`` fills such rings).
         out: buffers from ``empty_draw`` to write into.
+
+    All tensors are on the device of ``counter``, but with a GPU ``latents`` and ``prompts`` may also be in pinned host
+    memory, which its kernels read in place.
 
     Returns:
         ``Draw``. Integers are bit-equal in every kernel; noise agrees to 4e-6 absolute.
@@ -105,14 +128,14 @@ def noise_gather(
         InputError: a wrong shape, dtype, device or range, before anything is launched.
     """
     arguments, out = _prepared(
-        (latents, latent_prompts, prompts, coefficients, replace, counter),
-        batch, null_index, null_probability, pool, first_sample, global_batch, with_replacement, target, out,
+        (latents, latent_prompts, coefficients, replace, counter), prompts, batch, null_index, null_probability, pool,
+        first_sample, global_batch, with_replacement, target, latent_rows, prompt_rows, out,
     )  # fmt: skip
     _noise_gather(*arguments)
     return out
 
 
-class NoiseGather:
+class NoiseGather(Generic[Banks]):
     """``noise_gather`` with its arguments prepared and checked once: what a training loop calls every step.
 
     It takes the arguments of ``noise_gather``. A call draws the batch of the step that ``counter`` holds by then, into
@@ -123,7 +146,7 @@ class NoiseGather:
         self,
         latents: Tensor,
         latent_prompts: Tensor,
-        prompts: Tensor,
+        prompts: Banks,
         coefficients: Tensor,
         replace: Tensor,
         counter: Tensor,
@@ -136,20 +159,23 @@ class NoiseGather:
         global_batch: int | None = None,
         with_replacement: bool = False,
         target: bool = False,
-        out: Draw | None = None,
+        latent_rows: int = 0,
+        prompt_rows: int = 0,
+        out: Draw[Banks] | None = None,
     ) -> None:
         self._arguments, self.out = _prepared(
-            (latents, latent_prompts, prompts, coefficients, replace, counter),
-            batch, null_index, null_probability, pool, first_sample, global_batch, with_replacement, target, out,
+            (latents, latent_prompts, coefficients, replace, counter), prompts, batch, null_index, null_probability,
+            pool, first_sample, global_batch, with_replacement, target, latent_rows, prompt_rows, out,
         )  # fmt: skip
 
-    def __call__(self) -> Draw:
+    def __call__(self) -> Draw[Banks]:
         _noise_gather(*self._arguments)
         return self.out
 
 
 def _prepared(
-    banks: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    prompts: Banks,
     batch: int | None,
     null_index: int,
     null_probability: float,
@@ -158,21 +184,36 @@ def _prepared(
     global_batch: int | None,
     with_replacement: bool,
     target: bool,
-    out: Draw | None,
-) -> tuple[tuple[Any, ...], Draw]:
+    latent_rows: int,
+    prompt_rows: int,
+    out: Draw[Banks] | None,
+) -> tuple[tuple[Any, ...], Draw[Banks]]:
     """The op's arguments, checked, and the buffers among them."""
-    latents, prompts = banks[0], banks[2]
+    latents, latent_prompts, coefficients, replace, counter = tables
+    given, names = banks.listed(prompts), banks.labels(prompts)
     if out is None:
         _check.require(batch is not None and batch >= 0, "batch", "a number of samples >= 0 (or out=)", batch)
-        out = empty_draw(latents, prompts, batch, target=target)  # type: ignore[arg-type]
-    batch = len(out.x_t)
+        out = empty_draw(latents, prompts, batch, target=target, device=counter.device)  # type: ignore[arg-type]
+    x_t, timestep, prompt, wanted, latent_index, prompt_index, choice = out
+    copied = banks.listed(prompt)
+    if banks.labels(prompt) != names:
+        has = ", ".join(f"prompt{name}" for name in banks.labels(prompt))
+        raise InputError.of("out.prompt", f"a buffer for each of {', '.join(f'prompts{name}' for name in names)}", has)
+    batch = len(x_t)
     global_batch = batch if global_batch is None else global_batch
     if pool is None:
-        pool = null_index if null_index > 0 else len(prompts)
+        pool = null_index if null_index > 0 else prompt_rows or len(given[0])
     null_threshold = threshold(null_probability, "null_probability")
-    _check.once(_check_all, (*banks, *out), (null_index, pool, first_sample, batch, global_batch))
+    numbers = null_index, pool, first_sample, batch, global_batch, latent_rows, prompt_rows
+    outputs = x_t, timestep, wanted, latent_index, prompt_index, choice
+    _check.once(banks.check, (*tables, *outputs, *given, *copied), (names, numbers))
+    if counter.is_cuda:
+        named = zip((f"prompts{name}" for name in names), given, strict=True)
+        banks.check_host_memory({"latents": latents, **dict(named)}, counter.device)
     return (
-        *banks, first_sample, global_batch, pool, null_index, null_threshold, with_replacement, *out,
+        latents, latent_prompts, given, coefficients, replace, counter, first_sample, global_batch, latent_rows,
+        prompt_rows, pool, null_index, null_threshold, with_replacement, x_t, timestep, copied, wanted, latent_index,
+        prompt_index, choice,
     ), out  # fmt: skip
 
 
@@ -180,69 +221,3 @@ def threshold(probability: float, argument: str) -> int:
     """An event of this probability is a 32-bit word below floor(probability * 2**32)."""
     _check.require(0.0 <= probability <= 1.0, argument, "a probability, 0 to 1", probability)
     return int(probability * 2**32)
-
-
-def _check_all(tensors: tuple[Tensor, ...], numbers: tuple[int, int, int, int, int]) -> None:
-    banks, out = tensors[:6], Draw(*tensors[6:])
-    latents, prompts, batch = tensors[0], tensors[2], numbers[3]
-    _check_banks(*banks)
-    _check_numbers(len(prompts), *numbers)
-    _check_out(out, latents, prompts, batch)
-
-
-def _check_banks(
-    latents: Tensor, latent_prompts: Tensor, prompts: Tensor, coefficients: Tensor, replace: Tensor, counter: Tensor
-) -> None:
-    _check.dtype(latents, "latents", *_check.FLOATS)
-    _check.dtype(prompts, "prompts", *_check.FLOATS)
-    _check.require(
-        latents.dim() >= 2 and 1 <= len(latents) <= 2**32,
-        "latents",
-        "[N, ...] with 1 to 2**32 rows",
-        tuple(latents.shape),
-    )
-    _check.require(
-        prompts.dim() >= 2 and len(prompts) >= 1, "prompts", "[M, ...] with at least one row", tuple(prompts.shape)
-    )
-    steps = len(replace)
-    _check.require(replace.dim() == 1 and steps >= 1, "replace", "[T] with at least one timestep", tuple(replace.shape))
-    _check.shape(latent_prompts, "latent_prompts", (len(latents),), f"one row number a latent ({len(latents)},)")
-    _check.shape(coefficients, "coefficients", (steps, 4), f"one row of 4 a timestep of replace ({steps}, 4)")
-    _check.shape(counter, "counter", (2,), "(seed, step), shape (2,)")
-    _check.dtype(coefficients, "coefficients", torch.float32)
-    for name, tensor in {"latent_prompts": latent_prompts, "replace": replace, "counter": counter}.items():
-        _check.dtype(tensor, name, torch.int64)
-    others = {
-        "latent_prompts": latent_prompts,
-        "prompts": prompts,
-        "coefficients": coefficients,
-        "replace": replace,
-        "counter": counter,
-    }
-    for name, tensor in others.items():
-        _check.device(tensor, name, latents.device, "latents")
-
-
-def _check_numbers(rows: int, null_index: int, pool: int, first_sample: int, batch: int, global_batch: int) -> None:
-    last = first_sample + batch
-    _check.require(0 <= null_index < rows, "null_index", f"a row of prompts, 0 to {rows - 1}", null_index)
-    _check.require(1 <= pool <= rows, "pool", f"1 to the rows of prompts ({rows})", pool)
-    _check.require(first_sample >= 0, "first_sample", "a sample number >= 0", first_sample)
-    rule = f"at least first_sample + batch ({last}), at most 2**32"
-    _check.require(last <= global_batch <= 2**32, "global_batch", rule, global_batch)
-
-
-def _check_out(out: Draw, latents: Tensor, prompts: Tensor, batch: int) -> None:
-    like = {"x_t": latents, "prompt": prompts} | (
-        {"target": latents} if out.target.numel() or out.target.dim() > 1 else {}
-    )
-    for name, bank in like.items():
-        tensor: Tensor = getattr(out, name)
-        _check.shape(tensor, f"out.{name}", (batch, *bank.shape[1:]), f"shape {(batch, *bank.shape[1:])}")
-        _check.dtype(tensor, f"out.{name}", bank.dtype)
-        _check.device(tensor, f"out.{name}", latents.device, "latents")
-    for name in ("timestep", "latent_index", "prompt_index", "choice"):
-        tensor = getattr(out, name)
-        _check.shape(tensor, f"out.{name}", (batch,), f"shape ({batch},)")
-        _check.dtype(tensor, f"out.{name}", torch.int64)
-        _check.device(tensor, f"out.{name}", latents.device, "latents")

@@ -3,77 +3,83 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _native
 
+MOST_BANKS = 8  # fd::most_banks of csrc/noise_gather/math.h
+_TENSORS = (
+    "latents latent_prompts prompts coefficients replace counter"
+    " x_t timestep prompt target latent_index prompt_index choice"
+).split()
 
-def noise_gather(
+
+def arguments(
     latents: Tensor,
     latent_prompts: Tensor,
-    prompts: Tensor,
+    prompts: Sequence[Tensor],
     coefficients: Tensor,
     replace: Tensor,
     counter: Tensor,
     first_sample: int,
     global_batch: int,
+    latent_rows: int,
+    prompt_rows: int,
     pool: int,
     null_index: int,
     null_threshold: int,
     with_replacement: bool,
     x_t: Tensor,
     timestep: Tensor,
-    prompt: Tensor,
+    prompt: Sequence[Tensor],
     target: Tensor,
     latent_index: Tensor,
     prompt_index: Tensor,
     choice: Tensor,
-) -> None:
+) -> tuple[Any, ...]:
+    """What ``_cpu.noise_gather`` and ``_cuda.noise_gather`` take, but for the threads or the stream."""
+    rows, texts, batch = latents.size(0), prompts[0].size(0), x_t.size(0)
+    address = Tensor.data_ptr
+    return (
+        address(latents), address(latent_prompts), list(map(address, prompts)), [p.nbytes // texts for p in prompts],
+        address(coefficients), address(replace), address(counter), latent_rows or rows, prompt_rows or texts,
+        replace.size(0), rows // batch if latent_rows else 0, texts // batch if prompt_rows else 0,
+        latents.numel() // rows, batch, first_sample, global_batch, pool, null_index, null_threshold, with_replacement,
+        _native.DTYPES[latents.dtype], address(x_t), address(timestep), list(map(address, prompt)),
+        address(target) if target.numel() else 0, address(latent_index), address(prompt_index), address(choice),
+    )  # fmt: skip
+
+
+def noise_gather(*args: Any) -> None:
     """One parallel loop over pieces of rows; arguments as the reference's.
 
     Raises:
         InputError: a latent names a prompt that the bank does not have.
     """
-    rows, texts, steps, batch = latents.size(0), prompts.size(0), replace.size(0), x_t.size(0)
-    outside = _native.cpu().noise_gather(
-        latents.data_ptr(), latent_prompts.data_ptr(), prompts.data_ptr(), coefficients.data_ptr(), replace.data_ptr(),
-        counter.data_ptr(), rows, texts, steps, latents.numel() // rows, prompts.numel() // texts, batch, first_sample,
-        global_batch, pool, null_index, null_threshold, with_replacement,
-        _native.DTYPES[latents.dtype], _native.DTYPES[prompts.dtype], x_t.data_ptr(), timestep.data_ptr(),
-        prompt.data_ptr(), target.data_ptr() if target.numel() else 0, latent_index.data_ptr(), prompt_index.data_ptr(),
-        choice.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
+    outside = _native.cpu().noise_gather(*arguments(*args), torch.get_num_threads())
     if outside >= 0:
-        row, named = int(latent_index[outside]), int(prompt_index[outside])
-        raise InputError.of(f"latent_prompts[{row}]", f"a row of prompts, 0 to {len(prompts) - 1}", named)
+        row, named = int(args[-3][outside]), int(args[-2][outside])
+        raise InputError.of(
+            f"latent_prompts[{row}]", f"a row of prompts, 0 to {(args[9] or len(args[2][0])) - 1}", named
+        )
 
 
-def refuse(
-    latents: Tensor,
-    latent_prompts: Tensor,
-    prompts: Tensor,
-    coefficients: Tensor,
-    replace: Tensor,
-    counter: Tensor,
-    first_sample: int,
-    global_batch: int,
-    pool: int,
-    null_index: int,
-    null_threshold: int,
-    with_replacement: bool,
-    *outputs: Tensor,
-) -> str | None:
+def refuse(*args: Any) -> str | None:
     """Rows are read and written as flat memory: banks and outputs must be contiguous."""
-    if all(map(Tensor.is_contiguous, (latents, latent_prompts, prompts, coefficients, replace, counter, *outputs))):
+    if len(args[2]) > MOST_BANKS:
+        return f"{len(args[2])} banks of prompts are more than {MOST_BANKS}"
+    flat = (*args[:2], *args[2], *args[3:6], *args[14:16], *args[16], *args[17:])
+    if all(map(Tensor.is_contiguous, flat)):
         return None
-    names = "latents latent_prompts prompts coefficients replace counter".split()
-    for name, bank in zip(names, (latents, latent_prompts, prompts, coefficients, replace, counter), strict=True):
-        if not bank.is_contiguous():
-            return f"{name} is not contiguous (strides {bank.stride()})"
-    names = "x_t timestep prompt target latent_index prompt_index choice".split()
-    for name, output in zip(names, outputs, strict=True):
-        if not output.is_contiguous():
-            return f"the output {name} is not contiguous (strides {output.stride()})"
-    return None
+    tensors = dict(zip(_TENSORS, (*args[:6], *args[14:]), strict=True))
+    named = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+    for name in ("prompts", "prompt"):
+        several = len(tensors[name]) > 1
+        named |= {f"{name}[{i}]" if several else name: t for i, t in enumerate(tensors[name])}
+    label, tensor = next((label, t) for label, t in named.items() if not t.is_contiguous())
+    return f"{label} is not contiguous (strides {tensor.stride()})"

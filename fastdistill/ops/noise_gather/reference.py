@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,29 +16,35 @@ PAIRED, RANDOM, NULL = range(3)
 def noise_gather(
     latents: Tensor,
     latent_prompts: Tensor,
-    prompts: Tensor,
+    prompts: Sequence[Tensor],
     coefficients: Tensor,
     replace: Tensor,
     counter: Tensor,
     first_sample: int,
     global_batch: int,
+    latent_rows: int,
+    prompt_rows: int,
     pool: int,
     null_index: int,
     null_threshold: int,
     with_replacement: bool,
     x_t: Tensor,
     timestep: Tensor,
-    prompt: Tensor,
+    prompt: Sequence[Tensor],
     target: Tensor,
     latent_index: Tensor,
     prompt_index: Tensor,
     choice: Tensor,
 ) -> None:
-    """Fill the outputs; every number is a function of (seed, step, sample, element), see ``fastdistill.ops.philox``."""
+    """Fill the outputs; every number is a function of (seed, step, sample, element), see ``fastdistill.ops.philox``.
+
+    ``latent_rows`` and ``prompt_rows`` are 0, or the rows of the bank of which ``latents``, ``prompts`` are a ring.
+    """
     seed, step = counter[0], counter[1]
     sample = first_sample + torch.arange(len(x_t), device=x_t.device)
     zero = torch.zeros((), dtype=torch.int64, device=x_t.device)
     word = philox.words(seed, step, sample, zero, philox.CHOICE)
+    rows = latent_rows or len(latents)
 
     timestep.copy_(philox.below(word[0], len(coefficients)))
     is_random = word[1] < replace[timestep]
@@ -44,19 +52,28 @@ def noise_gather(
     choice.copy_(torch.where(is_null, NULL, torch.where(is_random, RANDOM, PAIRED)))
 
     if with_replacement:
-        latent_index.copy_(philox.below(philox.words(seed, step, sample, zero + 1, philox.CHOICE)[0], len(latents)))
+        latent_index.copy_(philox.below(philox.words(seed, step, sample, zero + 1, philox.CHOICE)[0], rows))
     else:
         position = step * global_batch + sample
-        epoch = torch.div(position, len(latents), rounding_mode="floor")
-        latent_index.copy_(philox.permute(position - epoch * len(latents), len(latents), seed, epoch))
+        epoch = torch.div(position, rows, rounding_mode="floor")
+        latent_index.copy_(philox.permute(position - epoch * rows, rows, seed, epoch))
 
     chosen = torch.where(is_random, philox.below(word[2], pool), latent_prompts[latent_index])
     prompt_index.copy_(torch.where(is_null, null_index, chosen))
-    prompt.copy_(prompts[prompt_index])
+    for bank, out in zip(prompts, prompt, strict=True):
+        out.copy_(_rows(bank, prompt_index, prompt_rows, step))
 
-    x = latents[latent_index].float()
+    x = _rows(latents, latent_index, latent_rows, step).float()
     z = philox.normal(seed, step, sample, latents.shape[1:])
     signal, noise, target_signal, target_noise = coefficients[timestep].view(-1, 4, *[1] * (x.dim() - 1)).unbind(1)
     x_t.copy_(signal * x + noise * z)
     if target.numel():
         target.copy_(target_signal * x + target_noise * z)
+
+
+def _rows(bank: Tensor, index: Tensor, staged: int, step: Tensor) -> Tensor:
+    """The drawn rows, or the ring's rows of this step; a bank in host memory is read there."""
+    if staged:
+        batch = len(index)
+        index = step % (len(bank) // max(batch, 1)) * batch + torch.arange(batch, device=index.device)
+    return bank[index.to(bank.device)].to(index.device)

@@ -2,15 +2,20 @@
 """The draw of a training batch in Triton.
 
 Grid      (batch rows, chunks): a program draws its row (seven Philox blocks), makes the noise of ELEMENTS elements of
-          its latent and copies as large a share of its prompt; the first of a row writes the indices
-Traffic   latent read, x_t written (and target where wanted), prompt row read and written; noise never in memory
+          its latent and copies a share of its prompt from every bank; the first of a row writes the indices
+Traffic   latent read, x_t written (and target where wanted), prompt rows read and written; noise never in memory.
+          Banks may lie in pinned host memory
 Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents; the same
           operations as csrc/philox.h
-Limits    contiguous banks and outputs; a prompt row outside of the bank comes out as NaN
+Limits    contiguous banks and outputs; prompts are integers of their size; a prompt row outside of the bank comes out
+          with all bits set (NaN, -1)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,16 +23,25 @@ from torch import Tensor
 from fastdistill.ops._triton import CHOICE, below, normals, permute, philox_words
 
 ELEMENTS = 2048
-COPIED = 4096  # elements of a prompt in a program at most
+COPIED = 4096  # elements of a prompt that a program holds at once, at most
 WARPS = 4
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def _place(drawn, ring, step, batch, b):
+    """The row to read: the drawn one, or the sample's place in the ring of a staged bank."""
+    turn = step % tl.maximum(ring, 1)
+    turn = tl.where(turn < 0, turn + ring, turn)
+    return tl.where(ring == 0, drawn, turn * batch + b)
 
 
 @triton.jit
 def _draw(
     latents, latent_prompts, prompts, coefficients, replace, counter, x_t, timestep, prompt, target, latent_index,
     prompt_index, choice, rows, texts, steps, row, prompt_row, first_sample, global_batch, pool, null_index,
-    null_threshold, half, chunks, share, REPLACEMENT: tl.constexpr, TARGET: tl.constexpr, ELEMENTS: tl.constexpr,
-    COPIED: tl.constexpr,
+    null_threshold, half, latent_ring, prompt_ring, batch, chunks, share, BANKS: tl.constexpr,
+    REPLACEMENT: tl.constexpr, TARGET: tl.constexpr, ELEMENTS: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
@@ -57,7 +71,8 @@ def _draw(
     if first < row:
         e = first + tl.arange(0, ELEMENTS)
         inside = e < row
-        x = tl.load(latents + latent * row + e, mask=inside, other=0.0).to(tl.float32)
+        from_row = _place(latent, latent_ring, step, batch, b)
+        x = tl.load(latents + from_row * row + e, mask=inside, other=0.0).to(tl.float32)
         z = normals(seed, step, sample, first, ELEMENTS)
         c = coefficients + 4 * t
         mixed = tl.fma(tl.load(c), x, tl.load(c + 1) * z)
@@ -66,47 +81,59 @@ def _draw(
             wanted = tl.fma(tl.load(c + 2), x, tl.load(c + 3) * z)
             tl.store(target + b * row + e, wanted.to(target.dtype.element_ty), mask=inside)
 
-    end = tl.minimum((chunk + 1) * share, prompt_row)
-    there = tl.where(text < 0, 0, tl.where(text < texts, end, 0))  # nothing of a row that is not in the bank
-    for start in range(chunk * share, end, COPIED):
-        e = start + tl.arange(0, COPIED)
-        values = tl.load(prompts + text * prompt_row + e, mask=e < there, other=float("nan"))
-        tl.store(prompt + b * prompt_row + e, values, mask=e < end)
+    from_text = _place(text, prompt_ring, step, batch, b)
+    for i in tl.static_range(BANKS):
+        end = tl.minimum((chunk + 1) * share[i], prompt_row[i])
+        there = tl.where(text < 0, 0, tl.where(text < texts, end, 0))  # nothing of a row that is not in the bank
+        for start in range(chunk * share[i], end, COPIED[i]):
+            e = start + tl.arange(0, COPIED[i])
+            values = tl.load(prompts[i] + from_text * prompt_row[i] + e, mask=e < there, other=-1)
+            tl.store(prompt[i] + b * prompt_row[i] + e, values, mask=e < end)
+
+
+def _words(bank: Tensor) -> Tensor:
+    """The same memory as integers, copied without a look at what they mean."""
+    return bank.detach().view(_WORDS[min(bank.element_size(), 8)])
 
 
 def noise_gather(
     latents: Tensor,
     latent_prompts: Tensor,
-    prompts: Tensor,
+    prompts: Sequence[Tensor],
     coefficients: Tensor,
     replace: Tensor,
     counter: Tensor,
     first_sample: int,
     global_batch: int,
+    latent_rows: int,
+    prompt_rows: int,
     pool: int,
     null_index: int,
     null_threshold: int,
     with_replacement: bool,
     x_t: Tensor,
     timestep: Tensor,
-    prompt: Tensor,
+    prompt: Sequence[Tensor],
     target: Tensor,
     latent_index: Tensor,
     prompt_index: Tensor,
     choice: Tensor,
 ) -> None:
     """One launch; arguments as the reference's."""
-    rows, texts, batch = latents.size(0), prompts.size(0), x_t.size(0)
+    rows, texts, batch = latents.size(0), prompts[0].size(0), x_t.size(0)
     if batch == 0:
         return
-    row, prompt_row = latents.numel() // rows, prompts.numel() // texts
-    chunks = max(triton.cdiv(row, ELEMENTS), triton.cdiv(prompt_row, 4 * COPIED), 1)
-    share = 16 * triton.cdiv(prompt_row, 16 * chunks)
-    half = max(1, ((rows - 1).bit_length() + 1) // 2)
+    banks, outputs = tuple(map(_words, prompts)), tuple(map(_words, prompt))
+    row, prompt_row = latents.numel() // rows, tuple(bank.numel() // texts for bank in banks)
+    chunks = max(triton.cdiv(row, ELEMENTS), triton.cdiv(max(prompt_row), 4 * COPIED), 1)
+    share = tuple(16 * triton.cdiv(n, 16 * chunks) for n in prompt_row)
+    copied = tuple(min(COPIED, triton.next_power_of_2(max(n, 1))) for n in share)
+    half = max(1, (((latent_rows or rows) - 1).bit_length() + 1) // 2)
     wants_target = target.numel() > 0
     _draw[(batch * chunks,)](
-        latents, latent_prompts, prompts, coefficients, replace, counter, x_t, timestep, prompt,
-        target if wants_target else x_t, latent_index, prompt_index, choice, rows, texts, replace.size(0), row,
-        prompt_row, first_sample, global_batch, pool, null_index, null_threshold, half, chunks, share,
-        with_replacement, wants_target, ELEMENTS, COPIED, num_warps=WARPS, enable_fp_fusion=False,
+        latents, latent_prompts, banks, coefficients, replace, counter, x_t, timestep, outputs,
+        target if wants_target else x_t, latent_index, prompt_index, choice, latent_rows or rows, prompt_rows or texts,
+        replace.size(0), row, prompt_row, first_sample, global_batch, pool, null_index, null_threshold, half,
+        rows // batch if latent_rows else 0, texts // batch if prompt_rows else 0, batch, chunks, share, len(banks),
+        with_replacement, wants_target, ELEMENTS, copied, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
