@@ -79,7 +79,7 @@ class Knowledge:
                 rule = f"the size of the teacher's {teacher_name} {theirs}"
                 raise InputError.of(f"student tap {student_name}", rule, own)
         pairs = [(channels(own), channels(theirs)) for theirs, own in zip(*shapes, strict=True)]
-        return Adapters(pairs, seed=seed).to(setting.device)
+        return Adapters(pairs, seed=seed).to(setting.device, next(self.student.parameters()).dtype)
 
     def __call__(self, draw: Draw[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The loss and its parts ``metric_names`` (unweighted, but the first)."""

@@ -23,7 +23,7 @@ from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
 from fastdistill.errors import StorageError
 from fastdistill.train.step import TrainStep
 
-SCHEMA = 2
+SCHEMA = 3
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -100,7 +100,7 @@ def state_of(step: TrainStep, student: torch.nn.Module) -> dict[str, Tensor]:
         state |= {f"trained.{i}.{k}": v for k, v in module.state_dict().items()}
     for i, parameter in enumerate(step.parameters):
         state |= {f"optimizer.{i}.{k}": v for k, v in step.optimizer.state[parameter].items()}
-    return state | {"counter": step.counter, "totals": step.totals}
+    return state | {"counter": step.counter, "totals": step.totals, "skipped": step.optimizer.skipped}
 
 
 @torch.no_grad()
@@ -122,3 +122,4 @@ def restore(tensors: Mapping[str, Tensor], step: TrainStep, student: torch.nn.Mo
         }
     step.counter.copy_(tensors["counter"])
     step.totals.copy_(tensors["totals"])
+    step.optimizer.skipped.copy_(tensors["skipped"])

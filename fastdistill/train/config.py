@@ -46,6 +46,9 @@ class TrainConfig:
     """Largest global norm of the gradient, adapters included."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Decay of the average of the student's weights; it warms up as (1 + step) / (10 + step)."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the weights that are trained, adapters included (null: the student's own). The optimizer keeps float32
+    masters of bfloat16 weights, and the average. Not float16: its gradients underflow without a loss scale."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of every draw (``fastdistill.ops.philox``)."""
     log_every: Annotated[int, Field(ge=1)] = 50

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdistill.data.files import atomic_write, locked, make_directory, reason, sweep
@@ -28,7 +29,8 @@ Progress = Callable[[int, Metrics | None], object]
 
 @dataclass(frozen=True)
 class FitResult:
-    """``history``: one entry a log interval, means over it. ``seconds``: training time over all sittings."""
+    """``history``: one entry a log interval, means over it; ``skipped``: updates skipped since the run began.
+    ``seconds``: training time over all sittings."""
 
     steps: int
     seconds: float
@@ -80,7 +82,7 @@ class _Run:
         self.history: list[Metrics] = []
         self.directory: Path | None = None
         self._before, self._start = 0.0, time.perf_counter()
-        self._logged = 0
+        self._logged = self._skipped = 0
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._start
@@ -94,15 +96,21 @@ class _Run:
         checkpoint.restore(found.tensors, self.step, self.student)
         self._before = found.seconds
         self.history = [m for m in read_metrics(directory / "metrics.jsonl") if m["step"] <= found.step]
-        self._logged = int(self.history[-1]["step"]) if self.history else 0
+        if self.history:
+            self._logged, self._skipped = int(self.history[-1]["step"]), int(self.history[-1]["skipped"])
         atomic_write(directory / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.history).encode())
 
     def log(self, done: int) -> Metrics:
         """Means of the metrics since the last line: the one place where the device is waited for."""
-        means = (self.step.totals / max(done - self._logged, 1)).tolist()
+        read = torch.cat([self.step.totals.double(), self.step.optimizer.skipped.double().reshape(1)])
+        *sums, skipped = read.tolist()
         self.step.totals.zero_()
-        self._logged = done
-        metrics = {"step": done, **dict(zip(self.step.metric_names, means, strict=True)), "seconds": self.seconds()}
+        steps = done - self._logged
+        updates = steps - (int(skipped) - self._skipped)
+        self._logged, self._skipped = done, int(skipped)
+        means = [total / max(steps, 1) for total in sums[:-1]] + [sums[-1] / max(updates, 1)]
+        metrics: Metrics = {"step": done, **dict(zip(self.step.metric_names, means, strict=True))}
+        metrics |= {"skipped": self._skipped, "seconds": self.seconds()}
         if not all(math.isfinite(value) for value in metrics.values()):
             values = ", ".join(f"{k} {v:g}" for k, v in metrics.items() if not math.isfinite(v))
             raise FastdistillError(

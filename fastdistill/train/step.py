@@ -33,7 +33,8 @@ class TrainStep:
     """Calling it advances the student, the adapters, the optimizer, the EMA and the counter by one step.
 
     ``counter`` is [2] int64 on the device, (seed, step). ``totals`` [metrics] float32 sums the metrics of the steps
-    since it was last zeroed; ``metric_names`` says what each is.
+    since it was last zeroed; ``metric_names`` says what each is. The last is the norm of the gradient, left out where
+    it is not finite: the optimizer skips that update and counts it (``optimizer.skipped``).
     """
 
     def __init__(
@@ -66,5 +67,6 @@ class TrainStep:
         square_sum = self.optimizer.square_sum()
         self.optimizer.update(square_sum)
         self.optimizer.zero_grad(set_to_none=True)
-        self.totals.add_(torch.stack([*metrics, square_sum.sqrt().float()]))
+        norm = square_sum.sqrt().float().nan_to_num(nan=0.0, posinf=0.0)
+        self.totals.add_(torch.stack([*metrics, norm]))
         step.add_(1)

@@ -61,7 +61,7 @@ class DistillTrainer:
         self.device = torch.device(device) if device is not None else next(student.parameters()).device
         _check_models(teacher, student, latents, prompts)
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.student = student.to(self.device).train()
+        self.student = student.to(self.device, _dtype(student, self.config)).train()
         setting = Setting(
             teacher=self.teacher,
             student=self.student,
@@ -93,10 +93,22 @@ class DistillTrainer:
         return fit(self.step, self.student, self._fingerprint, self.config, directory, progress)
 
     def ema_student(self) -> nn.Module:
-        """A copy of the student with the averaged weights, in eval mode: what one samples from and exports."""
-        model = copy.deepcopy(self.student).eval().requires_grad_(False)
+        """A copy of the student with the averaged weights, float32 and in eval mode: what one samples from and
+        exports."""
+        model = copy.deepcopy(self.student).float().eval().requires_grad_(False)
         self.step.optimizer.copy_average(self.student, model)
         return model
+
+
+def _dtype(student: nn.Module, config: TrainConfig) -> torch.dtype | None:
+    """To train the student in; None: as it is."""
+    if config.precision is not None:
+        return torch.float32 if config.precision == "float32" else torch.bfloat16
+    for name, p in student.named_parameters():
+        if p.requires_grad and p.dtype not in (torch.float32, torch.bfloat16):
+            rule = "float32 or bfloat16 weights (float16 gradients underflow without a loss scale), or config.precision"
+            raise InputError.of(f"student: {name}", rule, str(p.dtype).removeprefix("torch."))
+    return None
 
 
 def _check_models(teacher: nn.Module, student: nn.Module, latents: LatentCache, prompts: PromptBank) -> None:

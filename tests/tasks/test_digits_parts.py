@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdistill.data.latent_cache import LatentCache
+from fastdistill.distill import RandomConditioning
 from fastdistill.errors import InputError, StorageError
+from fastdistill.models import make_student
 from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits.config import DigitsConfig
 from fastdistill.tasks.digits.judge import Judge
-from fastdistill.tasks.digits.sampling import Sampling, sample
+from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, sample
 from fastdistill.tasks.digits.teacher import WEIGHTS, TeacherConfig, load_teacher, provenance, train_teacher
 from fastdistill.tasks.digits.text_encoder import encode, prompt_bank
+from fastdistill.train import DistillTrainer, TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,32 @@ def test_an_image_depends_on_its_own_row_alone() -> None:
     whole = sample(teacher, bank, rows, rows, 1, few)
     alone = sample(teacher, bank, rows[1:2], rows[1:2], 1, few)
     torch.testing.assert_close(alone, whole[1:2], rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_weights_with_float32_masters() -> None:
+    """A student of the digits learns as one in float32 does; what is exported is the average in float32."""
+    teacher, bank = load_teacher(), prompt_bank()
+    g = torch.Generator().manual_seed(0)
+    rows = torch.arange(256) % 48
+    cache = LatentCache(torch.randn(256, 3, 8, 8, generator=g), rows, {})
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        student = make_student(teacher, DigitsConfig().spec(), init="random", seed=1)
+        taps = tuple(zip(student.teacher_taps, student.student_taps, strict=True))
+        config = TrainConfig(steps=30, batch=8, lr=4e-3, log_every=10, warmup=5, precision=precision)
+        trainer = DistillTrainer(teacher, student.model, SCHEDULE, cache, bank, RandomConditioning(taps=taps), config)
+        losses[precision] = [m["loss"] for m in trainer.fit().history]
+        exported = trainer.ema_student()
+        optimizer = trainer.step.optimizer
+        for p in trainer.step.parameters:
+            assert p.dtype == getattr(torch, precision)
+            if precision == "bfloat16":
+                assert torch.equal(optimizer.state[p]["master"].bfloat16(), p)
+        for p, q in zip(trainer.student.parameters(), exported.parameters(), strict=True):
+            assert q.dtype == torch.float32 and torch.equal(q, optimizer.state[p]["ema"])
+    for one, two in zip(losses["float32"], losses["bfloat16"], strict=True):
+        assert two == pytest.approx(one, rel=0.05)
+    assert losses["bfloat16"][-1] < 0.7 * losses["bfloat16"][0]
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:

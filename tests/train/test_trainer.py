@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import signal
@@ -23,7 +24,7 @@ from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.models import make_student
 from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import state_of, steps
-from fastdistill.train.loop import read_metrics
+from fastdistill.train.loop import _Run, read_metrics
 from fastdistill.train.step import learning_rates
 from tests import small
 
@@ -58,6 +59,44 @@ def test_resume_is_exact(tmp_path: Path, kind: str, stop_after: int) -> None:
     assert same(state(again), state(whole))
     losses = [[m["loss"] for m in r.history] for r in (expected, result)]
     assert losses[0] == losses[1] == [m["loss"] for m in read_metrics(tmp_path / "metrics.jsonl")]
+
+
+def test_resume_is_exact_in_bfloat16(tmp_path: Path) -> None:
+    whole = small.trainer("channel_base", precision="bfloat16")
+    whole.fit()
+    small.trainer("channel_base", precision="bfloat16", steps=3).fit(tmp_path)
+    again = small.trainer("channel_base", precision="bfloat16")
+    again.fit(tmp_path)
+    assert same(state(again), state(whole))
+
+
+def test_updates_that_are_skipped_are_counted_and_saved(tmp_path: Path) -> None:
+    """One gradient that is not finite does not end the run: the weights stay, metrics and checkpoints say so."""
+    trainer = small.trainer(log_every=1)
+    calls = iter(range(100))
+    parameter = next(trainer.student.parameters())
+    parameter.register_hook(lambda g: g * (torch.inf if next(calls) == 3 else 1.0))
+    weights = []
+    history = trainer.fit(tmp_path, progress=lambda *_: weights.append(parameter.detach().clone())).history
+    assert [m["skipped"] for m in history] == [0, 0, 0, 1, 1, 1]
+    assert history[3]["gradient_norm"] == 0 and all(m["gradient_norm"] > 0 for m in history if m["step"] != 4)
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(weights)] == [False] * 3 + [True] + [False] * 2
+    again = small.trainer(log_every=1, steps=8)
+    assert [m["skipped"] for m in again.fit(tmp_path).history] == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_the_norm_is_a_mean_over_the_updates(tmp_path: Path) -> None:
+    """Also where a run is gone on with inside of a log interval."""
+    each = small.trainer(log_every=1).fit().history
+    trainer = small.trainer(log_every=3)
+    assert trainer.fit(tmp_path).history[0]["gradient_norm"] == pytest.approx(
+        sum(m["gradient_norm"] for m in each[:3]) / 3, rel=1e-6
+    )
+    half = small.trainer(log_every=3)
+    half.step.optimizer.skipped.fill_(2)
+    half.step.totals[-1] = 6.0
+    metrics = _Run(half.step, half.student, {}, half.config).log(3)
+    assert metrics["gradient_norm"] == 6.0 and metrics["skipped"] == 2
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
@@ -267,6 +306,14 @@ def test_what_does_not_fit_together() -> None:
         DistillTrainer(own, made.model, small.SCHEDULE, wrong, small.bank(), *rest)
     with pytest.raises(InputError, match=r"config: 2 problems\n.*steps: .*\n.*lr: "):
         DistillTrainer(own, made.model, small.SCHEDULE, cache, small.bank(), rest[0], small.config(steps=0, lr=-1.0))
+    with pytest.raises(
+        InputError, match=r"student: .*: expected float32 or bfloat16 weights \(float16 .*, got float16"
+    ):
+        DistillTrainer(own, made.model.half(), small.SCHEDULE, cache, small.bank(), *rest)
+    with pytest.raises(InputError, match=r"precision: input should be 'float32' or 'bfloat16', got 'float16'"):
+        made.model.float()
+        config = small.config(precision="float16")
+        DistillTrainer(own, made.model, small.SCHEDULE, cache, small.bank(), rest[0], config)
     with pytest.raises(InputError, match="layers_per_block"):
         make_student(own, {"layers_per_block": 3})
 
