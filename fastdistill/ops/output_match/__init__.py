@@ -50,7 +50,7 @@ class Task(NamedTuple):
     first_sample: int = 0
 
     @classmethod
-    def of(cls, draw: Draw, latents: Tensor, coefficients: Tensor, counter: Tensor, first_sample: int = 0) -> Task:
+    def of(cls, draw: Draw[Any], latents: Tensor, coefficients: Tensor, counter: Tensor, first_sample: int = 0) -> Task:
         """The task of a draw that ``noise_gather`` made from these."""
         return cls(latents, draw.latent_index, draw.choice, coefficients, counter, first_sample)
 
