@@ -20,14 +20,19 @@ using Addresses = std::vector<uintptr_t>;
 
 template <typename T> T* at(Address a) { return reinterpret_cast<T*>(a); }
 
+// samples is empty where every tap is one.
 inline std::vector<fd::Tap> taps_of(const Addresses& student, const Addresses& teacher, const Addresses& gradient,
-                                    const std::vector<int64_t>& n, const std::vector<int>& student_dtype,
-                                    const std::vector<int>& teacher_dtype) {
+                                    const std::vector<int64_t>& n, const std::vector<int64_t>& samples,
+                                    const std::vector<int>& student_dtype, const std::vector<int>& teacher_dtype) {
   std::vector<fd::Tap> taps(n.size());
   for (size_t l = 0; l < n.size(); ++l)
-    taps[l] = {
-        at<void>(student[l]),        at<void>(teacher[l]),       gradient.empty() ? nullptr : at<void>(gradient[l]), n[l],
-        fd::Dtype(student_dtype[l]), fd::Dtype(teacher_dtype[l])};
+    taps[l] = {at<void>(student[l]),
+               at<void>(teacher[l]),
+               gradient.empty() ? nullptr : at<void>(gradient[l]),
+               n[l],
+               samples.empty() ? 1 : samples[l],
+               fd::Dtype(student_dtype[l]),
+               fd::Dtype(teacher_dtype[l])};
   return taps;
 }
 

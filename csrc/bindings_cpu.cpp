@@ -49,9 +49,10 @@ void use_isa(const std::string& name) {
 }
 
 void feature_match(const Addresses& student, const Addresses& teacher, const Addresses& gradient, const std::vector<int64_t>& n,
-                   const std::vector<int>& student_dtype, const std::vector<int>& teacher_dtype, Address weights,
-                   Address grad_scale, int distance, float parameter, Address loss, Address tap_loss, int threads) {
-  const std::vector<fd::Tap> taps = taps_of(student, teacher, gradient, n, student_dtype, teacher_dtype);
+                   const std::vector<int64_t>& samples, const std::vector<int>& student_dtype,
+                   const std::vector<int>& teacher_dtype, Address weights, Address grad_scale, int distance, float parameter,
+                   Address loss, Address tap_loss, int threads) {
+  const std::vector<fd::Tap> taps = taps_of(student, teacher, gradient, n, samples, student_dtype, teacher_dtype);
   const int64_t count = int64_t(taps.size());
   std::vector<double> partials(size_t(kernels->feature_match_workspace(taps.data(), count)));
   kernels->feature_match({taps.data(), count, at<float>(weights), at<float>(grad_scale), fd::Distance(distance), parameter,
@@ -60,7 +61,7 @@ void feature_match(const Addresses& student, const Addresses& teacher, const Add
 
 void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, const std::vector<int>& dtype, Address factor,
                      int threads) {
-  const std::vector<fd::Tap> taps = taps_of(gradient, gradient, gradient, n, dtype, dtype);
+  const std::vector<fd::Tap> taps = taps_of(gradient, gradient, gradient, n, {}, dtype, dtype);
   fd::FeatureMatch arguments = {};
   arguments.taps = taps.data();
   arguments.count = int64_t(taps.size());

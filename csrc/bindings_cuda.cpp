@@ -31,17 +31,17 @@ void philox(Address counter, Address key, Address words, Address normals, int64_
         philox_cuda(at<uint32_t>(counter), at<uint32_t>(key), at<uint32_t>(words), at<float>(normals), n, at<void>(stream)));
 }
 
-int64_t feature_match_workspace(const std::vector<int64_t>& n) {
+int64_t feature_match_workspace(const std::vector<int64_t>& n, const std::vector<int64_t>& samples) {
   std::vector<fd::Tap> taps(n.size());
-  for (size_t l = 0; l < n.size(); ++l) taps[l].n = n[l];
+  for (size_t l = 0; l < n.size(); ++l) taps[l].n = n[l], taps[l].samples = samples.empty() ? 1 : samples[l];
   return feature_match_cuda_workspace(taps.data(), int64_t(n.size()));
 }
 
 void feature_match(const Addresses& student, const Addresses& teacher, const Addresses& gradient, const std::vector<int64_t>& n,
-                   const std::vector<int>& student_dtype, const std::vector<int>& teacher_dtype, Address weights,
-                   Address grad_scale, int distance, float parameter, Address loss, Address tap_loss, Address workspace,
-                   Address stream) {
-  const std::vector<fd::Tap> taps = taps_of(student, teacher, gradient, n, student_dtype, teacher_dtype);
+                   const std::vector<int64_t>& samples, const std::vector<int>& student_dtype,
+                   const std::vector<int>& teacher_dtype, Address weights, Address grad_scale, int distance, float parameter,
+                   Address loss, Address tap_loss, Address workspace, Address stream) {
+  const std::vector<fd::Tap> taps = taps_of(student, teacher, gradient, n, samples, student_dtype, teacher_dtype);
   check("feature_match", feature_match_cuda(taps.data(), int64_t(taps.size()), !gradient.empty(), at<float>(weights),
                                             at<float>(grad_scale), fd::Distance(distance), parameter, at<float>(loss),
                                             at<float>(tap_loss), at<double>(workspace), at<void>(stream)));
@@ -49,7 +49,7 @@ void feature_match(const Addresses& student, const Addresses& teacher, const Add
 
 void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, const std::vector<int>& dtype, Address factor,
                      Address stream) {
-  const std::vector<fd::Tap> taps = taps_of(gradient, gradient, gradient, n, dtype, dtype);
+  const std::vector<fd::Tap> taps = taps_of(gradient, gradient, gradient, n, {}, dtype, dtype);
   check("scale_gradients", scale_gradients_cuda(taps.data(), int64_t(taps.size()), at<float>(factor), at<void>(stream)));
 }
 

@@ -13,8 +13,8 @@ from benchmarks.kernels.resources import SYSTEM_SHARED, Row, occupancy, usage
 
 ARCHS = (80, 90, 100)
 THREADS = {"add_squares": 1024, "finish": 1024, "prepare": 128}  # of a block; 256 everywhere else
-_OPS = {"match": "feature_match", "finish": "feature_match", "scale": "scale_gradients", "gather": "noise_gather"}
-_OPS |= {"square_sum": "grad_square_sum", "add_squares": "grad_square_sum"}
+_OPS = {"match": "feature_match", "finish": "feature_match", "add_samples": "feature_match", "gather": "noise_gather"}
+_OPS |= {"scale": "scale_gradients", "square_sum": "grad_square_sum", "add_squares": "grad_square_sum"}
 _OPS |= {"match_output": "output_match", "finish_output": "output_match"}
 _OPS |= {"prepare": "adamw_ema", "update": "adamw_ema", "philox_kernel": "philox4x32"}
 

@@ -120,6 +120,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "feature_match mixed": _feature_match(torch.float32, torch.float16, 0, True),
     "feature_match normalized": _feature_match(torch.bfloat16, torch.bfloat16, 1, True),
     "feature_match huber": _feature_match(torch.bfloat16, torch.bfloat16, 2, True),
+    "feature_match cosine": _feature_match(torch.bfloat16, torch.bfloat16, 3, True),
     "feature_match loss alone": _feature_match(torch.bfloat16, torch.bfloat16, 0, False),
     "scale_gradients": _scale_gradients,
     "output_match": _output_match(torch.bfloat16, torch.bfloat16, False, False, False),

@@ -4,10 +4,9 @@
 // Threads   static split of all chunks of all taps; partial sums are kept by chunk and added in order, so the result has the
 //           same bits at any thread count and on any instruction set
 // Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in
-// bf16);
-//           normalized_mse reads twice (20 and 10 bytes); without gradient 8 and 4
+//           bf16); normalized_mse and cosine read twice (20 and 10 bytes); without gradient 8 and 4
 // Precision elements and lane sums in fp32 (128 terms a lane), everything above a lane in double; gradients rounded once
-// Limits    any n >= 0 (64-bit), fp32/bf16/fp16 for student and teacher independently
+// Limits    any n >= 0 (64-bit), fp32/bf16/fp16 for student and teacher independently; samples of cosine are blocks of memory
 #include "feature_match/math.h"
 #include "simd.h"
 
@@ -19,38 +18,40 @@ namespace {
 constexpr int64_t stream_bytes_min = 4 << 20;
 
 struct Sums {
-  double difference, teacher;  // sums of (s - t)^2 and t^2
+  double difference, teacher, student;  // sums of the terms, of t^2 and of s^2
 };
-
-enum Pass { sum_only, gradient_only, sum_and_gradient };
-enum Kind { squared, normalized, huber };
 
 template <Pass pass, Kind kind, bool stream, typename S, typename T>
 Sums run_chunk(const S* student, const T* teacher, S* gradient, int64_t n, float factor, float parameter) {
   constexpr int unroll = 4;
+  constexpr bool squares = pass != gradient_only && (kind == normalized || kind == cosine);
   const Lanes f = splat(factor), delta = splat(parameter), half = splat(0.5f);
-  Lanes difference[unroll], square_teacher[unroll];
-  for (int u = 0; u < unroll; ++u) difference[u] = square_teacher[u] = splat(0.0f);
+  Lanes difference[unroll], square_teacher[unroll], square_student[unroll];
+  for (int u = 0; u < unroll; ++u) difference[u] = square_teacher[u] = square_student[u] = splat(0.0f);
   int64_t i = 0;
   for (; i + unroll * lanes <= n; i += unroll * lanes) {
     FD_UNROLL
     for (int u = 0; u < unroll; ++u) {
-      const Lanes t = load(teacher + i + u * lanes), d = load(student + i + u * lanes) - t;
-      if (pass != gradient_only) difference[u] = difference[u] + term<kind == huber>(d, delta, half);
-      if (kind == normalized) square_teacher[u] = square_teacher[u] + square(t);
-      if (pass != sum_only) store<stream>(gradient + i + u * lanes, f * slope<kind == huber>(d, delta));
+      const Lanes t = load(teacher + i + u * lanes), s = load(student + i + u * lanes);
+      if (pass != gradient_only) difference[u] = difference[u] + term<kind>(s, t, delta, half);
+      if (squares) square_teacher[u] = square_teacher[u] + square(t);
+      if (squares && kind == cosine) square_student[u] = square_student[u] + square(s);
+      if (pass != sum_only) store<stream>(gradient + i + u * lanes, slope<kind>(s, t, f, delta));
     }
   }
   for (; i < n; i += lanes) {
     const int64_t rest = smaller(n - i, lanes);
-    const Lanes t = load_first(teacher + i, rest), d = load_first(student + i, rest) - t;
-    if (pass != gradient_only) difference[0] = difference[0] + term<kind == huber>(d, delta, half);
-    if (kind == normalized) square_teacher[0] = square_teacher[0] + square(t);
-    if (pass != sum_only) store_first(gradient + i, f * slope<kind == huber>(d, delta), rest);
+    const Lanes t = load_first(teacher + i, rest), s = load_first(student + i, rest);
+    if (pass != gradient_only) difference[0] = difference[0] + term<kind>(s, t, delta, half);
+    if (squares) square_teacher[0] = square_teacher[0] + square(t);
+    if (squares && kind == cosine) square_student[0] = square_student[0] + square(s);
+    if (pass != sum_only) store_first(gradient + i, slope<kind>(s, t, f, delta), rest);
   }
-  Sums sums = {0, 0};
-  if (pass != gradient_only) sums.difference = sum((difference[0] + difference[1]) + (difference[2] + difference[3]));
-  if (kind == normalized) sums.teacher = sum((square_teacher[0] + square_teacher[1]) + (square_teacher[2] + square_teacher[3]));
+  const auto total = [](const Lanes* x) { return sum((x[0] + x[1]) + (x[2] + x[3])); };
+  Sums sums = {0, 0, 0};
+  if (pass != gradient_only) sums.difference = total(difference);
+  if (squares) sums.teacher = total(square_teacher);
+  if (squares && kind == cosine) sums.student = total(square_student);
   return sums;
 }
 
@@ -82,7 +83,7 @@ template <Pass pass, Kind kind> Sums run(const Tap& tap, int64_t first, int64_t 
   }
 }
 
-int64_t chunks_of(const Tap& tap) { return ceil_div(tap.n, feature_match_chunk); }
+int64_t chunks_of(const Tap& tap) { return tap.samples * chunks_of_sample(tap, feature_match_chunk); }
 
 // Calls body(tap, chunk of the tap, chunk of all) for every chunk of all taps, split evenly over the threads.
 template <typename Body> void for_chunks(const FeatureMatch& a, int64_t total, const Body& body) {
@@ -99,12 +100,43 @@ template <typename Body> void for_chunks(const FeatureMatch& a, int64_t total, c
   }
 }
 
+Sums sums_of(const Sums* chunks, int64_t count) {
+  Sums sums = {0, 0, 0};
+  for (int64_t i = 0; i < count; ++i) {
+    sums.difference += chunks[i].difference;
+    sums.teacher += chunks[i].teacher;
+    sums.student += chunks[i].student;
+  }
+  return sums;
+}
+
+// A tap's distance from the sums of its chunks. What its gradient needs of them takes the place of a first chunk's sums:
+// what it is divided by in the tap's, the cosine's two factors in each sample's.
+double finish(const FeatureMatch& a, const Tap& tap, Sums* chunks) {
+  const int64_t each = chunks_of_sample(tap, feature_match_chunk);
+  if (each == 0) return 0.0;
+  if (a.distance != Distance::cosine) {
+    const Sums sums = sums_of(chunks, each);
+    const double n = double(tap.n);
+    chunks->teacher = a.distance == Distance::normalized_mse ? sums.teacher / n + double(a.parameter) : 1.0;
+    return sums.difference / n / chunks->teacher;
+  }
+  double total = 0;
+  for (int64_t sample = 0; sample < tap.samples; ++sample, chunks += each) {
+    const Sums sums = sums_of(chunks, each);
+    const Cosine found = cosine_of(sums.difference, sums.student, sums.teacher, double(a.parameter));
+    *chunks = {0, found.teacher, found.student};
+    total += found.value;
+  }
+  return total / double(tap.samples);
+}
+
 }  // namespace
 
 int64_t feature_match_workspace(const Tap* taps, int64_t count) {
-  int64_t total = count;
+  int64_t total = 0;
   for (int64_t l = 0; l < count; ++l) total += chunks_of(taps[l]);
-  return 2 * total;
+  return 3 * total;
 }
 
 void feature_match(const FeatureMatch& a) {
@@ -113,46 +145,46 @@ void feature_match(const FeatureMatch& a) {
     total += chunks_of(a.taps[l]);
     if (a.taps[l].gradient) written += a.taps[l].n * bytes_of(a.taps[l].student_dtype);
   }
-  const bool stream = written >= stream_bytes_min, is_huber = a.distance == Distance::huber,
-             one_pass = a.distance != Distance::normalized_mse;
-  Sums* by_chunk = reinterpret_cast<Sums*>(a.partials);
-  Sums* by_tap = by_chunk + total;
+  const bool stream = written >= stream_bytes_min, is_huber = a.distance == Distance::huber;
+  Sums* sums = reinterpret_cast<Sums*>(a.partials);
   const float scale = *a.grad_scale;
 
   for_chunks(a, total, [&](int64_t l, int64_t chunk, int64_t at) {
     const Tap& tap = a.taps[l];
-    const int64_t first = chunk * feature_match_chunk, n = smaller(tap.n - first, feature_match_chunk);
+    const auto [first, n, sample] = piece_of(tap, chunk, feature_match_chunk);
     const float factor = gradient_factor(scale, a.weights[l], 1.0, tap.n, is_huber);
-    if (!one_pass) by_chunk[at] = run<sum_only, normalized>(tap, first, n, 0.0f, 0.0f, false);
-    else if (is_huber && tap.gradient) by_chunk[at] = run<sum_and_gradient, huber>(tap, first, n, factor, a.parameter, stream);
-    else if (is_huber) by_chunk[at] = run<sum_only, huber>(tap, first, n, 0.0f, a.parameter, false);
-    else if (tap.gradient) by_chunk[at] = run<sum_and_gradient, squared>(tap, first, n, factor, 0.0f, stream);
-    else by_chunk[at] = run<sum_only, squared>(tap, first, n, 0.0f, 0.0f, false);
+    if (a.distance == Distance::cosine) sums[at] = run<sum_only, cosine>(tap, first, n, 0.0f, 0.0f, false);
+    else if (a.distance == Distance::normalized_mse) sums[at] = run<sum_only, normalized>(tap, first, n, 0.0f, 0.0f, false);
+    else if (is_huber && tap.gradient) sums[at] = run<sum_and_gradient, huber>(tap, first, n, factor, a.parameter, stream);
+    else if (is_huber) sums[at] = run<sum_only, huber>(tap, first, n, 0.0f, a.parameter, false);
+    else if (tap.gradient) sums[at] = run<sum_and_gradient, squared>(tap, first, n, factor, 0.0f, stream);
+    else sums[at] = run<sum_only, squared>(tap, first, n, 0.0f, 0.0f, false);
   });
 
   double loss = 0;
-  for (int64_t l = 0, at = 0; l < a.count; ++l) {
-    const Tap& tap = a.taps[l];
-    Sums sums = {0, 0};
-    for (const int64_t end = at + chunks_of(tap); at < end; ++at) {
-      sums.difference += by_chunk[at].difference;
-      sums.teacher += by_chunk[at].teacher;
-    }
-    const double n = double(tap.n > 0 ? tap.n : 1), denominator = one_pass ? 1.0 : sums.teacher / n + double(a.parameter);
-    const double distance = tap.n > 0 ? sums.difference / n / denominator : 0.0;
-    by_tap[l].teacher = denominator;
+  Sums* chunks = sums;
+  for (int64_t l = 0; l < a.count; ++l) {
+    const double distance = finish(a, a.taps[l], chunks);
+    chunks += chunks_of(a.taps[l]);
     a.tap_loss[l] = float(distance);
     loss += double(a.weights[l]) * distance;
   }
   *a.loss = float(loss);
-  if (one_pass || written == 0) return;
+  if (written == 0 || !two_passes(a.distance)) return;
 
-  for_chunks(a, total, [&](int64_t l, int64_t chunk, int64_t) {
+  for_chunks(a, total, [&](int64_t l, int64_t chunk, int64_t at) {
     const Tap& tap = a.taps[l];
     if (!tap.gradient) return;
-    const int64_t first = chunk * feature_match_chunk, n = smaller(tap.n - first, feature_match_chunk);
-    const float factor = gradient_factor(scale, a.weights[l], by_tap[l].teacher, tap.n, false);
-    run<gradient_only, squared>(tap, first, n, factor, 0.0f, stream);
+    const auto [first, n, sample] = piece_of(tap, chunk, feature_match_chunk);
+    const Sums& found = sums[at - chunk + sample * chunks_of_sample(tap, feature_match_chunk)];
+    if (a.distance == Distance::cosine) {
+      const float of_student = cosine_factor(scale, a.weights[l], found.student, tap.samples),
+                  of_teacher = cosine_factor(scale, a.weights[l], found.teacher, tap.samples);
+      run<gradient_only, cosine>(tap, first, n, of_student, of_teacher, stream);
+    } else {
+      const float factor = gradient_factor(scale, a.weights[l], found.teacher, tap.n, false);
+      run<gradient_only, squared>(tap, first, n, factor, 0.0f, stream);
+    }
   });
 }
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // feature_match on a GPU: the weighted distances of all taps and their gradients in one launch, and one block that adds the
-// partial sums in order.
+// partial sums in order (cosine: a warp a sample before it).
 //
 // Grid      256 threads a block, persistent over the chunks of all taps; the table of taps is a kernel argument
 // Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in
-// bf16);
-//           normalized_mse reads twice (20 and 10 bytes); 16-byte accesses where a tap starts at a multiple of 16 bytes
+//           bf16); normalized_mse and cosine read twice (20 and 10 bytes); 16-byte accesses where a tap (cosine: a sample)
+//           starts at a multiple of 16 bytes
 // Precision elements and a thread's sum in fp32 (at most 128 terms), above it in fp32 by halves of a warp and over warps in
 //           order, chunks in double in their order; gradients rounded once
 // Limits    any n >= 0 (64-bit), fp32/bf16/fp16 for student and teacher independently, 16 taps a launch
@@ -28,24 +28,22 @@ struct Taps {
   bool continues;  // an earlier launch has begun the loss
   const float* weights;
   const float* grad_scale;
-  float parameter;       // eps of normalized_mse, delta of huber
+  float parameter;       // eps of normalized_mse and cosine, delta of huber
   double* denominators;  // [count]
-  double* partials;      // [chunks, 2]
+  double* partials;      // [chunks, 3]
 };
 
-enum Pass { sum_only, gradient_only, sum_and_gradient };
-enum Kind { squared, normalized, huber };
-
 struct Sums {
-  float difference, teacher;
+  float difference, teacher, student;  // of the terms, of t^2 and of s^2
 };
 
 template <Pass pass, Kind kind, typename S, typename T>
-__device__ void element(Sums& sums, const S& s, const T& t, S& gradient, float factor, float delta) {
-  const float reference = to_float(t), d = to_float(s) - reference;
-  if (pass != gradient_only) sums.difference += term<kind == huber>(d, delta, 0.5f);
-  if (kind == normalized) sums.teacher = muladd(reference, reference, sums.teacher);
-  if (pass != sum_only) gradient = from_float<S>(factor * slope<kind == huber>(d, delta));
+__device__ void element(Sums& sums, const S& student, const T& teacher, S& gradient, float factor, float parameter) {
+  const float s = to_float(student), t = to_float(teacher);
+  if (pass != gradient_only) sums.difference += term<kind>(s, t, parameter, 0.5f);
+  if (pass != gradient_only && (kind == normalized || kind == cosine)) sums.teacher = muladd(t, t, sums.teacher);
+  if (pass != gradient_only && kind == cosine) sums.student = muladd(s, s, sums.student);
+  if (pass != sum_only) gradient = from_float<S>(slope<kind>(s, t, factor, parameter));
 }
 
 template <Pass pass, Kind kind, typename S, typename T>
@@ -53,7 +51,7 @@ __device__ Sums run_chunk(const Tap& tap, int64_t first, int64_t n, float factor
   const S* student = static_cast<const S*>(tap.student) + first;
   const T* teacher = static_cast<const T*>(tap.teacher) + first;
   S* gradient = pass == sum_only ? nullptr : static_cast<S*>(tap.gradient) + first;
-  Sums sums = {0.0f, 0.0f};
+  Sums sums = {0.0f, 0.0f, 0.0f};
   int64_t done = 0;
   if (starts_vector(student) && starts_vector(teacher) && starts_vector(gradient)) {
     done = n / 8 * 8;
@@ -103,18 +101,56 @@ template <Pass pass, Kind kind> __global__ void __launch_bounds__(threads_per_bl
   for (int64_t chunk = blockIdx.x; chunk < a.first[a.count]; chunk += gridDim.x) {
     const int l = tap_of(a, chunk);
     const Tap& tap = a.tap[l];
-    const int64_t first = (chunk - a.first[l]) * a.chunk;
-    float factor = 0.0f;
+    const Piece piece = piece_of(tap, chunk - a.first[l], a.chunk);
+    float factor = 0.0f, parameter = a.parameter;
     if (pass == sum_and_gradient) factor = gradient_factor(*a.grad_scale, a.weights[l], 1.0, tap.n, kind == huber);
-    if (pass == gradient_only) factor = gradient_factor(*a.grad_scale, a.weights[l], a.denominators[l], tap.n, false);
-    const Sums sums = run<pass, kind>(tap, first, smaller(tap.n - first, a.chunk), factor, a.parameter);
+    if (pass == gradient_only && kind == squared)
+      factor = gradient_factor(*a.grad_scale, a.weights[l], a.denominators[l], tap.n, false);
+    if (pass == gradient_only && kind == cosine) {
+      const double* factors = a.partials + 3 * (a.first[l] + piece.sample * chunks_of_sample(tap, a.chunk));
+      factor = cosine_factor(*a.grad_scale, a.weights[l], factors[2], tap.samples);
+      parameter = cosine_factor(*a.grad_scale, a.weights[l], factors[1], tap.samples);
+    }
+    const Sums sums = run<pass, kind>(tap, piece.first, piece.n, factor, parameter);
     if (pass == gradient_only) continue;
     const float difference = block_sum<threads_per_block>(sums.difference, by_warp);
-    const float teacher = kind == normalized ? block_sum<threads_per_block>(sums.teacher, by_warp) : 0.0f;
+    const float teacher = kind == normalized || kind == cosine ? block_sum<threads_per_block>(sums.teacher, by_warp) : 0.0f;
+    const float student = kind == cosine ? block_sum<threads_per_block>(sums.student, by_warp) : 0.0f;
     if (threadIdx.x == 0) {
-      a.partials[2 * chunk] = double(difference);
-      if (kind == normalized) a.partials[2 * chunk + 1] = double(teacher);
+      a.partials[3 * chunk] = double(difference);
+      if (kind == normalized || kind == cosine) a.partials[3 * chunk + 1] = double(teacher);
+      if (kind == cosine) a.partials[3 * chunk + 2] = double(student);
     }
+  }
+}
+
+// The 1 - c of every sample from its chunks, to ``values``; the factors of its gradient take the place of its first chunk's
+// sums. A warp a sample.
+__global__ void __launch_bounds__(threads_per_block) add_samples(const __grid_constant__ Taps a, double* values) {
+  const int lane = threadIdx.x % 32, warps = threads_per_block / 32;
+  int64_t before = 0;
+  for (int l = 0; l < a.count; ++l) {
+    const int64_t samples = a.tap[l].samples, each = chunks_of_sample(a.tap[l], a.chunk);
+    for (int64_t sample = blockIdx.x * warps + threadIdx.x / 32; each > 0 && sample < samples; sample += gridDim.x * warps) {
+      double* partials = a.partials + 3 * (a.first[l] + sample * each);
+      double product = 0.0, teacher = 0.0, student = 0.0;
+      for (int64_t i = lane; i < each; i += 32) {
+        product += partials[3 * i];
+        teacher += partials[3 * i + 1];
+        student += partials[3 * i + 2];
+      }
+      for (int bits = 16; bits > 0; bits /= 2) {
+        product += __shfl_xor_sync(0xFFFFFFFFu, product, bits);
+        teacher += __shfl_xor_sync(0xFFFFFFFFu, teacher, bits);
+        student += __shfl_xor_sync(0xFFFFFFFFu, student, bits);
+      }
+      if (lane != 0) continue;
+      const Cosine found = cosine_of(product, student, teacher, double(a.parameter));
+      partials[1] = found.teacher;
+      partials[2] = found.student;
+      values[3 * (before + sample)] = found.value;
+    }
+    before += each > 0 ? samples : 0;
   }
 }
 
@@ -125,8 +161,8 @@ template <bool norm> __global__ void __launch_bounds__(finishing_threads)
   for (int l = 0; l < a.count; ++l) {
     double difference = 0.0, teacher = 0.0;
     for (int64_t chunk = a.first[l] + threadIdx.x; chunk < a.first[l + 1]; chunk += finishing_threads) {
-      difference += a.partials[2 * chunk];
-      if (norm) teacher += a.partials[2 * chunk + 1];
+      difference += a.partials[3 * chunk];
+      if (norm) teacher += a.partials[3 * chunk + 1];
     }
     difference = block_sum<finishing_threads>(difference, by_warp);
     if (norm) teacher = block_sum<finishing_threads>(teacher, by_warp);
@@ -178,9 +214,26 @@ Taps table(const Tap* taps, int64_t count) {
   a.chunk = elements > many_chunks * short_chunk ? long_chunk : short_chunk;
   for (int l = 0; l < a.count; ++l) {
     a.tap[l] = taps[l];
-    a.first[l + 1] = a.first[l] + ceil_div(taps[l].n, a.chunk);
+    a.first[l + 1] = a.first[l] + taps[l].samples * chunks_of_sample(taps[l], a.chunk);
   }
   return a;
+}
+
+// The same taps with a sample's value for a chunk: their mean is the tap's distance.
+Taps table_of_samples(const Taps& a, double* values) {
+  Taps b = a;
+  b.chunk = 1, b.partials = values;
+  for (int l = 0; l < a.count; ++l) {
+    b.tap[l].n = a.tap[l].n > 0 ? a.tap[l].samples : 0;
+    b.first[l + 1] = b.first[l] + b.tap[l].n;
+  }
+  return b;
+}
+
+int64_t samples_of(const Tap* taps, int64_t count) {
+  int64_t samples = 0;
+  for (int64_t l = 0; l < count; ++l) samples += taps[l].samples;
+  return samples;
 }
 
 template <Pass pass, Kind kind> void launch_match(const Taps& a, void* stream) {
@@ -197,7 +250,7 @@ int64_t feature_match_cuda_workspace(const fd::Tap* taps, int64_t count) {
   int64_t most = 0;
   for (int64_t l = 0; l < count; l += fd::most_taps) {
     const fd::Taps a = fd::table(taps + l, count - l);
-    most = fd::larger(most, 2 * a.first[a.count]);
+    most = fd::larger(most, 3 * (a.first[a.count] + fd::samples_of(taps + l, a.count)));
   }
   return most + fd::most_taps;
 }
@@ -210,7 +263,18 @@ const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient
     Taps a = table(taps + l, count - l);
     a.continues = l > 0, a.weights = weights + l, a.grad_scale = grad_scale, a.parameter = parameter;
     a.denominators = workspace, a.partials = workspace + most_taps;
-    if (distance != Distance::normalized_mse) {
+    if (distance == Distance::cosine) {
+      double* values = a.partials + 3 * a.first[a.count];
+      const Taps samples = table_of_samples(a, values);
+      launch_match<sum_only, cosine>(a, stream);
+      if (a.first[a.count] > 0) {
+        const unsigned blocks = persistent_blocks(ceil_div(samples.first[a.count], threads_per_block / 32), blocks_each);
+        FD_LAUNCH(add_samples, blocks, threads_per_block, 0, stream, a, values);
+      }
+      const auto kernel = &finish<false>;
+      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, samples, loss, tap_loss + l);
+      if (gradient) launch_match<gradient_only, cosine>(a, stream);
+    } else if (distance != Distance::normalized_mse) {
       if (distance == Distance::huber)
         gradient ? launch_match<sum_and_gradient, huber>(a, stream) : launch_match<sum_only, huber>(a, stream);
       else gradient ? launch_match<sum_and_gradient, squared>(a, stream) : launch_match<sum_only, squared>(a, stream);

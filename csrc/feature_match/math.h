@@ -5,19 +5,25 @@
 //   mse             tap = mean((s - t)^2)                       d tap / d s = 2 (s - t) / n
 //   normalized_mse  tap = mean((s - t)^2) / (mean(t^2) + eps)   d tap / d s = 2 (s - t) / n / (mean(t^2) + eps)
 //   huber           tap = mean(c (s - t - c / 2))               d tap / d s = c / n,  c = s - t clamped to [-delta, delta]
+//   cosine          tap = mean over samples of 1 - c,  c = s.t / (S T),  S = max(|s|, eps),  T = max(|t|, eps)
+//                                                               d tap / d s = (c s / S^2 - t / (S T)) / samples
 #pragma once
 #include "common.h"
 
 namespace fd {
 
-enum class Distance : int { mse = 0, normalized_mse = 1, huber = 2 };
+enum class Distance : int { mse = 0, normalized_mse = 1, huber = 2, cosine = 3 };
 
-// One tap: flat arrays of n elements in one memory order. gradient is null where none is wanted.
+// Whether the gradient needs sums over the whole tap or sample.
+FD_HD constexpr bool two_passes(Distance d) { return d == Distance::normalized_mse || d == Distance::cosine; }
+
+// One tap: flat arrays of n elements in one memory order, cut into samples of equal size where the distance is cosine, one
+// sample elsewhere. gradient is null where none is wanted.
 struct Tap {
   const void* student;
   const void* teacher;
   void* gradient;
-  int64_t n;
+  int64_t n, samples;
   Dtype student_dtype, teacher_dtype;
 };
 
@@ -27,10 +33,10 @@ struct FeatureMatch {
   const float* weights;     // [count]
   const float* grad_scale;  // []
   Distance distance;
-  float parameter;   // eps of normalized_mse, delta of huber
+  float parameter;   // eps of normalized_mse and cosine, delta of huber
   float* loss;       // []
   float* tap_loss;   // [count]
-  double* partials;  // workspace: 2 numbers a chunk and 2 a tap
+  double* partials;  // workspace: 3 numbers a chunk
   int threads;
 };
 
@@ -41,16 +47,54 @@ constexpr int64_t feature_match_chunk = 8192;
 
 template <typename F> FD_HD F square(F x) { return x * x; }
 
-// The term of a difference d in the sum, and d's part of the gradient, which gradient_factor scales.
-template <bool huber, typename F> FD_HD F slope(F d, F delta) { return huber ? clamp(d, delta) : d; }
-template <bool huber, typename F, typename H> FD_HD F term(F d, F delta, H half) {
-  if (!huber) return square(d);
+enum Pass { sum_only, gradient_only, sum_and_gradient };
+enum Kind { squared, normalized, huber, cosine };
+
+// An element's term of the sum (of s.t for cosine), and its gradient: a factor times the slope (cosine: two factors).
+template <Kind kind, typename F, typename H> FD_HD F term(F s, F t, F delta, H half) {
+  if (kind == cosine) return s * t;
+  const F d = s - t;
+  if (kind != huber) return square(d);
   const F c = clamp(d, delta);
   return c * (d - half * c);
+}
+template <Kind kind, typename F> FD_HD F slope(F s, F t, F factor, F parameter) {
+  if (kind == cosine) return factor * s + parameter * t;
+  const F d = s - t;
+  return factor * (kind == huber ? clamp(d, parameter) : d);
 }
 
 FD_HD float gradient_factor(float grad_scale, float weight, double denominator, int64_t n, bool huber) {
   return float(double(grad_scale) * double(weight) * (huber ? 1.0 : 2.0) / (double(n) * denominator));
+}
+
+// Where a chunk of a tap begins and how long it is: chunks never go across samples.
+struct Piece {
+  int64_t first, n, sample;
+};
+
+FD_HD int64_t chunks_of_sample(const Tap& tap, int64_t chunk) { return ceil_div(tap.n / tap.samples, chunk); }
+
+FD_HD Piece piece_of(const Tap& tap, int64_t at, int64_t chunk) {
+  if (tap.samples == 1) return {at * chunk, smaller(tap.n - at * chunk, chunk), 0};
+  const int64_t size = tap.n / tap.samples, each = ceil_div(size, chunk), sample = at / each, offset = at % each * chunk;
+  return {sample * size + offset, smaller(size - offset, chunk), sample};
+}
+
+// One sample's 1 - c and its gradient ``student`` s + ``teacher`` t, from s.t, s.s and t.t.
+struct Cosine {
+  double value, student, teacher;
+};
+
+FD_HD Cosine cosine_of(double product, double student_square, double teacher_square, double eps) {
+  const double norm = square_root(student_square), teacher_norm = square_root(teacher_square);
+  const double s = norm < eps ? eps : norm, t = teacher_norm < eps ? eps : teacher_norm, c = product / (s * t);
+  return {1.0 - c, norm < eps ? 0.0 : c / (s * s), -1.0 / (s * t)};
+}
+
+// Its gradient's factors in the loss.
+FD_HD float cosine_factor(float grad_scale, float weight, double factor, int64_t samples) {
+  return float(double(grad_scale) * double(weight) * factor / double(samples));
 }
 
 }  // namespace FD_ISA

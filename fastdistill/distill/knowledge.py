@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
 from fastdistill.models.taps import Taps, channels
 from fastdistill.ops import Draw, feature_match
+from fastdistill.ops.feature_match import Distance, gradient_buffer
 from fastdistill.ops.noise_gather import RANDOM
 
 
@@ -47,7 +47,7 @@ class Knowledge:
         setting: Setting,
         taps: Sequence[tuple[str, str]],
         weights: Weights,
-        feature_distance: Literal["mse", "normalized_mse"],
+        feature_distance: Distance,
         adapter_seed: int = 0,
     ) -> None:
         if not (weights.output or weights.feature or weights.task):
@@ -113,7 +113,7 @@ class Knowledge:
         if self._gradients is None or any(
             g.shape != s.shape or g.stride() != s.stride() for g, s in zip(self._gradients, own, strict=True)
         ):
-            self._gradients = [torch.empty_like(s, requires_grad=False) for s in own]
+            self._gradients = [gradient_buffer(s, self.feature_distance) for s in own]
         return feature_match(own, theirs, distance=self.feature_distance, grads=self._gradients).loss
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from fastdistill.diffusion.conditioning import replacement_probability, threshol
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
 from fastdistill.ops import empty_draw, noise_gather
+from fastdistill.ops.feature_match import Distance
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,16 @@ class RandomConditioning:
     probability: name of p(t) (``fastdistill.diffusion.conditioning``) or a function of t/T; its ``parameters`` by name.
         ``"const"`` with ``{"value": 0.0}`` is plain distillation on the latents' own prompts.
     null_probability: how often the null prompt replaces whichever was chosen.
-    weights: of output, feature and task loss. feature_distance: the plain mean square or each tap's normalized by the
-        teacher feature's. taps: pairs (teacher module, student module), as ``make_student`` returns them.
+    weights: of output, feature and task loss. feature_distance: the plain mean square, each tap's normalized by the
+        teacher feature's, Huber's or the cosine's (``fastdistill.feature_match``, whose eps and delta are the
+        defaults). taps: pairs (teacher module, student module), as ``make_student`` returns them.
     """
 
     probability: str | Callable[[float], float] = "exp"
     parameters: dict[str, float] = field(default_factory=dict)
     null_probability: float = 0.1
     weights: Weights = Weights()
-    feature_distance: Literal["mse", "normalized_mse"] = "mse"
+    feature_distance: Distance = "mse"
     taps: tuple[tuple[str, str], ...] = ()
     with_replacement: bool = False
 

@@ -58,11 +58,11 @@ def test_conversions_are_torchs(isa: str, dtype: torch.dtype, number: int) -> No
 RESULTS = """
 import hashlib, torch
 from fastdistill.ops import feature_match, noise_gather
-from tests.ops.test_feature_match import make
+from tests.ops.test_feature_match import DISTANCES, make
 from tests.ops.test_noise_gather import banks
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     (student, teacher, weights, _) = make([(3, 33, 37, 41), (5, 7)], dtype, "mse").inputs
-    for distance in ("mse", "normalized_mse"):
+    for distance in DISTANCES:
         loss = feature_match(student, teacher, weights=weights, distance=distance).loss
         out = [loss, *torch.autograd.grad(loss, student)]
         print(hashlib.sha256(b"".join(t.detach().float().numpy().tobytes() for t in out)).hexdigest())

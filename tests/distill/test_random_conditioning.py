@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastdistill.distill import RandomConditioning, Setting, Weights
 from fastdistill.errors import InputError
 from fastdistill.ops import noise_gather
+from fastdistill.ops.feature_match import Distance
 from fastdistill.ops.noise_gather import RANDOM, Draw
 from tests import small
 
@@ -109,6 +110,19 @@ def test_normalized_features_do_not_depend_on_the_scale_of_a_tap() -> None:
     plain = small.objective(made, weights=Weights(output=0.0), feature_distance="normalized_mse")
     first = plain.bind(where)(torch.tensor([1, 1]))[0]
     assert 0 < first < len(made.student_taps) * 3  # each tap is of the order of 1 at most
+
+
+@pytest.mark.parametrize("distance", ["huber", "cosine"])
+def test_other_distances_of_features(distance: Distance) -> None:
+    """Each is below the mean square: half of it at most, and 2 a tap."""
+    where, made = setting()
+    losses = {}
+    for name in ("mse", distance):
+        config = small.objective(made, weights=Weights(output=0.0), feature_distance=name)
+        losses[name] = config.bind(where)(torch.tensor([1, 1]))[0]
+        losses[name].backward()
+    most = losses["mse"] / 2 if distance == "huber" else 2.0 * len(made.student_taps)
+    assert 0 < losses[distance] <= most
 
 
 def test_a_user_function_of_time() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import OPS, feature_match, use, used
-from fastdistill.ops.feature_match.reference import HUBER, MSE, NORMALIZED_MSE, distance_and_gradient
+from fastdistill.ops.feature_match.reference import COSINE, HUBER, MSE, NORMALIZED_MSE, distance_and_gradient
 from tests.harness import Case, check_fake, check_op, detached, emulated, evaluate, generator, kernels_of, layouts
 
 SHAPES = {
@@ -23,7 +24,7 @@ SHAPES = {
     "large": [(3, 33, 37, 41)],  # more than one chunk, and no multiple of a vector
 }
 DELTA = 0.75
-DISTANCES = ["mse", "normalized_mse", "huber"]
+DISTANCES = ["mse", "normalized_mse", "huber", "cosine"]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -36,6 +37,11 @@ def truth(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distanc
             continue
         if distance == "huber":
             taps.append(torch.nn.functional.huber_loss(s, t, delta=DELTA))
+            continue
+        if distance == "cosine":
+            s, t = s.flatten(1), t.flatten(1)
+            norms = s.norm(dim=1).clamp(min=1e-6) * t.norm(dim=1).clamp(min=1e-6)
+            taps.append((1 - (s * t).sum(1) / norms).mean())
             continue
         value = (s - t).pow(2).mean()
         taps.append(value if distance == "mse" else value / (t.pow(2).mean() + 1e-6))
@@ -56,14 +62,18 @@ def make(
     shapes: list[tuple[int, ...]], dtype: torch.dtype, distance: str, teacher_dtype: torch.dtype | None = None
 ) -> Case:
     g = generator(sum(map(len, shapes)) + len(distance))
+    if distance == "cosine":  # of samples of several elements: the gradient of one is a difference that vanishes
+        shapes = [s if math.prod(s[1:]) != 1 else (*s, 3) for s in shapes]
     student = [torch.randn(s, generator=g).to(dtype).requires_grad_() for s in shapes]
     teacher = [(1.5 * torch.randn(s, generator=g) + 0.5).to(teacher_dtype or dtype) for s in shapes]
     weights = torch.rand(len(shapes), generator=g) + 0.5
     sums = {}
-    if distance != "normalized_mse":  # every term is positive, so the sum of magnitudes is the value itself
+    if distance in ("mse", "huber"):  # every term is positive, so the sum of magnitudes is the value itself
         with torch.no_grad():
             loss = truth([s.double() for s in student], [t.double() for t in teacher], weights, distance)[0].item()
         sums = {0: (max(sum(s.numel() for s in student), 1), loss)}
+    elif distance == "cosine":  # 1 and a number of at most 1
+        sums = {0: (1, 2.0 * weights.sum().item()), 1: (1, 2.0)}
     return Case("feature_match", (student, teacher, weights, distance), call, truth, eager, sums)
 
 
@@ -109,7 +119,7 @@ def test_layouts(kernel: str) -> None:
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_more_taps_than_a_launch_takes(kernel: str, distance: str) -> None:
     """Forty taps, some empty, of dtypes that change on the way."""
-    shapes = [(1 + 7 * i % 11, 3 * (i % 5)) for i in range(40)]
+    shapes = [(1 + i % 3, 7 * (i % 5)) for i in range(40)]
     case = make(shapes, torch.float32, distance)
     student, teacher, weights, _ = case.inputs
     student = [s.detach().to(FLOATS[i // 15]).requires_grad_() for i, s in enumerate(student)]
@@ -135,7 +145,7 @@ def test_long_chunks_of_the_triton_kernel(kernel: str, distance: str, monkeypatc
     check_op(make([(3, 40_000), (5,)], torch.float32, distance), kernel, compiled=(), registration=False)
 
 
-@pytest.mark.parametrize("distance", [MSE, NORMALIZED_MSE, HUBER])
+@pytest.mark.parametrize("distance", [MSE, NORMALIZED_MSE, HUBER, COSINE])
 def test_gradient_of_the_reference(distance: int) -> None:
     """The hand-written gradient of the specification is autograd's, in float64."""
     s = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
@@ -182,8 +192,9 @@ def test_buffers_are_reused(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference"])
-def test_same_bits_for_any_number_of_threads(kernel: str) -> None:
-    case = make([(5, 33, 37, 41), (3, 7)], torch.float32, "normalized_mse")
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_same_bits_for_any_number_of_threads(kernel: str, distance: str) -> None:
+    case = make([(5, 33, 37, 41), (3, 7)], torch.float32, distance)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3, 8):
@@ -236,7 +247,7 @@ def test_bad_input(arguments: tuple[list[Tensor], list[Tensor]], message: str) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"distance": "l1"}, "distance: expected one of mse, normalized_mse, huber, got 'l1'"),
+        ({"distance": "l1"}, "distance: expected one of mse, normalized_mse, huber, cosine, got 'l1'"),
         ({"weights": [1.0, 2.0]}, r"weights: expected one weight a tap \(1,\), got \(2,\)"),
         ({"weights": torch.ones(1).double()}, "weights: expected dtype float32, got float64"),
         ({"grad_scale": torch.ones(1)}, r"grad_scale: expected a 0-dim tensor, got \(1,\)"),

@@ -20,12 +20,13 @@ from fastdistill.ops._backward import hand_on
 from fastdistill.ops._dispatch import Kernel, later, register
 from fastdistill.ops.feature_match import cpp, cuda, reference
 from fastdistill.ops.feature_match.reference import DISTANCES
+from fastdistill.ops.feature_match.reference import Distance as Distance
 
 _feature_match = register(
     "feature_match",
     "(Tensor[] student, Tensor[] teacher, Tensor weights, Tensor grad_scale, int distance, float parameter,"
     " Tensor(a!) loss, Tensor(b!) taps, Tensor(c!)[] grads)",
-    summary="sum_l weight_l * mean((student_l - teacher_l)^2), loss and gradient in one pass",
+    summary="sum_l weight_l * distance(student_l, teacher_l) of all taps, loss and gradient in one launch",
     reference=reference.feature_match,
     kernels=[
         Kernel("cuda", "cuda", cuda.feature_match, _native.cuda_reason, cpp.refuse),
@@ -61,7 +62,7 @@ def feature_match(
     teacher: Sequence[Tensor],
     *,
     weights: Sequence[float] | Tensor | None = None,
-    distance: str = "mse",
+    distance: Distance = "mse",
     grad_scale: Tensor | None = None,
     eps: float = 1e-6,
     delta: float = 1.0,
@@ -71,21 +72,27 @@ def feature_match(
     """Match a student's features to a frozen teacher's over all taps at once.
 
     Args:
-        student: L tensors of any shape, float32, bfloat16 or float16, any dense layout.
+        student: L tensors of any shape (cosine: two dimensions or more), float32, bfloat16 or float16, any dense
+            layout.
         teacher: L tensors of the same shapes on the same device, without gradient; dtypes may differ from the
             student's.
         weights: L floats, or a float32 tensor [L] on the device (None: all 1; pass a tensor inside a CUDA graph).
         distance: ``"mse"``, mean((s - t)^2); ``"normalized_mse"``, the same over mean(t^2) + eps, so that no tap
-            swamps the rest; or ``"huber"``, (s - t)^2 / 2 up to a difference of delta and linear beyond
-            (``torch.nn.functional.huber_loss``).
+            swamps the rest; ``"huber"``, (s - t)^2 / 2 up to a difference of delta and linear beyond
+            (``torch.nn.functional.huber_loss``); or ``"cosine"``, the mean over samples (the first dimension) of
+            1 - s.t / (max(|s|, eps) max(|t|, eps)), ``torch.nn.functional.cosine_similarity`` with all of a sample's
+            features as one vector. To compare tokens one by one, make them samples: ``tokens.flatten(0, 1)``.
+        eps: > 0 for cosine. A student's sample shorter than that has the gradient -t / (eps max(|t|, eps)), that of
+            the formula (torch's own has another term there); a zero teacher gives none.
+        delta: > 0, of huber.
         grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before
             ``backward``. The gradient is stored already multiplied by it, so that float16 gradients do not underflow.
             None: 1.
         grads: L buffers like ``student`` to write the gradient into, so that a training step can reuse them; they are
-            handed to autograd by ``backward``. None: fresh ones.
+            handed to autograd by ``backward``. ``gradient_buffer`` makes one. None: fresh ones.
         overwrite_teacher: write the gradient over the teacher's features, which saves as much memory as the taps take;
-            they are gone after the call. Each must be dense, of the student's dtype and strides, and share its memory
-            with no other tap.
+            they are gone after the call. Each must be dense (cosine: sample after sample), of the student's dtype and
+            strides, and share its memory with no other tap.
 
     Returns:
         ``FeatureMatch(loss, taps)``; float32 accumulation, the same bits on every run and for any number of threads.
@@ -97,10 +104,11 @@ def feature_match(
     weights, grad_scale = _checked(student, teacher, weights, distance, grad_scale, grads)
     _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
     parameter = delta if distance == "huber" else eps
+    _check.require(eps > 0 or distance != "cosine", "eps", "a number > 0", eps)
     if student and torch.is_grad_enabled() and any(s.requires_grad for s in student):
         if overwrite_teacher:
             _check.require(grads is None, "grads", "None beside overwrite_teacher", f"{len(student)} buffers")
-            _check_overwritten(student, teacher)
+            _check_overwritten(student, teacher, distance)
             grads = [t.detach() for t in teacher]
         buffers = list(grads) if grads is not None else None
         loss, taps = _FeatureMatch.apply(
@@ -108,6 +116,13 @@ def feature_match(
         )
         return FeatureMatch(loss, taps)
     return FeatureMatch(*_launch(student, teacher, weights, grad_scale, distance, parameter, []))
+
+
+def gradient_buffer(student: Tensor, distance: Distance = "mse") -> Tensor:
+    """An empty buffer for ``grads``: strides as the student's where it is dense (cosine: sample after sample), else
+    those of the copy that is made of it."""
+    layout = torch.preserve_format if _is_flat(student, distance) else torch.contiguous_format
+    return torch.empty_like(student, memory_format=layout, requires_grad=False)
 
 
 def _checked(
@@ -124,6 +139,7 @@ def _checked(
     require(distance in DISTANCES, "distance", f"one of {', '.join(DISTANCES)}", repr(distance))
     device = student[0].device
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
+        require(s.dim() > 1 or distance != "cosine", f"student[{i}]", "samples of features, [B, ...]", tuple(s.shape))
         _check.dtype(s, f"student[{i}]", *_check.FLOATS)
         _check.dtype(t, f"teacher[{i}]", *_check.FLOATS)
         require(t.shape == s.shape, f"teacher[{i}]", f"the shape of student[{i}] {tuple(s.shape)}", tuple(t.shape))
@@ -160,7 +176,7 @@ def _checked(
     return weights, grad_scale
 
 
-def _check_overwritten(student: list[Tensor], teacher: list[Tensor]) -> None:
+def _check_overwritten(student: list[Tensor], teacher: list[Tensor], distance: str) -> None:
     """A gradient may take the place of a teacher's feature only where nothing else is lost with it."""
     seen: dict[int, str] = {}
     for i, s in enumerate(student):
@@ -168,17 +184,25 @@ def _check_overwritten(student: list[Tensor], teacher: list[Tensor]) -> None:
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         name = f"teacher[{i}]"
         _check.require(t.dtype == s.dtype, name, f"the dtype of student[{i}] ({s.dtype}) to be overwritten", t.dtype)
-        same = t.stride() == s.stride() and _native.is_dense(t)
-        rule = f"dense, with the strides of student[{i}] {s.stride()}, to be overwritten"
+        same = t.stride() == s.stride() and _native.is_dense(t) and _is_flat(t, distance)
+        order = "sample after sample, " if distance == "cosine" else ""
+        rule = f"dense, {order}with the strides of student[{i}] {s.stride()}, to be overwritten"
         _check.require(same, name, rule, t.stride())
         storage = t.untyped_storage()._cdata
         _check.require(storage not in seen, name, "memory of its own to be overwritten", f"that of {seen.get(storage)}")
         seen[storage] = name
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor itself where its memory has no gaps and no overlap (whatever the order of its dimensions), else a
-    dense copy."""
+def _is_flat(tensor: Tensor, distance: str) -> bool:
+    """Whether a dense tensor's order in memory suits the distance: cosine wants sample after sample."""
+    return distance != "cosine" or cpp.is_by_sample(tensor)
+
+
+def _dense(tensor: Tensor, distance: str) -> Tensor:
+    """The tensor itself where its memory has no gaps and no overlap (whatever the order of its dimensions, but see
+    ``_is_flat``), else a dense copy."""
+    if not _is_flat(tensor, distance):
+        return tensor.contiguous()
     if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
         return tensor
     twin = torch.empty_like(tensor, device="meta")  # takes over the strides of a dense tensor, and only of one
@@ -200,7 +224,7 @@ def _launch(
     grads: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Bring each tap's tensors to one dense layout (the student's), so that kernels see flat memory, and run the op."""
-    student = [_dense(s.detach()) for s in student]
+    student = [_dense(s.detach(), distance) for s in student]
     teacher = [t if t.stride() == s.stride() else _laid_out_like(s, t) for s, t in zip(student, teacher, strict=True)]
     loss, taps = weights.new_empty(()), weights.new_empty(len(student))
     _feature_match(student, teacher, weights, grad_scale, DISTANCES[distance], parameter, loss, taps, grads)
@@ -222,7 +246,7 @@ class _FeatureMatch(torch.autograd.Function):
         *features: Tensor,
     ) -> tuple[Tensor, Tensor]:
         student, teacher = list(features[:count]), list(features[count:])
-        student = [_dense(s.detach()) for s in student]
+        student = [_dense(s.detach(), distance) for s in student]
         if grads is None:
             grads = [torch.empty_like(s) for s in student]
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _native
+from fastdistill.ops.feature_match.reference import COSINE
 
 
 def feature_match(
@@ -28,11 +29,22 @@ def feature_match(
         [t.data_ptr() for t in teacher],
         [g.data_ptr() for g in grads],
         [s.numel() for s in student],
+        samples(student, distance),
         [_native.DTYPES[s.dtype] for s in student],
         [_native.DTYPES[t.dtype] for t in teacher],
         weights.data_ptr(), grad_scale.data_ptr(), distance, parameter, loss.data_ptr(), taps.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def samples(student: Sequence[Tensor], distance: int) -> list[int]:
+    """The samples of each tap where the distance tells them apart."""
+    return [max(1, s.size(0)) for s in student] if distance == COSINE else []
+
+
+def is_by_sample(tensor: Tensor) -> bool:
+    """Whether a dense tensor's samples (its first dimension) follow each other in memory."""
+    return tensor.size(0) < 2 or tensor.stride(0) * tensor.size(0) == tensor.numel() or tensor.numel() == 0
 
 
 def refuse(
@@ -52,6 +64,8 @@ def refuse(
             return f"student[{i}], teacher[{i}] and its gradient have different strides"
         if not _native.is_dense(s):
             return f"student[{i}] has gaps or overlaps in memory (strides {s.stride()})"
+        if distance == COSINE and not is_by_sample(s):
+            return f"the samples of student[{i}] are not each a block of memory (strides {s.stride()})"
     if not (weights.is_contiguous() and taps.is_contiguous()):
         return "weights and taps must be contiguous"
     return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _native
+from fastdistill.ops.feature_match.cpp import samples
 
 
 def feature_match(
@@ -22,15 +23,17 @@ def feature_match(
     taps: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    """Two launches for every 16 taps (three for normalized_mse with a gradient); arguments as the reference's."""
-    sizes = [s.numel() for s in student]
+    """Two launches for every 16 taps (three for normalized_mse with a gradient, four for cosine); arguments as the
+    reference's."""
+    sizes, rows = [s.numel() for s in student], samples(student, distance)
     cuda = _native.cuda()
-    workspace = torch.empty(cuda.feature_match_workspace(sizes), dtype=torch.float64, device=loss.device)
+    workspace = torch.empty(cuda.feature_match_workspace(sizes, rows), dtype=torch.float64, device=loss.device)
     cuda.feature_match(
         [s.data_ptr() for s in student],
         [t.data_ptr() for t in teacher],
         [g.data_ptr() for g in grads],
         sizes,
+        rows,
         [_native.DTYPES[s.dtype] for s in student],
         [_native.DTYPES[t.dtype] for t in teacher],
         weights.data_ptr(), grad_scale.data_ptr(), distance, parameter, loss.data_ptr(), taps.data_ptr(),

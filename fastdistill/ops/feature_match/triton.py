@@ -2,11 +2,14 @@
 """Feature matching in Triton: all taps in one launch, and one small launch that adds the partial sums in order.
 
 Grid      one program a chunk of one or sixteen steps of 2048 elements, over all taps; the addresses of the taps are
-          kernel arguments, so nothing is copied to the device and a CUDA graph holds them
+          kernel arguments, so nothing is copied to the device and a CUDA graph holds them. Chunks of cosine end with
+          their sample, and one program a sample adds its sums
 Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32,
-          6 in bf16); normalized_mse reads twice; 16-byte accesses, unmasked but in a tap's last chunk
+          6 in bf16); normalized_mse and cosine read twice; 16-byte accesses, unmasked but in a tap's last chunk
+          (cosine: a sample's, and samples of a multiple of 16 elements)
 Precision elements and the sum of a chunk in fp32 (a tree), chunks added in fp64 in their order; gradients rounded once
-Limits    any n >= 0 (64-bit); dense taps of equal strides; TAPS of one pair of dtypes share a launch
+Limits    any n >= 0 (64-bit); dense taps of equal strides; TAPS of one pair of dtypes share a launch; samples of cosine
+          are blocks of memory, and those below 2048 elements leave lanes idle
 """
 
 from __future__ import annotations
@@ -18,27 +21,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops.feature_match.reference import HUBER, NORMALIZED_MSE
+from fastdistill.ops.feature_match import reference
 
 STEP = 2048  # elements that a program holds at once
 CHUNKS = 8192  # more chunks of one step than this, and a program takes sixteen steps: fewer partial sums to add
 TAPS = 16  # of a launch: an address takes 8 bytes of its 4 kilobytes of arguments
 WARPS = 8
+NORMALIZED: tl.constexpr = tl.constexpr(reference.NORMALIZED_MSE)
+HUBER: tl.constexpr = tl.constexpr(reference.HUBER)
+COSINE: tl.constexpr = tl.constexpr(reference.COSINE)
 
 
 @triton.jit
-def _tap(chunk, addresses, sizes, COUNT: tl.constexpr, CHUNK: tl.constexpr):
-    """The tap that a chunk belongs to: its address, its elements, its number and the chunk's first element."""
+def _tap(chunk, addresses, sizes, samples, COUNT: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
+    """The tap that a chunk belongs to: its address, its number, its samples; the chunk's sample (of all taps'), first
+    element, and how many the sample has from there."""
     first = tl.full((), 0, tl.int64)
-    address, n, tap, start = first, first, first, first
+    address, size, count, tap, start, before, sample = first, first, first, first, first, first, first
     for i in tl.static_range(COUNT):
         here = chunk >= first
         address = tl.where(here, addresses[i].to(tl.int64), address)
-        n = tl.where(here, sizes[i], n)
+        size = tl.where(here, sizes[i], size)
+        count = tl.where(here, samples[i], count)
         tap = tl.where(here, i, tap)
         start = tl.where(here, first, start)
-        first += tl.cdiv(tl.cast(sizes[i], tl.int64), CHUNK)
-    return address, n, tap, (chunk - start) * CHUNK
+        sample = tl.where(here, before, sample)
+        first += tl.cast(samples[i], tl.int64) * tl.cdiv(tl.cast(sizes[i], tl.int64), CHUNK)
+        before += samples[i]
+    offset = (chunk - start) * CHUNK
+    left = size - offset
+    if SPLIT:
+        each = tl.cdiv(size, CHUNK)
+        within = (chunk - start) // each
+        left += within * each * CHUNK
+        offset = within * size + (size - left)
+        sample += within
+    return address, tap, count, sample, offset, left
 
 
 @triton.jit
@@ -51,13 +69,13 @@ def _pointer(address, like, offset, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _chunk(
-    student, teacher, gradient, factor, delta, left, SUM: tl.constexpr, GRADIENT: tl.constexpr, NORM: tl.constexpr,
-    HUBER: tl.constexpr, MASKED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    student, teacher, gradient, factor, parameter, left, SUM: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr,
+    MASKED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The chunk's sums of (s - t)^2 and t^2, and its gradient written."""
+    """The chunk's sums of the terms, of t^2 and of s^2 (unused ones the compiler drops), and its gradient written."""
     lane = tl.arange(0, STEP)
-    differences = tl.full((STEP,), 0.0, tl.float32)
-    squares = tl.full((STEP,), 0.0, tl.float32)
+    terms = tl.full((STEP,), 0.0, tl.float32)
+    teachers, students = terms, terms
     for start in range(0, CHUNK, STEP):
         e = start + lane
         if MASKED:
@@ -68,59 +86,102 @@ def _chunk(
             t = tl.load(teacher + e).to(tl.float32)
         d = s - t
         c = d
-        if HUBER:  # clamped; NaN stays
-            c = tl.where(d < -delta, -delta, tl.where(d > delta, delta, d))
+        if KIND == HUBER:  # clamped; NaN stays
+            c = tl.where(d < -parameter, -parameter, tl.where(d > parameter, parameter, d))
         if SUM:
-            if HUBER:
-                differences += c * (d - 0.5 * c)
+            if KIND == HUBER:
+                terms += c * (d - 0.5 * c)
+            elif KIND == COSINE:
+                terms += s * t
+                students += s * s
             else:
-                differences += d * d
-        if NORM:
-            squares += t * t
+                terms += d * d
+            teachers += t * t
         if GRADIENT:
-            value = (factor * c).to(gradient.dtype.element_ty)
+            slope = factor * c
+            if KIND == COSINE:
+                slope = factor * s + parameter * t
+            value = slope.to(gradient.dtype.element_ty)
             if MASKED:
                 tl.store(gradient + e, value, mask=e < left)
             else:
                 tl.store(gradient + e, value)
-    return tl.sum(differences), tl.sum(squares)
+    return tl.sum(terms), tl.sum(teachers), tl.sum(students)
 
 
 @triton.jit
 def _match(
-    students, teachers, gradients, sizes, weights, grad_scale, denominators, partials, delta, COUNT: tl.constexpr,
-    SUM: tl.constexpr, GRADIENT: tl.constexpr, NORM: tl.constexpr, HUBER: tl.constexpr, ALIGNED: tl.constexpr,
+    students, teachers, gradients, sizes, samples, weights, grad_scale, found, partials, parameter,
+    COUNT: tl.constexpr, SUM: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
-    address, n, tap, offset = _tap(chunk, students, sizes, COUNT, CHUNK)
+    split: tl.constexpr = KIND == COSINE
+    address, tap, count, sample, offset, left = _tap(chunk, students, sizes, samples, COUNT, CHUNK, split)
     student = _pointer(address, students[0], offset, ALIGNED)
-    address, _, _, _ = _tap(chunk, teachers, sizes, COUNT, CHUNK)
+    address, _, _, _, _, _ = _tap(chunk, teachers, sizes, samples, COUNT, CHUNK, split)
     teacher = _pointer(address, teachers[0], offset, ALIGNED)
-    address, _, _, _ = _tap(chunk, gradients, sizes, COUNT, CHUNK)
+    address, _, _, _, _, _ = _tap(chunk, gradients, sizes, samples, COUNT, CHUNK, split)
     gradient = _pointer(address, gradients[0], offset, ALIGNED)
-    factor = tl.full((), 0.0, tl.float32)
+    factor, other = tl.full((), 0.0, tl.float32), parameter
     if GRADIENT:
-        denominator = n.to(tl.float64)
-        if NORM:
-            denominator *= tl.load(denominators + tap)
         scale = tl.load(grad_scale).to(tl.float64) * tl.load(weights + tap).to(tl.float64)
-        if not HUBER:
-            scale *= 2.0
-        factor = (scale / denominator).to(tl.float32)
-    left = n - offset
+        if KIND == COSINE:
+            scale /= count.to(tl.float64)
+            factor = (scale * tl.load(found + 3 * sample + 1)).to(tl.float32)
+            other = (scale * tl.load(found + 3 * sample + 2)).to(tl.float32)
+        else:
+            denominator = (offset + left).to(tl.float64)  # the tap's elements
+            if KIND == NORMALIZED:
+                denominator *= tl.load(found + tap)
+            if KIND != HUBER:
+                scale *= 2.0
+            factor = (scale / denominator).to(tl.float32)
     if left >= CHUNK:
-        difference, square = _chunk(
-            student, teacher, gradient, factor, delta, left, SUM, GRADIENT, NORM, HUBER, False, CHUNK, STEP
+        term, of_teacher, of_student = _chunk(
+            student, teacher, gradient, factor, other, left, SUM, GRADIENT, KIND, False, CHUNK, STEP
         )  # fmt: skip
     else:
-        difference, square = _chunk(
-            student, teacher, gradient, factor, delta, left, SUM, GRADIENT, NORM, HUBER, True, CHUNK, STEP
+        term, of_teacher, of_student = _chunk(
+            student, teacher, gradient, factor, other, left, SUM, GRADIENT, KIND, True, CHUNK, STEP
         )  # fmt: skip
     if SUM:
-        tl.store(partials + 2 * chunk, difference)
-        if NORM:
-            tl.store(partials + 2 * chunk + 1, square)
+        tl.store(partials + 3 * chunk, term)
+        if KIND == NORMALIZED or KIND == COSINE:  # noqa: SIM109 (Triton has no `in`)
+            tl.store(partials + 3 * chunk + 1, of_teacher)
+        if KIND == COSINE:
+            tl.store(partials + 3 * chunk + 2, of_student)
+
+
+@triton.jit
+def _cosine(partials, sizes, samples, eps, found, COUNT: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr):
+    """A sample's 1 - c, c = s.t / (S T), S = max(|s|, eps), T likewise, and its gradient's factors c / S^2 of s and
+    -1 / (S T) of t, from its chunks in order."""
+    sample = tl.program_id(0).to(tl.int64)
+    chunks = tl.full((), 0, tl.int64)
+    before, first, each = chunks, chunks, chunks
+    for i in tl.static_range(COUNT):
+        here = sample >= before
+        each = tl.where(here, tl.cdiv(tl.cast(sizes[i], tl.int64), CHUNK), each)
+        first = tl.where(here, chunks + (sample - before) * each, first)
+        chunks += tl.cast(samples[i], tl.int64) * tl.cdiv(tl.cast(sizes[i], tl.int64), CHUNK)
+        before += samples[i]
+    lane = tl.arange(0, LANES).to(tl.int64)
+    product = tl.full((LANES,), 0.0, tl.float64)
+    teachers, students = product, product
+    for start in range(first, first + each, LANES):
+        at, inside = start + lane, start + lane < first + each
+        product += tl.load(partials + 3 * at, mask=inside, other=0.0).to(tl.float64)
+        teachers += tl.load(partials + 3 * at + 1, mask=inside, other=0.0).to(tl.float64)
+        students += tl.load(partials + 3 * at + 2, mask=inside, other=0.0).to(tl.float64)
+    floor = tl.full((), 0.0, tl.float64) + eps
+    s, t = tl.sqrt(tl.sum(students)), tl.sqrt(tl.sum(teachers))
+    clamped = s < floor
+    s, t = tl.where(clamped, floor, s), tl.where(t < floor, floor, t)  # NaN stays
+    c = tl.sum(product) / (s * t)
+    tl.store(found + 3 * sample, 1.0 - c)
+    tl.store(found + 3 * sample + 1, tl.where(clamped, 0.0, c / (s * s)))
+    tl.store(found + 3 * sample + 2, -1.0 / (s * t))
 
 
 @triton.jit
@@ -140,16 +201,16 @@ def _finish(
         square = tl.full((LANES,), 0.0, tl.float64)
         for start in range(first, last, LANES):
             at = start + lane
-            difference += tl.load(partials + 2 * at, mask=at < last, other=0.0).to(tl.float64)
+            difference += tl.load(partials + 3 * at, mask=at < last, other=0.0).to(tl.float64)
             if NORM:
-                square += tl.load(partials + 2 * at + 1, mask=at < last, other=0.0).to(tl.float64)
+                square += tl.load(partials + 3 * at + 1, mask=at < last, other=0.0).to(tl.float64)
         count = tl.maximum(tl.cast(sizes[i], tl.int64), 1).to(tl.float64)
-        denominator = tl.full((), 1.0, tl.float64)
         if NORM:
             denominator = tl.sum(square) / count + parameter
-        value = (tl.sum(difference) / (count * denominator)).to(tl.float32)
+            tl.store(denominators + i, denominator)
+            count *= denominator
+        value = (tl.sum(difference) / count).to(tl.float32)
         tl.store(taps + i, value)
-        tl.store(denominators + i, denominator)
         total += tl.load(weights + i).to(tl.float64) * value.to(tl.float64)
         first = last
     tl.store(loss, total.to(tl.float32))
@@ -165,10 +226,11 @@ def _groups(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[tu
             first = i
 
 
-def _cut(sizes: tuple[int, ...]) -> tuple[int, int]:
+def _cut(sizes: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, int]:
     """Elements of a chunk, and how many chunks there are."""
-    chunk = STEP if sum(sizes) <= CHUNKS * STEP else 16 * STEP
-    return chunk, sum(triton.cdiv(n, chunk) for n in sizes)
+    elements = sum(n * rows for n, rows in zip(sizes, samples, strict=True))
+    chunk = 16 * STEP if elements > CHUNKS * STEP and max(sizes) >= 16 * STEP else STEP
+    return chunk, sum(rows * triton.cdiv(n, chunk) for n, rows in zip(sizes, samples, strict=True))
 
 
 def feature_match(
@@ -182,35 +244,43 @@ def feature_match(
     taps: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    """Two launches a group of taps (three for normalized_mse with a gradient); arguments as the reference's."""
-    norm, huber = distance == NORMALIZED_MSE, distance == HUBER
+    """Two launches a group of taps (three for normalized_mse with a gradient, four for cosine); arguments as the
+    reference's."""
+    norm, cosine = distance == reference.NORMALIZED_MSE, distance == reference.COSINE
+    two_passes = norm or cosine
     for first, last in _groups(student, teacher):
         s, t, g = tuple(student[first:last]), tuple(teacher[first:last]), tuple(grads[first:last])
-        sizes = tuple(x.numel() for x in s)
-        chunk, chunks, count = *_cut(sizes), len(s)
-        partials = torch.empty(2 * max(chunks, 1), dtype=torch.float32, device=loss.device)
-        denominators = torch.empty(TAPS, dtype=torch.float64, device=loss.device)
+        samples = tuple(len(x) if x.numel() else 0 for x in s) if cosine else (1,) * len(s)
+        sizes = tuple(x.numel() // max(rows, 1) for x, rows in zip(s, samples, strict=True))
+        chunk, chunks, count = *_cut(sizes, samples), len(s)
+        partials = torch.empty(3 * max(chunks, 1), dtype=torch.float32, device=loss.device)
+        found = torch.empty(3 * max(sum(samples), 1), dtype=torch.float64, device=loss.device)
         aligned = all(x.data_ptr() % 16 == 0 for x in (*s, *t, *g))
-        tables = s, t, g or s, sizes, weights[first:last], grad_scale, denominators, partials, parameter, count
+        tables = s, t, g or s, sizes, samples, weights[first:last], grad_scale, found, partials, parameter, count
         if chunks:
-            _match[(chunks,)](*tables, True, bool(g) and not norm, norm, huber, aligned, chunk, STEP, num_warps=WARPS)
+            _match[(chunks,)](
+                *tables, True, bool(g) and not two_passes, distance, aligned, chunk, STEP, num_warps=WARPS
+            )  # fmt: skip
+        if chunks and cosine:
+            _cosine[(sum(samples),)](partials, sizes, samples, parameter, found, count, chunk, 128, num_warps=1)
+        terms, many, each = (found, samples, 1) if cosine else (partials, sizes, chunk)
         _finish[(1,)](
-            partials, sizes, weights[first:last], parameter, loss, taps[first:last], denominators, count, norm,
-            first == 0, chunk, 1024, num_warps=WARPS,
+            terms, many, weights[first:last], parameter, loss, taps[first:last], found, count, norm, first == 0, each,
+            1024, num_warps=WARPS,
         )  # fmt: skip
-        if chunks and g and norm:
-            _match[(chunks,)](*tables, False, True, norm, huber, aligned, chunk, STEP, num_warps=WARPS)
+        if chunks and g and two_passes:
+            _match[(chunks,)](*tables, False, True, distance, aligned, chunk, STEP, num_warps=WARPS)
 
 
 @triton.jit
-def _scale(gradients, sizes, factor, COUNT: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+def _scale(gradients, sizes, samples, factor, COUNT: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
     by = tl.load(factor)
     if by != 1.0:
         chunk = tl.program_id(0).to(tl.int64)
-        address, n, _, offset = _tap(chunk, gradients, sizes, COUNT, CHUNK)
+        address, _, _, _, offset, left = _tap(chunk, gradients, sizes, samples, COUNT, CHUNK, False)
         gradient = _pointer(address, gradients[0], offset, ALIGNED)
         lane = tl.arange(0, CHUNK)
-        inside = lane < n - offset
+        inside = lane < left
         value = tl.load(gradient + lane, mask=inside, other=0.0).to(tl.float32) * by
         tl.store(gradient + lane, value.to(gradients[0].dtype.element_ty), mask=inside)
 
@@ -222,4 +292,4 @@ def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
         sizes = tuple(x.numel() for x in g)
         if chunks := sum(triton.cdiv(n, STEP) for n in sizes):
             aligned = all(x.data_ptr() % 16 == 0 for x in g)
-            _scale[(chunks,)](g, sizes, factor, len(g), aligned, STEP, num_warps=WARPS)
+            _scale[(chunks,)](g, sizes, (1,) * len(g), factor, len(g), aligned, STEP, num_warps=WARPS)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fastdistill.models import StudentSpec
+from fastdistill.ops.feature_match import Distance
 from fastdistill.tasks.digits.sampling import Sampling
 from fastdistill.train.config import TrainConfig
 
@@ -42,8 +43,9 @@ class DigitsConfig:
     """Images of each of the 80 prompts by which a model is judged."""
     feature_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of the feature loss; the output loss has 1."""
-    feature_distance: Literal["mse", "normalized_mse"] = "mse"
-    """normalized_mse divides each tap by the teacher feature's mean square."""
+    feature_distance: Distance = "mse"
+    """normalized_mse divides each tap by the teacher feature's mean square; huber is linear where features differ by
+    more than 1; cosine compares directions, sample by sample."""
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of prompts replaced by the null prompt."""
     train: TrainConfig = field(
