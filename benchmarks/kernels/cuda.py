@@ -50,6 +50,6 @@ def _demangled(name: str) -> str:
     if tool is None:
         raise RuntimeError("c++filt was not found (it comes with the compiler)")
     full = subprocess.run([tool, name], capture_output=True, text=True, check=True).stdout.strip()
-    plain = full.replace("(anonymous namespace)::", "").replace("fd::", "").removeprefix("void ")
+    plain = re.sub(r"\(anonymous namespace\)::|fd::|device::", "", full).removeprefix("void ")
     plain = re.sub(r"\((\w+)\)(\d)", r"\1 \2", plain)
     return plain.split("(")[0]
