@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
 from fastdistill.data.manifest import Manifest, TensorSpec
 from fastdistill.data.shards import RowWriter, load_rows
+from fastdistill.data.stored import open_rows
 from fastdistill.errors import InputError, StorageError
 
 KIND = "latent_cache"
@@ -26,7 +27,7 @@ class LatentCache:
     ``fingerprint`` says what made it. InputError when the two do not belong together.
     """
 
-    latents: Tensor
+    latents: Any  # Tensor, or StoredRows of an opened cache
     prompt_index: Tensor
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
@@ -57,18 +58,18 @@ class LatentCache:
         ``verify=False`` skips the checksums.
         """
 
-        wanted = plain(expect or {}, "expect")
-
-        def as_expected(manifest: Manifest) -> None:
-            found = manifest.fingerprint
-            changed = differences(wanted, {key: found[key] for key in wanted if key in found})
-            if changed:
-                raise StorageError(
-                    f"{path}: this cache was made differently ({'; '.join(changed)}); make one in an empty directory"
-                )
-
-        manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=as_expected)
+        check = _as_expected(path, expect)
+        manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=check)
         return cls(rows["latents"], rows["prompt_index"], manifest.fingerprint)
+
+    @classmethod
+    def open(cls, path: str | Path, *, expect: Mapping[str, Any] | None = None, verify: bool = True) -> LatentCache:
+        """The same with its latents left on the disk (``StoredRows``), for a cache larger than the memory.
+
+        ``verify`` reads all of it once.
+        """
+        manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_expected(path, expect))
+        return cls(rows["latents"], rows["prompt_index"][:], manifest.fingerprint)
 
     def check_prompts(self, prompts: int) -> None:
         """InputError unless every row points at one of ``prompts`` prompts (``len`` of the prompt bank)."""
@@ -133,6 +134,20 @@ def generate_latent_cache(
                     report(done + start + len(numbers) - span.start, rows)
             writer.write(span, {"latents": latents, "prompt_index": prompt_index[span.start : span.stop]})
             report(writer.rows_done, rows)
+
+
+def _as_expected(path: str | Path, expect: Mapping[str, Any] | None) -> Callable[[Manifest], None]:
+    wanted = plain(expect or {}, "expect")
+
+    def check(manifest: Manifest) -> None:
+        found = manifest.fingerprint
+        changed = differences(wanted, {key: found[key] for key in wanted if key in found})
+        if changed:
+            raise StorageError(
+                f"{path}: this cache was made differently ({'; '.join(changed)}); make one in an empty directory"
+            )
+
+    return check
 
 
 def _check_prompt_index(prompt_index: Tensor, rows: int) -> None:

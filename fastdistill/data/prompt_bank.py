@@ -17,6 +17,7 @@ from torch import Tensor
 from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
 from fastdistill.data.manifest import Manifest, TensorSpec
 from fastdistill.data.shards import RowWriter, load_attachment, load_rows
+from fastdistill.data.stored import open_rows
 from fastdistill.errors import InputError, StorageError
 
 KIND = "prompt_bank"
@@ -31,7 +32,7 @@ class PromptBank:
     InputError when rows and texts do not belong together.
     """
 
-    embeddings: Tensor
+    embeddings: Any  # Tensor, or StoredRows of an opened bank
     texts: list[str]
     null_text: str = ""
     encoder: Mapping[str, Any] = field(default_factory=dict)
@@ -53,12 +54,13 @@ class PromptBank:
     @property
     def null(self) -> Tensor:
         """Embedding of the null prompt [L, D]."""
-        return self.embeddings[self.null_index]
+        null: Tensor = self.embeddings[self.null_index]
+        return null
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the texts and embeddings, for the fingerprints of what is made with them."""
-        return sha256_of_json([self.texts, self.null_text, sha256_of_tensors({"embeddings": self.embeddings})])
+        return sha256_of_json([self.texts, self.null_text, sha256_of_tensors({"embeddings": self.embeddings[:]})])
 
     @classmethod
     def build(
@@ -118,7 +120,7 @@ class PromptBank:
 
     def to(self, device: torch.device | str) -> PromptBank:
         """The same bank with its embeddings on a device."""
-        return PromptBank(self.embeddings.to(device), self.texts, self.null_text, self.encoder)
+        return PromptBank(self.embeddings[:].to(device), self.texts, self.null_text, self.encoder)
 
     def check_width(self, cross_attention_dim: int) -> None:
         """InputError naming both widths unless the rows have the width that the model's cross-attention reads."""
@@ -126,7 +128,7 @@ class PromptBank:
 
     def save(self, path: str | Path, *, rows_per_shard: int = 4096) -> None:
         """Writes the bank to a directory; a bank interrupted there is finished. Errors: those of RowWriter."""
-        embeddings = self.embeddings.detach().cpu()
+        embeddings = self.embeddings[:].detach().cpu()
         texts = json.dumps({"texts": self.texts, "null_text": self.null_text}, indent=0, ensure_ascii=False)
         with RowWriter(
             path,
@@ -156,21 +158,41 @@ class PromptBank:
         (InputError) before its rows are read. StorageError, naming the file, for what is missing or damaged.
         """
 
-        def as_wide(manifest: Manifest) -> None:
-            if width is not None:
-                _check_width(manifest.tensors["embeddings"].shape[-1], width)
+        manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=_as_wide(width))
+        return cls(rows["embeddings"], *_texts(path, manifest))
 
-        manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=as_wide)
-        try:
-            stored = json.loads(load_attachment(path, manifest, _TEXTS))
-            texts, null_text = list(stored["texts"]), str(stored["null_text"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StorageError(f"{Path(path) / _TEXTS}: damaged: {error}") from error
-        return cls(rows["embeddings"], texts, null_text, manifest.fingerprint.get("encoder", {}))
+    @classmethod
+    def open(cls, path: str | Path, *, width: int | None = None, verify: bool = True) -> PromptBank:
+        """The same with its embeddings left on the disk (``StoredRows``), for a bank larger than the memory.
+
+        ``verify`` reads all of it once.
+        """
+        manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_wide(width))
+        bank = cls(rows["embeddings"], *_texts(path, manifest))
+        if sha256 := manifest.fingerprint.get("sha256"):
+            bank.__dict__["sha256"] = sha256  # known without reading the rows
+        return bank
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
         return {text: row for row, text in reversed(list(enumerate(self.texts)))}
+
+
+def _as_wide(width: int | None) -> Callable[[Manifest], None]:
+    def check(manifest: Manifest) -> None:
+        if width is not None:
+            _check_width(manifest.tensors["embeddings"].shape[-1], width)
+
+    return check
+
+
+def _texts(path: str | Path, manifest: Manifest) -> tuple[list[str], str, Mapping[str, Any]]:
+    """Texts, null text and encoder."""
+    try:
+        stored = json.loads(load_attachment(path, manifest, _TEXTS))
+        return list(stored["texts"]), str(stored["null_text"]), manifest.fingerprint.get("encoder", {})
+    except (KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{Path(path) / _TEXTS}: damaged: {error}") from error
 
 
 def _check_width(width: int, cross_attention_dim: int) -> None:

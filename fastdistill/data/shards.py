@@ -163,7 +163,7 @@ class RowWriter:
         good = {}
         for index, stored in read_manifest(self.path).shards.items():
             try:
-                _read_stored(self.path / shard_name(index), stored)
+                read_stored(self.path / shard_name(index), stored)
                 good[index] = stored
             except StorageError as error:
                 warnings.warn(f"{error} (being made anew)", stacklevel=4)
@@ -186,16 +186,7 @@ def load_rows(
     ``verify=False`` skips the checksums only. ``check`` may refuse a manifest, by raising, before any row is read.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    if manifest.kind != kind:
-        raise StorageError(f"{path}: expected a {kind}, got a {manifest.kind}")
-    if check is not None:
-        check(manifest)
-    if not manifest.complete:
-        done = sum(manifest.shard_rows(index) for index in manifest.shards)
-        raise StorageError(
-            f"{path}: unfinished: it has {done} of {manifest.rows} rows; run what made it again to go on from there"
-        )
+    manifest = complete_manifest(path, kind, check)
     out = {
         name: torch.empty(
             (manifest.rows, *spec.shape),
@@ -207,21 +198,36 @@ def load_rows(
     start = 0
     for index in range(manifest.shard_count):
         file, rows = path / shard_name(index), manifest.shard_rows(index)
-        tensors = _parse_shard(file, _read_stored(file, manifest.shards[index], verify), manifest, rows)
+        tensors = parse_shard(file, read_stored(file, manifest.shards[index], verify), manifest, rows)
         for name, tensor in tensors.items():
             out[name][start : start + rows].copy_(tensor)
         start += rows
     return manifest, out
 
 
+def complete_manifest(path: Path, kind: str, check: Callable[[Manifest], object] | None = None) -> Manifest:
+    """The manifest of a complete directory of this kind that ``check`` does not refuse; StorageError for any other."""
+    manifest = read_manifest(path)
+    if manifest.kind != kind:
+        raise StorageError(f"{path}: expected a {kind}, got a {manifest.kind}")
+    if check is not None:
+        check(manifest)
+    if not manifest.complete:
+        done = sum(manifest.shard_rows(index) for index in manifest.shards)
+        raise StorageError(
+            f"{path}: unfinished: it has {done} of {manifest.rows} rows; run what made it again to go on from there"
+        )
+    return manifest
+
+
 def load_attachment(path: str | Path, manifest: Manifest, name: str) -> bytes:
     """The bytes of a file that belongs to the rows; StorageError when it is not there or damaged."""
     if name not in manifest.attachments:
         raise StorageError(f"{path}: expected a file {name} in its manifest, got none")
-    return _read_stored(Path(path) / name, manifest.attachments[name])
+    return read_stored(Path(path) / name, manifest.attachments[name])
 
 
-def _read_stored(file: Path, stored: StoredFile, verify: bool = True) -> bytes:
+def read_stored(file: Path, stored: StoredFile, verify: bool = True) -> bytes:
     """Reads once and checks what was read, so that what is used is what was checked."""
     try:
         size = file.stat().st_size
@@ -241,7 +247,7 @@ def _read_stored(file: Path, stored: StoredFile, verify: bool = True) -> bytes:
     return data
 
 
-def _parse_shard(file: Path, data: bytes, manifest: Manifest, rows: int) -> dict[str, Tensor]:
+def parse_shard(file: Path, data: bytes, manifest: Manifest, rows: int) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.distill.objective import Setting, cast_inputs, predict
-from fastdistill.ops import empty_draw, noise_gather
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,15 @@ class BoundDenoising:
     trained: Sequence[nn.Module] = ()
 
     def __init__(self, config: Denoising, setting: Setting) -> None:
-        device = setting.device
         schedule = setting.schedule
         self._model = setting.student
-        self._null_probability = config.null_probability
-        self._banks = setting.latents, setting.latent_prompts, setting.prompts
-        coefficients = schedule.coefficients(setting.prediction_type).to(device)
-        self._tables = coefficients, torch.zeros(len(schedule), dtype=torch.int64, device=device)
-        self._weights = schedule.alphas_cumprod.reciprocal().clamp(max=config.weight_limit).float().to(device)
-        self._out = empty_draw(setting.latents, setting.prompts, setting.batch, target=True)
+        self._weights = schedule.alphas_cumprod.reciprocal().clamp(max=config.weight_limit).float().to(setting.device)
+        never = torch.zeros(len(schedule), dtype=torch.int64)
+        self._batches = setting.batches(never, null_probability=config.null_probability, target=True)
+        self.prepare, self.close = self._batches.prepare, self._batches.close
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
-        draw = noise_gather(
-            *self._banks,
-            *self._tables,
-            counter,
-            out=self._out,
-            null_index=len(self._banks[2]) - 1,
-            null_probability=self._null_probability,
-        )
+        draw = self._batches(counter)
         x_t, prompt = cast_inputs(self._model, draw.x_t, draw.prompt)
         output = predict(self._model, x_t, draw.timestep, prompt)
         each = (output.float() - draw.target.float()).square().flatten(1).mean(1)

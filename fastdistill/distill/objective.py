@@ -5,34 +5,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.staged import Batches, Rows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a trainer gives an objective to work with: models in place, banks on the device.
+    """What a trainer gives an objective to work with: models and tables in place, banks where they fit.
 
-    latents: [N, *S]. latent_prompts: [N] int64, rows of prompts. prompts: [M + 1, L, D], the null prompt last.
-    batch: samples of a step. prediction_type: what teacher and student put out.
+    latents: [N, *S]. latent_prompts: [N] int64 on the device, rows of prompts. prompts: [M + 1, L, D], the null prompt
+    last. batch: samples of a step. prediction_type: what teacher and student put out. ahead: steps whose rows are read
+    ahead where banks are on the disk.
     """
 
     teacher: nn.Module
     student: nn.Module
     schedule: NoiseSchedule
-    latents: Tensor
+    latents: Rows
     latent_prompts: Tensor
-    prompts: Tensor
+    prompts: Rows
     batch: int
     prediction_type: PredictionType = "epsilon"
+    ahead: int = 3
 
     @property
     def device(self) -> torch.device:
-        return self.latents.device
+        return self.latent_prompts.device
+
+    def batches(self, replace: Tensor, **options: Any) -> Batches:
+        """The draws of ``noise_gather`` on these banks; ``replace`` [T] int64, options as ``Batches``."""
+        tables = self.schedule.coefficients(self.prediction_type).to(self.device), replace.to(self.device)
+        return Batches(
+            self.latents, self.latent_prompts, self.prompts, *tables, batch=self.batch,
+            null_index=len(self.prompts) - 1, ahead=self.ahead, **options,
+        )  # fmt: skip
 
 
 class BoundObjective(Protocol):
@@ -40,6 +51,8 @@ class BoundObjective(Protocol):
 
     Called with the counter [2] int64 (seed, step) on the device; returns the loss to differentiate and one 0-dim
     float32 tensor a name in ``metric_names``. It must not wait for the device or use any other source of randomness.
+    Before each step the host calls ``prepare`` with its seed and number, and ``close`` after the last: what has to
+    happen outside of the step is done there (``Batches``).
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
     """
 
@@ -48,6 +61,10 @@ class BoundObjective(Protocol):
 
     @property
     def trained(self) -> Sequence[nn.Module]: ...
+
+    def prepare(self, seed: int, step: int) -> None: ...
+
+    def close(self) -> None: ...
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]: ...
 

@@ -18,7 +18,6 @@ from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
-from fastdistill.ops import empty_draw, noise_gather
 from fastdistill.ops.feature_match import Distance
 
 
@@ -63,23 +62,15 @@ class BoundRandomConditioning:
         self._knowledge = Knowledge(setting, config.taps, config.weights, config.feature_distance)
         self.metric_names = self._knowledge.metric_names
         self.trained: tuple[nn.Module, ...] = self._knowledge.trained
-        coefficients = setting.schedule.coefficients(setting.prediction_type)
-        replace = thresholds(config.p(len(setting.schedule)))
-        self._tables = coefficients.to(setting.device), replace.to(setting.device)
-        self._banks = setting.latents, setting.latent_prompts, setting.prompts
-        self._out = empty_draw(setting.latents, setting.prompts, setting.batch, target=config.weights.task > 0)
-        self._null_index = len(setting.prompts) - 1
-        self._config = config
+        self._batches = setting.batches(
+            thresholds(config.p(len(setting.schedule))),
+            null_probability=config.null_probability,
+            with_replacement=config.with_replacement,
+            target=config.weights.task > 0,
+        )
+        self.prepare, self.close = self._batches.prepare, self._batches.close
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         with torch.no_grad():
-            draw = noise_gather(
-                *self._banks,
-                *self._tables,
-                counter,
-                out=self._out,
-                null_index=self._null_index,
-                null_probability=self._config.null_probability,
-                with_replacement=self._config.with_replacement,
-            )
+            draw = self._batches(counter)
         return self._knowledge(draw)

@@ -51,6 +51,11 @@ class TrainConfig:
     masters of bfloat16 weights, and the average. Not float16: its gradients underflow without a loss scale."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of every draw (``fastdistill.ops.philox``)."""
+    banks: Literal["device", "pinned"] = "device"
+    """Where latents and prompts lie that are not on the disk: in the device's memory, or in pinned host memory, which a
+    GPU reads in place."""
+    ahead: Annotated[int, Field(ge=1)] = 3
+    """Steps whose rows are read ahead from banks on the disk."""
     log_every: Annotated[int, Field(ge=1)] = 50
     """Steps between two lines of metrics, the only moments at which the device is waited for."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500

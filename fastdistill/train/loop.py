@@ -55,10 +55,12 @@ def fit(
             sweep(path)
             run.open(path)
         stopped = stack.enter_context(_signals())
+        stack.callback(step.objective.close)
         done = int(step.counter[1])
         if progress is not None:
             progress(done, None)
         while done < config.steps and not stopped.is_set():
+            step.prepare(done)
             step()
             done += 1
             metrics = run.log(done) if done % config.log_every == 0 or done == config.steps else None

@@ -41,6 +41,7 @@ class TrainStep:
         self, objective: BoundObjective, student: nn.Module, config: TrainConfig, device: torch.device
     ) -> None:
         self.objective = objective
+        self._seed = config.seed
         own = [p for p in student.parameters() if p.requires_grad]
         adapters = [p for module in objective.trained for p in module.parameters()]
         self.parameters = own + adapters
@@ -58,6 +59,10 @@ class TrainStep:
         self._rates = learning_rates(config).to(device)
         self.metric_names = [*objective.metric_names, "gradient_norm"]
         self.totals = torch.zeros(len(self.metric_names), device=device)
+
+    def prepare(self, step: int) -> None:
+        """What happens on the host before step number ``step``, outside of what a graph captures."""
+        self.objective.prepare(self._seed, step)
 
     def __call__(self) -> None:
         step = self.counter[1:]

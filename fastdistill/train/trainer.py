@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.data.staged import Rows
+from fastdistill.data.stored import StoredRows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError
@@ -31,7 +33,8 @@ class DistillTrainer:
             It is frozen, kept out of the optimizer and run in its own dtype.
         student: the same; trained in place.
         schedule: a ``NoiseSchedule`` or a diffusers scheduler.
-        latents: the cache. prompts: the bank that its rows point into, the null prompt last.
+        latents: the cache. prompts: the bank that its rows point into, the null prompt last. Either may be on the disk
+            (``open`` in place of ``load``); a thread then reads the rows of the coming steps.
         objective: such as ``RandomConditioning``.
         config: see ``TrainConfig``.
         device: where to train (None: where the student is).
@@ -66,11 +69,12 @@ class DistillTrainer:
             teacher=self.teacher,
             student=self.student,
             schedule=schedule,
-            latents=latents.latents.to(self.device),
+            latents=_placed(latents.latents, self.device, config),
             latent_prompts=latents.prompt_index.to(self.device),
-            prompts=prompts.embeddings.to(self.device),
+            prompts=_placed(prompts.embeddings, self.device, config),
             batch=config.batch,
             prediction_type=prediction_type or "epsilon",
+            ahead=config.ahead,
         )
         self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
         self.step = TrainStep(objective.bind(setting), self.student, config, self.device)
@@ -111,6 +115,14 @@ def _dtype(student: nn.Module, config: TrainConfig) -> torch.dtype | None:
     return None
 
 
+def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:
+    """A bank where the configuration has it; on the disk it stays there."""
+    if isinstance(bank, StoredRows):
+        return bank
+    pinned = config.banks == "pinned" and device.type == "cuda"
+    return bank.cpu().pin_memory() if pinned else bank.to(device)
+
+
 def _check_models(teacher: nn.Module, student: nn.Module, latents: LatentCache, prompts: PromptBank) -> None:
     check_parameters(teacher, student)
     latents.check_prompts(len(prompts))
@@ -127,11 +139,11 @@ def _fingerprint(
     setting: Setting, latents: LatentCache, prompts: PromptBank, objective: Objective, config: TrainConfig
 ) -> dict[str, Any]:
     """What must be the same for a run to be gone on with."""
-    free = {"log_every", "checkpoint_every", "keep_checkpoints"}
+    free = {"banks", "ahead", "log_every", "checkpoint_every", "keep_checkpoints"}
     if config.lr_schedule == "constant":
         free.add("steps")  # a constant rate can simply go on
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    data = {"latents": latents.latents, "prompt_index": latents.prompt_index}
+    data = {"latents": latents.latents[:], "prompt_index": latents.prompt_index} if not latents.fingerprint else {}
     shapes: dict[str, Tensor] = dict(setting.student.named_parameters())
     return {
         "config": settings,

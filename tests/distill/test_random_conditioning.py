@@ -91,7 +91,7 @@ def test_paired_prompts_only_and_random_prompts_only() -> None:
         config = small.objective(made, probability="const", parameters={"value": value}, null_probability=0.0)
         bound = config.bind(where)
         bound(torch.tensor([1, 1]))
-        assert (bound._out.choice == expected).all()
+        assert (bound._batches.out.choice == expected).all()
 
 
 def test_each_loss_can_be_left_out() -> None:

@@ -15,29 +15,29 @@ from fastdistill.ops import _check
 Banks = TypeVar("Banks", bound=Tensor | Sequence[Tensor] | Mapping[str, Tensor])
 
 
-def listed(prompts: Any) -> list[Tensor]:
+def listed(prompts: Any) -> list[Any]:
     """The banks in their order."""
-    if isinstance(prompts, Tensor):
-        return [prompts]
-    return list(prompts.values()) if isinstance(prompts, Mapping) else list(prompts)
+    if isinstance(prompts, Mapping):
+        return list(prompts.values())
+    return list(prompts) if isinstance(prompts, Sequence) else [prompts]
 
 
 def labels(prompts: Any) -> tuple[str, ...]:
     """How each bank is called in a message, after the argument's name."""
-    if isinstance(prompts, Tensor):
+    if not isinstance(prompts, Mapping | Sequence):
         return ("",)
     keys = prompts if isinstance(prompts, Mapping) else range(len(prompts))
     return tuple(f"[{key!r}]" for key in keys)
 
 
-def mapped(function: Callable[[Tensor], Tensor], prompts: Banks) -> Banks:
+def mapped(function: Callable[[Any], Tensor], prompts: Banks) -> Banks:
     """The function's result for each bank, in the structure of the banks: a tensor, list, tuple or dict."""
-    if isinstance(prompts, Tensor):
-        return cast(Banks, function(prompts))
+    results = map(function, listed(prompts))
     if isinstance(prompts, Mapping):
-        return cast(Banks, {name: function(bank) for name, bank in prompts.items()})
-    results = [function(bank) for bank in prompts]
-    return cast(Banks, tuple(results) if isinstance(prompts, tuple) else results)
+        return cast(Banks, dict(zip(prompts, results, strict=True)))
+    if isinstance(prompts, Sequence):
+        return cast(Banks, tuple(results) if isinstance(prompts, tuple) else list(results))
+    return cast(Banks, next(results))
 
 
 def check(call: tuple[Tensor, ...], values: tuple[tuple[str, ...], tuple[int, ...]]) -> None:

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches from banks of any size: in the memory of the device, in pinned host memory, or on the disk.
+
+The draws come from a counter, so the rows of the coming steps are known. Banks on the disk (``StoredRows``) have them
+read ahead by a thread into a ring of buffers, pinned where the device is a GPU, from which ``noise_gather`` reads in
+their place. The batches have the same bits wherever the banks are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.data.stored import StoredRows
+from fastdistill.errors import InputError
+from fastdistill.ops import Draw, empty_draw, noise_gather, use
+from fastdistill.ops.noise_gather.banks import listed, mapped
+
+Rows = Tensor | StoredRows
+
+
+class Batches:
+    """``noise_gather`` on banks wherever they are; call ``prepare`` once before each draw.
+
+        batches = Batches(latents, latent_prompts, prompts, coefficients, replace, batch=64, null_index=M)
+        for step in range(steps):
+            batches.prepare(seed, step)
+            draw = batches(counter)
+
+    It takes the arguments of ``noise_gather``, but ``latents`` and ``prompts`` may be ``StoredRows`` (if one of several
+    banks of prompts is, all are staged). ``latent_prompts`` and the tables are on the device. Where nothing is on the
+    disk, ``prepare`` does nothing.
+
+    ``prepare`` waits until the rows of its step are there. It belongs outside of what a graph captures, on the stream
+    of the draws. ``ahead``: steps that are read ahead of the one under way.
+    """
+
+    def __init__(
+        self,
+        latents: Rows,
+        latent_prompts: Tensor,
+        prompts: Rows | Sequence[Rows] | Mapping[str, Rows],
+        coefficients: Tensor,
+        replace: Tensor,
+        *,
+        batch: int,
+        null_index: int,
+        target: bool = False,
+        ahead: int = 3,
+        **options: Any,
+    ) -> None:
+        if ahead < 1:
+            raise InputError.of("ahead", "at least 1 step", ahead)
+        banks = listed(prompts)
+        if len({len(bank) for bank in banks}) != 1:
+            raise InputError.of("prompts", "banks of as many rows", [len(bank) for bank in banks])
+        self._turns, self._batch, self._device = ahead + 1, batch, latent_prompts.device
+        self._latents: list[tuple[Rows, Tensor]] = []  # a bank, and the ring in its place
+        self._prompts: list[tuple[Rows, Tensor]] = []
+        given: Any = latents, prompts
+        if isinstance(latents, StoredRows):
+            given = self._ring(latents, self._latents), prompts
+        if any(isinstance(bank, StoredRows) for bank in banks):
+            given = given[0], mapped(lambda bank: self._ring(bank, self._prompts), given[1])
+        self._tables = given[0], latent_prompts, given[1], coefficients, replace
+        rows = {"latent_rows": len(latents), "prompt_rows": len(banks[0])}
+        staged = {"latent_rows": bool(self._latents), "prompt_rows": bool(self._prompts)}
+        options |= {"null_index": null_index}
+        self._options = options | {name: rows[name] * staged[name] for name in rows}
+        self.out: Draw[Any] = empty_draw(given[0], given[1], batch, target=target, device=self._device)
+        self._index: _Index | None = None
+        if any(staged.values()):
+            self._index = _Index(batch, latent_prompts.cpu(), coefficients.cpu(), replace.cpu(), options | rows)
+        self._reader: ThreadPoolExecutor | None = None
+        self._reads: dict[int, Future[None]] = {}  # by step, in order
+        self._seed: int | None = None
+        self._ready = False
+
+    def _ring(self, bank: Rows, pairs: list[tuple[Rows, Tensor]]) -> Tensor:
+        shape, pinned = (self._turns * self._batch, *bank.shape[1:]), self._device.type == "cuda"
+        pairs.append((bank, torch.empty(shape, dtype=bank.dtype, device="cpu", pin_memory=pinned)))
+        return pairs[-1][1]
+
+    def prepare(self, seed: int, step: int) -> None:
+        """Have the rows of this step at hand, and those of the next ones on their way.
+
+        Steps that do not follow one another are right too, they only wait for the disk.
+
+        Raises:
+            StorageError: a file could not be read. The next call tries again.
+            InputError: a latent names a prompt that the bank does not have.
+        """
+        if self._index is None:
+            return
+        if seed != self._seed or step not in self._reads:
+            self.close()
+            self._seed = seed
+        drawn = None
+        for past in [s for s in self._reads if s < step]:
+            del self._reads[past]
+            drawn = drawn or self._event()
+        self._reader = self._reader or ThreadPoolExecutor(1, "fastdistill-rows")
+        try:
+            for coming in range(step, step + self._turns):
+                if coming not in self._reads:
+                    self._reads[coming] = self._reader.submit(self._read, coming, *self._index(seed, coming), drawn)
+            self._reads[step].result()
+        except BaseException:
+            self.close()
+            raise
+        self._ready = True
+
+    def __call__(self, counter: Tensor) -> Draw[Any]:
+        """The batch of the step that ``counter`` [2] int64 (seed, step) holds, in the same buffers every time.
+
+        Raises:
+            InputError: banks are on the disk and the step was not prepared (on a GPU only that there was none since
+                the last draw is noticed, as nothing is read back).
+        """
+        if self._index is not None:
+            prepared = [self._seed, *list(self._reads)[:1]]
+            if not self._ready:
+                raise InputError("counter: expected a step that was prepared, got none since the last draw")
+            if counter.device.type == "cpu" and counter.tolist() != prepared:
+                raise InputError.of("counter", f"the seed and step that were prepared {prepared}", counter.tolist())
+            self._ready = False
+        return noise_gather(*self._tables, counter, out=self.out, **self._options)
+
+    def close(self) -> None:
+        """End the reading ahead, once the batch under way is read; ``prepare`` begins it anew."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            if drawn := self._event():
+                drawn.synchronize()
+        self._reader, self._reads, self._ready = None, {}, False
+
+    def _event(self) -> torch.cuda.Event | None:
+        """The moment when the draws so far will be over; None where they are."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _read(self, step: int, latent: Tensor, prompt: Tensor, drawn: torch.cuda.Event | None) -> None:
+        """Fill the step's place in the rings, once the draw that read there last is over."""
+        if drawn is not None:
+            drawn.synchronize()
+        first = step % self._turns * self._batch
+        for index, pairs in ((latent, self._latents), (prompt, self._prompts)):
+            for bank, ring in pairs:
+                place = ring[first : first + self._batch]
+                if isinstance(bank, StoredRows):
+                    bank.read(index, place)
+                else:
+                    place.copy_(bank[index.to(bank.device)])
+
+
+class _Index:
+    """The rows that a step will draw: the op itself on the host, with banks of nothing."""
+
+    def __init__(
+        self, batch: int, latent_prompts: Tensor, coefficients: Tensor, replace: Tensor, options: dict[str, Any]
+    ) -> None:
+        nothing = torch.zeros(batch, 1, device="cpu")
+        self._tables = nothing, latent_prompts, nothing, coefficients, replace
+        self._options = options | {"batch": batch}
+
+    def __call__(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        with use(None):
+            draw = noise_gather(*self._tables, torch.tensor([seed, step], device="cpu"), **self._options)
+        return draw.latent_index, draw.prompt_index
