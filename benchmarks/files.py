@@ -17,7 +17,10 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        return [dict.fromkeys(FIELDS, "") | found for found in csv.DictReader(file)]
+        found = [dict.fromkeys(FIELDS, "") | row for row in csv.DictReader(file)]
+    for row in found:
+        row["mode"] = row["mode"] or "eager"  # the only one there was before it had a column
+    return found
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -35,9 +38,18 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         writer.writerows(rows)
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each op, shape, dtype, mode, thread count and rival."""
-    newest: dict[tuple[str, ...], Row] = {}
+def latest(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of the last measurement of each op, shape, dtype, mode and thread count; those that only say why there
+    is none where there never was one. Comparisons of two commits are left out."""
+    newest: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        newest[tuple(str(row[k]) for k in ("op", "shape", "dtype", "mode", "threads", "rival"))] = row
-    return list(newest.values())
+        if row["rival"].startswith("base "):
+            continue
+        key = tuple(row[k] for k in ("op", "shape", "dtype", "mode", "threads"))
+        before = newest.setdefault(key, [])
+        if before and before[0]["ours_ms"] and not row["ours_ms"]:
+            continue
+        if before and any(row[k] != before[0][k] for k in ("date", "commit", "ours_ms")):
+            before.clear()
+        before.append(row)
+    return sorted(newest.values(), key=lambda some: some[0]["op"])

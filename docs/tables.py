@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # a script's own folder is all that Python looks into
+
+from benchmarks.report import filled, table  # noqa: E402
 
 
 def digits() -> str:
@@ -36,28 +38,11 @@ def digits() -> str:
     return "\n".join(lines)
 
 
-def benchmarks() -> str:
-    """For each device the latest ratio of each op, shape, dtype, thread count and rival."""
-    parts = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.csv")):
-        latest = {}
-        with path.open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                latest[tuple(row[k] for k in ("op", "shape", "dtype", "threads", "rival"))] = row
-        parts += [f"Measured on {path.stem} (`python -m benchmarks.run`): times faster than the rival.", ""]
-        parts += ["| op | shape | dtype | threads | rival | ratio |", "|---|---|---|---|---|---|"]
-        parts += [f"| {' | '.join(key)} | {row['ratio'] or 'not measured'} |" for key, row in latest.items()]
-    return "\n".join(parts)
-
-
-def filled(readme: str) -> str:
+def readme_filled(readme: str) -> str:
     """The README with both tables in their places."""
-    for name, table in {"results": digits(), "benchmarks": benchmarks()}.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        readme = re.sub(pattern, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", readme, flags=re.DOTALL)
-    return readme
+    return filled(filled(readme, "results", digits()), "benchmarks", table())
 
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    path.write_text(readme_filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -45,5 +45,5 @@ def test_its_figures_are_the_committed_measurements() -> None:
         import tables
     finally:
         sys.path.pop(0)
-    assert tables.filled(README) == README, "run python docs/tables.py"
+    assert tables.readme_filled(README) == README, "run python docs/tables.py"
     assert "random conditioning" in tables.digits()

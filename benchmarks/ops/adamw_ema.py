@@ -21,7 +21,7 @@ SHAPES = [  # label, parameters, device, among the first
     ("SD-1.5 blocks 320 640 1280, 6 of each", sd15_weights() * 6, "cuda", True),
     ("PixArt-XL/2", pixart_weights(), "cuda", False),
 ]
-RIVALS = ("default", "torch._foreach", "fused, foreach EMA", "apex, foreach EMA")
+RIVALS = ("default", "torch._foreach", "fused + foreach EMA", "apex + foreach EMA")
 
 
 def cases() -> Iterator[Case]:
@@ -69,11 +69,11 @@ def _build(shapes: list[Sizes], dtype: torch.dtype, device: torch.device) -> Wor
     rivals: dict[str, Run | str] = {
         "default": rival(adamw, _average),
         "torch._foreach": rival(adamw, torch._foreach_lerp_, foreach=True),
-        "fused, foreach EMA": rival(adamw, torch._foreach_lerp_, fused=True),
-        "apex, foreach EMA": "apex has no kernel for the CPU",
+        "fused + foreach EMA": rival(adamw, torch._foreach_lerp_, fused=True),
+        "apex + foreach EMA": "apex has no kernel for the CPU",
     }
     if device.type == "cuda":
-        rivals["apex, foreach EMA"] = optional(
+        rivals["apex + foreach EMA"] = optional(
             "apex.optimizers", lambda apex: rival(apex.FusedAdam, torch._foreach_lerp_)
         )
     ours = AdamWEMA(parameters(), lr=1e-5, max_norm=1.0, ema_decay=0.9999)

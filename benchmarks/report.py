@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m benchmarks.report``: the README's table and the plots, from benchmarks/results alone.
+
+Another folder of results (``--results``) is plotted into itself, and the README stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.files import RESULTS, latest, read
+from benchmarks.measure import Row
+from benchmarks.registry import cases
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
+
+
+def table(results: Path = RESULTS) -> str:
+    """Per device the last measurement of every case, a GPU that nobody measured on with the cases that wait for it."""
+    files = sorted(results.glob("*.csv"))
+    lines = []
+    for path in files:
+        measured = latest(read(path))
+        gpu = path.stem.startswith("gpu")
+        lines += [f"**{path.stem}** ({_versions(measured)}): times faster than each rival, both sides in one run.", ""]
+        lines += [f"| op | shape | dtype | {'mode' if gpu else 'threads'} | times faster than | % of ceiling |"]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [_line(rows, "mode" if gpu else "threads") for rows in measured]
+        lines += [""]
+    if not any(path.stem.startswith("gpu") for path in files):
+        lines += [
+            "**GPU** (`make gpu PART=1/3` on a machine that has one)",
+            "",
+            "| op | shape | dtype | times faster than |",
+        ]
+        lines += ["|---|---|---|---|"]
+        waiting = [case for case in cases("cuda") if case.headline]
+        lines += [f"| {c.op} | {c.shape} | {c.dtype} | {' · '.join(c.rivals)}: unmeasured |" for c in waiting]
+    return "\n".join(lines).strip()
+
+
+def _versions(measured: list[list[Row]]) -> str:
+    last = max((row for rows in measured for row in rows), key=lambda row: row["date"])
+    driver = f", driver {last['driver']}" if last["driver"] else ""
+    return f"torch {last['torch']}{driver}"
+
+
+def _line(rows: list[Row], how: str) -> str:
+    first = rows[0]
+    told = [f"{row['rival']} **{float(row['ratio']):.2f}**" for row in rows if row["ratio"]]
+    told += [f"{row['rival']} ({row['note'] or 'not measured'})" for row in rows if not row["ratio"]]
+    percent = f"{float(first['percent']):.0f}" if first["percent"] else ""
+    return f"| {first['op']} | {first['shape']} | {first['dtype']} | {first[how]} | {' · '.join(told)} | {percent} |"
+
+
+def plots(results: Path, into: Path) -> Iterator[Path]:
+    """One picture a device: ``benchmarks-<device>.png``.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    for path in sorted(results.glob("*.csv")):
+        measured = [[row for row in rows if row["ratio"]] for rows in latest(read(path))]
+        measured = [rows for rows in measured if rows][::-1]
+        if not measured:
+            continue
+        names = list(dict.fromkeys(row["rival"] for rows in measured[::-1] for row in rows))
+        figure = Figure(figsize=(9, 1.2 + 0.24 * sum(len(rows) + 1 for rows in measured)), layout="constrained")
+        axes = figure.add_subplot()
+        y, ticks, labels = 0.0, [], []
+        highest = max(float(row["ratio"]) for rows in measured for row in rows)
+        for rows in measured:
+            top = y + len(rows) - 1
+            for i, row in enumerate(rows):
+                ratio = float(row["ratio"])
+                axes.barh(top - i, ratio, height=0.85, color=f"C{names.index(row['rival']) % 10}")
+                axes.text(ratio * 1.03, top - i, f"{ratio:.2f}", va="center", fontsize=7)
+            first = rows[0]
+            how = first["mode"] if path.stem.startswith("gpu") else f"{first['threads']} thread(s)"
+            ticks.append((y + top) / 2)
+            labels.append(f"{first['op']}, {first['dtype']}\n{first['shape']}, {how}")
+            y = top + 2
+        axes.set_yticks(ticks, labels, fontsize=7)
+        axes.set_xscale("log", base=2)
+        low = min(0.5, *(float(row["ratio"]) for rows in measured for row in rows))
+        powers = range(math.floor(math.log2(low)), math.ceil(math.log2(highest * 1.2)) + 1)
+        axes.set_xlim(2.0 ** powers[0], highest * 1.3)
+        axes.set_xticks(
+            [2.0**p for p in powers if 2.0**p < highest * 1.3],
+            [f"{2.0**p:g}" for p in powers if 2.0**p < highest * 1.3],
+        )
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_ylim(-1, y - 1)
+        axes.set_xlabel("times faster than the rival")
+        axes.set_title(path.stem, fontsize=9)
+        handles = [axes.barh(0, 0, color=f"C{i % 10}", label=name) for i, name in enumerate(names)]
+        axes.legend(handles=handles, fontsize=7, loc="lower right")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        into.mkdir(parents=True, exist_ok=True)
+        target = into / f"benchmarks-{path.stem}.png"
+        figure.savefig(target, dpi=130, metadata={"Software": None})
+        yield target
+
+
+def filled(readme: str, name: str, text: str) -> str:
+    """The README with a text between the marks of that name."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", readme, flags=re.DOTALL)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs (benchmarks/results)")
+    results = parser.parse_args(arguments).results
+    own = results.resolve() == RESULTS.resolve()
+    try:
+        for path in plots(results, IMAGES if own else results):
+            print(path)
+    except ImportError:
+        print("no plots: matplotlib is not installed", file=sys.stderr)
+    if own:
+        readme = ROOT / "README.md"
+        readme.write_text(filled(readme.read_text(encoding="utf-8"), "benchmarks", table()), encoding="utf-8")
+    else:
+        print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
