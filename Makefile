@@ -1,4 +1,5 @@
-# make setup | demo | test | sanitizers | gpu-sanitizers | bench | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PYTHON=python3.12
+# make setup | demo | test | sanitizers | gpu-sanitizers | bench | gpu | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PART=1/3
+# PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow sanitizers gpu-sanitizers bench kernels-report lint format build-matrix clean
+.PHONY: setup demo test test-slow sanitizers gpu-sanitizers bench gpu kernels-report lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -36,6 +37,10 @@ gpu-sanitizers: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# In whatever Python has torch with CUDA (.venv, or PYTHON=...): nothing is downloaded.
+gpu:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(PART)
 
 kernels-report: setup
 	$(BIN)/python -m benchmarks.kernels.report

@@ -8,13 +8,13 @@ import functools
 import importlib.metadata
 import platform
 import re
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.registry import Run
 from benchmarks.timing import stopwatch
 from fastdistill.ops import _native
 
@@ -79,13 +79,15 @@ def _smi(field: str) -> str:
         return ""
 
 
-@functools.cache
 def copy_gb_s(device: torch.device) -> float:
-    """Bytes read and written by a copy of 256 MiB (1 GiB on a GPU), a second."""
+    """Bytes that a copy of 256 MiB (1 GiB on a GPU) reads and writes a second; the median of some, as those that it is
+    compared with are. More than 100 % of it is what a cache holds."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / 1e6 / _best(lambda: target.copy_(source), device)
+    timed = stopwatch([lambda: target.copy_(source)], device)
+    timed()
+    return 2 * size / 1e6 / statistics.median(timed() for _ in range(11))
 
 
 @functools.cache
@@ -94,10 +96,5 @@ def matmul_tflop_s(dtype: torch.dtype, device: torch.device) -> float:
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     out = torch.empty_like(a)
-    return 2 * n**3 / 1e9 / _best(lambda: torch.mm(a, b, out=out), device)
-
-
-def _best(run: Run, device: torch.device) -> float:
-    """The shortest of 25 rounds: a ceiling is what the machine reaches when nothing else runs on it."""
-    timed = stopwatch([run], device)
-    return min(timed() for _ in range(25))
+    timed = stopwatch([lambda: torch.mm(a, b, out=out)], device)
+    return 2 * n**3 / 1e9 / min(timed() for _ in range(25))

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.registry import COMPILED, DTYPES, Case, Run, Workload, forget_compiled
-from benchmarks.timing import Stopwatch, Timing, copies, graphed, interleaved, stopwatch
+from benchmarks.timing import Timing, copies, graphed, interleaved, stopwatch
 from fastdistill.ops import OPS, use
 
 Row = dict[str, Any]
@@ -62,6 +62,8 @@ def measure(case: Case, settings: Settings) -> list[Row]:
         return _timed(case, workloads, others, settings)
     except torch.OutOfMemoryError:
         return unmeasured(case, settings, "out of memory")
+    except ImportError as error:
+        return unmeasured(case, settings, not_installed(error))
     except AssertionError as error:
         return unmeasured(case, settings, WRONG + line(error))
     finally:
@@ -70,6 +72,26 @@ def measure(case: Case, settings: Settings) -> list[Row]:
         gc.collect()
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def once(case: Case, settings: Settings) -> None:
+    """Each kernel of ours once, warm, in a range of the profiler's that has the op's name."""
+    workload = case.build(settings.device)
+    on_gpu = settings.device.type == "cuda"
+    for kernel in (None, *_other_kernels(case.op, settings.device)):
+        with use(kernel) if kernel else contextlib.nullcontext():
+            workload.check()
+            workload.ours()
+            name = _kernel_of(case.op, workload.ours)
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.cudart().cudaProfilerStart()
+            with torch.cuda.nvtx.range(case.op) if on_gpu else contextlib.nullcontext():
+                workload.ours()
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.cudart().cudaProfilerStop()
+        print(f"{case}: {name}", flush=True)
 
 
 def _timed(case: Case, workloads: list[Workload], others: list[str], settings: Settings) -> list[Row]:
@@ -90,7 +112,9 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
         if "ours" in failed:
             rows += [r | {"mode": mode} for r in unmeasured(case, settings, f"ours: {failed['ours']}")]
             continue
-        timings, ratios = _interleaved(watches, failed, settings)
+        for name in failed:
+            watches.pop(name, None)
+        timings, ratios = interleaved(watches, settings.rounds, settings.warm_up, settings.seconds)
         about = {"mode": mode, "ours": kernel, **_reached(case, workloads[0], timings["ours"], settings)}
         for name in (*ratios, *(name for name in failed if name not in ratios)):
             its = {"note": failed[name]} if name in failed else {
@@ -100,14 +124,6 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
             }  # fmt: skip
             rows.append(row(case, settings, rival=name, **about, **its))
     return rows
-
-
-def _interleaved(
-    watches: dict[str, Stopwatch], failed: dict[str, str], settings: Settings
-) -> tuple[dict[str, Timing], dict[str, float]]:
-    for name in failed:
-        watches.pop(name, None)
-    return interleaved(watches, settings.rounds, settings.warm_up, settings.seconds)
 
 
 def _contestants(
@@ -173,6 +189,10 @@ def _reached(case: Case, workload: Workload, ours: Timing, settings: Settings) -
         "matmul_tflop_s": round(matmul, 3),
         **machine.load(settings.device),
     }
+
+
+def not_installed(error: ImportError) -> str:
+    return f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else line(error)
 
 
 def line(error: BaseException) -> str:

@@ -29,16 +29,12 @@ COMPILED = "torch.compile"
 Run = Callable[[], object]
 
 
-class Missing(Exception):
-    """A rival, or a case, that cannot be measured here, and why."""
-
-
 @dataclass(frozen=True)
 class Workload:
     """A case with its tensors. ``ours`` and ``rivals`` run it once; ``check`` raises where ours is wrong.
 
     A rival that is not here stands as the reason. ``bytes`` and ``flops`` are the least that one run must move and
-    compute.
+    compute; 0 where that is not counted.
     """
 
     ours: Run

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import base, files, machine
-from benchmarks.measure import WRONG, Row, Settings, measure, unmeasured
+from benchmarks.measure import WRONG, Row, Settings, measure, once, unmeasured
 from benchmarks.registry import DTYPES, Case, cases, ops
 
 NO_GPU = "no CUDA device"
@@ -40,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=float("inf"), help="after these no further case is begun")
     p.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave torch.compile out")
     p.add_argument("--base", metavar="COMMIT", help="time this tree against a commit instead of against rivals")
+    p.add_argument(
+        "--once", action="store_true", help="check, then run ours once between cudaProfilerStart and Stop: for ncu"
+    )
     p.add_argument("--csv", help='file to append to (default: benchmarks/results/<device>.csv; "none" for no file)')
     p.add_argument("--json", metavar="FILE", help='write the rows as JSON ("-": print them instead of the table)')
     return p
@@ -70,6 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         p.error("no case has that op, dtype and shape on this kind of device")
     there = not gpu or torch.cuda.is_available()
+    if options.once and there:
+        for case in chosen:
+            once(case, settings)
+        return 0
     csv = Path(options.csv or files.RESULTS / f"{machine.slug(settings.device)}.csv") if there else None
     if options.csv == "none":
         csv = None

@@ -48,6 +48,8 @@ class _Built:
                 self.workload.check()
             except Exception as error:
                 self.workload = error
+        if isinstance(self.workload, ModuleNotFoundError):
+            pytest.skip(f"{self.workload.name} is not installed")
         if isinstance(self.workload, Exception):
             raise self.workload
         assert self.workload is not None

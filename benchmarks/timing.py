@@ -33,10 +33,10 @@ class Timing:
 def copies(moved: int, device: torch.device) -> int:
     """How many copies of inputs of so many bytes keep each one cold in a GPU's L2. (On a CPU one: inputs are larger
     than the caches of a core, or other rows every round.)"""
-    if device.type != "cuda":
+    if device.type != "cuda" or not moved:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(max(math.ceil(3 * cache / max(moved, 1)), 1), _MOST_COPIES)
+    return min(max(math.ceil(3 * cache / moved), 1), _MOST_COPIES)
 
 
 def stopwatch(runs: Sequence[Run], device: torch.device) -> Stopwatch:

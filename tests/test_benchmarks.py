@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import files, registry
+from benchmarks import files, registry, report
+from benchmarks.gpu import PARTS, Stage, stages
 from benchmarks.measure import FIELDS, Settings, measure
 from benchmarks.registry import Case, Workload
-from benchmarks.run import main
+from benchmarks.run import main, parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,7 +62,9 @@ def case_of(right: bool) -> tuple[Case, list[str]]:
     def check() -> None:
         assert right, "it is wrong"
 
-    workload = Workload(lambda: ran.append("ours"), {"slow": lambda: ran.append("slow"), "gone": "not here"}, check, 8)
+    workload = Workload(
+        lambda: ran.append("ours"), {"slow": lambda: ran.append("slow"), "gone": "not here"}, check, 10**9
+    )
     return Case("planted", "small", "fp32", "cpu", lambda device: workload, ("slow", "gone")), ran
 
 
@@ -107,3 +110,59 @@ def test_mistakes_are_told(flags: list[str], capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stop:
         main(["--device", "cpu", "--csv", "none", *flags])
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+
+
+def gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+
+
+def test_make_gpu_ends_at_once_without_one() -> None:
+    done = gpu()
+    assert done.returncode == 2 and not done.stdout
+    assert "finds no CUDA device; nothing was run" in done.stderr
+    assert "PART: expected one of 1/3, 2/3, 3/3, got '4/3'" in gpu("4/3").stderr
+
+
+def test_a_stage_is_stopped_at_its_limit_and_keeps_what_it_said() -> None:
+    code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+    stage = Stage("slow", [sys.executable, "-c", code], 6, {})
+    stage.run(left=100)
+    assert stage.ended == "stopped after 6 s" and stage.output == "begun\n" and stage.seconds < 20
+    late = Stage("late", [sys.executable], 6, {})
+    late.run(left=1)
+    assert late.ended == "not begun: no time left"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_make_gpu_call_what_is_there(part: str, tmp_path: Path) -> None:
+    made = {stage.name: stage.command for stage in stages(part, tmp_path, "90")}
+    assert next(iter(made)) == "build" and list(made)[-1] == "report"
+    for command in made.values():
+        arguments = command[command.index("benchmarks.run") + 1 :] if "benchmarks.run" in command else None
+        assert arguments is None or parser().parse_args(arguments)
+    assert any("benchmarks.run" in command for command in made.values())
+
+
+def test_the_report_plots_another_folder_and_leaves_the_readme(tmp_path: Path) -> None:
+    case, _ = case_of(right=True)
+    files.append(tmp_path / "cpu-some.csv", measure(case, CPU))
+    before = (ROOT / "README.md").read_bytes()
+    assert report.main(["--results", str(tmp_path)]) == 0
+    assert (tmp_path / "benchmarks-cpu-some.png").read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / "README.md").read_bytes() == before
+
+
+def test_the_table_shows_the_last_measurement(tmp_path: Path) -> None:
+    old = dict.fromkeys(FIELDS, "") | {"op": "some_op", "rival": "eager", "ratio": "1.5", "ours_ms": "2.0", "date": "1"}
+    path = tmp_path / "gpu-some.csv"
+    files.append(
+        path, [old, old | {"rival": "literal"}, old | {"date": "2", "ratio": "3.25"}, old | {"rival": "base 1"}]
+    )
+    files.append(path, [old | {"date": "3", "ratio": "", "ours_ms": "", "note": "out of memory"}])
+    assert "| eager **3.25** |" in report.table(tmp_path)
+    assert "1.50" not in report.table(tmp_path) and "unmeasured" not in report.table(tmp_path)
+    path.unlink()
+    assert "unmeasured" in report.table(tmp_path)
