@@ -26,8 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MINUTES = 9.0
 PARTS = ("1/3", "2/3", "3/3")
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-OPS = ("tests/ops", "-q", "-p", "no:cacheprovider", "-m", "not slow")
+TESTS = ("tests/gpu", "tests/ops", "-q", "-p", "no:cacheprovider", "-m", "not slow")
 
 
 @dataclass
@@ -79,17 +78,11 @@ def stages(part: str, out: Path, capability: str) -> Iterator[Stage]:
     )
     if part == "1/3":
         many = ("-n", "4") if importlib.util.find_spec("xdist") else ()
-        yield python("tests", 150, "-m", "pytest", *OPS, *many)
+        yield python("tests", 150, "-m", "pytest", *TESTS, *many)
         yield benchmark("headline", 2.5, "--headline", "--op", *ops(without="step"))
     elif part == "2/3":
-        sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-        for tool in TOOLS:
-            if sanitizer is None:
-                yield Stage(tool, [], 0, {}, "left out: compute-sanitizer is not installed")
-                continue
-            prefix = (sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=2fd")
-            chosen = ("-k", "cuda and not triton and not reference and not compile")
-            yield python(tool, 50, "-m", "pytest", *OPS, *chosen, prefix=prefix, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        watched = "-v", "-p", "no:cacheprovider", "-m", "gpu and slow", "-k", "cuda or planted"
+        yield python("compute-sanitizer", 230, "-m", "pytest", "tests/gpu", *watched)
         yield benchmark("other shapes", 3, "--no-headline", "--op", *ops(without="step"))
     else:
         yield benchmark("steps", 4, "--op", "step")
