@@ -7,6 +7,9 @@
 ``noise_gather``    a batch of noised latents, timesteps and paired, random or null prompts from banks, by counter
 ``output_match``    a student's output against a guided teacher's and the draw's own target, loss and gradient at once
 ==================  ==============================================================================================
+
+All can be captured in a CUDA graph after one call of the same kind: kernels are loaded, and Triton's compiled, at
+their first launch.
 """
 
 from fastdistill.ops._dispatch import OPS, use, used

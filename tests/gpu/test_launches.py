@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdistill.ops import OPS, _native, feature_match, noise_gather, use
+from fastdistill.ops import OPS, _native, feature_match, grad_square_sum, noise_gather, use
 from fastdistill.ops._dispatch import Kernel, Op
-from tests.gpu.work import KERNELS, WORKS, Work, banks, restore, steps_of
+from fastdistill.train import DistillTrainer
+from fastdistill.train.checkpoint import state_of
+from tests import small
+from tests.gpu.work import KERNELS, WORKS, Work, adamw_ema_work, banks, restore, steps_of
 from tests.ops.test_philox import VECTORS
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -90,6 +93,47 @@ def test_replays_of_a_graph_are_the_next_steps(work: str, kernel: str) -> None:
             replay()
             got.append([t.clone() for t in memory])
     assert_equal(got, expected)
+
+
+def test_a_graph_of_a_whole_training_step() -> None:
+    """Draw, teacher, student, losses, backward and optimizer; what is not this project's may round differently."""
+    own = small.teacher()
+    made = small.student("channel_base", own)
+    parts = small.SCHEDULE, small.cache(), small.bank(), small.objective(made), small.config()
+    trainer = DistillTrainer(own, made.model, *parts, device=here)
+    trainer.step()  # makes the optimizer's state
+
+    def step() -> list[Tensor]:
+        trainer.step()
+        return [trainer.step.counter.clone(), trainer.step.totals.clone(), trainer.step.optimizer.skipped.clone()]
+
+    work = Work(list(state_of(trainer.step, trainer.student).values()), step)
+    expected = steps_of(work)
+    replay, memory = captured(work)
+    for written in expected:
+        replay()
+        for got, value in zip(memory, written, strict=True):
+            torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-5)
+    assert memory[0].tolist() == [0, 4] and memory[2] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(here == "cpu", reason="no CUDA device")
+def test_a_graph_keeps_the_table_of_addresses_that_it_reads() -> None:
+    """Triton's is in device memory, and given up for newer ones where no graph holds it."""
+    with use("triton"):
+        made = adamw_ema_work(here)
+        expected = steps_of(made)
+        replay, memory = captured(made)
+        held = [torch.ones(10 + i, device=here) for i in range(100)]
+        for grad in held:
+            grad_square_sum([grad])
+        torch.cuda.synchronize()
+        overwritten = [torch.full((n,), -1, device=here) for n in (16, 64, 256, 1024) for _ in range(100)]
+        for written in expected:
+            replay()
+            assert_equal([memory], [written])
+    del overwritten
 
 
 @on(*GPU)

@@ -13,9 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastdistill.ops import AdamWGroup, NoiseGather, Task, adamw_ema, feature_match, grad_square_sum, output_match, use
+from fastdistill.ops import (
+    AdamWGroup,
+    NoiseGather,
+    Task,
+    _native,
+    adamw_ema,
+    feature_match,
+    grad_square_sum,
+    output_match,
+    use,
+)
 
-KERNELS = ("triton", "cuda")
+REASONS = {"triton": _native.triton_reason, "cuda": _native.cuda_reason}
+#: Kernels that run here: both emulated where there is no GPU.
+KERNELS = [name for name, reason in REASONS.items() if not torch.cuda.is_available() or reason() is None]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
