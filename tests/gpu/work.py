@@ -65,7 +65,7 @@ def noise_gather_work(device: str) -> Work:
 
 def feature_match_work(device: str, distance: str) -> Work:
     g = torch.Generator().manual_seed(2)
-    shapes = [(3, 5, 7), (1,), (2, 8, 4, 4), (5000,)]
+    shapes = [(3, 5, 7), (1, 1), (2, 8, 4, 4), (2, 5000)]
     student = [torch.randn(s, generator=g).to(device, d) for s, d in zip(shapes, (*FLOATS, FLOATS[0]), strict=True)]
     teacher = [torch.randn(s.shape, generator=g).to(device, s.dtype) for s in student]
     weights = torch.linspace(0.5, 1.5, len(shapes)).to(device)
@@ -137,6 +137,7 @@ WORKS: dict[str, Callable[[str], Work]] = {
     "feature_match-mse": lambda device: feature_match_work(device, "mse"),
     "feature_match-huber": lambda device: feature_match_work(device, "huber"),
     "feature_match-normalized_mse": lambda device: feature_match_work(device, "normalized_mse"),
+    "feature_match-cosine": lambda device: feature_match_work(device, "cosine"),
     "output_match": output_match_work,
     "adamw_ema": adamw_ema_work,
 }
