@@ -33,6 +33,9 @@ PIXART_TAPS = ((1024, 1152),) * 14
 SD15_SAMPLE: tuple[Sizes, Sizes] = (4, 64, 64), (77, 768)
 SDXL_SAMPLE: tuple[Sizes, Sizes] = (4, 128, 128), (77, 2048)
 PIXART_SAMPLE: tuple[Sizes, Sizes] = (4, 64, 64), (120, 4096)
+# What else follows the prompt: pooled embeddings and time ids; the mask of the tokens.
+SDXL_CONDITIONS: tuple[Sizes, ...] = (1280,), (6,)
+PIXART_CONDITIONS: tuple[Sizes, ...] = ((120,),)
 
 # Widths of the stages of a U-Net of Stable Diffusion 1.5; a block is a resnet with its time projection, a transformer.
 SD15_WIDTHS = (320, 640, 1280)

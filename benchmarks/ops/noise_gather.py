@@ -10,18 +10,20 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.registry import COMPILED, DTYPES, Case, Workload, compiled, generator
-from benchmarks.shapes import PIXART_SAMPLE, SD15_SAMPLE, SDXL_SAMPLE, Sizes
+from benchmarks.shapes import PIXART_CONDITIONS, PIXART_SAMPLE, SD15_SAMPLE, SDXL_CONDITIONS, SDXL_SAMPLE, Sizes
 from fastdistill.ops import NoiseGather, use
 
-SHAPES = [  # label, (latent, prompt), batch, device, among the first
+SHAPES = [  # label, (latent, prompt, further banks of prompts), batch, device, among the first
     ("SD-1.5", SD15_SAMPLE, 4, "cpu", False),
     ("SD-1.5", SD15_SAMPLE, 16, "cpu", False),
     ("SD-1.5", SD15_SAMPLE, 64, "cuda", True),
     ("SD-1.5", SD15_SAMPLE, 512, "cuda", True),
-    ("SDXL", SDXL_SAMPLE, 64, "cuda", False),
-    ("PixArt-XL/2", PIXART_SAMPLE, 64, "cuda", False),
+    ("SDXL", (*SDXL_SAMPLE, *SDXL_CONDITIONS), 4, "cpu", False),
+    ("SDXL", (*SDXL_SAMPLE, *SDXL_CONDITIONS), 64, "cuda", False),
+    ("PixArt-XL/2", (*PIXART_SAMPLE, *PIXART_CONDITIONS), 64, "cuda", False),
 ]
 STEPS = 1000
 
@@ -30,7 +32,7 @@ def cases() -> Iterator[Case]:
     for label, sample, batch, device, headline in SHAPES:
         sizes = " ".join("x".join(map(str, part)) for part in sample)
         for dtype in DTYPES:
-            build = functools.partial(_build, *sample, batch, DTYPES[dtype])
+            build = functools.partial(_build, sample[0], sample[1:], batch, DTYPES[dtype])
             rivals = ("literal", COMPILED)
             yield Case(
                 "noise_gather", f"{label} {sizes} B={batch}", dtype, device, build, rivals, headline and dtype == "bf16"
@@ -38,29 +40,33 @@ def cases() -> Iterator[Case]:
 
 
 def _literal(
-    latents: Tensor, prompts: Tensor, signal: Tensor, noise: Tensor, x: Tensor, z: Tensor, prompt: Tensor
+    latents: Tensor, prompts: list[Tensor], signal: Tensor, noise: Tensor, x: Tensor, z: Tensor, prompt: list[Tensor]
 ) -> Tensor:
     batch, device = len(x), x.device
-    row, t, text = (torch.randint(n, (batch,), device=device) for n in (len(latents), STEPS, len(prompts)))
+    row, t, text = (torch.randint(n, (batch,), device=device) for n in (len(latents), STEPS, len(prompts[0])))
     torch.index_select(latents, 0, row, out=x)
-    torch.index_select(prompts, 0, text, out=prompt)
+    for bank, out in zip(prompts, prompt, strict=True):
+        torch.index_select(bank, 0, text, out=out)
     torch.randn(z.shape, dtype=z.dtype, device=device, out=z)
     x.mul_(signal[t].view(-1, 1, 1, 1))
     return torch.addcmul(x, z, noise[t].view(-1, 1, 1, 1), out=x)
 
 
-def _fusible(latents: Tensor, prompts: Tensor, signal: Tensor, noise: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def _fusible(latents: Tensor, prompts: list[Tensor], signal: Tensor, noise: Tensor, batch: int) -> list[Tensor]:
     """The same without buffers, as a compiler likes it."""
-    row, t, text = (torch.randint(n, (batch,), device=latents.device) for n in (len(latents), STEPS, len(prompts)))
+    row, t, text = (torch.randint(n, (batch,), device=latents.device) for n in (len(latents), STEPS, len(prompts[0])))
     z = torch.randn(batch, *latents.shape[1:], dtype=latents.dtype, device=latents.device)
-    return latents[row] * signal[t].view(-1, 1, 1, 1) + noise[t].view(-1, 1, 1, 1) * z, prompts[text]
+    x_t = latents[row] * signal[t].view(-1, 1, 1, 1) + noise[t].view(-1, 1, 1, 1) * z
+    return [x_t, *(bank[text] for bank in prompts)]
 
 
-def _build(latent: Sizes, text: Sizes, batch: int, dtype: torch.dtype, device: torch.device) -> Workload:
+def _build(
+    latent: Sizes, conditions: tuple[Sizes, ...], batch: int, dtype: torch.dtype, device: torch.device
+) -> Workload:
     g = generator(device)
     rows, texts = max(256, batch), 600
     latents = torch.randn(rows, *latent, generator=g, device=device).to(dtype)
-    prompts = torch.randn(texts, *text, generator=g, device=device).to(dtype)
+    prompts = [torch.randn(texts, *sizes, generator=g, device=device).to(dtype) for sizes in conditions]
     own = torch.arange(rows, device=device) % texts
     alpha = torch.linspace(0.99, 0.05, STEPS, device=device)
     coefficients = torch.stack([alpha, (1 - alpha**2).sqrt(), torch.zeros_like(alpha), torch.ones_like(alpha)], 1)
@@ -68,7 +74,8 @@ def _build(latent: Sizes, text: Sizes, batch: int, dtype: torch.dtype, device: t
     numbers = np.array([1, 0])
     host = torch.from_numpy(numbers)  # the step is counted in the same memory
     counter = host.to(device)
-    draw = NoiseGather(latents, own, prompts, coefficients, replace, counter, null_index=texts - 1, batch=batch)
+    banks = prompts if len(prompts) > 1 else prompts[0]
+    draw = NoiseGather(latents, own, banks, coefficients, replace, counter, null_index=texts - 1, batch=batch)
 
     def ours() -> object:
         numbers[1] += 1
@@ -76,18 +83,18 @@ def _build(latent: Sizes, text: Sizes, batch: int, dtype: torch.dtype, device: t
 
     signal, noise = (c.to(dtype) for c in coefficients[:, :2].T)
     x, z = latents.new_empty(2, batch, *latent)
-    prompt = prompts.new_empty(batch, *text)
+    prompt = [bank[:1].expand(batch, *bank.shape[1:]).clone() for bank in prompts]
     fused = compiled(_fusible, device)
 
     def check() -> None:
-        got = [tensor.clone() for tensor in draw()]
+        got = [tensor.clone() for tensor in tree_leaves(tuple(draw()))]
         with use("reference"):
-            expected = draw()
+            expected = tree_leaves(tuple(draw()))
         bound = 4e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
-    moved = batch * 2 * (latents[0].numel() + prompts[0].numel()) * dtype.itemsize
+    moved = batch * 2 * (latents[0].numel() + sum(bank[0].numel() for bank in prompts)) * dtype.itemsize
     return Workload(
         ours,
         {
