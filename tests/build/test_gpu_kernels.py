@@ -33,6 +33,15 @@ def test_triton_ahead_of_time() -> None:
             assert all(0 < row["occupancy"] <= 1 for row in compiled), compiled
 
 
+def test_triton_of_the_smallest_sizes() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.build.ones"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    ops = {line.split()[0] for line in done.stdout.splitlines()}
+    assert ops == {name for name, op in OPS.items() if any(k.name == "triton" for k in op.kernels)}
+
+
 @pytest.mark.skipif(_native.cuda_summary() != "built", reason="the CUDA kernels were not built")
 def test_cuda_as_built() -> None:
     rows = list(cuda.rows())

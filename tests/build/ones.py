@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel compiled for the smallest sizes: ``python -m tests.build.ones``.
+
+Triton makes a constant of an argument that is 1, which has no methods; neither its interpreter nor the sizes of real
+models show where a kernel uses one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.triton import rows
+
+FLOAT, DOUBLE, INDEX = torch.float32, torch.float64, torch.int64
+
+
+def _module(op: str) -> Any:
+    return importlib.import_module(f"fastdistill.ops.{op}.triton")
+
+
+def _ones(*dimensions: int, dtype: torch.dtype = FLOAT) -> list[Tensor]:
+    """Tensors of one element with these numbers of dimensions."""
+    return [torch.empty((1,) * n, dtype=dtype, device="meta") for n in dimensions]
+
+
+def _noise_gather(ring: int, with_replacement: bool) -> None:
+    numbers, table, (x_t, target, prompt) = _ones(*[1] * 8, dtype=INDEX), _ones(2), _ones(2, 2, 2)
+    _module("noise_gather").noise_gather(
+        *_ones(2), numbers[0], _ones(2), *table, *numbers[1:3], 1, 1, ring, ring, 1, 1, 1, with_replacement, x_t,
+        numbers[3], [prompt], target, *numbers[4:7],
+    )  # fmt: skip
+
+
+def _feature_match(distance: int) -> None:
+    student, teacher, grads = (_ones(2) for _ in range(3))
+    loss, scale, weights, taps = _ones(0, 0, 1, 1)
+    _module("feature_match").feature_match(student, teacher, weights, scale, distance, 1.0, loss, taps, grads)
+
+
+def _output_match() -> None:
+    student, teacher, unconditional, x_t, latents, coefficients, samples, grad = _ones(*[2] * 8)
+    time, index, choice, counter = _ones(*[1] * 4, dtype=INDEX)
+    guidance, weights, scale, loss, parts = _ones(1, 1, 0, 0, 1)
+    _module("output_match").output_match(
+        student, teacher, unconditional, time, *_ones(2), guidance, weights, x_t, latents, index, choice, coefficients,
+        counter, 1, 1, 1.0, 1.0, scale, False, 1.0, loss, parts, samples, grad,
+    )  # fmt: skip
+
+
+def _adamw_ema() -> None:
+    lists = [_ones(1) for _ in range(5)]
+    scalars, (total,), (skipped,) = _ones(0, 0, 0, 0, 0), _ones(0, dtype=DOUBLE), _ones(0, dtype=INDEX)
+    step, rate, scale, found, weight = scalars
+    _module("adamw_ema").adamw_ema(
+        *lists, [], [step], [rate], total, scale, found, weight, skipped, [0], [0.9, 0.99, 1e-8, 0.1], 1.0, True, True
+    )
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "noise_gather": lambda: _noise_gather(0, False),
+    "noise_gather staged": lambda: _noise_gather(1, False),
+    "noise_gather with replacement": lambda: _noise_gather(0, True),
+    **{f"feature_match {distance}": lambda distance=distance: _feature_match(distance) for distance in range(4)},
+    "scale_gradients": lambda: _module("feature_match").scale_gradients(_ones(2), *_ones(0)),
+    "output_match": _output_match,
+    "adamw_ema": _adamw_ema,
+    "grad_square_sum": lambda: _module("adamw_ema").grad_square_sum(_ones(1), *_ones(0, dtype=DOUBLE)),
+}
+
+if __name__ == "__main__":
+    for row in rows(LAUNCHES, (80,)):
+        print(row.op, row.kernel)
