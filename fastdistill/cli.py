@@ -22,6 +22,8 @@ usage: fastdistill COMMAND [options]        (fastdistill COMMAND --help lists a 
 
   demo digits      random conditioning against paired prompts on handwritten digits; writes a report
   teacher digits   train the digits teacher by its recipe (its weights ship with the package)
+  profile digits   a few training steps under a profiler: a Chrome trace, or ranges for Nsight
+  profile replay   a call of an op that such a profile left, alone, again and again
   doctor           versions, devices, and which kernel each op runs with, or why not
 
 options of demo and teacher:
@@ -79,11 +81,22 @@ def _run(arguments: list[str]) -> int:
             _demo_digits(rest)
         case ["teacher", "digits", *rest]:
             _teacher_digits(rest)
+        case ["profile", "digits", *rest]:
+            _profile_digits(rest)
+        case ["profile", "replay", call, *rest] if not call.startswith("-"):
+            _profile_replay(call, rest)
+        case ["profile", "replay", *rest]:
+            if not {"-h", "--help"} & set(rest):
+                raise FastdistillError("profile replay: expected a file that a profile left, got nothing")
+            _profile_replay("FILE", rest)
+        case ["profile", *rest]:
+            raise FastdistillError(f"profile: expected digits or replay, got {rest[0] if rest else 'none'}")
         case ["demo" | "teacher" as command, *rest]:
             known = "digits"
             raise FastdistillError(f"{command}: expected a task ({known}), got {rest[0] if rest else 'none'}")
         case [command, *_]:
-            raise FastdistillError(f"command: expected demo, teacher or doctor, got {command!r} (fastdistill --help)")
+            known = "demo, teacher, profile or doctor"
+            raise FastdistillError(f"command: expected {known}, got {command!r} (fastdistill --help)")
     return 0
 
 
@@ -149,3 +162,23 @@ def _teacher_digits(arguments: list[str]) -> None:
     console.print(f"{config.output}/teacher.safetensors holds {same} the shipped weights", soft_wrap=True)
     for name, value in made["metrics"].items():
         console.print(f"  {name:24} {value:.4g}   (shipped: {shipped['metrics'][name]:.4g})")
+
+
+def _profile_digits(arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from fastdistill.profile import ProfileConfig, profile_digits
+
+    config = _configured(ProfileConfig, arguments, "profile digits")
+    if config is not None:
+        profile_digits(config, Console())
+
+
+def _profile_replay(call: str, arguments: list[str]) -> None:
+    from rich.console import Console
+
+    from fastdistill.profile import ReplayConfig, replay_call
+
+    config = _configured(ReplayConfig, arguments, "profile replay FILE")
+    if config is not None:
+        replay_call(call, config, Console())

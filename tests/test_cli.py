@@ -29,19 +29,21 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_help(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     code, out, error = said(capsys, *arguments)
     assert code == 0 and not error
-    for command in ("demo digits", "teacher digits", "doctor"):
+    for command in ("demo digits", "teacher digits", "profile digits", "profile replay", "doctor"):
         assert command in out
     assert all(len(line) <= 100 for line in out.splitlines())
 
 
-@pytest.mark.parametrize("command", [("demo", "digits"), ("teacher", "digits"), ("doctor",)])
+@pytest.mark.parametrize(
+    "command", [("demo", "digits"), ("teacher", "digits"), ("doctor",), ("profile", "digits"), ("profile", "replay")]
+)
 def test_help_of_a_command(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"usage: fastdistill {' '.join(command)}" in out
-    if command != ("doctor",):
+    if command[0] in ("demo", "teacher"):
         assert "--train.lr FLOAT" in out and "Learning rate" in out
 
 
@@ -52,8 +54,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("distil",), "fastdistill: command: expected demo, teacher or doctor, got 'distil' (fastdistill --help)"),
+        (
+            ("distil",),
+            "fastdistill: command: expected demo, teacher, profile or doctor, got 'distil' (fastdistill --help)",
+        ),
         (("demo",), "fastdistill: demo: expected a task (digits), got none"),
+        (("profile",), "fastdistill: profile: expected digits or replay, got none"),
+        (("profile", "replay"), "fastdistill: profile replay: expected a file that a profile left, got nothing"),
+        (
+            ("profile", "replay", "none.pt"),
+            "fastdistill: call: expected a file that a profile left, got none.pt, which is not there",
+        ),
         (("teacher", "cats"), "fastdistill: teacher: expected a task (digits), got cats"),
         (("demo", "digits", "--config"), "fastdistill: --config: expected a YAML file, got nothing"),
     ],
