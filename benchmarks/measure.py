@@ -85,12 +85,12 @@ def once(case: Case, settings: Settings) -> None:
             name = _kernel_of(case.op, workload.ours)
             if on_gpu:
                 torch.cuda.synchronize()
-                torch.cuda.cudart().cudaProfilerStart()
+                torch.cuda.profiler.start()
             with torch.cuda.nvtx.range(case.op) if on_gpu else contextlib.nullcontext():
                 workload.ours()
             if on_gpu:
                 torch.cuda.synchronize()
-                torch.cuda.cudart().cudaProfilerStop()
+                torch.cuda.profiler.stop()
         print(f"{case}: {name}", flush=True)
 
 

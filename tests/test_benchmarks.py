@@ -105,7 +105,9 @@ def test_a_file_of_fewer_columns_keeps_its_rows(tmp_path: Path) -> None:
     assert second["op"] == "noise_gather"
 
 
-@pytest.mark.parametrize("flags", [["--base", "no-such-commit"], ["--rounds", "1"], ["--shape", "B=5"], ["--op", "x"]])
+@pytest.mark.parametrize(
+    "flags", [["--base", "no-such-commit"], ["--rounds", "1"], ["--shape", "B=5"], ["--op", "x"], ["--rival", "x"]]
+)
 def test_mistakes_are_told(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--device", "cpu", "--csv", "none", *flags])
