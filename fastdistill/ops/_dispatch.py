@@ -73,6 +73,11 @@ def later(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
 def _gpu_of(args: Sequence[Any]) -> int | None:
     """The number of the first GPU among those of the tensors, or of the first tensors of lists."""
     tensors = (a[0] if isinstance(a, (list, tuple)) and a else a for a in args)
@@ -112,7 +117,7 @@ class Op:
 
     def run_on_gpu(self, *args: Any) -> None:
         """``run`` with the GPU of the call's tensors as the current one: launches and streams belong to that."""
-        if torch.cuda.device_count() > 1 and (gpu := _gpu_of(args)) not in (None, torch.cuda.current_device()):
+        if _several_gpus() and (gpu := _gpu_of(args)) not in (None, torch.cuda.current_device()):
             with torch.cuda.device(gpu):
                 self.run("cuda", *args)
         else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdistill.ops import OPS, _native, feature_match, grad_square_sum, noise_gather, use
+from fastdistill.ops import OPS, _dispatch, _native, feature_match, grad_square_sum, noise_gather, use
 from fastdistill.ops._dispatch import Kernel, Op
 from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import state_of
@@ -244,7 +244,7 @@ def test_the_guard_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
             (2, (host, None, second), [1]),
             (2, (), []),
         ]:
-            monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+            monkeypatch.setattr(_dispatch, "_several_gpus", lambda count=count: count > 1)
             entered.clear()
             op.run_on_gpu(*args)
             assert seen.pop() == during and entered == during + [-1] * len(during)
