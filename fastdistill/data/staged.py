@@ -36,7 +36,8 @@ class Batches:
     disk, ``prepare`` does nothing.
 
     ``prepare`` waits until the rows of its step are there. It belongs outside of what a graph captures, on the stream
-    of the draws. ``ahead``: steps that are read ahead of the one under way.
+    of the draws (capture with ``capture_error_mode="thread_local"``: the thread waits for events meanwhile).
+    ``ahead``: steps that are read ahead of the one under way.
     """
 
     def __init__(

@@ -48,16 +48,17 @@ def banks() -> dict[str, Any]:
 
 
 def batches(given: dict[str, Any], **options: Any) -> Batches:
-    replace = (torch.linspace(0, 1, T, dtype=torch.float64) * 2**32).long()
+    device = given["latent_prompts"].device
+    replace = (torch.linspace(0, 1, T, dtype=torch.float64) * 2**32).long().to(device)
     settings = {"batch": BATCH, "null_index": M - 1, "null_probability": 0.2, "target": True} | options
-    return Batches(**given, coefficients=NoiseSchedule.cosine(T).coefficients(), replace=replace, **settings)
+    return Batches(**given, coefficients=NoiseSchedule.cosine(T).coefficients().to(device), replace=replace, **settings)
 
 
 def run(given: Batches, steps: Any, seed: int = SEED) -> list[tuple[Tensor, ...]]:
     drawn = []
     for step in steps:
         given.prepare(seed, step)
-        draw = given(torch.tensor([seed, step]))
+        draw = given(torch.tensor([seed, step], device=given.out.x_t.device))
         drawn.append(tuple(t.clone() for t in flat(draw)))
     given.close()
     return drawn
@@ -197,6 +198,26 @@ def test_the_host_draws_with_its_own_kernel_whichever_is_forced(tmp_path: Path) 
     for one, two in zip(drawn, expected, strict=True):
         for a, b in zip(one, two, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=8e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_captured_draw_reads_what_is_prepared_before_each_replay(tmp_path: Path) -> None:
+    expected = run(batches(tree_map(Tensor.cuda, banks())), range(12))
+    given = stage(banks(), tmp_path, "both")
+    staged = batches(given | {"latent_prompts": given["latent_prompts"].cuda()}, ahead=2)
+    assert same(run(staged, range(3)), expected[:3])
+    counter = torch.tensor([SEED, 0], device="cuda")
+    staged.prepare(SEED, 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        draw = staged(counter)
+    for step in range(12):
+        staged.prepare(SEED, step)
+        counter[1] = step
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(flat(draw), expected[step], strict=True)), step
+    staged.close()
 
 
 def test_memmap(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastdistill.ops import (
     AdamWGroup,
@@ -53,10 +54,12 @@ def banks(device: str, rows: int = 11) -> tuple[Tensor, ...]:
 
 def noise_gather_work(device: str) -> Work:
     inputs = banks(device)
-    draw = NoiseGather(*inputs, batch=6, null_index=8, null_probability=0.25, target=True)
+    latents, own, prompts, *tables = inputs
+    several = [torch.arange(9, device=device), prompts, prompts[:, 0] > 0]
+    draw = NoiseGather(latents, own, several, *tables, batch=6, null_index=8, null_probability=0.25, target=True)
 
     def step() -> list[Tensor]:
-        drawn = [t.clone() for t in draw()]
+        drawn = [t.clone() for t in tree_leaves(tuple(draw()))]
         inputs[-1][1] += 1
         return drawn
 
