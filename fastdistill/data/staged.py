@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdistill.data.stored import StoredRows
 from fastdistill.errors import InputError
-from fastdistill.ops import Draw, empty_draw, noise_gather, use
+from fastdistill.ops import Draw, Task, empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather.banks import listed, mapped
 
 Rows = Tensor | StoredRows
@@ -37,7 +37,7 @@ class Batches:
 
     ``prepare`` waits until the rows of its step are there. It belongs outside of what a graph captures, on the stream
     of the draws (capture with ``capture_error_mode="thread_local"``: the thread waits for events meanwhile).
-    ``ahead``: steps that are read ahead of the one under way.
+    ``ahead``: steps that are read ahead of the one under way. ``task``: ``task()`` will be asked for.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class Batches:
         batch: int,
         null_index: int,
         target: bool = False,
+        task: bool = False,
         ahead: int = 3,
         **options: Any,
     ) -> None:
@@ -72,7 +73,12 @@ class Batches:
         staged = {"latent_rows": bool(self._latents), "prompt_rows": bool(self._prompts)}
         options |= {"null_index": null_index}
         self._options = options | {name: rows[name] * staged[name] for name in rows}
+        self._resident = isinstance(latents, Tensor) and latents.device == self._device
+        target = target or (task and not self._resident)
         self.out: Draw[Any] = empty_draw(given[0], given[1], batch, target=target, device=self._device)
+        self._rows = torch.arange(batch, device=self._device)
+        self._as_stored = torch.zeros_like(coefficients)  # a target that is a row itself
+        self._as_stored[:, 2] = 1.0
         self._index: _Index | None = None
         if any(staged.values()):
             self._index = _Index(batch, latent_prompts.cpu(), coefficients.cpu(), replace.cpu(), options | rows)
@@ -130,6 +136,14 @@ class Batches:
                 raise InputError.of("counter", f"the seed and step that were prepared {prepared}", counter.tolist())
             self._ready = False
         return noise_gather(*self._tables, counter, out=self.out, **self._options)
+
+    def task(self, draw: Draw[Any], counter: Tensor) -> Task:
+        """What ``output_match`` makes the target of this batch of: the latents and the counter, or, where the latents
+        are not on the device, the target that the draw has stored."""
+        if self._resident:
+            first = self._options.get("first_sample", 0)
+            return Task.of(draw, self._tables[0], self._tables[3], counter, first)
+        return Task(draw.target, self._rows, draw.choice, self._as_stored, counter)
 
     def close(self) -> None:
         """End the reading ahead, once the batch under way is read; ``prepare`` begins it anew."""

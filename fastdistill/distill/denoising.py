@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastdistill.diffusion.matching import match_table
 from fastdistill.distill.objective import Setting, cast_inputs, predict
+from fastdistill.ops import output_match
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,17 @@ class BoundDenoising:
     def __init__(self, config: Denoising, setting: Setting) -> None:
         schedule = setting.schedule
         self._model = setting.student
-        self._weights = schedule.alphas_cumprod.reciprocal().clamp(max=config.weight_limit).float().to(setting.device)
+        weights = schedule.alphas_cumprod.reciprocal().clamp(max=config.weight_limit)
+        table = match_table(schedule.coefficients(setting.prediction_type), weights=weights)
+        self._table = table.to(setting.device)
         never = torch.zeros(len(schedule), dtype=torch.int64)
-        self._batches = setting.batches(never, null_probability=config.null_probability, target=True)
+        self._batches = setting.batches(never, null_probability=config.null_probability, task=True)
         self.prepare, self.close = self._batches.prepare, self._batches.close
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         draw = self._batches(counter)
         x_t, prompt = cast_inputs(self._model, draw.x_t, draw.prompt)
         output = predict(self._model, x_t, draw.timestep, prompt)
-        each = (output.float() - draw.target.float()).square().flatten(1).mean(1)
-        loss = (each * self._weights[draw.timestep]).mean()
+        task = self._batches.task(draw, counter)
+        loss = output_match(output, None, draw.timestep, self._table, task=task).loss
         return loss, [loss.detach()]

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastdistill.diffusion.matching import match_table
 from fastdistill.distill.objective import Setting, cast_inputs, predict
 from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
 from fastdistill.models.taps import Taps, channels
-from fastdistill.ops import Draw, feature_match
+from fastdistill.ops import Draw, Task, feature_match, output_match
 from fastdistill.ops.feature_match import Distance, gradient_buffer
-from fastdistill.ops.noise_gather import RANDOM
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,10 @@ class Knowledge:
         self.weights, self.feature_distance = weights, feature_distance
         self.trained: tuple[nn.Module, ...] = ()
         self._zero = torch.zeros((), device=setting.device)
-        self._gradients: list[Tensor] | None = None  # buffers that every step writes into
+        self._table = match_table(setting.schedule.coefficients(setting.prediction_type)).to(setting.device)
+        self._channels = setting.latents.shape[1]  # a learned variance beside them is left alone
+        self._gradient: Tensor | None = None  # buffers that every step writes into
+        self._gradients: list[Tensor] | None = None
         self._taps: tuple[Taps, Taps] | None = None
         self._checked = False
         if weights.feature:
@@ -81,21 +84,36 @@ class Knowledge:
         pairs = [(channels(own), channels(theirs)) for theirs, own in zip(*shapes, strict=True)]
         return Adapters(pairs, seed=seed).to(setting.device, next(self.student.parameters()).dtype)
 
-    def __call__(self, draw: Draw[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its parts ``metric_names`` (unweighted, but the first)."""
+    def __call__(self, draw: Draw[Tensor], task: Task | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its parts ``metric_names`` (unweighted, but the first); the task loss needs ``task``."""
         target, theirs = self._teacher(draw) if self.weights.output or self.weights.feature else (None, [])
         x_t, prompt = cast_inputs(self.student, draw.x_t, draw.prompt)
         output = predict(self.student, x_t, draw.timestep, prompt)
-        parts = dict.fromkeys(("output", "feature", "task"), self._zero)
-        if self.weights.output:
-            assert target is not None
-            parts["output"] = feature_match([output], [target]).loss
+        loss, parts = self._zero, {"output": self._zero, "feature": self._zero, "task": self._zero}
+        if (target is not None and self.weights.output) or task is not None:
+            if self._gradient is None or self._gradient.shape != output.shape:
+                self._gradient = torch.empty_like(output, requires_grad=False, memory_format=torch.contiguous_format)
+            loss, (parts["output"], parts["task"]) = self._match(output, target, draw.timestep, task)
         if self.weights.feature:
             parts["feature"] = self._feature_loss(theirs)
-        if self.weights.task:
-            parts["task"] = _task_loss(output, draw)
-        loss = sum((getattr(self.weights, name) * part for name, part in parts.items()), self._zero)
+            loss = loss + self.weights.feature * parts["feature"]
         return loss, [loss.detach(), *(part.detach() for part in parts.values())]
+
+    def _match(
+        self, output: Tensor, target: Tensor | None, timestep: Tensor, task: Task | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss, parts, _ = output_match(
+            output,
+            target if self.weights.output else None,
+            timestep,
+            self._table,
+            task=task,
+            channels=self._channels,
+            output_weight=self.weights.output,
+            task_weight=self.weights.task,
+            grad=self._gradient,
+        )
+        return loss, parts.unbind()
 
     @torch.no_grad()
     def _teacher(self, draw: Draw[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -115,12 +133,3 @@ class Knowledge:
         ):
             self._gradients = [gradient_buffer(s, self.feature_distance) for s in own]
         return feature_match(own, theirs, distance=self.feature_distance, grads=self._gradients).loss
-
-
-def _task_loss(output: Tensor, draw: Draw[Tensor]) -> Tensor:
-    """Mean over the batch of each sample's mean square error against the draw's own target.
-
-    Samples whose prompt was replaced by another one weigh 0: their latent is not a sample of that prompt.
-    """
-    each = (output.float() - draw.target.float()).square().flatten(1).mean(1)
-    return (each * (draw.choice != RANDOM)).mean()

@@ -59,6 +59,7 @@ class BoundRandomConditioning:
     """Draws a batch by counter and compares teacher and student on it."""
 
     def __init__(self, config: RandomConditioning, setting: Setting) -> None:
+        self._weights = config.weights
         self._knowledge = Knowledge(setting, config.taps, config.weights, config.feature_distance)
         self.metric_names = self._knowledge.metric_names
         self.trained: tuple[nn.Module, ...] = self._knowledge.trained
@@ -66,11 +67,11 @@ class BoundRandomConditioning:
             thresholds(config.p(len(setting.schedule))),
             null_probability=config.null_probability,
             with_replacement=config.with_replacement,
-            target=config.weights.task > 0,
+            task=config.weights.task > 0,
         )
         self.prepare, self.close = self._batches.prepare, self._batches.close
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         with torch.no_grad():
             draw = self._batches(counter)
-        return self._knowledge(draw)
+        return self._knowledge(draw, self._batches.task(draw, counter) if self._weights.task else None)

@@ -20,6 +20,7 @@ from pydantic import Field
 from fastdistill.errors import InputError
 
 Config = TypeVar("Config")
+Execution = Literal["auto", "eager", "compiled", "graph"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] | None = None
     """Dtype of the weights that are trained, adapters included (null: the student's own). The optimizer keeps float32
     masters of bfloat16 weights, and the average. Not float16: its gradients underflow without a loss scale."""
+    execution: Execution = "auto"
+    """How a step runs: eager, compiled (torch.compile), as one CUDA graph, or auto: a graph where there is a GPU and
+    the step allows it, else eager."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of every draw (``fastdistill.ops.philox``)."""
     banks: Literal["device", "pinned"] = "device"

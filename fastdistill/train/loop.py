@@ -21,6 +21,7 @@ from fastdistill.data.files import atomic_write, locked, make_directory, reason,
 from fastdistill.errors import FastdistillError, StorageError
 from fastdistill.train import checkpoint
 from fastdistill.train.config import TrainConfig
+from fastdistill.train.graph import runner
 from fastdistill.train.step import TrainStep
 
 Metrics = dict[str, float]
@@ -57,11 +58,12 @@ def fit(
         stopped = stack.enter_context(_signals())
         stack.callback(step.objective.close)
         done = int(step.counter[1])
+        advance = runner(step, student, config.execution)
         if progress is not None:
             progress(done, None)
         while done < config.steps and not stopped.is_set():
             step.prepare(done)
-            step()
+            advance()
             done += 1
             metrics = run.log(done) if done % config.log_every == 0 or done == config.steps else None
             if done % config.checkpoint_every == 0 or done == config.steps:

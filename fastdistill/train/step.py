@@ -9,6 +9,7 @@ Seed, step, learning rate and EMA decay are read from device memory, so the same
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -42,19 +43,22 @@ class TrainStep:
     ) -> None:
         self.objective = objective
         self._seed = config.seed
+        self._evaluate: Callable[[Tensor], tuple[Tensor, list[Tensor]]] = objective
         own = [p for p in student.parameters() if p.requires_grad]
         adapters = [p for module in objective.trained for p in module.parameters()]
         self.parameters = own + adapters
         self.lr = torch.tensor(config.lr, device=device)
         self.optimizer = AdamWEMA(
             [{"params": own}, {"params": adapters, "ema": False}],
-            lr=self.lr,
+            lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
             max_norm=config.clip,
             ema_decay=config.ema_decay,
         )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr  # read there at every step
         self.counter = torch.tensor([config.seed, 0], device=device)
         self._rates = learning_rates(config).to(device)
         self.metric_names = [*objective.metric_names, "gradient_norm"]
@@ -64,9 +68,13 @@ class TrainStep:
         """What happens on the host before step number ``step``, outside of what a graph captures."""
         self.objective.prepare(self._seed, step)
 
+    def compile(self, *, backend: str = "inductor") -> None:
+        """Run draw, models and losses through ``torch.compile`` from now on."""
+        self._evaluate = torch.compile(self.objective, dynamic=False, backend=backend)
+
     def __call__(self) -> None:
         step = self.counter[1:]
-        loss, metrics = self.objective(self.counter)
+        loss, metrics = self._evaluate(self.counter)
         loss.backward()
         self.lr.copy_(self._rates.index_select(0, step).squeeze(0))
         square_sum = self.optimizer.square_sum()

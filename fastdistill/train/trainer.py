@@ -139,7 +139,7 @@ def _fingerprint(
     setting: Setting, latents: LatentCache, prompts: PromptBank, objective: Objective, config: TrainConfig
 ) -> dict[str, Any]:
     """What must be the same for a run to be gone on with."""
-    free = {"banks", "ahead", "log_every", "checkpoint_every", "keep_checkpoints"}
+    free = {"ahead", "banks", "checkpoint_every", "execution", "keep_checkpoints", "log_every"}
     if config.lr_schedule == "constant":
         free.add("steps")  # a constant rate can simply go on
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastdistill.data import stored
 from fastdistill.data.staged import Batches
 from fastdistill.data.stored import StoredRows
+from fastdistill.diffusion.matching import match_table
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError, StorageError
-from fastdistill.ops import use
+from fastdistill.ops import output_match, use
 from fastdistill.ops.noise_gather import Draw
 
 N, M, T, BATCH, SEED = 11, 9, 40, 4, 2**40 + 3
@@ -94,6 +95,20 @@ def test_batches_are_those_of_banks_in_memory(tmp_path: Path, which: str, ahead:
     assert same(run(staged, [7, 8, 9]), expected[7:10])
     assert same(run(staged, [3, 2, 2, 9, 10, 0]), [expected[i] for i in (3, 2, 2, 9, 10, 0)])
     assert same(run(staged, [4, 5], seed=1), run(batches(banks()), [4, 5], seed=1))
+
+
+def test_the_task_of_a_staged_batch_is_that_of_banks_in_memory(tmp_path: Path) -> None:
+    """Where the latents are not at hand, the task is made of the target that the draw has stored."""
+    losses = []
+    for given in (banks(), stage(banks(), tmp_path, "latents")):
+        drawn = batches(given, task=True, target=False)
+        drawn.prepare(5, 3)
+        counter = torch.tensor([5, 3])
+        draw = drawn(counter)
+        table = match_table(NoiseSchedule.cosine(T).coefficients())
+        losses.append(output_match(draw.x_t, None, draw.timestep, table, task=drawn.task(draw, counter)).samples)
+        drawn.close()
+    assert torch.equal(*losses) and losses[0][:, 1].min() > 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a step runs: nothing of it waits for the device; eagerly, compiled and in a graph it gives the same numbers."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdistill.distill import Weights
+from fastdistill.distill.denoising import Denoising
+from fastdistill.distill.objective import Objective, Setting
+from fastdistill.errors import FastdistillError, KernelError
+from fastdistill.train import graph
+from fastdistill.train.graph import WARM_UP, runner
+from fastdistill.train.guard import NoHostSync
+from fastdistill.train.step import TrainStep
+from tests import small
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def step_on(device: str, objective: Callable[[Any], Objective] = small.objective, **options: Any) -> TrainStep:
+    place = torch.device(device)
+    teacher = small.teacher()
+    made = small.student("bk_base", teacher)
+    cache, bank = small.cache(), small.bank()
+    setting = Setting(
+        teacher=teacher.to(place).eval().requires_grad_(False), student=made.model.to(place).train(),
+        schedule=small.SCHEDULE, latents=cache.latents.to(place), latent_prompts=cache.prompt_index.to(place),
+        prompts=bank.embeddings.to(place), batch=4,
+    )  # fmt: skip
+    return TrainStep(objective(made).bind(setting), setting.student, small.config(**options), place)
+
+
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
+    "random conditioning": small.objective,
+    "every loss": lambda made: small.objective(made, weights=Weights(1.0, 0.5, 0.25), feature_distance="cosine"),
+    "denoising": lambda made: Denoising(5.0),
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_step_reads_nothing_back_and_draws_from_no_generator(device: str, objective: str) -> None:
+    """On the meta device there is nothing to read: whatever would wait for a GPU fails there."""
+    step = step_on(device, OBJECTIVES[objective])
+    for _ in range(2):
+        with NoHostSync():
+            step()
+
+
+class Sins(nn.Module):
+    """What a model must not do inside of a step."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Any:
+        if self.kind == "item":
+            return x * x.sum().item()
+        if self.kind == "condition":
+            return x if x.sum() > 0 else -x
+        if self.kind == "boolean index":
+            return x[x > 0]
+        if self.kind == "boolean assignment":
+            y = x.clone()
+            y[x > 0] = 0.0
+            return y
+        if self.kind == "nonzero":
+            return x.nonzero()
+        if self.kind == "dropout":
+            return nn.functional.dropout(x, 0.5)
+        if self.kind == "randn":
+            return x + torch.randn_like(x)
+        if self.kind == "random":
+            return x * random.random()
+        return x.to("meta" if x.device.type == "cpu" else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("item", r"a value read on the host \(aten._local_scalar_dense.default\) at .*test_step.py:\d+"),
+        ("condition", "a value read on the host"),
+        ("boolean index", "an index of booleans"),
+        ("boolean assignment", "an index of booleans"),
+        ("nonzero", "a result whose size depends on values"),
+        ("dropout", "random numbers of a stateful generator"),
+        ("randn", "random numbers of a stateful generator"),
+        ("random", "no random numbers but Philox's, got some of Python's random"),
+        ("copy", "a copy between cpu and meta"),
+    ],
+)
+def test_the_guard_names_what_waits(kind: str, message: str) -> None:
+    x = torch.ones(3, 4)
+    with pytest.raises(KernelError, match=message), NoHostSync():
+        Sins(kind)(x)
+    with NoHostSync():  # and lets pass what does not
+        nn.functional.dropout(x, 0.0)
+        nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])
+        x[torch.tensor([0, 2])] = 1.0
+
+
+def weights_after(execution: str, steps: int, device: str = "cpu", **options: Any) -> list[Tensor]:
+    step = step_on(device, OBJECTIVES["every loss"], **options)
+    advance = runner(step, nn.Module(), execution)  # type: ignore[arg-type]
+    for _ in range(steps):
+        advance()
+    return [*step.parameters, step.totals, step.counter]
+
+
+def test_compiled_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph of draw, models and losses; traced and run by the ops themselves it gives the same bits."""
+    monkeypatch.setattr(TrainStep.compile, "__kwdefaults__", {"backend": "aot_eager"})
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for one, two in zip(weights_after("compiled", 3), weights_after("eager", 3), strict=True):
+        assert torch.equal(one, two)
+    assert torch._dynamo.utils.counters["frames"]["ok"] >= 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_a_graph_is_eager(precision: Any) -> None:
+    """The same bits after some replays, with every buffer of the process moved in between."""
+    for one, two in zip(
+        weights_after("graph", WARM_UP + 4, "cuda", precision=precision),
+        weights_after("eager", WARM_UP + 4, "cuda", precision=precision),
+        strict=True,
+    ):
+        assert torch.equal(one, two)
+
+
+def test_where_there_can_be_no_graph() -> None:
+    step = step_on("cpu")
+    assert runner(step, nn.Module(), "auto") is step
+    with pytest.raises(FastdistillError, match="execution 'graph': it runs on cpu: a CUDA graph needs a CUDA device"):
+        runner(step, nn.Module(), "graph")
+
+
+class FakeGraph:
+    """A CUDA graph of a machine without one: captures nothing, replays by running the step."""
+
+    fails = False
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        FakeGraph.step()
+
+    step: Callable[[], None]
+
+
+class FakeStream:
+    def __init__(self, device: object) -> None:
+        self.device = device
+
+    def wait_stream(self, other: object) -> None:
+        assert isinstance(other, FakeStream)
+
+
+class FakeCapture:
+    """Runs nothing of what a capture encloses."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> None:
+        FakeGraph.captured = True  # type: ignore[attr-defined]
+
+    def __exit__(self, *_: object) -> None:
+        FakeGraph.captured = False  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = FakeStream("cpu")
+    FakeGraph.captured = FakeGraph.fails = False  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: warnings.catch_warnings())
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+    monkeypatch.setattr(graph, "refuse_graph", lambda *_: None)
+
+
+class Counting:
+    """A step that counts, and does not when it is captured."""
+
+    def __init__(self, sin: str | None = None) -> None:
+        self.counter, self.done, self.sin = torch.zeros(2, dtype=torch.int64), 0, sin
+        self.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+
+    def __call__(self) -> None:
+        if FakeGraph.captured:  # type: ignore[attr-defined]
+            if FakeGraph.fails:
+                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            return
+        if self.sin:
+            Sins(self.sin)(torch.ones(2))
+        self.done += 1
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_every_step_of_a_graphed_run_counts_once() -> None:
+    step: Any = Counting()
+    FakeGraph.step = step
+    advance: Any = runner(step, nn.Module(), "graph")
+    for expected in range(1, WARM_UP + 5):
+        advance()
+        assert step.done == expected
+    assert advance.graph.replays == 4
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("cause", ["sin", "capture"])
+def test_what_cannot_be_captured_is_named_and_runs_eagerly(cause: str) -> None:
+    def make() -> Any:
+        return Counting("item" if cause == "sin" else None)
+
+    FakeGraph.fails = True
+    message = "got a value read on the host" if cause == "sin" else "CUDA graph: operation not permitted when stream is"
+    step = make()
+    advance = runner(step, nn.Module(), "graph")
+    with pytest.raises(KernelError, match=message):
+        for _ in range(WARM_UP + 1):
+            advance()
+    step = make()
+    advance = runner(step, nn.Module(), "auto")
+    with pytest.warns(UserWarning, match=f"{message}.*going on without a graph"):
+        for _ in range(WARM_UP + 4):
+            advance()
+    assert step.done == WARM_UP + 4
