@@ -97,7 +97,8 @@ def once(case: Case, settings: Settings) -> None:
 def _timed(case: Case, workloads: list[Workload], others: list[str], settings: Settings) -> list[Row]:
     runs, absent = _contestants(case, workloads, others, settings)
     kernel = _kernel_of(case.op, workloads[0].ours)
-    modes = {"eager": stopwatch} | ({"graph": graphed} if settings.device.type == "cuda" else {})
+    in_graphs = settings.device.type == "cuda" and workloads[0].graphs
+    modes = {"eager": stopwatch} | ({"graph": graphed} if in_graphs else {})
     rows = []
     for mode, make in modes.items():
         watches, failed = {}, dict(absent)
@@ -105,8 +106,6 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
             try:
                 watches[name] = make(some, settings.device)
                 watches[name]()
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
                 failed[name] = line(error)
         if "ours" in failed:

@@ -42,6 +42,7 @@ class Workload:
     check: Callable[[], None]
     bytes: int = 0
     flops: int = 0
+    graphs: bool = True  # on a GPU each contestant is timed in a CUDA graph too
 
 
 @dataclass(frozen=True)

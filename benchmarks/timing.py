@@ -65,11 +65,8 @@ def stopwatch(runs: Sequence[Run], device: torch.device) -> Stopwatch:
     return on_gpu
 
 
-def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
-    """All of ``runs`` in one CUDA graph; a call replays it and returns the time of one run.
-
-    Raises whatever cannot be captured.
-    """
+def capture(runs: Sequence[Run], device: torch.device) -> Run:
+    """All of ``runs``, warmed up, in one CUDA graph: what replays it. Raises whatever cannot be captured."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -78,12 +75,17 @@ def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
                 run()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    kept = []  # outputs stay: what a graph's pool gives back, a later run of the same graph would share
+    kept = []  # what an earlier run gave back to the graph's memory, a later one would write over
     with torch.cuda.graph(graph):
         for run in runs:
             kept.append(run())
-    replay = stopwatch([graph.replay], device)
-    return lambda: replay() / len(kept)
+    return graph.replay
+
+
+def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
+    """All of ``runs`` in one CUDA graph; a call replays it and returns the time of one run."""
+    replay = stopwatch([capture(runs, device)], device)
+    return lambda: replay() / len(runs)
 
 
 def interleaved(

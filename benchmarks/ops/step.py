@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.registry import COMPILED, Case, Run, Workload, compiled, generator
 from benchmarks.shapes import SD15_SAMPLE
+from benchmarks.timing import capture
 from fastdistill.ops import use
 
 if TYPE_CHECKING:
@@ -28,13 +29,16 @@ if TYPE_CHECKING:
     from fastdistill.train import DistillTrainer
 
 RIVALS = ("literal", "tuned", COMPILED)
+IN_A_GRAPH = "ours in a CUDA graph"
 
 
 def cases() -> Iterator[Case]:
     yield Case("step", "digits U-Net B=64", "fp32", "cpu", _digits, RIVALS[:2])
     for batch in (4, 16):
         build = functools.partial(_sd15, batch)
-        yield Case("step", f"SD-1.5 to bk_base 512x512 B={batch}", "bf16", "cuda", build, RIVALS, batch == 4)
+        yield Case(
+            "step", f"SD-1.5 to bk_base 512x512 B={batch}", "bf16", "cuda", build, (*RIVALS, IN_A_GRAPH), batch == 4
+        )
 
 
 def _digits(device: torch.device) -> Workload:
@@ -81,6 +85,8 @@ def _workload(
     names: tuple[str, ...],
 ) -> Workload:
     rivals: dict[str, Run | str] = {n: _Script(n, trainer, taps, cache, bank, schedule) for n in names}
+    if trainer.device.type == "cuda":
+        rivals[IN_A_GRAPH] = _Captured(trainer)
     with FlopCounterMode(display=False) as counter:
         _Script("literal", trainer, taps, cache, bank, schedule)()
 
@@ -92,7 +98,19 @@ def _workload(
         low = next(trainer.student.parameters()).dtype != torch.float32
         torch.testing.assert_close(*losses, rtol=2e-2 if low else 1e-4, atol=0)
 
-    return Workload(trainer.step, rivals, check, flops=counter.get_total_flops())
+    return Workload(trainer.step, rivals, check, flops=counter.get_total_flops(), graphs=False)  # scripts read the loss
+
+
+class _Captured:
+    """Our step, captured when it is first called."""
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self.trainer = trainer
+        self.replay: Run | None = None
+
+    def __call__(self) -> None:
+        self.replay = self.replay or capture([self.trainer.step], self.trainer.device)
+        self.replay()
 
 
 class _Script:
