@@ -20,6 +20,7 @@ from benchmarks.registry import Run
 
 Stopwatch = Callable[[], float]  # runs once and returns milliseconds
 _MOST_COPIES = 16
+_LONGEST, _FEWEST = 30.0, 11  # seconds, rounds
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ def stopwatch(runs: Sequence[Run], device: torch.device) -> Stopwatch:
     return on_gpu
 
 
-def capture(runs: Sequence[Run], device: torch.device) -> Run:
-    """All of ``runs``, warmed up, in one CUDA graph: what replays it. Raises whatever cannot be captured."""
+def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
+    """All of ``runs`` in one CUDA graph; a call replays it and returns the time of one run.
+
+    Raises whatever cannot be captured.
+    """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -79,12 +83,7 @@ def capture(runs: Sequence[Run], device: torch.device) -> Run:
     with torch.cuda.graph(graph):
         for run in runs:
             kept.append(run())
-    return graph.replay
-
-
-def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
-    """All of ``runs`` in one CUDA graph; a call replays it and returns the time of one run."""
-    replay = stopwatch([capture(runs, device)], device)
+    replay = stopwatch([graph.replay], device)
     return lambda: replay() / len(runs)
 
 
@@ -94,7 +93,7 @@ def interleaved(
     """Times of each contestant, and for all but the first the median over rounds of its time by the first's.
 
     At least ``rounds`` are counted, and as many as fit into ``seconds``; ``warm_up`` and a tenth of ``seconds`` go
-    before, uncounted.
+    before, uncounted. After half a minute eleven are enough.
     """
     _times(contestants, warm_up, seconds / 10)
     return summary(_times(contestants, rounds, seconds))
@@ -114,7 +113,11 @@ def summary(times: Mapping[str, Sequence[float]]) -> tuple[dict[str, Timing], di
 def _times(contestants: Mapping[str, Stopwatch], rounds: int, seconds: float) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in contestants}
     begin = time.perf_counter()
-    while len(next(iter(times.values()))) < rounds or time.perf_counter() - begin < seconds:
+    done, spent = 0, 0.0
+    while done < rounds or spent < seconds:
         for name, timed in contestants.items():
             times[name].append(timed())
+        done, spent = done + 1, time.perf_counter() - begin
+        if spent > _LONGEST and done >= _FEWEST:
+            break
     return times
