@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fused ops, each usable alone; ``fastdistill doctor`` prints this index with the kernels of each.
 
-==================  ==============================================================================================
-``adamw_ema``       clip by the global norm, AdamW, average, low-precision copy and zeroed gradients over all tensors
-``feature_match``   sum_l weight_l * distance(student_l, teacher_l) over all taps, loss and gradient in one pass
-``noise_gather``    a batch of noised latents, timesteps and paired, random or null prompts from banks, by counter
-``output_match``    a student's output against a guided teacher's and the draw's own target, loss and gradient at once
-==================  ==============================================================================================
+===================  ==============================================================================================
+``adamw_ema``        clip by the global norm, AdamW, average, low-precision copy and zeroed gradients over all tensors
+``cross_attention``  softmax(scale q k^T + bias) v for at most 512 keys, forward and backward, rows of K and V shared
+``feature_match``    sum_l weight_l * distance(student_l, teacher_l) over all taps, loss and gradient in one pass
+``noise_gather``     a batch of noised latents, timesteps and paired, random or null prompts from banks, by counter
+``output_match``     a student's output against a guided teacher's and the draw's own target, loss and gradient at once
+===================  ==============================================================================================
 
 All can be captured in a CUDA graph after one call of the same kind: kernels are loaded, and Triton's compiled, at
 their first launch.
@@ -14,6 +15,7 @@ their first launch.
 
 from fastdistill.ops._dispatch import OPS, use, used
 from fastdistill.ops.adamw_ema import AdamWGroup, adamw_ema, grad_square_sum
+from fastdistill.ops.cross_attention import cross_attention
 from fastdistill.ops.feature_match import FeatureMatch, feature_match
 from fastdistill.ops.noise_gather import Draw, NoiseGather, empty_draw, noise_gather
 from fastdistill.ops.output_match import OutputMatch, Task, output_match
@@ -27,6 +29,7 @@ __all__ = [
     "OutputMatch",
     "Task",
     "adamw_ema",
+    "cross_attention",
     "empty_draw",
     "feature_match",
     "grad_square_sum",

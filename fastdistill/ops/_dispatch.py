@@ -45,6 +45,11 @@ def use(kernel: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The kernel that ``use`` asks for here, if any."""
+    return _forced.get()
+
+
 def _never(*args: Any) -> str | None:
     return None
 

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention from many queries to a few keys: an image's tokens to a prompt's, up to 512 of them.
+
+    out = softmax(scale Q K^T + bias) V
+
+General attention kernels cut the work of a backward by keys, of which a prompt has 77; this one cuts it by queries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops import _check, _native
+from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, forced, later, register
+from fastdistill.ops.cross_attention import reference
+
+KEYS, DIMS = 512, 256  # most of each that the kernels take
+
+
+def _refuse(q: Tensor, k: Tensor, *others: Any) -> str | None:
+    """The limits of the kernels, forward and backward."""
+    if not 1 <= k.shape[1] <= KEYS:
+        return f"{k.shape[1]} keys, where it takes 1 to {KEYS}"
+    if not 1 <= q.shape[3] <= DIMS:
+        return f"a head dim of {q.shape[3]}, where it takes 1 to {DIMS}"
+    return None
+
+
+def _refuse_backward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, grad_out: Tensor,
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+) -> str | None:  # fmt: skip
+    if not (grad_k.is_contiguous() and grad_v.is_contiguous()):
+        return "grad_k and grad_v must be contiguous"
+    return _refuse(q, k)
+
+
+_cross_attention = register(
+    "cross_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? rows, float scale, Tensor(a!) out)",
+    summary="softmax(scale q k^T + bias) v for at most 512 keys, all of them on chip",
+    reference=reference.cross_attention,
+    kernels=[Kernel("triton", "cuda", later(f"{__name__}.triton", "cross_attention"), _native.triton_reason, _refuse)],
+)
+_cross_attention_backward = register(
+    "cross_attention_backward",
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? rows, float scale, Tensor grad_out,"
+    " Tensor(a!) grad_q, Tensor(b!) grad_k, Tensor(c!) grad_v)",
+    summary="the gradients of cross_attention, of K and V summed over queries (and samples of a row) in order",
+    reference=reference.cross_attention_backward,
+    kernels=[
+        Kernel(
+            "triton",
+            "cuda",
+            later(f"{__name__}.triton", "cross_attention_backward"),
+            _native.triton_reason,
+            _refuse_backward,
+        )
+    ],
+)
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    heads: int | None = None,
+    mask: Tensor | None = None,
+    rows: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of each sample's queries to its keys, heads apart.
+
+    Args:
+        q: [B, N, H, D], or [B, N, H * D] with ``heads``, as a projection gives it; float32, bfloat16 or float16, any
+            strides (a head's elements are copied together where they are not).
+        k, v: [R, L, H, D] or [R, L, H * D] of the same dtype; R is B unless ``rows`` is given. The kernels take L up
+            to 512 and D up to 256; beyond, and on a CPU, torch's own attention runs.
+        heads: H, where the tensors have three dimensions.
+        mask: [B, L], without gradient: bool, True for the keys to keep, or a float bias that is added to the scores
+            (-inf leaves a key out). A sample whose keys are all left out gives zeros, and no gradient.
+        rows: int64 [B], the row of ``k`` and ``v`` that each sample takes, in [0, R) (not checked on a GPU). Rows may be
+            shared: a prompt that a whole batch has in common is projected once. Their gradient is the sum.
+        scale: of the scores before the bias; None: 1 / sqrt(D).
+
+    Returns:
+        A tensor of q's shape and dtype, contiguous where a kernel of this library made it. The kernels accumulate in
+        float32 and give the same bits on every run; they keep nothing for the backward but their inputs.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit.
+    """
+    flat = q.dim() == 3
+    if flat:
+        _check.require(heads is not None and heads > 0, "heads", "the number of heads, beside [B, N, H * D]", heads)
+        q, k, v = (_split(t, name, heads) for t, name in ((q, "q"), (k, "k"), (v, "v")))
+    _checked(q, k, v, mask, rows)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not _by_kernel(q.device.type) or (not _any_forced() and _refuse(q, k) is not None):
+        if not torch.compiler.is_compiling():
+            OPS["cross_attention"].calls[REFERENCE] += 1
+        out = reference.attend(q, k, v, mask, rows, scale)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out = _CrossAttention.apply(q, k, v, mask, rows, scale)
+    else:
+        out = _launch(q, k, v, mask, rows, scale)
+    return out.flatten(2) if flat else out
+
+
+@torch.compiler.assume_constant_result
+def _any_forced() -> bool:
+    return forced() is not None
+
+
+@torch.compiler.assume_constant_result
+def _by_kernel(device: str) -> bool:
+    """Whether the op runs, rather than torch's own attention with its own autograd."""
+    return forced() is not None or (device == "cuda" and _native.triton_reason() is None)
+
+
+def _split(tensor: Tensor, name: str, heads: int | None) -> Tensor:
+    fits = tensor.dim() == 3 and tensor.shape[2] % (heads or 1) == 0
+    _check.require(fits, name, f"[rows, tokens, a multiple of {heads} heads]", tuple(tensor.shape))
+    return tensor.unflatten(2, (heads, -1))
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None) -> None:
+    require = _check.require
+    _check.shape(q, "q", (None, None, None, None), "[B, N, H, D]")
+    batch, _, heads, dim = q.shape
+    _check.dtype(q, "q", *_check.FLOATS)
+    _check.shape(k, "k", (None if rows is not None else batch, None, heads, dim), f"[R, L, {heads}, {dim}] beside q")
+    _check.shape(v, "v", tuple(k.shape), f"the shape of k {tuple(k.shape)}")
+    require(k.shape[1] > 0, "k", "at least one key", tuple(k.shape))
+    for tensor, name in ((k, "k"), (v, "v")):
+        _check.dtype(tensor, name, q.dtype)
+        _check.device(tensor, name, q.device, "q")
+    if mask is not None:
+        _check.shape(mask, "mask", (batch, k.shape[1]), f"[B, L] = ({batch}, {k.shape[1]})")
+        _check.dtype(mask, "mask", torch.bool, *_check.FLOATS)
+        _check.device(mask, "mask", q.device, "q")
+        require(not mask.requires_grad, "mask", "a tensor without gradient", "requires_grad=True")
+    if rows is not None:
+        _check.shape(rows, "rows", (batch,), f"[B] = ({batch},)")
+        _check.dtype(rows, "rows", torch.int64)
+        _check.device(rows, "rows", q.device, "q")
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _cross_attention(q, k, v, mask, rows, scale, out)
+    return out
+
+
+class _CrossAttention(torch.autograd.Function):
+    """The backward makes the softmax again from Q and K, which costs less than to keep it or its statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask, rows)
+        ctx.scale = scale
+        return _launch(q.detach(), k.detach(), v.detach(), mask, rows, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, rows = ctx.saved_tensors
+        of_q, of_kv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        grads = [torch.empty(t.shape if of else 0, dtype=t.dtype, device=t.device)
+                 for t, of in ((q, of_q), (k, of_kv), (v, of_kv))]  # fmt: skip
+        _cross_attention_backward(q, k, v, mask, rows, ctx.scale, grad_out, *grads)
+        return *(g if of else None for g, of in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None

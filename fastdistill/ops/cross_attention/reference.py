@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-attention in eager torch: the specification of the op's kernels, and torch's own attention with its autograd.
+
+    S = scale Q K^T + bias,  P = softmax(S) over the keys (0 where every key is left out),  out = P V
+    dV = P^T dO,  dP = dO V^T,  dS = P (dP - sum_j P_j dP_j),  dQ = scale dS K,  dK = scale dS^T Q
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """P [B, H, N, L] in float32."""
+    scores = torch.einsum("bnhd,blhd->bhnl", q.float(), k.float()) * scale
+    if mask is not None:
+        bias = mask.float().log() if mask.dtype == torch.bool else mask.float()
+        scores = scores + bias[:, None, None, :]
+    return torch.where(scores.amax(-1, keepdim=True) == -torch.inf, 0.0, scores.softmax(-1))
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, out: Tensor
+) -> None:
+    """Fill ``out``; in float32."""
+    if rows is not None:
+        k, v = k[rows], v[rows]
+    out.copy_(torch.einsum("bhnl,blhd->bnhd", _weights(q, k, mask, scale), v.float()))
+
+
+def cross_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    scale: float,
+    grad_out: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Fill ``grad_q``, and ``grad_k`` and ``grad_v``, where they are not empty; in float32."""
+    count = len(k)
+    if rows is not None:
+        k, v = k[rows], v[rows]
+    p, g = _weights(q, k, mask, scale), grad_out.float()
+    d = torch.einsum("bnhd,blhd->bhnl", g, v.float())
+    s = p * (d - (p * d).sum(-1, keepdim=True)) * scale
+    if grad_q.numel():
+        grad_q.copy_(torch.einsum("bhnl,blhd->bnhd", s, k.float()))
+    if grad_k.numel():
+        for grad, weights, of in ((grad_k, s, q.float()), (grad_v, p, g)):
+            samples = torch.einsum("bhnl,bnhd->blhd", weights, of)
+            if rows is not None:  # a matrix product, as torch's scattered sums have no fixed order on a GPU
+                owner = torch.arange(count, device=rows.device)[:, None] == rows
+                samples = (owner.float() @ samples.flatten(1)).view(grad.shape)
+            grad.copy_(samples)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float) -> Tensor:
+    """The same by ``scaled_dot_product_attention``, differentiable by torch's own autograd."""
+    if rows is not None:
+        k, v = k[rows], v[rows]
+    kept = None
+    if mask is not None:  # a row without keys would be NaN in some backends: it attends to all, and is zeroed after
+        left_out = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+        kept = ~left_out.all(1, keepdim=True)
+        mask = mask | ~kept if mask.dtype == torch.bool else torch.where(kept, mask, 0.0).to(q.dtype)
+        mask = mask[:, None, None, :]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    out = out.transpose(1, 2).contiguous()  # which it is already where a fused kernel made it
+    return out if kept is None else torch.where(kept[:, :, None, None], out, 0.0)

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-attention in Triton: all keys of a sample on chip, the softmax in one pass, nothing kept for the backward.
+
+A tile's side is cut into at most two powers of two (77 keys = 64 + 16, 40 dimensions = 32 + 16), so that little is
+computed for nothing and no memory is padded. Keys that do not fit at once are taken by ``triton_long``.
+
+Grid      a head a chunk of queries a sample, heads fastest, as they share cache lines; the sum: 1024 elements of a row
+Traffic   forward: q read, out written; backward: q and grad_out read, grad_q written, once each; K and V once a chunk;
+          gradients of K and V: an fp32 partial sum a chunk, written and read once (none where one chunk is all)
+Precision scores, softmax and sums in fp32; weights rounded to the dtype for the products; fp32 products exact (no TF32)
+Limits    1..512 keys, head dim 1..256, any strides where a head's elements are contiguous (else one copy); 64-bit
+          offsets; chunks depend on the shape alone and are added in order, over samples too: the same bits every run
+"""
+
+# ruff: noqa: RUF005 (Triton has no unpacking)
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdistill.ops.cross_attention.triton_long import backward_long_kv, backward_long_q, forward_long
+from fastdistill.ops.cross_attention.triton_tiles import (
+    add_product,
+    finite,
+    get,
+    inverse,
+    key_bias,
+    place,
+    product,
+    put,
+    start,
+    zeros,
+)
+
+LOG2E = 1.4426950408889634
+PROGRAMS = 512  # wanted: several for each multiprocessor of a large GPU
+ADDED = 1024  # elements of a row that a program of the sum takes
+
+
+@triton.jit
+def _keys_and_values(
+    k, v, mask, L, k_step, v_step, D: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr, MASK: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    keys, values, biases = (), (), ()
+    for i in tl.static_range(len(KEYS)):
+        at = i * KEYS[0] + tl.arange(0, KEYS[i])
+        keys = keys + (get(k, at, L, k_step, D, DIMS, UNIT),)
+        values = values + (get(v, at, L, v_step, D, DIMS, UNIT),)
+        biases = biases + (key_bias(mask, at, L, MASK),)
+    return keys, values, biases
+
+
+@triton.jit
+def _softmax(x, keys, biases, scale, M: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr):
+    """exp2(scores - their maximum) of each piece of the keys, and one over their sum."""
+    scores = ()
+    top = tl.full((M,), float("-inf"), tl.float32)
+    for i in tl.static_range(len(KEYS)):
+        s = product(x, keys[i], DIMS) * scale + biases[i][None, :]
+        top = tl.maximum(top, tl.max(s, 1))
+        scores = scores + (s,)
+    top = finite(top)
+    total = tl.zeros((M,), tl.float32)
+    weights = ()
+    for i in tl.static_range(len(KEYS)):
+        w = tl.exp2(scores[i] - top[:, None])
+        total += tl.sum(w, 1)
+        weights = weights + (w,)
+    return weights, inverse(total)
+
+
+@triton.jit
+def _forward(
+    q, k, v, mask, rows, out, N, L, H, scale, chunks, span, q_strides, k_strides, v_strides, out_strides,
+    D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    h, chunk, b, row = place(rows, H, chunks, ROWS)
+    q += start(q_strides, b, h, UNIT)
+    out += start(out_strides, b, h, UNIT)
+    k += start(k_strides, row, h, UNIT)
+    v += start(v_strides, row, h, UNIT)
+    keys, values, biases = _keys_and_values(
+        k, v, mask + b * L, L, k_strides[1], v_strides[1], D, KEYS, DIMS, MASK, UNIT
+    )  # fmt: skip
+    first = chunk * span
+    for begin in range(first, tl.minimum(first + span, N), M):
+        query = begin + tl.arange(0, M)
+        x = get(q, query, N, q_strides[1], D, DIMS, UNIT)
+        weights, share = _softmax(x, keys, biases, scale, M, KEYS, DIMS)
+        sums = zeros(M, DIMS)
+        for i in tl.static_range(len(KEYS)):
+            sums = add_product(sums, weights[i].to(q.dtype.element_ty), values[i], DIMS)
+        put(out, query, N, out_strides[1], sums, share[:, None], D, DIMS, UNIT)
+
+
+@triton.jit
+def _backward(
+    q, k, v, mask, rows, grad_out, grad_q, grad_k, grad_v, N, L, H, scale, factor, chunks, span, q_strides, k_strides,
+    v_strides, g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr,
+    MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_KV: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """With P the softmax and dP = dO V^T: dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q,
+    dV = P^T dO. Keys are rows here, so that P^T and dS^T are where the products over queries want them."""
+    h, chunk, b, row = place(rows, H, chunks, ROWS)
+    q += start(q_strides, b, h, UNIT)
+    grad_out += start(g_strides, b, h, UNIT)
+    grad_q += start(dq_strides, b, h, UNIT)
+    at = tl.arange(0, KEYS)
+    keys = get(k + start(k_strides, row, h, UNIT), at, L, k_strides[1], D, DIMS, UNIT)
+    values = get(v + start(v_strides, row, h, UNIT), at, L, v_strides[1], D, DIMS, UNIT)
+    bias = key_bias(mask + b * L, at, L, MASK)
+    key_sums, value_sums = zeros(KEYS, DIMS), zeros(KEYS, DIMS)
+    first = chunk * span
+    for begin in range(first, tl.minimum(first + span, N), M):
+        query = begin + tl.arange(0, M)
+        x = get(q, query, N, q_strides[1], D, DIMS, UNIT)
+        g = get(grad_out, query, N, g_strides[1], D, DIMS, UNIT)
+        w = product(keys, x, DIMS) * scale + bias[:, None]
+        w = tl.exp2(w - finite(tl.max(w, 0))[None, :])
+        w *= inverse(tl.sum(w, 0))[None, :]
+        if GRAD_KV:
+            value_sums = add_product(value_sums, w.to(q.dtype.element_ty), g, DIMS)
+        s = product(values, g, DIMS)
+        s = (w * (s - tl.sum(w * s, 0)[None, :])).to(q.dtype.element_ty)
+        if GRAD_KV:
+            key_sums = add_product(key_sums, s, x, DIMS)
+        if GRAD_Q:
+            sums = add_product(zeros(M, DIMS), tl.trans(s), keys, DIMS)
+            put(grad_q, query, N, dq_strides[1], sums, factor, D, DIMS, UNIT)
+    if GRAD_KV:
+        slot = ((b * chunks + chunk) * L * H + h) * D
+        put(grad_k + slot, at, L, H, key_sums, factor, D, DIMS, D)
+        put(grad_v + slot, at, L, H, value_sums, 1.0, D, DIMS, D)
+
+
+@triton.jit
+def _add(partials, grad_k, grad_v, rows, samples, chunks, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row's gradient of K or V: its samples' chunks in order."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    grad = grad_k
+    if tl.program_id(2) == 1:
+        partials += tl.cast(samples, tl.int64) * chunks * size
+        grad = grad_v
+    total = tl.zeros((BLOCK,), tl.float32)
+    if ROWS:
+        for b in range(samples):
+            if tl.load(rows + b) == row:
+                for chunk in range(b * chunks, (b + 1) * chunks):
+                    total += tl.load(partials + tl.cast(chunk, tl.int64) * size + at, mask=inside, other=0.0)
+    else:
+        for chunk in range(chunks):
+            total += tl.load(partials + (row * chunks + chunk) * size + at, mask=inside, other=0.0)
+    tl.store(grad + row * size + at, total.to(grad.dtype.element_ty), mask=inside)
+
+
+class _Plan(NamedTuple):
+    """How a call is cut: pieces of the head dim; pieces of the keys, or one block of them that is taken in a loop;
+    queries of a tile; warps."""
+
+    dims: tuple[int, ...]
+    keys: tuple[int, ...]
+    loop: bool
+    M: int
+    warps: int
+
+
+def pieces(n: int) -> tuple[int, ...]:
+    """At most two powers of two, none below 16, of the least sum that covers n; the larger first."""
+    one = max(16, triton.next_power_of_2(n))
+    rest = max(16, triton.next_power_of_2(n - one // 2))
+    return (one // 2, rest) if one > 16 and one // 2 + rest < one else (one,)
+
+
+def _plan(L: int, D: int, dtype: torch.dtype, backward: bool, capability: int) -> _Plan:
+    """The largest tiles that leave registers over (``make kernels-report``), by the GPU's major compute capability.
+
+    Where products read their operands from shared memory (9, 10) tiles are larger; elsewhere warps hold copies.
+    """
+    dims, shared = pieces(D), capability in (9, 10)
+    wide = sum(dims)
+    if dtype == torch.float32:
+        block = 32 if wide <= 96 else 16
+        return _Plan(dims, (block,), True, block, 8)
+    if not backward:
+        keys = pieces(L)
+        if wide <= 160 and sum(keys) <= 128 and wide * sum(keys) <= 12800:
+            return _Plan(dims, keys, False, 128 if shared else 64, 8 if shared else 4)
+        if shared:
+            return _Plan(dims, (64,), True, 64, 8)
+        return _Plan(dims, (64,), True, 64, 4) if wide <= 128 else _Plan(dims, (32,), True, 32, 4)
+    if L <= 128 and wide <= (96 if shared else 64):  # fewer rows of keys would be copies in several warps
+        return _Plan(dims, (128,), False, 64 if shared else 32, 8)
+    if shared and wide <= 160:
+        return _Plan(dims, (128 if wide <= 96 else 64,), True, 64, 8)
+    if wide <= 128:
+        return _Plan(dims if wide <= 80 else (128,), (64,), True, 64, 8)
+    return _Plan((256,), (32,), True, 32, 4)
+
+
+def capability(tensor: Tensor) -> int:
+    """Major compute capability of the tensor's GPU; 9 where it is on none (compiled ahead of time, interpreted)."""
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
+
+
+def _unit(D: int, *tensors: Tensor) -> int:
+    """Elements of the widest access, at most 16 bytes, of which every stride and the head dim are multiples."""
+    unit = 16 // tensors[0].itemsize
+    while any(n % unit for n in (D, *(s for t in tensors for s in t.stride()[:3]))):
+        unit //= 2
+    return unit
+
+
+def _strides(tensor: Tensor, unit: int) -> tuple[int, ...]:
+    return tuple(s // unit for s in tensor.stride()[:3])
+
+
+def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
+    return [t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in tensors]
+
+
+def _spans(B: int, N: int, H: int, M: int) -> tuple[int, int]:
+    """Queries of a chunk and chunks of a sample: of the shape alone, as sums are cut by them."""
+    tiles = triton.cdiv(N, M)
+    span = max(1, min(tiles, B * H * tiles // PROGRAMS)) * M
+    return span, triton.cdiv(N, span)
+
+
+def _masking(mask: Tensor | None, rows: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor, int]:
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    return q if mask is None else mask.contiguous(), q if rows is None else rows.contiguous(), kind
+
+
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, out: Tensor
+) -> None:
+    """One launch; arguments as the reference's."""
+    (B, N, H, D), L = q.shape, k.shape[1]
+    if not q.numel():
+        return
+    q, k, v = _contiguous_heads(q, k, v)
+    plan, unit = _plan(L, D, q.dtype, False, capability(q)), _unit(D, q, k, v, out)
+    masked, indexed, kind = _masking(mask, rows, q)
+    span, chunks = (plan.M, triton.cdiv(N, plan.M)) if plan.loop else _spans(B, N, H, plan.M)
+    strides = [_strides(t, unit) for t in (q, k, v, out)]
+    common = q, k, v, masked, indexed, out, N, L, H, scale * LOG2E, chunks
+    grid, constants = (B * H * chunks,), (plan.M, kind, rows is not None, unit)
+    options = {"num_warps": plan.warps, "num_stages": 2}
+    if plan.loop:
+        forward_long[grid](*common, *strides, D, plan.dims, plan.keys[0], *constants, **options)
+    else:
+        _forward[grid](*common, span, *strides, D, plan.dims, plan.keys, *constants, **options)
+
+
+def cross_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, grad_out: Tensor,
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+) -> None:  # fmt: skip
+    """One launch, and one that adds where K and V have several chunks or samples a row; arguments as the
+    reference's."""
+    (B, N, H, D), (R, L) = q.shape, k.shape[:2]
+    of_q, of_kv = grad_q.numel() > 0, grad_k.numel() > 0
+    if not q.numel():
+        grad_k.zero_()
+        grad_v.zero_()
+        return
+    q, k, v, grad_out = _contiguous_heads(q, k, v, grad_out)
+    dq = grad_q if of_q else q
+    plan, unit = _plan(L, D, q.dtype, True, capability(q)), _unit(D, q, k, v, grad_out, dq)
+    masked, indexed, kind = _masking(mask, rows, q)
+    span, chunks = _spans(B, N, H, plan.M)
+    partial = of_kv and (chunks > 1 or rows is not None)
+    partials = torch.empty((2, B * chunks, L, H, D) if partial else 0, dtype=torch.float32, device=q.device)
+    sums = partials.unbind() if partial else (grad_k, grad_v)
+    strides = [_strides(t, unit) for t in (q, k, v, grad_out)]
+    sizes = N, L, H, scale * LOG2E, scale
+    constants = plan.M, kind, rows is not None
+    options = {"num_warps": plan.warps, "num_stages": 2}
+    if not plan.loop:
+        _backward[(B * H * chunks,)](
+            q, k, v, masked, indexed, grad_out, dq, *sums, *sizes, chunks, span, *strides, _strides(dq, unit), D,
+            plan.dims, plan.keys[0], *constants, of_q, of_kv, unit, **options,
+        )  # fmt: skip
+    else:
+        tiles, blocks, block = triton.cdiv(N, plan.M), triton.cdiv(L, plan.keys[0]), plan.keys[0]
+        statistics = torch.empty((B, H, N, 2), dtype=torch.float32, device=q.device)
+        backward_long_q[(B * H * tiles,)](
+            q, k, v, masked, indexed, grad_out, dq, statistics, *sizes, tiles, *strides, _strides(dq, unit), D,
+            plan.dims, block, *constants, of_q, unit, **options,
+        )  # fmt: skip
+        if of_kv:
+            backward_long_kv[(B * H * chunks * blocks,)](
+                q, k, v, masked, indexed, grad_out, *sums, statistics, *sizes, chunks, span, blocks, *strides, D,
+                plan.dims, block, *constants, unit, **options,
+            )  # fmt: skip
+    if partial:
+        size = L * H * D
+        _add[(R, triton.cdiv(size, ADDED), 2)](
+            partials, grad_k, grad_v, indexed, B, chunks, size, rows is not None, ADDED
+        )

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-attention in Triton for keys that do not fit on chip at once: a loop over blocks of them.
+
+Grid      forward, gradient of Q: a head a tile of queries a sample; gradients of K and V: a head a block of keys a
+          chunk of queries a sample
+Traffic   as where they fit, and K and V once a tile of queries (from L2), q and grad_out once more a block of keys
+Precision as where they fit; the softmax is rescaled as its maximum grows
+Limits    as where they fit
+"""
+
+# ruff: noqa: RUF005 (Triton has no unpacking)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastdistill.ops.cross_attention.triton_tiles import (
+    add_product,
+    finite,
+    get,
+    inverse,
+    key_bias,
+    place,
+    product,
+    put,
+    start,
+    times,
+    zeros,
+)
+
+
+@triton.jit
+def forward_long(
+    q, k, v, mask, rows, out, N, L, H, scale, tiles, q_strides, k_strides, v_strides, out_strides,
+    D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    h, tile, b, row = place(rows, H, tiles, ROWS)
+    k += start(k_strides, row, h, UNIT)
+    v += start(v_strides, row, h, UNIT)
+    mask += b * L
+    query = tile * M + tl.arange(0, M)
+    x = get(q + start(q_strides, b, h, UNIT), query, N, q_strides[1], D, DIMS, UNIT)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    sums = zeros(M, DIMS)
+    for first in range(0, L, KEYS):
+        at = first + tl.arange(0, KEYS)
+        s = product(x, get(k, at, L, k_strides[1], D, DIMS, UNIT), DIMS) * scale + key_bias(mask, at, L, MASK)[None, :]
+        higher = tl.maximum(top, tl.max(s, 1))
+        shrunk = tl.exp2(top - finite(higher))
+        w = tl.exp2(s - finite(higher)[:, None])
+        total = total * shrunk + tl.sum(w, 1)
+        values = get(v, at, L, v_strides[1], D, DIMS, UNIT)
+        sums = add_product(times(sums, shrunk[:, None], DIMS), w.to(q.dtype.element_ty), values, DIMS)
+        top = higher
+    put(
+        out + start(out_strides, b, h, UNIT), query, N, out_strides[1], sums, inverse(total)[:, None], D, DIMS, UNIT
+    )  # fmt: skip
+
+
+@triton.jit
+def backward_long_q(
+    q, k, v, mask, rows, grad_out, grad_q, statistics, N, L, H, scale, factor, tiles, q_strides, k_strides, v_strides,
+    g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr,
+    MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """For each query the logarithm of the sum of its weights and delta = sum_j P_j dP_j, kept for K and V; then its
+    gradient."""
+    h, tile, b, row = place(rows, H, tiles, ROWS)
+    k += start(k_strides, row, h, UNIT)
+    v += start(v_strides, row, h, UNIT)
+    mask += b * L
+    query = tile * M + tl.arange(0, M)
+    x = get(q + start(q_strides, b, h, UNIT), query, N, q_strides[1], D, DIMS, UNIT)
+    g = get(grad_out + start(g_strides, b, h, UNIT), query, N, g_strides[1], D, DIMS, UNIT)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    delta = tl.zeros((M,), tl.float32)
+    for first in range(0, L, KEYS):
+        at = first + tl.arange(0, KEYS)
+        s = product(x, get(k, at, L, k_strides[1], D, DIMS, UNIT), DIMS) * scale + key_bias(mask, at, L, MASK)[None, :]
+        higher = tl.maximum(top, tl.max(s, 1))
+        shrunk = tl.exp2(top - finite(higher))
+        w = tl.exp2(s - finite(higher)[:, None])
+        total = total * shrunk + tl.sum(w, 1)
+        delta = delta * shrunk + tl.sum(w * product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS), 1)
+        top = higher
+    delta *= inverse(total)
+    lse = tl.where(total == 0.0, 0.0, finite(top) + tl.log2(total))
+    kept = statistics + (b * H + h) * N * 2 + query.to(tl.int64) * 2
+    tl.store(kept, lse, mask=query < N)
+    tl.store(kept + 1, delta, mask=query < N)
+    if GRAD_Q:
+        sums = zeros(M, DIMS)
+        for first in range(0, L, KEYS):
+            at = first + tl.arange(0, KEYS)
+            keys = get(k, at, L, k_strides[1], D, DIMS, UNIT)
+            w = tl.exp2(product(x, keys, DIMS) * scale + key_bias(mask, at, L, MASK)[None, :] - lse[:, None])
+            p = product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS)
+            sums = add_product(sums, (w * (p - delta[:, None])).to(q.dtype.element_ty), keys, DIMS)
+        put(grad_q + start(dq_strides, b, h, UNIT), query, N, dq_strides[1], sums, factor, D, DIMS, UNIT)
+
+
+@triton.jit
+def backward_long_kv(
+    q, k, v, mask, rows, grad_out, grad_k, grad_v, statistics, N, L, H, scale, factor, chunks, span, blocks, q_strides,
+    k_strides, v_strides, g_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr,
+    MASK: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    h, part, b, row = place(rows, H, chunks * blocks, ROWS)
+    chunk, block = part // blocks, part % blocks
+    q += start(q_strides, b, h, UNIT)
+    grad_out += start(g_strides, b, h, UNIT)
+    statistics += (b * H + h) * N * 2
+    at = block * KEYS + tl.arange(0, KEYS)
+    keys = get(k + start(k_strides, row, h, UNIT), at, L, k_strides[1], D, DIMS, UNIT)
+    values = get(v + start(v_strides, row, h, UNIT), at, L, v_strides[1], D, DIMS, UNIT)
+    bias = key_bias(mask + b * L, at, L, MASK)
+    key_sums, value_sums = zeros(KEYS, DIMS), zeros(KEYS, DIMS)
+    first = chunk * span
+    for begin in range(first, tl.minimum(first + span, N), M):
+        query = begin + tl.arange(0, M)
+        x = get(q, query, N, q_strides[1], D, DIMS, UNIT)
+        g = get(grad_out, query, N, g_strides[1], D, DIMS, UNIT)
+        lse = tl.load(statistics + query * 2, mask=query < N, other=0.0)
+        delta = tl.load(statistics + query * 2 + 1, mask=query < N, other=0.0)
+        w = tl.exp2(product(keys, x, DIMS) * scale + bias[:, None] - lse[None, :])
+        s = w * (product(values, g, DIMS) - delta[None, :])
+        value_sums = add_product(value_sums, w.to(q.dtype.element_ty), g, DIMS)
+        key_sums = add_product(key_sums, s.to(q.dtype.element_ty), x, DIMS)
+    slot = ((b * chunks + chunk) * L * H + h) * D
+    put(grad_k + slot, at, L, H, key_sums, factor, D, DIMS, D)
+    put(grad_v + slot, at, L, H, value_sums, 1.0, D, DIMS, D)

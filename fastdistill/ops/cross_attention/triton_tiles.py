@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-attention in Triton: the device functions that its kernels share.
+
+A matrix of D columns is held as a tuple of tiles, one a piece of its columns; pieces are powers of two.
+"""
+
+# ruff: noqa: RUF005 (Triton has no unpacking)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def zeros(M: tl.constexpr, PIECES: tl.constexpr):
+    """[M, D] in fp32."""
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        tiles = tiles + (tl.zeros((M, PIECES[i]), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def get(base, at, end, step, D: tl.constexpr, PIECES: tl.constexpr, UNIT: tl.constexpr):
+    """Rows ``at`` of a matrix whose rows are ``step`` units of elements apart; zero from row ``end`` on."""
+    tiles = ()
+    for i in tl.static_range(len(PIECES)):
+        column = i * PIECES[0] + tl.arange(0, PIECES[i])
+        inside = (at < end)[:, None] & (column < D)[None, :]
+        pointers = base + (at.to(tl.int64) * step * UNIT)[:, None] + column[None, :]
+        tiles = tiles + (tl.load(pointers, mask=inside, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def put(base, at, end, step, tiles, factor, D: tl.constexpr, PIECES: tl.constexpr, UNIT: tl.constexpr):
+    """``tiles`` times ``factor`` (a scalar, or one a row as [M, 1]) into rows ``at`` below ``end``."""
+    for i in tl.static_range(len(PIECES)):
+        column = i * PIECES[0] + tl.arange(0, PIECES[i])
+        inside = (at < end)[:, None] & (column < D)[None, :]
+        pointers = base + (at.to(tl.int64) * step * UNIT)[:, None] + column[None, :]
+        tl.store(pointers, (tiles[i] * factor).to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product(a, b, PIECES: tl.constexpr):
+    """a b^T, over the pieces of their columns."""
+    x = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    for i in tl.static_range(1, len(PIECES)):
+        x = tl.dot(a[i], tl.trans(b[i]), x, input_precision="ieee")
+    return x
+
+
+@triton.jit
+def add_product(sums, weights, tiles, PIECES: tl.constexpr):
+    """sums + weights tiles, a piece of columns at a time."""
+    added = ()
+    for i in tl.static_range(len(PIECES)):
+        added = added + (tl.dot(weights, tiles[i], sums[i], input_precision="ieee"),)
+    return added
+
+
+@triton.jit
+def times(tiles, factor, PIECES: tl.constexpr):
+    scaled = ()
+    for i in tl.static_range(len(PIECES)):
+        scaled = scaled + (tiles[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def key_bias(mask, at, end, MASK: tl.constexpr):
+    """What is added to the scores of keys ``at``, in units of the exponent of two; -inf leaves a key out."""
+    bias = tl.where(at < end, 0.0, float("-inf"))
+    if MASK == 1:
+        kept = tl.load(mask + at, mask=at < end, other=0)
+        bias = tl.where(kept != 0, bias, float("-inf"))
+    if MASK == 2:
+        bias += tl.load(mask + at, mask=at < end, other=0.0).to(tl.float32) * 1.4426950408889634  # log2 e
+    return bias
+
+
+@triton.jit
+def finite(top):
+    """A maximum to subtract: 0 where every key is left out."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def inverse(total):
+    """One over a sum of weights: 0 where every key is left out, so that such a row's output and gradients are 0."""
+    return tl.where(total == 0.0, 0.0, 1.0 / total)
+
+
+@triton.jit
+def place(rows, H, outer, ROWS: tl.constexpr):
+    """Of a program: its head, its number among ``outer`` of the head's sample, the sample, the row of K and V
+    (int64)."""
+    program = tl.program_id(0).to(tl.int64)
+    b = program // H // outer
+    row = b
+    if ROWS:
+        row = tl.load(rows + b)
+    return program % H, (program // H % outer).to(tl.int32), b, row
+
+
+@triton.jit
+def start(strides, b, h, UNIT: tl.constexpr):
+    """Where (sample b, head h) begins. Strides count units, so that the compiler sees what offsets are multiples of."""
+    return (b * strides[0] + h * strides[2]) * UNIT

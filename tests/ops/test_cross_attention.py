@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cross_attention under ``check_op``: every kernel, head dim, layout, mask and row index, against float64."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastdistill.errors import InputError, KernelError
+from fastdistill.ops import OPS, cross_attention, use
+from tests.harness import Case, check_fake, check_op, check_values, detached, emulated, evaluate, kernels_of
+
+KERNELS = kernels_of("cross_attention")
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter multiplies the bits of bfloat16 numbers; here it multiplies the numbers."""
+    if not emulated("triton"):
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    product = InterpreterBuilder.create_dot
+
+    def wide(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: product(self, wide(a), wide(b), *rest)
+    )
+
+
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float | None = None
+) -> tuple[Tensor]:
+    """What a user writes, in the tensors' own precision; the truth in float64."""
+    if rows is not None:
+        k, v = k[rows], v[rows]
+    scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)).transpose(1, 2) @ k.permute(0, 2, 3, 1)
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        scores = scores + bias[:, None, None].to(q.dtype)
+    top = scores.detach().amax(-1, keepdim=True)
+    weights = (scores - top.masked_fill(top == -torch.inf, 0)).exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, 1, total)
+    return ((weights @ v.transpose(1, 2)).transpose(1, 2),)
+
+
+def call(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float | None = None
+) -> tuple[Tensor]:
+    return (cross_attention(q, k, v, mask=mask, rows=rows, scale=scale),)
+
+
+def make(
+    B: int = 2, N: int = 19, H: int = 2, D: int = 8, L: int = 5, dtype: torch.dtype = torch.float32, *,
+    mask: str = "none", rows: list[int] | None = None, gradients: str = "qkv", scale: float | None = None,
+) -> Case:  # fmt: skip
+    g = torch.Generator().manual_seed(B * N * D * L)
+    count = B if rows is None else max(rows) + 2  # a row that nobody takes gets a gradient of zero
+    q = torch.randn(B, N, H, D, generator=g).to(dtype).requires_grad_("q" in gradients)
+    k = torch.randn(count, L, H, D, generator=g).to(dtype).requires_grad_("k" in gradients)
+    v = torch.randn(count, L, H, D, generator=g).to(dtype).requires_grad_("v" in gradients)
+    kept = torch.rand(B, L, generator=g) < 0.6
+    kept[:, 0] = True
+    bias = torch.randn(B, L, generator=g).to(dtype)
+    masks = {"none": None, "bool": kept, "bias": bias, "-inf": bias.masked_fill(~kept, -torch.inf)}
+    inputs = q, k, v, masks[mask], None if rows is None else torch.tensor(rows), scale
+    return Case("cross_attention", inputs, call, eager, eager)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mask", ["none", "bool", "bias", "-inf"])
+@pytest.mark.parametrize("rows", [None, [1, 0, 1]], ids=["own", "shared"])
+def test_values_and_contract(kernel: str, mask: str, rows: list[int] | None) -> None:
+    thorough = mask == "bool"
+    case = make(2 + (rows is not None), 5, 1, L=7, mask=mask, rows=rows, scale=0.7 if thorough else None)
+    with use(kernel):  # for fake tensors too: torch's own attention has strides of its own
+        check_op(case, kernel, compiled=("aot_eager",) if thorough else (), registration=thorough)
+
+
+def test_compiled_by_inductor() -> None:
+    with use("reference"):
+        check_op(make(rows=[0, 0], mask="bool"), "reference", compiled=("inductor",), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("D", [8, 13, 40, 64, 72, 80, 160])
+def test_head_dims(kernel: str, D: int, dtype: torch.dtype) -> None:
+    """Fitting and looping plans: float32 loops over keys in the kernel, float16 has them on chip at once up to 96."""
+    N = 70 if dtype == torch.float16 else 34
+    check_values(make(1, N, 1, D, 77, dtype, mask="bool"), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("L", "D"), [(1, 8), (16, 24), (120, 72), (300, 72), (512, 16), (77, 256)])
+def test_numbers_of_keys(kernel: str, L: int, D: int) -> None:
+    check_values(make(1, 33, 1, D, L, torch.float16, mask="-inf"), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("L", "D"), [(77, 40), (300, 40)])
+def test_bfloat16(kernel: str, L: int, D: int) -> None:
+    """The interpreter cuts to bfloat16 where a GPU rounds: an ulp an operation, and two are made in a row."""
+    case = make(1, 40, 2, D, L, torch.bfloat16)
+    if not emulated(kernel):
+        check_values(case, kernel)
+        return
+    with use(kernel):
+        got = evaluate(case.call, detached(case.inputs), 1.75)
+    truth = evaluate(eager, detached(case.inputs, torch.float64), 1.75)
+    for one, two in zip([*got[0], *got[1]], [*truth[0], *truth[1]], strict=True):
+        assert (one.double() - two).abs().max() <= 4 * 2**-7 * two.abs().max()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("gradients", ["", "q", "kv", "v"])
+def test_gradients_that_nobody_asked_for(kernel: str, gradients: str) -> None:
+    for dtype in (torch.float32, torch.float16):  # a loop over keys; all keys at once
+        check_values(make(dtype=dtype, gradients=gradients, rows=[0, 1]), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_many_chunks(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of K and V as sums over chunks of queries and over samples of a row."""
+    if kernel == "triton":
+        monkeypatch.setattr(importlib.import_module("fastdistill.ops.cross_attention.triton"), "PROGRAMS", 1)
+        check_values(make(1, 200, 1, 16, 20, torch.float16), kernel)
+        monkeypatch.undo()
+    for L in (20, 200):
+        check_values(make(3, 150, 1, 16, L, torch.float16, rows=[2, 0, 2]), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("mask", ["bool", "bias"])
+@pytest.mark.parametrize("L", [7, 300])
+def test_a_sample_whose_keys_are_all_left_out(kernel: str, mask: str, L: int) -> None:
+    """It gives zeros and no gradient, in torch's own attention on a CPU too."""
+    case = make(2, 9, 1, 8, L, torch.float16)
+    q, k, v, *_ = case.inputs
+    kept = torch.tensor([True, False])[:, None].expand(2, L).clone()
+    out_mask = kept if mask == "bool" else torch.zeros(2, L).masked_fill(~kept, -torch.inf)
+    for forced in (kernel, None):
+        with use(forced):
+            (out,), (gq, gk, gv) = evaluate(call, (q, k, v, out_mask, None), 1.0)
+        for tensor in (out, gq, gk, gv):
+            assert tensor.isfinite().all() and not tensor[1].any() and tensor[0].any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_layouts(kernel: str, dtype: torch.dtype) -> None:
+    """Heads before tokens, slices of one projection of all three, elements apart, memory that starts anywhere."""
+    case = make(2, 17, 2, 8, 5, dtype)
+    (expected,), gradients = evaluate(case.call, detached(case.inputs), 1.75)
+    for layout in ("heads first", "sliced", "elements apart", "shifted", "expanded"):
+
+        def moved(t: Tensor, layout: str = layout) -> Tensor:
+            b, n, h, d = t.shape
+            empty = {
+                "heads first": lambda: torch.empty(b, h, n, d, dtype=dtype).transpose(1, 2),
+                "sliced": lambda: torch.empty(b, n, 3 * h * d, dtype=dtype)[..., h * d : 2 * h * d].unflatten(2, (h, d)),
+                "elements apart": lambda: torch.empty(b, n, h, 2 * d, dtype=dtype)[..., ::2],
+                "shifted": lambda: torch.empty(b * n * h * d + 1, dtype=dtype)[1:].view(b, n, h, d),
+                "expanded": lambda: torch.empty(b, n, h, d, dtype=dtype),
+            }[layout]()
+            return empty.copy_(t.detach()).requires_grad_()
+
+        q, k, v = (moved(t) for t in case.inputs[:3])
+        weight = torch.full((1,), 1.75, dtype=dtype).expand(expected.shape) if layout == "expanded" else None
+        with use(kernel):
+            out = cross_attention(q, k, v)
+            got = torch.autograd.grad(out, (q, k, v), torch.full_like(out, 1.75) if weight is None else weight)
+        for one, two in zip((out, *got), (expected, *gradients), strict=True):
+            bound = 16 * torch.finfo(dtype).eps
+            torch.testing.assert_close(one, two, rtol=bound, atol=bound * two.abs().max().item())
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, None])
+def test_projections_as_they_come(kernel: str | None) -> None:
+    """[B, N, H * D] with heads is [B, N, H, D]."""
+    q, k, v, *_ = make(D=8, H=2).inputs
+    with use(kernel):
+        expected = cross_attention(q, k, v).flatten(2)
+        got = cross_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=2)
+    assert got.shape == (2, 19, 16) and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "-inf"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_torch_itself_on_a_cpu(mask: str, dtype: torch.dtype) -> None:
+    """Where no kernel takes the call: the same values by torch's attention, its autograd, and compiled."""
+    case = make(3, 19, 2, 40, 77, dtype, mask=mask, rows=[1, 0, 1])
+    truth, gradients = evaluate(eager, detached(case.inputs, torch.float64), 1.75)
+    torch._dynamo.reset()
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        got, got_gradients = evaluate(function, detached(case.inputs), 1.75)
+        for one, two in zip([*got, *got_gradients], [*truth, *gradients], strict=True):
+            assert (one.double() - two).abs().max() <= 8 * torch.finfo(dtype).eps * two.abs().max()
+    assert "reference" in OPS["cross_attention"].calls
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_samples_and_no_queries(kernel: str) -> None:
+    for B, N in ((0, 4), (2, 0)):
+        q, k, v = (torch.zeros(B, n, 2, 8, requires_grad=True) for n in (N, 3, 3))
+        with use(kernel):
+            out = cross_attention(q, k, v)
+            gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        assert out.shape == q.shape and all(not g.any() for g in gradients)
+
+
+def test_fake_cuda_tensors() -> None:
+    with use("reference"):
+        check_fake(make(mask="bool", rows=[0, 0]), "cuda")
+
+
+def test_pieces() -> None:
+    pieces = importlib.import_module("fastdistill.ops.cross_attention.triton").pieces
+    assert [pieces(n) for n in (1, 16, 40, 64, 72, 77, 80, 120, 160, 256, 300)] == [
+        (16,), (16,), (32, 16), (64,), (64, 16), (64, 16), (64, 16), (128,), (128, 32), (256,), (256, 64),
+    ]  # fmt: skip
+    for n in range(1, 513):
+        assert n <= sum(pieces(n)) <= max(16, 2 * n) and all(p & (p - 1) == 0 for p in pieces(n))
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
+def test_what_the_kernels_do_not_take() -> None:
+    many, wide = make(L=513).inputs[:3], make(D=257).inputs[:3]
+    with use("triton"):
+        with pytest.raises(KernelError, match="513 keys, where it takes 1 to 512"):
+            cross_attention(*many)
+        with pytest.raises(KernelError, match="a head dim of 257, where it takes 1 to 256"):
+            cross_attention(*wide)
+    assert cross_attention(*many).isfinite().all() and cross_attention(*wide).isfinite().all()
+
+
+def zeros(*shape: int, **options: Any) -> Tensor:
+    return torch.zeros(shape, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": zeros(2, 4)}, r"q: expected \[B, N, H, D\], got \(2, 4\)"),
+        ({"q": zeros(2, 9, 16)}, r"heads: expected the number of heads, .* got None"),
+        ({"q": zeros(2, 9, 15), "heads": 2}, r"q: expected \[rows, tokens, a multiple of 2 heads\], got \(2, 9, 15\)"),
+        ({"q": zeros(2, 9, 2, 8).double()}, "q: expected dtype float32 or bfloat16 or float16, got float64"),
+        ({"k": zeros(2, 5, 2, 16)}, r"k: expected \[R, L, 2, 8\] beside q, got \(2, 5, 2, 16\)"),
+        ({"k": zeros(1, 5, 2, 8)}, r"k: expected \[R, L, 2, 8\] beside q, got \(1, 5, 2, 8\)"),
+        ({"k": zeros(2, 5, 2, 8).half()}, "k: expected dtype float32, got float16"),
+        ({"k": zeros(2, 0, 2, 8), "v": zeros(2, 0, 2, 8)}, "k: expected at least one key"),
+        ({"v": zeros(2, 4, 2, 8)}, r"v: expected the shape of k \(2, 5, 2, 8\), got \(2, 4, 2, 8\)"),
+        ({"v": zeros(2, 5, 2, 8, device="meta")}, r"v: expected the device of q \(cpu\), got meta"),
+        ({"mask": zeros(2, 9)}, r"mask: expected \[B, L\] = \(2, 5\), got \(2, 9\)"),
+        ({"mask": zeros(2, 5).long()}, "mask: expected dtype bool or float32 or bfloat16 or float16, got int64"),
+        ({"mask": zeros(2, 5, requires_grad=True)}, "mask: expected a tensor without gradient"),
+        ({"rows": zeros(3).long()}, r"rows: expected \[B\] = \(2,\), got \(3,\)"),
+        ({"rows": zeros(2).int()}, "rows: expected dtype int64, got int32"),
+    ],
+)
+def test_bad_input(changes: dict[str, Any], message: str) -> None:
+    arguments = {"q": zeros(2, 9, 2, 8), "k": zeros(2, 5, 2, 8), "v": zeros(2, 5, 2, 8)} | changes
+    with pytest.raises(InputError, match=message):
+        cross_attention(**arguments)
