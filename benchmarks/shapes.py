@@ -60,3 +60,9 @@ def pixart_weights(blocks: int = 28) -> list[Sizes]:
     attention = [(width, width), (width,)] * 8
     feed_forward = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
     return [(6, width), *attention, *feed_forward] * blocks
+
+
+# (tokens, heads, head dim, keys of the prompt) of attention: SD-1.5 at 512 x 512, SDXL at 1024 x 1024, PixArt-XL/2.
+SD15_ATTENTION = ((4096, 8, 40, 77), (1024, 8, 80, 77), (256, 8, 160, 77))
+SDXL_ATTENTION = ((4096, 10, 64, 77), (1024, 20, 64, 77))
+PIXART_ATTENTION = ((1024, 16, 72, 120),)

@@ -109,12 +109,58 @@ def _output_match(
     return launch
 
 
+def _cross_attention(
+    dtype: torch.dtype, dim: int, keys: int, backward: bool, mask: torch.dtype | None = None, shared: bool = False
+) -> Callable[[], None]:
+    """Sixteen samples of 1024 queries of eight heads."""
+
+    def launch() -> None:
+        q, grad_out, grad_q = _meta([(16, 1024, 8, dim)] * 3, dtype)
+        k, v, grad_k, grad_v = _meta([(1 if shared else 16, keys, 8, dim)] * 4, dtype)
+        masks = _meta([(16, keys)], mask) if mask else [None]
+        rows = _meta([(16,)], torch.int64) if shared else [None]
+        module = _module("cross_attention")
+        if backward:
+            arguments = q, k, v, *masks, *rows, 0.1, grad_out, grad_q, grad_k, grad_v
+            module.cross_attention_backward(*arguments)
+        else:
+            module.cross_attention(q, k, v, *masks, *rows, 0.1, grad_q)
+
+    return launch
+
+
+# (head dim, keys) of SD-1.5, SDXL, PixArt (alpha, sigma), and the limits.
+CROSS_ATTENTION = {
+    "SD-1.5 64x64": (40, 77),
+    "SD-1.5 32x32": (80, 77),
+    "SD-1.5 16x16": (160, 77),
+    "SDXL": (64, 77),
+    "PixArt 120": (72, 120),
+    "PixArt 300": (72, 300),
+    "512 keys": (64, 512),
+    "256 dims": (256, 512),
+}
+
+
+def _cross_attentions() -> dict[str, Callable[[], None]]:
+    launches = {}
+    for name, backward in (("cross_attention", False), ("cross_attention_backward", True)):
+        for model, (dim, keys) in CROSS_ATTENTION.items():
+            launches[f"{name} {model}"] = _cross_attention(torch.bfloat16, dim, keys, backward)
+        launches[f"{name} fp16 bool mask shared rows"] = _cross_attention(
+            torch.float16, 40, 77, backward, torch.bool, True
+        )
+        launches[f"{name} fp32 bias"] = _cross_attention(torch.float32, 80, 77, backward, torch.float32)
+    return launches
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "adamw_ema": _adamw_ema(torch.bfloat16, True, False),
     "adamw_ema fp32": _adamw_ema(torch.float32, True, True),
     "adamw_ema without average": _adamw_ema(torch.float16, False, True),
     "grad_square_sum": _grad_square_sum(torch.bfloat16),
     "grad_square_sum fp32": _grad_square_sum(torch.float32),
+    **_cross_attentions(),
     "feature_match": _feature_match(torch.bfloat16, torch.bfloat16, 0, True),
     "feature_match fp32": _feature_match(torch.float32, torch.float32, 0, True),
     "feature_match mixed": _feature_match(torch.float32, torch.float16, 0, True),

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.kernels.launches import LAUNCHES
 from benchmarks.kernels.resources import Row, occupancy, usage
+from fastdistill.ops._triton import target
 
 ARCHS = (80, 90, 100)
 _TYPES = {
@@ -86,12 +87,12 @@ def _specialized(value: Any, path: tuple[int, ...], constants: dict[Any, Any], a
 def rows(launches: dict[str, Callable[[], None]] = LAUNCHES, archs: tuple[int, ...] = ARCHS) -> Iterator[Row]:
     """One row a kernel, specialization and architecture."""
     for name, launch in launches.items():
-        with Recorder() as recorder:
-            launch()
-        if not recorder.launched:
-            raise RuntimeError(f"{name}: launched no Triton kernel")
-        for kernel, signature, constants, attributes, options in recorder.launched.values():
-            for arch in archs:
+        for arch in archs:
+            with Recorder() as recorder, target(arch // 10):
+                launch()
+            if not recorder.launched:
+                raise RuntimeError(f"{name}: launched no Triton kernel")
+            for kernel, signature, constants, attributes, options in recorder.launched.values():
                 source = ASTSource(kernel, signature, constants, attributes)
                 compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

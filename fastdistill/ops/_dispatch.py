@@ -47,7 +47,7 @@ def use(kernel: str | None) -> Iterator[None]:
 
 def forced() -> str | None:
     """The kernel that ``use`` asks for here, if any."""
-    return _forced.get()
+    return _forced
 
 
 def _never(*args: Any) -> str | None:
@@ -64,7 +64,7 @@ class Kernel:
 
     name: str
     device: str
-    launch: Callable[..., None]
+    launch: Callable[..., Any]
     available: Callable[[], str | None]
     refuse: Callable[..., str | None] = _never
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every Triton kernel shares: the random-number contract on a GPU.
+"""What Triton kernels share: the GPU that tiles are chosen for, and the random-number contract on it.
 
 The arithmetic is that of ``csrc/philox.h``, operation by operation, so that the integers are equal and the normals have
 the same bits (every multiply-add is one ``fma``; nothing is left for the compiler to contract).
@@ -7,8 +7,32 @@ the same bits (every multiply-add is one ``fma``; nothing is left for the compil
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+_target: contextvars.ContextVar[int] = contextvars.ContextVar("fastdistill_target", default=9)
+
+
+def capability(tensor: Tensor) -> int:
+    """Major compute capability of the tensor's GPU, by which tiles are chosen; that of ``target`` where it has none."""
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else _target.get()
+
+
+@contextlib.contextmanager
+def target(major: int) -> Iterator[None]:
+    """Inside, kernels are launched on tensors without a GPU (compiled ahead of time) as for this compute capability."""
+    token = _target.set(major)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
 
 CHOICE: tl.constexpr = tl.constexpr(0)
 NOISE: tl.constexpr = tl.constexpr(1)

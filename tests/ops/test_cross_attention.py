@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import OPS, cross_attention, use
-from tests.harness import Case, check_fake, check_op, check_values, detached, emulated, evaluate, kernels_of
+from tests.harness import Case, check_fake, check_op, check_values, detached, emulated, evaluate, generator, kernels_of
 
 KERNELS = kernels_of("cross_attention")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy, of samples without keys
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -46,7 +47,9 @@ def eager(
         k, v = k[rows], v[rows]
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)).transpose(1, 2) @ k.permute(0, 2, 3, 1)
     if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        bias = (
+            torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        )
         scores = scores + bias[:, None, None].to(q.dtype)
     top = scores.detach().amax(-1, keepdim=True)
     weights = (scores - top.masked_fill(top == -torch.inf, 0)).exp()
@@ -65,7 +68,7 @@ def make(
     B: int = 2, N: int = 19, H: int = 2, D: int = 8, L: int = 5, dtype: torch.dtype = torch.float32, *,
     mask: str = "none", rows: list[int] | None = None, gradients: str = "qkv", scale: float | None = None,
 ) -> Case:  # fmt: skip
-    g = torch.Generator().manual_seed(B * N * D * L)
+    g = generator(B * N * D * L)
     count = B if rows is None else max(rows) + 2  # a row that nobody takes gets a gradient of zero
     q = torch.randn(B, N, H, D, generator=g).to(dtype).requires_grad_("q" in gradients)
     k = torch.randn(count, L, H, D, generator=g).to(dtype).requires_grad_("k" in gradients)
@@ -169,7 +172,9 @@ def test_layouts(kernel: str, dtype: torch.dtype) -> None:
             b, n, h, d = t.shape
             empty = {
                 "heads first": lambda: torch.empty(b, h, n, d, dtype=dtype).transpose(1, 2),
-                "sliced": lambda: torch.empty(b, n, 3 * h * d, dtype=dtype)[..., h * d : 2 * h * d].unflatten(2, (h, d)),
+                "sliced": lambda: torch.empty(b, n, 3 * h * d, dtype=dtype)[..., h * d : 2 * h * d].unflatten(
+                    2, (h, d)
+                ),
                 "elements apart": lambda: torch.empty(b, n, h, 2 * d, dtype=dtype)[..., ::2],
                 "shifted": lambda: torch.empty(b * n * h * d + 1, dtype=dtype)[1:].view(b, n, h, d),
                 "expanded": lambda: torch.empty(b, n, h, d, dtype=dtype),

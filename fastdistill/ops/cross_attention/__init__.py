@@ -83,8 +83,8 @@ def cross_attention(
         heads: H, where the tensors have three dimensions.
         mask: [B, L], without gradient: bool, True for the keys to keep, or a float bias that is added to the scores
             (-inf leaves a key out). A sample whose keys are all left out gives zeros, and no gradient.
-        rows: int64 [B], the row of ``k`` and ``v`` that each sample takes, in [0, R) (not checked on a GPU). Rows may be
-            shared: a prompt that a whole batch has in common is projected once. Their gradient is the sum.
+        rows: int64 [B], the row of ``k`` and ``v`` that each sample takes, in [0, R) (not checked on a GPU). Rows may
+            be shared: a prompt that a whole batch has in common is projected once. Their gradient is the sum.
         scale: of the scores before the bias; None: 1 / sqrt(D).
 
     Returns:
@@ -100,7 +100,7 @@ def cross_attention(
         q, k, v = (_split(t, name, heads) for t, name in ((q, "q"), (k, "k"), (v, "v")))
     _checked(q, k, v, mask, rows)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not _by_kernel(q.device.type) or (not _any_forced() and _refuse(q, k) is not None):
+    if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None):
         if not torch.compiler.is_compiling():
             OPS["cross_attention"].calls[REFERENCE] += 1
         out = reference.attend(q, k, v, mask, rows, scale)
@@ -112,20 +112,15 @@ def cross_attention(
 
 
 @torch.compiler.assume_constant_result
-def _any_forced() -> bool:
-    return forced() is not None
-
-
-@torch.compiler.assume_constant_result
-def _by_kernel(device: str) -> bool:
-    """Whether the op runs, rather than torch's own attention with its own autograd."""
-    return forced() is not None or (device == "cuda" and _native.triton_reason() is None)
+def _has_triton() -> bool:
+    return _native.triton_reason() is None
 
 
 def _split(tensor: Tensor, name: str, heads: int | None) -> Tensor:
     fits = tensor.dim() == 3 and tensor.shape[2] % (heads or 1) == 0
     _check.require(fits, name, f"[rows, tokens, a multiple of {heads} heads]", tuple(tensor.shape))
-    return tensor.unflatten(2, (heads, -1))
+    split: Tensor = tensor.unflatten(2, (heads, -1))
+    return split
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None) -> None:

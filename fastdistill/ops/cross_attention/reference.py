@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-attention in eager torch: the specification of the op's kernels, and torch's own attention with its autograd.
 
-    S = scale Q K^T + bias,  P = softmax(S) over the keys (0 where every key is left out),  out = P V
-    dV = P^T dO,  dP = dO V^T,  dS = P (dP - sum_j P_j dP_j),  dQ = scale dS K,  dK = scale dS^T Q
+S = scale Q K^T + bias,  P = softmax(S) over the keys (0 where every key is left out),  out = P V
+dV = P^T dO,  dP = dO V^T,  dS = P (dP - sum_j P_j dP_j),  dQ = scale dS K,  dK = scale dS^T Q
 """
 
 from __future__ import annotations

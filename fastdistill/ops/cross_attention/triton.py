@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdistill.ops._triton import capability
 from fastdistill.ops.cross_attention.triton_long import backward_long_kv, backward_long_q, forward_long
 from fastdistill.ops.cross_attention.triton_tiles import (
     add_product,
@@ -187,8 +188,7 @@ def _plan(L: int, D: int, dtype: torch.dtype, backward: bool, capability: int) -
     dims, shared = pieces(D), capability in (9, 10)
     wide = sum(dims)
     if dtype == torch.float32:
-        block = 32 if wide <= 96 else 16
-        return _Plan(dims, (block,), True, block, 8)
+        return _Plan(dims, (16,), True, 16, 8)  # without tensor cores
     if not backward:
         keys = pieces(L)
         if wide <= 160 and sum(keys) <= 128 and wide * sum(keys) <= 12800:
@@ -203,11 +203,6 @@ def _plan(L: int, D: int, dtype: torch.dtype, backward: bool, capability: int) -
     if wide <= 128:
         return _Plan(dims if wide <= 80 else (128,), (64,), True, 64, 8)
     return _Plan((256,), (32,), True, 32, 4)
-
-
-def capability(tensor: Tensor) -> int:
-    """Major compute capability of the tensor's GPU; 9 where it is on none (compiled ahead of time, interpreted)."""
-    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
 
 
 def _unit(D: int, *tensors: Tensor) -> int:

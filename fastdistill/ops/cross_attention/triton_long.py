@@ -8,7 +8,6 @@ Precision as where they fit; the softmax is rescaled as its maximum grows
 Limits    as where they fit
 """
 
-# ruff: noqa: RUF005 (Triton has no unpacking)
 from __future__ import annotations
 
 import triton

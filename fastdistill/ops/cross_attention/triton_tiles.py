@@ -94,14 +94,14 @@ def inverse(total):
 
 @triton.jit
 def place(rows, H, outer, ROWS: tl.constexpr):
-    """Of a program: its head, its number among ``outer`` of the head's sample, the sample, the row of K and V
-    (int64)."""
-    program = tl.program_id(0).to(tl.int64)
-    b = program // H // outer
+    """Of a program its head, its number among ``outer`` (int32) of the head's sample, the sample, the row of
+    K and V (int64)."""
+    program = tl.program_id(0)
+    b = (program // H // outer).to(tl.int64)
     row = b
     if ROWS:
         row = tl.load(rows + b)
-    return program % H, (program // H % outer).to(tl.int32), b, row
+    return (program % H).to(tl.int64), program // H % outer, b, row
 
 
 @triton.jit
