@@ -11,6 +11,9 @@
 
 #include "adamw_ema/math.h"
 #include "feature_match/math.h"
+#include "geglu/math.h"
+#include "group_norm_silu/math.h"
+#include "layer_norm_modulate/math.h"
 #include "noise_gather/math.h"
 #include "output_match/math.h"
 

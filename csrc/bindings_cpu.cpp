@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // fastdistill._cpu: one line an entry point; addresses as integers, the GIL released. Choice of the instruction set.
 // Nothing is checked here: fastdistill/ops/<op>/cpp.py does, under torch's dispatcher.
+#include <array>
 #include <cstdlib>
 #include <stdexcept>
+#include <tuple>
 
 #include "bindings.h"
 #include "isa.h"
@@ -69,6 +71,74 @@ void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, c
   kernels->scale_gradients(arguments, at<float>(factor));
 }
 
+// What is not given has address 0.
+using Given = std::tuple<Address, int, int64_t>;
+fd::Row row_of(const Given& given) { return {at<void>(std::get<0>(given)), fd::Dtype(std::get<1>(given)), std::get<2>(given)}; }
+
+fd::GroupNormSilu norm_of(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu, double eps,
+                          const std::array<Given, 5>& given, Address mean, Address rstd, int threads) {
+  fd::GroupNormSilu a = {};
+  a.x = at<void>(x), a.dtype = fd::Dtype(dtype), a.channels_last = channels_last, a.silu = silu, a.eps = eps;
+  a.batch = sizes[0], a.channels = sizes[1], a.positions = sizes[2], a.groups = sizes[3];
+  a.weight = row_of(given[0]), a.bias = row_of(given[1]), a.time_bias = row_of(given[2]);
+  a.scale = row_of(given[3]), a.shift = row_of(given[4]);
+  a.mean = at<float>(mean), a.rstd = at<float>(rstd), a.threads = threads;
+  return a;
+}
+
+void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu, double eps,
+                     const std::array<Given, 5>& given, Address mean, Address rstd, int threads, Address y) {
+  fd::GroupNormSilu a = norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads);
+  a.y = at<void>(y);
+  std::vector<double> workspace(size_t(kernels->group_norm_silu_workspace(a)));
+  kernels->group_norm_silu(a, workspace.data());
+}
+
+void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu,
+                              double eps, const std::array<Given, 5>& given, Address mean, Address rstd, int threads,
+                              Address grad, Address dx, const std::array<Given, 5>& outs) {
+  fd::GroupNormSilu a = norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads);
+  a.grad = at<void>(grad), a.dx = at<void>(dx);
+  a.dweight = row_of(outs[0]), a.dbias = row_of(outs[1]), a.dtime_bias = row_of(outs[2]);
+  a.dscale = row_of(outs[3]), a.dshift = row_of(outs[4]);
+  std::vector<double> workspace(size_t(kernels->group_norm_silu_workspace(a)));
+  kernels->group_norm_silu_backward(a, workspace.data());
+}
+
+void geglu(Address x, int dtype, int64_t rows, int64_t width, bool tanh, Address y, Address grad, Address dx, int threads) {
+  kernels->geglu({at<void>(x), fd::Dtype(dtype), rows, width, tanh, at<void>(y), at<void>(grad), at<void>(dx), threads});
+}
+
+fd::LayerNormModulate norm_of(Address x, Address h, int dtype, const std::array<int64_t, 3>& sizes, double eps,
+                              const std::array<Given, 5>& given, Address mean, Address rstd, int threads) {
+  fd::LayerNormModulate a = {};
+  a.x = at<void>(x), a.h = at<void>(h), a.dtype = fd::Dtype(dtype), a.eps = eps;
+  a.batch = sizes[0], a.rows = sizes[1], a.width = sizes[2];
+  a.gate = row_of(given[0]), a.scale = row_of(given[1]), a.shift = row_of(given[2]);
+  a.weight = row_of(given[3]), a.bias = row_of(given[4]);
+  a.mean = at<float>(mean), a.rstd = at<float>(rstd), a.threads = threads;
+  return a;
+}
+
+void layer_norm_modulate(Address x, Address h, int dtype, const std::array<int64_t, 3>& sizes, double eps,
+                         const std::array<Given, 5>& given, Address mean, Address rstd, int threads, Address y, Address s) {
+  fd::LayerNormModulate a = norm_of(x, h, dtype, sizes, eps, given, mean, rstd, threads);
+  a.y = at<void>(y), a.s = at<void>(s);
+  std::vector<float> workspace(size_t(kernels->layer_norm_modulate_workspace(a)));
+  kernels->layer_norm_modulate(a, workspace.data());
+}
+
+void layer_norm_modulate_backward(Address s, Address h, int dtype, const std::array<int64_t, 3>& sizes,
+                                  const std::array<Given, 5>& given, Address mean, Address rstd, int threads, Address grad,
+                                  Address grad_s, Address dx, Address dh, const std::array<Given, 5>& outs) {
+  fd::LayerNormModulate a = norm_of(s, h, dtype, sizes, 0.0, given, mean, rstd, threads);
+  a.grad = at<void>(grad), a.grad_s = at<void>(grad_s), a.dx = at<void>(dx), a.dh = at<void>(dh);
+  a.dgate = row_of(outs[0]), a.dscale = row_of(outs[1]), a.dshift = row_of(outs[2]);
+  a.dweight = row_of(outs[3]), a.dbias = row_of(outs[4]);
+  std::vector<float> workspace(size_t(kernels->layer_norm_modulate_workspace(a)));
+  kernels->layer_norm_modulate_backward(a, workspace.data());
+}
+
 int64_t noise_gather(Address latents, Address latent_prompts, const Addresses& prompts,
                      const std::vector<int64_t>& prompt_bytes, Address coefficients, Address replace, Address counter,
                      int64_t latent_count, int64_t prompt_count, int64_t steps, int64_t latent_ring, int64_t prompt_ring,
@@ -125,6 +195,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels on raw addresses. Call fastdistill.ops instead: it checks what is unchecked here.";
   m.def("feature_match", &feature_match, release());
   m.def("scale_gradients", &scale_gradients, release());
+  m.def("group_norm_silu", &group_norm_silu, release());
+  m.def("group_norm_silu_backward", &group_norm_silu_backward, release());
+  m.def("geglu", &geglu, release());
+  m.def("layer_norm_modulate", &layer_norm_modulate, release());
+  m.def("layer_norm_modulate_backward", &layer_norm_modulate_backward, release());
   m.def("noise_gather", &noise_gather, release());
   m.def("output_match", &output_match, release());
   m.def("grad_square_sum", &grad_square_sum, release());

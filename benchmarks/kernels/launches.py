@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels import norms
 from benchmarks.shapes import SD15_TAPS, sd15_weights
 
 # Of both text encoders, pooled, and the time ids (original size, crop, target size); a mask as PixArt's.
@@ -169,6 +170,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "feature_match cosine": _feature_match(torch.bfloat16, torch.bfloat16, 3, True),
     "feature_match loss alone": _feature_match(torch.bfloat16, torch.bfloat16, 0, False),
     "scale_gradients": _scale_gradients,
+    **norms.LAUNCHES,
     "output_match": _output_match(torch.bfloat16, torch.bfloat16, False, False, False),
     "output_match guided with a task": _output_match(torch.float32, torch.bfloat16, True, True, False),
     "output_match huber": _output_match(torch.float16, torch.float16, True, True, True),

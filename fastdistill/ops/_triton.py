@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Triton kernels share: the GPU that tiles are chosen for, and the random-number contract on it.
+"""What Triton kernels share: the GPU that tiles are chosen for, small tensors that may be missing, and the contract of
+random numbers.
 
-The arithmetic is that of ``csrc/philox.h``, operation by operation, so that the integers are equal and the normals have
-the same bits (every multiply-add is one ``fma``; nothing is left for the compiler to contract).
+The arithmetic of the contract is that of ``csrc/philox.h``, operation by operation, so that the integers are equal and
+the normals have the same bits (every multiply-add is one ``fma``; nothing is left for the compiler to contract).
 """
 
 from __future__ import annotations
@@ -116,3 +117,33 @@ def permute(at, n, half, seed, epoch):
     while value >= n:
         value = _feistel(value, half, seed, epoch)
     return value
+
+
+@triton.jit
+def optional(pointer, at, inside, GIVEN: tl.constexpr, DEFAULT: tl.constexpr):
+    """Numbers as float32; a constant where no tensor was given."""
+    if GIVEN:
+        value = tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        value = tl.full(inside.shape, DEFAULT, tl.float32)
+    return value
+
+
+@triton.jit
+def over_samples(
+    sums, dweight, dbias, C, batch, WEIGHT: tl.constexpr, BIAS: tl.constexpr, LANES: tl.constexpr, BC: tl.constexpr
+):
+    """The gradients of weight and bias: what each sample gives, in order."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    weights = tl.full((LANES, BC), 0.0, tl.float64)
+    biases = weights
+    for first in range(0, batch, LANES):
+        sample = first + tl.arange(0, LANES).to(tl.int64)
+        inside = (sample < batch)[:, None] & (c < C)[None, :]
+        at = sums + (sample * C)[:, None] + c[None, :]
+        weights += tl.load(at, mask=inside, other=0.0).to(tl.float64)
+        biases += tl.load(at + tl.cast(batch, tl.int64) * C, mask=inside, other=0.0).to(tl.float64)
+    if WEIGHT:
+        tl.store(dweight + c, tl.sum(weights, 0).to(tl.float32).to(dweight.dtype.element_ty), mask=c < C)
+    if BIAS:
+        tl.store(dbias + c, tl.sum(biases, 0).to(tl.float32).to(dbias.dtype.element_ty), mask=c < C)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -61,6 +62,36 @@ def _adamw_ema() -> None:
     )
 
 
+def _group_norm_silu(backward: bool) -> None:
+    (x, y), given, (mean, rstd) = _ones(3, 3), _ones(1, 1, 2, 2, 2), _ones(2, 2)
+    module = _module("group_norm_silu")
+    for whole in (module.WHOLE, 0):  # in one program, and in tiles
+        with mock.patch.object(module, "WHOLE", whole):
+            if backward:
+                small = _ones(1, 1, 2, 2, 2)
+                module.group_norm_silu_backward(x, x, *given, mean, rstd, 1, True, 31, y, small)
+            else:
+                module.group_norm_silu(x, *given, 1, 1e-5, True, y, mean, rstd)
+
+
+def _layer_norm_modulate(backward: bool) -> None:
+    (x, y), (gate, scale, shift, weight, bias), statistics = _ones(3, 3), _ones(2, 2, 2, 1, 1), _ones(2, 2)
+    module = _module("layer_norm_modulate")
+    if backward:
+        small = _ones(2, 2, 2, 1, 1)
+        module.layer_norm_modulate_backward(x, x, x, x, gate, scale, weight, bias, *statistics, 31, y, _ones(3), small)
+    else:
+        module.layer_norm_modulate(x, x, gate, scale, shift, weight, bias, 1e-6, y, _ones(3), *statistics)
+
+
+def _geglu(backward: bool) -> None:
+    x, y = torch.empty(1, 2, device="meta"), torch.empty(1, 1, device="meta")
+    if backward:
+        _module("geglu").geglu_backward(y, x, False, x)
+    else:
+        _module("geglu").geglu(x, False, y)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "noise_gather": lambda: _noise_gather(0, False),
     "noise_gather staged": lambda: _noise_gather(1, False),
@@ -69,6 +100,15 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "scale_gradients": lambda: _module("feature_match").scale_gradients(_ones(2), *_ones(0)),
     "output_match": _output_match,
     "adamw_ema": _adamw_ema,
+    **{
+        f"{name}{'_backward' * backward}": lambda launch=launch, backward=backward: launch(backward)
+        for backward in (False, True)
+        for name, launch in (
+            ("group_norm_silu", _group_norm_silu),
+            ("layer_norm_modulate", _layer_norm_modulate),
+            ("geglu", _geglu),
+        )
+    },
     "grad_square_sum": lambda: _module("adamw_ema").grad_square_sum(_ones(1), *_ones(0, dtype=DOUBLE)),
 }
 

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// Group norm between a bias and affine maps, element by element; F is sixteen lanes on a CPU.
+//
+//   n = (x + time_bias - mean) rstd     z = (n weight + bias) (1 + scale) + shift     y = z sigmoid(z), or z
+//   dn = dz weight (1 + scale)          dx = rstd (dn - mean(dn) - n mean(dn n)), means over the group
+#pragma once
+#include "rows.h"
+
+namespace fd {
+
+struct GroupNormSilu {
+  const void* x;  // [batch, channels, positions], or [batch, positions, channels] where channels_last
+  Dtype dtype;
+  int64_t batch, channels, positions, groups;
+  bool channels_last, silu;
+  double eps;
+  Row weight, bias, time_bias, scale, shift;
+  float *mean, *rstd;  // [batch, groups]
+  void* y;
+  const void* grad;
+  void* dx;
+  Row dweight, dbias, dtime_bias, dscale, dshift;
+  int threads;
+};
+
+namespace FD_ISA {
+
+template <typename F> FD_HD F standardized(F x, F middle, F rstd) { return (x - middle) * rstd; }
+
+// dz / dy of SiLU at z, gate = sigmoid(z).
+template <typename F> FD_HD F silu_slope(F z, F gate, F one) { return gate * muladd(z, one - gate, one); }
+
+template <typename F> FD_HD F gradient(F dz, F n, F rstd, F factor, F mean, F mean_n) {
+  return rstd * (dz * factor - mean - n * mean_n);
+}
+
+}  // namespace FD_ISA
+}  // namespace fd

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// What kernels of rows share: small tensors of any dtype as numbers, vectors that may be cut off, sums of lanes.
+#pragma once
+#include "common.h"
+#ifndef __CUDACC__
+#include "simd.h"
+#endif
+
+namespace fd {
+
+// Numbers of channels, [C] or [B, C]; a null address stands for what is not given.
+struct Row {
+  void* address;
+  Dtype dtype;
+  int64_t stride;  // from one sample to the next
+};
+
+#ifndef __CUDACC__
+namespace FD_ISA {
+
+inline float number(const Row& row, int64_t sample, int64_t c, float missing) {
+  const int64_t at = sample * row.stride + c;
+  if (!row.address) return missing;
+  switch (row.dtype) {
+    case Dtype::f32: return static_cast<const float*>(row.address)[at];
+    case Dtype::bf16: return to_float(static_cast<const bf16*>(row.address)[at]);
+    default: return to_float(static_cast<const f16*>(row.address)[at]);
+  }
+}
+
+inline void put(const Row& row, int64_t sample, int64_t c, double value) {
+  const int64_t at = sample * row.stride + c;
+  if (!row.address) return;
+  switch (row.dtype) {
+    case Dtype::f32: static_cast<float*>(row.address)[at] = float(value); return;
+    case Dtype::bf16: static_cast<bf16*>(row.address)[at] = from_float<bf16>(float(value)); return;
+    default: static_cast<f16*>(row.address)[at] = from_float<f16>(float(value));
+  }
+}
+
+template <typename T> FD_HD Lanes get(const T* p, int64_t n) { return n == lanes ? load(p) : load_first(p, n); }
+template <bool stream, typename T> FD_HD void set(T* p, Lanes a, int64_t n) {
+  if (n == lanes) store<stream>(p, a);
+  else store_first(p, a, n);
+}
+FD_HD Lanes keep(Lanes a, int64_t n) {  // the first n lanes, zero for the rest
+  if (n == lanes) return a;
+  float x[lanes];
+  memcpy(x, &a, sizeof x);
+  return load_first(x, n);
+}
+
+// The channels [c, c + n), n <= lanes.
+inline Lanes vector(const Row& row, int64_t sample, int64_t c, int64_t n, float missing) {
+  const int64_t at = sample * row.stride + c;
+  if (!row.address) return splat(missing);
+  switch (row.dtype) {
+    case Dtype::f32: return get(static_cast<const float*>(row.address) + at, n);
+    case Dtype::bf16: return get(static_cast<const bf16*>(row.address) + at, n);
+    default: return get(static_cast<const f16*>(row.address) + at, n);
+  }
+}
+
+// A sum of lanes as a tree, in float.
+FD_HD double total(Lanes a) {
+  float x[lanes];
+  memcpy(x, &a, sizeof x);
+  for (int width = lanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+}  // namespace FD_ISA
+#endif
+
+}  // namespace fd

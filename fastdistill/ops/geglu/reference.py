@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GEGLU in eager torch: the specification of the op's kernels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def gelu_and_slope(g: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    """gelu(g) and its derivative.
+
+    erf: g Phi(g), Phi(g) + g phi(g).  tanh: g s, s + g s (1 - s) 2u', with u = sqrt(2 / pi) (g + 0.044715 g^3) and
+    s = sigmoid(2u).
+    """
+    if tanh:
+        root = 2 * math.sqrt(2 / math.pi)
+        s = (root * (g + 0.044715 * g**3)).sigmoid()
+        return g * s, s + g * s * (1 - s) * root * (1 + 3 * 0.044715 * g * g)
+    below = torch.special.ndtr(g)
+    return g * below, below + g * (-0.5 * g * g).exp() / math.sqrt(2 * math.pi)
+
+
+def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
+    """Fill ``y`` [..., D] from ``x`` [..., 2 D]; float32 inside."""
+    a, g = x.float().chunk(2, -1)
+    y.copy_(a * gelu_and_slope(g, tanh)[0])
+
+
+def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor) -> None:
+    """Fill ``dx`` like ``x``: (grad gelu(g), grad a gelu'(g))."""
+    a, g = x.float().chunk(2, -1)
+    value, slope = gelu_and_slope(g, tanh)
+    dx.copy_(torch.cat([grad.float() * value, grad.float() * a * slope], -1))

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GEGLU in Triton.
+
+Grid      one program ``BLOCK`` columns of a row
+Traffic   forward 3 accesses an element of y, backward 5: 6 and 10 bytes in bf16
+Precision fp32 inside, rounded once
+Limits    64-bit offsets; 2^31 programs
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+WARPS = 4
+
+
+@triton.jit
+def _gelu(g, TANH: tl.constexpr):
+    """gelu(g) and its derivative."""
+    if TANH:
+        s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * g * (1.0 + 0.044715 * g * g)))
+        slope = s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+    else:
+        s = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
+        slope = s + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
+    return g * s, slope
+
+
+@triton.jit
+def _place(width, BLOCK: tl.constexpr):
+    """Of a program: the row's first element in y, its columns, and which are inside."""
+    blocks = tl.cdiv(width, BLOCK)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return (tl.program_id(0) // blocks).to(tl.int64) * width, columns, columns < width
+
+
+@triton.jit
+def _forward(x, y, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    first, columns, inside = _place(width, BLOCK)
+    a = tl.load(x + 2 * first + columns, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(x + 2 * first + width + columns, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _gelu(g, TANH)
+    tl.store(y + first + columns, (a * value).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(grad, x, dx, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    first, columns, inside = _place(width, BLOCK)
+    d = tl.load(grad + first + columns, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(x + 2 * first + columns, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(x + 2 * first + width + columns, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _gelu(g, TANH)
+    to = dx + 2 * first + columns
+    tl.store(to, (d * value).to(dx.dtype.element_ty), mask=inside)
+    tl.store(to + width, (d * a * slope).to(dx.dtype.element_ty), mask=inside)
+
+
+def _grid(x: Tensor) -> tuple[tuple[int], int]:
+    width = x.shape[-1] // 2
+    return (x.numel() // (2 * width) * triton.cdiv(width, BLOCK),), width
+
+
+def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
+    """One launch; arguments as the reference's."""
+    grid, width = _grid(x)
+    _forward[grid](x, y, width, tanh, BLOCK, num_warps=WARPS)
+
+
+def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor) -> None:
+    """One launch; arguments as the reference's."""
+    grid, width = _grid(x)
+    _backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS)

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two layouts of [B, C, *positions] that kernels walk: positions side by side, or channels side by side."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def channels_last(x: Tensor) -> bool | None:
+    """Whether neighboring channels are side by side in memory; None where the layout is neither of the two."""
+    if x.is_contiguous():
+        return False
+    return True if x.movedim(1, -1).is_contiguous() else None
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """``x`` itself in one of the two layouts, else a contiguous copy."""
+    return x if channels_last(x) is not None else x.contiguous()

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group norm, affine maps and SiLU in Triton, over tiles of channels by positions, in either layout.
+
+Grid      one program a tile of one sample; between the passes one program a sample and group merges the tiles' sums in
+          their order. A group that fits into one program takes one launch in all (``_whole``)
+Traffic   forward x read twice, y written; backward x and grad read twice, dx written; bf16: 4 and 6 bytes an element
+          from memory where the second read finds x in the L2 cache: the batch is walked in slices of ``SLICE`` bytes
+Precision a tile's mean and squares about it in fp32, merged in fp64 (Chan et al. 1979); outputs rounded once
+Limits    64-bit offsets; 2^14 channels a group; a gradient for weight or bias takes one launch more
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdistill.ops._triton import optional, over_samples
+from fastdistill.ops.group_norm_silu.layout import channels_last
+from fastdistill.ops.group_norm_silu.reference import spread
+
+FORWARD, BACKWARD = 8192, 4096  # elements of a tile
+WHOLE = (
+    16384  # elements of a group that one program holds, with those that fill up a power of two; half in the backward
+)
+SLICE = 16 << 20  # bytes of x, a third of an H100's L2 cache
+SUMS = 512  # partial sums that a program holds at once
+WARPS = 8
+
+
+@triton.jit
+def _within(C, P, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+    """The elements [BC, BP] of a tile, counted from its first; fewer than 2^31."""
+    c, p = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
+    return p * C + c if LAST else c * P + p  # one of them while it is compiled
+
+
+@triton.jit
+def _tile(C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+    """Of a program: sample, chunk, channels [BC], positions [BP] and elements [BC, BP], counted from the start of x."""
+    blocks = tl.cdiv(C, BC)
+    rest = tl.program_id(0) // blocks
+    sample, chunk, c, p = (
+        (rest // chunks).to(tl.int64),
+        rest % chunks,
+        tl.program_id(0) % blocks * BC,
+        rest % chunks * BP,
+    )
+    first = sample * C * P
+    first += p.to(tl.int64) * C + c if LAST else c.to(tl.int64) * P + p
+    return sample, chunk, c + tl.arange(0, BC), p + tl.arange(0, BP), first + _within(C, P, LAST, BC, BP)
+
+
+@triton.jit
+def _group(C, P, G, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+    """Of a program that holds a group: sample, channels, which are of the group, elements, and which are inside."""
+    sample, c = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G * (C // G)
+    of_group = tl.arange(0, BC) < C // G
+    first = sample * C * P
+    first += c if LAST else c.to(tl.int64) * P
+    inside = of_group[:, None] & (tl.arange(0, BP) < P)[None, :]
+    return sample, c + tl.arange(0, BC), of_group, first + _within(C, P, LAST, BC, BP), inside
+
+
+@triton.jit
+def _affine(sample, c, inside, given, strides, GIVEN: tl.constexpr):
+    """Of each channel: time_bias, weight, bias, 1 + scale and shift."""
+    weight, bias, time_bias, scale, shift = given
+    return (
+        optional(time_bias, sample * strides[0] + c, inside, GIVEN & 4, 0.0),
+        optional(weight, c, inside, GIVEN & 1, 1.0),
+        optional(bias, c, inside, GIVEN & 2, 0.0),
+        1.0 + optional(scale, sample * strides[1] + c, inside, GIVEN & 8, 0.0),
+        optional(shift, sample * strides[2] + c, inside, GIVEN & 16, 0.0),
+    )
+
+
+@triton.jit
+def _output(v, middle, r, w, b, s, h, SILU: tl.constexpr):
+    """y of a tile; ``middle`` and ``r`` are the mean less the time bias and 1 / standard deviation of each channel."""
+    z = (v - middle[:, None]) * (r * w * s)[:, None] + (b * s + h)[:, None]
+    if SILU:
+        z = z / (1.0 + tl.exp(-z))
+    return z
+
+
+@triton.jit
+def _slopes(v, g, middle, r, w, b, s, h, SILU: tl.constexpr):
+    """n and dz of a tile."""
+    n = (v - middle[:, None]) * r[:, None]
+    if SILU:
+        z = n * (w * s)[:, None] + (b * s + h)[:, None]
+        gate = 1.0 / (1.0 + tl.exp(-z))
+        g = g * gate * (1.0 + z * (1.0 - gate))
+    return n, g
+
+
+@triton.jit
+def _tile_moments(x, partials, C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+    """Mean of each channel over the tile, and the sum of squares about it."""
+    sample, chunk, c, p, at = _tile(C, P, chunks, LAST, BC, BP)
+    inside = (c < C)[:, None] & (p < P)[None, :]
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(v, 1) / tl.cast(tl.minimum(P - chunk * BP, BP), tl.float32)
+    d = tl.where(inside, v - mean[:, None], 0.0)
+    to = partials + (sample * chunks + chunk) * 2 * C + c
+    tl.store(to, mean, mask=c < C)
+    tl.store(to + C, tl.sum(d * d, 1), mask=c < C)
+
+
+@triton.jit
+def _merge_moments(
+    partials, mean, rstd, time_bias, stride, eps, C, P, G, chunks, TIME: tl.constexpr, BP: tl.constexpr,
+    CHANNELS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / standard deviation of a group from those of its tiles and channels."""
+    sample, lane = (tl.program_id(0) // G).to(tl.int64), tl.arange(0, CHANNELS)
+    of_group, c = lane < C // G, tl.program_id(0) % G * (C // G) + lane
+    added = optional(time_bias, sample * stride + c, of_group, TIME, 0.0).to(tl.float64)
+    n = tl.cast(C // G, tl.float64) * tl.cast(P, tl.float64)
+    total = tl.full((LANES, CHANNELS), 0.0, tl.float64)
+    for first in range(0, chunks, LANES):
+        k = first + tl.arange(0, LANES)
+        inside = (k < chunks)[:, None] & of_group[None, :]
+        at = ((sample * chunks + k) * 2 * C)[:, None] + c[None, :]
+        here = tl.load(partials + at, mask=inside, other=0.0).to(tl.float64) + added[None, :]
+        total += tl.where(inside, here * tl.minimum(P - k * BP, BP).to(tl.float64)[:, None], 0.0)
+    middle = tl.sum(total) / n
+    total = tl.full((LANES, CHANNELS), 0.0, tl.float64)
+    for first in range(0, chunks, LANES):
+        k = first + tl.arange(0, LANES)
+        inside = (k < chunks)[:, None] & of_group[None, :]
+        at = ((sample * chunks + k) * 2 * C)[:, None] + c[None, :]
+        d = tl.load(partials + at, mask=inside, other=0.0).to(tl.float64) + added[None, :] - middle
+        squares = tl.load(partials + at + C, mask=inside, other=0.0).to(tl.float64)
+        total += tl.where(inside, squares + d * d * tl.minimum(P - k * BP, BP).to(tl.float64)[:, None], 0.0)
+    tl.store(mean + tl.program_id(0), middle.to(tl.float32))
+    tl.store(rstd + tl.program_id(0), (1.0 / tl.sqrt(tl.sum(total) / n + eps)).to(tl.float32))
+
+
+@triton.jit
+def _tile_output(
+    x, y, mean, rstd, given, strides, C, P, G, chunks, GIVEN: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    sample, _, c, p, at = _tile(C, P, chunks, LAST, BC, BP)
+    inside, group = (c < C)[:, None] & (p < P)[None, :], sample * G + c // (C // G)
+    t, w, b, s, h = _affine(sample, c, c < C, given, strides, GIVEN)
+    middle = tl.load(mean + group, mask=c < C, other=0.0) - t
+    r = tl.load(rstd + group, mask=c < C, other=0.0)
+    v = tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    z = _output(v, middle, r, w, b, s, h, SILU)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def _whole(
+    x, y, mean, rstd, given, strides, eps, C, P, G, GIVEN: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """A group from x to y in one program."""
+    sample, c, of_group, at, inside = _group(C, P, G, LAST, BC, BP)
+    n = tl.cast(C // G, tl.float32) * tl.cast(P, tl.float32)
+    t, w, b, s, h = _affine(sample, c, of_group, given, strides, GIVEN)
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    middle = tl.sum(tl.where(inside, v + t[:, None], 0.0)) / n
+    d = tl.where(inside, v - (middle - t)[:, None], 0.0)
+    middle += tl.sum(d) / n  # what the rounding of the first sum has left
+    d = tl.where(inside, v - (middle - t)[:, None], 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(d * d) / n + eps)
+    tl.store(mean + tl.program_id(0), middle)
+    tl.store(rstd + tl.program_id(0), r)
+    z = _output(v, middle - t, tl.full((BC,), 0.0, tl.float32) + r, w, b, s, h, SILU)
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _group_gradients(
+    ones, products, normals, sample, c, of_group, C, P, n, batch, r, w, b, s, sums, outs, WANTED: tl.constexpr
+):  # fmt: skip
+    """From the sums of dz, dz n and n of each channel (fp64): the means of dn and dn n, and the small gradients."""
+    dtime_bias, dscale, dshift = outs
+    w, b, s = w.to(tl.float64), b.to(tl.float64), s.to(tl.float64)
+    mean = tl.sum(tl.where(of_group, ones * w * s, 0.0)) / n
+    mean_n = tl.sum(tl.where(of_group, products * w * s, 0.0)) / n
+    at = sample * C + c
+    if WANTED & 1:
+        tl.store(sums + at, (s * products).to(tl.float32), mask=of_group)
+        tl.store(sums + tl.cast(batch, tl.int64) * C + at, (s * ones).to(tl.float32), mask=of_group)
+    if WANTED & 4:
+        value = r * (w * s * ones - P * mean - normals * mean_n)
+        tl.store(dtime_bias + at, value.to(tl.float32).to(dtime_bias.dtype.element_ty), mask=of_group)
+    if WANTED & 8:
+        tl.store(dscale + at, (w * products + b * ones).to(tl.float32).to(dscale.dtype.element_ty), mask=of_group)
+    if WANTED & 16:
+        tl.store(dshift + at, ones.to(tl.float32).to(dshift.dtype.element_ty), mask=of_group)
+    return mean.to(tl.float32), mean_n.to(tl.float32)
+
+
+@triton.jit
+def _tile_sums(
+    x, grad, partials, mean, rstd, given, strides, C, P, G, chunks, GIVEN: tl.constexpr, SILU: tl.constexpr,
+    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """The sums of dz, dz n and n of each channel over the tile."""
+    sample, chunk, c, p, at = _tile(C, P, chunks, LAST, BC, BP)
+    inside, group = (c < C)[:, None] & (p < P)[None, :], sample * G + c // (C // G)
+    t, w, b, s, h = _affine(sample, c, c < C, given, strides, GIVEN)
+    middle = tl.load(mean + group, mask=c < C, other=0.0) - t
+    r = tl.load(rstd + group, mask=c < C, other=0.0)
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    n, dz = _slopes(v, g, middle, r, w, b, s, h, SILU)
+    to = partials + (sample * chunks + chunk) * 3 * C + c
+    tl.store(to, tl.sum(dz, 1), mask=c < C)
+    tl.store(to + C, tl.sum(dz * n, 1), mask=c < C)
+    tl.store(to + 2 * C, tl.sum(tl.where(inside, n, 0.0), 1), mask=c < C)
+
+
+@triton.jit
+def _merge_sums(
+    partials, means, rstd, given, strides, sums, outs, C, P, G, chunks, batch, GIVEN: tl.constexpr,
+    WANTED: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    sample, lane = (tl.program_id(0) // G).to(tl.int64), tl.arange(0, CHANNELS)
+    of_group, c = lane < C // G, tl.program_id(0) % G * (C // G) + lane
+    ones = tl.full((LANES, CHANNELS), 0.0, tl.float64)
+    products, normals = ones, ones
+    for first in range(0, chunks, LANES):
+        k = first + tl.arange(0, LANES)
+        inside = (k < chunks)[:, None] & of_group[None, :]
+        at = partials + ((sample * chunks + k) * 3 * C)[:, None] + c[None, :]
+        ones += tl.load(at, mask=inside, other=0.0).to(tl.float64)
+        products += tl.load(at + C, mask=inside, other=0.0).to(tl.float64)
+        if WANTED & 4:
+            normals += tl.load(at + 2 * C, mask=inside, other=0.0).to(tl.float64)
+    _, w, b, s, _ = _affine(sample, c, of_group, given, strides, GIVEN)
+    n = tl.cast(C // G, tl.float64) * tl.cast(P, tl.float64)
+    mean, mean_n = _group_gradients(
+        tl.sum(ones, 0), tl.sum(products, 0), tl.sum(normals, 0), sample, c, of_group, C, P, n, batch,
+        tl.load(rstd + tl.program_id(0)), w, b, s, sums, outs, WANTED,
+    )  # fmt: skip
+    tl.store(means + 2 * tl.program_id(0), mean)
+    tl.store(means + 2 * tl.program_id(0) + 1, mean_n)
+
+
+@triton.jit
+def _tile_gradient(
+    x, grad, dx, means, mean, rstd, given, strides, C, P, G, chunks, GIVEN: tl.constexpr, SILU: tl.constexpr,
+    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    sample, _, c, p, at = _tile(C, P, chunks, LAST, BC, BP)
+    inside, group = (c < C)[:, None] & (p < P)[None, :], sample * G + c // (C // G)
+    t, w, b, s, h = _affine(sample, c, c < C, given, strides, GIVEN)
+    middle = tl.load(mean + group, mask=c < C, other=0.0) - t
+    r = tl.load(rstd + group, mask=c < C, other=0.0)
+    first = tl.load(means + 2 * group, mask=c < C, other=0.0)
+    second = tl.load(means + 2 * group + 1, mask=c < C, other=0.0)
+    v = tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    g = tl.load(grad + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    n, dz = _slopes(v, g, middle, r, w, b, s, h, SILU)
+    d = r[:, None] * (dz * (w * s)[:, None] - first[:, None] - n * second[:, None])
+    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+
+
+@triton.jit
+def _whole_backward(
+    x, grad, dx, mean, rstd, given, strides, sums, outs, C, P, G, batch, GIVEN: tl.constexpr, WANTED: tl.constexpr,
+    SILU: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """All gradients of a group in one program, but those that samples share."""
+    sample, c, of_group, at, inside = _group(C, P, G, LAST, BC, BP)
+    t, w, b, s, h = _affine(sample, c, of_group, given, strides, GIVEN)
+    r = tl.load(rstd + tl.program_id(0))
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    rs = tl.full((BC,), 0.0, tl.float32) + r
+    n, dz = _slopes(v, g, tl.load(mean + tl.program_id(0)) - t, rs, w, b, s, h, SILU)
+    ones, products = tl.sum(dz, 1).to(tl.float64), tl.sum(dz * n, 1).to(tl.float64)
+    normals = tl.sum(tl.where(inside, n, 0.0), 1).to(tl.float64)
+    count = tl.cast(C // G, tl.float64) * tl.cast(P, tl.float64)
+    first, second = _group_gradients(
+        ones, products, normals, sample, c, of_group, C, P, count, batch, r, w, b, s, sums, outs, WANTED
+    )  # fmt: skip
+    d = r * (dz * (w * s)[:, None] - first - n * second)
+    tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+
+
+class _Shape:
+    """How x is cut: channels and positions of a tile or of a whole group, and the slices of the batch."""
+
+    def __init__(self, x: Tensor, groups: int, elements: int, whole: int) -> None:
+        self.batch, self.channels = x.shape[:2]
+        self.positions = x.numel() // (self.batch * self.channels)
+        self.groups, self.last = groups, bool(channels_last(x))
+        power = triton.next_power_of_2
+        self.group = power(self.channels // groups)
+        self.whole = self.group * power(self.positions) <= whole
+        if self.whole:
+            self.bc, self.bp = self.group, power(self.positions)
+        elif self.last:
+            self.bc = min(power(self.channels), 64)
+            self.bp = min(power(self.positions), elements // self.bc)
+        else:
+            self.bp = min(power(self.positions), 1024)
+            self.bc = min(power(self.channels), elements // self.bp) if self.positions < 1 << 27 else 1
+        self.chunks = triton.cdiv(self.positions, self.bp)
+        self.lanes = min(power(self.chunks), max(SUMS // self.group, 1))
+        self.samples = max(SLICE // (x[0].numel() * x.element_size()), 1)
+
+    def slices(self) -> Iterator[tuple[slice, tuple[int], tuple[int]]]:
+        """Samples that are walked together; their tiles and their groups."""
+        tiles = triton.cdiv(self.channels, self.bc) * self.chunks
+        for first in range(0, self.batch, self.samples):
+            count = min(self.samples, self.batch - first)
+            yield slice(first, first + count), (count * tiles,), (count * self.groups,)
+
+
+def _given(x: Tensor, *given: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, int, int], int]:
+    """The tensors, x for those that are missing; strides of the last three; a bit for each that is there."""
+    tensors = tuple(x if t is None else t for t in given)
+    strides = tuple(t.stride(0) if t.dim() == 2 else 0 for t in tensors[2:])
+    return tensors, strides, sum(1 << i for i, t in enumerate(given) if t is not None)  # type: ignore[return-value]
+
+
+def _of(tensors: tuple[Tensor, ...], rows: slice) -> tuple[Tensor, ...]:
+    """weight and bias, and the samples' rows of the others."""
+    return (*tensors[:2], *(t[rows] for t in tensors[2:]))
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    time_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    """One launch where a group fits into a program, else three for each slice; arguments as the reference's."""
+    cut = _Shape(x, groups, FORWARD, WHOLE)
+    tensors, strides, given = _given(x, weight, bias, time_bias, scale, shift)
+    size = cut.channels, cut.positions
+    if cut.whole:
+        _whole[(cut.batch * groups,)](
+            x, y, mean, rstd, tensors, strides, eps, *size, groups, given, silu, cut.last, cut.bc, cut.bp,
+            num_warps=WARPS,
+        )  # fmt: skip
+        return
+    shape = min(cut.samples, cut.batch), cut.chunks, 2, cut.channels
+    partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    for rows, tiles, merges in cut.slices():
+        some, of = x[rows], _of(tensors, rows)
+        _tile_moments[tiles](some, partials, *size, cut.chunks, cut.last, cut.bc, cut.bp, num_warps=WARPS)
+        _merge_moments[merges](
+            partials, mean[rows], rstd[rows], of[2], strides[0], eps, *size, groups, cut.chunks, bool(given & 4),
+            cut.bp, cut.group, cut.lanes, num_warps=4,
+        )  # fmt: skip
+        _tile_output[tiles](
+            some, y[rows], mean[rows], rstd[rows], of, strides, *size, groups, cut.chunks, given, silu, cut.last,
+            cut.bc, cut.bp, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def group_norm_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    time_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    silu: bool,
+    wanted: int,
+    dx: Tensor,
+    small: Sequence[Tensor],
+) -> None:
+    """One launch where a group fits into a program, else three for each slice, and one for weight and bias."""
+    cut = _Shape(x, groups, BACKWARD, WHOLE // 2)
+    tensors, strides, given = _given(x, weight, bias, time_bias, scale, shift)
+    weights, biases = wanted & 1, wanted & 2
+    outs, _, _ = _given(x, *spread(wanted, small))
+    wanted |= wanted >> 1 & 1  # from here on the bit of weight stands for bias too
+    size = cut.channels, cut.positions
+    shared = torch.empty((2, cut.batch, cut.channels), dtype=torch.float32, device=x.device) if wanted & 1 else x[None]
+    if cut.whole:
+        _whole_backward[(cut.batch * groups,)](
+            x, grad, dx, mean, rstd, tensors, strides, shared, outs[2:], *size, groups, cut.batch, given, wanted, silu,
+            cut.last, cut.bc, cut.bp, num_warps=WARPS,
+        )  # fmt: skip
+    else:
+        shape = min(cut.samples, cut.batch), cut.chunks, 3, cut.channels
+        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+        means = torch.empty((shape[0], groups, 2), dtype=torch.float32, device=x.device)
+        for rows, tiles, merges in cut.slices():
+            of, out = _of(tensors, rows), _of(outs, rows)[2:]
+            some, common = (x[rows], grad[rows]), (mean[rows], rstd[rows], of, strides)
+            kind = given, silu, cut.last, cut.bc, cut.bp
+            _tile_sums[tiles](*some, partials, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS)
+            _merge_sums[merges](
+                partials, means, rstd[rows], of, strides, shared[0, rows], out, *size, groups, cut.chunks, cut.batch,
+                given, wanted, cut.group, cut.lanes, num_warps=4,
+            )  # fmt: skip
+            _tile_gradient[tiles](*some, dx[rows], means, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS)
+    if wanted & 1:
+        over_samples[(triton.cdiv(cut.channels, 64),)](
+            shared, outs[0], outs[1], cut.channels, cut.batch, weights, biases, 16, 64, num_warps=4
+        )

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer norm and modulation of a transformer block (AdaLN), alone or with the gated residual before it.
+
+    s = x + gate h    n = (s - mean(s)) / sqrt(var(s) + eps)    y = (n weight + bias) (1 + scale) + shift
+
+mean and var over the last dimension; DiT (Peebles and Xie, arXiv 2212.09748) calls it adaLN, PixArt adaLN-single.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops import _check, _native
+from fastdistill.ops._dispatch import Kernel, later, register
+from fastdistill.ops.layer_norm_modulate import cpp, reference
+
+_forward = register(
+    "layer_norm_modulate",
+    "(Tensor x, Tensor? h, Tensor? gate, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps,"
+    " Tensor(a!) y, Tensor(b!)[] s, Tensor(c!) mean, Tensor(d!) rstd)",
+    summary="(layer_norm(x + gate h) weight + bias) (1 + scale) + shift",
+    reference=reference.layer_norm_modulate,
+    kernels=[
+        Kernel("triton", "cuda", later(f"{__name__}.triton", "layer_norm_modulate"), _native.triton_reason, cpp.refuse),
+        Kernel("cpp", "cpu", cpp.layer_norm_modulate, _native.cpu_reason, cpp.refuse),
+    ],
+)
+_backward = register(
+    "layer_norm_modulate_backward",
+    "(Tensor grad, Tensor? grad_s, Tensor s, Tensor? h, Tensor? gate, Tensor? scale, Tensor? weight, Tensor? bias,"
+    " Tensor mean, Tensor rstd, int wanted, Tensor(a!) dx, Tensor(b!)[] dh, Tensor(c!)[] small)",
+    summary="gradients of layer_norm_modulate",
+    reference=reference.layer_norm_modulate_backward,
+    kernels=[
+        Kernel(
+            "triton", "cuda", later(f"{__name__}.triton", "layer_norm_modulate_backward"), _native.triton_reason,
+            cpp.refuse_backward,
+        ),
+        Kernel("cpp", "cpu", cpp.layer_norm_modulate_backward, _native.cpu_reason, cpp.refuse_backward),
+    ],
+)  # fmt: skip
+
+
+def layer_norm_modulate(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Layer norm, then scale and shift of each sample, forward and backward.
+
+    Args:
+        x: [B, ..., D], float32, bfloat16 or float16; copied where it is not contiguous.
+        scale, shift: [B, D] or [B, 1, D], of any of these dtypes; any row stride, as chunks of a projection have it.
+        weight, bias: [D], or None.
+        eps: added to the variance.
+
+    Returns:
+        A tensor like ``x``, contiguous; differentiable once with respect to every tensor. Statistics about the mean
+        and all sums in float32 or wider; the same bits on every run.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit.
+    """
+    return _apply(x, None, None, scale, shift, weight, bias, eps)[0]
+
+
+def residual_layer_norm_modulate(
+    x: Tensor,
+    h: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """What ends a block and begins the next: s = x + gate h and its modulated layer norm, in one pass.
+
+    Args:
+        h: like ``x``.
+        gate: [B, D] or [B, 1, D]; None: 1.
+
+    Returns:
+        ``(y, s)``; the norm is that of s as it is rounded. See ``layer_norm_modulate`` for the rest.
+    """
+    y, s = _apply(x, h, gate, scale, shift, weight, bias, eps)
+    return y, s
+
+
+def _apply(
+    x: Tensor,
+    h: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    given = {"h": h, "gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
+    held = {name: t for name, t in given.items() if t is not None}
+    _check.once(_checked, (x, *held.values()), (eps, tuple(held)))
+    rows = (None if t is None else t.reshape(t.shape[0], t.shape[-1]) for t in (gate, scale, shift))
+    result: tuple[Tensor, ...] = _LayerNormModulate.apply(x, h, *rows, weight, bias, eps)
+    return result
+
+
+def _checked(tensors: tuple[Tensor, ...], values: tuple[float, tuple[str, ...]]) -> None:
+    eps, names = values
+    x, *rest = tensors
+    _check.dtype(x, "x", *_check.FLOATS)
+    _check.require(x.dim() >= 2, "x", "[batch, ..., channels]", tuple(x.shape))
+    _check.require(eps >= 0, "eps", "a number >= 0", eps)
+    batch, channels = x.shape[0], x.shape[-1]
+    for name, tensor in zip(names, rest, strict=True):
+        if name == "h":
+            same = tensor.shape == x.shape and tensor.dtype == x.dtype
+            got = f"{tuple(tensor.shape)} {tensor.dtype}"
+            _check.require(same, name, f"a tensor like x {tuple(x.shape)} {x.dtype}", got)
+        elif name in ("weight", "bias"):
+            _check.shape(tensor, name, (channels,), f"one number a channel ({channels},)")
+        else:
+            fits = tensor.dim() >= 2 and tensor.shape == (batch, *[1] * (tensor.dim() - 2), channels)
+            _check.require(fits, name, f"one number a sample and channel ({batch}, {channels})", tuple(tensor.shape))
+        _check.dtype(tensor, name, *_check.FLOATS)
+        _check.device(tensor, name, x.device, "x")
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """The same with neighboring channels side by side in memory."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()
+
+
+class _LayerNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        x, h = x.contiguous(), None if h is None else h.contiguous()
+        gate, scale, shift, weight, bias = map(_rows, (gate, scale, shift, weight, bias))
+        y = torch.empty_like(x)
+        s = [] if h is None else [torch.empty_like(x)]
+        mean, rstd = x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
+        if x.numel():
+            _forward(x, h, gate, scale, shift, weight, bias, eps, y, s, mean, rstd)
+        ctx.save_for_backward(s[0] if s else x, h, gate, scale, shift, weight, bias, mean, rstd)
+        return (y, *s)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_s: Tensor | None = None) -> tuple[Any, ...]:
+        s, h, gate, scale, shift, weight, bias, mean, rstd = ctx.saved_tensors
+        grad = torch.zeros_like(s) if grad is None else grad.contiguous()
+        grad_s = None if grad_s is None else grad_s.contiguous()
+        make = torch.empty_like if s.numel() else torch.zeros_like
+        needed = zip((gate, scale, shift, weight, bias), ctx.needs_input_grad[2:7], strict=True)
+        small = [make(t, memory_format=torch.contiguous_format) if need else None for t, need in needed]
+        dx = torch.empty_like(s)
+        dh = [] if h is None else [torch.empty_like(s)]
+        if s.numel():
+            wanted = sum(1 << i for i, g in enumerate(small) if g is not None)
+            held = [g for g in small if g is not None]
+            _backward(grad, grad_s, s, h, gate, scale, weight, bias, mean, rstd, wanted, dx, dh, held)
+        return dx, dh[0] if dh else None, *small, None

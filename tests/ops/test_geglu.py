@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""geglu under ``check_op``: every kernel, dtype and shape, against float64 and diffusers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.activations import GEGLU
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdistill.errors import InputError, KernelError
+from fastdistill.ops import geglu, use
+from fastdistill.ops.geglu.reference import gelu_and_slope
+from tests.harness import Case, check_fake, check_op, emulated, evaluate, kernels_of, layouts
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = {"tokens": (2, 5, 48), "odd": (3, 1, 7, 26), "flat": (34,), "one": (1, 2), "large": (3, 2 * 1031)}
+KERNELS = kernels_of("geglu")
+
+
+def eager(x: Tensor, approximate: str) -> tuple[Tensor]:
+    a, g = x.chunk(2, -1)
+    return (a * F.gelu(g, approximate=approximate),)
+
+
+def call(x: Tensor, approximate: str) -> tuple[Tensor]:
+    return (geglu(x, approximate),)
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, approximate: str = "none") -> Case:
+    x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return Case("geglu", (x.to(dtype).requires_grad_(), approximate), call, eager, eager)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_contract(kernel: str, approximate: str, dtype: torch.dtype, shape: str) -> None:
+    thorough = dtype == torch.float32 and shape == "tokens"
+    compiled = ("aot_eager", "inductor") if thorough else ()
+    check_op(make(SHAPES[shape], dtype, approximate), kernel, compiled=compiled, registration=thorough)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_layouts(kernel: str) -> None:
+    x, approximate = make((2, 3, 4, 10)).inputs
+    for _, moved in layouts(x):
+        check_op(Case("geglu", (moved, approximate), call, eager, eager), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_far_from_zero(kernel: str, approximate: str) -> None:
+    """Where Phi is 0 or 1 and exp under- or overflows."""
+    g = torch.cat([torch.linspace(-200, 200, 801), torch.tensor([-1e30, 1e30, 1e-30, 0.0])])
+    x = torch.stack([torch.full_like(g, 2.0), g], -1).requires_grad_()
+    with use(kernel):
+        (y,), (dx,) = evaluate(call, (x, approximate), 1.0)
+    (expected,), (d,) = evaluate(eager, (x.detach().double()[:801].requires_grad_(), approximate), 1.0)
+    torch.testing.assert_close(y[:801].double(), expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(dx[:801].double(), d, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(y[801:, 0], torch.tensor([0.0, 2e30, 1e-30, 0.0]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+def test_empty(kernel: str, shape: tuple[int, ...]) -> None:
+    with use(kernel):
+        (y,), (dx,) = evaluate(call, make(shape).inputs, 1.0)
+    assert y.shape == (shape[0], shape[1] // 2) and dx.shape == shape
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference" and not emulated(k)])
+def test_same_bits_for_any_number_of_threads(kernel: str) -> None:
+    case, before, results = make((37, 74)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            with use(kernel):
+                results.append(evaluate(call, case.inputs, 1.0))
+    finally:
+        torch.set_num_threads(before)
+    for (y,), (dx,) in results[1:]:
+        assert torch.equal(y, results[0][0][0]) and torch.equal(dx, results[0][1][0])
+
+
+def test_a_layer_of_diffusers() -> None:
+    torch.manual_seed(0)
+    layer, x = GEGLU(12, 20), torch.randn(2, 5, 12, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    got, expected = geglu(layer.proj(x)), layer(x)
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tanh", [False, True])
+def test_slope_of_the_reference(tanh: bool) -> None:
+    g = torch.linspace(-5, 5, 41, dtype=torch.float64, requires_grad=True)
+    value, slope = gelu_and_slope(g, tanh)
+    (expected,) = torch.autograd.grad(value.sum(), g)
+    torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_fake_cuda_tensors() -> None:
+    check_fake(make((2, 8), torch.bfloat16), "cuda")
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference"])
+def test_layouts_that_kernels_refuse(kernel: str) -> None:
+    with use(kernel), pytest.raises(KernelError, match="tensors must be contiguous and of one dtype"):
+        torch.ops.fastdistill.geglu(torch.ones(4, 6).T, False, torch.empty(6, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(4).double(),), "x: expected dtype float32 or bfloat16 or float16, got float64"),
+        ((torch.ones(2, 5),), r"x: expected an even last dimension, got \(2, 5\)"),
+        ((torch.ones(2, 4), "erf"), "approximate: expected one of none, tanh, got 'erf'"),
+    ],
+)
+def test_bad_input(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        geglu(*arguments)  # type: ignore[arg-type]

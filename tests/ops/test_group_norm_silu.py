@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""group_norm_silu under ``check_op``: every kernel, dtype, layout, shape and option, against float64 and diffusers."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdistill.errors import InputError, KernelError
+from fastdistill.ops import group_norm_silu, use
+from tests.harness import Case, check_fake, check_op, detached, emulated, evaluate, kernels_of, layouts
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = {
+    "resnet": ((2, 32, 4, 4), 8),
+    "odd": ((3, 15, 3, 7), 5),
+    "3d": ((2, 12, 37), 3),
+    "5d": ((1, 24, 2, 3, 5), 4),
+    "no positions": ((3, 20), 4),
+    "one group": ((2, 18, 5), 1),
+    "group a channel": ((2, 6, 70), 6),
+    "many channels": ((1, 160, 5, 5), 8),
+}
+NAMES = ("weight", "bias", "time_bias", "scale", "shift")
+KERNELS = kernels_of("group_norm_silu")
+Given = tuple[Tensor | None, ...]
+
+
+def over(t: Tensor | None, x: Tensor, default: float) -> Tensor | float:
+    return default if t is None else t.to(x.dtype).reshape(-1, x.shape[1], *[1] * (x.dim() - 2))
+
+
+def eager(x: Tensor, given: Given, groups: int, eps: float, silu: bool) -> tuple[Tensor]:
+    """What a user writes, in the dtype of x."""
+    weight, bias, time_bias, scale, shift = given
+    if weight is None and bias is not None:  # F.group_norm has no gradient for this
+        weight = torch.ones_like(bias)
+    w, b = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    z = F.group_norm(x + over(time_bias, x, 0.0), groups, w, b, eps)
+    z = z * (1 + over(scale, x, 0.0)) + over(shift, x, 0.0)
+    return (F.silu(z) if silu else z,)
+
+
+def call(x: Tensor, given: Given, groups: int, eps: float, silu: bool) -> tuple[Tensor]:
+    weight, bias, time_bias, scale, shift = given
+    y = group_norm_silu(x, weight, bias, groups, eps, time_bias=time_bias, scale=scale, shift=shift, silu=silu)
+    return (y,)
+
+
+def make(
+    shape: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype = torch.float32,
+    names: tuple[str, ...] = NAMES,
+    small: torch.dtype | None = None,
+    silu: bool = True,
+    mean: float = 0.5,
+    grad: bool = True,
+) -> Case:
+    g = torch.Generator().manual_seed(sum(shape) + groups)
+    x = (mean + torch.randn(shape, generator=g)).to(dtype).requires_grad_(grad)
+    given = []
+    for name in NAMES:
+        size = (shape[1],) if name in ("weight", "bias") else (shape[0], shape[1])
+        value = (0.5 * torch.randn(size, generator=g) + (name == "weight")).to(small or dtype)
+        given.append(value.requires_grad_(grad) if name in names else None)
+    return Case("group_norm_silu", (x, tuple(given), groups, 1e-5, silu), call, eager, eager)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: str) -> None:
+    thorough = dtype == torch.float32 and shape in ("resnet", "odd")
+    check_op(
+        make(*SHAPES[shape], dtype),
+        kernel,
+        compiled=("aot_eager", "inductor") if thorough and shape == "resnet" else ("aot_eager",) if thorough else (),
+        registration=thorough,
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("names", "silu"),
+    [
+        ((), True),
+        (("weight", "bias"), False),
+        (("weight", "bias", "time_bias"), True),
+        (("weight", "bias", "scale", "shift"), True),
+        (("bias", "shift"), True),
+        (("weight", "scale"), False),
+    ],
+)
+def test_options(kernel: str, names: tuple[str, ...], silu: bool) -> None:
+    check_op(make((2, 16, 5, 3), 4, names=names, silu=silu), kernel, compiled=("aot_eager",))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_weights_beside_half_precision(kernel: str, dtype: torch.dtype) -> None:
+    check_op(make((2, 16, 5, 3), 4, dtype, small=torch.float32), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(2, 32, 5, 7), (2, 6, 1, 9), (3, 8, 1, 1), (2, 1, 13, 11)])
+def test_layouts(kernel: str, shape: tuple[int, ...]) -> None:
+    """The same values in any layout; output and gradient in that of x, where it is one of the two."""
+    names = NAMES if shape[1] > 1 else ("weight", "bias", "scale")  # one channel a group: time_bias has gradient 0
+    case = make(shape, max(shape[1] // 4, 1), names=names)
+    x, *rest = case.inputs
+    for name, moved in layouts(x):
+        compiled = ("aot_eager",) if name == "permuted" else ()
+        check_op(Case(case.op, (moved, *rest), call, eager, eager), kernel, compiled=compiled, registration=False)
+        with use(kernel):
+            (y,), (dx, *_) = evaluate(call, detached((moved, *rest)), 1.0)
+        if name in ("contiguous", "channels_last"):
+            assert y.stride() == dx.stride() == moved.stride()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_channels_last_of_three_and_five_dimensions(kernel: str) -> None:
+    for shape in ((2, 24, 11), (1, 24, 2, 3, 5)):
+        x, *rest = make(shape, 4).inputs
+        moved = x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
+        check_op(Case("group_norm_silu", (moved, *rest), call, eager, eager), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("last", [False, True])
+def test_mean_far_above_the_deviation(kernel: str, last: bool) -> None:
+    """Where E[x^2] - E[x]^2 has no digit left in float32."""
+    x, *rest = make((2, 16, 9, 11), 4, mean=3000.0).inputs
+    if last:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    check_op(Case("group_norm_silu", (x, *rest), call, eager, eager), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradient_in_another_layout(kernel: str) -> None:
+    """As a convolution's backward may hand it over."""
+    x, *rest = make((2, 8, 3, 5), 2).inputs
+    grad = torch.randn(2, 8, 3, 5)
+    with use(kernel):
+        (y,) = call(x, *rest)
+        expected = torch.autograd.grad(y, x, grad, retain_graph=True)[0]
+        got = torch.autograd.grad(y, x, grad.to(memory_format=torch.channels_last))[0]
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_of_a_projection(kernel: str) -> None:
+    """Chunks of one projection, and one row for all samples."""
+    x, (weight, bias, *_), *rest = make((3, 8, 6), 2).inputs
+    given = (weight, bias, *(t.requires_grad_() for t in torch.randn(3, 24).chunk(3, 1)))
+    check_op(Case("group_norm_silu", (x, given, *rest), call, eager, eager), kernel, compiled=(), registration=False)
+    shared = torch.randn(1, 8).expand(3, 8)
+    with use(kernel):
+        (got,) = call(x, (weight, bias, shared, shared, None), *rest)
+        (expected,) = call(x, (weight, bias, shared.clone(), shared.clone(), None), *rest)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)])
+def test_empty(kernel: str, shape: tuple[int, ...]) -> None:
+    case = make(shape, 2)
+    with use(kernel):
+        (y,), gradients = evaluate(call, case.inputs, 1.0)
+    assert y.shape == shape
+    assert [g.shape for g in gradients] == [shape, *(t.shape for t in case.inputs[1])]
+    assert all(g.count_nonzero() == 0 for g in gradients)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_only_what_is_wanted(kernel: str) -> None:
+    """A frozen block takes no gradient for its weights; a teacher none at all."""
+    case = make((2, 8, 3, 3), 2, grad=False)
+    x, given, *rest = case.inputs
+    with use(kernel):
+        assert not call(x, given, *rest)[0].requires_grad
+        full = evaluate(call, make((2, 8, 3, 3), 2).inputs, 1.0)[1]
+        for i in range(5):
+            some = tuple(t.clone().requires_grad_(i == j) for j, t in enumerate(given))
+            (y,) = call(x, some, *rest)
+            assert torch.equal(torch.autograd.grad(y.sum(), some[i])[0], full[1 + i])
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
+@pytest.mark.parametrize("last", [False, True])
+def test_tiles_and_slices_of_the_triton_kernel(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that do not fit into a program, in several tiles and slices."""
+    module = importlib.import_module("fastdistill.ops.group_norm_silu.triton")
+    for name, value in {"WHOLE": 0, "FORWARD": 128, "BACKWARD": 64, "SLICE": 2 * 4 * 24 * 35, "SUMS": 16}.items():
+        monkeypatch.setattr(module, name, value)
+    for dtype in FLOATS:
+        x, *rest = make((3, 24, 5, 7), 4, dtype, small=torch.float32).inputs
+        if last:
+            x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+        check_op(Case("group_norm_silu", (x, *rest), call, eager, eager), "triton", compiled=(), registration=False)
+    check_op(make((2, 24, 5, 7), 4, mean=3000.0), "triton", compiled=(), registration=False)
+    check_op(make((2, 24, 5, 7), 4, names=(), silu=False), "triton", compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference" and not emulated(k)])
+@pytest.mark.parametrize("last", [False, True])
+def test_same_bits_for_any_number_of_threads(kernel: str, last: bool) -> None:
+    x, *rest = make((3, 96, 23, 21), 6).inputs
+    if last:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    check_op(Case("group_norm_silu", (x, *rest), call, eager, eager), kernel, compiled=(), registration=False)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            with use(kernel):
+                results.append(evaluate(call, detached((x, *rest)), 1.0))
+    finally:
+        torch.set_num_threads(before)
+    for outputs, gradients in results[1:]:
+        for one, two in zip([*outputs, *gradients], [*results[0][0], *results[0][1]], strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("embedding", ["default", "scale_shift"])
+def test_a_residual_block_of_diffusers(embedding: str) -> None:
+    """The block's own forward, with its norms, its time embedding and its activations taken over."""
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=16, out_channels=32, temb_channels=24, groups=4, time_embedding_norm=embedding)
+    x, embedded = torch.randn(2, 16, 6, 6, requires_grad=True), torch.randn(2, 24)
+    h = block.conv1(group_norm_silu(x, block.norm1.weight, block.norm1.bias, 4, block.norm1.eps))
+    projection = block.time_emb_proj(F.silu(embedded))
+    options = {"time_bias": projection}
+    if embedding == "scale_shift":
+        scale, shift = projection.chunk(2, 1)
+        options = {"scale": scale, "shift": shift}
+    h = group_norm_silu(h, block.norm2.weight, block.norm2.bias, 4, block.norm2.eps, **options)
+    got = block.conv_shortcut(x) + block.conv2(h)
+    expected = block(x, embedded)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    wanted = [x, *block.parameters()]
+    for a, b in zip(*(torch.autograd.grad(y.sum(), wanted) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_fake_cuda_tensors() -> None:
+    check_fake(make((2, 8, 3, 5), 2, torch.bfloat16), "cuda")
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference"])
+def test_layouts_that_kernels_refuse(kernel: str) -> None:
+    x = torch.randn(2, 3, 4, 5).permute(3, 1, 0, 2)
+    y, (mean, rstd) = torch.empty_like(x), torch.empty(2, 5, 3)
+    arguments = x, None, None, None, None, None, 3, 1e-5, True, y, mean, rstd
+    with use(kernel), pytest.raises(KernelError, match="x is neither contiguous nor channels last"):
+        torch.ops.fastdistill.group_norm_silu(*arguments)
+    torch.ops.fastdistill.group_norm_silu(*arguments)
+    torch.testing.assert_close(y, F.silu(F.group_norm(x, 3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": torch.ones(2, 8, 3).double()}, "x: expected dtype float32 or bfloat16 or float16, got float64"),
+        ({"x": torch.ones(8)}, r"x: expected \[batch, channels, \*positions\], got \(8,\)"),
+        ({"groups": 3}, "groups: expected a divisor of the 8 channels of x, got 3"),
+        ({"eps": -1.0}, "eps: expected a number >= 0, got -1.0"),
+        ({"weight": torch.ones(7)}, r"weight: expected one number a channel \(8,\), got \(7,\)"),
+        ({"time_bias": torch.ones(8)}, r"time_bias: expected one number a sample and channel \(2, 8\), got \(8,\)"),
+        ({"scale": torch.ones(2, 8).double()}, "scale: expected dtype float32 or bfloat16 or float16, got float64"),
+        ({"shift": torch.ones(2, 8, device="meta")}, r"shift: expected the device of x \(cpu\), got meta"),
+    ],
+)
+def test_bad_input(options: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"x": torch.ones(2, 8, 3), "weight": None, "bias": None, "groups": 2}
+    with pytest.raises(InputError, match=message):
+        group_norm_silu(**(arguments | options))  # type: ignore[arg-type]
