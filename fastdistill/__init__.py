@@ -24,6 +24,8 @@ _HOME = {
     "ddim": "diffusion.sampler",
     "initial_noise": "diffusion.sampler",
     "make_student": "models",
+    "fuse": "models.fuse",
+    "unfuse": "models.fuse",
     "feature_match": "ops",
     "noise_gather": "ops",
     "NoiseGather": "ops",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from fastdistill.distill import RandomConditioning as RandomConditioning
     from fastdistill.distill import Weights as Weights
     from fastdistill.models import make_student as make_student
+    from fastdistill.models.fuse import fuse as fuse
+    from fastdistill.models.fuse import unfuse as unfuse
     from fastdistill.ops import NoiseGather as NoiseGather
     from fastdistill.ops import feature_match as feature_match
     from fastdistill.ops import noise_gather as noise_gather

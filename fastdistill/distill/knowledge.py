@@ -9,6 +9,7 @@ Each square is a mean over the elements of its tensor; features are summed over 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,9 @@ class Knowledge:
         self._zero = torch.zeros((), device=setting.device)
         self._table = match_table(setting.schedule.coefficients(setting.prediction_type)).to(setting.device)
         self._channels = setting.latents.shape[1]  # a learned variance beside them is left alone
+        self._branch: torch.cuda.Stream | None = None  # the teacher's, in a CUDA graph
+        if setting.device.type == "cuda":
+            self._branch = torch.cuda.Stream(setting.device)  # type: ignore[no-untyped-call]
         self._gradient: Tensor | None = None  # buffers that every step writes into
         self._gradients: list[Tensor] | None = None
         self._taps: tuple[Taps, Taps] | None = None
@@ -86,9 +90,12 @@ class Knowledge:
 
     def __call__(self, draw: Draw[Tensor], task: Task | None = None) -> tuple[Tensor, list[Tensor]]:
         """The loss and its parts ``metric_names`` (unweighted, but the first); the task loss needs ``task``."""
-        target, theirs = self._teacher(draw) if self.weights.output or self.weights.feature else (None, [])
+        branch = self._branch if _capturing(draw.x_t) else None
+        target, theirs = self._teacher(draw, branch) if self.weights.output or self.weights.feature else (None, [])
         x_t, prompt = cast_inputs(self.student, draw.x_t, draw.prompt)
         output = predict(self.student, x_t, draw.timestep, prompt)
+        if branch is not None:
+            torch.cuda.current_stream(branch.device).wait_stream(branch)
         loss, parts = self._zero, {"output": self._zero, "feature": self._zero, "task": self._zero}
         if (target is not None and self.weights.output) or task is not None:
             if self._gradient is None or self._gradient.shape != output.shape:
@@ -116,10 +123,17 @@ class Knowledge:
         return loss, parts.unbind()
 
     @torch.no_grad()
-    def _teacher(self, draw: Draw[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        x_t, prompt = cast_inputs(self.teacher, draw.x_t, draw.prompt)
-        output = predict(self.teacher, x_t, draw.timestep, prompt)
-        return output, self._taps[0].features() if self._taps else []
+    def _teacher(self, draw: Draw[Tensor], branch: torch.cuda.Stream | None) -> tuple[Tensor, list[Tensor]]:
+        """Output and features, on a stream beside the student's where there is one: whoever reads them waits for it.
+
+        Their memory is that stream's, which does nothing else in a step, so it lasts until the losses have read it.
+        """
+        if branch is not None:
+            branch.wait_stream(torch.cuda.current_stream(branch.device))
+        with contextlib.nullcontext() if branch is None else torch.cuda.stream(branch):
+            x_t, prompt = cast_inputs(self.teacher, draw.x_t, draw.prompt)
+            output = predict(self.teacher, x_t, draw.timestep, prompt)
+            return output, self._taps[0].features() if self._taps else []
 
     def _feature_loss(self, theirs: list[Tensor]) -> Tensor:
         assert self._taps is not None
@@ -133,3 +147,8 @@ class Knowledge:
         ):
             self._gradients = [gradient_buffer(s, self.feature_distance) for s in own]
         return feature_match(own, theirs, distance=self.feature_distance, grads=self._gradients).loss
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: there, and only there, teacher and student run side by side."""
+    return tensor.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

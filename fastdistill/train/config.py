@@ -50,6 +50,8 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] | None = None
     """Dtype of the weights that are trained, adapters included (null: the student's own). The optimizer keeps float32
     masters of bfloat16 weights, and the average. Not float16: its gradients underflow without a loss scale."""
+    fuse: bool = False
+    """Fused ops inside of teacher and student (``fastdistill.fuse``)."""
     execution: Execution = "auto"
     """How a step runs: eager, compiled (torch.compile), as one CUDA graph, or auto: a graph where there is a GPU and
     the step allows it, else eager."""

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdistill.errors import FastdistillError, KernelError
 from fastdistill.train.config import Execution
@@ -28,9 +31,9 @@ class GraphedStep:
     step runs again from its beginning, and every later one, eagerly.
     """
 
-    def __init__(self, step: TrainStep, *, strict: bool) -> None:
+    def __init__(self, step: TrainStep, student: nn.Module, *, strict: bool) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._step, self._strict = step, strict
+        self._step, self._student, self._strict = step, student, strict
         self._stream = torch.cuda.Stream(step.counter.device)
         self._next: Callable[[], None] = self._guarded
         self._warm = 0
@@ -67,13 +70,31 @@ class GraphedStep:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                _checkpoints_without_rng(self._student),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 self._step()
         except RuntimeError as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise KernelError(f"step: could not be captured in a CUDA graph: {first}") from error
         self.graph, self._next = graph, graph.replay
         graph.replay()
+
+
+@contextlib.contextmanager
+def _checkpoints_without_rng(model: nn.Module) -> Iterator[None]:
+    """diffusers' gradient checkpoints keep the state of torch's generators, which cannot be read during a capture; a
+    step draws nothing from them."""
+    name = "_gradient_checkpointing_func"
+    before = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
+    try:
+        for module, _ in before:
+            setattr(module, name, functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+        yield
+    finally:
+        for module, function in before:
+            setattr(module, name, function)
 
 
 def refuse_graph(step: TrainStep, student: nn.Module) -> str | None:
@@ -104,7 +125,7 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
         return step
     reason = refuse_graph(step, student)
     if reason is None:
-        return GraphedStep(step, strict=execution == "graph")
+        return GraphedStep(step, student, strict=execution == "graph")
     if execution == "graph":
         raise FastdistillError(f"execution 'graph': {reason}")
     return step

@@ -19,6 +19,7 @@ from fastdistill.data.stored import StoredRows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError
+from fastdistill.models.fuse import fuse
 from fastdistill.models.students import check_parameters
 from fastdistill.train.config import TrainConfig, validated
 from fastdistill.train.loop import FitResult, Progress, fit
@@ -65,6 +66,9 @@ class DistillTrainer:
         _check_models(teacher, student, latents, prompts)
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
         self.student = student.to(self.device, _dtype(student, self.config)).train()
+        if self.config.fuse:
+            fuse(self.teacher)
+            fuse(self.student)
         setting = Setting(
             teacher=self.teacher,
             student=self.student,

@@ -17,7 +17,7 @@ from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import FastdistillError, KernelError
 from fastdistill.train import graph
-from fastdistill.train.graph import WARM_UP, runner
+from fastdistill.train.graph import WARM_UP, _checkpoints_without_rng, runner
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.step import TrainStep
 from tests import small
@@ -124,6 +124,23 @@ def test_compiled_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     for one, two in zip(weights_after("compiled", 3), weights_after("eager", 3), strict=True):
         assert torch.equal(one, two)
     assert torch._dynamo.utils.counters["frames"]["ok"] >= 1
+
+
+def test_gradient_checkpoints_change_nothing() -> None:
+    """With taps inside of the checkpointed segments: the same weights, and still nothing that waits."""
+    results = []
+    for wanted in (False, True):
+        step = step_on("cpu")
+        student = step.objective._knowledge.student  # type: ignore[attr-defined]
+        if wanted:
+            student.enable_gradient_checkpointing()
+        with _checkpoints_without_rng(student), NoHostSync():
+            step()
+        step()
+        assert student.is_gradient_checkpointing is wanted
+        results.append([*step.parameters, step.totals])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.gpu
