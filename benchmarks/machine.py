@@ -79,9 +79,10 @@ def _smi(field: str) -> str:
         return ""
 
 
+@functools.cache
 def copy_gb_s(device: torch.device) -> float:
-    """Bytes that a copy of 256 MiB (1 GiB on a GPU) reads and writes a second; the median of some, as those that it is
-    compared with are. More than 100 % of it is what a cache holds."""
+    """Bytes that a copy of 256 MiB (1 GiB on a GPU) reads and writes a second, the median of some. More than 100 % of
+    it is what a cache holds."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -51,6 +51,7 @@ def unmeasured(case: Case, settings: Settings, note: str) -> list[Row]:
 def measure(case: Case, settings: Settings) -> list[Row]:
     """One row a rival and mode. A kernel that does not match its reference is not timed, and its rows say so."""
     workloads: list[Workload] = []
+    _ceilings(case, settings)  # while the memory is free
     try:
         workloads.append(case.build(settings.device))
         others = _other_kernels(case.op, settings.device)
@@ -173,10 +174,14 @@ def _kernel_of(op: str, run: Run) -> str:
     return "+".join(sorted(OPS[op].calls - before))
 
 
+def _ceilings(case: Case, settings: Settings) -> tuple[float, float]:
+    """GB/s of a copy and TFLOP/s of a matrix product, measured once a run."""
+    return machine.copy_gb_s(settings.device), machine.matmul_tflop_s(DTYPES[case.dtype], settings.device)
+
+
 def _reached(case: Case, workload: Workload, ours: Timing, settings: Settings) -> Row:
     """Ours beside the ceilings of the machine: percent of the time that bytes and FLOPs need at the least."""
-    copy = machine.copy_gb_s(settings.device)
-    matmul = machine.matmul_tflop_s(DTYPES[case.dtype], settings.device)
+    copy, matmul = _ceilings(case, settings)
     floor = max(workload.bytes / copy / 1e6, workload.flops / matmul / 1e9)
     return {
         "ours_ms": round(ours.median, 4),

@@ -33,6 +33,9 @@ def table(results: Path = RESULTS) -> str:
         columns += ["% of ceiling"] if gpu else []  # a shared CPU's is not the same from one minute to the next
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(_cells(rows, columns))} |" for rows in measured]
+        if results == RESULTS:
+            image = (IMAGES / f"benchmarks-{path.stem}.png").relative_to(ROOT)
+            lines += ["", f"![Times faster than each rival, {path.stem}]({image})"]
         lines += [""]
     if not any(path.stem.startswith("gpu") for path in files):
         lines += [
