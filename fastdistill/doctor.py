@@ -30,7 +30,9 @@ def examine() -> dict[str, Any]:
             kind: next(r["kernel"] for r in rows if r["device"] in (kind, "any") and not r["reason"]) for kind in kinds
         }
         for row in rows:
-            takes = [kind for kind, kernel in chosen.items() if kernel == row["kernel"]]
+            takes = [
+                kind for kind, kernel in chosen.items() if kernel == row["kernel"] and row["device"] in (kind, "any")
+            ]
             kernels.append({"op": name, "formula": op.summary, **row, "chosen_for": takes})
     return {
         "versions": {"fastdistill": fastdistill.__version__, "python": platform.python_version(), **_versions()},
@@ -73,7 +75,7 @@ def doctor(console: Console, *, as_json: bool = False) -> None:
     console.print(f"  {found['threads']} of {found['cores']} CPU threads in use", highlight=False)
     table = Table(title="kernels, best first", title_justify="left")
     for column in ("op", "kernel", "device", "chosen for", "why it cannot run here"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "op")  # names stay whole, reasons wrap
     previous = None
     for row in found["kernels"]:
         op = row["op"] if row["op"] != previous else ""

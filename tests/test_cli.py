@@ -136,7 +136,7 @@ def test_without_the_extension_the_reference_runs_and_the_reason_is_told() -> No
     )
     assert done.returncode == 0, done.stderr
     reason = "the extension fastdistill._cpu was not built (no C++ compiler when it was installed?)"
-    rows = json.loads(done.stdout)["kernels"]
+    rows = [row for row in json.loads(done.stdout)["kernels"] if row["op"] != "attention"]  # which is torch's own
     assert all(row["reason"] == reason for row in rows if row["kernel"] == "cpp")
     assert all(row["chosen_for"] == ["cpu"] for row in rows if row["kernel"] == "reference")
     assert f"feature_match: kernel 'cpp' cannot run this call on cpu: {reason}" in done.stderr

@@ -3,6 +3,7 @@
 
 =======================  =============================================================================================
 ``adamw_ema``            all tensors: clip by the global norm, AdamW, average, low-precision copy and zeroed gradients
+``attention``            softmax(scale q k^T) v by the backend that was measured to be the fastest for the shape
 ``cross_attention``      softmax(scale q k^T + bias) v for up to 512 keys, forward and backward, rows of K and V shared
 ``feature_match``        sum_l weight_l * distance(student_l, teacher_l) over all taps, loss and gradient in one pass
 ``geglu``                a gelu(g) after a feed-forward block's gated projection
@@ -18,6 +19,7 @@ their first launch.
 
 from fastdistill.ops._dispatch import OPS, use, used
 from fastdistill.ops.adamw_ema import AdamWGroup, adamw_ema, grad_square_sum
+from fastdistill.ops.attention import attention, tune_attention
 from fastdistill.ops.cross_attention import cross_attention
 from fastdistill.ops.feature_match import FeatureMatch, feature_match
 from fastdistill.ops.geglu import geglu
@@ -35,6 +37,7 @@ __all__ = [
     "OutputMatch",
     "Task",
     "adamw_ema",
+    "attention",
     "cross_attention",
     "empty_draw",
     "feature_match",
@@ -45,6 +48,7 @@ __all__ = [
     "noise_gather",
     "output_match",
     "residual_layer_norm_modulate",
+    "tune_attention",
     "use",
     "used",
 ]

@@ -93,7 +93,7 @@ def _gpu_of(args: Sequence[Any]) -> int | None:
 class Op:
     name: str
     summary: str
-    reference: Callable[..., None]
+    reference: Callable[..., Any]
     kernels: Sequence[Kernel]
     calls: Counter[str] = field(default_factory=Counter)
 

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention by the fastest correct backend for the shape, as measured on this machine.
+
+    out = softmax(scale Q K^T) V
+
+There is no kernel of this library here: torch's backends, xformers and FlashAttention 3 are within a few percent of the
+hardware, and which of them is ahead depends on the device, the versions and the shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from fastdistill.errors import KernelError
+from fastdistill.ops import _check
+from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, Op, forced
+from fastdistill.ops.attention import backends, reference, table
+from fastdistill.ops.attention.backends import BACKENDS
+from fastdistill.ops.attention.measure import measure
+
+VARIABLE = "FASTDISTILL_ATTENTION"
+DEFAULT = "default"
+NAMES = (*BACKENDS, REFERENCE, DEFAULT)
+
+# Its kernels are others': they stand in the index with their reasons, and are chosen here.
+OPS["attention"] = Op(
+    "attention",
+    "softmax(scale q k^T) v by the backend measured to be the fastest for the shape",
+    reference.attention,
+    [
+        Kernel(b.name, device, b.run, functools.partial(b.available, device))
+        for b in BACKENDS.values()
+        for device in b.devices
+    ],
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    heads: int | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention without a mask, differentiable.
+
+    The first call of a kind (device, versions, shapes, dtype, layout, with or without backward) measures the backends,
+    each behind a check against float64, and keeps the result in ``table.path()``; it takes a fraction of a second and
+    memory for the gradients. While a CUDA graph is captured nothing is measured: what is known is used, else torch's
+    own choice, which is also taken while compiling. In torch's deterministic mode only backends with a deterministic
+    backward are candidates.
+
+    Args:
+        q: [B, N, H, D], or [B, N, H * D] with ``heads``, as a projection gives it; float32, bfloat16 or float16.
+        k, v: [B, L, H, D] or [B, L, H * D], of the same dtype.
+        heads: H, where the tensors have three dimensions.
+        scale: of the scores; None: 1 / sqrt(D).
+        backend: ``"flash"``, ``"efficient"``, ``"cudnn"``, ``"math"`` (torch's), ``"xformers"``, ``"fa3"``,
+            ``"reference"``, or ``"default"`` (torch chooses, nothing is measured). None: that of ``ops.use``, where it
+            names one of these, else of the environment variable FASTDISTILL_ATTENTION, else the fastest.
+
+    Returns:
+        A tensor of q's shape and dtype.
+
+    Raises:
+        InputError: shapes, dtypes, devices or a backend's name that do not fit.
+        KernelError: a backend that was asked for cannot run the call; with the reason.
+    """
+    flat = q.dim() == 3
+    if flat:
+        _check.require(heads is not None and heads > 0, "heads", "the number of heads, beside [B, N, H * D]", heads)
+        for tensor, argument in ((q, "q"), (k, "k"), (v, "v")):
+            fits = tensor.dim() == 3 and tensor.shape[2] % (heads or 1) == 0
+            _check.require(fits, argument, f"[B, tokens, a multiple of {heads} heads]", tuple(tensor.shape))
+        q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
+    _check.once(_checked, (q, k, v), None)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    name = _asked(backend)
+    out = _choose(q, k, v, scale) if name is None else _run(name, q, k, v, scale)
+    return out.flatten(2) if flat else out
+
+
+def tune_attention(
+    batch: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    *,
+    keys: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    backward: bool = True,
+) -> dict[str, Any]:
+    """Measure the backends for one kind of call again and keep the result, ahead of a loop or a capture.
+
+    Args:
+        batch, tokens, heads, dim: B, N, H, D of ``attention``; ``keys``: L (None: N).
+        backward: whether forward and backward are measured, or the forward alone.
+
+    Returns:
+        ``{"backend": the fastest, "ms": {backend: milliseconds}, "refused": {backend: why}}``
+    """
+    q = torch.empty(batch, tokens, heads, dim, dtype=dtype, device=device)
+    k, v = (torch.empty(batch, keys or tokens, heads, dim, dtype=dtype, device=device) for _ in range(2))
+    _checked((q, k, v))
+    result = measure(q, k, v, dim**-0.5, backward, backends.candidates(q.device.type))
+    table.remember(_key(q, k, v, backward), result)
+    return result
+
+
+def _checked(tensors: tuple[Tensor, ...], _: Any = None) -> None:
+    q, k, v = tensors
+    _check.shape(q, "q", (None, None, None, None), "[B, N, H, D]")
+    batch, heads, dim = q.shape[0], q.shape[2], q.shape[3]
+    _check.dtype(q, "q", *_check.FLOATS)
+    _check.shape(k, "k", (batch, None, heads, dim), f"[{batch}, L, {heads}, {dim}] beside q")
+    _check.shape(v, "v", tuple(k.shape), f"the shape of k {tuple(k.shape)}")
+    for tensor, name in ((k, "k"), (v, "v")):
+        _check.dtype(tensor, name, q.dtype)
+        _check.device(tensor, name, q.device, "q")
+
+
+def _asked(backend: str | None) -> str | None:
+    """The backend that the caller, ``ops.use`` or the environment names; kernels of other ops say nothing here."""
+    if backend is not None:
+        _check.require(backend in NAMES, "backend", f"one of {', '.join(NAMES)}", repr(backend))
+        return backend
+    if (name := forced()) in (*BACKENDS, REFERENCE):
+        return name
+    if name := os.environ.get(VARIABLE):
+        _check.require(name in NAMES, VARIABLE, f"one of {', '.join(NAMES)}", repr(name))
+        return name
+    return None
+
+
+def _run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if not torch.compiler.is_compiling():
+        OPS["attention"].calls[name] += 1
+    if name == DEFAULT:
+        return backends.default(q, k, v, scale)
+    if name == REFERENCE:
+        return reference.attention(q, k, v, scale)
+    backend, device = BACKENDS[name], q.device.type
+    reason = backend.available(device) if device in backend.devices else f"it has none for {device}"
+    if reason is None:
+        try:
+            return backend.run(q, k, v, scale)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            reason = "torch has no kernel for it (its warnings say why)"
+    raise KernelError(f"attention: backend {name!r} cannot run this call on {device}: {reason}")
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if torch.compiler.is_compiling() or type(q.data) is not Tensor or q.device.type not in ("cpu", "cuda"):
+        return _run(DEFAULT, q, k, v, scale)
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    key = _key(q, k, v, backward)
+    known = table.found(key)
+    if known is None and _may_measure(q):
+        known = measure(q, k, v, scale, backward, backends.candidates(q.device.type))
+        table.remember(key, known)
+    return _run(DEFAULT if known is None else known["backend"], q, k, v, scale)
+
+
+def _may_measure(q: Tensor) -> bool:
+    """Not while a graph is captured, nor under a mode that watches every operation, nor for nothing."""
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    return q.numel() > 0 and not capturing and _get_current_dispatch_mode() is None
+
+
+def _key(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> str:
+    """The kind of a call: device, versions, who may be chosen, shape, layout, dtype, direction."""
+    names = backends.candidates(q.device.type)
+    where = torch.cuda.get_device_name(q.device) if q.is_cuda else f"{_processor()}, {torch.get_num_threads()} threads"
+    strides = [t.stride() for t in (q, k, v)]
+    packed = all(t.is_contiguous() for t in (q, k, v))
+    layout = "contiguous" if packed else f"strides {strides}"
+    shape = f"{tuple(q.shape)} to {k.shape[1]} keys"
+    way = "forward and backward" if backward else "forward"
+    mode = "deterministic" if torch.are_deterministic_algorithms_enabled() else "any"
+    versions = f"torch {torch.__version__}, cuda {torch.version.cuda}"
+    dtype = str(q.dtype).removeprefix("torch.")
+    return f"{where}; {versions}; {mode} of {', '.join(names)}; {shape}; {layout}; {dtype}; {way}"
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes attention here: torch's backends, xformers and FlashAttention 3 where they are installed.
+
+Each takes and gives [B, N, H, D] and is differentiable by its own backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def _always(device: str) -> str | None:
+    return None if device == "cpu" or torch.cuda.is_available() else "no CUDA device"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """``available`` says why this installation cannot run it on a type of device, ``deterministic`` whether its
+    backward gives the same bits on every run in torch's deterministic mode as it is set now."""
+
+    name: str
+    devices: tuple[str, ...]
+    run: Attention
+    available: Callable[[str], str | None] = _always
+    deterministic: Callable[[str], bool] = lambda device: True
+
+
+_TORCH = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    with sdpa_kernel(_TORCH[name]):
+        return _attend(q, k, v, scale)
+
+
+def default(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The backend that torch itself chooses, in its deterministic mode of those that may be chosen then."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return _attend(q, k, v, scale)
+    with sdpa_kernel([_TORCH[name] for name in candidates(q.device.type) if name in _TORCH]):
+        return _attend(q, k, v, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out: Tensor = importlib.import_module("xformers.ops").memory_efficient_attention(q, k, v, scale=scale)
+    return out
+
+
+def _fa3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    flash = importlib.import_module("flash_attn_interface").flash_attn_func
+    given = flash(q, k, v, softmax_scale=scale, deterministic=torch.are_deterministic_algorithms_enabled())
+    out: Tensor = given[0] if isinstance(given, tuple) else given  # older versions give the log-sum-exp too
+    return out
+
+
+@functools.cache
+def _missing(module: str) -> str | None:
+    return f"{module} is not installed" if importlib.util.find_spec(module) is None else None
+
+
+def _installed(module: str, device: str) -> str | None:
+    return _missing(module) or _always(device)
+
+
+def _fa3_here(device: str) -> str | None:
+    reason = _installed("flash_attn_interface", device)
+    if reason is None and torch.cuda.get_device_capability()[0] != 9:
+        return "FlashAttention 3 is for Hopper GPUs"
+    return reason
+
+
+def _switched(device: str) -> bool:
+    """Torch's flash and efficient backwards have a deterministic form, which they take where the mode is not merely to
+    warn."""
+    return device == "cpu" or not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _never(device: str) -> bool:
+    return False
+
+
+# In torch's own order of preference, then the others: what is taken where nothing may be measured.
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("flash", ("cuda", "cpu"), functools.partial(_sdpa, "flash"), _always, _switched),
+        Backend("efficient", ("cuda",), functools.partial(_sdpa, "efficient"), _always, _switched),
+        Backend("math", ("cuda", "cpu"), functools.partial(_sdpa, "math")),
+        Backend("cudnn", ("cuda",), functools.partial(_sdpa, "cudnn"), _always, _never),
+        Backend("xformers", ("cuda",), _xformers, functools.partial(_installed, "xformers"), _never),
+        Backend("fa3", ("cuda",), _fa3, _fa3_here),
+    )
+}
+
+
+def candidates(device: str) -> list[str]:
+    """The backends that may be chosen on a type of device now."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    return [
+        name
+        for name, b in BACKENDS.items()
+        if device in b.devices and b.available(device) is None and (not strict or b.deterministic(device))
+    ]

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention: values by every backend, which one is chosen and when, and the file that keeps what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastdistill.errors import InputError, KernelError
+from fastdistill.ops import attention, tune_attention, use
+from fastdistill.train.guard import NoHostSync
+from tests.harness import Case, check_values, device_of, generator, kernels_of
+
+module = importlib.import_module("fastdistill.ops.attention")
+table = importlib.import_module("fastdistill.ops.attention.table")
+backends = importlib.import_module("fastdistill.ops.attention.backends")
+KERNELS = kernels_of("attention")
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("FASTDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(module.VARIABLE, raising=False)
+    yield tmp_path / "cache" / "attention.json"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The measurements that were made: (shape, backward, candidates)."""
+    made: list[tuple[Any, ...]] = []
+    measure = module.measure
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, scale: float, backward: bool, names: list[str]) -> dict[str, Any]:
+        made.append((tuple(q.shape), backward, names))
+        result: dict[str, Any] = measure(q, k, v, scale, backward, names)
+        return result
+
+    monkeypatch.setattr(module, "measure", counted)
+    return made
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5).softmax(-1)
+    return ((weights @ v.transpose(1, 2)).transpose(1, 2),)
+
+
+def inputs(
+    B: int = 2, N: int = 33, H: int = 2, D: int = 16, dtype: torch.dtype = torch.float32, gradient: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    g = generator(B * N * D)
+    q, k, v = (torch.randn(B, N, H, D, generator=g).to(dtype).requires_grad_(gradient) for _ in range(3))
+    return q, k, v
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("D", [8, 40])
+def test_values(kernel: str, dtype: torch.dtype, D: int) -> None:
+    if kernel in ("flash", "cudnn", "fa3") and device_of(kernel) == "cuda" and dtype == torch.float32:
+        pytest.skip("for half precision")
+    check_values(Case("attention", inputs(D=D, dtype=dtype), lambda *t: (attention(*t),), eager, eager), kernel)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_chosen_one_is_measured_once(dtype: torch.dtype, measured: list[Any], cache: Path) -> None:
+    """The same values, by whichever is ahead; kept for other processes, told apart by shape and direction."""
+    tensors = inputs(dtype=dtype)
+    state = torch.get_rng_state()
+    for _ in range(2):
+        out = attention(*tensors)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(out.float(), eager(*(t.float() for t in tensors))[0], rtol=2e-2, atol=2e-2)
+    assert measured == [((2, 33, 2, 16), True, backends.candidates("cpu"))]
+    (call,) = json.loads(cache.read_text())["calls"].values()
+    assert call["backend"] == min(call["ms"], key=call["ms"].get) and set(call["ms"]) == {"flash", "math"}
+    table._read = None  # as in a new process
+    attention(*tensors)
+    assert len(measured) == 1
+    with torch.no_grad():
+        attention(*tensors)
+    attention(*inputs(N=34, dtype=dtype))
+    assert [backward for _, backward, _ in measured] == [True, False, True]
+    assert len(json.loads(cache.read_text())["calls"]) == 3
+
+
+def test_a_wrong_backend_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that raises, nor one whose gradient alone is wrong, nor one that is NaN; if all are, the reference."""
+
+    def gradient(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return backends.default(q, k, v, scale) + 0.1 * (q - q.detach())
+
+    def broken(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        raise RuntimeError("no such kernel\nand more")
+
+    wrongs = {"flash": gradient, "math": broken}
+    for name, run in wrongs.items():
+        monkeypatch.setitem(backends.BACKENDS, name, backends.Backend(name, ("cpu",), run))
+    result = tune_attention(1, 40, 1, 8, dtype=torch.float32, device="cpu")
+    assert result["backend"] == "reference" and result["ms"] == {}
+    assert result["refused"]["flash"].startswith("wrong: error") and "no such kernel" in result["refused"]["math"]
+    assert tune_attention(1, 40, 1, 8, dtype=torch.float32, device="cpu", backward=False)["backend"] == "flash"
+    nan = backends.Backend("flash", ("cpu",), lambda q, k, v, scale: q * torch.nan)
+    monkeypatch.setitem(backends.BACKENDS, "flash", nan)
+    result = tune_attention(1, 40, 1, 8, dtype=torch.float32, device="cpu", backward=False)
+    assert result["refused"]["flash"].startswith("wrong: error nan")
+
+
+def test_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch, measured: list[Any]) -> None:
+    """Backwards that are not deterministic are no candidates; a claim that does not hold is found."""
+    monkeypatch.setitem(
+        backends.BACKENDS, "flash", backends.Backend("flash", ("cpu",), backends.default, deterministic=backends._never)
+    )
+    attention(*inputs())
+    torch.use_deterministic_algorithms(True)
+    try:
+        attention(*inputs())
+        assert [names for _, _, names in measured] == [["flash", "math"], ["math"]]
+        calls = iter(range(10))
+
+        def wavering(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(
+                *(t.transpose(1, 2) for t in (q, k, v)), scale=scale
+            ).transpose(1, 2) * (1 + next(calls) * 2**-22)
+
+        monkeypatch.setitem(backends.BACKENDS, "math", backends.Backend("math", ("cpu",), wavering))
+        refused = tune_attention(1, 20, 1, 8, dtype=torch.float32, device="cpu")["refused"]
+        assert refused == {"math": "two runs differ, in deterministic mode"}
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_on_a_gpu_in_deterministic_mode() -> None:
+    """Torch's flash and efficient backwards are deterministic in its strict mode alone, cuDNN's and xformers' never."""
+
+    def deterministic() -> list[str]:
+        return [name for name, b in backends.BACKENDS.items() if "cuda" in b.devices and b.deterministic("cuda")]
+
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert deterministic() == ["flash", "efficient", "math", "fa3"]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert deterministic() == ["math", "fa3"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_never_measured_where_it_may_not_be(measured: list[Any]) -> None:
+    tensors = inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: attention(*t), fullgraph=True, backend="aot_eager")(*tensors)
+    torch.testing.assert_close(compiled, eager(*tensors)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled.sum(), tensors), torch.autograd.grad(eager(*tensors)[0].sum(), tensors)
+    )
+    with FakeTensorMode():
+        assert attention(*(torch.empty(2, 9, 2, 8) for _ in range(3))).shape == (2, 9, 2, 8)
+    assert attention(*(t.detach().to("meta") for t in tensors)).shape == tensors[0].shape
+    with NoHostSync():
+        attention(*tensors)
+    assert attention(*inputs(B=0)).shape == (0, 33, 2, 16)
+    assert measured == []
+
+
+def test_a_capture_takes_what_is_known(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = module.OPS["attention"].calls
+    monkeypatch.setattr(module, "_may_measure", lambda q: False)
+    before = calls["default"]
+    attention(*inputs())
+    assert calls["default"] == before + 1
+    backend = tune_attention(2, 33, 2, 16, dtype=torch.float32, device="cpu")["backend"]
+    made, before = len(measured), calls[backend]
+    attention(*inputs())
+    assert calls[backend] == before + 1 and len(measured) == made
+
+
+def test_overrides(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Argument before ``ops.use`` before the environment; kernels of other ops leave the choice alone."""
+    calls = module.OPS["attention"].calls
+
+    def by(expected: str, **options: Any) -> None:
+        before = calls[expected]
+        attention(*inputs(), **options)
+        assert calls[expected] == before + 1
+
+    by("math", backend="math")
+    monkeypatch.setenv(module.VARIABLE, "math")
+    by("math")
+    with use("flash"):
+        by("flash")
+        by("reference", backend="reference")
+    with use("triton"):
+        by("math")
+    monkeypatch.setenv(module.VARIABLE, "default")
+    by("default")
+    assert measured == []
+    monkeypatch.setenv(module.VARIABLE, "fast")
+    with pytest.raises(InputError, match=r"FASTDISTILL_ATTENTION: expected one of flash, .*, got 'fast'"):
+        attention(*inputs())
+    with pytest.raises(InputError, match="backend: expected one of"):
+        attention(*inputs(), backend="fast")
+    with pytest.raises(KernelError, match="backend 'cudnn' cannot run this call on cpu: it has none for cpu"):
+        attention(*inputs(), backend="cudnn")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "calls": {"x": {}}}', "\x00\xff"])
+def test_a_damaged_file_is_named_once_and_written_again(content: str, cache: Path, measured: list[Any]) -> None:
+    cache.parent.mkdir()
+    cache.write_bytes(content.encode("latin-1"))
+    table._read = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attention(*inputs())
+        attention(*inputs(N=5))
+    named = [str(w.message) for w in caught if "attention.json" in str(w.message)]
+    assert len(named) == 1 and "not a table of attention backends" in named[0]
+    assert len(measured) == 2 and len(json.loads(cache.read_text())["calls"]) == 2
+
+
+def test_another_process_is_not_forgotten(cache: Path) -> None:
+    attention(*inputs())
+    held = json.loads(cache.read_text())
+    held["calls"]["another"] = {"backend": "math", "ms": {"math": 1.0}, "refused": {}}
+    cache.write_text(json.dumps(held))
+    attention(*inputs(N=7))
+    assert set(json.loads(cache.read_text())["calls"]) > set(held["calls"]) and len(held["calls"]) == 2
+    assert [p.name for p in cache.parent.iterdir()] == ["attention.json"]
+
+
+def test_a_cache_that_cannot_be_written(cache: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.write_text("a file in its place")
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            attention(*inputs())
+    assert len(measured) == 1
+    with pytest.warns(UserWarning, match="the measured attention backends are not kept: .*expected a directory"):
+        attention(*inputs(N=6))
+
+
+def test_projections_as_they_come() -> None:
+    q, k, v = inputs()
+    got = attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=2, backend="math")
+    assert torch.equal(got, attention(q, k, v, backend="math").flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(2, 4)}, r"q: expected \[B, N, H, D\], got \(2, 4\)"),
+        ({"q": torch.zeros(2, 9, 16)}, "heads: expected the number of heads"),
+        ({"q": torch.zeros(2, 9, 15), "heads": 2}, r"q: expected \[B, tokens, a multiple of 2 heads\]"),
+        ({"q": torch.zeros(2, 9, 2, 8).double()}, "q: expected dtype float32"),
+        ({"k": torch.zeros(1, 9, 2, 8)}, r"k: expected \[2, L, 2, 8\] beside q, got \(1, 9, 2, 8\)"),
+        ({"v": torch.zeros(2, 8, 2, 8)}, "v: expected the shape of k"),
+        ({"k": torch.zeros(2, 9, 2, 8).half()}, "k: expected dtype float32, got float16"),
+        ({"v": torch.zeros(2, 9, 2, 8, device="meta")}, "v: expected the device of q"),
+    ],
+)
+def test_bad_input(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        attention(**({name: torch.zeros(2, 9, 2, 8) for name in "qkv"} | changes))
