@@ -64,7 +64,7 @@ template <bool huber> Sums run_chunk(const OutputMatch& a, const MatchRow& r, in
     const float* z = zeros;
     const float* student = floats(a.student, b, i, n, buffers[0]);
     const float* conditional = floats(a.teacher, b, i, n, buffers[1]);
-    const float* unconditional = a.unconditional.data ? floats(a.unconditional, b, i, n, buffers[2]) : conditional;
+    const float* unconditional = floats(a.unconditional, b, i, n, buffers[2]);
     const float* x_t = floats(a.x_t, b, i, n, buffers[3]);
     const float* x = floats(latents, r.latent, i, n, buffers[4]);
     if (a.counter) {
@@ -76,8 +76,8 @@ template <bool huber> Sums run_chunk(const OutputMatch& a, const MatchRow& r, in
       const Lanes s = load(student + j);
       Lanes gradient = none;
       if (a.teacher.data) {
-        const Lanes target =
-            teacher_target(load(conditional + j), load(unconditional + j), load(x_t + j), guidance, from_x_t, from_teacher);
+        const Lanes target = teacher_target(load(conditional + j), load(unconditional + j), load(x_t + j), guidance, from_x_t,
+                                            from_teacher, a.unconditional.data != nullptr);
         output = output + match_term(s - target, delta, half, huber);
         gradient = output_gradient * match_slope(s - target, delta, huber);
       }

@@ -69,13 +69,15 @@ __device__ Sums eight(const OutputMatch& a, const MatchRow& r, int64_t b, int64_
   Sums sums = {0.0f, 0.0f};
   floats(a.student, b, i, n, s);
   if (a.teacher.data) {
+    const bool guided = a.unconditional.data != nullptr;
     float unconditional[8], x_t[8];
     floats(a.teacher, b, i, n, target);
-    floats(a.unconditional.data ? a.unconditional : a.teacher, b, i, n, unconditional);
+    floats(a.unconditional, b, i, n, unconditional);
     floats(a.x_t, b, i, n, x_t);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
-      const float d = s[k] - teacher_target(target[k], unconditional[k], x_t[k], r.guidance, r.from_x_t, r.from_teacher);
+      const float d =
+          s[k] - teacher_target(target[k], unconditional[k], x_t[k], r.guidance, r.from_x_t, r.from_teacher, guided);
       if (k < n) sums.output += match_term(d, a.delta, 0.5f, a.huber);
       gradient[k] = r.output_gradient * match_slope(d, a.delta, a.huber);
     }

@@ -86,8 +86,10 @@ FD_HD MatchRow match_row(const OutputMatch& a, int64_t b) {
   return r;
 }
 
-template <typename F> FD_HD F teacher_target(F conditional, F unconditional, F x_t, F guidance, F from_x_t, F from_teacher) {
-  return muladd(from_x_t, x_t, from_teacher * muladd(guidance, conditional - unconditional, conditional));
+template <typename F>
+FD_HD F teacher_target(F conditional, F unconditional, F x_t, F guidance, F from_x_t, F from_teacher, bool guided) {
+  const F output = guided ? muladd(guidance, conditional - unconditional, conditional) : conditional;
+  return muladd(from_x_t, x_t, from_teacher * output);
 }
 
 // The term of a difference in the sum, and its part of the gradient.

@@ -109,8 +109,8 @@ def output_match(
         ``OutputMatch``; float32 accumulation, the same bits on every run. Tensors that are not contiguous are copied.
 
     Raises:
-        InputError: mismatched shapes, devices or dtypes, a teacher that requires gradient, a timestep outside of the
-            table (on a GPU the loss is NaN then).
+        InputError: mismatched shapes, devices or dtypes, a teacher that requires gradient, a timestep or latent outside
+            of its table (on a GPU and by the reference the loss is NaN then, as nothing is read back).
     """
     _check.require(distance in ("mse", "huber"), "distance", "one of mse, huber", repr(distance))
     _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
@@ -120,6 +120,14 @@ def output_match(
     optional = (teacher, unconditional, guidance, weights, x_t, grad, *(task[:5] if task else [None] * 5))
     _check.once(_check_all, tuple(t for t in (student, timestep, table, grad_scale, *optional) if t is not None),
                 (channels, tuple(t is not None for t in optional)))  # fmt: skip
+    if grad is not None:
+        rule = f"a contiguous buffer like student {tuple(student.shape)} {student.dtype}"
+        fits = (grad.shape, grad.dtype) == (student.shape, student.dtype) and grad.is_contiguous()
+        _check.require(fits, "grad", rule, f"{tuple(grad.shape)} {grad.dtype} {grad.stride()}")
+    if task is not None:
+        rule = f"at least 0, at most 2**32 less the batch ({len(student)})"
+        in_range = 0 <= task.first_sample <= 2**32 - len(student)
+        _check.require(in_range, "task.first_sample", rule, task.first_sample)
     for name, tensor in {"teacher": teacher, "unconditional": unconditional}.items():
         frozen = tensor is None or not tensor.requires_grad
         _check.require(frozen, name, "a tensor without gradient (run the teacher under no_grad)", "requires_grad=True")
@@ -242,10 +250,6 @@ def _check_rows(given: dict[str, Tensor], batch: int, channels: int, size: torch
     if "x_t" in given:
         _check.shape(given["x_t"], "x_t", (batch, channels, *size), f"shape {(batch, channels, *size)}")
     if "task.latents" in given:
-        rule = f"[N, {', '.join(map(str, (channels, *size)))}]"
-        _check.shape(given["task.latents"], "task.latents", (None, channels, *size), rule)
-    if "grad" in given:
-        grad = given["grad"]
-        fits = grad.shape == student.shape and grad.dtype == student.dtype and grad.is_contiguous()
-        rule = f"a contiguous buffer like student {tuple(student.shape)} {student.dtype}"
-        _check.require(fits, "grad", rule, f"{tuple(grad.shape)} {grad.dtype} {grad.stride()}")
+        rule, latents = f"[N, {', '.join(map(str, (channels, *size)))}] with N > 0", given["task.latents"]
+        _check.shape(latents, "task.latents", (None, channels, *size), rule)
+        _check.require(len(latents) > 0, "task.latents", rule, tuple(latents.shape))

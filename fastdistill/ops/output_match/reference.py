@@ -38,10 +38,18 @@ def output_match(
     samples: Tensor,
     grad: Tensor,
 ) -> None:
-    """Fill the outputs, ``grad`` where it has elements; float32 throughout. A tensor of no elements is not there."""
+    """Fill the outputs, ``grad`` where it has elements; float32 throughout. A tensor of no elements is not there.
+
+    A sample whose timestep or latent is not in its table has NaN for weights.
+    """
     shape = (len(student), *[1] * (student.dim() - 1))
+    there = (timestep >= 0) & (timestep < len(table))
+    if counter.numel():
+        there &= (latent_index >= 0) & (latent_index < len(latents))
+        latent_index = torch.where(there, latent_index, 0)
+    timestep = torch.where(there, timestep, 0)
     row = table[timestep]
-    own = weights if len(weights) else torch.ones_like(row[:, 0])
+    own = torch.where(there, weights if len(weights) else 1.0, torch.nan)
     weight = torch.stack([row[:, OUTPUT_WEIGHT], row[:, TASK_WEIGHT]], 1) * own[:, None]
     s = student[:, :channels].float()
     differences = [torch.zeros_like(s), torch.zeros_like(s)]
@@ -58,8 +66,9 @@ def output_match(
         sample = first_sample + torch.arange(len(student), device=student.device)
         z = philox.normal(counter[0], counter[1], sample, s.shape[1:])
         signal, noise = coefficients[timestep].view(-1, 4, *shape[1:]).unbind(1)[2:]
-        differences[1] = s - (signal * latents[latent_index].float() + noise * z)
-        weight[:, 1] *= choice != RANDOM
+        clean = torch.where(signal == 0, 0.0, latents[latent_index].float())  # not read where it is not wanted
+        differences[1] = s - (signal * clean + noise * z)
+        weight[:, 1] = torch.where(choice == RANDOM, 0.0, weight[:, 1])
 
     slopes = [d.clamp(-delta, delta) if huber else d for d in differences]
     terms = [c * (d - 0.5 * c) if huber else d * d for c, d in zip(slopes, differences, strict=True)]

@@ -171,7 +171,7 @@ def output_match(
     """Two launches; arguments as the reference's."""
     batch = student.size(0)
     student_row = student.numel() // max(batch, 1)
-    n = student_row // student.size(1) * channels
+    n = student_row // max(student.size(1), 1) * channels
     chunks = max(triton.cdiv(n, CHUNK), 1)
     has_task, own = counter.numel() > 0, weights.numel() > 0
     partials = torch.empty(max(2 * batch * chunks, 1), dtype=torch.float32, device=loss.device)
