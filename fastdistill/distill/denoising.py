@@ -40,7 +40,7 @@ class BoundDenoising:
 
     def __init__(self, config: Denoising, setting: Setting) -> None:
         schedule = setting.schedule
-        self._model = setting.student
+        self._model, self._grad_scale = setting.student, setting.grad_scale
         weights = schedule.alphas_cumprod.reciprocal().clamp(max=config.weight_limit)
         table = match_table(schedule.coefficients(setting.prediction_type), weights=weights)
         self._table = table.to(setting.device)
@@ -53,5 +53,5 @@ class BoundDenoising:
         x_t, prompt = cast_inputs(self._model, draw.x_t, draw.prompt)
         output = predict(self._model, x_t, draw.timestep, prompt)
         task = self._batches.task(draw, counter)
-        loss = output_match(output, None, draw.timestep, self._table, task=task).loss
+        loss = output_match(output, None, draw.timestep, self._table, task=task, grad_scale=self._grad_scale).loss
         return loss, [loss.detach()]

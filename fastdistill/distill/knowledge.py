@@ -64,6 +64,7 @@ class Knowledge:
         self._branch: torch.cuda.Stream | None = None  # the teacher's, in a CUDA graph
         if setting.device.type == "cuda":
             self._branch = torch.cuda.Stream(setting.device)  # type: ignore[no-untyped-call]
+        self._grad_scale = setting.grad_scale
         self._gradient: Tensor | None = None  # buffers that every step writes into
         self._gradients: list[Tensor] | None = None
         self._taps: tuple[Taps, Taps] | None = None
@@ -118,6 +119,7 @@ class Knowledge:
             channels=self._channels,
             output_weight=self.weights.output,
             task_weight=self.weights.task,
+            grad_scale=self._grad_scale,
             grad=self._gradient,
         )
         return loss, parts.unbind()
@@ -146,7 +148,9 @@ class Knowledge:
             g.shape != s.shape or g.stride() != s.stride() for g, s in zip(self._gradients, own, strict=True)
         ):
             self._gradients = [gradient_buffer(s, self.feature_distance) for s in own]
-        return feature_match(own, theirs, distance=self.feature_distance, grads=self._gradients).loss
+        return feature_match(
+            own, theirs, distance=self.feature_distance, grad_scale=self._grad_scale, grads=self._gradients
+        ).loss
 
 
 def _capturing(tensor: Tensor) -> bool:

@@ -20,7 +20,8 @@ class Setting:
 
     latents: [N, *S]. latent_prompts: [N] int64 on the device, rows of prompts. prompts: [M + 1, L, D], the null prompt
     last. batch: samples of a step. prediction_type: what teacher and student put out. ahead: steps whose rows are read
-    ahead where banks are on the disk.
+    ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss will be multiplied before the
+    backward, for losses that store their gradient; None: 1.
     """
 
     teacher: nn.Module
@@ -32,6 +33,7 @@ class Setting:
     batch: int
     prediction_type: PredictionType = "epsilon"
     ahead: int = 3
+    grad_scale: Tensor | None = None
 
     @property
     def device(self) -> torch.device:

@@ -100,6 +100,8 @@ def state_of(step: TrainStep, student: torch.nn.Module) -> dict[str, Tensor]:
         state |= {f"trained.{i}.{k}": v for k, v in module.state_dict().items()}
     for i, parameter in enumerate(step.parameters):
         state |= {f"optimizer.{i}.{k}": v for k, v in step.optimizer.state[parameter].items()}
+    if step.scaling is not None:
+        state |= {"loss_scale": step.scaling.value, "good_steps": step.scaling.good}
     return state | {"counter": step.counter, "totals": step.totals, "skipped": step.optimizer.skipped}
 
 
@@ -120,6 +122,9 @@ def restore(tensors: Mapping[str, Tensor], step: TrainStep, student: torch.nn.Mo
             else v.to(parameter.device)
             for k, v in part(f"optimizer.{i}.").items()
         }
+    if step.scaling is not None:
+        step.scaling.value.copy_(tensors["loss_scale"])
+        step.scaling.good.copy_(tensors["good_steps"])
     step.counter.copy_(tensors["counter"])
     step.totals.copy_(tensors["totals"])
     step.optimizer.skipped.copy_(tensors["skipped"])

@@ -47,9 +47,9 @@ class TrainConfig:
     """Largest global norm of the gradient, adapters included."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Decay of the average of the student's weights; it warms up as (1 + step) / (10 + step)."""
-    precision: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the weights that are trained, adapters included (null: the student's own). The optimizer keeps float32
-    masters of bfloat16 weights, and the average. Not float16: its gradients underflow without a loss scale."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights that are trained, adapters included; auto: bfloat16 on a GPU, elsewhere the student's own.
+    The optimizer keeps float32 masters of the lower ones, and the average; float16 trains with a loss scale."""
     fuse: bool = False
     """Fused ops inside of teacher and student (``fastdistill.fuse``)."""
     execution: Execution = "auto"

@@ -44,6 +44,8 @@ class AdamWEMA(torch.optim.AdamW):
         InputError: parameters of other dtypes or on several devices; loaded state of amsgrad or maximize.
     """
 
+    grad_scale: Tensor  # of the step that comes, where there is a loss scale; torch.amp.GradScaler sets and deletes it
+
     def __init__(
         self,
         params: Any,

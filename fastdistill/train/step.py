@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastdistill.distill.objective import BoundObjective
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.optimizer import AdamWEMA
+from fastdistill.train.scaling import LossScale
 
 
 def learning_rates(config: TrainConfig) -> Tensor:
@@ -35,13 +36,19 @@ class TrainStep:
 
     ``counter`` is [2] int64 on the device, (seed, step). ``totals`` [metrics] float32 sums the metrics of the steps
     since it was last zeroed; ``metric_names`` says what each is. The last is the norm of the gradient, left out where
-    it is not finite: the optimizer skips that update and counts it (``optimizer.skipped``).
+    it is not finite: the optimizer skips that update and counts it (``optimizer.skipped``). ``scaling``: the loss scale
+    of float16 weights.
     """
 
     def __init__(
-        self, objective: BoundObjective, student: nn.Module, config: TrainConfig, device: torch.device
+        self,
+        objective: BoundObjective,
+        student: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        scaling: LossScale | None = None,
     ) -> None:
-        self.objective = objective
+        self.objective, self.scaling = objective, scaling
         self._seed = config.seed
         self._evaluate: Callable[[Tensor], tuple[Tensor, list[Tensor]]] = objective
         own = [p for p in student.parameters() if p.requires_grad]
@@ -59,6 +66,8 @@ class TrainStep:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr  # read there at every step
+        if scaling is not None:
+            self.optimizer.grad_scale = scaling.value  # as torch.amp.GradScaler leaves it there
         self.counter = torch.tensor([config.seed, 0], device=device)
         self._rates = learning_rates(config).to(device)
         self.metric_names = [*objective.metric_names, "gradient_norm"]
@@ -75,11 +84,14 @@ class TrainStep:
     def __call__(self) -> None:
         step = self.counter[1:]
         loss, metrics = self._evaluate(self.counter)
-        loss.backward()
+        (loss if self.scaling is None else loss * self.scaling.value).backward()
         self.lr.copy_(self._rates.index_select(0, step).squeeze(0))
         square_sum = self.optimizer.square_sum()
         self.optimizer.update(square_sum)
         self.optimizer.zero_grad(set_to_none=True)
         norm = square_sum.sqrt().float().nan_to_num(nan=0.0, posinf=0.0)
+        if self.scaling is not None:
+            norm = norm / self.scaling.value
+            self.scaling.update(square_sum)
         self.totals.add_(torch.stack([*metrics, norm]))
         step.add_(1)

@@ -23,6 +23,7 @@ from fastdistill.models.fuse import fuse
 from fastdistill.models.students import check_parameters
 from fastdistill.train.config import TrainConfig, validated
 from fastdistill.train.loop import FitResult, Progress, fit
+from fastdistill.train.scaling import LossScale
 from fastdistill.train.step import TrainStep
 
 
@@ -65,10 +66,12 @@ class DistillTrainer:
         self.device = torch.device(device) if device is not None else next(student.parameters()).device
         _check_models(teacher, student, latents, prompts)
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.student = student.to(self.device, _dtype(student, self.config)).train()
+        self.student = student.to(self.device, _dtype(student, self.device, self.config)).train()
         if self.config.fuse:
             fuse(self.teacher)
             fuse(self.student)
+        low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
+        scaling = LossScale(self.device) if low else None
         setting = Setting(
             teacher=self.teacher,
             student=self.student,
@@ -79,9 +82,10 @@ class DistillTrainer:
             batch=config.batch,
             prediction_type=prediction_type or "epsilon",
             ahead=config.ahead,
+            grad_scale=scaling.value if scaling else None,
         )
         self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
-        self.step = TrainStep(objective.bind(setting), self.student, config, self.device)
+        self.step = TrainStep(objective.bind(setting), self.student, config, self.device, scaling)
 
     def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
         """Train to the last step of the configuration.
@@ -108,15 +112,16 @@ class DistillTrainer:
         return model
 
 
-def _dtype(student: nn.Module, config: TrainConfig) -> torch.dtype | None:
+def _dtype(student: nn.Module, device: torch.device, config: TrainConfig) -> torch.dtype | None:
     """To train the student in; None: as it is."""
-    if config.precision is not None:
-        return torch.float32 if config.precision == "float32" else torch.bfloat16
+    if config.precision != "auto":
+        dtype: torch.dtype = getattr(torch, config.precision)
+        return dtype
     for name, p in student.named_parameters():
-        if p.requires_grad and p.dtype not in (torch.float32, torch.bfloat16):
-            rule = "float32 or bfloat16 weights (float16 gradients underflow without a loss scale), or config.precision"
+        if p.requires_grad and p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            rule = "float32, bfloat16 or float16 weights, or config.precision"
             raise InputError.of(f"student: {name}", rule, str(p.dtype).removeprefix("torch."))
-    return None
+    return torch.bfloat16 if device.type == "cuda" else None
 
 
 def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:

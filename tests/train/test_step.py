@@ -145,7 +145,7 @@ def test_gradient_checkpoints_change_nothing() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("precision", [None, "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_graph_is_eager(precision: Any) -> None:
     """The same bits after some replays, with every buffer of the process moved in between."""
     for one, two in zip(

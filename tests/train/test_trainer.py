@@ -25,6 +25,7 @@ from fastdistill.models import make_student
 from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import state_of, steps
 from fastdistill.train.loop import _Run, read_metrics
+from fastdistill.train.scaling import LossScale
 from fastdistill.train.step import learning_rates
 from tests import small
 
@@ -61,13 +62,47 @@ def test_resume_is_exact(tmp_path: Path, kind: str, stop_after: int) -> None:
     assert losses[0] == losses[1] == [m["loss"] for m in read_metrics(tmp_path / "metrics.jsonl")]
 
 
-def test_resume_is_exact_in_bfloat16(tmp_path: Path) -> None:
-    whole = small.trainer("channel_base", precision="bfloat16")
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_resume_is_exact_in_low_precision(tmp_path: Path, precision: str) -> None:
+    whole = small.trainer("channel_base", precision=precision)
     whole.fit()
-    small.trainer("channel_base", precision="bfloat16", steps=3).fit(tmp_path)
-    again = small.trainer("channel_base", precision="bfloat16")
+    small.trainer("channel_base", precision=precision, steps=3).fit(tmp_path)
+    again = small.trainer("channel_base", precision=precision)
     again.fit(tmp_path)
     assert same(state(again), state(whole))
+
+
+def test_float16_trains_under_a_loss_scale_that_finds_its_size(tmp_path: Path) -> None:
+    """Too large a scale skips updates and is halved until it fits; the losses are then close to float32's."""
+    trainer = small.trainer("bk_base", precision="float16", log_every=1, steps=10)
+    trainer.step.scaling.value.fill_(2.0**24)  # type: ignore[union-attr]
+    history = trainer.fit().history
+    skipped, scale = int(history[-1]["skipped"]), float(trainer.step.scaling.value)  # type: ignore[union-attr]
+    assert 0 < skipped < 8 and scale == 2.0 ** (24 - skipped)
+    assert all(p.dtype == torch.float16 for p in trainer.student.parameters())
+    own = small.trainer("bk_base", log_every=1, steps=10).fit().history
+    trained = [(a, b) for a, b in zip(history, own, strict=True) if a["gradient_norm"] > 0]
+    assert trained[0][0]["gradient_norm"] == pytest.approx(own[0]["gradient_norm"], rel=0.5)
+    assert history[0]["loss"] == pytest.approx(own[0]["loss"], rel=0.02)
+    assert history[-1]["loss"] < history[0]["loss"] and trainer.ema_student().dtype == torch.float32
+
+
+def test_the_loss_scale() -> None:
+    scaling = LossScale(torch.device("cpu"))
+    fine, broken = torch.tensor(4.0, dtype=torch.float64), torch.tensor(float("nan"), dtype=torch.float64)
+    scaling.update(broken)
+    assert scaling.value == 2.0**15 and scaling.good == 0
+    for step in range(1, 2000):
+        scaling.update(fine)
+        assert scaling.value == 2.0**15 and scaling.good == step
+    scaling.update(fine)
+    assert scaling.value == 2.0**16 and scaling.good == 0
+    scaling.good.fill_(1500)
+    scaling.update(broken)
+    assert scaling.value == 2.0**15 and scaling.good == 0
+    scaling.value.fill_(1.0)
+    scaling.update(broken)
+    assert scaling.value == 1.0
 
 
 def test_updates_that_are_skipped_are_counted_and_saved(tmp_path: Path) -> None:
@@ -306,13 +341,10 @@ def test_what_does_not_fit_together() -> None:
         DistillTrainer(own, made.model, small.SCHEDULE, wrong, small.bank(), *rest)
     with pytest.raises(InputError, match=r"config: 2 problems\n.*steps: .*\n.*lr: "):
         DistillTrainer(own, made.model, small.SCHEDULE, cache, small.bank(), rest[0], small.config(steps=0, lr=-1.0))
-    with pytest.raises(
-        InputError, match=r"student: .*: expected float32 or bfloat16 weights \(float16 .*, got float16"
-    ):
-        DistillTrainer(own, made.model.half(), small.SCHEDULE, cache, small.bank(), *rest)
-    with pytest.raises(InputError, match=r"precision: input should be 'float32' or 'bfloat16', got 'float16'"):
-        made.model.float()
-        config = small.config(precision="float16")
+    with pytest.raises(InputError, match=r"student: .*: expected float32, bfloat16 or float16 weights.*, got float64"):
+        DistillTrainer(own, made.model.double(), small.SCHEDULE, cache, small.bank(), *rest)
+    with pytest.raises(InputError, match=r"precision: input should be 'auto', .* or 'float16', got 'float8'"):
+        config = small.config(precision="float8")
         DistillTrainer(own, made.model, small.SCHEDULE, cache, small.bank(), rest[0], config)
     with pytest.raises(InputError, match="layers_per_block"):
         make_student(own, {"layers_per_block": 3})
