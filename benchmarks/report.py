@@ -29,14 +29,15 @@ def table(results: Path = RESULTS) -> str:
         measured = latest(read(path))
         gpu = path.stem.startswith("gpu")
         lines += [f"**{path.stem}** ({_versions(measured)}): times faster than each rival, both sides in one run.", ""]
+        if results == RESULTS:
+            image = (IMAGES / f"benchmarks-{path.stem}.png").relative_to(ROOT)
+            lines += [f"![Times faster than each rival, {path.stem}]({image})", ""]
+        lines += ["<details><summary>The same in figures</summary>", ""]
         columns = ["op", "shape", "dtype", "mode" if gpu else "threads", "times faster than"]
         columns += ["% of ceiling"] if gpu else []  # a shared CPU's is not the same from one minute to the next
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(_cells(rows, columns))} |" for rows in measured]
-        if results == RESULTS:
-            image = (IMAGES / f"benchmarks-{path.stem}.png").relative_to(ROOT)
-            lines += ["", f"![Times faster than each rival, {path.stem}]({image})"]
-        lines += [""]
+        lines += ["", "</details>", ""]
     if not any(path.stem.startswith("gpu") for path in files):
         lines += [
             "**GPU** (`make gpu PART=1/3` on a machine that has one)",
@@ -77,42 +78,34 @@ def plots(results: Path, into: Path) -> Iterator[Path]:
         if not measured:
             continue
         names = list(dict.fromkeys(row["rival"] for rows in measured[::-1] for row in rows))
-        figure = Figure(figsize=(9, 1.2 + 0.24 * sum(len(rows) + 1 for rows in measured)), layout="constrained")
+        figure = Figure(figsize=(9, 1.3 + 0.2 * len(measured)), layout="constrained")
         axes = figure.add_subplot()
-        y, ticks, labels = 0.0, [], []
-        highest = max(float(row["ratio"]) for rows in measured for row in rows)
-        for rows in measured:
-            top = y + len(rows) - 1
-            for i, row in enumerate(rows):
-                ratio = float(row["ratio"])
-                axes.barh(top - i, ratio, height=0.85, color=f"C{names.index(row['rival']) % 10}")
-                axes.text(ratio * 1.03, top - i, f"{ratio:.2f}", va="center", fontsize=7)
-            first = rows[0]
-            how = first["mode"] if path.stem.startswith("gpu") else f"{first['threads']} thread(s)"
-            ticks.append((y + top) / 2)
-            labels.append(f"{first['op']}, {first['dtype']}\n{first['shape']}, {how}")
-            y = top + 2
-        axes.set_yticks(ticks, labels, fontsize=7)
-        axes.set_xscale("log", base=2)
-        low = min(0.5, *(float(row["ratio"]) for rows in measured for row in rows))
-        powers = range(math.floor(math.log2(low)), math.ceil(math.log2(highest * 1.2)) + 1)
-        axes.set_xlim(2.0 ** powers[0], highest * 1.3)
-        axes.set_xticks(
-            [2.0**p for p in powers if 2.0**p < highest * 1.3],
-            [f"{2.0**p:g}" for p in powers if 2.0**p < highest * 1.3],
-        )
+        for i, name in enumerate(names):
+            found = [(float(r["ratio"]), y) for y, rows in enumerate(measured) for r in rows if r["rival"] == name]
+            axes.plot(*zip(*found, strict=True), "oDs^v"[i // 10 % 5], color=f"C{i % 10}", label=name, markersize=5)
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_ylim(-1, y - 1)
+        axes.axvspan(1e-3, 1, color="0.95", zorder=0)
+        ratios = [float(row["ratio"]) for rows in measured for row in rows]
+        powers = range(math.floor(math.log2(min(0.8, *ratios))), math.ceil(math.log2(max(1.2, *ratios))) + 1)
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(2.0 ** powers[0], 2.0 ** powers[-1])
+        axes.set_xticks([2.0**p for p in powers], [f"{2.0**p:g}" for p in powers])
+        axes.set_yticks(range(len(measured)), [_label(rows[0], path.stem) for rows in measured], fontsize=7)
+        axes.set_ylim(-0.7, len(measured) - 0.3)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.set_axisbelow(True)
         axes.set_xlabel("times faster than the rival")
         axes.set_title(path.stem, fontsize=9)
-        handles = [axes.barh(0, 0, color=f"C{i % 10}", label=name) for i, name in enumerate(names)]
-        axes.legend(handles=handles, fontsize=7, loc="lower right")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        figure.legend(fontsize=7, loc="outside upper center", ncols=5)
         into.mkdir(parents=True, exist_ok=True)
         target = into / f"benchmarks-{path.stem}.png"
         figure.savefig(target, dpi=130, metadata={"Software": None})
         yield target
+
+
+def _label(first: Row, device: str) -> str:
+    how = first["mode"] if device.startswith("gpu") else f"{first['threads']} thread{'s' * (first['threads'] != '1')}"
+    return f"{first['op']}, {first['shape']}, {first['dtype']}, {how}"
 
 
 def filled(readme: str, name: str, text: str) -> str:
