@@ -8,15 +8,23 @@ namespace fd::FD_ISA {
 // e^x for x in [-87, 87], and its values at the ends beyond: x = k ln 2 + r, e^r = 1 + r + r^2 Q(r).
 FD_HD vfloat exponential(vfloat x) {
   const vfloat zero = {}, low = zero - 87.0f, high = zero + 87.0f, one = zero + 1.0f;
+#ifdef FD_X86
+  x = (vfloat)FD_INTRINSIC(min_ps)(high, (vfloat)FD_INTRINSIC(max_ps)(low, x));  // of NaN and a number the second: NaN
+#else
   x = x < low ? low : x > high ? high : x;
+#endif
   const vfloat shifted = muladd(x, 1.44269504f, 12582912.0f), k = shifted - 12582912.0f;
   const vfloat r = muladd(k, 2.12194440e-4f, muladd(k, -0.693359375f, x));
   vfloat q = muladd(r, 0.001392617612f, 0.008363173075f);
   q = muladd(q, r, 0.04166655466f);
   q = muladd(q, r, 0.1666657703f);
   q = muladd(q, r, 0.5f);
-  const vfloat power = (vfloat)(((vuint)shifted + 127u) << 23);  // k is in the low bits of the sum
-  return power * (one + muladd(r * r, q, r));
+  const vfloat mantissa = one + muladd(r * r, q, r);
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_maskz_scalef_ps(0xFFFF, (__m512)mantissa, (__m512)k);
+#else
+  return mantissa * (vfloat)(((vuint)shifted + 127u) << 23);  // k is in the low bits of the sum
+#endif
 }
 
 // 1 / x for normal x.

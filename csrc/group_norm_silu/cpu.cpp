@@ -24,6 +24,7 @@ template <typename T> struct Task {
   int64_t sample, first, count, padded;
   float* numbers;  // [6][padded]: middle, rstd, factor, offset, and the means of dn and dn n
   double* sums;    // [3][padded]
+  float* held;     // [count][positions]: dz between the passes
 
   float* of(int which) const { return numbers + which * padded; }
   int64_t start() const { return sample * a.channels * a.positions + (a.channels_last ? first : first * a.positions); }
@@ -154,7 +155,8 @@ template <typename T, bool last, bool silu> void backward(const Task<T>& task, d
   const int64_t width = a.channels / a.groups, s = task.sample, ahead = rows * a.channels;
   const double n = double(width) * double(a.positions);
   const Lanes one = splat(1.0f);
-  constexpr bool kept = sizeof(T) == 4 && silu;  // dz in the place of dx between the passes
+  constexpr bool kept = silu && (sizeof(T) == 4 || !last);  // dz between the passes, in the place of dx or in held
+  float* between = sizeof(T) == 4 ? reinterpret_cast<float*>(dx) : task.held;
   affine(task);
   float *middle = task.of(0), *rstd = task.of(1), *factor = task.of(2), *mean = task.of(4), *mean_n = task.of(5);
   for (int64_t i = 0; i < task.count; ++i) {
@@ -171,7 +173,7 @@ template <typename T, bool last, bool silu> void backward(const Task<T>& task, d
   walk<last, 4, 3>(task, [&](int64_t at, int64_t k, const Of& of, Lanes* sum) __attribute__((always_inline)) {
     if (last) __builtin_prefetch(x + at + ahead), __builtin_prefetch(grad + at + ahead);
     const Lanes n = keep(standardized(get(x + at, k), of.value[0], of.value[1]), k), dz = slope(at, k, of, n);
-    if (kept) set<false>(dx + at, dz, k);
+    if (kept) set<false>(between + at, dz, k);
     sum[0] = sum[0] + dz, sum[1] = muladd(dz, n, sum[1]), sum[2] = sum[2] + n;
   });
   const double *ones = task.sums, *products = ones + task.padded, *normals = products + task.padded;
@@ -191,7 +193,8 @@ template <typename T, bool last, bool silu> void backward(const Task<T>& task, d
     }
   }
   walk<last, 6, 0>(task, [&](int64_t at, int64_t k, const Of& of, Lanes*) __attribute__((always_inline)) {
-    const Lanes n = standardized(get(x + at, k), of.value[0], of.value[1]), dz = kept ? get(dx + at, k) : slope(at, k, of, n);
+    const Lanes n = standardized(get(x + at, k), of.value[0], of.value[1]),
+                dz = kept ? get(between + at, k) : slope(at, k, of, n);
     set<false>(dx + at, gradient(dz, n, of.value[1], of.value[2], of.value[4], of.value[5]), k);
   });
 }
@@ -208,15 +211,22 @@ int64_t task_channels(const GroupNormSilu& a) {
 
 int64_t padded_channels(const GroupNormSilu& a) { return ceil_div(task_channels(a), lanes) * lanes; }
 
+// Doubles of a thread: sums, numbers, and dz of a task where dx cannot hold it and its vectors are side by side.
+int64_t thread_workspace(const GroupNormSilu& a) {
+  const bool held = a.dx && a.silu && a.dtype != Dtype::f32 && !a.channels_last;
+  return 6 * padded_channels(a) + (held ? ceil_div(task_channels(a) * a.positions, 2) : 0);
+}
+
 // Calls body(task) for every task, split evenly over the threads.
 template <typename T, typename Body> void for_tasks(const GroupNormSilu& a, double* workspace, const Body& body) {
   const int64_t count = task_channels(a), padded = padded_channels(a), parts = a.channels / count, all = a.batch * parts;
   const int threads = int(smaller(a.threads, all));
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
-    double* own = workspace + part * 6 * padded;
+    double* own = workspace + part * thread_workspace(a);
     for (int64_t i = all * part / threads; i < all * (part + 1) / threads; ++i)
-      body(Task<T>{a, i / parts, i % parts * count, count, padded, reinterpret_cast<float*>(own + 3 * padded), own});
+      body(Task<T>{a, i / parts, i % parts * count, count, padded, reinterpret_cast<float*>(own + 3 * padded), own,
+                   reinterpret_cast<float*>(own + 6 * padded)});
   }
 }
 
@@ -234,7 +244,7 @@ template <typename T> void forward_typed(const GroupNormSilu& a, double* workspa
 }
 
 template <typename T> void backward_typed(const GroupNormSilu& a, double* workspace) {
-  double* shared = workspace + a.threads * 6 * padded_channels(a);
+  double* shared = workspace + a.threads * thread_workspace(a);
   for_tasks<T>(a, workspace, [&](const Task<T>& task) {
     if (a.channels_last) a.silu ? backward<T, true, true>(task, shared) : backward<T, true, false>(task, shared);
     else a.silu ? backward<T, false, true>(task, shared) : backward<T, false, false>(task, shared);
@@ -251,7 +261,7 @@ template <typename T> void backward_typed(const GroupNormSilu& a, double* worksp
 
 // Doubles that a call needs beside its tensors.
 int64_t group_norm_silu_workspace(const GroupNormSilu& a) {
-  return a.threads * 6 * padded_channels(a) + (a.dx ? 2 * a.batch * a.channels : 0);
+  return a.threads * thread_workspace(a) + (a.dx ? 2 * a.batch * a.channels : 0);
 }
 
 void group_norm_silu(const GroupNormSilu& a, double* workspace) {
