@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loaded before any test module: Triton decides at its first import whether it interprets."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 import tests.gpu_on_cpu  # noqa: F401
 from tests.harness import On, device_of
+
+os.environ["FASTDISTILL_ATTENTION"] = "default"  # nothing is measured, and nothing written to the user's cache
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

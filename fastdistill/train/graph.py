@@ -23,7 +23,7 @@ WARM_UP = 3  # steps of a run before it is captured: buffers, optimizer state an
 class GraphedStep:
     """Calls run the first steps eagerly on a stream of its own, capture the next one and replay it from then on.
 
-    The first of them runs under ``NoHostSync``, so what cannot be captured is named with its line. Every step counts:
+    The second of them runs under ``NoHostSync``, so what cannot be captured is named with its line. Every step counts:
     capturing executes nothing and touches no state. Data, random numbers, learning rate and EMA decay come from device
     memory, so between log intervals the host does nothing but launch the graph.
 
@@ -35,7 +35,7 @@ class GraphedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._step, self._student, self._strict = step, student, strict
         self._stream = torch.cuda.Stream(step.counter.device)
-        self._next: Callable[[], None] = self._guarded
+        self._next: Callable[[], None] = self._eager
         self._warm = 0
 
     def __call__(self) -> None:
@@ -51,15 +51,11 @@ class GraphedStep:
             self._next = self._step
             self._step()
 
-    def _guarded(self) -> None:
-        with NoHostSync():
-            self._eager()
-        self._next = self._eager
-
     def _eager(self) -> None:
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        guard = NoHostSync() if self._warm == 1 else contextlib.nullcontext()  # after what is tuned at first calls
+        with torch.cuda.stream(self._stream), guard:
             self._step()
         current.wait_stream(self._stream)
         self._warm += 1

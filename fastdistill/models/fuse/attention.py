@@ -7,9 +7,8 @@ from typing import Any
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
 from torch import Tensor, cat
-from torch.nn.functional import scaled_dot_product_attention
 
-from fastdistill.ops import cross_attention
+from fastdistill.ops import attention, cross_attention
 
 
 class FusedAttnProcessor(AttnProcessor2_0):
@@ -49,7 +48,7 @@ class FusedAttnProcessor(AttnProcessor2_0):
             mask = None if attention_mask is None else attention_mask[:, 0]
             out = cross_attention(q, k, v, mask=mask)
         else:
-            out = _attention(q, k, v)
+            out = attention(q, k, v)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
         if attn.residual_connection:
             out = out + hidden_states
@@ -75,10 +74,10 @@ class FusedJointAttnProcessor(JointAttnProcessor2_0):
     ) -> Tensor | tuple[Tensor, Tensor]:
         own = heads(attn, *(project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v)))
         if encoder_hidden_states is None:
-            return attn.to_out[1](attn.to_out[0](_attention(*own).flatten(2)))
+            return attn.to_out[1](attn.to_out[0](attention(*own).flatten(2)))
         query, key, value = (p(encoder_hidden_states) for p in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
         theirs = heads(attn, query, key, value, added=True)
-        out = _attention(*(cat((a, b), dim=1) for a, b in zip(own, theirs, strict=True))).flatten(2)
+        out = attention(*(cat((a, b), dim=1) for a, b in zip(own, theirs, strict=True))).flatten(2)
         image, prompt = out.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
         if not attn.context_pre_only:
             prompt = attn.to_add_out(prompt)
@@ -90,8 +89,3 @@ def heads(attn: Attention, q: Tensor, k: Tensor, v: Tensor, added: bool = False)
     q, k, v = (t.unflatten(2, (attn.heads, -1)) for t in (q, k, v))
     norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
     return (q if norm_q is None else norm_q(q)), (k if norm_k is None else norm_k(k)), v
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, N, H, D] of each; torch's own choice of a backend."""
-    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
