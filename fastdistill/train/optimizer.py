@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.errors import InputError
-from fastdistill.ops import AdamWGroup, _native, adamw_ema, grad_square_sum
+from fastdistill.ops import AdamWGroup, _check, _native, adamw_ema, grad_square_sum
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -20,7 +20,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     Its ``state_dict`` goes into torch's optimizer and back; beyond torch's it holds ``ema``, the average, and for
     bfloat16 and float16 parameters ``master``, the weights in float32. All state is float32 whatever the parameters
-    are. A parameter without gradient rests, its average too. Gradients that are not finite leave everything as it is
+    are. Loaded masters that do not round to the weights give way to them: torch's optimizer has moved those meanwhile.
+    A parameter without gradient rests, its average too. Gradients that are not finite leave everything as it is
     and raise the count ``skipped``.
 
     A step reads nothing back to the host and can be captured in a CUDA graph; what may change there comes from device
@@ -41,10 +42,12 @@ class AdamWEMA(torch.optim.AdamW):
         skipped: 0-dim int64, steps that were skipped. ema_weight: 0-dim float32, 1 - decay; both on the device.
 
     Raises:
-        InputError: parameters of other dtypes or on several devices; loaded state of amsgrad or maximize.
+        InputError: parameters of other dtypes or on several devices, also of groups added later; a max_norm below 0, a
+            decay that is none; sparse gradients; loaded state of amsgrad or maximize, before any of it is taken.
     """
 
     grad_scale: Tensor  # of the step that comes, where there is a loss scale; torch.amp.GradScaler sets and deletes it
+    _step_supports_amp_scaling = True  # of copies too, which torch's fused optimizers forget
 
     def __init__(
         self,
@@ -59,15 +62,12 @@ class AdamWEMA(torch.optim.AdamW):
         ema_warmup: bool = True,
         zero_grads: bool = False,
     ) -> None:
+        _check.require(max_norm >= 0, "max_norm", "a number >= 0", max_norm)
+        _check.require(ema_decay is None or 0 <= ema_decay <= 1, "ema_decay", "a number, 0 to 1", ema_decay)
         self._averaged = ema_decay is not None
+        self._loaded: set[Tensor] = set()  # parameters whose masters have not been held against them
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
-        parameters = self._parameters()
-        device = parameters[0].device
-        for i, p in enumerate(parameters):
-            if p.device != device:
-                raise InputError.of(f"params[{i}]", f"the device of params[0] ({device})", p.device)
-            if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise InputError.of(f"params[{i}]", "dtype float32, bfloat16 or float16", p.dtype)
+        device = self._parameters()[0].device
         self.max_norm, self.ema_warmup, self.zero_grads = max_norm, ema_warmup, zero_grads
         self.ema_weight = torch.tensor(1 - (ema_decay or 0.0), dtype=torch.float32, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -75,9 +75,17 @@ class AdamWEMA(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         param_group.setdefault("ema", self._averaged)
         super().add_param_group(param_group)
+        parameters = self._parameters()
+        try:
+            for i, p in enumerate(parameters):
+                _check.device(p, f"params[{i}]", parameters[0].device, "params[0]")
+                _check.dtype(p, f"params[{i}]", *_check.FLOATS)
+        except InputError:
+            self.param_groups.pop()
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("_averaged", "max_norm", "ema_warmup", "zero_grads", "ema_weight", "skipped")
+        names = ("_averaged", "_loaded", "max_norm", "ema_warmup", "zero_grads", "ema_weight", "skipped")
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
@@ -100,6 +108,7 @@ class AdamWEMA(torch.optim.AdamW):
         parts: dict[Any, list[Tensor]] = {}
         for p in self._parameters():
             if p.grad is not None:
+                _check.require(p.grad.layout == torch.strided, "gradient", "a dense tensor", p.grad.layout)
                 parts.setdefault(_shards(p.grad), []).append(_local(p.grad))
         sums = [self.skipped.new_zeros((), dtype=torch.float64)] if not parts else []
         for shards, grads in parts.items():
@@ -151,16 +160,20 @@ class AdamWEMA(torch.optim.AdamW):
         """Of this optimizer or of torch's; state stays float32, in the memory layout of the parameters."""
         averaged = [group["ema"] for group in self.param_groups]
         saved: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, state: saved.update(state))  # as other hooks leave it
+
+        def look(_: Any, state: dict[str, Any]) -> None:
+            saved.update(state)
+            for group, option in itertools.product(state["param_groups"], ("amsgrad", "maximize")):
+                if group.get(option):
+                    raise InputError.of("state_dict", f"a state without {option}", f"{option}=True")
+
+        hook = self.register_load_state_dict_pre_hook(look)  # the last one: as other hooks leave it
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
         for group, flag in zip(self.param_groups, averaged, strict=True):
             group.setdefault("ema", flag)
-            for option in ("amsgrad", "maximize"):
-                if group.get(option):
-                    raise InputError.of("state_dict", f"a state without {option}", f"{option}=True")
         numbers = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
         for number, p in zip(numbers, self._parameters(), strict=True):
             for name, value in saved["state"].get(number, {}).items():
@@ -168,6 +181,7 @@ class AdamWEMA(torch.optim.AdamW):
                     self.state[p][name] = torch.as_tensor(value, dtype=torch.float32, device=p.device).clone()
                 else:  # torch's loader has cast it to the dtype of the parameter
                     self.state[p][name] = torch.empty_like(p, dtype=torch.float32).copy_(value)
+        self._loaded = {p for p in self._parameters() if "master" in self.state.get(p, {})}
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -181,6 +195,10 @@ class AdamWEMA(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
         if p.dtype != torch.float32 and "master" not in state:
             state["master"] = p.detach().float()
+        elif p in self._loaded:  # only now, as the weights may be loaded after this
+            master = state["master"]
+            master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
+            self._loaded.remove(p)
         if averaged and "ema" not in state:
             state["ema"] = state.get("master", p).detach().clone()
         return state

@@ -296,6 +296,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"copies": [torch.ones(2)]}, r"copies\[0\]: expected dtype bfloat16 or float16, got float32"),
     ({"averages": [torch.ones(2)]}, "ema_weight: expected a tensor, as averages are given, got None"),
     ({"averages": [torch.ones(3)]}, r"averages\[0\]: expected the shape of params\[0\] \(2,\), got \(3,\)"),
+    ({"max_norm": math.nan}, "max_norm: expected a number >= 0, got nan"),
     ({"square_sum": torch.ones(())}, "square_sum: expected dtype float64, got float32"),
     ({"skipped": torch.ones(())}, "skipped: expected dtype int64, got float32"),
     ({"groups": [AdamWGroup(torch.ones(1))]}, r"groups\[0\].lr: expected a 0-dim tensor, got \(1,\)"),

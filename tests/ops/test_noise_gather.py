@@ -76,6 +76,13 @@ def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: tuple[int, 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_latents_of_several_pieces(kernel: str) -> None:
+    """Whatever a kernel cuts a latent into: the noise of a piece starts where the one before ended."""
+    shape = (4, 23, 25) if emulated(kernel) else (4, 47, 53)
+    check_op(case_of(banks(shape), 2), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -228,7 +235,7 @@ def test_rates_of_random_and_null_prompts(kernel: str) -> None:
 def test_same_integers_as_the_reference_at_scale(kernel: str) -> None:
     latents, own, prompts, coefficients, replace, _ = banks((4, 8, 8), rows=1000)
     batch = 50 if emulated(kernel) else 700
-    for seed, step in ((0, 0), (2**62 + 3, 2**31 + 5), (-7, 123456)):
+    for seed, step in ((0, 0), (2**62 + 3, 2**31 + 5), (-7, 123456), (5, -3)):
         counter = torch.tensor([seed, step])
         with use("reference"):
             expected = noise_gather(latents, own, prompts, coefficients, replace, counter, batch=batch, null_index=8)

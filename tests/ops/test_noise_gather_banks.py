@@ -77,7 +77,7 @@ def test_a_ring_of_staged_rows_draws_what_the_bank_does(kernel: str, staged: str
     """The ring holds the rows of one step in their place; the others are NaN and must not be read."""
     latents, own, _, *tables, counter = banks((3, 5))
     prompts, batch = several(), 3
-    for step, turns in ((0, 1), (7, 4), (11, 2)):
+    for step, turns in ((0, 1), (7, 4), (11, 2), (-3, 4)):
         counter[1] = step
         with use(kernel):
             expected = noise_gather(latents, own, prompts, *tables, counter, batch=batch, null_index=8, pool=8)

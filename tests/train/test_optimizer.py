@@ -114,6 +114,33 @@ def test_low_precision_weights_keep_float32_state(saver: str) -> None:
                 assert torch.equal(fresh.state[p][name], value)
 
 
+def test_what_torch_trained_meanwhile_is_not_lost_to_old_masters() -> None:
+    """Ours, torch's, ours: the weights of the moment count, whichever of weights and optimizer is loaded first."""
+    net = model(torch.bfloat16)
+    mine = AdamWEMA(net.parameters(), lr=1e-4)
+    run(net, mine, range(2))
+    first = copy.deepcopy(mine.state_dict())
+    theirs = torch.optim.AdamW(net.parameters(), fused=True)
+    theirs.load_state_dict(copy.deepcopy(mine.state_dict()))
+    for group in theirs.param_groups:
+        group["lr"] = 0.1
+    run(net, theirs, range(2, 4))
+    other = model(torch.bfloat16)
+    back = AdamWEMA(other.parameters())
+    back.load_state_dict(theirs.state_dict())
+    other.load_state_dict(net.state_dict())
+    back.param_groups[0]["lr"] = 0.0
+    run(other, back, range(1))
+    for p, q in zip(other.parameters(), net.parameters(), strict=True):
+        assert torch.equal(p, q) and torch.equal(back.state[p]["master"].bfloat16(), p)
+    mine.load_state_dict(first | {"param_groups": [first["param_groups"][0] | {"lr": 0.0}]})
+    masters = [first["state"][i]["master"] for i in range(4)]
+    for p, master in zip(net.parameters(), masters, strict=True):
+        p.data.copy_(master)
+    run(net, mine, range(1))
+    assert all(torch.equal(mine.state[p]["master"], m) for p, m in zip(net.parameters(), masters, strict=True))
+
+
 def test_the_average_warms_up_with_the_step() -> None:
     net = model()
     mine = AdamWEMA(net.parameters(), lr=0.1, ema_decay=0.2)
@@ -138,6 +165,8 @@ def test_grad_scaler(unscale: bool) -> None:
             if ours
             else torch.optim.AdamW(net.parameters(), **OPTIONS, fused=True)
         )
+        if ours:  # a copy of the optimizer takes the scale as well
+            net, optimizer = copy.deepcopy((net, optimizer))
         for k in range(4):
             backward(net, k, scale=float(scaler.get_scale()) * (math.inf if k == 2 else 1.0))
             scaler.scale(torch.ones(()))
@@ -265,16 +294,26 @@ def test_a_copy_of_the_optimizer_steps() -> None:
 
 
 def test_what_it_refuses() -> None:
-    with pytest.raises(
-        InputError, match=r"params\[0\]: expected dtype float32, bfloat16 or float16, got torch.float64"
-    ):
+    with pytest.raises(InputError, match=r"params\[0\]: expected dtype float32 or bfloat16 or float16, got float64"):
         AdamWEMA([torch.zeros(2, dtype=torch.float64, requires_grad=True)])
     with pytest.raises(InputError, match=r"params\[1\]: expected the device of params\[0\] \(cpu\), got meta"):
         AdamWEMA([torch.zeros(2, requires_grad=True, device=d) for d in ("cpu", "meta")])
     net = model()
-    saved = torch.optim.AdamW(net.parameters(), amsgrad=True).state_dict()
-    with pytest.raises(InputError, match="state_dict: expected a state without amsgrad"):
-        AdamWEMA(net.parameters()).load_state_dict(saved)
+    mine = AdamWEMA(net.parameters())
+    for option in ("amsgrad", "maximize"):
+        saved = torch.optim.AdamW(net.parameters(), lr=7.0, **{option: True}).state_dict()
+        with pytest.raises(InputError, match=f"state_dict: expected a state without {option}"):
+            mine.load_state_dict(saved)
+    with pytest.raises(InputError, match=r"params\[4\]: expected dtype .*, got float64"):
+        mine.add_param_group({"params": [torch.zeros(2, dtype=torch.float64, requires_grad=True)]})
+    assert len(mine.param_groups) == 1 and mine.param_groups[0]["lr"] == 1e-3  # as it was
+    for options, message in (({"max_norm": -1.0}, "max_norm"), ({"ema_decay": 1.5}, "ema_decay")):
+        with pytest.raises(InputError, match=f"{message}: expected a number"):
+            AdamWEMA(net.parameters(), **options)  # type: ignore[arg-type]
+    table = nn.Embedding(5, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(InputError, match="gradient: expected a dense tensor, got"):
+        AdamWEMA(table.parameters()).step()
 
 
 def _sharded(rank: int, directory: str) -> None:

@@ -135,6 +135,7 @@ def adamw_ema(
     Raises:
         InputError: counts, shapes, dtypes or devices that do not fit.
     """
+    _check.require(max_norm >= 0, "max_norm", "a number >= 0", max_norm)
     lists = [list(x) for x in (params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps)]
     group = [0] * len(params) if group is None else list(group)
     scalars = [square_sum, skipped, *[g.lr for g in groups]]
