@@ -50,7 +50,12 @@ def once(check: Callable[[tuple[Tensor, ...], Any], None], tensors: tuple[Tensor
         check(tensors, values)
         return
     key = (check, values, *map(_kind, tensors))
-    if key not in _passed:
+    try:
+        passed = key in _passed
+    except TypeError:  # symbolic sizes, while something traces
+        check(tensors, values)
+        return
+    if not passed:
         check(tensors, values)
         if len(_passed) >= _MOST_PASSED:
             _passed.clear()

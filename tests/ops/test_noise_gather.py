@@ -162,9 +162,9 @@ def test_a_latent_of_a_prompt_that_is_not_there() -> None:
     latents, own, *rest = banks()
     with (
         use("cpp"),
-        pytest.raises(InputError, match=r"latent_prompts\[\d+\]: expected a row of prompts, 0 to 8, got 99"),
+        pytest.raises(InputError, match=r"latent_prompts\[\d+\]: expected a row of prompts, 0 to 8, got 9"),
     ):
-        noise_gather(latents, torch.full_like(own, 99), *rest, batch=50, null_index=8)
+        noise_gather(latents, torch.full_like(own, 9), *rest, batch=50, null_index=8)
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k in ("triton", "cuda")])
@@ -172,7 +172,7 @@ def test_where_an_error_cannot_be_raised_all_bits_are_set(kernel: str) -> None:
     """A kernel on a GPU reads nothing outside of the bank."""
     latents, own, *rest = banks()
     with use(kernel):
-        draw = noise_gather(latents, torch.full_like(own, 99), *rest, batch=6, null_index=8, null_probability=0.0)
+        draw = noise_gather(latents, torch.full_like(own, 9), *rest, batch=6, null_index=8, null_probability=0.0)
         labels = noise_gather(latents, torch.full_like(own, -1), torch.arange(9), *rest[1:], batch=6, null_index=8)
     paired = draw.choice == PAIRED
     assert paired.any() and draw.prompt[paired].isnan().all() and draw.prompt[~paired].isfinite().all()

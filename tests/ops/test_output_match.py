@@ -211,6 +211,10 @@ def test_what_is_not_finite_spreads_no_further_than_its_use(kernel: str) -> None
         loss = output_match(s, t, time, table, distance="huber").loss
         loss.backward()
         assert output_match(s, None, time, table, task=task).loss.isfinite()
+        nan = torch.full_like(t, math.nan).requires_grad_()
+        for distance in ("mse", "huber"):
+            (gradient,) = torch.autograd.grad(output_match(nan, t, time, table, distance=distance).loss, nan)
+            assert gradient.isnan().all()
     assert loss == math.inf and s.grad is not None and s.grad.isfinite().all()
 
 
@@ -283,11 +287,40 @@ def test_backward_again_and_buffers(kernel: str) -> None:
     torch.testing.assert_close(first, 3 * third)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_buffer_serves_one_forward_until_its_backward(kernel: str) -> None:
+    """Two forwards into one buffer would hand the second's gradient on twice; so would a graph that is kept."""
+    s, t, buffer = torch.randn(2, 4, 5, requires_grad=True), torch.randn(2, 4, 5), torch.empty(2, 4, 5)
+
+    def loss(x: Tensor) -> Tensor:
+        return output_match(x, t, torch.tensor([0, 1]), match_table(coefficients("epsilon")), grad=buffer).loss
+
+    message = "output_match: a gradient buffer was written to"
+    with use(kernel):
+        with pytest.raises(RuntimeError, match=message):
+            (loss(s) + loss(2 * s)).backward()
+        kept = loss(s)
+        torch.autograd.grad(kept, s, retain_graph=True)
+        torch.autograd.grad(loss(2 * s), s)
+        with pytest.raises(RuntimeError, match=message):
+            torch.autograd.grad(kept, s)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_forward_mode_is_refused() -> None:
+    """It would take the tangent for zero."""
+    s, t = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(
+            lambda x: output_match(x, t, torch.tensor([0, 1]), match_table(coefficients("epsilon"))).loss, (s,), (s,)
+        )
+
+
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "cpp"])
 @pytest.mark.parametrize("place", ["timestep", "latent_index"])
 def test_where_an_error_cannot_be_raised_the_loss_is_nan(kernel: str, place: str) -> None:
     """A kernel on a GPU, and the reference, reads nothing outside of a table."""
-    case = case_of(Setting())
+    case = case_of(Setting(student_kind="v_prediction", teacher_kind="v_prediction"))
     inputs = list(detached(case.inputs))
     if place == "timestep":
         inputs[2] = torch.tensor([0, T, 1])
@@ -295,7 +328,8 @@ def test_where_an_error_cannot_be_raised_the_loss_is_nan(kernel: str, place: str
         inputs[8] = inputs[8]._replace(latent_index=torch.tensor([0, -1, 2**40]))
     with use(kernel):
         (loss, *_), (gradient,) = evaluate(case.call, tuple(inputs), 1.0)
-    assert loss.isnan() and gradient[1].isnan().all() and gradient[0].isfinite().all()
+    bad = [1] if place == "timestep" else [1, 2]
+    assert loss.isnan() and gradient[bad].isnan().all() and gradient[0].isfinite().all()
 
 
 @pytest.mark.skipif("cpp" not in KERNELS, reason="the C++ kernels are not built")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import hand_on
+from fastdistill.ops._backward import hand_on, keep, wanted
 from fastdistill.ops._dispatch import Kernel, later, register
 from fastdistill.ops.feature_match import cpp, cuda, reference
 from fastdistill.ops.feature_match.reference import DISTANCES
@@ -89,7 +89,8 @@ def feature_match(
             ``backward``. The gradient is stored already multiplied by it, so that float16 gradients do not underflow.
             None: 1.
         grads: L buffers like ``student`` to write the gradient into, so that a training step can reuse them; they are
-            handed to autograd by ``backward``. ``gradient_buffer`` makes one. None: fresh ones.
+            handed to autograd by ``backward``, before which they must not be written to again. ``gradient_buffer``
+            makes one. None: fresh ones.
         overwrite_teacher: write the gradient over the teacher's features, which saves as much memory as the taps take;
             they are gone after the call. Each must be dense (cosine: sample after sample), of the student's dtype and
             strides, and share its memory with no other tap.
@@ -105,7 +106,7 @@ def feature_match(
     _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
     parameter = delta if distance == "huber" else eps
     _check.require(eps > 0 or distance != "cosine", "eps", "a number > 0", eps)
-    if student and torch.is_grad_enabled() and any(s.requires_grad for s in student):
+    if wanted(student):
         if overwrite_teacher:
             _check.require(grads is None, "grads", "None beside overwrite_teacher", f"{len(student)} buffers")
             _check_overwritten(student, teacher, distance)
@@ -255,7 +256,8 @@ class _FeatureMatch(torch.autograd.Function):
                     g.stride() == s.stride(), f"grads[{i}]", f"the strides of student[{i}] {s.stride()}", g.stride()
                 )
         loss, taps = _launch(student, teacher, weights, grad_scale, distance, parameter, grads)
-        ctx.count, ctx.grads, ctx.grad_scale = count, grads, grad_scale
+        keep(ctx, grads, grad_scale)
+        ctx.count = count
         ctx.mark_non_differentiable(taps)
         return loss, taps
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import hand_on
+from fastdistill.ops._backward import hand_on, keep, wanted
 from fastdistill.ops._dispatch import Kernel, later, register
 from fastdistill.ops.noise_gather import Draw
 from fastdistill.ops.output_match import cpp, cuda, reference
@@ -103,7 +103,8 @@ def output_match(
         distance: ``"mse"``, or ``"huber"``: d^2 / 2 up to a difference of delta and linear beyond.
         grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before
             ``backward``; the gradient is stored multiplied by it, so that float16 does not underflow. None: 1.
-        grad: a contiguous buffer like ``student`` for the gradient, handed to autograd by ``backward``; None: fresh.
+        grad: a contiguous buffer like ``student`` for the gradient, handed to autograd by ``backward``, before which it
+            must not be written to again; None: fresh.
 
     Returns:
         ``OutputMatch``; float32 accumulation, the same bits on every run. Tensors that are not contiguous are copied.
@@ -144,7 +145,7 @@ def output_match(
         task.first_sample if task else 0, _channels(student, teacher, x_t, task, channels), float(output_weight),
         float(task_weight), grad_scale, distance == "huber", float(delta),
     )  # fmt: skip
-    if torch.is_grad_enabled() and student.requires_grad:
+    if wanted([student]):
         return OutputMatch(*_OutputMatch.apply(student, grad, arguments))
     return OutputMatch(*_launch(student.detach(), arguments, nothing))
 
@@ -179,7 +180,7 @@ class _OutputMatch(torch.autograd.Function):
         if grad is None:
             grad = torch.empty_like(student, memory_format=torch.contiguous_format)
         loss, parts, samples = _launch(student.detach(), arguments, grad)
-        ctx.grads, ctx.grad_scale = [grad], arguments[-3]
+        keep(ctx, [grad], arguments[-3])
         ctx.mark_non_differentiable(parts, samples)
         return loss, parts, samples
 
