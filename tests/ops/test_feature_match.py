@@ -318,7 +318,7 @@ def test_teachers_that_cannot_be_overwritten() -> None:
 
 
 def test_forcing_a_kernel_that_is_not_there_says_why() -> None:
-    with pytest.raises(InputError, match=r"kernel: expected one of .*, got 'cudnn'"), use("cudnn"):
+    with pytest.raises(InputError, match=r"kernel: expected one of .*, got 'rocm'"), use("rocm"):
         pass
     op = OPS["feature_match"]
     with use("reference"):

@@ -158,13 +158,14 @@ def test_a_refusal_names_the_bank() -> None:
 
 
 @pytest.mark.skipif("cpp" not in KERNELS, reason="the C++ kernels are not built")
-def test_a_latent_of_a_prompt_that_is_not_there() -> None:
+@pytest.mark.parametrize("row", [-1, 9])
+def test_a_latent_of_a_prompt_that_is_not_there(row: int) -> None:
     latents, own, *rest = banks()
     with (
         use("cpp"),
-        pytest.raises(InputError, match=r"latent_prompts\[\d+\]: expected a row of prompts, 0 to 8, got 9"),
+        pytest.raises(InputError, match=rf"latent_prompts\[\d+\]: expected a row of prompts, 0 to 8, got {row}"),
     ):
-        noise_gather(latents, torch.full_like(own, 9), *rest, batch=50, null_index=8)
+        noise_gather(latents, torch.full_like(own, row), *rest, batch=50, null_index=8)
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k in ("triton", "cuda")])
