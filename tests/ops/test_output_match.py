@@ -287,35 +287,6 @@ def test_backward_again_and_buffers(kernel: str) -> None:
     torch.testing.assert_close(first, 3 * third)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_buffer_serves_one_forward_until_its_backward(kernel: str) -> None:
-    """Two forwards into one buffer would hand the second's gradient on twice; so would a graph that is kept."""
-    s, t, buffer = torch.randn(2, 4, 5, requires_grad=True), torch.randn(2, 4, 5), torch.empty(2, 4, 5)
-
-    def loss(x: Tensor) -> Tensor:
-        return output_match(x, t, torch.tensor([0, 1]), match_table(coefficients("epsilon")), grad=buffer).loss
-
-    message = "output_match: a gradient buffer was written to"
-    with use(kernel):
-        with pytest.raises(RuntimeError, match=message):
-            (loss(s) + loss(2 * s)).backward()
-        kept = loss(s)
-        torch.autograd.grad(kept, s, retain_graph=True)
-        torch.autograd.grad(loss(2 * s), s)
-        with pytest.raises(RuntimeError, match=message):
-            torch.autograd.grad(kept, s)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_forward_mode_is_refused() -> None:
-    """It would take the tangent for zero."""
-    s, t = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.jvp(
-            lambda x: output_match(x, t, torch.tensor([0, 1]), match_table(coefficients("epsilon"))).loss, (s,), (s,)
-        )
-
-
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "cpp"])
 @pytest.mark.parametrize("place", ["timestep", "latent_index"])
 def test_where_an_error_cannot_be_raised_the_loss_is_nan(kernel: str, place: str) -> None:

@@ -116,8 +116,9 @@ def noise_gather(
         latent_rows, prompt_rows: where not 0, ``latents`` or ``prompts`` is not the bank, which has this many rows, but
             a ring [R * batch, ...] of rows staged for R steps: sample b of step s is row (s mod R) * batch + b. The
             draw is the bank's (``fastdistill.data.staged`` fills such rings).
-        out: buffers from ``empty_draw`` to write into.
+        out: buffers from ``empty_draw`` to write into, each in memory of its own.
 
+    Banks or buffers that are not contiguous, and more than eight banks, are left to the reference, which is slow.
     All tensors are on the device of ``counter``, but with a GPU ``latents`` and ``prompts`` may also be in pinned host
     memory, which its kernels read in place.
 
