@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fastdistill.errors import InputError, KernelError
 
@@ -102,6 +103,12 @@ class Op:
 
     def run(self, device: str, *args: Any) -> None:
         """Run the call on the first kernel of this device that does not refuse it, else on the reference."""
+        kernel = self.kernel_for(device, args)
+        self.calls[kernel.name] += 1
+        kernel.launch(*args)
+
+    def kernel_for(self, device: str, args: Sequence[Any]) -> Kernel:
+        """The kernel that ``run`` runs, the reference as one too."""
         forced = _forced
         if forced != REFERENCE:
             for kernel in self.kernels:
@@ -111,14 +118,11 @@ class Op:
                     and kernel.available() is None
                     and kernel.refuse(*args) is None
                 ):
-                    self.calls[kernel.name] += 1
-                    kernel.launch(*args)
-                    return
+                    return kernel
             if forced is not None:
                 reason = self._reason(forced, device, args)
                 raise KernelError(f"{self.name}: kernel {forced!r} cannot run this call on {device}: {reason}")
-        self.calls[REFERENCE] += 1
-        self.reference(*args)
+        return Kernel(REFERENCE, device, self.reference, lambda: None)
 
     def run_on_gpu(self, *args: Any) -> None:
         """``run`` with the GPU of the call's tensors as the current one: launches and streams belong to that."""
@@ -128,7 +132,7 @@ class Op:
         else:
             self.run("cuda", *args)
 
-    def _reason(self, name: str, device: str, args: tuple[Any, ...]) -> str:
+    def _reason(self, name: str, device: str, args: Sequence[Any]) -> str:
         """Why the kernel of this name cannot run the call."""
         kernels = [k for k in self.kernels if (k.name, k.device) == (name, device)]
         reasons = [k.available() or k.refuse(*args) for k in kernels]
@@ -147,6 +151,35 @@ def used() -> dict[str, list[str]]:
     """The kernels that each op has run with in this process, the most used first: ``{"feature_match": ["cpp"],
     ...}``."""
     return {name: [kernel for kernel, _ in op.calls.most_common()] for name, op in OPS.items() if op.calls}
+
+
+class Prepared:
+    """A call of an op on tensors that stay what they are: the kernel that takes it is found once.
+
+    It is launched past torch's dispatcher, which takes as long as a small kernel, unless somebody listens there: a mode
+    (fake tensors, a guard, a profiler's ranges), a profiler or a compiler.
+    """
+
+    def __init__(self, name: str, *args: Any) -> None:
+        self._op, self._args = OPS[name], args
+        self._overload = getattr(torch.ops.fastdistill, name).default
+        self._found: tuple[Sequence[Kernel], str | None, Kernel] | None = None  # among which, asked for which, which
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        self._plain = all(type(t) is torch.Tensor and t.device.type == "cpu" for t in tensors)
+
+    def __call__(self) -> None:
+        if not self._plain or torch.compiler.is_compiling() or _listened():
+            self._overload(*self._args)
+            return
+        op, found = self._op, self._found
+        if found is None or found[0] is not op.kernels or found[1] != _forced:
+            found = self._found = op.kernels, _forced, op.kernel_for("cpu", self._args)
+        op.calls[found[2].name] += 1
+        found[2].launch(*self._args)
+
+
+def _listened() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled()
 
 
 def register(

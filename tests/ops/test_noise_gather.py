@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, flow_coefficients
 from fastdistill.errors import InputError, KernelError
-from fastdistill.ops import empty_draw, noise_gather, use
+from fastdistill.ops import OPS, empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather import NULL, PAIRED, RANDOM, Draw, NoiseGather
 from tests.harness import Case, check_fake, check_op, emulated, generator, kernels_of, layouts
 from tests.ops import oracle
@@ -269,6 +272,37 @@ def test_buffers_are_reused(kernel: str) -> None:
         draw = noise_gather(*inputs, out=out, null_index=8)
         assert draw is out and draw.target.shape == (0,)
         assert torch.equal(draw.x_t, noise_gather(*inputs, batch=5, null_index=8).x_t)
+
+
+@pytest.mark.skipif("cpp" not in KERNELS, reason="the C++ kernels are not built")
+def test_a_prepared_draw_goes_past_the_dispatcher_where_nobody_listens_there() -> None:
+    *tables, counter = banks()
+    draw = NoiseGather(*tables, counter, batch=5, null_index=8)
+    expected = [t.clone() for t in draw()]
+    with _Listening() as mode:
+        draw()
+        assert mode.seen == ["noise_gather"]
+    with torch.profiler.profile() as profile:
+        draw()
+    assert "fastdistill::noise_gather" in {event.name for event in profile.events() or []}
+    before = Counter(OPS["noise_gather"].calls)
+    with use("reference"):
+        draw()
+    draw()
+    assert OPS["noise_gather"].calls - before == Counter({"reference": 1, "cpp": 1})
+    assert all(map(torch.equal, draw(), expected))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        draw()
+
+
+class _Listening(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._dispatch import Kernel, later, register
+from fastdistill.ops._dispatch import Kernel, Prepared, later, register
 from fastdistill.ops.noise_gather import banks, cpp, cuda, reference
 from fastdistill.ops.noise_gather.banks import Banks
 from fastdistill.ops.noise_gather.reference import NULL, PAIRED, RANDOM
@@ -164,13 +164,14 @@ class NoiseGather(Generic[Banks]):
         prompt_rows: int = 0,
         out: Draw[Banks] | None = None,
     ) -> None:
-        self._arguments, self.out = _prepared(
+        arguments, self.out = _prepared(
             (latents, latent_prompts, coefficients, replace, counter), prompts, batch, null_index, null_probability,
             pool, first_sample, global_batch, with_replacement, target, latent_rows, prompt_rows, out,
         )  # fmt: skip
+        self._draw = Prepared("noise_gather", *arguments)
 
     def __call__(self) -> Draw[Banks]:
-        _noise_gather(*self._arguments)
+        self._draw()
         return self.out
 
 
