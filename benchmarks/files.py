@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,15 +34,40 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         path.unlink()
         append(path, before)
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
 
 
+def append_parts(path: Path, rows: Iterable[Row]) -> None:
+    """Where the milliseconds of training steps went, a line of JSON a contestant, beside the CSV ``path``."""
+    about = "date op shape dtype threads torch commit".split()
+    with contextlib.ExitStack() as stack:
+        file = None
+        for row in rows:
+            for side in ("ours", "rival"):
+                if parts := row.get(f"{side}_parts"):
+                    file = file or stack.enter_context(path.with_suffix(".steps.jsonl").open("a", encoding="utf-8"))
+                    name = "ours" if side == "ours" else row["rival"]
+                    line = {key: row[key] for key in about} | {"contestant": name}
+                    line |= {"ms": {group: round(ms, 4) for group, ms in parts.items()}}
+                    file.write(json.dumps(line) + "\n")
+
+
+def latest_parts(path: Path) -> list[Row]:
+    """Of every contestant at every size the last line beside the CSV ``path``."""
+    beside = path.with_suffix(".steps.jsonl")
+    lines = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines()] if beside.exists() else []
+    newest: dict[tuple[str, ...], Row] = {}
+    for line in lines:
+        newest[tuple(str(line[k]) for k in ("op", "shape", "dtype", "threads", "contestant"))] = line
+    return list(newest.values())
+
+
 def latest(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of the last measurement of each op, shape, dtype, mode and thread count; those that only say why there
-    is none where there never was one. Comparisons of two commits are left out."""
+    """The rows of the last date and commit of each op, shape, dtype, mode and thread count, one a rival; those that
+    only say why there is none where there never was one. Comparisons of two commits are left out."""
     newest: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row["rival"].startswith("base "):
@@ -49,7 +76,7 @@ def latest(rows: Iterable[Row]) -> list[list[Row]]:
         before = newest.setdefault(key, [])
         if before and before[0]["ours_ms"] and not row["ours_ms"]:
             continue
-        if before and any(row[k] != before[0][k] for k in ("date", "commit", "ours_ms")):
+        if before and any(row[k] != before[0][k] for k in ("date", "commit")):
             before.clear()
-        before.append(row)
+        before[:] = [other for other in before if other["rival"] != row["rival"]] + [row]
     return sorted(newest.values(), key=lambda some: some[0]["op"])

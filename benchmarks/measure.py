@@ -4,22 +4,23 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks import machine
-from benchmarks.registry import COMPILED, DTYPES, Case, Run, Workload, forget_compiled
-from benchmarks.timing import Timing, copies, graphed, interleaved, stopwatch
+from benchmarks.attribution import attribution
+from benchmarks.registry import COMPILED, DTYPES, Case, Contestant, Run, Workload, forget_compiled
+from benchmarks.timing import UNCOUNTED, Timing, copies, free, graphed, in_turns, interleaved, stopwatch, summary
 from fastdistill.ops import OPS, use
 
 Row = dict[str, Any]
 FIELDS = (
-    "date op shape dtype mode threads rival ratio rival_ms rival_iqr_ms ours ours_ms ours_iqr_ms ours_gb_s ours_tflop_s"
-    " percent copy_gb_s matmul_tflop_s note isa driver sm_mhz watts torch triton python commit"
+    "date op shape dtype mode threads rival ratio rival_ms rival_iqr_ms rival_img_s rival_peak_gb ours ours_ms"
+    " ours_iqr_ms ours_img_s ours_peak_gb ours_gb_s ours_tflop_s percent copy_gb_s matmul_tflop_s note isa driver"
+    " sm_mhz watts torch triton python commit"
 ).split()
 WRONG = "wrong: "
 
@@ -48,10 +49,14 @@ def unmeasured(case: Case, settings: Settings, note: str) -> list[Row]:
     return [row(case, settings, rival=name, note=note) for name in names]
 
 
-def measure(case: Case, settings: Settings) -> list[Row]:
-    """One row a rival and mode. A kernel that does not match its reference is not timed, and its rows say so."""
+def measure(case: Case, settings: Settings) -> Iterator[Row]:
+    """One row a rival and mode, as they are measured. A kernel that does not match its reference is not timed, and its
+    rows say so. Rows of training steps have two more entries than FIELDS, ``ours_parts`` and ``rival_parts``: where the
+    milliseconds went."""
     workloads: list[Workload] = []
     _ceilings(case, settings)  # while the memory is free
+    told: set[str] = set()
+    note = ""
     try:
         workloads.append(case.build(settings.device))
         others = _other_kernels(case.op, settings.device)
@@ -60,19 +65,21 @@ def measure(case: Case, settings: Settings) -> list[Row]:
                 workloads[0].check()
         more = copies(workloads[0].bytes, settings.device) - 1
         workloads += [case.build(settings.device) for _ in range(more)]
-        return _timed(case, workloads, others, settings)
+        for found in _timed(case, workloads, others, settings):
+            told.add(found["rival"])
+            yield found
     except torch.OutOfMemoryError:
-        return unmeasured(case, settings, "out of memory")
+        note = "out of memory"
     except ImportError as error:
-        return unmeasured(case, settings, not_installed(error))
+        note = not_installed(error)
     except AssertionError as error:
-        return unmeasured(case, settings, WRONG + line(error))
+        note = WRONG + line(error)
     finally:
         workloads.clear()
         forget_compiled()
-        gc.collect()
-        if settings.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(settings.device)
+    if note:
+        yield from (found for found in unmeasured(case, settings, note) if found["rival"] not in told)
 
 
 def once(case: Case, settings: Settings) -> None:
@@ -95,12 +102,27 @@ def once(case: Case, settings: Settings) -> None:
         print(f"{case}: {name}", flush=True)
 
 
-def _timed(case: Case, workloads: list[Workload], others: list[str], settings: Settings) -> list[Row]:
+def _timed(case: Case, workloads: list[Workload], others: list[str], settings: Settings) -> Iterator[Row]:
+    first = workloads[0]
     runs, absent = _contestants(case, workloads, others, settings)
-    kernel = _kernel_of(case.op, workloads[0].ours)
-    in_graphs = settings.device.type == "cuda" and workloads[0].graphs
-    modes = {"eager": stopwatch} | ({"graph": graphed} if in_graphs else {})
-    rows = []
+    for group in first.groups:
+        wanted = {name: runs[name] for name in ("ours", *group.rivals) if name in runs}
+        missing = {name: absent[name] for name in group.rivals if name in absent}
+        try:
+            yield from _steps(case, first, wanted, missing, settings, group.seconds)
+        except torch.OutOfMemoryError:
+            yield from (r for r in unmeasured(case, settings, "out of memory") if r["rival"] in group.rivals)
+        for name in wanted.keys() - {"ours"}:
+            wanted[name][0].close()  # type: ignore[attr-defined]
+        forget_compiled()
+        free(settings.device)
+    if first.groups:
+        return
+    if first.samples:
+        yield from _steps(case, first, runs, absent, settings)
+        return
+    kernel = _kernel_of(case.op, first.ours)
+    modes = {"eager": stopwatch} | ({"graph": graphed} if settings.device.type == "cuda" and first.graphs else {})
     for mode, make in modes.items():
         watches, failed = {}, dict(absent)
         for name, some in runs.items():
@@ -110,20 +132,87 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
             except Exception as error:
                 failed[name] = line(error)
         if "ours" in failed:
-            rows += [r | {"mode": mode} for r in unmeasured(case, settings, f"ours: {failed['ours']}")]
+            yield from (r | {"mode": mode} for r in unmeasured(case, settings, f"ours: {failed['ours']}"))
             continue
         for name in failed:
             watches.pop(name, None)
-        timings, ratios = interleaved(watches, settings.rounds, settings.warm_up, settings.seconds)
-        about = {"mode": mode, "ours": kernel, **_reached(case, workloads[0], timings["ours"], settings)}
-        for name in (*ratios, *(name for name in failed if name not in ratios)):
-            its = {"note": failed[name]} if name in failed else {
-                "ratio": round(ratios[name], 3),
-                "rival_ms": round(timings[name].median, 4),
-                "rival_iqr_ms": round(timings[name].spread, 4),
-            }  # fmt: skip
-            rows.append(row(case, settings, rival=name, **about, **its))
-    return rows
+        timed = interleaved(watches, settings.rounds, settings.warm_up, settings.seconds)
+        yield from _rows(case, first, settings, *timed, failed, mode=mode, ours=kernel)
+
+
+def _steps(
+    case: Case,
+    workload: Workload,
+    runs: dict[str, list[Run]],
+    absent: dict[str, str],
+    settings: Settings,
+    seconds: float = 0.0,
+) -> Iterator[Row]:
+    """Rows of training steps; with ``seconds`` each runs some steps at a time, with the memory for itself."""
+    contestants: dict[str, Contestant] = {}
+    failed, seen = dict(absent), {}
+    for name, (run,) in runs.items():
+        assert isinstance(run, Contestant)
+        try:
+            peak = peak_gb(run, settings.device)
+            seen[name] = {"peak_gb": peak, "parts": attribution(run, settings.device)}
+            contestants[name] = run
+        except Exception as error:
+            failed[name] = line(error)
+        if seconds:
+            run.rest()
+            free(settings.device)
+    if "ours" in failed:
+        note = f"ours: {failed['ours']}"
+        yield from (r for r in unmeasured(case, settings, note) if r["rival"] in runs or r["rival"] in absent)
+        return
+    if seconds:
+        timed = summary(in_turns(contestants, settings.device, seconds))
+    else:
+        watches = {name: stopwatch([run], settings.device) for name, run in contestants.items()}
+        timed = interleaved(watches, settings.rounds, settings.warm_up, settings.seconds)
+    for name, timing in timed[0].items():
+        seen[name]["img_s"] = round(1e3 * workload.samples / timing.median, 2)
+    for found in _rows(case, workload, settings, *timed, failed, mode="eager"):
+        both = {"ours": "ours", "rival": found["rival"]}
+        yield found | {f"{side}_{k}": v for side, name in both.items() for k, v in seen.get(name, {}).items()}
+        seen["ours"].pop("parts", None)  # once is enough
+
+
+def peak_gb(run: Contestant, device: torch.device) -> float | str:
+    """Most memory, in 10^9 bytes, that torch had allocated at once for a run and what it holds; "" without a GPU.
+
+    Of a CUDA graph at its capture: what other contestants hold is not in it.
+    """
+    if device.type != "cuda":
+        return ""
+    for _ in range(UNCOUNTED - 1):
+        run()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return round((torch.cuda.max_memory_allocated(device) - before + run.held()) / 1e9, 3)
+
+
+def _rows(
+    case: Case,
+    workload: Workload,
+    settings: Settings,
+    timings: dict[str, Timing],
+    ratios: dict[str, float],
+    failed: dict[str, str],
+    **about: str,
+) -> Iterator[Row]:
+    reached = _reached(case, workload, timings["ours"], settings)
+    for name in (*ratios, *(name for name in failed if name not in ratios)):
+        its = {"note": failed[name]} if name in failed else {
+            "ratio": round(ratios[name], 3),
+            "rival_ms": round(timings[name].median, 4),
+            "rival_iqr_ms": round(timings[name].spread, 4),
+        }  # fmt: skip
+        yield row(case, settings, rival=name, **about, **reached, **its)
 
 
 def _contestants(
@@ -142,7 +231,7 @@ def _contestants(
         reason = next((r for r in made if isinstance(r, str)), None)
         if settings.rivals is not None and name not in settings.rivals:
             continue
-        if name == COMPILED and not settings.compiled:
+        if name.startswith(COMPILED) and not settings.compiled:
             absent[name] = "left out by --no-compiled"
         elif reason is not None:
             absent[name] = reason

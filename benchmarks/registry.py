@@ -12,9 +12,9 @@ import functools
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,12 +29,60 @@ COMPILED = "torch.compile"
 Run = Callable[[], object]
 
 
+class Holder(Protocol):
+    """A run with memory of its own: ``held`` are the tensors that stay between two runs, ``rest`` lets go of whatever
+    can be made again."""
+
+    def __call__(self) -> object: ...
+
+    def held(self) -> Iterable[Tensor]: ...
+
+    def rest(self) -> None: ...
+
+
+class Contestant:
+    """A holder that is made at its first run, and let go of by ``close``."""
+
+    def __init__(self, make: Callable[[], Holder]) -> None:
+        self._make = make
+        self._made: Holder | None = None
+
+    def __call__(self) -> None:
+        self._holder()()
+
+    def held(self) -> int:
+        """Bytes."""
+        storages = {s._cdata: s.nbytes() for t in self._holder().held() for s in (t.untyped_storage(),)}
+        return sum(storages.values())
+
+    def rest(self) -> None:
+        if self._made is not None:
+            self._made.rest()
+
+    def close(self) -> None:
+        self._made = None
+
+    def _holder(self) -> Holder:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+
+class Group(NamedTuple):
+    """Rivals that are timed together with ours, and for how many seconds."""
+
+    rivals: tuple[str, ...]
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Workload:
     """A case with its tensors. ``ours`` and ``rivals`` run it once; ``check`` raises where ours is wrong.
 
     A rival that is not here stands as the reason. ``bytes`` and ``flops`` are the least that one run must move and
-    compute; 0 where that is not counted.
+    compute; 0 where that is not counted. ``samples`` of a training step: its rows say images a second, peak memory and
+    where the time went, and its runs are Contestants. Without ``groups`` rivals take turns run by run; with them, those
+    of a group do, some runs at a time, and are closed after it.
     """
 
     ours: Run
@@ -42,6 +90,8 @@ class Workload:
     check: Callable[[], None]
     bytes: int = 0
     flops: int = 0
+    samples: int = 0
+    groups: tuple[Group, ...] = ()
     graphs: bool = True  # on a GPU each contestant is timed in a CUDA graph too
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.files import RESULTS, latest, read
+from benchmarks.files import RESULTS, latest, latest_parts, read
 from benchmarks.measure import Row
 from benchmarks.registry import cases
 
@@ -37,7 +37,7 @@ def table(results: Path = RESULTS) -> str:
         columns += ["% of ceiling"] if gpu else []  # a shared CPU's is not the same from one minute to the next
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(_cells(rows, columns))} |" for rows in measured]
-        lines += ["", "</details>", ""]
+        lines += [*_where(path, gpu), "", "</details>", ""]
     if not any(path.stem.startswith("gpu") for path in files):
         lines += [
             "**GPU** (`make gpu PART=1/3` on a machine that has one)",
@@ -50,6 +50,21 @@ def table(results: Path = RESULTS) -> str:
     return "\n".join(lines).strip()
 
 
+def _where(path: Path, gpu: bool) -> list[str]:
+    """Where the milliseconds of training steps went; of a shared CPU the shares."""
+    found = latest_parts(path)
+    if not found:
+        return []
+    lines = ["", f"Where a training step's time goes, {'ms' if gpu else '%'} (torch.profiler):", ""]
+    columns = ["shape", "contestant", *found[0]["ms"]]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in found:
+        scale = 1.0 if gpu else 100 / sum(row["ms"].values())
+        cells = [row["shape"], row["contestant"], *(f"{scale * ms:.1f}" for ms in row["ms"].values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _versions(measured: list[list[Row]]) -> str:
     last = max((row for rows in measured for row in rows), key=lambda row: row["date"])
     driver = f", driver {last['driver']}" if last["driver"] else ""
@@ -57,11 +72,16 @@ def _versions(measured: list[list[Row]]) -> str:
 
 
 def _cells(rows: list[Row], columns: list[str]) -> list[str]:
-    told = [f"{row['rival']} **{float(row['ratio']):.2f}**" for row in rows if row["ratio"]]
+    told = [f"{row['rival']} **{float(row['ratio']):.2f}**{_memory(row)}" for row in rows if row["ratio"]]
     told += [f"{row['rival']} ({row['note'] or 'not measured'})" for row in rows if not row["ratio"]]
     percent = rows[0]["percent"]
     made = {"times faster than": " · ".join(told), "% of ceiling": f"{float(percent):.0f}" if percent else ""}
     return [made.get(column) or rows[0].get(column, "") for column in columns]
+
+
+def _memory(row: Row) -> str:
+    """Of a training step: the peak beside the rival's."""
+    return f" ({row['ours_peak_gb']} of {row['rival_peak_gb']} GB)" if row["rival_peak_gb"] else ""
 
 
 def plots(results: Path, into: Path) -> Iterator[Path]:

@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows += some
         if csv is not None:
             files.append(csv, some)
+            files.append_parts(csv, some)
         if options.json not in (None, "-"):
             Path(options.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if options.json == "-":
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measured(chosen: list[Case], settings: Settings, base_commit: str, minutes: float) -> Iterator[list[Row]]:
-    """The rows of one case after the other, so that what was measured is kept whatever comes."""
+    """The rows, one or some at a time, so that what was measured is kept whatever comes."""
     start = time.perf_counter()
     if settings.device.type == "cuda" and not torch.cuda.is_available():
         yield from (unmeasured(case, settings, NO_GPU) for case in chosen)
@@ -111,12 +112,16 @@ def _measured(chosen: list[Case], settings: Settings, base_commit: str, minutes:
                 yield unmeasured(case, settings, f"not begun within {minutes:g} minutes")
                 continue
             print(f"[{i}/{len(chosen)}] {case}", file=sys.stderr, flush=True)
-            yield against.measure(case) if against else measure(case, settings)
+            if against:
+                yield against.measure(case)
+            else:
+                yield from ([row] for row in measure(case, settings))
 
 
 def _table(rows: list[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     columns = {"op": "op", "shape": "shape", "dtype": "dtype", "mode": "mode", "rival": "rival", "ratio": "ratio"}
+    columns |= {"ours_img_s": "img/s", "rival_img_s": "rival's", "ours_peak_gb": "GB", "rival_peak_gb": "rival's GB"}
     columns |= {"ours_gb_s": "GB/s", "ours_tflop_s": "TFLOP/s", "percent": "% of ceiling", "note": "note"}
     used = {key: title for key, title in columns.items() if any(row[key] != "" for row in rows)}
     for heading in used.values():

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.registry import COMPILED, Case, Workload, cases, forget_compiled
+from benchmarks.registry import COMPILED, Case, Contestant, Workload, cases, forget_compiled
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -79,3 +79,5 @@ def test_op(benchmark: Any, built: _Built, case: Case, contestant: str) -> None:
     for _ in range(3):
         timed()
     benchmark(timed)
+    if isinstance(run, Contestant):
+        run.close()

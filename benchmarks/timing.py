@@ -7,6 +7,7 @@ it; in a captured CUDA graph they are not. Inputs rotate through copies that tog
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import statistics
@@ -16,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.registry import Run
+from benchmarks.registry import Contestant, Run
 
 Stopwatch = Callable[[], float]  # runs once and returns milliseconds
 _MOST_COPIES = 16
 _LONGEST, _FEWEST = 30.0, 11  # seconds, rounds
+UNCOUNTED, _TURN = 4, 11  # the trainer's step is a CUDA graph from its fourth run on
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,29 @@ def interleaved(
     """
     _times(contestants, warm_up, seconds / 10)
     return summary(_times(contestants, rounds, seconds))
+
+
+def in_turns(contestants: Mapping[str, Contestant], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Times of contestants whose memory would be too much together: in a turn one runs some times uncounted, as many
+    counted, then lets go of what it can. Turns go round for ``seconds``."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or not all(times.values()):
+        for name, contestant in contestants.items():
+            for _ in range(UNCOUNTED):
+                contestant()
+            timed = stopwatch([contestant], device)
+            times[name] += [timed() for _ in range(_TURN)]
+            contestant.rest()
+            free(device)
+    return times
+
+
+def free(device: torch.device) -> None:
+    """Give back memory that nothing holds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def summary(times: Mapping[str, Sequence[float]]) -> tuple[dict[str, Timing], dict[str, float]]:

@@ -79,7 +79,7 @@ def test_rows_of_rivals_that_are_there_and_that_are_not() -> None:
 
 def test_a_wrong_op_is_not_timed() -> None:
     case, ran = case_of(right=False)
-    rows = measure(case, CPU)
+    rows = list(measure(case, CPU))
     assert len(rows) == 2 and not ran
     assert all(row["note"].startswith("wrong: AssertionError: it is wrong") and row["ratio"] == "" for row in rows)
 

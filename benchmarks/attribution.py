@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the milliseconds of a training step go, from torch's profiler.
+
+On a GPU the time of every kernel, by the op that launched it; in a CUDA graph no op does, and its own name has to do
+(plain elementwise kernels are "other" there). On a CPU the time of every op less that of those inside of it; a compiled
+region is one op, "other".
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+STEPS = 2
+OTHER = "other"
+# The first whose pattern is in the name of a kernel, an op or a range.
+GROUPS = {
+    "optimizer": r"adam|grad_square_sum|foreach_(lerp|copy|mul|add|norm)|multi_tensor|clip_grad|optimizer",
+    "loss": r"feature_match|output_match|scale_gradients|mse_loss|mseloss",
+    "attention": r"attention|flash|fmha|sdpa|softmax",
+    "norms+activations": r"norm|silu|sigmoid|gelu|geglu|modulate|welford|tanh",
+    "conv+matmul": r"conv|gemm|gemv|(^|[^a-z])(add|b|badd)?mm(_|$|[^a-z])|addmm|bmm|linear|cutlass|cublas|xmma|wgrad"
+    r"|dgrad|nvjet|matmul|einsum",
+    "copies+casts": r"copy|memcpy|memset|clone|contiguous|(^|::)_?to(_copy)?$|tobackward|transpose_?kernel|nchwto"
+    r"|nhwcto|(^|::|_)cat(_|$|[^a-z])|catarray|fill|zero|ones",
+}
+_PATTERNS = {group: re.compile(pattern) for group, pattern in GROUPS.items()}
+
+
+def group(names: Iterable[str]) -> str:
+    """The group of the first of these names, innermost first, that has one."""
+    for name in names:
+        for found, pattern in _PATTERNS.items():
+            if pattern.search(name.lower()):
+                return found
+    return OTHER
+
+
+def attribution(run: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Milliseconds of one run, the mean of a few, by group; on a GPU of its kernels, on a CPU of the whole run."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    run()
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(STEPS):
+            with torch.profiler.record_function("run"):
+                run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    parts = kernels(profiler.events()) if on_gpu else ops(profiler.events())
+    return {name: parts[name] / 1e3 / STEPS for name in (*GROUPS, OTHER)}
+
+
+def ops(events: Iterable[Any]) -> Counter[str]:
+    """Microseconds of profiled ops on a CPU, by group."""
+    parts: Counter[str] = Counter()
+    for event in events:
+        parts[group(_chain(event))] += event.self_cpu_time_total
+    return parts
+
+
+def kernels(events: Iterable[Any]) -> Counter[str]:
+    """Microseconds of profiled kernels on a GPU, by group: of those that ops launched, or where most were not, all by
+    their names."""
+    by_op, by_name = Counter[str](), Counter[str]()
+    for event in events:
+        if event.device_type == DeviceType.CUDA:
+            if not event.is_user_annotation:
+                by_name[group([event.name])] += event.time_range.elapsed_us()
+            continue
+        for kernel in event.kernels:
+            by_op[group([*_chain(event), kernel.name])] += kernel.duration
+    rest = by_name.total() - by_op.total()
+    if rest > 0.5 * by_name.total():
+        return by_name
+    by_op[OTHER] += max(rest, 0)
+    return by_op
+
+
+def _chain(event: Any) -> Iterable[str]:
+    while event is not None:
+        yield event.name
+        event = event.cpu_parent

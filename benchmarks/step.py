@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole training steps of random conditioning: the trainer's, and those of the scripts that a user would write.
+
+The models and sizes are in ``benchmarks/ops/step.py``. Rivals are compiled in the compiler's default mode: tuning two
+U-Nets of 1.4 billion parameters takes longer than the measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.registry import COMPILED, Contestant, Group, Run, Workload
+from fastdistill.ops import use
+
+if TYPE_CHECKING:
+    from fastdistill.data.latent_cache import LatentCache
+    from fastdistill.data.prompt_bank import PromptBank
+    from fastdistill.diffusion.schedule import NoiseSchedule
+    from fastdistill.train import DistillTrainer
+
+LITERAL, TUNED, BEST_SDPA, UNFUSED = "literal", "tuned", f"{COMPILED}, best SDPA", "ours, unfused"
+RIVALS = (COMPILED, BEST_SDPA, UNFUSED, TUNED, LITERAL)
+_BEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every contestant starts from; the models lie in memory, and have the dtype, as ours and the tuned ones."""
+
+    teacher: nn.Module
+    student: nn.Module
+    taps: Sequence[tuple[str, str]]
+    cache: LatentCache
+    bank: PromptBank
+    schedule: NoiseSchedule
+    batch: int
+    device: torch.device
+
+
+def workload(build: Callable[[torch.device], Setup], device: torch.device, sustained: float = 0.0) -> Workload:
+    """Ours, fused, against RIVALS.
+
+    On a GPU in groups, as the memory of all would be too much: the two that are expected to be the strongest first, for
+    ``sustained`` seconds, then each other one for five seconds of its own.
+    """
+    setup = build(device)
+    trainer = _trainer(setup, fuse=True)
+    scripts: weakref.WeakValueDictionary[bool, Script] = weakref.WeakValueDictionary()
+
+    def script(compile: Callable[[nn.Module], Any] | None = None, literal: bool = False) -> Contestant:
+        def make() -> _Scripted:
+            its = scripts.get(literal)
+            if its is None:
+                its = scripts[literal] = Script(setup, literal)
+            return _Scripted(its, *(compile(m) if compile else m for m in (its.teacher, its.student)))
+
+        return Contestant(make)
+
+    rivals: dict[str, Run | str] = {
+        COMPILED: script(functools.partial(torch.compile, dynamic=False)),
+        BEST_SDPA: script(functools.partial(torch.compile, backend=_inductor_with_best_sdpa, dynamic=False)),
+        UNFUSED: Contestant(lambda: _Trained(_trainer(setup, fuse=False))),
+        TUNED: script(),
+        LITERAL: script(literal=True),
+    }
+    groups: tuple[Group, ...] = ()
+    if device.type == "cuda":
+        groups = Group((COMPILED, BEST_SDPA), max(sustained, 15.0)), *(Group((name,), 10.0) for name in RIVALS[2:])
+    return Workload(
+        Contestant(lambda: _Trained(trainer)),
+        rivals,
+        functools.partial(_check, trainer),
+        flops=flops(build),
+        samples=setup.batch,
+        groups=groups,
+        graphs=False,  # ours is one where there is a GPU; scripts cannot
+    )
+
+
+def flops(build: Callable[[torch.device], Setup]) -> int:
+    """Of the literal step's forwards and backward, counted by torch on meta tensors."""
+    with FlopCounterMode(display=False) as counter:
+        its = Script(build(torch.device("meta")), literal=True)
+        its.loss(its.teacher, its.student).backward()
+    return int(counter.get_total_flops())
+
+
+def _trainer(setup: Setup, fuse: bool) -> DistillTrainer:
+    from fastdistill import DistillTrainer, RandomConditioning
+    from fastdistill.train import TrainConfig
+
+    return DistillTrainer(
+        _sharing(setup.teacher),
+        copy.deepcopy(setup.student),
+        setup.schedule,
+        setup.cache,
+        setup.bank,
+        RandomConditioning(taps=tuple(setup.taps)),
+        TrainConfig(steps=10_000, batch=setup.batch, lr=1e-5, fuse=fuse),
+        device=setup.device,
+    )
+
+
+class _Trained:
+    """What the trainer runs, a CUDA graph where there is a GPU; at rest there is none."""
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self._trainer = trainer
+        self._run: Run | None = None
+
+    def __call__(self) -> None:
+        from fastdistill.train.graph import runner
+
+        trainer = self._trainer
+        self._run = self._run or runner(trainer.step, trainer.student, trainer.config.execution)
+        self._run()
+
+    def held(self) -> Iterator[Tensor]:
+        trainer = self._trainer
+        knowledge: Any = trainer.step.objective._knowledge  # type: ignore[attr-defined]
+        yield from _held((trainer.teacher, trainer.student), trainer.step.optimizer)
+        yield from (t for t in tree_leaves((knowledge._gradient, knowledge._gradients)) if t is not None)
+
+    def rest(self) -> None:
+        self._run = None
+
+
+class _Scripted:
+    """A script with its models as they are, or compiled."""
+
+    def __init__(self, script: Script, teacher: Callable[..., Any], student: Callable[..., Any]) -> None:
+        self._script, self._models = script, (teacher, student)
+        self.held = script.held
+
+    def __call__(self) -> None:
+        self._script(*self._models)
+
+    def rest(self) -> None:
+        """It holds nothing that could be made again."""
+
+
+def _check(trainer: DistillTrainer) -> None:
+    """The loss of the fused models and ops is that of diffusers' own and the references."""
+    from fastdistill.models.fuse import fuse, unfuse
+
+    models = trainer.teacher, trainer.student
+    losses = []
+    for kernel in (None, "reference"):
+        for model in models:
+            unfuse(model) if kernel else fuse(model)
+        with use(kernel) if kernel else contextlib.nullcontext():
+            losses.append(trainer.step.objective(trainer.step.counter)[1][0])
+    for model in models:
+        fuse(model)
+    low = next(trainer.student.parameters()).dtype != torch.float32
+    torch.testing.assert_close(*losses, rtol=2e-2 if low else 1e-4, atol=0)
+
+
+class Script:
+    """The step of the public scripts: hooks for the features, AdamW, a loop for the average, the loss read every step,
+    NCHW; where the models are in a low precision, fp32 weights of the student under autocast.
+
+    Other than ``literal``: the layout of ours, low-precision weights with fp32 masters, fused AdamW, averages by
+    ``torch._foreach``, and nothing read. Called with the two models, as they are or compiled.
+    """
+
+    def __init__(self, setup: Setup, literal: bool) -> None:
+        self.literal, self.batch, self.steps, self.device = literal, setup.batch, len(setup.schedule), setup.device
+        self.teacher = _sharing(setup.teacher).eval().requires_grad_(False)
+        self.student = copy.deepcopy(setup.student).train()
+        self.dtype = next(self.student.parameters()).dtype
+        self.mixed = self.dtype != torch.float32
+        if literal:
+            self.student.float()
+            for model in (self.teacher, self.student):
+                model.to(memory_format=torch.contiguous_format)
+        self.features: tuple[dict[int, Tensor], dict[int, Tensor]] = {}, {}
+        for i, pair in enumerate(setup.taps):
+            for model, module, kept in zip((self.teacher, self.student), pair, self.features, strict=True):
+                model.get_submodule(module).register_forward_hook(functools.partial(_keep, kept, i))
+        self.weights = list(self.student.parameters())
+        apart = self.mixed and not literal
+        self.masters = [p.detach().float().requires_grad_() for p in self.weights] if apart else self.weights
+        self.averages = [p.detach().clone() for p in self.masters]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=None if literal else True)
+        self.latents, self.own = setup.cache.latents[:].to(setup.device), setup.cache.prompt_index.to(setup.device)
+        self.prompts = setup.bank.embeddings[:].to(setup.device)
+        self.signal, self.noise = setup.schedule.coefficients()[:, :2].to(setup.device, self.latents.dtype).T
+
+    def held(self) -> Iterator[Tensor]:
+        yield from _held((self.teacher, self.student), self.optimizer)
+        yield from (*self.masters, *self.averages, self.latents, self.prompts)
+
+    def __call__(self, teacher: Callable[..., Any], student: Callable[..., Any]) -> None:
+        loss = self.loss(teacher, student)
+        loss.backward()
+        self.update()
+        if self.literal:
+            loss.item()
+
+    def loss(self, teacher: Callable[..., Any], student: Callable[..., Any]) -> Tensor:
+        row, t, text = (
+            torch.randint(n, (self.batch,), device=self.device)
+            for n in (len(self.latents), self.steps, len(self.prompts))
+        )
+        random = torch.rand(self.batch, device=self.device) < 0.5
+        prompt = self.prompts[torch.where(random, text, self.own[row])]
+        x = self.latents[row]
+        x_t = self.signal[t].view(-1, 1, 1, 1) * x + self.noise[t].view(-1, 1, 1, 1) * torch.randn_like(x)
+        with torch.no_grad():
+            target = teacher(x_t, t, encoder_hidden_states=prompt).sample
+        if self.mixed and self.literal and self.device.type != "meta":
+            with torch.autocast(self.device.type, self.dtype):
+                output = student(x_t, t, encoder_hidden_states=prompt).sample
+        else:
+            dtype = self.weights[0].dtype
+            output = student(x_t.to(dtype), t, encoder_hidden_states=prompt.to(dtype)).sample
+        channels = x.shape[1]  # a learned variance follows them
+        loss = F.mse_loss(output[:, :channels].float(), target[:, :channels].float())
+        theirs, own = self.features
+        loss = loss + sum(F.mse_loss(own[i].float(), theirs[i].float()) for i in own)
+        for kept in self.features:
+            kept.clear()
+        return loss
+
+    @torch.no_grad()
+    def update(self) -> None:
+        apart = self.masters is not self.weights
+        if apart:
+            for master, p in zip(self.masters, self.weights, strict=True):
+                master.grad = p.grad.float() if p.grad is not None else None
+                p.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.literal:
+            for average, p in zip(self.averages, self.masters, strict=True):
+                average.mul_(0.9999).add_(p, alpha=1e-4)
+        else:
+            torch._foreach_lerp_(self.averages, self.masters, 1e-4)
+        if apart:
+            torch._foreach_copy_(self.weights, self.masters)
+
+
+def _inductor_with_best_sdpa(module: torch.fx.GraphModule, inputs: Any) -> Any:
+    """torch.compile's backend with cuDNN's attention where it takes the shape: the choice is made while it traces.
+
+    The cache of traces is left out, as its key says nothing of that choice.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    cache = torch._functorch.config.patch(enable_autograd_cache=False)
+    with cache, sdpa_kernel(_BEST_FIRST, set_priority=True):
+        return compile_fx(module, inputs)
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """A copy of the modules alone: parameters and buffers are those of the model."""
+    kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, kept)
+
+
+def _held(models: Iterable[nn.Module], optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    for model in models:
+        yield from (*model.parameters(), *model.buffers())
+    yield from (t for t in tree_leaves(list(optimizer.state.values())) if isinstance(t, Tensor))
+
+
+def _keep(kept: dict[int, Tensor], index: int, module: nn.Module, args: Any, output: Any) -> None:
+    kept[index] = output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of whole training steps: contestants of every model, their columns, where the time goes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import compile_fx
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend
+
+from benchmarks import attribution, files, report, step
+from benchmarks.measure import Settings, measure, peak_gb
+from benchmarks.ops.step import dit, pixart, sd15
+from benchmarks.registry import COMPILED, Case, Contestant, Group, Workload
+
+CPU = torch.device("cpu")
+QUICK = Settings(CPU, rounds=4, warm_up=1, seconds=0.0)
+HEADS = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
+TINY: dict[str, Callable[[torch.device], step.Setup]] = {
+    "sd15": functools.partial(sd15, 2, block_out_channels=(8, 8, 16, 16), norm_num_groups=4, attention_head_dim=2),
+    "pixart": functools.partial(pixart, 2, **HEADS, cross_attention_dim=16),
+    "dit": functools.partial(dit, 2, **HEADS),
+}
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_every_contestant_takes_the_step_of_a_model(model: str) -> None:
+    workload = step.workload(TINY[model], CPU)
+    workload.check()
+    assert tuple(workload.rivals) == step.RIVALS and workload.flops > 0 and workload.samples == 2
+    for name, run in {"ours": workload.ours, **workload.rivals}.items():
+        if name.startswith(COMPILED):
+            continue
+        assert isinstance(run, Contestant)
+        run()
+        held = run.held()
+        run()
+        run.rest()
+        run()
+        assert run.held() == held > 0, name
+
+
+def test_scripts_train_the_student_alone_and_share_the_teacher() -> None:
+    setup = TINY["pixart"](CPU)
+    for literal in (True, False):
+        script = step.Script(setup, literal)
+        before = [p.clone() for p in script.masters]
+        script(script.teacher, script.student)
+        assert next(script.student.parameters()).dtype == (torch.float32 if literal else torch.bfloat16)
+        assert any(not torch.equal(a, b) for a, b in zip(before, script.masters, strict=True))
+        assert next(script.teacher.parameters()) is next(setup.teacher.parameters())
+        assert not any(script.features)
+
+
+def test_flops_are_those_of_the_models_and_nothing_is_allocated() -> None:
+    assert step.flops(functools.partial(sd15, 1)) == pytest.approx(2.37e12, rel=5e-3)
+
+
+class Slow:
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.rests, self.kept = seconds, 0, torch.zeros(10)
+
+    def __call__(self) -> None:
+        time.sleep(self.seconds)
+        torch.softmax(self.kept, 0)
+
+    def held(self) -> Iterator[Tensor]:
+        yield from (self.kept, self.kept[:5])
+
+    def rest(self) -> None:
+        self.rests += 1
+
+
+def planted(grouped: bool) -> tuple[Case, list[Slow]]:
+    made: list[Slow] = []
+
+    def contestant(seconds: float) -> Contestant:
+        def make() -> Slow:
+            made.append(Slow(seconds))
+            return made[-1]
+
+        return Contestant(make)
+
+    def broken() -> Any:
+        raise RuntimeError("it cannot be made")
+
+    rivals: dict[str, Any] = {"slow": contestant(0.004), "broken": Contestant(broken)}
+    groups = (Group(("slow",), 0.1), Group(("broken",), 0.1)) if grouped else ()
+    workload = Workload(contestant(0.001), rivals, lambda: None, samples=8, groups=groups, graphs=False)
+    return Case("planted", "small", "fp32", "cpu", lambda device: workload, ("slow", "broken")), made
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rows_of_steps(grouped: bool) -> None:
+    case, made = planted(grouped)
+    slow, broken = measure(case, QUICK)
+    assert slow["ratio"] > 1.5 and 0 < slow["rival_img_s"] < slow["ours_img_s"] < 8000
+    assert slow["ours_peak_gb"] == slow["rival_peak_gb"] == ""
+    assert slow["rival_parts"]["attention"] > 0 and slow["rival_parts"]["other"] > 3
+    assert broken["note"] == "RuntimeError: it cannot be made" and broken["ratio"] == ""
+    assert [s.rests > 0 for s in made] == [grouped, grouped]
+
+
+def test_memory_is_counted_once_and_not_on_a_cpu() -> None:
+    run = Contestant(lambda: Slow(0.0))
+    assert run.held() == 40
+    assert peak_gb(run, CPU) == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "group"),
+    [
+        (["aten::_scaled_dot_product_flash_attention_for_cpu"], "attention"),
+        (["pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>"], "attention"),
+        (["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma"], "attention"),
+        (["aten::mkldnn_convolution"], "conv+matmul"),
+        (["nvjet_tst_128x128_64x6_1x2_h_bz_NNT"], "conv+matmul"),
+        (["sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32"], "conv+matmul"),
+        (["aten::addmm"], "conv+matmul"),
+        (["aten::mm"], "conv+matmul"),
+        (["aten::native_group_norm_backward"], "norms+activations"),
+        (["triton_red_fused_native_group_norm_silu_3"], "norms+activations"),
+        (["fastdistill::geglu"], "norms+activations"),
+        (["fastdistill::adamw_ema"], "optimizer"),
+        (["aten::mul", "Optimizer.step#AdamW.step"], "optimizer"),
+        (["aten::_foreach_lerp_"], "optimizer"),
+        (["aten::mul", "MseLossBackward0"], "loss"),
+        (["fastdistill::feature_match"], "loss"),
+        (["aten::copy_", "aten::convolution"], "copies+casts"),
+        (["aten::empty", "aten::to"], "copies+casts"),
+        (["Memcpy DtoD (Device -> Device)"], "copies+casts"),
+        (["triton_poi_fused_cat_1"], "copies+casts"),
+        (["aten::add", "run"], "other"),
+        (["fastdistill::noise_gather"], "other"),
+        (["aten::repeat_interleave"], "other"),
+    ],
+)
+def test_groups(names: list[str], group: str) -> None:
+    assert attribution.group(names) == group
+
+
+def test_attribution_of_a_run_is_all_of_its_time() -> None:
+    layer, x = nn.Conv2d(8, 8, 3), torch.randn(16, 8, 32, 32)
+
+    def run() -> None:
+        torch.softmax(layer(x), 1).clone()
+        time.sleep(0.02)
+
+    parts = attribution.attribution(run, CPU)
+    assert set(parts) == {*attribution.GROUPS, attribution.OTHER}
+    assert min(parts["conv+matmul"], parts["attention"], parts["copies+casts"]) > 0
+    assert parts["other"] >= 20 and parts["optimizer"] == parts["loss"] == 0
+
+
+def event(name: str, us: float, launched: float = 0.0, annotation: bool = False) -> SimpleNamespace:
+    """A kernel, or with ``launched`` an op that launched one of so many microseconds."""
+    if launched:
+        return SimpleNamespace(
+            name=name,
+            device_type=DeviceType.CPU,
+            cpu_parent=None,
+            kernels=[SimpleNamespace(name="k", duration=launched)],
+        )
+    span = SimpleNamespace(elapsed_us=lambda: us)
+    return SimpleNamespace(name=name, device_type=DeviceType.CUDA, time_range=span, is_user_annotation=annotation)
+
+
+def test_kernels_go_to_the_ops_that_launched_them_or_by_their_names() -> None:
+    alone = [event("flash_fwd", 3), event("elementwise", 4), event("run", 7, annotation=True)]
+    assert attribution.kernels(alone) == {"attention": 3, "other": 4}
+    launched = [*alone, event("aten::mse_loss", 0, launched=4)]
+    assert attribution.kernels(launched) == {"loss": 4, "other": 3}
+
+
+def test_the_parts_of_a_step_are_kept_and_shown(tmp_path: Path) -> None:
+    case, _ = planted(grouped=False)
+    path = tmp_path / "cpu-some.csv"
+    for row in measure(case, QUICK):
+        files.append(path, [row])
+        files.append_parts(path, [row])
+    lines = [json.loads(line) for line in (tmp_path / "cpu-some.steps.jsonl").read_text().splitlines()]
+    assert [line["contestant"] for line in lines] == ["ours", "slow"]
+    assert lines == files.latest_parts(path)
+    table = report.table(tmp_path)
+    assert "| small | slow | 0.0 |" in table and "slow **" in table
+
+
+def test_the_compiled_rival_has_the_attention_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[str] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(module.code)
+        return module.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", aot_autograd(fw_compiler=keep))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        monkeypatch.setattr(step, "_BEST_FIRST", [backend])
+        torch._dynamo.reset()
+        torch.compile(lambda x: attend(x, x, x), backend=step._inductor_with_best_sdpa)(torch.randn(1, 2, 16, 8))
+    assert ["flash_attention" in code for code in graphs] == [False, True]
