@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         p.error("no case has that op, dtype and shape on this kind of device")
     known = list(dict.fromkeys(name for case in chosen for name in case.rivals))
     if unknown := set(options.rival or ()) - set(known):
-        p.error(f"--rival: expected of {', '.join(map(repr, known))}, got {', '.join(map(repr, sorted(unknown)))}")
+        p.error(f"--rival: expected one of {', '.join(map(repr, known))}, got {', '.join(map(repr, sorted(unknown)))}")
     there = not gpu or torch.cuda.is_available()
     if options.once and there:
         for case in chosen:

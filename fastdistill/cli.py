@@ -65,7 +65,7 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
 
 def _run(arguments: list[str]) -> int:
     match arguments:
-        case [] | ["-h" | "--help" | "help", *_]:
+        case [] | ["-h" | "--help" | "help", *_] | ["demo" | "teacher" | "profile", "-h" | "--help", *_]:
             print(_USAGE.format(version=fastdistill.__version__), end="")
         case ["--version", *_]:
             print(fastdistill.__version__)

@@ -10,6 +10,7 @@ import platform
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -73,12 +74,14 @@ def doctor(console: Console, *, as_json: bool = False) -> None:
     for device in found["devices"]:
         console.print(f"  {device}", highlight=False)
     console.print(f"  {found['threads']} of {found['cores']} CPU threads in use", highlight=False)
-    table = Table(title="kernels, best first", title_justify="left")
+    table = Table(title="kernels, best first", title_justify="left", box=SIMPLE_HEAD, padding=0)
     for column in ("op", "kernel", "device", "chosen for", "why it cannot run here"):
         table.add_column(column, no_wrap=column == "op")  # names stay whole, reasons wrap
+    above = {reason: f"no {name}" for name, reason in found["extensions"].items()}
     previous = None
     for row in found["kernels"]:
         op = row["op"] if row["op"] != previous else ""
         previous = row["op"]
-        table.add_row(op, row["kernel"], row["device"], ", ".join(row["chosen_for"]), row["reason"] or "")
+        reason = f"{above[row['reason']]} (above)" if row["reason"] in above else row["reason"] or ""
+        table.add_row(op, row["kernel"], row["device"], ", ".join(row["chosen_for"]), reason)
     console.print(table)

@@ -25,7 +25,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, out, error
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",), ("demo", "-h"), ("profile", "--help")])
 def test_help(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     code, out, error = said(capsys, *arguments)
     assert code == 0 and not error
@@ -104,6 +104,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert sum("cpu" in row["chosen_for"] for row in rows) == 1
     code, out, _ = said(capsys, "doctor")
     assert code == 0 and all(op in out for op in OPS)
+    summary = found["extensions"]["_cuda"]
+    assert summary == "built" or out.count(summary) == 1  # not once a kernel
 
 
 WITHOUT_EXTENSION = """
