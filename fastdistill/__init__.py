@@ -26,9 +26,17 @@ _HOME = {
     "make_student": "models",
     "fuse": "models.fuse",
     "unfuse": "models.fuse",
+    "match_table": "diffusion.matching",
+    "attention": "ops",
+    "cross_attention": "ops",
     "feature_match": "ops",
+    "geglu": "ops",
+    "group_norm_silu": "ops",
+    "layer_norm_modulate": "ops",
     "noise_gather": "ops",
     "NoiseGather": "ops",
+    "output_match": "ops",
+    "residual_layer_norm_modulate": "ops",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
     from fastdistill.data.latent_cache import LatentCache as LatentCache
     from fastdistill.data.latent_cache import generate_latent_cache as generate_latent_cache
     from fastdistill.data.prompt_bank import PromptBank as PromptBank
+    from fastdistill.diffusion.matching import match_table as match_table
     from fastdistill.diffusion.sampler import ddim as ddim
     from fastdistill.diffusion.sampler import initial_noise as initial_noise
     from fastdistill.diffusion.schedule import NoiseSchedule as NoiseSchedule
@@ -45,8 +54,15 @@ if TYPE_CHECKING:
     from fastdistill.models.fuse import fuse as fuse
     from fastdistill.models.fuse import unfuse as unfuse
     from fastdistill.ops import NoiseGather as NoiseGather
+    from fastdistill.ops import attention as attention
+    from fastdistill.ops import cross_attention as cross_attention
     from fastdistill.ops import feature_match as feature_match
+    from fastdistill.ops import geglu as geglu
+    from fastdistill.ops import group_norm_silu as group_norm_silu
+    from fastdistill.ops import layer_norm_modulate as layer_norm_modulate
     from fastdistill.ops import noise_gather as noise_gather
+    from fastdistill.ops import output_match as output_match
+    from fastdistill.ops import residual_layer_norm_modulate as residual_layer_norm_modulate
     from fastdistill.train import AdamWEMA as AdamWEMA
     from fastdistill.train import DistillTrainer as DistillTrainer
     from fastdistill.train import TrainConfig as TrainConfig

@@ -12,6 +12,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+import fastdistill
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -47,3 +49,9 @@ def test_its_figures_are_the_committed_measurements() -> None:
         sys.path.pop(0)
     assert tables.readme_filled(README) == README, "run python docs/tables.py"
     assert "random conditioning" in tables.digits()
+
+
+def test_the_public_names_are_there() -> None:
+    assert all(getattr(fastdistill, name) is not None for name in fastdistill.__all__)
+    differentiable = {"attention", "cross_attention", "feature_match", "geglu", "group_norm_silu", "output_match"}
+    assert differentiable <= set(fastdistill.__all__)
