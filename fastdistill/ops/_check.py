@@ -24,6 +24,12 @@ def require(condition: bool, argument: str, rule: object, value: object) -> None
         raise InputError.of(argument, rule, value)
 
 
+def tensors(**given: object) -> None:
+    """Each is a tensor: not None, an array or a number."""
+    for argument, value in given.items():
+        require(isinstance(value, Tensor), argument, "a tensor", type(value).__name__)
+
+
 def shape(tensor: Tensor, argument: str, expected: tuple[int | None, ...], meaning: str) -> None:
     """The tensor has this shape (None: any size); ``meaning`` says in words what it must be."""
     fits = tensor.dim() == len(expected) and all(e in (None, g) for e, g in zip(expected, tensor.shape, strict=True))

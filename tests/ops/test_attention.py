@@ -260,6 +260,7 @@ def test_projections_as_they_come() -> None:
         ({"q": torch.zeros(2, 9, 16)}, "heads: expected the number of heads"),
         ({"q": torch.zeros(2, 9, 15), "heads": 2}, r"q: expected \[B, tokens, a multiple of 2 heads\]"),
         ({"q": torch.zeros(2, 9, 2, 8).double()}, "q: expected dtype float32"),
+        ({"heads": 3}, "heads: expected the 2 heads of q, or None, got 3"),
         ({"k": torch.zeros(1, 9, 2, 8)}, r"k: expected \[2, L, 2, 8\] beside q, got \(1, 9, 2, 8\)"),
         ({"v": torch.zeros(2, 8, 2, 8)}, "v: expected the shape of k"),
         ({"k": torch.zeros(2, 9, 2, 8).half()}, "k: expected dtype float32, got float16"),

@@ -261,6 +261,7 @@ def zeros(*shape: int, **options: Any) -> Tensor:
         ({"q": zeros(2, 9, 16)}, r"heads: expected the number of heads, .* got None"),
         ({"q": zeros(2, 9, 15), "heads": 2}, r"q: expected \[rows, tokens, a multiple of 2 heads\], got \(2, 9, 15\)"),
         ({"q": zeros(2, 9, 2, 8).double()}, "q: expected dtype float32 or bfloat16 or float16, got float64"),
+        ({"heads": 3}, "heads: expected the 2 heads of q, or None, got 3"),
         ({"k": zeros(2, 5, 2, 16)}, r"k: expected \[R, L, 2, 8\] beside q, got \(2, 5, 2, 16\)"),
         ({"k": zeros(1, 5, 2, 8)}, r"k: expected \[R, L, 2, 8\] beside q, got \(1, 5, 2, 8\)"),
         ({"k": zeros(2, 5, 2, 8).half()}, "k: expected dtype float32, got float16"),

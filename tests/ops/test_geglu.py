@@ -117,6 +117,7 @@ def test_layouts_that_kernels_refuse(kernel: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((None,), "x: expected a tensor, got NoneType"),
         ((torch.ones(4).double(),), "x: expected dtype float32 or bfloat16 or float16, got float64"),
         ((torch.ones(2, 5),), r"x: expected an even last dimension, got \(2, 5\)"),
         ((torch.ones(2, 4), "erf"), "approximate: expected one of none, tanh, got 'erf'"),

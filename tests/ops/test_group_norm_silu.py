@@ -266,6 +266,7 @@ def test_layouts_that_kernels_refuse(kernel: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"x": None}, "x: expected a tensor, got NoneType"),
         ({"x": torch.ones(2, 8, 3).double()}, "x: expected dtype float32 or bfloat16 or float16, got float64"),
         ({"x": torch.ones(8)}, r"x: expected \[batch, channels, \*positions\], got \(8,\)"),
         ({"groups": 3}, "groups: expected a divisor of the 8 channels of x, got 3"),

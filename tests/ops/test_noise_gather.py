@@ -339,6 +339,7 @@ def test_fake_cuda_tensors() -> None:
             {},
             r"coefficients: expected one row of 4 a timestep of replace \(50, 4\), got \(50, 2\)",
         ),
+        ({4: None}, {}, "replace: expected a tensor, got NoneType"),
         ({4: torch.ones(T)}, {}, "replace: expected dtype int64, got float32"),
         ({5: torch.ones(3, dtype=torch.int64)}, {}, r"counter: expected \(seed, step\), shape \(2,\), got \(3,\)"),
         ({}, {"null_index": 9}, "null_index: expected a row of prompts, 0 to 8, got 9"),

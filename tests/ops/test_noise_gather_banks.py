@@ -100,6 +100,8 @@ def test_a_ring_of_staged_rows_draws_what_the_bank_does(kernel: str, staged: str
     ("change", "options", "message"),
     [
         ({2: torch.ones(())}, {}, r"prompts: expected \[M, ...\] with at least one row, got \(\)"),
+        ({2: None}, {}, "prompts: expected a tensor, got NoneType"),
+        ({2: {"text": [1.0]}}, {}, r"prompts\['text'\]: expected a tensor, got list"),
         ({2: []}, {}, "prompts: expected at least one bank, got none"),
         ({2: [torch.ones(9), torch.ones(8)]}, {}, r"prompts\[1\]: expected as many rows as prompts\[0\] \(9\), got 8"),
         (

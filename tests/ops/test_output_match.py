@@ -343,6 +343,8 @@ TASK = Task(torch.ones(5, 4, 3), TIME, TIME, coefficients("epsilon"), TIME)
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
+        ((S, S, TIME, None), {}, "table: expected a tensor, got NoneType"),
+        ((S, S, TIME, TABLE), {"task": (S, TIME)}, "task: expected a Task, got tuple"),
         ((S, None, TIME, TABLE), {}, "teacher: expected an output, or a task beside it, got None"),
         ((S, S.requires_grad_(False).clone().requires_grad_(), TIME, TABLE), {}, "teacher: expected a tensor without"),
         ((S, torch.ones(2, 4, 5), TIME, TABLE), {}, r"teacher: expected 3 dimensions, 2 samples of size \(3,\), got"),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastdistill.errors import KernelError
+from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import _check
 from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, Op, forced
 from fastdistill.ops.attention import backends, reference, table
@@ -77,6 +77,7 @@ def attention(
         InputError: shapes, dtypes, devices or a backend's name that do not fit.
         KernelError: a backend that was asked for cannot run the call; with the reason.
     """
+    _check.tensors(q=q, k=k, v=v)
     flat = q.dim() == 3
     if flat:
         _check.require(heads is not None and heads > 0, "heads", "the number of heads, beside [B, N, H * D]", heads)
@@ -85,6 +86,7 @@ def attention(
             _check.require(fits, argument, f"[B, tokens, a multiple of {heads} heads]", tuple(tensor.shape))
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
     _check.once(_checked, (q, k, v), None)
+    _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     name = _asked(backend)
     out = _choose(q, k, v, scale) if name is None else _run(name, q, k, v, scale)
@@ -110,8 +112,14 @@ def tune_attention(
 
     Returns:
         ``{"backend": the fastest, "ms": {backend: milliseconds}, "refused": {backend: why}}``
+
+    Raises:
+        InputError: a device that this torch was not built for.
     """
-    q = torch.empty(batch, tokens, heads, dim, dtype=dtype, device=device)
+    try:
+        q = torch.empty(batch, tokens, heads, dim, dtype=dtype, device=device)
+    except AssertionError as error:  # torch's, where it was built without CUDA
+        raise InputError.of("device", "one that torch can use here", f"{device} ({error})") from error
     k, v = (torch.empty(batch, keys or tokens, heads, dim, dtype=dtype, device=device) for _ in range(2))
     _checked((q, k, v))
     result = measure(q, k, v, dim**-0.5, backward, backends.candidates(q.device.type))

@@ -94,11 +94,13 @@ def cross_attention(
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
     """
+    _check.tensors(q=q, k=k, v=v)
     flat = q.dim() == 3
     if flat:
         _check.require(heads is not None and heads > 0, "heads", "the number of heads, beside [B, N, H * D]", heads)
         q, k, v = (_split(t, name, heads) for t, name in ((q, "q"), (k, "k"), (v, "v")))
     _checked(q, k, v, mask, rows)
+    _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None):
         if not torch.compiler.is_compiling():

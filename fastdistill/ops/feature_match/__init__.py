@@ -9,7 +9,7 @@ Random Conditioning (arXiv 2504.02011) and BK-SDM (arXiv 2305.15798) use the pla
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -101,7 +101,7 @@ def feature_match(
     Raises:
         InputError: mismatched counts, shapes, devices or dtypes, or a teacher that requires gradient.
     """
-    student, teacher = list(student), list(teacher)
+    student, teacher = _taps(student, "student"), _taps(teacher, "teacher")
     weights, grad_scale = _checked(student, teacher, weights, distance, grad_scale, grads)
     _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
     parameter = delta if distance == "huber" else eps
@@ -124,6 +124,15 @@ def gradient_buffer(student: Tensor, distance: Distance = "mse") -> Tensor:
     those of the copy that is made of it."""
     layout = torch.preserve_format if _is_flat(student, distance) else torch.contiguous_format
     return torch.empty_like(student, memory_format=layout, requires_grad=False)
+
+
+def _taps(features: Iterable[Tensor], argument: str) -> list[Tensor]:
+    """The taps; a single tensor would be taken apart into one a sample."""
+    several = isinstance(features, Iterable) and not isinstance(features, Tensor)
+    _check.require(several, argument, "a list of tensors, one a tap", type(features).__name__)
+    taps = list(features)
+    _check.tensors(**{f"{argument}[{i}]": tap for i, tap in enumerate(taps)})
+    return taps
 
 
 def _checked(

@@ -52,6 +52,7 @@ def geglu(x: Tensor, approximate: str = "none") -> Tensor:
     Raises:
         InputError: an odd last dimension, another dtype or another ``approximate``.
     """
+    _check.tensors(x=x)
     _check.dtype(x, "x", *_check.FLOATS)
     _check.require(x.dim() > 0 and x.shape[-1] % 2 == 0, "x", "an even last dimension", tuple(x.shape))
     _check.require(approximate in APPROXIMATE, "approximate", f"one of {', '.join(APPROXIMATE)}", repr(approximate))

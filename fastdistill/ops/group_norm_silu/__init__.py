@@ -79,6 +79,7 @@ def group_norm_silu(
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
     """
+    _check.tensors(x=x)
     _check.once(_checked, tuple(t for t in (x, weight, bias, time_bias, scale, shift) if t is not None), (
         groups, eps, *(t is not None for t in (weight, bias, time_bias, scale, shift)),
     ))  # fmt: skip

@@ -105,6 +105,7 @@ def _apply(
 ) -> tuple[Tensor, ...]:
     given = {"h": h, "gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
     held = {name: t for name, t in given.items() if t is not None}
+    _check.tensors(x=x)
     _check.once(_checked, (x, *held.values()), (eps, tuple(held)))
     rows = (None if t is None else t.reshape(t.shape[0], t.shape[-1]) for t in (gate, scale, shift))
     result: tuple[Tensor, ...] = _LayerNormModulate.apply(x, h, *rows, weight, bias, eps)

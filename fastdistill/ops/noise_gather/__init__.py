@@ -193,6 +193,8 @@ def _prepared(
     """The op's arguments, checked, and the buffers among them."""
     latents, latent_prompts, coefficients, replace, counter = tables
     given, names = banks.listed(prompts), banks.labels(prompts)
+    named = {"latents": latents} | {f"prompts{name}": bank for name, bank in zip(names, given, strict=True)}
+    _check.tensors(latent_prompts=latent_prompts, coefficients=coefficients, replace=replace, counter=counter, **named)
     if out is None:
         _check.require(batch is not None and batch >= 0, "batch", "a number of samples >= 0 (or out=)", batch)
         out = empty_draw(latents, prompts, batch, target=target, device=counter.device)  # type: ignore[arg-type]
@@ -210,8 +212,7 @@ def _prepared(
     outputs = x_t, timestep, wanted, latent_index, prompt_index, choice
     _check.once(banks.check, (*tables, *outputs, *given, *copied), (names, numbers))
     if counter.is_cuda:
-        named = zip((f"prompts{name}" for name in names), given, strict=True)
-        banks.check_host_memory({"latents": latents, **dict(named)}, counter.device)
+        banks.check_host_memory(named, counter.device)
     return (
         latents, latent_prompts, given, coefficients, replace, counter, first_sample, global_batch, latent_rows,
         prompt_rows, pool, null_index, null_threshold, with_replacement, x_t, timestep, copied, wanted, latent_index,

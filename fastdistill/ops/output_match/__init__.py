@@ -116,6 +116,8 @@ def output_match(
     _check.require(distance in ("mse", "huber"), "distance", "one of mse, huber", repr(distance))
     _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
     _check.require(teacher is not None or task is not None, "teacher", "an output, or a task beside it", None)
+    _check.tensors(student=student, timestep=timestep, table=table)
+    _check.require(task is None or isinstance(task, Task), "task", "a Task", type(task).__name__)
     if grad_scale is None:
         grad_scale = torch.ones((), device=student.device)
     optional = (teacher, unconditional, guidance, weights, x_t, grad, *(task[:5] if task else [None] * 5))
