@@ -138,6 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs (benchmarks/results)")
     results = parser.parse_args(arguments).results
+    if not results.is_dir():
+        parser.error(f"--results: expected a folder of CSV files, got {results}")
     own = results.resolve() == RESULTS.resolve()
     try:
         for path in plots(results, IMAGES if own else results):

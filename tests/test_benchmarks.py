@@ -148,6 +148,12 @@ def test_parts_of_make_gpu_call_what_is_there(part: str, tmp_path: Path) -> None
     assert any("benchmarks.run" in command for command in made.values())
 
 
+def test_a_folder_of_results_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        report.main(["--results", str(tmp_path / "none")])
+    assert "--results: expected a folder of CSV files, got" in capsys.readouterr().err
+
+
 def test_the_report_plots_another_folder_and_leaves_the_readme(tmp_path: Path) -> None:
     case, _ = case_of(right=True)
     files.append(tmp_path / "cpu-some.csv", measure(case, CPU))

@@ -66,7 +66,8 @@ class DistillTrainer:
         self.device = torch.device(device) if device is not None else next(student.parameters()).device
         _check_models(teacher, student, latents, prompts)
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.student = student.to(self.device, _dtype(student, self.device, self.config)).train()
+        # not diffusers' own to, which warns of modules to keep in float32 even where there are none
+        self.student = nn.Module.to(student, self.device, _dtype(student, self.device, self.config)).train()
         if self.config.fuse:
             fuse(self.teacher)
             fuse(self.student)

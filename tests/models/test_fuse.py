@@ -273,3 +273,8 @@ def test_fused_then_sharded_and_not_the_other_way() -> None:
     fuse(wrapped)
     parallel = nn.parallel.DistributedDataParallel(wrapped)
     parallel(**inputs).sample.sum().backward()
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(InputError, match=r"model: expected a module \(of a pipeline, its unet or .*\), got dict"):
+        fuse({"unet": None})  # type: ignore[arg-type]

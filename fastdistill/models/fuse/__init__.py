@@ -59,8 +59,10 @@ def fuse(model: nn.Module) -> list[Swap]:
         One ``Swap`` a candidate, in the model's order: what was swapped, and what was not and why.
 
     Raises:
-        InputError: the model is sharded already (fuse first, then shard).
+        InputError: no module, or one that is sharded already (fuse first, then shard).
     """
+    if not isinstance(model, nn.Module):
+        raise InputError.of("model", "a module (of a pipeline, its unet or transformer)", type(model).__name__)
     _refuse_sharded(model)
     swaps = []
     for name, module in model.named_modules():
