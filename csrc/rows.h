@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What kernels of rows share: small tensors of any dtype as numbers, vectors that may be cut off, sums of lanes.
 #pragma once
+#include <utility>
+
 #include "common.h"
 #ifndef __CUDACC__
 #include "simd.h"
@@ -61,12 +63,24 @@ inline Lanes vector(const Row& row, int64_t sample, int64_t c, int64_t n, float 
   }
 }
 
+template <int by, int... i> FD_HD vfloat turned(vfloat x, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, ((i + by) % simd_width)...);
+#else
+  return __builtin_shuffle(x, vint{((i + by) % simd_width)...});
+#endif
+}
+
 // A sum of lanes as a tree, in float.
 FD_HD double total(Lanes a) {
-  float x[lanes];
-  memcpy(x, &a, sizeof x);
-  for (int width = lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  for (int n = simd_parts / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) a.part[i] += a.part[i + n];
+  vfloat x = a.part[0];
+  const std::make_integer_sequence<int, simd_width> all;
+  if (simd_width > 8) x += turned<8>(x, all);
+  if (simd_width > 4) x += turned<4>(x, all);
+  x += turned<2>(x, all);
+  x += turned<1>(x, all);
   return x[0];
 }
 
