@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdistill.errors import FastdistillError, KernelError
+from fastdistill.models.sharding import sharded
 from fastdistill.train.config import Execution
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.step import TrainStep
@@ -97,11 +98,10 @@ def refuse_graph(step: TrainStep, student: nn.Module) -> str | None:
     """Why this run cannot be one CUDA graph, as far as can be told before it begins."""
     if step.counter.device.type != "cuda":
         return f"it runs on {step.counter.device.type}: a CUDA graph needs a CUDA device"
-    for module in student.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return "DistributedDataParallel reduces gradients between its own streams: use 'compiled'"
-        if type(module).__name__.startswith("FSDP") or hasattr(module, "unshard"):
-            return "FSDP gathers and frees parameters on the host's schedule: use 'compiled'"
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in student.modules()):
+        return "DistributedDataParallel reduces gradients on streams of its own: use 'compiled'"
+    if where := sharded(student):
+        return f"{where}, which gathers and frees parameters on the host's schedule: use 'compiled'"
     return None
 
 

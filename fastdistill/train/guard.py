@@ -7,6 +7,7 @@ a CUDA graph, and draws the same numbers after any resume.
 
 from __future__ import annotations
 
+import pickle
 import random
 import traceback
 from collections.abc import Iterable
@@ -86,7 +87,7 @@ def _devices(tree: Any) -> set[torch.device]:
 
 
 def _random_states() -> dict[str, object]:
-    return {"Python's random": random.getstate(), "NumPy's random": str(np.random.get_state())}  # noqa: NPY002
+    return {"Python's random": random.getstate(), "NumPy's random": pickle.dumps(np.random.get_state())}  # noqa: NPY002
 
 
 def _line() -> str:

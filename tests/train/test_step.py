@@ -8,9 +8,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from fastdistill.distill import Weights
 from fastdistill.distill.denoising import Denoising
@@ -81,6 +84,8 @@ class Sins(nn.Module):
             return x + torch.randn_like(x)
         if self.kind == "random":
             return x * random.random()
+        if self.kind == "numpy":
+            return x * np.random.rand()  # noqa: NPY002
         return x.to("meta" if x.device.type == "cpu" else "cpu")
 
 
@@ -95,6 +100,7 @@ class Sins(nn.Module):
         ("dropout", "random numbers of a stateful generator"),
         ("randn", "random numbers of a stateful generator"),
         ("random", "no random numbers but Philox's, got some of Python's random"),
+        ("numpy", "no random numbers but Philox's, got some of NumPy's random"),
         ("copy", "a copy between cpu and meta"),
     ],
 )
@@ -161,6 +167,21 @@ def test_where_there_can_be_no_graph() -> None:
     assert runner(step, nn.Module(), "auto") is step
     with pytest.raises(FastdistillError, match="execution 'graph': it runs on cpu: a CUDA graph needs a CUDA device"):
         runner(step, nn.Module(), "graph")
+
+
+def test_models_that_others_cut_up_are_not_captured(tmp_path: Any) -> None:
+    step: Any = type("step", (), {"counter": type("counter", (), {"device": torch.device("cuda")})})
+    assert graph.refuse_graph(step, nn.Linear(2, 2)) is None
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        assert "DistributedDataParallel reduces" in str(graph.refuse_graph(step, parallel))
+        model = nn.Sequential(nn.Linear(2, 2))
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+        assert "0 is sharded by FSDPLinear, which gathers" in str(graph.refuse_graph(step, model))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class FakeGraph:

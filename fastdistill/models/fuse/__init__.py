@@ -20,6 +20,7 @@ from fastdistill.errors import InputError
 from fastdistill.models.fuse.attention import FusedAttnProcessor, FusedJointAttnProcessor
 from fastdistill.models.fuse.convolutional import FusedResnetBlock2D, FusedTransformer2DModel
 from fastdistill.models.fuse.transformer import FusedBasicTransformerBlock, FusedGEGLU, FusedJointTransformerBlock
+from fastdistill.models.sharding import sharded
 
 _FUSED: dict[type, Any] = {
     ResnetBlock2D: FusedResnetBlock2D,
@@ -63,7 +64,8 @@ def fuse(model: nn.Module) -> list[Swap]:
     """
     if not isinstance(model, nn.Module):
         raise InputError.of("model", "a module (of a pipeline, its unet or transformer)", type(model).__name__)
-    _refuse_sharded(model)
+    if where := sharded(model):
+        raise InputError.of("model", "a model that is not sharded yet: fuse first, then shard", where)
     swaps = []
     for name, module in model.named_modules():
         if module is not model and _root(type(module)) is not None:
@@ -101,10 +103,3 @@ def _swap(name: str, part: Any) -> Swap:
     if reason is None:
         part.__class__ = _FUSED[kind]
     return Swap(name, kind.__name__, reason)
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if hasattr(module, "unshard") or type(module).__name__ == "FullyShardedDataParallel":
-            where = f"{name or 'the model'} is sharded by {type(module).__name__}"
-            raise InputError.of("model", "a model that is not sharded yet: fuse first, then shard", where)

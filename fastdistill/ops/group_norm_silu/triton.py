@@ -21,87 +21,19 @@ from torch import Tensor
 from fastdistill.ops._triton import optional, over_samples
 from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
+from fastdistill.ops.group_norm_silu.triton_tiles import affine, output, slopes, tile, whole_group
 
 FORWARD, BACKWARD = 8192, 4096  # elements of a tile
-WHOLE = (
-    16384  # elements of a group that one program holds, with those that fill up a power of two; half in the backward
-)
+WHOLE = 16384  # elements of a group that one program holds, filled up to a power of two; half in the backward
 SLICE = 16 << 20  # bytes of x, a third of an H100's L2 cache
 SUMS = 512  # partial sums that a program holds at once
 WARPS = 8
 
 
 @triton.jit
-def _within(C, P, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """The elements [BC, BP] of a tile, counted from its first; fewer than 2^31."""
-    c, p = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
-    return p * C + c if LAST else c * P + p  # one of them while it is compiled
-
-
-@triton.jit
-def _tile(C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """Of a program: sample, chunk, channels [BC], positions [BP] and elements [BC, BP], counted from the start of x."""
-    blocks = tl.cdiv(C, BC)
-    rest = tl.program_id(0) // blocks
-    sample, chunk, c, p = (
-        (rest // chunks).to(tl.int64),
-        rest % chunks,
-        tl.program_id(0) % blocks * BC,
-        rest % chunks * BP,
-    )
-    first = sample * C * P
-    first += p.to(tl.int64) * C + c if LAST else c.to(tl.int64) * P + p
-    return sample, chunk, c + tl.arange(0, BC), p + tl.arange(0, BP), first + _within(C, P, LAST, BC, BP)
-
-
-@triton.jit
-def _group(C, P, G, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """Of a program that holds a group: sample, channels, which are of the group, elements, and which are inside."""
-    sample, c = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G * (C // G)
-    of_group = tl.arange(0, BC) < C // G
-    first = sample * C * P
-    first += c if LAST else c.to(tl.int64) * P
-    inside = of_group[:, None] & (tl.arange(0, BP) < P)[None, :]
-    return sample, c + tl.arange(0, BC), of_group, first + _within(C, P, LAST, BC, BP), inside
-
-
-@triton.jit
-def _affine(sample, c, inside, given, strides, GIVEN: tl.constexpr):
-    """Of each channel: time_bias, weight, bias, 1 + scale and shift."""
-    weight, bias, time_bias, scale, shift = given
-    return (
-        optional(time_bias, sample * strides[0] + c, inside, GIVEN & 4, 0.0),
-        optional(weight, c, inside, GIVEN & 1, 1.0),
-        optional(bias, c, inside, GIVEN & 2, 0.0),
-        1.0 + optional(scale, sample * strides[1] + c, inside, GIVEN & 8, 0.0),
-        optional(shift, sample * strides[2] + c, inside, GIVEN & 16, 0.0),
-    )
-
-
-@triton.jit
-def _output(v, middle, r, w, b, s, h, SILU: tl.constexpr):
-    """y of a tile; ``middle`` and ``r`` are the mean less the time bias and 1 / standard deviation of each channel."""
-    z = (v - middle[:, None]) * (r * w * s)[:, None] + (b * s + h)[:, None]
-    if SILU:
-        z = z / (1.0 + tl.exp(-z))
-    return z
-
-
-@triton.jit
-def _slopes(v, g, middle, r, w, b, s, h, SILU: tl.constexpr):
-    """n and dz of a tile."""
-    n = (v - middle[:, None]) * r[:, None]
-    if SILU:
-        z = n * (w * s)[:, None] + (b * s + h)[:, None]
-        gate = 1.0 / (1.0 + tl.exp(-z))
-        g = g * gate * (1.0 + z * (1.0 - gate))
-    return n, g
-
-
-@triton.jit
 def _tile_moments(x, partials, C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
     """Mean of each channel over the tile, and the sum of squares about it."""
-    sample, chunk, c, p, at = _tile(C, P, chunks, LAST, BC, BP)
+    sample, chunk, c, p, at = tile(C, P, chunks, LAST, BC, BP)
     inside = (c < C)[:, None] & (p < P)[None, :]
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(v, 1) / tl.cast(tl.minimum(P - chunk * BP, BP), tl.float32)
@@ -146,13 +78,13 @@ def _tile_output(
     x, y, mean, rstd, given, strides, C, P, G, chunks, GIVEN: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    sample, _, c, p, at = _tile(C, P, chunks, LAST, BC, BP)
+    sample, _, c, p, at = tile(C, P, chunks, LAST, BC, BP)
     inside, group = (c < C)[:, None] & (p < P)[None, :], sample * G + c // (C // G)
-    t, w, b, s, h = _affine(sample, c, c < C, given, strides, GIVEN)
+    t, w, b, s, h = affine(sample, c, c < C, given, strides, GIVEN)
     middle = tl.load(mean + group, mask=c < C, other=0.0) - t
     r = tl.load(rstd + group, mask=c < C, other=0.0)
     v = tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    z = _output(v, middle, r, w, b, s, h, SILU)
+    z = output(v, middle, r, w, b, s, h, SILU)
     tl.store(y + at, z.to(y.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 
@@ -162,9 +94,9 @@ def _whole(
     BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """A group from x to y in one program."""
-    sample, c, of_group, at, inside = _group(C, P, G, LAST, BC, BP)
+    sample, c, of_group, at, inside = whole_group(C, P, G, LAST, BC, BP)
     n = tl.cast(C // G, tl.float32) * tl.cast(P, tl.float32)
-    t, w, b, s, h = _affine(sample, c, of_group, given, strides, GIVEN)
+    t, w, b, s, h = affine(sample, c, of_group, given, strides, GIVEN)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     middle = tl.sum(tl.where(inside, v + t[:, None], 0.0)) / n
     d = tl.where(inside, v - (middle - t)[:, None], 0.0)
@@ -173,7 +105,7 @@ def _whole(
     r = 1.0 / tl.sqrt(tl.sum(d * d) / n + eps)
     tl.store(mean + tl.program_id(0), middle)
     tl.store(rstd + tl.program_id(0), r)
-    z = _output(v, middle - t, tl.full((BC,), 0.0, tl.float32) + r, w, b, s, h, SILU)
+    z = output(v, middle - t, tl.full((BC,), 0.0, tl.float32) + r, w, b, s, h, SILU)
     tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
 
 
@@ -206,14 +138,14 @@ def _tile_sums(
     LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """The sums of dz, dz n and n of each channel over the tile."""
-    sample, chunk, c, p, at = _tile(C, P, chunks, LAST, BC, BP)
+    sample, chunk, c, p, at = tile(C, P, chunks, LAST, BC, BP)
     inside, group = (c < C)[:, None] & (p < P)[None, :], sample * G + c // (C // G)
-    t, w, b, s, h = _affine(sample, c, c < C, given, strides, GIVEN)
+    t, w, b, s, h = affine(sample, c, c < C, given, strides, GIVEN)
     middle = tl.load(mean + group, mask=c < C, other=0.0) - t
     r = tl.load(rstd + group, mask=c < C, other=0.0)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    n, dz = _slopes(v, g, middle, r, w, b, s, h, SILU)
+    n, dz = slopes(v, g, middle, r, w, b, s, h, SILU)
     to = partials + (sample * chunks + chunk) * 3 * C + c
     tl.store(to, tl.sum(dz, 1), mask=c < C)
     tl.store(to + C, tl.sum(dz * n, 1), mask=c < C)
@@ -237,7 +169,7 @@ def _merge_sums(
         products += tl.load(at + C, mask=inside, other=0.0).to(tl.float64)
         if WANTED & 4:
             normals += tl.load(at + 2 * C, mask=inside, other=0.0).to(tl.float64)
-    _, w, b, s, _ = _affine(sample, c, of_group, given, strides, GIVEN)
+    _, w, b, s, _ = affine(sample, c, of_group, given, strides, GIVEN)
     n = tl.cast(C // G, tl.float64) * tl.cast(P, tl.float64)
     mean, mean_n = _group_gradients(
         tl.sum(ones, 0), tl.sum(products, 0), tl.sum(normals, 0), sample, c, of_group, C, P, n, batch,
@@ -252,16 +184,16 @@ def _tile_gradient(
     x, grad, dx, means, mean, rstd, given, strides, C, P, G, chunks, GIVEN: tl.constexpr, SILU: tl.constexpr,
     LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    sample, _, c, p, at = _tile(C, P, chunks, LAST, BC, BP)
+    sample, _, c, p, at = tile(C, P, chunks, LAST, BC, BP)
     inside, group = (c < C)[:, None] & (p < P)[None, :], sample * G + c // (C // G)
-    t, w, b, s, h = _affine(sample, c, c < C, given, strides, GIVEN)
+    t, w, b, s, h = affine(sample, c, c < C, given, strides, GIVEN)
     middle = tl.load(mean + group, mask=c < C, other=0.0) - t
     r = tl.load(rstd + group, mask=c < C, other=0.0)
     first = tl.load(means + 2 * group, mask=c < C, other=0.0)
     second = tl.load(means + 2 * group + 1, mask=c < C, other=0.0)
     v = tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     g = tl.load(grad + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    n, dz = _slopes(v, g, middle, r, w, b, s, h, SILU)
+    n, dz = slopes(v, g, middle, r, w, b, s, h, SILU)
     d = r[:, None] * (dz * (w * s)[:, None] - first[:, None] - n * second[:, None])
     tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
@@ -272,13 +204,13 @@ def _whole_backward(
     SILU: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a group in one program, but those that samples share."""
-    sample, c, of_group, at, inside = _group(C, P, G, LAST, BC, BP)
-    t, w, b, s, h = _affine(sample, c, of_group, given, strides, GIVEN)
+    sample, c, of_group, at, inside = whole_group(C, P, G, LAST, BC, BP)
+    t, w, b, s, h = affine(sample, c, of_group, given, strides, GIVEN)
     r = tl.load(rstd + tl.program_id(0))
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     rs = tl.full((BC,), 0.0, tl.float32) + r
-    n, dz = _slopes(v, g, tl.load(mean + tl.program_id(0)) - t, rs, w, b, s, h, SILU)
+    n, dz = slopes(v, g, tl.load(mean + tl.program_id(0)) - t, rs, w, b, s, h, SILU)
     ones, products = tl.sum(dz, 1).to(tl.float64), tl.sum(dz * n, 1).to(tl.float64)
     normals = tl.sum(tl.where(inside, n, 0.0), 1).to(tl.float64)
     count = tl.cast(C // G, tl.float64) * tl.cast(P, tl.float64)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Places where a latent cache cannot be written: nothing is lost by it, and the error says why."""
+
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from fastdistill.data import files, shards
+from fastdistill.data.latent_cache import LatentCache
+from fastdistill.data.manifest import read_manifest
+from fastdistill.errors import StorageError
+from tests.data.caches import content, make
+
+
+def test_full_disk_in_the_middle(tmp_path, monkeypatch, whole):
+    real = shards.files.atomic_write
+
+    def full(path, data):
+        if path.name == "shard-00002.safetensors":
+
+            def data(file):
+                file.write(b"some of it")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.files, "atomic_write", full)
+        with pytest.raises(
+            StorageError, match=r"shard-00002.safetensors: could not be written: No space left on device"
+        ):
+            make(tmp_path)
+    assert sorted(read_manifest(tmp_path).shards) == [0, 1]
+    assert not list(tmp_path.glob(".*.tmp"))
+    make(tmp_path)
+    assert content(tmp_path) == whole
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: type("usage", (), {"free": 100})())
+    with pytest.raises(StorageError, match=r"cache: expected 0\.0 MB of free disk space, got 0\.0 MB"):
+        make(tmp_path / "cache", generate=None)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "below a file"])
+def test_a_file_in_the_way(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    path = tmp_path / "file" if place == "file" else tmp_path / "file" / "cache"
+    with pytest.raises(StorageError, match="expected a directory, got a file"):
+        make(path)
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(StorageError, match=r"expected a directory with manifest\.json, got none"):
+        LatentCache.load(path)
+
+
+def test_a_directory_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(
+        StorageError, match=r"expected an empty directory or one with manifest.json, got one with thesis"
+    ):
+        make(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_read_only_place(tmp_path):
+    """Root may write anywhere, so the test gives up its rights, in another process."""
+    (tmp_path / "place").mkdir()
+    script = """
+        import os
+        import torch
+        from test_latent_cache import StorageError, make
+        torch.ones(1).half()
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        for path in ("place", "place/cache"):
+            try:
+                make(path, generate=None)
+            except StorageError as error:
+                print(error)
+    """
+    os.chmod(tmp_path / "place", 0o555)
+    os.chmod(tmp_path, 0o755)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "place: cannot be written to: Permission denied"
+    assert second == "place/cache: the directory could not be created: Permission denied"
+    assert os.listdir(tmp_path / "place") == []
