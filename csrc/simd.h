@@ -86,10 +86,17 @@ FD_HD Lanes load(const float* p) {
 }
 FD_HD Lanes load(const bf16* p) {
   Lanes r;
-  for (int i = 0; i < simd_parts; ++i) {
+  for (int i = 0; i < simd_parts; ++i) {  // left to itself, the compiler widens half a register at a time
+#if defined(__AVX512F__)
+    const vuint wide = (vuint)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    const vuint wide = (vuint)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + i * simd_width)));
+#else
     vhalf half;
     memcpy(&half, p + i * simd_width, sizeof half);
-    r.part[i] = (vfloat)(__builtin_convertvector(half, vuint) << 16);
+    const vuint wide = __builtin_convertvector(half, vuint);
+#endif
+    r.part[i] = (vfloat)(wide << 16);
   }
   return r;
 }
@@ -240,7 +247,9 @@ template <bool stream> FD_HD void store(float* p, Lanes a) {
 }
 
 template <bool stream> FD_HD void store_halves(void* p, const void* halves) {
-#ifdef FD_X86
+#if defined(__AVX512F__)
+  if (stream) return _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)halves));
+#elif defined(FD_X86)
   if (stream) {
     for (int i = 0; i < 2; ++i) _mm_stream_si128((__m128i*)p + i, _mm_loadu_si128((const __m128i*)halves + i));
     return;
@@ -254,8 +263,13 @@ template <bool stream> FD_HD void store(bf16* p, Lanes a) {
   for (int i = 0; i < simd_parts; ++i) {
     const vuint bits = (vuint)a.part[i];
     const vuint rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+#if defined(__AVX512F__)
+    const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)a.part[i], (__m512)a.part[i], _CMP_ORD_Q);
+    half[i] = (vhalf)_mm512_mask_cvtepi32_epi16(_mm256_set1_epi16(0x7FC0), ordered, (__m512i)rounded);
+#else
     const vuint ordered = (vuint)(a.part[i] == a.part[i]);  // all ones unless NaN
     half[i] = __builtin_convertvector((rounded & ordered) | (~ordered & 0x7FC0u), vhalf);
+#endif
   }
   store_halves<stream>(p, half);
 }
