@@ -5,14 +5,19 @@
 
 namespace fd::FD_ISA {
 
-// e^x for x in [-87, 87], and its values at the ends beyond: x = k ln 2 + r, e^r = 1 + r + r^2 Q(r).
-FD_HD vfloat exponential(vfloat x) {
-  const vfloat zero = {}, low = zero - 87.0f, high = zero + 87.0f, one = zero + 1.0f;
+// x in [-87, 87], where e^x is a normal number; NaN stays.
+FD_HD vfloat in_range(vfloat x) {
+  const vfloat high = vfloat{} + 87.0f, low = vfloat{} - 87.0f;
 #ifdef FD_X86
-  x = (vfloat)FD_INTRINSIC(min_ps)(high, (vfloat)FD_INTRINSIC(max_ps)(low, x));  // of NaN and a number the second: NaN
+  return (vfloat)FD_INTRINSIC(min_ps)(high, (vfloat)FD_INTRINSIC(max_ps)(low, x));  // of NaN and a number the second: NaN
 #else
-  x = x < low ? low : x > high ? high : x;
+  return x < low ? low : x > high ? high : x;
 #endif
+}
+
+// e^x for x in that range: x = k ln 2 + r, e^r = 1 + r + r^2 Q(r).
+FD_HD vfloat exponential(vfloat x) {
+  const vfloat one = vfloat{} + 1.0f;
   const vfloat shifted = muladd(x, 1.44269504f, 12582912.0f), k = shifted - 12582912.0f;
   const vfloat r = muladd(k, 2.12194440e-4f, muladd(k, -0.693359375f, x));
   vfloat q = muladd(r, 0.001392617612f, 0.008363173075f);
@@ -39,7 +44,7 @@ FD_HD vfloat reciprocal(vfloat x) {
 }
 
 FD_HD Lanes sigmoid(Lanes x) {
-  for (int i = 0; i < simd_parts; ++i) x.part[i] = reciprocal(1.0f + exponential(-x.part[i]));
+  for (int i = 0; i < simd_parts; ++i) x.part[i] = reciprocal(1.0f + exponential(-in_range(x.part[i])));
   return x;
 }
 
@@ -50,7 +55,7 @@ template <typename F> struct Normal {
 FD_HD Normal<Lanes> standard_normal(Lanes x) {
   Normal<Lanes> r;
   for (int i = 0; i < simd_parts; ++i) {
-    const vfloat z = x.part[i], size = z < 0.0f ? -z : z, e = exponential(-0.5f * z * z);
+    const vfloat z = x.part[i], size = z < 0.0f ? -z : z, e = exponential(in_range(-0.5f * z * z));
     const vfloat t = reciprocal(muladd(size, 0.23f - vfloat{}, 1.0f));
     vfloat p = muladd(t, -0.0762817742f, 0.2791156449f);
     p = muladd(p, t, -0.2532405614f);

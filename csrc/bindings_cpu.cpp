@@ -90,8 +90,8 @@ void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, 
                      const std::array<Given, 5>& given, Address mean, Address rstd, int threads, Address y) {
   fd::GroupNormSilu a = norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads);
   a.y = at<void>(y);
-  std::vector<double> workspace(size_t(kernels->group_norm_silu_workspace(a)));
-  kernels->group_norm_silu(a, workspace.data());
+  const std::unique_ptr<double[]> workspace(new double[size_t(kernels->group_norm_silu_workspace(a))]);
+  kernels->group_norm_silu(a, workspace.get());
 }
 
 void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu,
@@ -101,8 +101,8 @@ void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>
   a.grad = at<void>(grad), a.dx = at<void>(dx);
   a.dweight = row_of(outs[0]), a.dbias = row_of(outs[1]), a.dtime_bias = row_of(outs[2]);
   a.dscale = row_of(outs[3]), a.dshift = row_of(outs[4]);
-  std::vector<double> workspace(size_t(kernels->group_norm_silu_workspace(a)));
-  kernels->group_norm_silu_backward(a, workspace.data());
+  const std::unique_ptr<double[]> workspace(new double[size_t(kernels->group_norm_silu_workspace(a))]);
+  kernels->group_norm_silu(a, workspace.get());
 }
 
 void geglu(Address x, int dtype, int64_t rows, int64_t width, bool tanh, Address y, Address grad, Address dx, int threads) {

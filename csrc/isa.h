@@ -18,7 +18,6 @@
   void scale_gradients(const FeatureMatch& a, const float* factor);                                                          \
   int64_t group_norm_silu_workspace(const GroupNormSilu& a);                                                                 \
   void group_norm_silu(const GroupNormSilu& a, double* workspace);                                                           \
-  void group_norm_silu_backward(const GroupNormSilu& a, double* workspace);                                                  \
   void geglu(const Geglu& a);                                                                                                \
   int64_t layer_norm_modulate_workspace(const LayerNormModulate& a);                                                         \
   void layer_norm_modulate(const LayerNormModulate& a, float* workspace);                                                    \
@@ -47,7 +46,6 @@ struct Kernels {
   decltype(&baseline::scale_gradients) scale_gradients;
   decltype(&baseline::group_norm_silu_workspace) group_norm_silu_workspace;
   decltype(&baseline::group_norm_silu) group_norm_silu;
-  decltype(&baseline::group_norm_silu_backward) group_norm_silu_backward;
   decltype(&baseline::geglu) geglu;
   decltype(&baseline::layer_norm_modulate_workspace) layer_norm_modulate_workspace;
   decltype(&baseline::layer_norm_modulate) layer_norm_modulate;
@@ -67,7 +65,6 @@ struct Kernels {
    &fd::isa::scale_gradients,               \
    &fd::isa::group_norm_silu_workspace,     \
    &fd::isa::group_norm_silu,               \
-   &fd::isa::group_norm_silu_backward,      \
    &fd::isa::geglu,                         \
    &fd::isa::layer_norm_modulate_workspace, \
    &fd::isa::layer_norm_modulate,           \

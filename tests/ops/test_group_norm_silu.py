@@ -141,6 +141,17 @@ def test_mean_far_above_the_deviation(kernel: str, last: bool) -> None:
     check_op(Case("group_norm_silu", (x, *rest), call, eager, eager), kernel, compiled=(), registration=False)
 
 
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if not emulated(k)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_parts_of_an_image_that_differ(kernel: str, dtype: torch.dtype) -> None:
+    """Means far apart, at the ends of an image of several chunks; all of the variance is between them."""
+    x, *rest = make((2, 24, 31, 27), 4, dtype).inputs
+    ramp = torch.linspace(-50.0, 50.0, 31)[:, None].expand(31, 27).round()
+    for base in (x.detach() + ramp.to(dtype), (ramp + torch.zeros_like(x, dtype=torch.float32)).to(dtype)):
+        moved = base.to(memory_format=torch.channels_last).requires_grad_()
+        check_op(Case("group_norm_silu", (moved, *rest), call, eager, eager), kernel, compiled=(), registration=False)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradient_in_another_layout(kernel: str) -> None:
     """As a convolution's backward may hand it over."""
