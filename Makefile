@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/fastdistill demo digits $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)

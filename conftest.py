@@ -19,6 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark (pip install pytest-benchmark)")
+    if config.getoption("dist", "no") != "no" or config.getoption("tx", None):
+        raise pytest.UsageError("--benchmark measures: it runs alone, without pytest-xdist's options")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(BENCHMARKS)]
 

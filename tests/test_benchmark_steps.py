@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import attribution, files, report, step
 from benchmarks.measure import Settings, measure, peak_gb
+from benchmarks.ops import step as models
 from benchmarks.ops.step import dit, pixart, sd15
 from benchmarks.registry import COMPILED, Case, Contestant, Group, Workload
 
@@ -29,11 +30,18 @@ QUICK = Settings(CPU, rounds=4, warm_up=1, seconds=0.0)
 HEADS = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
 TINY: dict[str, Callable[[torch.device], step.Setup]] = {
     "sd15": functools.partial(sd15, 2, block_out_channels=(8, 8, 16, 16), norm_num_groups=4, attention_head_dim=2),
-    "pixart": functools.partial(pixart, 2, **HEADS, cross_attention_dim=16),
+    "pixart": functools.partial(pixart, 2, **HEADS, cross_attention_dim=16, caption_channels=24, sample_size=16),
     "dit": functools.partial(dit, 2, **HEADS),
 }
 
 
+@pytest.fixture
+def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SD15_SAMPLE", "PIXART_SAMPLE"):
+        monkeypatch.setattr(models, name, ((4, 16, 16), (7, 24)))
+
+
+@pytest.mark.usefixtures("small_samples")
 @pytest.mark.parametrize("model", TINY)
 def test_every_contestant_takes_the_step_of_a_model(model: str) -> None:
     workload = step.workload(TINY[model], CPU)
@@ -51,6 +59,7 @@ def test_every_contestant_takes_the_step_of_a_model(model: str) -> None:
         assert run.held() == held > 0, name
 
 
+@pytest.mark.usefixtures("small_samples")
 def test_scripts_train_the_student_alone_and_share_the_teacher() -> None:
     setup = TINY["pixart"](CPU)
     for literal in (True, False):

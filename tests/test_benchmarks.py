@@ -24,9 +24,9 @@ ROOT = Path(__file__).parent.parent
 
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    alone["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=alone)
 
 
 def test_pytest_benchmark_times_ops_alone(tmp_path: Path) -> None:
@@ -38,6 +38,12 @@ def test_pytest_benchmark_times_ops_alone(tmp_path: Path) -> None:
     assert {entry["extra_info"]["op"] for entry in timed} == {"noise_gather"}
     assert {entry["name"].rsplit("-", 1)[1] for entry in timed} == {"ours]", "literal]"}
     assert "tests/ops" not in done.stdout
+
+
+def test_benchmarks_do_not_share_the_processor() -> None:
+    pytest.importorskip("xdist")
+    done = run_pytest("--benchmark", "-n", "2")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "--benchmark measures: it runs alone" in done.stderr
 
 
 def test_plain_pytest_runs_none() -> None:

@@ -43,6 +43,7 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str], command: tuple[st
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert f"usage: fastdistill {' '.join(command)}" in out
+    assert "``" not in out
     if command[0] in ("demo", "teacher"):
         assert "--train.lr FLOAT" in out and "Learning rate" in out
 

@@ -68,7 +68,7 @@ def require_space(path: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise StorageError(f"{path}: expected {megabytes(needed)} of free disk space, got {megabytes(free)}")
+        raise StorageError(f"{path}: expected {readable(needed)} of free disk space, got {readable(free)}")
 
 
 @contextlib.contextmanager
@@ -113,9 +113,12 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def megabytes(size: int) -> str:
-    """``1234567`` -> ``"1.2 MB"``."""
-    return f"{size / 1e6:,.1f} MB"
+def readable(size: int) -> str:
+    """``999`` -> ``"999 bytes"``, ``1234567`` -> ``"1.2 MB"``."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size} bytes"
 
 
 def _sync_directory(directory: Path) -> None:

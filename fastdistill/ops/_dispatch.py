@@ -15,13 +15,14 @@ import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from fastdistill.errors import InputError, KernelError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 REFERENCE = "reference"
 _forced: str | None = None  # of all threads: a backward on a GPU runs in one of autograd's
 
@@ -77,6 +78,13 @@ def later(module: str, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), name)(*args)
 
     return call
+
+
+def constant(function: Function) -> Function:
+    """What ``torch.compiler.assume_constant_result`` does: a compiler that traces a call runs it and keeps the result.
+    Torch's own imports the compiler, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @functools.cache

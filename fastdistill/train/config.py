@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Typed configuration: plain dataclasses from which command line, YAML and checks derive.
 
-Constraints stand in the annotations (``Annotated[int, Field(gt=0)]``); ``validated`` checks all of them at once.
+Constraints stand in the annotations (``Annotated[int, Field(gt=0)]``); ``validated`` checks all of them at once, where
+a configuration is used: making one checks nothing. A field's docstring is its help, which takes one line.
 """
 
 from __future__ import annotations
@@ -48,18 +49,15 @@ class TrainConfig:
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Decay of the average of the student's weights; it warms up as (1 + step) / (10 + step)."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights that are trained, adapters included; auto: bfloat16 on a GPU, elsewhere the student's own.
-    The optimizer keeps float32 masters of the lower ones, and the average; float16 trains with a loss scale."""
+    """Dtype of the trained weights, with float32 masters below it; auto: bfloat16 on a GPU, else the student's own."""
     fuse: bool = False
-    """Fused ops inside of teacher and student (``fastdistill.fuse``)."""
+    """Fused ops inside of teacher and student (fastdistill.fuse)."""
     execution: Execution = "auto"
-    """How a step runs: eager, compiled (torch.compile), as one CUDA graph, or auto: a graph where there is a GPU and
-    the step allows it, else eager."""
+    """How a step runs: eager, compiled, as one CUDA graph, or auto: a graph where a GPU and the step allow it."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of every draw (``fastdistill.ops.philox``)."""
+    """Seed of every draw."""
     banks: Literal["device", "pinned"] = "device"
-    """Where latents and prompts lie that are not on the disk: in the device's memory, or in pinned host memory, which a
-    GPU reads in place."""
+    """Where latents and prompts lie that are not on the disk; a GPU reads pinned host memory in place."""
     ahead: Annotated[int, Field(ge=1)] = 3
     """Steps whose rows are read ahead from banks on the disk."""
     log_every: Annotated[int, Field(ge=1)] = 50

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -59,12 +60,14 @@ def _linked(name: str, objects: list[Path], flags: list[str]) -> Path:
 def _made(name: str, content: bytes, options: list[str]) -> Path:
     key = hashlib.sha256(content + " ".join(options).encode()).hexdigest()[:16]
     path = ROOT / "build" / "cuda_on_cpu" / key / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        done = subprocess.run(["g++", *options, "-o", str(temporary)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes that run tests one makes it
+        if not path.exists():
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            done = subprocess.run(["g++", *options, "-o", str(temporary)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            temporary.replace(path)
     return path
 
 

@@ -273,6 +273,7 @@ def zeros(*shape: int, **options: Any) -> Tensor:
         ({"mask": zeros(2, 5, requires_grad=True)}, "mask: expected a tensor without gradient"),
         ({"rows": zeros(3).long()}, r"rows: expected \[B\] = \(2,\), got \(3,\)"),
         ({"rows": zeros(2).int()}, "rows: expected dtype int64, got int32"),
+        ({"rows": torch.tensor([1, 2])}, "rows: expected rows of k, 0 to 1, got index 2 is out of bounds"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], message: str) -> None:

@@ -251,6 +251,7 @@ def test_bad_input(arguments: tuple[list[Tensor], list[Tensor]], message: str) -
     [
         ({"distance": "l1"}, "distance: expected one of mse, normalized_mse, huber, cosine, got 'l1'"),
         ({"weights": [1.0, 2.0]}, r"weights: expected one weight a tap \(1,\), got \(2,\)"),
+        ({"weights": 1.0}, "weights: expected a list of 1 floats, one a tap, got 1.0"),
         ({"weights": torch.ones(1).double()}, "weights: expected dtype float32, got float64"),
         ({"grad_scale": torch.ones(1)}, r"grad_scale: expected a 0-dim tensor, got \(1,\)"),
         ({"grads": []}, r"grads: expected as many buffers as student \(1\), got 0"),

@@ -356,6 +356,7 @@ TASK = Task(torch.ones(5, 4, 3), TIME, TIME, coefficients("epsilon"), TIME)
         ((S, S, TIME, TABLE[:, :4]), {}, r"table: expected \[T, 5\], got \(50, 4\)"),
         ((S, S, TIME, TABLE), {"unconditional": S[:1]}, r"unconditional: expected the shape of teacher \(2, 4, 3\)"),
         ((S, S, TIME, TABLE), {"guidance": torch.ones(3)}, r"guidance: expected one number a sample \(2,\)"),
+        ((S, S, TIME, TABLE), {"guidance": 3.0}, "guidance: expected a tensor, got float"),
         ((S, S, TIME, TABLE), {"x_t": torch.ones(2, 4, 4)}, r"x_t: expected shape \(2, 4, 3\), got \(2, 4, 4\)"),
         ((S, S, TIME, TABLE), {"distance": "l1"}, "distance: expected one of mse, huber, got 'l1'"),
         ((S, S, TIME, TABLE), {"delta": 0.0}, "delta: expected a number > 0, got 0.0"),

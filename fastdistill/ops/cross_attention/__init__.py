@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, forced, later, register
+from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, constant, forced, later, register
 from fastdistill.ops.cross_attention import reference
 
 KEYS, DIMS = 512, 256  # most of each that the kernels take
@@ -105,7 +106,10 @@ def cross_attention(
     if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None):
         if not torch.compiler.is_compiling():
             OPS["cross_attention"].calls[REFERENCE] += 1
-        out = reference.attend(q, k, v, mask, rows, scale)
+        try:
+            out = reference.attend(q, k, v, mask, rows, scale)
+        except IndexError as error:
+            raise InputError.of("rows", f"rows of k, 0 to {len(k) - 1}", error) from error
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out = _CrossAttention.apply(q, k, v, mask, rows, scale)
     else:
@@ -113,7 +117,7 @@ def cross_attention(
     return out.flatten(2) if flat else out
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _has_triton() -> bool:
     return _native.triton_reason() is None
 

@@ -174,12 +174,14 @@ def _checked(
     if weights is None:
         weights = torch.ones(len(student), device=device)
     elif not isinstance(weights, Tensor):
+        require(isinstance(weights, Iterable), "weights", f"a list of {len(student)} floats, one a tap", repr(weights))
         weights = torch.tensor(list(weights), dtype=torch.float32, device=device)
     _check.shape(weights, "weights", (len(student),), f"one weight a tap ({len(student)},)")
     _check.dtype(weights, "weights", torch.float32)
     _check.device(weights, "weights", device, "student[0]")
     if grad_scale is None:
         grad_scale = torch.ones((), device=device)
+    _check.tensors(grad_scale=grad_scale)
     _check.shape(grad_scale, "grad_scale", (), "a 0-dim tensor")
     _check.dtype(grad_scale, "grad_scale", torch.float32)
     _check.device(grad_scale, "grad_scale", device, "student[0]")

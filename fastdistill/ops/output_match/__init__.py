@@ -118,6 +118,9 @@ def output_match(
     _check.require(teacher is not None or task is not None, "teacher", "an output, or a task beside it", None)
     _check.tensors(student=student, timestep=timestep, table=table)
     _check.require(task is None or isinstance(task, Task), "task", "a Task", type(task).__name__)
+    named = {"teacher": teacher, "unconditional": unconditional, "guidance": guidance, "weights": weights,
+             "x_t": x_t, "grad_scale": grad_scale, "grad": grad}  # fmt: skip
+    _check.tensors(**{name: value for name, value in named.items() if value is not None})
     if grad_scale is None:
         grad_scale = torch.ones((), device=student.device)
     optional = (teacher, unconditional, guidance, weights, x_t, grad, *(task[:5] if task else [None] * 5))

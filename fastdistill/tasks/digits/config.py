@@ -33,8 +33,7 @@ class DigitsConfig:
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Students trained of each kind; several give mean and spread."""
     student: Literal["narrow", "blocks"] = "narrow"
-    """narrow: fewer channels, from scratch, features through 1x1 adapters. blocks: no mid block, the teacher's
-    weights."""
+    """narrow: fewer channels, from scratch, taps through 1x1 adapters. blocks: no mid block, the teacher's weights."""
     channels: tuple[int, int] = (24, 48)
     """Channels of the narrow student's stages (the teacher has 32, 64)."""
     cache_images: Annotated[int, Field(ge=48, le=1_000_000)] = 1536
@@ -44,8 +43,7 @@ class DigitsConfig:
     feature_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of the feature loss; the output loss has 1."""
     feature_distance: Distance = "mse"
-    """normalized_mse divides each tap by the teacher feature's mean square; huber is linear where features differ by
-    more than 1; cosine compares directions, sample by sample."""
+    """normalized_mse: over the teacher's mean square; huber: linear beyond 1; cosine: directions, by sample."""
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of prompts replaced by the null prompt."""
     train: TrainConfig = field(
