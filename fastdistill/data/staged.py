@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdistill.data.stored import StoredRows
 from fastdistill.errors import InputError
-from fastdistill.ops import Draw, Task, empty_draw, noise_gather, use
+from fastdistill.ops import Draw, NoiseGather, Task, empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather.banks import listed, mapped
 
 Rows = Tensor | StoredRows
@@ -76,6 +76,8 @@ class Batches:
         self._resident = isinstance(latents, Tensor) and latents.device == self._device
         target = target or (task and not self._resident)
         self.out: Draw[Any] = empty_draw(given[0], given[1], batch, target=target, device=self._device)
+        self._counter: Tensor | None = None
+        self._draw: NoiseGather[Any] | None = None  # for that counter
         self._rows = torch.arange(batch, device=self._device)
         self._as_stored = torch.zeros_like(coefficients)  # a target that is a row itself
         self._as_stored[:, 2] = 1.0
@@ -135,7 +137,11 @@ class Batches:
             if counter.device.type == "cpu" and counter.tolist() != prepared:
                 raise InputError.of("counter", f"the seed and step that were prepared {prepared}", counter.tolist())
             self._ready = False
-        return noise_gather(*self._tables, counter, out=self.out, **self._options)
+        if torch.compiler.is_compiling():
+            return noise_gather(*self._tables, counter, out=self.out, **self._options)
+        if self._draw is None or self._counter is not counter:
+            self._counter, self._draw = counter, NoiseGather(*self._tables, counter, out=self.out, **self._options)
+        return self._draw()
 
     def task(self, draw: Draw[Any], counter: Tensor) -> Task:
         """What ``output_match`` makes the target of this batch of: the latents and the counter, or, where the latents

@@ -1,24 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backward of losses whose forward has made the gradient already."""
+"""What backwards share, those of losses above all, whose forward has made the gradient already."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastdistill.ops._dispatch import OPS, Kind, quiet
 
-def wanted(tensors: Sequence[Tensor]) -> bool:
+
+def wanted(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call is to be differentiated. In forward mode too, which torch then refuses: the tangent would be 0."""
-    return torch.is_grad_enabled() and (any(t.requires_grad for t in tensors) or forward_ad._current_level >= 0)
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return forward_ad._current_level >= 0
 
 
-def keep(ctx: Any, grads: list[Tensor], grad_scale: Tensor) -> None:
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's, which switches gradients off and on again, where they are not off already."""
+    careful = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        return careful(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return run
+
+
+def kind_of(ctx: Any, *grads: Tensor | None) -> Kind | None:
+    """``ctx.kind``, the kind of the forward's call, where the backward too may go past torch's dispatcher."""
+    if ctx.kind is None or torch.is_grad_enabled() or not quiet():
+        return None
+    for grad in grads:
+        if grad is not None and type(grad) is not Tensor:
+            return None
+    kind: Kind = ctx.kind
+    return kind
+
+
+def gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool], zero: bool) -> list[Tensor | None]:
+    """Contiguous buffers, or zeros, for the gradients that are needed of small inputs."""
+    make = torch.zeros_like if zero else torch.empty_like
+    pairs = zip(inputs, needed, strict=True)
+    return [None if t is None or not of else make(t, memory_format=torch.contiguous_format) for t, of in pairs]
+
+
+def one(kind: Kind | None, device: torch.device) -> Tensor:
+    """The loss scale of who has none."""
+    return torch.ones((), device=device) if kind is None else _one()
+
+
+@functools.cache
+def _one() -> Tensor:
+    """Never written to."""
+    return torch.ones((), device="cpu")
+
+
+def keep(ctx: Any, kind: Kind | None, grads: list[Tensor], grad_scale: Tensor | None) -> None:
     """What ``hand_on`` needs; the buffers count as written to now, as torch counts its in-place operations."""
-    ctx.grads, ctx.grad_scale = grads, grad_scale
+    ctx.kind, ctx.grads, ctx.grad_scale = kind, grads, grad_scale
+    ctx.set_materialize_grads(False)  # zeros for the outputs beside the loss
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([g for g in grads if not g.is_inference()])
         ctx.versions = _versions(grads)
@@ -29,7 +78,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def hand_on(op: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
-    """``ctx.grads``, stored times ``ctx.grad_scale``, times what the loss was multiplied by since.
+    """``ctx.grads``, stored times ``ctx.grad_scale`` (None: 1), times what the loss was multiplied by since.
 
     In place where the graph is freed by this backward: the buffers then belong to whoever consumes them.
     """
@@ -42,12 +91,12 @@ def hand_on(op: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
             f"{op}: a gradient buffer was written to between the forward and its backward: give each forward buffers"
             " of its own, or run its backward first"
         )
-    factor = grad_loss.float() / ctx.grad_scale
+    factor = grad_loss.float() if ctx.grad_scale is None else grad_loss.float() / ctx.grad_scale
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         # Compiled, the product fuses with whatever consumes it; with the graph kept, another backward will want the
         # buffers.
         return [(g.float() * factor).to(g.dtype) for g in ctx.grads]
     grads: list[Tensor] = ctx.grads
     ctx.grads = None
-    torch.ops.fastdistill.scale_gradients.default(grads, factor)
+    OPS["scale_gradients"](kind_of(ctx, grad_loss), grads, factor)
     return grads

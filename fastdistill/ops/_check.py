@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError
+from fastdistill.ops._dispatch import Kind, quiet
 
-_passed: set[object] = set()
+_passed: dict[object, Any] = {}  # a Kind or None
 _MOST_PASSED = 4096
-_kind = operator.attrgetter("shape", "dtype", "device")
+_look = operator.attrgetter("__class__", "shape", "dtype", "device")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,22 +48,26 @@ def device(tensor: Tensor, argument: str, expected: torch.device, of: str) -> No
     require(tensor.device == expected, argument, f"the device of {of} ({expected})", tensor.device)
 
 
-def once(check: Callable[[tuple[Tensor, ...], Any], None], tensors: tuple[Tensor, ...], values: Any) -> None:
+def once(check: Callable[[Any, Any], None], tensors: tuple[Tensor | None, ...], values: Any) -> Kind | None:
     """Run a check of shapes, dtypes and devices unless one of the same passed before; ``values`` must be hashable.
 
     A loop calls an op with the same kinds of tensors every step; telling that they are takes a tenth of checking them.
+
+    Returns:
+        The kind of the call, with which kernels are launched past torch's dispatcher; None where that must not be.
     """
     if torch.compiler.is_compiling():
         check(tensors, values)
-        return
-    key = (check, values, *map(_kind, tensors))
+        return None
     try:
-        passed = key in _passed
-    except TypeError:  # symbolic sizes, while something traces
+        key = (check, values, *[None if t is None else _look(t) for t in tensors])
+        kind = _passed.get(key, False)
+    except (TypeError, AttributeError):  # symbolic sizes, while something traces; no tensor
         check(tensors, values)
-        return
-    if not passed:
+        return None
+    if kind is False:
         check(tensors, values)
         if len(_passed) >= _MOST_PASSED:
             _passed.clear()
-        _passed.add(key)
+        kind = _passed[key] = Kind.of(tensors)
+    return kind if kind is not None and quiet() else None

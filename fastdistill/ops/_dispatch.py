@@ -3,8 +3,8 @@
 
 An op writes into tensors that its caller gives it (``Tensor(a!)`` arguments, nothing returned), so that a step can
 reuse its buffers; the public function beside each op allocates them when the caller brings none. Kernels are only ever
-reached through the
-dispatcher: under a fake tensor a raw pointer is 0 and would kill the process.
+reached through the dispatcher (under a fake tensor a raw pointer is 0 and would kill the process), or past it where the
+tensors are plain and nobody listens there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
 from fastdistill.errors import InputError, KernelError
@@ -95,7 +98,23 @@ def _several_gpus() -> bool:
 def _gpu_of(args: Sequence[Any]) -> int | None:
     """The number of the first GPU among those of the tensors, or of the first tensors of lists."""
     tensors = (a[0] if isinstance(a, (list, tuple)) and a else a for a in args)
-    return next((t.get_device() for t in tensors if isinstance(t, torch.Tensor) and t.is_cuda), None)
+    return next((t.get_device() for t in tensors if isinstance(t, Tensor) and t.is_cuda), None)
+
+
+class Kind:
+    """Calls on plain CPU tensors of the same shapes and dtypes: the kernel that takes the first takes all of them, as
+    the functions beside the ops bring every layout to one that kernels walk."""
+
+    __slots__ = ("found",)
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[Sequence[Kernel], str | None, Kernel]] = {}  # among which, asked for which, which
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> Kind | None:
+        """None where kernels are only to be reached through the dispatcher."""
+        plain = all(t is None or (type(t) in (Tensor, Parameter) and t.device.type == "cpu") for t in tensors)
+        return cls() if plain else None
 
 
 @dataclass
@@ -105,6 +124,19 @@ class Op:
     reference: Callable[..., Any]
     kernels: Sequence[Kernel]
     calls: Counter[str] = field(default_factory=Counter)
+    overload: Callable[..., Any] = _never  # fastdistill::<name>
+
+    def __call__(self, kind: Kind | None, *args: Any) -> None:
+        """Straight on the kernel that took the first call of this kind; None: through torch's dispatcher."""
+        if kind is None:
+            self.overload(*args)
+            return
+        found = kind.found.get(self.name)
+        if found is None or found[0] is not self.kernels or found[1] != _forced:
+            found = kind.found[self.name] = self.kernels, _forced, self.kernel_for("cpu", args)
+        kernel = found[2]
+        self.calls[kernel.name] += 1
+        kernel.launch(*args)
 
     def kernel_names(self) -> list[str]:
         return [*dict.fromkeys(k.name for k in self.kernels), REFERENCE]
@@ -161,39 +193,34 @@ def used() -> dict[str, list[str]]:
     return {name: [kernel for kernel, _ in op.calls.most_common()] for name, op in OPS.items() if op.calls}
 
 
+def quiet() -> bool:
+    """Whether nobody listens at torch's dispatcher, which takes as long as a small kernel: no mode (fake tensors, a
+    guard, a profiler's ranges), profiler, compiler, functorch transform or forward-mode differentiation."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
+
+
 class Prepared:
-    """A call of an op on tensors that stay what they are: the kernel that takes it is found once.
+    """A call of an op on tensors that stay what they are: the kernel that takes it is found once."""
 
-    It is launched past torch's dispatcher, which takes as long as a small kernel, unless somebody listens there: a mode
-    (fake tensors, a guard, a profiler's ranges), a profiler or a compiler.
-    """
-
-    def __init__(self, name: str, *args: Any) -> None:
-        self._op, self._args = OPS[name], args
-        self._overload = getattr(torch.ops.fastdistill, name).default
-        self._found: tuple[Sequence[Kernel], str | None, Kernel] | None = None  # among which, asked for which, which
-        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-        self._plain = all(type(t) is torch.Tensor and t.device.type == "cpu" for t in tensors)
+    def __init__(self, op: Op, *args: Any) -> None:
+        self._op, self._args = op, args
+        self._kind = Kind.of([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
 
     def __call__(self) -> None:
-        if not self._plain or torch.compiler.is_compiling() or _listened():
-            self._overload(*self._args)
-            return
-        op, found = self._op, self._found
-        if found is None or found[0] is not op.kernels or found[1] != _forced:
-            found = self._found = op.kernels, _forced, op.kernel_for("cpu", self._args)
-        op.calls[found[2].name] += 1
-        found[2].launch(*self._args)
-
-
-def _listened() -> bool:
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._autograd._profiler_enabled()
+        self._op(self._kind if quiet() else None, *self._args)
 
 
 def register(
     name: str, schema: str, *, summary: str, reference: Callable[..., None], kernels: Sequence[Kernel] = ()
-) -> Callable[..., None]:
-    """Define ``fastdistill::<name>`` and return its callable.
+) -> Op:
+    """Define ``fastdistill::<name>``.
 
     Args:
         schema: the argument list in torch's schema language; outputs are mutable arguments, nothing is returned.
@@ -208,5 +235,5 @@ def register(
     torch.library.impl(qualified, "default", reference)
     torch.library.impl(qualified, "cpu", functools.partial(op.run, "cpu"))
     torch.library.impl(qualified, "cuda", op.run_on_gpu)
-    overload: Callable[..., None] = getattr(torch.ops.fastdistill, name).default
-    return overload
+    op.overload = getattr(torch.ops.fastdistill, name).default
+    return op

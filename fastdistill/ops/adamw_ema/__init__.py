@@ -77,7 +77,7 @@ def grad_square_sum(grads: Sequence[Tensor], *, out: Tensor | None = None) -> Te
     if out is None:
         out = torch.empty((), dtype=torch.float64, device=grads[0].device if grads else "cpu")
     _check.once(_check_gradients, (out, *grads), None)
-    _grad_square_sum(grads, out)
+    _grad_square_sum(None, grads, out)
     return out
 
 
@@ -146,7 +146,7 @@ def adamw_ema(
     _check.once(_check_update, tuple(flat), (sizes, tuple(group), given))
     hyper = [float(x) for g in groups for x in (*g.betas, g.eps, g.weight_decay)]
     rates = [g.lr for g in groups]
-    _adamw_ema(*lists, rates, square_sum, *optional, skipped, group, hyper, max_norm, ema_warmup, zero_grads)
+    _adamw_ema(None, *lists, rates, square_sum, *optional, skipped, group, hyper, max_norm, ema_warmup, zero_grads)
 
 
 def _check_update(tensors: tuple[Tensor, ...], values: Any) -> None:

@@ -153,7 +153,7 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _cross_attention(q, k, v, mask, rows, scale, out)
+    _cross_attention(None, q, k, v, mask, rows, scale, out)
     return out
 
 
@@ -175,5 +175,5 @@ class _CrossAttention(torch.autograd.Function):
         of_q, of_kv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grads = [torch.empty(t.shape if of else 0, dtype=t.dtype, device=t.device)
                  for t, of in ((q, of_q), (k, of_kv), (v, of_kv))]  # fmt: skip
-        _cross_attention_backward(q, k, v, mask, rows, ctx.scale, grad_out, *grads)
+        _cross_attention_backward(None, q, k, v, mask, rows, ctx.scale, grad_out, *grads)
         return *(g if of else None for g, of in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None

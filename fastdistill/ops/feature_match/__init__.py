@@ -8,6 +8,7 @@ Random Conditioning (arXiv 2504.02011) and BK-SDM (arXiv 2305.15798) use the pla
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import hand_on, keep, wanted
-from fastdistill.ops._dispatch import Kernel, later, register
+from fastdistill.ops._backward import hand_on, keep, once_differentiable, one, wanted
+from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.feature_match import cpp, cuda, reference
 from fastdistill.ops.feature_match.reference import DISTANCES
 from fastdistill.ops.feature_match.reference import Distance as Distance
@@ -102,21 +104,40 @@ def feature_match(
         InputError: mismatched counts, shapes, devices or dtypes, or a teacher that requires gradient.
     """
     student, teacher = _taps(student, "student"), _taps(teacher, "teacher")
-    weights, grad_scale = _checked(student, teacher, weights, distance, grad_scale, grads)
-    _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
+    factors = weights if isinstance(weights, Tensor) else None
+    buffers = None if grads is None else list(grads)
+    kind = _check.once(
+        _checked,
+        (factors, grad_scale, *student, *teacher, *(buffers or ())),
+        (len(student), len(teacher), None if buffers is None else len(buffers), distance, eps, delta),
+    )
+    for i, t in enumerate(teacher):
+        if t.requires_grad:
+            rule = "a tensor without gradient (run the teacher under no_grad)"
+            raise InputError.of(f"teacher[{i}]", rule, "requires_grad=True")
+    device = student[0].device
+    if weights is None:
+        factors = _ones(len(student)) if kind is not None else torch.ones(len(student), device=device)
+    elif factors is None:
+        listed, rule = isinstance(weights, Iterable), f"a list of {len(student)} floats, one a tap"
+        _check.require(listed, "weights", rule, repr(weights))
+        factors = torch.tensor(list(weights), dtype=torch.float32, device=device)
+        _check.shape(factors, "weights", (len(student),), f"one weight a tap ({len(student)},)")
     parameter = delta if distance == "huber" else eps
-    _check.require(eps > 0 or distance != "cosine", "eps", "a number > 0", eps)
     if wanted(student):
         if overwrite_teacher:
-            _check.require(grads is None, "grads", "None beside overwrite_teacher", f"{len(student)} buffers")
+            _check.require(buffers is None, "grads", "None beside overwrite_teacher", f"{len(student)} buffers")
             _check_overwritten(student, teacher, distance)
-            grads = [t.detach() for t in teacher]
-        buffers = list(grads) if grads is not None else None
-        loss, taps = _FeatureMatch.apply(
-            len(student), buffers, weights, grad_scale, distance, parameter, *student, *teacher
-        )
-        return FeatureMatch(loss, taps)
-    return FeatureMatch(*_launch(student, teacher, weights, grad_scale, distance, parameter, []))
+            buffers = [t.detach() for t in teacher]
+        options = kind, len(student), buffers, factors, grad_scale, distance, parameter
+        return FeatureMatch(*_FeatureMatch.apply(options, *student, *teacher))
+    return FeatureMatch(*_launch(kind, student, teacher, factors, grad_scale, distance, parameter, []))
+
+
+@functools.cache
+def _ones(count: int) -> Tensor:
+    """On the CPU, the weights of who has none; they are never written to."""
+    return torch.ones(count, device="cpu")
 
 
 def gradient_buffer(student: Tensor, distance: Distance = "mse") -> Tensor:
@@ -135,18 +156,16 @@ def _taps(features: Iterable[Tensor], argument: str) -> list[Tensor]:
     return taps
 
 
-def _checked(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    weights: Sequence[float] | Tensor | None,
-    distance: str,
-    grad_scale: Tensor | None,
-    grads: Sequence[Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+def _checked(tensors: tuple[Any, ...], values: tuple[int, int, int | None, str, float, float]) -> None:
     require = _check.require
-    require(len(student) > 0, "student", "at least one tap", "none")
-    require(len(teacher) == len(student), "teacher", f"as many taps as student ({len(student)})", len(teacher))
+    taps, others, buffers, distance, eps, delta = values
+    weights, grad_scale, *features = tensors
+    student, teacher, grads = features[:taps], features[taps : taps + others], features[taps + others :]
+    require(taps > 0, "student", "at least one tap", "none")
+    require(others == taps, "teacher", f"as many taps as student ({taps})", others)
     require(distance in DISTANCES, "distance", f"one of {', '.join(DISTANCES)}", repr(distance))
+    require(0 < delta < math.inf, "delta", "a number > 0", delta)
+    require(eps > 0 or distance != "cosine", "eps", "a number > 0", eps)
     device = student[0].device
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         require(s.dim() > 1 or distance != "cosine", f"student[{i}]", "samples of features, [B, ...]", tuple(s.shape))
@@ -155,37 +174,21 @@ def _checked(
         require(t.shape == s.shape, f"teacher[{i}]", f"the shape of student[{i}] {tuple(s.shape)}", tuple(t.shape))
         _check.device(s, f"student[{i}]", device, "student[0]")
         _check.device(t, f"teacher[{i}]", device, "student[0]")
-        require(
-            not t.requires_grad,
-            f"teacher[{i}]",
-            "a tensor without gradient (run the teacher under no_grad)",
-            "requires_grad=True",
-        )
-    if grads is not None:
-        require(len(grads) == len(student), "grads", f"as many buffers as student ({len(student)})", len(grads))
+    if buffers is not None:
+        require(buffers == taps, "grads", f"as many buffers as student ({taps})", buffers)
         for i, (g, s) in enumerate(zip(grads, student, strict=True)):
             fits = (g.shape, g.dtype, g.device) == (s.shape, s.dtype, s.device)
-            require(
-                fits,
-                f"grads[{i}]",
-                f"a buffer like student[{i}] {tuple(s.shape)} {s.dtype}",
-                f"{tuple(g.shape)} {g.dtype}",
-            )
-    if weights is None:
-        weights = torch.ones(len(student), device=device)
-    elif not isinstance(weights, Tensor):
-        require(isinstance(weights, Iterable), "weights", f"a list of {len(student)} floats, one a tap", repr(weights))
-        weights = torch.tensor(list(weights), dtype=torch.float32, device=device)
-    _check.shape(weights, "weights", (len(student),), f"one weight a tap ({len(student)},)")
-    _check.dtype(weights, "weights", torch.float32)
-    _check.device(weights, "weights", device, "student[0]")
-    if grad_scale is None:
-        grad_scale = torch.ones((), device=device)
-    _check.tensors(grad_scale=grad_scale)
-    _check.shape(grad_scale, "grad_scale", (), "a 0-dim tensor")
-    _check.dtype(grad_scale, "grad_scale", torch.float32)
-    _check.device(grad_scale, "grad_scale", device, "student[0]")
-    return weights, grad_scale
+            rule = f"a buffer like student[{i}] {tuple(s.shape)} {s.dtype}"
+            require(fits, f"grads[{i}]", rule, f"{tuple(g.shape)} {g.dtype}")
+    if weights is not None:
+        _check.shape(weights, "weights", (taps,), f"one weight a tap ({taps},)")
+        _check.dtype(weights, "weights", torch.float32)
+        _check.device(weights, "weights", device, "student[0]")
+    if grad_scale is not None:
+        _check.tensors(grad_scale=grad_scale)
+        _check.shape(grad_scale, "grad_scale", (), "a 0-dim tensor")
+        _check.dtype(grad_scale, "grad_scale", torch.float32)
+        _check.device(grad_scale, "grad_scale", device, "student[0]")
 
 
 def _check_overwritten(student: list[Tensor], teacher: list[Tensor], distance: str) -> None:
@@ -227,10 +230,11 @@ def _laid_out_like(layout: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _launch(
+    kind: Kind | None,
     student: list[Tensor],
     teacher: list[Tensor],
     weights: Tensor,
-    grad_scale: Tensor,
+    grad_scale: Tensor | None,
     distance: str,
     parameter: float,
     grads: list[Tensor],
@@ -239,41 +243,37 @@ def _launch(
     student = [_dense(s.detach(), distance) for s in student]
     teacher = [t if t.stride() == s.stride() else _laid_out_like(s, t) for s, t in zip(student, teacher, strict=True)]
     loss, taps = weights.new_empty(()), weights.new_empty(len(student))
-    _feature_match(student, teacher, weights, grad_scale, DISTANCES[distance], parameter, loss, taps, grads)
+    if grad_scale is None:
+        grad_scale = one(kind, weights.device)
+    _feature_match(kind, student, teacher, weights, grad_scale, DISTANCES[distance], parameter, loss, taps, grads)
     return loss, taps
+
+
+_Options = tuple[Kind | None, int, list[Tensor] | None, Tensor, Tensor | None, str, float]
 
 
 class _FeatureMatch(torch.autograd.Function):
     """The gradient is made in the forward; the backward hands it on, times what the loss was multiplied by since."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        count: int,
-        grads: list[Tensor] | None,
-        weights: Tensor,
-        grad_scale: Tensor,
-        distance: str,
-        parameter: float,
-        *features: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, options: _Options, *features: Tensor) -> tuple[Tensor, Tensor]:
+        kind, count, grads, weights, grad_scale, distance, parameter = options
         student, teacher = list(features[:count]), list(features[count:])
         student = [_dense(s.detach(), distance) for s in student]
         if grads is None:
             grads = [torch.empty_like(s) for s in student]
         else:
             for i, (g, s) in enumerate(zip(grads, student, strict=True)):
-                _check.require(
-                    g.stride() == s.stride(), f"grads[{i}]", f"the strides of student[{i}] {s.stride()}", g.stride()
-                )
-        loss, taps = _launch(student, teacher, weights, grad_scale, distance, parameter, grads)
-        keep(ctx, grads, grad_scale)
+                if g.stride() != s.stride():
+                    raise InputError.of(f"grads[{i}]", f"the strides of student[{i}] {s.stride()}", g.stride())
+        loss, taps = _launch(kind, student, teacher, weights, grad_scale, distance, parameter, grads)
+        keep(ctx, kind, grads, grad_scale)
         ctx.count = count
         ctx.mark_non_differentiable(taps)
         return loss, taps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
         grads = hand_on("feature_match", ctx, grad_loss)
-        return (None,) * 6 + (*grads, *[None] * ctx.count)
+        return None, *grads, *[None] * ctx.count

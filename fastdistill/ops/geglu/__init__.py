@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._dispatch import Kernel, later, register
+from fastdistill.ops._backward import kind_of, once_differentiable, wanted
+from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.geglu import cpp, reference
 
 APPROXIMATE = ("none", "tanh")
@@ -53,29 +54,40 @@ def geglu(x: Tensor, approximate: str = "none") -> Tensor:
         InputError: an odd last dimension, another dtype or another ``approximate``.
     """
     _check.tensors(x=x)
+    kind = _check.once(_checked, (x,), approximate)
+    if kind is not None and not wanted((x,)):
+        return _forward(kind, x.contiguous(), approximate == "tanh")
+    result: Tensor = _Geglu.apply(kind, x, approximate == "tanh")
+    return result
+
+
+def _checked(tensors: tuple[Tensor], approximate: str) -> None:
+    (x,) = tensors
     _check.dtype(x, "x", *_check.FLOATS)
     _check.require(x.dim() > 0 and x.shape[-1] % 2 == 0, "x", "an even last dimension", tuple(x.shape))
     _check.require(approximate in APPROXIMATE, "approximate", f"one of {', '.join(APPROXIMATE)}", repr(approximate))
-    result: Tensor = _Geglu.apply(x, approximate == "tanh")
-    return result
+
+
+def _forward(kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    if y.numel():
+        _geglu(kind, x, tanh, y)
+    return y
 
 
 class _Geglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tanh: bool) -> Tensor:
+    def forward(ctx: Any, kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:
         x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
-        if y.numel():
-            _geglu(x, tanh, y)
         ctx.save_for_backward(x)
-        ctx.tanh = tanh
-        return y
+        ctx.kind, ctx.tanh = kind, tanh
+        return _forward(kind, x, tanh)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
         if x.numel():
-            _backward(grad.contiguous(), x, ctx.tanh, dx)
-        return dx, None
+            _backward(kind_of(ctx, grad), grad.contiguous(), x, ctx.tanh, dx)
+        return None, dx, None

@@ -10,13 +10,15 @@ Diffusion's time embedding (``ResnetBlock2D`` with ``time_embedding_norm="defaul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._dispatch import Kernel, later, register
+from fastdistill.ops._backward import gradients, kind_of, once_differentiable, wanted
+from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.group_norm_silu import cpp, reference
 from fastdistill.ops.group_norm_silu.layout import laid_out
 
@@ -80,24 +82,27 @@ def group_norm_silu(
         InputError: shapes, dtypes or devices that do not fit.
     """
     _check.tensors(x=x)
-    _check.once(_checked, tuple(t for t in (x, weight, bias, time_bias, scale, shift) if t is not None), (
-        groups, eps, *(t is not None for t in (weight, bias, time_bias, scale, shift)),
-    ))  # fmt: skip
-    result: Tensor = _GroupNormSilu.apply(x, weight, bias, time_bias, scale, shift, groups, eps, silu)
+    given = weight, bias, time_bias, scale, shift
+    kind = _check.once(_checked, (x, *given), (groups, eps))
+    if kind is not None and not wanted((x, *given)):
+        return _forward(kind, laid_out(x), _rows(given), groups, eps, silu)[0]
+    result: Tensor = _GroupNormSilu.apply(kind, x, *given, groups, eps, silu)
     return result
 
 
-def _checked(tensors: tuple[Tensor, ...], values: tuple[Any, ...]) -> None:
-    groups, eps, *given = values
-    x, *rest = tensors
-    require = _check.require
+_NAMES = ("weight", "bias", "time_bias", "scale", "shift")
+
+
+def _checked(tensors: tuple[Any, ...], values: tuple[int, float]) -> None:
+    (groups, eps), (x, *given), require = values, tensors, _check.require
     _check.dtype(x, "x", *_check.FLOATS)
     require(x.dim() >= 2, "x", "[batch, channels, *positions]", tuple(x.shape))
     batch, channels = x.shape[:2]
     require(groups > 0 and channels % groups == 0, "groups", f"a divisor of the {channels} channels of x", groups)
     require(eps >= 0, "eps", "a number >= 0", eps)
-    names = [n for n, g in zip(("weight", "bias", "time_bias", "scale", "shift"), given, strict=True) if g]
-    for name, tensor in zip(names, rest, strict=True):
+    for name, tensor in zip(_NAMES, given, strict=True):
+        if tensor is None:
+            continue
         if name in ("weight", "bias"):
             _check.shape(tensor, name, (channels,), f"one number a channel ({channels},)")
         else:
@@ -106,47 +111,41 @@ def _checked(tensors: tuple[Tensor, ...], values: tuple[Any, ...]) -> None:
         _check.device(tensor, name, x.device, "x")
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
+def _rows(given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The same with neighboring channels side by side in memory."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()
+    return tuple([t if t is None or t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous() for t in given])
+
+
+def _forward(
+    kind: Kind | None, x: Tensor, given: Sequence[Tensor | None], groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x)
+    mean, rstd = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        _group_norm_silu(kind, x, *given, groups, eps, silu, y, mean, rstd)
+    return y, mean, rstd
 
 
 class _GroupNormSilu(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        time_bias: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        groups: int,
-        eps: float,
-        silu: bool,
-    ) -> Tensor:
-        x = laid_out(x)
-        given = tuple(map(_rows, (weight, bias, time_bias, scale, shift)))
-        y = torch.empty_like(x)
-        mean, rstd = x.new_empty(2, x.shape[0], groups, dtype=torch.float32)
-        if x.numel():
-            _group_norm_silu(x, *given, groups, eps, silu, y, mean, rstd)
+    def forward(ctx: Any, kind: Kind | None, x: Tensor, *args: Any) -> Tensor:
+        *tensors, groups, eps, silu = args
+        x, given = laid_out(x), _rows(tensors)
+        y, mean, rstd = _forward(kind, x, given, groups, eps, silu)
         ctx.save_for_backward(x, *given, mean, rstd)
-        ctx.groups, ctx.silu = groups, silu
+        ctx.kind, ctx.groups, ctx.silu = kind, groups, silu
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, *given, mean, rstd = ctx.saved_tensors
+        kind, (x, *given, mean, rstd) = kind_of(ctx, grad), ctx.saved_tensors
         dx = torch.empty_like(x)
         if not _native.same_order(grad, x):
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
-        make = torch.empty_like if x.numel() else torch.zeros_like
-        needed = zip(given, ctx.needs_input_grad[1:6], strict=True)
-        small = [make(t, memory_format=torch.contiguous_format) if need else None for t, need in needed]
+        small = gradients(given, ctx.needs_input_grad[2:7], x.numel() == 0)
         if x.numel():
-            wanted = sum(1 << i for i, g in enumerate(small) if g is not None)
+            wanted = sum([1 << i for i, g in enumerate(small) if g is not None])
             held = [g for g in small if g is not None]
-            _backward(grad, x, *given, mean, rstd, ctx.groups, ctx.silu, wanted, dx, held)
-        return dx, *small, None, None, None
+            _backward(kind, grad, x, *given, mean, rstd, ctx.groups, ctx.silu, wanted, dx, held)
+        return None, dx, *small, None, None, None

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._dispatch import Kernel, later, register
+from fastdistill.ops._backward import gradients, kind_of, once_differentiable, wanted
+from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.layer_norm_modulate import cpp, reference
 
 _forward = register(
@@ -103,23 +104,29 @@ def _apply(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    given = {"h": h, "gate": gate, "scale": scale, "shift": shift, "weight": weight, "bias": bias}
-    held = {name: t for name, t in given.items() if t is not None}
+    given = h, gate, scale, shift, weight, bias
     _check.tensors(x=x)
-    _check.once(_checked, (x, *held.values()), (eps, tuple(held)))
-    rows = (None if t is None else t.reshape(t.shape[0], t.shape[-1]) for t in (gate, scale, shift))
-    result: tuple[Tensor, ...] = _LayerNormModulate.apply(x, h, *rows, weight, bias, eps)
+    kind = _check.once(_checked, (x, *given), eps)
+    rows = [t if t is None or t.dim() == 2 else t.reshape(t.shape[0], t.shape[-1]) for t in (gate, scale, shift)]
+    if kind is not None and not wanted((x, *given)):
+        y, s, _, _ = _run(kind, *_laid_out(x, h, *rows, weight, bias), eps)
+        return (y, *s)
+    result: tuple[Tensor, ...] = _LayerNormModulate.apply(kind, x, h, *rows, weight, bias, eps)
     return result
 
 
-def _checked(tensors: tuple[Tensor, ...], values: tuple[float, tuple[str, ...]]) -> None:
-    eps, names = values
+_NAMES = ("h", "gate", "scale", "shift", "weight", "bias")
+
+
+def _checked(tensors: tuple[Any, ...], eps: float) -> None:
     x, *rest = tensors
     _check.dtype(x, "x", *_check.FLOATS)
     _check.require(x.dim() >= 2, "x", "[batch, ..., channels]", tuple(x.shape))
     _check.require(eps >= 0, "eps", "a number >= 0", eps)
     batch, channels = x.shape[0], x.shape[-1]
-    for name, tensor in zip(names, rest, strict=True):
+    for name, tensor in zip(_NAMES, rest, strict=True):
+        if tensor is None:
+            continue
         if name == "h":
             same = tensor.shape == x.shape and tensor.dtype == x.dtype
             got = f"{tuple(tensor.shape)} {tensor.dtype}"
@@ -133,48 +140,44 @@ def _checked(tensors: tuple[Tensor, ...], values: tuple[float, tuple[str, ...]])
         _check.device(tensor, name, x.device, "x")
 
 
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    """The same with neighboring channels side by side in memory."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()
+def _laid_out(x: Tensor, h: Tensor | None, *given: Tensor | None) -> tuple[Any, ...]:
+    """x and h contiguous, the rest with neighboring channels side by side in memory."""
+    rows = [t if t is None or t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous() for t in given]
+    return x.contiguous(), None if h is None else h.contiguous(), *rows
+
+
+def _run(kind: Kind | None, x: Tensor, h: Tensor | None, *args: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    y = torch.empty_like(x)
+    s = [] if h is None else [torch.empty_like(x)]
+    mean, rstd = [x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2)]
+    if x.numel():
+        _forward(kind, x, h, *args, y, s, mean, rstd)
+    return y, s, mean, rstd
 
 
 class _LayerNormModulate(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        h: Tensor | None,
-        gate: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, kind: Kind | None, *args: Any) -> tuple[Tensor, ...]:
+        *tensors, eps = args
         ctx.set_materialize_grads(False)
-        x, h = x.contiguous(), None if h is None else h.contiguous()
-        gate, scale, shift, weight, bias = map(_rows, (gate, scale, shift, weight, bias))
-        y = torch.empty_like(x)
-        s = [] if h is None else [torch.empty_like(x)]
-        mean, rstd = x.new_empty(2, *x.shape[:-1], dtype=torch.float32)
-        if x.numel():
-            _forward(x, h, gate, scale, shift, weight, bias, eps, y, s, mean, rstd)
+        x, h, gate, scale, shift, weight, bias = _laid_out(*tensors)
+        y, s, mean, rstd = _run(kind, x, h, gate, scale, shift, weight, bias, eps)
         ctx.save_for_backward(s[0] if s else x, h, gate, scale, shift, weight, bias, mean, rstd)
+        ctx.kind = kind
         return (y, *s)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_s: Tensor | None = None) -> tuple[Any, ...]:
+        kind = kind_of(ctx, grad, grad_s)
         s, h, gate, scale, shift, weight, bias, mean, rstd = ctx.saved_tensors
         grad = torch.zeros_like(s) if grad is None else grad.contiguous()
         grad_s = None if grad_s is None else grad_s.contiguous()
-        make = torch.empty_like if s.numel() else torch.zeros_like
-        needed = zip((gate, scale, shift, weight, bias), ctx.needs_input_grad[2:7], strict=True)
-        small = [make(t, memory_format=torch.contiguous_format) if need else None for t, need in needed]
+        small = gradients((gate, scale, shift, weight, bias), ctx.needs_input_grad[3:8], s.numel() == 0)
         dx = torch.empty_like(s)
         dh = [] if h is None else [torch.empty_like(s)]
         if s.numel():
-            wanted = sum(1 << i for i, g in enumerate(small) if g is not None)
+            wanted = sum([1 << i for i, g in enumerate(small) if g is not None])
             held = [g for g in small if g is not None]
-            _backward(grad, grad_s, s, h, gate, scale, weight, bias, mean, rstd, wanted, dx, dh, held)
-        return dx, dh[0] if dh else None, *small, None
+            _backward(kind, grad, grad_s, s, h, gate, scale, weight, bias, mean, rstd, wanted, dx, dh, held)
+        return None, dx, dh[0] if dh else None, *small, None

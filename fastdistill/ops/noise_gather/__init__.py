@@ -132,7 +132,7 @@ def noise_gather(
         (latents, latent_prompts, coefficients, replace, counter), prompts, batch, null_index, null_probability, pool,
         first_sample, global_batch, with_replacement, target, latent_rows, prompt_rows, out,
     )  # fmt: skip
-    _noise_gather(*arguments)
+    _noise_gather(None, *arguments)
     return out
 
 
@@ -168,7 +168,7 @@ class NoiseGather(Generic[Banks]):
             (latents, latent_prompts, coefficients, replace, counter), prompts, batch, null_index, null_probability,
             pool, first_sample, global_batch, with_replacement, target, latent_rows, prompt_rows, out,
         )  # fmt: skip
-        self._draw = Prepared("noise_gather", *arguments)
+        self._draw = Prepared(_noise_gather, *arguments)
 
     def __call__(self) -> Draw[Banks]:
         self._draw()

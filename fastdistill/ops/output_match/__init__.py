@@ -11,15 +11,17 @@ the target of guidance distillation (Meng et al., arXiv 2210.03142, eq. 1 in the
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import hand_on, keep, wanted
-from fastdistill.ops._dispatch import Kernel, later, register
+from fastdistill.ops._backward import hand_on, keep, once_differentiable, one, wanted
+from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.noise_gather import Draw
 from fastdistill.ops.output_match import cpp, cuda, reference
 
@@ -113,46 +115,40 @@ def output_match(
         InputError: mismatched shapes, devices or dtypes, a teacher that requires gradient, a timestep or latent outside
             of its table (on a GPU and by the reference the loss is NaN then, as nothing is read back).
     """
-    _check.require(distance in ("mse", "huber"), "distance", "one of mse, huber", repr(distance))
-    _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
-    _check.require(teacher is not None or task is not None, "teacher", "an output, or a task beside it", None)
-    _check.tensors(student=student, timestep=timestep, table=table)
-    _check.require(task is None or isinstance(task, Task), "task", "a Task", type(task).__name__)
-    named = {"teacher": teacher, "unconditional": unconditional, "guidance": guidance, "weights": weights,
-             "x_t": x_t, "grad_scale": grad_scale, "grad": grad}  # fmt: skip
-    _check.tensors(**{name: value for name, value in named.items() if value is not None})
-    if grad_scale is None:
-        grad_scale = torch.ones((), device=student.device)
-    optional = (teacher, unconditional, guidance, weights, x_t, grad, *(task[:5] if task else [None] * 5))
-    _check.once(_check_all, tuple(t for t in (student, timestep, table, grad_scale, *optional) if t is not None),
-                (channels, tuple(t is not None for t in optional)))  # fmt: skip
-    if grad is not None:
-        rule = f"a contiguous buffer like student {tuple(student.shape)} {student.dtype}"
-        fits = (grad.shape, grad.dtype) == (student.shape, student.dtype) and grad.is_contiguous()
-        _check.require(fits, "grad", rule, f"{tuple(grad.shape)} {grad.dtype} {grad.stride()}")
+    own: tuple[Any, ...] = (None,) * 5
     if task is not None:
-        rule = f"at least 0, at most 2**32 less the batch ({len(student)})"
-        in_range = 0 <= task.first_sample <= 2**32 - len(student)
-        _check.require(in_range, "task.first_sample", rule, task.first_sample)
-    for name, tensor in {"teacher": teacher, "unconditional": unconditional}.items():
-        frozen = tensor is None or not tensor.requires_grad
-        _check.require(frozen, name, "a tensor without gradient (run the teacher under no_grad)", "requires_grad=True")
-    nothing, nowhere = student.new_empty(0), timestep.new_empty(0)
-    no_floats = table.new_empty(0)
-
-    def given(tensor: Tensor | None, otherwise: Tensor) -> Tensor:
-        return otherwise if tensor is None else tensor.detach().contiguous()
-
+        _check.require(isinstance(task, Task), "task", "a Task", type(task).__name__)
+        own = task[:5]
+    first_sample = 0 if task is None else task.first_sample
+    kind = _check.once(
+        _checked,
+        (student, timestep, table, grad_scale, teacher, unconditional, guidance, weights, x_t, grad, *own),
+        (channels, first_sample, distance, delta),
+    )
+    if grad is not None and not grad.is_contiguous():
+        raise InputError.of("grad", _like(student), f"{tuple(grad.shape)} {grad.dtype} {grad.stride()}")
+    for name, tensor in (("teacher", teacher), ("unconditional", unconditional)):
+        if tensor is not None and tensor.requires_grad:
+            rule = "a tensor without gradient (run the teacher under no_grad)"
+            raise InputError.of(name, rule, "requires_grad=True")
+    floats, ints = _nothing() if kind is not None else (table.new_empty(0), timestep.new_empty(0))
+    given = (teacher, unconditional, timestep, table, guidance, weights, x_t)
     arguments = (
-        given(teacher, nothing), given(unconditional, nothing), timestep.contiguous(), table.contiguous(),
-        given(guidance, no_floats), given(weights, no_floats), given(x_t, nothing),
-        *(map(torch.Tensor.contiguous, task[:5]) if task else (nothing, nowhere, nowhere, no_floats, nowhere)),
-        task.first_sample if task else 0, _channels(student, teacher, x_t, task, channels), float(output_weight),
-        float(task_weight), grad_scale, distance == "huber", float(delta),
+        *[floats if t is None else t.contiguous() for t in given],
+        *([t.contiguous() for t in own] if task else (floats, ints, ints, floats, ints)),
+        first_sample, _channels(student, teacher, x_t, task, channels), float(output_weight), float(task_weight),
     )  # fmt: skip
-    if wanted([student]):
-        return OutputMatch(*_OutputMatch.apply(student, grad, arguments))
-    return OutputMatch(*_launch(student.detach(), arguments, nothing))
+    options = grad_scale, distance == "huber", float(delta)
+    if wanted((student,)):
+        return OutputMatch(*_OutputMatch.apply(kind, student, grad, arguments, options))
+    with torch.no_grad():
+        return OutputMatch(*_launch(kind, student, arguments, options, floats))
+
+
+@functools.cache
+def _nothing() -> tuple[Tensor, Tensor]:
+    """On the CPU, what stands for floats and integers that are not there."""
+    return torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def _channels(
@@ -168,10 +164,17 @@ def _channels(
     return min(student.size(1), teacher.size(1))
 
 
-def _launch(student: Tensor, arguments: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    table = arguments[3]
-    loss, parts, samples = table.new_empty(()), table.new_empty(2), table.new_empty(len(student), 2)
-    _output_match(student.contiguous(), *arguments, loss, parts, samples, grad)
+_Options = tuple[Tensor | None, bool, float]
+
+
+def _launch(
+    kind: Kind | None, student: Tensor, arguments: tuple[Any, ...], options: _Options, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    table, (grad_scale, *rest) = arguments[3], options
+    loss, parts, samples = table.new_empty(()), table.new_empty(2), table.new_empty((student.shape[0], 2))
+    if grad_scale is None:
+        grad_scale = one(kind, student.device)
+    _output_match(kind, student.contiguous(), *arguments, grad_scale, *rest, loss, parts, samples, grad)
     return loss, parts, samples
 
 
@@ -180,31 +183,43 @@ class _OutputMatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, grad: Tensor | None, arguments: tuple[Any, ...]
+        ctx: Any,
+        kind: Kind | None,
+        student: Tensor,
+        grad: Tensor | None,
+        arguments: tuple[Any, ...],
+        options: _Options,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if grad is None:
             grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-        loss, parts, samples = _launch(student.detach(), arguments, grad)
-        keep(ctx, [grad], arguments[-3])
+        loss, parts, samples = _launch(kind, student, arguments, options, grad)
+        keep(ctx, kind, [grad], options[0])
         ctx.mark_non_differentiable(parts, samples)
         return loss, parts, samples
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        return (*hand_on("output_match", ctx, grad_loss), None, None)
+        return None, *hand_on("output_match", ctx, grad_loss), None, None, None
 
 
-_OPTIONAL = (
-    "teacher unconditional guidance weights x_t grad"
+_NAMES = (
+    "student timestep table grad_scale teacher unconditional guidance weights x_t grad"
     " task.latents task.latent_index task.choice task.coefficients task.counter"
 ).split()
 
 
-def _check_all(tensors: tuple[Tensor, ...], values: tuple[int | None, tuple[bool, ...]]) -> None:
-    names = ["student", "timestep", "table", "grad_scale"]
-    names += [name for name, there in zip(_OPTIONAL, values[1], strict=True) if there]
-    given = dict(zip(names, tensors, strict=True))
+def _like(student: Tensor) -> str:
+    return f"a contiguous buffer like student {tuple(student.shape)} {student.dtype}"
+
+
+def _checked(tensors: tuple[Tensor | None, ...], values: tuple[int | None, int, str, float]) -> None:
+    channels, first_sample, distance, delta = values
+    _check.require(distance in ("mse", "huber"), "distance", "one of mse, huber", repr(distance))
+    _check.require(0 < delta < math.inf, "delta", "a number > 0", delta)
+    given = {name: t for name, t in zip(_NAMES, tensors, strict=True) if t is not None}
+    _check.require("teacher" in given or "task.counter" in given, "teacher", "an output, or a task beside it", None)
+    _check.tensors(**dict(zip(_NAMES[:3], tensors[:3], strict=True)) | given)
     student, table = given["student"], given["table"]
     for name, tensor in given.items():
         _check.device(tensor, name, student.device, "student")
@@ -214,7 +229,8 @@ def _check_all(tensors: tuple[Tensor, ...], values: tuple[int | None, tuple[bool
             _check.dtype(given[name], name, *_check.FLOATS)
     batch, size = len(student), student.shape[2:]
     _check.require(table.dim() == 2 and table.size(1) == 5 and len(table) >= 1, "table", "[T, 5]", tuple(table.shape))
-    _check.shape(given["grad_scale"], "grad_scale", (), "a 0-dim tensor")
+    if "grad_scale" in given:
+        _check.shape(given["grad_scale"], "grad_scale", (), "a 0-dim tensor")
     for name in ("table", "grad_scale", "guidance", "weights", "task.coefficients"):
         if name in given:
             _check.dtype(given[name], name, torch.float32)
@@ -224,7 +240,7 @@ def _check_all(tensors: tuple[Tensor, ...], values: tuple[int | None, tuple[bool
     for name in ("timestep", "guidance", "weights", "task.latent_index", "task.choice"):
         if name in given:
             _check.shape(given[name], name, (batch,), f"one number a sample ({batch},)")
-    channels, source = values[0], "channels"
+    source = "channels"
     for name in ("x_t", "task.latents", "teacher"):
         if channels is None and name in given and given[name].dim() >= 2:
             channels, source = given[name].size(1), name
@@ -238,6 +254,12 @@ def _check_all(tensors: tuple[Tensor, ...], values: tuple[int | None, tuple[bool
         _check.shape(given["task.counter"], "task.counter", (2,), "(seed, step), shape (2,)")
         rule = f"one row of 4 a timestep of table ({len(table)}, 4)"
         _check.shape(given["task.coefficients"], "task.coefficients", (len(table), 4), rule)
+        rule = f"at least 0, at most 2**32 less the batch ({batch})"
+        _check.require(0 <= first_sample <= 2**32 - batch, "task.first_sample", rule, first_sample)
+    if "grad" in given:
+        grad = given["grad"]
+        fits = (grad.shape, grad.dtype) == (student.shape, student.dtype)
+        _check.require(fits, "grad", _like(student), f"{tuple(grad.shape)} {grad.dtype} {grad.stride()}")
 
 
 def _check_rows(given: dict[str, Tensor], batch: int, channels: int, size: torch.Size, twice: str) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from fastdistill.errors import InputError
 from fastdistill.ops import _native
 
+_NOTHING = 0, 0, 0
+
 
 def output_match(*arguments: Any) -> None:
     """One parallel loop over chunks of samples; arguments as the reference's.
@@ -56,21 +58,17 @@ def addresses(
     grad: Tensor,
 ) -> tuple[Any, ...]:
     """What both extensions take, in their order; the address of a tensor of no elements is 0."""
-
-    def address(tensor: Tensor) -> int:
-        return tensor.data_ptr() if tensor.numel() else 0
-
-    def rows(tensor: Tensor) -> tuple[int, int, int]:
-        return address(tensor), _native.DTYPES[tensor.dtype], tensor.numel() // max(len(tensor), 1)
-
-    batch = len(student)
-    matched = channels * (student.numel() // max(batch * student.size(1), 1))
+    shape = student.shape
+    matched = channels * (student.numel() // max(shape[0] * shape[1], 1))
+    rows = [
+        (t.data_ptr(), _native.DTYPES[t.dtype], n // t.shape[0]) if (n := t.numel()) else _NOTHING
+        for t in (student, teacher, unconditional, x_t, latents)
+    ]
     return (
-        rows(student), rows(teacher), rows(unconditional), rows(x_t), rows(latents), timestep.data_ptr(),
-        table.data_ptr(), address(guidance), address(weights), address(latent_index), address(choice),
-        address(coefficients), address(counter), batch, matched, len(table), len(latents), first_sample, output_weight,
-        task_weight, grad_scale.data_ptr(), huber, delta, loss.data_ptr(), parts.data_ptr(), address(samples),
-        address(grad),
+        *rows, timestep.data_ptr(), table.data_ptr(), guidance.data_ptr(), weights.data_ptr(),
+        latent_index.data_ptr(), choice.data_ptr(), coefficients.data_ptr(), counter.data_ptr(), shape[0], matched,
+        table.shape[0], latents.shape[0], first_sample, output_weight, task_weight, grad_scale.data_ptr(), huber, delta,
+        loss.data_ptr(), parts.data_ptr(), samples.data_ptr(), grad.data_ptr(),
     )  # fmt: skip
 
 
