@@ -102,7 +102,8 @@ class FusedTransformer2DModel(Transformer2DModel):
             hidden = self.proj_in(hidden)
         inner = hidden.shape[1]
         hidden = hidden.permute(0, 2, 3, 1).reshape(batch, height * width, inner)
-        return (self.proj_in(hidden) if self.use_linear_projection else hidden), inner
+        # Tokens in one block of memory here, or each of a block's norms and sums would copy them.
+        return (self.proj_in(hidden) if self.use_linear_projection else hidden.contiguous()), inner
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int

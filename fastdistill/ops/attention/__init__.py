@@ -191,17 +191,34 @@ def _may_measure(q: Tensor) -> bool:
 
 def _key(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> str:
     """The kind of a call: device, versions, who may be chosen, shape, layout, dtype, direction."""
-    names = backends.candidates(q.device.type)
-    where = torch.cuda.get_device_name(q.device) if q.is_cuda else f"{_processor()}, {torch.get_num_threads()} threads"
-    strides = [t.stride() for t in (q, k, v)]
-    packed = all(t.is_contiguous() for t in (q, k, v))
-    layout = "contiguous" if packed else f"strides {strides}"
-    shape = f"{tuple(q.shape)} to {k.shape[1]} keys"
+    packed = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    strides = None if packed else (q.stride(), k.stride(), v.stride())
+    names = tuple(backends.candidates(q.device.type))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _named(
+        q.device, torch.get_num_threads(), deterministic, names, q.shape, k.shape[1], strides, q.dtype, backward
+    )
+
+
+@functools.lru_cache(4096)
+def _named(
+    device: torch.device,
+    threads: int,
+    deterministic: bool,
+    names: tuple[str, ...],
+    shape: torch.Size,
+    keys: int,
+    strides: tuple[Any, ...] | None,
+    dtype: torch.dtype,
+    backward: bool,
+) -> str:
+    where = f"{_processor()}, {threads} threads" if device.type != "cuda" else torch.cuda.get_device_name(device)
+    layout = "contiguous" if strides is None else f"strides {list(strides)}"
     way = "forward and backward" if backward else "forward"
-    mode = "deterministic" if torch.are_deterministic_algorithms_enabled() else "any"
+    mode = "deterministic" if deterministic else "any"
     versions = f"torch {torch.__version__}, cuda {torch.version.cuda}"
-    dtype = str(q.dtype).removeprefix("torch.")
-    return f"{where}; {versions}; {mode} of {', '.join(names)}; {shape}; {layout}; {dtype}; {way}"
+    sizes, kind = f"{tuple(shape)} to {keys} keys", str(dtype).removeprefix("torch.")
+    return f"{where}; {versions}; {mode} of {', '.join(names)}; {sizes}; {layout}; {kind}; {way}"
 
 
 @functools.cache

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastdistill.ops._dispatch import quiet
+
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
@@ -45,8 +47,12 @@ _TORCH = {
 
 
 def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    with sdpa_kernel(_TORCH[name]):
-        return _attend(q, k, v, scale)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    # torch's switches are left alone where it would choose so itself: to set them takes as long as a small kernel.
+    if not quiet() or torch._fused_sdp_choice(q, k, v, scale=scale) != _TORCH[name].value:
+        with sdpa_kernel(_TORCH[name]):
+            return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def default(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

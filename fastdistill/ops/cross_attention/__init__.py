@@ -100,7 +100,9 @@ def cross_attention(
     if flat:
         _check.require(heads is not None and heads > 0, "heads", "the number of heads, beside [B, N, H * D]", heads)
         q, k, v = (_split(t, name, heads) for t, name in ((q, "q"), (k, "k"), (v, "v")))
-    _checked(q, k, v, mask, rows)
+    _check.once(_checked, (q, k, v, mask, rows), None)
+    if mask is not None and mask.requires_grad:
+        raise InputError.of("mask", "a tensor without gradient", "requires_grad=True")
     _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None):
@@ -129,8 +131,8 @@ def _split(tensor: Tensor, name: str, heads: int | None) -> Tensor:
     return split
 
 
-def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None) -> None:
-    require = _check.require
+def _checked(tensors: tuple[Any, ...], _: Any) -> None:
+    (q, k, v, mask, rows), require = tensors, _check.require
     _check.shape(q, "q", (None, None, None, None), "[B, N, H, D]")
     batch, _, heads, dim = q.shape
     _check.dtype(q, "q", *_check.FLOATS)
@@ -144,7 +146,6 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor 
         _check.shape(mask, "mask", (batch, k.shape[1]), f"[B, L] = ({batch}, {k.shape[1]})")
         _check.dtype(mask, "mask", torch.bool, *_check.FLOATS)
         _check.device(mask, "mask", q.device, "q")
-        require(not mask.requires_grad, "mask", "a tensor without gradient", "requires_grad=True")
     if rows is not None:
         _check.shape(rows, "rows", (batch,), f"[B] = ({batch},)")
         _check.dtype(rows, "rows", torch.int64)

@@ -77,8 +77,10 @@ def _address(tensors: Sequence[Tensor | None]) -> int:
     return tensors[0].data_ptr() if tensors and tensors[0] is not None else 0
 
 
-def _sizes(x: Tensor) -> tuple[int, int, int]:
-    return x.shape[0], x.numel() // (x.shape[0] * x.shape[-1]), x.shape[-1]
+def _sizes(x: Tensor, *of_samples: Tensor | None) -> tuple[int, int, int]:
+    """Samples, rows of each, width; one sample where samples have nothing of their own."""
+    batch, width = x.shape[0] if any(t is not None for t in of_samples) else 1, x.shape[-1]
+    return batch, x.numel() // (batch * width), width
 
 
 def layer_norm_modulate(
@@ -97,7 +99,7 @@ def layer_norm_modulate(
 ) -> None:
     """One parallel loop over rows; arguments as the reference's."""
     _native.cpu().layer_norm_modulate(
-        x.data_ptr(), _address([h]), _native.DTYPES[x.dtype], _sizes(x), eps,
+        x.data_ptr(), _address([h]), _native.DTYPES[x.dtype], _sizes(x, gate, scale, shift), eps,
         [_row(t) for t in (gate, scale, shift, weight, bias)], mean.data_ptr(), rstd.data_ptr(),
         torch.get_num_threads(), y.data_ptr(), _address(s),
     )  # fmt: skip
@@ -120,9 +122,10 @@ def layer_norm_modulate_backward(
     small: Sequence[Tensor],
 ) -> None:
     """One parallel loop over rows, and one that adds their sums; arguments as the reference's."""
+    outs = spread(wanted, small)
     _native.cpu().layer_norm_modulate_backward(
-        s.data_ptr(), _address([h]), _native.DTYPES[s.dtype], _sizes(s),
+        s.data_ptr(), _address([h]), _native.DTYPES[s.dtype], _sizes(s, gate, scale, *outs[:3]),
         [_row(t) for t in (gate, scale, None, weight, bias)], mean.data_ptr(), rstd.data_ptr(),
         torch.get_num_threads(), grad.data_ptr(), _address([grad_s]), dx.data_ptr(), _address(dh),
-        [_row(g) for g in spread(wanted, small)],
+        [_row(g) for g in outs],
     )  # fmt: skip
