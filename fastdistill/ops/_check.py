@@ -15,6 +15,7 @@ from fastdistill.ops._dispatch import Kind, quiet
 
 _passed: dict[object, Any] = {}  # a Kind or None
 _MOST_PASSED = 4096
+_is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 _look = operator.attrgetter("__class__", "shape", "dtype", "device")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,4 +71,10 @@ def once(check: Callable[[Any, Any], None], tensors: tuple[Tensor | None, ...], 
         if len(_passed) >= _MOST_PASSED:
             _passed.clear()
         kind = _passed[key] = Kind.of(tensors)
-    return kind if kind is not None and quiet() else None
+    if kind is None or not quiet():
+        return None
+    for tensor in tensors:
+        if tensor is not None and _is_wrapper(tensor):  # it outlived a functorch transform: the dispatcher unwraps it
+            return None
+    known: Kind = kind
+    return known

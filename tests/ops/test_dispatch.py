@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of a known kind: past torch's dispatcher where nobody listens there, through it where somebody does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdistill.ops import OPS, feature_match, geglu, group_norm_silu, layer_norm_modulate, output_match, use
+
+X, TIME, TABLE = torch.linspace(-2, 2, 48).view(2, 4, 6), torch.tensor([0, 1]), torch.ones(3, 5)
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "geglu": geglu,
+    "group_norm_silu": lambda x: group_norm_silu(x, torch.ones(4), None, 2),
+    "layer_norm_modulate": layer_norm_modulate,
+    "feature_match": lambda x: feature_match([x], [X.flip(0)]).loss,
+    "output_match": lambda x: output_match(x, X.flip(0), TIME, TABLE).loss,
+}
+BACKWARD = {"feature_match": "scale_gradients", "output_match": "scale_gradients"}
+
+
+def both(call: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Without gradient, with one, and the gradient."""
+    x = X.clone().requires_grad_()
+    y = call(x)
+    return call(x.detach()), y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.add(str(func).split(".")[1] if func.namespace == "fastdistill" else "")
+        return func(*args, **(kwargs or {}))
+
+
+class Mine(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_who_listens_hears_every_op(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = {name, BACKWARD.get(name, f"{name}_backward")}
+    expected = both(CALLS[name])
+    with Seen() as seen:
+        heard = both(CALLS[name])
+    assert ops <= seen.ops
+    with profile() as profiler:
+        both(CALLS[name])
+    assert {f"fastdistill::{op}" for op in ops} <= {event.key for event in profiler.key_averages()}
+    assert CALLS[name](X.as_subclass(Mine)).shape == expected[0].shape
+
+    def dispatched(*args: Any) -> None:
+        raise AssertionError("through the dispatcher")
+
+    for op in ops:
+        monkeypatch.setattr(OPS[op], "overload", dispatched)
+    past = both(CALLS[name])
+    for one, two, three in zip(expected, heard, past, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    with pytest.raises(AssertionError, match="through the dispatcher"), Seen():
+        both(CALLS[name])
+    with pytest.raises(AssertionError, match="through the dispatcher"):
+        CALLS[name](X.as_subclass(Mine))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_kernel_that_is_asked_for_runs_calls_of_a_known_kind(name: str) -> None:
+    both(CALLS[name])
+    for op in (name, BACKWARD.get(name, f"{name}_backward")):
+        before = OPS[op].calls["reference"]
+        with use("reference"):
+            both(CALLS[name])
+        assert OPS[op].calls["reference"] > before
+        after = OPS[op].calls["reference"]
+        both(CALLS[name])
+        assert OPS[op].calls["reference"] == after or len(OPS[op].kernel_names()) == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_tensor_that_outlived_its_transform(name: str) -> None:
+    left: list[Tensor] = []
+    torch.func.grad(lambda x: (left.append(x), x.sum())[1])(X.clone())
+    with torch.no_grad():
+        assert torch.equal(CALLS[name](left[0]), CALLS[name](X))
