@@ -29,9 +29,11 @@ struct Chunks {
   int64_t until(int64_t chunk) const { return smaller(from(chunk) + rows, all.a.positions); }
 };
 
-// n rows from position p on: term(element, valid lanes, Of, sums) on every vector; sums are added up by channel in total.
-template <int n, int given, int kinds, typename Term>
-FD_HD void walk_rows(int64_t p, const float* numbers, float* total, int64_t channels, int64_t padded, const Term& term) {
+// n rows, apart positions from one to the next: term(element, valid lanes, Of, sums) on every vector; sums are added up by
+// channel in total.
+template <int n, int given, int kinds, typename Term> FD_HD void walk_rows(int64_t p, int64_t apart, const float* numbers,
+                                                                           float* total, int64_t channels, int64_t padded,
+                                                                           const Term& term) {
   for (int64_t j = 0; j < channels; j += lanes) {
     const int64_t valid = smaller(channels - j, lanes);
     Of of;
@@ -40,9 +42,9 @@ FD_HD void walk_rows(int64_t p, const float* numbers, float* total, int64_t chan
     for (int k = 0; k < kinds; ++k) sum[k] = splat(0.0f);
     if (valid == lanes) {
       FD_UNROLL
-      for (int u = 0; u < n; ++u) term((p + u) * channels + j, int64_t(lanes), of, sum);
+      for (int u = 0; u < n; ++u) term((p + u * apart) * channels + j, int64_t(lanes), of, sum);
     } else {
-      for (int u = 0; u < n; ++u) term((p + u) * channels + j, valid, of, sum);
+      for (int u = 0; u < n; ++u) term((p + u * apart) * channels + j, valid, of, sum);
     }
     for (int k = 0; k < kinds; ++k) store<false>(total + k * padded + j, load(total + k * padded + j) + sum[k]);
   }
@@ -52,9 +54,10 @@ template <int given, int kinds, typename Term>
 FD_HD void walk_chunk(const Chunks& c, int64_t chunk, const float* numbers, float* total, const Term& term) {
   const int64_t channels = c.all.count, padded = c.all.padded, until = c.until(chunk);
   for (int64_t i = 0; i < kinds * padded; ++i) total[i] = 0;
-  int64_t p = c.from(chunk);
-  for (; p + unroll <= until; p += unroll) walk_rows<unroll, given, kinds>(p, numbers, total, channels, padded, term);
-  for (; p < until; ++p) walk_rows<1, given, kinds>(p, numbers, total, channels, padded, term);
+  const int64_t from = c.from(chunk), part = (until - from) / unroll;  // a core fetches more from several pages at once
+  for (int64_t i = 0; i < part; ++i) walk_rows<unroll, given, kinds>(from + i, part, numbers, total, channels, padded, term);
+  for (int64_t p = from + unroll * part; p < until; ++p)
+    walk_rows<1, given, kinds>(p, 0, numbers, total, channels, padded, term);
 }
 
 // Calls body(chunk) for every chunk; a thread has neighbors.
