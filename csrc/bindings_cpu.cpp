@@ -78,7 +78,7 @@ fd::Row row_of(const Given& given) { return {at<void>(std::get<0>(given)), fd::D
 fd::GroupNormSilu norm_of(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu, double eps,
                           const std::array<Given, 5>& given, Address mean, Address rstd, int threads) {
   fd::GroupNormSilu a = {};
-  a.x = at<void>(x), a.dtype = fd::Dtype(dtype), a.channels_last = channels_last, a.silu = silu, a.eps = eps;
+  a.x = at<void>(x), a.dtype = fd::Dtype(dtype), a.channels_last = channels_last || sizes[2] == 1, a.silu = silu, a.eps = eps;
   a.batch = sizes[0], a.channels = sizes[1], a.positions = sizes[2], a.groups = sizes[3];
   a.weight = row_of(given[0]), a.bias = row_of(given[1]), a.time_bias = row_of(given[2]);
   a.scale = row_of(given[3]), a.shift = row_of(given[4]);

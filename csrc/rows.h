@@ -45,12 +45,7 @@ template <bool stream, typename T> FD_HD void set(T* p, Lanes a, int64_t n) {
   if (n == lanes) store<stream>(p, a);
   else store_first(p, a, n);
 }
-FD_HD Lanes keep(Lanes a, int64_t n) {  // the first n lanes, zero for the rest
-  if (n == lanes) return a;
-  float x[lanes];
-  memcpy(x, &a, sizeof x);
-  return load_first(x, n);
-}
+FD_HD Lanes keep(Lanes a, int64_t n) { return n == lanes ? a : first_of(a, n); }
 
 // The channels [c, c + n), n <= lanes.
 inline Lanes vector(const Row& row, int64_t sample, int64_t c, int64_t n, float missing) {

@@ -9,107 +9,135 @@ namespace fd::FD_ISA {
 constexpr int unroll = 4;
 constexpr int64_t stream_bytes_min = 4 << 20;  // larger outputs go past the caches, which could not hold them
 
+// Numbers by channel.
+enum Number { middle, rstd, factor, offset, mean, mean_n, time_bias, weight, bias, scale, number_count };
+constexpr int sum_count = 3;
+
 // The channels [first, first + count) of one sample, whole groups; padded: count rounded up to whole vectors.
 struct Channels {
   const GroupNormSilu& a;
   int64_t sample, first, count, padded;
-  double* sums;    // [3][padded]
-  float* numbers;  // [6][padded]: middle, rstd, factor, offset, and the means of dn and dn n
+  double* sums;    // [sum_count][padded]
+  float* numbers;  // [number_count][padded]; scale is 1 + scale, mean and mean_n are those of dn and dn n
 
-  float* of(int which) const { return numbers + which * padded; }
+  float* of(Number which) const { return numbers + which * padded; }
   int64_t width() const { return a.channels / a.groups; }
+  int64_t groups() const { return count / width(); }
+  int64_t group() const { return sample * a.groups + first / width(); }      // the first one
   double of_group() const { return double(width()) * double(a.positions); }  // elements of a group
-  float time_bias(int64_t i) const { return number(a.time_bias, sample, first + i, 0.0f); }
 
   double group_sum(const double* sums, int64_t g) const {
     double sum = 0;
     for (int64_t i = g * width(); i < (g + 1) * width(); ++i) sum += sums[i];
     return sum;
   }
+  // What is taken from x in a group of this mean.
+  void take(double mean, int64_t g, float* middle) const {
+    for (int64_t i = g * width(); i < (g + 1) * width(); ++i) middle[i] = float(mean) - of(time_bias)[i];
+  }
 };
 
 // Doubles: of sums and numbers, and of dz in float between the passes of a backward where dx cannot hold it.
-inline int64_t workspace_of(int64_t padded) { return 6 * padded; }
+inline int64_t workspace_of(int64_t padded) { return sum_count * padded + number_count * padded / 2; }
 inline int64_t held_of(const GroupNormSilu& a, int64_t channels) {
   return a.dx && a.silu && a.dtype != Dtype::f32 ? ceil_div(channels * a.positions, 2) : 0;
 }
 
-struct Of {  // numbers of the channels of a vector, or of one channel in all lanes
-  Lanes value[6];
+// The six numbers of the channels of a vector, or of one channel in all lanes.
+struct Of {
+  Lanes value[time_bias];
 };
 
-// weight (1 + scale) and bias (1 + scale) + shift of each channel; zero beyond the last, where vectors reach.
+inline void read(const Channels& c, Number which, const Row& row, int64_t sample, float missing) {
+  for (int64_t i = 0; i < c.count; i += lanes)
+    store<false>(c.of(which) + i, vector(row, sample, c.first + i, smaller(c.count - i, lanes), missing));
+}
+
+// weight (1 + scale) and bias (1 + scale) + shift of each channel.
 inline void affine(const Channels& c) {
   const GroupNormSilu& a = c.a;
-  for (int64_t i = 0; i < 6 * c.padded; ++i) c.numbers[i] = 0;
-  for (int64_t i = 0; i < c.count; ++i) {
-    const float scale = 1.0f + number(a.scale, c.sample, c.first + i, 0.0f);
-    c.of(2)[i] = number(a.weight, 0, c.first + i, 1.0f) * scale;
-    c.of(3)[i] = number(a.bias, 0, c.first + i, 0.0f) * scale + number(a.shift, c.sample, c.first + i, 0.0f);
+  for (int64_t i = 0; i < number_count * c.padded; ++i) c.numbers[i] = 0;
+  read(c, time_bias, a.time_bias, c.sample, 0.0f);
+  read(c, weight, a.weight, 0, 1.0f);
+  read(c, bias, a.bias, 0, 0.0f);
+  read(c, scale, a.scale, c.sample, 0.0f);
+  read(c, offset, a.shift, c.sample, 0.0f);
+  for (int64_t i = 0; i < c.padded; ++i) {
+    c.of(scale)[i] += 1.0f;
+    c.of(factor)[i] = c.of(weight)[i] * c.of(scale)[i];
+    c.of(offset)[i] += c.of(bias)[i] * c.of(scale)[i];
   }
 }
 
-// What is taken from x in the groups of a mean.
-inline void set_mean(const Channels& c, int64_t g, double mean) {
-  for (int64_t i = g * c.width(); i < (g + 1) * c.width(); ++i) c.of(0)[i] = float(mean) - c.time_bias(i);
-}
-
 inline void keep_mean(const Channels& c, int64_t g, double mean) {
-  c.a.mean[c.sample * c.a.groups + c.first / c.width() + g] = float(mean);
-  set_mean(c, g, mean);
+  c.a.mean[c.group() + g] = float(mean);
+  c.take(mean, g, c.of(middle));
 }
 
 // From the sum of squares about the mean; the factors are times rstd from here on.
 inline void keep_rstd(const Channels& c, int64_t g, double squares) {
-  const float rstd = float(1.0 / square_root(squares / c.of_group() + c.a.eps));
-  c.a.rstd[c.sample * c.a.groups + c.first / c.width() + g] = rstd;
-  for (int64_t i = g * c.width(); i < (g + 1) * c.width(); ++i) c.of(1)[i] = rstd, c.of(2)[i] *= rstd;
+  const float r = float(1.0 / square_root(squares / c.of_group() + c.a.eps));
+  c.a.rstd[c.group() + g] = r;
+  for (int64_t i = g * c.width(); i < (g + 1) * c.width(); ++i) c.of(rstd)[i] = r, c.of(factor)[i] *= r;
 }
 
 inline void statistics(const Channels& c) {  // the forward's
-  for (int64_t i = 0; i < c.count; ++i) {
-    const int64_t group = c.sample * c.a.groups + (c.first + i) / c.width();
-    c.of(0)[i] = c.a.mean[group] - c.time_bias(i);
-    c.of(1)[i] = c.a.rstd[group];
+  for (int64_t g = 0; g < c.groups(); ++g) {
+    c.take(c.a.mean[c.group() + g], g, c.of(middle));
+    for (int64_t i = g * c.width(); i < (g + 1) * c.width(); ++i) c.of(rstd)[i] = c.a.rstd[c.group() + g];
+  }
+}
+
+inline void write(const Channels& c, Number which, const Row& row) {
+  const int64_t at = c.sample * row.stride + c.first;
+  const auto all = [&](auto* to) {
+    for (int64_t i = 0; i < c.count; i += lanes) set<false>(to + at + i, load(c.of(which) + i), smaller(c.count - i, lanes));
+  };
+  if (!row.address) return;
+  switch (row.dtype) {
+    case Dtype::f32: return all(static_cast<float*>(row.address));
+    case Dtype::bf16: return all(static_cast<bf16*>(row.address));
+    default: return all(static_cast<f16*>(row.address));
   }
 }
 
 // From the sums of dz, dz n and n: the means over the groups, and the gradients of what has no positions. shared takes what
 // this sample gives to weight and bias.
 inline void reduce(const Channels& c, double* shared) {
-  const GroupNormSilu& a = c.a;
   const double *ones = c.sums, *products = ones + c.padded, *normals = products + c.padded;
-  const float *rstd = c.of(1), *factor = c.of(2);
+  const float *r = c.of(rstd), *f = c.of(factor), *w = c.of(weight), *b = c.of(bias), *s = c.of(scale);
+  const double positions = double(c.a.positions), inverse = 1.0 / c.of_group();
+  double *to_weight = shared + c.sample * c.a.channels + c.first, *to_bias = to_weight + c.a.batch * c.a.channels;
   for (int64_t from = 0; from < c.count; from += c.width()) {
     double sum = 0, sum_n = 0;
-    for (int64_t i = from; i < from + c.width(); ++i) sum += ones[i] * factor[i], sum_n += products[i] * factor[i];
-    sum /= c.of_group(), sum_n /= c.of_group();
+    for (int64_t i = from; i < from + c.width(); ++i) sum += ones[i] * f[i], sum_n += products[i] * f[i];
+    sum *= inverse, sum_n *= inverse;
     for (int64_t i = from; i < from + c.width(); ++i) {
-      const int64_t at = c.first + i, s = c.sample;
-      const double w = number(a.weight, 0, at, 1.0f), b = number(a.bias, 0, at, 0.0f), f = 1.0f + number(a.scale, s, at, 0.0f);
-      c.of(4)[i] = float(sum), c.of(5)[i] = float(sum_n);
-      put(a.dtime_bias, s, at, rstd[i] * (ones[i] * factor[i] - double(a.positions) * sum - normals[i] * sum_n));
-      put(a.dscale, s, at, w * products[i] + b * ones[i]);
-      put(a.dshift, s, at, ones[i]);
-      shared[s * a.channels + at] = f * products[i];
-      shared[(a.batch + s) * a.channels + at] = f * ones[i];
+      c.of(mean)[i] = float(sum), c.of(mean_n)[i] = float(sum_n);
+      c.of(time_bias)[i] = float(r[i] * (ones[i] * f[i] - positions * sum - normals[i] * sum_n));
     }
   }
+  for (int64_t i = 0; i < c.count; ++i) to_weight[i] = s[i] * products[i], to_bias[i] = s[i] * ones[i];
+  write(c, time_bias, c.a.dtime_bias);
+  for (int64_t i = 0; i < c.count; ++i) c.of(scale)[i] = float(w[i] * products[i] + b[i] * ones[i]);
+  write(c, scale, c.a.dscale);
+  for (int64_t i = 0; i < c.count; ++i) c.of(scale)[i] = float(ones[i]);
+  write(c, scale, c.a.dshift);
 }
 
 template <bool silu> FD_HD Lanes output(Lanes x, const Of& of) {
-  const Lanes z = muladd(x - of.value[0], of.value[2], of.value[3]);
+  const Lanes z = muladd(x - of.value[middle], of.value[factor], of.value[offset]);
   return silu ? z * sigmoid(z) : z;
 }
 
 template <bool silu> FD_HD Lanes output_gradient(Lanes dy, Lanes n, const Of& of) {
   if (!silu) return dy;
-  const Lanes z = muladd(n, of.value[2], of.value[3]);
+  const Lanes z = muladd(n, of.value[factor], of.value[offset]);
   return dy * silu_slope(z, sigmoid(z), splat(1.0f));
 }
 
 FD_HD Lanes input_gradient(Lanes dz, Lanes n, const Of& of) {
-  return gradient(dz, n, of.value[1], of.value[2], of.value[4], of.value[5]);
+  return gradient(dz, n, of.value[rstd], of.value[factor], of.value[mean], of.value[mean_n]);
 }
 
 }  // namespace fd::FD_ISA

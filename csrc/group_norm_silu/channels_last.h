@@ -86,20 +86,20 @@ template <typename T, bool silu, bool stream> void forward_last(const Chunks& c,
   T* y = static_cast<T*>(a.y) + start;
   affine(all);
   for_chunks<false>(c, threads, [&](int64_t chunk) {
-    float *sums = c.of(chunk, 0), *squares = c.of(chunk, 1), *middle = c.of(chunk, 2);
+    float *sums = c.of(chunk, 0), *squares = c.of(chunk, 1), *middles = c.of(chunk, 2);
     const double rows = double(c.until(chunk) - c.from(chunk));
     walk_chunk<0, 1>(c, chunk, nullptr, sums, [&](int64_t at, int64_t n, const Of&, Lanes* sum) __attribute__((always_inline)) {
       sum[0] = sum[0] + get(x + at, n);
     });
     for (int64_t g = 0; g < a.groups; ++g) {
       double sum = 0;
-      for (int64_t i = g * width; i < (g + 1) * width; ++i) sum += sums[i] + rows * all.time_bias(i);
+      for (int64_t i = g * width; i < (g + 1) * width; ++i) sum += sums[i] + rows * all.of(time_bias)[i];
       const double mean = c.means[chunk * a.groups + g] = sum / (rows * double(width));
-      for (int64_t i = g * width; i < (g + 1) * width; ++i) middle[i] = float(mean) - all.time_bias(i);
+      all.take(mean, g, middles);
     }
-    walk_chunk<1, 1>(c, chunk, middle, squares,
+    walk_chunk<1, 1>(c, chunk, middles, squares,
                      [&](int64_t at, int64_t n, const Of& of, Lanes* sum) __attribute__((always_inline)) {
-                       const Lanes d = keep(get(x + at, n) - of.value[0], n);
+                       const Lanes d = keep(get(x + at, n) - of.value[middle], n);
                        sum[0] = muladd(d, d, sum[0]);
                      });
   });
@@ -134,7 +134,7 @@ template <typename T, bool silu> void backward_last(const Chunks& c, int threads
   for_chunks<false>(c, threads, [&](int64_t chunk) {
     walk_chunk<4, 3>(c, chunk, all.numbers, c.of(chunk, 0),
                      [&](int64_t at, int64_t k, const Of& of, Lanes* sum) __attribute__((always_inline)) {
-                       const Lanes n = keep(standardized(get(x + at, k), of.value[0], of.value[1]), k);
+                       const Lanes n = keep(standardized(get(x + at, k), of.value[middle], of.value[rstd]), k);
                        const Lanes dz = output_gradient<silu>(get(grad + at, k), n, of);
                        if (silu) set<false>(between + at, dz, k);
                        sum[0] = sum[0] + dz, sum[1] = muladd(dz, n, sum[1]), sum[2] = sum[2] + n;
@@ -145,7 +145,7 @@ template <typename T, bool silu> void backward_last(const Chunks& c, int threads
   for_chunks<true>(c, threads, [&](int64_t chunk) {
     walk_chunk<6, 0>(c, chunk, all.numbers, nullptr,
                      [&](int64_t at, int64_t k, const Of& of, Lanes*) __attribute__((always_inline)) {
-                       const Lanes n = standardized(get(x + at, k), of.value[0], of.value[1]);
+                       const Lanes n = standardized(get(x + at, k), of.value[middle], of.value[rstd]);
                        set<false>(dx + at, input_gradient(silu ? get(between + at, k) : get(grad + at, k), n, of), k);
                      });
   });
@@ -172,7 +172,8 @@ template <typename Body> void for_samples(const GroupNormSilu& a, double* worksp
 #pragma omp parallel for num_threads(outer) schedule(static, 1) if (outer > 1)
   for (int part = 0; part < outer; ++part) {
     double *own = workspace + part * workspace_last(a), *means = own + workspace_of(padded);
-    float *numbers = reinterpret_cast<float*>(own + 3 * padded), *sums = reinterpret_cast<float*>(means + count * a.groups);
+    float *numbers = reinterpret_cast<float*>(own + sum_count * padded),
+          *sums = reinterpret_cast<float*>(means + count * a.groups);
     for (int64_t s = a.batch * part / outer; s < a.batch * (part + 1) / outer; ++s)
       body(Chunks{{a, s, 0, a.channels, padded, own, numbers}, rows, count, sums, means, sums + 3 * count * padded}, inner);
   }

@@ -35,7 +35,7 @@ template <int given, int kinds, bool by_channel, typename Term> FD_HD void walk(
   clear();
   int64_t held = 0;
   for (int64_t c = 0; c < task.count; ++c) {
-    for (int k = 0; k < given; ++k) of.value[k] = splat(task.of(k)[c]);
+    for (int k = 0; k < given; ++k) of.value[k] = splat(task.numbers[k * task.padded + c]);
     for (int64_t from = 0; from < positions; from += piece) {
       const int64_t end = c * positions + smaller(from + piece, positions);
       int64_t i = c * positions + from;
@@ -61,10 +61,10 @@ template <typename T, bool silu, bool stream> void forward(const Channels& task)
   walk<0, 1, false>(task, [&](int64_t at, int64_t k, const Of&, Lanes* sum)
                               __attribute__((always_inline)) { sum[0] = sum[0] + get(x + at, k); });
   double added = 0;
-  for (int64_t i = 0; i < task.count; ++i) added += task.time_bias(i);
+  for (int64_t i = 0; i < task.count; ++i) added += task.of(time_bias)[i];
   keep_mean(task, 0, (task.sums[0] + added * double(a.positions)) / task.of_group());
   walk<1, 1, false>(task, [&](int64_t at, int64_t k, const Of& of, Lanes* sum) __attribute__((always_inline)) {
-    const Lanes d = keep(get(x + at, k) - of.value[0], k);
+    const Lanes d = keep(get(x + at, k) - of.value[middle], k);
     sum[0] = muladd(d, d, sum[0]);
   });
   keep_rstd(task, 0, task.sums[0]);
@@ -83,14 +83,14 @@ template <typename T, bool silu> void backward(const Channels& task, double* sha
   affine(task);
   statistics(task);
   walk<4, 3, true>(task, [&](int64_t at, int64_t k, const Of& of, Lanes* sum) __attribute__((always_inline)) {
-    const Lanes n = keep(standardized(get(x + at, k), of.value[0], of.value[1]), k);
+    const Lanes n = keep(standardized(get(x + at, k), of.value[middle], of.value[rstd]), k);
     const Lanes dz = output_gradient<silu>(get(grad + at, k), n, of);
     if (silu) set<false>(between + at, dz, k);
     sum[0] = sum[0] + dz, sum[1] = muladd(dz, n, sum[1]), sum[2] = sum[2] + n;
   });
   reduce(task, shared);
   walk<6, 0, true>(task, [&](int64_t at, int64_t k, const Of& of, Lanes*) __attribute__((always_inline)) {
-    const Lanes n = standardized(get(x + at, k), of.value[0], of.value[1]),
+    const Lanes n = standardized(get(x + at, k), of.value[middle], of.value[rstd]),
                 dz = silu ? get(between + at, k) : get(grad + at, k);
     set<false>(dx + at, input_gradient(dz, n, of), k);
   });
@@ -109,7 +109,8 @@ template <typename Body> void for_groups(const GroupNormSilu& a, double* workspa
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
     double* own = workspace + part * thread_workspace(a);
-    float *numbers = reinterpret_cast<float*>(own + 3 * padded), *held = reinterpret_cast<float*>(own + workspace_of(padded));
+    float *numbers = reinterpret_cast<float*>(own + sum_count * padded),
+          *held = reinterpret_cast<float*>(own + workspace_of(padded));
     for (int64_t i = all * part / threads; i < all * (part + 1) / threads; ++i)
       body(Channels{a, i / a.groups, i % a.groups * width, width, padded, own, numbers}, held);
   }
