@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import fastdistill
+from fastdistill.train.loop import read_metrics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,3 +57,13 @@ def test_the_public_names_are_there() -> None:
     assert all(getattr(fastdistill, name) is not None for name in fastdistill.__all__)
     differentiable = {"attention", "cross_attention", "feature_match", "geglu", "group_norm_silu", "output_match"}
     assert differentiable <= set(fastdistill.__all__)
+
+
+def test_the_script_for_several_ranks_runs(tmp_path: Path) -> None:
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ranks.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    (tmp_path / "train.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
+    assert [m["step"] for m in read_metrics(tmp_path / "runs/mine/metrics.jsonl")] == [4]
+    UNet2DConditionModel.from_pretrained(tmp_path / "runs/mine/student")

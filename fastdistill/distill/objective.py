@@ -21,7 +21,8 @@ class Setting:
     latents: [N, *S]. latent_prompts: [N] int64 on the device, rows of prompts. prompts: [M + 1, L, D], the null prompt
     last. batch: samples of a step. prediction_type: what teacher and student put out. ahead: steps whose rows are read
     ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss will be multiplied before the
-    backward, for losses that store their gradient; None: 1.
+    backward, for losses that store their gradient; None: 1. first_sample, global_batch: where several processes share
+    a step, which of its samples are this one's (``noise_gather``).
     """
 
     teacher: nn.Module
@@ -34,6 +35,8 @@ class Setting:
     prediction_type: PredictionType = "epsilon"
     ahead: int = 3
     grad_scale: Tensor | None = None
+    first_sample: int = 0
+    global_batch: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +47,8 @@ class Setting:
         tables = self.schedule.coefficients(self.prediction_type).to(self.device), replace.to(self.device)
         return Batches(
             self.latents, self.latent_prompts, self.prompts, *tables, batch=self.batch,
-            null_index=len(self.prompts) - 1, ahead=self.ahead, **options,
+            null_index=len(self.prompts) - 1, ahead=self.ahead, first_sample=self.first_sample,
+            global_batch=self.global_batch, **options,
         )  # fmt: skip
 
 

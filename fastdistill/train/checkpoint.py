@@ -21,6 +21,7 @@ from torch import Tensor
 from fastdistill.data.files import atomic_write, reason
 from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
 from fastdistill.errors import StorageError
+from fastdistill.train import distributed
 from fastdistill.train.step import TrainStep
 
 SCHEMA = 3
@@ -38,7 +39,7 @@ def save(
     directory: Path, state: Mapping[str, Tensor], step: int, seconds: float, fingerprint: Mapping[str, Any]
 ) -> Path:
     """Write ``step-<step>.safetensors``; StorageError when it cannot be written, and nothing is left of the attempt."""
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+    tensors = {name: t.contiguous() for name, t in state.items()}
     head = {"schema": SCHEMA, "step": step, "seconds": seconds, "fingerprint": plain(fingerprint)}
     head["sha256"] = sha256_of_tensors(tensors)
     path = directory / f"step-{step:08d}.safetensors"
@@ -76,6 +77,16 @@ def latest(directory: Path, fingerprint: Mapping[str, Any]) -> Checkpoint | None
     return Checkpoint(head["step"], head["seconds"], tensors)
 
 
+def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, on rank 0, of tensors that may be cut over the ranks; every rank has to ask for them."""
+    copies = {}
+    for name, tensor in state.items():
+        full = distributed.whole(tensor.detach())
+        if distributed.rank() == 0:
+            copies[name] = full.cpu().clone()
+    return copies
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     advice = "delete it to go on from the one before"
     try:
@@ -94,7 +105,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def state_of(step: TrainStep, student: torch.nn.Module) -> dict[str, Tensor]:
-    """Everything a run consists of: weights, adapters, moments and averages of the optimizer, counter and metrics."""
+    """Everything a run consists of: weights, adapters, moments and averages of the optimizer, counter and metrics.
+
+    Every rank has to ask for it. Where the student is sharded, so are its tensors here; ``totals`` are all ranks'.
+    """
     state = {f"student.{k}": v for k, v in student.state_dict().items()}
     for i, module in enumerate(step.objective.trained):
         state |= {f"trained.{i}.{k}": v for k, v in module.state_dict().items()}
@@ -102,22 +116,28 @@ def state_of(step: TrainStep, student: torch.nn.Module) -> dict[str, Tensor]:
         state |= {f"optimizer.{i}.{k}": v for k, v in step.optimizer.state[parameter].items()}
     if step.scaling is not None:
         state |= {"loss_scale": step.scaling.value, "good_steps": step.scaling.good}
-    return state | {"counter": step.counter, "totals": step.totals, "skipped": step.optimizer.skipped}
+    totals = distributed.rows(step.totals)
+    return state | {"counter": step.counter, "totals": totals, "skipped": step.optimizer.skipped}
 
 
 @torch.no_grad()
 def restore(tensors: Mapping[str, Tensor], step: TrainStep, student: torch.nn.Module) -> None:
-    """Put a checkpoint's state back in place, each tensor in the layout and on the device that the run uses."""
+    """Put a checkpoint's state back in place, each tensor in the layout and on the device that the run uses, and cut
+    over the ranks as there."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    student.load_state_dict(part("student."))
+    def load(module: torch.nn.Module, prefix: str) -> None:
+        own = module.state_dict()
+        module.load_state_dict({k: distributed.placed(v, own.get(k, v)) for k, v in part(prefix).items()})
+
+    load(student, "student.")
     for i, module in enumerate(step.objective.trained):
-        module.load_state_dict(part(f"trained.{i}."))
+        load(module, f"trained.{i}.")
     for i, parameter in enumerate(step.parameters):
         step.optimizer.state[parameter] = {
-            k: torch.empty_like(parameter, dtype=v.dtype).copy_(v)
+            k: torch.empty_like(parameter, dtype=v.dtype).copy_(distributed.placed(v, parameter))
             if v.shape == parameter.shape
             else v.to(parameter.device)
             for k, v in part(f"optimizer.{i}.").items()
@@ -126,5 +146,7 @@ def restore(tensors: Mapping[str, Tensor], step: TrainStep, student: torch.nn.Mo
         step.scaling.value.copy_(tensors["loss_scale"])
         step.scaling.good.copy_(tensors["good_steps"])
     step.counter.copy_(tensors["counter"])
-    step.totals.copy_(tensors["totals"])
+    totals = tensors["totals"].reshape(-1, len(step.totals))
+    same = len(totals) == distributed.size()
+    step.totals.copy_(totals[distributed.rank()] if same else totals.mean(0))
     step.optimizer.skipped.copy_(tensors["skipped"])

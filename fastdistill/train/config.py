@@ -31,7 +31,7 @@ class TrainConfig:
     steps: Annotated[int, Field(ge=1)] = 1000
     """Optimizer steps."""
     batch: Annotated[int, Field(ge=1, le=2**20)] = 256
-    """Samples a step."""
+    """Samples a step, of all ranks together."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
     """Learning rate of AdamW, its peak where it is scheduled."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -53,7 +53,7 @@ class TrainConfig:
     fuse: bool = False
     """Fused ops inside of teacher and student (fastdistill.fuse)."""
     execution: Execution = "auto"
-    """How a step runs: eager, compiled, as one CUDA graph, or auto: a graph where a GPU and the step allow it."""
+    """How a step runs: eager, compiled, as one CUDA graph, or auto: on a GPU a graph if it can be, else compiled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of every draw."""
     banks: Literal["device", "pinned"] = "device"

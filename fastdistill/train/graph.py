@@ -14,30 +14,33 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdistill.errors import FastdistillError, KernelError
 from fastdistill.models.sharding import sharded
+from fastdistill.train import distributed
 from fastdistill.train.config import Execution
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.step import TrainStep
 
 WARM_UP = 3  # steps of a run before it is captured: buffers, optimizer state and tuned kernels come to be in them
+DDP_WARM_UP = 11  # torch's notes on CUDA ask for as many; DDP orders its buckets and takes its times in them
 
 
 class GraphedStep:
     """Calls run the first steps eagerly on a stream of its own, capture the next one and replay it from then on.
 
-    The second of them runs under ``NoHostSync``, so what cannot be captured is named with its line. Every step counts:
+    The last of them runs under ``NoHostSync``, so what cannot be captured is named with its line. Every step counts:
     capturing executes nothing and touches no state. Data, random numbers, learning rate and EMA decay come from device
-    memory, so between log intervals the host does nothing but launch the graph.
+    memory, so between log intervals the host does nothing but launch the graph. On several ranks the graph holds DDP's
+    collectives too, as torch's notes on CUDA describe: not run on GPUs yet.
 
     Where a step cannot be captured, ``strict`` raises KernelError with the reason; otherwise a warning gives it and the
-    step runs again from its beginning, and every later one, eagerly.
+    step runs again from its beginning, and every later one, compiled.
     """
 
     def __init__(self, step: TrainStep, student: nn.Module, *, strict: bool) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._step, self._student, self._strict = step, student, strict
-        self._stream = torch.cuda.Stream(step.counter.device)
+        self._stream = step.stream or torch.cuda.Stream(step.counter.device)
         self._next: Callable[[], None] = self._eager
-        self._warm = 0
+        self._warm, self._until = 0, WARM_UP if distributed.size() == 1 else DDP_WARM_UP
 
     def __call__(self) -> None:
         if self._strict:
@@ -46,26 +49,28 @@ class GraphedStep:
         try:
             self._next()
         except KernelError as error:
-            warnings.warn(f"{error}; going on without a graph", stacklevel=2)
+            warnings.warn(f"{error}; going on compiled, without a graph", stacklevel=2)
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
             self._step.optimizer.zero_grad(set_to_none=True)  # nothing else of the step has been done
-            self._next = self._step
-            self._step()
+            self._next = _compiled(self._step)
+            self._next()
 
     def _eager(self) -> None:
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        guard = NoHostSync() if self._warm == 1 else contextlib.nullcontext()  # after what is tuned at first calls
+        self._warm += 1
+        last = self._warm == self._until
+        guard = NoHostSync() if last else contextlib.nullcontext()  # after what is tuned at first calls
         with torch.cuda.stream(self._stream), guard:
             self._step()
         current.wait_stream(self._stream)
-        self._warm += 1
-        if self._warm == WARM_UP:
+        if last:
             self._next = self._captured
 
     def _captured(self) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         graph = torch.cuda.CUDAGraph()
+        cause: RuntimeError | None = None
         try:
             with (
                 _checkpoints_without_rng(self._student),
@@ -73,10 +78,17 @@ class GraphedStep:
             ):
                 self._step()
         except RuntimeError as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise KernelError(f"step: could not be captured in a CUDA graph: {first}") from error
+            cause = error
+        if distributed.anywhere(cause is not None, self._stream.device):  # all replay, or none
+            raise KernelError(f"step: could not be captured in a CUDA graph: {_first(cause)}") from cause
         self.graph, self._next = graph, graph.replay
         graph.replay()
+
+
+def _first(error: Exception | None) -> str:
+    """The first line of an error's message; None is another rank's."""
+    lines = str(error or "another rank could not").strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -98,30 +110,47 @@ def refuse_graph(step: TrainStep, student: nn.Module) -> str | None:
     """Why this run cannot be one CUDA graph, as far as can be told before it begins."""
     if step.counter.device.type != "cuda":
         return f"it runs on {step.counter.device.type}: a CUDA graph needs a CUDA device"
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in student.modules()):
-        return "DistributedDataParallel reduces gradients on streams of its own: use 'compiled'"
     if where := sharded(student):
-        return f"{where}, which gathers and frees parameters on the host's schedule: use 'compiled'"
-    return None
+        return f"{where}, which gathers and frees parameters on the host's schedule"
+    return distributed.refuse_capture()
+
+
+def _compiled(step: TrainStep) -> Callable[[], None]:
+    """The step, compiled by its first call; FastdistillError where that fails."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    step.compile()
+
+    def advance() -> None:
+        try:
+            step()
+        except TorchDynamoException as error:
+            why = f"step: torch.compile failed: {_first(getattr(error, 'inner_exception', error))}"
+            raise FastdistillError(f"{why}; config.execution 'eager' does without it") from error
+
+    return advance
 
 
 def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callable[[], None]:
     """What the loop calls every step.
 
     ``eager``: the step itself. ``compiled``: draw, models and losses through ``torch.compile``. ``graph``: everything
-    in one CUDA graph. ``auto``: a graph where there is a GPU and the step allows it, else eagerly.
+    in one CUDA graph. ``auto``: on a GPU a graph, compiled with a warning that says why where there can be none; on a
+    CPU eagerly.
 
     Raises:
-        FastdistillError: ``graph`` where it cannot be; with the reason.
+        FastdistillError: ``graph`` where it cannot be, with the reason; from the first step, what cannot be compiled.
     """
     if execution == "compiled":
-        step.compile()
-        return step
+        return _compiled(step)
     if execution == "eager":
         return step
     reason = refuse_graph(step, student)
     if reason is None:
         return GraphedStep(step, student, strict=execution == "graph")
     if execution == "graph":
-        raise FastdistillError(f"execution 'graph': {reason}")
-    return step
+        raise FastdistillError(f"execution 'graph': {reason}; use 'compiled'")
+    if step.counter.device.type != "cuda":
+        return step
+    warnings.warn(f"step: no CUDA graph, as {reason}; it is compiled", stacklevel=2)
+    return _compiled(step)

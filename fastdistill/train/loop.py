@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdistill.data.files import atomic_write, locked, make_directory, reason, sweep
 from fastdistill.errors import FastdistillError, StorageError
-from fastdistill.train import checkpoint
+from fastdistill.train import checkpoint, distributed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
 from fastdistill.train.step import TrainStep
@@ -51,9 +51,7 @@ def fit(
         run = _Run(step, student, fingerprint, config)
         if directory is not None:
             path = Path(directory)
-            make_directory(path)
-            stack.enter_context(locked(path))
-            sweep(path)
+            distributed.first(lambda: _enter(path, stack))
             run.open(path)
         stopped = stack.enter_context(_signals())
         stack.callback(step.objective.close)
@@ -61,7 +59,8 @@ def fit(
         advance = runner(step, student, config.execution)
         if progress is not None:
             progress(done, None)
-        while done < config.steps and not stopped.is_set():
+        stop = False
+        while done < config.steps and not stop:
             step.prepare(done)
             advance()
             done += 1
@@ -70,10 +69,18 @@ def fit(
                 run.save(done)
             if progress is not None:
                 progress(done, metrics)
-        if stopped.is_set() and done < config.steps:
+            if metrics is not None or distributed.size() == 1:  # ranks agree where they wait for each other anyway
+                stop = distributed.anywhere(stopped.is_set(), step.counter.device)
+        if stop and done < config.steps:
             run.save(done)
             raise KeyboardInterrupt(f"stopped after step {done} of {config.steps}")
         return FitResult(done, run.seconds(), run.history)
+
+
+def _enter(directory: Path, stack: contextlib.ExitStack) -> None:
+    make_directory(directory)
+    stack.enter_context(locked(directory))
+    sweep(directory)
 
 
 class _Run:
@@ -94,19 +101,31 @@ class _Run:
     def open(self, directory: Path) -> None:
         """Go on with the run of this directory, if it holds one."""
         self.directory = directory
-        found = checkpoint.latest(directory, self.fingerprint)
-        if found is None:
+        tensors: dict[str, Tensor] = {}
+
+        def read() -> tuple[float, list[Metrics], dict[str, Tensor]] | None:
+            found = checkpoint.latest(directory, self.fingerprint)
+            if found is None:
+                return None
+            tensors.update(found.tensors)
+            path = directory / "metrics.jsonl"
+            history = [m for m in read_metrics(path) if m["step"] <= found.step]
+            atomic_write(path, "".join(json.dumps(m) + "\n" for m in history).encode())
+            return found.seconds, history, {name: t.to("meta") for name, t in tensors.items()}
+
+        told = distributed.first(read)
+        if told is None:
             return
-        checkpoint.restore(found.tensors, self.step, self.student)
-        self._before = found.seconds
-        self.history = [m for m in read_metrics(directory / "metrics.jsonl") if m["step"] <= found.step]
+        self._before, self.history, shapes = told
+        received = distributed.broadcast(tensors or shapes, self.step.counter.device)
+        checkpoint.restore(received, self.step, self.student)
         if self.history:
             self._logged, self._skipped = int(self.history[-1]["step"]), int(self.history[-1]["skipped"])
-        atomic_write(directory / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.history).encode())
 
     def log(self, done: int) -> Metrics:
         """Means of the metrics since the last line: the one place where the device is waited for."""
-        read = torch.cat([self.step.totals.double(), self.step.optimizer.skipped.double().reshape(1)])
+        totals = distributed.rows(self.step.totals.double()).mean(0)
+        read = torch.cat([totals, self.step.optimizer.skipped.double().reshape(1)])
         *sums, skipped = read.tolist()
         self.step.totals.zero_()
         steps = done - self._logged
@@ -124,18 +143,28 @@ class _Run:
         self.history.append(metrics)
         if self.directory is not None:
             path = self.directory / "metrics.jsonl"
-            try:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(metrics) + "\n")
-            except OSError as error:
-                raise StorageError(f"{path}: could not be written: {reason(error)}") from error
+            distributed.first(lambda: _append(path, metrics))
         return metrics
 
     def save(self, done: int) -> None:
-        if self.directory is not None:
-            state = checkpoint.state_of(self.step, self.student)
-            checkpoint.save(self.directory, state, done, self.seconds(), self.fingerprint)
-            checkpoint.prune(self.directory, self.config.keep_checkpoints)
+        directory = self.directory
+        if directory is None:
+            return
+        state = checkpoint.whole(checkpoint.state_of(self.step, self.student))
+
+        def write() -> None:
+            checkpoint.save(directory, state, done, self.seconds(), self.fingerprint)
+            checkpoint.prune(directory, self.config.keep_checkpoints)
+
+        distributed.first(write)
+
+
+def _append(path: Path, metrics: Metrics) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as error:
+        raise StorageError(f"{path}: could not be written: {reason(error)}") from error
 
 
 def read_metrics(path: Path) -> list[Metrics]:

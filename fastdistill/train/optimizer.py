@@ -152,9 +152,10 @@ class AdamWEMA(torch.optim.AdamW):
     @torch.no_grad()
     def copy_average(self, module: nn.Module, to: nn.Module) -> None:
         """Write the averages of a module's parameters into a module of the same parameters; those that have none yet
-        are their own."""
+        are their own. Where they are DTensors, every rank has to call it."""
         for source, target in zip(module.parameters(), to.parameters(), strict=True):
-            target.copy_(self.state.get(source, {}).get("ema", source))
+            average = self.state.get(source, {}).get("ema", source)
+            target.copy_(average.full_tensor() if hasattr(average, "full_tensor") else average)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of this optimizer or of torch's; state stays float32, in the memory layout of the parameters."""

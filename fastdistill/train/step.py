@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.distill.objective import BoundObjective
+from fastdistill.errors import InputError
+from fastdistill.models.sharding import sharded
+from fastdistill.train import distributed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.optimizer import AdamWEMA
 from fastdistill.train.scaling import LossScale
@@ -37,7 +40,11 @@ class TrainStep:
     ``counter`` is [2] int64 on the device, (seed, step). ``totals`` [metrics] float32 sums the metrics of the steps
     since it was last zeroed; ``metric_names`` says what each is. The last is the norm of the gradient, left out where
     it is not finite: the optimizer skips that update and counts it (``optimizer.skipped``). ``scaling``: the loss scale
-    of float16 weights.
+    of float16 weights. On several ranks (``train.distributed``) every gradient is their mean, so that the norm, the
+    update and what follows from them are the same on each; ``totals`` are each rank's own.
+
+    Raises:
+        InputError: by the first call on several ranks, a parameter that no gradient reaches.
     """
 
     def __init__(
@@ -49,8 +56,12 @@ class TrainStep:
         scaling: LossScale | None = None,
     ) -> None:
         self.objective, self.scaling = objective, scaling
-        self._seed = config.seed
-        self._evaluate: Callable[[Tensor], tuple[Tensor, list[Tensor]]] = objective
+        self._seed, self._student, self._checked = config.seed, student, distributed.size() == 1
+        self.stream: torch.cuda.Stream | None = None  # on which the step may be captured
+        if device.type == "cuda" and config.execution in ("auto", "graph"):
+            self.stream = torch.cuda.Stream(device)
+        self._evaluate: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
+        self._evaluate = distributed.averaged(objective, student, self.stream)
         own = [p for p in student.parameters() if p.requires_grad]
         adapters = [p for module in objective.trained for p in module.parameters()]
         self.parameters = own + adapters
@@ -79,12 +90,17 @@ class TrainStep:
 
     def compile(self, *, backend: str = "inductor") -> None:
         """Run draw, models and losses through ``torch.compile`` from now on."""
-        self._evaluate = torch.compile(self.objective, dynamic=False, backend=backend)
+        if self.stream is not None:  # a capture that failed may have left DDP in the midst of a backward
+            self._evaluate = self.objective
+            self._evaluate = distributed.averaged(self.objective, self._student, None)
+        self._evaluate = torch.compile(self._evaluate, dynamic=False, backend=backend)
 
     def __call__(self) -> None:
         step = self.counter[1:]
         loss, metrics = self._evaluate(self.counter)
         (loss if self.scaling is None else loss * self.scaling.value).backward()
+        if not self._checked:
+            self._check_gradients()
         self.lr.copy_(self._rates.index_select(0, step).squeeze(0))
         square_sum = self.optimizer.square_sum()
         self.optimizer.update(square_sum)
@@ -95,3 +111,12 @@ class TrainStep:
             self.scaling.update(square_sum)
         self.totals.add_(torch.stack([*metrics, norm]))
         step.add_(1)
+
+    def _check_gradients(self) -> None:
+        """DDP waits for every gradient; alone, a parameter without one rests."""
+        self._checked = True
+        named = self._student.named_parameters()
+        resting = [name for name, p in named if p.requires_grad and p.grad is None]
+        if resting and not sharded(self._student):
+            rule = "a gradient for every parameter, or requires_grad_(False), where ranks average them"
+            raise InputError.of("student", rule, f"none for {', '.join(resting)}")

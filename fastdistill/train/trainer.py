@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError
 from fastdistill.models.fuse import fuse
+from fastdistill.models.sharding import sharded
 from fastdistill.models.students import check_parameters
+from fastdistill.train import distributed
 from fastdistill.train.config import TrainConfig, validated
 from fastdistill.train.loop import FitResult, Progress, fit
 from fastdistill.train.scaling import LossScale
@@ -29,6 +32,10 @@ from fastdistill.train.step import TrainStep
 
 class DistillTrainer:
     """Distil a teacher into a student.
+
+    In a process group of torch's (``torchrun``), every rank builds the same trainer and calls the same methods: the
+    ranks share each batch and average its gradients, rank 0 writes. The run is that of one process, but for the order
+    in which the gradients are summed.
 
     Args:
         teacher: any diffusers model, or a module of its call shape ``model(x_t, t, encoder_hidden_states=prompt)``.
@@ -41,6 +48,8 @@ class DistillTrainer:
         config: see ``TrainConfig``.
         device: where to train (None: where the student is).
         prediction_type: what both models put out (None: what a diffusers scheduler says, else epsilon).
+        shard: called with the student once it is cast, fused and tapped, to ``fully_shard`` it over the ranks (None:
+            each holds all of it).
 
     Raises:
         InputError: whatever does not fit together, before anything is launched or written.
@@ -58,12 +67,14 @@ class DistillTrainer:
         *,
         device: torch.device | str | None = None,
         prediction_type: PredictionType | None = None,
+        shard: Callable[[nn.Module], object] | None = None,
     ) -> None:
         self.config = validated(config, "config")
         if not isinstance(schedule, NoiseSchedule):
             prediction_type = prediction_type or schedule.config.get("prediction_type")
             schedule = NoiseSchedule.from_diffusers(schedule)
         self.device = torch.device(device) if device is not None else next(student.parameters()).device
+        first_sample, batch = distributed.part(config.batch, self.device)
         _check_models(teacher, student, latents, prompts)
         self.teacher = teacher.to(self.device).eval().requires_grad_(False)
         # not diffusers' own to, which warns of modules to keep in float32 even where there are none
@@ -80,20 +91,26 @@ class DistillTrainer:
             latents=_placed(latents.latents, self.device, config),
             latent_prompts=latents.prompt_index.to(self.device),
             prompts=_placed(prompts.embeddings, self.device, config),
-            batch=config.batch,
+            batch=batch,
             prediction_type=prediction_type or "epsilon",
             ahead=config.ahead,
             grad_scale=scaling.value if scaling else None,
+            first_sample=first_sample,
+            global_batch=config.batch,
         )
         self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
-        self.step = TrainStep(objective.bind(setting), self.student, config, self.device, scaling)
+        distributed.check_same(self._fingerprint)
+        bound = objective.bind(setting)
+        if shard is not None:
+            distributed.shard(self.student, bound, shard)
+        self.step = TrainStep(bound, self.student, config, self.device, scaling)
 
     def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
         """Train to the last step of the configuration.
 
         With a directory, checkpoints and ``metrics.jsonl`` go there, and a run found in it is gone on with: the result
-        is the same to the last bit as without the interruption. Ctrl-C ends the step under way, writes a checkpoint
-        and raises KeyboardInterrupt.
+        is the same to the last bit as without the interruption. Ctrl-C ends the step under way (on several ranks, the
+        log interval), writes a checkpoint and raises KeyboardInterrupt.
 
         Args:
             directory: where the run lives; one process at a time.
@@ -105,10 +122,19 @@ class DistillTrainer:
         """
         return fit(self.step, self.student, self._fingerprint, self.config, directory, progress)
 
-    def ema_student(self) -> nn.Module:
-        """A copy of the student with the averaged weights, float32 and in eval mode: what one samples from and
-        exports."""
-        model = copy.deepcopy(self.student).float().eval().requires_grad_(False)
+    def ema_student(self, to: nn.Module | None = None) -> nn.Module:
+        """A copy of the student with the averaged weights, float32 and in eval mode: what one samples from and exports.
+
+        ``to``: a model of the student's kind to make it of, as a sharded one has no copy; every rank then has to ask.
+        """
+        if to is None:
+            if where := sharded(self.student):
+                raise InputError.of("to", "a model of the student's kind to write into", f"none, and {where}")
+            to = copy.deepcopy(self.student)
+        model = to.to(self.device).float().eval().requires_grad_(False)
+        with torch.no_grad():
+            for own, theirs in zip(self.student.buffers(), model.buffers(), strict=True):
+                theirs.copy_(own)
         self.step.optimizer.copy_average(self.student, model)
         return model
 
@@ -134,6 +160,13 @@ def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:
 
 
 def _check_models(teacher: nn.Module, student: nn.Module, latents: LatentCache, prompts: PromptBank) -> None:
+    for name, model in {"teacher": teacher, "student": student}.items():
+        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+            rule = "the model itself, which the trainer wraps for its ranks"
+            raise InputError.of(name, rule, "DistributedDataParallel (pass its module)")
+        if where := sharded(model):
+            rule = "a model that is not sharded yet (the student is, by a function given as shard)"
+            raise InputError.of(name, rule, where)
     check_parameters(teacher, student)
     latents.check_prompts(len(prompts))
     for name, model in {"teacher": teacher, "student": student}.items():

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run over several processes (``torchrun``), one a device: the ranks of torch's default process group.
+
+Each draws its part of every batch; gradients are averaged by ``DistributedDataParallel``, or by FSDP2 where the student
+is sharded, so that all ranks make the same update. Rank 0 alone touches files. Without a process group there is one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastdistill.data.fingerprint import differences, plain
+from fastdistill.distill.objective import BoundObjective
+from fastdistill.errors import FastdistillError, InputError
+from fastdistill.models.sharding import sharded
+
+NCCL = (2, 9, 6)  # the first whose collectives a CUDA graph can hold
+ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+T = TypeVar("T")
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if size() > 1 else 0
+
+
+def part(batch: int, device: torch.device) -> tuple[int, int]:
+    """The first sample of this rank's part of a batch, and how many it has.
+
+    Raises:
+        InputError: the batch cannot be cut into equal parts, no process group in spite of ``torchrun``, or the current
+            GPU is not the rank's own.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and dist.is_torchelastic_launched() and size() == 1:
+        rule = f"init_process_group before the trainer, as torchrun started {started} processes"
+        raise InputError.of("torch.distributed", rule, "none")
+    if batch % size():
+        raise InputError.of("config.batch", f"a multiple of the {size()} ranks that share it", batch)
+    if size() > 1 and device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        rule = f"the current device {torch.cuda.current_device()} (torch.cuda.set_device(LOCAL_RANK) before)"
+        raise InputError.of("device", rule, device)
+    count = batch // size()
+    return rank() * count, count
+
+
+def first(act: Callable[[], T]) -> T:
+    """What ``act`` returns, or raises, on rank 0, where alone it runs: on every rank."""
+    if size() == 1:
+        return act()
+    outcome: list[Any] = [None, None]
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            outcome[0] = act()
+        except Exception as error:
+            failure = error
+            outcome[1] = error if isinstance(error, FastdistillError) else FastdistillError(f"rank 0: {error!r}")
+    dist.broadcast_object_list(outcome, src=0)
+    if failure is not None or outcome[1] is not None:
+        raise failure or outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def check_same(fingerprint: Mapping[str, Any]) -> None:
+    """Raises ``InputError``, on every rank, where one was given something else than rank 0."""
+    if size() == 1:
+        return
+    found: list[Any] = [None] * size()
+    dist.all_gather_object(found, plain(fingerprint))
+    for number, theirs in enumerate(found):
+        if different := differences(found[0], theirs):
+            raise InputError(f"rank {number}: expected what rank 0 was given, got {'; '.join(different)}")
+
+
+def anywhere(flag: bool, device: torch.device) -> bool:
+    """Whether any rank says so; waits for the device."""
+    if size() == 1:
+        return flag
+    told = torch.tensor(float(flag), device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
+def rows(value: Tensor) -> Tensor:
+    """[ranks, *S]: the [*S] of every rank, in their order."""
+    if size() == 1:
+        return value[None]
+    table = value.new_zeros(size(), *value.shape)
+    table[rank()] = value
+    dist.all_reduce(table)  # zeros but for one rank: gathers, also where a backend has no all_gather for the device
+    return table
+
+
+def broadcast(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Rank 0's tensors, on the CPU; on other ranks any of these shapes and dtypes stand for them."""
+    if size() == 1:
+        return dict(tensors)
+    received = {}
+    for name, tensor in tensors.items():
+        here = tensor.to(device) if rank() == 0 else torch.empty_like(tensor, device=device)
+        dist.broadcast(here, 0)
+        received[name] = here.cpu()
+    return received
+
+
+class _Trained(nn.Module):
+    """An objective as the forward of all that it trains: what DDP wraps, adapters too."""
+
+    def __init__(self, objective: BoundObjective, student: nn.Module) -> None:
+        super().__init__()
+        self.student, self.adapters = student, nn.ModuleList(objective.trained)
+        self._objective = [objective]  # in a list, should it be a module
+
+    def forward(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self._objective[0](counter)
+
+
+def averaged(
+    objective: BoundObjective, student: nn.Module, stream: torch.cuda.Stream | None
+) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
+    """The objective, with a backward that leaves the mean gradients of all ranks.
+
+    Weights and buffers become rank 0's. ``stream``: that of a later capture in a CUDA graph.
+    """
+    if size() == 1 or sharded(student):
+        return objective
+    if stream is None:
+        return nn.parallel.DistributedDataParallel(_Trained(objective, student), gradient_as_bucket_view=True)
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        wrapped = averaged(objective, student, None)
+    current.wait_stream(stream)
+    return wrapped
+
+
+def shard(student: nn.Module, objective: BoundObjective, how: Callable[[nn.Module], object]) -> None:
+    """Let ``how`` shard the student, from rank 0's weights; its adapters stay whole, their gradients averaged."""
+    if size() > 1:
+        for tensor in student.state_dict().values():
+            dist.broadcast(tensor, 0)
+    how(student)
+    if not all(hasattr(p, "device_mesh") for p in student.parameters()):
+        raise InputError.of("shard", "a function that calls fully_shard on the student", "one that leaves weights out")
+    for parameter in nn.ModuleList(objective.trained).parameters():
+        parameter.register_post_accumulate_grad_hook(_average)
+
+
+def _average(parameter: Tensor) -> None:
+    if size() > 1 and parameter.grad is not None:
+        dist.all_reduce(parameter.grad.div_(size()))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor with all its shards, which every rank has to ask for; other tensors themselves."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def placed(value: Tensor, like: Any) -> Tensor:
+    """A whole tensor as ``like`` is cut; itself where that is no DTensor."""
+    if not hasattr(like, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def refuse_capture() -> str | None:
+    """Why a CUDA graph cannot hold the collectives of these ranks: torch's conditions, in its notes on CUDA."""
+    if size() == 1:
+        return None
+    backend = dict(pair.split(":") for pair in dist.get_backend_config().split(",")).get("cuda")
+    if backend != "nccl":
+        return f"gradients are reduced by {backend}: a CUDA graph can hold NCCL's collectives"
+    if (found := torch.cuda.nccl.version()) < NCCL:
+        return f"NCCL is {'.'.join(map(str, found))}: a CUDA graph can hold its collectives from 2.9.6 on"
+    if os.environ.get(ERROR_HANDLING) != "0":
+        return f"NCCL's watchdog would query a capture: {ERROR_HANDLING}=0 is needed before init_process_group"
+    return None

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes train as one: the same draws to the bit, the same weights but for the order of sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdistill.errors import FastdistillError, InputError, StorageError
+from fastdistill.train import distributed
+from tests.train import ranks
+
+Found = dict[str, tuple[Any, Any]]
+SLOW = ("compiled", "shards_compiled")
+
+
+def by_two(directory: Path, names: tuple[str, ...]) -> Found:
+    """What the scenarios gave on each rank."""
+    torch.multiprocessing.spawn(ranks.work, (str(directory), names), nprocs=2)
+    one, two = (torch.load(directory / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    return {name: (one[name], two[name]) for name in names}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def found(place: Path) -> Found:
+    return by_two(place, tuple(name for name in ranks.SCENARIOS if name not in SLOW))
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return ranks.finished(ranks.make())
+
+
+def done(outcome: Any) -> dict[str, Any]:
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert isinstance(outcome, dict)
+    return outcome
+
+
+def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    states = one["state"], two["state"]
+    equal = all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    return states[0].keys() == states[1].keys() and equal and one["history"] == two["history"]
+
+
+def assert_close(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """Gradients are sums in another order: of norm 0.5 at most after clipping, they differ by some 1e-7 of it. An
+    update is at most lr / eps = 0.1 of that, a few of them 1e-7; moments are the gradients' own size."""
+    for name, value in one["state"].items():
+        if name != "totals":  # one row a rank
+            torch.testing.assert_close(value, two["state"][name], rtol=2e-5, atol=1e-6, msg=name)
+    for mine, theirs in zip(one["history"], two["history"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+def test_the_draws_are_those_of_one_process(found: Found) -> None:
+    for *halves, whole in zip(*found["draws"], ranks.draws(0, Path()), strict=True):
+        for one, two, wanted in zip(*halves, whole, strict=True):
+            assert torch.equal(torch.cat([one, two]), wanted)
+
+
+@pytest.mark.parametrize("name", ["run", "shards"])
+def test_a_run_is_that_of_one_process(found: Found, alone: dict[str, Any], name: str) -> None:
+    one, two = map(done, found[name])
+    assert same(one, two)
+    assert_close(one, alone)
+    assert one["history"][-1]["loss"] < one["history"][0]["loss"]
+
+
+@pytest.mark.parametrize(("name", "whole"), [("interrupted", "run"), ("shards_interrupted", "shards")])
+def test_resume_is_exact(found: Found, name: str, whole: str) -> None:
+    """Stopped on all ranks within a log interval; the ranks' own sums of metrics come back too."""
+    for outcome in found[name]:
+        assert same(done(outcome), done(found[whole][0]))
+
+
+@pytest.mark.parametrize("name", ["run", "shards"])
+def test_any_number_of_ranks_goes_on(found: Found, place: Path, name: str) -> None:
+    """Begun on two ranks, finished on one."""
+    done(found[name][0])
+    assert_close(ranks.finished(ranks.make(steps=6), place / name), ranks.finished(ranks.make(steps=6)))
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_lower_precision(found: Found, precision: str) -> None:
+    """The ranks skip the same updates and keep the same scale, that of one process; shards too."""
+    one, two = map(done, found[precision])
+    wanted = done(ranks.SCENARIOS[precision](0, Path()))
+    assert same(one, two)
+    for mine, theirs in zip(one["history"], wanted["history"], strict=True):
+        assert mine == pytest.approx(theirs, rel=0.01)
+    if precision == "float16":
+        assert 0 < wanted["state"]["skipped"] < 4
+        for shards in found["shards_half"]:
+            for key, theirs in zip(("loss_scale", "good_steps", "skipped"), shards, strict=True):
+                assert torch.equal(one["state"][key], wanted["state"][key]) and torch.equal(theirs, one["state"][key])
+
+
+def test_a_sharded_student_is_cut_and_its_average_whole(found: Found) -> None:
+    shards, trainer = done(found["shards"][0]), ranks.make()
+    trainer.fit()
+    assert shards["sharded"]
+    for name, value in trainer.ema_student().state_dict().items():
+        torch.testing.assert_close(shards["average"][name], value, rtol=2e-5, atol=1e-6)
+
+
+def test_ddp_waits_for_nothing(found: Found) -> None:
+    for counter in found["guarded"]:
+        assert counter.tolist() == [0, 3]
+
+
+def test_ctrl_c_on_one_rank_stops_all(found: Found) -> None:
+    assert found["pressed"] == (("stopped after step 2 of 4", [2]),) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("nowhere", StorageError, "/proc/fastdistill: the directory could not be created"),
+        ("full", StorageError, r"step-00000004.safetensors: could not be written: No such file"),
+        ("uneven", InputError, "config.batch: expected a multiple of the 2 ranks that share it, got 5"),
+        ("unlike", InputError, r"rank 1: expected what rank 0 .*config.lr: expected 0\.001, got 0\.002"),
+        ("wrapped", InputError, "student: expected the model itself, which the trainer wraps.*DistributedDataParallel"),
+        ("resting", InputError, "student: expected a gradient for every parameter.*none for .*conv_out.weight"),
+        ("shards_copied", InputError, "to: expected a model .*is sharded by FSDP"),
+        ("sharded_before", InputError, "student: expected a model that is not sharded yet .*given as shard"),
+        ("unsharded", InputError, "shard: expected a function that calls fully_shard on the student"),
+    ],
+)
+def test_every_rank_has_the_error(found: Found, name: str, kind: type[Exception], message: str) -> None:
+    """Rank 0's own too, where it alone writes."""
+    for outcome in found[name]:
+        with pytest.raises(kind, match=message):
+            raise outcome
+
+
+@pytest.mark.slow
+def test_compiled_is_eager(place: Path, tmp_path: Path, found: Found) -> None:
+    """Around DDP the same bits; FSDP2's compiled gathers may round the norm another way."""
+    outcomes = by_two(tmp_path, SLOW)
+    assert same(done(outcomes["compiled"][0]), done(found["run"][0]))
+    assert_close(done(outcomes["shards_compiled"][1]), done(found["shards"][1]))
+
+
+def test_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (distributed.size(), distributed.rank()) == (1, 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="expected init_process_group before the trainer, as torchrun started 4"):
+        ranks.make()
+
+
+def test_what_rank_0_says_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is not ours keeps its type there, and has words elsewhere."""
+    sent: list[Any] = []
+
+    def broadcast(outcome: list[Any], src: int) -> None:
+        if distributed.rank() == src:
+            sent[:] = outcome
+        outcome[:] = sent
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    acts: list[Callable[[], Any]] = [lambda: 7, fail]
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    for act, errors in zip(acts, (None, (ValueError, FastdistillError)), strict=True):
+        for rank in (0, 1):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            if errors is None:
+                assert distributed.first(act) == 7
+            else:
+                with pytest.raises(errors[rank], match="no"):
+                    distributed.first(act)
