@@ -24,6 +24,13 @@ def wanted(tensors: Sequence[Tensor | None]) -> bool:
     return forward_ad._current_level >= 0
 
 
+def apply(kind: Kind | None, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(kind, *args)``; for a call of a known kind past what that looks for first: functorch."""
+    if kind is None:
+        return function.apply(kind, *args)
+    return super(torch.autograd.Function, function).apply(kind, *args)  # type: ignore[misc]
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """torch's, which switches gradients off and on again, where they are not off already."""
     careful = torch.autograd.function.once_differentiable(backward)
@@ -98,5 +105,7 @@ def hand_on(op: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
         return [(g.float() * factor).to(g.dtype) for g in ctx.grads]
     grads: list[Tensor] = ctx.grads
     ctx.grads = None
-    OPS["scale_gradients"](kind_of(ctx, grad_loss), grads, factor)
+    kind = kind_of(ctx, grad_loss)
+    if kind is None or factor.item() != 1.0:  # on a CPU, where nobody waits for a number
+        OPS["scale_gradients"](kind, grads, factor)
     return grads

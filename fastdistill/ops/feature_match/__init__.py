@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import hand_on, keep, once_differentiable, one, wanted
+from fastdistill.ops._backward import apply, hand_on, keep, once_differentiable, one, wanted
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.feature_match import cpp, cuda, reference
 from fastdistill.ops.feature_match.reference import DISTANCES
@@ -129,8 +129,8 @@ def feature_match(
             _check.require(buffers is None, "grads", "None beside overwrite_teacher", f"{len(student)} buffers")
             _check_overwritten(student, teacher, distance)
             buffers = [t.detach() for t in teacher]
-        options = kind, len(student), buffers, factors, grad_scale, distance, parameter
-        return FeatureMatch(*_FeatureMatch.apply(options, *student, *teacher))
+        options = len(student), buffers, factors, grad_scale, distance, parameter
+        return FeatureMatch(*apply(kind, _FeatureMatch, options, *student, *teacher))
     return FeatureMatch(*_launch(kind, student, teacher, factors, grad_scale, distance, parameter, []))
 
 
@@ -249,15 +249,15 @@ def _launch(
     return loss, taps
 
 
-_Options = tuple[Kind | None, int, list[Tensor] | None, Tensor, Tensor | None, str, float]
+_Options = tuple[int, list[Tensor] | None, Tensor, Tensor | None, str, float]
 
 
 class _FeatureMatch(torch.autograd.Function):
     """The gradient is made in the forward; the backward hands it on, times what the loss was multiplied by since."""
 
     @staticmethod
-    def forward(ctx: Any, options: _Options, *features: Tensor) -> tuple[Tensor, Tensor]:
-        kind, count, grads, weights, grad_scale, distance, parameter = options
+    def forward(ctx: Any, kind: Kind | None, options: _Options, *features: Tensor) -> tuple[Tensor, Tensor]:
+        count, grads, weights, grad_scale, distance, parameter = options
         student, teacher = list(features[:count]), list(features[count:])
         student = [_dense(s.detach(), distance) for s in student]
         if grads is None:
@@ -276,4 +276,4 @@ class _FeatureMatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
         grads = hand_on("feature_match", ctx, grad_loss)
-        return None, *grads, *[None] * ctx.count
+        return None, None, *grads, *[None] * ctx.count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import kind_of, once_differentiable, wanted
+from fastdistill.ops._backward import apply, kind_of, once_differentiable, wanted
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.geglu import cpp, reference
 
@@ -57,7 +57,7 @@ def geglu(x: Tensor, approximate: str = "none") -> Tensor:
     kind = _check.once(_checked, (x,), approximate)
     if kind is not None and not wanted((x,)):
         return _forward(kind, x.contiguous(), approximate == "tanh")
-    result: Tensor = _Geglu.apply(kind, x, approximate == "tanh")
+    result: Tensor = apply(kind, _Geglu, x, approximate == "tanh")
     return result
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import gradients, kind_of, once_differentiable, wanted
+from fastdistill.ops._backward import apply, gradients, kind_of, once_differentiable, wanted
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.group_norm_silu import cpp, reference
 from fastdistill.ops.group_norm_silu.layout import laid_out
@@ -86,7 +86,7 @@ def group_norm_silu(
     kind = _check.once(_checked, (x, *given), (groups, eps))
     if kind is not None and not wanted((x, *given)):
         return _forward(kind, laid_out(x), _rows(given), groups, eps, silu)[0]
-    result: Tensor = _GroupNormSilu.apply(kind, x, *given, groups, eps, silu)
+    result: Tensor = apply(kind, _GroupNormSilu, x, *given, groups, eps, silu)
     return result
 
 

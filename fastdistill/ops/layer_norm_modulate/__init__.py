@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import gradients, kind_of, once_differentiable, wanted
+from fastdistill.ops._backward import apply, gradients, kind_of, once_differentiable, wanted
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.layer_norm_modulate import cpp, reference
 
@@ -111,7 +111,7 @@ def _apply(
     if kind is not None and not wanted((x, *given)):
         y, s, _, _ = _run(kind, *_laid_out(x, h, *rows, weight, bias), eps)
         return (y, *s)
-    result: tuple[Tensor, ...] = _LayerNormModulate.apply(kind, x, h, *rows, weight, bias, eps)
+    result: tuple[Tensor, ...] = apply(kind, _LayerNormModulate, x, h, *rows, weight, bias, eps)
     return result
 
 

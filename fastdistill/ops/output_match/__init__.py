@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import hand_on, keep, once_differentiable, one, wanted
+from fastdistill.ops._backward import apply, hand_on, keep, once_differentiable, one, wanted
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.noise_gather import Draw
 from fastdistill.ops.output_match import cpp, cuda, reference
@@ -140,7 +140,7 @@ def output_match(
     )  # fmt: skip
     options = grad_scale, distance == "huber", float(delta)
     if wanted((student,)):
-        return OutputMatch(*_OutputMatch.apply(kind, student, grad, arguments, options))
+        return OutputMatch(*apply(kind, _OutputMatch, student, grad, arguments, options))
     with torch.no_grad():
         return OutputMatch(*_launch(kind, student, arguments, options, floats))
 
