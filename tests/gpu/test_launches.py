@@ -21,21 +21,21 @@ from fastdistill.ops._dispatch import Kernel, Op
 from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import state_of
 from tests import small
-from tests.gpu.work import KERNELS, WORKS, Work, adamw_ema_work, banks, restore, steps_of
+from tests.gpu.work import KERNELS, PAIRS, WORKS, Work, adamw_ema_work, banks, restore, steps_of
 from tests.ops.test_philox import VECTORS
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 TWO = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two CUDA devices")]
 here = "cuda" if torch.cuda.is_available() else "cpu"
 kernels = pytest.mark.parametrize("kernel", KERNELS)
-works = pytest.mark.parametrize("work", WORKS)
+pairs = pytest.mark.parametrize(("kernel", "work"), PAIRS)
 
 
 def on(*marks: Any) -> Callable[..., Any]:
     """Decorators of a test of every step by every kernel."""
 
     def decorate(test: Any) -> Any:
-        for mark in (*marks, kernels, works):
+        for mark in (*marks, pairs):
             test = mark(test)
         return test
 

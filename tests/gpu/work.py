@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +16,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastdistill.ops import (
+    OPS,
     AdamWGroup,
     NoiseGather,
     Task,
     _native,
     adamw_ema,
+    cross_attention,
     feature_match,
+    geglu,
     grad_square_sum,
+    group_norm_silu,
     output_match,
+    residual_layer_norm_modulate,
     use,
 )
 
@@ -135,6 +141,46 @@ def adamw_ema_work(device: str) -> Work:
     return Work([*written, *grads, lr, weight], step)
 
 
+def model_work(
+    device: str, call: Callable[..., Tensor | tuple[Tensor, ...]], *shapes: tuple[int, ...], dtype: torch.dtype
+) -> Work:
+    """An op of models and its backward; its inputs move along their gradients."""
+    g = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(s, generator=g).to(device, dtype) for s in shapes]
+
+    def step() -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        made = call(*leaves)
+        outputs = [made] if isinstance(made, Tensor) else list(made)
+        gradients = torch.autograd.grad([(out * out).sum() for out in outputs], leaves)
+        with torch.no_grad():
+            for t, gradient in zip(inputs, gradients, strict=True):
+                t.sub_(gradient, alpha=0.01)
+        return [*(out.detach() for out in outputs), *(gradient.clone() for gradient in gradients)]
+
+    return Work(inputs, step)
+
+
+def cross_attention_work(device: str, dtype: torch.dtype, keys: int) -> Work:
+    """Samples that share rows, one of them masked; keys are all on chip at once, or in float32 in blocks of 16."""
+    rows = torch.tensor([1, 0, 1]).to(device)
+    mask = torch.ones(3, keys).bool()
+    mask[2, keys // 2 :] = False
+    call = functools.partial(cross_attention, mask=mask.to(device), rows=rows)
+    return model_work(device, call, (3, 19, 1, 40), (2, keys, 1, 40), (2, keys, 1, 40), dtype=dtype)
+
+
+def group_norm_silu_work(device: str, last: bool) -> Work:
+    """As in a residual block: with time embedding, scale and shift."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        time_bias, scale, shift = rest
+        return group_norm_silu(x, weight, bias, 2, time_bias=time_bias, scale=scale, shift=shift)
+
+    return model_work(device, call, (2, 12, 5, 7), (12,), (12,), (2, 12), (2, 12), (2, 12), dtype=torch.bfloat16)
+
+
 WORKS: dict[str, Callable[[str], Work]] = {
     "noise_gather": noise_gather_work,
     "feature_match-mse": lambda device: feature_match_work(device, "mse"),
@@ -143,7 +189,17 @@ WORKS: dict[str, Callable[[str], Work]] = {
     "feature_match-cosine": lambda device: feature_match_work(device, "cosine"),
     "output_match": output_match_work,
     "adamw_ema": adamw_ema_work,
+    "cross_attention": lambda device: cross_attention_work(device, torch.bfloat16, 21),
+    "cross_attention-long": lambda device: cross_attention_work(device, torch.float32, 20),
+    "group_norm_silu": lambda device: group_norm_silu_work(device, last=False),
+    "group_norm_silu-channels_last": lambda device: group_norm_silu_work(device, last=True),
+    "layer_norm_modulate": lambda device: model_work(
+        device, residual_layer_norm_modulate, (2, 9, 40), (2, 9, 40), *[(2, 40)] * 3, dtype=torch.bfloat16
+    ),
+    "geglu": lambda device: model_work(device, geglu, (2, 9, 80), dtype=torch.float16),
 }
+#: Each kernel with the steps of the ops that have it; ``attention`` has none of this library.
+PAIRS = [(k, w) for k in KERNELS for w in WORKS if k in OPS[w.split("-")[0]].kernel_names()]
 
 
 def steps_of(work: Work, count: int = 3) -> list[list[Tensor]]:
@@ -161,9 +217,9 @@ def restore(work: Work, state: list[Tensor]) -> None:
 
 def main(device: str, *kernels: str) -> None:
     for name in kernels or KERNELS:
-        for op, make in WORKS.items():
+        for op in (work for kernel, work in PAIRS if kernel == name):
             with use(name):
-                written = steps_of(make(device), 2)
+                written = steps_of(WORKS[op](device), 2)
             print(name, op, "wrote", sum(t.double().nan_to_num().sum().item() for t in written[-1]))
 
 

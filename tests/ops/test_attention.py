@@ -183,6 +183,20 @@ def test_a_capture_takes_what_is_known(measured: list[Any], monkeypatch: pytest.
     assert calls[backend] == before + 1 and len(measured) == made
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_it_takes_what_is_known(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the shapes are fixed, among torch's own; the table is read while the call is traced."""
+    run, ran = module._run, []
+    monkeypatch.setattr(module, "_run", lambda name, *rest: ran.append(name) or run(name, *rest))
+    for ms, expected in (({"math": 1.0, "flash": 2.0}, "math"), ({"xformers": 1.0, "flash": 2.0}, "flash")):
+        tensors = inputs()
+        table.remember(module._key(*module._kind(*tensors)), {"backend": min(ms, key=ms.__getitem__), "ms": ms})
+        torch._dynamo.reset()
+        compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        torch.testing.assert_close(compiled(*tensors), eager(*tensors)[0])
+        assert ran.pop() == ("default" if dynamic else expected)
+
+
 def test_overrides(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Argument before ``ops.use`` before the environment; kernels of other ops leave the choice alone."""
     calls = module.OPS["attention"].calls

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import _check
-from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, Op, forced
+from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, Op, constant, forced
 from fastdistill.ops.attention import backends, reference, table
 from fastdistill.ops.attention.backends import BACKENDS
 from fastdistill.ops.attention.measure import measure
@@ -58,8 +58,9 @@ def attention(
     The first call of a kind (device, versions, shapes, dtype, layout, with or without backward) measures the backends,
     each behind a check against float64, and keeps the result in ``table.path()``; it takes a fraction of a second and
     memory for the gradients. While a CUDA graph is captured nothing is measured: what is known is used, else torch's
-    own choice, which is also taken while compiling. In torch's deterministic mode only backends with a deterministic
-    backward are candidates.
+    own choice. While a call of fixed shapes is compiled, the same among torch's backends: measure first, by running
+    eagerly or by ``tune_attention``. In torch's deterministic mode only backends with a deterministic backward are
+    candidates.
 
     Args:
         q: [B, N, H, D], or [B, N, H * D] with ``heads``, as a projection gives it; float32, bfloat16 or float16.
@@ -123,7 +124,7 @@ def tune_attention(
     k, v = (torch.empty(batch, keys or tokens, heads, dim, dtype=dtype, device=device) for _ in range(2))
     _checked((q, k, v))
     result = measure(q, k, v, dim**-0.5, backward, backends.candidates(q.device.type))
-    table.remember(_key(q, k, v, backward), result)
+    table.remember(_key(*(*_kind(q, k, v)[:-1], backward)), result)
     return result
 
 
@@ -172,15 +173,28 @@ def _run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if torch.compiler.is_compiling() or type(q.data) is not Tensor or q.device.type not in ("cpu", "cuda"):
+    if torch.compiler.is_compiling():
+        fixed = torch.fx.experimental.symbolic_shapes.has_static_value
+        if all(fixed(n) for t in (q, k, v) for n in (*t.shape, *t.stride())):
+            return _run(_known(*_kind(q, k, v)), q, k, v, scale)
         return _run(DEFAULT, q, k, v, scale)
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    key = _key(q, k, v, backward)
+    if type(q.data) is not Tensor or q.device.type not in ("cpu", "cuda"):
+        return _run(DEFAULT, q, k, v, scale)
+    kind = _kind(q, k, v)
+    key = _key(*kind)
     known = table.found(key)
     if known is None and _may_measure(q):
-        known = measure(q, k, v, scale, backward, backends.candidates(q.device.type))
+        known = measure(q, k, v, scale, kind[-1], backends.candidates(q.device.type))
         table.remember(key, known)
     return _run(DEFAULT if known is None else known["backend"], q, k, v, scale)
+
+
+@constant
+def _known(*kind: Any) -> str:
+    """The fastest of torch's backends, as others' kernels cannot be traced; called with constants while compiling."""
+    known = table.found(_key(*kind)) or {"ms": {}}
+    ms = {name: time for name, time in known["ms"].items() if name in backends.TORCH}
+    return min(ms, key=ms.__getitem__, default=DEFAULT)
 
 
 def _may_measure(q: Tensor) -> bool:
@@ -189,15 +203,18 @@ def _may_measure(q: Tensor) -> bool:
     return q.numel() > 0 and not capturing and _get_current_dispatch_mode() is None
 
 
-def _key(q: Tensor, k: Tensor, v: Tensor, backward: bool) -> str:
-    """The kind of a call: device, versions, who may be chosen, shape, layout, dtype, direction."""
+def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """What tells one kind of a call from another, as constants: the arguments of ``_key``."""
     packed = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
     strides = None if packed else (q.stride(), k.stride(), v.stride())
-    names = tuple(backends.candidates(q.device.type))
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return _named(
-        q.device, torch.get_num_threads(), deterministic, names, q.shape, k.shape[1], strides, q.dtype, backward
-    )
+    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return q.device, q.dtype, q.shape, k.shape[1], strides, backward
+
+
+def _key(device: torch.device, *kind: Any) -> str:
+    """The kind of a call: device, versions, who may be chosen, shape, layout, dtype, direction."""
+    names = tuple(backends.candidates(device.type))
+    return _named(device, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), names, *kind)
 
 
 @functools.lru_cache(4096)
@@ -206,10 +223,10 @@ def _named(
     threads: int,
     deterministic: bool,
     names: tuple[str, ...],
+    dtype: torch.dtype,
     shape: torch.Size,
     keys: int,
     strides: tuple[Any, ...] | None,
-    dtype: torch.dtype,
     backward: bool,
 ) -> str:
     where = f"{_processor()}, {threads} threads" if device.type != "cuda" else torch.cuda.get_device_name(device)

@@ -38,7 +38,7 @@ class Backend:
     deterministic: Callable[[str], bool] = lambda device: True
 
 
-_TORCH = {
+TORCH = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
@@ -49,8 +49,8 @@ _TORCH = {
 def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     # torch's switches are left alone where it would choose so itself: to set them takes as long as a small kernel.
-    if not quiet() or torch._fused_sdp_choice(q, k, v, scale=scale) != _TORCH[name].value:
-        with sdpa_kernel(_TORCH[name]):
+    if not quiet() or torch._fused_sdp_choice(q, k, v, scale=scale) != TORCH[name].value:
+        with sdpa_kernel(TORCH[name]):
             return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
@@ -59,7 +59,7 @@ def default(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The backend that torch itself chooses, in its deterministic mode of those that may be chosen then."""
     if not torch.are_deterministic_algorithms_enabled():
         return _attend(q, k, v, scale)
-    with sdpa_kernel([_TORCH[name] for name in candidates(q.device.type) if name in _TORCH]):
+    with sdpa_kernel([TORCH[name] for name in candidates(q.device.type) if name in TORCH]):
         return _attend(q, k, v, scale)
 
 
