@@ -41,8 +41,8 @@ inline void put(const Row& row, int64_t sample, int64_t c, double value) {
 }
 
 template <typename T> FD_HD Lanes get(const T* p, int64_t n) { return n == lanes ? load(p) : load_first(p, n); }
-template <bool stream, typename T> FD_HD void set(T* p, Lanes a, int64_t n) {
-  if (n == lanes) store<stream>(p, a);
+template <typename T> FD_HD void set(T* p, Lanes a, int64_t n) {
+  if (n == lanes) store<false>(p, a);
   else store_first(p, a, n);
 }
 FD_HD Lanes keep(Lanes a, int64_t n) { return n == lanes ? a : first_of(a, n); }

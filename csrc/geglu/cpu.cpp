@@ -26,7 +26,7 @@ template <typename T, bool tanh> void forward(const Geglu& a, int64_t row) {
   T* y = static_cast<T*>(a.y) + row * a.width;
   for (int64_t i = 0; i < a.width; i += lanes) {
     const int64_t k = smaller(a.width - i, lanes);
-    set<false>(y + i, get(x + i, k) * gelu<tanh>(get(x + a.width + i, k)).value, k);
+    set(y + i, get(x + i, k) * gelu<tanh>(get(x + a.width + i, k)).value, k);
   }
 }
 
@@ -37,8 +37,8 @@ template <typename T, bool tanh> void backward(const Geglu& a, int64_t row) {
     const int64_t k = smaller(a.width - i, lanes);
     const Lanes dy = get(grad + i, k);
     const Gelu<Lanes> g = gelu<tanh>(get(x + a.width + i, k));
-    set<false>(dx + i, dy * g.value, k);
-    set<false>(dx + a.width + i, dy * get(x + i, k) * g.slope, k);
+    set(dx + i, dy * g.value, k);
+    set(dx + a.width + i, dy * get(x + i, k) * g.slope, k);
   }
 }
 

@@ -7,7 +7,6 @@
 namespace fd::FD_ISA {
 
 constexpr int unroll = 4;
-constexpr int64_t stream_bytes_min = 4 << 20;  // larger outputs go past the caches, which could not hold them
 
 // Numbers by channel.
 enum Number { middle, rstd, factor, offset, mean, mean_n, time_bias, weight, bias, scale, number_count };
@@ -91,7 +90,7 @@ inline void statistics(const Channels& c) {  // the forward's
 inline void write(const Channels& c, Number which, const Row& row) {
   const int64_t at = c.sample * row.stride + c.first;
   const auto all = [&](auto* to) {
-    for (int64_t i = 0; i < c.count; i += lanes) set<false>(to + at + i, load(c.of(which) + i), smaller(c.count - i, lanes));
+    for (int64_t i = 0; i < c.count; i += lanes) set(to + at + i, load(c.of(which) + i), smaller(c.count - i, lanes));
   };
   if (!row.address) return;
   switch (row.dtype) {

@@ -78,7 +78,7 @@ inline void add_chunks(const Chunks& c, int kinds) {
     for (int64_t i = 0; i < n; ++i) c.all.sums[i] += c.of(chunk, 0)[i];
 }
 
-template <typename T, bool silu, bool stream> void forward_last(const Chunks& c, int threads) {
+template <typename T, bool silu> void forward_last(const Chunks& c, int threads) {
   const Channels& all = c.all;
   const GroupNormSilu& a = all.a;
   const int64_t start = all.sample * a.channels * a.positions, width = all.width();
@@ -117,8 +117,7 @@ template <typename T, bool silu, bool stream> void forward_last(const Chunks& c,
   for_chunks<true>(c, threads, [&](int64_t chunk) {
     walk_chunk<4, 0>(c, chunk, all.numbers, nullptr,
                      [&](int64_t at, int64_t n, const Of& of, Lanes*)
-                         __attribute__((always_inline)) { set<stream>(y + at, output<silu>(get(x + at, n), of), n); });
-    if (stream) stream_fence();
+                         __attribute__((always_inline)) { set(y + at, output<silu>(get(x + at, n), of), n); });
   });
 }
 
@@ -136,7 +135,7 @@ template <typename T, bool silu> void backward_last(const Chunks& c, int threads
                      [&](int64_t at, int64_t k, const Of& of, Lanes* sum) __attribute__((always_inline)) {
                        const Lanes n = keep(standardized(get(x + at, k), of.value[middle], of.value[rstd]), k);
                        const Lanes dz = output_gradient<silu>(get(grad + at, k), n, of);
-                       if (silu) set<false>(between + at, dz, k);
+                       if (silu) set(between + at, dz, k);
                        sum[0] = sum[0] + dz, sum[1] = muladd(dz, n, sum[1]), sum[2] = sum[2] + n;
                      });
   });
@@ -146,7 +145,7 @@ template <typename T, bool silu> void backward_last(const Chunks& c, int threads
     walk_chunk<6, 0>(c, chunk, all.numbers, nullptr,
                      [&](int64_t at, int64_t k, const Of& of, Lanes*) __attribute__((always_inline)) {
                        const Lanes n = standardized(get(x + at, k), of.value[middle], of.value[rstd]);
-                       set<false>(dx + at, input_gradient(silu ? get(between + at, k) : get(grad + at, k), n, of), k);
+                       set(dx + at, input_gradient(silu ? get(between + at, k) : get(grad + at, k), n, of), k);
                      });
   });
 }

@@ -52,7 +52,7 @@ template <int given, int kinds, bool by_channel, typename Term> FD_HD void walk(
   if (!by_channel) flush(0);
 }
 
-template <typename T, bool silu, bool stream> void forward(const Channels& task) {
+template <typename T, bool silu> void forward(const Channels& task) {
   const GroupNormSilu& a = task.a;
   const int64_t start = (task.sample * a.channels + task.first) * a.positions;
   const T* x = static_cast<const T*>(a.x) + start;
@@ -69,8 +69,7 @@ template <typename T, bool silu, bool stream> void forward(const Channels& task)
   });
   keep_rstd(task, 0, task.sums[0]);
   walk<4, 0, false>(task, [&](int64_t at, int64_t k, const Of& of, Lanes*)
-                              __attribute__((always_inline)) { set<stream>(y + at, output<silu>(get(x + at, k), of), k); });
-  if (stream) stream_fence();
+                              __attribute__((always_inline)) { set(y + at, output<silu>(get(x + at, k), of), k); });
 }
 
 // dz is kept from the first pass to the second, in the place of dx or in held.
@@ -85,14 +84,14 @@ template <typename T, bool silu> void backward(const Channels& task, double* sha
   walk<4, 3, true>(task, [&](int64_t at, int64_t k, const Of& of, Lanes* sum) __attribute__((always_inline)) {
     const Lanes n = keep(standardized(get(x + at, k), of.value[middle], of.value[rstd]), k);
     const Lanes dz = output_gradient<silu>(get(grad + at, k), n, of);
-    if (silu) set<false>(between + at, dz, k);
+    if (silu) set(between + at, dz, k);
     sum[0] = sum[0] + dz, sum[1] = muladd(dz, n, sum[1]), sum[2] = sum[2] + n;
   });
   reduce(task, shared);
   walk<6, 0, true>(task, [&](int64_t at, int64_t k, const Of& of, Lanes*) __attribute__((always_inline)) {
     const Lanes n = standardized(get(x + at, k), of.value[middle], of.value[rstd]),
                 dz = silu ? get(between + at, k) : get(grad + at, k);
-    set<false>(dx + at, input_gradient(dz, n, of), k);
+    set(dx + at, input_gradient(dz, n, of), k);
   });
 }
 
@@ -116,13 +115,13 @@ template <typename Body> void for_groups(const GroupNormSilu& a, double* workspa
   }
 }
 
-template <typename T, bool silu, bool stream> void run(const GroupNormSilu& a, double* workspace) {
+template <typename T, bool silu> void run(const GroupNormSilu& a, double* workspace) {
   double* shared = workspace + a.threads * thread_workspace(a);
   const auto last = [&](const Chunks& c, int threads) {
-    a.dx ? backward_last<T, silu>(c, threads, shared) : forward_last<T, silu, stream>(c, threads);
+    a.dx ? backward_last<T, silu>(c, threads, shared) : forward_last<T, silu>(c, threads);
   };
   const auto group = [&](const Channels& task, float* held) {
-    a.dx ? backward<T, silu>(task, shared, held) : forward<T, silu, stream>(task);
+    a.dx ? backward<T, silu>(task, shared, held) : forward<T, silu>(task);
   };
   if (a.channels_last) for_samples(a, workspace, last);
   else for_groups(a, workspace, group);
@@ -135,12 +134,7 @@ template <typename T, bool silu, bool stream> void run(const GroupNormSilu& a, d
 }
 
 template <typename T> void run(const GroupNormSilu& a, double* workspace) {
-  const int64_t line = a.channels_last ? a.channels : a.positions,
-                bytes = a.batch * a.channels * a.positions * int64_t(sizeof(T));
-  const void* out = a.dx ? a.dx : a.y;
-  const bool stream = bytes >= stream_bytes_min && line % lanes == 0 && uintptr_t(out) % 64 == 0;
-  if (stream) a.silu ? run<T, true, true>(a, workspace) : run<T, false, true>(a, workspace);
-  else a.silu ? run<T, true, false>(a, workspace) : run<T, false, false>(a, workspace);
+  a.silu ? run<T, true>(a, workspace) : run<T, false>(a, workspace);
 }
 
 }  // namespace

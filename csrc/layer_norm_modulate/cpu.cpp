@@ -24,7 +24,7 @@ template <typename T, bool residual> void forward(const LayerNormModulate& a, in
     const int64_t k = smaller(a.width - i, lanes);
     Lanes v = get(x + i, k);
     if (residual) {
-      set<false>(s + i, muladd(load(c.gate + i), get(h + i, k), v), k);
+      set(s + i, muladd(load(c.gate + i), get(h + i, k), v), k);
       v = get(s + i, k);  // as rounded
     }
     sum = sum + v;
@@ -44,7 +44,7 @@ template <typename T, bool residual> void forward(const LayerNormModulate& a, in
   const Lanes rstd = splat(r), about = splat(center);
   for (int64_t i = 0; i < a.width; i += lanes) {
     const int64_t k = smaller(a.width - i, lanes);
-    set<false>(y + i, muladd((get(from + i, k) - about) * rstd, load(c.factor + i), load(c.offset + i)), k);
+    set(y + i, muladd((get(from + i, k) - about) * rstd, load(c.factor + i), load(c.offset + i)), k);
   }
 }
 
@@ -69,9 +69,9 @@ template <typename T, bool residual> void backward(const LayerNormModulate& a, i
     const Lanes n = (get(x + i, k) - about) * rstd, dn = get(grad + i, k) * load(c.factor + i);
     Lanes d = gradient(dn, n, rstd, mean, mean_n);
     if (grad_s) d = d + get(grad_s + i, k);
-    set<false>(dx + i, d, k);
+    set(dx + i, d, k);
     if (!residual) continue;
-    set<false>(dh + i, load(c.gate + i) * d, k);
+    set(dh + i, load(c.gate + i) * d, k);
     store<false>(gates + i, muladd(get(h + i, k), d, load(gates + i)));
   }
 }
