@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from fastdistill.distill import Weights
+from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
+from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import state_of, steps
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.step import TrainStep
 from tests import small
 
-OPTIONS = {
-    "steps": 4,
-    "clip": 0.5,
-    "eps": 1e-2,  # so that the update is no sign of gradients that are rounding errors
-}
+SMOOTH = {"clip": 0.5, "eps": 1e-2}  # so that an update is no sign of gradients that are rounding errors
+OPTIONS = SMOOTH | {"steps": 4}
 Scenario = Callable[[int, Path], Any]
 
 
@@ -42,13 +40,38 @@ def stop_after(step: int) -> Callable[[int, object], None]:
     return progress
 
 
-def shard(student: Any) -> None:
-    fully_shard(student.mid_block)
+class Tiny(nn.Module):
+    """A model of diffusers' call shape; a whole U-Net would take minutes where two processes share a core."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.inner, self.outer = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
+        self.time, self.prompt = nn.Linear(1, width), nn.Linear(12, width)
+
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        told = self.time(timestep[:, None].to(x.dtype) / 1000) + self.prompt(encoder_hidden_states.mean(1))
+        output: Tensor = self.outer(nn.functional.silu(self.inner(x) + told[..., None, None]))
+        return output
+
+
+def shard(student: nn.Module) -> None:
+    fully_shard(next(student.children()))
     fully_shard(student)
 
 
-def make(kind: str = "channel_base", **options: Any) -> DistillTrainer:
-    return small.trainer(kind, **(OPTIONS | options))
+def make(
+    *,
+    student: nn.Module | None = None,
+    latents: LatentCache | None = None,
+    shard: Callable[[nn.Module], object] | None = None,
+    output: float = 1.0,
+    **options: Any,
+) -> DistillTrainer:
+    objective = RandomConditioning(taps=(("inner", "inner"),), weights=Weights(output))
+    data = small.SCHEDULE, latents or small.cache(), small.bank(), objective
+    config = small.config(**(OPTIONS | options))
+    return DistillTrainer(Tiny(12), student or Tiny(6), *data, config, shard=shard)
 
 
 def finished(trainer: DistillTrainer, directory: Path | None = None) -> dict[str, Any]:
@@ -63,6 +86,26 @@ def draws(rank: int, directory: Path) -> Any:
     trainer = make()
     batches: Any = trainer.step.objective._batches  # type: ignore[attr-defined]
     return [tuple(t.clone() for t in batches(torch.tensor([7, k]))) for k in (0, 5, 6)]
+
+
+def from_disk(rank: int, directory: Path) -> Any:
+    """The same draws, each rank reading only the rows of its own ahead."""
+    cache, where = small.cache(), directory / str(rank)
+    generate_latent_cache(
+        where / "latents",
+        lambda rows, _: cache.latents[rows],
+        cache.prompt_index,
+        (3, 8, 8),
+        torch.float32,
+        {"made": 1},
+    )
+    batches: Any = make(latents=LatentCache.open(where / "latents")).step.objective._batches  # type: ignore[attr-defined]
+    found = []
+    for k in (0, 5, 6):
+        batches.prepare(7, k)
+        found.append(tuple(t.clone() for t in batches(torch.tensor([7, k]))))
+    batches.close()
+    return found
 
 
 def run(rank: int, directory: Path) -> Any:
@@ -89,6 +132,19 @@ def lower(precision: str) -> Scenario:
 def compiled(rank: int, directory: Path) -> Any:
     TrainStep.compile.__kwdefaults__["backend"] = "aot_eager"  # type: ignore[attr-defined]
     return finished(make(execution="compiled"))
+
+
+def fused(rank: int, directory: Path) -> Any:
+    """A U-Net with adapters, fused and then wrapped."""
+    return small.trainer("channel_base", fuse=True, steps=2, **SMOOTH).fit().history[0]["gradient_norm"]
+
+
+def shards_fused(rank: int, directory: Path) -> Any:
+    own = small.teacher()
+    made = small.student("channel_base", own)
+    config = small.config(fuse=True, steps=2, **SMOOTH)
+    rest = small.SCHEDULE, small.cache(), small.bank(), small.objective(made), config
+    return DistillTrainer(own, made.model, *rest, shard=shard).fit().history[0]["gradient_norm"]
 
 
 def guarded(rank: int, directory: Path) -> Any:
@@ -139,47 +195,34 @@ def unlike(rank: int, directory: Path) -> Any:
 
 
 def wrapped(rank: int, directory: Path) -> Any:
-    own = small.teacher()
-    made = small.student(model=own)
-    student = nn.parallel.DistributedDataParallel(made.model)
-    return DistillTrainer(
-        own, student, small.SCHEDULE, small.cache(), small.bank(), small.objective(made), small.config()
-    )
+    return make(student=nn.parallel.DistributedDataParallel(Tiny(6)))
 
 
 def resting(rank: int, directory: Path) -> Any:
-    return small.trainer("bk_base", {"weights": Weights(output=0.0)}).step()
-
-
-def sharded(how: Callable[[Any], object] = shard, **options: Any) -> DistillTrainer:
-    own = small.teacher()
-    made = small.student("channel_base", own)
-    config = small.config(**(OPTIONS | options))
-    rest = small.SCHEDULE, small.cache(), small.bank(), small.objective(made), config
-    return DistillTrainer(own, made.model, *rest, shard=how)
+    return make(output=0.0).step()
 
 
 def shards(rank: int, directory: Path) -> Any:
-    trainer = sharded()
+    trainer = make(shard=shard)
     found = finished(trainer, directory)
-    average = trainer.ema_student(to=small.student("channel_base").model)
+    average = trainer.ema_student(to=Tiny(6))
     return found | {"average": average.state_dict(), "sharded": hasattr(trainer.step.parameters[0], "device_mesh")}
 
 
 def shards_interrupted(rank: int, directory: Path) -> Any:
     try:
-        sharded().fit(directory, progress=stop_after(3))
+        make(shard=shard).fit(directory, progress=stop_after(3))
     except Interrupted:
-        return finished(sharded(), directory)
+        return finished(make(shard=shard), directory)
 
 
 def shards_compiled(rank: int, directory: Path) -> Any:
     TrainStep.compile.__kwdefaults__["backend"] = "aot_eager"  # type: ignore[attr-defined]
-    return finished(sharded(execution="compiled"))
+    return finished(make(shard=shard, execution="compiled"))
 
 
 def shards_half(rank: int, directory: Path) -> Any:
-    trainer = sharded(precision="float16")
+    trainer = make(shard=shard, precision="float16")
     assert trainer.step.scaling is not None
     trainer.step.scaling.value.fill_(2.0**20)
     trainer.fit()
@@ -187,29 +230,26 @@ def shards_half(rank: int, directory: Path) -> Any:
 
 
 def shards_copied(rank: int, directory: Path) -> Any:
-    return sharded().ema_student()
+    return make(shard=shard).ema_student()
 
 
 def sharded_before(rank: int, directory: Path) -> Any:
-    own = small.teacher()
-    made = small.student("channel_base", own)
-    shard(made.model)
-    rest = small.SCHEDULE, small.cache(), small.bank(), small.objective(made), small.config()
-    return DistillTrainer(own, made.model, *rest)
+    student = Tiny(6)
+    shard(student)
+    return make(student=student)
 
 
 def unsharded(rank: int, directory: Path) -> Any:
-    return sharded(lambda student: None)
+    return make(shard=lambda student: None)
 
 
-SCENARIOS: dict[str, Scenario] = {
-    "draws": draws, "run": run, "interrupted": interrupted, "float16": lower("float16"), "bfloat16": lower("bfloat16"),
-    "compiled": compiled, "guarded": guarded, "pressed": pressed, "nowhere": nowhere, "full": full, "uneven": uneven,
-    "unlike": unlike, "wrapped": wrapped, "resting": resting, "shards": shards,
-    "shards_interrupted": shards_interrupted, "shards_compiled": shards_compiled, "shards_half": shards_half,
-    "shards_copied": shards_copied, "sharded_before": sharded_before,
-    "unsharded": unsharded,
-}  # fmt: skip
+_ALL: tuple[Any, ...] = (
+    draws, from_disk, run, interrupted, fused, compiled, guarded, pressed, nowhere, full, uneven, unlike, wrapped,
+    resting, shards, shards_interrupted, shards_fused, shards_compiled, shards_half, shards_copied,
+    sharded_before, unsharded,
+)  # fmt: skip
+SCENARIOS: dict[str, Scenario] = {scenario.__name__: scenario for scenario in _ALL}
+SCENARIOS |= {precision: lower(precision) for precision in ("float16", "bfloat16")}
 
 
 def work(rank: int, directory: str, names: tuple[str, ...] = tuple(SCENARIOS)) -> None:
