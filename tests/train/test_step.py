@@ -115,7 +115,7 @@ def test_the_guard_names_what_waits(kind: str, message: str) -> None:
 
 
 def weights_after(execution: str, steps: int, device: str = "cpu", **options: Any) -> list[Tensor]:
-    step = step_on(device, OBJECTIVES["every loss"], **options)
+    step = step_on(device, OBJECTIVES["every loss"], steps=steps, **options)
     advance = runner(step, nn.Module(), execution)  # type: ignore[arg-type]
     for _ in range(steps):
         advance()
@@ -160,6 +160,22 @@ def test_a_graph_is_eager(precision: Any) -> None:
         strict=True,
     ):
         assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_graph_holds_what_ddp_does(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one rank that takes itself for one of two: the same bits as its eager steps."""
+    monkeypatch.setenv(distributed.ERROR_HANDLING, "0")
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    try:
+        steps = graph.DDP_WARM_UP + 4
+        for one, two in zip(weights_after("graph", steps, "cuda"), weights_after("eager", steps, "cuda"), strict=True):
+            assert torch.equal(one, two)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_where_there_can_be_no_graph() -> None:
