@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
 from fastdistill.errors import InputError, KernelError
+from fastdistill.ops._inductor import keep_order
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 REFERENCE = "reference"
@@ -217,6 +219,12 @@ class Prepared:
         self._op(self._kind if quiet() else None, *self._args)
 
 
+def _fake(*args: Any) -> None:
+    """Outputs are the caller's: there is nothing to infer."""
+    if "torch._dynamo" in sys.modules:  # of a process that compiles
+        keep_order()
+
+
 def register(
     name: str, schema: str, *, summary: str, reference: Callable[..., None], kernels: Sequence[Kernel] = ()
 ) -> Op:
@@ -231,7 +239,7 @@ def register(
     op = OPS[name] = Op(name, summary, reference, kernels)
     qualified = f"fastdistill::{name}"
     torch.library.define(qualified, f"{schema} -> ()")
-    torch.library.register_fake(qualified, _never)  # outputs are the caller's: there is nothing to infer
+    torch.library.register_fake(qualified, _fake)
     torch.library.impl(qualified, "default", reference)
     torch.library.impl(qualified, "cpu", functools.partial(op.run, "cpu"))
     torch.library.impl(qualified, "cuda", op.run_on_gpu)

@@ -219,7 +219,7 @@ def test_gradient_checkpointing() -> None:
     ("name", "backend"),
     [
         ("UNet2DConditionModel", "aot_eager"),
-        ("DiTTransformer2DModel", "aot_eager"),
+        ("DiTTransformer2DModel", "inductor"),
         ("PixArtTransformer2DModel", "aot_eager"),
         ("SD3Transformer2DModel", "aot_eager"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,3 +92,22 @@ def test_a_tensor_that_outlived_its_transform(name: str) -> None:
     torch.func.grad(lambda x: (left.append(x), x.sum())[1])(X.clone())
     with torch.no_grad():
         assert torch.equal(CALLS[name](left[0]), CALLS[name](X))
+
+
+def test_compiled_loops_run_after_the_ops_they_read() -> None:
+    """Sums of two outputs in loops of two shapes, which the compiler for CPUs fuses and then schedules by memory."""
+
+    def chain(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        for _ in range(3):
+            total = geglu(x) + geglu(torch.sin(x) @ weight)
+            scaled = total * scale[:, None]
+            x = torch.cat([total @ weight[:16], scaled @ weight[:16]], -1)[..., :32] + total.sum((0, 1))[0]
+        return x
+
+    g = torch.Generator().manual_seed(0)
+    x, scale, weight = (torch.rand(shape, generator=g) for shape in ((2, 16, 32), (2, 16), (32, 32)))
+    weight = weight / 32
+    expected = chain(x, scale, weight)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        got = torch.compile(chain)(x, scale, weight)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
