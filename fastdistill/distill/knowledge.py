@@ -58,7 +58,7 @@ class Knowledge:
         self.teacher, self.student = setting.teacher, setting.student
         self.weights, self.feature_distance = weights, feature_distance
         self.trained: tuple[nn.Module, ...] = ()
-        self._zero = torch.zeros((), device=setting.device)
+        self._zero = torch.zeros((), dtype=torch.float32, device=setting.device)
         self._table = match_table(setting.schedule.coefficients(setting.prediction_type)).to(setting.device)
         self._channels = setting.latents.shape[1]  # a learned variance beside them is left alone
         self._branch: torch.cuda.Stream | None = None  # the teacher's, in a CUDA graph

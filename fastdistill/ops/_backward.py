@@ -62,13 +62,13 @@ def gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool], zero: boo
 
 def one(kind: Kind | None, device: torch.device) -> Tensor:
     """The loss scale of who has none."""
-    return torch.ones((), device=device) if kind is None else _one()
+    return torch.ones((), dtype=torch.float32, device=device) if kind is None else _one()
 
 
 @functools.cache
 def _one() -> Tensor:
     """Never written to."""
-    return torch.ones((), device="cpu")
+    return torch.ones((), dtype=torch.float32, device="cpu")
 
 
 def keep(ctx: Any, kind: Kind | None, grads: list[Tensor], grad_scale: Tensor | None) -> None:

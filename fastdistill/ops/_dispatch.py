@@ -197,9 +197,10 @@ def used() -> dict[str, list[str]]:
 
 def quiet() -> bool:
     """Whether nobody listens at torch's dispatcher, which takes as long as a small kernel: no mode (fake tensors, a
-    guard, a profiler's ranges), profiler, compiler, functorch transform or forward-mode differentiation."""
+    guard, a profiler's ranges), profiler, compiler, tracer, functorch transform or forward-mode differentiation."""
     return not (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()

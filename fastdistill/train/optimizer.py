@@ -191,7 +191,7 @@ class AdamWEMA(torch.optim.AdamW):
         """The state of a parameter, with what is not there yet."""
         state: dict[str, Tensor] = self.state[p]
         if "step" not in state:
-            state["step"] = torch.zeros((), device=p.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
         if p.dtype != torch.float32 and "master" not in state:

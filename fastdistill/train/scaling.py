@@ -17,7 +17,7 @@ class LossScale:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.value = torch.tensor(FIRST, device=device)
+        self.value = torch.tensor(FIRST, dtype=torch.float32, device=device)
         self.good = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, square_sum: Tensor) -> None:

@@ -65,7 +65,7 @@ class TrainStep:
         own = [p for p in student.parameters() if p.requires_grad]
         adapters = [p for module in objective.trained for p in module.parameters()]
         self.parameters = own + adapters
-        self.lr = torch.tensor(config.lr, device=device)
+        self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
         self.optimizer = AdamWEMA(
             [{"params": own}, {"params": adapters, "ema": False}],
             lr=config.lr,
@@ -82,7 +82,7 @@ class TrainStep:
         self.counter = torch.tensor([config.seed, 0], device=device)
         self._rates = learning_rates(config).to(device)
         self.metric_names = [*objective.metric_names, "gradient_norm"]
-        self.totals = torch.zeros(len(self.metric_names), device=device)
+        self.totals = torch.zeros(len(self.metric_names), dtype=torch.float32, device=device)
 
     def prepare(self, step: int) -> None:
         """What happens on the host before step number ``step``, outside of what a graph captures."""

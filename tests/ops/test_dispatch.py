@@ -14,11 +14,13 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill.ops import OPS, feature_match, geglu, group_norm_silu, layer_norm_modulate, output_match, use
+from fastdistill.ops._backward import _one as loss_scale
+from fastdistill.ops.feature_match import _ones as tap_weights
 
-X, TIME, TABLE = torch.linspace(-2, 2, 48).view(2, 4, 6), torch.tensor([0, 1]), torch.ones(3, 5)
+X, TIME, TABLE, WEIGHT = torch.linspace(-2, 2, 48).view(2, 4, 6), torch.tensor([0, 1]), torch.ones(3, 5), torch.ones(4)
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "geglu": geglu,
-    "group_norm_silu": lambda x: group_norm_silu(x, torch.ones(4), None, 2),
+    "group_norm_silu": lambda x: group_norm_silu(x, WEIGHT, None, 2),
     "layer_norm_modulate": layer_norm_modulate,
     "feature_match": lambda x: feature_match([x], [X.flip(0)]).loss,
     "output_match": lambda x: output_match(x, X.flip(0), TIME, TABLE).loss,
@@ -92,6 +94,31 @@ def test_a_tensor_that_outlived_its_transform(name: str) -> None:
     torch.func.grad(lambda x: (left.append(x), x.sum())[1])(X.clone())
     with torch.no_grad():
         assert torch.equal(CALLS[name](left[0]), CALLS[name](X))
+
+
+@pytest.mark.parametrize("name", ["geglu", "group_norm_silu", "layer_norm_modulate"])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of the tracer: shapes become constants, and it is no longer developed
+def test_a_tracer_hears_every_op(name: str, gradient: bool) -> None:
+    """Past the dispatcher its graph would hold the outputs' memory and not what is written there."""
+    expected = CALLS[name](X.flip(0))
+    traced = torch.jit.trace(CALLS[name], X.clone().requires_grad_(gradient), check_trace=False)
+    assert torch.equal(traced(X.flip(0)), expected)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_any_default_dtype(name: str) -> None:
+    """Kernels read what stands for weights and scales that are not given as float32."""
+    expected = both(CALLS[name])
+    loss_scale.cache_clear()
+    tap_weights.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = both(CALLS[name])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, two in zip(expected, found, strict=True):
+        assert two.dtype == torch.float32 and torch.equal(one, two)
 
 
 def test_compiled_loops_run_after_the_ops_they_read() -> None:

@@ -128,6 +128,16 @@ def test_more_taps_than_a_launch_takes(kernel: str, distance: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_weights_of_any_strides(kernel: str) -> None:
+    """Also after a call of the same shapes whose weights lay side by side."""
+    student, teacher, weights, distance = make([(2, 8), (3, 5), (7,)], torch.float32, "mse").inputs
+    spread, alike = torch.stack([weights, weights + 9], 1)[:, 0], torch.full((1,), 2.0).expand(3)
+    with use(kernel):
+        for given, same in ((weights, weights), (spread, weights), (alike, alike.clone())):
+            assert torch.equal(call(student, teacher, given, distance)[0], call(student, teacher, same, distance)[0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_memory_that_does_not_start_at_a_vector(kernel: str) -> None:
     case = make([(4099,)], torch.float32, "mse")
     (student,), (teacher,), weights, distance = case.inputs

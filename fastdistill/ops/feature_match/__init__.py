@@ -117,12 +117,15 @@ def feature_match(
             raise InputError.of(f"teacher[{i}]", rule, "requires_grad=True")
     device = student[0].device
     if weights is None:
-        factors = _ones(len(student)) if kind is not None else torch.ones(len(student), device=device)
+        count = len(student)
+        factors = torch.ones(count, dtype=torch.float32, device=device) if kind is None else _ones(count)
     elif factors is None:
         listed, rule = isinstance(weights, Iterable), f"a list of {len(student)} floats, one a tap"
         _check.require(listed, "weights", rule, repr(weights))
         factors = torch.tensor(list(weights), dtype=torch.float32, device=device)
         _check.shape(factors, "weights", (len(student),), f"one weight a tap ({len(student)},)")
+    else:
+        factors = factors.contiguous()  # a kernel once found is not asked about strides again
     parameter = delta if distance == "huber" else eps
     if wanted(student):
         if overwrite_teacher:
@@ -137,7 +140,7 @@ def feature_match(
 @functools.cache
 def _ones(count: int) -> Tensor:
     """On the CPU, the weights of who has none; they are never written to."""
-    return torch.ones(count, device="cpu")
+    return torch.ones(count, dtype=torch.float32, device="cpu")
 
 
 def gradient_buffer(student: Tensor, distance: Distance = "mse") -> Tensor:
