@@ -19,7 +19,7 @@ from fastdistill.distill import Weights
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import FastdistillError, KernelError
-from fastdistill.train import distributed, graph
+from fastdistill.train import DistillTrainer, distributed, graph
 from fastdistill.train.graph import WARM_UP, _checkpoints_without_rng, runner
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.step import TrainStep
@@ -46,6 +46,23 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "every loss": lambda made: small.objective(made, weights=Weights(1.0, 0.5, 0.25), feature_distance="cosine"),
     "denoising": lambda made: Denoising(5.0),
 }
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_any_default_dtype(precision: str) -> None:
+    """Rates, loss scale, counts and metrics are float32, which kernels take them for."""
+    own = small.teacher()
+    made = small.student("bk_base", own)
+    given = own, made.model, small.SCHEDULE, small.cache(), small.bank(), small.objective(made)
+    config = small.config(precision=precision, steps=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = DistillTrainer(*given, config).fit().history
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = small.trainer("bk_base", precision=precision, steps=2).fit().history
+    for key in expected[0].keys() - {"seconds"}:
+        assert found[0][key] == expected[0][key]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
