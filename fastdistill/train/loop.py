@@ -49,6 +49,7 @@ def fit(
     """Run a step to the last one of its configuration; see ``DistillTrainer.fit``."""
     with contextlib.ExitStack() as stack:
         run = _Run(step, student, fingerprint, config)
+        distributed.check_same({"directory": "none" if directory is None else "given"})
         if directory is not None:
             path = Path(directory)
             distributed.first(lambda: _enter(path, stack))

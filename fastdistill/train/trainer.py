@@ -99,7 +99,8 @@ class DistillTrainer:
             global_batch=config.batch,
         )
         self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
-        distributed.check_same(self._fingerprint)
+        each = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("ahead", "banks", "keep_checkpoints")}
+        distributed.check_same(self._fingerprint | {"config": each, "shard": "none" if shard is None else "given"})
         bound = objective.bind(setting)
         if shard is not None:
             distributed.shard(self.student, bound, shard)

@@ -194,6 +194,19 @@ def unlike(rank: int, directory: Path) -> Any:
     return make(lr=1e-3 * (rank + 1))
 
 
+def unlike_logs(rank: int, directory: Path) -> Any:
+    """A setting that a run may be gone on with, but not one rank."""
+    return make(log_every=rank + 1)
+
+
+def unlike_places(rank: int, directory: Path) -> Any:
+    return make().fit(directory if rank else None)
+
+
+def unlike_shards(rank: int, directory: Path) -> Any:
+    return make(shard=shard if rank else None)
+
+
 def wrapped(rank: int, directory: Path) -> Any:
     return make(student=nn.parallel.DistributedDataParallel(Tiny(6)))
 
@@ -244,9 +257,9 @@ def unsharded(rank: int, directory: Path) -> Any:
 
 
 _ALL: tuple[Any, ...] = (
-    draws, from_disk, run, interrupted, fused, compiled, guarded, pressed, nowhere, full, uneven, unlike, wrapped,
-    resting, shards, shards_interrupted, shards_fused, shards_compiled, shards_half, shards_copied,
-    sharded_before, unsharded,
+    draws, from_disk, run, interrupted, fused, compiled, guarded, pressed, nowhere, full, uneven, unlike,
+    unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
+    shards_compiled, shards_half, shards_copied, sharded_before, unsharded,
 )  # fmt: skip
 SCENARIOS: dict[str, Scenario] = {scenario.__name__: scenario for scenario in _ALL}
 SCENARIOS |= {precision: lower(precision) for precision in ("float16", "bfloat16")}

@@ -132,6 +132,9 @@ def test_ctrl_c_on_one_rank_stops_all(found: Found) -> None:
         ("full", StorageError, r"step-00000004.safetensors: could not be written: No such file"),
         ("uneven", InputError, "config.batch: expected a multiple of the 2 ranks that share it, got 5"),
         ("unlike", InputError, r"rank 1: expected what rank 0 .*config.lr: expected 0\.001, got 0\.002"),
+        ("unlike_logs", InputError, r"rank 1: expected what rank 0 .*config.log_every: expected 1, got 2"),
+        ("unlike_places", InputError, r"rank 1: expected what rank 0 .*directory: expected 'none', got 'given'"),
+        ("unlike_shards", InputError, r"rank 1: expected what rank 0 .*shard: expected 'none', got 'given'"),
         ("wrapped", InputError, "student: expected the model itself, which the trainer wraps.*DistributedDataParallel"),
         (
             "resting",
