@@ -62,9 +62,11 @@ class Base:
                 rows.append(row(case, self._settings, mode=mode, rival=rival, note=note))
                 continue
             times: dict[str, list[float]] = {name: [] for name in self._workers}
+            turns = list(self._workers.items())
             while len(times["base"]) < self._settings.rounds:
-                for name, worker in self._workers.items():
+                for name, worker in turns:
                     times[name] += worker.ask({**request, "rounds": _TURN})["times"]
+                turns.reverse()  # who goes first alternates, so that a machine that drifts favours neither
             timings, ratios = summary(times)
             ours, theirs = timings["ours"], timings["base"]
             rows.append(

@@ -6,20 +6,37 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.measure import FIELDS, Row
+from fastdistill.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file, with "" for columns that it does not have."""
+def read(path: Path, needed: Iterable[str] = ()) -> list[Row]:
+    """The rows of a file, with "" for columns that it does not have.
+
+    Raises:
+        InputError: it has a column that no result has, lacks one that is ``needed``, or a ratio is no number.
+    """
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
-        found = [dict.fromkeys(FIELDS, "") | row for row in csv.DictReader(file)]
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or ())
+        if strange := [column for column in columns if column not in FIELDS]:
+            raise InputError.of(f"{path}", f"columns of {', '.join(FIELDS)}", ", ".join(strange))
+        if missing := [column for column in needed if column not in columns]:
+            raise InputError.of(f"{path}", f"the columns {', '.join(missing)} too", ", ".join(columns) or "none")
+        found = []
+        for row in reader:
+            if None in row or None in row.values() or not re.fullmatch(r"(\d+(\.\d+)?)?", row.get("ratio", "")):
+                where = f"{path}, line {reader.line_num}"
+                raise InputError.of(where, f"{len(columns)} values, the ratio a number", list(row.values()))
+            found.append(dict.fromkeys(FIELDS, "") | row)
     for row in found:
         row["mode"] = row["mode"] or "eager"  # the only one there was before it had a column
     return found
@@ -66,8 +83,8 @@ def latest_parts(path: Path) -> list[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of the last date and commit of each op, shape, dtype, mode and thread count, one a rival; those that
-    only say why there is none where there never was one. Comparisons of two commits are left out."""
+    """The rows of the last run of each op, shape, dtype, mode and thread count, one a rival; those that only say why
+    there is none where there never was one. Comparisons of two commits are left out."""
     newest: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row["rival"].startswith("base "):
@@ -76,7 +93,7 @@ def latest(rows: Iterable[Row]) -> list[list[Row]]:
         before = newest.setdefault(key, [])
         if before and before[0]["ours_ms"] and not row["ours_ms"]:
             continue
-        if before and any(row[k] != before[0][k] for k in ("date", "commit")):
+        if before and any(row[k] != before[0][k] for k in ("date", "run", "commit")):
             before.clear()
         before[:] = [other for other in before if other["rival"] != row["rival"]] + [row]
     return sorted(newest.values(), key=lambda some: some[0]["op"])

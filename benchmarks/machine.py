@@ -46,8 +46,10 @@ def versions(device: torch.device) -> dict[str, Any]:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = "not installed"
+    now = datetime.datetime.now(datetime.UTC)
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": now.date().isoformat(),
+        "run": now.time().isoformat("seconds"),  # the same in all rows of a process
         "isa": _native.cpu().isa() if device.type == "cpu" and _native.cpu_reason() is None else "",
         "driver": _smi("driver_version") if device.type == "cuda" else "",
         "torch": torch.__version__,

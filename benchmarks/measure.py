@@ -12,13 +12,13 @@ import torch
 
 from benchmarks import machine
 from benchmarks.attribution import attribution
-from benchmarks.registry import COMPILED, DTYPES, Case, Contestant, Run, Workload, forget_compiled
+from benchmarks.registry import COMPILED, DTYPES, Case, Contestant, Run, Workload, compiles, forget_compiled
 from benchmarks.timing import UNCOUNTED, Timing, copies, free, graphed, in_turns, interleaved, stopwatch, summary
 from fastdistill.ops import OPS, use
 
 Row = dict[str, Any]
 FIELDS = (
-    "date op shape dtype mode threads rival ratio rival_ms rival_iqr_ms rival_img_s rival_peak_gb ours ours_ms"
+    "date run op shape dtype mode threads rival ratio rival_ms rival_iqr_ms rival_img_s rival_peak_gb ours ours_ms"
     " ours_iqr_ms ours_img_s ours_peak_gb ours_gb_s ours_tflop_s percent copy_gb_s matmul_tflop_s note isa driver"
     " sm_mhz watts torch triton python commit"
 ).split()
@@ -35,7 +35,7 @@ class Settings:
     warm_up: int = 5
     seconds: float = 2.0
     rivals: Sequence[str] | None = None
-    compiled: bool = True
+    compiled: bool | None = None  # None: as ``compiles`` has it
 
 
 def row(case: Case, settings: Settings, **fields: Any) -> Row:
@@ -231,8 +231,10 @@ def _contestants(
         reason = next((r for r in made if isinstance(r, str)), None)
         if settings.rivals is not None and name not in settings.rivals:
             continue
-        if name.startswith(COMPILED) and not settings.compiled:
+        if name.startswith(COMPILED) and settings.compiled is False:
             absent[name] = "left out by --no-compiled"
+        elif name.startswith(COMPILED) and settings.compiled is None and not compiles(case):
+            absent[name] = "at the smallest shape alone"
         elif reason is not None:
             absent[name] = reason
         else:

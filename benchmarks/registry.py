@@ -127,6 +127,11 @@ def cases(device: str, op: Sequence[str] | None = None, dtype: Sequence[str] | N
                 yield case
 
 
+def compiles(case: Case) -> bool:
+    """Whether torch.compile is timed by default: on a CPU, where it takes long, at an op's smallest shape alone."""
+    return case.device == "cuda" or str(case) == str(next(cases(case.device, [case.op], [case.dtype])))
+
+
 def generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.report``: the README's table and the plots, from benchmarks/results alone.
+"""``python -m benchmarks.report``: the README's table, docs/benchmarks.md and its plots, from benchmarks/results alone.
 
 Another folder of results (``--results``) is plotted into itself, and the README stays as it is.
 """
@@ -7,47 +7,102 @@ Another folder of results (``--results``) is plotted into itself, and the README
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.files import RESULTS, latest, latest_parts, read
 from benchmarks.measure import Row
+from benchmarks.plots import plot
 from benchmarks.registry import cases
+from fastdistill.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
+FULL = ROOT / "docs" / "benchmarks.md"
+NEEDED = "date op shape dtype threads rival ratio".split()
+
+
+def current(path: Path) -> list[list[Row]]:
+    """The last measurements of a file, without cases and rivals that are no longer in the registry."""
+    known = {(c.op, c.shape, c.dtype): c.rivals for kind in ("cpu", "cuda") for c in cases(kind)}
+    rows = read(path, needed=NEEDED)
+    rivals = [known.get((row["op"], row["shape"], row["dtype"]), ()) for row in rows]
+    return latest(r for r, names in zip(rows, rivals, strict=True) if r["rival"] in names or _kernel(r, names))
+
+
+def _kernel(row: Row, names: Sequence[str]) -> bool:
+    """Whether it is of another kernel of ours, of a case that is known."""
+    return bool(names) and row["rival"].startswith("ours, ")
+
+
+def summary(results: Path = RESULTS) -> str:
+    """For the README: of every op the least and the most that it was faster, over shapes and threads."""
+    lines = []
+    for path, measured in _measured(results):
+        gpu = path.stem.startswith("gpu")
+        lines += [f"**{path.stem}** ({_versions(measured)}): times faster than each rival, both sides in one run,", ""]
+        lines[-2] += f" lowest to highest over all shapes{'' if gpu else ' and thread counts'}."
+        lines += [f"| op | dtype |{' mode |' * gpu} times faster than |", f"|---|---|{'---|' * gpu}---|"]
+        found: dict[tuple[str, ...], dict[str, list[float]]] = {}
+        for row in (row for rows in measured for row in rows if row["ratio"]):
+            key = row["op"], row["dtype"], *((row["mode"],) if gpu else ())
+            found.setdefault(key, {}).setdefault(row["rival"], []).append(float(row["ratio"]))
+        for key, ratios in found.items():
+            told = " · ".join(f"{rival} **{_range(some)}**" for rival, some in ratios.items())
+            lines.append(f"| {' | '.join(key)} | {told} |")
+        lines.append("")
+    if not _has_gpu(results):
+        waiting = list(dict.fromkeys(case.op for case in cases("cuda")))
+        lines += [
+            f"**GPU**: unmeasured ({', '.join(waiting)}); `make gpu PART=1/3` measures on a machine that has one.",
+            "",
+        ]
+    return "\n".join(lines) + f"\nEvery shape and a plot: [docs/benchmarks.md]({FULL.relative_to(ROOT)})."
+
+
+def _range(ratios: list[float]) -> str:
+    low, high = f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+    return low if low == high else f"{low}–{high}"
+
+
+def _has_gpu(results: Path) -> bool:
+    return any(results.glob("gpu*.csv"))
+
+
+def _measured(results: Path) -> Iterator[tuple[Path, list[list[Row]]]]:
+    for path in sorted(results.glob("*.csv")):
+        if measured := current(path):
+            yield path, measured
 
 
 def table(results: Path = RESULTS) -> str:
     """Per device the last measurement of every case, a GPU that nobody measured on with the cases that wait for it."""
-    files = sorted(results.glob("*.csv"))
     lines = []
-    for path in files:
-        measured = latest(read(path))
+    for path, measured in _measured(results):
         gpu = path.stem.startswith("gpu")
-        lines += [f"**{path.stem}** ({_versions(measured)}): times faster than each rival, both sides in one run.", ""]
+        lines += [f"## {path.stem}", ""]
+        lines += [f"{_versions(measured)}: times faster than each rival, both sides in one run.", ""]
         if results == RESULTS:
-            image = (IMAGES / f"benchmarks-{path.stem}.png").relative_to(ROOT)
-            lines += [f"![Times faster than each rival, {path.stem}]({image})", ""]
-        lines += ["<details><summary>The same in figures</summary>", ""]
+            lines += [f"![Times faster than each rival, {path.stem}](images/benchmarks-{path.stem}.png)", ""]
         columns = ["op", "shape", "dtype", "mode" if gpu else "threads", "times faster than"]
         columns += ["% of ceiling"] if gpu else []  # a shared CPU's is not the same from one minute to the next
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(_cells(rows, columns))} |" for rows in measured]
-        lines += [*_where(path, gpu), "", "</details>", ""]
-    if not any(path.stem.startswith("gpu") for path in files):
-        lines += [
-            "**GPU** (`make gpu PART=1/3` on a machine that has one)",
-            "",
-            "| op | shape | dtype | times faster than |",
-        ]
-        lines += ["|---|---|---|---|"]
+        lines += [*_where(path, gpu), ""]
+    if not _has_gpu(results):
+        lines += ["## GPU", "", "`make gpu PART=1/3` on a machine that has one.", ""]
+        lines += ["| op | shape | dtype | times faster than |", "|---|---|---|---|"]
         waiting = [case for case in cases("cuda") if case.headline]
         lines += [f"| {c.op} | {c.shape} | {c.dtype} | {' · '.join(c.rivals)}: unmeasured |" for c in waiting]
     return "\n".join(lines).strip()
+
+
+def page() -> str:
+    """docs/benchmarks.md."""
+    head = "# Benchmarks\n\nWritten by `python -m benchmarks.report` from the files in"
+    return f"{head} [benchmarks/results](../benchmarks/results).\n\n{table()}\n"
 
 
 def _where(path: Path, gpu: bool) -> list[str]:
@@ -90,42 +145,11 @@ def plots(results: Path, into: Path) -> Iterator[Path]:
     Raises:
         ImportError: there is no matplotlib.
     """
-    from matplotlib.figure import Figure
-
     for path in sorted(results.glob("*.csv")):
-        measured = [[row for row in rows if row["ratio"]] for rows in latest(read(path))]
-        measured = [rows for rows in measured if rows][::-1]
-        if not measured:
-            continue
-        names = list(dict.fromkeys(row["rival"] for rows in measured[::-1] for row in rows))
-        figure = Figure(figsize=(9, 1.3 + 0.2 * len(measured)), layout="constrained")
-        axes = figure.add_subplot()
-        for i, name in enumerate(names):
-            found = [(float(r["ratio"]), y) for y, rows in enumerate(measured) for r in rows if r["rival"] == name]
-            axes.plot(*zip(*found, strict=True), "oDs^v"[i // 10 % 5], color=f"C{i % 10}", label=name, markersize=5)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.axvspan(1e-3, 1, color="0.95", zorder=0)
-        ratios = [float(row["ratio"]) for rows in measured for row in rows]
-        powers = range(math.floor(math.log2(min(0.8, *ratios))), math.ceil(math.log2(max(1.2, *ratios))) + 1)
-        axes.set_xscale("log", base=2)
-        axes.set_xlim(2.0 ** powers[0], 2.0 ** powers[-1])
-        axes.set_xticks([2.0**p for p in powers], [f"{2.0**p:g}" for p in powers])
-        axes.set_yticks(range(len(measured)), [_label(rows[0], path.stem) for rows in measured], fontsize=7)
-        axes.set_ylim(-0.7, len(measured) - 0.3)
-        axes.grid(color="0.9", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xlabel("times faster than the rival")
-        axes.set_title(path.stem, fontsize=9)
-        figure.legend(fontsize=7, loc="outside upper center", ncols=5)
-        into.mkdir(parents=True, exist_ok=True)
-        target = into / f"benchmarks-{path.stem}.png"
-        figure.savefig(target, dpi=130, metadata={"Software": None})
-        yield target
-
-
-def _label(first: Row, device: str) -> str:
-    how = first["mode"] if device.startswith("gpu") else f"{first['threads']} thread{'s' * (first['threads'] != '1')}"
-    return f"{first['op']}, {first['shape']}, {first['dtype']}, {how}"
+        if measured := [rows for rows in current(path) if any(row["ratio"] for row in rows)]:
+            target = into / f"benchmarks-{path.stem}.png"
+            plot(path.stem, measured, target)
+            yield target
 
 
 def filled(readme: str, name: str, text: str) -> str:
@@ -140,6 +164,14 @@ def main(arguments: list[str] | None = None) -> int:
     results = parser.parse_args(arguments).results
     if not results.is_dir():
         parser.error(f"--results: expected a folder of CSV files, got {results}")
+    try:
+        _write(results)
+    except InputError as error:
+        parser.error(str(error))
+    return 0
+
+
+def _write(results: Path) -> None:
     own = results.resolve() == RESULTS.resolve()
     try:
         for path in plots(results, IMAGES if own else results):
@@ -148,10 +180,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("no plots: matplotlib is not installed", file=sys.stderr)
     if own:
         readme = ROOT / "README.md"
-        readme.write_text(filled(readme.read_text(encoding="utf-8"), "benchmarks", table()), encoding="utf-8")
+        readme.write_text(filled(readme.read_text(encoding="utf-8"), "benchmarks", summary()), encoding="utf-8")
+        FULL.write_text(page(), encoding="utf-8")
     else:
         print(table(results))
-    return 0
 
 
 if __name__ == "__main__":

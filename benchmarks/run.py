@@ -9,12 +9,14 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks import base, files, machine
 from benchmarks.measure import WRONG, Row, Settings, measure, once, unmeasured
@@ -38,7 +40,11 @@ def parser() -> argparse.ArgumentParser:
         "--rounds", type=int, help="counted at least, 41 on a CPU, 100 on a GPU; short ones fill two seconds"
     )
     p.add_argument("--minutes", type=float, default=float("inf"), help="after these no further case is begun")
-    p.add_argument("--no-compiled", dest="compiled", action="store_false", help="leave torch.compile out")
+    p.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile at every shape, or at none (default: on a CPU at an op's smallest)",
+    )
     p.add_argument("--base", metavar="COMMIT", help="time this tree against a commit instead of against rivals")
     p.add_argument(
         "--once", action="store_true", help="check, then run ours once between cudaProfilerStart and Stop: for ncu"
@@ -56,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     base_commit = machine.commit(options.base) if options.base else ""
     if options.base and not base_commit:
         p.error(f"--base: git knows no commit {options.base!r}")
+    if base_commit and options.rival:
+        p.error(f"--base: expected no --rival, as it times a commit alone, got {', '.join(options.rival)}")
     gpu = options.device == "cuda"
     torch.set_num_threads(options.threads)
     settings = Settings(
@@ -66,15 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         rivals=options.rival,
         compiled=options.compiled,
     )
-    dtypes = options.dtype or (["bf16"] if gpu else ["fp32"])
-    chosen = [c for c in cases(options.device, options.op, dtypes) if options.shape in c.shape]
-    if options.headline is not None:
-        chosen = [c for c in chosen if c.headline == options.headline]
-    if not chosen:
-        p.error("no case has that op, dtype and shape on this kind of device")
-    known = list(dict.fromkeys(name for case in chosen for name in case.rivals))
-    if unknown := set(options.rival or ()) - set(known):
-        p.error(f"--rival: expected one of {', '.join(map(repr, known))}, got {', '.join(map(repr, sorted(unknown)))}")
+    chosen = _chosen(p, options)
     there = not gpu or torch.cuda.is_available()
     if options.once and there:
         for case in chosen:
@@ -97,6 +97,31 @@ def main(arguments: list[str] | None = None) -> int:
         name = machine.device_name(settings.device) if there else NO_GPU
         Console(width=150).print(_table(rows, f"{name}: times faster than the rival"))
     return 1 if any(str(row["note"]).startswith(WRONG) for row in rows) else 0
+
+
+def _chosen(p: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+    """The cases that are asked for; an error where an argument leaves none."""
+
+    def wrong(argument: str, rule: str, known: Iterable[str], got: Iterable[str]) -> NoReturn:
+        p.error(f"--{argument}: expected {rule} {', '.join(map(repr, known))}, got {', '.join(map(repr, got))}")
+
+    dtypes = options.dtype or (["bf16"] if options.device == "cuda" else ["fp32"])
+    of_ops = list(cases(options.device, options.op))
+    chosen = [c for c in of_ops if c.dtype in dtypes]
+    if not chosen:
+        wrong("dtype", "one of", dict.fromkeys(c.dtype for c in of_ops), dtypes)
+    shapes = dict.fromkeys(c.shape for c in chosen)
+    chosen = [c for c in chosen if options.shape in c.shape]
+    if not chosen:
+        wrong("shape", "a part of one of", shapes, [options.shape])
+    if options.headline is not None:
+        chosen = [c for c in chosen if c.headline == options.headline]
+        if not chosen:
+            p.error(f"--{'no-' * (not options.headline)}headline: none of what is chosen is among these")
+    known = dict.fromkeys(name for case in chosen for name in case.rivals)
+    if unknown := [name for name in options.rival or () if name not in known]:
+        wrong("rival", "one of", known, unknown)
+    return chosen
 
 
 def _measured(chosen: list[Case], settings: Settings, base_commit: str, minutes: float) -> Iterator[list[Row]]:
@@ -127,7 +152,7 @@ def _table(rows: list[Row], title: str) -> Table:
     for heading in used.values():
         table.add_column(heading)
     for row in rows:
-        table.add_row(*(str(row[key]) for key in used))
+        table.add_row(*(Text(str(row[key])) for key in used))  # no markup
     return table
 
 

@@ -15,18 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.registry import COMPILED, Case, Contestant, Workload, cases, forget_compiled
+from benchmarks.registry import COMPILED, Case, Contestant, Workload, cases, compiles, forget_compiled
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _contestants() -> Iterator[Any]:
     dtypes = ["bf16"] if DEVICE.type == "cuda" else ["fp32"]
-    last = ""
     for case in cases(DEVICE.type, dtype=dtypes):
-        smallest, last = case.op != last, case.op
         for name in ("ours", *case.rivals):
-            if name != COMPILED or smallest or DEVICE.type == "cuda":
+            if not name.startswith(COMPILED) or compiles(case):
                 words = f"{case} {name}".replace("B=", "B")
                 yield pytest.param(case, name, id=re.sub(r"[^\w.]+", "-", words))  # words that -k takes
 

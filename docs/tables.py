@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the README's figures from the committed measurements: ``python docs/tables.py``. None is typed by hand."""
+"""Writes the figures of the README and of docs/benchmarks.md from the committed measurements: ``python
+docs/tables.py``. None is typed by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is all that Python looks into
 
-from benchmarks.report import filled, table  # noqa: E402
+from benchmarks.report import FULL, filled, page, summary  # noqa: E402
 
 
 def digits() -> str:
@@ -40,9 +41,10 @@ def digits() -> str:
 
 def readme_filled(readme: str) -> str:
     """The README with both tables in their places."""
-    return filled(filled(readme, "results", digits()), "benchmarks", table())
+    return filled(filled(readme, "results", digits()), "benchmarks", summary())
 
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(readme_filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    FULL.write_text(page(), encoding="utf-8")

@@ -32,7 +32,7 @@ def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_pytest_benchmark_times_ops_alone(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     flags = ["--benchmark-max-time=0.1", "--benchmark-min-rounds=2", f"--benchmark-json={path}"]
-    done = run_pytest("--benchmark", "-k", "noise_gather and B4 and not compile", *flags)
+    done = run_pytest("--benchmark", "-k", "noise_gather and B4 and not compile and not rows", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     timed = json.loads(path.read_text())["benchmarks"]
     assert {entry["extra_info"]["op"] for entry in timed} == {"noise_gather"}
@@ -112,12 +112,19 @@ def test_a_file_of_fewer_columns_keeps_its_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [["--base", "no-such-commit"], ["--rounds", "1"], ["--shape", "B=5"], ["--op", "x"], ["--rival", "x"]]
+    "flags",
+    [
+        ["--base", "no-such-commit"],
+        ["--base", "HEAD", "--rival", "literal"],
+        *([flag, "nope"] for flag in ("--op", "--rival", "--dtype", "--device", "--shape")),
+        ["--rounds", "1"],
+    ],
 )
 def test_mistakes_are_told(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--device", "cpu", "--csv", "none", *flags])
-    assert stop.value.code == 2 and "error: " in capsys.readouterr().err
+    error = capsys.readouterr().err.split("error: ")[1]
+    assert stop.value.code == 2 and flags[0] in error
 
 
 def gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -160,8 +167,13 @@ def test_a_folder_of_results_that_is_not_there(tmp_path: Path, capsys: pytest.Ca
     assert "--results: expected a folder of CSV files, got" in capsys.readouterr().err
 
 
-def test_the_report_plots_another_folder_and_leaves_the_readme(tmp_path: Path) -> None:
+def knows(monkeypatch: pytest.MonkeyPatch, *known: Case) -> None:
+    monkeypatch.setattr(report, "cases", lambda device: [case for case in known if case.device == device])
+
+
+def test_the_report_plots_another_folder_and_leaves_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, _ = case_of(right=True)
+    knows(monkeypatch, case)
     files.append(tmp_path / "cpu-some.csv", measure(case, CPU))
     before = (ROOT / "README.md").read_bytes()
     assert report.main(["--results", str(tmp_path)]) == 0
@@ -169,14 +181,44 @@ def test_the_report_plots_another_folder_and_leaves_the_readme(tmp_path: Path) -
     assert (ROOT / "README.md").read_bytes() == before
 
 
-def test_the_table_shows_the_last_measurement(tmp_path: Path) -> None:
-    old = dict.fromkeys(FIELDS, "") | {"op": "some_op", "rival": "eager", "ratio": "1.5", "ours_ms": "2.0", "date": "1"}
-    path = tmp_path / "gpu-some.csv"
-    files.append(
-        path, [old, old | {"rival": "literal"}, old | {"date": "2", "ratio": "3.25"}, old | {"rival": "base 1"}]
+def test_the_table_shows_the_last_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(
+        "some_op", "small", "bf16", "cuda", lambda device: pytest.fail("built"), ("eager", "new"), headline=True
     )
+    knows(monkeypatch, case)
+    old = dict.fromkeys(FIELDS, "") | {"op": "some_op", "shape": "small", "dtype": "bf16", "ours_ms": "2.0"}
+    old |= {"rival": "eager", "ratio": "1.5", "date": "1", "run": "1"}
+    path = tmp_path / "gpu-some.csv"
+    last = old | {"run": "2", "ratio": "3.25"}
+    files.append(path, [old, old | {"rival": "new"}, last, last | {"rival": "forgotten"}, last | {"rival": "base 1"}])
     files.append(path, [old | {"date": "3", "ratio": "", "ours_ms": "", "note": "out of memory"}])
-    assert "| eager **3.25** |" in report.table(tmp_path)
+    assert "| eager **3.25** |" in report.table(tmp_path), "the last run's rivals alone, those that are known"
+    assert "| eager **3.25** |" in report.summary(tmp_path) and "unmeasured" not in report.summary(tmp_path)
     assert "1.50" not in report.table(tmp_path) and "unmeasured" not in report.table(tmp_path)
     path.unlink()
-    assert "unmeasured" in report.table(tmp_path)
+    assert "unmeasured" in report.table(tmp_path) and "unmeasured (some_op)" in report.summary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a,b\n1,2\n", "expected columns of date, run, op"),
+        ("op,ratio\nx,1.5\n", "expected the columns date, shape, dtype, threads, rival too, got op, ratio"),
+        ("date,op,shape,dtype,threads,rival,ratio\n1,x,s,fp32,1,eager,fast\n", "line 2: expected 7 values, the ratio"),
+        ("", "got none"),
+    ],
+)
+def test_a_file_of_other_columns_is_named(
+    text: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cpu-some.csv").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        report.main(["--results", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "cpu-some.csv" in error and told in error
+
+
+def test_compiled_rivals_are_timed_at_the_smallest_shapes_of_a_cpu() -> None:
+    shapes = [case.shape for case in registry.cases("cpu", ["feature_match"], ["fp32"]) if registry.compiles(case)]
+    assert shapes == ["SD-1.5 8 taps B=4"]
+    assert all(map(registry.compiles, registry.cases("cuda")))

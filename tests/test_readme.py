@@ -50,6 +50,7 @@ def test_its_figures_are_the_committed_measurements() -> None:
     finally:
         sys.path.pop(0)
     assert tables.readme_filled(README) == README, "run python docs/tables.py"
+    assert tables.page() == tables.FULL.read_text(encoding="utf-8"), "run python docs/tables.py"
     assert "random conditioning" in tables.digits()
 
 

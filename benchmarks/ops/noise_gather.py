@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """``noise_gather``: a training batch from the banks. Its rival is what a training script would write, not the
 reference, which computes the contract's random numbers in eager torch. Compiled, that script is a rival on a GPU alone:
-on a CPU its ``randn`` is many times slower than eager's."""
+on a CPU its ``randn`` is many times slower than eager's.
+
+"rows alone" is the gather of prompts: latents of one number, as for banks that wait elsewhere. The rivals are given the
+rows; ours draws them, and timesteps and choices, all the same.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -26,7 +31,13 @@ SHAPES = [  # label, (latent, prompt, further banks of prompts), batch, device, 
     ("SDXL", (*SDXL_SAMPLE, *SDXL_CONDITIONS), 64, "cuda", False),
     ("PixArt-XL/2", (*PIXART_SAMPLE, *PIXART_CONDITIONS), 64, "cuda", False),
 ]
-STEPS = 1000
+ROWS = [  # label, banks of prompts, batch, device
+    ("SD-1.5", SD15_SAMPLE[1:], 4, "cpu"),
+    ("SD-1.5", SD15_SAMPLE[1:], 16, "cpu"),
+    ("SDXL", (SDXL_SAMPLE[1], *SDXL_CONDITIONS), 4, "cpu"),
+    ("SD-1.5", SD15_SAMPLE[1:], 512, "cuda"),
+]
+STEPS, TEXTS = 1000, 600
 
 
 def cases() -> Iterator[Case]:
@@ -38,6 +49,11 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "noise_gather", f"{label} {sizes} B={batch}", dtype, device, build, rivals, headline and dtype == "bf16"
             )
+    for label, banks, batch, device in ROWS:
+        shape = f"{label} rows alone {' '.join('x'.join(map(str, sizes)) for sizes in banks)} B={batch}"
+        for dtype in DTYPES:
+            make = functools.partial(_rows, banks, batch, DTYPES[dtype])
+            yield Case("noise_gather", shape, dtype, device, make, ("index_select(out=)", "index_select", "indexing"))
 
 
 def _literal(
@@ -61,39 +77,79 @@ def _fusible(latents: Tensor, prompts: list[Tensor], signal: Tensor, noise: Tens
     return [x_t, *(bank[text] for bank in prompts)]
 
 
-def _build(
-    latent: Sizes, conditions: tuple[Sizes, ...], batch: int, dtype: torch.dtype, device: torch.device
-) -> Workload:
-    g = generator(device)
-    rows, texts = max(256, batch), 600
-    latents = torch.randn(rows, *latent, generator=g, device=device).to(dtype)
-    prompts = [torch.randn(texts, *sizes, generator=g, device=device).to(dtype) for sizes in conditions]
-    own = torch.arange(rows, device=device) % texts
-    alpha = torch.linspace(0.99, 0.05, STEPS, device=device)
-    coefficients = torch.stack([alpha, (1 - alpha**2).sqrt(), torch.zeros_like(alpha), torch.ones_like(alpha)], 1)
+def _ours(latents: Tensor, prompts: list[Tensor], coefficients: Tensor, batch: int) -> tuple[Run, Callable[[], None]]:
+    """A draw of the next step, and its check."""
+    device = latents.device
+    own = torch.arange(len(latents), device=device) % TEXTS
     replace = torch.full((STEPS,), 2**31, device=device)
     numbers = np.array([1, 0])
     host = torch.from_numpy(numbers)  # the step is counted in the same memory
     counter = host.to(device)
     banks = prompts if len(prompts) > 1 else prompts[0]
-    draw = NoiseGather(latents, own, banks, coefficients, replace, counter, null_index=texts - 1, batch=batch)
+    draw = NoiseGather(latents, own, banks, coefficients, replace, counter, null_index=TEXTS - 1, batch=batch)
 
     def ours() -> object:
         numbers[1] += 1
         return draw()
 
-    signal, noise = (c.to(dtype) for c in coefficients[:, :2].T)
-    x, z = latents.new_empty(2, batch, *latent)
-    prompt = [bank[:1].expand(batch, *bank.shape[1:]).clone() for bank in prompts]
-
     def check() -> None:
         got = [tensor.clone() for tensor in tree_leaves(tuple(draw()))]
         with use("reference"):
             expected = tree_leaves(tuple(draw()))
-        bound = 4e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        bound = 4e-6 if latents.dtype == torch.float32 else 2 * torch.finfo(latents.dtype).eps
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
+    return ours, check
+
+
+def _banks(conditions: tuple[Sizes, ...], dtype: torch.dtype, device: torch.device, g: torch.Generator) -> list[Tensor]:
+    return [torch.randn(TEXTS, *sizes, generator=g, device=device).to(dtype) for sizes in conditions]
+
+
+def _schedule(device: torch.device) -> Tensor:
+    alpha = torch.linspace(0.99, 0.05, STEPS, device=device)
+    return torch.stack([alpha, (1 - alpha**2).sqrt(), torch.zeros_like(alpha), torch.ones_like(alpha)], 1)
+
+
+def _buffers(banks: list[Tensor], batch: int) -> list[Tensor]:
+    return [bank[:1].expand(batch, *bank.shape[1:]).clone() for bank in banks]
+
+
+def _rows(conditions: tuple[Sizes, ...], batch: int, dtype: torch.dtype, device: torch.device) -> Workload:
+    g = generator(device)
+    banks = _banks(conditions, dtype, device, g)
+    ours, check = _ours(torch.zeros(256, 1, dtype=dtype, device=device), banks, _schedule(device), batch)
+    rows = itertools.cycle(torch.randint(TEXTS, (STEPS, batch), generator=g, device=device).unbind())
+    buffers = _buffers(banks, batch)
+
+    def into_buffers() -> None:
+        index = next(rows)
+        for bank, out in zip(banks, buffers, strict=True):
+            torch.index_select(bank, 0, index, out=out)
+
+    def fresh() -> list[Tensor]:
+        index = next(rows)
+        return [torch.index_select(bank, 0, index) for bank in banks]
+
+    def indexed() -> list[Tensor]:
+        index = next(rows)
+        return [bank[index] for bank in banks]
+
+    rivals: dict[str, Run | str] = {"index_select(out=)": into_buffers, "index_select": fresh, "indexing": indexed}
+    return Workload(ours, rivals, check, 2 * sum(out.numel() for out in buffers) * dtype.itemsize)
+
+
+def _build(
+    latent: Sizes, conditions: tuple[Sizes, ...], batch: int, dtype: torch.dtype, device: torch.device
+) -> Workload:
+    g = generator(device)
+    latents = torch.randn(max(256, batch), *latent, generator=g, device=device).to(dtype)
+    prompts, coefficients = _banks(conditions, dtype, device, g), _schedule(device)
+    ours, check = _ours(latents, prompts, coefficients, batch)
+    signal, noise = (c.to(dtype) for c in coefficients[:, :2].T)
+    x, z = latents.new_empty(2, batch, *latent)
+    prompt = _buffers(prompts, batch)
     rivals: dict[str, Run | str] = {
         "literal": lambda: _literal(latents, prompts, signal, noise, x, z, prompt),
     }
