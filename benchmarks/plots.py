@@ -26,12 +26,14 @@ def plot(name: str, measured: list[list[Row]], target: Path) -> None:
     how = "mode" if name.startswith("gpu") else "threads"
     ways = sorted({row[how] for row in found})
     rivals = list(dict.fromkeys(row["rival"] for row in found))
-    styles = {r: {"marker": _MARKS[i // 10 % len(_MARKS)], "color": f"C{i % 10}"} for i, r in enumerate(rivals)}
+    styles: dict[str, dict[str, Any]] = {
+        r: {"marker": _MARKS[i // 10 % len(_MARKS)], "color": f"C{i % 10}"} for i, r in enumerate(rivals)
+    }
     lines, heads = _lines(found)
     figure = Figure(figsize=(9, _TOP + _LINE * (len(lines) + len(heads))), layout="constrained")
     axes = figure.add_subplot()
     for row in found:
-        fill = {} if row[how] == ways[0] else {"markerfacecolor": "white"}
+        fill: dict[str, Any] = {} if row[how] == ways[0] else {"markerfacecolor": "white"}
         place = lines[_key(row)]
         axes.plot(float(row["ratio"]), place, linestyle="", markersize=5, **styles[row["rival"]], **fill)
     axes.axvline(1, color="black", linewidth=1)
