@@ -40,8 +40,8 @@ def part(batch: int, device: torch.device) -> tuple[int, int]:
         InputError: the batch cannot be cut into equal parts, no process group in spite of ``torchrun``, or the current
             GPU is not the rank's own.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started > 1 and dist.is_torchelastic_launched() and size() == 1:
+    torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    if torchrun and size() == 1 and (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         rule = f"init_process_group before the trainer, as torchrun started {started} processes"
         raise InputError.of("torch.distributed", rule, "none")
     if batch % size():

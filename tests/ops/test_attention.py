@@ -284,3 +284,10 @@ def test_projections_as_they_come() -> None:
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         attention(**({name: torch.zeros(2, 9, 2, 8) for name in "qkv"} | changes))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer: shapes become constants, and it is no longer developed
+def test_a_tracer_measures_nothing() -> None:
+    q = torch.linspace(-1, 1, 64).view(1, 4, 2, 8)
+    traced = torch.jit.trace(lambda q: attention(q, q, q), q, check_trace=False)
+    assert torch.equal(traced(2 * q), attention(2 * q, 2 * q, 2 * q, backend="default"))

@@ -167,6 +167,16 @@ def test_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks.make()
 
 
+def test_where_torch_has_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever another launcher left in the environment."""
+    monkeypatch.setenv("WORLD_SIZE", "")
+    ranks.make()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_torchelastic_launched")
+    ranks.make()
+
+
 def test_what_rank_0_says_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that is not ours keeps its type there, and has words elsewhere."""
     sent: list[Any] = []

@@ -178,7 +178,8 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if all(fixed(n) for t in (q, k, v) for n in (*t.shape, *t.stride())):
             return _run(_known(*_kind(q, k, v)), q, k, v, scale)
         return _run(DEFAULT, q, k, v, scale)
-    if type(q.data) is not Tensor or q.device.type not in ("cpu", "cuda"):
+    tracing = torch._C._get_tracing_state() is not None  # to whom sizes are tensors
+    if tracing or type(q.data) is not Tensor or q.device.type not in ("cpu", "cuda"):
         return _run(DEFAULT, q, k, v, scale)
     kind = _kind(q, k, v)
     key = _key(*kind)
