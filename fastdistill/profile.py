@@ -63,7 +63,8 @@ def profile_digits(config: ProfileConfig, console: Console) -> None:
     found = profile_steps(
         trainer.step, config.output, steps=config.steps, warm_up=config.warm_up, models=models, nsight=config.nsight
     )
-    table = Table(title=f"{config.steps} steps, {found.milliseconds:.1f} ms under the profiler", title_justify="left")
+    steps = "1 step" if config.steps == 1 else f"{config.steps} steps"
+    table = Table(title=f"{steps}, {found.milliseconds:.1f} ms under the profiler", title_justify="left")
     for column in ("op", "share of the time", "its call, to be replayed"):
         table.add_column(column)
     for op, path in found.calls.items():

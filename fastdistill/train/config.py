@@ -53,7 +53,7 @@ class TrainConfig:
     fuse: bool = False
     """Fused ops inside of teacher and student (fastdistill.fuse)."""
     execution: Execution = "auto"
-    """How a step runs: eager, compiled, as one CUDA graph, or auto: on a GPU a graph if it can be, else compiled."""
+    """How a step runs: eager, compiled, as one CUDA graph; auto: on a GPU a graph, else compiled, on a CPU eager."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of every draw."""
     banks: Literal["device", "pinned"] = "device"

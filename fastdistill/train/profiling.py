@@ -44,7 +44,7 @@ def profile_steps(
     models: Mapping[str, nn.Module] | None = None,
     nsight: bool = False,
 ) -> Profile:
-    """Profile ``steps`` calls of ``step`` after ``warm_up`` others.
+    """Profile ``steps`` calls of ``step`` after ``warm_up`` others and one whose calls of ops are kept.
 
     Args:
         step: one eager training step, such as ``DistillTrainer.step``. (A captured graph runs no Python and has no

@@ -297,5 +297,6 @@ def test_fused_then_sharded_and_not_the_other_way() -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(InputError, match=r"model: expected a module \(of a pipeline, its unet or .*\), got dict"):
-        fuse({"unet": None})  # type: ignore[arg-type]
+    for call in (fuse, unfuse):
+        with pytest.raises(InputError, match=r"model: expected a module \(of a pipeline, its unet or .*\), got dict"):
+            call({"unet": None})  # type: ignore[operator]

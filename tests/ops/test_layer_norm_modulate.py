@@ -211,6 +211,7 @@ def test_layouts_that_kernels_refuse(kernel: str) -> None:
         ({"x": torch.ones(8)}, r"x: expected \[batch, ..., channels\], got \(8,\)"),
         ({"eps": -1.0}, "eps: expected a number >= 0, got -1.0"),
         ({"h": torch.ones(2, 3, 8).half()}, r"h: expected a tensor like x \(2, 3, 8\) torch.float32, got"),
+        ({"h": None}, "h: expected a tensor, got NoneType"),
         ({"weight": torch.ones(7)}, r"weight: expected one number a channel \(8,\), got \(7,\)"),
         ({"gate": torch.ones(8)}, r"gate: expected one number a sample and channel \(2, 8\), got \(8,\)"),
         ({"scale": torch.ones(2, 3, 8)}, r"scale: expected one number a sample and channel \(2, 8\), got \(2, 3, 8\)"),

@@ -62,8 +62,7 @@ def fuse(model: nn.Module) -> list[Swap]:
     Raises:
         InputError: no module, or one that is sharded already (fuse first, then shard).
     """
-    if not isinstance(model, nn.Module):
-        raise InputError.of("model", "a module (of a pipeline, its unet or transformer)", type(model).__name__)
+    _check_module(model)
     if where := sharded(model):
         raise InputError.of("model", "a model that is not sharded yet: fuse first, then shard", where)
     swaps = []
@@ -76,7 +75,15 @@ def fuse(model: nn.Module) -> list[Swap]:
 
 
 def unfuse(model: nn.Module) -> int:
-    """Undo ``fuse``: every block gets its own class back. Returns how many did."""
+    """Undo ``fuse``: every block gets its own class back.
+
+    Returns:
+        How many blocks and attention processors did; 0 for a model that is not fused.
+
+    Raises:
+        InputError: no module.
+    """
+    _check_module(model)
     count = 0
     for module in model.modules():
         for part in (module, getattr(module, "processor", None)):
@@ -84,6 +91,11 @@ def unfuse(model: nn.Module) -> int:
                 part.__class__ = _ORIGINAL[type(part)]
                 count += 1
     return count
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError.of("model", "a module (of a pipeline, its unet or transformer)", type(model).__name__)
 
 
 def _root(kind: type) -> type | None:

@@ -84,12 +84,16 @@ def residual_layer_norm_modulate(
     """What ends a block and begins the next: s = x + gate h and its modulated layer norm, in one pass.
 
     Args:
-        h: like ``x``.
+        h: shape and dtype of ``x``.
         gate: [B, D] or [B, 1, D]; None: 1.
 
     Returns:
-        ``(y, s)``; the norm is that of s as it is rounded. See ``layer_norm_modulate`` for the rest.
+        ``(y, s)``, both like ``x``; the norm is that of s as it is rounded. See ``layer_norm_modulate`` for the rest.
+
+    Raises:
+        InputError: as ``layer_norm_modulate``, and where h or gate does not match.
     """
+    _check.tensors(h=h)
     y, s = _apply(x, h, gate, scale, shift, weight, bias, eps)
     return y, s
 
