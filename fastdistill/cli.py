@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import warnings
@@ -47,10 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            return _run(arguments)
+            status = _run(arguments)
+            sys.stdout.flush()
+            return status
     except FastdistillError as error:
         print(f"fastdistill: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as of `| head`: whoever read has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("\nfastdistill: stopped; run the same command again to go on", file=sys.stderr)
         return 130

@@ -143,3 +143,10 @@ def test_without_the_extension_the_reference_runs_and_the_reason_is_told() -> No
     assert all(row["reason"] == reason for row in rows if row["kernel"] == "cpp")
     assert all(row["chosen_for"] == ["cpu"] for row in rows if row["kernel"] == "reference")
     assert f"feature_match: kernel 'cpp' cannot run this call on cpu: {reason}" in done.stderr
+
+
+def test_a_reader_that_has_gone() -> None:
+    """As of ``| head``."""
+    command = f"{sys.executable} -m fastdistill doctor --json | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -35,7 +35,8 @@ def learning_rates(config: TrainConfig) -> Tensor:
 
 
 class TrainStep:
-    """Calling it advances the student, the adapters, the optimizer, the EMA and the counter by one step.
+    """Calling it advances the student, the adapters, the optimizer, the EMA and the counter by one step; past the last
+    step of the configuration the learning rate stays what it was there.
 
     ``counter`` is [2] int64 on the device, (seed, step). ``totals`` [metrics] float32 sums the metrics of the steps
     since it was last zeroed; ``metric_names`` says what each is. The last is the norm of the gradient, left out where
@@ -101,7 +102,7 @@ class TrainStep:
         (loss if self.scaling is None else loss * self.scaling.value).backward()
         if not self._checked:
             self._check_gradients()
-        self.lr.copy_(self._rates.index_select(0, step).squeeze(0))
+        self.lr.copy_(self._rates.index_select(0, step.clamp(max=len(self._rates) - 1)).squeeze(0))
         square_sum = self.optimizer.square_sum()
         self.optimizer.update(square_sum)
         self.optimizer.zero_grad(set_to_none=True)

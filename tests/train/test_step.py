@@ -65,6 +65,15 @@ def test_any_default_dtype(precision: str) -> None:
         assert found[0][key] == expected[0][key]
 
 
+def test_steps_past_the_last_keep_its_rate() -> None:
+    step = step_on("cpu", steps=2, lr_schedule="cosine")
+    rates = []
+    for _ in range(4):
+        step()
+        rates.append(float(step.lr))
+    assert rates[0] > rates[1] == rates[2] == rates[3] > 0
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_step_reads_nothing_back_and_draws_from_no_generator(device: str, objective: str) -> None:
