@@ -24,3 +24,14 @@ class StorageError(FastdistillError, OSError):
 
 class KernelError(FastdistillError, RuntimeError):
     """A kernel that was asked for by name cannot run here; the message holds its reason."""
+
+
+class Stopped(KeyboardInterrupt, SystemExit):
+    """Ctrl-C or SIGTERM ended a run after a whole step. Where nothing catches it the process ends without a traceback,
+    with exit status 128 + the number of the signal (130, 143)."""
+
+    code: int
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal

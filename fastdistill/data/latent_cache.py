@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
+from fastdistill.data.fingerprint import differences, hashes, identity_of, listed, plain, sha256_of_tensors
 from fastdistill.data.manifest import Manifest, TensorSpec
+from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.shards import RowWriter, load_rows
 from fastdistill.data.stored import open_rows
 from fastdistill.errors import InputError, StorageError
@@ -70,6 +71,31 @@ class LatentCache:
         """
         manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_expected(path, expect))
         return cls(rows["latents"], rows["prompt_index"][:], manifest.fingerprint)
+
+    def remapped(self, made_with: PromptBank, prompts: PromptBank) -> LatentCache:
+        """The same latents for another bank that has their prompts: a larger pool, or one in another order.
+
+        Args:
+            made_with: the bank that the rows of this cache point into. prompts: the bank they shall point into, row by
+                row to the same text.
+
+        Raises:
+            InputError: this cache points into another bank than ``made_with``; ``prompts`` lacks one of its texts, or
+                comes from another text encoder (where both banks tell theirs).
+        """
+        told, own = self.fingerprint.get("prompts"), identity_of(made_with)
+        if hashes(told, own) and told != own:
+            raise InputError.of("made_with", f"the bank {told} that the latents point into", own)
+        self.check_prompts(len(made_with))
+        changed = differences(plain(made_with.encoder), plain(prompts.encoder))
+        if changed and made_with.encoder and prompts.encoder:
+            raise InputError.of("prompts", "the text encoder of made_with", listed(changed))
+        used, place = torch.unique(self.prompt_index, return_inverse=True)
+        rows = prompts.indices_of([made_with.texts[row] for row in used.tolist()]).to(place.device)
+        fingerprint = (
+            {**self.fingerprint, "prompts": identity_of(prompts), "made_with": own} if self.fingerprint else {}
+        )
+        return LatentCache(self.latents, rows[place], fingerprint)
 
     def check_prompts(self, prompts: int) -> None:
         """InputError unless every row points at one of ``prompts`` prompts (``len`` of the prompt bank)."""

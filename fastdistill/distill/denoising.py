@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.fingerprint import take_numbers
 from fastdistill.diffusion.matching import match_table
 from fastdistill.distill.objective import Setting, cast_inputs, predict
 from fastdistill.ops import output_match
@@ -26,6 +27,9 @@ class Denoising:
 
     weight_limit: float = 1.0
     null_probability: float = 0.1
+
+    def __post_init__(self) -> None:
+        take_numbers(self)
 
     def bind(self, setting: Setting) -> BoundDenoising:
         return BoundDenoising(self, setting)

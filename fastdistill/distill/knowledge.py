@@ -10,12 +10,14 @@ Each square is a mean over the elements of its tensor; features are summed over 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.fingerprint import take_numbers
 from fastdistill.diffusion.matching import match_table
 from fastdistill.distill.objective import Setting, cast_inputs, predict
 from fastdistill.errors import InputError
@@ -33,12 +35,18 @@ class Weights:
     feature: float = 1.0
     task: float = 0.0
 
+    def __post_init__(self) -> None:
+        take_numbers(self)
+
 
 class Knowledge:
     """Teacher and student side by side on one draw.
 
     ``taps`` pairs (teacher module, student module). Where their channels differ, a 1x1 adapter projects the student's
     feature; adapters are trained with the student (``trained``) and belong to no export.
+
+    The hooks of the taps are on the models from the start until ``close``, and again from ``attach`` on; they go with
+    the last reference to this object, too.
     """
 
     metric_names = ("loss", "output", "feature", "task")
@@ -67,12 +75,31 @@ class Knowledge:
         self._grad_scale = setting.grad_scale
         self._gradient: Tensor | None = None  # buffers that every step writes into
         self._gradients: list[Tensor] | None = None
+        self._names = list(zip(*taps, strict=True)) if weights.feature else []
         self._taps: tuple[Taps, Taps] | None = None
         self._checked = False
+        self.attach()
         if weights.feature:
-            self._taps = Taps(self.teacher, [t for t, _ in taps]), Taps(self.student, [s for _, s in taps])
             self.adapters = self._make_adapters(setting, taps, adapter_seed)
             self.trained = (self.adapters,)
+
+    def attach(self) -> None:
+        """Hook the tapped modules, unless they are."""
+        if self._names and self._taps is None:
+            theirs = Taps(self.teacher, self._names[0])
+            try:
+                self._taps = theirs, Taps(self.student, self._names[1])
+            except InputError:
+                theirs.remove()
+                raise
+            self._detach = weakref.finalize(self, _remove, self._taps)
+            self._detach.atexit = False
+
+    def close(self) -> None:
+        """Take the hooks off the models."""
+        if self._taps is not None:
+            self._taps = None
+            self._detach()
 
     def _make_adapters(self, setting: Setting, taps: Sequence[tuple[str, str]], seed: int) -> Adapters:
         assert self._taps is not None
@@ -138,7 +165,8 @@ class Knowledge:
             return output, self._taps[0].features() if self._taps else []
 
     def _feature_loss(self, theirs: list[Tensor]) -> Tensor:
-        assert self._taps is not None
+        if self._taps is None:
+            raise InputError("step: expected one that was prepared, got none since the objective was closed")
         own = self._taps[1].features()
         if not self._checked:
             self._taps[1].check_gradients(own)
@@ -151,6 +179,11 @@ class Knowledge:
         return feature_match(
             own, theirs, distance=self.feature_distance, grad_scale=self._grad_scale, grads=self._gradients
         ).loss
+
+
+def _remove(taps: tuple[Taps, Taps]) -> None:
+    for tapped in taps:
+        tapped.remove()
 
 
 def _capturing(tensor: Tensor) -> bool:

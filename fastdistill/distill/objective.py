@@ -58,7 +58,7 @@ class BoundObjective(Protocol):
     Called with the counter [2] int64 (seed, step) on the device; returns the loss to differentiate and one 0-dim
     float32 tensor a name in ``metric_names``. It must not wait for the device or use any other source of randomness.
     Before each step the host calls ``prepare`` with its seed and number, and ``close`` after the last: what has to
-    happen outside of the step is done there (``Batches``).
+    happen outside of the step is done there (``Batches``, hooks on the models). ``prepare`` may follow ``close``.
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
     """
 

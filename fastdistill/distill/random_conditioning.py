@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import sha256_of_tensors
+from fastdistill.data.fingerprint import take_numbers, up_to_rounding
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
@@ -41,6 +41,9 @@ class RandomConditioning:
     taps: tuple[tuple[str, str], ...] = ()
     with_replacement: bool = False
 
+    def __post_init__(self) -> None:
+        take_numbers(self)
+
     def p(self, T: int) -> Tensor:
         """[T] float64: the probability of a random prompt at each timestep."""
         return replacement_probability(self.probability, T, **self.parameters)
@@ -51,8 +54,8 @@ class RandomConditioning:
     def describe(self) -> dict[str, object]:
         if isinstance(self.probability, str):
             return dataclasses.asdict(self)
-        table = sha256_of_tensors({"p": self.p(1000)})
-        return dataclasses.asdict(dataclasses.replace(self, probability=f"function with table {table}"))
+        fields = dataclasses.asdict(dataclasses.replace(self, probability="a function"))
+        return fields | {"probability": up_to_rounding(self.p(1000))}
 
 
 class BoundRandomConditioning:
@@ -69,7 +72,14 @@ class BoundRandomConditioning:
             with_replacement=config.with_replacement,
             task=config.weights.task > 0,
         )
-        self.prepare, self.close = self._batches.prepare, self._batches.close
+
+    def prepare(self, seed: int, step: int) -> None:
+        self._knowledge.attach()
+        self._batches.prepare(seed, step)
+
+    def close(self) -> None:
+        self._knowledge.close()
+        self._batches.close()
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         with torch.no_grad():

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -206,7 +208,8 @@ def test_a_graph_holds_what_ddp_does(tmp_path: Any, monkeypatch: pytest.MonkeyPa
 
 def test_where_there_can_be_no_graph() -> None:
     step = step_on("cpu")
-    assert runner(step, nn.Module(), "auto") is step
+    runner(step, nn.Module(), "auto")()  # eagerly
+    assert step.counter.tolist() == [0, 1]
     message = "execution 'graph': it runs on cpu: a CUDA graph needs a CUDA device; use 'compiled'"
     with pytest.raises(FastdistillError, match=message):
         runner(step, nn.Module(), "graph")
@@ -216,6 +219,7 @@ class OnGPU:
     """As much of a step as a choice of execution looks at."""
 
     counter = type("counter", (), {"device": torch.device("cuda")})
+    objective = SimpleNamespace(trained=())
     compiled = 0
 
     def compile(self) -> None:
@@ -333,6 +337,8 @@ class Counting:
 
     stream = None
     compiled = False
+    objective = SimpleNamespace(trained=())
+    randomness = contextlib.nullcontext
 
     def __init__(self, sin: str | None = None) -> None:
         self.counter, self.done, self.sin = torch.zeros(2, dtype=torch.int64), 0, sin

@@ -26,7 +26,7 @@ from rich.table import Table
 
 import fastdistill
 from fastdistill.data.files import atomic_write, locked, make_directory, reason, require_space
-from fastdistill.data.fingerprint import plain, sha256_of_tensors
+from fastdistill.data.fingerprint import identity_of, plain
 from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import FastdistillError, StorageError
@@ -38,6 +38,7 @@ from fastdistill.tasks.digits.sampling import check_device, sample
 from fastdistill.tasks.digits.teacher import load_teacher
 from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.train.config import validated
+from fastdistill.train.sources import weights_hash
 
 CACHE_SEED = 0
 _SPACE = 200_000_000  # bytes: cache, checkpoints and exports of a run stay below it
@@ -87,10 +88,10 @@ def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> tuple[di
     student_config(teacher.config, config.spec())  # refuses what cannot be built, before anything is written
     if not (output / "prompts" / "manifest.json").exists():
         bank.save(output / "prompts")
-    elif PromptBank.load(output / "prompts").sha256 != bank.sha256:
+    elif identity_of(PromptBank.load(output / "prompts")) != identity_of(bank):
         raise FastdistillError(f"{output / 'prompts'}: holds other prompts; use another directory or delete it")
     bank = bank.to(config.device)
-    made_from = {"teacher": sha256_of_tensors(teacher.state_dict()), "prompts": bank.sha256}
+    made_from = {"teacher": weights_hash(teacher), "prompts": identity_of(bank)}
     task = progress.add_task("teacher: cache of seen prompts", total=config.cache_images)
 
     def generate(rows: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

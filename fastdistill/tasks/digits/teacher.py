@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastdistill
 from fastdistill.data.files import atomic_write, make_directory, reason
-from fastdistill.data.fingerprint import sha256_of_tensors
+from fastdistill.data.fingerprint import differences, identity_of, plain, sha256_of_tensors
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Setting
 from fastdistill.errors import StorageError
@@ -96,7 +96,8 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
     objective = Denoising(config.weight_limit, config.null_probability)
     step = TrainStep(objective.bind(setting), model, config.train, torch.device(config.device))
     recipe = {k: v for k, v in asdict(config).items() if k not in ("output", "device", "threads", "images_per_prompt")}
-    fingerprint = {"recipe": recipe, "data": data.fingerprint(), "prompts": bank.sha256, "architecture": ARCHITECTURE}
+    fingerprint = {"recipe": recipe, "data": data.fingerprint(), "prompts": identity_of(bank)}
+    fingerprint |= {"architecture": ARCHITECTURE}
     result = fit(step, model, fingerprint, config.train, output, progress)
 
     step.optimizer.copy_average(model, model)
@@ -158,6 +159,17 @@ def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
 def provenance(path: str | Path = WEIGHTS) -> dict[str, Any]:
     """What made the weights of a file: recipe, data, versions, metrics and their hash."""
     return _read(Path(path))[1]
+
+
+def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
+    """What differs between the inputs of two teachers, one line per setting. If nothing does, their weights may still
+    differ: each processor rounds in its own way, and training amplifies that."""
+    recipes = (
+        plain(told["recipe"] | {"data": told["data"], "architecture": told["architecture"]}) for told in (made, shipped)
+    )
+    ours, theirs = recipes
+    known = theirs["train"].keys()  # settings that came later decide nothing about the numbers
+    return differences(ours | {"train": {k: v for k, v in ours["train"].items() if k in known}}, theirs)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
