@@ -22,8 +22,8 @@ from fastdistill.train.randomness import drawing, generator_states
 from fastdistill.train.step import TrainStep
 
 WARM_UP = 3  # steps of a run before it is captured: buffers, optimizer state and tuned kernels come to be in them
-_UNSEEDED = "which a resumed run could not draw again; use 'eager', or switch them off"
 DDP_WARM_UP = 11  # torch's notes on CUDA ask for as many; DDP orders its buckets and takes its times in them
+_UNSEEDED = "which a resumed run could not draw again; use 'eager', or switch that off"
 
 
 class GraphedStep:
@@ -55,9 +55,10 @@ class GraphedStep:
             draws = isinstance(error, RandomnessError)
             warnings.warn(f"{error}; going on {'eagerly' if draws else 'compiled'}, without a graph", stacklevel=2)
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-            self._step.optimizer.zero_grad(set_to_none=True)  # nothing else of the step has been done
             self._next = (_eager if draws else _compiled)(self._step)
-            self._next()
+            if not getattr(error, "finished", False):
+                self._step.optimizer.zero_grad(set_to_none=True)  # nothing else of the step has been done
+                self._next()
 
     def _eager(self) -> None:
         current = torch.cuda.current_stream(self._stream.device)

@@ -28,7 +28,9 @@ _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.defau
 
 
 class RandomnessError(KernelError):
-    """Random numbers of a generator with a state."""
+    """Random numbers of a generator with a state. ``finished``: noticed only at the end of what was guarded."""
+
+    finished = False
 
 
 class NoHostSync(TorchDispatchMode):
@@ -48,7 +50,9 @@ class NoHostSync(TorchDispatchMode):
         super().__exit__(kind, error, trace)
         moved = [name for name, state in _random_states().items() if state != self._states[name]]
         if kind is None and moved:
-            raise RandomnessError(f"step: expected no random numbers but Philox's, got some of {' and '.join(moved)}")
+            late = RandomnessError(f"step: expected no random numbers but Philox's, got some of {' and '.join(moved)}")
+            late.finished = True
+            raise late
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reason = _reason(func, args, kwargs or {})

@@ -383,6 +383,17 @@ def test_no_rank_replays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("sin", ["dropout", "random"])  # noticed in the step, and after it
+def test_a_student_that_draws_random_numbers_runs_eagerly_and_every_step_counts_once(sin: str) -> None:
+    step: Any = Counting(sin)
+    advance = runner(step, nn.Module(), "auto")
+    with pytest.warns(UserWarning, match="random.*; going on eagerly, without a graph"):
+        for _ in range(WARM_UP + 4):
+            advance()
+    assert step.done == WARM_UP + 4 and not step.compiled
+
+
+@pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("cause", ["sin", "capture"])
 def test_what_cannot_be_captured_is_named_and_compiled(cause: str) -> None:
     def make() -> Any:
