@@ -66,9 +66,9 @@ def fit(
         stack.callback(step.objective.close)
         done = int(step.counter[1])
         advance = runner(step, student, config.execution)
+        modes = _modes(student, teacher)
         if progress is not None:
             progress(done, None)
-        modes = _modes(student, teacher)
         stop = 0
         while done < config.steps and not stop:
             for module, training in modes:

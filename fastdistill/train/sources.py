@@ -42,7 +42,7 @@ def check_sources(latents: LatentCache, prompts: PromptBank, teacher: nn.Module,
 
     Raises:
         InputError: the cache points into another bank, or into this one in another order; or another teacher made it.
-            The teacher's weights may have been cast to another precision since.
+            One that made it in a lower precision than it has now is recognized, in a higher precision it is not.
     """
     told, bank = latents.fingerprint.get("prompts"), identity_of(prompts)
     if hashes(told, bank) and told != bank:
@@ -52,8 +52,9 @@ def check_sources(latents: LatentCache, prompts: PromptBank, teacher: nn.Module,
     if not hashes(told, weights) or told == weights:
         return
     if all(told != weights_hash(teacher, dtype) for dtype in _PRECISIONS):
-        rule = f"the model {told} that made the latents (a LatentCache without a fingerprint is not compared)"
-        raise InputError.of("teacher", rule, weights)
+        rule = f"the model {told} that made the latents, in no lower precision than then"
+        advice = "LatentCache(latents.latents, latents.prompt_index) makes no such claim"
+        raise InputError.of("teacher", rule, f"{weights} ({advice})")
 
 
 def explain(banks: Mapping[str, Rows], teacher: nn.Module, student: nn.Module) -> str:
