@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistill.errors import InputError
 
@@ -42,6 +42,14 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
         flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Hash of the tensors of a model's ``state_dict``, floating-point ones as ``dtype`` (None: as they are)."""
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    return sha256_of_tensors(tensors)
 
 
 def identity_of(bank: Any) -> str:

@@ -122,8 +122,9 @@ def generate_latent_cache(
     on any device, stored as ``dtype``. Latent n must depend on n and its prompt alone (``initial_noise`` of
     ``diffusion.sampler`` is made for it): batches start anew at each shard, so an interrupted run, resumed with the
     same ``batch``, ends with the same bits; another ``batch`` may change their rounding only.
-    ``fingerprint`` must hold everything else that decides the values (hash of the teacher's weights, sampler settings,
-    hash of the prompts, seed); a hash of ``prompt_index`` is added to it. ``progress(rows done, N)`` is called at
+    ``fingerprint`` must hold everything else that decides the values, such as ``{"teacher": weights_hash(teacher),
+    "prompts": identity_of(bank), "sampling": ..., "seed": 0}`` (``fastdistill.data.fingerprint``): a trainer compares
+    these two with its own teacher and bank. A hash of ``prompt_index`` is added to it. ``progress(rows done, N)`` is called at
     the start and after each batch.
 
     Errors: those of RowWriter, before anything is written; InputError when ``generate`` returns another shape or a

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import dtype_name, hashes, identity_of, sha256_of_json, sha256_of_tensors
+from fastdistill.data.fingerprint import (
+    dtype_name,
+    hashes,
+    identity_of,
+    sha256_of_json,
+    sha256_of_tensors,
+    weights_hash,
+)
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
@@ -17,14 +24,6 @@ from fastdistill.errors import InputError
 
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 2**24  # elements looked at together
-
-
-def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Hash of the tensors of a model's ``state_dict``, floating-point ones as ``dtype`` (None: as they are)."""
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    return sha256_of_tensors(tensors)
 
 
 def latents_identity(latents: LatentCache) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from fastdistill.data.fingerprint import dtype_name, identity_of, listed, plain, up_to_rounding
+from fastdistill.data.fingerprint import dtype_name, identity_of, listed, plain, up_to_rounding, weights_hash
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
@@ -29,7 +29,7 @@ from fastdistill.train.config import TrainConfig, validated
 from fastdistill.train.loop import FitResult, Progress, fit
 from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
-from fastdistill.train.sources import check_sources, explain, latents_identity, weights_hash
+from fastdistill.train.sources import check_sources, explain, latents_identity
 from fastdistill.train.step import TrainStep
 
 

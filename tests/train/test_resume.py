@@ -209,6 +209,12 @@ def test_extra_state_is_kept(tmp_path: Path) -> None:
     assert again.table.amax.tolist() == [1.0, 2.5]
 
 
+def test_a_teacher_may_have_extra_state() -> None:
+    objective = RandomConditioning(weights=Weights(1, 0, 0))
+    given = Extra(12, {"amax": torch.ones(2)}), Tiny(6), small.SCHEDULE, small.cache(), small.bank(), objective
+    assert DistillTrainer(*given, small.config(steps=1)).fit().steps == 1
+
+
 def test_extra_state_that_cannot_be_kept_is_refused_before_the_first_step(tmp_path: Path) -> None:
     student = Extra(6)
     trainer = make(student=student, steps=1)

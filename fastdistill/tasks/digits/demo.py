@@ -26,7 +26,7 @@ from rich.table import Table
 
 import fastdistill
 from fastdistill.data.files import atomic_write, locked, make_directory, reason, require_space
-from fastdistill.data.fingerprint import identity_of, plain
+from fastdistill.data.fingerprint import identity_of, plain, weights_hash
 from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import FastdistillError, StorageError
@@ -38,7 +38,6 @@ from fastdistill.tasks.digits.sampling import check_device, sample
 from fastdistill.tasks.digits.teacher import load_teacher
 from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.train.config import validated
-from fastdistill.train.sources import weights_hash
 
 CACHE_SEED = 0
 _SPACE = 200_000_000  # bytes: cache, checkpoints and exports of a run stay below it

@@ -164,12 +164,13 @@ def provenance(path: str | Path = WEIGHTS) -> dict[str, Any]:
 def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
     """What differs between the inputs of two teachers, one line per setting. If nothing does, their weights may still
     differ: each processor rounds in its own way, and training amplifies that."""
-    recipes = (
-        plain(told["recipe"] | {"data": told["data"], "architecture": told["architecture"]}) for told in (made, shipped)
-    )
-    ours, theirs = recipes
-    known = theirs["train"].keys()  # settings that came later decide nothing about the numbers
-    return differences(ours | {"train": {k: v for k, v in ours["train"].items() if k in known}}, theirs)
+
+    def inputs(provenance: dict[str, Any]) -> dict[str, Any]:
+        recipe = provenance["recipe"]
+        train = asdict(TrainConfig()) | recipe["train"]  # settings that are newer than the file had their defaults
+        return plain(recipe | {"train": train, "data": provenance["data"], "architecture": provenance["architecture"]})
+
+    return differences(inputs(made), inputs(shipped))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,7 +25,7 @@ from torch import nn
 
 from fastdistill import ops
 from fastdistill.data.files import atomic_write
-from fastdistill.data.fingerprint import identity_of, plain, sha256_of_json
+from fastdistill.data.fingerprint import identity_of, plain, sha256_of_json, weights_hash
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
@@ -38,7 +38,6 @@ from fastdistill.tasks.digits.sampling import SCHEDULE, sample
 from fastdistill.tasks.digits.teacher import load_teacher
 from fastdistill.train import DistillTrainer
 from fastdistill.train.config import from_mapping
-from fastdistill.train.sources import weights_hash
 
 Report = Callable[..., None]
 EXPORTED = ("config.json", "diffusion_pytorch_model.safetensors")
