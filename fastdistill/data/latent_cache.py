@@ -124,8 +124,8 @@ def generate_latent_cache(
     same ``batch``, ends with the same bits; another ``batch`` may change their rounding only.
     ``fingerprint`` must hold everything else that decides the values, such as ``{"teacher": weights_hash(teacher),
     "prompts": identity_of(bank), "sampling": ..., "seed": 0}`` (``fastdistill.data.fingerprint``): a trainer compares
-    these two with its own teacher and bank. A hash of ``prompt_index`` is added to it. ``progress(rows done, N)`` is called at
-    the start and after each batch.
+    these two with its own teacher and bank. A hash of ``prompt_index`` is added to it.
+    ``progress(rows done, N)`` is called at the start and after each batch.
 
     Errors: those of RowWriter, before anything is written; InputError when ``generate`` returns another shape or a
     value that is not finite as ``dtype``; StorageError for a full disk. What was finished by then stays and is

@@ -203,9 +203,14 @@ def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]
     """
     own, parameters = _weights(step, student), step.parameters_by_name
     theirs = {name: v for name, v in saved.state.items() if name.startswith(("student.", "trained."))}
-    if lines := differences(*({k: _kind(k, v) for k, v in values.items()} for values in (own, theirs))):
+    wanted, found = ({name: _kind(name, v) for name, v in values.items()} for values in (own, theirs))
+    if lines := differences(wanted, found):
         return lines
-    if lines := differences(*({k: ("frozen", "trained")[k in n] for k in own} for n in (parameters, saved.trained))):
+    either = {*parameters, *saved.trained}
+    wanted, found = (
+        {name: ("frozen", "trained")[name in names] for name in either} for names in (parameters, saved.trained)
+    )
+    if lines := differences(wanted, found):
         return lines
     shapes = {f"optimizer.{name}.{kind}": p.shape for name, p in parameters.items() for kind in _MOMENTS}
     shapes |= {f"optimizer.{name}.step": torch.Size() for name in parameters}
