@@ -96,7 +96,8 @@ class Knowledge:
             self._detach.atexit = False
 
     def close(self) -> None:
-        """Take the hooks off the models."""
+        """Take the hooks off the models, and let go of the gradient buffers."""
+        self._gradient = self._gradients = None
         if self._taps is not None:
             self._taps = None
             self._detach()

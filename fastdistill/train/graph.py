@@ -131,24 +131,25 @@ def _eager(step: TrainStep) -> Callable[[], None]:
 
 
 def _compiled(step: TrainStep) -> Callable[[], None]:
-    """The step, compiled by its first call; FastdistillError where that fails, and where the second call draws random
-    numbers of a generator with a state (in the first, compiling may do so)."""
+    """The step, compiled by its first call; FastdistillError where that fails, and where both the second and the third
+    call draw random numbers of a generator with a state (compiling may do so once)."""
     from torch._dynamo.exc import TorchDynamoException
 
     step.compile()
-    calls = 0
+    calls = drawn = 0
 
     def advance() -> None:
-        nonlocal calls
+        nonlocal calls, drawn
         calls += 1
-        before = generator_states(step.counter.device) if calls == 2 else None
+        before = generator_states(step.counter.device) if calls in (2, 3) else None
         try:
             step()
-            if before is not None and before != generator_states(step.counter.device):
-                raise FastdistillError(f"step: the student draws random numbers itself, {_UNSEEDED}")
         except TorchDynamoException as error:
             why = f"step: torch.compile failed: {_first(getattr(error, 'inner_exception', error))}"
             raise FastdistillError(f"{why}; config.execution 'eager' does without it") from error
+        drawn += before is not None and before != generator_states(step.counter.device)
+        if drawn == 2:
+            raise FastdistillError(f"step: the student draws random numbers itself, {_UNSEEDED}")
 
     return advance
 
@@ -162,7 +163,7 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
 
     Raises:
         FastdistillError: ``graph`` where it cannot be, with the reason; ``graph`` and ``compiled`` for a student that
-            draws random numbers; from the first two steps, what cannot be compiled.
+            draws random numbers; from the first three steps, what cannot be compiled.
     """
     reason = None if execution in ("eager", "compiled") else refuse_graph(step, student)
     if execution == "eager" or (reason is not None and execution == "auto" and step.counter.device.type != "cuda"):
