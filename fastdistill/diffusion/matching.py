@@ -36,10 +36,12 @@ def conversion(student: Tensor, teacher: Tensor) -> Tensor:
     """float64 [T, 2]: the student's kind of prediction = c0 x_t + c1 (the teacher's).
 
     Args:
-        student, teacher: [T, 4] coefficients of the two, with the same signal and noise.
+        student, teacher: [T, 4] coefficients of the two, with the same signal and noise up to the rounding of a table
+            in float32.
     """
     a, b, p, q, determinant = _columns(teacher, "teacher")
-    if student.shape != teacher.shape or not torch.equal(student[:, :2].cpu(), teacher[:, :2].cpu()):
+    own, theirs = (table[:, :2].to("cpu", torch.float64) for table in (student, teacher))
+    if student.shape != teacher.shape or not torch.allclose(own, theirs, rtol=1e-4, atol=1e-6):
         raise InputError("teacher: expected the signal and noise of coefficients, the first two columns, got others")
     p_student, q_student = student[:, 2:].to("cpu", torch.float64).unbind(1)
     return torch.stack([p_student * q - q_student * p, q_student * a - p_student * b], 1) / determinant[:, None]
