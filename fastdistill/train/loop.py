@@ -86,10 +86,8 @@ def fit(
                 stop = distributed.largest(stopped.number, step.counter.device)
         if stop and done < config.steps:
             run.save(done)
-            kept = (
-                "without a directory nothing is saved" if directory is None else f"the same call goes on in {directory}"
-            )
-            error = Stopped(f"stopped after step {done} of {config.steps}; {kept}", stop)
+            saved = "nothing is saved without a directory" if directory is None else f"saved in {directory}"
+            error = Stopped(f"stopped after step {done} of {config.steps}; {saved}", stop)
             if distributed.rank() == 0:
                 print(f"\nfastdistill: {error}", file=sys.stderr, flush=True)
             raise error

@@ -181,14 +181,14 @@ def kill(number: int) -> Any:
 def test_a_stopped_run_is_saved_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int) -> None:
     with handler(signal.SIGTERM, signal.SIG_DFL), pytest.raises(KeyboardInterrupt) as stop:
         make(checkpoint_every=100).fit(tmp_path, progress=kill(number))
-    message = f"stopped after step 1 of 4; the same call goes on in {tmp_path}"
+    message = f"stopped after step 1 of 4; saved in {tmp_path}"
     assert isinstance(stop.value, Stopped) and str(stop.value) == message and stop.value.code == 128 + number
     assert capsys.readouterr().err == f"\nfastdistill: {message}\n" and list(steps(tmp_path)) == [1]
     assert make().fit(tmp_path).steps == 4
 
 
 def test_a_run_without_a_directory_says_that_nothing_is_saved() -> None:
-    with pytest.raises(Stopped, match="stopped after step 1 of 4; without a directory nothing is saved"):
+    with pytest.raises(Stopped, match="stopped after step 1 of 4; nothing is saved without a directory"):
         make().fit(progress=kill(signal.SIGINT))
 
 
