@@ -255,7 +255,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
 def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
     """The run of the Python numbers, which its own goes on with."""
     weights = Weights(np.float32(1), torch.tensor(0.5), np.int64(0))  # type: ignore[arg-type]
-    objective = RandomConditioning("const", {"value": np.float64(0.5)}, torch.tensor(0.25), weights, taps=TAPS)  # type: ignore[arg-type]
+    objective = RandomConditioning("const", {"value": np.float32(0.5)}, torch.tensor(0.25), weights, taps=TAPS)  # type: ignore[arg-type]
     given = Tiny(12), Tiny(6), small.SCHEDULE, small.cache(), small.bank(), objective
     settings = {"batch": np.int64(4), "lr": torch.tensor(2.0**-10), "steps": np.int32(2), "clip": float("inf")}
     DistillTrainer(*given, small.config(**settings)).fit(tmp_path)
