@@ -125,10 +125,10 @@ def test_a_slow_disk_is_waited_for_and_read_ahead_of(tmp_path: Path, monkeypatch
     expected = run(batches(banks()), range(6))
     read, seen = stored._read, []
 
-    def slow(file: Path, offset: int, target: memoryview) -> None:
+    def slow(part: stored.Part, offset: int, target: memoryview) -> None:
         time.sleep(0.003)
         seen.append(threading.current_thread().name)
-        read(file, offset, target)
+        read(part, offset, target)
 
     monkeypatch.setattr(stored, "_read", slow)
     staged = batches(stage(banks(), tmp_path, "latents"), ahead=2)
