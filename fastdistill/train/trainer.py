@@ -187,15 +187,14 @@ def _fingerprint(
     if config.lr_schedule == "constant":
         free.add("steps")  # a constant rate can simply go on
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    data = {"latents": latents.latents[:], "prompt_index": latents.prompt_index} if not latents.fingerprint else {}
     shapes: dict[str, Tensor] = dict(setting.student.named_parameters())
     return {
         "config": settings,
         "objective": objective.describe(),
         "teacher": sha256_of_tensors(setting.teacher.state_dict()),
         "student": sha256_of_json({name: list(p.shape) for name, p in shapes.items()}),
-        "latents": sha256_of_json(dict(latents.fingerprint)) if latents.fingerprint else sha256_of_tensors(data),
-        "prompts": prompts.sha256,
+        "latents": latents.identity,
+        "prompts": prompts.identity,
         "schedule": setting.schedule.to_config(),
         "prediction_type": setting.prediction_type,
     }

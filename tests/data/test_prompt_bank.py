@@ -54,7 +54,7 @@ def test_subset_keeps_the_null_prompt(bank):
     small = bank.subset(["a green one", "a red seven"])
     assert small.texts == ["a green one", "a red seven"] and small.null_index == 2
     assert torch.equal(small.embeddings, bank.embeddings[[2, 0, 4]])
-    assert small.sha256 != bank.sha256
+    assert small.identity != bank.identity
 
 
 def test_width(bank):
@@ -71,7 +71,7 @@ def test_round_trip(bank, tmp_path, dtype):
     loaded = PromptBank.load(tmp_path, width=3)
     assert loaded.texts == TEXTS and loaded.null_text == "" and loaded.encoder == {"name": "lengths", "sha256": "e" * 8}
     assert torch.equal(loaded.embeddings, bank.embeddings) and loaded.embeddings.dtype == dtype
-    assert loaded.sha256 == bank.sha256
+    assert loaded.identity == bank.identity
     assert PromptBank.load(tmp_path, dtype=torch.float16).embeddings.dtype == torch.float16
     bank.save(tmp_path, rows_per_shard=2)  # the same bank: nothing to do
     with pytest.raises(InputError, match="prompts: expected rows of width 4"):
@@ -79,7 +79,7 @@ def test_round_trip(bank, tmp_path, dtype):
     with pytest.raises(StorageError, match="expected a latent_cache, got a prompt_bank"):
         LatentCache.load(tmp_path)
     other = PromptBank.build(TEXTS, lambda texts: encode(texts) + 1)
-    with pytest.raises(StorageError, match=r"sha256: expected '.*choose another directory"):
+    with pytest.raises(StorageError, match=r"identity: expected '.*choose another directory"):
         other.save(tmp_path, rows_per_shard=2)
 
 

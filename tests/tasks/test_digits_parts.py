@@ -46,7 +46,7 @@ def test_scans_are_the_ones_that_the_teacher_was_made_from() -> None:
 
 def test_text_encoder() -> None:
     bank = prompt_bank()
-    assert bank.embeddings.shape == (81, 5, 32) and bank.sha256 == provenance()["prompts"]
+    assert bank.embeddings.shape == (81, 5, 32) and bank.identity == provenance()["prompts"]
     assert torch.allclose(bank.embeddings.mean(-1), torch.zeros(81, 5), atol=1e-6)  # it ends in a layer norm
     assert torch.equal(bank.embeddings[80:], encode([""]))
     distance = torch.cdist(bank.embeddings.flatten(1), bank.embeddings.flatten(1)) + 10 * torch.eye(81)

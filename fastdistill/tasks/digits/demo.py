@@ -87,10 +87,10 @@ def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> tuple[di
     student_config(teacher.config, config.spec())  # refuses what cannot be built, before anything is written
     if not (output / "prompts" / "manifest.json").exists():
         bank.save(output / "prompts")
-    elif PromptBank.load(output / "prompts").sha256 != bank.sha256:
+    elif PromptBank.load(output / "prompts").identity != bank.identity:
         raise FastdistillError(f"{output / 'prompts'}: holds other prompts; use another directory or delete it")
     bank = bank.to(config.device)
-    made_from = {"teacher": sha256_of_tensors(teacher.state_dict()), "prompts": bank.sha256}
+    made_from = {"teacher": sha256_of_tensors(teacher.state_dict()), "prompts": bank.identity}
     task = progress.add_task("teacher: cache of seen prompts", total=config.cache_images)
 
     def generate(rows: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

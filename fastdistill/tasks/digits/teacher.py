@@ -96,7 +96,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
     objective = Denoising(config.weight_limit, config.null_probability)
     step = TrainStep(objective.bind(setting), model, config.train, torch.device(config.device))
     recipe = {k: v for k, v in asdict(config).items() if k not in ("output", "device", "threads", "images_per_prompt")}
-    fingerprint = {"recipe": recipe, "data": data.fingerprint(), "prompts": bank.sha256, "architecture": ARCHITECTURE}
+    fingerprint = {"recipe": recipe, "data": data.fingerprint(), "prompts": bank.identity, "architecture": ARCHITECTURE}
     result = fit(step, model, fingerprint, config.train, output, progress)
 
     step.optimizer.copy_average(model, model)

@@ -52,7 +52,7 @@ def run(job: Path, report: Report) -> None:
     teacher = load_teacher().to(config.device)
     bank = PromptBank.load(Path(config.output) / "prompts").to(config.device)
     name, seed = described["model"], described["seed"]
-    made_from = fingerprint(config, name, seed, sha256_of_tensors(teacher.state_dict()), bank.sha256)
+    made_from = fingerprint(config, name, seed, sha256_of_tensors(teacher.state_dict()), bank.identity)
     result: dict[str, Any] = {"model": name, "seed": seed, "fingerprint": made_from}
     model: nn.Module = teacher
     if name != "teacher":
@@ -102,7 +102,7 @@ def _export(model: Any, directory: Path) -> None:
 def _train(
     config: DigitsConfig, name: str, seed: int, teacher: Any, bank: PromptBank, directory: Path, report: Report
 ) -> tuple[nn.Module, dict[str, Any]]:
-    cache = LatentCache.load(Path(config.output) / "cache", expect={"prompts": bank.sha256}, device=config.device)
+    cache = LatentCache.load(Path(config.output) / "cache", expect={"prompts": bank.identity}, device=config.device)
     student = make_student(
         teacher, config.spec(), init="random" if config.student == "narrow" else "teacher", seed=seed
     )
