@@ -20,6 +20,7 @@ _HOME = {
     "LatentCache": "data.latent_cache",
     "generate_latent_cache": "data.latent_cache",
     "PromptBank": "data.prompt_bank",
+    "read_prompts": "data.texts",
     "NoiseSchedule": "diffusion.schedule",
     "ddim": "diffusion.sampler",
     "initial_noise": "diffusion.sampler",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from fastdistill.data.latent_cache import LatentCache as LatentCache
     from fastdistill.data.latent_cache import generate_latent_cache as generate_latent_cache
     from fastdistill.data.prompt_bank import PromptBank as PromptBank
+    from fastdistill.data.texts import read_prompts as read_prompts
     from fastdistill.diffusion.matching import match_table as match_table
     from fastdistill.diffusion.sampler import ddim as ddim
     from fastdistill.diffusion.sampler import initial_noise as initial_noise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The index of an array of rows, split into the rows to read and what is then done with them."""
+"""An index of an array of rows, split into the rows to read and an index of what was read."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ _RULE = "integers, slices, Ellipsis, None, or lists, arrays and tensors of integ
 
 
 class RowIndexError(InputError, IndexError):
-    """A row that is not there. An IndexError too, as loops and libraries expect of a sequence."""
+    """A row that does not exist. Also an IndexError, as Python expects of a sequence."""
 
 
 def split(index: Any, shape: Sequence[int]) -> tuple[range | list[int], tuple[Any, ...]]:
-    """Which rows ``array[index]`` needs of an array of this shape, and the index that makes the result of them alone.
+    """The rows that ``array[index]`` needs, and the index that gives the result from these rows alone.
 
-    ``array[index]`` is ``read(rows)[rest]``, where rows are counted from 0 and rest is empty if there is nothing to do.
-    An index means what it means to torch, and to NumPy where torch has no such index (row slices with negative steps,
-    unsigned arrays).
+    ``array[index]`` equals ``read(rows)[rest]``, where ``rows`` counts from 0 and an empty ``rest`` changes nothing.
+    The meaning of an index is torch's, or NumPy's where torch has none (slices of rows with a negative step, unsigned
+    arrays).
+
+    Args:
+        index: what stands between the brackets. shape: of the array, the rows first.
 
     Raises:
-        InputError: an index of another kind; uint8 tensors, which torch reads as a mask and NumPy as numbers.
-        RowIndexError: a row that is not there.
+        InputError: an index of another kind; a uint8 tensor, which torch reads as a mask and NumPy as numbers.
+        RowIndexError: a row that does not exist.
     """
     items = [_plain(item) for item in (index if isinstance(index, tuple) else (index,))]
     used = sum(item.ndim if _is_mask(item) else item is not None and item is not ... for item in items)
@@ -47,12 +50,12 @@ def split(index: Any, shape: Sequence[int]) -> tuple[range | list[int], tuple[An
 
 
 def _plain(item: Any) -> Any:
-    """An item as None, Ellipsis, slice, int, or an array of int64 or bool."""
+    """An item as None, Ellipsis, slice, int, or an array of integers or booleans."""
     if item is None or item is ... or isinstance(item, slice):
         return item
     if isinstance(item, Tensor):
         if item.dtype == torch.uint8:
-            rule = "int64 (row numbers) or bool (a mask) in place of uint8, which torch and NumPy read differently"
+            rule = "int64 (row numbers) or bool (a mask), as torch and NumPy read uint8 differently"
             raise InputError.of("index", rule, "a uint8 tensor")
         if item.is_floating_point() or item.is_complex():
             raise InputError.of("index", _RULE, f"a tensor of {item.dtype}")
@@ -82,7 +85,7 @@ def _is_mask(item: Any) -> bool:
 
 
 def _rows(item: Any, shape: Sequence[int]) -> tuple[range | list[int], list[Any]]:
-    """The rows of an item on the first axis, and what stands in its place once only these rows are there."""
+    """The rows that an item of the first axis selects, and the items that replace it in an index of these rows."""
     many = shape[0]
     if isinstance(item, slice):
         return range(*item.indices(many)), [slice(None)]

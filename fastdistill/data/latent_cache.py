@@ -29,8 +29,8 @@ class LatentCache:
     ``fingerprint`` says what made it (JSON values).
 
     Raises:
-        InputError: the two do not belong together; latents in memory with values that are not finite (of a cache on the
-            disk only ``check_finite`` tells).
+        InputError: the two do not belong together; a value is not finite (checked in memory; for a cache on the disk
+            call ``check_finite``).
     """
 
     latents: Any  # Tensor, or StoredRows of an opened cache
@@ -52,9 +52,9 @@ class LatentCache:
 
     @cached_property
     def identity(self) -> str:
-        """A hash by which the cache is known in the fingerprints of what is made with it, on every machine.
+        """A hash that identifies the cache in the fingerprints of what is made with it, the same on every machine.
 
-        Of its fingerprint, where it has one; otherwise of its values, for which a cache on the disk is read once.
+        It is a hash of the cache's fingerprint, or, without one, of its values; a cache on the disk is then read once.
         """
         if self.fingerprint:
             return sha256_of_json(self.fingerprint)
@@ -97,7 +97,7 @@ class LatentCache:
                 raise InputError.of("prompt_index", f"rows of a bank of {prompts} prompts", f"row {row}")
 
     def check_finite(self) -> None:
-        """InputError naming the first latent with a value that is not finite; one on the disk is read in blocks."""
+        """InputError, naming the row, if a value is not finite; a cache on the disk is read in blocks."""
         values.check_finite(self.latents, "latents")
 
 

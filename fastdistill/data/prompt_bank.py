@@ -35,8 +35,8 @@ class PromptBank:
     ``len(bank)`` is M, the pool's size.
 
     Raises:
-        InputError: rows and texts do not belong together; a text that is not a str or that no file can hold; values
-            that are not finite (of a bank on the disk only ``check_finite`` tells).
+        InputError: rows and texts do not belong together; a text is not a str or cannot be written as UTF-8; a value is
+            not finite (checked in memory; for a bank on the disk call ``check_finite``).
     """
 
     embeddings: Any  # Tensor, or StoredRows of an opened bank
@@ -73,11 +73,11 @@ class PromptBank:
 
     @cached_property
     def identity(self) -> str:
-        """A hash by which the bank is known in the fingerprints of what is made with it, on every machine.
+        """A hash that identifies the bank in the fingerprints of what is made with it, the same on every machine.
 
-        Of the texts, the fingerprint of the encoder and the shape of a row, where there is such a fingerprint: the
-        values that the encoder computes differ in their last bits from one processor to another. Otherwise of the texts
-        and values as they were when the bank was made; what is saved, loaded, opened, moved or cast keeps it.
+        With a fingerprint of the encoder it is a hash of that, the texts and the shape of a row, but not of the values,
+        whose last bits depend on the processor that computed them. Without one it is a hash of the texts and of the
+        values with which the bank was made; saving, loading, opening, moving and casting keep it.
         """
         if self.encoder:
             return sha256_of_json([self.texts, self.null_text, self.encoder, list(self.embeddings.shape[1:])])
@@ -94,15 +94,15 @@ class PromptBank:
         encoder: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> PromptBank:
-        """Encodes every text once: ``encode`` maps b <= batch texts to [b, L, D], the same L, D and dtype for all.
+        """Encode every text once: ``encode`` maps b <= batch texts to [b, L, D], the same L, D and dtype for all.
 
-        The rows stay on the device and of the dtype that ``encode`` gives (a tensor, or a NumPy array).
-        ``progress(texts done, M + 1)`` is called after each batch. An empty text or one that is there twice has rows of
-        its own, as any other, and a warning says so; ``read_prompts`` leaves them out.
+        The rows keep the device and dtype of what ``encode`` returns (a tensor, or a NumPy array).
+        ``progress(texts done, M + 1)`` is called after each batch. Empty texts and duplicates are encoded like any
+        other and get rows of their own, with a warning; ``read_prompts`` leaves them out.
 
         Raises:
-            InputError: texts that the constructor refuses, before ``encode`` is called; an encoding of another shape or
-                dtype or with values that are not finite.
+            InputError: a text that the constructor would refuse, before ``encode`` is called; an encoding of another
+                shape or dtype, or with values that are not finite.
         """
         everything = [*prompt_texts.listed(texts), prompt_texts.checked(null_text, "null_text")]
         if len(everything) == 1:
@@ -112,7 +112,7 @@ class PromptBank:
         if batch < 1:
             raise InputError.of("batch", "at least 1", batch)
         fingerprint = _fingerprint(encoder or {})
-        if message := prompt_texts.told(everything[:-1]):
+        if message := prompt_texts.warning(everything[:-1]):
             warnings.warn(message, stacklevel=2)
         rows: Tensor | None = None
         for start in range(0, len(everything), batch):
@@ -159,7 +159,7 @@ class PromptBank:
         return moved._known_as(identity or self.__dict__.get("identity"))
 
     def check_finite(self) -> None:
-        """InputError naming the first row with a value that is not finite; a bank on the disk is read in blocks."""
+        """InputError, naming the row, if a value is not finite; a bank on the disk is read in blocks."""
         values.check_finite(self.embeddings, "embeddings")
 
     def check_width(self, cross_attention_dim: int) -> None:
@@ -244,7 +244,7 @@ def _encoding(encoded: Any, texts: list[str], before: Tensor | None) -> Tensor:
 
 
 def _identity(manifest: Manifest) -> str | None:
-    """As it was written; None: to be computed. Before it had this name it was the hash of the values."""
+    """The identity that was saved; None: to be computed. Older directories have a hash of the values in its place."""
     known = manifest.fingerprint
     identity: str | None = known.get("identity") or (None if known.get("encoder") else known.get("sha256"))
     return identity

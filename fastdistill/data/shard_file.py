@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One shard, a safetensors file: read in blocks and checked while it is read, so that what is used is what was checked.
+"""One shard (a safetensors file): read in blocks, and checked in the same pass.
 
-Files are read (``preadv``), not mapped: a mapped page that the disk cannot give ends the process with SIGBUS, a read
-that fails is an error with a name.
+Files are read (``preadv``), not mapped: a read that fails is an error that names the file, while a mapped page that
+cannot be read ends the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ REMEDY = "run what made it again: only this file is made anew"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of a shard begin: name -> bytes from the beginning of the file, in the order of the file."""
+    """Where the tensors of a shard are."""
 
-    offsets: dict[str, int]
-    header: bytes  # all that comes before the tensors
+    offsets: dict[str, int]  # by name: the first byte of the tensor in the file; in the order of the file
+    header: bytes  # everything before the tensors
     inode: tuple[int, int]
 
 
 def layout(file: Path, stored: StoredFile, manifest: Manifest, rows: int) -> Layout:
-    """The layout of a shard of ``rows`` rows; StorageError unless size and header are those that the manifest says."""
+    """The layout of a shard of ``rows`` rows; StorageError unless its size and header agree with the manifest."""
     with _opened(file, stored) as descriptor:
         return _layout(descriptor, file, stored, manifest, rows)
 
@@ -45,9 +45,9 @@ def layout(file: Path, stored: StoredFile, manifest: Manifest, rows: int) -> Lay
 def read_shard(
     file: Path, stored: StoredFile, manifest: Manifest, rows: int, *, verify: bool = True
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """A shard as (name, first row, block [b, *row shape]), each byte read once.
+    """Yield a shard as (name, first row, block [b, *row shape]), reading each byte once.
 
-    The checksum is known after the last block only: until then nothing of it may be used. ``verify=False`` skips it.
+    The checksum is compared after the last block, so nothing may be used before the end. ``verify=False`` skips it.
 
     Raises:
         StorageError: the file is missing, cannot be read or is damaged.
@@ -75,7 +75,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def fill(descriptor: int, file: Path, offset: int, target: memoryview) -> None:
-    """Read ``target`` from byte ``offset`` on; StorageError where the file ends before."""
+    """Fill ``target`` from byte ``offset`` on; StorageError if the file is too short."""
     done = 0
     while done < len(target):
         count = os.preadv(descriptor, [target[done:]], offset + done)
@@ -86,7 +86,7 @@ def fill(descriptor: int, file: Path, offset: int, target: memoryview) -> None:
 
 @contextlib.contextmanager
 def readable(file: Path) -> Iterator[int]:
-    """A descriptor to read with; what the operating system refuses meanwhile is a StorageError."""
+    """An open descriptor; any OSError while it is open becomes a StorageError."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -100,7 +100,7 @@ def readable(file: Path) -> Iterator[int]:
 
 
 def inode_of(descriptor: int) -> tuple[int, int]:
-    """Which file it is, under whatever name: another one that takes its name has another."""
+    """(device, inode number): tells a file from another one that later takes its name."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 

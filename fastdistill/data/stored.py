@@ -28,7 +28,7 @@ from fastdistill.errors import InputError, StorageError
 class Part:
     """``rows`` rows of a file, one after the other from byte ``offset`` on.
 
-    ``inode`` (device, number): the file that it was when it was opened; another one of its name is refused. None: any.
+    ``inode`` (device, number) identifies the file that was opened; another file of the same name is refused. None: any.
     """
 
     file: Path
@@ -38,15 +38,15 @@ class Part:
 
 
 class StoredRows:
-    """A tensor [N, *S] whose rows stay on the disk. An index reads the rows that its first axis selects, as a copy.
+    """A tensor [N, *S] whose rows stay on the disk. Indexing reads the rows that are needed and returns a copy.
 
-    ``rows[5]``, ``rows[-1]``, ``rows[a:b:step]``, ``rows[mask]``, ``rows[index, ..., 0]``: any index that torch or
-    NumPy reads (``indexing.split``). ``for row in rows`` reads one after the other. Any number of threads may read.
-    Nothing is kept open in between.
+    It takes every index that torch or NumPy takes: ``rows[5]``, ``rows[-1]``, ``rows[a:b:step]``, ``rows[mask]``,
+    ``rows[numbers, ..., 0]``. ``for row in rows`` reads one row at a time. Any number of threads may read. No file is
+    kept open.
     """
 
     device = torch.device("cpu")
-    __contains__ = None  # it would read everything
+    __contains__ = None  # "in" would read everything
 
     def __init__(self, parts: Sequence[Part], row_shape: Sequence[int], dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -60,9 +60,9 @@ class StoredRows:
         """The rows of a ``numpy.memmap``, or of a part of one (``memmap[1000:]``), read from its file.
 
         Raises:
-            InputError: it has no file, rows that do not follow one another there (C order), a dtype that torch has
-                not, or the mode "c", which keeps changes from the file.
-            StorageError: the file of that name is not the one that is mapped.
+            InputError: it has no file, is not in C order, has a dtype that torch lacks, or the mode "c", whose changes
+                are not in the file.
+            StorageError: the file was replaced or cut short after it was mapped.
         """
         rule = "a numpy.memmap [N, ...] of a file, in C order"
         if not isinstance(array, np.memmap):
@@ -76,12 +76,12 @@ class StoredRows:
             got = f"one with the strides {array.strides} (StoredRows of the whole reads any part of it)"
             raise InputError.of("array", rule, got)
         if array.mode == "c":
-            raise InputError.of("array", "mode 'r', 'r+' or 'w+'", "'c', which keeps changes from the file")
+            raise InputError.of("array", "mode 'r', 'r+' or 'w+'", "'c', whose changes are not in the file")
         try:
             dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
         except (TypeError, ValueError):
             raise InputError.of("array", "a dtype of torch in this machine's byte order", array.dtype) from None
-        # The attribute offset is that of the array that was opened; a part of it begins elsewhere.
+        # array.offset is that of the whole array, for a part of it too: the address tells where the part begins.
         mapped_from = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
         offset = mapped_from + _address(array) - _address(np.frombuffer(base, np.uint8))
         file = Path(array.filename)
@@ -104,7 +104,7 @@ class StoredRows:
         rows, rest = split(index, self.shape)
         out = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype, device="cpu")
         if isinstance(rows, range) and rows.step == 1:
-            self._read_span(rows.start, out)
+            self._read_span(rows.start, len(rows), bytes_of(out))
         else:
             self._read_each(list(rows), out)
         if not rest:
@@ -132,22 +132,21 @@ class StoredRows:
         self._read_each(index.tolist(), out)
 
     def _read_each(self, numbers: list[int], out: Tensor) -> None:
+        target, size = bytes_of(out), self._row_bytes
         for place in sorted(range(len(numbers)), key=numbers.__getitem__):
-            self._read_span(numbers[place], out[place : place + 1])
+            self._read_span(numbers[place], 1, target[place * size : (place + 1) * size])
 
-    def _read_span(self, start: int, out: Tensor) -> None:
-        """Rows from ``start`` on, as many as ``out`` has."""
-        if len(out) and not 0 <= start <= len(self) - len(out):
+    def _read_span(self, start: int, rows: int, target: memoryview) -> None:
+        """``rows`` rows from ``start`` on."""
+        if rows and not 0 <= start <= len(self) - rows:
             raise InputError.of("row", f"0 to {len(self) - 1}", start)
-        target = bytes_of(out)
-        done = 0
-        while done < len(out) and self._row_bytes:
+        size, done = self._row_bytes, 0
+        while done < rows and size:
             number = bisect.bisect_right(self._starts, start + done) - 1
             part, before = self._parts[number], start + done - self._starts[number]
-            rows = min(part.rows - before, len(out) - done)
-            wanted = target[done * self._row_bytes : (done + rows) * self._row_bytes]
-            _read(part, part.offset + before * self._row_bytes, wanted)
-            done += rows
+            some = min(part.rows - before, rows - done)
+            _read(part, part.offset + before * size, target[done * size : (done + some) * size])
+            done += some
 
 
 def open_rows(
@@ -182,9 +181,9 @@ def _address(array: np.ndarray) -> int:
 
 
 def _check_mapped(descriptor: int, file: Path, offset: int, array: np.memmap) -> None:
-    """Samples of a memmap are what its file has; StorageError for a file that was replaced or cut short."""
+    """StorageError if the file is too short, or differs from the memmap in samples of its values."""
     size, wanted = os.fstat(descriptor).st_size, offset + array.nbytes
-    if size < wanted:  # before memory is touched that the file no longer backs
+    if size < wanted:  # reading memory beyond the file's end would end the process
         raise StorageError(f"{file}: expected at least {wanted} bytes, got {size}")
     mapped = array.reshape(-1).view(np.uint8)
     for start in {0, len(mapped) // 2, max(len(mapped) - 4096, 0)}:
@@ -192,7 +191,7 @@ def _check_mapped(descriptor: int, file: Path, offset: int, array: np.memmap) ->
         found = bytearray(len(sample))
         fill(descriptor, file, offset + start, memoryview(found))
         if found != sample:
-            raise StorageError(f"{file}: does not hold the values of the array; it was replaced since: open it again")
+            raise StorageError(f"{file}: expected the values of the array, got others (replaced since it was opened?)")
 
 
 def _read(part: Part, offset: int, target: memoryview) -> None:

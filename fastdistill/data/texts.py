@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of prompts: what people have, checked before anything is encoded; files with one prompt a line."""
+"""Texts of prompts: checked before anything is encoded or written; files with one prompt per line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from fastdistill.errors import InputError, StorageError
 
 @dataclass(frozen=True)
 class PromptFile:
-    """What ``read_prompts`` has read: the texts, the lines of the file, and how many of them it left out."""
+    """The result of ``read_prompts``.
+
+    texts: the prompts, in the order of the file. lines: how many lines the file has. empty, duplicates: how many of
+    them were left out.
+    """
 
     texts: list[str]
     lines: int
@@ -27,12 +31,15 @@ class PromptFile:
 def read_prompts(
     path: str | os.PathLike[str], *, strip: bool = True, unique: bool = True, skip_empty: bool = True
 ) -> PromptFile:
-    """The prompts of a UTF-8 file (with or without a byte order mark), one a line; lines end in LF, CRLF or CR.
+    """Read the prompts of a UTF-8 text file, one per line.
+
+    A byte order mark is skipped; lines end in LF, CRLF or CR.
 
     Args:
-        strip: drop white space at both ends of each line.
-        unique: keep the first of equal lines; each of them would be a prompt of its own and be drawn as often.
-        skip_empty: drop lines of nothing but white space; each would be a prompt like any other.
+        strip: remove white space at both ends of each line.
+        unique: keep only the first of equal lines. Otherwise each is a prompt of its own, and a random draw finds that
+            text more often.
+        skip_empty: leave out lines of white space alone. Otherwise each is a prompt like any other.
 
     Raises:
         StorageError: the file cannot be read, is not UTF-8 (the line is named), or has no prompts.
@@ -58,11 +65,11 @@ def read_prompts(
 
 
 def listed(texts: Iterable[str], argument: str = "texts") -> list[str]:
-    """Texts in their order: of a list, tuple, generator, NumPy array, column of pandas, ...
+    """The texts of any iterable with an order, such as a generator, a NumPy array or a pandas Series, as plain str.
 
     Raises:
-        InputError: naming the place of what is not a str or cannot be written as UTF-8; for a single str, a mapping, a
-            set (which has no order that lasts) or a table.
+        InputError: an item is not a str or cannot be written as UTF-8 (its position is named); ``texts`` is a single
+            str, a mapping, a set or a table.
     """
     rule = "a list of at least one text"
     if isinstance(texts, str | bytes | Mapping | set | frozenset):
@@ -77,7 +84,7 @@ def listed(texts: Iterable[str], argument: str = "texts") -> list[str]:
 
 
 def checked(text: Any, argument: str) -> str:
-    """A text as a plain str; InputError for what is not one, or cannot be written to a file."""
+    """A text as a plain str; InputError if it is not a str or cannot be written as UTF-8."""
     if not isinstance(text, str):
         raise InputError.of(argument, "a str", f"{text!r} ({type(text).__name__})")
     try:
@@ -88,13 +95,13 @@ def checked(text: Any, argument: str) -> str:
     return str(text)
 
 
-def told(texts: list[str]) -> str | None:
-    """What a bank of these texts should be warned of: empty ones and duplicates; None: nothing."""
+def warning(texts: list[str]) -> str | None:
+    """A warning if some texts are empty or repeated, else None."""
     empty = sum(not text or text.isspace() for text in texts)
     duplicates = len(texts) - len(Counter(texts))
     if not (empty or duplicates):
         return None
     return (
-        f"texts: {empty} empty and {duplicates} repeated ones have rows of their own in the bank, so they are drawn as"
-        " often as any other (read_prompts leaves them out)"
+        f"texts: {empty} empty and {duplicates} repeated texts get rows of their own and are drawn like any other "
+        "(read_prompts leaves them out)"
     )

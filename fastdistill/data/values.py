@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of a bank: read block by block, finite, and within the range of the dtype that they are cast to."""
+"""Values of a bank: read block by block, checked to be finite, and to fit the dtype that they are cast to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastdistill.errors import InputError
 
-BLOCK = 64 * 2**20  # bytes of a bank that are held at once where all of it is read
+BLOCK = 64 * 2**20  # bytes that are read at once where all of a bank is read
 
 
 def block_rows(row_bytes: int) -> int:
@@ -32,7 +32,7 @@ def blocks(rows: Any) -> Iterator[tuple[int, Tensor]]:
 
 
 def in_memory(rows: Any, device: torch.device | str, dtype: torch.dtype, argument: str) -> Tensor:
-    """A bank as a tensor; InputError naming the first row that ``cast`` refuses."""
+    """A bank (Tensor or StoredRows) as a tensor; InputError naming the first row that ``cast`` refuses."""
     if isinstance(rows, Tensor) and rows.dtype == dtype:
         return rows.to(device)
     out = torch.empty(rows.shape, dtype=dtype, device=device)
@@ -45,7 +45,7 @@ def cast(rows: Tensor, dtype: torch.dtype, argument: str, first: int = 0) -> Ten
     """Rows [n, *S] as another floating-point dtype; ``first`` is the number of rows[0] in the error.
 
     Raises:
-        InputError: a row holds values that are not finite, or beyond the largest of ``dtype`` (they would become
+        InputError: a row holds a value that is not finite, or larger than the largest of ``dtype`` (it would become
             infinite, NaN or, in some float8 types, that largest value).
     """
     if rows.dtype == dtype:
@@ -65,14 +65,14 @@ def check_finite(rows: Any, argument: str) -> None:
 
 
 def misfit(rows: Tensor, dtype: torch.dtype) -> int | None:
-    """The first of rows [n, *S] with a value that is not finite or not within the range of ``dtype``; None: none."""
+    """The first of rows [n, *S] with a value that is not finite or not in the range of ``dtype``; None if all fit."""
     if not rows.numel():
         return None
     flat = rows.reshape(len(rows), -1)
-    flat = flat.float() if flat.dtype.itemsize == 1 else flat  # all that torch does with float8 is to convert it
+    flat = flat.float() if flat.dtype.itemsize == 1 else flat  # torch computes nothing in float8
     limit = torch.finfo(dtype).max
 
-    def fits(extremes: tuple[Tensor, Tensor]) -> Tensor:  # which are NaN if a value is
+    def fits(extremes: tuple[Tensor, Tensor]) -> Tensor:  # both are NaN if a value is
         low, high = (extreme.double() for extreme in extremes)
         return (low >= -limit) & (high <= limit)
 
@@ -102,7 +102,7 @@ def require_dtype(dtype: Any, argument: str) -> None:
 
 
 def has_values(bank: Any) -> bool:
-    """Whether it is a tensor whose values can be read: not one on the disk, nor on the meta device, nor a fake one."""
+    """Whether it is a tensor whose values are in memory: not StoredRows, a meta tensor or a fake tensor."""
     return isinstance(bank, Tensor) and not bank.is_meta and not isinstance(bank, FakeTensor)
 
 
@@ -120,9 +120,10 @@ def as_tensor(value: Any, argument: str, rule: str) -> Tensor:
 
 @cache
 def spelled(dtype: torch.dtype) -> str | None:
-    """How safetensors writes a dtype in the header of a file ("F16"); None: it does not store this one."""
+    """The name of a dtype in the header of a safetensors file, such as "F16"; None if such a file cannot hold it."""
     try:
         data = safetensors.torch.save({"x": torch.empty(0, dtype=dtype, device="cpu")})
+        safetensors.torch.load(data)
     except (KeyError, TypeError, safetensors.SafetensorError):
         return None
     name: str = json.loads(data[8:].rstrip(b"\0 "))["x"]["dtype"]

@@ -87,6 +87,8 @@ def test_too_small_a_disk(tmp_path, monkeypatch):
     files.require_space(tmp_path / "not" / "yet", 1_000_000)
     with pytest.raises(StorageError, match=r"yet: expected 5\.0 MB of free disk space, got 1\.0 MB"):
         files.require_space(tmp_path / "not" / "yet", 5_000_000)
+    with pytest.raises(StorageError, match=r"expected 1,000,001 bytes of free disk space, got 1,000,000 bytes"):
+        files.require_space(tmp_path, 1_000_001)
 
 
 def test_errors_of_storage_are_errors_a_caller_can_catch():

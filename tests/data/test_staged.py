@@ -258,6 +258,8 @@ def test_bad_input(tmp_path: Path) -> None:
         batches(given, ahead=0)
     with pytest.raises(InputError, match=r"prompts: expected banks of as many rows, got \[9, 8\]"):
         batches(given | {"prompts": [torch.ones(9), torch.ones(8)]})
-    outside = given | {"latent_prompts": torch.full((N,), 99)}
-    with pytest.raises(InputError, match=r"latent_prompts\[\d+\]: expected a row of prompts, 0 to 8, got 99"):
-        batches(outside, null_probability=0.0).prepare(SEED, 0)
+    for banks_ in (given, banks()):  # on the disk, in memory
+        for row in (99, -1):
+            outside = banks_ | {"latent_prompts": (torch.arange(N) % 9).index_fill(0, torch.tensor(3), row)}
+            with pytest.raises(InputError, match=rf"latent_prompts\[3\]: expected a row of prompts, 0 to 8, got {row}"):
+                batches(outside)

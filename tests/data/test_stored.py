@@ -191,7 +191,7 @@ def test_a_file_that_was_replaced(mapped: np.memmap, tmp_path: Path) -> None:
     os.replace(tmp_path / "other.npy", file)
     with pytest.raises(StorageError, match=r"bank\.npy: replaced since it was opened"):
         rows[3]
-    with pytest.raises(StorageError, match=r"bank\.npy: does not hold the values of the array"):
+    with pytest.raises(StorageError, match=r"bank\.npy: expected the values of the array, got others"):
         StoredRows.of_memmap(mapped)
     file.write_bytes(b"short")
     with pytest.raises(StorageError, match=r"bank\.npy: expected at least \d+ bytes, got 5"):
