@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.data import files
+from fastdistill import files
 from fastdistill.data.manifest import Manifest, StoredFile
 from fastdistill.data.values import block_rows, spelled
 from fastdistill.errors import StorageError

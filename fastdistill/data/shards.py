@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastdistill.data import files
+from fastdistill import files
 from fastdistill.data.fingerprint import differences, plain
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, TensorSpec, read_manifest, shard_name
 from fastdistill.data.shard_file import REMEDY, read_shard

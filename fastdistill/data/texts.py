@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdistill.data import files
+from fastdistill import files
 from fastdistill.errors import InputError, StorageError
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdistill.data.files import atomic_write, make_directory
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.figures import label, png
+from fastdistill.files import atomic_write, make_directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastdistill.data.files import atomic_write, reason
 from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
 from fastdistill.errors import StorageError
+from fastdistill.files import atomic_write, reason
 from fastdistill.train import distributed
 from fastdistill.train.step import TrainStep
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.files import atomic_write, locked, make_directory, reason, sweep
 from fastdistill.errors import FastdistillError, StorageError
+from fastdistill.files import atomic_write, locked, make_directory, reason, sweep
 from fastdistill.train import checkpoint, distributed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner

@@ -25,11 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fastdistill
-from fastdistill.data.files import atomic_write, locked, make_directory, reason, require_space
 from fastdistill.data.fingerprint import plain, sha256_of_tensors
 from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import FastdistillError, StorageError
+from fastdistill.files import atomic_write, locked, make_directory, reason, require_space
 from fastdistill.models.specs import student_config
 from fastdistill.tasks.digits import data, worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig

@@ -11,11 +11,11 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from fastdistill.data.files import atomic_write
 from fastdistill.diffusion.conditioning import replacement_probability
 from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid
 from fastdistill.evaluate.metrics import mean_spread, wilson_interval
 from fastdistill.evaluate.report import write_report
+from fastdistill.files import atomic_write
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.sampling import SCHEDULE

@@ -18,11 +18,11 @@ from pydantic import Field
 from torch import Tensor
 
 import fastdistill
-from fastdistill.data.files import atomic_write, make_directory, reason
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Setting
 from fastdistill.errors import StorageError
+from fastdistill.files import atomic_write, make_directory, reason
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, check_device, sample

@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from fastdistill import ops
-from fastdistill.data.files import atomic_write
 from fastdistill.data.fingerprint import plain, sha256_of_json, sha256_of_tensors
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import FastdistillError, StorageError
+from fastdistill.files import atomic_write
 from fastdistill.models import make_student
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
