@@ -78,7 +78,7 @@ def replacement_probability(p: str | Callable[..., float], T: int, **parameters:
         if not 0 <= value <= 1:  # NaN too
             raise InputError.of(f"p(t) {name}", "probabilities, within [0, 1]", f"{value} at t = {t} of {T}")
         values.append(value)
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def thresholds(p: Tensor | float) -> Tensor:
@@ -86,7 +86,7 @@ def thresholds(p: Tensor | float) -> Tensor:
 
     p = 1 gives 2^32, which every word is below. InputError where p is not in [0, 1].
     """
-    p = torch.as_tensor(p, dtype=torch.float64)
+    p = p.to(torch.float64) if isinstance(p, Tensor) else torch.tensor(p, dtype=torch.float64, device="cpu")
     outside = p[~((p >= 0) & (p <= 1))]
     if outside.numel():
         raise InputError.of("p", "probabilities, within [0, 1]", float(outside[0]))
