@@ -7,7 +7,6 @@ A figure's label (``figure.get_label()``) is the text a reader gets who cannot s
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
+from fastdistill.evaluate.lettering import Lettering
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,10 +63,19 @@ def sample_grid(
 ) -> Figure:
     """Rows are models, columns are prompts; a red frame and cross mark what the judge reads as something else.
 
-    samples: model -> images [P, C, H, W] or [P, H, W], values in [0, 1] (clipped), C 1 or 3; tensors or arrays.
-    correct: model -> P judgements. seen: whether each prompt was in the cache; gives two panels, seen above unseen.
+    Prompts and names may be any text. They are drawn in at most five lines; a longer one ends in an ellipsis. The
+    figure's label has them whole.
+
+    Args:
+        samples: model -> images [P, C, H, W] or [P, H, W], values in [0, 1] (clipped), C 1 or 3; tensors or arrays.
+        prompts: P texts.
+        correct: model -> P judgements.
+        seen: whether each prompt was in the cache; gives two panels, seen above unseen.
     """
     count = len(prompts)
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise InputError.of(f"prompts[{index}]", "a text", type(prompt).__name__)
     images = {name: _images(f"samples[{name!r}]", value, count) for name, value in samples.items()}
     if not images or not count:
         raise InputError.of("samples", "at least one model and one prompt", f"{len(images)} and {count}")
@@ -84,32 +93,45 @@ def sample_grid(
         ]
         panels = [panel for panel in panels if panel[1]]
 
-    cell, gap, left, title, header, between = 0.82, 0.09, 1.75, 0.36, 0.42, 0.28  # inches
-    columns = max(len(panel[1]) for panel in panels)
-    heights = [(title if name else 0) + header + len(images) * (cell + gap) for name, _ in panels]
-    width, height = left + columns * (cell + gap), sum(heights) + between * (len(panels) - 1) + 0.06
+    cell, gap, left, title, between = 0.82, 0.09, 1.75, 0.36, 0.28  # inches
+    lettering = Lettering([*prompts, *map(label, images)])
+    small = {"fontsize": 8.5, "linespacing": 1.15, **lettering.style}
+    middle_sized = {"fontsize": 9.5, "linespacing": 1.15, **lettering.style}
+    titles = Lettering(name for name, _ in panels)
+    bold = {"fontsize": 11, "weight": "bold", **titles.style}
+    captions = [lettering.fit(prompt, cell + gap - 0.05, 5, **small) for prompt in prompts]
+    names = {model: lettering.fit(label(model), left - 0.12, 2, **middle_sized) for model in images}
+    headers = [max(0.42, 0.14 + max(captions[i][2] for i in members)) for _, members in panels]
+    columns = max(len(members) for _, members in panels)
+    heights = [
+        (title if name else 0) + header + len(images) * (cell + gap)
+        for (name, _), header in zip(panels, headers, strict=True)
+    ]
+    width = max(left + columns * (cell + gap), *(0.2 + titles.fit(name, 9.0, **bold)[1] for name, _ in panels))
+    height = sum(heights) + between * (len(panels) - 1) + 0.06
     figure = _figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     top = 0.0
-    for (name, members), panel_height in zip(panels, heights, strict=True):
+    for (name, members), header, panel_height in zip(panels, headers, heights, strict=True):
         y = top
         if name:
-            axes.text(0.02, y + title / 2, name, color=INK, fontsize=11, weight="bold", va="center")
+            axes.text(0.02, y + title / 2, name, color=INK, va="center", **bold)
             y += title
         for column, prompt in enumerate(members):
-            text = "\n".join(textwrap.wrap(prompts[prompt], 11))
             x = left + column * (cell + gap) + cell / 2
-            axes.text(x, y + header - 0.07, text, color=MUTED, fontsize=8.5, ha="center", va="bottom", linespacing=1.15)
+            axes.text(x, y + header - 0.07, captions[prompt][0], color=MUTED, ha="center", va="bottom", **small)
         y += header
         for model, stack in images.items():
             verdict = judged.get(model)
+            text, _, text_height = names[model]
             middle = y + cell / 2
-            axes.text(0.02, middle - 0.09 * (verdict is not None), label(model), color=INK, fontsize=9.5, va="center")
+            axes.text(0.02, middle - 0.09 * (verdict is not None), text, color=INK, va="center", **middle_sized)
             if verdict is not None:
-                right = sum(verdict[i] for i in members)
-                axes.text(0.02, middle + 0.12, f"{right} of {len(members)} right", color=MUTED, fontsize=8, va="center")
+                right = f"{sum(verdict[i] for i in members)} of {len(members)} right"
+                below = middle + 0.05 + text_height / 2
+                axes.text(0.02, below, right, color=MUTED, va="center", **{**lettering.style, "fontsize": 8})
             for column, prompt in enumerate(members):
                 wrong = verdict is not None and not verdict[prompt]
                 _cell(axes, stack[prompt], left + column * (cell + gap), y, cell, wrong=wrong)
@@ -249,20 +271,14 @@ def _end_labels(figure: Figure, axes: Any, ends: list[tuple[float, str, str, flo
     figure.draw_without_rendering()
     points = 72 / figure.dpi
     lowest = -np.inf
+    lettering = Lettering(label(name) for _, name, _, _ in ends)
+    bold = {"fontsize": 9, "weight": "bold", **lettering.style}
     for value, name, color, x in sorted(ends):
         position = axes.transData.transform((x, value))[1] * points
         offset = max(0.0, lowest + 13 - position)
         lowest = position + offset
-        axes.annotate(
-            label(name),
-            (x, value),
-            (8, offset),
-            textcoords="offset points",
-            color=color,
-            fontsize=9,
-            va="center",
-            weight="bold",
-        )
+        text, _, _ = lettering.fit(label(name), 2.0, **bold)
+        axes.annotate(text, (x, value), (8, offset), textcoords="offset points", color=color, va="center", **bold)
 
 
 def _exchange(figure: Figure, colors: Mapping[str, str]) -> None:

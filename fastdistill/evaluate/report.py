@@ -32,6 +32,8 @@ CAPTIONS = {
     ),
 }
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\f\r"}
+
 
 def write_report(
     directory: str | os.PathLike[str], report: Mapping[str, Any], figures: Mapping[str, Figure] | None = None
@@ -57,13 +59,14 @@ def write_report(
     page = render(report, figures or {})
     folder = Path(directory)
     make_directory(folder)
-    atomic_write(folder / "report.json", data.encode())
-    atomic_write(folder / "report.html", page.encode())
+    # A lone surrogate, which UTF-8 does not have, becomes its escape; in JSON that is the same text.
+    atomic_write(folder / "report.json", data.encode(errors="backslashreplace"))
+    atomic_write(folder / "report.html", page.encode(errors="backslashreplace"))
     return folder / "report.html"
 
 
 def render(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
-    """The HTML page."""
+    """The HTML page. All texts are escaped; control characters, which HTML does not allow, are shown as ``\\x07``."""
     jinja2 = require("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -77,7 +80,7 @@ def render(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
         models=[_row("teacher", report["teacher"]), *(_row(*item) for item in report["students"].items())],
         figures=[_figure(name, figure) for name, figure in figures.items()],
     )
-    return str(page)
+    return str(page).translate(_CONTROLS)
 
 
 def finding(report: Mapping[str, Any]) -> str:
