@@ -73,9 +73,9 @@ def sample_grid(
         seen: whether each prompt was in the cache; gives two panels, seen above unseen.
     """
     count = len(prompts)
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise InputError.of(f"prompts[{index}]", "a text", type(prompt).__name__)
+    for index, text in enumerate(prompts):
+        if not isinstance(text, str):
+            raise InputError.of(f"prompts[{index}]", "a text", type(text).__name__)
     images = {name: _images(f"samples[{name!r}]", value, count) for name, value in samples.items()}
     if not images or not count:
         raise InputError.of("samples", "at least one model and one prompt", f"{len(images)} and {count}")
