@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import fastdistill
+from fastdistill.documented import documented
 from fastdistill.errors import FastdistillError
 
 # Everything heavy is imported where it is used: help is there at once, and Ctrl-C during an import ends like any other.
@@ -33,6 +34,7 @@ options of demo and teacher:
 """
 
 
+@documented
 @dataclass(frozen=True)
 class DoctorConfig:
     """Versions, devices, and the kernels of every op."""

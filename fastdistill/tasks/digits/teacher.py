@@ -22,6 +22,7 @@ from fastdistill.data.files import atomic_write, make_directory, reason
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Setting
+from fastdistill.documented import documented
 from fastdistill.errors import StorageError
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
@@ -47,9 +48,10 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
+@documented
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The recipe of the shipped weights."""
+    """How the shipped weights were trained."""
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -58,15 +60,15 @@ class TeacherConfig:
     )
     sampling: Sampling = Sampling()
     weight_limit: Annotated[float, Field(ge=1)] = 5.0
-    """Largest weight min(1 / abar, limit) of a timestep in the loss."""
+    """Limit of the weight min(1 / abar, limit) of each timestep in the loss."""
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of prompts replaced by the null prompt."""
+    """Fraction of prompts that are replaced by the null prompt."""
     images_per_prompt: Annotated[int, Field(ge=1)] = 16
-    """Images judged for each of the 80 prompts afterwards."""
+    """Images per prompt (there are 80) for the evaluation after training."""
     threads: Annotated[int, Field(ge=1)] = 1
-    """CPU threads; one is the fastest on small machines, and what the shipped weights were made with."""
+    """CPU threads; the shipped weights were trained with one, which is fastest on small machines."""
     device: str = "cpu"
-    """Where to train."""
+    """Device to train on."""
     output: str = "runs/digits-teacher"
     """Directory for checkpoints, metrics.jsonl and teacher.safetensors."""
 
