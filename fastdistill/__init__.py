@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distil conditional diffusion models into smaller or cheaper ones, fast.
+"""Distillation of conditional diffusion models with fused kernels.
 
-The public names are loaded when they are first used, so that ``import fastdistill`` is quick.
+``DistillTrainer`` trains a student with an objective such as ``RandomConditioning`` on a ``LatentCache`` and a
+``PromptBank``. The ops (``help(fastdistill.ops)``) also work alone, in a loop of your own.
+
+The public names are imported on first use, so ``import fastdistill`` is fast.
 """
 
 from __future__ import annotations

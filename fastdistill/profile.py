@@ -68,7 +68,7 @@ def profile_digits(config: ProfileConfig, console: Console) -> None:
     )
     steps = "1 step" if config.steps == 1 else f"{config.steps} steps"
     table = Table(title=f"{steps}, {found.milliseconds:.1f} ms under the profiler", title_justify="left")
-    for column in ("op", "share of the time", "its call, to be replayed"):
+    for column in ("op", "share of the time", "saved call"):
         table.add_column(column)
     for op, path in found.calls.items():
         table.add_row(op, f"{found.ops[op]:.2%}" if op in found.ops else "", str(path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers: deterministic DDIM with classifier-free guidance, and initial noise that belongs to row numbers."""
+"""Sampling: deterministic DDIM with classifier-free guidance, and initial noise as a function of row numbers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from fastdistill.ops.philox import INITIAL_NOISE, normal
 
 
 def initial_noise(seed: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normals [B, *shape] float32 on the device of ``rows``; row i depends on (seed, rows[i]) alone.
+    """Standard normal noise [B, *shape], float32 on the device of ``rows``. Row i depends only on (seed, rows[i]).
 
-    ``rows`` is [B] int64 in [0, 2**32), such as row numbers of a latent cache. They come from the counter-based
-    generator's own stream for samplers, so that no training step draws the same numbers.
+    The noise is from a stream of the counter-based generator that no training step uses.
+
+    Args:
+        seed: any int64.
+        rows: [B] int64 in [0, 2**32), such as row numbers of a latent cache.
+        shape: of one sample.
     """
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise InputError.of("rows", "int64 row numbers [B]", f"{rows.dtype} {tuple(rows.shape)}")
@@ -33,9 +37,10 @@ def initial_noise(seed: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def trailing_timesteps(T: int, steps: int) -> list[int]:
-    """``steps`` timesteps from T-1 downwards, evenly spaced ("trailing", Lin et al. 2305.08891, table 2).
+    """``steps`` evenly spaced decreasing timesteps that start at T - 1 ("trailing", Lin et al. 2305.08891, table 2).
 
-    They start where x_T is pure noise, as sampling does; "leading" ones stop short of it.
+    Sampling starts from pure noise, so the first timestep should be the last of training; with "leading" spacing it is
+    an earlier one.
     """
     if not 1 <= steps <= T:
         raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", steps)
@@ -60,18 +65,17 @@ def ddim(
     """x_0 [B, *S] from noise x_T [B, *S] by DDIM with eta = 0 (Song, Meng, Ermon 2021, 2010.02502, eq. 12).
 
     Args:
-        model: ``model(x, t, encoder_hidden_states=prompts)``, t int64 [b], in eval mode; returns the prediction like x,
-            an object with ``.sample``, or a tuple that starts with it (diffusers' U-Nets).
-        x_T: floating point; the model sees its dtype, the state between the steps is at least float32.
+        model: called as ``model(x, t, encoder_hidden_states=prompts)`` with t int64 [b], in eval mode. Returns the
+            prediction in the shape of x, an object with ``.sample``, or a tuple that starts with it (as in diffusers).
+        x_T: floating point. The model gets its dtype; the state between steps is at least float32.
         prompts: [B, L, D]. null_prompt: [L, D] or [1, L, D]; None only when guidance_scale is 1.
         schedule: a ``NoiseSchedule``, or a ``DDIMScheduler`` of diffusers, whose settings then apply: timestep spacing,
             ``steps_offset``, ``set_alpha_to_one``, ``prediction_type``, ``clip_sample`` with its range. Each step is
             that of ``DDIMScheduler.step`` with its defaults. In particular it ends at the noise level of timestep
             t - T // steps, even if the next timestep is another one.
         steps: number of steps, 1 to T.
-        guidance_scale: g of diffusers, prediction = null + g (conditional - null), in one batch of 2 B; any finite g
-            (g = 1 + w where guidance is written s_c + w (s_c - s_u)). g = 1 skips the pass on the null prompt, g = 0
-            the other one.
+        guidance_scale: g as in diffusers: prediction = null + g (conditional - null), computed in one batch of 2 B. Any
+            finite g (g = 1 + w in the notation s_c + w (s_c - s_u)). g = 1 skips the null prompt, g = 0 the prompts.
         prediction_type: what the model predicts; None: epsilon. Only with a NoiseSchedule, as are the next two.
         timesteps: ``steps`` decreasing timesteps; None: ``trailing_timesteps``. The last step goes to abar = 1
             (``set_alpha_to_one`` of diffusers).
@@ -80,7 +84,7 @@ def ddim(
         callback: called after each step with (index, timestep, state).
 
     Returns:
-        x_0 in the dtype of x_T. Row i depends on x_T[i] and prompts[i] alone.
+        x_0 in the dtype of x_T. Row i depends only on x_T[i] and prompts[i].
 
     Raises:
         InputError: shapes that do not fit, an epsilon prediction where abar is 0, and with a scheduler whatever DDIM
@@ -175,7 +179,7 @@ def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
 
 
 def _step(x: Tensor, out: Tensor, abar: float, next_abar: float, plan: _Plan) -> Tensor:
-    """One DDIM step between noise levels; the coefficients are Python floats, double precision up to the product."""
+    """One DDIM step from abar to next_abar. Coefficients are computed in double precision (Python floats)."""
     signal, noise = math.sqrt(abar), math.sqrt(1 - abar)
     if plan.prediction_type == "epsilon":
         x0, eps = (x - noise * out) / signal, out
@@ -206,7 +210,7 @@ def _prediction(output: Any, like: Tensor) -> Tensor:
 def _checked(timesteps: Sequence[int], steps: int, T: int) -> list[int]:
     times = [int(t) for t in timesteps]
     if len(times) != steps:
-        raise InputError.of("timesteps", f"as many as steps, {steps}", len(times))
+        raise InputError.of("timesteps", f"{steps} values, one per step", len(times))
     falling = all(a > b for a, b in itertools.pairwise(times))
     if not times or not falling or times[0] >= T or times[-1] < 0:
         raise InputError.of("timesteps", f"decreasing values from {T - 1} to 0", times)

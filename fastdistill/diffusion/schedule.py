@@ -44,11 +44,11 @@ class NoiseSchedule:
             raise InputError.of("alphas_cumprod", "values", "a tensor on the meta device")
         abar = abar.detach().to("cpu", torch.float64)
         if abar.ndim != 1 or len(abar) == 0:
-            raise InputError.of("alphas_cumprod", "one value a timestep, [T]", tuple(abar.shape))
+            raise InputError.of("alphas_cumprod", "one value per timestep, [T]", tuple(abar.shape))
         inside = bool(((abar >= 0) & (abar <= 1)).all())  # false for NaN
         if not inside or abar[0] == 0 or bool((abar.diff() > 0).any()):
             got = f"{abar[0]:.6g} ... {abar[-1]:.6g}"
-            raise InputError.of("alphas_cumprod", "values of [0, 1], the first above 0, that never increase", got)
+            raise InputError.of("alphas_cumprod", "values in [0, 1] that never increase, the first above 0", got)
         object.__setattr__(self, "alphas_cumprod", abar)
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class NoiseSchedule:
 
     @classmethod
     def cosine(cls, T: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
-        """Nichol and Dhariwal 2021 (2102.09672) eq. 17; ``squaredcos_cap_v2`` of diffusers."""
+        """Cosine schedule (Nichol and Dhariwal 2021, 2102.09672, eq. 17); ``squaredcos_cap_v2`` in diffusers."""
 
         def abar(u: float) -> float:
             return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -67,13 +67,13 @@ class NoiseSchedule:
 
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-        """Ho, Jain, Abbeel 2020 (2006.11239), section 4: beta linear in t."""
+        """beta linear in t (Ho, Jain, Abbeel 2020, 2006.11239, section 4)."""
         betas = torch.linspace(beta_start, beta_end, _positive(T), dtype=torch.float64, device="cpu").tolist()
         return cls(_cumulate(betas), "linear", {"T": T, "beta_start": beta_start, "beta_end": beta_end})
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-        """Latent diffusion (2112.10752) and Stable Diffusion: sqrt(beta) linear in t."""
+        """sqrt(beta) linear in t, as in latent diffusion (2112.10752) and Stable Diffusion."""
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, _positive(T), dtype=torch.float64, device="cpu")
         return cls(
             _cumulate((roots**2).tolist()), "scaled_linear", {"T": T, "beta_start": beta_start, "beta_end": beta_end}
@@ -139,10 +139,10 @@ class NoiseSchedule:
             raise InputError(f"schedule {name}: {error}") from None
 
     def coefficients(self, target: PredictionType = "epsilon") -> Tensor:
-        """float32 [T, 4]: x_t = c0 x_0 + c1 noise and target = c2 x_0 + c3 noise; from float64, rounded once.
+        """Coefficients [T, 4] float32 with x_t = c0 x_0 + c1 noise and target = c2 x_0 + c3 noise.
 
-        c0 = sqrt(abar), c1 = sqrt(1 - abar); (c2, c3) is (0, 1) for ``epsilon``, (1, 0) for ``sample`` and (-c1, c0)
-        for ``v_prediction`` (Salimans and Ho 2022, 2202.00512, appendix D).
+        c0 = sqrt(abar) and c1 = sqrt(1 - abar). (c2, c3) is (0, 1) for ``epsilon``, (1, 0) for ``sample`` and (-c1, c0)
+        for ``v_prediction`` (Salimans and Ho 2022, 2202.00512, appendix D). Computed in float64 and rounded once.
         """
         signal, noise = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
         zero, one = torch.zeros_like(signal), torch.ones_like(signal)
@@ -151,11 +151,11 @@ class NoiseSchedule:
 
 
 def flow_coefficients(T: int = 1000, shift: float = 1.0) -> Tensor:
-    """float32 [T, 4] of rectified flow, as ``NoiseSchedule.coefficients``: x_t = (1 - s) x_0 + s noise, target =
-    noise - x_0.
+    """Coefficients [T, 4] float32 of rectified flow, in the format of ``NoiseSchedule.coefficients``.
 
-    s = shift u / (1 + (shift - 1) u) with u = (t + 1) / T (Esser et al. 2024, 2403.03206, eq. 23): the ``sigmas`` of
-    diffusers' ``FlowMatchEulerDiscreteScheduler`` in ascending order. Float64, rounded once.
+    x_t = (1 - s) x_0 + s noise and target = noise - x_0, with s = shift u / (1 + (shift - 1) u) and u = (t + 1) / T
+    (Esser et al. 2024, 2403.03206, eq. 23). s are the ``sigmas`` of diffusers' ``FlowMatchEulerDiscreteScheduler`` in
+    ascending order. Computed in float64 and rounded once.
     """
     if not 0 < shift < math.inf:
         raise InputError.of("shift", "a number > 0", shift)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a report, drawn for a light page in a few named colors that ``png`` can exchange for a dark one.
+"""Figures of a report. They use a few named colors for a light page, which ``png`` can replace by those of a dark page.
 
-A figure's label (``figure.get_label()``) is the text a reader gets who cannot see it.
+The label of a figure (``figure.get_label()``) is its alternative text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastdistill.evaluate.lettering import Lettering
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Light page -> dark page. Only these are used, so exchanging them exactly re-themes a figure.
+#: Color on a light page -> color on a dark page. Figures use no other colors.
 THEME = {
     "#1c2430": "#e8ecf1",  # ink
     "#5d6875": "#9ba7b5",  # muted
@@ -37,14 +37,14 @@ _MORE = (GREEN, PURPLE, RED, INK)
 
 
 def label(name: str) -> str:
-    """A run's or model's key as words: ``random_conditioning`` -> ``Random conditioning``."""
+    """The key of a run or model as words: ``random_conditioning`` -> ``Random conditioning``."""
     words = name.replace("_", " ")
     return words[:1].upper() + words[1:]
 
 
 def png(figure: Figure, *, dark: bool = False, transparent: bool = True, dpi: int = 200) -> bytes:
-    """The figure as a PNG file; ``dark`` exchanges the theme's colors for the time of drawing."""
-    figure.draw_without_rendering()  # makes every tick exist before colors are exchanged
+    """The figure as a PNG file; ``dark`` draws it with the colors of a dark page."""
+    figure.draw_without_rendering()  # creates all ticks before their colors are replaced
     buffer = io.BytesIO()
     if dark:
         _exchange(figure, THEME)
@@ -61,16 +61,16 @@ def sample_grid(
     correct: Mapping[str, Sequence[bool]] | None = None,
     seen: Sequence[bool] | None = None,
 ) -> Figure:
-    """Rows are models, columns are prompts; a red frame and cross mark what the judge reads as something else.
+    """Samples with a row per model and a column per prompt. A red frame and a cross mark wrong samples.
 
-    Prompts and names may be any text. They are drawn in at most five lines; a longer one ends in an ellipsis. The
-    figure's label has them whole.
+    Prompts and names may be any text. A prompt is drawn in at most five lines; a longer one is shortened. The label of
+    the figure contains the full texts.
 
     Args:
         samples: model -> images [P, C, H, W] or [P, H, W], values in [0, 1] (clipped), C 1 or 3; tensors or arrays.
         prompts: P texts.
-        correct: model -> P judgements.
-        seen: whether each prompt was in the cache; gives two panels, seen above unseen.
+        correct: model -> P values: whether the judge accepts the sample.
+        seen: for each prompt, whether it is in the cache; gives two panels, seen above unseen.
     """
     count = len(prompts)
     for index, text in enumerate(prompts):
@@ -82,7 +82,7 @@ def sample_grid(
     judged = {} if correct is None else {name: [bool(right) for right in value] for name, value in correct.items()}
     for name, value in judged.items():
         if name not in images or len(value) != count:
-            raise InputError.of(f"correct[{name!r}]", f"{count} judgements of a model in samples", len(value))
+            raise InputError.of(f"correct[{name!r}]", f"{count} values for a model in samples", len(value))
     if seen is not None and len(seen) != count:
         raise InputError.of("seen", f"{count} values, one for each prompt", len(seen))
     panels = [("", list(range(count)))]
@@ -142,9 +142,9 @@ def sample_grid(
 
 
 def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
-    """Training losses over optimizer steps, logarithmic: faint what was logged, strong its running mean.
+    """Training losses over optimizer steps, logarithmic: logged values in a light color, their running mean in full.
 
-    runs: name -> (steps [n], losses [n], or [seeds, n] to draw every seed faintly and their mean). Values above 0.
+    runs: name -> (steps [n], losses [n] or [seeds, n]). With several seeds, the mean is over seeds too. Values above 0.
     """
     figure, axes = _axes(9.0, 3.9)
     ends, texts = [], []
@@ -170,7 +170,7 @@ def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
 
 
 def probability_curve(probability: Sequence[float]) -> Figure:
-    """p(t): how often the prompt of a noisy latent is replaced by a random one, for every timestep t = 0..T-1."""
+    """p(t), the probability that a random prompt replaces the paired one, for timesteps t = 0..T-1."""
     p = np.asarray(probability, dtype=float)
     if p.ndim != 1 or not len(p) or not ((p >= 0) & (p <= 1)).all():
         raise InputError.of("probability", "a table of values between 0 and 1", p.shape)
@@ -198,7 +198,7 @@ def probability_curve(probability: Sequence[float]) -> Figure:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure outside pyplot: no global state, drawn by Agg."""
+    """A figure without pyplot and its global state, drawn by Agg."""
     require("matplotlib.backends.backend_agg")
     return require("matplotlib.figure").Figure(figsize=(width, height), facecolor=PAGE)  # type: ignore[no-any-return]
 
@@ -251,7 +251,7 @@ def _grid_text(images: Mapping[str, Any], prompts: Sequence[str], judged: Mappin
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centered running mean over 5 % of the points, narrower at the ends, in the logarithm as it is drawn."""
+    """Centered running mean of the logarithms over 5 % of the points, fewer at the ends."""
     half = max(len(values) // 40, 1)
     logs = np.log(np.maximum(values, np.finfo(float).tiny))
     windows = [logs[max(0, i - half) : i + half + 1] for i in range(len(logs))]
@@ -259,7 +259,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _log_ticks(axes: Any) -> None:
-    """Plain numbers at 1, 2 and 5 instead of powers of ten."""
+    """Ticks at 1, 2 and 5 times powers of ten, as plain numbers."""
     ticker = require("matplotlib.ticker")
     axes.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
@@ -267,7 +267,7 @@ def _log_ticks(axes: Any) -> None:
 
 
 def _end_labels(figure: Figure, axes: Any, ends: list[tuple[float, str, str, float]]) -> None:
-    """Names beside the ends of their lines, pushed apart where they would overlap; better to read than a legend."""
+    """Names at the ends of their lines, moved apart where they would overlap."""
     figure.draw_without_rendering()
     points = 72 / figure.dpi
     lowest = -np.inf

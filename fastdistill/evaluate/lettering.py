@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of users in a figure: fonts that have its characters, escapes where no font does, and lines that fit."""
+"""User text in a figure: fonts that have its characters, escapes if no font has them, and lines that fit."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ def test_zero_terminal_signal():
         ({"steps": 1001}, "steps: expected 1 to 1000"),
         ({"timesteps": [1, 2]}, "timesteps: expected decreasing values from 999 to 0, got [1, 2]"),
         ({"timesteps": [1000, 2]}, "timesteps: expected decreasing values from 999 to 0"),
-        ({"timesteps": [5]}, "timesteps: expected as many as steps, 2, got 1"),
+        ({"timesteps": [5]}, "timesteps: expected 2 values, one per step, got 1"),
         ({"guidance_scale": math.nan}, "guidance_scale: expected a finite number, got nan"),
         ({"clip_sample": 0.0}, "clip_sample: expected a limit above 0"),
         ({"prediction_type": "eps"}, "prediction_type: expected one of epsilon, sample, v_prediction, got 'eps'"),

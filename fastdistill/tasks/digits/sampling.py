@@ -24,7 +24,7 @@ SCHEDULE = NoiseSchedule.cosine()
 @documented
 @dataclass(frozen=True)
 class Sampling:
-    """DDIM with classifier-free guidance."""
+    """DDIM sampling with classifier-free guidance."""
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     """Number of sampling steps."""
@@ -60,9 +60,9 @@ def sample(
     """Images [n, 3, 8, 8] float32 on the CPU.
 
     Args:
-        bank: prompts on the model's device. prompt: [n] int64 rows of it.
-        rows: [n] int64: numbers of the initial noise under ``seed``; image i depends on (seed, rows[i], prompt[i]).
-        progress: called with the number of images done after each batch.
+        bank: prompts on the device of the model. prompt: [n] int64, rows of the bank.
+        rows: [n] int64, numbers of the initial noise for ``seed``; image i depends only on (seed, rows[i], prompt[i]).
+        progress: called after each batch with the number of finished images.
     """
     if not len(rows):
         return torch.empty(0, *SHAPE)

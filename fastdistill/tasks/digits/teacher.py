@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task's teacher: a U-Net with cross-attention, its recipe, and the weights that ship with the package."""
+"""The teacher of the task: a U-Net with cross-attention, its training, and the weights shipped with the package."""
 
 from __future__ import annotations
 
@@ -74,17 +74,17 @@ class TeacherConfig:
 
 
 def build(seed: int) -> UNet2DConditionModel:
-    """A teacher with initial weights from ``seed``; torch's global generator is left alone."""
+    """A teacher with initial weights from ``seed``. The state of torch's global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return UNet2DConditionModel(**ARCHITECTURE)
 
 
 def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Train by the recipe, judge, and write ``<output>/teacher.safetensors``; an interrupted run is gone on with.
+    """Train and evaluate a teacher and write ``<output>/teacher.safetensors``; an interrupted run is continued.
 
     Returns:
-        The provenance that is written into the file: recipe, data fingerprint, versions, metrics, hash of the weights.
+        The provenance stored in the file: settings, data fingerprint, versions, metrics, hash of the weights.
     """
     config = validated(config, "teacher")
     check_device(config.device)
@@ -121,7 +121,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
 
 @torch.no_grad()
 def judged(model: UNet2DConditionModel, config: TeacherConfig) -> dict[str, float]:
-    """Share of images that show their prompt, over all, seen and unseen prompts, and the judge's own accuracy."""
+    """Fraction of images that match their prompt, for all, seen and unseen prompts, and the accuracy of the judge."""
     judge, bank = Judge(), prompt_bank().to(config.device)
     prompt = torch.arange(len(data.PROMPTS)).repeat_interleave(config.images_per_prompt)
     images = sample(model, bank, prompt, torch.arange(len(prompt)), config.train.seed, config.sampling)
@@ -140,10 +140,11 @@ def judged(model: UNet2DConditionModel, config: TeacherConfig) -> dict[str, floa
 
 
 def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
-    """The teacher of a file that ``train_teacher`` wrote (the shipped one), frozen, in eval mode, float32 on the CPU.
+    """The teacher from a file written by ``train_teacher`` (by default the shipped one): frozen, in eval mode, float32
+    on the CPU.
 
     Raises:
-        StorageError: the file is not there, damaged, or does not hold the weights whose hash it states.
+        StorageError: the file is missing or damaged, or its weights do not match the hash stored in it.
     """
     tensors, provenance = _read(Path(path))
     if sha256_of_tensors(tensors) != provenance["sha256"]:
@@ -158,7 +159,7 @@ def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
 
 
 def provenance(path: str | Path = WEIGHTS) -> dict[str, Any]:
-    """What made the weights of a file: recipe, data, versions, metrics and their hash."""
+    """How the weights in a file were made: settings, data, versions, metrics and the hash of the weights."""
     return _read(Path(path))[1]
 
 
