@@ -151,7 +151,7 @@ def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
     if kind not in ("DDIMScheduler", "DDIMParallelScheduler"):
         got = (
             f"{kind}, whose algorithm ddim would ignore; DDIMScheduler.from_config(scheduler.config) makes a DDIM "
-            "scheduler of it, NoiseSchedule.from_diffusers(scheduler) takes its noise levels alone"
+            "scheduler of it, NoiseSchedule.from_diffusers(scheduler) takes only its noise levels"
         )
         raise InputError.of("schedule", "a NoiseSchedule or a DDIMScheduler", got)
     config = scheduler.config

@@ -105,7 +105,7 @@ class NoiseSchedule:
                 "scheduler", rule, f"{kind} for flow matching, whose table is flow_coefficients(T, shift)"
             )
         if config.get("timestep_type") == "continuous":
-            got = f'{kind} with timestep_type="continuous", whose models are told the noise level instead of a timestep'
+            got = f'{kind} with timestep_type="continuous", whose models take the noise level in place of a timestep'
             raise InputError.of("scheduler", rule, got)
         abar = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(abar, Tensor):

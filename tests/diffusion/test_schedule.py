@@ -172,7 +172,7 @@ def test_a_scheduler_of_other_noise_is_refused(name):
         ),
         (
             EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
-            "are told the noise level",
+            "take the noise level",
         ),
         ("runs/model/scheduler", "a str; load it first, by from_pretrained or from_config"),
         (Path("scheduler"), "Path; load it first"),

@@ -148,13 +148,13 @@ def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
     """
     tensors, provenance = _read(Path(path))
     if sha256_of_tensors(tensors) != provenance["sha256"]:
-        raise StorageError(f"{path}: damaged, its tensors do not have the hash it states; reinstall, or train it anew")
+        raise StorageError(f"{path}: damaged, its tensors do not match the hash stored in it; reinstall the package")
     model = build(0)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        told = " ".join(str(error).split())
-        raise StorageError(f"{path}: expected the tensors of the digits teacher, got others ({told})") from error
+        text = " ".join(str(error).split())
+        raise StorageError(f"{path}: expected the tensors of the digits teacher, got other tensors ({text})") from error
     return model.eval().requires_grad_(False)
 
 
@@ -173,6 +173,4 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise StorageError(
-            f"{path}: damaged, not a teacher's weights ({error}); reinstall, or train it anew"
-        ) from error
+        raise StorageError(f"{path}: damaged, not the weights of a teacher ({error}); reinstall the package") from error
