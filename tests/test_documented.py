@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import itertools
 import pydoc
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,22 +59,27 @@ def test_a_class_without_source_or_fields_stays_as_it_is() -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_help_of_a_configuration_has_its_fields(kind: type) -> None:
     shown = pydoc.plain(pydoc.render_doc(kind))
-    for name, text in field_docstrings()[kind.__name__].items():
+    for name, text in classes()[kind.__name__][1].items():
         assert f"{name}: {text}" in shown
 
 
 def test_every_class_with_field_docstrings_is_documented() -> None:
-    assert set(field_docstrings()) == {kind.__name__ for kind in CONFIGS}
+    assert [name for name, (decorators, _) in classes().items() if "documented" not in decorators] == []
 
 
-def field_docstrings() -> dict[str, dict[str, str]]:
-    """Class -> field -> text, from the source of the whole package."""
-    found: dict[str, dict[str, str]] = {}
+@functools.cache
+def classes() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Classes of the package with field docstrings: name -> decorators, and field -> docstring."""
+    found: dict[str, tuple[list[str], dict[str, str]]] = {}
     for file in Path(fastdistill.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
-                for field, text in zip(node.body, node.body[1:], strict=False):
-                    if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                        value = ast.literal_eval(text.value)
-                        found.setdefault(node.name, {})[ast.unparse(field.target)] = value
+                pairs = [(a, b.value) for a, b in itertools.pairwise(node.body) if isinstance(b, ast.Expr)]
+                fields = {
+                    ast.unparse(field.target): value.value
+                    for field, value in pairs
+                    if isinstance(field, ast.AnnAssign) and isinstance(value, ast.Constant)
+                }
+                if fields:
+                    found[node.name] = [ast.unparse(d) for d in node.decorator_list], fields
     return found
