@@ -32,8 +32,8 @@ def digits() -> str:
     lines.append("")
     images = report["teacher"]["seen_n"] + report["teacher"]["unseen_n"]
     lines.append(
-        f"{seeds} seeds (mean ± standard deviation), {images} images per model and seed, judged by a classifier trained "
-        f"only on the real scans ({100 * judge['accuracy']:.1f} % correct on {judge['n']} held-out scans)."
+        f"{seeds} seeds (mean ± standard deviation), {images} images per model and seed, judged by a classifier "
+        f"trained only on the real scans ({100 * judge['accuracy']:.1f} % correct on {judge['n']} held-out scans)."
     )
     return "\n".join(lines)
 
