@@ -71,8 +71,8 @@ class DistillTrainer:
     ) -> None:
         self.config = validated(config, "config")
         if not isinstance(schedule, NoiseSchedule):
-            prediction_type = prediction_type or schedule.config.get("prediction_type")
-            schedule = NoiseSchedule.from_diffusers(schedule)
+            scheduler, schedule = schedule, NoiseSchedule.from_diffusers(schedule)
+            prediction_type = prediction_type or getattr(scheduler, "config", {}).get("prediction_type")
         self.device = torch.device(device) if device is not None else next(student.parameters()).device
         first_sample, batch = distributed.part(config.batch, self.device)
         _check_models(teacher, student, latents, prompts)

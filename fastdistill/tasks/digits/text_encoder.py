@@ -44,7 +44,7 @@ def _weights() -> tuple[Tensor, ...]:
 
 
 def tokenize(text: str) -> list[int]:
-    """Token numbers of a prompt, LENGTH of them; InputError for words that are not in the vocabulary."""
+    """The LENGTH token numbers of a prompt. InputError for a word that is not in the vocabulary or too many words."""
     words = text.lower().split()
     for word in words:
         if word not in VOCABULARY[3:]:
@@ -58,7 +58,7 @@ def tokenize(text: str) -> list[int]:
 
 
 def encode(texts: Sequence[str]) -> Tensor:
-    """Prompts [n] -> [n, LENGTH, WIDTH] float32; the empty text is the null prompt."""
+    """Embeddings [n, LENGTH, WIDTH] float32 of n prompts; the empty text is the null prompt."""
     embedding, position, to_q, to_k, to_v, to_out = _weights()
     tokens = torch.tensor([tokenize(text) for text in texts], dtype=torch.int64, device="cpu").reshape(-1, LENGTH)
     hidden = embedding[tokens] + position
