@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the figures of the README and of docs/benchmarks.md from the committed measurements: ``python
-docs/tables.py``. None is typed by hand."""
+"""Writes the tables of the README and docs/benchmarks.md from the committed measurements: ``python docs/tables.py``."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # a script's own folder is all that Python looks into
+sys.path.insert(0, str(ROOT))  # Python adds only the folder of a script
 
 from benchmarks.report import FULL, filled, page, summary  # noqa: E402
 
@@ -18,7 +17,7 @@ def digits() -> str:
     """The table of ``docs/digits/report.json``."""
     report = json.loads((ROOT / "docs" / "digits" / "report.json").read_text())
     lines = [
-        "| | right on prompts in the cache | right on prompts never in it | parameters | images/s |",
+        "| | correct, prompts in the cache | correct, prompts not in the cache | parameters | images/s |",
         "|---|---|---|---|---|",
     ]
     for name, model in {"teacher": report["teacher"], **report["students"]}.items():
@@ -33,14 +32,14 @@ def digits() -> str:
     lines.append("")
     images = report["teacher"]["seen_n"] + report["teacher"]["unseen_n"]
     lines.append(
-        f"{seeds} seeds (mean ± standard deviation), {images} images a model and seed, judged by a classifier that "
-        f"knows the real scans only ({100 * judge['accuracy']:.1f} % right on {judge['n']} held-out ones)."
+        f"{seeds} seeds (mean ± standard deviation), {images} images per model and seed, judged by a classifier "
+        f"trained only on the real scans ({100 * judge['accuracy']:.1f} % correct on {judge['n']} held-out scans)."
     )
     return "\n".join(lines)
 
 
 def readme_filled(readme: str) -> str:
-    """The README with both tables in their places."""
+    """The README with both tables filled in."""
     return filled(filled(readme, "results", digits()), "benchmarks", summary())
 
 

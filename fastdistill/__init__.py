@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distil conditional diffusion models into smaller or cheaper ones, fast.
+"""Distillation of conditional diffusion models with fused kernels.
 
-The public names are loaded when they are first used, so that ``import fastdistill`` is quick.
+``DistillTrainer`` trains a student with an objective such as ``RandomConditioning`` on a ``LatentCache`` and a
+``PromptBank``. The ops (``help(fastdistill.ops)``) also work alone, in a loop of your own.
+
+The public names are imported on first use, so ``import fastdistill`` is fast.
 """
 
 from __future__ import annotations
@@ -14,27 +17,48 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "AdamWEMA": "train",
     "DistillTrainer": "train",
+    "FitResult": "train",
     "TrainConfig": "train",
     "RandomConditioning": "distill",
     "Weights": "distill",
+    "Batches": "data.staged",
     "LatentCache": "data.latent_cache",
-    "generate_latent_cache": "data.latent_cache",
     "PromptBank": "data.prompt_bank",
+    "read_prompts": "data.texts",
+    "StoredRows": "data.stored",
+    "generate_latent_cache": "data.latent_cache",
     "NoiseSchedule": "diffusion.schedule",
+    "flow_coefficients": "diffusion.schedule",
     "ddim": "diffusion.sampler",
     "initial_noise": "diffusion.sampler",
+    "loss_weights": "diffusion.matching",
+    "match_table": "diffusion.matching",
+    "replacement_probability": "diffusion.conditioning",
+    "thresholds": "diffusion.conditioning",
+    "FastdistillError": "errors",
+    "InputError": "errors",
+    "KernelError": "errors",
+    "StorageError": "errors",
+    "Adapters": "models",
+    "Student": "models",
+    "StudentSpec": "models",
+    "Taps": "models",
     "make_student": "models",
     "fuse": "models.fuse",
     "unfuse": "models.fuse",
-    "match_table": "diffusion.matching",
+    "Draw": "ops",
+    "FeatureMatch": "ops",
+    "NoiseGather": "ops",
+    "OutputMatch": "ops",
+    "Task": "ops",
     "attention": "ops",
     "cross_attention": "ops",
+    "empty_draw": "ops",
     "feature_match": "ops",
     "geglu": "ops",
     "group_norm_silu": "ops",
     "layer_norm_modulate": "ops",
     "noise_gather": "ops",
-    "NoiseGather": "ops",
     "output_match": "ops",
     "residual_layer_norm_modulate": "ops",
 }
@@ -44,18 +68,38 @@ if TYPE_CHECKING:
     from fastdistill.data.latent_cache import LatentCache as LatentCache
     from fastdistill.data.latent_cache import generate_latent_cache as generate_latent_cache
     from fastdistill.data.prompt_bank import PromptBank as PromptBank
+    from fastdistill.data.staged import Batches as Batches
+    from fastdistill.data.stored import StoredRows as StoredRows
+    from fastdistill.data.texts import read_prompts as read_prompts
+    from fastdistill.diffusion.conditioning import replacement_probability as replacement_probability
+    from fastdistill.diffusion.conditioning import thresholds as thresholds
+    from fastdistill.diffusion.matching import loss_weights as loss_weights
     from fastdistill.diffusion.matching import match_table as match_table
     from fastdistill.diffusion.sampler import ddim as ddim
     from fastdistill.diffusion.sampler import initial_noise as initial_noise
     from fastdistill.diffusion.schedule import NoiseSchedule as NoiseSchedule
+    from fastdistill.diffusion.schedule import flow_coefficients as flow_coefficients
     from fastdistill.distill import RandomConditioning as RandomConditioning
     from fastdistill.distill import Weights as Weights
+    from fastdistill.errors import FastdistillError as FastdistillError
+    from fastdistill.errors import InputError as InputError
+    from fastdistill.errors import KernelError as KernelError
+    from fastdistill.errors import StorageError as StorageError
+    from fastdistill.models import Adapters as Adapters
+    from fastdistill.models import Student as Student
+    from fastdistill.models import StudentSpec as StudentSpec
+    from fastdistill.models import Taps as Taps
     from fastdistill.models import make_student as make_student
     from fastdistill.models.fuse import fuse as fuse
     from fastdistill.models.fuse import unfuse as unfuse
+    from fastdistill.ops import Draw as Draw
+    from fastdistill.ops import FeatureMatch as FeatureMatch
     from fastdistill.ops import NoiseGather as NoiseGather
+    from fastdistill.ops import OutputMatch as OutputMatch
+    from fastdistill.ops import Task as Task
     from fastdistill.ops import attention as attention
     from fastdistill.ops import cross_attention as cross_attention
+    from fastdistill.ops import empty_draw as empty_draw
     from fastdistill.ops import feature_match as feature_match
     from fastdistill.ops import geglu as geglu
     from fastdistill.ops import group_norm_silu as group_norm_silu
@@ -65,6 +109,7 @@ if TYPE_CHECKING:
     from fastdistill.ops import residual_layer_norm_modulate as residual_layer_norm_modulate
     from fastdistill.train import AdamWEMA as AdamWEMA
     from fastdistill.train import DistillTrainer as DistillTrainer
+    from fastdistill.train import FitResult as FitResult
     from fastdistill.train import TrainConfig as TrainConfig
 
 

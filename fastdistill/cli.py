@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line. Options derive from the configuration dataclasses; ``--config FILE.yaml`` sets them first."""
+"""The command line. Options are the fields of the configuration dataclasses; ``--config FILE`` reads them from YAML."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import fastdistill
+from fastdistill.documented import documented
 from fastdistill.errors import FastdistillError, Stopped
 
-# Everything heavy is imported where it is used: help is there at once, and Ctrl-C during an import ends like any other.
+# Heavy modules are imported where they are used, so that help is fast and Ctrl-C during an import is handled.
 
 Config = TypeVar("Config")
 _USAGE = """\
-fastdistill {version}: distil conditional diffusion models into smaller or cheaper ones
+fastdistill {version}: distillation of conditional diffusion models
 
-usage: fastdistill COMMAND [options]        (fastdistill COMMAND --help lists a command's options)
+usage: fastdistill COMMAND [options]        (options of a command: fastdistill COMMAND --help)
 
-  demo digits      random conditioning against paired prompts on handwritten digits; writes a report
-  teacher digits   train the digits teacher by its recipe (its weights ship with the package)
-  profile digits   a few training steps under a profiler: a Chrome trace, or ranges for Nsight
-  profile replay   a call of an op that such a profile left, alone, again and again
-  doctor           versions, devices, and which kernel each op runs with, or why not
+  demo digits      compare random conditioning with paired prompts on handwritten digits
+  teacher digits   train the teacher of the digits task (its weights are part of the package)
+  profile digits   profile a few training steps: a Chrome trace, or ranges for Nsight
+  profile replay   run one saved call of an op repeatedly
+  doctor           print versions, devices and kernels, with the reason for each that cannot run
 
-options of demo and teacher:
-  --config FILE    YAML with any of the command's options; options on the command line come on top
-  --dry-run        print the resulting configuration as YAML, checked, and stop
+options of demo, teacher and profile:
+  --config FILE    read options from a YAML file; options on the command line take precedence
+  --dry-run        check the configuration, print it as YAML and exit
 """
 
 
+@documented
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Versions, devices, and the kernels of every op."""
+    """Print versions, devices and the kernels of every op."""
 
     json: bool = False
-    """Print JSON."""
+    """Print the result as JSON."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     except FastdistillError as error:
         print(f"fastdistill: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # as of `| head`: whoever read has gone
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Stopped as stopped:  # it has said so itself
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning in its own words, without the source line that gave it."""
+    """Print a warning without its source line."""
     print(f"fastdistill: {message}", file=sys.stderr)
 
 
@@ -110,7 +112,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _configured(kind: type[Config], arguments: list[str], program: str) -> Config | None:
-    """The checked configuration of a command, or None after a dry run."""
+    """The validated configuration of a command; None after a dry run."""
     import tyro
 
     from fastdistill.train.config import from_yaml, to_yaml, validated

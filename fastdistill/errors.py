@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can meet. Each message names the argument, the rule and the value it got."""
+"""Exceptions of the package. Each message names the argument, the rule and the value."""
 
 from __future__ import annotations
 
 
 class FastdistillError(Exception):
-    """Base of every error raised on purpose; the command line prints its message as one line."""
+    """Base class of all exceptions that the package raises. The command line prints only the message."""
 
 
 class InputError(FastdistillError, ValueError):
-    """An argument breaks a rule. Raised before anything is launched or written."""
+    """An invalid argument. Raised before anything is launched or written."""
 
     @classmethod
     def of(cls, argument: str, rule: object, value: object) -> InputError:
-        """``InputError.of("teacher[2]", "the shape of student[2] (8, 64)", (8, 32))`` in the one wording used
-        everywhere."""
+        """An error with the message "argument: expected rule, got value"."""
         return cls(f"{argument}: expected {rule}, got {value}")
 
 
 class StorageError(FastdistillError, OSError):
-    """A file or directory could not be read or written, or holds something else than its manifest says."""
+    """A file or directory that cannot be read or written, or whose content does not match its manifest."""
 
 
 class KernelError(FastdistillError, RuntimeError):
-    """A kernel that was asked for by name cannot run here; the message holds its reason."""
+    """A kernel selected by name cannot run here; the message contains the reason."""
 
 
 class Stopped(KeyboardInterrupt, SystemExit):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``fastdistill profile``: what ``fastdistill.train.profiling`` does, on the digits task's step."""
+"""The command ``fastdistill profile``: ``fastdistill.train.profiling`` on a training step of the digits task."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from fastdistill.documented import documented
 from fastdistill.train.profiling import profile_steps, replay
 
 
+@documented
 @dataclass(frozen=True)
 class ProfileConfig:
     """A few steps of the digits task under a profiler."""
 
     steps: Annotated[int, Field(ge=1)] = 3
-    """Steps that are profiled."""
+    """Number of steps to profile."""
     warm_up: Annotated[int, Field(ge=0)] = 3
-    """Steps before them."""
+    """Steps to run before them."""
     batch: Annotated[int, Field(ge=1, le=65536)] = 64
-    """Samples a step."""
+    """Samples per step."""
     device: str = "auto"
-    """Where to compute; auto takes a GPU when there is one."""
+    """Device to run on; auto: a GPU if there is one, else the CPU."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads."""
     output: str = "runs/profile"
-    """Directory for trace.json and a call of every op."""
+    """Directory for trace.json and for one saved call of every op."""
     nsight: bool = False
-    """Mark the steps for Nsight Systems or Nsight Compute in place of writing a trace."""
+    """Mark the steps for Nsight Systems or Nsight Compute instead of writing a trace."""
 
 
+@documented
 @dataclass(frozen=True)
 class ReplayConfig:
-    """One kept call of an op, again and again."""
+    """Run one saved call of an op repeatedly."""
 
     kernel: str = ""
-    """Force a kernel: cuda, triton, cpp or reference."""
+    """Kernel to use: cuda, triton, cpp or reference; empty: the op's own choice."""
     device: str = "auto"
-    """Where to compute; auto takes a GPU when there is one."""
+    """Device to run on; auto: a GPU if there is one, else the CPU."""
     repeats: Annotated[int, Field(ge=1)] = 20
-    """How often it is run, after three runs to warm up."""
+    """Number of timed runs, after three warm-up runs."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads."""
     nsight: bool = False
-    """Put the runs between cudaProfilerStart and Stop."""
+    """Call cudaProfilerStart before the runs and cudaProfilerStop after them."""
 
 
 def profile_digits(config: ProfileConfig, console: Console) -> None:
@@ -65,7 +68,7 @@ def profile_digits(config: ProfileConfig, console: Console) -> None:
     )
     steps = "1 step" if config.steps == 1 else f"{config.steps} steps"
     table = Table(title=f"{steps}, {found.milliseconds:.1f} ms under the profiler", title_justify="left")
-    for column in ("op", "share of the time", "its call, to be replayed"):
+    for column in ("op", "share of the time", "saved call"):
         table.add_column(column)
     for op, path in found.calls.items():
         table.add_row(op, f"{found.ops[op]:.2%}" if op in found.ops else "", str(path))

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import ast
+import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +36,9 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_it_links_to_is_there() -> None:
-    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(((?!https?:)[^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
 
 
 @pytest.mark.parametrize("target", re.findall(r"`?make ([a-z-]+)", README))
@@ -58,6 +62,19 @@ def test_the_public_names_are_there() -> None:
     assert all(getattr(fastdistill, name) is not None for name in fastdistill.__all__)
     differentiable = {"attention", "cross_attention", "feature_match", "geglu", "group_norm_silu", "output_match"}
     assert differentiable <= set(fastdistill.__all__)
+
+
+def test_the_loop_of_ones_own_runs_on_public_names() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loop.md").read_text(encoding="utf-8"), re.DOTALL)
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom | ast.Import)]
+    ours = [node for node in imports if isinstance(node, ast.ImportFrom) and node.module == "fastdistill"]
+    assert {name.name for node in ours for name in node.names} <= set(fastdistill.__all__)
+    assert "fastdistill" not in "".join(ast.unparse(node) for node in imports if node not in ours)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["counter"].tolist() == [0, 4] and math.isfinite(names["loss"].item())
+    for trained, average in zip(names["model"].parameters(), names["average"].parameters(), strict=True):
+        assert average.isfinite().all() and not torch.equal(trained, average)
 
 
 def test_the_script_for_several_ranks_runs(tmp_path: Path) -> None:

@@ -20,27 +20,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.values import blocks
 from fastdistill.errors import InputError
 
 _ABSENT = "nothing"
 _ROUNDED = "up_to_rounding"
 
 
-def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+def sha256_of_tensors(tensors: Mapping[str, Any]) -> str:
     """Hash of named tensors, such as ``module.state_dict()``: names, dtypes, shapes and values, nothing else.
 
     Neither the order of the mapping, nor the device, nor the memory layout (strides, channels_last) changes it. Values
-    are compared by their bits: ``-0.0`` differs from ``0.0``. InputError for tensors without values (meta device).
+    are compared by their bits: ``-0.0`` differs from ``0.0``. Tensors on another device and banks on the disk
+    (``StoredRows``) are read block by block. InputError for tensors without values (meta device).
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        if tensor.is_meta:
+        tensor = tensors[name]
+        if isinstance(tensor, Tensor) and tensor.is_meta:
             raise InputError.of(f"tensors[{name!r}]", "a tensor with values", "one on the meta device")
         header = json.dumps([name, dtype_name(tensor.dtype), list(tensor.shape)])
         digest.update(f"{len(header)}:{header}".encode())  # the length keeps header and values apart
-        flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        for _, block in blocks(tensor.reshape(1) if tensor.ndim == 0 else tensor):
+            flat = block.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -50,12 +53,6 @@ def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     return sha256_of_tensors(tensors)
-
-
-def identity_of(bank: Any) -> str:
-    """What identifies a prompt bank on any machine: its ``identity`` where it has one, else the hash of its values."""
-    identity: str = getattr(bank, "identity", None) or bank.sha256
-    return identity
 
 
 def sha256_of_json(value: object) -> str:

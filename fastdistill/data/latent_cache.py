@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdistill.data.fingerprint import differences, hashes, identity_of, listed, plain, sha256_of_tensors
+from fastdistill.data import values
+from fastdistill.data.fingerprint import differences, hashes, listed, plain, sha256_of_json, sha256_of_tensors
 from fastdistill.data.manifest import Manifest, TensorSpec
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.shards import RowWriter, load_rows
@@ -25,7 +27,11 @@ KIND = "latent_cache"
 class LatentCache:
     """D = {(x^n, c^n)}: ``latents`` [N, *S] in the model's own scale, ``prompt_index`` [N] int64 rows of a prompt bank.
 
-    ``fingerprint`` says what made it. InputError when the two do not belong together.
+    ``fingerprint`` says what made it (JSON values).
+
+    Raises:
+        InputError: the two do not belong together; a value is not finite (checked in memory; for a cache on the disk
+            call ``check_finite``).
     """
 
     latents: Any  # Tensor, or StoredRows of an opened cache
@@ -33,13 +39,27 @@ class LatentCache:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.latents.ndim < 2 or not self.latents.dtype.is_floating_point:
+        values.require_bank(self.latents, "latents")
+        if self.latents.ndim < 2:
             got = f"{self.latents.dtype} {tuple(self.latents.shape)}"
             raise InputError.of("latents", "a floating-point tensor [N, ...]", got)
         _check_prompt_index(self.prompt_index, len(self.latents))
+        object.__setattr__(self, "fingerprint", _plain(self.fingerprint))
+        if values.has_values(self.latents):
+            self.check_finite()
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash that identifies the cache in the fingerprints of what is made with it, the same on every machine.
+
+        It is a hash of the cache's fingerprint, or, without one, of its values; a cache on the disk is then read once.
+        """
+        if self.fingerprint:
+            return sha256_of_json(self.fingerprint)
+        return sha256_of_tensors({"latents": self.latents, "prompt_index": self.prompt_index})
 
     @classmethod
     def load(
@@ -56,9 +76,8 @@ class LatentCache:
         ``expect`` holds fields of the fingerprint that must have these values, such as ``{"teacher": sha256}``: a cache
         made by another teacher is refused with both values (StorageError), before its latents are read. So are
         directories that are not there or unfinished and shards that are missing or damaged (named);
-        ``verify=False`` skips the checksums.
+        ``verify=False`` skips the checksums. InputError where a latent does not fit ``dtype``.
         """
-
         check = _as_expected(path, expect)
         manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=check)
         return cls(rows["latents"], rows["prompt_index"], manifest.fingerprint)
@@ -83,7 +102,7 @@ class LatentCache:
             InputError: this cache points into another bank than ``made_with``; ``prompts`` lacks one of its texts, or
                 comes from another text encoder (where both banks tell theirs).
         """
-        told, own = self.fingerprint.get("prompts"), identity_of(made_with)
+        told, own = self.fingerprint.get("prompts"), made_with.identity
         if hashes(told, own) and told != own:
             raise InputError.of("made_with", f"the bank {told} that the latents point into", own)
         self.check_prompts(len(made_with))
@@ -92,16 +111,18 @@ class LatentCache:
             raise InputError.of("prompts", "the text encoder of made_with", listed(changed))
         used, place = torch.unique(self.prompt_index, return_inverse=True)
         rows = prompts.indices_of([made_with.texts[row] for row in used.tolist()]).to(place.device)
-        fingerprint = (
-            {**self.fingerprint, "prompts": identity_of(prompts), "made_with": own} if self.fingerprint else {}
-        )
+        fingerprint = {**self.fingerprint, "prompts": prompts.identity, "made_with": own} if self.fingerprint else {}
         return LatentCache(self.latents, rows[place], fingerprint)
 
     def check_prompts(self, prompts: int) -> None:
         """InputError unless every row points at one of ``prompts`` prompts (``len`` of the prompt bank)."""
-        last = int(self.prompt_index.max())
-        if last >= prompts:
-            raise InputError.of("prompt_index", f"rows of a bank of {prompts} prompts", f"row {last}")
+        for row in map(int, self.prompt_index.aminmax()):
+            if not 0 <= row < prompts:
+                raise InputError.of("prompt_index", f"rows of a bank of {prompts} prompts", f"row {row}")
+
+    def check_finite(self) -> None:
+        """InputError, naming the row, if a value is not finite; a cache on the disk is read in blocks."""
+        values.check_finite(self.latents, "latents")
 
 
 def generate_latent_cache(
@@ -123,27 +144,27 @@ def generate_latent_cache(
     ``diffusion.sampler`` is made for it): batches start anew at each shard, so an interrupted run, resumed with the
     same ``batch``, ends with the same bits; another ``batch`` may change their rounding only.
     ``fingerprint`` must hold everything else that decides the values, such as ``{"teacher": weights_hash(teacher),
-    "prompts": identity_of(bank), "sampling": ..., "seed": 0}`` (``fastdistill.data.fingerprint``): a trainer compares
-    these two with its own teacher and bank. A hash of ``prompt_index`` is added to it.
+    "prompts": bank.identity, "sampling": ..., "seed": 0}`` (``weights_hash`` of ``fastdistill.data.fingerprint``): a
+    trainer compares the first two with its own teacher and bank. A hash of ``prompt_index`` is added to it.
     ``progress(rows done, N)`` is called at the start and after each batch.
 
     Errors: those of RowWriter, before anything is written; InputError when ``generate`` returns another shape or a
     value that is not finite as ``dtype``; StorageError for a full disk. What was finished by then stays and is
     continued by the next call.
     """
-    rows = len(prompt_index) if prompt_index.ndim else 0
-    _check_prompt_index(prompt_index, rows)
+    _check_prompt_index(prompt_index)
+    rows = len(prompt_index)
     if batch < 1:
         raise InputError.of("batch", "at least 1", batch)
-    if not dtype.is_floating_point:
-        raise InputError.of("dtype", "a floating-point type", dtype)
+    values.require_dtype(dtype, "dtype")
+    made_from = _plain(fingerprint)
     prompt_index = prompt_index.cpu()
     report = progress or (lambda done, total: None)
     shape = tuple(row_shape)
     with RowWriter(
         path,
         kind=KIND,
-        fingerprint={**fingerprint, "prompt_index": sha256_of_tensors({"prompt_index": prompt_index})},
+        fingerprint={**made_from, "prompt_index": sha256_of_tensors({"prompt_index": prompt_index})},
         rows=rows,
         tensors={"latents": TensorSpec(shape, dtype), "prompt_index": TensorSpec((), torch.int64)},
         rows_per_shard=rows_per_shard,
@@ -151,9 +172,9 @@ def generate_latent_cache(
         report(writer.rows_done, rows)
         for span in writer.missing:
             done = writer.rows_done
-            latents = torch.empty((span.stop - span.start, *shape), dtype=dtype)
+            latents = torch.empty((span.stop - span.start, *shape), dtype=dtype, device="cpu")
             for start in range(span.start, span.stop, batch):
-                numbers = torch.arange(start, min(start + batch, span.stop))
+                numbers = torch.arange(start, min(start + batch, span.stop), device="cpu")
                 with torch.no_grad():
                     made = generate(numbers, prompt_index[numbers])
                 latents[start - span.start :][: len(numbers)] = _checked(made, shape, dtype, numbers)
@@ -177,23 +198,32 @@ def _as_expected(path: str | Path, expect: Mapping[str, Any] | None) -> Callable
     return check
 
 
-def _check_prompt_index(prompt_index: Tensor, rows: int) -> None:
-    if prompt_index.dtype != torch.int64 or tuple(prompt_index.shape) != (rows,) or rows == 0:
+def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(fingerprint, Mapping):
+        raise InputError.of("fingerprint", "a mapping of JSON values", type(fingerprint).__name__)
+    return plain(fingerprint)
+
+
+def _check_prompt_index(prompt_index: Tensor, rows: int | None = None) -> None:
+    """``rows``: as many as there are latents; None: any number."""
+    if not isinstance(prompt_index, Tensor) or prompt_index.is_meta:
+        got = "one on the meta device" if isinstance(prompt_index, Tensor) else type(prompt_index).__name__
+        raise InputError.of("prompt_index", "a tensor with values", got)
+    many = prompt_index.numel() if rows is None else rows
+    if prompt_index.dtype != torch.int64 or tuple(prompt_index.shape) != (many,) or many == 0:
         got = f"{prompt_index.dtype} {tuple(prompt_index.shape)}"
-        raise InputError.of("prompt_index", f"torch.int64 ({rows or 'N'},), at least one row", got)
+        raise InputError.of("prompt_index", f"torch.int64 ({many or 'N'},), at least one row", got)
     if int(prompt_index.min()) < 0:
         raise InputError.of("prompt_index", "rows of the prompt bank, from 0", int(prompt_index.min()))
 
 
-def _checked(made: Tensor, shape: tuple[int, ...], dtype: torch.dtype, numbers: Tensor) -> Tensor:
-    wanted = (len(numbers), *shape)
-    if tuple(made.shape) != wanted:
-        raise InputError.of("generate(rows, prompt_index)", f"latents of shape {wanted}", tuple(made.shape))
-    made = made.to("cpu", dtype)
-    finite = torch.isfinite(made).flatten(1).all(1)
-    if not finite.all():
-        row = int(numbers[~finite][0])
-        raise InputError.of(
-            "generate(rows, prompt_index)", f"latents that are finite as {dtype}", f"row {row} with others"
-        )
-    return made
+def _checked(made: Any, shape: tuple[int, ...], dtype: torch.dtype, numbers: Tensor) -> Tensor:
+    argument, wanted = "generate(rows, prompt_index)", (len(numbers), *shape)
+    latents = values.as_tensor(made, argument, f"latents {wanted}").cpu()
+    if tuple(latents.shape) != wanted:
+        raise InputError.of(argument, f"latents of shape {wanted}", tuple(latents.shape))
+    row = values.misfit(latents, dtype)
+    if row is not None:
+        rule = f"latents that are finite as {dtype}"
+        raise InputError.of(argument, rule, f"row {int(numbers[row])} with others")
+    return latents.to(dtype)

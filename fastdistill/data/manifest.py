@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastdistill.data import files
+from fastdistill import files
 from fastdistill.data.fingerprint import dtype_name, sha256_of_json
 from fastdistill.errors import StorageError
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
+from fastdistill.data import texts as prompt_texts
+from fastdistill.data import values
+from fastdistill.data.fingerprint import plain, sha256_of_json, sha256_of_tensors
 from fastdistill.data.manifest import Manifest, TensorSpec
 from fastdistill.data.shards import RowWriter, load_attachment, load_rows
 from fastdistill.data.stored import open_rows
@@ -28,8 +31,12 @@ _TEXTS = "texts.json"
 class PromptBank:
     """``embeddings`` [M+1, L, D], floating point: rows 0..M-1 belong to ``texts``, row M to the null (empty) prompt.
 
-    ``encoder`` is a fingerprint of the text encoder (JSON values). ``len(bank)`` is M, the pool's size.
-    InputError when rows and texts do not belong together.
+    ``encoder`` is a fingerprint of the text encoder (JSON values): which weights, length and settings it has.
+    ``len(bank)`` is M, the pool's size.
+
+    Raises:
+        InputError: rows and texts do not belong together; a text is not a str or cannot be written as UTF-8; a value is
+            not finite (checked in memory; for a bank on the disk call ``check_finite``).
     """
 
     embeddings: Any  # Tensor, or StoredRows of an opened bank
@@ -38,10 +45,17 @@ class PromptBank:
     encoder: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        texts = prompt_texts.listed(self.texts)
+        own = {"texts": texts, "null_text": prompt_texts.checked(self.null_text, "null_text")}
+        for name, value in {**own, "encoder": _fingerprint(self.encoder)}.items():
+            object.__setattr__(self, name, value)
         e = self.embeddings
-        if e.ndim != 3 or len(e) != len(self.texts) + 1 or not self.texts or not e.dtype.is_floating_point:
-            rule = f"floating point [{len(self.texts)} texts + 1, length, width], at least one text"
+        values.require_bank(e, "embeddings")
+        if e.ndim != 3 or len(e) != len(texts) + 1 or not texts:
+            rule = f"floating point [{len(texts)} texts + 1, length, width], at least one text"
             raise InputError.of("embeddings", rule, f"{e.dtype} {tuple(e.shape)}")
+        if values.has_values(e):
+            self.check_finite()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -58,14 +72,21 @@ class PromptBank:
         return null
 
     @cached_property
-    def sha256(self) -> str:
-        """Hash of the texts and embeddings, for the fingerprints of what is made with them."""
-        return sha256_of_json([self.texts, self.null_text, sha256_of_tensors({"embeddings": self.embeddings[:]})])
+    def identity(self) -> str:
+        """A hash that identifies the bank in the fingerprints of what is made with it, the same on every machine.
+
+        With a fingerprint of the encoder it is a hash of that, the texts and the shape of a row, but not of the values,
+        whose last bits depend on the processor that computed them. Without one it is a hash of the texts and of the
+        values with which the bank was made; saving, loading, opening, moving and casting keep it.
+        """
+        if self.encoder:
+            return sha256_of_json([self.texts, self.null_text, self.encoder, list(self.embeddings.shape[1:])])
+        return sha256_of_json([self.texts, self.null_text, sha256_of_tensors({"embeddings": self.embeddings})])
 
     @classmethod
     def build(
         cls,
-        texts: Sequence[str],
+        texts: Iterable[str],
         encode: Callable[[list[str]], Tensor],
         *,
         null_text: str = "",
@@ -73,54 +94,73 @@ class PromptBank:
         encoder: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> PromptBank:
-        """Encodes every text once: ``encode`` maps b <= batch texts to [b, L, D], the same L and D for all.
+        """Encode every text once: ``encode`` maps b <= batch texts to [b, L, D], the same L, D and dtype for all.
 
-        The rows stay on the device and of the dtype that ``encode`` gives. ``progress(texts done, M + 1)`` is called
-        after each batch. InputError for no texts, and for an encoding of another shape or with values not finite.
+        The rows keep the device and dtype of what ``encode`` returns (a tensor, or a NumPy array).
+        ``progress(texts done, M + 1)`` is called after each batch. Empty texts and duplicates are encoded like any
+        other and get rows of their own, with a warning; ``read_prompts`` leaves them out.
+
+        Raises:
+            InputError: a text that the constructor would refuse, before ``encode`` is called; an encoding of another
+                shape or dtype, or with values that are not finite.
         """
-        if isinstance(texts, str) or not texts:
-            raise InputError.of("texts", "a list of at least one text", repr(texts))
+        everything = [*prompt_texts.listed(texts), prompt_texts.checked(null_text, "null_text")]
+        if len(everything) == 1:
+            raise InputError.of("texts", "a list of at least one text", "[]")
+        if not callable(encode):
+            raise InputError.of("encode", "a function of texts", type(encode).__name__)
         if batch < 1:
             raise InputError.of("batch", "at least 1", batch)
-        everything = [*texts, null_text]
+        fingerprint = _fingerprint(encoder or {})
+        if message := prompt_texts.warning(everything[:-1]):
+            warnings.warn(message, stacklevel=2)
         rows: Tensor | None = None
         for start in range(0, len(everything), batch):
             chunk = everything[start : start + batch]
             with torch.no_grad():
-                encoded = encode(chunk)
-            wanted = (len(chunk), *(rows.shape[1:] if rows is not None else encoded.shape[1:]))
-            if encoded.ndim != 3 or tuple(encoded.shape) != wanted:
-                rule = f"[{len(chunk)} texts, length, width], the same for all"
-                raise InputError.of("encode(texts)", rule, tuple(encoded.shape))
-            finite = torch.isfinite(encoded).flatten(1).all(1).tolist()
-            if not all(finite):
-                raise InputError.of("encode(texts)", "finite values", f"others for {chunk[finite.index(False)]!r}")
+                encoded = _encoding(encode(list(chunk)), chunk, rows)
             if rows is None:
                 rows = encoded.new_empty((len(everything), *encoded.shape[1:]))
             rows[start : start + len(chunk)] = encoded
             if progress is not None:
                 progress(start + len(chunk), len(everything))
-        assert rows is not None  # there is at least the null text
-        return cls(rows, list(texts), null_text, dict(encoder or {}))
+        return cls(rows, everything[:-1], null_text, fingerprint)
 
-    def indices_of(self, texts: Sequence[str]) -> Tensor:
+    def indices_of(self, texts: Iterable[str]) -> Tensor:
         """Row of each text, int64 [len(texts)] (its first row where the bank has it twice); InputError for others."""
+        texts = prompt_texts.listed(texts)
         missing = next((text for text in texts if text not in self._row_of), None)
         if missing is not None:
             near = difflib.get_close_matches(missing, self.texts[:10_000], n=3)
             hint = f" (near: {', '.join(map(repr, near))})" if near else ""
             raise InputError.of("texts", f"prompts of the bank{hint}", repr(missing))
-        return torch.tensor([self._row_of[text] for text in texts], dtype=torch.int64)
+        return torch.tensor([self._row_of[text] for text in texts], dtype=torch.int64, device="cpu")
 
-    def subset(self, texts: Sequence[str]) -> PromptBank:
-        """A bank of these texts, in this order, with the same null prompt."""
-        rows = torch.cat([self.indices_of(texts), torch.tensor([self.null_index])])
-        chosen = self.embeddings[rows.to(self.embeddings.device)]
-        return PromptBank(chosen, list(texts), self.null_text, self.encoder)
+    def subset(self, texts: Iterable[str]) -> PromptBank:
+        """A bank of these texts, in this order, with the same null prompt, in memory."""
+        texts = prompt_texts.listed(texts)
+        rows = [*self.indices_of(texts).tolist(), self.null_index]
+        index = torch.tensor(rows, device=self.embeddings.device)
+        return PromptBank(self.embeddings[index], texts, self.null_text, self.encoder)
 
-    def to(self, device: torch.device | str) -> PromptBank:
-        """The same bank with its embeddings on a device."""
-        return PromptBank(self.embeddings[:].to(device), self.texts, self.null_text, self.encoder)
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptBank:
+        """The same bank in the memory of a device (None: where it is), as ``dtype`` (None: as it is).
+
+        Raises:
+            InputError: ``dtype`` is not a floating-point one, or a row does not fit it.
+        """
+        if isinstance(device, torch.dtype):
+            raise InputError.of("device", "a device (a dtype is given by name, dtype=)", device)
+        dtype = self.embeddings.dtype if dtype is None else dtype
+        values.require_dtype(dtype, "dtype")
+        identity = self.identity if dtype != self.embeddings.dtype else None  # else the values are the same
+        device = self.embeddings.device if device is None else device
+        moved = replace(self, embeddings=values.in_memory(self.embeddings, device, dtype, "embeddings"))
+        return moved._known_as(identity or self.__dict__.get("identity"))
+
+    def check_finite(self) -> None:
+        """InputError, naming the row, if a value is not finite; a bank on the disk is read in blocks."""
+        values.check_finite(self.embeddings, "embeddings")
 
     def check_width(self, cross_attention_dim: int) -> None:
         """InputError naming both widths unless the rows have the width that the model's cross-attention reads."""
@@ -128,19 +168,19 @@ class PromptBank:
 
     def save(self, path: str | Path, *, rows_per_shard: int = 4096) -> None:
         """Writes the bank to a directory; a bank interrupted there is finished. Errors: those of RowWriter."""
-        embeddings = self.embeddings[:].detach().cpu()
+        embeddings = self.embeddings
         texts = json.dumps({"texts": self.texts, "null_text": self.null_text}, indent=0, ensure_ascii=False)
         with RowWriter(
             path,
             kind=KIND,
-            fingerprint={"encoder": dict(self.encoder), "sha256": self.sha256},
+            fingerprint={"encoder": self.encoder, "identity": self.identity},
             rows=len(embeddings),
             tensors={"embeddings": TensorSpec(tuple(embeddings.shape[1:]), embeddings.dtype)},
             rows_per_shard=rows_per_shard,
             attachments={_TEXTS: texts.encode()},
         ) as writer:
             for span in writer.missing:
-                writer.write(span, {"embeddings": embeddings[span.start : span.stop]})
+                writer.write(span, {"embeddings": embeddings[span.start : span.stop].detach()})
 
     @classmethod
     def load(
@@ -155,11 +195,11 @@ class PromptBank:
         """The bank of a directory, its embeddings as ``dtype`` (None: as stored).
 
         ``width``: the ``cross_attention_dim`` of the model that will read it; a bank of another width is refused
-        (InputError) before its rows are read. StorageError, naming the file, for what is missing or damaged.
+        (InputError) before its rows are read. So is a row that does not fit ``dtype``. StorageError, naming the file,
+        for what is missing or damaged.
         """
-
         manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=_as_wide(width))
-        return cls(rows["embeddings"], *_texts(path, manifest))
+        return cls(rows["embeddings"], *_texts(path, manifest))._known_as(_identity(manifest))
 
     @classmethod
     def open(cls, path: str | Path, *, width: int | None = None, verify: bool = True) -> PromptBank:
@@ -168,14 +208,46 @@ class PromptBank:
         ``verify`` reads all of it once.
         """
         manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_wide(width))
-        bank = cls(rows["embeddings"], *_texts(path, manifest))
-        if sha256 := manifest.fingerprint.get("sha256"):
-            bank.__dict__["sha256"] = sha256  # known without reading the rows
-        return bank
+        return cls(rows["embeddings"], *_texts(path, manifest))._known_as(_identity(manifest))
+
+    def _known_as(self, identity: str | None) -> PromptBank:
+        if identity is not None:
+            self.__dict__["identity"] = identity
+        return self
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
         return {text: row for row, text in reversed(list(enumerate(self.texts)))}
+
+
+def _fingerprint(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(encoder, Mapping):
+        raise InputError.of("encoder", "a mapping of JSON values", type(encoder).__name__)
+    return plain(encoder, "encoder")
+
+
+def _encoding(encoded: Any, texts: list[str], before: Tensor | None) -> Tensor:
+    """What a text encoder returned, checked; ``before``: rows of the batches before it."""
+    argument = "encode(texts)"
+    tensor = values.as_tensor(encoded, argument, f"a tensor [{len(texts)} texts, length, width]")
+    wanted = (len(texts), *(tensor.shape[1:] if before is None else before.shape[1:]))
+    if tensor.ndim != 3 or tuple(tensor.shape) != wanted:
+        rule = f"[{len(texts)} texts, length, width], the same for all"
+        raise InputError.of(argument, rule, tuple(tensor.shape))
+    values.require_dtype(tensor.dtype, argument)
+    if before is not None and tensor.dtype != before.dtype:
+        raise InputError.of(argument, f"{before.dtype}, as before", tensor.dtype)
+    row = values.misfit(tensor, tensor.dtype)
+    if row is not None:
+        raise InputError.of(argument, "finite values", f"others for {texts[row]!r}")
+    return tensor
+
+
+def _identity(manifest: Manifest) -> str | None:
+    """The identity that was saved; None: to be computed. Older directories have a hash of the values in its place."""
+    known = manifest.fingerprint
+    identity: str | None = known.get("identity") or (None if known.get("encoder") else known.get("sha256"))
+    return identity
 
 
 def _as_wide(width: int | None) -> Callable[[Manifest], None]:

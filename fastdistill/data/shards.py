@@ -9,7 +9,6 @@ writer leaves a directory that the same call continues; a shard is read only whe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,15 +19,14 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from fastdistill.data import files
+from fastdistill import files
 from fastdistill.data.fingerprint import differences, plain
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, TensorSpec, read_manifest, shard_name
+from fastdistill.data.shard_file import REMEDY, read_shard
+from fastdistill.data.values import cast, require_dtype, spelled
 from fastdistill.errors import InputError, StorageError
-
-_REMEDY = "run what made it again: only this file is made anew"
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,9 @@ class RowWriter:
             raise InputError.of("rows_per_shard", "at least 1", rows_per_shard)
         if not tensors:
             raise InputError.of("tensors", "at least one", "none")
+        for name, spec in tensors.items():
+            if spelled(spec.dtype) is None:
+                raise InputError.of(f"tensors[{name!r}]", "a dtype that safetensors stores", spec.dtype)
         self.path = Path(path)
         self._attachments = dict(attachments or {})
         self._manifest = Manifest(
@@ -124,7 +125,10 @@ class RowWriter:
         if tensors.keys() != m.tensors.keys():
             raise InputError.of("tensors", f"the names {sorted(m.tensors)}", sorted(tensors))
         for name, spec in m.tensors.items():
-            _require(tensors[name], (span.stop - span.start, *spec.shape), spec.dtype, f"tensors[{name!r}]", InputError)
+            shape, tensor = (span.stop - span.start, *spec.shape), tensors[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != spec.dtype:
+                got = f"{tensor.dtype} {tuple(tensor.shape)}"
+                raise InputError.of(f"tensors[{name!r}]", f"{spec.dtype} {shape}", got)
         data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         files.atomic_write(self.path / shard_name(span.index), data)
         self._manifest = replace(m, shards={**m.shards, span.index: StoredFile.of(data)})
@@ -163,7 +167,9 @@ class RowWriter:
         good = {}
         for index, stored in read_manifest(self.path).shards.items():
             try:
-                read_stored(self.path / shard_name(index), stored)
+                file, rows = self.path / shard_name(index), self._manifest.shard_rows(index)
+                for _ in read_shard(file, stored, self._manifest, rows):
+                    pass
                 good[index] = stored
             except StorageError as error:
                 warnings.warn(f"{error} (being made anew)", stacklevel=4)
@@ -181,11 +187,17 @@ def load_rows(
 ) -> tuple[Manifest, dict[str, Tensor]]:
     """All rows of a complete directory: its manifest and name -> [rows, *row shape] on ``device``.
 
-    Floating-point tensors come as ``dtype`` (None: as they are stored). StorageError, naming the file, for a
-    directory that is not there, of another kind or unfinished, and for a shard that is missing, truncated or damaged;
-    ``verify=False`` skips the checksums only. ``check`` may refuse a manifest, by raising, before any row is read.
+    Floating-point tensors come as ``dtype`` (None: as they are stored). Beside the result, memory holds one block of a
+    shard at a time. ``check`` may refuse a manifest, by raising, before any row is read.
+
+    Raises:
+        StorageError: naming the file, for a directory that is not there, of another kind or unfinished, and for a
+            shard that is missing, truncated or damaged; ``verify=False`` skips the checksums only.
+        InputError: ``dtype`` is not a floating-point one, or a row does not fit it (``cast``).
     """
     path = Path(path)
+    if dtype is not None:
+        require_dtype(dtype, "dtype")
     manifest = complete_manifest(path, kind, check)
     out = {
         name: torch.empty(
@@ -195,13 +207,19 @@ def load_rows(
         )
         for name, spec in manifest.tensors.items()
     }
-    start = 0
+    first = 0
     for index in range(manifest.shard_count):
         file, rows = path / shard_name(index), manifest.shard_rows(index)
-        tensors = parse_shard(file, read_stored(file, manifest.shards[index], verify), manifest, rows)
-        for name, tensor in tensors.items():
-            out[name][start : start + rows].copy_(tensor)
-        start += rows
+        misfit: InputError | None = None
+        for name, start, block in read_shard(file, manifest.shards[index], manifest, rows, verify=verify):
+            at = first + start
+            try:
+                out[name][at : at + len(block)] = cast(block, out[name].dtype, name, at)
+            except InputError as error:  # unless the shard turns out to be damaged
+                misfit = misfit or error
+        if misfit is not None:
+            raise misfit
+        first += rows
     return manifest, out
 
 
@@ -224,50 +242,18 @@ def load_attachment(path: str | Path, manifest: Manifest, name: str) -> bytes:
     """The bytes of a file that belongs to the rows; StorageError when it is not there or damaged."""
     if name not in manifest.attachments:
         raise StorageError(f"{path}: expected a file {name} in its manifest, got none")
-    return read_stored(Path(path) / name, manifest.attachments[name])
-
-
-def read_stored(file: Path, stored: StoredFile, verify: bool = True) -> bytes:
-    """Reads once and checks what was read, so that what is used is what was checked."""
+    file, stored = Path(path) / name, manifest.attachments[name]
     try:
-        size = file.stat().st_size
-        if size != stored.size:
-            raise StorageError(f"{file}: damaged: expected {stored.size} bytes, got {size}; {_REMEDY}")
         data = file.read_bytes()
     except FileNotFoundError:
-        raise StorageError(f"{file}: missing: the manifest lists it, the directory lacks it; {_REMEDY}") from None
+        raise StorageError(f"{file}: missing: the manifest lists it, the directory lacks it; {REMEDY}") from None
     except OSError as error:
-        if isinstance(error, StorageError):
-            raise
         raise StorageError(f"{file}: could not be read: {files.reason(error)}") from error
-    if verify:
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 != stored.sha256:
-            raise StorageError(f"{file}: damaged: expected SHA-256 {stored.sha256}, got {sha256}; {_REMEDY}")
+    found = StoredFile.of(data)
+    if found != stored:
+        expected = f"{stored.size} bytes, SHA-256 {stored.sha256}"
+        raise StorageError(f"{file}: damaged: expected {expected}, got {found.size} bytes, {found.sha256}; {REMEDY}")
     return data
-
-
-def parse_shard(file: Path, data: bytes, manifest: Manifest, rows: int) -> dict[str, Tensor]:
-    try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise StorageError(f"{file}: damaged: {error}; {_REMEDY}") from error
-    if tensors.keys() != manifest.tensors.keys():
-        raise StorageError(f"{file}: expected the tensors {sorted(manifest.tensors)}, got {sorted(tensors)}")
-    for name, spec in manifest.tensors.items():
-        _require(tensors[name], (rows, *spec.shape), spec.dtype, f"{file}, tensor {name!r}", StorageError)
-    return tensors
-
-
-def _require(
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    what: str,
-    error: type[InputError] | type[StorageError],
-) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise error(f"{what}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def _entries(path: Path) -> list[Path]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.data.stored import StoredRows
+from fastdistill.data.values import has_values
 from fastdistill.errors import InputError
 from fastdistill.ops import Draw, NoiseGather, Task, empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather.banks import listed, mapped
@@ -60,6 +61,7 @@ class Batches:
         banks = listed(prompts)
         if len({len(bank) for bank in banks}) != 1:
             raise InputError.of("prompts", "banks of as many rows", [len(bank) for bank in banks])
+        _check_rows(latent_prompts, len(banks[0]))
         self._turns, self._batch, self._device = ahead + 1, batch, latent_prompts.device
         self._latents: list[tuple[Rows, Tensor]] = []  # a bank, and the ring in its place
         self._prompts: list[tuple[Rows, Tensor]] = []
@@ -179,6 +181,17 @@ class Batches:
                     bank.read(index, place)
                 else:
                     place.copy_(bank[index.to(bank.device)])
+
+
+def _check_rows(latent_prompts: Tensor, prompts: int) -> None:
+    """Checked once, here: kernels on a GPU cannot raise."""
+    if not has_values(latent_prompts):
+        return
+    outside = (latent_prompts < 0) | (latent_prompts >= prompts)
+    if bool(outside.any()):
+        latent = int(outside.nonzero()[0])
+        rule = f"a row of prompts, 0 to {prompts - 1}"
+        raise InputError.of(f"latent_prompts[{latent}]", rule, int(latent_prompts[latent]))
 
 
 class _Index:

@@ -1,47 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that stay on the disk: a bank larger than the memory, read row by row.
-
-Files are read (``preadv``), not mapped: a mapped page that the disk cannot give ends the process with SIGBUS, a read
-that fails is an error with a name.
-"""
+"""Rows that stay on the disk: a bank larger than the memory, read row by row."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import math
+import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdistill.data import files
+from fastdistill.data.indexing import split
 from fastdistill.data.manifest import Manifest, shard_name
-from fastdistill.data.shards import complete_manifest, parse_shard, read_stored
+from fastdistill.data.shard_file import bytes_of, fill, inode_of, layout, read_shard, readable
+from fastdistill.data.shards import complete_manifest
 from fastdistill.errors import InputError, StorageError
 
 
 @dataclass(frozen=True)
 class Part:
-    """``rows`` rows of a file, one after the other from byte ``offset`` on."""
+    """``rows`` rows of a file, one after the other from byte ``offset`` on.
+
+    ``inode`` (device, number) identifies the file that was opened; another file of the same name is refused. None: any.
+    """
 
     file: Path
     offset: int
     rows: int
+    inode: tuple[int, int] | None = None
 
 
 class StoredRows:
-    """A tensor [N, *S] whose rows stay on the disk. ``rows[5]``, ``rows[a:b]`` and ``rows[index]`` read some of them.
+    """A tensor [N, *S] whose rows stay on the disk. Indexing reads the rows that are needed and returns a copy.
 
-    Any number of threads may read. Nothing is kept open in between.
+    It takes every index that torch or NumPy takes: ``rows[5]``, ``rows[-1]``, ``rows[a:b:step]``, ``rows[mask]``,
+    ``rows[numbers, ..., 0]``. ``for row in rows`` reads one row at a time. Any number of threads may read. No file is
+    kept open.
     """
 
     device = torch.device("cpu")
+    __contains__ = None  # "in" would read everything
 
     def __init__(self, parts: Sequence[Part], row_shape: Sequence[int], dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -52,18 +57,38 @@ class StoredRows:
 
     @classmethod
     def of_memmap(cls, array: np.memmap) -> StoredRows:
-        """The rows of a ``numpy.memmap`` (C order), read from its file.
+        """The rows of a ``numpy.memmap``, or of a part of one (``memmap[1000:]``), read from its file.
 
         Raises:
-            InputError: it is not in C order, has no file, or has a dtype that torch has not.
+            InputError: it has no file, is not in C order, has a dtype that torch lacks, or the mode "c", whose changes
+                are not in the file.
+            StorageError: the file was replaced or cut short after it was mapped.
         """
-        if not (isinstance(array, np.memmap) and array.filename and array.flags.c_contiguous and array.ndim):
-            raise InputError.of("array", "a numpy.memmap [N, ...] of a file in C order", type(array).__name__)
+        rule = "a numpy.memmap [N, ...] of a file, in C order"
+        if not isinstance(array, np.memmap):
+            raise InputError.of("array", rule, type(array).__name__)
+        base: Any = array
+        while base is not None and not isinstance(base, mmap.mmap):
+            base = getattr(base, "base", None)
+        if base is None or not array.filename or not array.ndim:
+            raise InputError.of("array", rule, "a copy in memory" if base is None else "one without a file or an axis")
+        if not array.flags.c_contiguous:
+            got = f"one with the strides {array.strides} (StoredRows of the whole reads any part of it)"
+            raise InputError.of("array", rule, got)
+        if array.mode == "c":
+            raise InputError.of("array", "mode 'r', 'r+' or 'w+'", "'c', whose changes are not in the file")
         try:
             dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-        except TypeError:
-            raise InputError.of("array", "a dtype that torch has", array.dtype) from None
-        return cls([Part(Path(array.filename), array.offset, len(array))], array.shape[1:], dtype)
+        except (TypeError, ValueError):
+            raise InputError.of("array", "a dtype of torch in this machine's byte order", array.dtype) from None
+        # array.offset is that of the whole array, for a part of it too: the address tells where the part begins.
+        mapped_from = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
+        offset = mapped_from + _address(array) - _address(np.frombuffer(base, np.uint8))
+        file = Path(array.filename)
+        with readable(file) as descriptor:
+            inode = inode_of(descriptor)
+            _check_mapped(descriptor, file, offset, array)
+        return cls([Part(file, offset, len(array), inode)], array.shape[1:], dtype)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -72,44 +97,56 @@ class StoredRows:
     def ndim(self) -> int:
         return len(self.shape)
 
-    def __getitem__(self, which: int | slice | Tensor) -> Tensor:
-        if isinstance(which, Tensor):
-            out = torch.empty((len(which), *self.shape[1:]), dtype=self.dtype)
-            self.read(which, out)
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, index: Any) -> Tensor:
+        rows, rest = split(index, self.shape)
+        out = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype, device="cpu")
+        if isinstance(rows, range) and rows.step == 1:
+            self._read_span(rows.start, len(rows), bytes_of(out))
+        else:
+            self._read_each(list(rows), out)
+        if not rest:
             return out
-        if isinstance(which, slice):
-            start, stop, step = which.indices(len(self))
-            if step != 1:
-                return self[torch.arange(start, stop, step)]
-            out = torch.empty((max(stop - start, 0), *self.shape[1:]), dtype=self.dtype)
-            self._read_span(start, out)
-            return out
-        return self[torch.tensor([which])][0]
+        try:
+            return out[rest]
+        except (IndexError, TypeError, ValueError) as error:
+            rule = f"an index of an array of shape {tuple(self.shape)}"
+            raise InputError.of("index", rule, f"{index!r}: {error}") from error
 
     def read(self, index: Tensor, out: Tensor) -> None:
-        """Copy rows ``index`` [B] int64 into ``out`` [B, *S], contiguous and in host memory; in the order of the disk.
+        """Copy rows ``index`` [B] int64, from 0, into ``out`` [B, *S], contiguous and in host memory.
+
+        They are read in the order of the disk.
 
         Raises:
-            InputError: a row that is not there.
-            StorageError: a file that is missing, cut short or cannot be read; with its name.
+            InputError: a row that is not there; an ``out`` of another shape, dtype or place.
+            StorageError: a file that is missing, replaced, cut short or cannot be read; with its name.
         """
-        numbers = index.tolist()
-        for place in sorted(range(len(numbers)), key=numbers.__getitem__):
-            self._read_span(numbers[place], out[place : place + 1])
+        wanted = (len(index), *self.shape[1:])
+        fits = out.device.type == "cpu" and out.is_contiguous()
+        if tuple(out.shape) != wanted or out.dtype != self.dtype or not fits:
+            got = f"{out.dtype} {tuple(out.shape)} on {out.device}" + (" (strided)" * (not out.is_contiguous()))
+            raise InputError.of("out", f"contiguous {self.dtype} {wanted} on cpu", got)
+        self._read_each(index.tolist(), out)
 
-    def _read_span(self, start: int, out: Tensor) -> None:
-        """Rows from ``start`` on, as many as ``out`` has."""
-        if len(out) and not 0 <= start <= len(self) - len(out):
+    def _read_each(self, numbers: list[int], out: Tensor) -> None:
+        target, size = bytes_of(out), self._row_bytes
+        for place in sorted(range(len(numbers)), key=numbers.__getitem__):
+            self._read_span(numbers[place], 1, target[place * size : (place + 1) * size])
+
+    def _read_span(self, start: int, rows: int, target: memoryview) -> None:
+        """``rows`` rows from ``start`` on."""
+        if rows and not 0 <= start <= len(self) - rows:
             raise InputError.of("row", f"0 to {len(self) - 1}", start)
-        target = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        done = 0
-        while done < len(out) and self._row_bytes:
+        size, done = self._row_bytes, 0
+        while done < rows and size:
             number = bisect.bisect_right(self._starts, start + done) - 1
             part, before = self._parts[number], start + done - self._starts[number]
-            rows = min(part.rows - before, len(out) - done)
-            wanted = target[done * self._row_bytes : (done + rows) * self._row_bytes]
-            _read(part.file, part.offset + before * self._row_bytes, wanted)
-            done += rows
+            some = min(part.rows - before, rows - done)
+            _read(part, part.offset + before * size, target[done * size : (done + some) * size])
+            done += some
 
 
 def open_rows(
@@ -121,59 +158,44 @@ def open_rows(
 ) -> tuple[Manifest, dict[str, StoredRows]]:
     """What ``load_rows`` loads, left on the disk: manifest and name -> [rows, *row shape].
 
-    ``verify`` reads every shard once and checks it; without it only sizes and headers are read. Errors: those of
-    ``load_rows``.
+    ``verify`` reads every shard once, block by block, and checks it; without it only sizes and headers are read.
+    Errors: those of ``load_rows``.
     """
     path = Path(path)
     manifest = complete_manifest(path, kind, check)
     parts: dict[str, list[Part]] = {name: [] for name in manifest.tensors}
     for index in range(manifest.shard_count):
-        file, rows = path / shard_name(index), manifest.shard_rows(index)
-        stored = manifest.shards[index]
+        file, stored, rows = path / shard_name(index), manifest.shards[index], manifest.shard_rows(index)
+        found = layout(file, stored, manifest, rows)
         if verify:
-            parse_shard(file, read_stored(file, stored), manifest, rows)
-        for name, offset in _offsets(file, stored.size, manifest, rows).items():
-            parts[name].append(Part(file, offset, rows))
+            for _ in read_shard(file, stored, manifest, rows):
+                pass
+        for name, offset in found.offsets.items():
+            parts[name].append(Part(file, offset, rows, found.inode))
     return manifest, {name: StoredRows(parts[name], spec.shape, spec.dtype) for name, spec in manifest.tensors.items()}
 
 
-def _offsets(file: Path, size: int, manifest: Manifest, rows: int) -> dict[str, int]:
-    """Where each tensor of a shard begins: after the 8 bytes of the header's length and the header (safetensors)."""
-    try:
-        found = file.stat().st_size
-        if found != size:
-            raise StorageError(f"{file}: damaged: expected {size} bytes, got {found}")
-        length = bytearray(8)
-        _read(file, 0, memoryview(length))
-        header = bytearray(int.from_bytes(length, "little"))
-        _read(file, 8, memoryview(header))
-        entries = json.loads(header)
-        offsets = {}
-        for name, spec in manifest.tensors.items():
-            start, stop = entries[name]["data_offsets"]
-            if stop - start != rows * spec.row_bytes:
-                raise ValueError(f"tensor {name!r} has {stop - start} bytes")
-            offsets[name] = 8 + len(header) + start
-        return offsets
-    except FileNotFoundError:
-        raise StorageError(f"{file}: missing: the manifest lists it, the directory lacks it") from None
-    except (KeyError, ValueError, MemoryError, OverflowError) as error:
-        raise StorageError(f"{file}: damaged: {error}") from error
+def _address(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
-def _read(file: Path, offset: int, target: memoryview) -> None:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            done = 0
-            while done < len(target):
-                count = os.preadv(descriptor, [target[done:]], offset + done)
-                if count == 0:
-                    raise StorageError(f"{file}: damaged: it ends after {offset + done} bytes, in the middle of a row")
-                done += count
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{file}: could not be read: {files.reason(error)}") from error
+def _check_mapped(descriptor: int, file: Path, offset: int, array: np.memmap) -> None:
+    """StorageError if the file is too short, or differs from the memmap in samples of its values."""
+    size, wanted = os.fstat(descriptor).st_size, offset + array.nbytes
+    if size < wanted:  # reading memory beyond the file's end would end the process
+        raise StorageError(f"{file}: expected at least {wanted} bytes, got {size}")
+    mapped = array.reshape(-1).view(np.uint8)
+    for start in {0, len(mapped) // 2, max(len(mapped) - 4096, 0)}:
+        sample = mapped[start : start + 4096].tobytes()
+        found = bytearray(len(sample))
+        fill(descriptor, file, offset + start, memoryview(found))
+        if found != sample:
+            raise StorageError(f"{file}: expected the values of the array, got others (replaced since it was opened?)")
+
+
+def _read(part: Part, offset: int, target: memoryview) -> None:
+    with readable(part.file) as descriptor:
+        if part.inode not in (None, inode_of(descriptor)):
+            raise StorageError(f"{part.file}: replaced since it was opened; open it again")
+        fill(descriptor, part.file, offset, target)

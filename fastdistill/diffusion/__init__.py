@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The diffusion process: noise schedules, the p(t) of random conditioning, samplers."""
+"""The diffusion process: noise schedules, p(t) of random conditioning, samplers."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""p(t) of random conditioning (Kim et al., CVPR 2025, arXiv 2504.02011): when a random prompt replaces the paired one.
+"""p(t) of random conditioning (Kim et al., CVPR 2025, arXiv 2504.02011): the probability of a random prompt.
 
-At large t a model follows the prompt, at small t the image; p(t) rises with t, so that prompts meet images that
-were not made for them where the images no longer tell.
+At small t a noised latent still shows its image, at large t hardly anything of it. p(t) usually increases with t, so
+that random prompts are mainly combined with latents that say little about their own prompt.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastdistill.errors import InputError
 
 
 def exp(u: float, rate: float = 5.0) -> float:
-    """The paper's default: exp(-rate (1 - u)), u = t / T."""
+    """The default of the paper: exp(-rate (1 - u)), u = t / T."""
     return math.exp(-rate * (1 - u))
 
 
@@ -29,17 +29,17 @@ def sigmoid(u: float, slope: float = 20.0, center: float = 0.7) -> float:
 
 
 def exp_two_sided(u: float, rate: float = 5.0) -> float:
-    """exp(-rate (1 - u)) above the middle, exp(-rate u) up to it: often random at both ends."""
+    """exp(-rate (1 - u)) for u > 1/2, exp(-rate u) otherwise: high at both ends."""
     return math.exp(-rate * (1 - u if u > 0.5 else u))
 
 
 def quadratic(u: float) -> float:
-    """(2 (u - 1/2))^2: 1 at t = 0, 0 in the middle."""
+    """(2 (u - 1/2))^2: 1 at u = 0, 0 at u = 1/2."""
     return (2 * (u - 0.5)) ** 2
 
 
 def const(u: float, value: float) -> float:
-    """The same at every timestep; 0 is paired prompts only, 1 is random prompts only."""
+    """The same at every timestep; 0: only paired prompts, 1: only random prompts."""
     return value
 
 
@@ -47,12 +47,18 @@ REPLACEMENT: dict[str, Callable[..., float]] = {f.__name__: f for f in (exp, sig
 
 
 def replacement_probability(p: str | Callable[..., float], T: int, **parameters: float) -> Tensor:
-    """p(t) for t = 0..T-1, float64 [T] on the CPU.
+    """p(t) for t = 0..T-1 as a table, float64 [T] on the CPU.
 
-    ``p`` is a name (``exp``, ``sigmoid``, ``exp_two_sided``, ``quadratic``, ``const``) or a function of u = t / T,
-    called with one float at a time; ``parameters`` are passed on to it (``rate=5.0``). The table is made once on the
-    host in double precision, because ``exp`` in float32 differs between libraries.
-    InputError for an unknown name (near ones are shown) or parameter, and where a value is not in [0, 1].
+    It is computed on the host in double precision, because ``exp`` in float32 differs between libraries.
+
+    Args:
+        p: a name (``exp``, ``sigmoid``, ``exp_two_sided``, ``quadratic``, ``const``), or a function of u = t / T that
+            takes one float.
+        T: number of timesteps.
+        parameters: keyword arguments of the function, such as ``rate=5.0``.
+
+    Raises:
+        InputError: an unknown name (with near matches) or parameter, or a value outside [0, 1].
     """
     if T < 1:
         raise InputError.of("T", "at least 1 timestep", T)
@@ -78,15 +84,15 @@ def replacement_probability(p: str | Callable[..., float], T: int, **parameters:
         if not 0 <= value <= 1:  # NaN too
             raise InputError.of(f"p(t) {name}", "probabilities, within [0, 1]", f"{value} at t = {t} of {T}")
         values.append(value)
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def thresholds(p: Tensor | float) -> Tensor:
-    """floor(p 2^32) as int64, in the shape of ``p``: a 32-bit random word below it is an event of probability p.
+    """floor(p 2^32) as int64, in the shape of ``p``: a uniform 32-bit word is below it with probability p.
 
-    p = 1 gives 2^32, which every word is below. InputError where p is not in [0, 1].
+    ``noise_gather`` takes such a table as ``replace``. InputError for values outside [0, 1].
     """
-    p = torch.as_tensor(p, dtype=torch.float64)
+    p = p.to(torch.float64) if isinstance(p, Tensor) else torch.tensor(p, dtype=torch.float64, device="cpu")
     outside = p[~((p >= 0) & (p <= 1))]
     if outside.numel():
         raise InputError.of("p", "probabilities, within [0, 1]", float(outside[0]))

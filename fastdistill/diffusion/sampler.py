@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samplers: deterministic DDIM with classifier-free guidance, and initial noise that belongs to row numbers."""
+"""Sampling: deterministic DDIM with classifier-free guidance, and initial noise as a function of row numbers."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +19,14 @@ from fastdistill.ops.philox import INITIAL_NOISE, normal
 
 
 def initial_noise(seed: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normals [B, *shape] float32 on the device of ``rows``; row i depends on (seed, rows[i]) alone.
+    """Standard normal noise [B, *shape], float32 on the device of ``rows``. Row i depends only on (seed, rows[i]).
 
-    ``rows`` is [B] int64 in [0, 2**32), such as row numbers of a latent cache. They come from the counter-based
-    generator's own stream for samplers, so that no training step draws the same numbers.
+    The noise is from a stream of the counter-based generator that no training step uses.
+
+    Args:
+        seed: any int64.
+        rows: [B] int64 in [0, 2**32), such as row numbers of a latent cache.
+        shape: of one sample.
     """
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise InputError.of("rows", "int64 row numbers [B]", f"{rows.dtype} {tuple(rows.shape)}")
@@ -31,9 +37,10 @@ def initial_noise(seed: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def trailing_timesteps(T: int, steps: int) -> list[int]:
-    """``steps`` timesteps from T-1 downwards, evenly spaced ("trailing", Lin et al. 2305.08891, table 2).
+    """``steps`` evenly spaced decreasing timesteps that start at T - 1 ("trailing", Lin et al. 2305.08891, table 2).
 
-    They start where x_T is pure noise, as sampling does; "leading" ones stop short of it.
+    Sampling starts from pure noise, so the first timestep should be the last of training; with "leading" spacing it is
+    an earlier one.
     """
     if not 1 <= steps <= T:
         raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", steps)
@@ -46,11 +53,11 @@ def ddim(
     x_T: Tensor,
     prompts: Tensor,
     null_prompt: Tensor | None,
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     *,
     steps: int,
     guidance_scale: float,
-    prediction_type: PredictionType = "epsilon",
+    prediction_type: PredictionType | None = None,
     timesteps: Sequence[int] | None = None,
     clip_sample: float | None = None,
     callback: Callable[[int, int, Tensor], object] | None = None,
@@ -58,30 +65,40 @@ def ddim(
     """x_0 [B, *S] from noise x_T [B, *S] by DDIM with eta = 0 (Song, Meng, Ermon 2021, 2010.02502, eq. 12).
 
     Args:
-        model: ``model(x, t, encoder_hidden_states=prompts)``, t int64 [b], in eval mode; returns the prediction like x,
-            an object with ``.sample``, or a tuple that starts with it (diffusers' U-Nets).
-        x_T: floating point; the model sees its dtype, the state between the steps is at least float32.
+        model: called as ``model(x, t, encoder_hidden_states=prompts)`` with t int64 [b], in eval mode. Returns the
+            prediction in the shape of x, an object with ``.sample``, or a tuple that starts with it (as in diffusers).
+        x_T: floating point. The model gets its dtype; the state between steps is at least float32.
         prompts: [B, L, D]. null_prompt: [L, D] or [1, L, D]; None only when guidance_scale is 1.
-        steps: number of steps; the timesteps are ``trailing_timesteps``, ``timesteps`` (decreasing) replaces them.
-            The last step goes to abar = 1 (``set_alpha_to_one`` of diffusers).
-        guidance_scale: g of diffusers, prediction = null + g (conditional - null), in one batch of 2 B; any finite g
-            (g = 1 + w where guidance is written s_c + w (s_c - s_u)). g = 1 skips the pass on the null prompt, g = 0
-            the other one.
-        clip_sample: limit c of the predicted x_0; the noise is then derived anew from the clipped x_0
+        schedule: a ``NoiseSchedule``, or a ``DDIMScheduler`` of diffusers, whose settings then apply: timestep spacing,
+            ``steps_offset``, ``set_alpha_to_one``, ``prediction_type``, ``clip_sample`` with its range. Each step is
+            that of ``DDIMScheduler.step`` with its defaults. In particular it ends at the noise level of timestep
+            t - T // steps, even if the next timestep is another one.
+        steps: number of steps, 1 to T.
+        guidance_scale: g as in diffusers: prediction = null + g (conditional - null), computed in one batch of 2 B. Any
+            finite g (g = 1 + w in the notation s_c + w (s_c - s_u)). g = 1 skips the null prompt, g = 0 the prompts.
+        prediction_type: what the model predicts; None: epsilon. Only with a NoiseSchedule, as are the next two.
+        timesteps: ``steps`` decreasing timesteps; None: ``trailing_timesteps``. The last step goes to abar = 1
+            (``set_alpha_to_one`` of diffusers).
+        clip_sample: limit c of the predicted x_0. The noise is computed again from the clipped x_0
             (``use_clipped_model_output`` of diffusers).
         callback: called after each step with (index, timestep, state).
 
     Returns:
-        x_0 in the dtype of x_T. Row i depends on x_T[i] and prompts[i] alone.
+        x_0 in the dtype of x_T. Row i depends only on x_T[i] and prompts[i].
+
+    Raises:
+        InputError: shapes that do not fit, an epsilon prediction where abar is 0, and with a scheduler whatever DDIM
+            would ignore: another class than DDIM's, ``thresholding``, a second value for one of its settings.
     """
-    check_prediction_type(prediction_type)
     _check_inputs(x_T, prompts, null_prompt, guidance_scale, clip_sample)
-    times = trailing_timesteps(len(schedule), steps) if timesteps is None else _checked(timesteps, steps, len(schedule))
-    abars = [float(schedule.alphas_cumprod[t]) for t in times] + [1.0]
-    if prediction_type == "epsilon" and abars[0] == 0:
-        raise InputError.of(
-            "prediction_type", f"sample or v_prediction where abar is 0 (timestep {times[0]})", "epsilon"
-        )
+    if isinstance(schedule, NoiseSchedule):
+        plan = _schedule_plan(schedule, steps, prediction_type, timesteps, clip_sample)
+    else:
+        given = {"prediction_type": prediction_type, "timesteps": timesteps, "clip_sample": clip_sample}
+        plan = _scheduler_plan(schedule, steps, given)
+    first, abar, _ = plan.levels[0]
+    if plan.prediction_type == "epsilon" and abar == 0:
+        raise InputError.of("prediction_type", f"sample or v_prediction where abar is 0 (timestep {first})", "epsilon")
     guided = guidance_scale not in (0, 1)
     conditions = prompts
     if null_prompt is not None and guidance_scale != 1:
@@ -89,7 +106,7 @@ def ddim(
         conditions = torch.cat([null, prompts]) if guided else null
 
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-    for index, t in enumerate(times):
+    for index, (t, abar, next_abar) in enumerate(plan.levels):
         seen = x.to(x_T.dtype)
         seen = torch.cat([seen, seen]) if guided else seen
         t_batch = torch.full((len(seen),), t, dtype=torch.int64, device=x.device)
@@ -97,24 +114,83 @@ def ddim(
         if guided:
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance_scale * (conditional - unconditional)
-        x = _step(x, out, abars[index], abars[index + 1], prediction_type, clip_sample)
+        x = _step(x, out, abar, next_abar, plan)
         if callback is not None:
             callback(index, t, x)
     return x.to(x_T.dtype)
 
 
-def _step(x: Tensor, out: Tensor, abar: float, next_abar: float, kind: PredictionType, clip: float | None) -> Tensor:
-    """One DDIM step between noise levels; the coefficients are Python floats, double precision up to the product."""
+@dataclass(frozen=True)
+class _Plan:
+    """A trajectory: for each step its timestep and abar before and after it; and how x_0 and the noise are computed."""
+
+    levels: list[tuple[int, float, float]]
+    prediction_type: PredictionType
+    clip: float | None
+    noise_of_clipped: bool
+
+
+def _schedule_plan(
+    schedule: NoiseSchedule,
+    steps: int,
+    prediction_type: PredictionType | None,
+    timesteps: Sequence[int] | None,
+    clip: float | None,
+) -> _Plan:
+    T = len(schedule)
+    times = trailing_timesteps(T, steps) if timesteps is None else _checked(timesteps, steps, T)
+    abars = [float(schedule.alphas_cumprod[t]) for t in times] + [1.0]
+    kind = check_prediction_type("epsilon" if prediction_type is None else prediction_type)
+    return _Plan(list(zip(times, abars, abars[1:], strict=False)), kind, clip, noise_of_clipped=True)
+
+
+def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
+    """As ``DDIMScheduler.set_timesteps`` and ``step`` choose timesteps and noise levels."""
+    abar = NoiseSchedule.from_diffusers(scheduler).alphas_cumprod
+    kind = type(scheduler).__name__
+    if kind not in ("DDIMScheduler", "DDIMParallelScheduler"):
+        got = (
+            f"{kind}, whose algorithm ddim would ignore; DDIMScheduler.from_config(scheduler.config) makes a DDIM "
+            "scheduler of it, NoiseSchedule.from_diffusers(scheduler) takes only its noise levels"
+        )
+        raise InputError.of("schedule", "a NoiseSchedule or a DDIMScheduler", got)
+    config = scheduler.config
+    if config.thresholding:
+        raise InputError.of(
+            "schedule", "a DDIMScheduler without thresholding, which ddim would ignore", "thresholding=True"
+        )
+    for name, value in given.items():
+        if value is not None:
+            raise InputError.of(name, f"None with a {kind}, which has this setting itself", value)
+    T = config.num_train_timesteps
+    if not 1 <= steps <= T:
+        raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", steps)
+    spaced = copy.copy(scheduler)
+    spaced.set_timesteps(steps)
+    times = [int(t) for t in spaced.timesteps]
+    if times[0] >= len(abar) or times[-1] < 0:
+        setting = f"{steps} steps, {config.timestep_spacing} spacing, steps_offset {config.steps_offset}"
+        raise InputError.of("steps", f"timesteps from {len(abar) - 1} to 0", f"{times[0]} to {times[-1]} ({setting})")
+    final = float(scheduler.final_alpha_cumprod)
+    following = [t - T // steps for t in times]
+    levels = [(t, float(abar[t]), float(abar[s]) if s >= 0 else final) for t, s in zip(times, following, strict=True)]
+    clip = config.clip_sample_range if config.clip_sample else None
+    return _Plan(levels, check_prediction_type(config.prediction_type), clip, noise_of_clipped=False)
+
+
+def _step(x: Tensor, out: Tensor, abar: float, next_abar: float, plan: _Plan) -> Tensor:
+    """One DDIM step from abar to next_abar. Coefficients are computed in double precision (Python floats)."""
     signal, noise = math.sqrt(abar), math.sqrt(1 - abar)
-    if kind == "epsilon":
+    if plan.prediction_type == "epsilon":
         x0, eps = (x - noise * out) / signal, out
-    elif kind == "sample":
+    elif plan.prediction_type == "sample":
         x0, eps = out, _noise_of(x, out, signal, noise)
     else:
         x0, eps = signal * x - noise * out, signal * out + noise * x
-    if clip is not None:
-        x0 = x0.clamp(-clip, clip)
-        eps = _noise_of(x, x0, signal, noise)
+    if plan.clip is not None:
+        x0 = x0.clamp(-plan.clip, plan.clip)
+        if plan.noise_of_clipped:
+            eps = _noise_of(x, x0, signal, noise)
     return math.sqrt(next_abar) * x0 + math.sqrt(1 - next_abar) * eps
 
 
@@ -134,7 +210,7 @@ def _prediction(output: Any, like: Tensor) -> Tensor:
 def _checked(timesteps: Sequence[int], steps: int, T: int) -> list[int]:
     times = [int(t) for t in timesteps]
     if len(times) != steps:
-        raise InputError.of("timesteps", f"as many as steps, {steps}", len(times))
+        raise InputError.of("timesteps", f"{steps} values, one per step", len(times))
     falling = all(a > b for a, b in itertools.pairwise(times))
     if not times or not falling or times[0] >= T or times[-1] < 0:
         raise InputError.of("timesteps", f"decreasing values from {T - 1} to 0", times)

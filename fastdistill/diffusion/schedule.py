@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
@@ -18,9 +20,16 @@ PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """``alphas_cumprod`` is abar, [T] (converted to float64 on the CPU): not increasing, within [0, 1], abar_0 > 0.
+    """A noise schedule for T training timesteps.
 
-    ``parameters`` are the arguments of the constructor called ``name``, from which ``from_config`` builds it again.
+    Args:
+        alphas_cumprod: abar, [T], converted to float64 on the CPU. Within [0, 1], never increasing, abar_0 > 0. The
+            last value may be 0 (zero terminal SNR).
+        name: the constructor that made the schedule; ``from_config`` calls it again.
+        parameters: the arguments of that constructor.
+
+    Raises:
+        InputError: values that are no such table.
     """
 
     alphas_cumprod: Tensor
@@ -28,13 +37,18 @@ class NoiseSchedule:
     parameters: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        abar = torch.as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64)
+        abar = self.alphas_cumprod
+        if not isinstance(abar, Tensor):
+            abar = torch.tensor(abar, dtype=torch.float64, device="cpu")
+        if abar.is_meta:
+            raise InputError.of("alphas_cumprod", "values", "a tensor on the meta device")
+        abar = abar.detach().to("cpu", torch.float64)
         if abar.ndim != 1 or len(abar) == 0:
-            raise InputError.of("alphas_cumprod", "one value a timestep, [T]", tuple(abar.shape))
+            raise InputError.of("alphas_cumprod", "one value per timestep, [T]", tuple(abar.shape))
         inside = bool(((abar >= 0) & (abar <= 1)).all())  # false for NaN
         if not inside or abar[0] == 0 or bool((abar.diff() > 0).any()):
             got = f"{abar[0]:.6g} ... {abar[-1]:.6g}"
-            raise InputError.of("alphas_cumprod", "values of [0, 1], the first above 0, that never increase", got)
+            raise InputError.of("alphas_cumprod", "values in [0, 1] that never increase, the first above 0", got)
         object.__setattr__(self, "alphas_cumprod", abar)
 
     def __len__(self) -> int:
@@ -43,7 +57,7 @@ class NoiseSchedule:
 
     @classmethod
     def cosine(cls, T: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
-        """Nichol and Dhariwal 2021 (2102.09672) eq. 17; ``squaredcos_cap_v2`` of diffusers."""
+        """Cosine schedule (Nichol and Dhariwal 2021, 2102.09672, eq. 17); ``squaredcos_cap_v2`` in diffusers."""
 
         def abar(u: float) -> float:
             return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -53,24 +67,51 @@ class NoiseSchedule:
 
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-        """Ho, Jain, Abbeel 2020 (2006.11239), section 4: beta linear in t."""
-        betas = torch.linspace(beta_start, beta_end, _positive(T), dtype=torch.float64).tolist()
+        """beta linear in t (Ho, Jain, Abbeel 2020, 2006.11239, section 4)."""
+        betas = torch.linspace(beta_start, beta_end, _positive(T), dtype=torch.float64, device="cpu").tolist()
         return cls(_cumulate(betas), "linear", {"T": T, "beta_start": beta_start, "beta_end": beta_end})
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-        """Latent diffusion (2112.10752) and Stable Diffusion: sqrt(beta) linear in t."""
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, _positive(T), dtype=torch.float64)
+        """sqrt(beta) linear in t, as in latent diffusion (2112.10752) and Stable Diffusion."""
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, _positive(T), dtype=torch.float64, device="cpu")
         return cls(
             _cumulate((roots**2).tolist()), "scaled_linear", {"T": T, "beta_start": beta_start, "beta_end": beta_end}
         )
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> NoiseSchedule:
-        """The table of a diffusers scheduler as it is (float32 values, exactly), to fit the model trained with it."""
+        """The ``alphas_cumprod`` of a diffusers scheduler, its float32 or float64 values exactly.
+
+        This is the noise that a model was trained with. A schedule holds none of the settings for sampling: pass the
+        scheduler itself to ``ddim`` to keep its timestep spacing, prediction type and clipping.
+
+        With ``rescale_betas_zero_snr``, the Euler, DPM-Solver++ and UniPC schedulers of diffusers store 2**-24 as the
+        last value, so that their sigmas stay finite. It stands for a terminal SNR of zero (Lin et al. 2305.08891) and
+        is read as 0, the value of ``DDIMScheduler`` and ``DDPMScheduler``.
+
+        Raises:
+            InputError: an object without ``alphas_cumprod`` (a folder, a configuration, a scheduler of another kind of
+                noise), a scheduler set up for flow matching, or one whose models do not take its timesteps
+                (``timestep_type="continuous"``).
+        """
+        kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+        rule = "a diffusers scheduler with alphas_cumprod"
+        if isinstance(scheduler, (str, os.PathLike, Mapping)):
+            hint = "load it first, by from_pretrained or from_config of its class such as DDPMScheduler"
+            raise InputError.of("scheduler", rule, f"a {kind}; {hint}")
+        if _flow_matching(kind, config):
+            raise InputError.of(
+                "scheduler", rule, f"{kind} for flow matching, whose table is flow_coefficients(T, shift)"
+            )
+        if config.get("timestep_type") == "continuous":
+            got = f'{kind} with timestep_type="continuous", whose models take the noise level in place of a timestep'
+            raise InputError.of("scheduler", rule, got)
         abar = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(abar, Tensor):
-            raise InputError.of("scheduler", "a diffusers scheduler with alphas_cumprod", type(scheduler).__name__)
+            raise InputError.of("scheduler", rule, kind)
+        if config.get("rescale_betas_zero_snr") and not abar.is_meta and float(abar[-1]) == 2.0**-24:
+            abar = torch.cat([abar[:-1], torch.zeros_like(abar[-1:])])
         return cls(abar)
 
     def to_config(self) -> dict[str, Any]:
@@ -98,10 +139,10 @@ class NoiseSchedule:
             raise InputError(f"schedule {name}: {error}") from None
 
     def coefficients(self, target: PredictionType = "epsilon") -> Tensor:
-        """float32 [T, 4]: x_t = c0 x_0 + c1 noise and target = c2 x_0 + c3 noise; from float64, rounded once.
+        """Coefficients [T, 4] float32 with x_t = c0 x_0 + c1 noise and target = c2 x_0 + c3 noise.
 
-        c0 = sqrt(abar), c1 = sqrt(1 - abar); (c2, c3) is (0, 1) for ``epsilon``, (1, 0) for ``sample`` and (-c1, c0)
-        for ``v_prediction`` (Salimans and Ho 2022, 2202.00512, appendix D).
+        c0 = sqrt(abar) and c1 = sqrt(1 - abar). (c2, c3) is (0, 1) for ``epsilon``, (1, 0) for ``sample`` and (-c1, c0)
+        for ``v_prediction`` (Salimans and Ho 2022, 2202.00512, appendix D). Computed in float64 and rounded once.
         """
         signal, noise = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
         zero, one = torch.zeros_like(signal), torch.ones_like(signal)
@@ -110,15 +151,15 @@ class NoiseSchedule:
 
 
 def flow_coefficients(T: int = 1000, shift: float = 1.0) -> Tensor:
-    """float32 [T, 4] of rectified flow, as ``NoiseSchedule.coefficients``: x_t = (1 - s) x_0 + s noise, target =
-    noise - x_0.
+    """Coefficients [T, 4] float32 of rectified flow, in the format of ``NoiseSchedule.coefficients``.
 
-    s = shift u / (1 + (shift - 1) u) with u = (t + 1) / T (Esser et al. 2024, 2403.03206, eq. 23): the ``sigmas`` of
-    diffusers' ``FlowMatchEulerDiscreteScheduler`` in ascending order. Float64, rounded once.
+    x_t = (1 - s) x_0 + s noise and target = noise - x_0, with s = shift u / (1 + (shift - 1) u) and u = (t + 1) / T
+    (Esser et al. 2024, 2403.03206, eq. 23). s are the ``sigmas`` of diffusers' ``FlowMatchEulerDiscreteScheduler`` in
+    ascending order. Computed in float64 and rounded once.
     """
     if not 0 < shift < math.inf:
         raise InputError.of("shift", "a number > 0", shift)
-    u = torch.arange(1, _positive(T) + 1, dtype=torch.float64) / T
+    u = torch.arange(1, _positive(T) + 1, dtype=torch.float64, device="cpu") / T
     s = shift * u / (1 + (shift - 1) * u)
     return torch.stack([1 - s, s, -torch.ones_like(s), torch.ones_like(s)], dim=1).float()
 
@@ -130,12 +171,21 @@ def check_prediction_type(value: str, argument: str = "prediction_type") -> Pred
     return cast(PredictionType, value)
 
 
+def _flow_matching(kind: str, config: Mapping[str, Any]) -> bool:
+    """Whether a diffusers scheduler of this class and configuration interpolates data and noise (rectified flow).
+
+    Some of them have an ``alphas_cumprod`` that they do not use (``use_flow_sigmas``).
+    """
+    named = re.search("Flow|RF", kind) is not None or "shift" in config
+    return named or bool(config.get("use_flow_sigmas")) or "flow" in str(config.get("prediction_type"))
+
+
 def _cumulate(betas: Sequence[float]) -> Tensor:
-    return (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
+    return (1 - torch.tensor(betas, dtype=torch.float64, device="cpu")).cumprod(0)
 
 
 def _custom(alphas_cumprod: Sequence[float]) -> NoiseSchedule:
-    return NoiseSchedule(torch.tensor(alphas_cumprod, dtype=torch.float64))
+    return NoiseSchedule(torch.tensor(alphas_cumprod, dtype=torch.float64, device="cpu"))
 
 
 def _positive(T: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a student is: metrics, figures and the report."""
+"""Evaluation of students: metrics, figures and the report."""
 
 from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid
 from fastdistill.evaluate.metrics import frechet_distance, mean_spread, wilson_interval

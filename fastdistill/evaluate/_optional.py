@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages that only evaluation needs."""
+"""Packages that only the evaluation needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdistill.errors import FastdistillError
 
 
 def require(module: str) -> Any:
-    """The module of this name from the ``demo`` extra, or one clear error that says how to install it."""
+    """Import a module of the ``demo`` extra. FastdistillError with the command that installs it if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

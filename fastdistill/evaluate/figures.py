@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a report, drawn for a light page in a few named colors that ``png`` can exchange for a dark one.
+"""Figures of a report. They use a few named colors for a light page, which ``png`` can replace by those of a dark page.
 
-A figure's label (``figure.get_label()``) is the text a reader gets who cannot see it.
+The label of a figure (``figure.get_label()``) is its alternative text.
 """
 
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,12 @@ import numpy as np
 
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
+from fastdistill.evaluate.lettering import Lettering
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Light page -> dark page. Only these are used, so exchanging them exactly re-themes a figure.
+#: Color on a light page -> color on a dark page. Figures use no other colors.
 THEME = {
     "#1c2430": "#e8ecf1",  # ink
     "#5d6875": "#9ba7b5",  # muted
@@ -37,14 +37,14 @@ _MORE = (GREEN, PURPLE, RED, INK)
 
 
 def label(name: str) -> str:
-    """A run's or model's key as words: ``random_conditioning`` -> ``Random conditioning``."""
+    """The key of a run or model as words: ``random_conditioning`` -> ``Random conditioning``."""
     words = name.replace("_", " ")
     return words[:1].upper() + words[1:]
 
 
 def png(figure: Figure, *, dark: bool = False, transparent: bool = True, dpi: int = 200) -> bytes:
-    """The figure as a PNG file; ``dark`` exchanges the theme's colors for the time of drawing."""
-    figure.draw_without_rendering()  # makes every tick exist before colors are exchanged
+    """The figure as a PNG file; ``dark`` draws it with the colors of a dark page."""
+    figure.draw_without_rendering()  # creates all ticks before their colors are replaced
     buffer = io.BytesIO()
     if dark:
         _exchange(figure, THEME)
@@ -61,19 +61,28 @@ def sample_grid(
     correct: Mapping[str, Sequence[bool]] | None = None,
     seen: Sequence[bool] | None = None,
 ) -> Figure:
-    """Rows are models, columns are prompts; a red frame and cross mark what the judge reads as something else.
+    """Samples with a row per model and a column per prompt. A red frame and a cross mark wrong samples.
 
-    samples: model -> images [P, C, H, W] or [P, H, W], values in [0, 1] (clipped), C 1 or 3; tensors or arrays.
-    correct: model -> P judgements. seen: whether each prompt was in the cache; gives two panels, seen above unseen.
+    Prompts and names may be any text. A prompt is drawn in at most five lines; a longer one is shortened. The label of
+    the figure contains the full texts.
+
+    Args:
+        samples: model -> images [P, C, H, W] or [P, H, W], values in [0, 1] (clipped), C 1 or 3; tensors or arrays.
+        prompts: P texts.
+        correct: model -> P values: whether the judge accepts the sample.
+        seen: for each prompt, whether it is in the cache; gives two panels, seen above unseen.
     """
     count = len(prompts)
+    for index, text in enumerate(prompts):
+        if not isinstance(text, str):
+            raise InputError.of(f"prompts[{index}]", "a text", type(text).__name__)
     images = {name: _images(f"samples[{name!r}]", value, count) for name, value in samples.items()}
     if not images or not count:
         raise InputError.of("samples", "at least one model and one prompt", f"{len(images)} and {count}")
     judged = {} if correct is None else {name: [bool(right) for right in value] for name, value in correct.items()}
     for name, value in judged.items():
         if name not in images or len(value) != count:
-            raise InputError.of(f"correct[{name!r}]", f"{count} judgements of a model in samples", len(value))
+            raise InputError.of(f"correct[{name!r}]", f"{count} values for a model in samples", len(value))
     if seen is not None and len(seen) != count:
         raise InputError.of("seen", f"{count} values, one for each prompt", len(seen))
     panels = [("", list(range(count)))]
@@ -84,32 +93,45 @@ def sample_grid(
         ]
         panels = [panel for panel in panels if panel[1]]
 
-    cell, gap, left, title, header, between = 0.82, 0.09, 1.75, 0.36, 0.42, 0.28  # inches
-    columns = max(len(panel[1]) for panel in panels)
-    heights = [(title if name else 0) + header + len(images) * (cell + gap) for name, _ in panels]
-    width, height = left + columns * (cell + gap), sum(heights) + between * (len(panels) - 1) + 0.06
+    cell, gap, left, title, between = 0.82, 0.09, 1.75, 0.36, 0.28  # inches
+    lettering = Lettering([*prompts, *map(label, images)])
+    small = {"fontsize": 8.5, "linespacing": 1.15, **lettering.style}
+    middle_sized = {"fontsize": 9.5, "linespacing": 1.15, **lettering.style}
+    titles = Lettering(name for name, _ in panels)
+    bold = {"fontsize": 11, "weight": "bold", **titles.style}
+    captions = [lettering.fit(prompt, cell + gap - 0.05, 5, **small) for prompt in prompts]
+    names = {model: lettering.fit(label(model), left - 0.12, 2, **middle_sized) for model in images}
+    headers = [max(0.42, 0.14 + max(captions[i][2] for i in members)) for _, members in panels]
+    columns = max(len(members) for _, members in panels)
+    heights = [
+        (title if name else 0) + header + len(images) * (cell + gap)
+        for (name, _), header in zip(panels, headers, strict=True)
+    ]
+    width = max(left + columns * (cell + gap), *(0.2 + titles.fit(name, 9.0, **bold)[1] for name, _ in panels))
+    height = sum(heights) + between * (len(panels) - 1) + 0.06
     figure = _figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     top = 0.0
-    for (name, members), panel_height in zip(panels, heights, strict=True):
+    for (name, members), header, panel_height in zip(panels, headers, heights, strict=True):
         y = top
         if name:
-            axes.text(0.02, y + title / 2, name, color=INK, fontsize=11, weight="bold", va="center")
+            axes.text(0.02, y + title / 2, name, color=INK, va="center", **bold)
             y += title
         for column, prompt in enumerate(members):
-            text = "\n".join(textwrap.wrap(prompts[prompt], 11))
             x = left + column * (cell + gap) + cell / 2
-            axes.text(x, y + header - 0.07, text, color=MUTED, fontsize=8.5, ha="center", va="bottom", linespacing=1.15)
+            axes.text(x, y + header - 0.07, captions[prompt][0], color=MUTED, ha="center", va="bottom", **small)
         y += header
         for model, stack in images.items():
             verdict = judged.get(model)
+            text, _, text_height = names[model]
             middle = y + cell / 2
-            axes.text(0.02, middle - 0.09 * (verdict is not None), label(model), color=INK, fontsize=9.5, va="center")
+            axes.text(0.02, middle - 0.09 * (verdict is not None), text, color=INK, va="center", **middle_sized)
             if verdict is not None:
-                right = sum(verdict[i] for i in members)
-                axes.text(0.02, middle + 0.12, f"{right} of {len(members)} right", color=MUTED, fontsize=8, va="center")
+                right = f"{sum(verdict[i] for i in members)} of {len(members)} right"
+                below = middle + 0.05 + text_height / 2
+                axes.text(0.02, below, right, color=MUTED, va="center", **{**lettering.style, "fontsize": 8})
             for column, prompt in enumerate(members):
                 wrong = verdict is not None and not verdict[prompt]
                 _cell(axes, stack[prompt], left + column * (cell + gap), y, cell, wrong=wrong)
@@ -120,9 +142,9 @@ def sample_grid(
 
 
 def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
-    """Training losses over optimizer steps, logarithmic: faint what was logged, strong its running mean.
+    """Training losses over optimizer steps, logarithmic: logged values in a light color, their running mean in full.
 
-    runs: name -> (steps [n], losses [n], or [seeds, n] to draw every seed faintly and their mean). Values above 0.
+    runs: name -> (steps [n], losses [n] or [seeds, n]). With several seeds, the mean is over seeds too. Values above 0.
     """
     figure, axes = _axes(9.0, 3.9)
     ends, texts = [], []
@@ -148,7 +170,7 @@ def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
 
 
 def probability_curve(probability: Sequence[float]) -> Figure:
-    """p(t): how often the prompt of a noisy latent is replaced by a random one, for every timestep t = 0..T-1."""
+    """p(t), the probability that a random prompt replaces the paired one, for timesteps t = 0..T-1."""
     p = np.asarray(probability, dtype=float)
     if p.ndim != 1 or not len(p) or not ((p >= 0) & (p <= 1)).all():
         raise InputError.of("probability", "a table of values between 0 and 1", p.shape)
@@ -176,7 +198,7 @@ def probability_curve(probability: Sequence[float]) -> Figure:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure outside pyplot: no global state, drawn by Agg."""
+    """A figure without pyplot and its global state, drawn by Agg."""
     require("matplotlib.backends.backend_agg")
     return require("matplotlib.figure").Figure(figsize=(width, height), facecolor=PAGE)  # type: ignore[no-any-return]
 
@@ -229,7 +251,7 @@ def _grid_text(images: Mapping[str, Any], prompts: Sequence[str], judged: Mappin
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centered running mean over 5 % of the points, narrower at the ends, in the logarithm as it is drawn."""
+    """Centered running mean of the logarithms over 5 % of the points, fewer at the ends."""
     half = max(len(values) // 40, 1)
     logs = np.log(np.maximum(values, np.finfo(float).tiny))
     windows = [logs[max(0, i - half) : i + half + 1] for i in range(len(logs))]
@@ -237,7 +259,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _log_ticks(axes: Any) -> None:
-    """Plain numbers at 1, 2 and 5 instead of powers of ten."""
+    """Ticks at 1, 2 and 5 times powers of ten, as plain numbers."""
     ticker = require("matplotlib.ticker")
     axes.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
@@ -245,24 +267,18 @@ def _log_ticks(axes: Any) -> None:
 
 
 def _end_labels(figure: Figure, axes: Any, ends: list[tuple[float, str, str, float]]) -> None:
-    """Names beside the ends of their lines, pushed apart where they would overlap; better to read than a legend."""
+    """Names at the ends of their lines, moved apart where they would overlap."""
     figure.draw_without_rendering()
     points = 72 / figure.dpi
     lowest = -np.inf
+    lettering = Lettering(label(name) for _, name, _, _ in ends)
+    bold = {"fontsize": 9, "weight": "bold", **lettering.style}
     for value, name, color, x in sorted(ends):
         position = axes.transData.transform((x, value))[1] * points
         offset = max(0.0, lowest + 13 - position)
         lowest = position + offset
-        axes.annotate(
-            label(name),
-            (x, value),
-            (8, offset),
-            textcoords="offset points",
-            color=color,
-            fontsize=9,
-            va="center",
-            weight="bold",
-        )
+        text, _, _ = lettering.fit(label(name), 2.0, **bold)
+        axes.annotate(text, (x, value), (8, offset), textcoords="offset points", color=color, va="center", **bold)
 
 
 def _exchange(figure: Figure, colors: Mapping[str, str]) -> None:

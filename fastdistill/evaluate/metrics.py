@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers for a report: accuracies with their uncertainty, and the distance between two sets of features."""
+"""Metrics for a report: accuracies with confidence intervals, and the distance between two sets of features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdistill.evaluate._optional import require
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (1927) for ``successes`` in ``n`` independent trials. Needs scipy."""
+    """Wilson score interval (1927) for ``successes`` in ``n`` independent trials. Needs scipy."""
     if n < 1:
         raise InputError.of("n", "at least one trial", n)
     if not 0 <= successes <= n:
@@ -28,25 +28,25 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
 
 
 def mean_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1 in the denominator), of at least two finite values."""
+    """Mean and sample standard deviation (with n - 1) of at least two finite values."""
     if len(values) < 2:
-        raise InputError.of("values", "at least two, to have a spread", len(values))
+        raise InputError.of("values", "at least two values", len(values))
     if not all(math.isfinite(value) for value in values):
         raise InputError.of("values", "finite numbers", list(values))
     return statistics.fmean(values), statistics.stdev(values)
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features [N, D] and [M, D], in fp64.
+    """Fréchet distance between Gaussians fitted to two sets of features [N, D] and [M, D], computed in float64.
 
-    |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1^1/2 C_2 C_1^1/2)^1/2): FID where the features are Inception's
-    (Heusel et al. 2017, eq. 6). Needs more samples than D to mean anything.
+    |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1^1/2 C_2 C_1^1/2)^1/2), the FID for Inception features (Heusel et al. 2017,
+    eq. 6). Use more samples than features (N, M > D); otherwise the covariances are singular.
     """
     for name, features in (("first", first), ("second", second)):
         if features.ndim != 2 or len(features) < 2:
             raise InputError.of(name, "features [N, D] with N >= 2", tuple(features.shape))
     if first.shape[1] != second.shape[1]:
-        raise InputError.of("second", f"{first.shape[1]} features, as first has", second.shape[1])
+        raise InputError.of("second", f"{first.shape[1]} features per sample, as in first", second.shape[1])
     one, two = first.double(), second.double()
     covariances = [torch.cov(x.T).reshape(x.shape[1], x.shape[1]) for x in (one, two)]
     values, vectors = torch.linalg.eigh(covariances[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a distillation experiment: ``report.json`` for programs, self-contained ``report.html`` for people."""
+"""The report of a distillation experiment: ``report.json`` for programs, ``report.html`` as a self-contained page."""
 
 from __future__ import annotations
 
@@ -10,44 +10,51 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdistill.data.files import atomic_write, make_directory
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.figures import label, png
+from fastdistill.files import atomic_write, make_directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Heading and caption of the figures that are known by name; others appear under their own name.
+#: Heading and caption of known figures; any other figure has its name as heading.
 CAPTIONS = {
     "samples": (
         "Samples",
-        "Each column one prompt. A red frame with a cross marks what the judge reads as another digit or color.",
+        "One column per prompt. A red frame with a cross marks samples that the judge reads as another digit or color.",
     ),
-    "loss": ("Training", "Loss of each student. Faint: as logged; strong: running mean."),
+    "loss": ("Training", "Loss of each student. Light: logged values; full color: running mean."),
     "probability": (
-        "How often the prompt is replaced",
-        "At timestep t the prompt of a cached latent is exchanged for a random one of the pool with probability p(t), "
-        "for the student with random conditioning only.",
+        "Probability of a random prompt",
+        "At timestep t the prompt of a cached latent is replaced by a random prompt of the pool with probability p(t); "
+        "only for the student with random conditioning.",
     ),
 }
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\f\r"}
 
 
 def write_report(
     directory: str | os.PathLike[str], report: Mapping[str, Any], figures: Mapping[str, Figure] | None = None
 ) -> Path:
-    """Write ``report.json`` and ``report.html`` into ``directory`` (created), each whole or not at all.
+    """Write ``report.json`` and ``report.html`` into ``directory``, which is created. Each file is written atomically.
 
-    ``report`` (plain JSON values) must hold ``teacher`` and ``students.<name>`` with ``seen`` and ``unseen``
-    (accuracies 0..1) and ``parameters``; ``seconds.total``; ``versions``; ``backend`` (op -> kernel). Shown where
-    present: beside an accuracy ``seen_interval`` [low, high], ``seen_n`` and for several ``seeds`` ``seen_mean`` and
-    ``seen_std`` (the same for ``unseen``); beside the parameters ``seconds`` and ``images_per_second``; at the top
-    level ``title``, ``finding`` (else worded from the numbers), ``judge`` {accuracy, interval, n}, ``prompts`` {seen,
-    unseen}, ``device``, ``date``, ``reproduce`` (a list of commands).
+    Args:
+        report: plain JSON values. Required: ``teacher`` and ``students.<name>``, each with ``seen`` and ``unseen``
+            (accuracies from 0 to 1) and ``parameters``; ``seconds.total``; ``versions``; ``backend`` (op -> kernel).
+            Optional for a model: ``seen_interval`` [low, high] and ``seen_n``; for several ``seeds`` also ``seen_mean``
+            and ``seen_std`` (the same for ``unseen``); ``seconds``; ``images_per_second``. Optional at the top level:
+            ``title``, ``finding`` (default: made from the numbers), ``judge`` {accuracy, interval, n}, ``prompts``
+            {seen, unseen}, ``device``, ``date``, ``reproduce`` (a list of commands).
+        figures: ``samples``, ``loss``, ``probability`` and any others, in the order of the page.
 
-    ``figures``: ``samples``, ``loss``, ``probability`` and any others, in the order to show them.
-    Returns the path of the HTML. Raises ``InputError`` naming a missing or impossible entry and ``StorageError`` where
-    the directory cannot be written; nothing is written before both files are complete.
+    Returns:
+        The path of the HTML file.
+
+    Raises:
+        InputError: a missing or impossible entry; nothing is written.
+        StorageError: the directory cannot be written.
     """
     _check(report)
     try:
@@ -57,13 +64,14 @@ def write_report(
     page = render(report, figures or {})
     folder = Path(directory)
     make_directory(folder)
-    atomic_write(folder / "report.json", data.encode())
-    atomic_write(folder / "report.html", page.encode())
+    # A lone surrogate, which UTF-8 does not have, becomes its escape; in JSON that is the same text.
+    atomic_write(folder / "report.json", data.encode(errors="backslashreplace"))
+    atomic_write(folder / "report.html", page.encode(errors="backslashreplace"))
     return folder / "report.html"
 
 
 def render(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
-    """The HTML page."""
+    """The HTML page. All texts are escaped; control characters, which HTML does not allow, are shown as ``\\x07``."""
     jinja2 = require("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -77,11 +85,11 @@ def render(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
         models=[_row("teacher", report["teacher"]), *(_row(*item) for item in report["students"].items())],
         figures=[_figure(name, figure) for name, figure in figures.items()],
     )
-    return str(page)
+    return str(page).translate(_CONTROLS)
 
 
 def finding(report: Mapping[str, Any]) -> str:
-    """One sentence: what each student keeps of the teacher's accuracy on prompts that were never in the cache."""
+    """One sentence: the share of the teacher's accuracy that each student keeps on prompts outside the cache."""
     teacher = report["teacher"]
     whole = _accuracy(teacher, "unseen")
     parts: list[str] = []
@@ -91,18 +99,18 @@ def finding(report: Mapping[str, Any]) -> str:
         parts.append(f"{_kept(student, whole)}{unit} with {how}")
     size = next(iter(report["students"].values()))["parameters"] / teacher["parameters"]
     return (
-        f"On prompts that never were in the cache, a student with {percent(size, 0)} of the parameters "
+        f"On prompts that are not in the cache, a student with {percent(size, 0)} of the parameters "
         f"keeps {', against '.join(parts)}."
     )
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """0.914 -> "91.4 %", with a space that does not break."""
+    """0.914 -> "91.4 %", with a non-breaking space."""
     return f"{100 * value:.{digits}f}\u202f%"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "42 s", "7 min 12 s", "1 h 05 min"."""
+    """Seconds in readable form: "42 s", "7 min 12 s", "1 h 05 min"."""
     total = round(seconds)
     if total < 60:
         return f"{total}\u202fs" if seconds >= 10 else f"{seconds:.1f}\u202fs"
@@ -113,17 +121,17 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """A count with thin spaces between the thousands."""
+    """An integer with narrow spaces between thousands."""
     return f"{value:,.0f}".replace(",", "\u202f")
 
 
 def _kept(student: Mapping[str, Any], whole: float) -> str:
-    """The share of the teacher's accuracy on unseen prompts, which is ``whole``."""
+    """The student's share of ``whole``, the teacher's accuracy on unseen prompts."""
     return percent(_accuracy(student, "unseen") / whole, 0) if whole else "n/a"
 
 
 def _accuracy(model: Mapping[str, Any], kind: str) -> float:
-    """The mean over seeds where there are several, else the one value."""
+    """The accuracy; with several seeds, their mean."""
     return float(model.get(f"{kind}_mean", model[kind]))
 
 
@@ -173,7 +181,7 @@ def _figure(name: str, figure: Figure) -> dict[str, Any]:
 
 
 def _check(report: Mapping[str, Any]) -> None:
-    """Every entry that a reader of the report relies on is there and possible."""
+    """InputError unless all required entries exist and are possible."""
 
     def entry(path: str) -> Any:
         value: Any = report

@@ -9,7 +9,6 @@ that is no tensor, and the hash of the tensors.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -22,9 +21,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.files import atomic_write, reason
 from fastdistill.data.fingerprint import differences, dtype_name, listed, plain, sha256_of_tensors
+from fastdistill.data.values import spelled
 from fastdistill.errors import InputError, StorageError
+from fastdistill.files import atomic_write, reason
 from fastdistill.train import distributed
 from fastdistill.train.step import TrainStep
 
@@ -178,22 +178,12 @@ def _unstorable(value: Any) -> str | None:
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             return f"{value.layout} {dtype_name(value.dtype)} on {value.device}"
-        return None if _has(value.dtype) else f"{dtype_name(value.dtype)}, which safetensors does not have"
+        return None if spelled(value.dtype) else f"{dtype_name(value.dtype)}, which safetensors does not have"
     try:
         same = plain({"value": value})["value"] == value
     except InputError:
         same = False
     return None if same else f"a {type(value).__name__} that JSON does not keep"
-
-
-@functools.cache
-def _has(dtype: torch.dtype) -> bool:
-    """Whether safetensors has this dtype."""
-    try:
-        safetensors.torch.save({"none": torch.empty(0, dtype=dtype, device="cpu")})
-    except (safetensors.SafetensorError, KeyError, ValueError):
-        return False
-    return True
 
 
 def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Typed configuration: plain dataclasses from which command line, YAML and checks derive.
+"""Typed configuration: plain dataclasses that define the command line options, the YAML fields and their checks.
 
-Constraints stand in the annotations (``Annotated[int, Field(gt=0)]``); ``validated`` checks all of them at once, where
-a configuration is used: making one checks nothing. A field's docstring is its help, which takes one line.
+Constraints are part of the annotations (``Annotated[int, Field(gt=0)]``). Creating a configuration checks nothing;
+``validated`` checks all fields at once where the configuration is used. The docstring of a field, one line, is the help
+text of its option.
 """
 
 from __future__ import annotations
@@ -18,70 +19,72 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from fastdistill.documented import documented
 from fastdistill.errors import InputError
 
 Config = TypeVar("Config")
 Execution = Literal["auto", "eager", "compiled", "graph"]
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a student is trained. The defaults are random conditioning's (arXiv 2504.02011, SD-1.4)."""
+    """Settings of a training run. The defaults are those of random conditioning (arXiv 2504.02011, SD-1.4)."""
 
     steps: Annotated[int, Field(ge=1)] = 1000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch: Annotated[int, Field(ge=1, le=2**20)] = 256
-    """Samples a step, of all ranks together."""
+    """Samples per step, over all ranks."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
-    """Learning rate of AdamW, its peak where it is scheduled."""
+    """Learning rate of AdamW; with a schedule, its maximum."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """What the rate does after the warm-up: stay, or fall to 0 on a cosine at the last step."""
+    """Learning rate after the warm-up: constant, or a cosine that ends at 0 after the last step."""
     warmup: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the rate rises linearly."""
+    """Steps of linear warm-up of the learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay of AdamW's moments."""
+    """Decay rates of the two moments of AdamW."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-2
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
-    """AdamW's epsilon."""
+    """Epsilon of AdamW."""
     clip: Annotated[float, Field(gt=0)] = 1.0
-    """Largest global norm of the gradient, adapters included."""
+    """Maximum global norm of the gradient, including the adapters'."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    """Decay of the average of the student's weights; it warms up as (1 + step) / (10 + step)."""
+    """Decay of the moving average of the student's weights, at most (1 + step) / (10 + step)."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the trained weights, with float32 masters below it; auto: bfloat16 on a GPU, else the student's own."""
+    """Dtype of the trained weights, 16-bit ones with float32 masters; auto: bfloat16 on a GPU, else the student's."""
     fuse: bool = False
-    """Fused ops inside of teacher and student (fastdistill.fuse)."""
+    """Use fused ops inside the teacher and the student (fastdistill.fuse)."""
     execution: Execution = "auto"
-    """How a step runs: eager, compiled, as one CUDA graph; auto: on a GPU a graph, else compiled, on a CPU eager."""
+    """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU eager."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of every draw."""
+    """Seed of all random draws."""
     banks: Literal["device", "pinned"] = "device"
-    """Where latents and prompts lie that are not on the disk; a GPU reads pinned host memory in place."""
+    """Where banks that were loaded are kept: on the device, or in pinned host memory that a GPU reads in place."""
     ahead: Annotated[int, Field(ge=1)] = 3
-    """Steps whose rows are read ahead from banks on the disk."""
+    """Number of steps whose rows are read in advance from banks on disk."""
     log_every: Annotated[int, Field(ge=1)] = 50
-    """Steps between two lines of metrics, the only moments at which the device is waited for."""
+    """Steps between two lines of metrics; only there does the host wait for the device."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     """Steps between two checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """How many of the newest checkpoints stay."""
+    """Number of most recent checkpoints to keep."""
 
 
 def validated(config: Config, name: str = "config") -> Config:
-    """The configuration itself, once every rule in its annotations holds.
+    """The configuration itself, after a check of all constraints.
 
     Raises:
-        InputError: all that is wrong with it, one line a field.
+        InputError: everything that is wrong, one line per field.
     """
     return from_mapping(type(config), dataclasses.asdict(config), name)  # type: ignore[call-overload]
 
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "config") -> Config:
-    """A configuration from nested mappings, as YAML holds them; fields that are not named keep their defaults.
+    """A configuration from nested mappings, as read from YAML; fields that are not given keep their defaults.
 
     Raises:
-        InputError: unknown fields (near matches named) and broken rules, all at once.
+        InputError: all unknown fields (with near matches) and all violated constraints at once.
     """
     problems = _unknown(kind, values, "")
     try:

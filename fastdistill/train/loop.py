@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.files import atomic_write, locked, make_directory, reason, require_space, sweep
 from fastdistill.errors import FastdistillError, Stopped, StorageError
+from fastdistill.files import atomic_write, locked, make_directory, reason, require_space, sweep
 from fastdistill.train import checkpoint, distributed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner

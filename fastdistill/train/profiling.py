@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 from torch.utils._pytree import tree_map_only
 
-from fastdistill.data.files import make_directory, reason
 from fastdistill.errors import InputError, StorageError
+from fastdistill.files import make_directory, reason
 from fastdistill.ops import OPS, use
 
 

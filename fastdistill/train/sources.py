@@ -3,35 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastdistill.data.fingerprint import (
-    dtype_name,
-    hashes,
-    identity_of,
-    sha256_of_json,
-    sha256_of_tensors,
-    weights_hash,
-)
+from fastdistill.data import values
+from fastdistill.data.fingerprint import dtype_name, hashes, weights_hash
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
 from fastdistill.errors import InputError
 
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 2**24  # elements looked at together
-
-
-def latents_identity(latents: LatentCache) -> dict[str, Any]:
-    """What made a cache; of one that does not tell, the hash of what it holds."""
-    if latents.fingerprint:
-        return dict(latents.fingerprint)
-    parts = [sha256_of_tensors({"latents": rows}) for _, rows in _chunks(latents.latents)]
-    return {"sha256": sha256_of_json([parts, sha256_of_tensors({"prompt_index": latents.prompt_index})])}
 
 
 def check_sources(latents: LatentCache, prompts: PromptBank, teacher: nn.Module, weights: str) -> None:
@@ -43,7 +27,7 @@ def check_sources(latents: LatentCache, prompts: PromptBank, teacher: nn.Module,
         InputError: the cache points into another bank, or into this one in another order; or another teacher made it.
             One that made it in a lower precision than it has now is recognized, in a higher precision it is not.
     """
-    told, bank = latents.fingerprint.get("prompts"), identity_of(prompts)
+    told, bank = latents.fingerprint.get("prompts"), prompts.identity
     if hashes(told, bank) and told != bank:
         rule = f"the bank {told} that the latents point into (LatentCache.remapped makes them point into another one)"
         raise InputError.of("prompts", rule, bank)
@@ -71,15 +55,7 @@ def explain(banks: Mapping[str, Rows], teacher: nn.Module, student: nn.Module) -
 
 def _not_finite(rows: Rows, dtype: torch.dtype) -> int | None:
     """The first row that holds something else than finite numbers once it is cast."""
-    for start, part in _chunks(rows):
-        finite = part.to(dtype).isfinite().flatten(1).all(1)
-        if not finite.all():
-            return start + int(finite.int().argmin())
+    for start, block in values.blocks(rows):
+        if (row := values.misfit(block, dtype)) is not None:
+            return start + row
     return None
-
-
-def _chunks(rows: Rows) -> Iterator[tuple[int, Tensor]]:
-    """Rows in parts that fit into memory, each with the number of its first row."""
-    count = max(1, _CHUNK // max(1, rows.shape[1:].numel()))
-    for start in range(0, len(rows), count):
-        yield start, rows[start : start + count]

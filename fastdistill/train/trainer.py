@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from fastdistill.data.fingerprint import dtype_name, identity_of, listed, plain, up_to_rounding, weights_hash
+from fastdistill.data.fingerprint import dtype_name, listed, plain, up_to_rounding, weights_hash
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
@@ -29,7 +29,7 @@ from fastdistill.train.config import TrainConfig, validated
 from fastdistill.train.loop import FitResult, Progress, fit
 from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
-from fastdistill.train.sources import check_sources, explain, latents_identity
+from fastdistill.train.sources import check_sources, explain
 from fastdistill.train.step import TrainStep
 
 
@@ -78,8 +78,8 @@ class DistillTrainer:
     ) -> None:
         config = self.config = validated(config, "config")
         if not isinstance(schedule, NoiseSchedule):
-            prediction_type = prediction_type or schedule.config.get("prediction_type")
-            schedule = NoiseSchedule.from_diffusers(schedule)
+            scheduler, schedule = schedule, NoiseSchedule.from_diffusers(schedule)
+            prediction_type = prediction_type or getattr(scheduler, "config", {}).get("prediction_type")
         self.device = torch.device(device) if device is not None else next(student.parameters()).device
         first_sample, batch = distributed.part(config.batch, self.device)
         _check_models(teacher, student, latents, prompts)
@@ -279,8 +279,8 @@ def _fingerprint(
         "config": plain(settings, "config"),
         "objective": plain(objective.describe(), "objective.describe()"),
         "teacher": {"weights": weights_hash(setting.teacher), "dtype": _dtypes(setting.teacher)},
-        "latents": plain(latents_identity(latents), "latents.fingerprint"),
-        "prompts": identity_of(prompts),
+        "latents": latents.fingerprint or {"sha256": latents.identity},
+        "prompts": prompts.identity,
         "schedule": schedule,
         "prediction_type": setting.prediction_type,
     }

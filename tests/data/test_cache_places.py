@@ -9,7 +9,8 @@ import textwrap
 
 import pytest
 
-from fastdistill.data import files, shards
+from fastdistill import files
+from fastdistill.data import shards
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import read_manifest
 from fastdistill.errors import StorageError

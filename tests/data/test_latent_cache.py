@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import TensorSpec, read_manifest
 from fastdistill.data.shards import RowWriter, load_rows
@@ -31,6 +32,10 @@ def test_round_trip(cache):
     wide = LatentCache.load(cache, dtype=torch.float32)
     assert wide.latents.dtype == torch.float32 and wide.prompt_index.dtype == torch.int64
     loaded.check_prompts(4)
+    loaded.prompt_index[3] = -1
+    with pytest.raises(InputError, match="prompt_index: expected rows of a bank of 4 prompts, got row -1"):
+        loaded.check_prompts(4)
+    loaded.prompt_index[3] = 0
     with pytest.raises(InputError, match="prompt_index: expected rows of a bank of 3 prompts, got row 3"):
         loaded.check_prompts(3)
 
@@ -277,6 +282,9 @@ def test_what_the_generator_returns_is_checked(tmp_path):
     with pytest.raises(InputError, match=r"expected latents of shape \(4, 2, 3, 5\), got \(4, 2, 3, 4\)"):
         make(tmp_path, lambda rows, prompts: teacher(rows, prompts)[..., :4])
 
+    with pytest.raises(InputError, match=r"expected latents \(4, 2, 3, 5\), got tuple"):
+        make(tmp_path, lambda rows, prompts: (teacher(rows, prompts),))
+
     def overflowing(rows, prompts):
         latents = teacher(rows, prompts)
         latents[rows == 9] = 1e5  # finite in float32, not in float16
@@ -297,6 +305,9 @@ def test_what_the_generator_returns_is_checked(tmp_path):
         ({"batch": 0}, "batch: expected at least 1, got 0"),
         ({"rows_per_shard": 0}, "rows_per_shard: expected at least 1, got 0"),
         ({"dtype": torch.int32}, "dtype: expected a floating-point type, got torch.int32"),
+        ({"dtype": "float16"}, "dtype: expected a dtype of torch, got 'float16'"),
+        ({"fingerprint": None}, "fingerprint: expected a mapping of JSON values, got NoneType"),
+        ({"prompt_index": [0, 1]}, "prompt_index: expected a tensor with values, got list"),
         ({"fingerprint": {"teacher": torch.ones(1)}}, "fingerprint: expected values that JSON holds"),
     ],
 )
@@ -304,6 +315,26 @@ def test_arguments_are_checked_before_anything_is_written(tmp_path, changes, mes
     with pytest.raises(InputError, match=re.escape(message)):
         make(tmp_path / "cache", generate=None, **changes)
     assert not (tmp_path / "cache").exists()
+
+
+def test_identity(cache, tmp_path):
+    """Of the fingerprint, which values that another processor rounds otherwise do not change; else of the values."""
+    loaded = LatentCache.load(cache)
+    for same in (LatentCache.load(cache, dtype=torch.float32), LatentCache.open(cache)):
+        assert same.identity == loaded.identity
+    make(tmp_path / "elsewhere", lambda rows, prompts: teacher(rows, prompts) * 1.001)
+    assert LatentCache.load(tmp_path / "elsewhere").identity == loaded.identity
+    make(tmp_path / "other", fingerprint=FINGERPRINT | {"seed": 4})
+    assert LatentCache.load(tmp_path / "other").identity != loaded.identity
+    bare = LatentCache(loaded.latents, loaded.prompt_index)
+    on_disk = LatentCache(LatentCache.open(cache).latents, loaded.prompt_index)
+    assert (
+        bare.identity
+        == on_disk.identity
+        == sha256_of_tensors({"latents": loaded.latents, "prompt_index": loaded.prompt_index})
+    )
+    assert LatentCache(loaded.latents.flip(0), loaded.prompt_index).identity != bare.identity
+    assert LatentCache(loaded.latents, loaded.prompt_index.flip(0)).identity != bare.identity
 
 
 def test_latents_and_prompts_must_belong_together():

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prompt bank: its rows, its null prompt, its width, its directory."""
 
+import json
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 
+from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import InputError, StorageError
 
 TEXTS = ["a red seven", "a blue seven", "a green one", "ein grüner Einser"]
+
+
+D = torch.float32, torch.float16
 
 
 def encode(texts):
@@ -46,7 +52,8 @@ def test_texts_are_found_again(bank):
         InputError, match=r"texts: expected prompts of the bank \(near: 'a red seven'.*got 'a red sevn'"
     ):
         bank.indices_of(["a blue seven", "a red sevn"])
-    twice = PromptBank.build(["a", "b", "a"], encode)
+    with pytest.warns(UserWarning, match="0 empty and 1 repeated"):
+        twice = PromptBank.build(["a", "b", "a"], encode)
     assert twice.indices_of(["a", "b"]).tolist() == [0, 1]
 
 
@@ -54,7 +61,7 @@ def test_subset_keeps_the_null_prompt(bank):
     small = bank.subset(["a green one", "a red seven"])
     assert small.texts == ["a green one", "a red seven"] and small.null_index == 2
     assert torch.equal(small.embeddings, bank.embeddings[[2, 0, 4]])
-    assert small.sha256 != bank.sha256
+    assert small.identity != bank.identity
 
 
 def test_width(bank):
@@ -71,7 +78,7 @@ def test_round_trip(bank, tmp_path, dtype):
     loaded = PromptBank.load(tmp_path, width=3)
     assert loaded.texts == TEXTS and loaded.null_text == "" and loaded.encoder == {"name": "lengths", "sha256": "e" * 8}
     assert torch.equal(loaded.embeddings, bank.embeddings) and loaded.embeddings.dtype == dtype
-    assert loaded.sha256 == bank.sha256
+    assert loaded.identity == bank.identity
     assert PromptBank.load(tmp_path, dtype=torch.float16).embeddings.dtype == torch.float16
     bank.save(tmp_path, rows_per_shard=2)  # the same bank: nothing to do
     with pytest.raises(InputError, match="prompts: expected rows of width 4"):
@@ -79,8 +86,63 @@ def test_round_trip(bank, tmp_path, dtype):
     with pytest.raises(StorageError, match="expected a latent_cache, got a prompt_bank"):
         LatentCache.load(tmp_path)
     other = PromptBank.build(TEXTS, lambda texts: encode(texts) + 1)
-    with pytest.raises(StorageError, match=r"sha256: expected '.*choose another directory"):
+    with pytest.raises(StorageError, match=r"identity: expected '.*choose another directory"):
         other.save(tmp_path, rows_per_shard=2)
+
+
+def test_the_encoding_may_be_a_numpy_array():
+    bank = PromptBank.build(TEXTS, lambda texts: encode(texts).numpy()[:, ::-1])
+    assert torch.equal(bank.embeddings, encode([*TEXTS, ""]).flip(1))
+
+
+def test_a_bank_of_a_known_encoder_is_identified_by_what_went_into_it(bank):
+    """So that it is the same bank where another processor computed other last bits."""
+    elsewhere = bank.embeddings * (1 + torch.finfo(torch.float32).eps)
+    assert not torch.equal(elsewhere, bank.embeddings)
+    assert PromptBank(elsewhere, TEXTS, encoder=bank.encoder).identity == bank.identity
+    assert PromptBank(elsewhere, tuple(TEXTS), encoder={"sha256": "e" * 8, "name": "lengths"}).identity == bank.identity
+    assert bank.to(dtype=torch.float16).identity == bank.to("cpu").identity == bank.identity
+    for other in (
+        PromptBank(bank.embeddings, TEXTS[::-1], encoder=bank.encoder),
+        PromptBank(bank.embeddings, TEXTS, "nothing", bank.encoder),
+        PromptBank(bank.embeddings, TEXTS, encoder={"name": "lengths", "sha256": "f" * 8}),
+        PromptBank(bank.embeddings[:, :1], TEXTS, encoder=bank.encoder),
+        PromptBank(bank.embeddings, TEXTS),
+        bank.subset(TEXTS[:2]),
+    ):
+        assert other.identity != bank.identity
+
+
+def test_a_bank_of_an_unknown_encoder_keeps_the_identity_it_was_made_with(tmp_path):
+    bank = PromptBank.build(TEXTS, encode)
+    assert bank.identity != PromptBank.build(TEXTS, lambda texts: encode(texts) + 1).identity
+    assert bank.identity == sha256_of_json([TEXTS, "", sha256_of_tensors({"embeddings": bank.embeddings})])
+    half = bank.to(dtype=torch.float16)
+    bank.save(tmp_path / "a")
+    half.save(tmp_path / "b")
+    for read in (
+        half,
+        half.to(dtype=torch.float32),
+        PromptBank.load(tmp_path / "a"),
+        PromptBank.load(tmp_path / "a", dtype=torch.bfloat16),
+        PromptBank.open(tmp_path / "a"),
+        PromptBank.open(tmp_path / "a").to(dtype=torch.float64),
+        PromptBank.load(tmp_path / "b").to("cpu"),
+    ):
+        assert read.identity == bank.identity
+
+
+@pytest.mark.parametrize("encoder", [{}, {"name": "lengths"}], ids=str)
+def test_a_directory_of_before_banks_had_an_identity(tmp_path, encoder):
+    bank = PromptBank.build(TEXTS, encode, encoder=encoder)
+    bank.save(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    values = sha256_of_json([TEXTS, "", sha256_of_tensors({"embeddings": bank.embeddings})])
+    manifest["fingerprint"] = {"encoder": encoder, "sha256": values}
+    manifest["fingerprint_sha256"] = sha256_of_json(manifest["fingerprint"])
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    for how in (PromptBank.load, PromptBank.open):
+        assert how(tmp_path).identity == bank.identity
 
 
 def test_width_is_checked_before_rows_are_read(bank, tmp_path):
@@ -130,6 +192,16 @@ def test_interrupted_saving_is_finished_by_the_next(bank, tmp_path, monkeypatch,
         (TEXTS, lambda t: encode(t)[:-1], "encode(texts): expected [3 texts, length, width]"),
         (TEXTS, lambda t: encode(t)[:, : 1 + (len(t) == 3)], "the same for all, got (2, 1, 3)"),
         (TEXTS, lambda t: encode(t) / encode(t)[:, :, 1:2], "expected finite values, got others for ''"),
+        (TEXTS, lambda t: (encode(t),), "encode(texts): expected a tensor [3 texts, length, width], got tuple"),
+        (TEXTS, lambda t: None, "encode(texts): expected a tensor [3 texts, length, width], got NoneType"),
+        (TEXTS, lambda t: np.array([t] * 3), "encode(texts): expected a tensor [3 texts, length, width], got a NumPy"),
+        (TEXTS, lambda t: encode(t).long(), "encode(texts): expected a floating-point type, got torch.int64"),
+        (
+            TEXTS,
+            lambda t: encode(t).to(D[len(t) == 3]),
+            "encode(texts): expected torch.float16, as before, got torch.f",
+        ),
+        (TEXTS, lambda t: (encode(t) * float("nan")).to(torch.float8_e4m3fn), "expected finite values, got others for"),
     ],
 )
 def test_what_the_encoder_returns_is_checked(texts, encoder, message):

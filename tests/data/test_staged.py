@@ -125,10 +125,10 @@ def test_a_slow_disk_is_waited_for_and_read_ahead_of(tmp_path: Path, monkeypatch
     expected = run(batches(banks()), range(6))
     read, seen = stored._read, []
 
-    def slow(file: Path, offset: int, target: memoryview) -> None:
+    def slow(part: stored.Part, offset: int, target: memoryview) -> None:
         time.sleep(0.003)
         seen.append(threading.current_thread().name)
-        read(file, offset, target)
+        read(part, offset, target)
 
     monkeypatch.setattr(stored, "_read", slow)
     staged = batches(stage(banks(), tmp_path, "latents"), ahead=2)
@@ -258,6 +258,8 @@ def test_bad_input(tmp_path: Path) -> None:
         batches(given, ahead=0)
     with pytest.raises(InputError, match=r"prompts: expected banks of as many rows, got \[9, 8\]"):
         batches(given | {"prompts": [torch.ones(9), torch.ones(8)]})
-    outside = given | {"latent_prompts": torch.full((N,), 99)}
-    with pytest.raises(InputError, match=r"latent_prompts\[\d+\]: expected a row of prompts, 0 to 8, got 99"):
-        batches(outside, null_probability=0.0).prepare(SEED, 0)
+    for banks_ in (given, banks()):  # on the disk, in memory
+        for row in (99, -1):
+            outside = banks_ | {"latent_prompts": (torch.arange(N) % 9).index_fill(0, torch.tensor(3), row)}
+            with pytest.raises(InputError, match=rf"latent_prompts\[3\]: expected a row of prompts, 0 to 8, got {row}"):
+                batches(outside)

@@ -53,7 +53,7 @@ def test_tables_of_one_schedule_may_be_rounded_in_two_ways() -> None:
     """diffusers multiplies in float32, ours in float64; another schedule is refused."""
     ours = NoiseSchedule.scaled_linear(T).coefficients("epsilon")
     torch.testing.assert_close(conversion(ours, coefficients("epsilon"))[:, 1], torch.ones(T, dtype=torch.float64))
-    with pytest.raises(InputError, match="teacher: expected the signal and noise of coefficients"):
+    with pytest.raises(InputError, match="teacher: expected the same signal and noise"):
         conversion(NoiseSchedule.linear(T).coefficients("epsilon"), coefficients("epsilon"))
 
 
@@ -90,10 +90,10 @@ def test_table() -> None:
     ("arguments", "message"),
     [
         ({"weights": "snr2"}, "weights: expected one of uniform, snr, truncated_snr, min_snr, or a tensor, got 'snr2'"),
-        ({"weights": torch.ones(3)}, r"weights: expected one number a timestep \(1000,\), got \(3,\)"),
+        ({"weights": torch.ones(3)}, r"weights: expected one number per timestep, \(1000,\), got \(3,\)"),
         ({"guidance": torch.full((T,), float("nan"))}, r"guidance\[0\]: expected a finite number, got nan"),
         ({"gamma": 0.0, "weights": "min_snr"}, "gamma: expected a number > 0, got 0.0"),
-        ({"teacher": flow_coefficients(T)}, "teacher: expected the signal and noise of coefficients"),
+        ({"teacher": flow_coefficients(T)}, "teacher: expected the same signal and noise"),
         ({"teacher": torch.ones(T, 3)}, r"teacher: expected coefficients \[T, 4\], got \(1000, 3\)"),
     ],
 )
@@ -105,5 +105,5 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
 def test_a_prediction_from_which_nothing_follows() -> None:
     """At zero terminal signal x_t is the noise itself: an epsilon prediction says nothing about x_0."""
     schedule = NoiseSchedule(torch.tensor([0.5, 0.0], dtype=torch.float64))
-    with pytest.raises(InputError, match=r"teacher: expected predictions that x_0 follows from \(at timestep 1 "):
+    with pytest.raises(InputError, match=r"teacher: expected predictions that determine x_0 \(at timestep 1 "):
         conversion(schedule.coefficients("v_prediction"), schedule.coefficients("epsilon"))

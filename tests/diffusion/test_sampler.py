@@ -8,7 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMParallelScheduler,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,10 +34,12 @@ def smooth(x, t, encoder_hidden_states):
     return SimpleNamespace(sample=torch.tanh(0.7 * x + shift + t.reshape(-1, 1, 1, 1) / 1000))
 
 
-def in_diffusers(model, x, prompts, null, scheduler, steps, g, clip):
+def in_diffusers(model, x, prompts, null, scheduler, steps, g, clip, error=0.0):
+    """Timesteps and states; ``error`` is added to each state, relative to its largest magnitude."""
     scheduler.set_timesteps(steps)
     states = []
     for t in scheduler.timesteps:
+        x = x + error * x.abs().max()
         times = t.expand(len(x))
         conditional = model(x, times, encoder_hidden_states=prompts).sample
         unconditional = model(x, times, encoder_hidden_states=null.expand_as(prompts)).sample
@@ -78,6 +87,85 @@ def test_each_step_is_that_of_diffusers(prediction_type, clip, g, spacing, offse
     for (_, _, a), b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
     assert torch.equal(end, ours[-1][2])
+
+
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SETTINGS = {
+    "SD-1.5": {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
+    "SD-2.1-v": {
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": "v_prediction",
+    },
+    "zero SNR": {
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    },
+    "clipped": {"clip_sample_range": 0.7, "timestep_spacing": "linspace"},
+    "clipped sample": {"prediction_type": "sample", "timestep_spacing": "trailing", "set_alpha_to_one": False},
+}
+
+
+@pytest.mark.parametrize("steps", [20, 30])  # 1000 is a multiple of 20, not of 30
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_scheduler_brings_its_settings(settings, steps):
+    make = DDIMParallelScheduler if settings == "clipped" else DDIMScheduler
+    given, theirs = (make(**STABLE_DIFFUSION, **SETTINGS[settings]) for _ in range(2))
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()  # the same values, float64 from here on
+    theirs.final_alpha_cumprod = theirs.final_alpha_cumprod.double()
+    x_T = initial_noise(0, torch.arange(3), (2, 4, 4)).double()
+    arguments = (smooth, x_T, PROMPTS.double(), NULL.double())
+    times, states = in_diffusers(*arguments, theirs, steps, 7.5, None)
+    _, moved = in_diffusers(*arguments, theirs, steps, 7.5, None, error=2.0**-30)
+    ours = []
+    ddim(*arguments, given, steps=steps, guidance_scale=7.5, callback=lambda index, t, x: ours.append((t, x)))
+    assert [t for t, _ in ours] == times and given.num_inference_steps is None  # the scheduler is left as it was
+    for (_, a), b, c in zip(ours, states, moved, strict=True):
+        # Each of about 16 roundings of a step moves the state by at most half of 2**-52, relative to the largest
+        # magnitude: 8 * 2**-52 is 2**-19 of the error that moved c, doubled for the two sides.
+        torch.testing.assert_close(a, b, rtol=0, atol=2 * 2.0**-19 * float((c - b).abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changes", "message"),
+    [
+        (EulerDiscreteScheduler(), {}, "schedule: expected a NoiseSchedule or a DDIMScheduler, got EulerDiscreteSched"),
+        (PNDMScheduler(), {}, "got PNDMScheduler, whose algorithm ddim would ignore; DDIMScheduler.from_config"),
+        (FlowMatchEulerDiscreteScheduler(), {}, "got FlowMatchEulerDiscreteScheduler for flow matching"),
+        (DDIMScheduler(thresholding=True), {}, "a DDIMScheduler without thresholding, which ddim would ignore"),
+        (DDIMScheduler(), {"clip_sample": 1.0}, "clip_sample: expected None with a DDIMScheduler, which has this set"),
+        (DDIMScheduler(), {"timesteps": [9, 2]}, "timesteps: expected None with a DDIMScheduler"),
+        (DDIMScheduler(), {"prediction_type": "sample"}, "prediction_type: expected None with a DDIMScheduler"),
+        (DDIMScheduler(prediction_type="x"), {}, "prediction_type: expected one of epsilon, sample, v_prediction"),
+        (DDIMScheduler(), {"steps": 1001}, "steps: expected 1 to 1000, the timesteps of the schedule, got 1001"),
+        (
+            DDIMScheduler(steps_offset=1),
+            {"steps": 1000},
+            "steps: expected timesteps from 999 to 0, got 1000 to 1 (1000",
+        ),
+        (
+            DDIMScheduler(steps_offset=-1),
+            {},
+            "steps: expected timesteps from 999 to 0, got 499 to -1 (2 steps, leading",
+        ),
+        (
+            DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+            {},
+            "prediction_type: expected sample or v_prediction where abar is 0 (timestep 999), got epsilon",
+        ),
+        ({"beta_schedule": "linear"}, {}, "scheduler: expected a diffusers scheduler with alphas_cumprod, got a dict"),
+    ],
+)
+def test_what_ddim_would_ignore_of_a_scheduler_is_refused(scheduler, changes, message):
+    def never(*_, **__):
+        raise AssertionError("called the model")
+
+    arguments = {"steps": 2, "guidance_scale": 1.0} | changes
+    with pytest.raises(InputError, match=re.escape(message)):
+        ddim(never, torch.ones(3, 1, 2, 2), PROMPTS, NULL, scheduler, **arguments)
 
 
 @pytest.mark.parametrize("T", [1000, 100])
@@ -229,7 +317,7 @@ def test_zero_terminal_signal():
         ({"steps": 1001}, "steps: expected 1 to 1000"),
         ({"timesteps": [1, 2]}, "timesteps: expected decreasing values from 999 to 0, got [1, 2]"),
         ({"timesteps": [1000, 2]}, "timesteps: expected decreasing values from 999 to 0"),
-        ({"timesteps": [5]}, "timesteps: expected as many as steps, 2, got 1"),
+        ({"timesteps": [5]}, "timesteps: expected 2 values, one per step, got 1"),
         ({"guidance_scale": math.nan}, "guidance_scale: expected a finite number, got nan"),
         ({"clip_sample": 0.0}, "clip_sample: expected a limit above 0"),
         ({"prediction_type": "eps"}, "prediction_type: expected one of epsilon, sample, v_prediction, got 'eps'"),

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Noise schedules against diffusers' float32 tables and the identities of the coefficients."""
 
+import inspect
 import json
 import re
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdistill.diffusion.conditioning import replacement_probability, thresholds
+from fastdistill.diffusion.matching import match_table
 from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
 from fastdistill.errors import InputError
 
@@ -87,12 +92,119 @@ def test_velocity_is_that_of_diffusers():
     torch.testing.assert_close(c[:, :1] * x + c[:, 1:2] * noise, scheduler.add_noise(x, noise, t), rtol=0, atol=2e-6)
 
 
-def test_from_diffusers_is_exact_also_with_zero_terminal_snr():
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=True, num_train_timesteps=50)
-    schedule = NoiseSchedule.from_diffusers(scheduler)
-    assert torch.equal(schedule.alphas_cumprod.float(), scheduler.alphas_cumprod)
-    with pytest.raises(InputError, match="scheduler: expected a diffusers scheduler with alphas_cumprod, got int"):
-        NoiseSchedule.from_diffusers(3)
+def scheduler_classes():
+    """All of diffusers but those whose optional dependency is not installed."""
+    found = (getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler"))
+    return {c.__name__: c for c in found if not c.__module__.startswith("diffusers.utils.dummy")}
+
+
+SCHEDULERS = scheduler_classes()
+FLOW = {
+    "FlowMapEulerDiscrete",
+    "FlowMatchEulerDiscrete",
+    "FlowMatchHeunDiscrete",
+    "FlowMatchLCM",
+    "Helios",
+    "HeliosDMD",
+}
+FLOW |= {"LTXEulerAncestralRF", "MiniMaxH3", "Piflow", "RFD4Proteina"}
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid", "exp")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' use of NumPy
+@pytest.mark.parametrize(
+    "name", [n for n, c in SCHEDULERS.items() if "beta_schedule" in inspect.signature(c).parameters]
+)
+def test_from_diffusers_is_exact_for_every_scheduler_of_betas(name):
+    maker, read = SCHEDULERS[name], 0
+    for betas in BETAS:
+        for zero in (False, True) if "rescale_betas_zero_snr" in inspect.signature(maker).parameters else (False,):
+            try:
+                scheduler = maker(beta_schedule=betas, **({"rescale_betas_zero_snr": True} if zero else {}))
+            except (NotImplementedError, ValueError):  # a schedule that this class does not have
+                continue
+            found, theirs = NoiseSchedule.from_diffusers(scheduler).alphas_cumprod, scheduler.alphas_cumprod.double()
+            assert torch.equal(found[:-1], theirs[:-1])
+            assert float(found[-1]) == (0 if zero else float(theirs[-1]))
+            read += 1
+    assert read
+
+
+def test_a_terminal_value_that_stands_for_zero_is_read_as_zero_only_there():
+    scheduler = EulerDiscreteScheduler(rescale_betas_zero_snr=True)
+    assert float(scheduler.alphas_cumprod[-1]) == 2.0**-24 > float(scheduler.alphas_cumprod[-2])
+    reference = DDPMScheduler(rescale_betas_zero_snr=True)
+    assert torch.equal(
+        NoiseSchedule.from_diffusers(scheduler).alphas_cumprod, NoiseSchedule.from_diffusers(reference).alphas_cumprod
+    )
+    betas = torch.tensor([0.5, 1 - 2.0**-23], dtype=torch.float64)
+    trained = DDPMScheduler(trained_betas=betas.tolist(), num_train_timesteps=2)  # not rescaled: 2**-24 is meant
+    assert NoiseSchedule.from_diffusers(trained).alphas_cumprod.tolist() == [0.5, 2.0**-24]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diffusers' use of NumPy
+@pytest.mark.parametrize(
+    "name", [n for n, c in SCHEDULERS.items() if "beta_schedule" not in inspect.signature(c).parameters]
+)
+def test_a_scheduler_of_other_noise_is_refused(name):
+    maker = SCHEDULERS[name]
+    needed = [
+        p for p in inspect.signature(maker).parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+    ]
+    scheduler = maker.__new__(maker) if needed else maker()
+    reason = f"{name} for flow matching" if name.removesuffix("Scheduler") in FLOW else name
+    with pytest.raises(
+        InputError, match=f"^scheduler: expected a diffusers scheduler with alphas_cumprod, got {reason}"
+    ):
+        NoiseSchedule.from_diffusers(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "got"),
+    [
+        (
+            diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+            "for flow match",
+        ),
+        (
+            diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"),
+            "UniPCMultistepScheduler for flow match",
+        ),
+        (
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            "take the noise level",
+        ),
+        ("runs/model/scheduler", "a str; load it first, by from_pretrained or from_config"),
+        (Path("scheduler"), "Path; load it first"),
+        (DDPMScheduler().config, "a FrozenDict; load it first"),
+        (3, "got int"),
+    ],
+)
+def test_what_has_no_table_to_read_is_refused(scheduler, got):
+    with pytest.raises(InputError, match=rf"^scheduler: expected a diffusers scheduler with alphas_cumprod, .*{got}"):
+        NoiseSchedule.from_diffusers(scheduler)
+
+
+def test_tables_are_made_on_the_cpu_whatever_the_default_device():
+    scheduler, p = DDPMScheduler(), torch.tensor([0.0, 0.25])
+
+    def tables():
+        schedule = NoiseSchedule.scaled_linear(20)
+        again = [NoiseSchedule.from_config(s.to_config()) for s in (schedule, NoiseSchedule([0.9, 0.1]))]
+        schedules = [schedule, *again, NoiseSchedule.cosine(9), NoiseSchedule.linear(9)]
+        coefficients = schedule.coefficients()
+        return [
+            *(s.alphas_cumprod for s in (*schedules, NoiseSchedule.from_diffusers(scheduler))),
+            *(match_table(coefficients, guidance=w, weights="min_snr") for w in (2.0, lambda u: u)),
+            *(coefficients, flow_coefficients(9), thresholds(p), thresholds(0.5), replacement_probability("exp", 9)),
+        ]
+
+    wanted = tables()
+    with torch.device("meta"):
+        found = tables()
+        with pytest.raises(InputError, match="alphas_cumprod: expected values, got a tensor on the meta device"):
+            NoiseSchedule.from_diffusers(DDPMScheduler())
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @settings(max_examples=25, deadline=None)
@@ -130,11 +242,11 @@ def test_flow_is_that_of_diffusers(shift):
     [
         (lambda: flow_coefficients(shift=0), "shift: expected a number > 0, got 0"),
         (lambda: flow_coefficients(0), "T: expected at least 1 timestep, got 0"),
-        (lambda: NoiseSchedule(torch.tensor([0.5, 0.6])), "alphas_cumprod: expected values of [0, 1]"),
-        (lambda: NoiseSchedule(torch.tensor([0.5, float("nan")])), "alphas_cumprod: expected values of [0, 1]"),
-        (lambda: NoiseSchedule(torch.tensor([1.5, 0.5])), "alphas_cumprod: expected values of [0, 1]"),
-        (lambda: NoiseSchedule(torch.tensor([0.0])), "alphas_cumprod: expected values of [0, 1], the first above 0"),
-        (lambda: NoiseSchedule(torch.ones(2, 2)), "one value a timestep, [T], got (2, 2)"),
+        (lambda: NoiseSchedule(torch.tensor([0.5, 0.6])), "alphas_cumprod: expected values in [0, 1]"),
+        (lambda: NoiseSchedule(torch.tensor([0.5, float("nan")])), "alphas_cumprod: expected values in [0, 1]"),
+        (lambda: NoiseSchedule(torch.tensor([1.5, 0.5])), "alphas_cumprod: expected values in [0, 1]"),
+        (lambda: NoiseSchedule(torch.tensor([0.0])), "values in [0, 1] that never increase, the first above 0, got 0"),
+        (lambda: NoiseSchedule(torch.ones(2, 2)), "one value per timestep, [T], got (2, 2)"),
         (lambda: NoiseSchedule.cosine(0), "T: expected at least 1 timestep, got 0"),
         (lambda: NoiseSchedule.cosine().coefficients("eps"), "target: expected one of epsilon, sample, v_prediction"),
         (lambda: NoiseSchedule.from_config({"name": "cosin"}), "schedule name: expected one of cosine, linear"),

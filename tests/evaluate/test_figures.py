@@ -88,7 +88,7 @@ def test_labels_of_lines_that_end_together_do_not_overlap() -> None:
         (lambda: sample_grid({"teacher": torch.full((2, 1, 4, 4), torch.nan)}, PROMPTS), "finite"),
         (
             lambda: sample_grid(SAMPLES, PROMPTS, correct={"paired": [True]}),
-            r"correct\['paired'\]: expected 2 judgements",
+            r"correct\['paired'\]: expected 2 values for a model",
         ),
         (lambda: sample_grid(SAMPLES, PROMPTS, seen=[True]), "seen: expected 2 values"),
         (lambda: loss_curves({"paired": ([1, 2], [1.0])}), r"runs\['paired'\]"),

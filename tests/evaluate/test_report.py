@@ -101,6 +101,24 @@ def test_report(tmp_path: Path, report: dict[str, Any]) -> None:
     assert len(identifiers) == len(set(identifiers))
 
 
+def test_texts_of_a_report_are_escaped(tmp_path: Path, report: dict[str, Any]) -> None:
+    hard = '<script>alert("x")</script> \' &amp; {{ 1 }} 红 \ud800 \x00\x07'
+    report |= {"title": hard, "finding": hard, "device": hard, "date": hard, "reproduce": [hard]}
+    report["versions"] = report["backend"] = {hard: hard}
+    report["students"][hard] = report["students"]["paired"]
+    figure = probability_curve([0.1, 0.5])
+    figure.set_label(hard)
+    path = write_report(tmp_path, report, {hard: figure})
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    shown = hard.replace("\ud800", "\\ud800").replace("\x00\x07", "\\x00\\x07")
+    (image,) = (attributes for tag, attributes in page.tags if tag == "img")
+    assert image["alt"] == shown
+    assert page.open == [] and "script" not in {tag for tag, _ in page.tags}
+    assert "".join(page.words).count(shown) == 12  # every text given; the student's name is in a tile and in a row
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
+
+
 def test_finding_is_worded_from_the_numbers(report: dict[str, Any]) -> None:
     words = re.sub(r"\s", " ", finding(report))
     assert (

@@ -115,7 +115,7 @@ def test_an_opened_bank_is_the_loaded_one(directories: tuple[Path, Path]) -> Non
     assert torch.equal(latents.latents[:], small.cache().latents) and latents.latents.device.type == "cpu"
     assert torch.equal(latents.prompt_index, small.cache().prompt_index)
     loaded = PromptBank.load(directories[1])
-    assert prompts.sha256 == loaded.sha256 and prompts.texts == loaded.texts
+    assert prompts.identity == loaded.identity and prompts.texts == loaded.texts
     assert torch.equal(prompts.null, loaded.null)
     some = prompts.subset(["prompt 3", "prompt 0"])
     assert torch.equal(some.embeddings, loaded.subset(["prompt 3", "prompt 0"]).embeddings)

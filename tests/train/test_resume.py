@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data import files
+from fastdistill import files
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import InputError, StorageError
 from fastdistill.train import AdamWEMA, DistillTrainer, checkpoint

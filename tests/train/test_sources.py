@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import differences, hashes, identity_of, plain, up_to_rounding, weights_hash
+from fastdistill.data.fingerprint import differences, hashes, plain, up_to_rounding, weights_hash
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.schedule import NoiseSchedule
@@ -111,7 +111,7 @@ def test_computed_values_are_compared_with_a_tolerance_and_settings_are_not() ->
 
 
 def cached(path: Path, teacher: nn.Module, bank: PromptBank, **more: Any) -> LatentCache:
-    source, fingerprint = small.cache(), {"teacher": weights_hash(teacher), "prompts": identity_of(bank)} | more
+    source, fingerprint = small.cache(), {"teacher": weights_hash(teacher), "prompts": bank.identity} | more
     index = source.prompt_index
     generate_latent_cache(path, lambda rows, _: source.latents[rows], index, (3, 8, 8), torch.float32, fingerprint)
     return LatentCache.load(path)
@@ -123,11 +123,11 @@ def test_a_cache_of_another_teacher_or_bank_is_refused(tmp_path: Path) -> None:
     make(latents=cache, prompts=bank).fit(tmp_path / "run")
     half = cached(tmp_path / "half", Tiny(12).half(), bank)
     make(latents=half, prompts=bank)  # made in half precision
-    own, given, pool = weights_hash(teacher), weights_hash(Tiny(13)), identity_of(bank)
+    own, given, pool = weights_hash(teacher), weights_hash(Tiny(13)), bank.identity
     with pytest.raises(InputError, match=f"teacher: expected the model {own} that made the latents.*, got {given} "):
         make(latents=cache, prompts=bank, teacher=Tiny(13))
     reordered = bank.subset(bank.texts[::-1])
-    with pytest.raises(InputError, match=f"prompts: expected the bank {pool} that .*, got {identity_of(reordered)}"):
+    with pytest.raises(InputError, match=f"prompts: expected the bank {pool} that .*, got {reordered.identity}"):
         make(latents=cache, prompts=reordered)
     unnamed = dataclasses.replace(cache, fingerprint={})
     make(latents=unnamed, prompts=reordered, teacher=Tiny(13))  # claims nothing
@@ -145,7 +145,7 @@ def test_a_cache_moves_to_another_bank_by_its_texts(tmp_path: Path) -> None:
     make(latents=moved, prompts=pool)
     with pytest.raises(InputError, match="prompts: expected the bank"):
         make(latents=moved, prompts=pool.subset(pool.texts[::-1]))
-    with pytest.raises(InputError, match=f"made_with: expected the bank {identity_of(bank)}"):
+    with pytest.raises(InputError, match=f"made_with: expected the bank {bank.identity}"):
         cache.remapped(pool, bank)
     with pytest.raises(InputError, match="texts: expected prompts of the bank, got 'prompt 0'"):
         cache.remapped(bank, PromptBank(torch.zeros(2, 4, 12), ["new"]))

@@ -221,6 +221,13 @@ def test_a_diffusers_scheduler_will_do() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_what_is_no_scheduler_is_refused() -> None:
+    own = small.teacher()
+    made = small.student(model=own)
+    with pytest.raises(InputError, match="scheduler: expected a diffusers scheduler with alphas_cumprod, got a str"):
+        DistillTrainer(own, made.model, "folder", small.cache(), small.bank(), small.objective(made), small.config())
+
+
 def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path) -> None:
     trainer = small.trainer(checkpoint_every=100)
 

@@ -57,8 +57,8 @@ def _load(file: Path) -> dict[str, dict[str, Any]]:
 
 def remember(key: str, result: dict[str, Any]) -> None:
     """Keep a measurement; a cache that cannot be written is named once in a warning, and kept in memory."""
-    from fastdistill.data.files import atomic_write, make_directory
     from fastdistill.errors import StorageError
+    from fastdistill.files import atomic_write, make_directory
 
     found(key)
     _calls[key] = result

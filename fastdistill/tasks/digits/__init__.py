@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handwritten digits tinted by prompt ("a red seven"): random conditioning on real data in minutes on a CPU."""
+"""Handwritten digits colored by the prompt ("a red seven"): random conditioning on real data, minutes on a CPU."""

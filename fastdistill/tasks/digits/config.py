@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the digits experiment; the command line and YAML derive from them."""
+"""Settings of the digits experiment, from which the command line options and YAML fields are made."""
 
 from __future__ import annotations
 
@@ -10,42 +10,44 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fastdistill.documented import documented
 from fastdistill.models import StudentSpec
 from fastdistill.ops.feature_match import Distance
 from fastdistill.tasks.digits.sampling import Sampling
 from fastdistill.train.config import TrainConfig
 
-#: The students that are compared: name -> p(t) and its parameters. All else is equal.
+#: The students to compare: name -> p(t) and its parameters. Everything else is the same for all.
 STUDENTS: dict[str, tuple[str, dict[str, float]]] = {
     "random_conditioning": ("exp", {}),
     "paired": ("const", {"value": 0.0}),
 }
 
 
+@documented
 @dataclass(frozen=True)
 class DigitsConfig:
-    """Random conditioning against paired prompts on handwritten digits, with the shipped teacher."""
+    """Compare random conditioning with paired prompts on handwritten digits, using the shipped teacher."""
 
     output: str = "runs/digits"
-    """Directory of the experiment; an interrupted one is gone on with."""
+    """Directory of the experiment; an interrupted experiment in it is continued."""
     quick: bool = False
-    """About a minute instead of ten: fewer steps, latents and judged images (in runs/digits-quick by default)."""
+    """Short version, one minute instead of ten: fewer steps, latents and images (default output runs/digits-quick)."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
-    """Students trained of each kind; several give mean and spread."""
+    """Students to train of each kind; with several, results are mean and standard deviation."""
     student: Literal["narrow", "blocks"] = "narrow"
-    """narrow: fewer channels, from scratch, taps through 1x1 adapters. blocks: no mid block, the teacher's weights."""
+    """narrow: fewer channels, from scratch, 1x1 adapters at the taps. blocks: no mid block, the teacher's weights."""
     channels: tuple[int, int] = (24, 48)
-    """Channels of the narrow student's stages (the teacher has 32, 64)."""
+    """Channels per stage of the narrow student (the teacher has 32, 64)."""
     cache_images: Annotated[int, Field(ge=48, le=1_000_000)] = 1536
-    """Latents that the teacher makes for the 48 seen prompts, in turn."""
+    """Latents that the teacher generates, distributed over the 48 seen prompts."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 16
-    """Images of each of the 80 prompts by which a model is judged."""
+    """Images per prompt (there are 80) to evaluate each model."""
     feature_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Weight of the feature loss; the output loss has 1."""
+    """Weight of the feature loss, relative to the output loss."""
     feature_distance: Distance = "mse"
-    """normalized_mse: over the teacher's mean square; huber: linear beyond 1; cosine: directions, by sample."""
+    """normalized_mse: divided by the teacher's mean square; huber: linear above 1; cosine: per sample."""
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of prompts replaced by the null prompt."""
+    """Fraction of prompts that are replaced by the null prompt."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=1500,
@@ -60,14 +62,14 @@ class DigitsConfig:
     )
     sampling: Sampling = Sampling()
     workers: Annotated[int, Field(ge=1, le=64)] = field(default_factory=lambda: min(2, os.cpu_count() or 1))
-    """Processes side by side, one model each."""
+    """Processes to run at the same time, each with one model."""
     threads: Annotated[int, Field(ge=1, le=os.cpu_count() or 1)] = 1
-    """CPU threads of a process; more than one was slower on small machines."""
+    """CPU threads per process; more than one was slower on small machines."""
     device: str = "auto"
-    """Where to compute; auto takes a GPU when there is one."""
+    """Device to run on; auto: a GPU if there is one, else the CPU."""
 
     def resolved(self) -> DigitsConfig:
-        """With ``quick`` put into effect and the device named."""
+        """The configuration with ``quick`` applied and ``device`` resolved."""
         import torch
 
         config = self

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scikit-learn's handwritten digits (1,797 real scans, 8x8), tinted: 8 colors x 10 digits = 80 prompts."""
+"""Handwritten digits of scikit-learn (1,797 real scans, 8x8) in 8 colors: 8 colors x 10 digits = 80 prompts."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ COLORS: dict[str, tuple[int, int, int]] = {
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 UNSEEN_COLORS = ("magenta", "white")
 UNSEEN_DIGITS = ("four", "seven")
-HELD_OUT = 360  # of the 1,797 scans, for the judge's own accuracy
+HELD_OUT = 360  # scans of the 1,797 on which the accuracy of the judge is measured
 SHAPE = (3, 8, 8)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt: ``text`` "a red seven", ``color`` and ``digit`` as rows of COLORS and DIGITS."""
+    """A prompt: ``text`` such as "a red seven"; ``color`` and ``digit`` are indices into COLORS and DIGITS."""
 
     text: str
     color: int
@@ -40,7 +40,7 @@ class Prompt:
 
     @property
     def seen(self) -> bool:
-        """Whether the cache may hold it: neither its color nor its digit is one of the unseen."""
+        """Whether the prompt is in the cache: neither its color nor its digit is among the unseen ones."""
         return list(COLORS)[self.color] not in UNSEEN_COLORS and DIGITS[self.digit] not in UNSEEN_DIGITS
 
 
@@ -59,7 +59,7 @@ class Scans:
 
 @cache
 def scans() -> tuple[Scans, Scans]:
-    """The scans for training (1,437) and those held out (360), split by a fixed shuffle."""
+    """The training scans (1,437) and the held-out scans (360), split by a fixed permutation."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -73,19 +73,19 @@ def scans() -> tuple[Scans, Scans]:
 
 
 def tints() -> Tensor:
-    """[8, 3] float32: the color of full ink, in COLORS' order; no ink is 0, mid-gray."""
+    """Colors of full ink, [8, 3] float32 in the order of COLORS; no ink is 0, mid-gray."""
     return torch.tensor(list(COLORS.values()), dtype=torch.float32)
 
 
 def tinted(part: Scans) -> tuple[Tensor, Tensor]:
-    """Every scan in every color: images [8 n, 3, 8, 8] float32 in [-1, 1] and their rows of PROMPTS [8 n] int64."""
+    """Every scan in every color: images [8 n, 3, 8, 8] float32 in [-1, 1], and their rows of PROMPTS [8 n] int64."""
     images = part.ink[None, :, None] * tints()[:, None, :, None, None]
     rows = torch.arange(len(COLORS))[:, None] * len(DIGITS) + part.digit
     return images.reshape(-1, *SHAPE), rows.reshape(-1)
 
 
 def fingerprint() -> str:
-    """sha256 of the scans and their split."""
+    """SHA-256 of the scans and their split."""
     kept, held_out = scans()
     return sha256_of_tensors(
         {"kept": kept.ink, "kept.digit": kept.digit, "out": held_out.ink, "out.digit": held_out.digit}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experiment from beginning to end: cache, students side by side, judge, report (``fastdistill demo digits``)."""
+"""The whole experiment (``fastdistill demo digits``): cache, training of the students, evaluation, report."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fastdistill
-from fastdistill.data.files import atomic_write, locked, make_directory, reason, require_space
-from fastdistill.data.fingerprint import identity_of, plain, weights_hash
+from fastdistill.data.fingerprint import plain, weights_hash
 from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import FastdistillError, StorageError
+from fastdistill.files import atomic_write, locked, make_directory, reason, require_space
 from fastdistill.models.specs import student_config
 from fastdistill.tasks.digits import data, worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
@@ -40,16 +40,16 @@ from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.train.config import validated
 
 CACHE_SEED = 0
-_SPACE = 200_000_000  # bytes: cache, checkpoints and exports of a run stay below it
-_PATIENCE = 20.0  # seconds that a process has for its checkpoint after Ctrl-C
+_SPACE = 200_000_000  # bytes, more than the cache, checkpoints and exports of a run need
+_PATIENCE = 20.0  # seconds for a process to write its checkpoint after Ctrl-C
 
 
 def run(config: DigitsConfig, console: Console | None = None) -> Path:
-    """Run the experiment, or go on with it, and return the path of ``report.html``.
+    """Run the experiment, or continue an interrupted one. Returns the path of ``report.html``.
 
     Raises:
-        FastdistillError: whatever cannot be read, written or computed, in one message; what was finished stays.
-        KeyboardInterrupt: after every process has written its checkpoint.
+        FastdistillError: something cannot be read, written or computed; finished parts are kept.
+        KeyboardInterrupt: after Ctrl-C, when every process has written its checkpoint.
     """
     config = validated(config, "digits").resolved()
     check_device(config.device)
@@ -81,16 +81,16 @@ def versions() -> dict[str, str]:
 
 
 def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> tuple[dict[str, str], float]:
-    """Prompt bank and latent cache; returns the checksums of teacher and prompts, and the seconds that the cache took
-    in this sitting."""
+    """Write the prompt bank and the latent cache. Returns the checksums of teacher and prompts, and the seconds spent
+    on the cache in this call."""
     bank, teacher = prompt_bank(), load_teacher().to(config.device)
-    student_config(teacher.config, config.spec())  # refuses what cannot be built, before anything is written
+    student_config(teacher.config, config.spec())  # raises before anything is written if it cannot be built
     if not (output / "prompts" / "manifest.json").exists():
         bank.save(output / "prompts")
-    elif identity_of(PromptBank.load(output / "prompts")) != identity_of(bank):
+    elif PromptBank.load(output / "prompts").identity != bank.identity:
         raise FastdistillError(f"{output / 'prompts'}: holds other prompts; use another directory or delete it")
     bank = bank.to(config.device)
-    made_from = {"teacher": weights_hash(teacher), "prompts": identity_of(bank)}
+    made_from = {"teacher": weights_hash(teacher), "prompts": bank.identity}
     task = progress.add_task("teacher: cache of seen prompts", total=config.cache_images)
 
     def generate(rows: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> tuple[di
 def _workers(
     config: DigitsConfig, output: Path, made_from: dict[str, str], progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every model's result by name, one entry a seed."""
+    """Results by model name, one entry per seed."""
     jobs = []
     for seed in range(config.seeds):
         for name in STUDENTS:
@@ -154,7 +154,7 @@ def _work(
     name: str,
     seed: int,
 ) -> dict[str, Any]:
-    """One model's result: as it lies there, or from a worker run to its end while showing what it reports."""
+    """The result of one model: read from its directory, or computed by a worker whose progress is shown."""
     directory = output / "models" / (name if name == "teacher" else f"{name}-{seed}")
     task = progress.add_task(title, total=None)
     if not worker.finished(directory, worker.fingerprint(config, name, seed, **made_from)):
@@ -168,18 +168,18 @@ def _work(
 
 
 def _run_worker(directory: Path, stop: threading.Event, title: str, show: Callable[..., None]) -> None:
-    """The job of a directory in a process of its own, until it ends or ``stop`` is set."""
+    """Run the job of a directory in a separate process until it ends or ``stop`` is set."""
     command = [sys.executable, "-m", "fastdistill.tasks.digits.worker", str(directory / "job.json")]
     with _opened(directory / "log.txt") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
         ended = threading.Event()
 
-        def end() -> None:  # a session of its own keeps the terminal's Ctrl-C away: it is passed on once, from here
+        def end() -> None:  # in its own session the process gets no Ctrl-C of the terminal; it is sent from here
             while not ended.wait(0.1):
                 if stop.is_set():
                     process.send_signal(signal.SIGINT)
                     if not ended.wait(_PATIENCE):
-                        process.kill()  # its last checkpoint is whole
+                        process.kill()  # its last checkpoint is complete
                     return
 
         threading.Thread(target=end, daemon=True).start()
@@ -201,7 +201,7 @@ def _run_worker(directory: Path, stop: threading.Event, title: str, show: Callab
         raise FastdistillError(f"{title}: {error}")
     if code != 0:
         how = "was killed (out of memory?)" if code == -signal.SIGKILL else f"ended with {code}"
-        raise FastdistillError(f"{title}: the process {how}; its last words are in {directory / 'log.txt'}")
+        raise FastdistillError(f"{title}: the process {how}; see {directory / 'log.txt'}")
 
 
 def _opened(path: Path) -> TextIO:
@@ -219,8 +219,8 @@ def _progress(console: Console) -> Iterator[Progress]:
 
 
 def _summary(results: dict[str, list[dict[str, Any]]]) -> Table:
-    """The short table at the end."""
-    table = Table(title="Images that show their prompt")
+    """The table that is printed at the end."""
+    table = Table(title="Images that match their prompt")
     for column in ("model", "seen prompts", "unseen prompts", "parameters", "training", "images/s"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in ("teacher", *STUDENTS):

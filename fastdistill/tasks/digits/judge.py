@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what an image shows, independently of teacher and students: both parts know the real scans only."""
+"""Classifies the color and the digit of an image; fitted only to the real scans, never to images of a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from fastdistill.tasks.digits.data import COLORS, DIGITS, SHAPE, scans, tints
 
 
 class Judge:
-    """The color is the one whose tint explains the image best; the digit is read from the ink by a classifier.
+    """Predicts the color as the tint with the smallest least-squares residual, and the digit from the remaining ink.
 
-    The classifier is a support vector machine with an RBF kernel, fitted to the 1,437 training scans when it is made;
-    ``accuracy_on_real`` is its accuracy on the 360 held-out ones.
+    The digit classifier is a support vector machine with an RBF kernel, fitted to the 1,437 training scans when the
+    judge is created. ``accuracy_on_real`` is its accuracy on the 360 held-out scans.
+
+    Raises:
+        FastdistillError: scikit-learn is not installed.
     """
 
     def __init__(self) -> None:
@@ -28,7 +31,7 @@ class Judge:
         self.accuracy_on_real = float((predicted == held_out.digit.numpy()).mean())
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Rows of ``data.PROMPTS`` [n] int64 of images [n, 3, 8, 8] in [-1, 1]."""
+        """Predicted rows of ``data.PROMPTS``, [n] int64, for images [n, 3, 8, 8] in [-1, 1]."""
         images = images.detach().float().cpu()
         if not len(images):
             return torch.empty(0, dtype=torch.int64)
@@ -42,8 +45,7 @@ class Judge:
 
 
 def _unmixed(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest color [n] and the ink in it [n, 8, 8]: for each tint the least-squares ink in [0, 1], then the
-    best."""
+    """The best color [n] and the ink in it [n, 8, 8]: the least-squares ink in [0, 1] for each tint, then the best."""
     tint = tints() / SHAPE[0] ** 0.5  # unit vectors
     ink = torch.einsum("nchw,kc->nkhw", images, tint).div(SHAPE[0] ** 0.5).clamp(0, 1)
     explained = ink[:, :, None] * tints()[None, :, :, None, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the results of the experiment to ``report.json``, ``report.html`` and the pictures in them."""
+"""Writes ``report.json``, ``report.html`` and the figures from the results of the experiment."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from fastdistill.data.files import atomic_write
 from fastdistill.diffusion.conditioning import replacement_probability
 from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid
 from fastdistill.evaluate.metrics import mean_spread, wilson_interval
 from fastdistill.evaluate.report import write_report
+from fastdistill.files import atomic_write
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.sampling import SCHEDULE
@@ -27,7 +27,7 @@ _SHOWN_SEEN, _SHOWN_UNSEEN = 8, 8
 def write(
     config: DigitsConfig, output: Path, results: Results, seconds: dict[str, float], versions: dict[str, str]
 ) -> Path:
-    """Write the report of finished results (one entry a seed) and return the path of the page."""
+    """Write the report of the results (one entry per seed). Returns the path of the HTML page."""
     report: dict[str, Any] = {
         "title": "Random conditioning on handwritten digits",
         "teacher": _model(results["teacher"]),
@@ -39,7 +39,7 @@ def write(
         "prompts": {"seen": len(data.SEEN), "unseen": len(data.UNSEEN)},
         "device": config.device
         if config.device != "cpu"
-        else f"{platform.machine()} CPU, {config.threads} thread a process",
+        else f"{platform.machine()} CPU, {config.threads} thread per process",
         "date": datetime.date.today().isoformat(),
         "reproduce": [_command(config)],
     }
@@ -60,7 +60,7 @@ def _p() -> Tensor:
 
 
 def _model(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracies pooled over the seeds, with Wilson intervals; mean and spread where there are several."""
+    """Accuracies over all seeds with Wilson intervals; with several seeds also mean and standard deviation."""
     model: dict[str, Any] = {"parameters": runs[0]["parameters"]}
     for kind in ("seen", "unseen"):
         right = sum(run["counts"][kind]["right"] for run in runs)
@@ -84,7 +84,7 @@ def _judge(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _backend(results: Results) -> dict[str, str]:
-    """The kernel each op ran with, over all processes."""
+    """The kernels that each op used, over all processes."""
     used: dict[str, set[str]] = {}
     for run in (run for runs in results.values() for run in runs):
         for op, kernels in run["backend"].items():
@@ -97,7 +97,7 @@ def _losses(run: dict[str, Any]) -> tuple[list[float], list[float]]:
 
 
 def _samples(output: Path) -> Any:
-    """The first image of each model for prompts spread over the seen and the unseen ones."""
+    """The first image of each model for evenly chosen seen and unseen prompts."""
     chosen = [
         rows[i * len(rows) // n]
         for rows, n in ((data.SEEN, _SHOWN_SEEN), (data.UNSEEN, _SHOWN_UNSEEN))

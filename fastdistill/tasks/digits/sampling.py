@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How every model of the task is sampled: the same steps, guidance and noise for teacher and students."""
+"""Sampling of all models of the task: the same steps, guidance and noise for the teacher and the students."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from torch import Tensor, nn
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import ddim, initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.documented import documented
 from fastdistill.errors import InputError
 from fastdistill.tasks.digits.data import SHAPE
 
 SCHEDULE = NoiseSchedule.cosine()
 
 
+@documented
 @dataclass(frozen=True)
 class Sampling:
-    """DDIM with classifier-free guidance."""
+    """DDIM sampling with classifier-free guidance."""
 
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    """Sampling steps."""
+    """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 2.5
-    """diffusers' guidance scale: 1 is none."""
+    """Guidance scale as in diffusers; 1 is no guidance."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.2
-    """Limit of the predicted clean sample; images lie in [-1, 1]."""
+    """Limit of the magnitude of the predicted clean sample; images are in [-1, 1]."""
 
     def describe(self) -> dict[str, object]:
         return asdict(self) | {"sampler": "ddim", "schedule": SCHEDULE.to_config()}
 
 
 def check_device(name: str) -> None:
-    """InputError unless this installation computes on the device of this name."""
+    """InputError unless torch can use the device of this name here."""
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # an AssertionError where CUDA is not built in
@@ -58,9 +60,9 @@ def sample(
     """Images [n, 3, 8, 8] float32 on the CPU.
 
     Args:
-        bank: prompts on the model's device. prompt: [n] int64 rows of it.
-        rows: [n] int64: numbers of the initial noise under ``seed``; image i depends on (seed, rows[i], prompt[i]).
-        progress: called with the number of images done after each batch.
+        bank: prompts on the device of the model. prompt: [n] int64, rows of the bank.
+        rows: [n] int64, numbers of the initial noise for ``seed``; image i depends only on (seed, rows[i], prompt[i]).
+        progress: called after each batch with the number of finished images.
     """
     if not len(rows):
         return torch.empty(0, *SHAPE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task's teacher: a U-Net with cross-attention, its recipe, and the weights that ship with the package."""
+"""The teacher of the task: a U-Net with cross-attention, its training, and the weights shipped with the package."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 import fastdistill
-from fastdistill.data.files import atomic_write, make_directory, reason
-from fastdistill.data.fingerprint import differences, identity_of, plain, sha256_of_tensors
+from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Setting
+from fastdistill.documented import documented
 from fastdistill.errors import StorageError
+from fastdistill.files import atomic_write, make_directory, reason
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, check_device, sample
@@ -47,9 +48,10 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
+@documented
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The recipe of the shipped weights."""
+    """How the shipped weights were trained."""
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -58,31 +60,31 @@ class TeacherConfig:
     )
     sampling: Sampling = Sampling()
     weight_limit: Annotated[float, Field(ge=1)] = 5.0
-    """Largest weight min(1 / abar, limit) of a timestep in the loss."""
+    """Limit of the weight min(1 / abar, limit) of each timestep in the loss."""
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of prompts replaced by the null prompt."""
+    """Fraction of prompts that are replaced by the null prompt."""
     images_per_prompt: Annotated[int, Field(ge=1)] = 16
-    """Images judged for each of the 80 prompts afterwards."""
+    """Images per prompt (there are 80) for the evaluation after training."""
     threads: Annotated[int, Field(ge=1)] = 1
-    """CPU threads; one is the fastest on small machines, and what the shipped weights were made with."""
+    """CPU threads; the shipped weights were trained with one, which is fastest on small machines."""
     device: str = "cpu"
-    """Where to train."""
+    """Device to train on."""
     output: str = "runs/digits-teacher"
     """Directory for checkpoints, metrics.jsonl and teacher.safetensors."""
 
 
 def build(seed: int) -> UNet2DConditionModel:
-    """A teacher with initial weights from ``seed``; torch's global generator is left alone."""
+    """A teacher with initial weights from ``seed``. The state of torch's global generator is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return UNet2DConditionModel(**ARCHITECTURE)
 
 
 def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Train by the recipe, judge, and write ``<output>/teacher.safetensors``; an interrupted run is gone on with.
+    """Train and evaluate a teacher and write ``<output>/teacher.safetensors``; an interrupted run is continued.
 
     Returns:
-        The provenance that is written into the file: recipe, data fingerprint, versions, metrics, hash of the weights.
+        The provenance stored in the file: settings, data fingerprint, versions, metrics, hash of the weights.
     """
     config = validated(config, "teacher")
     check_device(config.device)
@@ -96,8 +98,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
     objective = Denoising(config.weight_limit, config.null_probability)
     step = TrainStep(objective.bind(setting), model, config.train, torch.device(config.device))
     recipe = {k: v for k, v in asdict(config).items() if k not in ("output", "device", "threads", "images_per_prompt")}
-    fingerprint = {"recipe": recipe, "data": data.fingerprint(), "prompts": identity_of(bank)}
-    fingerprint |= {"architecture": ARCHITECTURE}
+    fingerprint = {"recipe": recipe, "data": data.fingerprint(), "prompts": bank.identity, "architecture": ARCHITECTURE}
     result = fit(step, model, fingerprint, config.train, output, progress)
 
     step.optimizer.copy_average(model, model)
@@ -120,7 +121,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
 
 @torch.no_grad()
 def judged(model: UNet2DConditionModel, config: TeacherConfig) -> dict[str, float]:
-    """Share of images that show their prompt, over all, seen and unseen prompts, and the judge's own accuracy."""
+    """Fraction of images that match their prompt, for all, seen and unseen prompts, and the accuracy of the judge."""
     judge, bank = Judge(), prompt_bank().to(config.device)
     prompt = torch.arange(len(data.PROMPTS)).repeat_interleave(config.images_per_prompt)
     images = sample(model, bank, prompt, torch.arange(len(prompt)), config.train.seed, config.sampling)
@@ -139,25 +140,26 @@ def judged(model: UNet2DConditionModel, config: TeacherConfig) -> dict[str, floa
 
 
 def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
-    """The teacher of a file that ``train_teacher`` wrote (the shipped one), frozen, in eval mode, float32 on the CPU.
+    """The teacher from a file written by ``train_teacher`` (by default the shipped one): frozen, in eval mode, float32
+    on the CPU.
 
     Raises:
-        StorageError: the file is not there, damaged, or does not hold the weights whose hash it states.
+        StorageError: the file is missing or damaged, or its weights do not match the hash stored in it.
     """
     tensors, provenance = _read(Path(path))
     if sha256_of_tensors(tensors) != provenance["sha256"]:
-        raise StorageError(f"{path}: damaged, its tensors do not have the hash it states; reinstall, or train it anew")
+        raise StorageError(f"{path}: damaged, its tensors do not match the hash stored in it; reinstall the package")
     model = build(0)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        told = " ".join(str(error).split())
-        raise StorageError(f"{path}: expected the tensors of the digits teacher, got others ({told})") from error
+        text = " ".join(str(error).split())
+        raise StorageError(f"{path}: expected the tensors of the digits teacher, got other tensors ({text})") from error
     return model.eval().requires_grad_(False)
 
 
 def provenance(path: str | Path = WEIGHTS) -> dict[str, Any]:
-    """What made the weights of a file: recipe, data, versions, metrics and their hash."""
+    """How the weights in a file were made: settings, data, versions, metrics and the hash of the weights."""
     return _read(Path(path))[1]
 
 
@@ -183,6 +185,4 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise StorageError(
-            f"{path}: damaged, not a teacher's weights ({error}); reinstall, or train it anew"
-        ) from error
+        raise StorageError(f"{path}: damaged, not the weights of a teacher ({error}); reinstall the package") from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task's training step without its data: what is profiled and benchmarked where only speed matters."""
+"""The training step of the task on random data, for profiles and benchmarks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ STUDENT = StudentSpec(remove_mid=True)
 
 
 def noise_cache() -> LatentCache:
-    """512 images of noise that claim to show the seen prompts."""
+    """512 images of random noise, assigned to the seen prompts."""
     images = torch.randn(512, *data.SHAPE, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     return LatentCache(images, torch.tensor(data.SEEN).repeat(512 // len(data.SEEN) + 1)[:512])
 
 
 def noise_trainer(batch: int = 64, device: str | torch.device = "cpu") -> DistillTrainer:
-    """A trainer of the shipped teacher's student without a mid block, on ``noise_cache``."""
+    """A trainer on ``noise_cache`` whose student is the shipped teacher without its mid block."""
     teacher = load_teacher().to(device)
     student = make_student(teacher, STUDENT)
     objective = RandomConditioning(taps=tuple(zip(student.teacher_taps, student.student_taps, strict=True)))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model's part of the experiment in a process of its own: train a student (or take the teacher), sample, judge.
+"""The part of the experiment for one model, in a separate process: train a student (or load the teacher), sample and
+evaluate.
 
-``python -m fastdistill.tasks.digits.worker JOB.json`` prints progress as JSON lines and writes ``result.json`` and
-``samples.safetensors`` beside the job. Ctrl-C and SIGTERM end it after the step under way, with a checkpoint.
+``python -m fastdistill.tasks.digits.worker JOB.json`` prints its progress as JSON lines and writes ``result.json`` and
+``samples.safetensors`` next to the job file. Ctrl-C and SIGTERM end it after the current step, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import torch
 from torch import nn
 
 from fastdistill import ops
-from fastdistill.data.files import atomic_write
-from fastdistill.data.fingerprint import identity_of, plain, sha256_of_json, weights_hash
+from fastdistill.data.fingerprint import plain, sha256_of_json, weights_hash
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import FastdistillError, StorageError
+from fastdistill.files import atomic_write
 from fastdistill.models import make_student
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
@@ -41,18 +42,18 @@ from fastdistill.train.config import from_mapping
 
 Report = Callable[..., None]
 EXPORTED = ("config.json", "diffusion_pytorch_model.safetensors")
-EVALUATION_SEED = 2**31  # noise of the judged images: not that of the cache
+EVALUATION_SEED = 2**31  # initial noise of the evaluated images, other than that of the cache
 
 
 def run(job: Path, report: Report) -> None:
-    """Do what the job file says."""
+    """Run the job described by the file."""
     described = json.loads(job.read_text(encoding="utf-8"))
     config = from_mapping(DigitsConfig, described["config"])
     torch.set_num_threads(config.threads)
     teacher = load_teacher().to(config.device)
     bank = PromptBank.load(Path(config.output) / "prompts").to(config.device)
     name, seed = described["model"], described["seed"]
-    made_from = fingerprint(config, name, seed, weights_hash(teacher), identity_of(bank))
+    made_from = fingerprint(config, name, seed, weights_hash(teacher), bank.identity)
     result: dict[str, Any] = {"model": name, "seed": seed, "fingerprint": made_from}
     model: nn.Module = teacher
     if name != "teacher":
@@ -73,7 +74,7 @@ def fingerprint(config: DigitsConfig, model: str, seed: int, teacher: str, promp
 
 
 def finished(directory: Path, fingerprint: str) -> bool:
-    """Whether this result is there, with what belongs to it; a damaged one is not, and is made anew."""
+    """Whether the directory has a complete result with this fingerprint; a damaged one does not count."""
     done = directory / "result.json"
     try:
         result = json.loads(done.read_text(encoding="utf-8"))
@@ -86,7 +87,7 @@ def finished(directory: Path, fingerprint: str) -> bool:
 
 
 def _export(model: Any, directory: Path) -> None:
-    """``model.save_pretrained``, whole or not there."""
+    """``model.save_pretrained``, atomically."""
     temporary = directory.with_name(f".{directory.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -161,11 +162,11 @@ def _evaluate(
 
 def main() -> int:
     parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the parent runs in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also if the parent runs in the background of a shell
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def report(**fields: Any) -> None:
-        if os.getppid() != parent:  # nobody is left to read: stop as for Ctrl-C
+        if os.getppid() != parent:  # the parent has ended: stop as for Ctrl-C
             os.kill(os.getpid(), signal.SIGTERM)
             return
         print(json.dumps(fields), flush=True)

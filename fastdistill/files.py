@@ -68,7 +68,10 @@ def require_space(path: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise StorageError(f"{path}: expected {readable(needed)} of free disk space, got {readable(free)}")
+        wanted, got = readable(needed), readable(free)
+        if wanted == got:
+            wanted, got = f"{needed:,} bytes", f"{free:,} bytes"
+        raise StorageError(f"{path}: expected {wanted} of free disk space, got {got}")
 
 
 @contextlib.contextmanager

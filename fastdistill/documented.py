@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Field docstrings of a dataclass in ``help()``: Python itself drops a string that follows a field."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import textwrap
+from typing import TypeVar
+
+Class = TypeVar("Class", bound=type)
+
+
+def documented(cls: Class) -> Class:
+    """Class decorator: appends the docstrings of the fields to the class docstring, as a section ``Attributes``.
+
+    The command line reads the same strings as help of its options. The class stays as it is where its source cannot be
+    read (a frozen application, an interactive session).
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return cls
+    lines = []
+    for statement, following in itertools.pairwise(getattr(tree.body[0], "body", [])):
+        match statement, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                lines.append(f"    {name}: {' '.join(text.split())}")
+    if lines:
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
+    return cls

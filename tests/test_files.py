@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Atomic writes, the lock, and free space."""
+
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from fastdistill import files
+from fastdistill.errors import FastdistillError, StorageError
+
+
+def test_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path):
+    target = tmp_path / "report.json"
+    files.atomic_write(target, b"one")
+    files.atomic_write(target, lambda file: file.write(b"two"))
+    assert target.read_bytes() == b"two"
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("where", ["writer", "fsync", "replace"])
+def test_interrupted_write_keeps_what_was_there(tmp_path, monkeypatch, error, where):
+    target = tmp_path / "weights.bin"
+    files.atomic_write(target, b"old")
+
+    def fail(*_):
+        raise error
+
+    def writer(file):
+        file.write(b"half of the new")
+        if where == "writer":
+            fail()
+
+    if where != "writer":
+        monkeypatch.setattr(os, where, fail)
+    expected = StorageError if isinstance(error, OSError) else error
+    with pytest.raises(expected) as caught:
+        files.atomic_write(target, writer)
+    if expected is StorageError:
+        assert str(target) in str(caught.value) and "No space left on device" in str(caught.value)
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["weights.bin"]
+
+
+def test_a_file_size_limit_is_one_clear_error(tmp_path):
+    """The kernel itself refuses the write (EFBIG), in another process so that the limit stays there."""
+    script = f"""
+        import os, resource, torch
+        from fastdistill.files import atomic_write
+        from fastdistill.errors import StorageError
+        path = {str(tmp_path / "large.bin")!r}
+        atomic_write(path, b"old")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        for content in (bytes(10_000), lambda file: torch.save({{"w": torch.ones(10_000)}}, file)):
+            try:
+                atomic_write(path, content)
+            except StorageError as error:
+                print(error)
+        print(open(path, "rb").read(), os.listdir({str(tmp_path)!r}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("large.bin: could not be written: File too large") == 2
+    assert "b'old' ['large.bin']" in done.stdout
+
+
+def test_one_writer_a_directory(tmp_path):
+    busy = rf"another process is writing here \(process {os.getpid()}\)"
+    with files.locked(tmp_path), pytest.raises(StorageError, match=busy), files.locked(tmp_path):
+        pytest.fail("two writers hold the lock")
+    with files.locked(tmp_path):
+        pass
+
+
+def test_too_small_a_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: type("usage", (), {"free": 1_000_000})())
+    files.require_space(tmp_path / "not" / "yet", 1_000_000)
+    with pytest.raises(StorageError, match=r"yet: expected 5\.0 MB of free disk space, got 1\.0 MB"):
+        files.require_space(tmp_path / "not" / "yet", 5_000_000)
+    with pytest.raises(StorageError, match=r"expected 1,000,001 bytes of free disk space, got 1,000,000 bytes"):
+        files.require_space(tmp_path, 1_000_001)
+
+
+def test_errors_of_storage_are_errors_a_caller_can_catch():
+    assert issubclass(StorageError, OSError) and issubclass(StorageError, FastdistillError)
