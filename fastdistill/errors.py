@@ -24,3 +24,7 @@ class StorageError(FastdistillError, OSError):
 
 class KernelError(FastdistillError, RuntimeError):
     """A kernel that was asked for by name cannot run here; the message holds its reason."""
+
+
+class DeviceError(FastdistillError, RuntimeError):
+    """The device has failed: nothing more can run on it in this process, which has to be started again."""

@@ -75,7 +75,13 @@ def triton_reason() -> str | None:
     """Why the Triton kernels cannot run in this installation, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return None if torch.cuda.is_available() else "no CUDA device"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # whatever a broken installation raises
+        return f"triton does not load: {error}"
+    return None
 
 
 def is_dense(tensor: Tensor) -> bool:

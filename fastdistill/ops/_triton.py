@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -33,6 +34,21 @@ def target(major: int) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel, grid, arguments, options
+
+
+def launch_all(launches: list[Launch], *, in_place: bool) -> None:
+    """Launch kernels one after another. ``in_place``: they write over what they read, so each is compiled and loaded
+    before the first one runs, and one that cannot be leaves everything as it was."""
+    if in_place and len(launches) > 1:
+        for kernel, grid, args, options in launches:
+            compiled = kernel.warmup(*args, grid=grid, **options)
+            if compiled is not None:  # not interpreted
+                _ = compiled.run  # loads it
+    for kernel, grid, args, options in launches:
+        kernel[grid](*args, **options)
 
 
 CHOICE: tl.constexpr = tl.constexpr(0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
+from fastdistill.ops._backward import once_differentiable, remember
 from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, constant, forced, later, register
 from fastdistill.ops.cross_attention import reference
 
@@ -166,11 +167,12 @@ class _CrossAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask, rows)
+        remember(ctx, None)
         ctx.scale = scale
         return _launch(q.detach(), k.detach(), v.detach(), mask, rows, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, rows = ctx.saved_tensors
         of_q, of_kv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
