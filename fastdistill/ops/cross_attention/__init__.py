@@ -106,7 +106,7 @@ def cross_attention(
         raise InputError.of("mask", "a tensor without gradient", "requires_grad=True")
     _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None):
+    if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None and not _failed(q, k)):
         if not torch.compiler.is_compiling():
             OPS["cross_attention"].calls[REFERENCE] += 1
         try:
@@ -123,6 +123,15 @@ def cross_attention(
 @constant
 def _has_triton() -> bool:
     return _native.triton_reason() is None
+
+
+def _failed(q: Tensor, k: Tensor) -> bool:
+    """Whether a kernel could not be compiled for heads and keys like these, so that torch's attention is the next."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = [kind for op in (_cross_attention, _cross_attention_backward) for _, kind in op.failures]
+    like = q.dtype, q.shape[3], k.shape[1]
+    return any((dtype, of_q[3], of_k[1]) == like for (_, dtype, of_q, _), (_, _, of_k, _), *_ in kinds)
 
 
 def _split(tensor: Tensor, name: str, heads: int | None) -> Tensor:
