@@ -16,23 +16,21 @@ from torch import Tensor
 
 from fastdistill.errors import FastdistillError
 
-_CUDA = ("CUDA error", "Triton Error [CUDA]")  # how the messages of torch, of this library and of Triton begin
-# In the driver's and the runtime's words: the launch was refused, before anything was executed.
-_REFUSED = (
+_CUDA, _TRITON = "CUDA error", "Triton Error [CUDA]"  # in messages of torch and of csrc, and of Triton's launcher
+# In the words of CUDA: this GPU or its driver cannot load the kernel, nor any other that was built with it.
+_NOT_LOADED = (
     "no kernel image is available",
     "device kernel image is invalid",
     "invalid device function",
     "named symbol not found",
-    "too many resources requested for launch",
-    "invalid configuration argument",
-    "invalid argument",
     "a PTX JIT compilation failed",
     "PTX JIT compiler library",
-    "the provided PTX was compiled with an unsupported toolchain",
+    "PTX was compiled with an unsupported toolchain",
     "CUDA driver version is insufficient",
-    "not supported",
 )
-# The same of errors that stay with the process.
+# One launch was refused. A call of csrc may have made others before, one of Triton's says so (``launch_all``).
+_NOT_LAUNCHED = ("too many resources requested for launch", "invalid configuration argument", "invalid argument")
+# Errors that stay with the process.
 _FINAL = (
     "illegal memory access",
     "unspecified launch failure",
@@ -50,7 +48,7 @@ _FINAL = (
 def is_final(error: BaseException) -> bool:
     """Whether nothing runs on the device any more."""
     text = str(error)
-    return any(mark in text for mark in _CUDA) and any(words in text for words in _FINAL)
+    return (_CUDA in text or _TRITON in text) and any(words in text for words in _FINAL)
 
 
 def reason(error: Exception) -> str | None:
@@ -58,8 +56,9 @@ def reason(error: Exception) -> str | None:
     if isinstance(error, (FastdistillError, torch.OutOfMemoryError, MemoryError)):
         return None
     text = str(error)
-    if any(mark in text for mark in _CUDA):
-        return _line(error) if any(words in text for words in _REFUSED) else None
+    if _CUDA in text or _TRITON in text:
+        refused = _NOT_LOADED + (_NOT_LAUNCHED if _TRITON in text else ())
+        return _line(error) if any(words in text for words in refused) else None
     return _line(error) if isinstance(error, ImportError) or _is_of_triton(error) else None
 
 

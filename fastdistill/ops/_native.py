@@ -70,6 +70,17 @@ def stream(tensor: Tensor) -> int:
     return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
 
 
+def queue(tensor: Tensor) -> tuple[int, int]:
+    """The same, and how many multiprocessors the GPU has; where it is emulated few, so that persistent loops go
+    around."""
+    return stream(tensor), _processors(tensor.get_device()) if tensor.is_cuda else 2
+
+
+@cache
+def _processors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 @cache
 def triton_reason() -> str | None:
     """Why the Triton kernels cannot run in this installation, or None."""

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdistill.errors import KernelError
+
 _target: contextvars.ContextVar[int] = contextvars.ContextVar("fastdistill_target", default=9)
 
 
@@ -47,8 +49,13 @@ def launch_all(launches: list[Launch], *, in_place: bool) -> None:
             compiled = kernel.warmup(*args, grid=grid, **options)
             if compiled is not None:  # not interpreted
                 _ = compiled.run  # loads it
-    for kernel, grid, args, options in launches:
-        kernel[grid](*args, **options)
+    for number, (kernel, grid, args, options) in enumerate(launches):
+        try:
+            kernel[grid](*args, **options)
+        except Exception as error:
+            if in_place and number:
+                raise KernelError(f"a launch failed after others of the call had run: {error}") from error
+            raise
 
 
 CHOICE: tl.constexpr = tl.constexpr(0)

@@ -58,7 +58,8 @@ def double(x: Tensor, y: Tensor) -> None:
         OutOfResources(300_000, 232_448, "shared memory"),
         PTXASError("Internal Triton PTX codegen error"),
         RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
-        RuntimeError("planted: CUDA error: too many resources requested for launch"),
+        RuntimeError("Triton Error [CUDA]: too many resources requested for launch"),
+        RuntimeError("planted: CUDA error: no kernel image is available for execution on the device"),
         ImportError("fastdistill.ops.planted.triton does not load"),
     ],
     ids=lambda error: type(error).__name__,
@@ -97,6 +98,7 @@ def test_a_kernel_that_is_asked_for_raises_its_reason() -> None:
         ValueError("of the launch itself"),
         InputError("x: expected a rule, got a value"),
         torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("planted: CUDA error: invalid configuration argument"),  # of several launches, perhaps
         RuntimeError("planted: CUDA error: operation failed due to a previous error during capture"),
     ],
     ids=lambda error: type(error).__name__,
@@ -232,6 +234,27 @@ def test_launches_are_compiled_first_where_they_write_over_their_inputs() -> Non
     _triton.launch_all(launches, in_place=False)
     _triton.launch_all(launches[:1], in_place=True)  # it runs or it does not
     assert done == ["launch a", "launch b", "launch a"]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_launch_that_fails_after_others_is_told_apart_where_they_wrote_over_inputs(in_place: bool) -> None:
+    class Fake:
+        def __init__(self, error: Exception | None) -> None:
+            self.error = error
+
+        def warmup(self, *args: Any, **options: Any) -> None: ...
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def run(*args: Any, **options: Any) -> None:
+                if self.error is not None:
+                    raise self.error
+
+            return run
+
+    error = RuntimeError("Triton Error [CUDA]: invalid argument")
+    with pytest.raises(KernelError if in_place else RuntimeError, match="invalid argument") as raised:
+        _triton.launch_all([(Fake(None), (1,), (), {}), (Fake(error), (1,), (), {})], in_place=in_place)
+    assert (_failures.reason(raised.value) is None) == in_place
 
 
 def test_cross_attention_goes_to_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
