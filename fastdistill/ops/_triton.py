@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.errors import KernelError
+from fastdistill.errors import FastdistillError
 
 _target: contextvars.ContextVar[int] = contextvars.ContextVar("fastdistill_target", default=9)
 
@@ -54,7 +54,7 @@ def launch_all(launches: list[Launch], *, in_place: bool) -> None:
             kernel[grid](*args, **options)
         except Exception as error:
             if in_place and number:
-                raise KernelError(f"a launch failed after others of the call had run: {error}") from error
+                raise FastdistillError(f"a launch failed after others of the call had run: {error}") from error
             raise
 
 

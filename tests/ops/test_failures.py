@@ -16,7 +16,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from fastdistill import doctor
-from fastdistill.errors import DeviceError, InputError, KernelError
+from fastdistill.errors import DeviceError, FastdistillError, InputError, KernelError
 from fastdistill.ops import OPS, _failures, _native, _triton, cross_attention, geglu, trials, use
 from fastdistill.ops._dispatch import Kernel, Op, later
 from fastdistill.ops.adamw_ema import triton as adamw
@@ -252,7 +252,7 @@ def test_a_launch_that_fails_after_others_is_told_apart_where_they_wrote_over_in
             return run
 
     error = RuntimeError("Triton Error [CUDA]: invalid argument")
-    with pytest.raises(KernelError if in_place else RuntimeError, match="invalid argument") as raised:
+    with pytest.raises(FastdistillError if in_place else RuntimeError, match="invalid argument") as raised:
         _triton.launch_all([(Fake(None), (1,), (), {}), (Fake(error), (1,), (), {})], in_place=in_place)
     assert (_failures.reason(raised.value) is None) == in_place
 

@@ -12,19 +12,22 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fastdistill.distill import Weights
 from fastdistill.distill.denoising import Denoising
-from fastdistill.distill.objective import Objective, Setting
-from fastdistill.errors import FastdistillError, KernelError
+from fastdistill.distill.objective import Objective, Setting, has_streams
+from fastdistill.errors import DeviceError, FastdistillError, KernelError
 from fastdistill.train import DistillTrainer, distributed, graph
 from fastdistill.train.graph import WARM_UP, _checkpoints_without_rng, runner
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.step import TrainStep
 from tests import small
 
+with FakeTensorMode():
+    ON_GPU = torch.empty(1, device="cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -284,7 +287,7 @@ def test_what_cannot_be_compiled_is_named() -> None:
 class FakeGraph:
     """A CUDA graph of a machine without one: captures nothing, replays by running the step."""
 
-    fails = False
+    fails: RuntimeError | None = None
 
     def __init__(self) -> None:
         self.replays = 0
@@ -312,19 +315,23 @@ class FakeCapture:
     def __enter__(self) -> None:
         FakeGraph.captured = True  # type: ignore[attr-defined]
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         FakeGraph.captured = False  # type: ignore[attr-defined]
+        if kind is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     current = FakeStream("cpu")
-    FakeGraph.captured = FakeGraph.fails = False  # type: ignore[attr-defined]
+    FakeGraph.captured = False  # type: ignore[attr-defined]
+    FakeGraph.fails = None
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: warnings.catch_warnings())
     monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: FakeGraph.captured)  # type: ignore[attr-defined]
     monkeypatch.setattr(graph, "refuse_graph", lambda *_: None)
 
 
@@ -336,13 +343,15 @@ class Counting:
 
     def __init__(self, sin: str | None = None) -> None:
         self.counter, self.done, self.sin = torch.zeros(2, dtype=torch.int64), 0, sin
+        self.on_streams: list[bool] = []
         self.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
 
     def __call__(self) -> None:
         if FakeGraph.captured:  # type: ignore[attr-defined]
-            if FakeGraph.fails:
-                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            if FakeGraph.fails is not None:
+                raise FakeGraph.fails
             return
+        self.on_streams.append(has_streams(ON_GPU))
         if self.sin:
             Sins(self.sin)(torch.ones(2))
         self.done += 1
@@ -363,12 +372,21 @@ def test_every_step_of_a_graphed_run_counts_once(ranks: int, warm_up: int, monke
         advance()
         assert step.done == expected
     assert advance.graph.replays == 4
+    # In the last step before the capture the teacher has a stream of its own, as in the graph.
+    assert step.on_streams[:warm_up] == [False] * (warm_up - 1) + [True]
 
 
 @pytest.mark.usefixtures("fake_cuda")
 def test_no_rank_replays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "anywhere", lambda *_: True)
+    answers = [False, True, True, True]  # last first: a capture failed there; for lack of memory; once more; it did not
+    monkeypatch.setattr(distributed, "anywhere", lambda *_: answers.pop())
     step: Any = Counting()
+    advance = runner(step, nn.Module(), "auto")
+    for _ in range(WARM_UP):
+        advance()
+    with pytest.raises(FastdistillError, match=r"step: out of memory .* another rank could not"):
+        advance()
+    step = Counting()
     advance = runner(step, nn.Module(), "auto")
     with pytest.warns(UserWarning, match="in a CUDA graph: another rank could not; going on compiled"):
         for _ in range(WARM_UP + 1):
@@ -382,7 +400,7 @@ def test_what_cannot_be_captured_is_named_and_compiled(cause: str) -> None:
     def make() -> Any:
         return Counting("item" if cause == "sin" else None)
 
-    FakeGraph.fails = True
+    FakeGraph.fails = RuntimeError("operation not permitted when stream is capturing\nand more")
     message = "got a value read on the host" if cause == "sin" else "CUDA graph: operation not permitted when stream is"
     step = make()
     advance = runner(step, nn.Module(), "graph")
@@ -395,3 +413,40 @@ def test_what_cannot_be_captured_is_named_and_compiled(cause: str) -> None:
         for _ in range(WARM_UP + 4):
             advance()
     assert step.done == WARM_UP + 4 and step.compiled
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("execution", ["graph", "auto"])
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            FastdistillError,
+            "step: out of memory .* graph: CUDA out",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+            FastdistillError,
+            "step: out of memory .* graph: CUDA",
+        ),
+        (
+            DeviceError("x: CUDA error: an illegal memory access was encountered"),
+            DeviceError,
+            "x: CUDA error: an illegal",
+        ),
+    ],
+    ids=["memory", "workspace", "device"],
+)
+def test_what_compiling_does_not_help_ends_the_run(
+    cause: RuntimeError, kind: type[Exception], message: str, execution: Any
+) -> None:
+    FakeGraph.fails = cause
+    step: Any = Counting()
+    advance = runner(step, nn.Module(), execution)
+    for _ in range(WARM_UP):
+        advance()
+    with pytest.raises(kind, match=message) as raised:
+        advance()
+    assert not isinstance(raised.value, KernelError) and not step.compiled
+    assert cause in (raised.value, raised.value.__cause__)
