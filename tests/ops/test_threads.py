@@ -6,16 +6,22 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections import Counter
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fastdistill.ops import OPS, cross_attention, geglu, use
 from fastdistill.ops._dispatch import forced
+from fastdistill.ops.adamw_ema import table
+from fastdistill.train.profiling import profile_steps
 from tests.ops.test_dispatch import BACKWARD, CALLS, X
 
 
@@ -146,3 +152,45 @@ def test_a_compiled_function_uses_the_kernel_that_is_asked_for_when_it_runs() ->
     both()
     with use("reference"):
         assert counted("geglu", both) == counted("geglu_backward", both) == {"reference": 1}
+
+
+def test_tables_of_two_optimizers_in_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each drops the other's copy when there is room for one."""
+
+    class Slow(OrderedDict[Any, Any]):
+        def move_to_end(self, key: Any, last: bool = True) -> None:
+            time.sleep(0.002)
+            super().move_to_end(key, last)
+
+    monkeypatch.setattr(table, "_MOST_COPIES", 1)
+    monkeypatch.setattr(table, "_copies", Slow())
+
+    def copy(number: int) -> list[bool]:
+        rows = np.full((1, 16), number, np.int64)
+        expected = torch.from_numpy(rows.reshape(-1))
+        return [torch.equal(table.on_device(rows, torch.device("cpu"))[0], expected) for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(all(equal) for equal in pool.map(copy, (1, 2)))
+
+
+def test_profiles_of_two_threads_leave_nothing_behind(tmp_path: Path) -> None:
+    before = {name: (op.kernels, op.reference) for name, op in OPS.items()}
+    first_inside, second_inside, first_done = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        first_inside.set()
+        second_inside.wait(0.1)  # for nothing where profiles take turns
+
+    def second() -> None:
+        second_inside.set()
+        first_done.wait(5)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(profile_steps, first, tmp_path / "first", steps=1, warm_up=0)
+        first_inside.wait()
+        two = pool.submit(profile_steps, second, tmp_path / "second", steps=1, warm_up=0)
+        one.result()
+        first_done.set()
+        two.result()
+    assert {name: (op.kernels, op.reference) for name, op in OPS.items()} == before
