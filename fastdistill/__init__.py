@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distil conditional diffusion models into smaller or cheaper ones, fast.
 
-The public names are loaded when they are first used, so that ``import fastdistill`` is quick.
+The public names, and the modules ``ops``, ``data``, ``models``, ``train``, ``diffusion``, ``distill`` and ``evaluate``,
+are loaded when they are first used, so that ``import fastdistill`` is quick.
 """
 
 from __future__ import annotations
@@ -38,9 +39,19 @@ _HOME = {
     "output_match": "ops",
     "residual_layer_norm_modulate": "ops",
 }
+_MODULES = ("data", "diffusion", "distill", "errors", "evaluate", "models", "ops", "tasks", "train")
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from fastdistill import data as data
+    from fastdistill import diffusion as diffusion
+    from fastdistill import distill as distill
+    from fastdistill import errors as errors
+    from fastdistill import evaluate as evaluate
+    from fastdistill import models as models
+    from fastdistill import ops as ops
+    from fastdistill import tasks as tasks
+    from fastdistill import train as train
     from fastdistill.data.latent_cache import LatentCache as LatentCache
     from fastdistill.data.latent_cache import generate_latent_cache as generate_latent_cache
     from fastdistill.data.prompt_bank import PromptBank as PromptBank
@@ -69,10 +80,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fastdistill.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fastdistill' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fastdistill.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})
