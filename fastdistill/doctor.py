@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastdistill
-from fastdistill.ops import OPS, _failures, _native
+from fastdistill.ops import OPS, _failures, _native, trials
 
 _PACKAGES = ("torch", "diffusers", "triton", "safetensors", "numpy", "xformers")
 
@@ -33,10 +33,12 @@ def examine(*, try_kernels: bool = False) -> dict[str, Any]:
     """
     devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
     kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    tried = {(kind, *pair): reason for kind in kinds for pair, reason in _tried(kind, try_kernels).items()}
+    tried = {kind: trials.failures(kind) if try_kernels else {} for kind in kinds}
     kernels = []
     for name, op in OPS.items():
-        rows = [r | {"reason": r["reason"] or tried.get((r["device"], name, r["kernel"]))} for r in op.table()]
+        rows = op.table()
+        for row in rows:
+            row["reason"] = row["reason"] or tried.get(str(row["device"]), {}).get((name, str(row["kernel"])))
         chosen = {
             kind: next(r["kernel"] for r in rows if r["device"] in (kind, "any") and not r["reason"]) for kind in kinds
         }
@@ -61,14 +63,6 @@ def examine(*, try_kernels: bool = False) -> dict[str, Any]:
             for (kernel, kind), reason in op.failures.items()
         ],
     }
-
-
-def _tried(device: str, try_kernels: bool) -> dict[tuple[str, str], str]:
-    if not try_kernels:
-        return {}
-    from fastdistill.ops import trials
-
-    return trials.failures(device)
 
 
 def _versions() -> dict[str, str]:

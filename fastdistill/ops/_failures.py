@@ -70,7 +70,7 @@ def _is_of_triton(error: Exception) -> bool:
 
 def _line(error: Exception) -> str:
     """The first and the last line of the message: Triton puts the place first, the source between, the cause last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *dict.fromkeys(lines[:1] + lines[-1:])])
 
 

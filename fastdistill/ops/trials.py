@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fastdistill.errors import DeviceError, FastdistillError
+from fastdistill.ops import _failures
 from fastdistill.ops._dispatch import OPS, REFERENCE, use
 from fastdistill.ops.adamw_ema import AdamWGroup, adamw_ema, grad_square_sum
 from fastdistill.ops.attention import attention
@@ -30,24 +30,26 @@ def failures(device: str) -> dict[tuple[str, str], str]:
     Nothing is tried after an error that leaves the device unusable.
     """
     before = [(op, op.calls.copy()) for op in OPS.values()]  # a trial is not a call of the user's
+    here = [
+        (op.name, k.name) for op in OPS.values() for k in op.kernels if k.device == device and k.available() is None
+    ]
     found: dict[tuple[str, str], str] = {}
     try:
         with torch.device(device):
             calls = _calls()
-        for name, call in calls.items():
-            for kernel in OPS[name].kernels:
-                if kernel.device != device or kernel.available() is not None:
-                    continue
-                try:
-                    with use(kernel.name):
-                        call()
-                    if device == "cuda":
-                        torch.cuda.synchronize()
-                except DeviceError as error:
-                    return found | {(name, kernel.name): str(error)}
-                except (FastdistillError, RuntimeError) as error:
-                    found[name, kernel.name] = str(error)
+        for name, kernel in here:
+            try:
+                with use(kernel):
+                    calls[name]()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            except RuntimeError as error:  # a KernelError, or torch's of what was launched
+                found[name, kernel] = str(error)
+                if _failures.is_final(error):
+                    break
         return found
+    except RuntimeError as error:  # of torch itself: a device that is taken or full
+        return dict.fromkeys(here, f"{device} cannot be used: {error}")
     finally:
         for op, counted in before:
             op.calls = counted
@@ -89,8 +91,8 @@ def _floats(*shape: int) -> Tensor:
 def _differentiated(call: Callable[..., Any], *inputs: Tensor) -> None:
     leaves = [t.requires_grad_() for t in inputs]
     made = call(*leaves)
-    outputs = [made] if isinstance(made, Tensor) else made
-    torch.autograd.grad(sum(2.0 * out.float().sum() for out in outputs), leaves)
+    outputs = [made] if isinstance(made, Tensor) else list(made)
+    torch.autograd.grad([2.0 * out.float().sum() for out in outputs], leaves)
 
 
 def _model_ops() -> None:

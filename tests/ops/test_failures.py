@@ -25,7 +25,7 @@ from tests.gpu.work import adamw_ema_work
 UNCOMPILABLE = CompilationError(
     "def k(x):\n    x + nothing\n", ast.parse("\nx + nothing").body[0], "nothing is not defined"
 )
-REASON = "CompilationError: at 2:0:: nothing is not defined"
+REASON = "CompilationError: at 2:0: nothing is not defined"
 
 
 class Planted:
@@ -302,3 +302,9 @@ def test_the_doctor_stops_where_the_device_has_failed(monkeypatch: pytest.Monkey
     for op in OPS.values():
         monkeypatch.setattr(op, "kernels", [Kernel("cuda", "cpu", launch, lambda: None)])
     assert len(trials.failures("cpu")) == 1
+
+    def calls() -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(trials, "_calls", calls)
+    assert trials.failures("cpu").keys() == {(name, "cuda") for name in OPS}
