@@ -60,7 +60,7 @@ def examine(*, try_kernels: bool = False) -> dict[str, Any]:
         "failures": [
             {"op": name, "kernel": kernel, "call": _failures.described(kind), "reason": reason}
             for name, op in OPS.items()
-            for (kernel, kind), reason in op.failures.items()
+            for (kernel, kind), reason in list(op.failures.items())
         ],
     }
 

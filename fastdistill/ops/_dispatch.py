@@ -156,7 +156,9 @@ class Op:
         if kind is None:
             self.overload(*args)
             return
-        key = self.name if _forced.get("") is None or (asked := forced()) is None else (self.name, asked)
+        if (asked := _forced.get("")) is not None:  # None spares the call
+            asked = forced()
+        key = self.name if asked is None else (self.name, asked)
         found = kind.found.get(key)
         if found is None or found[0] is not self.kernels:
             found = kind.found[key] = self.kernels, self.kernel_for("cpu", args)
@@ -235,7 +237,7 @@ class Op:
             raise error  # what a graph holds is decided before its capture
         if forced() is not None:
             raise self._error(kernel.name, kernel.device, reason) from error
-        known = any(name == kernel.name for name, _ in self.failures)
+        known = any(name == kernel.name for name, _ in list(self.failures))  # other threads may add to it
         self.failures[kernel.name, _failures.kind(args)] = reason
         if not known:
             warnings.warn(

@@ -82,6 +82,7 @@ def test_blocks_of_two_tasks_that_overlap() -> None:
 def test_calls_of_one_kind_by_threads_that_ask_for_different_kernels() -> None:
     x, calls = X.clone(), 300
     automatic = next(iter(counted("geglu", lambda: geglu(x))))
+    assert in_a_thread(lambda: counted("geglu", lambda: geglu(x))) == {automatic: 1}
 
     def run(kernel: str | None) -> None:
         with use(kernel):

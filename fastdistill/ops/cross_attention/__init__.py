@@ -129,7 +129,7 @@ def _failed(q: Tensor, k: Tensor) -> bool:
     """Whether a kernel could not be compiled for heads and keys like these, so that torch's attention is the next."""
     if torch.compiler.is_compiling():
         return False
-    kinds = [kind for op in (_cross_attention, _cross_attention_backward) for _, kind in op.failures]
+    kinds = [kind for op in (_cross_attention, _cross_attention_backward) for _, kind in list(op.failures)]
     like = q.dtype, q.shape[3], k.shape[1]
     return any((dtype, of_q[3], of_k[1]) == like for (_, dtype, of_q, _), (_, _, of_k, _), *_ in kinds)
 
