@@ -23,3 +23,7 @@ class StorageError(FastdistillError, OSError):
 
 class KernelError(FastdistillError, RuntimeError):
     """A kernel selected by name cannot run here; the message contains the reason."""
+
+
+class DeviceError(FastdistillError, RuntimeError):
+    """The device has failed: nothing more can run on it in this process, which has to be started again."""

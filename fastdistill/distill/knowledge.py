@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.diffusion.matching import match_table
-from fastdistill.distill.objective import Setting, cast_inputs, predict
+from fastdistill.distill.objective import Setting, cast_inputs, has_streams, predict
 from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
 from fastdistill.models.taps import Taps, channels
@@ -91,7 +91,7 @@ class Knowledge:
 
     def __call__(self, draw: Draw[Tensor], task: Task | None = None) -> tuple[Tensor, list[Tensor]]:
         """The loss and its parts ``metric_names`` (unweighted, but the first); the task loss needs ``task``."""
-        branch = self._branch if _capturing(draw.x_t) else None
+        branch = self._branch if has_streams(draw.x_t) else None
         target, theirs = self._teacher(draw, branch) if self.weights.output or self.weights.feature else (None, [])
         x_t, prompt = cast_inputs(self.student, draw.x_t, draw.prompt)
         output = predict(self.student, x_t, draw.timestep, prompt)
@@ -151,8 +151,3 @@ class Knowledge:
         return feature_match(
             own, theirs, distance=self.feature_distance, grad_scale=self._grad_scale, grads=self._gradients
         ).loss
-
-
-def _capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: there, and only there, teacher and student run side by side."""
-    return tensor.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +14,27 @@ from torch import Tensor, nn
 
 from fastdistill.data.staged import Batches, Rows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
+
+_as_captured: contextvars.ContextVar[bool] = contextvars.ContextVar("fastdistill_as_captured", default=False)
+
+
+@contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """Inside, an eager step runs on the streams that it will have in a CUDA graph. What a library allocates once for
+    each stream, such as cuBLAS's workspace, is then there before the capture and not a part of the graph's memory."""
+    token = _as_captured.set(True)
+    try:
+        yield
+    finally:
+        _as_captured.reset(token)
+
+
+def has_streams(tensor: Tensor) -> bool:
+    """Whether parts of a step on this tensor's device run side by side on streams: in a CUDA graph, and in a step that
+    runs ``as_captured``."""
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return False
+    return _as_captured.get() or torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
