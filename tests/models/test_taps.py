@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdistill.errors import InputError
 from fastdistill.models import Adapters, Taps
+from tests.harness import EPS
 
 from .conftest import inputs
 
@@ -165,7 +166,7 @@ def test_compiled(whole: bool) -> None:
     run = torch.compile(step, backend="aot_eager", fullgraph=True) if whole else outside
     for _ in range(2):
         features = run(x)
-        torch.testing.assert_close(features[0], net.first(x))
+        assert torch.equal(features[0], net.first(x))
         sum(f.sum() for f in features).backward()
         assert net.first.weight.grad is not None
         net.zero_grad()
@@ -230,9 +231,10 @@ def test_adapters() -> None:
     assert [tuple(f.shape) for f in out] == [(2, 6, 8, 8), (2, 5, 4, 4), (2, 16, 7)]
     assert out[1] is features[1]
     weight, bias = adapters[0].weight[:, :, 0, 0], adapters[0].bias
-    torch.testing.assert_close(out[0][1, :, 2, 3], weight @ features[0][1, :, 2, 3] + bias)
+    bound = {"rtol": 0, "atol": 8 * EPS * 4}  # sums of 5 terms below 4
+    torch.testing.assert_close(out[0][1, :, 2, 3], weight @ features[0][1, :, 2, 3] + bias, **bound)
     weight, bias = adapters[2].weight[:, :, 0, 0], adapters[2].bias
-    torch.testing.assert_close(out[2][1, 5], weight @ features[2][1, 5] + bias)
+    torch.testing.assert_close(out[2][1, 5], weight @ features[2][1, 5] + bias, **bound)
     assert set(adapters.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     with pytest.raises(InputError, match="features: expected 3 tensors"):
         adapters(features[:2])
