@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 
 
 def exp(u: float, rate: float = 5.0) -> float:
@@ -68,6 +68,8 @@ def replacement_probability(p: str | Callable[..., float], T: int, **parameters:
             takes = [str(q) for q in inspect.signature(function).parameters.values()][1:]
             raise InputError(f"p(t) {name}: {error}; it takes ({', '.join(takes)})") from None
     else:
+        if not callable(p) or isinstance(p, type):
+            raise InputError.of("p(t)", f"one of {', '.join(REPLACEMENT)}, or a function of t/T", described(p))
         name, function = getattr(p, "__name__", "function"), p
     values = []
     for t in range(T):
@@ -78,7 +80,7 @@ def replacement_probability(p: str | Callable[..., float], T: int, **parameters:
         if not 0 <= value <= 1:  # NaN too
             raise InputError.of(f"p(t) {name}", "probabilities, within [0, 1]", f"{value} at t = {t} of {T}")
         values.append(value)
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def thresholds(p: Tensor | float) -> Tensor:
@@ -86,7 +88,7 @@ def thresholds(p: Tensor | float) -> Tensor:
 
     p = 1 gives 2^32, which every word is below. InputError where p is not in [0, 1].
     """
-    p = torch.as_tensor(p, dtype=torch.float64)
+    p = torch.as_tensor(p, dtype=torch.float64, device=p.device if isinstance(p, Tensor) else "cpu")
     outside = p[~((p >= 0) & (p <= 1))]
     if outside.numel():
         raise InputError.of("p", "probabilities, within [0, 1]", float(outside[0]))

@@ -58,7 +58,7 @@ def loss_weights(coefficients: Tensor, weighting: LossWeighting = "uniform", gam
     if not gamma > 0:
         raise InputError.of("gamma", "a number > 0", gamma)
     if weighting == "uniform":
-        return torch.ones(len(coefficients), dtype=torch.float64)
+        return torch.ones(len(coefficients), dtype=torch.float64, device="cpu")
     a, b, _, _, determinant = _columns(coefficients, "coefficients")
     of_x0 = {"snr": a**2, "truncated_snr": torch.maximum(a**2, b**2), "min_snr": torch.minimum(a**2, gamma * b**2)}
     return of_x0[weighting] / determinant**2
@@ -86,9 +86,9 @@ def match_table(
     """
     T = len(coefficients)
     if callable(guidance):
-        guidance = torch.tensor([guidance(t / T) for t in range(T)], dtype=torch.float64)
+        guidance = torch.tensor([guidance(t / T) for t in range(T)], dtype=torch.float64, device="cpu")
     elif not isinstance(guidance, Tensor):
-        guidance = torch.full((T,), guidance, dtype=torch.float64)
+        guidance = torch.full((T,), guidance, dtype=torch.float64, device="cpu")
     columns = {"guidance": guidance}
     for name, given in {"weights": weights, "task_weights": weights if task_weights is None else task_weights}.items():
         columns[name] = given if isinstance(given, Tensor) else loss_weights(coefficients, given, gamma)
@@ -98,7 +98,7 @@ def match_table(
         if not column.isfinite().all():
             at = int((~column.isfinite()).nonzero()[0])
             raise InputError.of(f"{name}[{at}]", "a finite number", float(column[at]))
-    same = torch.tensor([0.0, 1.0], dtype=torch.float64).expand(T, 2)
+    same = torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu").expand(T, 2)
     convert = same if teacher is None else conversion(coefficients, teacher)
     parts = [columns["guidance"], *convert.unbind(1), columns["weights"], columns["task_weights"]]
     return torch.stack([part.to("cpu", torch.float64) for part in parts], 1).float()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, check_prediction_type
 from fastdistill.errors import InputError
@@ -60,7 +60,8 @@ def ddim(
     Args:
         model: ``model(x, t, encoder_hidden_states=prompts)``, t int64 [b], in eval mode; returns the prediction like x,
             an object with ``.sample``, or a tuple that starts with it (diffusers' U-Nets).
-        x_T: floating point; the model sees its dtype, the state between the steps is at least float32.
+        x_T: floating point; the state between the steps is at least float32. A module sees state and prompts in the
+            dtype in which it computes, whatever theirs is; any other callable sees the state in the dtype of x_T.
         prompts: [B, L, D]. null_prompt: [L, D] or [1, L, D]; None only when guidance_scale is 1.
         steps: number of steps; the timesteps are ``trailing_timesteps``, ``timesteps`` (decreasing) replaces them.
             The last step goes to abar = 1 (``set_alpha_to_one`` of diffusers).
@@ -88,12 +89,12 @@ def ddim(
         null = null_prompt.expand_as(prompts)
         conditions = torch.cat([null, prompts]) if guided else null
 
+    predict = _predictor(model, x_T.dtype)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
     for index, t in enumerate(times):
-        seen = x.to(x_T.dtype)
-        seen = torch.cat([seen, seen]) if guided else seen
+        seen = torch.cat([x, x]) if guided else x
         t_batch = torch.full((len(seen),), t, dtype=torch.int64, device=x.device)
-        out = _prediction(model(seen, t_batch, encoder_hidden_states=conditions), seen).to(x.dtype)
+        out = _prediction(predict(seen, t_batch, conditions), seen).to(x.dtype)
         if guided:
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance_scale * (conditional - unconditional)
@@ -101,6 +102,15 @@ def ddim(
         if callback is not None:
             callback(index, t, x)
     return x.to(x_T.dtype)
+
+
+def _predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """How to call the model: a module in the dtype in which it computes, anything else with states of ``dtype``."""
+    if isinstance(model, nn.Module):
+        from fastdistill.models.calling import Predictor  # loads diffusers
+
+        return Predictor(model)
+    return lambda x, timestep, prompts: model(x.to(dtype), timestep, encoder_hidden_states=prompts)
 
 
 def _step(x: Tensor, out: Tensor, abar: float, next_abar: float, kind: PredictionType, clip: float | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
@@ -28,7 +28,7 @@ class NoiseSchedule:
     parameters: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        abar = torch.as_tensor(self.alphas_cumprod).detach().to("cpu", torch.float64)
+        abar = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
         if abar.ndim != 1 or len(abar) == 0:
             raise InputError.of("alphas_cumprod", "one value a timestep, [T]", tuple(abar.shape))
         inside = bool(((abar >= 0) & (abar <= 1)).all())  # false for NaN
@@ -54,13 +54,13 @@ class NoiseSchedule:
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
         """Ho, Jain, Abbeel 2020 (2006.11239), section 4: beta linear in t."""
-        betas = torch.linspace(beta_start, beta_end, _positive(T), dtype=torch.float64).tolist()
+        betas = torch.linspace(beta_start, beta_end, _positive(T), dtype=torch.float64, device="cpu").tolist()
         return cls(_cumulate(betas), "linear", {"T": T, "beta_start": beta_start, "beta_end": beta_end})
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
         """Latent diffusion (2112.10752) and Stable Diffusion: sqrt(beta) linear in t."""
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, _positive(T), dtype=torch.float64)
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, _positive(T), dtype=torch.float64, device="cpu")
         return cls(
             _cumulate((roots**2).tolist()), "scaled_linear", {"T": T, "beta_start": beta_start, "beta_end": beta_end}
         )
@@ -118,24 +118,24 @@ def flow_coefficients(T: int = 1000, shift: float = 1.0) -> Tensor:
     """
     if not 0 < shift < math.inf:
         raise InputError.of("shift", "a number > 0", shift)
-    u = torch.arange(1, _positive(T) + 1, dtype=torch.float64) / T
+    u = torch.arange(1, _positive(T) + 1, dtype=torch.float64, device="cpu") / T
     s = shift * u / (1 + (shift - 1) * u)
     return torch.stack([1 - s, s, -torch.ones_like(s), torch.ones_like(s)], dim=1).float()
 
 
 def check_prediction_type(value: str, argument: str = "prediction_type") -> PredictionType:
     """``value`` itself; InputError unless it is one of the three."""
-    if value not in get_args(PredictionType):
-        raise InputError.of(argument, f"one of {', '.join(get_args(PredictionType))}", repr(value))
+    if not isinstance(value, str) or value not in get_args(PredictionType):
+        raise InputError.of(argument, f"one of {', '.join(get_args(PredictionType))}", described(value))
     return cast(PredictionType, value)
 
 
 def _cumulate(betas: Sequence[float]) -> Tensor:
-    return (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
+    return (1 - torch.tensor(betas, dtype=torch.float64, device="cpu")).cumprod(0)
 
 
 def _custom(alphas_cumprod: Sequence[float]) -> NoiseSchedule:
-    return NoiseSchedule(torch.tensor(alphas_cumprod, dtype=torch.float64))
+    return NoiseSchedule(torch.tensor(alphas_cumprod, dtype=torch.float64, device="cpu"))
 
 
 def _positive(T: int) -> int:
