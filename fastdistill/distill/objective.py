@@ -87,8 +87,9 @@ class Setting:
             InputError: the model does not take the latents and prompts, or its prediction is not like the latents.
         """
         model: nn.Module = getattr(self, name)
+        prompts: Any = self.prompts
         x = self.latents[:1].to(self.device)
-        prompt = mapped(lambda bank: bank[:1].to(self.device), self.prompts)
+        prompt = mapped(lambda bank: bank[:1].to(self.device), prompts)
         timestep = torch.zeros(1, dtype=torch.int64, device=self.device)
         try:
             with trial(model):

@@ -24,20 +24,21 @@ def plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def quantized(model: nn.Module) -> bool:
-    """Whether some weights of a model are packed: its parameters then do not tell how many weights it has."""
+    """Whether some weights of a model are not plain floating-point tensors, so that they can neither be copied nor
+    counted by the parameters."""
     integers = any(not p.is_floating_point() and not p.is_complex() for p in model.parameters())
-    return integers or any(isinstance(value, tuple) or _is_quantized(value) for value in model.state_dict().values())
+    return integers or any(isinstance(value, tuple) or _packed(value) for value in model.state_dict().values())
 
 
-def _is_quantized(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_quantized
+def _packed(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_quantized or hasattr(value, "__tensor_flatten__"))
 
 
 def _plain(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
         for inner in value.__tensor_flatten__()[0]:
             yield from _plain(f"{name}.{inner}", getattr(value, inner))
-    elif _is_quantized(value):
+    elif isinstance(value, Tensor) and value.is_quantized:
         yield f"{name}.integers", value.int_repr()
         per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
         yield from _plain(f"{name}.scales", value.q_per_channel_scales() if per_channel else value.q_scale())

@@ -19,7 +19,6 @@ from fastdistill.errors import InputError, described
 from fastdistill.models.calling import layerwise_casting
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student, check_parameters
-from fastdistill.models.weights import quantized
 from fastdistill.train import devices
 from fastdistill.train.config import TrainConfig, from_mapping, validated
 
@@ -110,8 +109,7 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
     if shared:
         rule = "trained parameters of its own, as the teacher's are frozen (copy.deepcopy makes a model of its own)"
         raise InputError.of("student", rule, f"the teacher's {', '.join(shared[:3])}{' ...' * (len(shared) > 3)}")
-    if not quantized(teacher):
-        check_parameters(teacher, student)
+    check_parameters(teacher, student)
 
 
 def dtype(student: nn.Module, where: torch.device, precision: str) -> torch.dtype | None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import sha256_of_tensors
+from fastdistill.errors import InputError
+from fastdistill.models import make_student
 from fastdistill.models.weights import plain_tensors, quantized
 from tests import tiny
 
@@ -59,3 +63,14 @@ def test_integers_are_packed_weights() -> None:
     model = nn.Linear(3, 2)
     model.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.uint8), requires_grad=False)
     assert quantized(model)
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(2, 3), torch.zeros(2, 3)), requires_grad=False)
+    assert quantized(model)
+
+
+def test_a_student_is_not_made_of_quantized_weights(digits: UNet2DConditionModel) -> None:
+    """int8 weights have the shape of the student's, and would be copied as numbers up to 127."""
+    linear = digits.time_embedding.linear_1
+    linear.weight = nn.Parameter((linear.weight.detach() * 100).to(torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"teacher: expected weights to copy, .*init='random'\), got quantized ones"):
+        make_student(digits, {"remove_mid": True})
+    assert make_student(digits, {"remove_mid": True}, init="random").model.dtype == torch.float32

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import ddim, initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
-from fastdistill.errors import InputError
 from fastdistill.tasks.digits.data import SHAPE
 
 SCHEDULE = NoiseSchedule.cosine()
@@ -33,15 +32,6 @@ class Sampling:
 
     def describe(self) -> dict[str, object]:
         return asdict(self) | {"sampler": "ddim", "schedule": SCHEDULE.to_config()}
-
-
-def check_device(name: str) -> None:
-    """InputError unless this installation computes on the device of this name."""
-    try:
-        torch.empty(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an AssertionError where CUDA is not built in
-        got = f"{name!r} ({str(error).splitlines()[0]})"
-        raise InputError.of("device", "a device that torch can use here, such as 'cpu'", got) from error
 
 
 def sample(

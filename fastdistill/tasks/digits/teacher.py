@@ -25,9 +25,10 @@ from fastdistill.distill.objective import Setting
 from fastdistill.errors import StorageError
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
-from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, check_device, sample
+from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, sample
 from fastdistill.tasks.digits.text_encoder import WIDTH, prompt_bank
 from fastdistill.train.config import TrainConfig, validated
+from fastdistill.train.devices import usable
 from fastdistill.train.loop import Progress, fit
 from fastdistill.train.step import TrainStep
 
@@ -85,7 +86,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
         The provenance that is written into the file: recipe, data fingerprint, versions, metrics, hash of the weights.
     """
     config = validated(config, "teacher")
-    check_device(config.device)
+    usable(config.device)
     torch.set_num_threads(config.threads)
     output = Path(config.output)
     make_directory(output)
