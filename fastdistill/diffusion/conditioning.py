@@ -88,7 +88,7 @@ def thresholds(p: Tensor | float) -> Tensor:
 
     p = 1 gives 2^32, which every word is below. InputError where p is not in [0, 1].
     """
-    p = torch.as_tensor(p, dtype=torch.float64, device=p.device if isinstance(p, Tensor) else "cpu")
+    p = p.to(torch.float64) if isinstance(p, Tensor) else torch.tensor(p, dtype=torch.float64, device="cpu")
     outside = p[~((p >= 0) & (p <= 1))]
     if outside.numel():
         raise InputError.of("p", "probabilities, within [0, 1]", float(outside[0]))

@@ -28,7 +28,12 @@ class NoiseSchedule:
     parameters: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        abar = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64, device="cpu").detach()
+        abar = self.alphas_cumprod
+        if not isinstance(abar, Tensor):
+            abar = torch.tensor(abar, dtype=torch.float64, device="cpu")
+        if abar.is_meta:
+            raise InputError.of("alphas_cumprod", "values", "a tensor on the meta device")
+        abar = abar.detach().to("cpu", torch.float64)
         if abar.ndim != 1 or len(abar) == 0:
             raise InputError.of("alphas_cumprod", "one value a timestep, [T]", tuple(abar.shape))
         inside = bool(((abar >= 0) & (abar <= 1)).all())  # false for NaN
@@ -53,13 +58,13 @@ class NoiseSchedule:
 
     @classmethod
     def linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-        """Ho, Jain, Abbeel 2020 (2006.11239), section 4: beta linear in t."""
+        """beta linear in t (Ho, Jain, Abbeel 2020, 2006.11239, section 4)."""
         betas = torch.linspace(beta_start, beta_end, _positive(T), dtype=torch.float64, device="cpu").tolist()
         return cls(_cumulate(betas), "linear", {"T": T, "beta_start": beta_start, "beta_end": beta_end})
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
-        """Latent diffusion (2112.10752) and Stable Diffusion: sqrt(beta) linear in t."""
+        """sqrt(beta) linear in t, as in latent diffusion (2112.10752) and Stable Diffusion."""
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, _positive(T), dtype=torch.float64, device="cpu")
         return cls(
             _cumulate((roots**2).tolist()), "scaled_linear", {"T": T, "beta_start": beta_start, "beta_end": beta_end}
