@@ -81,9 +81,8 @@ class DistillTrainer:
         arguments.check_models(teacher, student)
         dtype = arguments.dtype(student, self.device, config.precision)
         self.teacher = devices.moved(teacher, self.device, "teacher").eval()
-        for parameter in teacher.parameters():
-            if parameter.requires_grad:  # quantized ones do not, and some forbid to set it
-                parameter.requires_grad_(False)
+        for parameter in teacher.parameters():  # not the module's requires_grad_, which some quantized ones forbid
+            parameter.requires_grad_(False)
         devices.cast(student, self.device, dtype)
         self.student = student.train()
         if self.config.fuse:

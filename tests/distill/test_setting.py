@@ -183,25 +183,31 @@ class Tokens(nn.Module):
 
 def test_tokens_agree_in_number_and_may_differ_in_width() -> None:
     assert tiny.trainer(Tokens(9, 6), Tokens(9, 5)).fit().history[0]["feature"] > 0
+    teacher = Tokens(9, 6)
     for student in (Tokens(7, 6), Tokens(7, 5)):
-        message = (
-            r"student tap mid: expected the size of the teacher's mid \(1, 9, 6\), but for the channels .*got \(1, 7, "
-        )
+        message = r"tap mid: expected the size of the teacher's mid \(1, 9, 6\), but for the channels .*got \(1, 7, "
         with pytest.raises(InputError, match=message):
-            tiny.trainer(Tokens(9, 6), student)
+            tiny.trainer(teacher, student)
+        modules = [*teacher.modules(), *student.modules()]
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+class Strided(tiny.Net):
+    """Its middle layer leaves out positions of the last axis."""
+
+    def __init__(self, width: int, dimensions: int) -> None:
+        super().__init__(width, dimensions)
+        self.mid.stride = (*[1] * (dimensions - 1), 2)
+
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return x + self.features(x, timestep, encoder_hidden_states).mean()
 
 
 def test_maps_of_other_sizes_are_refused() -> None:
-    class Strided(tiny.Net):
-        def __init__(self) -> None:
-            super().__init__(5)
-            self.mid = nn.Conv2d(5, 5, 1, stride=(1, 2))
-
-        def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-            return x + self.mid(self.first(x)).mean()
-
     with pytest.raises(InputError, match=r"teacher's mid \(1, 6, 5, 3\), but for the channels .*got \(1, 5, 5, 2\)"):
-        tiny.trainer(student=Strided())
+        tiny.trainer(student=Strided(5, 2))
+    with pytest.raises(InputError, match=r"teacher's mid \(1, 6, 5\), got \(1, 6, 3\)"):
+        tiny.trainer(tiny.Net(6, 1), Strided(6, 1), latents=tiny.cache(1))  # and not taken for tokens of 3 channels
 
 
 @pytest.mark.parametrize(
