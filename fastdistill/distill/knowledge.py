@@ -75,9 +75,10 @@ class Knowledge:
         self._gradients: list[Tensor] | None = None
         self._taps: tuple[Taps, Taps] | None = None
         self._predict_teacher, self._predict_student = setting.predictors
-        if weights.feature:
-            self._taps = Taps(self.teacher, [t for t, _ in taps]), Taps(self.student, [s for _, s in taps])
-        try:
+        with contextlib.ExitStack() as detached:  # where something does not fit
+            if weights.feature:
+                teacher_taps = detached.enter_context(Taps(self.teacher, [name for name, _ in taps]))
+                self._taps = teacher_taps, detached.enter_context(Taps(self.student, [name for _, name in taps]))
             if weights.output or weights.feature:
                 setting.check("teacher")
             setting.check("student")
@@ -87,10 +88,7 @@ class Knowledge:
                 pairs = [_channels(*each, signals) for each in zip(taps, theirs, own, strict=True)]
                 self.adapters = Adapters(pairs, seed=adapter_seed).to(setting.device, self._predict_student.dtype)
                 self.trained = (self.adapters,)
-        except BaseException:
-            for tapped in self._taps or ():
-                tapped.remove()
-            raise
+            detached.pop_all()
 
     def __call__(self, draw: Draw[Tensor], task: Task | None = None) -> tuple[Tensor, list[Tensor]]:
         """The loss and its parts ``metric_names`` (unweighted, but the first); the task loss needs ``task``."""
@@ -170,14 +168,18 @@ class Knowledge:
 
 
 def _channels(names: tuple[str, str], theirs: tuple[int, ...], own: tuple[int, ...], signals: bool) -> tuple[int, int]:
-    """Channels of the student's and of the teacher's feature, which agree in everything else; ``signals``: latents are
-    [N, C, L], so that a feature of three dimensions may be tokens [B, L, C] or a map [B, C, L]."""
+    """Channels of the student's and of the teacher's feature, which must agree in every other size.
+
+    ``signals``: latents are [N, C, L], so that a feature of three dimensions may be tokens [B, L, C] or a map
+    [B, C, L].
+    """
     axis = 2 if len(own) == 3 else 1
-    fits = own[:axis] + own[axis + 1 :] == theirs[:axis] + theirs[axis + 1 :] and 2 <= len(own) <= 5
-    if len(own) >= 2 and (own == theirs or (fits and len(own) == len(theirs) and not (signals and axis == 2))):
+    known = 2 <= len(own) <= 5 and not (signals and len(own) == 3)  # which axis holds the channels
+    others = [shape[:axis] + shape[axis + 1 :] for shape in (own, theirs)]
+    if len(own) == len(theirs) >= 2 and (own == theirs or (known and others[0] == others[1])):
         return channels(own), channels(theirs)
     rule = f"the size of the teacher's {names[0]} {theirs}"
-    if own != theirs and not (signals and len(own) == len(theirs) == 3):
+    if known:
         rule += ", but for the channels (of vectors [B, C], tokens [B, L, C], maps [B, C, H, W] or [B, C, F, H, W])"
     raise InputError.of(f"student tap {names[1]}", rule, own)
 

@@ -188,7 +188,9 @@ def test_tokens_agree_in_number_and_may_differ_in_width() -> None:
         message = r"tap mid: expected the size of the teacher's mid \(1, 9, 6\), but for the channels .*got \(1, 7, "
         with pytest.raises(InputError, match=message):
             tiny.trainer(teacher, student)
-        modules = [*teacher.modules(), *student.modules()]
+    with pytest.raises(InputError, match="taps: expected modules of Tokens, got 'middle'"):
+        tiny.trainer(teacher, student, tiny.features(("mid", "middle")))
+    for modules in (teacher.modules(), student.modules()):
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
