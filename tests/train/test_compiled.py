@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import ddim
-from fastdistill.errors import InputError
 from fastdistill.train.step import TrainStep
 from tests import tiny
 from tests.distill.test_setting import Own
@@ -79,10 +78,3 @@ def test_a_run_is_compiled_once(name: str, backend: Counting, tmp_path: Path, ca
         losses[execution] = [m["loss"] for m in run.fit(progress=preview).history]
         assert backend.graphs == 1 and caplog.text.count("compiling the training step") == 1
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-3)
-
-
-def test_features_without_gradient_are_refused(backend: Counting) -> None:
-    student = tiny.Net(seed=1).requires_grad_(False)
-    student.last.requires_grad_(True)
-    with pytest.raises(InputError, match="expected student features that carry gradient, got none in mid"):
-        tiny.trainer(student=student, execution="compiled").fit()
