@@ -42,8 +42,8 @@ class DistillTrainer:
         teacher: any diffusers model, or a module of its call shape ``model(x_t, t, encoder_hidden_states=prompt)``.
             It is frozen, kept out of the optimizer and run in the dtype in which it computes: it may be quantized, or
             stored in float8 by diffusers' layerwise casting.
-        student: the same, or what ``make_student`` returns; trained in place. Parts that diffusers keeps in float32 stay
-            in it, whatever ``config.precision`` says.
+        student: the same, or what ``make_student`` returns; trained in place. Parts that diffusers keeps in float32
+            stay in it, whatever ``config.precision`` says.
         schedule: a ``NoiseSchedule`` or a diffusers scheduler.
         latents: the cache. prompts: the bank that its rows point into, the null prompt last. Either may be on the disk
             (``open`` in place of ``load``); a thread then reads the rows of the coming steps.
