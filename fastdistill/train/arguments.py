@@ -77,8 +77,10 @@ def check_directory(value: Any) -> None:
 def schedule(value: Any, prediction_type: Any) -> tuple[NoiseSchedule, PredictionType]:
     """The schedule and what the models predict, which a diffusers scheduler tells too."""
     if not isinstance(value, NoiseSchedule):
-        stated = getattr(value, "config", None)
-        if prediction_type is None and isinstance(stated, Mapping):
+        stated = getattr(value, "config", {})
+        if isinstance(value, type) or not isinstance(stated, Mapping):
+            raise InputError.of("schedule", "a NoiseSchedule or a diffusers scheduler", described(value))
+        if prediction_type is None:
             prediction_type = stated.get("prediction_type")
         value = NoiseSchedule.from_diffusers(value)
     return value, check_prediction_type("epsilon" if prediction_type is None else prediction_type)
