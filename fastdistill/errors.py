@@ -17,6 +17,20 @@ class InputError(FastdistillError, ValueError):
         return cls(f"{argument}: expected {rule}, got {value}")
 
 
+def described(value: object) -> str:
+    """A wrong argument, to be named in a message: itself where that is short, else its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text and not text.startswith("<") else type(value).__name__
+
+
+def quoted(error: BaseException) -> str:
+    """Kind and first line of another error, to be quoted in a message: ``"RuntimeError: no data"``."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
 class StorageError(FastdistillError, OSError):
     """A file or directory that cannot be read or written, or whose content does not match its manifest."""
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import sha256_of_tensors
@@ -19,11 +21,12 @@ from fastdistill.diffusion.conditioning import replacement_probability, threshol
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
 from fastdistill.ops.feature_match import Distance
+from fastdistill.train.config import validated
 
 
 @dataclass(frozen=True)
 class RandomConditioning:
-    """The objective's settings; the defaults are the paper's.
+    """The objective's settings, checked where they are used; the defaults are the paper's.
 
     probability: name of p(t) (``fastdistill.diffusion.conditioning``) or a function of t/T; its ``parameters`` by name.
         ``"const"`` with ``{"value": 0.0}`` is plain distillation on the latents' own prompts.
@@ -35,7 +38,7 @@ class RandomConditioning:
 
     probability: str | Callable[[float], float] = "exp"
     parameters: dict[str, float] = field(default_factory=dict)
-    null_probability: float = 0.1
+    null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     weights: Weights = Weights()
     feature_distance: Distance = "mse"
     taps: tuple[tuple[str, str], ...] = ()
@@ -46,13 +49,14 @@ class RandomConditioning:
         return replacement_probability(self.probability, T, **self.parameters)
 
     def bind(self, setting: Setting) -> BoundRandomConditioning:
-        return BoundRandomConditioning(self, setting)
+        return BoundRandomConditioning(validated(self, "objective"), setting)
 
     def describe(self) -> dict[str, object]:
-        if isinstance(self.probability, str):
-            return dataclasses.asdict(self)
-        table = sha256_of_tensors({"p": self.p(1000)})
-        return dataclasses.asdict(dataclasses.replace(self, probability=f"function with table {table}"))
+        config = validated(self, "objective")
+        if not isinstance(config.probability, str):
+            table = sha256_of_tensors({"p": config.p(1000)})
+            config = dataclasses.replace(config, probability=f"function with table {table}")
+        return dataclasses.asdict(config)
 
 
 class BoundRandomConditioning:

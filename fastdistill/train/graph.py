@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,7 @@ from fastdistill.train.config import Execution
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.step import TrainStep
 
+logger = logging.getLogger(__name__)
 WARM_UP = 3  # steps of a run before it is captured: buffers, optimizer state and tuned kernels come to be in them
 DDP_WARM_UP = 11  # torch's notes on CUDA ask for as many; DDP orders its buckets and takes its times in them
 
@@ -140,6 +142,7 @@ def _compiled(step: TrainStep) -> Callable[[], None]:
     """The step, compiled by its first call; FastdistillError where that fails."""
     from torch._dynamo.exc import TorchDynamoException
 
+    logger.info("compiling the training step: the first call takes minutes for a large model")
     step.compile()
 
     def advance() -> None:

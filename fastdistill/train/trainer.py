@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError
 from fastdistill.models.fuse import fuse
 from fastdistill.models.sharding import sharded
-from fastdistill.models.students import check_parameters
-from fastdistill.train import distributed
-from fastdistill.train.config import TrainConfig, validated
+from fastdistill.models.students import Student
+from fastdistill.models.weights import plain_tensors
+from fastdistill.train import arguments, devices, distributed
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult, Progress, fit
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.step import TrainStep
@@ -39,13 +40,15 @@ class DistillTrainer:
 
     Args:
         teacher: any diffusers model, or a module of its call shape ``model(x_t, t, encoder_hidden_states=prompt)``.
-            It is frozen, kept out of the optimizer and run in its own dtype.
-        student: the same; trained in place.
+            It is frozen, kept out of the optimizer and run in the dtype in which it computes: it may be quantized, or
+            stored in float8 by diffusers' layerwise casting.
+        student: the same, or what ``make_student`` returns; trained in place. Parts that diffusers keeps in float32
+            stay in it, whatever ``config.precision`` says.
         schedule: a ``NoiseSchedule`` or a diffusers scheduler.
         latents: the cache. prompts: the bank that its rows point into, the null prompt last. Either may be on the disk
             (``open`` in place of ``load``); a thread then reads the rows of the coming steps.
         objective: such as ``RandomConditioning``.
-        config: see ``TrainConfig``.
+        config: a ``TrainConfig``, or a mapping of its fields.
         device: where to train (None: where the student is).
         prediction_type: what both models put out (None: what a diffusers scheduler says, else epsilon).
         shard: called with the student once it is cast, fused and tapped, to ``fully_shard`` it over the ranks (None:
@@ -58,33 +61,37 @@ class DistillTrainer:
     def __init__(
         self,
         teacher: nn.Module,
-        student: nn.Module,
+        student: nn.Module | Student,
         schedule: NoiseSchedule | Any,
         latents: LatentCache,
         prompts: PromptBank,
         objective: Objective,
-        config: TrainConfig,
+        config: TrainConfig | Mapping[str, Any],
         *,
         device: torch.device | str | None = None,
         prediction_type: PredictionType | None = None,
         shard: Callable[[nn.Module], object] | None = None,
     ) -> None:
-        self.config = validated(config, "config")
-        if not isinstance(schedule, NoiseSchedule):
-            scheduler, schedule = schedule, NoiseSchedule.from_diffusers(schedule)
-            prediction_type = prediction_type or getattr(scheduler, "config", {}).get("prediction_type")
-        self.device = torch.device(device) if device is not None else next(student.parameters()).device
+        config = self.config = arguments.config(config)
+        teacher, student = arguments.model(teacher, "teacher"), arguments.model(student, "student")
+        arguments.check_data(latents, prompts)
+        arguments.check_functions(objective, shard)
+        schedule, prediction_type = arguments.schedule(schedule, prediction_type)
+        self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
-        _check_models(teacher, student, latents, prompts)
-        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        # not diffusers' own to, which warns of modules to keep in float32 even where there are none
-        self.student = nn.Module.to(student, self.device, _dtype(student, self.device, self.config)).train()
+        arguments.check_models(teacher, student)
+        dtype = arguments.dtype(student, self.device, config.precision)
+        self.teacher = devices.moved(teacher, self.device, "teacher").eval()
+        for parameter in teacher.parameters():  # not the module's requires_grad_, which some quantized ones forbid
+            parameter.requires_grad_(False)
+        devices.cast(student, self.device, dtype)
+        self.student = student.train()
         if self.config.fuse:
             fuse(self.teacher)
             fuse(self.student)
         low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
         scaling = LossScale(self.device) if low else None
-        setting = Setting(
+        setting = self._setting = Setting(
             teacher=self.teacher,
             student=self.student,
             schedule=schedule,
@@ -92,7 +99,7 @@ class DistillTrainer:
             latent_prompts=latents.prompt_index.to(self.device),
             prompts=_placed(prompts.embeddings, self.device, config),
             batch=batch,
-            prediction_type=prediction_type or "epsilon",
+            prediction_type=prediction_type,
             ahead=config.ahead,
             grad_scale=scaling.value if scaling else None,
             first_sample=first_sample,
@@ -120,8 +127,18 @@ class DistillTrainer:
         Raises:
             StorageError: the directory cannot be written, or holds a run of other settings or a damaged checkpoint.
             FastdistillError: the loss is not finite.
+            InputError: a directory that is no path, progress that is no function; an objective of your own that calls
+                a model with inputs of another dtype.
         """
-        return fit(self.step, self.student, self._fingerprint, self.config, directory, progress)
+        arguments.check_directory(directory)
+        if progress is not None:
+            arguments.check_function(progress, "progress")
+        try:
+            return fit(self.step, self.student, self._fingerprint, self.config, directory, progress)
+        except RuntimeError as error:
+            if (explained := self._setting.explained(error)) is not None:
+                raise explained from error
+            raise
 
     def ema_student(self, to: nn.Module | None = None) -> nn.Module:
         """A copy of the student with the averaged weights, float32 and in eval mode: what one samples from and exports.
@@ -132,24 +149,12 @@ class DistillTrainer:
             if where := sharded(self.student):
                 raise InputError.of("to", "a model of the student's kind to write into", f"none, and {where}")
             to = copy.deepcopy(self.student)
-        model = to.to(self.device).float().eval().requires_grad_(False)
+        model = arguments.model(to, "to").to(self.device).float().eval().requires_grad_(False)
         with torch.no_grad():
             for own, theirs in zip(self.student.buffers(), model.buffers(), strict=True):
                 theirs.copy_(own)
         self.step.optimizer.copy_average(self.student, model)
         return model
-
-
-def _dtype(student: nn.Module, device: torch.device, config: TrainConfig) -> torch.dtype | None:
-    """To train the student in; None: as it is."""
-    if config.precision != "auto":
-        dtype: torch.dtype = getattr(torch, config.precision)
-        return dtype
-    for name, p in student.named_parameters():
-        if p.requires_grad and p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            rule = "float32, bfloat16 or float16 weights, or config.precision"
-            raise InputError.of(f"student: {name}", rule, str(p.dtype).removeprefix("torch."))
-    return torch.bfloat16 if device.type == "cuda" else None
 
 
 def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:
@@ -158,25 +163,6 @@ def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:
         return bank
     pinned = config.banks == "pinned" and device.type == "cuda"
     return bank.cpu().pin_memory() if pinned else bank.to(device)
-
-
-def _check_models(teacher: nn.Module, student: nn.Module, latents: LatentCache, prompts: PromptBank) -> None:
-    for name, model in {"teacher": teacher, "student": student}.items():
-        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-            rule = "the model itself, which the trainer wraps for its ranks"
-            raise InputError.of(name, rule, "DistributedDataParallel (pass its module)")
-        if where := sharded(model):
-            rule = "a model that is not sharded yet (the student is, by a function given as shard)"
-            raise InputError.of(name, rule, where)
-    check_parameters(teacher, student)
-    latents.check_prompts(len(prompts))
-    for name, model in {"teacher": teacher, "student": student}.items():
-        config = getattr(model, "config", {})
-        channels, width = config.get("in_channels"), config.get("cross_attention_dim")
-        if channels is not None and channels != latents.latents.shape[1]:
-            raise InputError.of("latents", f"{channels} channels (in_channels of the {name})", latents.latents.shape[1])
-        if isinstance(width, int):
-            prompts.check_width(width)
 
 
 def _fingerprint(
@@ -191,7 +177,7 @@ def _fingerprint(
     return {
         "config": settings,
         "objective": objective.describe(),
-        "teacher": sha256_of_tensors(setting.teacher.state_dict()),
+        "teacher": sha256_of_tensors(plain_tensors(setting.teacher.state_dict())),
         "student": sha256_of_json({name: list(p.shape) for name, p in shapes.items()}),
         "latents": latents.identity,
         "prompts": prompts.identity,
