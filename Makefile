@@ -1,4 +1,4 @@
-# make setup | demo | test | sanitizers | gpu-sanitizers | bench | gpu | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PART=1/3
+# make setup | demo | test | test-isa | sanitizers | gpu-sanitizers | bench | gpu | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PART=1/3
 # PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow sanitizers gpu-sanitizers bench gpu kernels-report lint format build-matrix clean
+.PHONY: setup demo test test-slow test-isa sanitizers gpu-sanitizers bench gpu kernels-report lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -28,6 +28,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# The tests that compute with models, under every instruction set of this processor.
+test-isa: setup
+	$(BIN)/python -m tests.isa $(ARGS)
 
 sanitizers: setup
 	$(BIN)/python -m tests.sanitizers $(ARGS)

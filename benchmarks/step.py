@@ -154,6 +154,7 @@ class _Scripted:
 
 def _check(trainer: DistillTrainer) -> None:
     """The loss of the fused models and ops is that of diffusers' own and the references."""
+    from fastdistill.models.calling import compute_dtype
     from fastdistill.models.fuse import fuse, unfuse
 
     models = trainer.teacher, trainer.student
@@ -165,7 +166,7 @@ def _check(trainer: DistillTrainer) -> None:
             losses.append(trainer.step.objective(trainer.step.counter)[1][0])
     for model in models:
         fuse(model)
-    low = next(trainer.student.parameters()).dtype != torch.float32
+    low = compute_dtype(trainer.student) != torch.float32
     torch.testing.assert_close(*losses, rtol=2e-2 if low else 1e-4, atol=0)
 
 
@@ -178,10 +179,12 @@ class Script:
     """
 
     def __init__(self, setup: Setup, literal: bool) -> None:
+        from fastdistill.models.calling import compute_dtype
+
         self.literal, self.batch, self.steps, self.device = literal, setup.batch, len(setup.schedule), setup.device
         self.teacher = _sharing(setup.teacher).eval().requires_grad_(False)
         self.student = copy.deepcopy(setup.student).train()
-        self.dtype = next(self.student.parameters()).dtype
+        self.dtype = compute_dtype(self.student)
         self.mixed = self.dtype != torch.float32
         if literal:
             self.student.float()

@@ -48,6 +48,20 @@ FD_HD Lanes sigmoid(Lanes x) {
   return x;
 }
 
+// sigmoid(x) and 1 - sigmoid(x) = sigmoid(-x), each with all its digits.
+struct Sigmoids {
+  Lanes value, rest;
+};
+FD_HD Sigmoids sigmoids(Lanes x) {
+  Sigmoids r;
+  for (int i = 0; i < simd_parts; ++i) {
+    const vfloat e = exponential(-in_range(x.part[i]));
+    r.value.part[i] = reciprocal(1.0f + e);
+    r.rest.part[i] = e * r.value.part[i];
+  }
+  return r;
+}
+
 // Phi(x) and phi(x) of the standard normal distribution; 1 - Phi(|x|) = e^(-x^2 / 2) t P(t), t = 1 / (1 + 0.23 |x|).
 template <typename F> struct Normal {
   F below, density;

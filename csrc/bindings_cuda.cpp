@@ -7,24 +7,29 @@
 int64_t feature_match_cuda_workspace(const fd::Tap* taps, int64_t count);
 const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient, const float* weights, const float* grad_scale,
                                fd::Distance distance, float parameter, float* loss, float* tap_loss, double* workspace,
-                               void* stream);
-const char* scale_gradients_cuda(const fd::Tap* taps, int64_t count, const float* factor, void* stream);
-const char* noise_gather_cuda(const fd::NoiseGather& a, void* stream);
+                               const fd::Queue& queue);
+const char* scale_gradients_cuda(const fd::Tap* taps, int64_t count, const float* factor, const fd::Queue& queue);
+const char* noise_gather_cuda(const fd::NoiseGather& a, const fd::Queue& queue);
 int64_t output_match_cuda_workspace(int64_t batch, int64_t n);
-const char* output_match_cuda(const fd::OutputMatch& a, void* stream);
+const char* output_match_cuda(const fd::OutputMatch& a, const fd::Queue& queue);
 const char* grad_square_sum_cuda(const fd::GradientRow* rows, int64_t count, int64_t chunk, double* partials, double* total,
-                                 void* stream);
+                                 const fd::Queue& queue);
 int64_t adamw_ema_cuda_workspace();
 const char* adamw_ema_cuda(const fd::AdamWRow* rows, int64_t count, int64_t chunk, const fd::AdamWInputs& inputs,
-                           int64_t* skipped, float* workspace, void* stream);
+                           int64_t* skipped, float* workspace, const fd::Queue& queue);
 const char* unavailable_cuda();
 const char* philox_cuda(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n, void* stream);
 
 namespace {
 
 void check(const char* op, const char* error) {
-  if (error) throw std::runtime_error(std::string(op) + ": " + error);
+  if (error) throw std::runtime_error(std::string(op) + ": CUDA error: " + error);
 }
+
+// The handle of a stream, and how many multiprocessors its GPU has.
+using Stream = std::tuple<Address, int>;
+
+fd::Queue queue_of(const Stream& stream) { return {at<void>(std::get<0>(stream)), std::get<1>(stream)}; }
 
 void philox(Address counter, Address key, Address words, Address normals, int64_t n, Address stream) {
   check("philox4x32",
@@ -40,17 +45,17 @@ int64_t feature_match_workspace(const std::vector<int64_t>& n, const std::vector
 void feature_match(const Addresses& student, const Addresses& teacher, const Addresses& gradient, const std::vector<int64_t>& n,
                    const std::vector<int64_t>& samples, const std::vector<int>& student_dtype,
                    const std::vector<int>& teacher_dtype, Address weights, Address grad_scale, int distance, float parameter,
-                   Address loss, Address tap_loss, Address workspace, Address stream) {
+                   Address loss, Address tap_loss, Address workspace, const Stream& stream) {
   const std::vector<fd::Tap> taps = taps_of(student, teacher, gradient, n, samples, student_dtype, teacher_dtype);
   check("feature_match", feature_match_cuda(taps.data(), int64_t(taps.size()), !gradient.empty(), at<float>(weights),
                                             at<float>(grad_scale), fd::Distance(distance), parameter, at<float>(loss),
-                                            at<float>(tap_loss), at<double>(workspace), at<void>(stream)));
+                                            at<float>(tap_loss), at<double>(workspace), queue_of(stream)));
 }
 
 void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, const std::vector<int>& dtype, Address factor,
-                     Address stream) {
+                     const Stream& stream) {
   const std::vector<fd::Tap> taps = taps_of(gradient, gradient, gradient, n, {}, dtype, dtype);
-  check("scale_gradients", scale_gradients_cuda(taps.data(), int64_t(taps.size()), at<float>(factor), at<void>(stream)));
+  check("scale_gradients", scale_gradients_cuda(taps.data(), int64_t(taps.size()), at<float>(factor), queue_of(stream)));
 }
 
 void noise_gather(Address latents, Address latent_prompts, const Addresses& prompts, const std::vector<int64_t>& prompt_bytes,
@@ -58,13 +63,13 @@ void noise_gather(Address latents, Address latent_prompts, const Addresses& prom
                   int64_t steps, int64_t latent_ring, int64_t prompt_ring, int64_t row, int64_t batch, int64_t first_sample,
                   int64_t global_batch, int64_t pool, int64_t null_index, int64_t null_threshold, bool with_replacement,
                   int dtype, Address x_t, Address timestep, const Addresses& prompt, Address target, Address latent_index,
-                  Address prompt_index, Address choice, Address stream) {
+                  Address prompt_index, Address choice, const Stream& stream) {
   check("noise_gather",
         noise_gather_cuda(
             draw_of(latents, latent_prompts, prompts, prompt_bytes, coefficients, replace, counter, latent_count, prompt_count,
                     steps, latent_ring, prompt_ring, row, batch, first_sample, global_batch, pool, null_index, null_threshold,
                     with_replacement, dtype, x_t, timestep, prompt, target, latent_index, prompt_index, choice),
-            at<void>(stream)));
+            queue_of(stream)));
 }
 
 void output_match(const Matrix& student, const Matrix& teacher, const Matrix& unconditional, const Matrix& x_t,
@@ -72,25 +77,25 @@ void output_match(const Matrix& student, const Matrix& teacher, const Matrix& un
                   Address latent_index, Address choice, Address coefficients, Address counter, int64_t batch, int64_t n,
                   int64_t steps, int64_t latent_count, int64_t first_sample, float output_weight, float task_weight,
                   Address grad_scale, bool huber, float delta, Address loss, Address parts, Address samples, Address gradient,
-                  Address workspace, Address stream) {
+                  Address workspace, const Stream& stream) {
   fd::OutputMatch a = match_of(student, teacher, unconditional, x_t, latents, timestep, table, guidance, weights, latent_index,
                                choice, coefficients, counter, batch, n, steps, latent_count, first_sample, output_weight,
                                task_weight, grad_scale, huber, delta, loss, parts, samples, gradient);
   a.partials = at<double>(workspace);
-  check("output_match", output_match_cuda(a, at<void>(stream)));
+  check("output_match", output_match_cuda(a, queue_of(stream)));
 }
 
-void grad_square_sum(Address rows, int64_t count, int64_t chunk, Address partials, Address total, Address stream) {
+void grad_square_sum(Address rows, int64_t count, int64_t chunk, Address partials, Address total, const Stream& stream) {
   check("grad_square_sum", grad_square_sum_cuda(at<fd::GradientRow>(rows), count, chunk, at<double>(partials),
-                                                at<double>(total), at<void>(stream)));
+                                                at<double>(total), queue_of(stream)));
 }
 
 void adamw_ema(Address rows, int64_t count, int64_t chunk, Address square_sum, Address grad_scale, Address found_inf,
                Address ema_weight, Address skipped, double max_norm, bool ema_warmup, bool zero_grads, Address workspace,
-               Address stream) {
+               const Stream& stream) {
   const fd::AdamWInputs inputs = inputs_of(square_sum, grad_scale, found_inf, ema_weight, max_norm, ema_warmup, zero_grads);
   check("adamw_ema", adamw_ema_cuda(at<fd::AdamWRow>(rows), count, chunk, inputs, at<int64_t>(skipped), at<float>(workspace),
-                                    at<void>(stream)));
+                                    queue_of(stream)));
 }
 
 }  // namespace

@@ -28,11 +28,8 @@ constexpr int threads_per_block = 256;
 inline unsigned blocks_for(int64_t n, int per_block) { return n > 0 ? unsigned((n + per_block - 1) / per_block) : 1u; }
 
 // Blocks of a grid that goes around: as many as there are items, at most ``each`` a multiprocessor.
-inline unsigned persistent_blocks(int64_t items, int each) {
-  int device = 0, processors = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t most = int64_t(processors) * each;
+inline unsigned persistent_blocks(const Queue& queue, int64_t items, int each) {
+  const int64_t most = int64_t(queue.processors) * each;
   return unsigned(items < 1 ? 1 : items < most ? items : most);
 }
 

@@ -35,6 +35,13 @@ struct f16 {
   uint16_t bits;
 };
 
+// Where a GPU's kernel is launched: a stream, and how many multiprocessors its GPU has. Python says so, since a CUDA runtime
+// linked into this extension would have to guess the device that torch's own has made current.
+struct Queue {
+  void* stream;
+  int processors;
+};
+
 FD_HD constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 namespace FD_ISA {

@@ -4,7 +4,8 @@
 ``DistillTrainer`` trains a student with an objective such as ``RandomConditioning`` on a ``LatentCache`` and a
 ``PromptBank``. The ops (``help(fastdistill.ops)``) also work alone, in a loop of your own.
 
-The public names are imported on first use, so ``import fastdistill`` is fast.
+The public names, and the modules ``ops``, ``data``, ``models``, ``train``, ``diffusion``, ``distill`` and ``evaluate``,
+are imported on first use, so ``import fastdistill`` is fast.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _HOME = {
     "match_table": "diffusion.matching",
     "replacement_probability": "diffusion.conditioning",
     "thresholds": "diffusion.conditioning",
+    "DeviceError": "errors",
     "FastdistillError": "errors",
     "InputError": "errors",
     "KernelError": "errors",
@@ -62,9 +64,19 @@ _HOME = {
     "output_match": "ops",
     "residual_layer_norm_modulate": "ops",
 }
+_MODULES = ("data", "diffusion", "distill", "errors", "evaluate", "models", "ops", "tasks", "train")
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from fastdistill import data as data
+    from fastdistill import diffusion as diffusion
+    from fastdistill import distill as distill
+    from fastdistill import errors as errors
+    from fastdistill import evaluate as evaluate
+    from fastdistill import models as models
+    from fastdistill import ops as ops
+    from fastdistill import tasks as tasks
+    from fastdistill import train as train
     from fastdistill.data.latent_cache import LatentCache as LatentCache
     from fastdistill.data.latent_cache import generate_latent_cache as generate_latent_cache
     from fastdistill.data.prompt_bank import PromptBank as PromptBank
@@ -81,6 +93,7 @@ if TYPE_CHECKING:
     from fastdistill.diffusion.schedule import flow_coefficients as flow_coefficients
     from fastdistill.distill import RandomConditioning as RandomConditioning
     from fastdistill.distill import Weights as Weights
+    from fastdistill.errors import DeviceError as DeviceError
     from fastdistill.errors import FastdistillError as FastdistillError
     from fastdistill.errors import InputError as InputError
     from fastdistill.errors import KernelError as KernelError
@@ -114,10 +127,12 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fastdistill.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fastdistill' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fastdistill.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})

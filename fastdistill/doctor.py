@@ -15,18 +15,30 @@ from rich.console import Console
 from rich.table import Table
 
 import fastdistill
-from fastdistill.ops import OPS, _native
+from fastdistill.ops import OPS, _failures, _native, trials
 
 _PACKAGES = ("torch", "diffusers", "triton", "safetensors", "numpy", "xformers")
 
 
-def examine() -> dict[str, Any]:
-    """Versions, devices, extensions, and a row for every kernel of every op with the reason why it cannot run here."""
+def examine(*, try_kernels: bool = False) -> dict[str, Any]:
+    """Versions, devices, extensions, and a row for every kernel of every op with the reason why it cannot run here.
+
+    Args:
+        try_kernels: make a tiny call of every kernel that should run, and take its error for a reason. On a GPU this
+            compiles the Triton kernels, which takes some seconds where they are not in Triton's cache.
+
+    Returns:
+        A dict that JSON can hold. Its ``"failures"`` are the calls of this process that a kernel was chosen for but
+        could not be compiled, loaded or launched for, so that they went to the next one.
+    """
     devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
     kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    tried = {kind: trials.failures(kind) if try_kernels else {} for kind in kinds}
     kernels = []
     for name, op in OPS.items():
         rows = op.table()
+        for row in rows:
+            row["reason"] = row["reason"] or tried.get(str(row["device"]), {}).get((name, str(row["kernel"])))
         chosen = {
             kind: next(r["kernel"] for r in rows if r["device"] in (kind, "any") and not r["reason"]) for kind in kinds
         }
@@ -45,6 +57,11 @@ def examine() -> dict[str, Any]:
             "_cuda": _native.cuda_summary(),
         },
         "kernels": kernels,
+        "failures": [
+            {"op": name, "kernel": kernel, "call": _failures.described(kind), "reason": reason}
+            for name, op in OPS.items()
+            for (kernel, kind), reason in list(op.failures.items())
+        ],
     }
 
 
@@ -59,8 +76,8 @@ def _versions() -> dict[str, str]:
 
 
 def doctor(console: Console, *, as_json: bool = False) -> None:
-    """Print what ``examine`` finds."""
-    found = examine()
+    """Print what ``examine`` finds; with a GPU it tries the kernels."""
+    found = examine(try_kernels=torch.cuda.is_available())
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -85,3 +102,8 @@ def doctor(console: Console, *, as_json: bool = False) -> None:
         reason = f"{above[row['reason']]} (above)" if row["reason"] in above else row["reason"] or ""
         table.add_row(op, row["kernel"], row["device"], ", ".join(row["chosen_for"]), reason)
     console.print(table)
+    if found["failures"]:
+        console.print("[bold]calls that went to the next kernel[/bold]")
+    for failure in found["failures"]:
+        told = f"{failure['op']}, {failure['kernel']}, {failure['call']}: {failure['reason']}"
+        console.print(f"  {told}", highlight=False, markup=False, soft_wrap=True)

@@ -17,12 +17,30 @@ class InputError(FastdistillError, ValueError):
         return cls(f"{argument}: expected {rule}, got {value}")
 
 
+def described(value: object) -> str:
+    """A wrong argument, to be named in a message: itself where that is short, else its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text and not text.startswith("<") else type(value).__name__
+
+
+def quoted(error: BaseException) -> str:
+    """Kind and first line of another error, to be quoted in a message: ``"RuntimeError: no data"``."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
 class StorageError(FastdistillError, OSError):
     """A file or directory that cannot be read or written, or whose content does not match its manifest."""
 
 
 class KernelError(FastdistillError, RuntimeError):
     """A kernel selected by name cannot run here; the message contains the reason."""
+
+
+class DeviceError(FastdistillError, RuntimeError):
+    """The device has failed: nothing more can run on it in this process, which has to be started again."""
 
 
 class Stopped(KeyboardInterrupt, SystemExit):

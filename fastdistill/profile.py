@@ -55,11 +55,11 @@ class ReplayConfig:
 
 
 def profile_digits(config: ProfileConfig, console: Console) -> None:
-    from fastdistill.tasks.digits.sampling import check_device
     from fastdistill.tasks.digits.trainer import noise_trainer
+    from fastdistill.train.devices import usable
 
     device = _device(config.device)
-    check_device(device)
+    usable(device)
     torch.set_num_threads(config.threads)
     trainer = noise_trainer(config.batch, device)
     models = {"teacher": trainer.teacher, "student": trainer.student}

@@ -27,7 +27,7 @@ from tests.cuda_on_cpu.guard import guarded  # noqa: E402
 
 def _emulated(kernel: Kernel) -> Kernel:
     def refuse(*args: Any) -> str | None:
-        if _dispatch._forced != kernel.name:
+        if _dispatch.forced() != kernel.name:
             return "emulated only when it is asked for"
         return kernel.refuse(*args)
 

@@ -28,6 +28,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from fastdistill.ops import OPS, use
 from fastdistill.ops._dispatch import REFERENCE
 
+EPS, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+
 
 @dataclass(frozen=True)
 class Case:
@@ -152,6 +154,15 @@ def assert_close(
         floor = max(floor, eps * math.sqrt(terms[0]) * terms[1])
     bound = max(factor * eager_error, floor)
     assert error <= bound, f"{name}: error {error:.3e} against float64, allowed {bound:.3e} (eager {eager_error:.3e})"
+
+
+def assert_alike(got: Any, eager: Any, truth: Any, factor: float = 2.0, name: str = "result") -> None:
+    """The rule of equality for trees of tensors: ``got`` is as near to ``truth`` (float64) as ``eager``, the same
+    computation in the same precision by other means, times ``factor``."""
+    leaves_of = [tree_flatten(tree)[0] for tree in (got, truth, eager)]
+    assert len({len(some) for some in leaves_of}) == 1, f"{name}: {[len(some) for some in leaves_of]} tensors"
+    for i, (one, exact, other) in enumerate(zip(*leaves_of, strict=True)):
+        assert_close(f"{name} {i}", one.detach(), exact.detach(), other.detach(), factor)
 
 
 def check_values(case: Case, kernel: str) -> None:

@@ -202,16 +202,16 @@ __global__ void __launch_bounds__(threads_per_block, update_blocks)
 }  // namespace fd
 
 const char* grad_square_sum_cuda(const fd::GradientRow* rows, int64_t count, int64_t chunk, double* partials, double* total,
-                                 void* stream) {
+                                 const fd::Queue& queue) {
   using namespace fd;
   int64_t chunks = 0;
   for (int64_t i = 0; i < count; i += Rows<GradientRow>::most) {
     const Rows<GradientRow> a = table(rows + i, count - i, chunk);
-    const unsigned grid = persistent_blocks(a.many, norm_blocks);
-    if (a.many > 0) FD_LAUNCH(square_sum, grid, threads_per_block, 0, stream, a, partials);
+    const unsigned grid = persistent_blocks(queue, a.many, norm_blocks);
+    if (a.many > 0) FD_LAUNCH(square_sum, grid, threads_per_block, 0, queue.stream, a, partials);
     chunks = a.first + a.many;
   }
-  FD_LAUNCH(add_squares, 1, finishing_threads, 0, stream, partials, chunks, total);
+  FD_LAUNCH(add_squares, 1, finishing_threads, 0, queue.stream, partials, chunks, total);
   return fd_launch_error();
 }
 
@@ -219,17 +219,17 @@ const char* grad_square_sum_cuda(const fd::GradientRow* rows, int64_t count, int
 int64_t adamw_ema_cuda_workspace() { return sizeof(fd::Prepared) / sizeof(float); }
 
 const char* adamw_ema_cuda(const fd::AdamWRow* rows, int64_t count, int64_t chunk, const fd::AdamWInputs& inputs,
-                           int64_t* skipped, float* workspace, void* stream) {
+                           int64_t* skipped, float* workspace, const fd::Queue& queue) {
   using namespace fd;
   Prepared* prepared = reinterpret_cast<Prepared*>(workspace);
   for (int64_t i = 0; i < count; i += Rows<AdamWRow>::most) {
     const Rows<AdamWRow> a = table(rows + i, count - i, chunk);
     int64_t* counted = i == 0 ? skipped : nullptr;  // once a step
-    const unsigned blocks = blocks_for(a.count, preparing_threads), grid = persistent_blocks(a.many, update_blocks);
+    const unsigned blocks = blocks_for(a.count, preparing_threads), grid = persistent_blocks(queue, a.many, update_blocks);
     Prepared* some = prepared + i;
-    FD_LAUNCH(prepare, blocks, preparing_threads, 0, stream, a, inputs, some, counted);
+    FD_LAUNCH(prepare, blocks, preparing_threads, 0, queue.stream, a, inputs, some, counted);
     const bool zero = inputs.zero_grads;
-    if (a.many > 0) FD_LAUNCH(update, grid, threads_per_block, 0, stream, a, some, zero);
+    if (a.many > 0) FD_LAUNCH(update, grid, threads_per_block, 0, queue.stream, a, some, zero);
   }
   return fd_launch_error();
 }

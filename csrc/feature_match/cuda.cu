@@ -236,10 +236,10 @@ int64_t samples_of(const Tap* taps, int64_t count) {
   return samples;
 }
 
-template <Pass pass, Kind kind> void launch_match(const Taps& a, void* stream) {
+template <Pass pass, Kind kind> void launch_match(const Taps& a, const Queue& queue) {
   const auto kernel = &match<pass, kind>;
   if (a.first[a.count] > 0)
-    FD_LAUNCH(kernel, persistent_blocks(a.first[a.count], blocks_each), threads_per_block, 0, stream, a);
+    FD_LAUNCH(kernel, persistent_blocks(queue, a.first[a.count], blocks_each), threads_per_block, 0, queue.stream, a);
 }
 
 }  // namespace
@@ -257,7 +257,7 @@ int64_t feature_match_cuda_workspace(const fd::Tap* taps, int64_t count) {
 
 const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient, const float* weights, const float* grad_scale,
                                fd::Distance distance, float parameter, float* loss, float* tap_loss, double* workspace,
-                               void* stream) {
+                               const fd::Queue& queue) {
   using namespace fd;
   for (int64_t l = 0; l < count; l += most_taps) {
     Taps a = table(taps + l, count - l);
@@ -266,36 +266,36 @@ const char* feature_match_cuda(const fd::Tap* taps, int64_t count, bool gradient
     if (distance == Distance::cosine) {
       double* values = a.partials + 3 * a.first[a.count];
       const Taps samples = table_of_samples(a, values);
-      launch_match<sum_only, cosine>(a, stream);
+      launch_match<sum_only, cosine>(a, queue);
       if (a.first[a.count] > 0) {
-        const unsigned blocks = persistent_blocks(ceil_div(samples.first[a.count], threads_per_block / 32), blocks_each);
-        FD_LAUNCH(add_samples, blocks, threads_per_block, 0, stream, a, values);
+        const unsigned blocks = persistent_blocks(queue, ceil_div(samples.first[a.count], threads_per_block / 32), blocks_each);
+        FD_LAUNCH(add_samples, blocks, threads_per_block, 0, queue.stream, a, values);
       }
       const auto kernel = &finish<false>;
-      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, samples, loss, tap_loss + l);
-      if (gradient) launch_match<gradient_only, cosine>(a, stream);
+      FD_LAUNCH(kernel, 1, finishing_threads, 0, queue.stream, samples, loss, tap_loss + l);
+      if (gradient) launch_match<gradient_only, cosine>(a, queue);
     } else if (distance != Distance::normalized_mse) {
       if (distance == Distance::huber)
-        gradient ? launch_match<sum_and_gradient, huber>(a, stream) : launch_match<sum_only, huber>(a, stream);
-      else gradient ? launch_match<sum_and_gradient, squared>(a, stream) : launch_match<sum_only, squared>(a, stream);
+        gradient ? launch_match<sum_and_gradient, huber>(a, queue) : launch_match<sum_only, huber>(a, queue);
+      else gradient ? launch_match<sum_and_gradient, squared>(a, queue) : launch_match<sum_only, squared>(a, queue);
       const auto kernel = &finish<false>;
-      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, a, loss, tap_loss + l);
+      FD_LAUNCH(kernel, 1, finishing_threads, 0, queue.stream, a, loss, tap_loss + l);
     } else {
-      launch_match<sum_only, normalized>(a, stream);
+      launch_match<sum_only, normalized>(a, queue);
       const auto kernel = &finish<true>;
-      FD_LAUNCH(kernel, 1, finishing_threads, 0, stream, a, loss, tap_loss + l);
-      if (gradient) launch_match<gradient_only, squared>(a, stream);
+      FD_LAUNCH(kernel, 1, finishing_threads, 0, queue.stream, a, loss, tap_loss + l);
+      if (gradient) launch_match<gradient_only, squared>(a, queue);
     }
   }
   return fd_launch_error();
 }
 
-const char* scale_gradients_cuda(const fd::Tap* taps, int64_t count, const float* factor, void* stream) {
+const char* scale_gradients_cuda(const fd::Tap* taps, int64_t count, const float* factor, const fd::Queue& queue) {
   using namespace fd;
   for (int64_t l = 0; l < count; l += most_taps) {
     const Taps a = table(taps + l, count - l);
     if (a.first[a.count] > 0)
-      FD_LAUNCH(scale, persistent_blocks(a.first[a.count], blocks_each), threads_per_block, 0, stream, a, factor);
+      FD_LAUNCH(scale, persistent_blocks(queue, a.first[a.count], blocks_each), threads_per_block, 0, queue.stream, a, factor);
   }
   return fd_launch_error();
 }

@@ -14,8 +14,10 @@ namespace {
 template <bool tanh> FD_HD Gelu<Lanes> gelu(Lanes g) {
   const Lanes one = splat(1.0f);
   if (tanh) {
-    const Lanes root = splat(1.59576912f), s = sigmoid(twice_u(g, one, splat(0.044715f), root));
-    return {g * s, muladd(g * s * (one - s), twice_slope(g, one, splat(0.134145f), root), s)};
+    const Lanes root = splat(1.59576912f);
+    const Sigmoids s = sigmoids(twice_u(g, one, splat(0.044715f), root));
+    const Lanes slope = twice_slope(g, one, splat(0.134145f), root);
+    return {g * s.value, muladd(g * s.value * s.rest, slope, s.value)};
   }
   const Normal<Lanes> normal = standard_normal(g);
   return {g * normal.below, muladd(g, normal.density, normal.below)};

@@ -104,13 +104,13 @@ __global__ void __launch_bounds__(threads_per_block)
 }  // namespace
 }  // namespace fd
 
-const char* noise_gather_cuda(const fd::NoiseGather& a, void* stream) {
+const char* noise_gather_cuda(const fd::NoiseGather& a, const fd::Queue& queue) {
   using namespace fd;
   if (a.batch == 0) return nullptr;
   Pieces p = {};
   p.count = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(a.banks[0].bytes, copy_piece)));
   p.elements = larger(1, ceil_div(ceil_div(a.row, p.count), 8)) * 8;
   for (int i = 0; i < a.bank_count; ++i) p.bytes[i] = ceil_div(ceil_div(a.banks[i].bytes, p.count), 16) * 16;
-  FD_LAUNCH(gather, persistent_blocks(a.batch * p.count, blocks_each), threads_per_block, 0, stream, a, p);
+  FD_LAUNCH(gather, persistent_blocks(queue, a.batch * p.count, blocks_each), threads_per_block, 0, queue.stream, a, p);
   return fd_launch_error();
 }

@@ -148,10 +148,10 @@ int64_t output_match_cuda_workspace(int64_t batch, int64_t n) {
   return 2 * batch * fd::FD_ISA::output_match_chunks(a);
 }
 
-const char* output_match_cuda(const fd::OutputMatch& a, void* stream) {
+const char* output_match_cuda(const fd::OutputMatch& a, const fd::Queue& queue) {
   using namespace fd;
   const int64_t total = a.batch * output_match_chunks(a);
-  if (total > 0) FD_LAUNCH(match_output, persistent_blocks(total, blocks_each), threads_per_block, 0, stream, a);
-  FD_LAUNCH(finish_output, 1, finishing_threads, 0, stream, a);
+  if (total > 0) FD_LAUNCH(match_output, persistent_blocks(queue, total, blocks_each), threads_per_block, 0, queue.stream, a);
+  FD_LAUNCH(finish_output, 1, finishing_threads, 0, queue.stream, a);
   return fd_launch_error();
 }

@@ -7,8 +7,6 @@ computations, which other processors round differently: these are identified by 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -18,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdistill.data.values import blocks
 from fastdistill.errors import InputError
@@ -45,14 +43,6 @@ def sha256_of_tensors(tensors: Mapping[str, Any]) -> str:
             flat = block.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Hash of the tensors of a model's ``state_dict``, floating-point ones as ``dtype`` (None: as they are)."""
-    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    return sha256_of_tensors(tensors)
 
 
 def sha256_of_json(value: object) -> str:
@@ -82,13 +72,6 @@ def number(value: Any) -> Any:
     if not scalar:
         raise TypeError(f"a value of type {type(value).__name__}")
     return _finite(value.item())
-
-
-def take_numbers(settings: Any) -> None:
-    """Replace scalars of NumPy and torch in the fields of a frozen dataclass by the Python numbers that they hold."""
-    for field in dataclasses.fields(settings):
-        with contextlib.suppress(TypeError):
-            object.__setattr__(settings, field.name, number(getattr(settings, field.name)))
 
 
 def up_to_rounding(values: Tensor) -> dict[str, Any]:

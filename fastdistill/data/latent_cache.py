@@ -144,7 +144,7 @@ def generate_latent_cache(
     ``diffusion.sampler`` is made for it): batches start anew at each shard, so an interrupted run, resumed with the
     same ``batch``, ends with the same bits; another ``batch`` may change their rounding only.
     ``fingerprint`` must hold everything else that decides the values, such as ``{"teacher": weights_hash(teacher),
-    "prompts": bank.identity, "sampling": ..., "seed": 0}`` (``weights_hash`` of ``fastdistill.data.fingerprint``): a
+    "prompts": bank.identity, "sampling": ..., "seed": 0}`` (``fastdistill.models.weights.weights_hash``): a
     trainer compares the first two with its own teacher and bank. A hash of ``prompt_index`` is added to it.
     ``progress(rows done, N)`` is called at the start and after each batch.
 

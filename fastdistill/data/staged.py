@@ -19,7 +19,7 @@ from fastdistill.data.stored import StoredRows
 from fastdistill.data.values import has_values
 from fastdistill.errors import InputError
 from fastdistill.ops import Draw, NoiseGather, Task, empty_draw, noise_gather, use
-from fastdistill.ops.noise_gather.banks import listed, mapped
+from fastdistill.ops.noise_gather.banks import cast, listed, mapped
 
 Rows = Tensor | StoredRows
 
@@ -38,7 +38,8 @@ class Batches:
 
     ``prepare`` waits until the rows of its step are there. It belongs outside of what a graph captures, on the stream
     of the draws (capture with ``capture_error_mode="thread_local"``: the thread waits for events meanwhile).
-    ``ahead``: steps that are read ahead of the one under way. ``task``: ``task()`` will be asked for.
+    ``ahead``: steps that are read ahead of the one under way. ``task``: ``task()`` will be asked for. ``dtype``: of x_t
+    and of floating-point prompts in the draws; None: the dtypes of the banks.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Batches:
         target: bool = False,
         task: bool = False,
         ahead: int = 3,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         if ahead < 1:
@@ -62,7 +64,7 @@ class Batches:
         if len({len(bank) for bank in banks}) != 1:
             raise InputError.of("prompts", "banks of as many rows", [len(bank) for bank in banks])
         _check_rows(latent_prompts, len(banks[0]))
-        self._turns, self._batch, self._device = ahead + 1, batch, latent_prompts.device
+        self._turns, self._batch, self._device, self._dtype = ahead + 1, batch, latent_prompts.device, dtype
         self._latents: list[tuple[Rows, Tensor]] = []  # a bank, and the ring in its place
         self._prompts: list[tuple[Rows, Tensor]] = []
         given: Any = latents, prompts
@@ -130,8 +132,10 @@ class Batches:
 
         Raises:
             InputError: banks are on the disk and the step was not prepared (on a GPU only that there was none since
-                the last draw is noticed, as nothing is read back).
+                the last draw is noticed, as nothing is read back; nothing is noticed in compiled code).
         """
+        if torch.compiler.is_compiling():  # what changes from step to step would be compiled anew in each
+            return self._cast(noise_gather(*self._tables, counter, out=self.out, **self._options))
         if self._index is not None:
             prepared = [self._seed, *list(self._reads)[:1]]
             if not self._ready:
@@ -139,11 +143,14 @@ class Batches:
             if counter.device.type == "cpu" and counter.tolist() != prepared:
                 raise InputError.of("counter", f"the seed and step that were prepared {prepared}", counter.tolist())
             self._ready = False
-        if torch.compiler.is_compiling():
-            return noise_gather(*self._tables, counter, out=self.out, **self._options)
         if self._draw is None or self._counter is not counter:
             self._counter, self._draw = counter, NoiseGather(*self._tables, counter, out=self.out, **self._options)
-        return self._draw()
+        return self._cast(self._draw())
+
+    def _cast(self, draw: Draw[Any]) -> Draw[Any]:
+        if self._dtype is None:
+            return draw
+        return draw._replace(x_t=cast(draw.x_t, self._dtype), prompt=cast(draw.prompt, self._dtype))
 
     def task(self, draw: Draw[Any], counter: Tensor) -> Task:
         """What ``output_match`` makes the target of this batch of: the latents and the counter, or, where the latents

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 
 
 def exp(u: float, rate: float = 5.0) -> float:
@@ -74,6 +74,8 @@ def replacement_probability(p: str | Callable[..., float], T: int, **parameters:
             takes = [str(q) for q in inspect.signature(function).parameters.values()][1:]
             raise InputError(f"p(t) {name}: {error}; it takes ({', '.join(takes)})") from None
     else:
+        if not callable(p) or isinstance(p, type):
+            raise InputError.of("p(t)", f"one of {', '.join(REPLACEMENT)}, or a function of t/T", described(p))
         name, function = getattr(p, "__name__", "function"), p
     values = []
     for t in range(T):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, check_prediction_type
 from fastdistill.errors import InputError
@@ -67,7 +67,8 @@ def ddim(
     Args:
         model: called as ``model(x, t, encoder_hidden_states=prompts)`` with t int64 [b], in eval mode. Returns the
             prediction in the shape of x, an object with ``.sample``, or a tuple that starts with it (as in diffusers).
-        x_T: floating point. The model gets its dtype; the state between steps is at least float32.
+        x_T: floating point; the state between the steps is at least float32. A module sees state and prompts in the
+            dtype in which it computes, whatever theirs is; any other callable sees the state in the dtype of x_T.
         prompts: [B, L, D]. null_prompt: [L, D] or [1, L, D]; None only when guidance_scale is 1.
         schedule: a ``NoiseSchedule``, or a ``DDIMScheduler`` of diffusers, whose settings then apply: timestep spacing,
             ``steps_offset``, ``set_alpha_to_one``, ``prediction_type``, ``clip_sample`` with its range. Each step is
@@ -105,12 +106,12 @@ def ddim(
         null = null_prompt.expand_as(prompts)
         conditions = torch.cat([null, prompts]) if guided else null
 
+    predict = _predictor(model, x_T.dtype)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
     for index, (t, abar, next_abar) in enumerate(plan.levels):
-        seen = x.to(x_T.dtype)
-        seen = torch.cat([seen, seen]) if guided else seen
+        seen = torch.cat([x, x]) if guided else x
         t_batch = torch.full((len(seen),), t, dtype=torch.int64, device=x.device)
-        out = _prediction(model(seen, t_batch, encoder_hidden_states=conditions), seen).to(x.dtype)
+        out = _prediction(predict(seen, t_batch, conditions), seen).to(x.dtype)
         if guided:
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance_scale * (conditional - unconditional)
@@ -176,6 +177,15 @@ def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
     levels = [(t, float(abar[t]), float(abar[s]) if s >= 0 else final) for t, s in zip(times, following, strict=True)]
     clip = config.clip_sample_range if config.clip_sample else None
     return _Plan(levels, check_prediction_type(config.prediction_type), clip, noise_of_clipped=False)
+
+
+def _predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Any]:
+    """How to call the model: a module in the dtype in which it computes, anything else with states of ``dtype``."""
+    if isinstance(model, nn.Module):
+        from fastdistill.models.calling import Predictor  # loads diffusers
+
+        return Predictor(model)
+    return lambda x, timestep, prompts: model(x.to(dtype), timestep, encoder_hidden_states=prompts)
 
 
 def _step(x: Tensor, out: Tensor, abar: float, next_abar: float, plan: _Plan) -> Tensor:

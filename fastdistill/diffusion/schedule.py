@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
@@ -166,8 +166,8 @@ def flow_coefficients(T: int = 1000, shift: float = 1.0) -> Tensor:
 
 def check_prediction_type(value: str, argument: str = "prediction_type") -> PredictionType:
     """``value`` itself; InputError unless it is one of the three."""
-    if value not in get_args(PredictionType):
-        raise InputError.of(argument, f"one of {', '.join(get_args(PredictionType))}", repr(value))
+    if not isinstance(value, str) or value not in get_args(PredictionType):
+        raise InputError.of(argument, f"one of {', '.join(get_args(PredictionType))}", described(value))
     return cast(PredictionType, value)
 
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import take_numbers
 from fastdistill.diffusion.matching import match_table
-from fastdistill.distill.objective import Setting, cast_inputs, predict
+from fastdistill.distill.objective import Setting
 from fastdistill.ops import output_match
+from fastdistill.train.config import validated
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,14 @@ class Denoising:
     decides; the limit 1 gives the plain loss. ``null_probability`` of the prompts are null, for guidance.
     """
 
-    weight_limit: float = 1.0
-    null_probability: float = 0.1
-
-    def __post_init__(self) -> None:
-        take_numbers(self)
+    weight_limit: Annotated[float, Field(gt=0)] = 1.0
+    null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
 
     def bind(self, setting: Setting) -> BoundDenoising:
-        return BoundDenoising(self, setting)
+        return BoundDenoising(validated(self, "objective"), setting)
 
     def describe(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(validated(self, "objective"))
 
 
 class BoundDenoising:
@@ -44,18 +43,18 @@ class BoundDenoising:
 
     def __init__(self, config: Denoising, setting: Setting) -> None:
         schedule = setting.schedule
-        self._model, self._grad_scale = setting.student, setting.grad_scale
+        setting.check("student")
+        self._predict, self._grad_scale = setting.predictors[1], setting.grad_scale
         weights = schedule.alphas_cumprod.reciprocal().clamp(max=config.weight_limit)
         table = match_table(schedule.coefficients(setting.prediction_type), weights=weights)
         self._table = table.to(setting.device)
-        never = torch.zeros(len(schedule), dtype=torch.int64)
+        never = torch.zeros(len(schedule), dtype=torch.int64, device="cpu")
         self._batches = setting.batches(never, null_probability=config.null_probability, task=True)
         self.prepare, self.close = self._batches.prepare, self._batches.close
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         draw = self._batches(counter)
-        x_t, prompt = cast_inputs(self._model, draw.x_t, draw.prompt)
-        output = predict(self._model, x_t, draw.timestep, prompt)
+        output = self._predict(draw.x_t, draw.timestep, draw.prompt)
         task = self._batches.task(draw, counter)
         loss = output_match(output, None, draw.timestep, self._table, task=task, grad_scale=self._grad_scale).loss
         return loss, [loss.detach()]

@@ -13,13 +13,14 @@ import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import take_numbers
 from fastdistill.diffusion.matching import match_table
-from fastdistill.distill.objective import Setting, cast_inputs, predict
+from fastdistill.distill.objective import Setting, has_streams
 from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
 from fastdistill.models.taps import Taps, channels
@@ -31,22 +32,23 @@ from fastdistill.ops.feature_match import Distance, gradient_buffer
 class Weights:
     """Weights of the three losses; 0 leaves one out, and with it what only it needs."""
 
-    output: float = 1.0
-    feature: float = 1.0
-    task: float = 0.0
-
-    def __post_init__(self) -> None:
-        take_numbers(self)
+    output: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    feature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    task: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 class Knowledge:
     """Teacher and student side by side on one draw.
 
-    ``taps`` pairs (teacher module, student module). Where their channels differ, a 1x1 adapter projects the student's
-    feature; adapters are trained with the student (``trained``) and belong to no export.
+    ``taps`` pairs (teacher module, student module). Where their channels differ, a linear adapter projects the
+    student's feature; adapters are trained with the student (``trained``) and belong to no export.
 
     The hooks of the taps are on the models from the start until ``close``, and again from ``attach`` on; they go with
     the last reference to this object, too.
+
+    Raises:
+        InputError: no loss to compute; taps that a model does not have or whose sizes differ; a model that does not
+            take the latents and prompts (one forward of the first sample tells).
     """
 
     metric_names = ("loss", "output", "feature", "task")
@@ -77,23 +79,31 @@ class Knowledge:
         self._gradients: list[Tensor] | None = None
         self._names = list(zip(*taps, strict=True)) if weights.feature else []
         self._taps: tuple[Taps, Taps] | None = None
-        self._checked = False
-        self.attach()
-        if weights.feature:
-            self.adapters = self._make_adapters(setting, taps, adapter_seed)
-            self.trained = (self.adapters,)
+        self._predict_teacher, self._predict_student = setting.predictors
+        with contextlib.ExitStack() as failed:  # where something does not fit
+            failed.callback(self.close)
+            self.attach()
+            if weights.output or weights.feature:
+                setting.check("teacher")
+            setting.check("student")
+            if self._taps:
+                theirs, own = ([tuple(f.shape) for f in tapped.features()] for tapped in self._taps)
+                signals = setting.latents.ndim == 3
+                pairs = [_channels(*each, signals) for each in zip(taps, theirs, own, strict=True)]
+                self.adapters: Adapters = Adapters(pairs, seed=adapter_seed).to(
+                    setting.device, self._predict_student.dtype
+                )
+                self.trained = (self.adapters,)
+            failed.pop_all()
 
     def attach(self) -> None:
         """Hook the tapped modules, unless they are."""
         if self._names and self._taps is None:
-            theirs = Taps(self.teacher, self._names[0])
-            try:
-                self._taps = theirs, Taps(self.student, self._names[1])
-            except InputError:
-                theirs.remove()
-                raise
-            self._detach = weakref.finalize(self, _remove, self._taps)
-            self._detach.atexit = False
+            with contextlib.ExitStack() as hooks:
+                theirs = hooks.enter_context(Taps(self.teacher, self._names[0]))
+                self._taps = theirs, hooks.enter_context(Taps(self.student, self._names[1]))
+                self._detach = weakref.finalize(self, hooks.pop_all().close)
+                self._detach.atexit = False
 
     def close(self) -> None:
         """Take the hooks off the models, and let go of the gradient buffers."""
@@ -102,33 +112,15 @@ class Knowledge:
             self._taps = None
             self._detach()
 
-    def _make_adapters(self, setting: Setting, taps: Sequence[tuple[str, str]], seed: int) -> Adapters:
-        assert self._taps is not None
-        shapes = []
-        for model, tapped in zip((self.teacher, self.student), self._taps, strict=True):
-            x, prompt = cast_inputs(model, setting.latents[:1], setting.prompts[:1])
-            time = torch.zeros(1, dtype=torch.int64)
-            shapes.append(tapped.shapes(x, time, encoder_hidden_states=prompt))
-        for (teacher_name, student_name), theirs, own in zip(taps, *shapes, strict=True):
-            fits = len(theirs) == len(own) and theirs[2:] == own[2:] if len(own) == 4 else len(theirs) == len(own)
-            if not fits:
-                rule = f"the size of the teacher's {teacher_name} {theirs}"
-                raise InputError.of(f"student tap {student_name}", rule, own)
-        pairs = [(channels(own), channels(theirs)) for theirs, own in zip(*shapes, strict=True)]
-        return Adapters(pairs, seed=seed).to(setting.device, next(self.student.parameters()).dtype)
-
     def __call__(self, draw: Draw[Tensor], task: Task | None = None) -> tuple[Tensor, list[Tensor]]:
         """The loss and its parts ``metric_names`` (unweighted, but the first); the task loss needs ``task``."""
-        branch = self._branch if _capturing(draw.x_t) else None
+        branch = self._branch if has_streams(draw.x_t) else None
         target, theirs = self._teacher(draw, branch) if self.weights.output or self.weights.feature else (None, [])
-        x_t, prompt = cast_inputs(self.student, draw.x_t, draw.prompt)
-        output = predict(self.student, x_t, draw.timestep, prompt)
+        output = self._predict_student(draw.x_t, draw.timestep, draw.prompt)
         if branch is not None:
             torch.cuda.current_stream(branch.device).wait_stream(branch)
         loss, parts = self._zero, {"output": self._zero, "feature": self._zero, "task": self._zero}
         if (target is not None and self.weights.output) or task is not None:
-            if self._gradient is None or self._gradient.shape != output.shape:
-                self._gradient = torch.empty_like(output, requires_grad=False, memory_format=torch.contiguous_format)
             loss, (parts["output"], parts["task"]) = self._match(output, target, draw.timestep, task)
         if self.weights.feature:
             parts["feature"] = self._feature_loss(theirs)
@@ -148,9 +140,28 @@ class Knowledge:
             output_weight=self.weights.output,
             task_weight=self.weights.task,
             grad_scale=self._grad_scale,
-            grad=self._gradient,
+            grad=self._output_gradient(output),
         )
         return loss, parts.unbind()
+
+    def _output_gradient(self, output: Tensor) -> Tensor | None:
+        """The buffer for the gradient of the output, made by the first step; compiled code manages its own memory, and
+        would be compiled anew once there is a buffer."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._gradient is None or self._gradient.shape != output.shape:
+            self._gradient = torch.empty_like(output, requires_grad=False, memory_format=torch.contiguous_format)
+        return self._gradient
+
+    def _feature_gradients(self, own: list[Tensor]) -> list[Tensor] | None:
+        """The same for the features."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._gradients is None or any(
+            g.shape != s.shape or g.stride() != s.stride() for g, s in zip(self._gradients, own, strict=True)
+        ):
+            self._gradients = [gradient_buffer(s, self.feature_distance) for s in own]
+        return self._gradients
 
     @torch.no_grad()
     def _teacher(self, draw: Draw[Tensor], branch: torch.cuda.Stream | None) -> tuple[Tensor, list[Tensor]]:
@@ -161,32 +172,36 @@ class Knowledge:
         if branch is not None:
             branch.wait_stream(torch.cuda.current_stream(branch.device))
         with contextlib.nullcontext() if branch is None else torch.cuda.stream(branch):
-            x_t, prompt = cast_inputs(self.teacher, draw.x_t, draw.prompt)
-            output = predict(self.teacher, x_t, draw.timestep, prompt)
+            output = self._predict_teacher(draw.x_t, draw.timestep, draw.prompt)
             return output, self._taps[0].features() if self._taps else []
 
     def _feature_loss(self, theirs: list[Tensor]) -> Tensor:
         if self._taps is None:
             raise InputError("step: expected one that was prepared, got none since the objective was closed")
         own = self._taps[1].features()
-        if not self._checked:
-            self._taps[1].check_gradients(own)
-            self._checked = True
+        self._taps[1].check_gradients(own)
         own = self.adapters(own)
-        if self._gradients is None or any(
-            g.shape != s.shape or g.stride() != s.stride() for g, s in zip(self._gradients, own, strict=True)
-        ):
-            self._gradients = [gradient_buffer(s, self.feature_distance) for s in own]
         return feature_match(
-            own, theirs, distance=self.feature_distance, grad_scale=self._grad_scale, grads=self._gradients
+            own,
+            theirs,
+            distance=self.feature_distance,
+            grad_scale=self._grad_scale,
+            grads=self._feature_gradients(own),
         ).loss
 
 
-def _remove(taps: tuple[Taps, Taps]) -> None:
-    for tapped in taps:
-        tapped.remove()
+def _channels(names: tuple[str, str], theirs: tuple[int, ...], own: tuple[int, ...], signals: bool) -> tuple[int, int]:
+    """Channels of the student's and of the teacher's feature, which must agree in every other size.
 
-
-def _capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: there, and only there, teacher and student run side by side."""
-    return tensor.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    ``signals``: latents are [N, C, L], so that a feature of three dimensions may be tokens [B, L, C] or a map
+    [B, C, L].
+    """
+    axis = 2 if len(own) == 3 else 1
+    known = 2 <= len(own) <= 5 and not (signals and len(own) == 3)  # which axis holds the channels
+    others = [shape[:axis] + shape[axis + 1 :] for shape in (own, theirs)]
+    if len(own) == len(theirs) >= 2 and (own == theirs or (known and others[0] == others[1])):
+        return channels(own), channels(theirs)
+    rule = f"the size of the teacher's {names[0]} {theirs}"
+    if known:
+        rule += ", but for the channels (of vectors [B, C], tokens [B, L, C], maps [B, C, H, W] or [B, C, F, H, W])"
+    raise InputError.of(f"student tap {names[1]}", rule, own)

@@ -3,15 +3,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.fingerprint import dtype_name
 from fastdistill.data.staged import Batches, Rows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
+from fastdistill.errors import FastdistillError, InputError, quoted
+from fastdistill.models.calling import Predictor, trial
+from fastdistill.ops.noise_gather.banks import listed, mapped
+
+_WIDTHS = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")  # of prompts, by rank
+
+_as_captured: contextvars.ContextVar[bool] = contextvars.ContextVar("fastdistill_as_captured", default=False)
+
+
+@contextlib.contextmanager
+def as_captured() -> Iterator[None]:
+    """Inside, an eager step runs on the streams that it will have in a CUDA graph. What a library allocates once for
+    each stream, such as cuBLAS's workspace, is then there before the capture and not a part of the graph's memory."""
+    token = _as_captured.set(True)
+    try:
+        yield
+    finally:
+        _as_captured.reset(token)
+
+
+def has_streams(tensor: Tensor) -> bool:
+    """Whether parts of a step on this tensor's device run side by side on streams: in a CUDA graph, and in a step that
+    runs ``as_captured``."""
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return False
+    return _as_captured.get() or torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -42,21 +73,91 @@ class Setting:
     def device(self) -> torch.device:
         return self.latent_prompts.device
 
+    @cached_property
+    def predictors(self) -> tuple[Predictor, Predictor]:
+        """How teacher and student are called."""
+        return Predictor(self.teacher), Predictor(self.student)
+
+    def predict(self, model: nn.Module, x_t: Tensor, timestep: Tensor, prompt: Any) -> Tensor:
+        """The prediction of a model, its inputs cast to the dtype in which it computes, whatever the banks have.
+
+        Args:
+            model: the teacher or the student (another model is looked at anew in every call).
+            x_t: [B, *S]. timestep: [B] int64. prompt: [B, L, D].
+        """
+        for predictor in self.predictors:
+            if predictor.model is model:
+                return predictor(x_t, timestep, prompt)
+        return Predictor(model)(x_t, timestep, prompt)
+
     def batches(self, replace: Tensor, **options: Any) -> Batches:
-        """The draws of ``noise_gather`` on these banks; ``replace`` [T] int64, options as ``Batches``."""
+        """The draws of ``noise_gather`` on these banks; ``replace`` [T] int64, options as ``Batches``.
+
+        Where teacher and student compute in one dtype, x_t and the prompts of a draw have it.
+        """
         tables = self.schedule.coefficients(self.prediction_type).to(self.device), replace.to(self.device)
+        dtypes = {predictor.dtype for predictor in self.predictors}
         return Batches(
             self.latents, self.latent_prompts, self.prompts, *tables, batch=self.batch,
             null_index=len(self.prompts) - 1, ahead=self.ahead, first_sample=self.first_sample,
-            global_batch=self.global_batch, **options,
+            global_batch=self.global_batch, dtype=dtypes.pop() if len(dtypes) == 1 else None, **options,
         )  # fmt: skip
+
+    def check(self, name: Literal["teacher", "student"]) -> None:
+        """One forward of a model on the first sample, which leaves no trace; taps on the model fire.
+
+        Raises:
+            InputError: the model does not take the latents and prompts, or its prediction is not like the latents.
+        """
+        model: nn.Module = getattr(self, name)
+        prompts: Any = self.prompts
+        x = self.latents[:1].to(self.device)
+        prompt = mapped(lambda bank: bank[:1].to(self.device), prompts)
+        timestep = torch.zeros(1, dtype=torch.int64, device=self.device)
+        try:
+            with trial(model):
+                shape = tuple(self.predict(model, x, timestep, prompt).shape)
+        except (FastdistillError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise self._refusal(name, x, prompt, error) from error
+        channels = x.shape[1]
+        if shape not in {(1, c, *x.shape[2:]) for c in (channels, 2 * channels)}:  # a learned variance beside it
+            raise InputError.of(name, f"a prediction of its latents' shape {tuple(x.shape)}", shape)
+
+    def explained(self, error: RuntimeError) -> InputError | None:
+        """What to do about an error of torch about unequal dtypes, where models and banks have several; else None."""
+        teacher, student = self.predictors
+        found = {"teacher": teacher.dtype, "student": student.dtype, "latents": self.latents.dtype}
+        found["prompts"] = listed(self.prompts)[0].dtype
+        if len(set(found.values())) == 1 or not re.search("same dtype|scalar type|expected dtype", str(error)):
+            return None
+        rule = "models called by Setting.predict, which casts their inputs"
+        dtypes = ", ".join(f"{name} {dtype_name(dtype)}" for name, dtype in found.items())
+        return InputError.of("objective", rule, f"{quoted(error)} ({dtypes})")
+
+    def _refusal(self, name: str, x: Tensor, prompt: Any, error: Exception) -> InputError:
+        """Why a model failed: what its configuration asks for, else what it said."""
+        config = getattr(getattr(self, name), "config", None)
+        config = config if isinstance(config, Mapping) else {}
+        channels = config.get("in_channels")
+        if isinstance(channels, int) and channels != x.shape[1]:
+            return InputError.of("latents", f"{channels} channels (in_channels of the {name})", x.shape[1])
+        field = next((field for field in _WIDTHS if isinstance(config.get(field), int)), None)
+        if field and isinstance(prompt, Tensor) and prompt.shape[-1] != config[field]:
+            return InputError.of("prompts", f"rows of width {config[field]} ({field} of the {name})", prompt.shape[-1])
+        dtype = dtype_name(Predictor(getattr(self, name)).dtype)
+        prompts = ", ".join(str(tuple(bank.shape)) for bank in listed(prompt))
+        rule = f"a model that takes {dtype} latents {tuple(x.shape)}, a timestep and encoder_hidden_states {prompts}"
+        return InputError.of(name, rule, quoted(error))
 
 
 class BoundObjective(Protocol):
     """An objective bound to its models and data.
 
     Called with the counter [2] int64 (seed, step) on the device; returns the loss to differentiate and one 0-dim
-    float32 tensor a name in ``metric_names``. It must not wait for the device or use any other source of randomness.
+    float32 tensor per name in ``metric_names``. It must not wait for the device or use any other source of randomness.
+    It calls the models by ``Setting.predict``, which casts their inputs; ``bind`` may check them by ``Setting.check``.
     Before each step the host calls ``prepare`` with its seed and number, and ``close`` after the last: what has to
     happen outside of the step is done there (``Batches``, hooks on the models). ``prepare`` may follow ``close``.
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
@@ -81,17 +182,3 @@ class Objective(Protocol):
     def bind(self, setting: Setting) -> BoundObjective: ...
 
     def describe(self) -> dict[str, object]: ...
-
-
-def predict(model: nn.Module, x_t: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-    """The output tensor of a model of diffusers' call shape, whatever it wraps it in."""
-    output = model(x_t, timestep, encoder_hidden_states=prompt)
-    output = getattr(output, "sample", output)
-    prediction: Tensor = output[0] if isinstance(output, tuple) else output
-    return prediction
-
-
-def cast_inputs(model: nn.Module, x_t: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs in the model's own dtype, so that a teacher may run in a lower precision than its student."""
-    dtype = next(model.parameters()).dtype
-    return x_t.to(dtype), prompt.to(dtype)

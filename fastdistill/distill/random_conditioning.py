@@ -10,20 +10,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import take_numbers, up_to_rounding
+from fastdistill.data.fingerprint import up_to_rounding
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
 from fastdistill.ops.feature_match import Distance
+from fastdistill.train.config import validated
 
 
 @dataclass(frozen=True)
 class RandomConditioning:
-    """The objective's settings; the defaults are the paper's.
+    """The objective's settings, checked where they are used; the defaults are the paper's.
 
     probability: name of p(t) (``fastdistill.diffusion.conditioning``) or a function of t/T; its ``parameters`` by name.
         ``"const"`` with ``{"value": 0.0}`` is plain distillation on the latents' own prompts.
@@ -35,27 +38,25 @@ class RandomConditioning:
 
     probability: str | Callable[[float], float] = "exp"
     parameters: dict[str, float] = field(default_factory=dict)
-    null_probability: float = 0.1
+    null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     weights: Weights = Weights()
     feature_distance: Distance = "mse"
     taps: tuple[tuple[str, str], ...] = ()
     with_replacement: bool = False
-
-    def __post_init__(self) -> None:
-        take_numbers(self)
 
     def p(self, T: int) -> Tensor:
         """[T] float64: the probability of a random prompt at each timestep."""
         return replacement_probability(self.probability, T, **self.parameters)
 
     def bind(self, setting: Setting) -> BoundRandomConditioning:
-        return BoundRandomConditioning(self, setting)
+        return BoundRandomConditioning(validated(self, "objective"), setting)
 
     def describe(self) -> dict[str, object]:
-        if isinstance(self.probability, str):
-            return dataclasses.asdict(self)
-        fields = dataclasses.asdict(dataclasses.replace(self, probability="a function"))
-        return fields | {"probability": up_to_rounding(self.p(1000))}
+        config = validated(self, "objective")
+        if isinstance(config.probability, str):
+            return dataclasses.asdict(config)
+        fields = dataclasses.asdict(dataclasses.replace(config, probability="a function"))
+        return fields | {"probability": up_to_rounding(config.p(1000))}
 
 
 class BoundRandomConditioning:

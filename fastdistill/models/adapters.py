@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: project student features to the teacher's channels before they are compared."""
+"""Adapters: linear maps of student features to the teacher's channels, before the two are compared."""
 
 from __future__ import annotations
 
@@ -8,43 +8,57 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 from fastdistill.models.taps import channels
 
 
-class _Project(nn.Conv2d):
-    """A 1x1 convolution over the channels of a map [B, C, H, W] or of tokens [B, L, C]."""
+class _Project(nn.Linear):
+    """A linear map of the channels of a vector [B, C], of tokens [B, L, C], or of a map [B, C, ...]."""
 
     def forward(self, feature: Tensor) -> Tensor:
-        if feature.ndim == 3:
-            return nn.functional.linear(feature, self.weight.flatten(1), self.bias)
-        return super().forward(feature)
+        feature = feature.to(self.weight.dtype)  # a module kept in float32 puts out float32
+        if feature.ndim <= 3:
+            return super().forward(feature)
+        convolve = nn.functional.conv2d if feature.ndim == 4 else nn.functional.conv3d
+        return convolve(feature, self.weight[(..., *[None] * (feature.ndim - 2))], self.bias)
 
 
 class Adapters(nn.ModuleList):
-    """One 1x1 convolution student -> teacher a tap, in the order of the taps; identity where the channels are equal.
+    """One linear map student -> teacher per tap (a 1x1 convolution of maps), in the order of the taps; identity where
+    the channels are equal.
 
     They are trained with the student: hand their parameters to the same optimizer and gradient clipping and save their
     ``state_dict`` in checkpoints. An exported student does not need them. (BK-SDM's and random conditioning's students
     of smaller width, arXiv 2305.15798 and 2504.02011.)
 
-    ``pairs`` holds (student channels, teacher channels) of each tap. ``seed`` fixes the initial weights and leaves
-    torch's global generator alone. Weights are fp32 on the CPU.
+    Args:
+        pairs: (student channels, teacher channels) of each tap.
+        seed: fixes the initial weights; torch's global generator is left alone. Weights are float32 on the CPU.
+
+    Raises:
+        InputError: a pair that is not two positive integers.
     """
 
     def __init__(self, pairs: Sequence[tuple[int, int]], *, seed: int = 0) -> None:
+        if not isinstance(pairs, Sequence):
+            raise InputError.of("pairs", "a list of (student channels, teacher channels)", described(pairs))
         for index, pair in enumerate(pairs):
-            if len(pair) != 2 or min(pair) < 1:
-                raise InputError.of(f"pairs[{index}]", "(student channels, teacher channels), both positive", pair)
+            if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair)):
+                raise InputError.of(
+                    f"pairs[{index}]", "(student channels, teacher channels), both positive", described(pair)
+                )
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
-            super().__init__(nn.Identity() if s == t else _Project(s, t, kernel_size=1) for s, t in pairs)
+            super().__init__(nn.Identity() if s == t else _Project(s, t, dtype=torch.float32) for s, t in pairs)
         self.pairs = tuple((s, t) for s, t in pairs)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """One feature a tap, [B, C_student, H, W] or [B, L, C_student] -> the same with the teacher's channels."""
+        """One feature per tap -> the same with the teacher's channels, in the adapters' dtype where they are projected.
+
+        Features are vectors [B, C], tokens [B, L, C] or maps [B, C, ...].
+        """
         if len(features) != len(self):
-            raise InputError.of("features", f"{len(self)} tensors, one for each adapter", len(features))
+            raise InputError.of("features", f"{len(self)} tensors, one per adapter", len(features))
         for index, (feature, (student, _)) in enumerate(zip(features, self.pairs, strict=True)):
             if channels(feature.shape) != student:
                 raise InputError.of(f"features[{index}]", f"{student} channels", f"shape {tuple(feature.shape)}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 
 # One value a stage, outermost first; `up_block_types` and `reverse_transformer_layers_per_block` run the other way.
 _PER_STAGE = (
@@ -61,8 +61,10 @@ def student_spec(spec: str | StudentSpec | Mapping[str, Any]) -> StudentSpec:
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise InputError.of("spec", f"one of {', '.join(SPECS)}", f"{spec!r}{hint}")
         return SPECS[spec]
+    if not isinstance(spec, Mapping):
+        raise InputError.of("spec", "a name, a StudentSpec or a mapping of its fields", described(spec))
     known = [field.name for field in fields(StudentSpec)]
-    unknown = [key for key in spec if key not in known]
+    unknown = [str(key) for key in spec if key not in known]
     if unknown:
         raise InputError.of("spec", f"the fields {', '.join(known)}", ", ".join(unknown))
     values = dict(spec)

@@ -18,6 +18,7 @@ from fastdistill.errors import InputError
 from fastdistill.models.copying import CopyReport, copy_from_teacher, copy_sources
 from fastdistill.models.specs import StudentSpec, cross_attends, per_stage, student_config, student_spec
 from fastdistill.models.taps import resolve
+from fastdistill.models.weights import quantized
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def make_student(
         raise InputError.of("teacher", "a diffusers UNet2DConditionModel", type(teacher).__name__)
     if init not in ("teacher", "random"):
         raise InputError.of("init", "'teacher' or 'random'", repr(init))
+    if init == "teacher" and quantized(teacher):
+        rule = "weights to copy, such as the model's before it was quantized (or use init='random')"
+        raise InputError.of("teacher", rule, "quantized ones")
     spec = student_spec(spec)
     config = student_config(teacher.config, spec)
     with torch.device("meta"):
@@ -74,7 +78,9 @@ def make_student(
 
 
 def check_parameters(teacher: nn.Module, student: nn.Module) -> None:
-    """Refuse a student with more parameters than its teacher."""
+    """Refuse a student with more parameters than its teacher; those of a quantized one do not count its weights."""
+    if quantized(teacher):
+        return
     most, own = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
     if own > most:
         raise InputError.of("student", f"at most the teacher's {most:,} parameters", f"{own:,}")

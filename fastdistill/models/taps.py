@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
+from fastdistill.models.calling import trial
 
 
 def _inert(*_: object) -> None:
@@ -46,8 +48,15 @@ class _Capture(_Hook):
         self.taps = taps
         self.index = index
 
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        self.taps._store(self.index, output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        self.taps._store(self.index, _Output(output, _main_input(args, kwargs)))
+
+
+class _Output(NamedTuple):
+    """What a tapped module returned, and the shape of its main input."""
+
+    value: object
+    like: torch.Size | None
 
 
 class Taps:
@@ -55,36 +64,43 @@ class Taps:
 
     Names are resolved to module objects here, once, so wrapping the model afterwards (DDP, FSDP2, ``torch.compile``)
     changes nothing. Build taps before compiling, as hooks are traced into the graph. Also a context manager, which
-    detaches on leaving. A tuple, list or ``ModelOutput`` stands for its first element: diffusers' down blocks return
-    ``(hidden_states, residuals)``.
+    detaches on leaving.
+
+    Of a module that returns a tuple, list, dict or ``ModelOutput`` the tap takes the one tensor in it, not those nested
+    deeper: element 0 of diffusers' down blocks, which return ``(hidden_states, residuals)``. Of several tensors it
+    takes the one with the shape of the module's ``hidden_states``, else of its first argument: the image's tokens of
+    SD3's and Flux's blocks, which return ``(encoder_hidden_states, hidden_states)``. Where that is none or several, the
+    element has to be named: ``"transformer_blocks.3[1]"``, or ``"down_blocks.0[1][0]"`` for nested ones.
 
     Outputs are held by reference and keep their graph, dtype and memory layout. What fires after ``features()``, such
     as the recomputation of a checkpointed segment in the backward, is ignored until the next forward.
 
-    Raises ``InputError`` for unknown names (near matches named), for none at all and for repeated ones.
+    Raises:
+        InputError: unknown names (near matches are shown), no names, or repeated ones.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        modules = resolve(model, names)
         self.names = tuple(names)
+        self._places = [split_index(name)[1] for name in names]
         self._model = model
-        modules = resolve(model, self.names)
         self._open = True
-        self._outputs: list[list[object]] = [[] for _ in modules]
+        self._outputs: list[list[_Output]] = [[] for _ in names]
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(_Begin(self))]
-        self._handles += [m.register_forward_hook(_Capture(self, i)) for i, m in enumerate(modules)]
+        for index, module in enumerate(modules):
+            self._handles.append(module.register_forward_hook(_Capture(self, index), with_kwargs=True))
 
     def _begin(self) -> None:
         self.clear()
         self._open = True
 
-    def _store(self, index: int, output: object) -> None:
+    def _store(self, index: int, output: _Output) -> None:
         if self._open:
             self._outputs[index].append(output)
 
     def clear(self) -> None:
         """Let go of whatever was captured."""
-        for outputs in self._outputs:
-            outputs.clear()
+        self._outputs = [[] for _ in self.names]  # not emptied: compiled code would look at what is in them
 
     def remove(self) -> None:
         """Detach from the model; captured features are dropped."""
@@ -104,12 +120,15 @@ class Taps:
     def features(self) -> list[Tensor]:
         """The last forward's outputs in the order of ``names``, handed over: a second call needs a second forward.
 
-        Raises ``InputError`` naming the taps that did not fire, fired more than once in the forward, or gave no tensor.
+        Raises:
+            InputError: names the taps that did not fire, fired more than once in the forward, gave no tensor, or
+                several of which none is the module's main output.
         """
         counts = [len(outputs) for outputs in self._outputs]
         if any(count != 1 for count in counts):
             self._refuse_counts(counts)
-        features = [_tensor(name, outputs[0]) for name, outputs in zip(self.names, self._outputs, strict=True)]
+        found = zip(self.names, self._places, self._outputs, strict=True)
+        features = [_tensor(name, place, outputs[0]) for name, place, outputs in found]
         self.clear()
         self._open = False
         return features
@@ -154,15 +173,26 @@ class Taps:
         )
 
     def shapes(self, *args: Any, **kwargs: Any) -> list[tuple[int, ...]]:
-        """Shapes of the tapped features for these inputs of the model, found on the meta device without computing."""
-        state = {key: torch.empty_like(value, device="meta") for key, value in _named_tensors(self._model)}
-        with torch.no_grad():
-            torch.func.functional_call(self._model, state, _to_meta(args), _to_meta(kwargs))
-        return [tuple(feature.shape) for feature in self.features()]
+        """Shapes of the tapped features for these inputs of the model, from one forward that leaves no trace."""
+        try:
+            with trial(self._model):
+                self._model(*args, **kwargs)
+            return [tuple(feature.shape) for feature in self.features()]
+        finally:
+            self.clear()
 
 
 def resolve(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The module objects called ``names`` in ``model``; ``InputError`` lists the unknown ones with near matches."""
+    """The module objects called ``names`` in ``model``, whatever index follows a name.
+
+    Raises:
+        InputError: unknown names (near matches are shown), no names, or repeated ones.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError.of("taps", "names of modules of a torch.nn.Module", described(model))
+    wrong = isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names)
+    if wrong:
+        raise InputError.of("taps", "a list of module names", described(names))
     if not names:
         raise InputError("taps: expected at least one module name, got none")
     repeated = sorted({name for name in names if list(names).count(name) > 1})
@@ -170,18 +200,26 @@ def resolve(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
         raise InputError(f"taps: expected each name once, got {', '.join(repeated)} more than once")
     known = dict(model.named_modules())
     known.pop("", None)
-    unknown = [name for name in names if name not in known]
+    modules = [split_index(name)[0] for name in names]
+    unknown = [name for name in modules if name not in known]
     if unknown:
         raise InputError(
             f"taps: expected modules of {type(model).__name__}, got "
             + "; ".join(_hint(n, list(known)) for n in unknown)
         )
-    return [known[name] for name in names]
+    return [known[name] for name in modules]
+
+
+def split_index(name: str) -> tuple[str, tuple[int, ...]]:
+    """``"transformer_blocks.3[1]"`` -> ``("transformer_blocks.3", (1,))``: the module, and where in its output."""
+    module = re.sub(r"(\[\d+\])+$", "", name)
+    return module, tuple(int(number) for number in re.findall(r"\d+", name[len(module) :]))
 
 
 def channels(shape: Sequence[int]) -> int:
-    """The channel count of a feature of this shape: axis 1 of maps [B, C, ...], the last axis of tokens [B, L, C]."""
-    return shape[1] if len(shape) >= 4 else shape[-1]
+    """The channel count of a feature of this shape: axis 1 of vectors [B, C] and of maps [B, C, H, W] or [B, C, F, H,
+    W], the last axis of tokens [B, L, C]."""
+    return shape[2] if len(shape) == 3 else shape[1]
 
 
 def _hint(name: str, known: list[str]) -> str:
@@ -193,30 +231,39 @@ def _checkpoints(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def _tensor(name: str, output: object) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    first: object = None
-    if isinstance(output, tuple | list) and output:
-        first = output[0]
-    elif isinstance(output, dict) and output:  # a diffusers or transformers ModelOutput
-        first = next(iter(output.values()))
-    if not isinstance(first, Tensor):
-        raise InputError(
-            f"taps: expected a tensor, or a tuple that starts with one, from {name}, got {type(output).__name__}"
-        )
-    return first
+def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
+    """The shape of the ``hidden_states`` of a call, or of its first argument."""
+    first = kwargs.get("hidden_states", next(iter((*args, *kwargs.values())), None))
+    return first.shape if isinstance(first, Tensor) else None
 
 
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _to_meta(value: Any) -> Any:
+def _tensor(name: str, place: tuple[int, ...], output: _Output) -> Tensor:
+    """The feature in what a module returned; see ``Taps``."""
+    value = output.value
+    for number in place:
+        elements = _elements(value)
+        if number >= len(elements):
+            got = f"{type(value).__name__} of {len(elements)}" if elements else type(value).__name__
+            raise InputError.of("taps", f"an output with an element [{number}] from {name}", got)
+        value = elements[number]
     if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, dict):
-        return {key: _to_meta(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_to_meta(item) for item in value)
-    return value
+        return value
+    tensors = {} if place else {i: e for i, e in enumerate(_elements(value)) if isinstance(e, Tensor)}
+    if not tensors:
+        rule = f"a tensor from {name}" if place else f"a tensor, or a tuple with one, from {name}"
+        raise InputError.of("taps", rule, type(value).__name__)
+    chosen = list(tensors.values())
+    if len(chosen) > 1:
+        chosen = [tensor for tensor in chosen if tensor.shape == output.like]
+    if len(chosen) != 1:
+        shapes = ", ".join(f"{name}[{i}] {tuple(tensor.shape)}" for i, tensor in tensors.items())
+        rule = f"the name of an element, as {name} returns several tensors"
+        raise InputError.of("taps", rule, f"{name} without one: {shapes}")
+    return chosen[0]
+
+
+def _elements(value: object) -> Sequence[object]:
+    """The elements of a tuple, list, dict or ``ModelOutput``; none of anything else."""
+    if isinstance(value, Mapping):
+        return tuple(value.values())
+    return value if isinstance(value, tuple | list) else ()

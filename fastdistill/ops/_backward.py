@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastdistill.ops._dispatch import OPS, Kind, quiet
+from fastdistill.ops._dispatch import OPS, Kind, forced, quiet, use
 
 
 def wanted(tensors: Sequence[Tensor | None]) -> bool:
@@ -31,13 +31,26 @@ def apply(kind: Kind | None, function: type[torch.autograd.Function], *args: Any
     return super(torch.autograd.Function, function).apply(kind, *args)  # type: ignore[misc]
 
 
+def remember(ctx: Any, kind: Kind | None) -> None:
+    """What a backward needs to know of its forward's call: the kind, and the kernel where ``use`` asked for one."""
+    ctx.kind = kind
+    if (kernel := forced()) is not None:
+        ctx.kernel = kernel
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's, which switches gradients off and on again, where they are not off already."""
+    """torch's, which switches gradients off and on again, where they are not off already; with the forward's choice of
+    kernels, as a backward may run in another thread or after the block of ``use``."""
     careful = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        return careful(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        call = careful if torch.is_grad_enabled() else backward
+        kernel = getattr(ctx, "kernel", None)
+        if kernel == forced() or torch.compiler.is_compiling():
+            return call(ctx, *grads)
+        with use(kernel):
+            return call(ctx, *grads)
 
     return run
 
@@ -73,7 +86,8 @@ def _one() -> Tensor:
 
 def keep(ctx: Any, kind: Kind | None, grads: list[Tensor], grad_scale: Tensor | None) -> None:
     """What ``hand_on`` needs; the buffers count as written to now, as torch counts its in-place operations."""
-    ctx.kind, ctx.grads, ctx.grad_scale = kind, grads, grad_scale
+    remember(ctx, kind)
+    ctx.grads, ctx.grad_scale = grads, grad_scale
     ctx.set_materialize_grads(False)  # zeros for the outputs beside the loss
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([g for g in grads if not g.is_inference()])

@@ -10,9 +10,11 @@ tensors are plain and nobody listens there.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,37 +26,57 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
-from fastdistill.errors import InputError, KernelError
+from fastdistill.errors import DeviceError, InputError, KernelError
+from fastdistill.ops import _failures
 from fastdistill.ops._inductor import keep_order
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 REFERENCE = "reference"
-_forced: str | None = None  # of all threads: a backward on a GPU runs in one of autograd's
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastdistill_kernel")
+_forced.set(None)  # in this thread; autograd's own threads start without
 
 
 @contextlib.contextmanager
 def use(kernel: str | None) -> Iterator[None]:
-    """Force one kernel inside the block, in every thread: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None
-    restores the automatic choice.
+    """Force one kernel inside the block: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None restores the
+    automatic choice.
+
+    The choice belongs to the thread (or asyncio task) of the block: other threads are not affected. A backward uses the
+    choice of its forward, in whatever thread it runs and also after the block. In a compiled function the choice is
+    read when it runs, by its backward in the thread that calls ``backward``; only ``attention`` and the fallback of
+    ``cross_attention`` to torch's attention keep what was chosen when they were traced.
 
     Raises:
-        KernelError: when an op is called that has no such kernel for the device, or whose kernel refuses the call; with
-            its reason.
+        InputError: no op has a kernel of this name.
+        KernelError: when an op is called that has no such kernel for the device, or whose kernel refuses the call or
+            cannot be compiled; with the reason.
     """
     names = sorted({name for op in OPS.values() for name in op.kernel_names()})
     if kernel is not None and kernel not in names:
         raise InputError.of("kernel", f"one of {', '.join(names)}", repr(kernel))
-    global _forced
-    before, _forced = _forced, kernel
+    token = _forced.set(kernel)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
+def constant(function: Function) -> Function:
+    """What ``torch.compiler.assume_constant_result`` does: a compiler that traces a call runs it and keeps the result.
+    Torch's own imports the compiler, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant
 def forced() -> str | None:
-    """The kernel that ``use`` asks for here, if any."""
-    return _forced
+    """The kernel that ``use`` asks for here, if any; in a thread of autograd's, where ``backward`` was called."""
+    kernel = _forced.get("")
+    if kernel != "":
+        return kernel
+    # Not set in this thread. Autograd's threads have torch's copy of the context in which backward was called.
+    context = torch._C._get_obj_in_tls("context") if torch._C._is_key_in_tls("context") else None
+    return None if context is None else context.get(_forced)
 
 
 def _never(*args: Any) -> str | None:
@@ -80,16 +102,13 @@ def later(module: str, name: str) -> Callable[..., Any]:
     """A function of a module that is imported when it is first called: Triton's import takes seconds."""
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except Exception as error:  # of a Triton that lacks what the module uses, say
+            raise ImportError(f"{module} does not load: {error}") from error
+        return function(*args)
 
     return call
-
-
-def constant(function: Function) -> Function:
-    """What ``torch.compiler.assume_constant_result`` does: a compiler that traces a call runs it and keeps the result.
-    Torch's own imports the compiler, which takes a second."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @functools.cache
@@ -110,7 +129,8 @@ class Kind:
     __slots__ = ("found",)
 
     def __init__(self) -> None:
-        self.found: dict[str, tuple[Sequence[Kernel], str | None, Kernel]] = {}  # among which, asked for which, which
+        # By op, and by the kernel that is forced where one is: the kernels to choose from, and the one chosen.
+        self.found: dict[str | tuple[str, str], tuple[Sequence[Kernel], Kernel]] = {}
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> Kind | None:
@@ -121,11 +141,14 @@ class Kind:
 
 @dataclass
 class Op:
+    """``failures``: the reason for each kernel and kind of call where it could not be compiled, loaded or launched."""
+
     name: str
     summary: str
     reference: Callable[..., Any]
     kernels: Sequence[Kernel]
     calls: Counter[str] = field(default_factory=Counter)
+    failures: dict[tuple[str, Any], str] = field(default_factory=dict)
     overload: Callable[..., Any] = _never  # fastdistill::<name>
 
     def __call__(self, kind: Kind | None, *args: Any) -> None:
@@ -133,38 +156,98 @@ class Op:
         if kind is None:
             self.overload(*args)
             return
-        found = kind.found.get(self.name)
-        if found is None or found[0] is not self.kernels or found[1] != _forced:
-            found = kind.found[self.name] = self.kernels, _forced, self.kernel_for("cpu", args)
-        kernel = found[2]
-        self.calls[kernel.name] += 1
-        kernel.launch(*args)
+        if (asked := _forced.get("")) is not None:  # None spares the call
+            asked = forced()
+        key = self.name if asked is None else (self.name, asked)
+        found = kind.found.get(key)
+        if found is None or found[0] is not self.kernels:
+            found = kind.found[key] = self.kernels, self.kernel_for("cpu", args)
+        kernel = found[1]
+        try:
+            kernel.launch(*args)
+        except Exception as error:
+            self._pass_by(kernel, args, error)
+            kind.found.pop(key, None)
+        else:
+            self.calls[kernel.name] += 1
+            return
+        self.run("cpu", *args)
 
     def kernel_names(self) -> list[str]:
         return [*dict.fromkeys(k.name for k in self.kernels), REFERENCE]
 
     def run(self, device: str, *args: Any) -> None:
-        """Run the call on the first kernel of this device that does not refuse it, else on the reference."""
+        """Run the call on the first kernel of this device that can, else on the reference.
+
+        A kernel that cannot be compiled, loaded or launched is passed by, with one warning, in this call and in all
+        others of its kind.
+
+        Raises:
+            KernelError: a forced kernel cannot run the call. DeviceError: the device has failed.
+        """
         kernel = self.kernel_for(device, args)
-        self.calls[kernel.name] += 1
-        kernel.launch(*args)
+        try:
+            kernel.launch(*args)
+        except Exception as error:
+            self._pass_by(kernel, args, error)
+        else:
+            self.calls[kernel.name] += 1
+            return
+        self.run(device, *args)
 
     def kernel_for(self, device: str, args: Sequence[Any]) -> Kernel:
-        """The kernel that ``run`` runs, the reference as one too."""
-        forced = _forced
-        if forced != REFERENCE:
+        """The kernel that ``run`` tries next, the reference as one too."""
+        asked = forced()
+        if asked != REFERENCE:
             for kernel in self.kernels:
                 if (
                     kernel.device == device
-                    and (forced is None or forced == kernel.name)
-                    and kernel.available() is None
-                    and kernel.refuse(*args) is None
+                    and (asked is None or asked == kernel.name)
+                    and self._refusal(kernel, args) is None
                 ):
                     return kernel
-            if forced is not None:
-                reason = self._reason(forced, device, args)
-                raise KernelError(f"{self.name}: kernel {forced!r} cannot run this call on {device}: {reason}")
+            if asked is not None:
+                kernels = [k for k in self.kernels if (k.name, k.device) == (asked, device)]
+                reasons = [reason for k in kernels if (reason := self._refusal(k, args))]
+                raise self._error(asked, device, " and ".join(reasons) or f"it has none for {device}")
         return Kernel(REFERENCE, device, self.reference, lambda: None)
+
+    def _refusal(self, kernel: Kernel, args: Sequence[Any]) -> str | None:
+        """Why the kernel cannot run the call, as far as is known before it is tried."""
+        try:
+            reason = kernel.available() or kernel.refuse(*args)
+        except ImportError as error:
+            return str(error)
+        if reason is None and self.failures:
+            reason = self.failures.get((kernel.name, _failures.kind(args)))
+        return reason
+
+    def _pass_by(self, kernel: Kernel, args: Sequence[Any], error: Exception) -> None:
+        """Have this call and others of its kind go to the next kernel, where this one could not be compiled, loaded or
+        launched; else raise."""
+        if _failures.is_final(error):
+            raise DeviceError(
+                f"{self.name}: kernel {kernel.name!r} met an error of this call or an earlier one, after which the"
+                f" device runs nothing more in this process (CUDA_LAUNCH_BLOCKING=1 finds the call): {error}"
+            ) from error
+        reason = _failures.reason(error)
+        if reason is None or kernel.name == REFERENCE:
+            raise error
+        if kernel.device == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise error  # what a graph holds is decided before its capture
+        if forced() is not None:
+            raise self._error(kernel.name, kernel.device, reason) from error
+        known = any(name == kernel.name for name, _ in list(self.failures))  # other threads may add to it
+        self.failures[kernel.name, _failures.kind(args)] = reason
+        if not known:
+            warnings.warn(
+                f"{self.name}: kernel {kernel.name!r} cannot run on {kernel.device}; calls of this kind go to"
+                f" {self.kernel_for(kernel.device, args).name!r}: {reason}",
+                stacklevel=3,
+            )
+
+    def _error(self, kernel: str, device: str, reason: str) -> KernelError:
+        return KernelError(f"{self.name}: kernel {kernel!r} cannot run this call on {device}: {reason}")
 
     def run_on_gpu(self, *args: Any) -> None:
         """``run`` with the GPU of the call's tensors as the current one: launches and streams belong to that."""
@@ -173,12 +256,6 @@ class Op:
                 self.run("cuda", *args)
         else:
             self.run("cuda", *args)
-
-    def _reason(self, name: str, device: str, args: Sequence[Any]) -> str:
-        """Why the kernel of this name cannot run the call."""
-        kernels = [k for k in self.kernels if (k.name, k.device) == (name, device)]
-        reasons = [k.available() or k.refuse(*args) for k in kernels]
-        return " and ".join(r for r in reasons if r) or f"it has none for {device}"
 
     def table(self) -> list[dict[str, str | None]]:
         """One row a kernel: name, device and the reason why it cannot run in this installation (None: it can)."""

@@ -70,12 +70,29 @@ def stream(tensor: Tensor) -> int:
     return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
 
 
+def queue(tensor: Tensor) -> tuple[int, int]:
+    """The same, and how many multiprocessors the GPU has; where it is emulated few, so that persistent loops go
+    around."""
+    return stream(tensor), _processors(tensor.get_device()) if tensor.is_cuda else 2
+
+
+@cache
+def _processors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 @cache
 def triton_reason() -> str | None:
     """Why the Triton kernels cannot run in this installation, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return None if torch.cuda.is_available() else "no CUDA device"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # whatever a broken installation raises
+        return f"triton does not load: {error}"
+    return None
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastdistill.errors import FastdistillError
 
 _target: contextvars.ContextVar[int] = contextvars.ContextVar("fastdistill_target", default=9)
 
@@ -33,6 +36,26 @@ def target(major: int) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel, grid, arguments, options
+
+
+def launch_all(launches: list[Launch], *, in_place: bool) -> None:
+    """Launch kernels one after another. ``in_place``: they write over what they read, so each is compiled and loaded
+    before the first one runs, and one that cannot be leaves everything as it was."""
+    if in_place and len(launches) > 1:
+        for kernel, grid, args, options in launches:
+            compiled = kernel.warmup(*args, grid=grid, **options)
+            if compiled is not None:  # not interpreted
+                _ = compiled.run  # loads it
+    for number, (kernel, grid, args, options) in enumerate(launches):
+        try:
+            kernel[grid](*args, **options)
+        except Exception as error:
+            if in_place and number:
+                raise FastdistillError(f"a launch failed after others of the call had run: {error}") from error
+            raise
 
 
 CHOICE: tl.constexpr = tl.constexpr(0)

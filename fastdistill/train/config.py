@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import pydantic
 import yaml
 from pydantic import Field
 
 from fastdistill.documented import documented
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 
 Config = TypeVar("Config")
 Execution = Literal["auto", "eager", "compiled", "graph"]
@@ -77,7 +78,7 @@ def validated(config: Config, name: str = "config") -> Config:
     Raises:
         InputError: everything that is wrong, one line per field.
     """
-    return from_mapping(type(config), dataclasses.asdict(config), name)  # type: ignore[call-overload]
+    return _checked(type(config), dataclasses.asdict(config), name, [])  # type: ignore[call-overload]
 
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "config") -> Config:
@@ -86,25 +87,42 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "con
     Raises:
         InputError: all unknown fields (with near matches) and all violated constraints at once.
     """
-    problems = _unknown(kind, values, "")
+    if not isinstance(values, Mapping):
+        raise InputError.of(name, "a mapping of fields", described(values))
+    laid = _onto(dataclasses.asdict(kind()), values)  # type: ignore[call-overload]
+    return _checked(kind, laid, name, _unknown(kind, values, ""))
+
+
+def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems: list[str]) -> Config:
+    """The configuration of these values; InputError for the problems so far and all that pydantic finds."""
     try:
-        config = pydantic.TypeAdapter(kind).validate_python(_onto(dataclasses.asdict(kind()), values))  # type: ignore[call-overload]
+        config = pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        problems += [
-            f"{'.'.join(str(part) for part in e['loc'])}: {e['msg'].lower()}, got {e['input']!r}"
-            for e in error.errors()
-            if e["type"] != "unexpected_keyword_argument"
-        ]
+        for e in error.errors():
+            if e["type"] != "unexpected_keyword_argument":
+                place, rule = ".".join(map(str, e["loc"])), e["msg"][0].lower() + e["msg"][1:]
+                problems.append(f"{place}: {rule}, got {described(e['input'])}")
     if problems:
         plural = "" if len(problems) == 1 else "s"
         raise InputError(f"{name}: {len(problems)} problem{plural}\n" + "\n".join(f"  {p}" for p in problems))
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as YAML 1.2 does; to PyYAML, which follows YAML 1.1, it is a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
     """A configuration from a YAML file; see ``from_mapping``."""
+    if not isinstance(path, str | Path):
+        raise InputError.of("config", "the path of a YAML file", described(path))
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError.of("config", "a readable YAML file", f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -131,24 +149,14 @@ def _onto(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
 
 def _unknown(kind: type, values: Mapping[str, Any], prefix: str) -> list[str]:
     """Lines for the fields that a (nested) dataclass does not have."""
-    hints = pydantic.TypeAdapter(kind).json_schema()
-    return _unknown_in(hints, hints, values, prefix)
-
-
-def _unknown_in(
-    root: Mapping[str, Any], schema: Mapping[str, Any], values: Mapping[str, Any], prefix: str
-) -> list[str]:
-    if "$ref" in schema:
-        schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
-    known = schema.get("properties")
-    if known is None:
-        return []
+    hints = get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind)]
     lines = []
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else f" (its fields: {', '.join(known)})"
             lines.append(f"{prefix}{key}: no such field{hint}")
-        elif isinstance(value, Mapping):
-            lines += _unknown_in(root, known[key], value, f"{prefix}{key}.")
+        elif isinstance(value, Mapping) and dataclasses.is_dataclass(hints[key]):
+            lines += _unknown(hints[key], value, f"{prefix}{key}.")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -13,14 +14,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdistill.data.fingerprint import listed
+from fastdistill.distill.objective import as_captured
 from fastdistill.errors import FastdistillError, KernelError
 from fastdistill.models.sharding import sharded
+from fastdistill.ops import _failures
 from fastdistill.train import distributed
 from fastdistill.train.config import Execution
 from fastdistill.train.guard import NoHostSync, RandomnessError
 from fastdistill.train.randomness import drawing, generator_states
 from fastdistill.train.step import TrainStep
 
+logger = logging.getLogger(__name__)
 WARM_UP = 3  # steps of a run before it is captured: buffers, optimizer state and tuned kernels come to be in them
 DDP_WARM_UP = 11  # torch's notes on CUDA ask for as many; DDP orders its buckets and takes its times in them
 _UNSEEDED = "which a resumed run could not draw again; use 'eager', or switch that off"
@@ -29,13 +33,14 @@ _UNSEEDED = "which a resumed run could not draw again; use 'eager', or switch th
 class GraphedStep:
     """Calls run the first steps eagerly on a stream of its own, capture the next one and replay it from then on.
 
-    The last of them runs under ``NoHostSync``, so what cannot be captured is named with its line. Every step counts:
-    capturing executes nothing and touches no state. Data, random numbers, learning rate and EMA decay come from device
-    memory, so between log intervals the host does nothing but launch the graph. On several ranks the graph holds DDP's
-    collectives too, as torch's notes on CUDA describe: not run on GPUs yet.
+    The last of them runs on the streams of the capture and under ``NoHostSync``, so what cannot be captured is named
+    with its line. Every step counts: capturing executes nothing and touches no state. Data, random numbers, learning
+    rate and EMA decay come from device memory, so between log intervals the host does nothing but launch the graph. On
+    several ranks the graph holds DDP's collectives too, as torch's notes on CUDA describe: not run on GPUs yet.
 
     Where a step cannot be captured, ``strict`` raises KernelError with the reason; otherwise a warning gives it and the
-    step runs again from its beginning, and every later one, compiled.
+    step runs again from its beginning, and every later one, compiled. Too little memory for the capture, or an error
+    after which the device runs nothing more, ends the run in either case.
     """
 
     def __init__(self, step: TrainStep, student: nn.Module, *, strict: bool) -> None:
@@ -65,8 +70,10 @@ class GraphedStep:
         self._stream.wait_stream(current)
         self._warm += 1
         last = self._warm == self._until
-        guard = NoHostSync() if last else contextlib.nullcontext()  # after what is tuned at first calls
-        with self._step.randomness(), torch.cuda.stream(self._stream), guard:
+        with self._step.randomness(), torch.cuda.stream(self._stream), contextlib.ExitStack() as stack:
+            if last:  # after what is tuned at first calls
+                stack.enter_context(NoHostSync())
+                stack.enter_context(as_captured())
             self._step()
         current.wait_stream(self._stream)
         if last:
@@ -81,13 +88,29 @@ class GraphedStep:
                 _checkpoints_without_rng(self._student),
                 torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
-                self._step()
+                try:
+                    self._step()
+                except RuntimeError as error:
+                    cause = error  # the end of a capture that failed raises another
+                    raise
         except RuntimeError as error:
-            cause = error
+            cause = cause or error
+            if _failures.is_final(cause):
+                raise cause from None
         if distributed.anywhere(cause is not None, self._stream.device):  # all replay, or none
+            if distributed.anywhere(_out_of_memory(cause), self._stream.device):
+                rule = "a smaller batch, or config.execution 'eager', needs less"
+                why = f"step: out of memory while it was captured in a CUDA graph: {_first(cause)}"
+                raise FastdistillError(f"{why}; {rule}") from cause
             raise KernelError(f"step: could not be captured in a CUDA graph: {_first(cause)}") from cause
         self.graph, self._next = graph, graph.replay
         graph.replay()
+
+
+def _out_of_memory(error: Exception | None) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "STATUS_ALLOC_FAILED")
+    )
 
 
 def _first(error: Exception | None) -> str:
@@ -135,6 +158,7 @@ def _compiled(step: TrainStep) -> Callable[[], None]:
     call draw random numbers of a generator with a state (compiling may do so once)."""
     from torch._dynamo.exc import TorchDynamoException
 
+    logger.info("compiling the training step: the first call takes minutes for a large model")
     step.compile()
     calls = drawn = 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -67,9 +68,9 @@ def profile_steps(
     for _ in range(warm_up):
         step()
     calls: dict[str, tuple[str, tuple[Any, ...]]] = {}
-    with _ranges(_keeping(calls), {}, nsight):
-        step()
-    with contextlib.ExitStack() as stack:
+    with _profiling, contextlib.ExitStack() as stack:
+        with _ranges(_keeping(calls), {}, nsight):
+            step()
         profiler = stack.enter_context(_nsight() if nsight else _torch_profiler(gpu))
         stack.enter_context(_ranges(None, models or {}, nsight))
         start = time.perf_counter()
@@ -157,6 +158,9 @@ def _keeping(calls: dict[str, tuple[str, tuple[Any, ...]]]) -> Keep:
         calls[op] = kernel, tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
 
     return keep
+
+
+_profiling = threading.Lock()  # the ranges take the place of kernels in the whole process: one profile at a time
 
 
 @contextlib.contextmanager

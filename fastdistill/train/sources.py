@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from fastdistill.data import values
-from fastdistill.data.fingerprint import dtype_name, hashes, weights_hash
+from fastdistill.data.fingerprint import dtype_name, hashes
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
 from fastdistill.errors import InputError
+from fastdistill.models.weights import weights_hash
 
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 

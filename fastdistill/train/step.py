@@ -34,7 +34,7 @@ def learning_rates(config: TrainConfig) -> Tensor:
         if config.lr_schedule == "cosine" and step >= config.warmup:
             scale = 0.5 * (1 + math.cos(math.pi * (step - config.warmup) / max(config.steps - config.warmup, 1)))
         rates.append(config.lr * scale)
-    return torch.tensor(rates, dtype=torch.float32)
+    return torch.tensor(rates, dtype=torch.float32, device="cpu")
 
 
 class TrainStep:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,19 +13,20 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from fastdistill.data.fingerprint import dtype_name, listed, plain, up_to_rounding, weights_hash
+from fastdistill.data.fingerprint import dtype_name, listed, plain, up_to_rounding
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
 from fastdistill.data.stored import StoredRows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdistill.distill.objective import Objective, Setting
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, quoted
 from fastdistill.models.fuse import fuse
 from fastdistill.models.sharding import sharded
-from fastdistill.models.students import check_parameters
-from fastdistill.train import distributed
-from fastdistill.train.config import TrainConfig, validated
+from fastdistill.models.students import Student
+from fastdistill.models.weights import weights_hash
+from fastdistill.train import arguments, devices, distributed
+from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult, Progress, fit
 from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
@@ -46,13 +47,15 @@ class DistillTrainer:
 
     Args:
         teacher: any diffusers model, or a module of its call shape ``model(x_t, t, encoder_hidden_states=prompt)``.
-            It is frozen, kept out of the optimizer and run in its own dtype.
-        student: the same; trained in place.
+            It is frozen, kept out of the optimizer and run in the dtype in which it computes: it may be quantized, or
+            stored in float8 by diffusers' layerwise casting.
+        student: the same, or what ``make_student`` returns; trained in place. Parts that diffusers keeps in float32
+            stay in it, whatever ``config.precision`` says.
         schedule: a ``NoiseSchedule`` or a diffusers scheduler.
         latents: the cache. prompts: the bank that its rows point into, the null prompt last. Either may be on the disk
             (``open`` in place of ``load``); a thread then reads the rows of the coming steps.
         objective: such as ``RandomConditioning``.
-        config: see ``TrainConfig``.
+        config: a ``TrainConfig``, or a mapping of its fields.
         device: where to train (None: where the student is).
         prediction_type: what both models put out (None: what a diffusers scheduler says, else epsilon).
         shard: called with the student once it is cast, fused and tapped, to ``fully_shard`` it over the ranks (None:
@@ -65,35 +68,37 @@ class DistillTrainer:
     def __init__(
         self,
         teacher: nn.Module,
-        student: nn.Module,
+        student: nn.Module | Student,
         schedule: NoiseSchedule | Any,
         latents: LatentCache,
         prompts: PromptBank,
         objective: Objective,
-        config: TrainConfig,
+        config: TrainConfig | Mapping[str, Any],
         *,
         device: torch.device | str | None = None,
         prediction_type: PredictionType | None = None,
         shard: Callable[[nn.Module], object] | None = None,
     ) -> None:
-        config = self.config = validated(config, "config")
-        if not isinstance(schedule, NoiseSchedule):
-            scheduler, schedule = schedule, NoiseSchedule.from_diffusers(schedule)
-            prediction_type = prediction_type or getattr(scheduler, "config", {}).get("prediction_type")
-        self.device = torch.device(device) if device is not None else next(student.parameters()).device
+        config = self.config = arguments.config(config)
+        teacher, student = arguments.model(teacher, "teacher"), arguments.model(student, "student")
+        arguments.check_data(latents, prompts)
+        arguments.check_functions(objective, shard)
+        schedule, prediction_type = arguments.schedule(schedule, prediction_type)
+        self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
-        _check_models(teacher, student, latents, prompts)
+        arguments.check_models(teacher, student)
+        dtype = arguments.dtype(student, self.device, config.precision)
         self._was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
-        self.teacher = teacher.to(self.device)
+        self.teacher = devices.moved(teacher, self.device, "teacher")
         self._freeze()
-        # not diffusers' own to, which warns of modules to keep in float32 even where there are none
-        self.student = nn.Module.to(student, self.device, _dtype(student, self.device, self.config)).train()
+        devices.cast(student, self.device, dtype)
+        self.student = student.train()
         if self.config.fuse:
             fuse(self.teacher)
             fuse(self.student)
         low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
         scaling = LossScale(self.device) if low else None
-        setting = Setting(
+        setting = self._setting = Setting(
             teacher=self.teacher,
             student=self.student,
             schedule=schedule,
@@ -101,7 +106,7 @@ class DistillTrainer:
             latent_prompts=latents.prompt_index.to(self.device),
             prompts=_placed(prompts.embeddings, self.device, config),
             batch=batch,
-            prediction_type=prediction_type or "epsilon",
+            prediction_type=prediction_type,
             ahead=config.ahead,
             grad_scale=scaling.value if scaling else None,
             first_sample=first_sample,
@@ -117,7 +122,6 @@ class DistillTrainer:
         if shard is not None:
             distributed.shard(self.student, bound, shard)
         self.step = TrainStep(bound, self.student, config, self.device, scaling)
-        self._banks = {"latents": setting.latents, "prompts": setting.prompts}
         self._closed = False
 
     def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
@@ -138,27 +142,38 @@ class DistillTrainer:
                 the models: each step has them in the training modes they had when ``fit`` began.
 
         Raises:
-            InputError: the trainer is closed, or the student has state that no checkpoint can hold.
+            InputError: a directory that is no path, progress that is no function; a trainer that is closed; state of the
+                student that no checkpoint can hold; an objective of your own that calls a model with inputs of another
+                dtype.
             StorageError: the directory cannot be written, has no room for a checkpoint, or holds a run of other
                 settings or a damaged checkpoint.
             FastdistillError: the loss is not finite; the message names the likely cause.
             Stopped: a KeyboardInterrupt, on Ctrl-C or SIGTERM.
         """
+        arguments.check_directory(directory)
+        if progress is not None:
+            arguments.check_function(progress, "progress")
         if self._closed:
             raise InputError.of("trainer", "one that is open", "a closed one")
         self._freeze()
         if not self.student.training:
             self.student.train()
-        return fit(
-            self.step,
-            self.student,
-            self._fingerprint,
-            self.config,
-            directory,
-            progress,
-            teacher=self.teacher,
-            explain=lambda: explain(self._banks, self.teacher, self.student),
-        )
+        banks = {"latents": self._setting.latents, "prompts": self._setting.prompts}
+        try:
+            return fit(
+                self.step,
+                self.student,
+                self._fingerprint,
+                self.config,
+                directory,
+                progress,
+                teacher=self.teacher,
+                explain=lambda: explain(banks, self.teacher, self.student),
+            )
+        except RuntimeError as error:
+            if (explained := self._setting.explained(error)) is not None:
+                raise explained from error
+            raise
 
     def close(self) -> None:
         """Take the trainer's hooks off the models, end its threads, and give the teacher back as trainable, and in the
@@ -183,7 +198,7 @@ class DistillTrainer:
 
     def _freeze(self) -> None:
         self.teacher.eval()
-        for parameter in self.teacher.parameters():
+        for parameter in self.teacher.parameters():  # not the module's requires_grad_, which some quantized ones forbid
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
 
@@ -205,8 +220,9 @@ class DistillTrainer:
             try:
                 to = copy.deepcopy(self.student)
             except Exception as error:
-                got = f"none, and the student cannot be copied ({type(error).__name__}: {error})"
+                got = f"none, and the student cannot be copied ({quoted(error)})"
                 raise InputError.of("to", rule, got) from error
+        to = arguments.model(to, "to")
         taken = {id(t) for model in (self.student, self.teacher) for t in named_tensors(model).values()}
         shared = [name for name, t in named_tensors(to).items() if id(t) in taken]
         if shared:
@@ -221,43 +237,12 @@ class DistillTrainer:
         return model
 
 
-def _dtype(student: nn.Module, device: torch.device, config: TrainConfig) -> torch.dtype | None:
-    """To train the student in; None: as it is."""
-    if config.precision != "auto":
-        dtype: torch.dtype = getattr(torch, config.precision)
-        return dtype
-    for name, p in student.named_parameters():
-        if p.requires_grad and p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            rule = "float32, bfloat16 or float16 weights, or config.precision"
-            raise InputError.of(f"student: {name}", rule, str(p.dtype).removeprefix("torch."))
-    return torch.bfloat16 if device.type == "cuda" else None
-
-
 def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:
     """A bank where the configuration has it; on the disk it stays there."""
     if isinstance(bank, StoredRows):
         return bank
     pinned = config.banks == "pinned" and device.type == "cuda"
     return bank.cpu().pin_memory() if pinned else bank.to(device)
-
-
-def _check_models(teacher: nn.Module, student: nn.Module, latents: LatentCache, prompts: PromptBank) -> None:
-    for name, model in {"teacher": teacher, "student": student}.items():
-        if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-            rule = "the model itself, which the trainer wraps for its ranks"
-            raise InputError.of(name, rule, "DistributedDataParallel (pass its module)")
-        if where := sharded(model):
-            rule = "a model that is not sharded yet (the student is, by a function given as shard)"
-            raise InputError.of(name, rule, where)
-    check_parameters(teacher, student)
-    latents.check_prompts(len(prompts))
-    for name, model in {"teacher": teacher, "student": student}.items():
-        config = getattr(model, "config", {})
-        channels, width = config.get("in_channels"), config.get("cross_attention_dim")
-        if channels is not None and channels != latents.latents.shape[1]:
-            raise InputError.of("latents", f"{channels} channels (in_channels of the {name})", latents.latents.shape[1])
-        if isinstance(width, int):
-            prompts.check_width(width)
 
 
 def _fingerprint(

@@ -42,7 +42,6 @@ struct alignas(8) uint2 {
 typedef void* cudaStream_t;
 typedef int cudaError_t;
 constexpr cudaError_t cudaSuccess = 0;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 struct cudaFuncAttributes {};
 
 namespace fd_emulation {
@@ -125,11 +124,6 @@ inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 
 inline cudaError_t cudaGetLastError() { return 1; }
 inline const char* cudaGetErrorString(cudaError_t) { return fd_emulation::take_error(); }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 2;  // multiprocessors: few, so that persistent loops go around
-  return cudaSuccess;
-}
 template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) { return cudaSuccess; }
 
 #define FD_LAUNCH(kernel, grid, block, shared, stream, ...) \

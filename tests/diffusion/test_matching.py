@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdistill.diffusion.matching import conversion, loss_weights, match_table
 from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
 from fastdistill.errors import InputError
+from tests.harness import EPS
 
 T = 1000
 KINDS = ["epsilon", "sample", "v_prediction"]
@@ -36,7 +37,9 @@ def test_conversions(student: str, teacher: str) -> None:
     x_t = own[:, :1] * x + own[:, 1:2] * noise
     prediction, wanted = (c[:, 2:3] * x + c[:, 3:] * noise for c in (theirs, own))
     c = conversion(coefficients(student), coefficients(teacher))
-    torch.testing.assert_close(c[:, :1] * x_t + c[:, 1:] * prediction, wanted, rtol=1e-6, atol=1e-6)
+    # Exact in these coefficients, but for float64's rounding, which a division by the noise at t = 0 magnifies.
+    bound = 64 * torch.finfo(torch.float64).eps / float(own[:, 1].min())
+    torch.testing.assert_close(c[:, :1] * x_t + c[:, 1:] * prediction, wanted, rtol=0, atol=bound)
     if student == teacher:
         assert torch.equal(c, torch.tensor([0.0, 1.0], dtype=torch.float64).expand(T, 2))
 
@@ -46,7 +49,8 @@ def test_v_to_epsilon_as_diffusers_does_it() -> None:
     plan = scheduler()
     x_t, v = plan.add_noise(x, noise, time), plan.get_velocity(x, noise, time)
     c = conversion(coefficients("epsilon"), coefficients("v_prediction"))[700].float()
-    torch.testing.assert_close(c[0] * x_t + c[1] * v, noise, rtol=1e-5, atol=1e-5)
+    terms = (c[0] * x_t).abs() + (c[1] * v).abs()  # x_t and v are sums of two products themselves
+    torch.testing.assert_close(c[0] * x_t + c[1] * v, noise, rtol=0, atol=8 * EPS * float(terms.max()))
 
 
 def test_tables_of_one_schedule_may_be_rounded_in_two_ways() -> None:
@@ -74,15 +78,18 @@ def test_weights_against_diffusers_snr() -> None:
         ("epsilon", "truncated_snr"): snr.clamp(min=1) / snr,
         ("v_prediction", "uniform"): torch.ones_like(snr),
     }
+    # 1 - abar is taken in float32 by diffusers, and rounded to float32 here: of abar's digits 1 / (1 - abar) are lost.
+    bound = 8 * EPS / (1 - scheduler().alphas_cumprod.double())
     for (kind, weighting), weights in expected.items():
-        torch.testing.assert_close(loss_weights(coefficients(kind), weighting), weights, rtol=2e-5, atol=0)  # type: ignore[arg-type]
+        error = (loss_weights(coefficients(kind), weighting) / weights - 1).abs()  # type: ignore[arg-type]
+        assert bool((error <= bound).all()), (kind, weighting, float((error / bound).max()))
 
 
 def test_table() -> None:
     own = coefficients("epsilon")
     table = match_table(own, guidance=lambda u: 3 * u, weights=torch.arange(T) / T, task_weights="uniform")
     assert table.dtype == torch.float32 and table.shape == (T, 5)
-    assert table[500].tolist() == pytest.approx([1.5, 0.0, 1.0, 0.5, 1.0])
+    assert table[500].tolist() == pytest.approx([1.5, 0.0, 1.0, 0.5, 1.0], rel=4 * EPS)
     assert match_table(own, guidance=2.0)[:, 0].eq(2).all() and match_table(own, weights="min_snr")[0, 4] < 0.1
 
 

@@ -17,6 +17,7 @@ from fastdistill.diffusion.conditioning import replacement_probability, threshol
 from fastdistill.diffusion.matching import match_table
 from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
 from fastdistill.errors import InputError
+from tests.harness import EPS, EPS64
 
 CASES = {
     "cosine": (NoiseSchedule.cosine, {"beta_schedule": "squaredcos_cap_v2"}),
@@ -60,11 +61,11 @@ def test_the_bound_is_tight_enough_to_fail():
 
 def test_cosine_ends_at_the_cap_and_known_values():
     abar = NoiseSchedule.cosine(1000).alphas_cumprod
-    assert float(abar[999] / abar[998]) == pytest.approx(1e-3, rel=1e-12)  # beta is capped at .999
+    assert float(abar[999] / abar[998]) == pytest.approx(1e-3, rel=1000 * EPS64)  # beta is capped at .999
     # Where no cap has acted the product telescopes: abar_t = f((t+1)/T) / f(0), f(u) = cos^2((u+.008)/1.008 pi/2).
     u = torch.tensor([0.0, 0.5], dtype=torch.float64)
     f = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
-    assert float(abar[499]) == pytest.approx(float(f[1] / f[0]), rel=1e-12)
+    assert float(abar[499]) == pytest.approx(float(f[1] / f[0]), rel=1000 * EPS64)  # products of 500
 
 
 @pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction"])
@@ -228,13 +229,13 @@ def test_a_config_makes_the_same_schedule_again(schedule):
 def test_flow_is_that_of_diffusers(shift):
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=50, shift=shift)
     table = flow_coefficients(50, shift)
-    torch.testing.assert_close(table[:, 1], scheduler.sigmas.flip(0)[-50:], rtol=3e-7, atol=0)
+    torch.testing.assert_close(table[:, 1], scheduler.sigmas.flip(0)[-50:], rtol=4 * EPS, atol=0)
     x, z = torch.randn(2, 50, dtype=torch.float64)
     signal, noise, target_signal, target_noise = table.double().T
     assert torch.equal(target_signal * x + target_noise * z, z - x)
-    step = 1e-3  # the target is the velocity d x_t / d s
+    step = 1e-3  # the target is the velocity d x_t / d s; differences of numbers up to 4 lose 1 / step
     moved = (signal - step) * x + (noise + step) * z
-    torch.testing.assert_close((moved - (signal * x + noise * z)) / step, z - x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close((moved - (signal * x + noise * z)) / step, z - x, rtol=0, atol=16 * EPS64 / step)
 
 
 @pytest.mark.parametrize(

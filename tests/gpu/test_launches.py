@@ -206,8 +206,8 @@ def test_published_vectors_of_philox(counter: tuple[int, ...], key: tuple[int, i
 
 
 @kernels
-def test_a_kernel_is_forced_in_every_thread(kernel: str) -> None:
-    """On a GPU a backward runs in a thread of autograd's."""
+def test_a_backward_in_another_thread_takes_the_forced_kernel(kernel: str) -> None:
+    """On a GPU it runs in a thread of autograd's."""
     s, t = torch.ones(5, device=here, requires_grad=True), torch.zeros(5, device=here)
     calls = OPS["scale_gradients"].calls
     with use(kernel):

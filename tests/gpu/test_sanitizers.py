@@ -23,7 +23,7 @@ PLANTED = """
 import torch
 from fastdistill.ops import _native
 x, factor = torch.ones(64, device="cuda"), torch.full((), 2.0, device="cuda")
-_native.cuda().scale_gradients([x.data_ptr()], [65], [0], factor.data_ptr(), _native.stream(x))
+_native.cuda().scale_gradients([x.data_ptr()], [65], [0], factor.data_ptr(), _native.queue(x))
 torch.cuda.synchronize()
 """
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -50,7 +52,7 @@ def test_features_in_the_order_of_the_names() -> None:
     assert net.first.weight.grad is not None
 
 
-def test_tuples_stand_for_their_first_element(digits: UNet2DConditionModel) -> None:
+def test_the_one_tensor_of_a_tuple(digits: UNet2DConditionModel) -> None:
     taps = Taps(digits, ["down_blocks.0", "up_blocks.1", "mid_block"])
     expected: list[Tensor] = []
     digits.down_blocks[0].register_forward_hook(lambda module, args, output: expected.append(output[0]))
@@ -67,13 +69,72 @@ def test_model_outputs_and_what_has_no_tensor(digits: UNet2DConditionModel) -> N
     out = outer(**inputs(digits))
     assert taps.features()[0] is out.sample
 
-    net = Net()
-    net.second.forward = lambda x: None  # type: ignore[assignment,method-assign]
-    net.skip = True
-    taps = Taps(net, ["second"])
-    net(torch.randn(1, 3))
     with pytest.raises(InputError, match="from second, got NoneType"):
-        taps.features()
+        tapped("second", None)
+
+
+def tapped(name: str, output: object, like: Tensor | None = None) -> Tensor:
+    """The feature of a tap ``name`` on a module ``second``, which is given ``like`` and returns ``output``."""
+    net = nn.Module()
+    net.second = nn.Module()
+    net.second.forward = lambda x, hidden_states=None: output  # type: ignore[method-assign]
+    net.forward = lambda x: net.second(x[:1], hidden_states=x)  # type: ignore[method-assign,operator]
+    with Taps(net, [name]) as taps:
+        net(torch.zeros(2, 3) if like is None else like)
+        return taps.features()[0]
+
+
+def test_which_of_several_tensors() -> None:
+    """The one of the shape of hidden_states, wherever it stands; named where that is none or several."""
+    image, text, other = torch.zeros(2, 16, 8), torch.zeros(2, 7, 8), torch.zeros(2, 16, 4)
+    for output in ((image, text), (text, image), (text, (image.clone(), text), image, None), {"a": text, "b": image}):
+        assert tapped("second", output, image) is image
+    assert tapped("second", (None, text, [image, image]), image) is text
+    assert tapped("second[0]", (text, image), image) is text
+    assert tapped("second[1]", {"a": text, "b": image}, image) is image
+    assert tapped("second[1][0]", (text, (image, text)), image) is image
+    both = r"the name of an element, as second returns several.* second\[0\] \(2, 16, 8\), second\[1\] \(2, 16, 8\)"
+    with pytest.raises(InputError, match=both):
+        tapped("second", (image, image.clone()), image)
+    with pytest.raises(InputError, match=r"second\[0\] \(2, 7, 8\), second\[2\] \(2, 16, 4\)"):
+        tapped("second", (text, None, other), image)
+    for name, output in (("second[2]", (text, image)), ("second[0][0]", (text, image)), ("second[0]", None)):
+        with pytest.raises(InputError, match=r"an output with an element \[\d\] from second"):
+            tapped(name, output, image)
+    with pytest.raises(InputError, match=r"taps: expected a tensor from second\[0\], got tuple"):
+        tapped("second[0]", ((image, image), text), image)
+    with pytest.raises(InputError, match=r"'third' \(no near match\)"):
+        tapped("third[0]", image)
+
+
+TOKENS = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "attention_head_dim": 16, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_blocks_that_return_the_prompt_first(family: str, checkpointed: bool) -> None:
+    """SD3's and Flux's blocks return (prompt, image): 16 tokens are the image's, 7 the prompt's."""
+    torch.manual_seed(0)
+    rows = {"encoder_hidden_states": torch.randn(2, 7, 32), "pooled_projections": torch.randn(2, 32)}
+    time = torch.tensor([1.0, 2.0])
+    if family == "sd3":
+        sizes = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2, "caption_projection_dim": 32}
+        model, names = SD3Transformer2DModel(**TOKENS | sizes), ["transformer_blocks.0", "transformer_blocks.1"]
+        inputs = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": time, **rows}
+    else:
+        sizes = {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "axes_dims_rope": [4, 4, 8]}
+        model, names = FluxTransformer2DModel(**TOKENS | sizes), ["transformer_blocks.0", "single_transformer_blocks.0"]
+        ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(7, 3)}
+        inputs = {"hidden_states": torch.randn(2, 16, 4), "timestep": time, **rows, **ids}
+    if checkpointed:
+        model.train().enable_gradient_checkpointing()
+    kept: list[Any] = []
+    model.get_submodule(names[0]).register_forward_hook(lambda module, args, output: kept.append(output))
+    with Taps(model, [*names, f"{names[0]}[0]"]) as taps:
+        model(**inputs)
+        image, last, prompt = taps.features()
+    assert image is kept[0][1] and prompt is kept[0][0]
+    assert image.shape == last.shape == (2, 16, 32) and prompt.shape == (2, 7, 32)
 
 
 def test_unknown_names_come_with_near_matches(digits: UNet2DConditionModel) -> None:
@@ -88,6 +149,11 @@ def test_unknown_names_come_with_near_matches(digits: UNet2DConditionModel) -> N
         Taps(digits, [])
     with pytest.raises(InputError, match=r"conv_in more than once"):
         Taps(digits, ["conv_in", "conv_in"])
+    for names in ("conv_in", 3, [None]):
+        with pytest.raises(InputError, match="taps: expected a list of module names"):
+            Taps(digits, names)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"of a torch\.nn\.Module, got 'unet'"):
+        Taps("unet", ["conv_in"])  # type: ignore[arg-type]
 
 
 def test_features_need_one_forward_and_one_firing() -> None:
@@ -165,7 +231,7 @@ def test_compiled(whole: bool) -> None:
     run = torch.compile(step, backend="aot_eager", fullgraph=True) if whole else outside
     for _ in range(2):
         features = run(x)
-        torch.testing.assert_close(features[0], net.first(x))
+        assert torch.equal(features[0], net.first(x))
         sum(f.sum() for f in features).backward()
         assert net.first.weight.grad is not None
         net.zero_grad()
@@ -213,30 +279,75 @@ def test_diffusers_checkpointing_keeps_gradients(digits: UNet2DConditionModel) -
     assert digits.conv_in.weight.grad is not None
 
 
-def test_shapes_compute_nothing(digits: UNet2DConditionModel) -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_shapes_leave_no_trace(digits: UNet2DConditionModel, device: str) -> None:
+    digits.train().to(device)
     taps = Taps(digits, ["down_blocks.1", "mid_block.attentions.0.transformer_blocks.0.attn1"])
     before = torch.get_rng_state()
     assert taps.shapes(**inputs(digits)) == [(2, 64, 4, 4), (2, 16, 64)]
     assert torch.equal(torch.get_rng_state(), before)
-    assert next(digits.parameters()).device.type == "cpu"
+    assert all(module.training for module in digits.modules())
+    with pytest.raises(InputError, match="expected a forward"):
+        taps.features()
+    with pytest.raises(TypeError):
+        taps.shapes()
     digits(**inputs(digits))
-    assert taps.features()[0].device.type == "cpu"
+    assert taps.features()[0].device.type == device
+
+
+class Constants(nn.Module):
+    """What cannot run without values: a tensor that is no buffer, a value read on the host, a table made on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid, self.scale, self.table = nn.Conv2d(4, 4, 1), torch.ones(4, 1, 1), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.ones(1, device=x.device)
+        return self.mid(x * self.scale * self.table if x.max() < 1e6 else -x)
+
+
+def test_shapes_of_models_that_look_at_values() -> None:
+    model = Constants()
+    torch.set_default_device("meta")
+    try:
+        with Taps(model, ["mid"]) as taps:
+            assert taps.shapes(torch.zeros(1, 4, 2, 2, device="cpu")) == [(1, 4, 2, 2)]
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(model(torch.zeros(1, 4, 2, 2)), model.mid(torch.zeros(1, 4, 2, 2)))
 
 
 def test_adapters() -> None:
-    adapters = Adapters([(4, 6), (5, 5), (3, 7)])
-    features = [torch.randn(2, 4, 8, 8), torch.randn(2, 5, 4, 4), torch.randn(2, 16, 3)]
+    adapters = Adapters([(4, 6), (5, 5), (3, 7), (2, 3), (4, 2)])
+    shapes = [(2, 4, 8, 8), (2, 5, 4, 4), (2, 16, 3), (2, 2), (2, 4, 3, 5, 5)]
+    features = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
     out = adapters(features)
-    assert [tuple(f.shape) for f in out] == [(2, 6, 8, 8), (2, 5, 4, 4), (2, 16, 7)]
+    assert [tuple(f.shape) for f in out] == [(2, 6, 8, 8), (2, 5, 4, 4), (2, 16, 7), (2, 3), (2, 2, 3, 5, 5)]
     assert out[1] is features[1]
-    weight, bias = adapters[0].weight[:, :, 0, 0], adapters[0].bias
-    torch.testing.assert_close(out[0][1, :, 2, 3], weight @ features[0][1, :, 2, 3] + bias)
-    weight, bias = adapters[2].weight[:, :, 0, 0], adapters[2].bias
-    torch.testing.assert_close(out[2][1, 5], weight @ features[2][1, 5] + bias)
-    assert set(adapters.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    with pytest.raises(InputError, match="features: expected 3 tensors"):
+    for index, axis in {0: 1, 2: 2, 3: 1, 4: 1}.items():
+        weight, bias = adapters[index].weight.double(), adapters[index].bias.double()
+        expected = features[index].double().movedim(axis, -1) @ weight.T + bias
+        size = features[index].abs().movedim(axis, -1).double() @ weight.abs().T + bias.abs()
+        error = (out[index].movedim(axis, -1) - expected).abs()
+        assert (error <= 4 * torch.finfo(torch.float32).eps * size).all()
+    assert set(adapters.state_dict()) == {f"{i}.{name}" for i in (0, 2, 3, 4) for name in ("weight", "bias")}
+    assert adapters.half()(features)[0].dtype == torch.float16  # of a student in float16 with a layer in float32
+    with pytest.raises(InputError, match="features: expected 5 tensors"):
         adapters(features[:2])
     with pytest.raises(InputError, match=r"features\[0\]: expected 4 channels, got shape \(2, 5, 4, 4\)"):
         adapters(features[1:] + features[:1])
-    with pytest.raises(InputError, match=r"pairs\[0\]"):
-        Adapters([(0, 3)])
+    for pairs in ([(0, 3)], [(1, 2, 3)], [4], [(1.5, 2)]):
+        with pytest.raises(InputError, match=r"pairs\[0\]: expected \(student channels, teacher channels\)"):
+            Adapters(pairs)  # type: ignore[arg-type]
+
+
+def test_adapters_of_any_default_dtype_are_the_same() -> None:
+    expected = Adapters([(4, 6)])
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = Adapters([(4, 6)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0].weight, expected[0].weight) and torch.equal(found[0].bias, expected[0].bias)

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import pwd
+import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import attention, tune_attention, use
+from fastdistill.ops._sdpa import sdpa
 from fastdistill.train.guard import NoHostSync
-from tests.harness import Case, check_values, device_of, generator, kernels_of
+from tests.harness import Case, assert_alike, check_values, device_of, generator, kernels_of
 
 module = importlib.import_module("fastdistill.ops.attention")
 table = importlib.import_module("fastdistill.ops.attention.table")
@@ -79,7 +86,7 @@ def test_the_chosen_one_is_measured_once(dtype: torch.dtype, measured: list[Any]
     for _ in range(2):
         out = attention(*tensors)
     assert torch.equal(torch.get_rng_state(), state)
-    torch.testing.assert_close(out.float(), eager(*(t.float() for t in tensors))[0], rtol=2e-2, atol=2e-2)
+    assert_alike(out, eager(*tensors)[0], eager(*(t.double() for t in tensors))[0])
     assert measured == [((2, 33, 2, 16), True, backends.candidates("cpu"))]
     (call,) = json.loads(cache.read_text())["calls"].values()
     assert call["backend"] == min(call["ms"], key=call["ms"].get) and set(call["ms"]) == {"flash", "math"}
@@ -158,10 +165,11 @@ def test_never_measured_where_it_may_not_be(measured: list[Any]) -> None:
     tensors = inputs()
     torch._dynamo.reset()
     compiled = torch.compile(lambda *t: attention(*t), fullgraph=True, backend="aot_eager")(*tensors)
-    torch.testing.assert_close(compiled, eager(*tensors)[0])
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled.sum(), tensors), torch.autograd.grad(eager(*tensors)[0].sum(), tensors)
-    )
+    same = tensors, tuple(t.detach().double().requires_grad_() for t in tensors)
+    outputs = [eager(*some)[0] for some in same]
+    gradients = [torch.autograd.grad(out.sum(), some) for out, some in zip(outputs, same, strict=True)]
+    assert_alike(torch.autograd.grad(compiled.sum(), tensors), *gradients, factor=3.0)
+    assert_alike(compiled, *outputs)
     with FakeTensorMode():
         assert attention(*(torch.empty(2, 9, 2, 8) for _ in range(3))).shape == (2, 9, 2, 8)
     assert attention(*(t.detach().to("meta") for t in tensors)).shape == tensors[0].shape
@@ -193,7 +201,7 @@ def test_compiled_it_takes_what_is_known(dynamic: bool, monkeypatch: pytest.Monk
         table.remember(module._key(*module._kind(*tensors)), {"backend": min(ms, key=ms.__getitem__), "ms": ms})
         torch._dynamo.reset()
         compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        torch.testing.assert_close(compiled(*tensors), eager(*tensors)[0])
+        assert_alike(compiled(*tensors), eager(*tensors)[0], eager(*(t.double() for t in tensors))[0])
         assert ran.pop() == ("default" if dynamic else expected)
 
 
@@ -250,15 +258,117 @@ def test_another_process_is_not_forgotten(cache: Path) -> None:
     assert [p.name for p in cache.parent.iterdir()] == ["attention.json"]
 
 
-def test_a_cache_that_cannot_be_written(cache: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.parent.write_text("a file in its place")
-    for _ in range(2):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+@pytest.mark.parametrize("place", ["file", "read-only", "no home", "no entry"])
+def test_a_cache_that_cannot_be_written_has_a_stand_in(
+    place: str, cache: Path, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in its place; a disk that can only be read, as in a container; a user that is only a number."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(table, "_warned", set())
+    if place == "file":
+        cache.parent.write_text("")
+    elif place == "read-only":
+        kept = {"schema": 1, "calls": {"of the image": {"backend": "math", "ms": {}}}}
+        cache.parent.mkdir()
+        cache.write_text(json.dumps(kept))
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: path != cache.parent and access(path, mode))
+    else:
+        monkeypatch.delenv("FASTDISTILL_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", "/proc/no/home")
+        if place == "no entry":
+            monkeypatch.delenv("HOME")
+            monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    table._read = None
+    with pytest.warns(UserWarning, match=rf"the measured attention backends are kept in {tmp_path}/temporary") as told:
+        for n in (5, 6, 5):
+            attention(*inputs(N=n))
+    assert len(measured) == 2 and len(told) == 1
+    held = json.loads(table.path().read_text())["calls"]
+    assert table.path().parent.stat().st_mode & 0o777 == 0o700
+    assert ("of the image" in held) == (place == "read-only") and len(held) == 2 + (place == "read-only")
+    table._read = None  # as in a new process
+    attention(*inputs(N=5))
+    assert len(measured) == 2
+
+
+def test_no_place_at_all(cache: Path, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor among the temporary files, where the folder is another user's: what was measured is kept in memory."""
+    cache.parent.write_text("")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(table, "_warned", set())
+    owner = os.getuid()
+    monkeypatch.setattr(table.os, "getuid", lambda: owner + 1)
+    with pytest.warns(UserWarning, match="backends are not kept: .*expected a directory of this user's") as told:
+        for _ in range(2):
             attention(*inputs())
-    assert len(measured) == 1
-    with pytest.warns(UserWarning, match="the measured attention backends are not kept: .*expected a directory"):
-        attention(*inputs(N=6))
+            attention(*inputs(N=6))
+    assert len(measured) == 2 and len(told) == 1
+    table._read = None
+    assert table.found("of another user") is None
+
+
+def test_threads_measure_one_after_the_other(measured: list[Any], cache: Path) -> None:
+    """Together they would disturb each other's times; and what one has measured the others take."""
+    tensors = inputs()
+    threads = [threading.Thread(target=lambda: attention(*tensors)) for _ in range(4)]
+    filters = list(warnings.filters)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(measured) == 1 and len(json.loads(cache.read_text())["calls"]) == 1
+    assert warnings.filters == filters
+
+
+def test_the_switches_of_torch_are_as_before_when_two_threads_have_set_them() -> None:
+    """They belong to the process: blocks that overlap would leave those of the second for good."""
+    q, k, v = (t.transpose(1, 2) for t in inputs(gradient=False))
+    inside, left = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def attend(name: str) -> None:
+        class Slow(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func is torch.nn.functional.scaled_dot_product_attention:
+                    order.append(f"{name} in")
+                    if name == "first":
+                        inside.set()
+                        left.wait(0.3)  # for nothing where calls take turns
+                    order.append(f"{name} out")
+                return func(*args, **(kwargs or {}))
+
+        with Slow():
+            sdpa(q, k, v, scale=1.0, backends=[SDPBackend.FLASH_ATTENTION])
+
+    def second() -> None:
+        inside.wait()
+        attend("second")
+        left.set()
+
+    before = torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    threads = [threading.Thread(target=attend, args=("first",)), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order == ["first in", "first out", "second in", "second out"]
+    assert (torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()) == before
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_operator_behind_the_math_backend(dtype: torch.dtype) -> None:
+    """It is called without torch's switches; same inputs, same operator, same bits."""
+    tensors = [t.transpose(1, 2) for t in inputs(dtype=dtype)]
+    ours = sdpa(*tensors, scale=0.3, backends=[SDPBackend.MATH])
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = torch.nn.functional.scaled_dot_product_attention(*tensors, scale=0.3)
+    assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    for one, two in zip(*(torch.autograd.grad(out.sum(), tensors) for out in (ours, theirs)), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_projections_as_they_come() -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import feature_match, use
 from fastdistill.ops.feature_match import Distance, gradient_buffer
-from tests.harness import Case, check_op, layouts
+from tests.harness import EPS, Case, check_op, layouts
 from tests.ops.test_feature_match import KERNELS, call, eager, make, truth
 
 COSINE: Distance = "cosine"
@@ -74,9 +74,9 @@ def test_samples_of_one_element(kernel: str) -> None:
     with use(kernel):
         loss, _ = feature_match([s], [t], distance=COSINE)
         (gradient,) = torch.autograd.grad(loss, s)
-    assert loss.item() == pytest.approx((0 + 2 + 2 + 1) / 4)
-    assert gradient[:3].abs().max() < 1e-6  # of 1 / |s| / 4
-    assert gradient[3].item() == pytest.approx(-1e6 / 4)
+    assert loss.item() == pytest.approx((0 + 2 + 2 + 1) / 4, rel=4 * EPS)
+    assert gradient[:3].abs().max() <= 4 * EPS / 4 / s[:3].abs().min()  # two parts of 1 / |s| / 4 each cancel
+    assert gradient[3].item() == pytest.approx(-1e6 / 4, rel=4 * EPS)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -92,10 +92,10 @@ def test_it_is_the_cosine_similarity_of_torch(kernel: str, tokens: bool) -> None
     expected = 1 - F.cosine_similarity(*wide, dim=-1, eps=1e-6).mean()
     with use(kernel):
         loss = feature_match(*([x.flatten(0, 1) if tokens else x] for x in (s, t)), distance=COSINE).loss
-    torch.testing.assert_close(loss.double(), expected, rtol=0, atol=3e-7)
+    torch.testing.assert_close(loss.double(), expected, rtol=0, atol=4 * EPS)  # 1 - a mean of cosines
     (got,), (truth,) = torch.autograd.grad(loss, s), torch.autograd.grad(expected, double[0])
     for g, e in zip(got.double(), truth, strict=True):  # a zero sample's gradient is a million times the others'
-        torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-6 * e.abs().max().item())
+        torch.testing.assert_close(g, e, rtol=0, atol=4 * EPS * e.abs().max().item())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -105,7 +105,7 @@ def test_the_gradient_is_rounded_once(kernel: str) -> None:
     s = (2 * t).requires_grad_()
     with use(kernel):
         (gradient,) = torch.autograd.grad(feature_match([s], [t], distance=COSINE).loss, s)
-    assert gradient.float().abs().max() < 1e-6 * t.abs().max() / t.float().norm(dim=1).min() ** 2
+    assert gradient.float().abs().max() <= 4 * EPS * t.abs().max() / t.float().norm(dim=1).min() ** 2
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -117,7 +117,7 @@ def test_float16_gradients_under_a_loss_scale(kernel: str) -> None:
     with use(kernel):
         loss = feature_match([s], [t], distance=COSINE, grad_scale=scale).loss
         (scaled,) = torch.autograd.grad(loss * scale, s)
-    torch.testing.assert_close(scaled.double() / scale.double(), expected, rtol=2**-10, atol=1e-9)
+    torch.testing.assert_close(scaled.double() / scale.double(), expected, rtol=2**-10, atol=2**-25 / float(scale))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted", "sliced"])

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import geglu, use
 from fastdistill.ops.geglu.reference import gelu_and_slope
-from tests.harness import Case, check_fake, check_op, emulated, evaluate, kernels_of, layouts
+from tests.harness import EPS, Case, assert_alike, check_fake, check_op, emulated, evaluate, kernels_of, layouts
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {"tokens": (2, 5, 48), "odd": (3, 1, 7, 26), "flat": (34,), "one": (1, 2), "large": (3, 2 * 1031)}
@@ -59,9 +61,11 @@ def test_far_from_zero(kernel: str, approximate: str) -> None:
     with use(kernel):
         (y,), (dx,) = evaluate(call, (x, approximate), 1.0)
     (expected,), (d,) = evaluate(eager, (x.detach().double()[:801].requires_grad_(), approximate), 1.0)
-    torch.testing.assert_close(y[:801].double(), expected, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(dx[:801].double(), d, rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(y[801:, 0], torch.tensor([0.0, 2e30, 1e-30, 0.0]), rtol=1e-6, atol=1e-7)
+    # erf and tanh err by some EPS of 1, which the factors 2 and g, at most 5 where they are not saturated, magnify.
+    bounds = {"rtol": 8 * EPS, "atol": 16 * EPS}
+    torch.testing.assert_close(y[:801].double(), expected, **bounds)
+    torch.testing.assert_close(dx[:801].double(), d, **bounds)
+    torch.testing.assert_close(y[801:, 0], torch.tensor([0.0, 2e30, 1e-30, 0.0]), rtol=4 * EPS, atol=EPS)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -89,11 +93,12 @@ def test_same_bits_for_any_number_of_threads(kernel: str) -> None:
 def test_a_layer_of_diffusers() -> None:
     torch.manual_seed(0)
     layer, x = GEGLU(12, 20), torch.randn(2, 5, 12, requires_grad=True)
-    wanted = [x, *layer.parameters()]
-    got, expected = geglu(layer.proj(x)), layer(x)
-    torch.testing.assert_close(got, expected)
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), wanted) for y in (got, expected)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    exact, y = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    outputs = [geglu(layer.proj(x)), layer(x), exact(y)]
+    wanted = [[x, *layer.parameters()]] * 2 + [[y, *exact.parameters()]]
+    gradients = [torch.autograd.grad(out.square().sum(), of) for out, of in zip(outputs, wanted, strict=True)]
+    assert_alike(*outputs)
+    assert_alike(*gradients, factor=3.0)
 
 
 @pytest.mark.parametrize("tanh", [False, True])
@@ -101,7 +106,7 @@ def test_slope_of_the_reference(tanh: bool) -> None:
     g = torch.linspace(-5, 5, 41, dtype=torch.float64, requires_grad=True)
     value, slope = gelu_and_slope(g, tanh)
     (expected,) = torch.autograd.grad(value.sum(), g)
-    torch.testing.assert_close(slope, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(slope, expected, rtol=0, atol=16 * torch.finfo(torch.float64).eps)  # of slopes up to 1.1
 
 
 def test_fake_cuda_tensors() -> None:

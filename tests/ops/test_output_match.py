@@ -17,7 +17,7 @@ from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
 from fastdistill.errors import InputError
 from fastdistill.ops import Task, noise_gather, output_match, use
 from fastdistill.ops.noise_gather import RANDOM
-from tests.harness import Case, check_fake, check_op, detached, emulated, evaluate, generator, kernels_of, layouts
+from tests.harness import EPS, Case, check_fake, check_op, detached, emulated, evaluate, generator, kernels_of, layouts
 from tests.ops import oracle
 from tests.ops.test_noise_gather import banks
 
@@ -242,8 +242,10 @@ def test_the_noise_made_again_is_the_draws(kernel: str, kind: str) -> None:
         task = Task.of(draw, latents, table, counter, first_sample=2)
         loss, parts, samples = output_match(draw.x_t, None, draw.timestep, match_table(table), task=task)
     each = (draw.x_t - draw.target).square().flatten(1).mean(1)
-    torch.testing.assert_close(samples[:, 1], each)
-    torch.testing.assert_close(loss, (each * (draw.choice != RANDOM)).mean())
+    # The stored target is rounded once more than the one made again, by EPS |target| at most.
+    bound = 8 * EPS * float((draw.x_t - draw.target).abs().max() * draw.target.abs().max())
+    torch.testing.assert_close(samples[:, 1], each, rtol=4 * EPS, atol=bound)
+    torch.testing.assert_close(loss, (each * (draw.choice != RANDOM)).mean(), rtol=4 * EPS, atol=bound)
     assert samples[:, 0].eq(0).all() and parts[0] == 0
 
 
@@ -255,7 +257,8 @@ def test_guidance_of_the_conditional_and_the_unconditional_model(kernel: str) ->
     with use(kernel):
         for w, output in ((0.0, c), (-1.0, u), (6.5, u + 7.5 * (c - u))):
             table = match_table(coefficients("epsilon"), guidance=w)
-            assert output_match(output, c, time, table, unconditional=u).loss < 1e-11
+            rounding = 4 * EPS * float((1 + abs(w)) * (c.abs() + u.abs()).max())
+            assert output_match(output, c, time, table, unconditional=u).loss <= rounding**2
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -284,7 +287,7 @@ def test_backward_again_and_buffers(kernel: str) -> None:
             torch.autograd.grad(loss, s)
         (third,) = torch.autograd.grad(output_match(s, *arguments, grad=buffer).loss, s)
     assert torch.equal(second, third) and third.data_ptr() == buffer.data_ptr()
-    torch.testing.assert_close(first, 3 * third)
+    torch.testing.assert_close(first, 3 * third, rtol=2 * EPS, atol=0)
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "cpp"])

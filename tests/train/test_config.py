@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fastdistill.errors import InputError
@@ -42,6 +45,31 @@ def test_fields_that_are_not_named_keep_their_defaults(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"train": {"steps": 7}}))
     config = from_yaml(DigitsConfig, tmp_path / "c.yaml")
     assert config.train.steps == 7 and config.train.lr == DigitsConfig().train.lr != TrainConfig().lr
+
+
+def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
+    """As YAML 1.2 has them; PyYAML alone reads 1e-4 as a string."""
+    (tmp_path / "c.yaml").write_text("lr: 1e-4\neps: 1.E-8\nclip: 2e0\nweight_decay: .5e-1\nbatch: 3\n")
+    config = from_yaml(TrainConfig, tmp_path / "c.yaml")
+    assert (config.lr, config.eps, config.clip, config.weight_decay, config.batch) == (1e-4, 1e-8, 2.0, 0.05, 3)
+    assert validated(TrainConfig(lr="1e-4", batch="8")) == TrainConfig(lr=1e-4, batch=8)  # type: ignore[arg-type]
+    (tmp_path / "c.yaml").write_text("objective: {value: 1e-4, name: '1e-4', other: 1e-4x}\n")
+
+    @dataclass(frozen=True)
+    class Free:
+        objective: dict[str, Any] = field(default_factory=dict)
+
+    assert from_yaml(Free, tmp_path / "c.yaml").objective == {"value": 1e-4, "name": "1e-4", "other": "1e-4x"}
+
+
+def test_what_is_no_mapping_or_path() -> None:
+    for value in (None, 3, "x", [1]):
+        with pytest.raises(InputError, match=r"config: expected a mapping of fields, got"):
+            from_mapping(TrainConfig, value)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"config: expected the path of a YAML file, got 3"):
+        from_yaml(TrainConfig, 3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"config: 1 problem\n  lr: input should be a valid number, got Tensor$"):
+        validated(TrainConfig(lr=torch.zeros(30)))  # type: ignore[arg-type]
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from fastdistill.errors import InputError
 from fastdistill.train import AdamWEMA
+from tests.harness import EPS
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 
@@ -27,13 +28,17 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def backward(net: nn.Module, step: int, scale: float = 1.0) -> None:
-    x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(step))
-    (scale * net(x.to(next(net.parameters()).dtype)).float().square().mean()).backward()
+    """Gradients that depend on the step alone: a model's own would feed an optimizer's rounding back to it."""
+    g = torch.Generator().manual_seed(step)
+    for p in net.parameters():
+        made = torch.empty_like(p, requires_grad=False).copy_(scale * torch.randn(p.shape, generator=g))
+        p.grad = made if p.grad is None else p.grad.add_(made)
 
 
-def close(net: nn.Module, other: nn.Module, rtol: float = 2e-6) -> None:
+def close(net: nn.Module, other: nn.Module, steps: int = 7) -> None:
+    """Weights of at most 1 after so many updates of at most 0.1, each rounded twice on either side."""
     for a, b in zip(net.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=4 * steps * EPS, atol=0.4 * steps * EPS)
 
 
 def run(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range, clip: float | None = None) -> None:
@@ -98,7 +103,7 @@ def test_low_precision_weights_keep_float32_state(saver: str) -> None:
     for p, q in zip(net.parameters(), truth.parameters(), strict=True):
         state = mine.state[p]
         assert {t.dtype for t in state.values()} == {torch.float32}
-        torch.testing.assert_close(state["master"], q.detach(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(state["master"], q.detach(), rtol=16 * EPS, atol=0)
         assert torch.equal(p, state["master"].bfloat16())
     again = AdamWEMA(net.parameters(), ema_decay=0.5)
     saved = mine.state_dict() if saver == "ours" else torch.optim.AdamW(net.parameters()).state_dict()
@@ -150,7 +155,7 @@ def test_the_average_warms_up_with_the_step() -> None:
         for average, p in zip(expected, net.parameters(), strict=True):
             average.lerp_(p.detach(), 1 - min(0.2, (1 + k) / (10 + k)))
     for average, p in zip(expected, net.parameters(), strict=True):
-        torch.testing.assert_close(mine.state[p]["ema"], average, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(mine.state[p]["ema"], average, rtol=16 * EPS, atol=1.6 * EPS)
 
 
 @pytest.mark.parametrize("unscale", [False, True])
@@ -209,7 +214,7 @@ def test_zeroed_gradients_keep_their_buffers() -> None:
         mine.step()
         assert [p.grad.data_ptr() for p in net.parameters() if p.grad is not None and not p.grad.any()] == addresses
     run(plain, other, range(3))
-    close(net, plain, rtol=0)
+    close(net, plain, steps=0)
 
 
 def test_gradients_in_another_layout_and_missing_ones() -> None:
@@ -228,7 +233,7 @@ def test_gradients_in_another_layout_and_missing_ones() -> None:
         twin[2].bias.grad = net[2].bias.grad = None
         mine.step()
         other.step()
-    close(net, twin, rtol=0)
+    close(net, twin, steps=0)
     assert torch.equal(net[2].bias, model()[2].bias) and net[2].bias not in mine.state
 
 
@@ -258,7 +263,7 @@ def test_the_norm_and_the_update_are_separate() -> None:
         for shard in shards:
             shard.update(total)
             shard.zero_grad()
-    close(whole, parts, rtol=1e-6)
+    close(whole, parts, steps=2)
 
 
 def test_torch_distributed_reads_and_writes_its_state() -> None:
@@ -269,12 +274,12 @@ def test_torch_distributed_reads_and_writes_its_state() -> None:
     fresh = AdamWEMA(net.parameters(), **OPTIONS, ema_decay=0.9)
     before = copy.deepcopy(net)
     get_optimizer_state_dict(net, fresh)
-    close(net, before, rtol=0)
+    close(net, before, steps=0)
     net.load_state_dict(source.state_dict())
     set_optimizer_state_dict(net, fresh, get_optimizer_state_dict(source, full))
     run(source, full, range(2, 4))
     run(net, fresh, range(2, 4))
-    close(net, source, rtol=0)
+    close(net, source, steps=0)
     for p, q in zip(net.parameters(), source.parameters(), strict=True):
         assert torch.equal(fresh.state[p]["ema"], full.state[q]["ema"])
 
@@ -342,9 +347,9 @@ def _sharded(rank: int, directory: str) -> None:
         other.step()
         whole.zero_grad()
     for p, q in zip(parts, whole.parameters(), strict=True):
-        torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-6, atol=1e-8)  # type: ignore[operator]
+        torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=12 * EPS, atol=0.1 * EPS)  # type: ignore[operator]
         ema = mine.state[p]["ema"].full_tensor()  # type: ignore[attr-defined]
-        torch.testing.assert_close(ema, other.state[q]["ema"], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(ema, other.state[q]["ema"], rtol=12 * EPS, atol=0.1 * EPS)
     torch.distributed.destroy_process_group()
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import differences, hashes, plain, up_to_rounding, weights_hash
+from fastdistill.data.fingerprint import differences, hashes, plain, up_to_rounding
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import FastdistillError, InputError, StorageError
+from fastdistill.models.weights import weights_hash
 from fastdistill.train import DistillTrainer
 from fastdistill.train.sources import explain
 from tests import small

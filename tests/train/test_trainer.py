@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import resource
@@ -19,6 +20,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.distill import Weights
 from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.models import make_student
@@ -28,6 +30,7 @@ from fastdistill.train.loop import _Run, read_metrics
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.step import learning_rates
 from tests import small
+from tests.harness import EPS
 
 
 def state(trainer: DistillTrainer) -> dict[str, Tensor]:
@@ -125,7 +128,7 @@ def test_the_norm_is_a_mean_over_the_updates(tmp_path: Path) -> None:
     each = small.trainer(log_every=1).fit().history
     trainer = small.trainer(log_every=3)
     assert trainer.fit(tmp_path).history[0]["gradient_norm"] == pytest.approx(
-        sum(m["gradient_norm"] for m in each[:3]) / 3, rel=1e-6
+        sum(m["gradient_norm"] for m in each[:3]) / 3, rel=4 * EPS
     )
     half = small.trainer(log_every=3)
     half.step.optimizer.skipped.fill_(2)
@@ -166,7 +169,8 @@ def test_the_gradient_is_clipped_adapters_included() -> None:
     norm = torch.stack([m.norm() for m in moments]).norm().item()
     adapters = {id(p) for m in trainer.step.objective.trained for p in m.parameters()}
     assert adapters <= {id(p) for p in trainer.step.parameters}
-    assert norm == pytest.approx((1 - 0.9) * 1e-3, rel=1e-3)  # the first moment after one step
+    # The first moment after one step; the clipping adds 1e-6 to a norm of more than 0.1.
+    assert norm == pytest.approx((1 - 0.9) * 1e-3, rel=2e-5)
 
 
 def test_the_average_starts_from_the_student_and_is_what_is_exported() -> None:
@@ -176,15 +180,15 @@ def test_the_average_starts_from_the_student_and_is_what_is_exported() -> None:
     exported = dict(trainer.ema_student().named_parameters())
     for name, now in trainer.student.named_parameters():
         expected = start[name] + (1 - 0.1) * (now - start[name])  # decay (1 + 0) / (10 + 0) at the first step
-        torch.testing.assert_close(exported[name], expected.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(exported[name], expected.detach(), rtol=4 * EPS, atol=4 * EPS * 1e-3)  # of the rate
     assert not any(p.requires_grad for p in exported.values())
 
 
 def test_learning_rates() -> None:
     constant = learning_rates(small.config(steps=10, warmup=4, lr=1.0))
-    assert constant.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1.0] * 6])
+    assert constant.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1.0] * 6], rel=4 * EPS)
     cosine = learning_rates(small.config(steps=10, warmup=2, lr=2.0, lr_schedule="cosine"))
-    assert cosine[2] == 2.0 and cosine[6] == pytest.approx(1.0) and 0 < cosine[9] < 0.1
+    assert cosine[2] == 2.0 and cosine[6] == pytest.approx(1.0, rel=4 * EPS) and 0 < cosine[9] < 0.1
 
 
 class NoReading(TorchDispatchMode):
@@ -211,14 +215,14 @@ def test_a_diffusers_scheduler_will_do() -> None:
     own = small.teacher()
     made = small.student(model=own)
     scheduler = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="epsilon")
-    trainer = DistillTrainer(
-        own, made.model, scheduler, small.cache(), small.bank(), small.objective(made), small.config()
-    )
-    ours = small.trainer()
-    trainer.fit()
-    ours.fit()
-    for a, b in zip(trainer.student.parameters(), ours.student.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    rest = small.cache(), small.bank(), small.objective(made), small.config()
+    losses = {
+        name: [m["loss"] for m in DistillTrainer(own, copy.deepcopy(made.model), schedule, *rest).fit().history]
+        for name, schedule in {"diffusers": scheduler, "ours": small.SCHEDULE, "other": NoiseSchedule.linear()}.items()
+    }
+    # The tables differ by float32's rounding, which training magnifies; another schedule's losses are far away.
+    for theirs, ours, other in zip(*losses.values(), strict=True):
+        assert abs(theirs - ours) < 0.01 * abs(theirs - other)
 
 
 def test_what_is_no_scheduler_is_refused() -> None:

@@ -17,7 +17,7 @@ def grad_square_sum(grads: Sequence[Tensor], total: Tensor) -> None:
     rows = table.gradients(grads)
     partials = torch.empty(table.chunks(rows), dtype=torch.float64, device=total.device)
     _native.cuda().grad_square_sum(
-        rows.ctypes.data, len(rows), table.CHUNK, partials.data_ptr(), total.data_ptr(), _native.stream(total)
+        rows.ctypes.data, len(rows), table.CHUNK, partials.data_ptr(), total.data_ptr(), _native.queue(total)
     )
 
 
@@ -48,7 +48,7 @@ def adamw_ema(
     cuda.adamw_ema(
         rows.ctypes.data, len(rows), table.CHUNK, square_sum.data_ptr(), cpp.address(grad_scale),
         cpp.address(found_inf), cpp.address(ema_weight), skipped.data_ptr(), max_norm, ema_warmup, zero_grads,
-        workspace.data_ptr(), _native.stream(square_sum),
+        workspace.data_ptr(), _native.queue(square_sum),
     )  # fmt: skip
 
 

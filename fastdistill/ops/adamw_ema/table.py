@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from fastdistill.ops import _native
 CHUNK = 8192  # elements of a partial sum and of a piece of work
 Table = npt.NDArray[np.int64]
 _MOST_COPIES = 64
+_copying = threading.Lock()  # a thread's copy must not be dropped by another between two lines below
 _copies: OrderedDict[tuple[bytes, torch.device], tuple[Tensor, Tensor]] = OrderedDict()  # on the host, on the device
 _captured: dict[tuple[bytes, torch.device], Tensor] = {}  # those that a CUDA graph reads, as long as the process lives
 
@@ -79,16 +81,17 @@ def on_device(table: Table, device: torch.device) -> tuple[Tensor, Tensor]:
     """The table and, for each chunk, the row that it is of. Copied from pinned memory once for the same addresses, so
     that nothing waits and a captured graph can read them."""
     key = table.tobytes(), device
-    if key not in _copies:
-        owners = np.repeat(np.arange(len(table)), -(-table[:, 0] // CHUNK))
-        host = torch.from_numpy(np.concatenate([table.reshape(-1), owners]))
-        if device.type == "cuda":
-            host = host.pin_memory()
-        _copies[key] = host, host.to(device, non_blocking=True)
-        if len(_copies) > _MOST_COPIES:
-            _copies.popitem(last=False)
-    _copies.move_to_end(key)
-    words = _copies[key][1]
+    with _copying:
+        if key not in _copies:
+            owners = np.repeat(np.arange(len(table)), -(-table[:, 0] // CHUNK))
+            host = torch.from_numpy(np.concatenate([table.reshape(-1), owners]))
+            if device.type == "cuda":
+                host = host.pin_memory()
+            _copies[key] = host, host.to(device, non_blocking=True)
+            if len(_copies) > _MOST_COPIES:
+                _copies.popitem(last=False)
+        _copies.move_to_end(key)
+        words = _copies[key][1]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured[key] = words
     return words[: table.size], words[table.size :]

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdistill.ops._triton import Launch, launch_all
 from fastdistill.ops.adamw_ema import cpp, cuda, table
 from fastdistill.ops.adamw_ema.table import CHUNK, Table
 
@@ -286,15 +287,19 @@ def adamw_ema(
     scalars = [x if x is not None else square_sum for x in (grad_scale, found_inf, ema_weight)]
     given = grad_scale is not None, found_inf is not None
     device = square_sum.device
+    launches: list[Launch] = []
     for number, (kind, rows) in enumerate(tables):
         words, owners = table.on_device(rows, device)
         constants = torch.empty(len(rows), CONSTANTS, dtype=torch.float32, device=device)
-        _prepare[(triton.cdiv(len(rows), ROWS),)](
+        args: tuple[Any, ...] = (
             words, len(rows), square_sum, *scalars, skipped, max_norm, constants, number == 0, *given, kind[3],
-            ema_warmup, ROWS, CONSTANTS, num_warps=4,
+            ema_warmup, ROWS, CONSTANTS,
         )  # fmt: skip
+        launches.append((_prepare, (triton.cdiv(len(rows), ROWS),), args, {"num_warps": 4}))
         if count := table.chunks(rows):
-            _update[(count,)](words, owners, constants, *kind, zero_grads, CHUNK, UPDATED, CONSTANTS, num_warps=WARPS)
+            args = words, owners, constants, *kind, zero_grads, CHUNK, UPDATED, CONSTANTS
+            launches.append((_update, (count,), args, {"num_warps": WARPS}))
+    launch_all(launches, in_place=True)
 
 
 def refuse(*args: Any) -> str | None:

@@ -123,8 +123,9 @@ def tune_attention(
         raise InputError.of("device", "one that torch can use here", f"{device} ({error})") from error
     k, v = (torch.empty(batch, keys or tokens, heads, dim, dtype=dtype, device=device) for _ in range(2))
     _checked((q, k, v))
-    result = measure(q, k, v, dim**-0.5, backward, backends.candidates(q.device.type))
-    table.remember(_key(*(*_kind(q, k, v)[:-1], backward)), result)
+    with table.measuring:
+        result = measure(q, k, v, dim**-0.5, backward, backends.candidates(q.device.type))
+        table.remember(_key(*(*_kind(q, k, v)[:-1], backward)), result)
     return result
 
 
@@ -185,8 +186,11 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     key = _key(*kind)
     known = table.found(key)
     if known is None and _may_measure(q):
-        known = measure(q, k, v, scale, kind[-1], backends.candidates(q.device.type))
-        table.remember(key, known)
+        with table.measuring:
+            known = table.found(key)  # by now another thread may have measured it
+            if known is None:
+                known = measure(q, k, v, scale, kind[-1], backends.candidates(q.device.type))
+                table.remember(key, known)
     return _run(DEFAULT if known is None else known["backend"], q, k, v, scale)
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from fastdistill.ops._dispatch import quiet
+from fastdistill.ops._sdpa import sdpa
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -49,23 +49,17 @@ TORCH = {
 def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     # torch's switches are left alone where it would choose so itself: to set them takes as long as a small kernel.
-    if not quiet() or torch._fused_sdp_choice(q, k, v, scale=scale) != TORCH[name].value:
-        with sdpa_kernel(TORCH[name]):
-            return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    chosen = quiet() and torch._fused_sdp_choice(q, k, v, scale=scale) == TORCH[name].value
+    return sdpa(q, k, v, scale=scale, backends=() if chosen else [TORCH[name]]).transpose(1, 2)
 
 
 def default(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The backend that torch itself chooses, in its deterministic mode of those that may be chosen then."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return _attend(q, k, v, scale)
-    with sdpa_kernel([TORCH[name] for name in candidates(q.device.type) if name in TORCH]):
-        return _attend(q, k, v, scale)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    allowed: list[SDPBackend] = []
+    if torch.are_deterministic_algorithms_enabled():
+        allowed = [TORCH[name] for name in candidates(q.device.type) if name in TORCH]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    return sdpa(q, k, v, scale=scale, backends=allowed).transpose(1, 2)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

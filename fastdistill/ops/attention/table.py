@@ -8,23 +8,68 @@ The file is replaced as a whole; what another process wrote in the meantime is k
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
+import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
+from fastdistill.errors import StorageError
+
 SCHEMA = 1
+NAME = "attention.json"
+measuring = threading.RLock()  # of the threads of a process one measures at a time, and reads or writes the file
 _calls: dict[str, dict[str, Any]] = {}
 _PLACE = ("FASTDISTILL_CACHE", "XDG_CACHE_HOME", "HOME")
 _read: tuple[str | None, ...] | None = None  # the variables that named the file when it was read
 
 
 def path() -> Path:
-    """``attention.json`` in FASTDISTILL_CACHE, or in ``fastdistill`` of XDG_CACHE_HOME or ``~/.cache``."""
+    """``attention.json`` in FASTDISTILL_CACHE, or in ``fastdistill`` of XDG_CACHE_HOME or ``~/.cache``; where there is
+    no home directory or it cannot be written to, in a folder of the user's among the temporary files."""
+    return _place()[0] / NAME
+
+
+def _place() -> tuple[Path, str | None]:
+    """The folder, and why it is not that of the user's cache."""
+    folder = _folder()
+    if folder is not None and _can_be_written(folder):
+        return folder, None
+    why = "there is no home directory" if folder is None else f"{folder} cannot be written to"
+    return Path(tempfile.gettempdir()) / f"fastdistill-{os.getuid()}", why
+
+
+def _folder() -> Path | None:
     if folder := os.environ.get("FASTDISTILL_CACHE"):
-        return Path(folder) / "attention.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdistill" / "attention.json"
+        return Path(folder)
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "fastdistill"
+    try:
+        return Path.home() / ".cache" / "fastdistill"
+    except RuntimeError:  # no HOME, and no entry of the user's in the password database
+        return None
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Makes the folder, which says more than the permissions of those above it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _is_own(folder: Path) -> bool:
+    """Anybody may make a folder of this name among the temporary files."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def found(key: str) -> dict[str, Any] | None:
@@ -32,13 +77,28 @@ def found(key: str) -> dict[str, Any] | None:
     global _read
     place = tuple(map(os.environ.get, _PLACE))
     if _read != place:
-        _read = place
-        _calls.clear()
-        _calls.update(_load(path()))
+        with measuring:
+            if _read != place:
+                calls = _load_all()
+                _calls.clear()
+                _calls.update(calls)
+                _read = place
     return _calls.get(key)
 
 
-def _load(file: Path) -> dict[str, dict[str, Any]]:
+def _load_all() -> dict[str, dict[str, Any]]:
+    """Of the cache, also where it can only be read, and of its stand-in."""
+    folder = _folder()
+    calls = {} if folder is None else _load(folder / NAME)
+    with contextlib.suppress(OSError):  # there may be no temporary files
+        stand_in, why = _place()
+        if why and _is_own(stand_in):
+            calls |= _load(stand_in / NAME)
+    return calls
+
+
+def _load(file: Path, *, named: bool = False) -> dict[str, dict[str, Any]]:
+    """``named``: a warning was given already where the file is not a table."""
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
         if held["schema"] != SCHEMA:
@@ -46,28 +106,50 @@ def _load(file: Path) -> dict[str, dict[str, Any]]:
         calls: dict[str, dict[str, Any]] = held["calls"]
         if not all(isinstance(c["backend"], str) and isinstance(c["ms"], dict) for c in calls.values()):
             raise TypeError("a call without a backend")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"{file}: not a table of attention backends, measured again ({reason})", stacklevel=2)
+        if not named:
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{file}: not a table of attention backends, measured again ({reason})", stacklevel=2)
         return {}
     return calls
 
 
 def remember(key: str, result: dict[str, Any]) -> None:
-    """Keep a measurement; a cache that cannot be written is named once in a warning, and kept in memory."""
-    from fastdistill.errors import StorageError
-    from fastdistill.files import atomic_write, make_directory
+    """Keep a measurement, in memory where no file can be written; a warning says where it is not in the cache."""
+    from fastdistill.files import atomic_write
 
-    found(key)
-    _calls[key] = result
-    file = path()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a file that was already named when it was first read
-        merged = _load(file) | _calls
+    with measuring:
+        found(key)
+        _calls[key] = result
+        try:
+            folder, why = _place()
+            if why:
+                _make_own(folder)
+            merged = _load(folder / NAME, named=True) | _calls
+            atomic_write(folder / NAME, json.dumps({"schema": SCHEMA, "calls": merged}, indent=1).encode())
+        except OSError as error:  # a StorageError, or no place for temporary files at all
+            _warn_once(f"the measured attention backends are not kept: {error}")
+            return
+        if why:
+            kept = f"the measured attention backends are kept in {folder / NAME}"
+            _warn_once(f"{why}: {kept} (FASTDISTILL_CACHE names another folder)")
+
+
+def _make_own(folder: Path) -> None:
     try:
-        make_directory(file.parent)
-        atomic_write(file, json.dumps({"schema": SCHEMA, "calls": merged}, indent=1).encode())
-    except StorageError as error:
-        warnings.warn(f"the measured attention backends are not kept: {error}", stacklevel=2)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: the directory could not be created: {error.strerror}") from error
+    if not _is_own(folder):
+        raise StorageError(f"{folder}: expected a directory of this user's, got another's")
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
+from fastdistill.ops._backward import once_differentiable, remember
 from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, constant, forced, later, register
 from fastdistill.ops.cross_attention import reference
 
@@ -105,7 +106,7 @@ def cross_attention(
         raise InputError.of("mask", "a tensor without gradient", "requires_grad=True")
     _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None):
+    if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None and not _failed(q, k)):
         if not torch.compiler.is_compiling():
             OPS["cross_attention"].calls[REFERENCE] += 1
         try:
@@ -122,6 +123,15 @@ def cross_attention(
 @constant
 def _has_triton() -> bool:
     return _native.triton_reason() is None
+
+
+def _failed(q: Tensor, k: Tensor) -> bool:
+    """Whether a kernel could not be compiled for heads and keys like these, so that torch's attention is the next."""
+    if torch.compiler.is_compiling():
+        return False
+    kinds = [kind for op in (_cross_attention, _cross_attention_backward) for _, kind in list(op.failures)]
+    like = q.dtype, q.shape[3], k.shape[1]
+    return any((dtype, of_q[3], of_k[1]) == like for (_, dtype, of_q, _), (_, _, of_k, _), *_ in kinds)
 
 
 def _split(tensor: Tensor, name: str, heads: int | None) -> Tensor:
@@ -166,11 +176,12 @@ class _CrossAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask, rows)
+        remember(ctx, None)
         ctx.scale = scale
         return _launch(q.detach(), k.detach(), v.detach(), mask, rows, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, rows = ctx.saved_tensors
         of_q, of_kv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]

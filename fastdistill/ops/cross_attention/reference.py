@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from fastdistill.ops._sdpa import sdpa
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -70,8 +71,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | 
         kept = ~left_out.all(1, keepdim=True)
         mask = mask | ~kept if mask.dtype == torch.bool else torch.where(kept, mask, 0.0).to(q.dtype)
         mask = mask[:, None, None, :]
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
-    )
+    out = sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask, scale=scale)
     out = out.transpose(1, 2).contiguous()  # which it is already where a fused kernel made it
     return out if kept is None else torch.where(kept[:, :, None, None], out, 0.0)

@@ -37,7 +37,7 @@ def feature_match(
         [_native.DTYPES[s.dtype] for s in student],
         [_native.DTYPES[t.dtype] for t in teacher],
         weights.data_ptr(), grad_scale.data_ptr(), distance, parameter, loss.data_ptr(), taps.data_ptr(),
-        workspace.data_ptr(), _native.stream(loss),
+        workspace.data_ptr(), _native.queue(loss),
     )  # fmt: skip
 
 
@@ -48,5 +48,5 @@ def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
         [g.numel() for g in grads],
         [_native.DTYPES[g.dtype] for g in grads],
         factor.data_ptr(),
-        _native.stream(factor),
+        _native.queue(factor),
     )

@@ -15,12 +15,14 @@ Limits    any n >= 0 (64-bit); dense taps of equal strides; TAPS of one pair of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdistill.ops._triton import Launch, launch_all
 from fastdistill.ops.feature_match import reference
 
 STEP = 2048  # elements that a program holds at once
@@ -248,6 +250,8 @@ def feature_match(
     reference's."""
     norm, cosine = distance == reference.NORMALIZED_MSE, distance == reference.COSINE
     two_passes = norm or cosine
+    launches: list[Launch] = []
+    options = {"num_warps": WARPS}
     for first, last in _groups(student, teacher):
         s, t, g = tuple(student[first:last]), tuple(teacher[first:last]), tuple(grads[first:last])
         samples = tuple(len(x) if x.numel() else 0 for x in s) if cosine else (1,) * len(s)
@@ -256,20 +260,21 @@ def feature_match(
         partials = torch.empty(3 * max(chunks, 1), dtype=torch.float32, device=loss.device)
         found = torch.empty(3 * max(sum(samples), 1), dtype=torch.float64, device=loss.device)
         aligned = all(x.data_ptr() % 16 == 0 for x in (*s, *t, *g))
-        tables = s, t, g or s, sizes, samples, weights[first:last], grad_scale, found, partials, parameter, count
+        w, counted = weights[first:last], taps[first:last]
+        tables: tuple[Any, ...] = (s, t, g or s, sizes, samples, w, grad_scale, found, partials, parameter, count)
         if chunks:
-            _match[(chunks,)](
-                *tables, True, bool(g) and not two_passes, distance, aligned, chunk, STEP, num_warps=WARPS
-            )  # fmt: skip
+            args = *tables, True, bool(g) and not two_passes, distance, aligned, chunk, STEP
+            launches.append((_match, (chunks,), args, options))
         if chunks and cosine:
-            _cosine[(sum(samples),)](partials, sizes, samples, parameter, found, count, chunk, 128, num_warps=1)
+            args = partials, sizes, samples, parameter, found, count, chunk, 128
+            launches.append((_cosine, (sum(samples),), args, {"num_warps": 1}))
         terms, many, each = (found, samples, 1) if cosine else (partials, sizes, chunk)
-        _finish[(1,)](
-            terms, many, weights[first:last], parameter, loss, taps[first:last], found, count, norm, first == 0, each,
-            1024, num_warps=WARPS,
-        )  # fmt: skip
+        args = terms, many, w, parameter, loss, counted, found, count, norm, first == 0, each, 1024
+        launches.append((_finish, (1,), args, options))
         if chunks and g and two_passes:
-            _match[(chunks,)](*tables, False, True, distance, aligned, chunk, STEP, num_warps=WARPS)
+            launches.append((_match, (chunks,), (*tables, False, True, distance, aligned, chunk, STEP), options))
+    written_over = {t.data_ptr() for t in teacher} & {g.data_ptr() for g in grads}
+    launch_all(launches, in_place=bool(written_over))
 
 
 @triton.jit
@@ -287,9 +292,12 @@ def _scale(gradients, sizes, samples, factor, COUNT: tl.constexpr, ALIGNED: tl.c
 
 def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
     """One launch a group of gradients of one dtype; nothing is touched where the factor is 1."""
+    launches: list[Launch] = []
     for first, last in _groups(grads, grads):
         g = tuple(grads[first:last])
         sizes = tuple(x.numel() for x in g)
         if chunks := sum(triton.cdiv(n, STEP) for n in sizes):
             aligned = all(x.data_ptr() % 16 == 0 for x in g)
-            _scale[(chunks,)](g, sizes, (1,) * len(g), factor, len(g), aligned, STEP, num_warps=WARPS)
+            args = g, sizes, (1,) * len(g), factor, len(g), aligned, STEP
+            launches.append((_scale, (chunks,), args, {"num_warps": WARPS}))
+    launch_all(launches, in_place=True)

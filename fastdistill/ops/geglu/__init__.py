@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, kind_of, once_differentiable, wanted
+from fastdistill.ops._backward import apply, kind_of, once_differentiable, remember, wanted
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.geglu import cpp, reference
 
@@ -80,7 +80,8 @@ class _Geglu(torch.autograd.Function):
     def forward(ctx: Any, kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x)
-        ctx.kind, ctx.tanh = kind, tanh
+        remember(ctx, kind)
+        ctx.tanh = tanh
         return _forward(kind, x, tanh)
 
     @staticmethod

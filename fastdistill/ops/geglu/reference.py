@@ -12,13 +12,14 @@ from torch import Tensor
 def gelu_and_slope(g: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     """gelu(g) and its derivative.
 
-    erf: g Phi(g), Phi(g) + g phi(g).  tanh: g s, s + g s (1 - s) 2u', with u = sqrt(2 / pi) (g + 0.044715 g^3) and
-    s = sigmoid(2u).
+    erf: g Phi(g), Phi(g) + g phi(g).  tanh: g s, s + g s (1 - s) 2u', with u = sqrt(2 / pi) (g + 0.044715 g^3),
+    s = sigmoid(2u) and 1 - s = sigmoid(-2u), which keeps its digits where s is near 1.
     """
     if tanh:
         root = 2 * math.sqrt(2 / math.pi)
-        s = (root * (g + 0.044715 * g**3)).sigmoid()
-        return g * s, s + g * s * (1 - s) * root * (1 + 3 * 0.044715 * g * g)
+        twice_u = root * (g + 0.044715 * g**3)
+        s, rest = twice_u.sigmoid(), (-twice_u).sigmoid()
+        return g * s, s + g * s * rest * root * (1 + 3 * 0.044715 * g * g)
     below = torch.special.ndtr(g)
     return g * below, below + g * (-0.5 * g * g).exp() / math.sqrt(2 * math.pi)
 

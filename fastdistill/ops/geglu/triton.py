@@ -21,8 +21,12 @@ WARPS = 4
 def _gelu(g, TANH: tl.constexpr):
     """gelu(g) and its derivative."""
     if TANH:
-        s = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * g * (1.0 + 0.044715 * g * g)))
-        slope = s + g * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
+        twice_u = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)
+        e = tl.exp(-tl.abs(twice_u))
+        near = 1.0 / (1.0 + e)
+        far = e * near  # 1 - near, with all its digits
+        s = tl.where(twice_u < 0.0, far, near)
+        slope = s + g * near * far * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     else:
         s = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
         slope = s + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, gradients, kind_of, once_differentiable, wanted
+from fastdistill.ops._backward import apply, gradients, kind_of, once_differentiable, remember, wanted
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.group_norm_silu import cpp, reference
 from fastdistill.ops.group_norm_silu.layout import laid_out
@@ -133,7 +133,8 @@ class _GroupNormSilu(torch.autograd.Function):
         x, given = laid_out(x), _rows(tensors)
         y, mean, rstd = _forward(kind, x, given, groups, eps, silu)
         ctx.save_for_backward(x, *given, mean, rstd)
-        ctx.kind, ctx.groups, ctx.silu = kind, groups, silu
+        remember(ctx, kind)
+        ctx.groups, ctx.silu = groups, silu
         return y
 
     @staticmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, gradients, kind_of, once_differentiable, wanted
+from fastdistill.ops._backward import apply, gradients, kind_of, once_differentiable, remember, wanted
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.layer_norm_modulate import cpp, reference
 
@@ -167,7 +167,7 @@ class _LayerNormModulate(torch.autograd.Function):
         x, h, gate, scale, shift, weight, bias = _laid_out(*tensors)
         y, s, mean, rstd = _run(kind, x, h, gate, scale, shift, weight, bias, eps)
         ctx.save_for_backward(s[0] if s else x, h, gate, scale, shift, weight, bias, mean, rstd)
-        ctx.kind = kind
+        remember(ctx, kind)
         return (y, *s)
 
     @staticmethod

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
+from typing import cast as typed
 
 import torch
 from torch import Tensor
@@ -34,10 +35,15 @@ def mapped(function: Callable[[Any], Tensor], prompts: Banks) -> Banks:
     """The function's result for each bank, in the structure of the banks: a tensor, list, tuple or dict."""
     results = map(function, listed(prompts))
     if isinstance(prompts, Mapping):
-        return cast(Banks, dict(zip(prompts, results, strict=True)))
+        return typed(Banks, dict(zip(prompts, results, strict=True)))
     if isinstance(prompts, Sequence):
-        return cast(Banks, tuple(results) if isinstance(prompts, tuple) else list(results))
-    return cast(Banks, next(results))
+        return typed(Banks, tuple(results) if isinstance(prompts, tuple) else list(results))
+    return typed(Banks, next(results))
+
+
+def cast(prompts: Banks, dtype: torch.dtype) -> Banks:
+    """Floating-point banks as ``dtype``; others, such as class labels and masks, as they are."""
+    return mapped(lambda bank: bank.to(dtype) if bank.is_floating_point() else bank, prompts)
 
 
 def check(call: tuple[Tensor, ...], values: tuple[tuple[str, ...], tuple[int, ...]]) -> None:

@@ -12,4 +12,4 @@ from fastdistill.ops.noise_gather.cpp import arguments
 def noise_gather(*args: Any) -> None:
     """One launch; arguments as the reference's. A prompt row that the bank does not have comes out with all bits set:
     NaN, -1."""
-    _native.cuda().noise_gather(*arguments(*args), _native.stream(args[14]))
+    _native.cuda().noise_gather(*arguments(*args), _native.queue(args[14]))

@@ -19,4 +19,4 @@ def output_match(*arguments: Any) -> None:
     batch, matched = given[13], given[14]
     size = _native.cuda().output_match_workspace(batch, matched)
     workspace = torch.empty(size, dtype=torch.float64, device=student.device)
-    _native.cuda().output_match(*given, workspace.data_ptr(), _native.stream(student))
+    _native.cuda().output_match(*given, workspace.data_ptr(), _native.queue(student))

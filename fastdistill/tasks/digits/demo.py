@@ -25,19 +25,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fastdistill
-from fastdistill.data.fingerprint import plain, weights_hash
+from fastdistill.data.fingerprint import plain
 from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import FastdistillError, StorageError
 from fastdistill.files import atomic_write, locked, make_directory, reason, require_space
 from fastdistill.models.specs import student_config
+from fastdistill.models.weights import weights_hash
 from fastdistill.tasks.digits import data, worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.report import write
-from fastdistill.tasks.digits.sampling import check_device, sample
+from fastdistill.tasks.digits.sampling import sample
 from fastdistill.tasks.digits.teacher import load_teacher
 from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.train.config import validated
+from fastdistill.train.devices import usable
 
 CACHE_SEED = 0
 _SPACE = 200_000_000  # bytes, more than the cache, checkpoints and exports of a run need
@@ -52,7 +54,7 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
         KeyboardInterrupt: after Ctrl-C, when every process has written its checkpoint.
     """
     config = validated(config, "digits").resolved()
-    check_device(config.device)
+    usable(config.device)
     console = console or Console()
     torch.set_num_threads(config.threads)
     output = Path(config.output)

@@ -15,7 +15,6 @@ from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import ddim, initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.documented import documented
-from fastdistill.errors import InputError
 from fastdistill.tasks.digits.data import SHAPE
 
 SCHEDULE = NoiseSchedule.cosine()
@@ -35,15 +34,6 @@ class Sampling:
 
     def describe(self) -> dict[str, object]:
         return asdict(self) | {"sampler": "ddim", "schedule": SCHEDULE.to_config()}
-
-
-def check_device(name: str) -> None:
-    """InputError unless torch can use the device of this name here."""
-    try:
-        torch.empty(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an AssertionError where CUDA is not built in
-        got = f"{name!r} ({str(error).splitlines()[0]})"
-        raise InputError.of("device", "a device that torch can use here, such as 'cpu'", got) from error
 
 
 def sample(

@@ -26,9 +26,10 @@ from fastdistill.errors import StorageError
 from fastdistill.files import atomic_write, make_directory, reason
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
-from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, check_device, sample
+from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, sample
 from fastdistill.tasks.digits.text_encoder import WIDTH, prompt_bank
 from fastdistill.train.config import TrainConfig, validated
+from fastdistill.train.devices import usable
 from fastdistill.train.loop import Progress, fit
 from fastdistill.train.step import TrainStep
 
@@ -87,7 +88,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
         The provenance stored in the file: settings, data fingerprint, versions, metrics, hash of the weights.
     """
     config = validated(config, "teacher")
-    check_device(config.device)
+    usable(config.device)
     torch.set_num_threads(config.threads)
     output = Path(config.output)
     make_directory(output)

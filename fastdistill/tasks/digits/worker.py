@@ -25,13 +25,14 @@ import torch
 from torch import nn
 
 from fastdistill import ops
-from fastdistill.data.fingerprint import plain, sha256_of_json, weights_hash
+from fastdistill.data.fingerprint import plain, sha256_of_json
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import FastdistillError, StorageError
 from fastdistill.files import atomic_write
 from fastdistill.models import make_student
+from fastdistill.models.weights import weights_hash
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.judge import Judge

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calling a model: the dtype of its inputs, its prediction, and forwards that leave no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.errors import InputError
+from fastdistill.ops.noise_gather.banks import cast
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model computes, which is that of its inputs.
+
+    The compute dtype of diffusers' layerwise casting where it is enabled. Otherwise the dtype of the first
+    floating-point weight, else buffer, of at least 16 bits: float8, int8 and 4-bit weights are only stored as such.
+    Modules that diffusers keeps in float32 (``_keep_in_fp32_modules``) count last. float32 where nothing tells.
+    """
+    casting = layerwise_casting(model)
+    if casting is not None:
+        return casting
+    kept = kept_in_float32(model)
+    for tensors in ([t for t in model.parameters() if id(t) not in kept], model.parameters(), model.buffers()):
+        for tensor in tensors:
+            if tensor.is_floating_point() and tensor.dtype.itemsize >= 2:
+                return tensor.dtype
+    return torch.float32
+
+
+def layerwise_casting(model: nn.Module) -> torch.dtype | None:
+    """The compute dtype of diffusers' layerwise casting, where a part of the model has it."""
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("layerwise_casting")
+        if hook is not None:
+            dtype: torch.dtype = hook.compute_dtype
+            return dtype
+    return None
+
+
+def kept_in_float32(model: nn.Module) -> set[int]:
+    """``id`` of the parameters and buffers that diffusers keeps in float32 whatever the dtype of the model."""
+    kept: set[int] = set()
+    for module in model.modules():
+        if parts := getattr(module, "_keep_in_fp32_modules", None):
+            names = {parts} if isinstance(parts, str) else set(parts)
+            named = [*module.named_parameters(), *module.named_buffers()]
+            kept |= {id(tensor) for name, tensor in named if names.intersection(name.split("."))}
+    return kept
+
+
+class Predictor:
+    """``predictor(x_t, timestep, prompt)``: the prediction of a model, its floating-point inputs cast to the dtype in
+    which it computes.
+
+    Args:
+        model: called as ``model(x_t, timestep, encoder_hidden_states=prompt)``, with ``timestep=`` where its forward
+            has an argument of that name. It returns a tensor, an object with ``.sample``, or a tuple that starts with
+            the prediction.
+
+    Attributes:
+        dtype: in which the model computes, as it was when the predictor was made.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.dtype = model, compute_dtype(model)
+        try:
+            self._named = "timestep" in inspect.signature(model.forward).parameters
+        except (TypeError, ValueError):  # a forward without a signature
+            self._named = False
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, prompt: Any) -> Tensor:
+        x_t, prompt = cast(x_t, self.dtype), cast(prompt, self.dtype)
+        if self._named:
+            return prediction(self.model(x_t, timestep=timestep, encoder_hidden_states=prompt))
+        return prediction(self.model(x_t, timestep, encoder_hidden_states=prompt))
+
+
+def prediction(output: Any) -> Tensor:
+    """The prediction in the output of a model.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = getattr(output, "sample", output)
+    found = found[0] if isinstance(found, tuple | list) and found else found
+    if not isinstance(found, Tensor):
+        rule = "a tensor, an object with .sample, or a tuple that starts with a tensor, as output"
+        raise InputError.of("model", rule, type(output).__name__)
+    return found
+
+
+@contextlib.contextmanager
+def trial(model: nn.Module) -> Iterator[None]:
+    """Forwards of ``model`` inside leave no trace.
+
+    They run uncompiled, in eval mode and without gradient; afterwards the modes of its modules, its buffers and torch's
+    random generators are as before.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    named = [(module, name, b) for module, _ in modes for name, b in module._buffers.items() if b is not None]
+    buffers = [(module, name, buffer, buffer.clone()) for module, name, buffer in named]
+    devices = {p.get_device() for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for module, name, buffer, saved in buffers:
+                if module._buffers.get(name) is not buffer:
+                    module._buffers[name] = buffer
+                if not buffer.is_inference():
+                    buffer.copy_(saved)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trainer is given: each argument is checked, and refused by name, before anything is launched or written."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fastdistill.data.fingerprint import dtype_name
+from fastdistill.data.latent_cache import LatentCache
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, check_prediction_type
+from fastdistill.errors import InputError, described
+from fastdistill.models.calling import layerwise_casting
+from fastdistill.models.sharding import sharded
+from fastdistill.models.students import Student, check_parameters
+from fastdistill.train import devices
+from fastdistill.train.config import TrainConfig, from_mapping, validated
+
+
+def config(value: Any) -> TrainConfig:
+    """A configuration whose rules hold; a mapping of fields will do."""
+    if isinstance(value, Mapping):
+        return from_mapping(TrainConfig, value)
+    if not isinstance(value, TrainConfig):
+        raise InputError.of("config", "a TrainConfig or a mapping of its fields", described(value))
+    return validated(value)
+
+
+def model(value: Any, argument: str) -> nn.Module:
+    """A module whose weights have values; that of a ``Student``."""
+    found = value.model if isinstance(value, Student) else value
+    if not isinstance(found, nn.Module):
+        part = next((name for name in ("unet", "transformer") if isinstance(getattr(found, name, None), nn.Module)), "")
+        raise InputError.of(argument, "a torch.nn.Module", described(found) + (f" (pass its {part})" if part else ""))
+    for name, tensor in itertools.chain(found.named_parameters(), found.named_buffers()):
+        if tensor.is_meta:
+            raise InputError.of(argument, "weights with values", f"{name} on the meta device")
+    return found
+
+
+def check_data(latents: Any, prompts: Any) -> None:
+    """A cache and a bank with values, the bank with every prompt that the cache names."""
+    for name, value, kind in (("latents", latents, LatentCache), ("prompts", prompts, PromptBank)):
+        if not isinstance(value, kind):
+            raise InputError.of(name, f"a {kind.__name__}", described(value))
+    for name, bank in {"latents": latents.latents, "prompts": prompts.embeddings}.items():
+        if bank.device.type == "meta":
+            raise InputError.of(name, "rows with values", "a tensor on the meta device")
+    latents.check_prompts(len(prompts))
+
+
+def check_functions(objective: Any, shard: Any) -> None:
+    missing = [name for name in ("bind", "describe") if not callable(getattr(objective, name, None))]
+    if missing or isinstance(objective, type):
+        got = described(objective) + (f" without {' and '.join(missing)}" if missing else "")
+        raise InputError.of("objective", "an objective, such as RandomConditioning(...)", got)
+    if shard is not None:
+        check_function(shard, "shard")
+
+
+def check_function(value: Any, argument: str) -> None:
+    if not callable(value) or isinstance(value, type | nn.Module):
+        raise InputError.of(argument, "a function, or None", described(value))
+
+
+def check_directory(value: Any) -> None:
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise InputError.of("directory", "a path, or None", described(value))
+
+
+def schedule(value: Any, prediction_type: Any) -> tuple[NoiseSchedule, PredictionType]:
+    """The schedule and what the models predict, which a diffusers scheduler tells too."""
+    if not isinstance(value, NoiseSchedule):
+        stated = getattr(value, "config", {})
+        if isinstance(value, type) or not isinstance(stated, Mapping):
+            raise InputError.of("schedule", "a NoiseSchedule or a diffusers scheduler", described(value))
+        if prediction_type is None:
+            prediction_type = stated.get("prediction_type")
+        value = NoiseSchedule.from_diffusers(value)
+    return value, check_prediction_type("epsilon" if prediction_type is None else prediction_type)
+
+
+def device(value: Any, student: nn.Module) -> torch.device:
+    """The device to train on; None: that of the student's first weight."""
+    if value is None:
+        tensor = next(itertools.chain(student.parameters(), student.buffers()), None)
+        value = "cpu" if tensor is None else tensor.device
+    return devices.usable(value)
+
+
+def check_models(teacher: nn.Module, student: nn.Module) -> None:
+    """Two models that can be trained by one another."""
+    for name, module in {"teacher": teacher, "student": student}.items():
+        if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in module.modules()):
+            rule = "the model itself, which the trainer wraps for its ranks"
+            raise InputError.of(name, rule, "DistributedDataParallel (pass its module)")
+        if where := sharded(module):
+            rule = "a model that is not sharded yet (the student is, by a function given as shard)"
+            raise InputError.of(name, rule, where)
+    if (casting := layerwise_casting(student)) is not None:
+        rule = "weights that stay in the dtype they are trained in"
+        raise InputError.of("student", rule, f"diffusers' layerwise casting (compute dtype {dtype_name(casting)})")
+    frozen = {id(p) for p in teacher.parameters()}
+    shared = [name for name, p in student.named_parameters() if p.requires_grad and id(p) in frozen]
+    if shared:
+        rule = "trained parameters of its own, as the teacher's are frozen (copy.deepcopy makes a model of its own)"
+        raise InputError.of("student", rule, f"the teacher's {', '.join(shared[:3])}{' ...' * (len(shared) > 3)}")
+    check_parameters(teacher, student)
+
+
+def dtype(student: nn.Module, where: torch.device, precision: str) -> torch.dtype | None:
+    """To train the student in; None: as it is."""
+    if precision != "auto":
+        return cast(torch.dtype, getattr(torch, precision))
+    for name, p in student.named_parameters():
+        if p.requires_grad and p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            rule = "float32, bfloat16 or float16 weights, or config.precision"
+            raise InputError.of(f"student: {name}", rule, dtype_name(p.dtype))
+    return torch.bfloat16 if where.type == "cuda" else None

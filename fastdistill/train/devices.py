@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run happens: a device that can be used, and the models on it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdistill.errors import InputError, described, quoted
+from fastdistill.models.calling import kept_in_float32
+
+
+def usable(device: Any, argument: str = "device") -> torch.device:
+    """The device itself.
+
+    Raises:
+        InputError: it is no device, or this installation or machine cannot compute on it.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).cpu()
+    except (TypeError, RuntimeError, AssertionError, NotImplementedError) as error:  # an AssertionError without CUDA
+        rule = "a device that torch can use here, such as 'cpu'"
+        raise InputError.of(argument, rule, f"{described(device)} ({quoted(error)})") from error
+    return found
+
+
+def moved(model: nn.Module, device: torch.device, argument: str) -> nn.Module:
+    """A model on a device, in its own dtypes. One that is there need not move, which some quantized ones forbid.
+
+    Raises:
+        InputError: it cannot be moved.
+    """
+    try:
+        model.to(device)
+    except Exception as error:
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        if any(t.device.type != device.type or device.index not in (None, t.device.index) for t in tensors):
+            raise InputError.of(argument, f"a model that can be moved to {device}", quoted(error)) from error
+    return model
+
+
+def cast(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Move a model and cast its weights (None: leave their dtypes), but for those that diffusers keeps in float32.
+
+    Not by diffusers' own ``to``, which would cast these too.
+    """
+    kept = kept_in_float32(model)
+    model.zero_grad(set_to_none=True)  # of a step before this run
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        fixed = id(tensor) in kept or not tensor.is_floating_point()
+        return tensor.to(device, None if fixed else dtype)
+
+    model._apply(place)

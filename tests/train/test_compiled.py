@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A compiled run is compiled once: nothing that Python keeps from one step to the next is part of the compiled code."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.diffusion.sampler import ddim
+from fastdistill.train.step import TrainStep
+from tests import tiny
+from tests.distill.test_setting import Own
+
+
+class Counting:
+    """A backend that runs graphs as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: GraphModule, inputs: Any) -> GraphModule:
+        self.graphs += 1
+        return graph
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    counting = Counting()
+    monkeypatch.setattr(TrainStep.compile, "__kwdefaults__", {"backend": counting})
+    torch._dynamo.reset()
+    return counting
+
+
+def on_disk(place: Path) -> dict[str, Any]:
+    latents = tiny.cache()
+    given = latents.prompt_index, latents.latents.shape[1:], torch.float32, {"made": "by hand"}
+    generate_latent_cache(place / "latents", lambda rows, _: latents.latents[rows], *given)
+    tiny.bank().save(place / "prompts")
+    return {"latents": LatentCache.open(place / "latents"), "prompts": PromptBank.open(place / "prompts")}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "every loss, adapters": {"width": 5, "objective": tiny.features(feature_distance="huber")},
+    "a loss scale, a teacher of another dtype, banks on the disk": {
+        "precision": "float16", "teacher": torch.bfloat16, "disk": True,
+    },
+    "an objective of one's own": {"objective": Own()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_is_compiled_once(name: str, backend: Counting, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With previews in between. The losses are those of the eager run: another draw would change them by far more."""
+    losses = {}
+    caplog.set_level(logging.INFO, "fastdistill")
+    for execution in ("compiled", "eager"):
+        case = dict(CASES[name])
+        teacher = tiny.Net().to(case.pop("teacher", torch.float32))
+        student = tiny.Net(case.pop("width", 6), seed=1)
+        banks = on_disk(tmp_path / execution) if case.pop("disk", False) else {}
+        run = tiny.trainer(teacher, student, **banks, **case, steps=4, execution=execution)
+
+        def preview(done: int, _: object, run: Any = run) -> None:
+            if done == 2:
+                run.student.eval()
+                x, rows = torch.randn(1, 4, 5, 3), torch.randn(1, 5, 6)
+                ddim(run.student, x, rows, None, tiny.SCHEDULE, steps=1, guidance_scale=1.0)
+                run.student.train()
+                run.ema_student()
+
+        losses[execution] = [m["loss"] for m in run.fit(progress=preview).history]
+        assert backend.graphs == 1 and caplog.text.count("compiling the training step") == 1
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-3)

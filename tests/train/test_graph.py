@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which steps are captured in a CUDA graph, and what becomes of those that are not, on a GPU that is not there."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fastdistill.distill.objective import has_streams
+from fastdistill.errors import DeviceError, FastdistillError, KernelError
+from fastdistill.train import distributed, graph
+from fastdistill.train.graph import WARM_UP, runner
+from tests.train.test_step import Sins, step_on
+
+with FakeTensorMode():
+    ON_GPU = torch.empty(1, device="cuda")
+
+
+def test_where_there_can_be_no_graph() -> None:
+    step = step_on("cpu")
+    runner(step, nn.Module(), "auto")()  # eagerly
+    assert step.counter.tolist() == [0, 1]
+    message = "execution 'graph': it runs on cpu: a CUDA graph needs a CUDA device; use 'compiled'"
+    with pytest.raises(FastdistillError, match=message):
+        runner(step, nn.Module(), "graph")
+
+
+class OnGPU:
+    """As much of a step as a choice of execution looks at."""
+
+    counter = type("counter", (), {"device": torch.device("cuda")})
+    objective = SimpleNamespace(trained=())
+    compiled = 0
+
+    def compile(self) -> None:
+        self.compiled += 1
+
+    def __call__(self) -> None: ...
+
+
+def test_a_sharded_model_is_not_captured_but_compiled(tmp_path: Any) -> None:
+    step: Any = OnGPU()
+    assert graph.refuse_graph(step, nn.Linear(2, 2)) is None
+    model = nn.Sequential(nn.Linear(2, 2))
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(FastdistillError, match=r"0 is sharded by FSDPLinear, which .*; use 'compiled'"):
+            runner(step, model, "graph")
+        assert not step.compiled
+        with pytest.warns(UserWarning, match=r"no CUDA graph, as 0 is sharded .*; it is compiled") as caught:
+            runner(step, model, "auto")()
+        assert len(caught) == step.compiled == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_torch_asks_of_ranks_for_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its notes on CUDA: NCCL 2.9.6, no asynchronous error handling, eleven steps before."""
+    step: Any = OnGPU()
+
+    def refused() -> str | None:
+        return graph.refuse_graph(step, nn.Linear(2, 2))
+
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 9, 5))
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    assert refused() == "gradients are reduced by gloo: a CUDA graph can hold NCCL's collectives"
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    assert refused() == "NCCL is 2.9.5: a CUDA graph can hold its collectives from 2.9.6 on"
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 3))
+    assert "TORCH_NCCL_ASYNC_ERROR_HANDLING=0 is needed before init_process_group" in str(refused())
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    assert refused() is not None
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    assert refused() is None
+
+
+class Uncompilable(OnGPU):
+    def compile(self) -> None:
+        def broken(*_: object) -> Any:
+            raise ValueError("no compiler\nand more")
+
+        self.run = torch.compile(lambda x: x + 1, backend=broken)
+
+    def __call__(self) -> None:
+        self.run(torch.ones(2))
+
+
+def test_what_cannot_be_compiled_is_named() -> None:
+    step: Any = Uncompilable()
+    with pytest.raises(FastdistillError, match=r"failed: no compiler; config.execution 'eager' does without it$"):
+        runner(step, nn.Module(), "compiled")()
+
+
+class FakeGraph:
+    """A CUDA graph of a machine without one: captures nothing, replays by running the step."""
+
+    fails: RuntimeError | None = None
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        FakeGraph.step()
+
+    step: Callable[[], None]
+
+
+class FakeStream:
+    def __init__(self, device: object) -> None:
+        self.device = device
+
+    def wait_stream(self, other: object) -> None:
+        assert isinstance(other, FakeStream)
+
+
+class FakeCapture:
+    """Runs nothing of what a capture encloses."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> None:
+        FakeGraph.captured = True  # type: ignore[attr-defined]
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        FakeGraph.captured = False  # type: ignore[attr-defined]
+        if kind is not None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = FakeStream("cpu")
+    FakeGraph.captured = False  # type: ignore[attr-defined]
+    FakeGraph.fails = None
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: warnings.catch_warnings())
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: FakeGraph.captured)  # type: ignore[attr-defined]
+    monkeypatch.setattr(graph, "refuse_graph", lambda *_: None)
+
+
+class Counting:
+    """A step that counts, and does not when it is captured."""
+
+    stream = None
+    compiled = False
+    objective = SimpleNamespace(trained=())
+    randomness = contextlib.nullcontext
+
+    def __init__(self, sin: str | None = None) -> None:
+        self.counter, self.done, self.sin = torch.zeros(2, dtype=torch.int64), 0, sin
+        self.on_streams: list[bool] = []
+        self.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+
+    def __call__(self) -> None:
+        if FakeGraph.captured:  # type: ignore[attr-defined]
+            if FakeGraph.fails is not None:
+                raise FakeGraph.fails
+            return
+        self.on_streams.append(has_streams(ON_GPU))
+        if self.sin:
+            Sins(self.sin)(torch.ones(2))
+        self.done += 1
+
+    def compile(self) -> None:
+        self.compiled = True
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize(("ranks", "warm_up"), [(1, WARM_UP), (2, 11)])
+def test_every_step_of_a_graphed_run_counts_once(ranks: int, warm_up: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "size", lambda: ranks)
+    monkeypatch.setattr(distributed, "anywhere", lambda flag, _: flag)
+    step: Any = Counting()
+    FakeGraph.step = step
+    advance: Any = runner(step, nn.Module(), "graph")
+    for expected in range(1, warm_up + 5):
+        advance()
+        assert step.done == expected
+    assert advance.graph.replays == 4
+    # In the last step before the capture the teacher has a stream of its own, as in the graph.
+    assert step.on_streams[:warm_up] == [False] * (warm_up - 1) + [True]
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_no_rank_replays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [False, True, True, True]  # last first: a capture failed there; for lack of memory; once more; it did not
+    monkeypatch.setattr(distributed, "anywhere", lambda *_: answers.pop())
+    step: Any = Counting()
+    advance = runner(step, nn.Module(), "auto")
+    for _ in range(WARM_UP):
+        advance()
+    with pytest.raises(FastdistillError, match=r"step: out of memory .* another rank could not"):
+        advance()
+    step = Counting()
+    advance = runner(step, nn.Module(), "auto")
+    with pytest.warns(UserWarning, match="in a CUDA graph: another rank could not; going on compiled"):
+        for _ in range(WARM_UP + 1):
+            advance()
+    assert step.compiled and step.done == WARM_UP + 1
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("sin", ["dropout", "random"])  # noticed in the step, and after it
+def test_a_student_that_draws_random_numbers_runs_eagerly_and_every_step_counts_once(sin: str) -> None:
+    step: Any = Counting(sin)
+    advance = runner(step, nn.Module(), "auto")
+    with pytest.warns(UserWarning, match=r"random.*; going on eagerly, without a graph"):
+        for _ in range(WARM_UP + 4):
+            advance()
+    assert step.done == WARM_UP + 4 and not step.compiled
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("cause", ["sin", "capture"])
+def test_what_cannot_be_captured_is_named_and_compiled(cause: str) -> None:
+    def make() -> Any:
+        return Counting("item" if cause == "sin" else None)
+
+    FakeGraph.fails = RuntimeError("operation not permitted when stream is capturing\nand more")
+    message = "got a value read on the host" if cause == "sin" else "CUDA graph: operation not permitted when stream is"
+    step = make()
+    advance = runner(step, nn.Module(), "graph")
+    with pytest.raises(KernelError, match=message):
+        for _ in range(WARM_UP + 1):
+            advance()
+    step = make()
+    advance = runner(step, nn.Module(), "auto")
+    with pytest.warns(UserWarning, match=f"{message}.*going on compiled, without a graph"):
+        for _ in range(WARM_UP + 4):
+            advance()
+    assert step.done == WARM_UP + 4 and step.compiled
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("execution", ["graph", "auto"])
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            FastdistillError,
+            "step: out of memory .* graph: CUDA out",
+        ),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+            FastdistillError,
+            "step: out of memory .* graph: CUDA",
+        ),
+        (
+            DeviceError("x: CUDA error: an illegal memory access was encountered"),
+            DeviceError,
+            "x: CUDA error: an illegal",
+        ),
+    ],
+    ids=["memory", "workspace", "device"],
+)
+def test_what_compiling_does_not_help_ends_the_run(
+    cause: RuntimeError, kind: type[Exception], message: str, execution: Any
+) -> None:
+    FakeGraph.fails = cause
+    step: Any = Counting()
+    advance = runner(step, nn.Module(), execution)
+    for _ in range(WARM_UP):
+        advance()
+    with pytest.raises(kind, match=message) as raised:
+        advance()
+    assert not isinstance(raised.value, KernelError) and not step.compiled
+    assert cause in (raised.value, raised.value.__cause__)
