@@ -142,9 +142,9 @@ class DistillTrainer:
                 the models: each step has them in the training modes they had when ``fit`` began.
 
         Raises:
-            InputError: a directory that is no path, progress that is no function; a trainer that is closed; state of the
-                student that no checkpoint can hold; an objective of your own that calls a model with inputs of another
-                dtype.
+            InputError: a directory that is no path, progress that is no function; a trainer that is closed; a student
+                with state that no checkpoint can hold; an objective of your own that calls a model with inputs of
+                another dtype.
             StorageError: the directory cannot be written, has no room for a checkpoint, or holds a run of other
                 settings or a damaged checkpoint.
             FastdistillError: the loss is not finite; the message names the likely cause.
