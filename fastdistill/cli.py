@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import fastdistill
 from fastdistill.documented import documented
-from fastdistill.errors import FastdistillError
+from fastdistill.errors import FastdistillError, Stopped
 
 # Heavy modules are imported where they are used, so that help is fast and Ctrl-C during an import is handled.
 
@@ -44,7 +44,8 @@ class DoctorConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for an error of the user's or the machine's, 130 for Ctrl-C."""
+    """Run a command; returns the exit status: 0, 2 for an error of the user's or the machine's, 130 for Ctrl-C (143 for
+    SIGTERM while a model trains)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is as clean as Ctrl-C
     try:
@@ -59,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Stopped as stopped:  # it has said so itself
+        return stopped.code
     except KeyboardInterrupt:
         print("\nfastdistill: stopped; run the same command again to go on", file=sys.stderr)
         return 130
@@ -147,7 +150,8 @@ def _demo_digits(arguments: list[str]) -> None:
 
 
 def _teacher_digits(arguments: list[str]) -> None:
-    from fastdistill.tasks.digits.teacher import TeacherConfig, provenance, train_teacher
+    from fastdistill.data.fingerprint import listed
+    from fastdistill.tasks.digits.teacher import TeacherConfig, other_recipe, provenance, train_teacher
 
     config = _configured(TeacherConfig, arguments, "teacher digits")
     if config is None:
@@ -166,8 +170,11 @@ def _teacher_digits(arguments: list[str]) -> None:
 
         made = train_teacher(config, show)
     shipped = provenance()
-    same = "the same bits as" if made["sha256"] == shipped["sha256"] else "other bits than"
-    console.print(f"{config.output}/teacher.safetensors holds {same} the shipped weights", soft_wrap=True)
+    changed = other_recipe(made, shipped)
+    recipe = (
+        f"another recipe than the shipped weights' ({listed(changed)})" if changed else "the shipped weights' recipe"
+    )
+    console.print(f"{config.output}/teacher.safetensors: trained by {recipe}", soft_wrap=True)
     for name, value in made["metrics"].items():
         console.print(f"  {name:24} {value:.4g}   (shipped: {shipped['metrics'][name]:.4g})")
 

@@ -41,3 +41,14 @@ class KernelError(FastdistillError, RuntimeError):
 
 class DeviceError(FastdistillError, RuntimeError):
     """The device has failed: nothing more can run on it in this process, which has to be started again."""
+
+
+class Stopped(KeyboardInterrupt, SystemExit):
+    """Ctrl-C or SIGTERM ended a run after a whole step. Where nothing catches it the process ends without a traceback,
+    with exit status 128 + the number of the signal (130, 143)."""
+
+    code: int
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import yaml
 
 import fastdistill
 from fastdistill.cli import main
+from fastdistill.errors import Stopped
 from fastdistill.ops import OPS
+from fastdistill.tasks.digits import teacher
 from fastdistill.tasks.digits.config import DigitsConfig
 from fastdistill.train.config import from_yaml
 
@@ -82,6 +85,26 @@ def test_all_mistakes_of_a_configuration_at_once(capsys: pytest.CaptureFixture[s
         "  cache_images: input should be greater than or equal to 48, got 2",
         "  train.steps: input should be greater than or equal to 1, got -3",
     ]
+
+
+def test_a_teacher_is_compared_by_its_recipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by its bits, which no other machine gives; a stop while it trains has said so itself."""
+    made = teacher.provenance() | {"sha256": "0" * 64}
+    monkeypatch.setattr(teacher, "train_teacher", lambda *_: made)
+    code, out, error = said(capsys, "teacher", "digits")
+    assert code == 0 and "teacher.safetensors: trained by the shipped weights' recipe\n" in out
+    made["recipe"]["weight_limit"] = 1.0
+    out = said(capsys, "teacher", "digits")[1]
+    assert "another recipe than the shipped weights' (weight_limit: expected 1.0, got 5.0)\n" in out
+
+    def stopped(*_: object) -> None:
+        raise Stopped("stopped after step 1 of 2", signal.SIGTERM)
+
+    monkeypatch.setattr(teacher, "train_teacher", stopped)
+    code, _, error = said(capsys, "teacher", "digits")
+    assert code == 143 and "stopped" not in error
 
 
 def test_a_dry_run_prints_what_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

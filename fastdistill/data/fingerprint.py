@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fingerprints: what made a file, as JSON values and hashes that do not depend on the machine."""
+"""Fingerprints: what made a file, as JSON values and hashes that do not depend on the machine.
+
+A hash stands for bits that are stored (weights of a file, rows of a bank), never for the results of floating-point
+computations, which other processors round differently: these are identified by their inputs, or by ``up_to_rounding``.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +22,7 @@ from fastdistill.data.values import blocks
 from fastdistill.errors import InputError
 
 _ABSENT = "nothing"
+_ROUNDED = "up_to_rounding"
 
 
 def sha256_of_tensors(tensors: Mapping[str, Any]) -> str:
@@ -43,13 +51,41 @@ def sha256_of_json(value: object) -> str:
 
 
 def canonical_json(value: object, argument: str) -> str:
-    """The one spelling of a JSON value (sorted keys, no spaces); InputError naming ``argument`` for anything else."""
+    """The one spelling of a JSON value (sorted keys, no spaces); InputError naming ``argument`` for anything else.
+
+    Scalars of NumPy and torch count as the numbers they hold. An infinite float is spelled "inf" or "-inf".
+    """
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError.of(
-            argument, "values that JSON holds (str, int, finite float, bool, list, dict)", error
-        ) from None
+        return json.dumps(_finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False, default=number)
+    except (TypeError, ValueError, RecursionError) as error:
+        rule = "values that JSON holds (str, int, float but NaN, bool, list, dict)"
+        raise InputError.of(argument, rule, error) from None
+
+
+def number(value: Any) -> Any:
+    """The Python number in a scalar of NumPy or torch.
+
+    Raises:
+        TypeError: another value, or a scalar without one (meta device).
+    """
+    scalar = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_meta)
+    if not scalar:
+        raise TypeError(f"a value of type {type(value).__name__}")
+    return _finite(value.item())
+
+
+def up_to_rounding(values: Tensor) -> dict[str, Any]:
+    """Computed floating-point values as a JSON value. ``differences`` compares two of them with a tolerance: each value
+    may differ by 1e-3 of itself or 1e-6, more than 1000 operations in float32 can lose and less than a setting
+    changes."""
+    return {_ROUNDED: values.detach().double().cpu().reshape(-1).tolist()}
+
+
+def hashes(*values: object) -> bool:
+    """Whether all values are hashes of one length, which alone can be compared: other fingerprints are names that their
+    owners made up."""
+    texts = [value for value in values if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value)]
+    return len(texts) == len(values) and len(set(map(len, texts))) == 1
 
 
 def plain(fingerprint: Mapping[str, Any], argument: str = "fingerprint") -> dict[str, Any]:
@@ -59,10 +95,12 @@ def plain(fingerprint: Mapping[str, Any], argument: str = "fingerprint") -> dict
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line a field of ``wanted`` or ``found`` that is not the same in both: ``teacher: expected 'a', got 'b'``."""
+    """One line per field that is not the same in ``wanted`` and ``found``: ``teacher: expected 'a', got 'b'``."""
     lines = []
     for key in sorted(wanted.keys() | found.keys()):
         a, b = wanted.get(key, _ABSENT), found.get(key, _ABSENT)
+        if key == _ROUNDED and isinstance(a, list) and isinstance(b, list) and _close(a, b):
+            continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, f"{prefix}{key}.")
         elif a != b:
@@ -70,9 +108,30 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any], prefix: str
     return lines
 
 
+def listed(lines: list[str], limit: int = 6) -> str:
+    """Lines as one, the last ones only counted if there are many."""
+    rest = len(lines) - limit
+    return "; ".join(lines[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float16`` -> ``"float16"``."""
     return str(dtype).removeprefix("torch.")
+
+
+def _close(a: list[Any], b: list[Any]) -> bool:
+    if len(a) != len(b) or not all(isinstance(value, float) for value in (*a, *b)):
+        return False
+    return all(math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-6) for x, y in zip(a, b, strict=True))
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with its infinite floats spelled out."""
+    if isinstance(value, float):
+        return str(float(value)) if math.isinf(value) else value
+    if isinstance(value, Mapping):
+        return {key: _finite(element) for key, element in value.items()}
+    return [_finite(element) for element in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: object) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastdistill.data import values
-from fastdistill.data.fingerprint import differences, plain, sha256_of_json, sha256_of_tensors
+from fastdistill.data.fingerprint import differences, hashes, listed, plain, sha256_of_json, sha256_of_tensors
 from fastdistill.data.manifest import Manifest, TensorSpec
+from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.shards import RowWriter, load_rows
 from fastdistill.data.stored import open_rows
 from fastdistill.errors import InputError, StorageError
@@ -90,6 +91,29 @@ class LatentCache:
         manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_expected(path, expect))
         return cls(rows["latents"], rows["prompt_index"][:], manifest.fingerprint)
 
+    def remapped(self, made_with: PromptBank, prompts: PromptBank) -> LatentCache:
+        """The same latents for another bank that has their prompts: a larger pool, or one in another order.
+
+        Args:
+            made_with: the bank that the rows of this cache point into. prompts: the bank they shall point into, row by
+                row to the same text.
+
+        Raises:
+            InputError: this cache points into another bank than ``made_with``; ``prompts`` lacks one of its texts, or
+                comes from another text encoder (where both banks tell theirs).
+        """
+        told, own = self.fingerprint.get("prompts"), made_with.identity
+        if hashes(told, own) and told != own:
+            raise InputError.of("made_with", f"the bank {told} that the latents point into", own)
+        self.check_prompts(len(made_with))
+        changed = differences(plain(made_with.encoder), plain(prompts.encoder))
+        if changed and made_with.encoder and prompts.encoder:
+            raise InputError.of("prompts", "the text encoder of made_with", listed(changed))
+        used, place = torch.unique(self.prompt_index, return_inverse=True)
+        rows = prompts.indices_of([made_with.texts[row] for row in used.tolist()]).to(place.device)
+        fingerprint = {**self.fingerprint, "prompts": prompts.identity, "made_with": own} if self.fingerprint else {}
+        return LatentCache(self.latents, rows[place], fingerprint)
+
     def check_prompts(self, prompts: int) -> None:
         """InputError unless every row points at one of ``prompts`` prompts (``len`` of the prompt bank)."""
         for row in map(int, self.prompt_index.aminmax()):
@@ -119,9 +143,10 @@ def generate_latent_cache(
     on any device, stored as ``dtype``. Latent n must depend on n and its prompt alone (``initial_noise`` of
     ``diffusion.sampler`` is made for it): batches start anew at each shard, so an interrupted run, resumed with the
     same ``batch``, ends with the same bits; another ``batch`` may change their rounding only.
-    ``fingerprint`` must hold everything else that decides the values (hash of the teacher's weights, sampler settings,
-    hash of the prompts, seed); a hash of ``prompt_index`` is added to it. ``progress(rows done, N)`` is called at
-    the start and after each batch.
+    ``fingerprint`` must hold everything else that decides the values, such as ``{"teacher": weights_hash(teacher),
+    "prompts": bank.identity, "sampling": ..., "seed": 0}`` (``fastdistill.models.weights.weights_hash``): a
+    trainer compares the first two with its own teacher and bank. A hash of ``prompt_index`` is added to it.
+    ``progress(rows done, N)`` is called at the start and after each batch.
 
     Errors: those of RowWriter, before anything is written; InputError when ``generate`` returns another shape or a
     value that is not finite as ``dtype``; StorageError for a full disk. What was finished by then stays and is

@@ -36,10 +36,11 @@ def conversion(student: Tensor, teacher: Tensor) -> Tensor:
     """Conversion of the teacher's prediction to the student's type, float64 [T, 2]: c0 x_t + c1 (teacher's prediction).
 
     Args:
-        student, teacher: coefficients [T, 4] with the same signal and noise.
+        student, teacher: coefficients [T, 4] with the same signal and noise, up to the rounding of a float32 table.
     """
     a, b, p, q, determinant = _columns(teacher, "teacher")
-    if student.shape != teacher.shape or not torch.equal(student[:, :2].cpu(), teacher[:, :2].cpu()):
+    own, theirs = (table[:, :2].to("cpu", torch.float64) for table in (student, teacher))
+    if student.shape != teacher.shape or not torch.allclose(own, theirs, rtol=1e-4, atol=1e-6):
         raise InputError("teacher: expected the same signal and noise (columns 0 and 1) as coefficients, got others")
     p_student, q_student = student[:, 2:].to("cpu", torch.float64).unbind(1)
     return torch.stack([p_student * q - q_student * p, q_student * a - p_student * b], 1) / determinant[:, None]

@@ -10,6 +10,7 @@ Each square is a mean over the elements of its tensor; features are summed over 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -42,6 +43,9 @@ class Knowledge:
     ``taps`` pairs (teacher module, student module). Where their channels differ, a linear adapter projects the
     student's feature; adapters are trained with the student (``trained``) and belong to no export.
 
+    The hooks of the taps are on the models from the start until ``close``, and again from ``attach`` on; they go with
+    the last reference to this object, too.
+
     Raises:
         InputError: no loss to compute; taps that a model does not have or whose sizes differ; a model that does not
             take the latents and prompts (one forward of the first sample tells).
@@ -73,12 +77,12 @@ class Knowledge:
         self._grad_scale = setting.grad_scale
         self._gradient: Tensor | None = None  # buffers that every step writes into
         self._gradients: list[Tensor] | None = None
+        self._names = list(zip(*taps, strict=True)) if weights.feature else []
         self._taps: tuple[Taps, Taps] | None = None
         self._predict_teacher, self._predict_student = setting.predictors
-        with contextlib.ExitStack() as detached:  # where something does not fit
-            if weights.feature:
-                teacher_taps = detached.enter_context(Taps(self.teacher, [name for name, _ in taps]))
-                self._taps = teacher_taps, detached.enter_context(Taps(self.student, [name for _, name in taps]))
+        with contextlib.ExitStack() as failed:  # where something does not fit
+            failed.callback(self.close)
+            self.attach()
             if weights.output or weights.feature:
                 setting.check("teacher")
             setting.check("student")
@@ -86,9 +90,27 @@ class Knowledge:
                 theirs, own = ([tuple(f.shape) for f in tapped.features()] for tapped in self._taps)
                 signals = setting.latents.ndim == 3
                 pairs = [_channels(*each, signals) for each in zip(taps, theirs, own, strict=True)]
-                self.adapters = Adapters(pairs, seed=adapter_seed).to(setting.device, self._predict_student.dtype)
+                self.adapters: Adapters = Adapters(pairs, seed=adapter_seed).to(
+                    setting.device, self._predict_student.dtype
+                )
                 self.trained = (self.adapters,)
-            detached.pop_all()
+            failed.pop_all()
+
+    def attach(self) -> None:
+        """Hook the tapped modules, unless they are."""
+        if self._names and self._taps is None:
+            with contextlib.ExitStack() as hooks:
+                theirs = hooks.enter_context(Taps(self.teacher, self._names[0]))
+                self._taps = theirs, hooks.enter_context(Taps(self.student, self._names[1]))
+                self._detach = weakref.finalize(self, hooks.pop_all().close)
+                self._detach.atexit = False
+
+    def close(self) -> None:
+        """Take the hooks off the models, and let go of the gradient buffers."""
+        self._gradient = self._gradients = None
+        if self._taps is not None:
+            self._taps = None
+            self._detach()
 
     def __call__(self, draw: Draw[Tensor], task: Task | None = None) -> tuple[Tensor, list[Tensor]]:
         """The loss and its parts ``metric_names`` (unweighted, but the first); the task loss needs ``task``."""
@@ -154,7 +176,8 @@ class Knowledge:
             return output, self._taps[0].features() if self._taps else []
 
     def _feature_loss(self, theirs: list[Tensor]) -> Tensor:
-        assert self._taps is not None
+        if self._taps is None:
+            raise InputError("step: expected one that was prepared, got none since the objective was closed")
         own = self._taps[1].features()
         self._taps[1].check_gradients(own)
         own = self.adapters(own)

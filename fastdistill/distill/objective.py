@@ -159,7 +159,7 @@ class BoundObjective(Protocol):
     float32 tensor per name in ``metric_names``. It must not wait for the device or use any other source of randomness.
     It calls the models by ``Setting.predict``, which casts their inputs; ``bind`` may check them by ``Setting.check``.
     Before each step the host calls ``prepare`` with its seed and number, and ``close`` after the last: what has to
-    happen outside of the step is done there (``Batches``).
+    happen outside of the step is done there (``Batches``, hooks on the models). ``prepare`` may follow ``close``.
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
     """
 

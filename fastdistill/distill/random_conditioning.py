@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import sha256_of_tensors
+from fastdistill.data.fingerprint import up_to_rounding
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
@@ -53,10 +53,10 @@ class RandomConditioning:
 
     def describe(self) -> dict[str, object]:
         config = validated(self, "objective")
-        if not isinstance(config.probability, str):
-            table = sha256_of_tensors({"p": config.p(1000)})
-            config = dataclasses.replace(config, probability=f"function with table {table}")
-        return dataclasses.asdict(config)
+        if isinstance(config.probability, str):
+            return dataclasses.asdict(config)
+        fields = dataclasses.asdict(dataclasses.replace(config, probability="a function"))
+        return fields | {"probability": up_to_rounding(config.p(1000))}
 
 
 class BoundRandomConditioning:
@@ -73,7 +73,14 @@ class BoundRandomConditioning:
             with_replacement=config.with_replacement,
             task=config.weights.task > 0,
         )
-        self.prepare, self.close = self._batches.prepare, self._batches.close
+
+    def prepare(self, seed: int, step: int) -> None:
+        self._knowledge.attach()
+        self._batches.prepare(seed, step)
+
+    def close(self) -> None:
+        self._knowledge.close()
+        self._batches.close()
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         with torch.no_grad():

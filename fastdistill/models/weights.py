@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.fingerprint import sha256_of_tensors
+
 
 def plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries of a ``state_dict`` as plain tensors, to hash or to compare.
@@ -21,6 +23,14 @@ def plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in state.items():
         found.update(_plain(name, value))
     return found
+
+
+def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Hash of the tensors of a model's ``state_dict``, floating-point ones as ``dtype`` (None: as they are)."""
+    tensors = plain_tensors(model.state_dict())
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    return sha256_of_tensors(tensors)
 
 
 def quantized(model: nn.Module) -> bool:

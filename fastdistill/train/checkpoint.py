@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: one safetensors file a moment, whole or not there, enough to go on to the last bit.
+"""Checkpoints: one safetensors file per moment, whole or not there, enough to go on to the last bit.
 
-Metadata of the file: schema, step, seconds trained, what made it (fingerprint) and the hash of its tensors.
+Everything is stored by name: weights and buffers of the student (``student.<key>``) and of other trained modules
+(``trained.<i>.<key>``), and for each trained parameter the state of the optimizer (``optimizer.<parameter>.<kind>``).
+Metadata of the file: schema, step, seconds trained, what made it (fingerprint), names of the trained parameters, state
+that is no tensor, and the hash of the tensors.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,32 +19,43 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
-from fastdistill.errors import StorageError
+from fastdistill.data.fingerprint import differences, dtype_name, listed, plain, sha256_of_tensors
+from fastdistill.data.values import spelled
+from fastdistill.errors import InputError, StorageError
 from fastdistill.files import atomic_write, reason
 from fastdistill.train import distributed
 from fastdistill.train.step import TrainStep
 
-SCHEMA = 3
+SCHEMA = 4
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "ema", "master")  # float32, of the shape of their parameter; and the 0-dim "step"
+
+State = dict[str, Any]  # tensors, and JSON values
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     step: int
     seconds: float
-    tensors: dict[str, Tensor]
+    trained: list[str]
+    state: State
 
 
 def save(
-    directory: Path, state: Mapping[str, Tensor], step: int, seconds: float, fingerprint: Mapping[str, Any]
+    directory: Path,
+    state: Mapping[str, Any],
+    step: int,
+    seconds: float,
+    fingerprint: Mapping[str, Any],
+    trained: list[str],
 ) -> Path:
     """Write ``step-<step>.safetensors``; StorageError when it cannot be written, and nothing is left of the attempt."""
-    tensors = {name: t.contiguous() for name, t in state.items()}
-    head = {"schema": SCHEMA, "step": step, "seconds": seconds, "fingerprint": plain(fingerprint)}
-    head["sha256"] = sha256_of_tensors(tensors)
+    tensors = {name: t.contiguous() for name, t in state.items() if isinstance(t, Tensor)}
+    values = plain({name: value for name, value in state.items() if name not in tensors}, "state_dict")
+    head = {"schema": SCHEMA, "step": step, "seconds": seconds, "fingerprint": plain(fingerprint), "trained": trained}
+    head |= {"values": values, "sha256": sha256_of_tensors(tensors)}
     path = directory / f"step-{step:08d}.safetensors"
     atomic_write(path, safetensors.torch.save(tensors, metadata={"fastdistill": json.dumps(head)}))
     return path
@@ -59,94 +73,200 @@ def prune(directory: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def latest(directory: Path, fingerprint: Mapping[str, Any]) -> Checkpoint | None:
+def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, student: nn.Module) -> Checkpoint | None:
     """The newest checkpoint, or None where there is none.
 
     Raises:
-        StorageError: it is damaged, of a newer schema, or of a run with other settings; with what to do about it.
+        StorageError: it is damaged, of another schema, or of a run with other settings, another student or other
+            frozen parameters; with what to do about it.
     """
     found = steps(directory)
     if not found:
         return None
     path = list(found.values())[-1]
-    tensors, head = _read(path)
-    changed = differences(plain(fingerprint), head["fingerprint"])
-    if changed:
-        fields = "; ".join(changed)
-        raise StorageError(f"{path}: this run was started differently ({fields}); use another directory or delete it")
-    return Checkpoint(head["step"], head["seconds"], tensors)
+    saved, made_by = _read(path)
+    advice = "use another directory or delete it"
+    if changed := differences(plain(fingerprint), made_by):
+        raise StorageError(f"{path}: this run was started differently ({listed(changed)}); {advice}")
+    if changed := _unlike(saved, step, student):
+        raise StorageError(f"{path}: this run trains something else ({listed(changed)}); {advice}")
+    return saved
 
 
-def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def whole(state: Mapping[str, Any]) -> State:
     """Copies on the CPU, on rank 0, of tensors that may be cut over the ranks; every rank has to ask for them."""
-    copies = {}
-    for name, tensor in state.items():
-        full = distributed.whole(tensor.detach())
+    copies: State = {}
+    for name, value in state.items():
+        full = distributed.whole(value.detach()) if isinstance(value, Tensor) else value
         if distributed.rank() == 0:
-            copies[name] = full.cpu().clone()
+            copies[name] = full.cpu().clone() if isinstance(full, Tensor) else full
     return copies
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint, and the fingerprint of its run."""
     advice = "delete it to go on from the one before"
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             head = json.loads((file.metadata() or {})["fastdistill"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        schema = head["schema"]
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{path}: damaged, not a checkpoint ({error}); {advice}") from error
-    if head.get("schema") != SCHEMA:
-        raise StorageError(f"{path}: expected a checkpoint of schema {SCHEMA}, got {head.get('schema')}")
+    if schema != SCHEMA:
+        other = "of another version of fastdistill, which can go on with it; use another directory or delete it"
+        raise StorageError(f"{path}: expected a checkpoint of schema {SCHEMA}, got {schema}, {other}")
     if sha256_of_tensors(tensors) != head["sha256"]:
         raise StorageError(f"{path}: damaged, its tensors do not have the hash it states; {advice}")
-    return tensors, head
+    return Checkpoint(head["step"], head["seconds"], head["trained"], tensors | head["values"]), head["fingerprint"]
 
 
-def state_of(step: TrainStep, student: torch.nn.Module) -> dict[str, Tensor]:
+def _modules(step: TrainStep, student: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield "student.", student
+    for i, module in enumerate(step.objective.trained):
+        yield f"trained.{i}.", module
+
+
+def _weights(step: TrainStep, student: nn.Module) -> State:
+    """What the state_dicts of all trained modules hold, by its name in a checkpoint."""
+    return {p + k: v for p, module in _modules(step, student) for k, v in module.state_dict(keep_vars=True).items()}
+
+
+def _progress(step: TrainStep) -> dict[str, Tensor]:
+    """The tensors of a step that belong to no parameter; ``totals`` are this rank's own."""
+    scaling = {} if step.scaling is None else {"loss_scale": step.scaling.value, "good_steps": step.scaling.good}
+    return scaling | {"counter": step.counter, "totals": step.totals, "skipped": step.optimizer.skipped}
+
+
+def state_of(step: TrainStep, student: nn.Module) -> State:
     """Everything a run consists of: weights, adapters, moments and averages of the optimizer, counter and metrics.
 
     Every rank has to ask for it. Where the student is sharded, so are its tensors here; ``totals`` are all ranks'.
     """
-    state = {f"student.{k}": v for k, v in student.state_dict().items()}
-    for i, module in enumerate(step.objective.trained):
-        state |= {f"trained.{i}.{k}": v for k, v in module.state_dict().items()}
-    for i, parameter in enumerate(step.parameters):
-        state |= {f"optimizer.{i}.{k}": v for k, v in step.optimizer.state[parameter].items()}
-    if step.scaling is not None:
-        state |= {"loss_scale": step.scaling.value, "good_steps": step.scaling.good}
-    totals = distributed.rows(step.totals)
-    return state | {"counter": step.counter, "totals": totals, "skipped": step.optimizer.skipped}
+    state = {k: v.detach() if isinstance(v, Tensor) else v for k, v in _weights(step, student).items()}
+    for name, parameter in step.parameters_by_name.items():
+        moments = step.optimizer.state.get(parameter, {})
+        state |= {f"optimizer.{name}.{kind}": value for kind, value in moments.items()}
+    return state | _progress(step) | {"totals": distributed.rows(step.totals)}
+
+
+def check_storable(step: TrainStep, student: nn.Module, fingerprint: Mapping[str, Any]) -> int:
+    """Bytes of a checkpoint of this run. Tries whatever makes one but the writing.
+
+    Raises:
+        InputError: the state_dict of a trained module holds something that is neither a dense tensor nor a JSON value,
+            or the fingerprint holds something that is no JSON value.
+    """
+    plain(fingerprint)
+    state = _weights(step, student)
+    for name, value in state.items():
+        if (found := _unstorable(value)) is not None:
+            raise InputError.of(name, "a dense tensor or a JSON value in a state_dict", found)
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    averaged = {id(p) for group in step.optimizer.param_groups if group["ema"] for p in group["params"]}
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    for parameter in step.parameters_by_name.values():
+        copies = 2 + (id(parameter) in averaged) + (parameter.dtype != torch.float32)
+        size += parameter.numel() * copies * torch.float32.itemsize
+    return size
+
+
+def _unstorable(value: Any) -> str | None:
+    """Why a value of a state_dict cannot be in a checkpoint."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            return f"{value.layout} {dtype_name(value.dtype)} on {value.device}"
+        return None if spelled(value.dtype) else f"{dtype_name(value.dtype)}, which safetensors does not have"
+    try:
+        same = plain({"value": value})["value"] == value
+    except InputError:
+        same = False
+    return None if same else f"a {type(value).__name__} that JSON does not keep"
+
+
+def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]:
+    """One line per name whose saved state has no place in this run, or the other way round.
+
+    Floating-point tensors may have another precision (``restore`` converts them); nothing else may differ.
+    """
+    own, parameters = _weights(step, student), step.parameters_by_name
+    theirs = {name: v for name, v in saved.state.items() if name.startswith(("student.", "trained."))}
+    wanted, found = ({name: _kind(name, v) for name, v in values.items()} for values in (own, theirs))
+    if lines := differences(wanted, found):
+        return lines
+    either = {*parameters, *saved.trained}
+    wanted, found = (
+        {name: ("frozen", "trained")[name in names] for name in either} for names in (parameters, saved.trained)
+    )
+    if lines := differences(wanted, found):
+        return lines
+    shapes = {f"optimizer.{name}.{kind}": p.shape for name, p in parameters.items() for kind in _MOMENTS}
+    shapes |= {f"optimizer.{name}.step": torch.Size() for name in parameters}
+    shapes |= {name: value.shape for name, value in _progress(step).items()}
+    wanted = {k: str(list(v)) for k, v in shapes.items() if k in saved.state or k in ("counter", "totals", "skipped")}
+    found = {}
+    for name in saved.state.keys() - theirs.keys():
+        shape = saved.state[name].shape
+        found[name] = str(list(shape[1:] if name == "totals" else shape))  # a row per rank
+    for name in {"loss_scale", "good_steps"} - wanted.keys():  # of float16 weights, which these are not
+        found.pop(name, None)
+    return differences(wanted, found)
+
+
+def _kind(name: str, value: Any) -> str:
+    """What has to be the same between the sittings of a run."""
+    if not isinstance(value, Tensor):
+        return "a JSON value"
+    if name.endswith("_extra_state"):
+        return "a tensor"
+    return f"{'floating point' if value.is_floating_point() else dtype_name(value.dtype)} {list(value.shape)}"
 
 
 @torch.no_grad()
-def restore(tensors: Mapping[str, Tensor], step: TrainStep, student: torch.nn.Module) -> None:
-    """Put a checkpoint's state back in place, each tensor in the layout and on the device that the run uses, and cut
-    over the ranks as there."""
+def restore(state: Mapping[str, Any], step: TrainStep, student: nn.Module) -> None:
+    """Put the state of a checkpoint that ``latest`` returned back in place, each tensor in the layout and on the device
+    that the run uses, and cut over the ranks as there.
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    def load(module: torch.nn.Module, prefix: str) -> None:
-        own = module.state_dict()
-        module.load_state_dict({k: distributed.placed(v, own.get(k, v)) for k, v in part(prefix).items()})
-
-    load(student, "student.")
-    for i, module in enumerate(step.objective.trained):
-        load(module, f"trained.{i}.")
-    for i, parameter in enumerate(step.parameters):
+    What may differ is the precision of the weights. Weights that are trained in float32 now are the masters of the
+    checkpoint; of weights that are float32 in the checkpoint, bfloat16 and float16 ones are rounded, with the saved
+    ones as masters. Other tensors are cast. A loss scale that the checkpoint lacks begins anew.
+    """
+    names = {id(parameter): name for name, parameter in step.parameters_by_name.items()}
+    for prefix, module in _modules(step, student):
+        values = {}
+        for key, own in module.state_dict(keep_vars=True).items():
+            value = state[prefix + key]
+            if isinstance(value, Tensor) and isinstance(own, Tensor):
+                if own.dtype != value.dtype:  # tied weights have one name here, and one master
+                    value = state.get(f"optimizer.{names.get(id(own))}.master", value)
+                value = distributed.placed(value, own)
+            values[key] = value
+        module.load_state_dict(values)
+    for name, parameter in step.parameters_by_name.items():
         step.optimizer.state[parameter] = {
-            k: torch.empty_like(parameter, dtype=v.dtype).copy_(distributed.placed(v, parameter))
-            if v.shape == parameter.shape
-            else v.to(parameter.device)
-            for k, v in part(f"optimizer.{i}.").items()
+            kind: value.to(parameter.device)
+            if kind == "step"
+            else torch.empty_like(parameter, dtype=torch.float32).copy_(distributed.placed(value, parameter))
+            for kind, value in _moments(name, parameter, state)
         }
-    if step.scaling is not None:
-        step.scaling.value.copy_(tensors["loss_scale"])
-        step.scaling.good.copy_(tensors["good_steps"])
-    step.counter.copy_(tensors["counter"])
-    totals = tensors["totals"].reshape(-1, len(step.totals))
-    same = len(totals) == distributed.size()
-    step.totals.copy_(totals[distributed.rank()] if same else totals.mean(0))
-    step.optimizer.skipped.copy_(tensors["skipped"])
+    for name, value in _progress(step).items():
+        if name == "totals":
+            rows = state[name].reshape(-1, len(value))
+            same = len(rows) == distributed.size()
+            value.copy_(rows[distributed.rank()] if same else rows.mean(0))
+        elif name in state:
+            value.copy_(state[name])
+
+
+def _moments(name: str, parameter: Tensor, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's state of a parameter in a checkpoint, for the dtype that the parameter has now."""
+    for kind in ("step", *_MOMENTS):
+        value = state.get(f"optimizer.{name}.{kind}")
+        if kind == "master" and parameter.dtype == torch.float32:
+            continue
+        if kind == "master" and value is None and isinstance(saved := state.get(name), Tensor):
+            value = saved if saved.dtype == torch.float32 else None
+        if value is not None:
+            yield kind, value

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import differences, plain
+from fastdistill.data.fingerprint import differences, listed, plain
 from fastdistill.distill.objective import BoundObjective
 from fastdistill.errors import FastdistillError, InputError
 from fastdistill.models.sharding import sharded
@@ -80,16 +80,21 @@ def check_same(fingerprint: Mapping[str, Any]) -> None:
     dist.all_gather_object(found, plain(fingerprint))
     for number, theirs in enumerate(found):
         if different := differences(found[0], theirs):
-            raise InputError(f"rank {number}: expected what rank 0 was given, got {'; '.join(different)}")
+            raise InputError(f"rank {number}: expected what rank 0 was given, got {listed(different)}")
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest value of any rank; waits for the device."""
+    if size() == 1:
+        return value
+    told = torch.tensor(value, device=device)
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return int(told)
 
 
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Whether any rank says so; waits for the device."""
-    if size() == 1:
-        return flag
-    told = torch.tensor(float(flag), device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told)
+    return bool(largest(int(flag), device))
 
 
 def rows(value: Tensor) -> Tensor:

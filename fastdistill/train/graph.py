@@ -13,18 +13,21 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fastdistill.data.fingerprint import listed
 from fastdistill.distill.objective import as_captured
 from fastdistill.errors import FastdistillError, KernelError
 from fastdistill.models.sharding import sharded
 from fastdistill.ops import _failures
 from fastdistill.train import distributed
 from fastdistill.train.config import Execution
-from fastdistill.train.guard import NoHostSync
+from fastdistill.train.guard import NoHostSync, RandomnessError
+from fastdistill.train.randomness import drawing, generator_states
 from fastdistill.train.step import TrainStep
 
 logger = logging.getLogger(__name__)
 WARM_UP = 3  # steps of a run before it is captured: buffers, optimizer state and tuned kernels come to be in them
 DDP_WARM_UP = 11  # torch's notes on CUDA ask for as many; DDP orders its buckets and takes its times in them
+_UNSEEDED = "which a resumed run could not draw again; use 'eager', or switch that off"
 
 
 class GraphedStep:
@@ -54,18 +57,20 @@ class GraphedStep:
         try:
             self._next()
         except KernelError as error:
-            warnings.warn(f"{error}; going on compiled, without a graph", stacklevel=2)
+            draws = isinstance(error, RandomnessError)
+            warnings.warn(f"{error}; going on {'eagerly' if draws else 'compiled'}, without a graph", stacklevel=2)
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-            self._step.optimizer.zero_grad(set_to_none=True)  # nothing else of the step has been done
-            self._next = _compiled(self._step)
-            self._next()
+            self._next = (_eager if draws else _compiled)(self._step)
+            if not getattr(error, "finished", False):
+                self._step.optimizer.zero_grad(set_to_none=True)  # nothing else of the step has been done
+                self._next()
 
     def _eager(self) -> None:
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         self._warm += 1
         last = self._warm == self._until
-        with torch.cuda.stream(self._stream), contextlib.ExitStack() as stack:
+        with self._step.randomness(), torch.cuda.stream(self._stream), contextlib.ExitStack() as stack:
             if last:  # after what is tuned at first calls
                 stack.enter_context(NoHostSync())
                 stack.enter_context(as_captured())
@@ -138,19 +143,37 @@ def refuse_graph(step: TrainStep, student: nn.Module) -> str | None:
     return distributed.refuse_capture()
 
 
+def _eager(step: TrainStep) -> Callable[[], None]:
+    """The step, with the random numbers that the student itself draws seeded in each."""
+
+    def advance() -> None:
+        with step.randomness():
+            step()
+
+    return advance
+
+
 def _compiled(step: TrainStep) -> Callable[[], None]:
-    """The step, compiled by its first call; FastdistillError where that fails."""
+    """The step, compiled by its first call; FastdistillError where that fails, and where both the second and the third
+    call draw random numbers of a generator with a state (compiling may do so once)."""
     from torch._dynamo.exc import TorchDynamoException
 
     logger.info("compiling the training step: the first call takes minutes for a large model")
     step.compile()
+    calls = drawn = 0
 
     def advance() -> None:
+        nonlocal calls, drawn
+        calls += 1
+        before = generator_states(step.counter.device) if calls in (2, 3) else None
         try:
             step()
         except TorchDynamoException as error:
             why = f"step: torch.compile failed: {_first(getattr(error, 'inner_exception', error))}"
             raise FastdistillError(f"{why}; config.execution 'eager' does without it") from error
+        drawn += before is not None and before != generator_states(step.counter.device)
+        if drawn == 2:
+            raise FastdistillError(f"step: the student draws random numbers itself, {_UNSEEDED}")
 
     return advance
 
@@ -159,22 +182,27 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
     """What the loop calls every step.
 
     ``eager``: the step itself. ``compiled``: draw, models and losses through ``torch.compile``. ``graph``: everything
-    in one CUDA graph. ``auto``: on a GPU a graph, compiled with a warning that says why where there can be none; on a
-    CPU eagerly.
+    in one CUDA graph. ``auto``: on a GPU a graph, compiled with a warning that says why if there can be none; on a CPU
+    eagerly. A student that draws random numbers itself (dropout) runs eagerly: there they are seeded by the step.
 
     Raises:
-        FastdistillError: ``graph`` where it cannot be, with the reason; from the first step, what cannot be compiled.
+        FastdistillError: ``graph`` where it cannot be, with the reason; ``graph`` and ``compiled`` for a student that
+            draws random numbers; from the first three steps, what cannot be compiled.
     """
+    reason = None if execution in ("eager", "compiled") else refuse_graph(step, student)
+    if execution == "eager" or (reason is not None and execution == "auto" and step.counter.device.type != "cuda"):
+        return _eager(step)
+    if draws := drawing([student, *step.objective.trained]):
+        why = f"the student draws random numbers itself ({listed(draws)})"
+        if execution != "auto":
+            raise FastdistillError(f"execution '{execution}': {why}, {_UNSEEDED}")
+        warnings.warn(f"step: no CUDA graph, as {why}; it runs eagerly", stacklevel=2)
+        return _eager(step)
     if execution == "compiled":
         return _compiled(step)
-    if execution == "eager":
-        return step
-    reason = refuse_graph(step, student)
     if reason is None:
         return GraphedStep(step, student, strict=execution == "graph")
     if execution == "graph":
         raise FastdistillError(f"execution 'graph': {reason}; use 'compiled'")
-    if step.counter.device.type != "cuda":
-        return step
     warnings.warn(f"step: no CUDA graph, as {reason}; it is compiled", stacklevel=2)
     return _compiled(step)

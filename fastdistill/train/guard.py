@@ -23,7 +23,14 @@ from torch.utils._pytree import tree_leaves
 from fastdistill.errors import KernelError
 
 _aten = torch.ops.aten
+_RANDOM = "random numbers of a stateful generator"
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default)
+
+
+class RandomnessError(KernelError):
+    """Random numbers of a generator with a state. ``finished``: noticed only at the end of what was guarded."""
+
+    finished = False
 
 
 class NoHostSync(TorchDispatchMode):
@@ -43,12 +50,15 @@ class NoHostSync(TorchDispatchMode):
         super().__exit__(kind, error, trace)
         moved = [name for name, state in _random_states().items() if state != self._states[name]]
         if kind is None and moved:
-            raise KernelError(f"step: expected no random numbers but Philox's, got some of {' and '.join(moved)}")
+            late = RandomnessError(f"step: expected no random numbers but Philox's, got some of {' and '.join(moved)}")
+            late.finished = True
+            raise late
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reason = _reason(func, args, kwargs or {})
         if reason is not None:
-            raise KernelError(f"step: expected nothing that waits for the device, got {reason} ({func}) at {_line()}")
+            kind = RandomnessError if reason == _RANDOM else KernelError
+            raise kind(f"step: expected nothing that waits for the device, got {reason} ({func}) at {_line()}")
         result = func(*args, **(kwargs or {}))
         devices = _devices((args, kwargs)) | _devices(result)
         if len(devices) > 1 and func.namespace != "fastdistill":
@@ -64,7 +74,7 @@ def _reason(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | N
         return "an index of booleans" if chosen else None
     if torch.Tag.nondeterministic_seeded in func.tags:
         seeded = _draws(func, args, kwargs)
-        return "random numbers of a stateful generator" if seeded else None
+        return _RANDOM if seeded else None
     if torch.Tag.data_dependent_output in func.tags:
         return "a value read on the host"
     if torch.Tag.dynamic_output_shape in func.tags:

@@ -7,18 +7,20 @@ import contextlib
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdistill.errors import FastdistillError, StorageError
-from fastdistill.files import atomic_write, locked, make_directory, reason, sweep
+from fastdistill.errors import FastdistillError, Stopped, StorageError
+from fastdistill.files import atomic_write, locked, make_directory, reason, require_space, sweep
 from fastdistill.train import checkpoint, distributed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
@@ -45,10 +47,16 @@ def fit(
     config: TrainConfig,
     directory: str | Path | None = None,
     progress: Progress | None = None,
+    *,
+    teacher: nn.Module | None = None,
+    explain: Callable[[], str] | None = None,
 ) -> FitResult:
-    """Run a step to the last one of its configuration; see ``DistillTrainer.fit``."""
+    """Run a step to the last one of its configuration; see ``DistillTrainer.fit``.
+
+    ``teacher``: kept in its modes (training or eval) as the student is. ``explain``: says why metrics are not finite.
+    """
     with contextlib.ExitStack() as stack:
-        run = _Run(step, student, fingerprint, config)
+        run = _Run(step, student, fingerprint, config, explain)
         distributed.check_same({"directory": "none" if directory is None else "given"})
         if directory is not None:
             path = Path(directory)
@@ -58,10 +66,14 @@ def fit(
         stack.callback(step.objective.close)
         done = int(step.counter[1])
         advance = runner(step, student, config.execution)
+        modes = _modes(student, teacher)
         if progress is not None:
             progress(done, None)
-        stop = False
+        stop = 0
         while done < config.steps and not stop:
+            for module, training in modes:
+                if module.training != training:  # as a callback that evaluates leaves it
+                    module.training = training
             step.prepare(done)
             advance()
             done += 1
@@ -71,11 +83,19 @@ def fit(
             if progress is not None:
                 progress(done, metrics)
             if metrics is not None or distributed.size() == 1:  # ranks agree where they wait for each other anyway
-                stop = distributed.anywhere(stopped.is_set(), step.counter.device)
+                stop = distributed.largest(stopped.number, step.counter.device)
         if stop and done < config.steps:
             run.save(done)
-            raise KeyboardInterrupt(f"stopped after step {done} of {config.steps}")
+            saved = "nothing is saved without a directory" if directory is None else f"saved in {directory}"
+            error = Stopped(f"stopped after step {done} of {config.steps}; {saved}", stop)
+            if distributed.rank() == 0:
+                print(f"\nfastdistill: {error}", file=sys.stderr, flush=True)
+            raise error
         return FitResult(done, run.seconds(), run.history)
+
+
+def _modes(*models: nn.Module | None) -> list[tuple[nn.Module, bool]]:
+    return [(module, module.training) for model in models if model is not None for module in model.modules()]
 
 
 def _enter(directory: Path, stack: contextlib.ExitStack) -> None:
@@ -88,9 +108,15 @@ class _Run:
     """The side of a run that touches clocks and files."""
 
     def __init__(
-        self, step: TrainStep, student: nn.Module, fingerprint: Mapping[str, Any], config: TrainConfig
+        self,
+        step: TrainStep,
+        student: nn.Module,
+        fingerprint: Mapping[str, Any],
+        config: TrainConfig,
+        explain: Callable[[], str] | None = None,
     ) -> None:
         self.step, self.student, self.fingerprint, self.config = step, student, fingerprint, config
+        self._explain = explain or (lambda: "a lower learning rate or more warm-up usually helps")
         self.history: list[Metrics] = []
         self.directory: Path | None = None
         self._before, self._start = 0.0, time.perf_counter()
@@ -100,26 +126,28 @@ class _Run:
         return self._before + time.perf_counter() - self._start
 
     def open(self, directory: Path) -> None:
-        """Go on with the run of this directory, if it holds one."""
+        """Go on with the run of this directory, if it holds one. What a checkpoint needs is tried first."""
         self.directory = directory
         tensors: dict[str, Tensor] = {}
 
-        def read() -> tuple[float, list[Metrics], dict[str, Tensor]] | None:
-            found = checkpoint.latest(directory, self.fingerprint)
+        def read() -> tuple[float, list[Metrics], checkpoint.State] | None:
+            require_space(directory, checkpoint.check_storable(self.step, self.student, self.fingerprint))
+            found = checkpoint.latest(directory, self.fingerprint, self.step, self.student)
             if found is None:
                 return None
-            tensors.update(found.tensors)
+            tensors.update({name: value for name, value in found.state.items() if isinstance(value, Tensor)})
             path = directory / "metrics.jsonl"
             history = [m for m in read_metrics(path) if m["step"] <= found.step]
             atomic_write(path, "".join(json.dumps(m) + "\n" for m in history).encode())
-            return found.seconds, history, {name: t.to("meta") for name, t in tensors.items()}
+            return found.seconds, history, found.state | {name: t.to("meta") for name, t in tensors.items()}
 
         told = distributed.first(read)
         if told is None:
             return
-        self._before, self.history, shapes = told
+        self._before, self.history, state = told
+        shapes = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         received = distributed.broadcast(tensors or shapes, self.step.counter.device)
-        checkpoint.restore(received, self.step, self.student)
+        checkpoint.restore(state | received, self.step, self.student)
         if self.history:
             self._logged, self._skipped = int(self.history[-1]["step"]), int(self.history[-1]["skipped"])
 
@@ -139,7 +167,7 @@ class _Run:
             values = ", ".join(f"{k} {v:g}" for k, v in metrics.items() if not math.isfinite(v))
             raise FastdistillError(
                 f"training: expected finite metrics, got {values} by step {done}; the last checkpoint is intact "
-                "(a lower learning rate or more warm-up usually helps)"
+                f"({self._explain()})"
             )
         self.history.append(metrics)
         if self.directory is not None:
@@ -154,7 +182,8 @@ class _Run:
         state = checkpoint.whole(checkpoint.state_of(self.step, self.student))
 
         def write() -> None:
-            checkpoint.save(directory, state, done, self.seconds(), self.fingerprint)
+            trained = list(self.step.parameters_by_name)
+            checkpoint.save(directory, state, done, self.seconds(), self.fingerprint, trained)
             checkpoint.prune(directory, self.config.keep_checkpoints)
 
         distributed.first(write)
@@ -177,18 +206,31 @@ def read_metrics(path: Path) -> list[Metrics]:
     return metrics
 
 
+class _Signal:
+    """The number of the signal that asked for the end; 0 before one did."""
+
+    number = 0
+
+
 @contextlib.contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, so that a step is never cut in half; a second one interrupts at once."""
-    stopped = threading.Event()
+def _signals() -> Iterator[_Signal]:
+    """Notes Ctrl-C or SIGTERM, so that a step is never cut in half; a second one interrupts at once.
+
+    A handler of the program's own is called too. A signal that is ignored stays so.
+    """
+    stopped = _Signal()
     if threading.current_thread() is not threading.main_thread():
         yield stopped
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
-    def stop(number: int, frame: object) -> None:
-        stopped.set()
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.number = number
         signal.signal(number, signal.default_int_handler)
+        own = before[signal.Signals(number)]
+        if callable(own) and own is not signal.default_int_handler:
+            own(number, frame)
 
     try:
         for number in before:

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.fingerprint import listed
 from fastdistill.errors import InputError
 from fastdistill.ops import AdamWGroup, _check, _native, adamw_ema, grad_square_sum
 
@@ -43,7 +44,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     Raises:
         InputError: parameters of other dtypes or on several devices, also of groups added later; a max_norm below 0, a
-            decay that is none; sparse gradients; loaded state of amsgrad or maximize, before any of it is taken.
+            decay that is none; sparse gradients; loaded state of amsgrad or maximize, or of parameters of other shapes
+            or names, before any of it is taken.
     """
 
     grad_scale: Tensor  # of the step that comes, where there is a loss scale; torch.amp.GradScaler sets and deletes it
@@ -151,9 +153,14 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def copy_average(self, module: nn.Module, to: nn.Module) -> None:
-        """Write the averages of a module's parameters into a module of the same parameters; those that have none yet
-        are their own. Where they are DTensors, every rank has to call it."""
-        for source, target in zip(module.parameters(), to.parameters(), strict=True):
+        """Write the averages of a module's parameters into the parameters of the same names of another one; those that
+        have none yet are their own. Where they are DTensors, every rank has to call it.
+
+        Raises:
+            InputError: ``to`` has other parameters, by name and shape; nothing is written then.
+        """
+        own, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (module, to))
+        for source, target in by_name(own, theirs, "to"):
             average = self.state.get(source, {}).get("ema", source)
             target.copy_(average.full_tensor() if hasattr(average, "full_tensor") else average)
 
@@ -167,6 +174,7 @@ class AdamWEMA(torch.optim.AdamW):
             for group, option in itertools.product(state["param_groups"], ("amsgrad", "maximize")):
                 if group.get(option):
                     raise InputError.of("state_dict", f"a state without {option}", f"{option}=True")
+            self._check_shapes(state)
 
         hook = self.register_load_state_dict_pre_hook(look)  # the last one: as other hooks leave it
         try:
@@ -183,6 +191,20 @@ class AdamWEMA(torch.optim.AdamW):
                 else:  # torch's loader has cast it to the dtype of the parameter
                     self.state[p][name] = torch.empty_like(p, dtype=torch.float32).copy_(value)
         self._loaded = {p for p in self._parameters() if "master" in self.state.get(p, {})}
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """InputError where state is not of the shape of its parameter, or of one of another name (in groups that have
+        ``param_names``): torch matches them by position alone."""
+        for index, (own, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+            named = zip(own.get("param_names", ()), theirs.get("param_names", ()), strict=False)
+            if renamed := [f"{found} in place of {name}" for name, found in named if name != found]:
+                rule = "the parameters of this optimizer in its order"
+                raise InputError.of(f"state_dict: param_groups[{index}]", rule, listed(renamed))
+            for p, number in zip(own["params"], theirs["params"], strict=False):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    shape = () if name == "step" else tuple(p.shape)
+                    if isinstance(value, Tensor) and tuple(value.shape) != shape:
+                        raise InputError.of(f"state_dict: {name} of parameter {number}", shape, tuple(value.shape))
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -214,6 +236,31 @@ class AdamWEMA(torch.optim.AdamW):
         """What ``torch.amp.GradScaler`` left on the optimizer for this step."""
         value: Tensor | None = getattr(self, name, None)
         return None if value is None else value.reshape(()).to(self.skipped.device, torch.float32, non_blocking=True)
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, shared ones under each of their names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def by_name(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor], argument: str) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of the same names, pair by pair.
+
+    Raises:
+        InputError: names the ones that are missing, unknown, of another shape or without values.
+    """
+    lines = []
+    for name in sorted(own.keys() | theirs.keys()):
+        a, b = own.get(name), theirs.get(name)
+        if a is None or b is None or a.shape != b.shape or b.is_meta:
+            wanted, got = ("none" if t is None else f"{'meta ' * t.is_meta}{list(t.shape)}" for t in (a, b))
+            lines.append(f"{name}: expected {wanted}, got {got}")
+    if lines:
+        raise InputError.of(argument, "tensors of the same names and shapes", listed(lines))
+    return [(own[name], theirs[name]) for name in own]
 
 
 def _local(tensor: Tensor) -> Tensor:

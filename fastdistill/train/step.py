@@ -8,11 +8,13 @@ Seed, step, learning rate and EMA decay are read from device memory, so the same
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastdistill.distill.objective import BoundObjective
 from fastdistill.errors import InputError
@@ -20,6 +22,7 @@ from fastdistill.models.sharding import sharded
 from fastdistill.train import distributed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.optimizer import AdamWEMA
+from fastdistill.train.randomness import seeded
 from fastdistill.train.scaling import LossScale
 
 
@@ -44,8 +47,12 @@ class TrainStep:
     of float16 weights. On several ranks (``train.distributed``) every gradient is their mean, so that the norm, the
     update and what follows from them are the same on each; ``totals`` are each rank's own.
 
+    ``parameters_by_name`` are the trained parameters, those of the student as ``student.<name>`` and those of
+    ``objective.trained`` as ``trained.<i>.<name>``; ``parameters`` is the list of them.
+
     Raises:
-        InputError: by the first call on several ranks, a parameter that no gradient reaches.
+        InputError: a student without a parameter to train, or with one that has no shape yet (lazy modules); by the
+            first call on several ranks, a parameter that no gradient reaches.
     """
 
     def __init__(
@@ -56,6 +63,12 @@ class TrainStep:
         device: torch.device,
         scaling: LossScale | None = None,
     ) -> None:
+        own = _trained({"student.": student})
+        adapters = _trained({f"trained.{i}.": module for i, module in enumerate(objective.trained)})
+        if not own:
+            count = sum(1 for _ in student.parameters())
+            got = f"{count} frozen ones" if count else "none at all"
+            raise InputError.of("student", "a parameter to train (requires_grad)", got)
         self.objective, self.scaling = objective, scaling
         self._seed, self._student, self._checked = config.seed, student, distributed.size() == 1
         self.stream: torch.cuda.Stream | None = None  # on which the step may be captured
@@ -63,12 +76,11 @@ class TrainStep:
             self.stream = torch.cuda.Stream(device)
         self._evaluate: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
         self._evaluate = distributed.averaged(objective, student, self.stream)
-        own = [p for p in student.parameters() if p.requires_grad]
-        adapters = [p for module in objective.trained for p in module.parameters()]
-        self.parameters = own + adapters
+        self.parameters_by_name = own | adapters
+        self.parameters = list(self.parameters_by_name.values())
         self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
         self.optimizer = AdamWEMA(
-            [{"params": own}, {"params": adapters, "ema": False}],
+            [{"params": list(own.values())}, {"params": list(adapters.values()), "ema": False}],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
@@ -84,10 +96,17 @@ class TrainStep:
         self._rates = learning_rates(config).to(device)
         self.metric_names = [*objective.metric_names, "gradient_norm"]
         self.totals = torch.zeros(len(self.metric_names), dtype=torch.float32, device=device)
+        self._number, self._first_sample = 0, distributed.rank() * (config.batch // distributed.size())
 
     def prepare(self, step: int) -> None:
         """What happens on the host before step number ``step``, outside of what a graph captures."""
+        self._number = step
         self.objective.prepare(self._seed, step)
+
+    def randomness(self) -> contextlib.AbstractContextManager[None]:
+        """In which a step runs whose student draws random numbers itself, such as dropout's: they are then those of the
+        step that was prepared, in every sitting of a run. Belongs outside of what a graph captures."""
+        return seeded(self._seed, self._number, self._first_sample, device=self.counter.device)
 
     def compile(self, *, backend: str = "inductor") -> None:
         """Run draw, models and losses through ``torch.compile`` from now on."""
@@ -121,3 +140,15 @@ class TrainStep:
         if resting and not sharded(self._student):
             rule = "a gradient for every parameter, or requires_grad_(False), where ranks average them"
             raise InputError.of("student", rule, f"none for {', '.join(resting)}")
+
+
+def _trained(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by prefix and name."""
+    found = {}
+    for prefix, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if is_lazy(parameter):
+                raise InputError.of(prefix + name, "a parameter with a shape (run one forward before)", "a lazy one")
+            if parameter.requires_grad:
+                found[prefix + name] = parameter
+    return found

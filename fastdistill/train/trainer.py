@@ -7,27 +7,30 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
+from fastdistill.data.fingerprint import dtype_name, listed, plain, up_to_rounding
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
 from fastdistill.data.stored import StoredRows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdistill.distill.objective import Objective, Setting
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, quoted
 from fastdistill.models.fuse import fuse
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student
-from fastdistill.models.weights import plain_tensors
+from fastdistill.models.weights import weights_hash
 from fastdistill.train import arguments, devices, distributed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult, Progress, fit
+from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
+from fastdistill.train.sources import check_sources, explain
 from fastdistill.train.step import TrainStep
 
 
@@ -36,7 +39,11 @@ class DistillTrainer:
 
     In a process group of torch's (``torchrun``), every rank builds the same trainer and calls the same methods: the
     ranks share each batch and average its gradients, rank 0 writes. The run is that of one process, but for the order
-    in which the gradients are summed.
+    in which the gradients are summed, and for random numbers that the student draws itself (dropout, stochastic depth):
+    these depend on seed, step and the rank's first sample, so on how the batch is split.
+
+    While it lives, a trainer has hooks on the modules it taps, and holds the teacher frozen in eval mode. ``close``, or
+    leaving a ``with`` statement, ends both; the end of ``fit`` takes the hooks off, too.
 
     Args:
         teacher: any diffusers model, or a module of its call shape ``model(x_t, t, encoder_hidden_states=prompt)``.
@@ -81,9 +88,9 @@ class DistillTrainer:
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
         dtype = arguments.dtype(student, self.device, config.precision)
-        self.teacher = devices.moved(teacher, self.device, "teacher").eval()
-        for parameter in teacher.parameters():  # not the module's requires_grad_, which some quantized ones forbid
-            parameter.requires_grad_(False)
+        self._was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
+        self.teacher = devices.moved(teacher, self.device, "teacher")
+        self._freeze()
         devices.cast(student, self.device, dtype)
         self.student = student.train()
         if self.config.fuse:
@@ -106,53 +113,126 @@ class DistillTrainer:
             global_batch=config.batch,
         )
         self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
+        check_sources(latents, prompts, self.teacher, self._fingerprint["teacher"]["weights"])
         each = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("ahead", "banks", "keep_checkpoints")}
-        distributed.check_same(self._fingerprint | {"config": each, "shard": "none" if shard is None else "given"})
+        layout = {name: [list(p.shape), p.requires_grad] for name, p in self.student.named_parameters()}
+        given = {"config": each, "shard": "none" if shard is None else "given", "student": layout}
+        distributed.check_same(self._fingerprint | given)
         bound = objective.bind(setting)
         if shard is not None:
             distributed.shard(self.student, bound, shard)
         self.step = TrainStep(bound, self.student, config, self.device, scaling)
+        self._closed = False
 
     def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
         """Train to the last step of the configuration.
 
-        With a directory, checkpoints and ``metrics.jsonl`` go there, and a run found in it is gone on with: the result
-        is the same to the last bit as without the interruption. Ctrl-C ends the step under way (on several ranks, the
-        log interval), writes a checkpoint and raises KeyboardInterrupt.
+        With a directory, checkpoints and ``metrics.jsonl`` go there, and a run found in it is continued: the result is
+        the same to the last bit as without the interruption. It may be continued on another machine, in another
+        precision (the float32 masters carry over) and by another number of ranks; with other data, settings or frozen
+        parameters it is refused.
+
+        Ctrl-C or SIGTERM ends the step under way (on several ranks, the log interval) and writes a checkpoint; then
+        ``Stopped`` is raised, after a line on stderr. A script that does not catch it ends there without a traceback,
+        with exit status 130 or 143.
 
         Args:
             directory: where the run lives; one process at a time.
-            progress: called after every step with the steps done and, at log intervals, the metrics.
+            progress: called after every step with the steps done and, at log intervals, the metrics. It may evaluate
+                the models: each step has them in the training modes they had when ``fit`` began.
 
         Raises:
-            StorageError: the directory cannot be written, or holds a run of other settings or a damaged checkpoint.
-            FastdistillError: the loss is not finite.
-            InputError: a directory that is no path, progress that is no function; an objective of your own that calls
-                a model with inputs of another dtype.
+            InputError: a directory that is no path, progress that is no function; a trainer that is closed; a student
+                with state that no checkpoint can hold; an objective of your own that calls a model with inputs of
+                another dtype.
+            StorageError: the directory cannot be written, has no room for a checkpoint, or holds a run of other
+                settings or a damaged checkpoint.
+            FastdistillError: the loss is not finite; the message names the likely cause.
+            Stopped: a KeyboardInterrupt, on Ctrl-C or SIGTERM.
         """
         arguments.check_directory(directory)
         if progress is not None:
             arguments.check_function(progress, "progress")
+        if self._closed:
+            raise InputError.of("trainer", "one that is open", "a closed one")
+        self._freeze()
+        if not self.student.training:
+            self.student.train()
+        banks = {"latents": self._setting.latents, "prompts": self._setting.prompts}
         try:
-            return fit(self.step, self.student, self._fingerprint, self.config, directory, progress)
+            return fit(
+                self.step,
+                self.student,
+                self._fingerprint,
+                self.config,
+                directory,
+                progress,
+                teacher=self.teacher,
+                explain=lambda: explain(banks, self.teacher, self.student),
+            )
         except RuntimeError as error:
             if (explained := self._setting.explained(error)) is not None:
                 raise explained from error
             raise
 
+    def close(self) -> None:
+        """Take the trainer's hooks off the models, end its threads, and give the teacher back as trainable, and in the
+        modes, as it was. ``ema_student`` still works, ``fit`` does not."""
+        if self._closed:
+            return
+        self._closed = True
+        self.step.objective.close()
+        for parameter, trainable in self._was[0]:
+            if trainable:
+                parameter.requires_grad_(True)
+        for module, training in self._was[1]:
+            module.training = training
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _freeze(self) -> None:
+        self.teacher.eval()
+        for parameter in self.teacher.parameters():  # not the module's requires_grad_, which some quantized ones forbid
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+
     def ema_student(self, to: nn.Module | None = None) -> nn.Module:
         """A copy of the student with the averaged weights, float32 and in eval mode: what one samples from and exports.
 
-        ``to``: a model of the student's kind to make it of, as a sharded one has no copy; every rank then has to ask.
+        Args:
+            to: a model of the student's kind to write them into, for a student that cannot be copied, such as a sharded
+                one; every rank then has to ask.
+
+        Raises:
+            InputError: ``to`` has other parameters or buffers than the student (by name and shape) or shares some with
+                the student or the teacher, or there is none and the student cannot be copied.
         """
         if to is None:
+            rule = "a model of the student's kind to write into"
             if where := sharded(self.student):
-                raise InputError.of("to", "a model of the student's kind to write into", f"none, and {where}")
-            to = copy.deepcopy(self.student)
-        model = arguments.model(to, "to").to(self.device).float().eval().requires_grad_(False)
+                raise InputError.of("to", rule, f"none, and {where}")
+            try:
+                to = copy.deepcopy(self.student)
+            except Exception as error:
+                got = f"none, and the student cannot be copied ({quoted(error)})"
+                raise InputError.of("to", rule, got) from error
+        to = arguments.model(to, "to")
+        taken = {id(t) for model in (self.student, self.teacher) for t in named_tensors(model).values()}
+        shared = [name for name, t in named_tensors(to).items() if id(t) in taken]
+        if shared:
+            raise InputError.of("to", "a model of its own", f"one that shares {listed(shared)} with student or teacher")
+        by_name(named_tensors(self.student), named_tensors(to), "to")
+        model = to.to(self.device).float().eval().requires_grad_(False)
+        buffers = dict(self.student.named_buffers(remove_duplicate=False))
         with torch.no_grad():
-            for own, theirs in zip(self.student.buffers(), model.buffers(), strict=True):
-                theirs.copy_(own)
+            for name, theirs in model.named_buffers(remove_duplicate=False):
+                theirs.copy_(buffers[name])
         self.step.optimizer.copy_average(self.student, model)
         return model
 
@@ -168,19 +248,28 @@ def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:
 def _fingerprint(
     setting: Setting, latents: LatentCache, prompts: PromptBank, objective: Objective, config: TrainConfig
 ) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with."""
-    free = {"ahead", "banks", "checkpoint_every", "execution", "keep_checkpoints", "log_every"}
+    """What must be the same for a run to be continued, on this machine or another.
+
+    The student's parameters are compared by name (``checkpoint.latest``). What a machine computes may differ in its
+    last bits from what another did, so nothing here is a hash of it.
+    """
+    free = {"ahead", "banks", "checkpoint_every", "execution", "keep_checkpoints", "log_every", "precision"}
     if config.lr_schedule == "constant":
         free.add("steps")  # a constant rate can simply go on
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    shapes: dict[str, Tensor] = dict(setting.student.named_parameters())
+    schedule = setting.schedule.to_config()
+    if "alphas_cumprod" in schedule:
+        schedule["alphas_cumprod"] = up_to_rounding(setting.schedule.alphas_cumprod)
     return {
-        "config": settings,
-        "objective": objective.describe(),
-        "teacher": sha256_of_tensors(plain_tensors(setting.teacher.state_dict())),
-        "student": sha256_of_json({name: list(p.shape) for name, p in shapes.items()}),
-        "latents": latents.identity,
+        "config": plain(settings, "config"),
+        "objective": plain(objective.describe(), "objective.describe()"),
+        "teacher": {"weights": weights_hash(setting.teacher), "dtype": _dtypes(setting.teacher)},
+        "latents": latents.fingerprint or {"sha256": latents.identity},
         "prompts": prompts.identity,
-        "schedule": setting.schedule.to_config(),
+        "schedule": schedule,
         "prediction_type": setting.prediction_type,
     }
+
+
+def _dtypes(model: nn.Module) -> str:
+    return ", ".join(sorted({dtype_name(p.dtype) for p in model.parameters()}))

@@ -53,6 +53,14 @@ def test_v_to_epsilon_as_diffusers_does_it() -> None:
     torch.testing.assert_close(c[0] * x_t + c[1] * v, noise, rtol=0, atol=8 * EPS * float(terms.max()))
 
 
+def test_tables_of_one_schedule_may_be_rounded_in_two_ways() -> None:
+    """diffusers multiplies in float32, ours in float64; another schedule is refused."""
+    ours = NoiseSchedule.scaled_linear(T).coefficients("epsilon")
+    torch.testing.assert_close(conversion(ours, coefficients("epsilon"))[:, 1], torch.ones(T, dtype=torch.float64))
+    with pytest.raises(InputError, match="teacher: expected the same signal and noise"):
+        conversion(NoiseSchedule.linear(T).coefficients("epsilon"), coefficients("epsilon"))
+
+
 def test_flow_to_flow_is_the_identity() -> None:
     assert torch.equal(conversion(flow_coefficients(T), flow_coefficients(T))[:, 1], torch.ones(T, dtype=torch.float64))
 

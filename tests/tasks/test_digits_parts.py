@@ -18,8 +18,16 @@ from fastdistill.tasks.digits import data, text_encoder
 from fastdistill.tasks.digits.config import DigitsConfig
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, sample
-from fastdistill.tasks.digits.teacher import WEIGHTS, TeacherConfig, load_teacher, provenance, train_teacher
+from fastdistill.tasks.digits.teacher import (
+    WEIGHTS,
+    TeacherConfig,
+    load_teacher,
+    other_recipe,
+    provenance,
+    train_teacher,
+)
 from fastdistill.tasks.digits.text_encoder import encode, prompt_bank, tokenize
+from fastdistill.tasks.digits.worker import fingerprint
 from fastdistill.train import DistillTrainer, TrainConfig
 
 
@@ -146,6 +154,24 @@ def test_bfloat16_weights_with_float32_masters() -> None:
     for one, two in zip(losses["float32"], losses["bfloat16"], strict=True):
         assert two == pytest.approx(one, rel=0.05)
     assert losses["bfloat16"][-1] < 0.7 * losses["bfloat16"][0]
+
+
+def test_a_recipe_is_compared_by_its_inputs() -> None:
+    """Weights of the same recipe differ from machine to machine."""
+    shipped = provenance()
+    recipe = dataclasses.asdict(TeacherConfig())
+    made = shipped | {"recipe": {k: recipe[k] for k in shipped["recipe"]}, "sha256": "0" * 64, "prompts": "1" * 64}
+    assert not other_recipe(made, shipped)
+    made["recipe"]["train"]["lr"], made["data"] = 1e-2, "2" * 64
+    assert other_recipe(made, shipped) == [
+        f"data: expected '{'2' * 64}', got '{shipped['data']}'",
+        "train.lr: expected 0.01, got 0.004",
+    ]
+
+
+def test_a_result_is_that_of_any_device() -> None:
+    gpu, cpu = (dataclasses.replace(DigitsConfig(), device=device) for device in ("cuda", "cpu"))
+    assert fingerprint(gpu, "paired", 0, "a", "b") == fingerprint(cpu, "paired", 0, "a", "b")
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.distill import RandomConditioning, Weights
-from fastdistill.train import DistillTrainer
+from fastdistill.errors import Stopped
+from fastdistill.train import DistillTrainer, distributed
 from fastdistill.train.checkpoint import state_of, steps
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.step import TrainStep
@@ -166,8 +167,8 @@ def pressed(rank: int, directory: Path) -> Any:
 
     try:
         make(checkpoint_every=100).fit(directory, progress=press)
-    except KeyboardInterrupt as error:
-        return str(error), list(steps(directory))
+    except Stopped as stop:
+        return stop.code, str(stop).split(";")[0], list(steps(directory))
 
 
 def nowhere(rank: int, directory: Path) -> Any:
@@ -242,6 +243,17 @@ def shards_half(rank: int, directory: Path) -> Any:
     return trainer.step.scaling.value, trainer.step.scaling.good, trainer.step.optimizer.skipped
 
 
+def shards_in_float32(rank: int, directory: Path) -> Any:
+    first = make(shard=shard, precision="bfloat16", steps=2)
+    first.fit(directory)
+    again = make(shard=shard, steps=2)
+    again.fit(directory)
+    optimizer: Any = first.step.optimizer
+    masters = {name: optimizer.state[p]["master"] for name, p in first.step.parameters_by_name.items()}
+    found = again.step.parameters_by_name, masters
+    return tuple({name: distributed.whole(t).detach() for name, t in named.items()} for named in found)
+
+
 def shards_copied(rank: int, directory: Path) -> Any:
     return make(shard=shard).ema_student()
 
@@ -259,7 +271,7 @@ def unsharded(rank: int, directory: Path) -> Any:
 _ALL: tuple[Any, ...] = (
     draws, from_disk, run, interrupted, fused, compiled, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
-    shards_compiled, shards_half, shards_copied, sharded_before, unsharded,
+    shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded,
 )  # fmt: skip
 SCENARIOS: dict[str, Scenario] = {scenario.__name__: scenario for scenario in _ALL}
 SCENARIOS |= {precision: lower(precision) for precision in ("float16", "bfloat16")}

@@ -122,7 +122,13 @@ def test_ddp_waits_for_nothing(found: Found) -> None:
 
 
 def test_ctrl_c_on_one_rank_stops_all(found: Found) -> None:
-    assert found["pressed"] == (("stopped after step 2 of 4", [2]),) * 2
+    assert found["pressed"] == ((130, "stopped after step 2 of 4", [2]),) * 2
+
+
+def test_shards_in_another_precision(found: Found) -> None:
+    """Continued in float32, sharded, from a checkpoint of bfloat16 shards: from its masters."""
+    for weights, masters in found["shards_in_float32"]:
+        assert weights.keys() == masters.keys() and all(torch.equal(weights[k], masters[k]) for k in weights)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +28,8 @@ with FakeTensorMode():
 
 def test_where_there_can_be_no_graph() -> None:
     step = step_on("cpu")
-    assert runner(step, nn.Module(), "auto") is step
+    runner(step, nn.Module(), "auto")()  # eagerly
+    assert step.counter.tolist() == [0, 1]
     message = "execution 'graph': it runs on cpu: a CUDA graph needs a CUDA device; use 'compiled'"
     with pytest.raises(FastdistillError, match=message):
         runner(step, nn.Module(), "graph")
@@ -36,6 +39,7 @@ class OnGPU:
     """As much of a step as a choice of execution looks at."""
 
     counter = type("counter", (), {"device": torch.device("cuda")})
+    objective = SimpleNamespace(trained=())
     compiled = 0
 
     def compile(self) -> None:
@@ -157,6 +161,8 @@ class Counting:
 
     stream = None
     compiled = False
+    objective = SimpleNamespace(trained=())
+    randomness = contextlib.nullcontext
 
     def __init__(self, sin: str | None = None) -> None:
         self.counter, self.done, self.sin = torch.zeros(2, dtype=torch.int64), 0, sin
@@ -209,6 +215,17 @@ def test_no_rank_replays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(WARM_UP + 1):
             advance()
     assert step.compiled and step.done == WARM_UP + 1
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("sin", ["dropout", "random"])  # noticed in the step, and after it
+def test_a_student_that_draws_random_numbers_runs_eagerly_and_every_step_counts_once(sin: str) -> None:
+    step: Any = Counting(sin)
+    advance = runner(step, nn.Module(), "auto")
+    with pytest.warns(UserWarning, match=r"random.*; going on eagerly, without a graph"):
+        for _ in range(WARM_UP + 4):
+            advance()
+    assert step.done == WARM_UP + 4 and not step.compiled
 
 
 @pytest.mark.usefixtures("fake_cuda")

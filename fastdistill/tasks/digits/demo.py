@@ -25,12 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import fastdistill
-from fastdistill.data.fingerprint import plain, sha256_of_tensors
+from fastdistill.data.fingerprint import plain
 from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import FastdistillError, StorageError
 from fastdistill.files import atomic_write, locked, make_directory, reason, require_space
 from fastdistill.models.specs import student_config
+from fastdistill.models.weights import weights_hash
 from fastdistill.tasks.digits import data, worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.report import write
@@ -91,7 +92,7 @@ def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> tuple[di
     elif PromptBank.load(output / "prompts").identity != bank.identity:
         raise FastdistillError(f"{output / 'prompts'}: holds other prompts; use another directory or delete it")
     bank = bank.to(config.device)
-    made_from = {"teacher": sha256_of_tensors(teacher.state_dict()), "prompts": bank.identity}
+    made_from = {"teacher": weights_hash(teacher), "prompts": bank.identity}
     task = progress.add_task("teacher: cache of seen prompts", total=config.cache_images)
 
     def generate(rows: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

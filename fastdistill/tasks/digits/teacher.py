@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 import fastdistill
-from fastdistill.data.fingerprint import sha256_of_tensors
+from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Setting
 from fastdistill.documented import documented
@@ -162,6 +162,18 @@ def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
 def provenance(path: str | Path = WEIGHTS) -> dict[str, Any]:
     """How the weights in a file were made: settings, data, versions, metrics and the hash of the weights."""
     return _read(Path(path))[1]
+
+
+def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
+    """What differs between the inputs of two teachers, one line per setting. If nothing does, their weights may still
+    differ: each processor rounds in its own way, and training amplifies that."""
+
+    def inputs(provenance: dict[str, Any]) -> dict[str, Any]:
+        recipe = provenance["recipe"]
+        train = asdict(TrainConfig()) | recipe["train"]  # settings that are newer than the file had their defaults
+        return plain(recipe | {"train": train, "data": provenance["data"], "architecture": provenance["architecture"]})
+
+    return differences(inputs(made), inputs(shipped))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,13 +25,14 @@ import torch
 from torch import nn
 
 from fastdistill import ops
-from fastdistill.data.fingerprint import plain, sha256_of_json, sha256_of_tensors
+from fastdistill.data.fingerprint import plain, sha256_of_json
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import FastdistillError, StorageError
 from fastdistill.files import atomic_write
 from fastdistill.models import make_student
+from fastdistill.models.weights import weights_hash
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.judge import Judge
@@ -53,7 +54,7 @@ def run(job: Path, report: Report) -> None:
     teacher = load_teacher().to(config.device)
     bank = PromptBank.load(Path(config.output) / "prompts").to(config.device)
     name, seed = described["model"], described["seed"]
-    made_from = fingerprint(config, name, seed, sha256_of_tensors(teacher.state_dict()), bank.identity)
+    made_from = fingerprint(config, name, seed, weights_hash(teacher), bank.identity)
     result: dict[str, Any] = {"model": name, "seed": seed, "fingerprint": made_from}
     model: nn.Module = teacher
     if name != "teacher":
@@ -66,9 +67,9 @@ def run(job: Path, report: Report) -> None:
 
 
 def fingerprint(config: DigitsConfig, model: str, seed: int, teacher: str, prompts: str) -> str:
-    """What a result depends on, ``teacher`` and ``prompts`` by their checksums."""
+    """What a result depends on, whichever machine made it; ``teacher`` and ``prompts`` by what identifies them."""
     settings = plain(dataclasses.asdict(config))
-    for free in ("output", "seeds", "workers", "threads", "quick"):
+    for free in ("output", "seeds", "workers", "threads", "quick", "device"):
         del settings[free]
     return sha256_of_json({**settings, "model": model, "seed": seed, "prompts": prompts, "teacher": teacher})
 
@@ -103,7 +104,7 @@ def _export(model: Any, directory: Path) -> None:
 def _train(
     config: DigitsConfig, name: str, seed: int, teacher: Any, bank: PromptBank, directory: Path, report: Report
 ) -> tuple[nn.Module, dict[str, Any]]:
-    cache = LatentCache.load(Path(config.output) / "cache", expect={"prompts": bank.identity}, device=config.device)
+    cache = LatentCache.load(Path(config.output) / "cache", device=config.device)
     student = make_student(
         teacher, config.spec(), init="random" if config.student == "narrow" else "teacher", seed=seed
     )

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of a run: what identifies them on any machine, whether they belong together, whether they are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from fastdistill.data import values
+from fastdistill.data.fingerprint import dtype_name, hashes
+from fastdistill.data.latent_cache import LatentCache
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.data.staged import Rows
+from fastdistill.errors import InputError
+from fastdistill.models.weights import weights_hash
+
+_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_sources(latents: LatentCache, prompts: PromptBank, teacher: nn.Module, weights: str) -> None:
+    """Compare what a cache says of its prompts and its teacher, if it holds their hashes, with the ones given.
+
+    ``weights``: ``weights_hash`` of the teacher.
+
+    Raises:
+        InputError: the cache points into another bank, or into this one in another order; or another teacher made it.
+            One that made it in a lower precision than it has now is recognized, in a higher precision it is not.
+    """
+    told, bank = latents.fingerprint.get("prompts"), prompts.identity
+    if hashes(told, bank) and told != bank:
+        rule = f"the bank {told} that the latents point into (LatentCache.remapped makes them point into another one)"
+        raise InputError.of("prompts", rule, bank)
+    told = latents.fingerprint.get("teacher")
+    if not hashes(told, weights) or told == weights:
+        return
+    if all(told != weights_hash(teacher, dtype) for dtype in _PRECISIONS):
+        rule = f"the model {told} that made the latents, in no lower precision than then"
+        advice = "LatentCache(latents.latents, latents.prompt_index) makes no such claim"
+        raise InputError.of("teacher", rule, f"{weights} ({advice})")
+
+
+def explain(banks: Mapping[str, Rows], teacher: nn.Module, student: nn.Module) -> str:
+    """The likely cause of a loss that is not finite. Reads all rows of the banks, until one is not finite."""
+    for name, rows in banks.items():
+        for dtype in {p.dtype for model in (teacher, student) for p in model.parameters() if p.dtype in _PRECISIONS}:
+            if (row := _not_finite(rows, dtype)) is not None:
+                cast = f" as {dtype_name(dtype)}" if rows[row : row + 1].isfinite().all() else ""
+                return f"row {row} of {name} is not finite{cast}"
+    for name, parameter in teacher.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            return f"the teacher's {name} is not finite"
+    return "latents, prompts and the teacher's weights are finite: a lower learning rate or more warm-up usually helps"
+
+
+def _not_finite(rows: Rows, dtype: torch.dtype) -> int | None:
+    """The first row that holds something else than finite numbers once it is cast."""
+    for start, block in values.blocks(rows):
+        if (row := values.misfit(block, dtype)) is not None:
+            return start + row
+    return None
