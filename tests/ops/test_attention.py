@@ -20,8 +20,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
-from fastdistill.errors import InputError, KernelError
+from fastdistill.errors import DeviceError, InputError, KernelError
 from fastdistill.ops import attention, tune_attention, use
 from fastdistill.ops._sdpa import sdpa
 from fastdistill.train.guard import NoHostSync
@@ -159,6 +160,50 @@ def test_on_a_gpu_in_deterministic_mode() -> None:
         assert deterministic() == ["math", "fa3"]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_measured_inside_of_a_checkpoint(reentrant: bool, measured: list[Any]) -> None:
+    """What the measurement saves for its own backwards is nothing that a recomputation would have to save again."""
+    tensors = inputs()
+    expected = torch.autograd.grad(attention(*tensors, backend="math").square().sum(), tensors)
+    exact = tuple(t.detach().double().requires_grad_() for t in tensors)
+    truth = torch.autograd.grad(eager(*exact)[0].square().sum(), exact)
+    for _ in range(2):
+        for t in tensors:
+            t.grad = None
+        checkpoint(attention, *tensors, use_reentrant=reentrant).square().sum().backward()
+        assert_alike([t.grad for t in tensors], expected, truth, factor=3.0)
+    assert [backward for _, backward, _ in measured] == ([False, True] if reentrant else [True])
+
+
+def test_hooks_that_were_switched_off_stay_so(measured: list[Any]) -> None:
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        attention(*inputs())
+        assert not torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    assert len(measured) == 1
+
+
+def test_a_measured_backend_that_fails_later(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """The next fastest takes its calls, with one warning; other errors are the caller's, and a dead device has its
+    own."""
+    tensors = inputs()
+    key = module._key(*module._kind(*tensors))
+    table.remember(key, {"backend": "gone", "ms": {"gone": 1.0, "math": 2.0, "flash": 3.0}, "refused": {}})
+    with pytest.warns(UserWarning, match="'gone' cannot run a call .* go to 'math': KernelError: .*no backend 'gone'"):
+        out = attention(*tensors)
+    assert_alike(out, eager(*tensors)[0], eager(*(t.double() for t in tensors))[0])
+    assert json.loads(cache.read_text())["calls"][key]["backend"] == "math"
+    for text, kind in (("some bug", RuntimeError), ("CUDA error: an illegal memory access", DeviceError)):
+
+        def fails(*args: Any, text: str = text) -> Tensor:
+            raise RuntimeError(text)
+
+        monkeypatch.setitem(backends.BACKENDS, "math", backends.Backend("math", ("cpu",), fails))
+        with pytest.raises(kind, match=text):
+            attention(*tensors)
+    with pytest.raises(DeviceError, match="'math', while it was measured: CUDA error"):
+        attention(*inputs(N=7))
 
 
 def test_never_measured_where_it_may_not_be(measured: list[Any]) -> None:

@@ -13,6 +13,7 @@ import functools
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fastdistill.errors import InputError, KernelError
-from fastdistill.ops import _check
+from fastdistill.errors import DeviceError, InputError, KernelError, quoted
+from fastdistill.ops import _check, _failures
 from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, Op, constant, forced
 from fastdistill.ops.attention import backends, reference, table
 from fastdistill.ops.attention.backends import BACKENDS
@@ -161,7 +162,9 @@ def _run(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return backends.default(q, k, v, scale)
     if name == REFERENCE:
         return reference.attention(q, k, v, scale)
-    backend, device = BACKENDS[name], q.device.type
+    backend, device = BACKENDS.get(name), q.device.type
+    if backend is None:
+        raise KernelError(f"attention: there is no backend {name!r}")
     reason = backend.available(device) if device in backend.devices else f"it has none for {device}"
     if reason is None:
         try:
@@ -191,7 +194,33 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             if known is None:
                 known = measure(q, k, v, scale, kind[-1], backends.candidates(q.device.type))
                 table.remember(key, known)
-    return _run(DEFAULT if known is None else known["backend"], q, k, v, scale)
+    if known is None:
+        return _run(DEFAULT, q, k, v, scale)
+    try:
+        return _run(known["backend"], q, k, v, scale)
+    except Exception as error:
+        _pass_by(key, known, q, error)
+    return _choose(q, k, v, scale)
+
+
+def _pass_by(key: str, known: dict[str, Any], q: Tensor, error: Exception) -> None:
+    """Have calls of this kind go to the next backend, where the fastest refuses what it took when it was measured (in
+    another version, say); else raise."""
+    name = known["backend"]
+    if _failures.is_final(error):
+        raise DeviceError(f"attention: backend {name!r} met an error of this or an earlier call: {error}") from error
+    refused = isinstance(error, (KernelError, NotImplementedError, ImportError, AttributeError))
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    if name == DEFAULT or capturing or not (refused or _failures.reason(error)):
+        raise error
+    ms = {other: time for other, time in known["ms"].items() if other != name}
+    fastest = min(ms, key=ms.__getitem__, default=DEFAULT)
+    warnings.warn(
+        f"attention: backend {name!r} cannot run a call that it was measured for; calls of this kind go to"
+        f" {fastest!r}: {quoted(error)}",
+        stacklevel=4,
+    )
+    table.remember(key, {"backend": fastest, "ms": ms, "refused": known.get("refused", {}) | {name: quoted(error)}})
 
 
 @constant

@@ -8,13 +8,17 @@ gradient alone is not zero, so that it costs little memory at any size.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdistill.errors import DeviceError
+from fastdistill.ops import _failures
 from fastdistill.ops.attention import reference
 from fastdistill.ops.attention.backends import BACKENDS
 
@@ -25,7 +29,7 @@ ROUNDS, SECONDS = 5, 0.05  # of the timing: at least and at most, a backend
 def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, backward: bool, names: list[str]) -> dict[str, Any]:
     """``{"backend": fastest, "ms": {...}, "refused": {name: reason}}`` for random tensors laid out like these."""
     generator = torch.Generator(q.device).manual_seed(0)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _unseen():
         inputs = tuple(_like(t, generator).requires_grad_(backward) for t in (q, k, v))
         cotangent = torch.randn(q.shape, generator=generator, device=q.device).to(q.dtype) if backward else None
         gate = _Gate(inputs, scale, cotangent)
@@ -40,6 +44,17 @@ def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, backward: bool, names
                 break
     ms = {name: round(1e3 * statistics.median(taken[1:]), 5) for name, taken in times.items()}
     return {"backend": min(ms, key=ms.__getitem__) if ms else "reference", "ms": ms, "refused": refused}
+
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    """What is saved for a backward inside is the measurement's own: gradient checkpointing around the caller, say,
+    counts and keeps nothing of it."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # nobody has any
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+        yield
 
 
 def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -100,6 +115,8 @@ class _Gate:
             results = _run(name, self._inputs, self._scale, self._cotangent)
             again = _run(name, self._inputs, self._scale, self._cotangent)
         except Exception as error:  # a backend refuses a call in its own ways
+            if _failures.is_final(error):
+                raise DeviceError(f"attention: backend {name!r}, while it was measured: {error}") from error
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         for i, (got, truth, eager) in enumerate(zip(results, self._truth, self._eager, strict=True)):
             part = self._part(got, i < 2).double()
