@@ -16,12 +16,13 @@ from fastdistill.ops._dispatch import OPS, Kind, forced, quiet, use
 
 def wanted(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call is to be differentiated. In forward mode too, which torch then refuses: the tangent would be 0."""
-    if not torch.is_grad_enabled():
-        return False
-    for tensor in tensors:
-        if tensor is not None and tensor.requires_grad:
-            return True
-    return forward_ad._current_level >= 0
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def apply(kind: Kind | None, function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -38,14 +39,14 @@ def remember(ctx: Any, kind: Kind | None) -> None:
         ctx.kernel = kernel
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's, which switches gradients off and on again, where they are not off already; with the forward's choice of
-    kernels, as a backward may run in another thread or after the block of ``use``."""
+def with_its_kernel(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward with the forward's choice of kernels, as it may run in another thread or after the block of ``use``.
+    What it computes is not differentiable; see ``again``."""
     careful = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Any:
-        call = careful if torch.is_grad_enabled() else backward
+        call = careful if torch.compiler.is_compiling() and torch.is_grad_enabled() else backward
         kernel = getattr(ctx, "kernel", None)
         if kernel == forced() or torch.compiler.is_compiling():
             return call(ctx, *grads)
@@ -53,6 +54,28 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return call(ctx, *grads)
 
     return run
+
+
+def is_differentiated() -> bool:
+    """Whether the result of the backward that runs is to be differentiated itself (``create_graph=True``)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def again(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated: by torch's autograd through ``function``, the eager reference.
+
+    Args:
+        inputs: the forward's, as ``saved_tensors`` gives them with their graph; copies made in the forward have none.
+
+    Returns:
+        One gradient an input; None for those that require none.
+    """
+    own = [None if t is None else t.view_as(t) for t in inputs]  # one tensor may be two inputs
+    differentiated = [t for t in own if t is not None and t.requires_grad]
+    if not differentiated:
+        return (None,) * len(own)
+    found = iter(torch.autograd.grad(function(*own), differentiated, grad, create_graph=True, allow_unused=True))
+    return tuple([next(found) if t is not None and t.requires_grad else None for t in own])
 
 
 def kind_of(ctx: Any, *grads: Tensor | None) -> Kind | None:
@@ -103,6 +126,11 @@ def hand_on(op: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
 
     In place where the graph is freed by this backward: the buffers then belong to whoever consumes them.
     """
+    if is_differentiated():
+        raise RuntimeError(
+            f"{op}: its gradient cannot be differentiated again (create_graph=True): where a second derivative is"
+            " needed, write this loss in eager torch"
+        )
     if ctx.grads is None:
         raise RuntimeError(
             f"{op}: backward ran a second time, after the first took the gradient: use retain_graph=True"

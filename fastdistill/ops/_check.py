@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastdistill.errors import InputError
 from fastdistill.ops._dispatch import Kind, quiet
@@ -30,6 +31,21 @@ def tensors(**given: object) -> None:
     """Each is a tensor: not None, an array or a number."""
     for argument, value in given.items():
         require(isinstance(value, Tensor), argument, "a tensor", type(value).__name__)
+
+
+def constants(**given: object) -> None:
+    """None of the values is to be differentiated: the ops would leave the gradient out."""
+    tangents = forward_ad._current_level >= 0
+    if not tangents and not torch.is_grad_enabled():
+        return
+    for argument, value in given.items():
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(tensor, Tensor):
+                rule = "a tensor without gradient, which is not computed here (detach it)"
+                require(not (tensor.requires_grad and torch.is_grad_enabled()), argument, rule, "requires_grad=True")
+                if tangents:
+                    tangent = forward_ad.unpack_dual(tensor).tangent
+                    require(tangent is None, argument, rule, "a tensor with a tangent")
 
 
 def shape(tensor: Tensor, argument: str, expected: tuple[int | None, ...], meaning: str) -> None:

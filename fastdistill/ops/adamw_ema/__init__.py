@@ -74,6 +74,7 @@ def grad_square_sum(grads: Sequence[Tensor], *, out: Tensor | None = None) -> Te
         InputError: other dtypes or devices.
     """
     grads = list(grads)
+    _check.constants(grads=grads)
     if out is None:
         out = torch.empty((), dtype=torch.float64, device=grads[0].device if grads else "cpu")
     _check.once(_check_gradients, (out, *grads), None)
@@ -138,6 +139,7 @@ def adamw_ema(
     _check.require(max_norm >= 0, "max_norm", "a number >= 0", max_norm)
     lists = [list(x) for x in (params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps)]
     group = [0] * len(params) if group is None else list(group)
+    _check.constants(grads=lists[1], square_sum=square_sum, lr=[g.lr for g in groups])
     scalars = [square_sum, skipped, *[g.lr for g in groups]]
     optional = (grad_scale, found_inf, ema_weight)
     given = tuple(t is not None for t in optional)

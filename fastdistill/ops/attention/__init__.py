@@ -73,7 +73,8 @@ def attention(
             names one of these, else of the environment variable FASTDISTILL_ATTENTION, else the fastest.
 
     Returns:
-        A tensor of q's shape and dtype.
+        A tensor of q's shape and dtype. A second derivative (``create_graph=True``) is refused by backends without one;
+        ``"math"`` and ``"reference"`` have one.
 
     Raises:
         InputError: shapes, dtypes, devices or a backend's name that do not fit.
@@ -89,6 +90,7 @@ def attention(
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
     _check.once(_checked, (q, k, v), None)
     _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
+    _check.constants(scale=scale)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     name = _asked(backend)
     out = _choose(q, k, v, scale) if name is None else _run(name, q, k, v, scale)

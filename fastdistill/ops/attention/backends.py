@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from fastdistill.ops._backward import is_differentiated
 from fastdistill.ops._dispatch import quiet
 from fastdistill.ops._sdpa import sdpa
 
@@ -62,16 +63,31 @@ def default(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return sdpa(q, k, v, scale=scale, backends=allowed).transpose(1, 2)
 
 
+def _once(out: Tensor) -> Tensor:
+    """The result of others' kernels, whose backwards torch would take for constants if differentiated themselves."""
+
+    def refuse(grad: Tensor) -> None:
+        if is_differentiated():
+            raise RuntimeError(
+                "attention: this backend's gradient cannot be differentiated again (create_graph=True):"
+                " use backend='math' where a second derivative is needed"
+            )
+
+    if out.requires_grad:
+        out.register_hook(refuse)
+    return out
+
+
 def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     out: Tensor = importlib.import_module("xformers.ops").memory_efficient_attention(q, k, v, scale=scale)
-    return out
+    return _once(out)
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     flash = importlib.import_module("flash_attn_interface").flash_attn_func
     given = flash(q, k, v, softmax_scale=scale, deterministic=torch.are_deterministic_algorithms_enabled())
     out: Tensor = given[0] if isinstance(given, tuple) else given  # older versions give the log-sum-exp too
-    return out
+    return _once(out)
 
 
 @functools.cache

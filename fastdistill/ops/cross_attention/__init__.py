@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import once_differentiable, remember
+from fastdistill.ops._backward import again, is_differentiated, remember, wanted, with_its_kernel
 from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, constant, forced, later, register
 from fastdistill.ops.cross_attention import reference
 
@@ -91,7 +91,9 @@ def cross_attention(
 
     Returns:
         A tensor of q's shape and dtype, contiguous where a kernel of this library made it. The kernels accumulate in
-        float32 and give the same bits on every run; they keep nothing for the backward but their inputs.
+        float32 and give the same bits on every run; they keep nothing for the backward but their inputs, and a second
+        derivative (``create_graph=True``) is the eager reference's. Torch's attention has one on some devices, and
+        refuses it on others.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
@@ -102,8 +104,7 @@ def cross_attention(
         _check.require(heads is not None and heads > 0, "heads", "the number of heads, beside [B, N, H * D]", heads)
         q, k, v = (_split(t, name, heads) for t, name in ((q, "q"), (k, "k"), (v, "v")))
     _check.once(_checked, (q, k, v, mask, rows), None)
-    if mask is not None and mask.requires_grad:
-        raise InputError.of("mask", "a tensor without gradient", "requires_grad=True")
+    _check.constants(mask=mask, scale=scale)
     _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None and not _failed(q, k)):
@@ -113,7 +114,7 @@ def cross_attention(
             out = reference.attend(q, k, v, mask, rows, scale)
         except IndexError as error:
             raise InputError.of("rows", f"rows of k, 0 to {len(k) - 1}", error) from error
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    elif wanted((q, k, v)):
         out = _CrossAttention.apply(q, k, v, mask, rows, scale)
     else:
         out = _launch(q, k, v, mask, rows, scale)
@@ -168,6 +169,12 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor |
     return out
 
 
+def _by_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    reference.cross_attention(q, k, v, mask, rows, scale, out)
+    return out
+
+
 class _CrossAttention(torch.autograd.Function):
     """The backward makes the softmax again from Q and K, which costs less than to keep it or its statistics."""
 
@@ -181,9 +188,12 @@ class _CrossAttention(torch.autograd.Function):
         return _launch(q.detach(), k.detach(), v.detach(), mask, rows, scale)
 
     @staticmethod
-    @once_differentiable
+    @with_its_kernel
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, rows = ctx.saved_tensors
+        if is_differentiated():
+            given: tuple[Any, ...] = (mask, rows, ctx.scale)
+            return *again(lambda *own: _by_reference(*own, *given), (q, k, v), grad_out), None, None, None
         of_q, of_kv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grads = [torch.empty(t.shape if of else 0, dtype=t.dtype, device=t.device)
                  for t, of in ((q, of_q), (k, of_kv), (v, of_kv))]  # fmt: skip

@@ -19,7 +19,8 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if mask is not None:
         bias = mask.float().log() if mask.dtype == torch.bool else mask.float()
         scores = scores + bias[:, None, None, :]
-    return torch.where(scores.amax(-1, keepdim=True) == -torch.inf, 0.0, scores.softmax(-1))
+    nothing = scores.amax(-1, keepdim=True) == -torch.inf
+    return torch.where(nothing, 0.0, torch.where(nothing, 0.0, scores).softmax(-1))  # NaN would reach the gradient
 
 
 def cross_attention(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, hand_on, keep, once_differentiable, one, wanted
+from fastdistill.ops._backward import apply, hand_on, keep, one, wanted, with_its_kernel
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.feature_match import cpp, cuda, reference
 from fastdistill.ops.feature_match.reference import DISTANCES
@@ -115,6 +115,7 @@ def feature_match(
         if t.requires_grad:
             rule = "a tensor without gradient (run the teacher under no_grad)"
             raise InputError.of(f"teacher[{i}]", rule, "requires_grad=True")
+    _check.constants(weights=weights, grad_scale=grad_scale, grads=buffers, eps=eps, delta=delta)
     device = student[0].device
     if weights is None:
         count = len(student)
@@ -276,7 +277,7 @@ class _FeatureMatch(torch.autograd.Function):
         return loss, taps
 
     @staticmethod
-    @once_differentiable
+    @with_its_kernel
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
         grads = hand_on("feature_match", ctx, grad_loss)
         return None, None, *grads, *[None] * ctx.count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, kind_of, once_differentiable, remember, wanted
+from fastdistill.ops._backward import again, apply, is_differentiated, kind_of, remember, wanted, with_its_kernel
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.geglu import cpp, reference
 
@@ -48,15 +48,17 @@ def geglu(x: Tensor, approximate: str = "none") -> Tensor:
         approximate: ``"none"``, gelu(g) = g Phi(g), or ``"tanh"``, as in ``torch.nn.functional.gelu``.
 
     Returns:
-        [..., D], contiguous; differentiable once. float32 inside, rounded once.
+        [..., D], contiguous; differentiable, a second time (``create_graph=True``) by the eager reference. float32
+        inside, rounded once.
 
     Raises:
         InputError: an odd last dimension, another dtype or another ``approximate``.
     """
     _check.tensors(x=x)
     kind = _check.once(_checked, (x,), approximate)
+    x = x.contiguous()
     if kind is not None and not wanted((x,)):
-        return _forward(kind, x.contiguous(), approximate == "tanh")
+        return _forward(kind, x, approximate == "tanh")
     result: Tensor = apply(kind, _Geglu, x, approximate == "tanh")
     return result
 
@@ -75,19 +77,26 @@ def _forward(kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:
     return y
 
 
+def _by_reference(x: Tensor, tanh: bool) -> Tensor:
+    y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    reference.geglu(x, tanh, y)
+    return y
+
+
 class _Geglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:
-        x = x.contiguous()
         ctx.save_for_backward(x)
         remember(ctx, kind)
         ctx.tanh = tanh
         return _forward(kind, x, tanh)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    @with_its_kernel
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        if is_differentiated():
+            return None, *again(lambda x: _by_reference(x, ctx.tanh), (x,), grad), None
         dx = torch.empty_like(x)
         if x.numel():
             _backward(kind_of(ctx, grad), grad.contiguous(), x, ctx.tanh, dx)

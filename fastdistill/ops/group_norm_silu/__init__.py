@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, gradients, kind_of, once_differentiable, remember, wanted
+from fastdistill.ops._backward import (
+    again,
+    apply,
+    gradients,
+    is_differentiated,
+    kind_of,
+    remember,
+    wanted,
+    with_its_kernel,
+)
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.group_norm_silu import cpp, reference
 from fastdistill.ops.group_norm_silu.layout import laid_out
@@ -75,17 +84,20 @@ def group_norm_silu(
         silu: whether z sigmoid(z) follows.
 
     Returns:
-        A tensor like ``x``, its layout too; differentiable once with respect to every tensor. Statistics and all sums
-        in float32 or wider, around the mean; the same bits on every run.
+        A tensor like ``x``, its layout too; differentiable with respect to every tensor, a second time
+        (``create_graph=True``) by the eager reference. Statistics and all sums in float32 or wider, around the mean;
+        the same bits on every run.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
     """
     _check.tensors(x=x)
-    given = weight, bias, time_bias, scale, shift
+    given: tuple[Tensor | None, ...] = (weight, bias, time_bias, scale, shift)
     kind = _check.once(_checked, (x, *given), (groups, eps))
+    _check.constants(eps=eps)
+    x, given = laid_out(x), _rows(given)
     if kind is not None and not wanted((x, *given)):
-        return _forward(kind, laid_out(x), _rows(given), groups, eps, silu)[0]
+        return _forward(kind, x, given, groups, eps, silu)[0]
     result: Tensor = apply(kind, _GroupNormSilu, x, *given, groups, eps, silu)
     return result
 
@@ -126,21 +138,29 @@ def _forward(
     return y, mean, rstd
 
 
+def _by_reference(ctx: Any, mean: Tensor, x: Tensor, *given: Any) -> Tensor:
+    y, mean, rstd = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+    arguments: tuple[Any, ...] = (x, *given, ctx.groups, ctx.eps, ctx.silu, y, mean, rstd)
+    reference.group_norm_silu(*arguments)
+    return y
+
+
 class _GroupNormSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: Kind | None, x: Tensor, *args: Any) -> Tensor:
-        *tensors, groups, eps, silu = args
-        x, given = laid_out(x), _rows(tensors)
+        *given, groups, eps, silu = args
         y, mean, rstd = _forward(kind, x, given, groups, eps, silu)
         ctx.save_for_backward(x, *given, mean, rstd)
         remember(ctx, kind)
-        ctx.groups, ctx.silu = groups, silu
+        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
         return y
 
     @staticmethod
-    @once_differentiable
+    @with_its_kernel
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         kind, (x, *given, mean, rstd) = kind_of(ctx, grad), ctx.saved_tensors
+        if is_differentiated():
+            return None, *again(lambda *own: _by_reference(ctx, mean, *own), (x, *given), grad), None, None, None
         dx = torch.empty_like(x)
         if not _native.same_order(grad, x):
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, gradients, kind_of, once_differentiable, remember, wanted
+from fastdistill.ops._backward import (
+    again,
+    apply,
+    gradients,
+    is_differentiated,
+    kind_of,
+    remember,
+    wanted,
+    with_its_kernel,
+)
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.layer_norm_modulate import cpp, reference
 
@@ -62,8 +71,9 @@ def layer_norm_modulate(
         eps: added to the variance.
 
     Returns:
-        A tensor like ``x``, contiguous; differentiable once with respect to every tensor. Statistics about the mean
-        and all sums in float32 or wider; the same bits on every run.
+        A tensor like ``x``, contiguous; differentiable with respect to every tensor, a second time
+        (``create_graph=True``) by the eager reference. Statistics about the mean and all sums in float32 or wider; the
+        same bits on every run.
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
@@ -112,10 +122,12 @@ def _apply(
     _check.tensors(x=x)
     kind = _check.once(_checked, (x, *given), eps)
     rows = [t if t is None or t.dim() == 2 else t.reshape(t.shape[0], t.shape[-1]) for t in (gate, scale, shift)]
+    _check.constants(eps=eps)
+    laid_out = _laid_out(x, h, *rows, weight, bias)
     if kind is not None and not wanted((x, *given)):
-        y, s, _, _ = _run(kind, *_laid_out(x, h, *rows, weight, bias), eps)
+        y, s, _, _ = _run(kind, *laid_out, eps)
         return (y, *s)
-    result: tuple[Tensor, ...] = apply(kind, _LayerNormModulate, x, h, *rows, weight, bias, eps)
+    result: tuple[Tensor, ...] = apply(kind, _LayerNormModulate, *laid_out, eps)
     return result
 
 
@@ -164,17 +176,20 @@ class _LayerNormModulate(torch.autograd.Function):
     def forward(ctx: Any, kind: Kind | None, *args: Any) -> tuple[Tensor, ...]:
         *tensors, eps = args
         ctx.set_materialize_grads(False)
-        x, h, gate, scale, shift, weight, bias = _laid_out(*tensors)
+        x, h, gate, scale, shift, weight, bias = tensors
         y, s, mean, rstd = _run(kind, x, h, gate, scale, shift, weight, bias, eps)
         ctx.save_for_backward(s[0] if s else x, h, gate, scale, shift, weight, bias, mean, rstd)
         remember(ctx, kind)
+        ctx.eps = eps
         return (y, *s)
 
     @staticmethod
-    @once_differentiable
+    @with_its_kernel
     def backward(ctx: Any, grad: Tensor | None, grad_s: Tensor | None = None) -> tuple[Any, ...]:
         kind = kind_of(ctx, grad, grad_s)
         s, h, gate, scale, shift, weight, bias, mean, rstd = ctx.saved_tensors
+        if is_differentiated():
+            return None, *_backward_again(ctx.eps, grad, grad_s, s, h, gate, scale, shift, weight, bias), None
         grad = torch.zeros_like(s) if grad is None else grad.contiguous()
         grad_s = None if grad_s is None else grad_s.contiguous()
         small = gradients((gate, scale, shift, weight, bias), ctx.needs_input_grad[3:8], s.numel() == 0)
@@ -185,3 +200,28 @@ class _LayerNormModulate(torch.autograd.Function):
             held = [g for g in small if g is not None]
             _backward(kind, grad, grad_s, s, h, gate, scale, weight, bias, mean, rstd, wanted, dx, dh, held)
         return None, dx, dh[0] if dh else None, *small, None
+
+
+def _backward_again(
+    eps: float, grad: Tensor | None, grad_s: Tensor | None, s: Tensor, h: Tensor | None, gate: Tensor | None,
+    *given: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of x, h, gate and ``given`` as differentiable functions of s, which has x, h and gate in its
+    graph."""
+
+    def norm(s: Tensor, *given: Any) -> Tensor:
+        y, (mean, rstd) = torch.empty_like(s), (s.new_empty(s.shape[:-1], dtype=torch.float32) for _ in range(2))
+        arguments: tuple[Any, ...] = (s, None, None, *given, eps, y, [], mean, rstd)
+        reference.layer_norm_modulate(*arguments)
+        return y
+
+    ds, *small = (None,) * 5 if grad is None else again(norm, (s, *given), grad)
+    if grad_s is not None:
+        ds = grad_s if ds is None else ds + grad_s
+    if h is None or ds is None:
+        return ds, None, None, *small
+    if gate is None:
+        return ds, ds, None, *small
+    wide, over = ds.float(), gate.float().reshape(len(gate), *[1] * (s.dim() - 2), -1)
+    dgate = (wide * h.float()).reshape(len(h), -1, h.shape[-1]).sum(1)
+    return ds, (wide * over).to(h.dtype), dgate.to(gate.dtype), *small

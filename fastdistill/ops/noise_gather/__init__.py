@@ -126,7 +126,8 @@ def noise_gather(
         ``Draw``. Integers are bit-equal in every kernel; noise agrees to 4e-6 absolute.
 
     Raises:
-        InputError: a wrong shape, dtype, device or range, before anything is launched.
+        InputError: a wrong shape, dtype, device or range, or a tensor that requires gradient, before anything is
+            launched.
     """
     arguments, out = _prepared(
         (latents, latent_prompts, coefficients, replace, counter), prompts, batch, null_index, null_probability, pool,
@@ -195,6 +196,7 @@ def _prepared(
     given, names = banks.listed(prompts), banks.labels(prompts)
     named = {"latents": latents} | {f"prompts{name}": bank for name, bank in zip(names, given, strict=True)}
     _check.tensors(latent_prompts=latent_prompts, coefficients=coefficients, replace=replace, counter=counter, **named)
+    _check.constants(coefficients=coefficients, **named)
     if out is None:
         _check.require(batch is not None and batch >= 0, "batch", "a number of samples >= 0 (or out=)", batch)
         out = empty_draw(latents, prompts, batch, target=target, device=counter.device)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, hand_on, keep, once_differentiable, one, wanted
+from fastdistill.ops._backward import apply, hand_on, keep, one, wanted, with_its_kernel
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.noise_gather import Draw
 from fastdistill.ops.output_match import cpp, cuda, reference
@@ -131,6 +131,10 @@ def output_match(
         if tensor is not None and tensor.requires_grad:
             rule = "a tensor without gradient (run the teacher under no_grad)"
             raise InputError.of(name, rule, "requires_grad=True")
+    _check.constants(
+        table=table, guidance=guidance, weights=weights, x_t=x_t, task=own, grad_scale=grad_scale, grad=grad,
+        output_weight=output_weight, task_weight=task_weight, delta=delta,
+    )  # fmt: skip
     floats, ints = _nothing() if kind is not None else (table.new_empty(0), timestep.new_empty(0))
     given = (teacher, unconditional, timestep, table, guidance, weights, x_t)
     arguments = (
@@ -198,7 +202,7 @@ class _OutputMatch(torch.autograd.Function):
         return loss, parts, samples
 
     @staticmethod
-    @once_differentiable
+    @with_its_kernel
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Any, ...]:
         return None, *hand_on("output_match", ctx, grad_loss), None, None, None
 
