@@ -33,7 +33,7 @@ PIXART_TAPS = ((1024, 1152),) * 14
 SD15_SAMPLE: tuple[Sizes, Sizes] = (4, 64, 64), (77, 768)
 SDXL_SAMPLE: tuple[Sizes, Sizes] = (4, 128, 128), (77, 2048)
 PIXART_SAMPLE: tuple[Sizes, Sizes] = (4, 64, 64), (120, 4096)
-DIT_SAMPLE: tuple[Sizes, Sizes] = (4, 32, 32), (1, 1)  # the prompt is a class
+DIT_SAMPLE: tuple[Sizes, Sizes] = (4, 32, 32), ()  # the prompt is a class
 # What else follows the prompt: pooled embeddings and time ids; the mask of the tokens.
 SDXL_CONDITIONS: tuple[Sizes, ...] = (1280,), (6,)
 PIXART_CONDITIONS: tuple[Sizes, ...] = ((120,),)

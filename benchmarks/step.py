@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.registry import COMPILED, Contestant, Group, Run, Workload
 from fastdistill.ops import use
+from fastdistill.ops.noise_gather.banks import cast
 
 if TYPE_CHECKING:
     from fastdistill.data.latent_cache import LatentCache
@@ -180,10 +181,12 @@ class Script:
 
     def __init__(self, setup: Setup, literal: bool) -> None:
         from fastdistill.models.calling import compute_dtype
+        from fastdistill.models.families import family_of
 
         self.literal, self.batch, self.steps, self.device = literal, setup.batch, len(setup.schedule), setup.device
         self.teacher = _sharing(setup.teacher).eval().requires_grad_(False)
         self.student = copy.deepcopy(setup.student).train()
+        family_of(self.student).prepare(self.student)
         self.dtype = compute_dtype(self.student)
         self.mixed = self.dtype != torch.float32
         if literal:
@@ -200,12 +203,13 @@ class Script:
         self.averages = [p.detach().clone() for p in self.masters]
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=None if literal else True)
         self.latents, self.own = setup.cache.latents[:].to(setup.device), setup.cache.prompt_index.to(setup.device)
-        self.prompts = setup.bank.embeddings[:].to(setup.device)
+        self.prompts = {name: bank[:].to(setup.device) for name, bank in setup.bank.banks.items()}
+        self.family = family_of(self.teacher)
         self.signal, self.noise = setup.schedule.coefficients()[:, :2].to(setup.device, self.latents.dtype).T
 
     def held(self) -> Iterator[Tensor]:
         yield from _held((self.teacher, self.student), self.optimizer)
-        yield from (*self.masters, *self.averages, self.latents, self.prompts)
+        yield from (*self.masters, *self.averages, self.latents, *self.prompts.values())
 
     def __call__(self, teacher: Callable[..., Any], student: Callable[..., Any]) -> None:
         loss = self.loss(teacher, student)
@@ -217,20 +221,21 @@ class Script:
     def loss(self, teacher: Callable[..., Any], student: Callable[..., Any]) -> Tensor:
         row, t, text = (
             torch.randint(n, (self.batch,), device=self.device)
-            for n in (len(self.latents), self.steps, len(self.prompts))
+            for n in (len(self.latents), self.steps, len(next(iter(self.prompts.values()))))
         )
         random = torch.rand(self.batch, device=self.device) < 0.5
-        prompt = self.prompts[torch.where(random, text, self.own[row])]
+        index = torch.where(random, text, self.own[row])
+        prompt = {name: bank[index] for name, bank in self.prompts.items()}
         x = self.latents[row]
         x_t = self.signal[t].view(-1, 1, 1, 1) * x + self.noise[t].view(-1, 1, 1, 1) * torch.randn_like(x)
         with torch.no_grad():
-            target = teacher(x_t, t, encoder_hidden_states=prompt).sample
+            target = self.family.call(teacher, x_t, t, prompt).sample
         if self.mixed and self.literal and self.device.type != "meta":
             with torch.autocast(self.device.type, self.dtype):
-                output = student(x_t, t, encoder_hidden_states=prompt).sample
+                output = self.family.call(student, x_t, t, prompt).sample
         else:
             dtype = self.weights[0].dtype
-            output = student(x_t.to(dtype), t, encoder_hidden_states=prompt.to(dtype)).sample
+            output = self.family.call(student, x_t.to(dtype), t, cast(prompt, dtype)).sample
         channels = x.shape[1]  # a learned variance follows them
         loss = F.mse_loss(output[:, :channels].float(), target[:, :channels].float())
         theirs, own = self.features

@@ -66,11 +66,12 @@ def features(*pairs: tuple[str, str], **options: Any) -> RandomConditioning:
 
 
 def trainer(teacher: Any = None, student: Any = None, objective: Any = None, **given: Any) -> DistillTrainer:
-    """``latents``, ``prompts`` and ``device`` as the trainer's; what else is given belongs to the configuration."""
+    """``latents``, ``prompts``, ``device`` and ``call`` as the trainer's; the rest is of the configuration."""
     arguments = {
         "latents": given.pop("latents", None) or cache(),
         "prompts": given.pop("prompts", None) or bank(),
         "device": given.pop("device", None),
+        "call": given.pop("call", None),
     }
     config = TrainConfig(**({"steps": 2, "batch": 4, "lr": 1e-3, "log_every": 1} | given))
     models = Net() if teacher is None else teacher, Net(seed=1) if student is None else student

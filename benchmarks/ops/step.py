@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.registry import Case, Workload, generator
 from benchmarks.shapes import DIT_SAMPLE, PIXART_SAMPLE, SD15_SAMPLE, Sizes
@@ -81,23 +81,6 @@ def dit(batch: int, device: torch.device, **changes: Any) -> Setup:
 MODELS = {"SD-1.5 to bk_base 512x512": sd15, "PixArt-XL/2 to 14 blocks 512x512": pixart, "DiT-XL/2 to 14 blocks": dit}
 
 
-class UNetLike(nn.Module):
-    """A transformer of diffusers in the call shape of a U-Net."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        for module in model.modules():
-            if hasattr(module, "dropout_prob"):  # DiT drops labels in training: here the draw does, for all alike
-                module.dropout_prob = 0.0
-        self.of_classes = any(hasattr(module, "dropout_prob") for module in model.modules())
-
-    def forward(self, x_t: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Any:
-        if self.of_classes:
-            return self.model(x_t, timestep, class_labels=encoder_hidden_states[:, 0, 0].long())
-        return self.model(x_t, encoder_hidden_states=encoder_hidden_states, timestep=timestep)
-
-
 def _transformers(
     kind: Any, sizes: dict[str, Any], sample: tuple[Sizes, Sizes], batch: int, device: torch.device
 ) -> Setup:
@@ -106,9 +89,9 @@ def _transformers(
         teacher = kind(**sizes)
         blocks = teacher.config.num_layers
         student = kind(**sizes | {"num_layers": blocks // 2})
-    block = "model.transformer_blocks.{}".format
+    block = "transformer_blocks.{}".format
     taps = [(block(2 * i + 1), block(i)) for i in range(blocks // 2)]
-    return _setup(UNetLike(teacher), UNetLike(student), taps, sample, batch, device)
+    return _setup(teacher, student, taps, sample, batch, device)
 
 
 def _setup(
@@ -119,7 +102,7 @@ def _setup(
     batch: int,
     device: torch.device,
 ) -> Setup:
-    """bfloat16 and channels_last, with banks of random numbers (of classes where a prompt is one number)."""
+    """bfloat16 and channels_last, with banks of random numbers (of classes where a prompt has no sizes)."""
     from fastdistill import LatentCache, NoiseSchedule, PromptBank
 
     for model in (teacher, student):
@@ -127,11 +110,12 @@ def _setup(
     g = generator(torch.device("cpu")) if device.type == "meta" else generator(device)
     latents = torch.randn(_ROWS, *sample[0], generator=g, device=g.device)
     shape = (_PROMPTS + 1, *sample[1])
-    if sample[1] == (1, 1):
-        prompts = torch.randint(256, shape, generator=g, device=g.device)  # exact in bfloat16
-        prompts[-1] = _NO_CLASS
+    prompts: Any
+    if sample[1] == ():
+        labels = torch.randint(_NO_CLASS + 1, shape, generator=g, device=g.device)
+        prompts = {"class_labels": labels.index_fill(0, torch.tensor([_PROMPTS], device=g.device), _NO_CLASS)}
     else:
-        prompts = torch.randn(shape, generator=g, device=g.device)
+        prompts = torch.randn(shape, generator=g, device=g.device).bfloat16()
     cache = LatentCache(latents.bfloat16(), torch.arange(_ROWS, device=g.device))
-    bank = PromptBank(prompts.bfloat16(), [str(i) for i in range(_PROMPTS)])
+    bank = PromptBank(prompts, [str(i) for i in range(_PROMPTS)])
     return Setup(teacher, student, taps, cache, bank, NoiseSchedule.scaled_linear(), batch, device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompt bank: embeddings of the prompt pool and, last, of the empty prompt."""
+"""The prompt bank: what the prompts of the pool and, last, the empty prompt are to a model, encoded once."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ from fastdistill.errors import InputError, StorageError
 
 KIND = "prompt_bank"
 _TEXTS = "texts.json"
+EMBEDDINGS = "encoder_hidden_states"  # the bank that a single tensor of embeddings stands for
 
 
 @dataclass(frozen=True, eq=False)
 class PromptBank:
-    """``embeddings`` [M+1, L, D], floating point: rows 0..M-1 belong to ``texts``, row M to the null (empty) prompt.
+    """``banks``: rows 0..M-1 belong to ``texts``, row M to the null (empty) prompt.
 
-    ``encoder`` is a fingerprint of the text encoder (JSON values): which weights, length and settings it has.
-    ``len(bank)`` is M, the pool's size.
+    A tensor of embeddings [M+1, L, D], floating point, or a mapping of tensors [M+1, ...] of any dtype by the names of
+    the model's arguments (``fastdistill.models.families``): ``encoder_hidden_states`` (what a single tensor stands
+    for), pooled embeddings, masks, class labels. As an attribute it is such a mapping. ``encoder`` is a fingerprint of
+    the text encoder (JSON values): which weights, length and settings it has. ``len(bank)`` is M, the pool's size.
 
     Raises:
         InputError: rows and texts do not belong together; a text is not a str or cannot be written as UTF-8; a value is
             not finite (checked in memory; for a bank on the disk call ``check_finite``).
     """
 
-    embeddings: Any  # Tensor, or StoredRows of an opened bank
+    banks: Any  # Tensor, StoredRows of an opened bank, or a mapping of them
     texts: list[str]
     null_text: str = ""
     encoder: Mapping[str, Any] = field(default_factory=dict)
@@ -49,13 +52,14 @@ class PromptBank:
         own = {"texts": texts, "null_text": prompt_texts.checked(self.null_text, "null_text")}
         for name, value in {**own, "encoder": _fingerprint(self.encoder)}.items():
             object.__setattr__(self, name, value)
-        e = self.embeddings
-        values.require_bank(e, "embeddings")
-        if e.ndim != 3 or len(e) != len(texts) + 1 or not texts:
-            rule = f"floating point [{len(texts)} texts + 1, length, width], at least one text"
-            raise InputError.of("embeddings", rule, f"{e.dtype} {tuple(e.shape)}")
-        if values.has_values(e):
-            self.check_finite()
+        banks = dict(self.banks) if isinstance(self.banks, Mapping) else {EMBEDDINGS: self.banks}
+        object.__setattr__(self, "banks", banks)
+        if not banks or not all(isinstance(name, str) for name in banks):
+            raise InputError.of("banks", "a tensor, or tensors by name", list(banks))
+        for name, bank in banks.items():
+            _check_bank(bank, name, len(texts))
+            if values.has_values(bank):
+                values.check_finite(bank, _label(name))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -64,6 +68,18 @@ class PromptBank:
     def null_index(self) -> int:
         """Row of the null prompt: M, the last."""
         return len(self.texts)
+
+    @property
+    def embeddings(self) -> Any:
+        """The bank ``encoder_hidden_states`` [M+1, L, D]; InputError where there is none."""
+        if EMBEDDINGS not in self.banks:
+            raise InputError.of("prompts", f"a bank {EMBEDDINGS}", f"only {', '.join(self.banks)}")
+        return self.banks[EMBEDDINGS]
+
+    @property
+    def rows(self) -> Any:
+        """What ``noise_gather`` and ``Batches`` take: the embeddings where there is nothing else, else all banks."""
+        return self.embeddings if list(self.banks) == [EMBEDDINGS] else self.banks
 
     @property
     def null(self) -> Tensor:
@@ -79,22 +95,26 @@ class PromptBank:
         whose last bits depend on the processor that computed them. Without one it is a hash of the texts and of the
         values with which the bank was made; saving, loading, opening, moving and casting keep it.
         """
+        stored = {_stored(name): bank for name, bank in self.banks.items()}
         if self.encoder:
-            return sha256_of_json([self.texts, self.null_text, self.encoder, list(self.embeddings.shape[1:])])
-        return sha256_of_json([self.texts, self.null_text, sha256_of_tensors({"embeddings": self.embeddings})])
+            shapes: Any = {name: list(bank.shape[1:]) for name, bank in stored.items()}
+            shapes = shapes["embeddings"] if list(shapes) == ["embeddings"] else shapes
+            return sha256_of_json([self.texts, self.null_text, self.encoder, shapes])
+        return sha256_of_json([self.texts, self.null_text, sha256_of_tensors(stored)])
 
     @classmethod
     def build(
         cls,
         texts: Iterable[str],
-        encode: Callable[[list[str]], Tensor],
+        encode: Callable[[list[str]], Tensor | Mapping[str, Tensor]],
         *,
         null_text: str = "",
         batch: int = 64,
         encoder: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> PromptBank:
-        """Encode every text once: ``encode`` maps b <= batch texts to [b, L, D], the same L, D and dtype for all.
+        """Encode every text once: ``encode`` maps b <= batch texts to [b, L, D], the same L, D and dtype for all, or to
+        a mapping of such tensors [b, ...] of any dtype.
 
         The rows keep the device and dtype of what ``encode`` returns (a tensor, or a NumPy array).
         ``progress(texts done, M + 1)`` is called after each batch. Empty texts and duplicates are encoded like any
@@ -114,14 +134,15 @@ class PromptBank:
         fingerprint = _fingerprint(encoder or {})
         if message := prompt_texts.warning(everything[:-1]):
             warnings.warn(message, stacklevel=2)
-        rows: Tensor | None = None
+        rows: dict[str, Tensor] = {}
         for start in range(0, len(everything), batch):
             chunk = everything[start : start + batch]
             with torch.no_grad():
-                encoded = _encoding(encode(list(chunk)), chunk, rows)
-            if rows is None:
-                rows = encoded.new_empty((len(everything), *encoded.shape[1:]))
-            rows[start : start + len(chunk)] = encoded
+                encoded = _encodings(encode(list(chunk)), chunk, rows)
+            for name, part in encoded.items():
+                if start == 0:
+                    rows[name] = part.new_empty((len(everything), *part.shape[1:]))
+                rows[name][start : start + len(chunk)] = part
             if progress is not None:
                 progress(start + len(chunk), len(everything))
         return cls(rows, everything[:-1], null_text, fingerprint)
@@ -140,27 +161,33 @@ class PromptBank:
         """A bank of these texts, in this order, with the same null prompt, in memory."""
         texts = prompt_texts.listed(texts)
         rows = [*self.indices_of(texts).tolist(), self.null_index]
-        index = torch.tensor(rows, device=self.embeddings.device)
-        return PromptBank(self.embeddings[index], texts, self.null_text, self.encoder)
+        banks = {name: bank[torch.tensor(rows, device=bank.device)] for name, bank in self.banks.items()}
+        return PromptBank(banks, texts, self.null_text, self.encoder)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptBank:
-        """The same bank in the memory of a device (None: where it is), as ``dtype`` (None: as it is).
+        """The same bank in the memory of a device (None: where it is), floating-point values as ``dtype`` (None: as
+        they are).
 
         Raises:
             InputError: ``dtype`` is not a floating-point one, or a row does not fit it.
         """
         if isinstance(device, torch.dtype):
             raise InputError.of("device", "a device (a dtype is given by name, dtype=)", device)
-        dtype = self.embeddings.dtype if dtype is None else dtype
-        values.require_dtype(dtype, "dtype")
-        identity = self.identity if dtype != self.embeddings.dtype else None  # else the values are the same
-        device = self.embeddings.device if device is None else device
-        moved = replace(self, embeddings=values.in_memory(self.embeddings, device, dtype, "embeddings"))
-        return moved._known_as(identity or self.__dict__.get("identity"))
+        if dtype is not None:
+            values.require_dtype(dtype, "dtype")
+        cast = {n: dtype if dtype and b.dtype.is_floating_point else b.dtype for n, b in self.banks.items()}
+        same = all(cast[name] == bank.dtype for name, bank in self.banks.items())
+        identity = None if same else self.identity  # where the values are the same, so it is
+        moved = {
+            name: values.in_memory(bank, bank.device if device is None else device, cast[name], _label(name))
+            for name, bank in self.banks.items()
+        }
+        return replace(self, banks=moved)._known_as(identity or self.__dict__.get("identity"))
 
     def check_finite(self) -> None:
         """InputError, naming the row, if a value is not finite; a bank on the disk is read in blocks."""
-        values.check_finite(self.embeddings, "embeddings")
+        for name, bank in self.banks.items():
+            values.check_finite(bank, _label(name))
 
     def check_width(self, cross_attention_dim: int) -> None:
         """InputError naming both widths unless the rows have the width that the model's cross-attention reads."""
@@ -168,19 +195,19 @@ class PromptBank:
 
     def save(self, path: str | Path, *, rows_per_shard: int = 4096) -> None:
         """Writes the bank to a directory; a bank interrupted there is finished. Errors: those of RowWriter."""
-        embeddings = self.embeddings
+        banks = {_stored(name): bank for name, bank in self.banks.items()}
         texts = json.dumps({"texts": self.texts, "null_text": self.null_text}, indent=0, ensure_ascii=False)
         with RowWriter(
             path,
             kind=KIND,
             fingerprint={"encoder": self.encoder, "identity": self.identity},
-            rows=len(embeddings),
-            tensors={"embeddings": TensorSpec(tuple(embeddings.shape[1:]), embeddings.dtype)},
+            rows=len(self) + 1,
+            tensors={name: TensorSpec(tuple(bank.shape[1:]), bank.dtype) for name, bank in banks.items()},
             rows_per_shard=rows_per_shard,
             attachments={_TEXTS: texts.encode()},
         ) as writer:
             for span in writer.missing:
-                writer.write(span, {"embeddings": embeddings[span.start : span.stop].detach()})
+                writer.write(span, {name: bank[span.start : span.stop].detach() for name, bank in banks.items()})
 
     @classmethod
     def load(
@@ -192,23 +219,23 @@ class PromptBank:
         dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> PromptBank:
-        """The bank of a directory, its embeddings as ``dtype`` (None: as stored).
+        """The bank of a directory, its floating-point values as ``dtype`` (None: as stored).
 
         ``width``: the ``cross_attention_dim`` of the model that will read it; a bank of another width is refused
         (InputError) before its rows are read. So is a row that does not fit ``dtype``. StorageError, naming the file,
         for what is missing or damaged.
         """
         manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=_as_wide(width))
-        return cls(rows["embeddings"], *_texts(path, manifest))._known_as(_identity(manifest))
+        return cls(_loaded(rows), *_texts(path, manifest))._known_as(_identity(manifest))
 
     @classmethod
     def open(cls, path: str | Path, *, width: int | None = None, verify: bool = True) -> PromptBank:
-        """The same with its embeddings left on the disk (``StoredRows``), for a bank larger than the memory.
+        """The same with its rows left on the disk (``StoredRows``), for a bank larger than the memory.
 
         ``verify`` reads all of it once.
         """
         manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_wide(width))
-        return cls(rows["embeddings"], *_texts(path, manifest))._known_as(_identity(manifest))
+        return cls(_loaded(rows), *_texts(path, manifest))._known_as(_identity(manifest))
 
     def _known_as(self, identity: str | None) -> PromptBank:
         if identity is not None:
@@ -226,18 +253,52 @@ def _fingerprint(encoder: Mapping[str, Any]) -> dict[str, Any]:
     return plain(encoder, "encoder")
 
 
-def _encoding(encoded: Any, texts: list[str], before: Tensor | None) -> Tensor:
-    """What a text encoder returned, checked; ``before``: rows of the batches before it."""
-    argument = "encode(texts)"
-    tensor = values.as_tensor(encoded, argument, f"a tensor [{len(texts)} texts, length, width]")
+def _label(name: str) -> str:
+    """How a bank is called in a message."""
+    return "embeddings" if name == EMBEDDINGS else f"banks[{name!r}]"
+
+
+def _stored(name: str) -> str:
+    """The name of a bank in a file."""
+    return "embeddings" if name == EMBEDDINGS else name
+
+
+def _loaded(rows: Mapping[str, Any]) -> dict[str, Any]:
+    return {EMBEDDINGS if name == "embeddings" else name: bank for name, bank in rows.items()}
+
+
+def _check_bank(bank: Any, name: str, texts: int) -> None:
+    embeddings = name == EMBEDDINGS
+    values.require_bank(bank, _label(name), floating=embeddings)
+    if (embeddings and bank.ndim != 3) or bank.ndim < 1 or len(bank) != texts + 1 or not texts:
+        shape = f"floating point [{texts} texts + 1, length, width]" if embeddings else f"[{texts} texts + 1, ...]"
+        raise InputError.of(_label(name), f"{shape}, at least one text", f"{bank.dtype} {tuple(bank.shape)}")
+
+
+def _encodings(encoded: Any, texts: list[str], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a text encoder returned, checked, by name; ``before``: rows of the batches before it."""
+    named = dict(encoded) if isinstance(encoded, Mapping) else {EMBEDDINGS: encoded}
+    if before and list(named) != list(before):
+        raise InputError.of("encode(texts)", f"banks {', '.join(before)}, as before", ", ".join(map(str, named)))
+    alone = not isinstance(encoded, Mapping)
+    return {
+        name: _encoding(bank, texts, before.get(name), name, "encode(texts)" + ("" if alone else f"[{name!r}]"))
+        for name, bank in named.items()
+    }
+
+
+def _encoding(encoded: Any, texts: list[str], before: Tensor | None, name: str, argument: str) -> Tensor:
+    """One bank of what a text encoder returned, checked."""
+    sizes = "length, width" if name == EMBEDDINGS else "..."
+    tensor = values.as_tensor(encoded, argument, f"a tensor [{len(texts)} texts, {sizes}]")
     wanted = (len(texts), *(tensor.shape[1:] if before is None else before.shape[1:]))
-    if tensor.ndim != 3 or tuple(tensor.shape) != wanted:
-        rule = f"[{len(texts)} texts, length, width], the same for all"
+    if (name == EMBEDDINGS and tensor.ndim != 3) or tuple(tensor.shape) != wanted:
+        rule = f"[{len(texts)} texts, {sizes}], the same for all"
         raise InputError.of(argument, rule, tuple(tensor.shape))
-    values.require_dtype(tensor.dtype, argument)
+    values.require_dtype(tensor.dtype, argument, floating=name == EMBEDDINGS)
     if before is not None and tensor.dtype != before.dtype:
         raise InputError.of(argument, f"{before.dtype}, as before", tensor.dtype)
-    row = values.misfit(tensor, tensor.dtype)
+    row = values.misfit(tensor, tensor.dtype) if tensor.dtype.is_floating_point else None
     if row is not None:
         raise InputError.of(argument, "finite values", f"others for {texts[row]!r}")
     return tensor
@@ -252,7 +313,7 @@ def _identity(manifest: Manifest) -> str | None:
 
 def _as_wide(width: int | None) -> Callable[[Manifest], None]:
     def check(manifest: Manifest) -> None:
-        if width is not None:
+        if width is not None and "embeddings" in manifest.tensors:
             _check_width(manifest.tensors["embeddings"].shape[-1], width)
 
     return check

@@ -58,6 +58,8 @@ def cast(rows: Tensor, dtype: torch.dtype, argument: str, first: int = 0) -> Ten
 
 def check_finite(rows: Any, argument: str) -> None:
     """InputError naming the first row of a bank (Tensor or StoredRows) with a value that is not finite."""
+    if not rows.dtype.is_floating_point:
+        return
     for start, block in blocks(rows):
         row = misfit(block.detach(), rows.dtype)
         if row is not None:
@@ -81,23 +83,24 @@ def misfit(rows: Tensor, dtype: torch.dtype) -> int | None:
     return int((~fits(flat.aminmax(dim=1))).nonzero()[0])
 
 
-def require_bank(bank: Any, argument: str) -> None:
-    """InputError unless it is a bank (Tensor or StoredRows) of floating-point values that a file can hold."""
+def require_bank(bank: Any, argument: str, *, floating: bool = True) -> None:
+    """InputError unless it is a bank (Tensor or StoredRows) of (floating-point) values that a file can hold."""
     if isinstance(bank, np.memmap):
         raise InputError.of(argument, "a tensor or StoredRows", "a numpy.memmap (StoredRows.of_memmap reads its file)")
     if isinstance(bank, np.ndarray):
         raise InputError.of(argument, "a tensor or StoredRows", "a NumPy array (torch.from_numpy makes it a tensor)")
     if not (isinstance(getattr(bank, "dtype", None), torch.dtype) and hasattr(bank, "shape")):
         raise InputError.of(argument, "a tensor or StoredRows", type(bank).__name__)
-    require_dtype(bank.dtype, argument)
+    require_dtype(bank.dtype, argument, floating=floating)
 
 
-def require_dtype(dtype: Any, argument: str) -> None:
-    """InputError unless it is a floating-point dtype that a file can hold."""
+def require_dtype(dtype: Any, argument: str, *, floating: bool = True) -> None:
+    """InputError unless it is a dtype, by default a floating-point one, that a file can hold."""
     if not isinstance(dtype, torch.dtype):
         raise InputError.of(argument, "a dtype of torch", repr(dtype))
-    if not dtype.is_floating_point or spelled(dtype) is None:
-        rule = "a floating-point type" + " that safetensors stores" * dtype.is_floating_point
+    if (floating and not dtype.is_floating_point) or spelled(dtype) is None:
+        kind = "a floating-point type" if floating else "a type"
+        rule = kind + " that safetensors stores" * (dtype.is_floating_point or not floating)
         raise InputError.of(argument, rule, dtype)
 
 

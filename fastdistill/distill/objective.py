@@ -18,10 +18,9 @@ from fastdistill.data.fingerprint import dtype_name
 from fastdistill.data.staged import Batches, Rows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdistill.errors import FastdistillError, InputError, quoted
-from fastdistill.models.calling import Predictor, trial
+from fastdistill.models import families
+from fastdistill.models.calling import Call, Predictor, trial
 from fastdistill.ops.noise_gather.banks import listed, mapped
-
-_WIDTHS = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")  # of prompts, by rank
 
 _as_captured: contextvars.ContextVar[bool] = contextvars.ContextVar("fastdistill_as_captured", default=False)
 
@@ -49,9 +48,10 @@ def has_streams(tensor: Tensor) -> bool:
 class Setting:
     """What a trainer gives an objective to work with: models and tables in place, banks where they fit.
 
-    latents: [N, *S]. latent_prompts: [N] int64 on the device, rows of prompts. prompts: [M + 1, L, D], the null prompt
-    last. batch: samples of a step. prediction_type: what teacher and student put out. ahead: steps whose rows are read
-    ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss will be multiplied before the
+    latents: [N, *S]. latent_prompts: [N] int64 on the device, rows of prompts. prompts: [M + 1, L, D], or banks
+    [M + 1, ...] by name, the null prompt last. call: how both models are called, where not as their family has it
+    (``fastdistill.models.calling.Predictor``). batch: samples of a step. prediction_type: what teacher and student put
+    out. ahead: steps whose rows are read ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss will be multiplied before the
     backward, for losses that store their gradient; None: 1. first_sample, global_batch: where several processes share
     a step, which of its samples are this one's (``noise_gather``).
     """
@@ -61,13 +61,14 @@ class Setting:
     schedule: NoiseSchedule
     latents: Rows
     latent_prompts: Tensor
-    prompts: Rows
+    prompts: Rows | Mapping[str, Rows]
     batch: int
     prediction_type: PredictionType = "epsilon"
     ahead: int = 3
     grad_scale: Tensor | None = None
     first_sample: int = 0
     global_batch: int | None = None
+    call: Call | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,19 +77,22 @@ class Setting:
     @cached_property
     def predictors(self) -> tuple[Predictor, Predictor]:
         """How teacher and student are called."""
-        return Predictor(self.teacher), Predictor(self.student)
+        return self._predictor(self.teacher), self._predictor(self.student)
+
+    def _predictor(self, model: nn.Module) -> Predictor:
+        return Predictor(model, self.call)
 
     def predict(self, model: nn.Module, x_t: Tensor, timestep: Tensor, prompt: Any) -> Tensor:
         """The prediction of a model, its inputs cast to the dtype in which it computes, whatever the banks have.
 
         Args:
             model: the teacher or the student (another model is looked at anew in every call).
-            x_t: [B, *S]. timestep: [B] int64. prompt: [B, L, D].
+            x_t: [B, *S]. timestep: [B] int64. prompt: [B, L, D], or rows [B, ...] by the names of the banks.
         """
         for predictor in self.predictors:
             if predictor.model is model:
                 return predictor(x_t, timestep, prompt)
-        return Predictor(model)(x_t, timestep, prompt)
+        return self._predictor(model)(x_t, timestep, prompt)
 
     def batches(self, replace: Tensor, **options: Any) -> Batches:
         """The draws of ``noise_gather`` on these banks; ``replace`` [T] int64, options as ``Batches``.
@@ -99,7 +103,7 @@ class Setting:
         dtypes = {predictor.dtype for predictor in self.predictors}
         return Batches(
             self.latents, self.latent_prompts, self.prompts, *tables, batch=self.batch,
-            null_index=len(self.prompts) - 1, ahead=self.ahead, first_sample=self.first_sample,
+            null_index=len(listed(self.prompts)[0]) - 1, ahead=self.ahead, first_sample=self.first_sample,
             global_batch=self.global_batch, dtype=dtypes.pop() if len(dtypes) == 1 else None, **options,
         )  # fmt: skip
 
@@ -114,6 +118,9 @@ class Setting:
         x = self.latents[:1].to(self.device)
         prompt = mapped(lambda bank: bank[:1].to(self.device), prompts)
         timestep = torch.zeros(1, dtype=torch.int64, device=self.device)
+        if self.call is None and (family := families.find(model)) is not None:
+            banks = prompts if isinstance(prompts, Mapping) else {families.EMBEDDINGS: prompts}
+            family.check(name, model, tuple(self.latents.shape), banks)
         try:
             with trial(model):
                 shape = tuple(self.predict(model, x, timestep, prompt).shape)
@@ -129,7 +136,9 @@ class Setting:
         """What to do about an error of torch about unequal dtypes, where models and banks have several; else None."""
         teacher, student = self.predictors
         found = {"teacher": teacher.dtype, "student": student.dtype, "latents": self.latents.dtype}
-        found["prompts"] = listed(self.prompts)[0].dtype
+        floating = [bank.dtype for bank in listed(self.prompts) if bank.dtype.is_floating_point]
+        if floating:
+            found["prompts"] = floating[0]
         if len(set(found.values())) == 1 or not re.search("same dtype|scalar type|expected dtype", str(error)):
             return None
         rule = "models called by Setting.predict, which casts their inputs"
@@ -143,12 +152,12 @@ class Setting:
         channels = config.get("in_channels")
         if isinstance(channels, int) and channels != x.shape[1]:
             return InputError.of("latents", f"{channels} channels (in_channels of the {name})", x.shape[1])
-        field = next((field for field in _WIDTHS if isinstance(config.get(field), int)), None)
-        if field and isinstance(prompt, Tensor) and prompt.shape[-1] != config[field]:
-            return InputError.of("prompts", f"rows of width {config[field]} ({field} of the {name})", prompt.shape[-1])
         dtype = dtype_name(Predictor(getattr(self, name)).dtype)
-        prompts = ", ".join(str(tuple(bank.shape)) for bank in listed(prompt))
-        rule = f"a model that takes {dtype} latents {tuple(x.shape)}, a timestep and encoder_hidden_states {prompts}"
+        banks = prompt if isinstance(prompt, Mapping) else {families.EMBEDDINGS: prompt}
+        prompts = ", ".join(f"{label} {tuple(bank.shape)}" for label, bank in banks.items())
+        rule = f"a model that takes {dtype} latents {tuple(x.shape)}, a timestep and {prompts}"
+        if self.call is None and families.find(getattr(self, name)) is None:
+            rule += " (call= says how another one is called)"
         return InputError.of(name, rule, quoted(error))
 
 

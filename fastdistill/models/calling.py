@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdistill.errors import InputError
+from fastdistill.models import families
 from fastdistill.ops.noise_gather.banks import cast
+
+Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Any]
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
@@ -59,27 +62,42 @@ class Predictor:
     """``predictor(x_t, timestep, prompt)``: the prediction of a model, its floating-point inputs cast to the dtype in
     which it computes.
 
+    A model of a family (``fastdistill.models.families``) is called as that has it. Any other is called as
+    ``model(x_t, timestep, encoder_hidden_states=prompt)``, or with several banks as ``model(x_t, timestep, **banks)``;
+    with ``timestep=`` where its forward has an argument of that name. It returns a tensor, an object with ``.sample``,
+    or a tuple that starts with the prediction.
+
     Args:
-        model: called as ``model(x_t, timestep, encoder_hidden_states=prompt)``, with ``timestep=`` where its forward
-            has an argument of that name. It returns a tensor, an object with ``.sample``, or a tuple that starts with
-            the prediction.
+        call: how it is called instead: ``call(model, x_t, timestep, rows)``, with the rows of the prompt's banks by
+            name.
+        times: [T], on the device: what the model is given for each timestep; None: the timestep itself.
 
     Attributes:
         dtype: in which the model computes, as it was when the predictor was made.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, call: Call | None = None, times: Tensor | None = None) -> None:
         self.model, self.dtype = model, compute_dtype(model)
-        try:
-            self._named = "timestep" in inspect.signature(model.forward).parameters
-        except (TypeError, ValueError):  # a forward without a signature
-            self._named = False
+        family = families.find(model)
+        self._call = call or (family.call if family else _by_name(model))
+        self._times = times
 
     def __call__(self, x_t: Tensor, timestep: Tensor, prompt: Any) -> Tensor:
-        x_t, prompt = cast(x_t, self.dtype), cast(prompt, self.dtype)
-        if self._named:
-            return prediction(self.model(x_t, timestep=timestep, encoder_hidden_states=prompt))
-        return prediction(self.model(x_t, timestep, encoder_hidden_states=prompt))
+        rows = prompt if isinstance(prompt, Mapping) else {families.EMBEDDINGS: prompt}
+        if self._times is not None:
+            timestep = self._times.index_select(0, timestep)
+        return prediction(self._call(self.model, cast(x_t, self.dtype), timestep, cast(rows, self.dtype)))
+
+
+def _by_name(model: nn.Module) -> Call:
+    """Rows and, where it has an argument of that name, the timestep as named arguments."""
+    try:
+        named = "timestep" in inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):  # a forward without a signature
+        named = False
+    if named:
+        return lambda model, x_t, timestep, rows: model(x_t, timestep=timestep, **rows)
+    return lambda model, x_t, timestep, rows: model(x_t, timestep, **rows)
 
 
 def prediction(output: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastdistill.data.fingerprint import dtype_name
 from fastdistill.data.latent_cache import LatentCache
-from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.data.prompt_bank import EMBEDDINGS, PromptBank
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, check_prediction_type
 from fastdistill.errors import InputError, described
 from fastdistill.models.calling import layerwise_casting
@@ -49,19 +49,22 @@ def check_data(latents: Any, prompts: Any) -> None:
     for name, value, kind in (("latents", latents, LatentCache), ("prompts", prompts, PromptBank)):
         if not isinstance(value, kind):
             raise InputError.of(name, f"a {kind.__name__}", described(value))
-    for name, bank in {"latents": latents.latents, "prompts": prompts.embeddings}.items():
+    for name, bank in {"latents": latents.latents, **prompts.banks}.items():
         if bank.device.type == "meta":
-            raise InputError.of(name, "rows with values", "a tensor on the meta device")
+            raise InputError.of(
+                "prompts" if name == EMBEDDINGS else name, "rows with values", "a tensor on the meta device"
+            )
     latents.check_prompts(len(prompts))
 
 
-def check_functions(objective: Any, shard: Any) -> None:
+def check_functions(objective: Any, **functions: Any) -> None:
     missing = [name for name in ("bind", "describe") if not callable(getattr(objective, name, None))]
     if missing or isinstance(objective, type):
         got = described(objective) + (f" without {' and '.join(missing)}" if missing else "")
         raise InputError.of("objective", "an objective, such as RandomConditioning(...)", got)
-    if shard is not None:
-        check_function(shard, "shard")
+    for name, value in functions.items():
+        if value is not None:
+            check_function(value, name)
 
 
 def check_function(value: Any, argument: str) -> None:

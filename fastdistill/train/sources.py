@@ -56,6 +56,8 @@ def explain(banks: Mapping[str, Rows], teacher: nn.Module, student: nn.Module) -
 
 def _not_finite(rows: Rows, dtype: torch.dtype) -> int | None:
     """The first row that holds something else than finite numbers once it is cast."""
+    if not rows.dtype.is_floating_point:
+        return None
     for start, block in values.blocks(rows):
         if (row := values.misfit(block, dtype)) is not None:
             return start + row

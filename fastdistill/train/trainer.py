@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import dtype_name, listed, plain, up_to_rounding
 from fastdistill.data.latent_cache import LatentCache
@@ -21,10 +21,14 @@ from fastdistill.data.stored import StoredRows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError, quoted
+from fastdistill.models import families
+from fastdistill.models.calling import Call
 from fastdistill.models.fuse import fuse
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student
 from fastdistill.models.weights import weights_hash
+from fastdistill.ops.noise_gather.banks import labels, mapped
+from fastdistill.ops.noise_gather.banks import listed as listed_banks
 from fastdistill.train import arguments, devices, distributed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult, Progress, fit
@@ -46,9 +50,10 @@ class DistillTrainer:
     leaving a ``with`` statement, ends both; the end of ``fit`` takes the hooks off, too.
 
     Args:
-        teacher: any diffusers model, or a module of its call shape ``model(x_t, t, encoder_hidden_states=prompt)``.
-            It is frozen, kept out of the optimizer and run in the dtype in which it computes: it may be quantized, or
-            stored in float8 by diffusers' layerwise casting.
+        teacher: a diffusers model of a family (``fastdistill.models.families``), or any module of the call shape
+            ``model(x_t, t, encoder_hidden_states=prompt)``, or ``model(x_t, t, **banks)`` with several banks. It is
+            frozen, kept out of the optimizer and run in the dtype in which it computes: it may be quantized, or stored
+            in float8 by diffusers' layerwise casting.
         student: the same, or what ``make_student`` returns; trained in place. Parts that diffusers keeps in float32
             stay in it, whatever ``config.precision`` says.
         schedule: a ``NoiseSchedule`` or a diffusers scheduler.
@@ -58,6 +63,8 @@ class DistillTrainer:
         config: a ``TrainConfig``, or a mapping of its fields.
         device: where to train (None: where the student is).
         prediction_type: what both models put out (None: what a diffusers scheduler says, else epsilon).
+        call: ``call(model, x_t, timestep, rows)``, the output of teacher or student where they are called otherwise;
+            ``rows`` are those of the banks by name.
         shard: called with the student once it is cast, fused and tapped, to ``fully_shard`` it over the ranks (None:
             each holds all of it).
 
@@ -77,12 +84,13 @@ class DistillTrainer:
         *,
         device: torch.device | str | None = None,
         prediction_type: PredictionType | None = None,
+        call: Call | None = None,
         shard: Callable[[nn.Module], object] | None = None,
     ) -> None:
         config = self.config = arguments.config(config)
         teacher, student = arguments.model(teacher, "teacher"), arguments.model(student, "student")
         arguments.check_data(latents, prompts)
-        arguments.check_functions(objective, shard)
+        arguments.check_functions(objective, shard=shard, call=call)
         schedule, prediction_type = arguments.schedule(schedule, prediction_type)
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
@@ -104,13 +112,14 @@ class DistillTrainer:
             schedule=schedule,
             latents=_placed(latents.latents, self.device, config),
             latent_prompts=latents.prompt_index.to(self.device),
-            prompts=_placed(prompts.embeddings, self.device, config),
+            prompts=mapped(lambda bank: cast(Tensor, _placed(bank, self.device, config)), prompts.rows),
             batch=batch,
             prediction_type=prediction_type,
             ahead=config.ahead,
             grad_scale=scaling.value if scaling else None,
             first_sample=first_sample,
             global_batch=config.batch,
+            call=call,
         )
         self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
         check_sources(latents, prompts, self.teacher, self._fingerprint["teacher"]["weights"])
@@ -122,6 +131,7 @@ class DistillTrainer:
         if shard is not None:
             distributed.shard(self.student, bound, shard)
         self.step = TrainStep(bound, self.student, config, self.device, scaling)
+        self._undo = [family.prepare(model) for model in (teacher, student) if (family := families.find(model))]
         self._closed = False
 
     def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
@@ -158,7 +168,8 @@ class DistillTrainer:
         self._freeze()
         if not self.student.training:
             self.student.train()
-        banks = {"latents": self._setting.latents, "prompts": self._setting.prompts}
+        names, banks = labels(self._setting.prompts), listed_banks(self._setting.prompts)
+        rows = {"latents": self._setting.latents} | {f"prompts{n}": b for n, b in zip(names, banks, strict=True)}
         try:
             return fit(
                 self.step,
@@ -168,7 +179,7 @@ class DistillTrainer:
                 directory,
                 progress,
                 teacher=self.teacher,
-                explain=lambda: explain(banks, self.teacher, self.student),
+                explain=lambda: explain(rows, self.teacher, self.student),
             )
         except RuntimeError as error:
             if (explained := self._setting.explained(error)) is not None:
@@ -182,6 +193,8 @@ class DistillTrainer:
             return
         self._closed = True
         self.step.objective.close()
+        for undo in self._undo:
+            undo()
         for parameter, trainable in self._was[0]:
             if trainable:
                 parameter.requires_grad_(True)

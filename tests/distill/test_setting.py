@@ -131,7 +131,8 @@ class Wrong(tiny.Net):
 def test_a_model_that_does_not_fit_is_refused_before_the_first_step() -> None:
     told = refusal(student=tiny.Net(), prompts=prompts(7))
     assert told.startswith("student: expected a model that takes float32 latents (1, 4, 5, 3), a timestep and")
-    assert "encoder_hidden_states (1, 5, 7), got RuntimeError: mat1 and mat2 shapes cannot be multiplied" in told
+    assert "and encoder_hidden_states (1, 5, 7) (call= says how another one is called), got RuntimeError: " in told
+    assert "mat1 and mat2 shapes cannot be multiplied" in told
     same = "student: expected a prediction of its latents' shape (1, 4, 5, 3), got "
     assert refusal(student=Wrong(lambda x: x[:, :3])) == f"{same}(1, 3, 5, 3)"
     assert refusal(student=Wrong(lambda x: x[..., :2])) == f"{same}(1, 4, 5, 2)"

@@ -89,14 +89,14 @@ class Recorder(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float16))
 
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Any = None) -> Tensor:
-        self.got = x, t, encoder_hidden_states
+    def forward(self, x: Tensor, t: Tensor, **rows: Any) -> Tensor:
+        self.got = x, t, rows
         return x
 
 
 class ByName(Recorder):
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Any = None, timestep: Any = None) -> Tensor:  # type: ignore[override]
-        return super().forward(hidden_states, timestep, encoder_hidden_states)
+    def forward(self, hidden_states: Tensor, timestep: Any = None, **rows: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(hidden_states, timestep, **rows)
 
 
 @pytest.mark.parametrize("kind", [Recorder, ByName])
@@ -107,6 +107,14 @@ def test_inputs_are_cast_and_integers_are_not(kind: type[Recorder]) -> None:
     assert torch.equal(output, x.half()) and torch.equal(model.got[1], t)
     assert torch.equal(model.got[2]["tokens"], rows["tokens"].half())
     assert model.got[2]["label"] is rows["label"] and model.got[2]["mask"] is rows["mask"]
+
+
+def test_a_call_of_ones_own_and_times_of_ones_own() -> None:
+    model, x, t = Recorder(), torch.randn(2, 3), torch.tensor([1, 0])
+    times = torch.tensor([0.5, 7.0])
+    predict = Predictor(model, lambda m, x, time, rows: m(2 * x, time, tokens=rows["encoder_hidden_states"]), times)
+    assert torch.equal(predict(x, t, torch.ones(2, 4)), 2 * x.half())
+    assert model.got[1].tolist() == [7.0, 0.5] and model.got[2]["tokens"].dtype == torch.float16
 
 
 def test_a_prediction_is_found_or_named() -> None:
@@ -125,7 +133,7 @@ def test_the_sampler_calls_a_module_in_its_dtype(kind: type[Recorder]) -> None:
     x, rows = torch.randn(2, 3), torch.randn(2, 4, 5)
     given = model, x, rows, rows[0], NoiseSchedule.linear(20)
     output = ddim(*given, steps=2, guidance_scale=3.0, callback=lambda i, t, state: states.append(state))
-    got, t, prompts = model.got
+    got, t, prompts = *model.got[:2], model.got[2]["encoder_hidden_states"]
     assert got.dtype == prompts.dtype == torch.float16 and torch.equal(prompts[2:], rows.half()) and t.shape == (4,)
     assert output.dtype == states[0].dtype == torch.float32 and torch.equal(got[:2], states[0].half())
 

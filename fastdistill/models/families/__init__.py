@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Families of models: everything that depends on an architecture is in its file here."""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import nn
+
+from fastdistill.data.prompt_bank import EMBEDDINGS
+from fastdistill.errors import InputError
+from fastdistill.models.families.base import Condition, Family, unwrapped
+from fastdistill.models.families.dit import DiT
+from fastdistill.models.families.flux import Flux
+from fastdistill.models.families.pixart import PixArt
+from fastdistill.models.families.sana import Sana
+from fastdistill.models.families.sd3 import SD3
+from fastdistill.models.families.unet import UNet
+
+__all__ = ["EMBEDDINGS", "FAMILIES", "Condition", "Family", "family_named", "family_of", "find", "unwrapped"]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (UNet(), DiT(), PixArt(), SD3(), Flux(), Sana())}
+
+
+def find(model: nn.Module) -> Family | None:
+    """The family of a model, or of the model inside of what wraps it; None for a model of no family."""
+    core = unwrapped(model)
+    return next((family for family in FAMILIES.values() if isinstance(core, family.kind)), None)
+
+
+def family_of(model: nn.Module, argument: str = "model") -> Family:
+    """The family of a model; InputError for a model of no family."""
+    family = find(model)
+    if family is None:
+        kinds = ", ".join(str(family) for family in FAMILIES.values())
+        raise InputError.of(argument, f"a model of diffusers, one of {kinds}", type(unwrapped(model)).__name__)
+    return family
+
+
+def family_named(name: str) -> Family:
+    """The family of this name; InputError, with near ones, for any other."""
+    if name not in FAMILIES:
+        near = difflib.get_close_matches(str(name), FAMILIES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError.of("family", f"one of {', '.join(FAMILIES)}", f"{name!r}{hint}")
+    return FAMILIES[name]

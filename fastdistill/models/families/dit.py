@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DiT: a transformer that is conditioned on the number of a class (Peebles and Xie, arXiv 2212.09748)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from torch import Tensor, nn
+
+from fastdistill.models.families.base import Condition, Family
+
+
+class DiT(Family):
+    """``class_labels``: int64, a number per prompt; ``num_embeds_ada_norm`` is no class (the null prompt).
+
+    In training mode DiT replaces labels by no class at random; that is the draw's part here, so it is switched off.
+    """
+
+    name, kind = "dit", DiTTransformer2DModel
+
+    def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
+        return {"class_labels": Condition((), "num_embeds_ada_norm + 1", True, config["num_embeds_ada_norm"] + 1)}
+
+    def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
+        return model(x_t, timestep, class_labels=rows["class_labels"])
+
+    def prepare(self, model: nn.Module) -> Callable[[], None]:
+        found = [(m, m.dropout_prob) for m in model.modules() if isinstance(m, LabelEmbedding)]
+
+        def undo() -> None:
+            for module, probability in found:
+                module.dropout_prob = probability
+
+        for module, _ in found:
+            module.dropout_prob = 0.0
+        return undo

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flux: a transformer over packed latents with rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from torch import Tensor, nn
+
+from fastdistill.data.prompt_bank import EMBEDDINGS
+from fastdistill.models.families.base import Condition, Family
+
+
+def packed(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> tokens [B, H/2 * W/2, 4 C], each a 2 x 2 square of the latent."""
+    B, C, H, W = x.shape
+    return x.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, C * 4)
+
+
+def unpacked(tokens: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of ``packed``, for latents of ``shape`` [B, C, H, W]."""
+    B, C, H, W = shape
+    return tokens.view(B, H // 2, W // 2, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+
+
+def positions(height: int, width: int, device: torch.device) -> Tensor:
+    """[height * width, 3] float32: (0, row, column) of each token of an image."""
+    ids = torch.zeros(height, width, 3, device=device, dtype=torch.float32)
+    ids[..., 1] += torch.arange(height, device=device)[:, None]
+    ids[..., 2] += torch.arange(width, device=device)
+    return ids.view(height * width, 3)
+
+
+class Flux(Family):
+    """Latents [C, H, W] with even H and W, which are packed here; ``encoder_hidden_states`` [L, D] (T5),
+    ``pooled_projections`` [P] (CLIP); of guidance-distilled models also ``guidance`` (a number, such as 3.5)."""
+
+    name, kind, prediction_type = "flux", FluxTransformer2DModel, "flow_prediction"
+    of_channels = "in_channels / 4"
+
+    def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
+        found = {
+            EMBEDDINGS: Condition((None, config["joint_attention_dim"]), "joint_attention_dim"),
+            "pooled_projections": Condition((config["pooled_projection_dim"],), "pooled_projection_dim"),
+        }
+        if config.get("guidance_embeds"):
+            found["guidance"] = Condition(())
+        return found
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        return int(config["in_channels"]) // 4
+
+    def tokens(self, config: Mapping[str, Any], shape: tuple[int, ...]) -> int:
+        return (shape[-2] // 2) * (shape[-1] // 2)
+
+    def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
+        height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2
+        output = model(
+            packed(x_t),
+            timestep=timestep / 1000,  # the model multiplies by 1000
+            img_ids=positions(height, width, x_t.device),
+            txt_ids=torch.zeros(rows[EMBEDDINGS].shape[1], 3, device=x_t.device, dtype=torch.float32),
+            return_dict=False,
+            **rows,
+        )[0]
+        return unpacked(output, tuple(x_t.shape))

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PixArt-alpha and PixArt-sigma (Chen et al., arXiv 2310.00426 and 2403.04692)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from torch import Tensor, nn
+
+from fastdistill.data.prompt_bank import EMBEDDINGS
+from fastdistill.models.families.base import Condition, Family, mask
+
+_SIZES = ("resolution", "aspect_ratio")
+
+
+class PixArt(Family):
+    """``encoder_hidden_states`` [L, D] (of T5), ``encoder_attention_mask`` [L]; of PixArt-alpha at 1024 pixels also
+    ``resolution`` [2] (height, width) and ``aspect_ratio`` [1] (height / width)."""
+
+    name, kind = "pixart", PixArtTransformer2DModel
+
+    def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
+        field = "cross_attention_dim" if config.get("caption_channels") is None else "caption_channels"
+        found = {EMBEDDINGS: Condition((None, config[field]), field), "encoder_attention_mask": mask()}
+        sizes = config.get("use_additional_conditions")
+        if config["sample_size"] == 128 if sizes is None else sizes:
+            found["resolution"], found["aspect_ratio"] = Condition((2,), integer=True), Condition((1,))
+        return found
+
+    def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
+        return model(
+            x_t,
+            encoder_hidden_states=rows[EMBEDDINGS],
+            timestep=timestep,
+            added_cond_kwargs={name: rows.get(name) for name in _SIZES},
+            encoder_attention_mask=rows.get("encoder_attention_mask"),
+        )

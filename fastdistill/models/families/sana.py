@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sana: linear attention over strongly compressed latents (Xie et al., arXiv 2410.10629)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+from torch import Tensor, nn
+
+from fastdistill.data.prompt_bank import EMBEDDINGS
+from fastdistill.models.families.base import Condition, Family, mask, unwrapped
+
+
+class Sana(Family):
+    """``encoder_hidden_states`` [L, D] (of Gemma), ``encoder_attention_mask`` [L]; of Sana-Sprint also ``guidance`` (a
+    number, which is multiplied by the model's ``guidance_embeds_scale``)."""
+
+    name, kind, prediction_type = "sana", SanaTransformer2DModel, "flow_prediction"
+
+    def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
+        width = Condition((None, config["caption_channels"]), "caption_channels")
+        found = {EMBEDDINGS: width, "encoder_attention_mask": mask()}
+        if config.get("guidance_embeds"):
+            found["guidance"] = Condition(())
+        return found
+
+    def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
+        config, given = unwrapped(model).config, dict(rows)
+        if "guidance" in given:
+            given["guidance"] = given["guidance"] * config["guidance_embeds_scale"]
+        if (scale := config.get("timestep_scale", 1.0)) != 1.0:
+            timestep = timestep * scale
+        return model(x_t, timestep=timestep, **given)

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from fastdistill.data.prompt_bank import EMBEDDINGS
+from fastdistill.models.families.base import Condition, Family
+
+
+class SD3(Family):
+    """``encoder_hidden_states`` [L, D] (CLIP and T5 side by side), ``pooled_projections`` [P]."""
+
+    name, kind, prediction_type = "sd3", SD3Transformer2DModel, "flow_prediction"
+
+    def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
+        return {
+            EMBEDDINGS: Condition((None, config["joint_attention_dim"]), "joint_attention_dim"),
+            "pooled_projections": Condition((config["pooled_projection_dim"],), "pooled_projection_dim"),
+        }
+
+    def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
+        return model(x_t, timestep=timestep, **rows)

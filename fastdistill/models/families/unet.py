@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The U-Nets of Stable Diffusion 1.x, 2.x and XL, and their distilled relatives (SSD-1B, Vega, KOALA, LCM)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
+
+from fastdistill.data.prompt_bank import EMBEDDINGS
+from fastdistill.errors import InputError
+from fastdistill.models.families.base import Condition, Family, mask, unwrapped
+
+_ADDED = ("text_embeds", "time_ids")
+
+
+class UNet(Family):
+    """``encoder_hidden_states`` [L, D]; of SDXL also ``text_embeds`` [P] and ``time_ids`` [6] (height and width before
+    cropping, crop, target height and width); ``class_labels`` and ``timestep_cond`` (the embedding of a guidance scale)
+    where the model has them."""
+
+    name, kind = "unet", UNet2DConditionModel
+
+    def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
+        field = "cross_attention_dim" if config.get("encoder_hid_dim") is None else "encoder_hid_dim"
+        width = config[field] if isinstance(config[field], int) else None
+        found = {EMBEDDINGS: Condition((None, width), field), "encoder_attention_mask": mask()}
+        if config.get("addition_embed_type") == "text_time":
+            found["text_embeds"] = Condition((None,))
+            found["time_ids"] = Condition((None,), integer=True)
+        if (classes := config.get("num_class_embeds")) is not None:
+            found["class_labels"] = Condition((), "num_class_embeds", True, classes)
+        elif config.get("class_embed_type") in ("projection", "simple_projection"):
+            projected = "projection_class_embeddings_input_dim"
+            found["class_labels"] = Condition((config[projected],), projected)
+        elif config.get("class_embed_type") == "timestep":
+            found["class_labels"] = Condition((), integer=True)
+        if (guidance := config.get("time_cond_proj_dim")) is not None:
+            found["timestep_cond"] = Condition((guidance,), "time_cond_proj_dim", required=False)
+        return found
+
+    def check(self, name: str, model: nn.Module, latents: tuple[int, ...], banks: Mapping[str, Any]) -> None:
+        super().check(name, model, latents, banks)
+        config = unwrapped(model).config
+        if not all(bank in banks for bank in _ADDED):
+            return
+        ids, field = banks["time_ids"].shape[-1], "projection_class_embeddings_input_dim"
+        width = config[field] - ids * config["addition_time_embed_dim"]
+        if banks["text_embeds"].shape[-1] != width:
+            rule = f"rows of width {width} ({field} of the {name}, less {ids} time_ids)"
+            raise InputError.of("prompts['text_embeds']", rule, banks["text_embeds"].shape[-1])
+
+    def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
+        given = {name: row for name, row in rows.items() if name not in _ADDED}
+        if added := {name: rows[name] for name in _ADDED if name in rows}:
+            given["added_cond_kwargs"] = added  # type: ignore[assignment]
+        return model(x_t, timestep, **given)
