@@ -51,9 +51,9 @@ class Setting:
     latents: [N, *S]. latent_prompts: [N] int64 on the device, rows of prompts. prompts: [M + 1, L, D], or banks
     [M + 1, ...] by name, the null prompt last. call: how both models are called, where not as their family has it
     (``fastdistill.models.calling.Predictor``). batch: samples of a step. prediction_type: what teacher and student put
-    out. ahead: steps whose rows are read ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss will be multiplied before the
-    backward, for losses that store their gradient; None: 1. first_sample, global_batch: where several processes share
-    a step, which of its samples are this one's (``noise_gather``).
+    out. ahead: steps whose rows are read ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss
+    will be multiplied before the backward, for losses that store their gradient; None: 1. first_sample, global_batch:
+    where several processes share a step, which of its samples are this one's (``noise_gather``).
     """
 
     teacher: nn.Module

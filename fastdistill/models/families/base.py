@@ -125,10 +125,9 @@ def unwrapped(model: nn.Module) -> Any:
     return model
 
 
-def _inside(model: nn.Module) -> Iterator[nn.Module]:
+def _inside(model: Any) -> Iterator[nn.Module]:
     if isinstance(model, torch._dynamo.OptimizedModule):
-        inner: nn.Module = model._orig_mod
-        yield inner
+        yield model._orig_mod
     if isinstance(model, nn.parallel.DistributedDataParallel):
         yield model.module
     if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
