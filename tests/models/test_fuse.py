@@ -5,143 +5,25 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor, nn
+from torch import nn
 
 from fastdistill.errors import InputError
 from fastdistill.models.fuse import convolutional, fuse, unfuse
 from fastdistill.models.taps import Taps
-
-Inputs = dict[str, Any]
-
-
-def unet(**changes: Any) -> tuple[nn.Module, Inputs]:
-    options = {
-        "sample_size": 8, "in_channels": 3, "out_channels": 3, "block_out_channels": (16, 32), "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": 12, "attention_head_dim": 2, "norm_num_groups": 4,
-    }  # fmt: skip
-    inputs = {
-        "sample": torch.randn(2, 3, 8, 8), "timestep": torch.tensor([3, 900]),
-        "encoder_hidden_states": torch.randn(2, 5, 12),
-    }  # fmt: skip
-    return UNet2DConditionModel(**(options | changes)), inputs
-
-
-def masked_unet() -> tuple[nn.Module, Inputs]:
-    model, inputs = unet()
-    keep = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    return model, inputs | {"encoder_attention_mask": keep}
-
-
-def dit() -> tuple[nn.Module, Inputs]:
-    model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        num_embeds_ada_norm=10,
-    )  # fmt: skip
-    model.eval()  # its label embedding drops labels at random in training
-    return model, {
-        "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 900]),
-        "class_labels": torch.tensor([1, 7]),
-    }  # fmt: skip
-
-
-def pixart() -> tuple[nn.Module, Inputs]:
-    model = PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
-        cross_attention_dim=16, caption_channels=12,
-    )  # fmt: skip
-    return model, {
-        "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 900]),
-        "encoder_hidden_states": torch.randn(2, 6, 12),
-        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }  # fmt: skip
-
-
-def sd3(**changes: Any) -> tuple[nn.Module, Inputs]:
-    options = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2,
-        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12, "caption_projection_dim": 16,
-        "pooled_projection_dim": 10, "pos_embed_max_size": 8,
-    }  # fmt: skip
-    return SD3Transformer2DModel(**(options | changes)), {
-        "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3.0, 900.0]),
-        "encoder_hidden_states": torch.randn(2, 5, 12), "pooled_projections": torch.randn(2, 10),
-    }  # fmt: skip
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
-    "UNet2DConditionModel": unet,
-    "UNet2DConditionModel, SDXL's choices": lambda: unet(
-        use_linear_projection=True, resnet_time_scale_shift="scale_shift", resnet_out_scale_factor=1.5
-    ),
-    "UNet2DConditionModel, resampling in its resnets": lambda: unet(
-        down_block_types=("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
-        up_block_types=("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
-    ),
-    "UNet2DConditionModel, masked prompts": masked_unet,
-    "DiTTransformer2DModel": dit,
-    "PixArtTransformer2DModel": pixart,
-    "SD3Transformer2DModel": sd3,
-    "SD3Transformer2DModel, 3.5": lambda: sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
-}
+from tests.models.fusible import MODELS, assert_close, batches, cast, made, run
 
 
 @pytest.fixture(autouse=True)
 def no_map_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused op at any size; by itself it leaves the maps of these models to torch on a CPU."""
     monkeypatch.setattr(convolutional, "FEW", 0)
-
-
-def made(name: str) -> tuple[nn.Module, Inputs]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, inputs = MODELS[name]()
-        with torch.no_grad():  # zeros at the start would hide what they gate
-            for p in model.parameters():
-                p.add_(torch.randn_like(p) * 0.05)
-    return model, inputs
-
-
-def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    floats = {k: v.to(dtype) for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return inputs | floats
-
-
-def batches(inputs: Inputs, count: int = 4) -> list[Inputs]:
-    """The same shapes and layouts with other values."""
-    drawn = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point() and k != "timestep"}
-    return [inputs | {k: torch.randn_like(inputs[k]) for k in sorted(drawn)} for _ in range(count)]
-
-
-def run(model: nn.Module, inputs: list[Inputs]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The outputs, and every parameter's gradient of a weighted sum of each."""
-    outputs, gradients = [], []
-    for given in inputs:
-        model.zero_grad()
-        output = model(**given).sample
-        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-        (output * weights).sum().backward()
-        outputs.append(output.detach())
-        gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})
-    return torch.stack(outputs), {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
-
-
-def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor, factor: float) -> None:
-    """The error's norm against float64 at most ``factor`` times the original's, or 4 eps of the norm."""
-    error, own = ((t.double() - truth).norm().item() for t in (got, eager))
-    bound = max(factor * own, 4 * torch.finfo(got.dtype).eps * truth.norm().item())
-    assert error <= bound, f"{name}: error {error:.3e}, allowed {bound:.3e} (the original's {own:.3e})"
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "small"])
@@ -249,7 +131,7 @@ def test_what_is_left_alone_and_why() -> None:
     kept = {s.name: s.reason for s in fuse(model) if not s.swapped}
     assert kept == {
         "down_blocks.0.resnets.0": "a subclass of ResnetBlock2D may do something else",
-        "mid_block.resnets.0": "its activation is Mish, not SiLU",
+        "mid_block.resnets.0": "its nonlinearity is Mish, not SiLU",
         "mid_block.attentions.0.transformer_blocks.0.attn2": "no fused form of it",
     }
     model.mid_block.resnets[0].nonlinearity = nn.SiLU()  # type: ignore[union-attr]

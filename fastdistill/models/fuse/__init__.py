@@ -1,42 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fuse``: fused ops inside of a diffusers model, in place and reversible.
 
-A block's class is swapped for a subclass of it with another ``forward``; its parameters, buffers, hooks and name stay.
-So state_dict keys, pickles, taps that were resolved before, gradient checkpointing and ``isinstance`` are as they were.
+A block gets a ``forward`` of its own on the instance; its class, parameters, buffers, hooks and name stay. So
+state_dict keys, pickles, taps that were resolved before, gradient checkpointing and whatever diffusers looks up by
+class are as they were.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from fastdistill.errors import InputError
-from fastdistill.models.fuse.attention import FusedAttnProcessor, FusedJointAttnProcessor
-from fastdistill.models.fuse.convolutional import FusedResnetBlock2D, FusedTransformer2DModel
-from fastdistill.models.fuse.transformer import FusedBasicTransformerBlock, FusedGEGLU, FusedJointTransformerBlock
+from fastdistill.models.fuse import attention, convolutional, transformer
+from fastdistill.models.fuse.form import Form, is_fused
 from fastdistill.models.sharding import sharded
 
-_FUSED: dict[type, Any] = {
-    ResnetBlock2D: FusedResnetBlock2D,
-    Transformer2DModel: FusedTransformer2DModel,
-    BasicTransformerBlock: FusedBasicTransformerBlock,
-    JointTransformerBlock: FusedJointTransformerBlock,
-    GEGLU: FusedGEGLU,
-    AttnProcessor2_0: FusedAttnProcessor,
-    JointAttnProcessor2_0: FusedJointAttnProcessor,
+_FORMS: dict[type, Form] = {
+    ResnetBlock2D: convolutional.RESNET,
+    Transformer2DModel: convolutional.TRANSFORMER,
+    BasicTransformerBlock: transformer.BASIC,
+    JointTransformerBlock: transformer.JOINT,
+    GEGLU: transformer.GATED,
+    Attention: attention.FORM,
 }
-_ORIGINAL = {fused: original for original, fused in _FUSED.items()}
 
 
 class Swap(NamedTuple):
-    """One block: the module's name in the model, its class (or its attention processor's) before, and why it was left
-    as it is; None where it was swapped."""
+    """One block: the module's name in the model, its class (an attention's: that of its processor), and why it does not
+    run fused; None where it does."""
 
     name: str
     kind: str
@@ -51,10 +50,12 @@ def fuse(model: nn.Module) -> list[Swap]:
     """Swap fused ops into a diffusers model, in place.
 
     ``ResnetBlock2D``, ``Transformer2DModel``, ``BasicTransformerBlock`` (U-Nets, DiT, PixArt), SD3's
-    ``JointTransformerBlock``, ``GEGLU`` and their attention processors. Blocks of other classes, and subclasses of
-    these, stay as they are. U-Nets stay in channels_last throughout if they are in it:
-    ``model.to(memory_format=torch.channels_last)``. Fusing a fused model again only returns the list; ``unfuse``
-    restores it.
+    ``JointTransformerBlock``, ``GEGLU``, and ``Attention`` with a processor ``AttnProcessor2_0`` or
+    ``JointAttnProcessor2_0``. Blocks of other classes, subclasses of these, and blocks whose norms or ``forward`` were
+    patched or have hooks stay as they are. A block that is changed later (other processors, hooks, offloading) computes
+    what its class would. U-Nets stay in channels_last throughout if they are in it:
+    ``model.to(memory_format=torch.channels_last)``. Fusing a fused model again returns the list of what runs fused
+    now; ``unfuse`` restores it. A warning says where nothing was fused.
 
     Returns:
         One ``Swap`` a candidate, in the model's order: what was swapped, and what was not and why.
@@ -65,32 +66,33 @@ def fuse(model: nn.Module) -> list[Swap]:
     _check_module(model)
     if where := sharded(model):
         raise InputError.of("model", "a model that is not sharded yet: fuse first, then shard", where)
-    swaps = []
-    for name, module in model.named_modules():
-        if module is not model and _root(type(module)) is not None:
-            swaps.append(_swap(name, module))
-        if isinstance(module, Attention):
-            swaps.append(_swap(name, module.processor))
+    swaps = [_swap(name, module) for name, module in model.named_modules() if _root(module) is not None]
+    if not any(swap.swapped for swap in swaps):
+        reasons = "; ".join(dict.fromkeys(f"{s.kind}: {s.reason}" for s in swaps))
+        names = ", ".join(kind.__name__ for kind in _FORMS)
+        warnings.warn(
+            f"fuse: nothing in {type(model).__name__} was fused ({reasons or f'it has no {names} of diffusers'})",
+            stacklevel=2,
+        )
     return swaps
 
 
 def unfuse(model: nn.Module) -> int:
-    """Undo ``fuse``: every block gets its own class back.
+    """Undo ``fuse``: every block runs its class's own code again.
 
     Returns:
-        How many blocks and attention processors did; 0 for a model that is not fused.
+        How many blocks and attentions do; 0 for a model that is not fused.
 
     Raises:
         InputError: no module.
     """
     _check_module(model)
-    count = 0
-    for module in model.modules():
-        for part in (module, getattr(module, "processor", None)):
-            if type(part) in _ORIGINAL:
-                part.__class__ = _ORIGINAL[type(part)]
-                count += 1
-    return count
+    fused = [module for module in model.modules() if is_fused(module)]
+    for module in fused:
+        root = _root(module)
+        assert root is not None
+        _FORMS[root].take_off(module)
+    return len(fused)
 
 
 def _check_module(model: Any) -> None:
@@ -98,20 +100,22 @@ def _check_module(model: Any) -> None:
         raise InputError.of("model", "a module (of a pipeline, its unet or transformer)", type(model).__name__)
 
 
-def _root(kind: type) -> type | None:
-    """The class of the table that this is, or is a subclass of."""
-    return next((base for base in kind.__mro__ if base in _FUSED), None)
+def _root(module: nn.Module) -> type | None:
+    """The class of the table that this is of, or of a subclass of."""
+    return next((base for base in type(module).__mro__ if base in _FORMS), None)
 
 
-def _swap(name: str, part: Any) -> Swap:
-    kind = type(part)
-    if kind in _ORIGINAL:
-        return Swap(name, _ORIGINAL[kind].__name__, None)
-    if kind not in _FUSED:
-        root = _root(kind)
-        reason = f"a subclass of {root.__name__} may do something else" if root else "no fused form of it"
-        return Swap(name, kind.__name__, reason)
-    reason = _FUSED[kind].refuse(part)
-    if reason is None:
-        part.__class__ = _FUSED[kind]
-    return Swap(name, kind.__name__, reason)
+def _swap(name: str, module: nn.Module) -> Swap:
+    root = _root(module)
+    assert root is not None
+    form, kind = _FORMS[root], type(module)
+    called = type(module.processor).__name__ if kind is Attention else kind.__name__
+    if kind is not root and not is_fused(module):
+        return Swap(name, called, f"a subclass of {root.__name__} may do something else")
+    reason = form.refuse(module)
+    if not is_fused(module):
+        if other := form.replaced(module):
+            reason = f"its {other} has been replaced"
+        if reason is None:
+            form.put_on(module)
+    return Swap(name, called, reason)

@@ -11,111 +11,135 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastdistill.models.fuse.hooks import listened
+from fastdistill.models.fuse.form import Form, altered, instead_of
 from fastdistill.ops import group_norm_silu
+from fastdistill.ops._check import FLOATS
 
 FEW = 64  # float32 positions side by side, at which torch's own ops were faster on a CPU
 
 
-def _norm(norm: nn.GroupNorm, x: Tensor, **options: Any) -> Tensor:
+def _norm(norm: nn.GroupNorm, x: Tensor, *, silu: bool = True, **given: Any) -> Tensor:
+    """``given``: tensors of ``group_norm_silu``: time_bias, scale and shift, or none."""
     few = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[2:].numel() <= FEW
-    if few and x.is_contiguous():
-        return _by_torch(norm, x, **options)
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, **options)
+    if (few and x.is_contiguous()) or any(t.dtype != x.dtype for t in given.values()):
+        return _by_torch(norm, x, silu, **given)
+    given = {name: t.expand(len(x), -1) for name, t in given.items()}
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **given)
 
 
 def _by_torch(
     norm: nn.GroupNorm,
     x: Tensor,
+    silu: bool,
     *,
     time_bias: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-    silu: bool = True,
 ) -> Tensor:
     if time_bias is not None:
         x = x + time_bias[..., None, None]
     z = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     if scale is not None and shift is not None:
-        z = torch.addcmul(shift[..., None, None], z, 1 + scale[..., None, None])
+        z = z * (1 + scale[..., None, None]) + shift[..., None, None]
     return F.silu(z) if silu else z
 
 
-class FusedResnetBlock2D(ResnetBlock2D):
+def _refuse_resnet(block: ResnetBlock2D) -> str | None:
+    if block.time_embedding_norm not in ("default", "scale_shift"):
+        return f"its time_embedding_norm is {block.time_embedding_norm!r}"
+    return altered(
+        (
+            ("norm1", block.norm1, nn.GroupNorm),
+            ("norm2", block.norm2, nn.GroupNorm),
+            ("nonlinearity", block.nonlinearity, nn.SiLU),
+        )
+    )
+
+
+@instead_of(ResnetBlock2D, "forward", _refuse_resnet)
+def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """Norm, time embedding and SiLU in one op each; the shortcut reads its input as it lies in memory."""
-
-    @staticmethod
-    def refuse(block: ResnetBlock2D) -> str | None:
-        """Why this block cannot be fused."""
-        if type(block.nonlinearity) is not nn.SiLU:
-            return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
-        for name in ("norm1", "norm2"):
-            if type(getattr(block, name)) is not nn.GroupNorm:
-                return f"its {name} is {type(getattr(block, name)).__name__}, not GroupNorm"
-        if block.time_embedding_norm not in ("default", "scale_shift"):
-            return f"its time_embedding_norm is {block.time_embedding_norm!r}"
-        return None
-
-    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        unusual = temb is not None and self.time_emb_proj is None
-        if unusual or listened(self.norm1, self.norm2, self.nonlinearity):
-            result: Tensor = super().forward(input_tensor, temb, *args, **kwargs)
-            return result
-        x, hidden = input_tensor, _norm(self.norm1, input_tensor)
-        for resample in (self.upsample, self.downsample):
-            if resample is not None:
-                if resample is self.upsample and len(hidden) >= 64:  # torch's nearest upsampling fails in channels_last
-                    x, hidden = x.contiguous(), hidden.contiguous()
-                x, hidden = resample(x), resample(hidden)
-        hidden = self.conv1(hidden)
-        time: dict[str, Tensor] = {}
-        if temb is not None:
-            projected = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-            if self.time_embedding_norm == "default":
-                time["time_bias"] = projected
-            else:
-                time["scale"], time["shift"] = projected.chunk(2, dim=1)
-        hidden = self.conv2(self.dropout(_norm(self.norm2, hidden, **time)))
-        if self.conv_shortcut is not None:
-            x = self.conv_shortcut(x)
-        total = x + hidden
-        return total if self.output_scale_factor == 1.0 else total / self.output_scale_factor
-
-
-class FusedTransformer2DModel(Transformer2DModel):
-    """Group norm in one op, and tokens that go back to the layout of the image they came from without a copy."""
-
-    @staticmethod
-    def refuse(model: Transformer2DModel) -> str | None:
-        """Why this model cannot be fused."""
-        if not model.is_input_continuous:
-            return "its input is not a feature map"
-        return None if type(model.norm) is nn.GroupNorm else f"its norm is {type(model.norm).__name__}, not GroupNorm"
-
-    def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        if listened(self.norm):
-            tokens, width = super()._operate_on_continuous_inputs(hidden_states)
-            return tokens, width
-        batch, _, height, width = hidden_states.shape
-        hidden = _norm(self.norm, hidden_states, silu=False)
-        if not self.use_linear_projection:
-            hidden = self.proj_in(hidden)
-        inner = hidden.shape[1]
-        hidden = hidden.permute(0, 2, 3, 1).reshape(batch, height * width, inner)
-        # Tokens in one block of memory here, or each of a block's norms and sums would copy them.
-        return (self.proj_in(hidden) if self.use_linear_projection else hidden.contiguous()), inner
-
-    def _get_output_for_continuous_inputs(
-        self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
-    ) -> Tensor:
-        channels_last = residual.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-
-        def as_map(tokens: Tensor) -> Tensor:
-            image = tokens.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
-            return image.contiguous(memory_format=layout)
-
-        if self.use_linear_projection:
-            return as_map(self.proj_out(hidden_states)) + residual
-        result: Tensor = self.proj_out(as_map(hidden_states)) + residual
+    unusual = args or kwargs or input_tensor.dtype not in FLOATS or not _fits(block, temb, len(input_tensor))
+    if unusual:
+        result: Tensor = ResnetBlock2D.forward(block, input_tensor, temb, *args, **kwargs)
         return result
+    x, hidden = input_tensor, _norm(block.norm1, input_tensor)
+    for resample in (block.upsample, block.downsample):
+        if resample is not None:
+            if resample is block.upsample and len(hidden) >= 64:  # torch's nearest upsampling fails in channels_last
+                x, hidden = x.contiguous(), hidden.contiguous()
+            x, hidden = resample(x), resample(hidden)
+    hidden = block.conv1(hidden)
+    time: dict[str, Any] = {}
+    if temb is not None:
+        projected = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
+        if block.time_embedding_norm == "default":
+            time["time_bias"] = projected
+        else:
+            time["scale"], time["shift"] = projected.chunk(2, dim=1)
+    hidden = block.conv2(block.dropout(_norm(block.norm2, hidden, **time)))
+    if block.conv_shortcut is not None:
+        x = block.conv_shortcut(x)
+    total = x + hidden
+    return total if block.output_scale_factor == 1.0 else total / block.output_scale_factor
+
+
+def _fits(block: ResnetBlock2D, temb: Tensor | None, batch: int) -> bool:
+    """A time embedding [B or 1, C] where there is a projection of it, none where not."""
+    if temb is None or block.time_emb_proj is None:
+        return temb is None and block.time_emb_proj is None and block.time_embedding_norm == "default"
+    return temb.dim() == 2 and len(temb) in (1, batch)
+
+
+RESNET = Form(_refuse_resnet, {"forward": _resnet})
+
+
+def _refuse_transformer(model: Transformer2DModel) -> str | None:
+    if not model.is_input_continuous:
+        return "its input is not a feature map"
+    return altered((("norm", model.norm, nn.GroupNorm),))
+
+
+@instead_of(Transformer2DModel, "_operate_on_continuous_inputs", _refuse_transformer)
+def _tokens(model: Transformer2DModel, hidden_states: Tensor) -> tuple[Tensor, int]:
+    """Group norm in one op."""
+    if hidden_states.dtype not in FLOATS:
+        given: tuple[Tensor, int] = Transformer2DModel._operate_on_continuous_inputs(model, hidden_states)
+        return given
+    batch, _, height, width = hidden_states.shape
+    hidden = _norm(model.norm, hidden_states, silu=False)
+    if not model.use_linear_projection:
+        hidden = model.proj_in(hidden)
+    inner = hidden.shape[1]
+    hidden = hidden.permute(0, 2, 3, 1).reshape(batch, height * width, inner)
+    # Tokens in one block of memory here, or each of a block's norms and sums would copy them.
+    return (model.proj_in(hidden) if model.use_linear_projection else hidden.contiguous()), inner
+
+
+@instead_of(Transformer2DModel, "_get_output_for_continuous_inputs", _refuse_transformer)
+def _image(
+    model: Transformer2DModel,
+    hidden_states: Tensor,
+    residual: Tensor,
+    batch_size: int,
+    height: int,
+    width: int,
+    inner_dim: int,
+) -> Tensor:
+    """Tokens go back to the layout of the image they came from without a copy."""
+    channels_last = residual.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def as_map(tokens: Tensor) -> Tensor:
+        image = tokens.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
+        return image.contiguous(memory_format=layout)
+
+    if model.use_linear_projection:
+        return as_map(model.proj_out(hidden_states)) + residual
+    result: Tensor = model.proj_out(as_map(hidden_states)) + residual
+    return result
+
+
+TRANSFORMER = Form(
+    _refuse_transformer, {"_operate_on_continuous_inputs": _tokens, "_get_output_for_continuous_inputs": _image}
+)
