@@ -38,6 +38,9 @@ def target(major: int) -> Iterator[None]:
         _target.reset(token)
 
 
+#: An option of every launch, as Triton's default changes: multiply-adds are contracted where nothing needs exact bits.
+FUSED = {"enable_fp_fusion": True}
+
 Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel, grid, arguments, options
 
 

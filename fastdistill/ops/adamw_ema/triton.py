@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import Launch, launch_all
+from fastdistill.ops._triton import FUSED, Launch, launch_all
 from fastdistill.ops.adamw_ema import cpp, cuda, table
 from fastdistill.ops.adamw_ema.table import CHUNK, Table
 
@@ -233,9 +233,9 @@ def grad_square_sum(grads: Sequence[Tensor], total: Tensor) -> None:
     for (kind, rows), count in zip(tables, counts, strict=True):
         if count:
             words = table.on_device(rows, total.device)
-            _square_sum[(count,)](*words, partials[first:], *kind, CHUNK, STEP, num_warps=WARPS)
+            _square_sum[(count,)](*words, partials[first:], *kind, CHUNK, STEP, num_warps=WARPS, **FUSED)
         first += count
-    _finish[(1,)](partials, len(partials), total, 1024, num_warps=WARPS)
+    _finish[(1,)](partials, len(partials), total, 1024, num_warps=WARPS, **FUSED)
 
 
 def _tables(
@@ -295,10 +295,10 @@ def adamw_ema(
             words, len(rows), square_sum, *scalars, skipped, max_norm, constants, number == 0, *given, kind[3],
             ema_warmup, ROWS, CONSTANTS,
         )  # fmt: skip
-        launches.append((_prepare, (triton.cdiv(len(rows), ROWS),), args, {"num_warps": 4}))
+        launches.append((_prepare, (triton.cdiv(len(rows), ROWS),), args, {"num_warps": 4, **FUSED}))
         if count := table.chunks(rows):
             args = words, owners, constants, *kind, zero_grads, CHUNK, UPDATED, CONSTANTS
-            launches.append((_update, (count,), args, {"num_warps": WARPS}))
+            launches.append((_update, (count,), args, {"num_warps": WARPS, **FUSED}))
     launch_all(launches, in_place=True)
 
 

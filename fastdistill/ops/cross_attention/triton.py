@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import capability
+from fastdistill.ops._triton import FUSED, capability
 from fastdistill.ops.cross_attention.triton_long import backward_long_kv, backward_long_q, forward_long
 from fastdistill.ops.cross_attention.triton_tiles import (
     add_product,
@@ -247,7 +247,7 @@ def cross_attention(
     strides = [_strides(t, unit) for t in (q, k, v, out)]
     common = q, k, v, masked, indexed, out, N, L, H, scale * LOG2E, chunks
     grid, constants = (B * H * chunks,), (plan.M, kind, rows is not None, unit)
-    options = {"num_warps": plan.warps, "num_stages": 2}
+    options = {"num_warps": plan.warps, "num_stages": 2, **FUSED}
     if plan.loop:
         forward_long[grid](*common, *strides, D, plan.dims, plan.keys[0], *constants, **options)
     else:
@@ -277,7 +277,7 @@ def cross_attention_backward(
     strides = [_strides(t, unit) for t in (q, k, v, grad_out)]
     sizes = N, L, H, scale * LOG2E, scale
     constants = plan.M, kind, rows is not None
-    options = {"num_warps": plan.warps, "num_stages": 2}
+    options = {"num_warps": plan.warps, "num_stages": 2, **FUSED}
     if not plan.loop:
         _backward[(B * H * chunks,)](
             q, k, v, masked, indexed, grad_out, dq, *sums, *sizes, chunks, span, *strides, _strides(dq, unit), D,
@@ -298,5 +298,5 @@ def cross_attention_backward(
     if partial:
         size = L * H * D
         _add[(R, triton.cdiv(size, ADDED), 2)](
-            partials, grad_k, grad_v, indexed, B, chunks, size, rows is not None, ADDED
+            partials, grad_k, grad_v, indexed, B, chunks, size, rows is not None, ADDED, **FUSED
         )

@@ -16,7 +16,7 @@ def zeros(M: tl.constexpr, PIECES: tl.constexpr):
     """[M, D] in fp32."""
     tiles = ()
     for i in tl.static_range(len(PIECES)):
-        tiles = tiles + (tl.zeros((M, PIECES[i]), tl.float32),)
+        tiles = tiles + (tl.zeros((M, tl.constexpr(PIECES[i])), tl.float32),)
     return tiles
 
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import Launch, launch_all
+from fastdistill.ops._triton import FUSED, Launch, launch_all
 from fastdistill.ops.feature_match import reference
 
 STEP = 2048  # elements that a program holds at once
@@ -251,7 +251,7 @@ def feature_match(
     norm, cosine = distance == reference.NORMALIZED_MSE, distance == reference.COSINE
     two_passes = norm or cosine
     launches: list[Launch] = []
-    options = {"num_warps": WARPS}
+    options = {"num_warps": WARPS, **FUSED}
     for first, last in _groups(student, teacher):
         s, t, g = tuple(student[first:last]), tuple(teacher[first:last]), tuple(grads[first:last])
         samples = tuple(len(x) if x.numel() else 0 for x in s) if cosine else (1,) * len(s)
@@ -267,7 +267,7 @@ def feature_match(
             launches.append((_match, (chunks,), args, options))
         if chunks and cosine:
             args = partials, sizes, samples, parameter, found, count, chunk, 128
-            launches.append((_cosine, (sum(samples),), args, {"num_warps": 1}))
+            launches.append((_cosine, (sum(samples),), args, {"num_warps": 1, **FUSED}))
         terms, many, each = (found, samples, 1) if cosine else (partials, sizes, chunk)
         args = terms, many, w, parameter, loss, counted, found, count, norm, first == 0, each, 1024
         launches.append((_finish, (1,), args, options))
@@ -299,5 +299,5 @@ def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
         if chunks := sum(triton.cdiv(n, STEP) for n in sizes):
             aligned = all(x.data_ptr() % 16 == 0 for x in g)
             args = g, sizes, (1,) * len(g), factor, len(g), aligned, STEP
-            launches.append((_scale, (chunks,), args, {"num_warps": WARPS}))
+            launches.append((_scale, (chunks,), args, {"num_warps": WARPS, **FUSED}))
     launch_all(launches, in_place=True)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdistill.ops._triton import FUSED
+
 BLOCK = 1024
 WARPS = 4
 
@@ -70,10 +72,10 @@ def _grid(x: Tensor) -> tuple[tuple[int], int]:
 def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
     """One launch; arguments as the reference's."""
     grid, width = _grid(x)
-    _forward[grid](x, y, width, tanh, BLOCK, num_warps=WARPS)
+    _forward[grid](x, y, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
 
 
 def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor) -> None:
     """One launch; arguments as the reference's."""
     grid, width = _grid(x)
-    _backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS)
+    _backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS, **FUSED)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import optional, over_samples
+from fastdistill.ops._triton import FUSED, optional, over_samples
 from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
 from fastdistill.ops.group_norm_silu.triton_tiles import affine, output, slopes, tile, whole_group
@@ -284,21 +284,21 @@ def group_norm_silu(
     if cut.whole:
         _whole[(cut.batch * groups,)](
             x, y, mean, rstd, tensors, strides, eps, *size, groups, given, silu, cut.last, cut.bc, cut.bp,
-            num_warps=WARPS,
+            num_warps=WARPS, **FUSED,
         )  # fmt: skip
         return
     shape = min(cut.samples, cut.batch), cut.chunks, 2, cut.channels
     partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     for rows, tiles, merges in cut.slices():
         some, of = x[rows], _of(tensors, rows)
-        _tile_moments[tiles](some, partials, *size, cut.chunks, cut.last, cut.bc, cut.bp, num_warps=WARPS)
+        _tile_moments[tiles](some, partials, *size, cut.chunks, cut.last, cut.bc, cut.bp, num_warps=WARPS, **FUSED)
         _merge_moments[merges](
             partials, mean[rows], rstd[rows], of[2], strides[0], eps, *size, groups, cut.chunks, bool(given & 4),
-            cut.bp, cut.group, cut.lanes, num_warps=4,
+            cut.bp, cut.group, cut.lanes, num_warps=4, **FUSED,
         )  # fmt: skip
         _tile_output[tiles](
             some, y[rows], mean[rows], rstd[rows], of, strides, *size, groups, cut.chunks, given, silu, cut.last,
-            cut.bc, cut.bp, num_warps=WARPS,
+            cut.bc, cut.bp, num_warps=WARPS, **FUSED,
         )  # fmt: skip
 
 
@@ -329,7 +329,7 @@ def group_norm_silu_backward(
     if cut.whole:
         _whole_backward[(cut.batch * groups,)](
             x, grad, dx, mean, rstd, tensors, strides, shared, outs[2:], *size, groups, cut.batch, given, wanted, silu,
-            cut.last, cut.bc, cut.bp, num_warps=WARPS,
+            cut.last, cut.bc, cut.bp, num_warps=WARPS, **FUSED,
         )  # fmt: skip
     else:
         shape = min(cut.samples, cut.batch), cut.chunks, 3, cut.channels
@@ -339,13 +339,15 @@ def group_norm_silu_backward(
             of, out = _of(tensors, rows), _of(outs, rows)[2:]
             some, common = (x[rows], grad[rows]), (mean[rows], rstd[rows], of, strides)
             kind = given, silu, cut.last, cut.bc, cut.bp
-            _tile_sums[tiles](*some, partials, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS)
+            _tile_sums[tiles](*some, partials, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS, **FUSED)
             _merge_sums[merges](
                 partials, means, rstd[rows], of, strides, shared[0, rows], out, *size, groups, cut.chunks, cut.batch,
-                given, wanted, cut.group, cut.lanes, num_warps=4,
+                given, wanted, cut.group, cut.lanes, num_warps=4, **FUSED,
             )  # fmt: skip
-            _tile_gradient[tiles](*some, dx[rows], means, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS)
+            _tile_gradient[tiles](
+                *some, dx[rows], means, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS, **FUSED
+            )
     if wanted & 1:
         over_samples[(triton.cdiv(cut.channels, 64),)](
-            shared, outs[0], outs[1], cut.channels, cut.batch, weights, biases, 16, 64, num_warps=4
+            shared, outs[0], outs[1], cut.channels, cut.batch, weights, biases, 16, 64, num_warps=4, **FUSED
         )

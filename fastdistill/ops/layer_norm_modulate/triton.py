@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import optional, over_samples
+from fastdistill.ops._triton import FUSED, optional, over_samples
 from fastdistill.ops.layer_norm_modulate.reference import spread
 
 ROWS, FEW = 32, 8  # rows of a chunk; where there would be fewer than PROGRAMS chunks, chunks are shorter
@@ -164,7 +164,7 @@ def layer_norm_modulate(
     residual = h is not None
     _forward[(batch * rows,)](
         x, h if residual else x, y, s[0] if residual else y, mean, rstd, tensors, strides, eps, rows, width, given,
-        residual, block, num_warps=warps,
+        residual, block, num_warps=warps, **FUSED,
     )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def layer_norm_modulate_backward(
     residual, more = h is not None, grad_s is not None
     _backward[(batch * chunks,)](
         grad, grad_s if more else grad, s, h if residual else s, dx, dh[0] if residual else dx, mean, rstd, tensors,
-        strides, partials, rows, width, chunks, given, residual, more, length, block, num_warps=warps,
+        strides, partials, rows, width, chunks, given, residual, more, length, block, num_warps=warps, **FUSED,
     )  # fmt: skip
     if not wanted:
         return
@@ -202,9 +202,9 @@ def layer_norm_modulate_backward(
     wanted |= wanted >> 1 & 8  # from here on the bit of weight stands for bias too
     shared = torch.empty((2, batch, width), dtype=torch.float32, device=s.device) if wanted & 8 else partials
     _merge[(batch * triton.cdiv(width, 64),)](
-        partials, tensors, strides, shared, outs[:3], width, chunks, batch, given, wanted, 8, 64, num_warps=4
+        partials, tensors, strides, shared, outs[:3], width, chunks, batch, given, wanted, 8, 64, num_warps=4, **FUSED
     )
     if wanted & 8:
         over_samples[(triton.cdiv(width, 64),)](
-            shared, outs[3], outs[4], width, batch, weights, biases, 16, 64, num_warps=4
+            shared, outs[3], outs[4], width, batch, weights, biases, 16, 64, num_warps=4, **FUSED
         )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import normals
+from fastdistill.ops._triton import FUSED, normals
 from fastdistill.ops.noise_gather.reference import RANDOM
 
 CHUNK = 1024
@@ -185,5 +185,5 @@ def output_match(
         )  # fmt: skip
     _finish[(1,)](
         partials, timestep, table, weights, latent_index, choice, loss, parts, samples, batch, n, table.size(0),
-        latents.size(0), output_weight, task_weight, chunks, own, has_task, RANDOM, 128, num_warps=WARPS,
+        latents.size(0), output_weight, task_weight, chunks, own, has_task, RANDOM, 128, num_warps=WARPS, **FUSED,
     )  # fmt: skip
