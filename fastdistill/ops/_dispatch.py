@@ -318,8 +318,19 @@ def register(
     qualified = f"fastdistill::{name}"
     torch.library.define(qualified, f"{schema} -> ()")
     torch.library.register_fake(qualified, _fake)
-    torch.library.impl(qualified, "default", reference)
-    torch.library.impl(qualified, "cpu", functools.partial(op.run, "cpu"))
-    torch.library.impl(qualified, "cuda", op.run_on_gpu)
     op.overload = getattr(torch.ops.fastdistill, name).default
+    for device, run in (("default", reference), ("cpu", functools.partial(op.run, "cpu")), ("cuda", op.run_on_gpu)):
+        torch.library.impl(qualified, device, _with_lists(run, op.overload))
     return op
+
+
+def _with_lists(run: Callable[..., None], overload: Any) -> Callable[..., None]:
+    """Packages of AOTInductor pass None in place of an empty list."""
+    lists = {i for i, a in enumerate(overload._schema.arguments) if isinstance(a.type, torch.ListType)}
+    if not lists:
+        return run
+
+    def call(*args: Any) -> None:
+        run(*([] if a is None and i in lists else a for i, a in enumerate(args)))
+
+    return call

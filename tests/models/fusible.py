@@ -126,3 +126,13 @@ def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor, factor: f
     error, own = ((t.double() - truth).norm().item() for t in (got, eager))
     bound = max(factor * own, 4 * torch.finfo(got.dtype).eps * truth.norm().item())
     assert error <= bound, f"{name}: error {error:.3e}, allowed {bound:.3e} (the original's {own:.3e})"
+
+
+def parts(model: nn.Module, *kinds: type) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, kinds)]
+
+
+def call(model: nn.Module, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        sample: Tensor = model(**inputs).sample
+    return sample

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor
 import torch._inductor.config
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
@@ -17,7 +18,10 @@ from torch import nn
 from fastdistill.errors import InputError
 from fastdistill.models.fuse import convolutional, fuse, unfuse
 from fastdistill.models.taps import Taps
-from tests.models.fusible import MODELS, assert_close, batches, cast, made, run
+from tests.harness import assert_alike
+from tests.models.fusible import MODELS, assert_close, batches, call, cast, made, run
+
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +123,23 @@ def test_compiled(name: str, backend: str) -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * max(1.0, float(two.abs().max())))
 
 
+@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", pytest.param("UNet2DConditionModel", marks=SLOW)])
+@pytest.mark.parametrize("packaged", [False, pytest.param(True, marks=SLOW)])
+def test_exported(name: str, packaged: bool) -> None:
+    """A program of torch.export with the fused ops in it, and its package of AOTInductor."""
+    model, inputs = made(name)
+    model.eval()
+    expected, exact = call(model, inputs), call(copy.deepcopy(model).double(), cast(inputs, torch.float64))
+    fuse(model)
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs)
+        assert any("fastdistill" in str(node.target) for node in program.graph.nodes)
+        run: Any = program.module()
+        if packaged:
+            run = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program))
+        assert_alike(run(**inputs).sample, expected, exact)
+
+
 def test_what_is_left_alone_and_why() -> None:
     class Own(ResnetBlock2D):
         pass
@@ -179,6 +200,6 @@ def test_fused_then_sharded_and_not_the_other_way() -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    for call in (fuse, unfuse):
+    for function in (fuse, unfuse):
         with pytest.raises(InputError, match=r"model: expected a module \(of a pipeline, its unet or .*\), got dict"):
-            call({"unet": None})  # type: ignore[operator]
+            function({"unet": None})  # type: ignore[operator]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastdistill.models.fuse import convolutional, fuse, unfuse
 from fastdistill.ops import OPS
 from tests.harness import assert_alike
-from tests.models.fusible import Inputs, cast, made
+from tests.models.fusible import call, cast, made, parts
 
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 Change = Callable[[nn.Module], object]
@@ -28,16 +28,6 @@ Change = Callable[[nn.Module], object]
 @pytest.fixture(autouse=True)
 def no_map_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolutional, "FEW", 0)
-
-
-def parts(model: nn.Module, *kinds: type) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, kinds)]
-
-
-def call(model: nn.Module, inputs: Inputs) -> Tensor:
-    with torch.no_grad():
-        sample: Tensor = model(**inputs).sample
-    return sample
 
 
 def assert_same(name: str, change: Change, *, before: bool = False, differs: bool = True) -> list[Any]:

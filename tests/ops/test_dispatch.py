@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdistill.ops import OPS, feature_match, geglu, group_norm_silu, layer_norm_modulate, output_match, use
+from fastdistill.ops import (
+    OPS,
+    _dispatch,
+    feature_match,
+    geglu,
+    group_norm_silu,
+    layer_norm_modulate,
+    output_match,
+    use,
+)
 from fastdistill.ops._backward import _one as loss_scale
 from fastdistill.ops.feature_match import _ones as tap_weights
 from tests.harness import EPS
@@ -105,6 +114,17 @@ def test_a_tracer_hears_every_op(name: str, gradient: bool) -> None:
     expected = CALLS[name](X.flip(0))
     traced = torch.jit.trace(CALLS[name], X.clone().requires_grad_(gradient), check_trace=False)
     assert torch.equal(traced(X.flip(0)), expected)
+
+
+def test_an_empty_list_that_comes_as_none() -> None:
+    """As packages of AOTInductor give it to an op, past the checks of torch's dispatcher."""
+    seen: list[tuple[Any, ...]] = []
+    op = OPS["layer_norm_modulate"].overload
+    _dispatch._with_lists(lambda *args: seen.append(args), op)(X, *[None] * 6, 1e-6, X, None, X, X)
+    (args,) = seen
+    assert args[9] == [] and args[1:7] == (None,) * 6
+    geglu_op = OPS["geglu"].run
+    assert _dispatch._with_lists(geglu_op, OPS["geglu"].overload) is geglu_op
 
 
 @pytest.mark.parametrize("name", CALLS)
