@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -47,6 +49,23 @@ class Case:
     eager: Callable[..., tuple[Tensor, ...]]
     sums: dict[int, tuple[int, float]] = field(default_factory=dict)
     cotangent: float = 1.75
+
+
+def crossed(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """All combinations as parameters of a test. Those that differ from the first of every axis in more than one place
+    are slow: the quick tests have each value once."""
+    values = [list(axis) for axis in axes]
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(
+                *(axis[i] for axis, i in zip(values, at, strict=True)),
+                id="-".join(str(axis[i]) for axis, i in zip(values, at, strict=True)),
+                marks=pytest.mark.slow if sum(i > 0 for i in at) > 1 else (),
+            )
+            for at in itertools.product(*(range(len(axis)) for axis in values))
+        ],
+    )
 
 
 class On(str):
@@ -85,6 +104,14 @@ def generator(seed: int) -> torch.Generator:
 def emulated(kernel: str) -> bool:
     """Whether a kernel for a GPU is emulated here, a few milliseconds a block: its tests take small sizes."""
     return kernel in ("triton", "cuda") and device_of(kernel) == "cpu"
+
+
+def large(kernels: Sequence[str]) -> list[Any]:
+    """Kernels as parameters of a test of large sizes, which is slow where Triton's are interpreted."""
+    return [
+        pytest.param(kernel, marks=pytest.mark.slow if kernel == "triton" and emulated(kernel) else ())
+        for kernel in kernels
+    ]
 
 
 @contextlib.contextmanager
@@ -243,7 +270,10 @@ def check_fake(case: Case, device: str = "cpu") -> None:
 
 
 def check_op(case: Case, kernel: str, *, compiled: Sequence[str] = ("aot_eager",), registration: bool = True) -> None:
-    """All of the above for one kernel on one case, whose inputs are brought to the kernel's device."""
+    """All of the above for one kernel on one case, whose inputs are brought to the kernel's device.
+
+    Inductor sees the op and never its kernel, so it compiles with the reference alone.
+    """
     if any(t.device.type != device_of(kernel) for t in tree_flatten(case.inputs)[0] if isinstance(t, Tensor)):
         case = dataclasses.replace(case, inputs=on(device_of(kernel), case.inputs))
     check_values(case, kernel)
@@ -251,7 +281,8 @@ def check_op(case: Case, kernel: str, *, compiled: Sequence[str] = ("aot_eager",
     if registration:
         check_registration(case, kernel)
     for backend in compiled:
-        check_compiled(case, kernel, backend)
+        if backend != "inductor" or kernel == REFERENCE:
+            check_compiled(case, kernel, backend)
 
 
 def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

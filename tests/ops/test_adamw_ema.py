@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import OPS, AdamWGroup, adamw_ema, grad_square_sum, use
-from tests.harness import Case, check_fake, check_op, detached, emulated, generator, kernels_of
+from tests.harness import Case, check_fake, check_op, crossed, detached, emulated, generator, kernels_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy, of gradients that are not finite
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -100,8 +100,7 @@ def by_torch(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shapes", SHAPES)
+@crossed("dtype, shapes", FLOATS, SHAPES)
 def test_values_and_contract(kernel: str, dtype: torch.dtype, shapes: str) -> None:
     if shapes == "large" and emulated(kernel) and kernel == "triton":
         pytest.skip("two chunks will do")
@@ -137,8 +136,7 @@ def update(kernel: str, **options: Any) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 1e30, "found_inf"])
+@crossed("zero, bad", [False, True], [math.inf, -math.inf, math.nan, 1e30, "found_inf"])
 def test_gradients_that_are_not_finite_skip_the_step_and_are_counted(kernel: str, bad: Any, zero: bool) -> None:
     grads = [torch.linspace(-2, 2, 37), torch.full((5,), 0.5)]
     options: dict[str, Any] = {"zero_grads": zero}

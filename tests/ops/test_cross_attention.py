@@ -13,7 +13,18 @@ from torch import Tensor
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import OPS, cross_attention, use
-from tests.harness import Case, check_fake, check_op, check_values, detached, emulated, evaluate, generator, kernels_of
+from tests.harness import (
+    Case,
+    check_fake,
+    check_op,
+    check_values,
+    crossed,
+    detached,
+    emulated,
+    evaluate,
+    generator,
+    kernels_of,
+)
 
 KERNELS = kernels_of("cross_attention")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy, of samples without keys
@@ -82,8 +93,7 @@ def make(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("mask", ["none", "bool", "bias", "-inf"])
-@pytest.mark.parametrize("rows", [None, [1, 0, 1]], ids=["own", "shared"])
+@crossed("mask, rows", ["bool", "none", "bias", "-inf"], [None, [1, 0, 1]])
 def test_values_and_contract(kernel: str, mask: str, rows: list[int] | None) -> None:
     thorough = mask == "bool"
     case = make(2 + (rows is not None), 5, 1, L=7, mask=mask, rows=rows, scale=0.7 if thorough else None)
@@ -97,8 +107,7 @@ def test_compiled_by_inductor() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("D", [8, 13, 40, 64, 72, 80, 160])
+@crossed("D, dtype", [40, 8, 13, 64, 72, 80, 160], [torch.float32, torch.float16])
 def test_head_dims(kernel: str, D: int, dtype: torch.dtype) -> None:
     """Fitting and looping plans: float32 loops over keys in the kernel, float16 has them on chip at once up to 96."""
     N = 70 if dtype == torch.float16 else 34
@@ -145,8 +154,7 @@ def test_many_chunks(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("mask", ["bool", "bias"])
-@pytest.mark.parametrize("L", [7, 300])
+@crossed("mask, L", ["bool", "bias"], [7, 300])
 def test_a_sample_whose_keys_are_all_left_out(kernel: str, mask: str, L: int) -> None:
     """It gives zeros and no gradient, in torch's own attention on a CPU too."""
     case = make(2, 9, 1, 8, L, torch.float16)
@@ -201,8 +209,7 @@ def test_projections_as_they_come(kernel: str | None) -> None:
     assert got.shape == (2, 19, 16) and torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("mask", ["none", "bool", "-inf"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@crossed("mask, dtype", ["none", "bool", "-inf"], FLOATS)
 def test_torch_itself_on_a_cpu(mask: str, dtype: torch.dtype) -> None:
     """Where no kernel takes the call: the same values by torch's attention, its autograd, and compiled."""
     case = make(3, 19, 2, 40, 77, dtype, mask=mask, rows=[1, 0, 1])

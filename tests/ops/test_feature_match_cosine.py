@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import feature_match, use
 from fastdistill.ops.feature_match import Distance, gradient_buffer
-from tests.harness import EPS, Case, check_op, layouts
+from tests.harness import EPS, Case, check_op, large, layouts
 from tests.ops.test_feature_match import KERNELS, call, eager, make, truth
 
 COSINE: Distance = "cosine"
@@ -35,7 +35,7 @@ def test_samples_in_any_layout(kernel: str) -> None:
         check(s, t, kernel)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", large(KERNELS))
 def test_many_samples_and_long_ones(kernel: str) -> None:
     """More samples than a block has warps; samples of several chunks that do not start at a vector."""
     check_op(make([(70, 5), (1, 9000), (3, 9001)], torch.float32, COSINE), kernel, compiled=(), registration=False)

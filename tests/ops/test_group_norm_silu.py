@@ -14,7 +14,18 @@ from torch.nn import functional as F
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import group_norm_silu, use
-from tests.harness import Case, assert_alike, check_fake, check_op, detached, emulated, evaluate, kernels_of, layouts
+from tests.harness import (
+    Case,
+    assert_alike,
+    check_fake,
+    check_op,
+    crossed,
+    detached,
+    emulated,
+    evaluate,
+    kernels_of,
+    layouts,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
@@ -74,8 +85,7 @@ def make(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@crossed("dtype, shape", FLOATS, SHAPES)
 def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: str) -> None:
     thorough = dtype == torch.float32 and shape in ("resnet", "odd")
     check_op(

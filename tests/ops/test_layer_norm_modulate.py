@@ -14,7 +14,18 @@ from torch.nn import functional as F
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import layer_norm_modulate, residual_layer_norm_modulate, use
-from tests.harness import Case, assert_alike, check_fake, check_op, detached, emulated, evaluate, kernels_of, layouts
+from tests.harness import (
+    Case,
+    assert_alike,
+    check_fake,
+    check_op,
+    crossed,
+    detached,
+    emulated,
+    evaluate,
+    kernels_of,
+    layouts,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {"tokens": (2, 5, 32), "odd": (3, 7, 13), "4d": (2, 3, 2, 24), "no rows": (3, 20), "long": (2, 37, 70)}
@@ -67,9 +78,7 @@ def make(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@crossed("residual, dtype, shape", [False, True], FLOATS, SHAPES)
 def test_values_and_contract(kernel: str, residual: bool, dtype: torch.dtype, shape: str) -> None:
     thorough = dtype == torch.float32 and shape in ("tokens", "odd")
     check_op(
@@ -81,8 +90,7 @@ def test_values_and_contract(kernel: str, residual: bool, dtype: torch.dtype, sh
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("names", [(), MODULATED, ("weight", "bias"), ("bias", "shift"), ("scale",)])
+@crossed("residual, names", [False, True], [MODULATED, (), ("weight", "bias"), ("bias", "shift"), ("scale",)])
 def test_options(kernel: str, residual: bool, names: tuple[str, ...]) -> None:
     check_op(make((2, 6, 19), names=names, residual=residual), kernel, compiled=("aot_eager",))
 

@@ -17,7 +17,20 @@ from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
 from fastdistill.errors import InputError
 from fastdistill.ops import Task, noise_gather, output_match, use
 from fastdistill.ops.noise_gather import RANDOM
-from tests.harness import EPS, Case, check_fake, check_op, detached, emulated, evaluate, generator, kernels_of, layouts
+from tests.harness import (
+    EPS,
+    Case,
+    check_fake,
+    check_op,
+    crossed,
+    detached,
+    emulated,
+    evaluate,
+    generator,
+    kernels_of,
+    large,
+    layouts,
+)
 from tests.ops import oracle
 from tests.ops.test_noise_gather import banks
 
@@ -134,8 +147,7 @@ def case_of(setting: Setting) -> Case:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("distance", ["mse", "huber"])
+@crossed("dtype, distance", FLOATS, ["mse", "huber"])
 def test_values_and_contract(kernel: str, dtype: torch.dtype, distance: str) -> None:
     thorough = dtype == torch.float32 and distance == "mse"
     backends = ("aot_eager", "inductor") if thorough else ()
@@ -159,7 +171,6 @@ VARIANTS = {
     "whole groups": Setting(batch=2, size=(4, 8, 8)),
     "one element": Setting(batch=1, size=(1,)),
     "five dimensions": Setting(size=(2, 3, 1, 5, 2)),
-    "many samples": Setting(batch=300, size=(2,)),
 }
 
 
@@ -167,6 +178,11 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants(kernel: str, variant: str) -> None:
     check_op(case_of(VARIANTS[variant]), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", large(KERNELS))
+def test_many_samples(kernel: str) -> None:
+    check_op(case_of(Setting(batch=300, size=(2,))), kernel, compiled=(), registration=False)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

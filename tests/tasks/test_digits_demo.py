@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from fastdistill.cli import main
 from fastdistill.data.fingerprint import sha256_of_json
@@ -31,22 +32,15 @@ SMALL: dict[str, Any] = {
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def start(output: Path, limit: Sequence[str] = (), **changes: Any) -> subprocess.Popen[str]:
+def arguments(output: Path, changes: dict[str, Any]) -> list[str]:
     output.parent.mkdir(exist_ok=True)
     config = output.parent / f"{output.name}.yaml"
     config.write_text(yaml.safe_dump(SMALL | changes))
-    command = [
-        *limit,
-        sys.executable,
-        "-m",
-        "fastdistill",
-        "demo",
-        "digits",
-        "--config",
-        str(config),
-        "--output",
-        str(output),
-    ]
+    return ["demo", "digits", "--config", str(config), "--output", str(output)]
+
+
+def start(output: Path, limit: Sequence[str] = (), **changes: Any) -> subprocess.Popen[str]:
+    command = [*limit, sys.executable, "-m", "fastdistill", *arguments(output, changes)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -54,13 +48,7 @@ def start(output: Path, limit: Sequence[str] = (), **changes: Any) -> subprocess
         text=True,
         env=ENVIRONMENT,
         start_new_session=True,
-        preexec_fn=_hear_ctrl_c,
     )
-
-
-def _hear_ctrl_c() -> None:
-    """A test run in the background of a shell ignores Ctrl-C, and so would its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -79,13 +67,24 @@ def weights(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in found}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("digits") / "whole"
-    code, out, error = finish(start(output))
-    assert code == 0, error
-    assert f"Report: {output}/report.html" in out
+    """A finished run. The processes of a parallel test run share it, so tests change copies of it."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    output = shared / "digits" / "whole"
+    with FileLock(shared / "digits.lock"):
+        if not (output / "report.html").exists():
+            code, out, error = finish(start(output))
+            assert code == 0, error
+            assert f"Report: {output}/report.html" in out
     return output
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "copy")
 
 
 def test_report(whole: Path) -> None:
@@ -104,12 +103,11 @@ def test_report(whole: Path) -> None:
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page) and "<script" not in page
 
 
-def test_again_reuses_everything(whole: Path) -> None:
-    before, trained = figures(whole), weights(whole)
-    times = {path: path.stat().st_mtime_ns for path in whole.glob("models/**/*") if path.is_file()}
-    code, _, error = finish(start(whole))
-    assert code == 0, error
-    assert figures(whole) == before and weights(whole) == trained
+def test_again_reuses_everything(copy: Path) -> None:
+    before, trained = figures(copy), weights(copy)
+    times = {path: path.stat().st_mtime_ns for path in copy.glob("models/**/*") if path.is_file()}
+    assert main(arguments(copy, {})) == 0
+    assert figures(copy) == before and weights(copy) == trained
     assert {path: path.stat().st_mtime_ns for path in times} == times  # no process was started either
 
 
@@ -117,11 +115,16 @@ def checkpoints(output: Path) -> list[Path]:
     return list(output.glob("models/*/training/step-*.safetensors"))
 
 
-def test_stopped_while_students_train(whole: Path, tmp_path: Path) -> None:
+EVERY_SIGNAL = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGINT,), pytest.param(EVERY_SIGNAL, marks=pytest.mark.slow)], ids=len)
+def test_stopped_while_students_train(signals: Sequence[signal.Signals], whole: Path, tmp_path: Path) -> None:
     """By each signal in turn, once it has gone on from where the one before stopped it."""
     output = tmp_path / "stopped"
+    shutil.copytree(whole / "cache", output / "cache")
     process = start(output)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for number in signals:
         before, deadline = set(checkpoints(output)), time.monotonic() + 120
         while before.issuperset(checkpoints(output)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -162,6 +165,7 @@ def test_stopped_at_once(tmp_path: Path) -> None:
 def test_memory_that_is_not_there_is_one_line(whole: Path, tmp_path: Path) -> None:
     train = SMALL["train"] | {"batch": 2**20, "steps": 1}
     limit = ["prlimit", f"--data={2 * 2**30}", "--"]
+    shutil.copytree(whole / "cache", tmp_path / "large" / "cache")
     line = one_line(start(tmp_path / "large", limit, train=train, workers=1))
     assert "not enough memory: lower --train.batch" in line
 
@@ -181,42 +185,40 @@ def test_places_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
         assert line.startswith(f"fastdistill: {place}: ")
 
 
-def test_a_damaged_shard_is_made_anew(whole: Path, tmp_path: Path) -> None:
-    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "damaged")], check=True)
-    output = tmp_path / "damaged"
-    (shard,) = (output / "cache").glob("*.safetensors")
+def test_a_damaged_shard_is_made_anew(whole: Path, copy: Path) -> None:
+    (shard,) = (copy / "cache").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-9] ^= 1
     shard.write_bytes(content)
-    (student,) = output.glob("models/random_conditioning-0")
+    (student,) = copy.glob("models/random_conditioning-0")
     shutil.rmtree(student)
-    code, _, error = finish(start(output))
+    code, _, error = finish(start(copy))
     (warning,) = error.splitlines()
-    assert re.match(rf"fastdistill: {output}/cache/\S+\.safetensors: ", warning)
+    assert re.match(rf"fastdistill: {copy}/cache/\S+\.safetensors: ", warning)
     assert code == 0, error  # the damaged shard was made anew, and everything after it is the same
-    assert figures(output) == figures(whole)
+    assert figures(copy) == figures(whole)
 
 
-def test_a_cache_of_another_teacher_is_refused(whole: Path, tmp_path: Path) -> None:
-    subprocess.run(["cp", "-r", str(whole), str(tmp_path / "other")], check=True)
-    manifest = tmp_path / "other" / "cache" / "manifest.json"
+def test_a_cache_of_another_teacher_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = copy / "cache" / "manifest.json"
     content = json.loads(manifest.read_text())
     content["fingerprint"]["teacher"] = "0" * 64
     content["fingerprint_sha256"] = sha256_of_json(content["fingerprint"])
     manifest.write_text(json.dumps(content))
-    line = one_line(start(tmp_path / "other"))
-    assert re.search(r"other/cache: .*teacher: expected '\w{64}', got '0{64}'", line), line
+    assert main(arguments(copy, {})) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(r"copy/cache: .*teacher: expected '\w{64}', got '0{64}'", line), line
 
 
-def test_two_at_once(whole: Path) -> None:
-    first = start(whole)
-    lock = whole / ".lock"
+def test_two_at_once(copy: Path) -> None:
+    first = start(copy)
+    lock = copy / ".lock"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and lock.read_text().strip() != str(first.pid):
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)
     try:
-        assert f"{whole}: another process is writing here (process {first.pid})" in one_line(start(whole))
+        assert f"{copy}: another process is writing here (process {first.pid})" in one_line(start(copy))
     finally:
         first.send_signal(signal.SIGCONT)
     assert finish(first)[0] == 0
