@@ -29,7 +29,10 @@ _HOME = {
     "StoredRows": "data.stored",
     "generate_latent_cache": "data.latent_cache",
     "NoiseSchedule": "diffusion.schedule",
-    "flow_coefficients": "diffusion.schedule",
+    "FlowSchedule": "diffusion.flow",
+    "flow_coefficients": "diffusion.flow",
+    "schedule_of": "diffusion.flow",
+    "sample_with": "diffusion.scheduled",
     "ddim": "diffusion.sampler",
     "initial_noise": "diffusion.sampler",
     "loss_weights": "diffusion.matching",
@@ -85,12 +88,15 @@ if TYPE_CHECKING:
     from fastdistill.data.texts import read_prompts as read_prompts
     from fastdistill.diffusion.conditioning import replacement_probability as replacement_probability
     from fastdistill.diffusion.conditioning import thresholds as thresholds
+    from fastdistill.diffusion.flow import FlowSchedule as FlowSchedule
+    from fastdistill.diffusion.flow import flow_coefficients as flow_coefficients
+    from fastdistill.diffusion.flow import schedule_of as schedule_of
     from fastdistill.diffusion.matching import loss_weights as loss_weights
     from fastdistill.diffusion.matching import match_table as match_table
     from fastdistill.diffusion.sampler import ddim as ddim
     from fastdistill.diffusion.sampler import initial_noise as initial_noise
     from fastdistill.diffusion.schedule import NoiseSchedule as NoiseSchedule
-    from fastdistill.diffusion.schedule import flow_coefficients as flow_coefficients
+    from fastdistill.diffusion.scheduled import sample_with as sample_with
     from fastdistill.distill import RandomConditioning as RandomConditioning
     from fastdistill.distill import Weights as Weights
     from fastdistill.errors import DeviceError as DeviceError

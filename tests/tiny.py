@@ -66,13 +66,14 @@ def features(*pairs: tuple[str, str], **options: Any) -> RandomConditioning:
 
 
 def trainer(teacher: Any = None, student: Any = None, objective: Any = None, **given: Any) -> DistillTrainer:
-    """``latents``, ``prompts``, ``device`` and ``call`` as the trainer's; the rest is of the configuration."""
+    """``latents``, ``prompts``, ``device``, ``call``, ``schedule`` as the trainer's; the rest configures it."""
     arguments = {
         "latents": given.pop("latents", None) or cache(),
         "prompts": given.pop("prompts", None) or bank(),
         "device": given.pop("device", None),
         "call": given.pop("call", None),
+        "schedule": given.pop("schedule", SCHEDULE),
     }
     config = TrainConfig(**({"steps": 2, "batch": 4, "lr": 1e-3, "log_every": 1} | given))
     models = Net() if teacher is None else teacher, Net(seed=1) if student is None else student
-    return DistillTrainer(*models, SCHEDULE, objective=objective or features(), config=config, **arguments)
+    return DistillTrainer(*models, objective=objective or features(), config=config, **arguments)

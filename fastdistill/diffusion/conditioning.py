@@ -46,7 +46,7 @@ def const(u: float, value: float) -> float:
 REPLACEMENT: dict[str, Callable[..., float]] = {f.__name__: f for f in (exp, sigmoid, exp_two_sided, quadratic, const)}
 
 
-def replacement_probability(p: str | Callable[..., float], T: int, **parameters: float) -> Tensor:
+def replacement_probability(p: str | Callable[..., float], T: int | Tensor, **parameters: float) -> Tensor:
     """p(t) for t = 0..T-1 as a table, float64 [T] on the CPU.
 
     It is computed on the host in double precision, because ``exp`` in float32 differs between libraries.
@@ -54,13 +54,14 @@ def replacement_probability(p: str | Callable[..., float], T: int, **parameters:
     Args:
         p: a name (``exp``, ``sigmoid``, ``exp_two_sided``, ``quadratic``, ``const``), or a function of u = t / T that
             takes one float.
-        T: number of timesteps.
+        T: number of timesteps, or the t / T of each (``Schedule.clock``), [T] in [0, 1].
         parameters: keyword arguments of the function, such as ``rate=5.0``.
 
     Raises:
         InputError: an unknown name (with near matches) or parameter, or a value outside [0, 1].
     """
-    if T < 1:
+    clock = T.tolist() if isinstance(T, Tensor) else [t / T for t in range(T)]
+    if not clock:
         raise InputError.of("T", "at least 1 timestep", T)
     if isinstance(p, str):
         if p not in REPLACEMENT:
@@ -78,13 +79,13 @@ def replacement_probability(p: str | Callable[..., float], T: int, **parameters:
             raise InputError.of("p(t)", f"one of {', '.join(REPLACEMENT)}, or a function of t/T", described(p))
         name, function = getattr(p, "__name__", "function"), p
     values = []
-    for t in range(T):
+    for t, u in enumerate(clock):
         try:
-            value = float(function(t / T, **parameters))
+            value = float(function(u, **parameters))
         except OverflowError:
             value = math.inf
         if not 0 <= value <= 1:  # NaN too
-            raise InputError.of(f"p(t) {name}", "probabilities, within [0, 1]", f"{value} at t = {t} of {T}")
+            raise InputError.of(f"p(t) {name}", "probabilities, within [0, 1]", f"{value} at t = {t} of {len(clock)}")
         values.append(value)
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 

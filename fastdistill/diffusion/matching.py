@@ -8,6 +8,7 @@ in the prediction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 
-LossWeighting = Literal["uniform", "snr", "truncated_snr", "min_snr"]
+LossWeighting = Literal["uniform", "snr", "truncated_snr", "min_snr", "sigma_sqrt", "cosmap"]
 
 
 def _columns(coefficients: Tensor, argument: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -54,7 +55,9 @@ def loss_weights(coefficients: Tensor, weighting: LossWeighting = "uniform", gam
         weighting: ``uniform``: 1. The others are weights for the error of x_0, converted to weights for the prediction:
             ``snr``: SNR = a^2 / b^2, which is 1 for an epsilon prediction. ``truncated_snr``: max(SNR, 1) (Salimans and
             Ho 2022, 2202.00512, section 4). ``min_snr``: min(SNR, gamma) (Hang et al. 2023, 2303.09556, eq. 10), which
-            is min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v.
+            is min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v. ``sigma_sqrt`` (sigma^-2) and
+            ``cosmap`` (2 / (pi (1 - 2 sigma + 2 sigma^2))) are weights for the prediction of rectified flow (Esser et
+            al. 2024, 2403.03206, section 3.1, as in diffusers' training scripts).
         gamma: of ``min_snr``.
 
     Raises:
@@ -67,6 +70,11 @@ def loss_weights(coefficients: Tensor, weighting: LossWeighting = "uniform", gam
     if weighting == "uniform":
         return torch.ones(len(coefficients), dtype=torch.float64, device="cpu")
     a, b, _, _, determinant = _columns(coefficients, "coefficients")
+    if weighting in ("sigma_sqrt", "cosmap"):
+        _, sigma, p, q = coefficients.detach().to("cpu", torch.float64).unbind(1)
+        if not bool(((p == -1) & (q == 1) & (sigma > 0)).all()):
+            raise InputError.of("weights", f"flow_prediction of a FlowSchedule for {weighting}", "other coefficients")
+        return sigma**-2 if weighting == "sigma_sqrt" else 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     of_x0 = {"snr": a**2, "truncated_snr": torch.maximum(a**2, b**2), "min_snr": torch.minimum(a**2, gamma * b**2)}
     return of_x0[weighting] / determinant**2
 

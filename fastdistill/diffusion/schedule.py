@@ -1,26 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedules: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, t = 0..T-1, as tables in double precision."""
+"""Noise schedules: what every one has, and those of DDPM and DDIM."""
 
 from __future__ import annotations
 
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError, described
 
-PredictionType = Literal["epsilon", "sample", "v_prediction"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+
+
+class Schedule(ABC):
+    """Noise levels for training: x_t = signal_t x_0 + noise_t noise, t = 0..T-1, as tables in double precision.
+
+    ``prediction_types``: what models of this noise may predict, the usual first.
+    """
+
+    prediction_types: ClassVar[tuple[PredictionType, ...]]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """T, the number of training timesteps."""
+
+    @property
+    @abstractmethod
+    def signal(self) -> Tensor:
+        """[T] float64."""
+
+    @property
+    @abstractmethod
+    def noise(self) -> Tensor:
+        """[T] float64."""
+
+    @property
+    def clock(self) -> Tensor:
+        """[T] float64 in [0, 1]: how far each timestep is from the data, by which p(t) goes."""
+        return torch.arange(len(self), dtype=torch.float64, device="cpu") / len(self)
+
+    @property
+    def times(self) -> Tensor | None:
+        """[T] float64: what a model is given for each timestep; None: the timestep itself."""
+        return None
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """JSON values that say which schedule it is."""
+
+    def coefficients(self, target: PredictionType | None = None) -> Tensor:
+        """Coefficients [T, 4] float32 with x_t = c0 x_0 + c1 noise and target = c2 x_0 + c3 noise.
+
+        (c2, c3) is (0, 1) for ``epsilon``, (1, 0) for ``sample``, (-c1, c0) for ``v_prediction`` (Salimans and Ho 2022,
+        2202.00512, appendix D) and (-1, 1) for ``flow_prediction``; None: the first of ``prediction_types``. Computed
+        in float64 and rounded once.
+        """
+        signal, noise = self.signal, self.noise
+        zero, one = torch.zeros_like(signal), torch.ones_like(signal)
+        targets = {
+            "epsilon": (zero, one),
+            "sample": (one, zero),
+            "v_prediction": (-noise, signal),
+            "flow_prediction": (-one, one),
+        }
+        kind = check_prediction_type(target or self.prediction_types[0], "target", self.prediction_types)
+        return torch.stack([signal, noise, *targets[kind]], dim=1).float()
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """A noise schedule for T training timesteps.
+class NoiseSchedule(Schedule):
+    """The noise of DDPM and DDIM for T training timesteps: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise.
 
     Args:
         alphas_cumprod: abar, [T], converted to float64 on the CPU. Within [0, 1], never increasing, abar_0 > 0. The
@@ -35,6 +91,8 @@ class NoiseSchedule:
     alphas_cumprod: Tensor
     name: str = "custom"
     parameters: Mapping[str, float] = field(default_factory=dict)
+
+    prediction_types: ClassVar[tuple[PredictionType, ...]] = ("epsilon", "sample", "v_prediction")
 
     def __post_init__(self) -> None:
         abar = self.alphas_cumprod
@@ -52,8 +110,15 @@ class NoiseSchedule:
         object.__setattr__(self, "alphas_cumprod", abar)
 
     def __len__(self) -> int:
-        """T, the number of training timesteps."""
         return len(self.alphas_cumprod)
+
+    @property
+    def signal(self) -> Tensor:
+        return self.alphas_cumprod.sqrt()
+
+    @property
+    def noise(self) -> Tensor:
+        return (1 - self.alphas_cumprod).sqrt()
 
     @classmethod
     def cosine(cls, T: int = 1000, max_beta: float = 0.999) -> NoiseSchedule:
@@ -100,9 +165,9 @@ class NoiseSchedule:
         if isinstance(scheduler, (str, os.PathLike, Mapping)):
             hint = "load it first, by from_pretrained or from_config of its class such as DDPMScheduler"
             raise InputError.of("scheduler", rule, f"a {kind}; {hint}")
-        if _flow_matching(kind, config):
+        if flow_matching(kind, config):
             raise InputError.of(
-                "scheduler", rule, f"{kind} for flow matching, whose table is flow_coefficients(T, shift)"
+                "scheduler", rule, f"{kind} for flow matching, whose schedule is schedule_of(scheduler)"
             )
         if config.get("timestep_type") == "continuous":
             got = f'{kind} with timestep_type="continuous", whose models take the noise level in place of a timestep'
@@ -138,40 +203,17 @@ class NoiseSchedule:
         except TypeError as error:
             raise InputError(f"schedule {name}: {error}") from None
 
-    def coefficients(self, target: PredictionType = "epsilon") -> Tensor:
-        """Coefficients [T, 4] float32 with x_t = c0 x_0 + c1 noise and target = c2 x_0 + c3 noise.
 
-        c0 = sqrt(abar) and c1 = sqrt(1 - abar). (c2, c3) is (0, 1) for ``epsilon``, (1, 0) for ``sample`` and (-c1, c0)
-        for ``v_prediction`` (Salimans and Ho 2022, 2202.00512, appendix D). Computed in float64 and rounded once.
-        """
-        signal, noise = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-        zero, one = torch.zeros_like(signal), torch.ones_like(signal)
-        targets = {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-noise, signal)}
-        return torch.stack([signal, noise, *targets[check_prediction_type(target, "target")]], dim=1).float()
+def check_prediction_type(
+    value: str, argument: str = "prediction_type", among: tuple[PredictionType, ...] = NoiseSchedule.prediction_types
+) -> PredictionType:
+    """``value`` itself; InputError unless it is one of these."""
+    if not isinstance(value, str) or value not in among:
+        raise InputError.of(argument, f"one of {', '.join(among)}", described(value))
+    return value
 
 
-def flow_coefficients(T: int = 1000, shift: float = 1.0) -> Tensor:
-    """Coefficients [T, 4] float32 of rectified flow, in the format of ``NoiseSchedule.coefficients``.
-
-    x_t = (1 - s) x_0 + s noise and target = noise - x_0, with s = shift u / (1 + (shift - 1) u) and u = (t + 1) / T
-    (Esser et al. 2024, 2403.03206, eq. 23). s are the ``sigmas`` of diffusers' ``FlowMatchEulerDiscreteScheduler`` in
-    ascending order. Computed in float64 and rounded once.
-    """
-    if not 0 < shift < math.inf:
-        raise InputError.of("shift", "a number > 0", shift)
-    u = torch.arange(1, _positive(T) + 1, dtype=torch.float64, device="cpu") / T
-    s = shift * u / (1 + (shift - 1) * u)
-    return torch.stack([1 - s, s, -torch.ones_like(s), torch.ones_like(s)], dim=1).float()
-
-
-def check_prediction_type(value: str, argument: str = "prediction_type") -> PredictionType:
-    """``value`` itself; InputError unless it is one of the three."""
-    if not isinstance(value, str) or value not in get_args(PredictionType):
-        raise InputError.of(argument, f"one of {', '.join(get_args(PredictionType))}", described(value))
-    return cast(PredictionType, value)
-
-
-def _flow_matching(kind: str, config: Mapping[str, Any]) -> bool:
+def flow_matching(kind: str, config: Mapping[str, Any]) -> bool:
     """Whether a diffusers scheduler of this class and configuration interpolates data and noise (rectified flow).
 
     Some of them have an ``alphas_cumprod`` that they do not use (``use_flow_sigmas``).

@@ -45,7 +45,7 @@ class BoundDenoising:
         schedule = setting.schedule
         setting.check("student")
         self._predict, self._grad_scale = setting.predictors[1], setting.grad_scale
-        weights = schedule.alphas_cumprod.reciprocal().clamp(max=config.weight_limit)
+        weights = schedule.signal.square().reciprocal().clamp(max=config.weight_limit)
         table = match_table(schedule.coefficients(setting.prediction_type), weights=weights)
         self._table = table.to(setting.device)
         never = torch.zeros(len(schedule), dtype=torch.int64, device="cpu")

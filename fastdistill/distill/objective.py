@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import dtype_name
 from fastdistill.data.staged import Batches, Rows
-from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
+from fastdistill.diffusion.schedule import PredictionType, Schedule
 from fastdistill.errors import FastdistillError, InputError, quoted
 from fastdistill.models import families
 from fastdistill.models.calling import Call, Predictor, trial
@@ -58,7 +58,7 @@ class Setting:
 
     teacher: nn.Module
     student: nn.Module
-    schedule: NoiseSchedule
+    schedule: Schedule
     latents: Rows
     latent_prompts: Tensor
     prompts: Rows | Mapping[str, Rows]
@@ -80,7 +80,12 @@ class Setting:
         return self._predictor(self.teacher), self._predictor(self.student)
 
     def _predictor(self, model: nn.Module) -> Predictor:
-        return Predictor(model, self.call)
+        return Predictor(model, self.call, self._times)
+
+    @cached_property
+    def _times(self) -> Tensor | None:
+        times = self.schedule.times
+        return None if times is None else times.to(self.device, torch.float32)
 
     def predict(self, model: nn.Module, x_t: Tensor, timestep: Tensor, prompt: Any) -> Tensor:
         """The prediction of a model, its inputs cast to the dtype in which it computes, whatever the banks have.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import up_to_rounding
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
+from fastdistill.diffusion.matching import LossWeighting
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
 from fastdistill.ops.feature_match import Distance
@@ -33,7 +34,8 @@ class RandomConditioning:
     null_probability: how often the null prompt replaces whichever was chosen.
     weights: of output, feature and task loss. feature_distance: the plain mean square, each tap's normalized by the
         teacher feature's, Huber's or the cosine's (``fastdistill.feature_match``, whose eps and delta are the
-        defaults). taps: pairs (teacher module, student module), as ``make_student`` returns them.
+        defaults). loss_weighting: of the output and the task loss at each timestep (``fastdistill.loss_weights``), with
+        min_snr_gamma. taps: pairs (teacher module, student module), as ``make_student`` returns them.
     """
 
     probability: str | Callable[[float], float] = "exp"
@@ -43,8 +45,10 @@ class RandomConditioning:
     feature_distance: Distance = "mse"
     taps: tuple[tuple[str, str], ...] = ()
     with_replacement: bool = False
+    loss_weighting: LossWeighting = "uniform"
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
 
-    def p(self, T: int) -> Tensor:
+    def p(self, T: int | Tensor) -> Tensor:
         """[T] float64: the probability of a random prompt at each timestep."""
         return replacement_probability(self.probability, T, **self.parameters)
 
@@ -64,11 +68,18 @@ class BoundRandomConditioning:
 
     def __init__(self, config: RandomConditioning, setting: Setting) -> None:
         self._weights = config.weights
-        self._knowledge = Knowledge(setting, config.taps, config.weights, config.feature_distance)
+        self._knowledge = Knowledge(
+            setting,
+            config.taps,
+            config.weights,
+            config.feature_distance,
+            weighting=config.loss_weighting,
+            gamma=config.min_snr_gamma,
+        )
         self.metric_names = self._knowledge.metric_names
         self.trained: tuple[nn.Module, ...] = self._knowledge.trained
         self._batches = setting.batches(
-            thresholds(config.p(len(setting.schedule))),
+            thresholds(config.p(setting.schedule.clock)),
             null_probability=config.null_probability,
             with_replacement=config.with_replacement,
             task=config.weights.task > 0,

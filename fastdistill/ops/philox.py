@@ -14,6 +14,7 @@ stream     use: counter = (block low 32, stream << 16 | block high 16, sample, s
 1          training noise: element e is word e mod 4 of block e div 4, elements in logical order
 2          order of the latents in an epoch; counter = (half, 2 << 16 | round, epoch low 32, epoch high 32)
 3          initial noise of samplers: elements as in stream 1, *sample* is the row number
+4          block 0: words 0 and 1 seed the generator of a stochastic sampler, *sample* is the row number
 =========  =====================================================================================================
 """
 
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHOICE, NOISE, PERMUTATION, INITIAL_NOISE = range(4)
+CHOICE, NOISE, PERMUTATION, INITIAL_NOISE, SAMPLING = range(5)
 
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

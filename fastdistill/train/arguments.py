@@ -14,8 +14,10 @@ from torch import nn
 from fastdistill.data.fingerprint import dtype_name
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import EMBEDDINGS, PromptBank
-from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, check_prediction_type
+from fastdistill.diffusion.flow import schedule_of
+from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type
 from fastdistill.errors import InputError, described
+from fastdistill.models import families
 from fastdistill.models.calling import layerwise_casting
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student, check_parameters
@@ -77,16 +79,24 @@ def check_directory(value: Any) -> None:
         raise InputError.of("directory", "a path, or None", described(value))
 
 
-def schedule(value: Any, prediction_type: Any) -> tuple[NoiseSchedule, PredictionType]:
+def schedule(
+    value: Any, prediction_type: Any, teacher: nn.Module, latents: LatentCache
+) -> tuple[Schedule, PredictionType]:
     """The schedule and what the models predict, which a diffusers scheduler tells too."""
-    if not isinstance(value, NoiseSchedule):
+    if not isinstance(value, Schedule):
         stated = getattr(value, "config", {})
         if isinstance(value, type) or not isinstance(stated, Mapping):
-            raise InputError.of("schedule", "a NoiseSchedule or a diffusers scheduler", described(value))
+            raise InputError.of(
+                "schedule", "a NoiseSchedule, a FlowSchedule or a diffusers scheduler", described(value)
+            )
         if prediction_type is None:
             prediction_type = stated.get("prediction_type")
-        value = NoiseSchedule.from_diffusers(value)
-    return value, check_prediction_type("epsilon" if prediction_type is None else prediction_type)
+        family = families.find(teacher)
+        shape = tuple(latents.latents.shape[1:])
+        value = schedule_of(value, family.tokens(families.unwrapped(teacher).config, shape) if family else None)
+    usual = value.prediction_types[0]
+    given = usual if prediction_type is None else prediction_type
+    return value, check_prediction_type(given, among=value.prediction_types)
 
 
 def device(value: Any, student: nn.Module) -> torch.device:

@@ -18,7 +18,7 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
 from fastdistill.data.stored import StoredRows
-from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType
+from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedule
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError, quoted
 from fastdistill.models import families
@@ -56,13 +56,14 @@ class DistillTrainer:
             in float8 by diffusers' layerwise casting.
         student: the same, or what ``make_student`` returns; trained in place. Parts that diffusers keeps in float32
             stay in it, whatever ``config.precision`` says.
-        schedule: a ``NoiseSchedule`` or a diffusers scheduler.
+        schedule: a ``NoiseSchedule``, a ``FlowSchedule`` or a diffusers scheduler (``schedule_of``).
         latents: the cache. prompts: the bank that its rows point into, the null prompt last. Either may be on the disk
             (``open`` in place of ``load``); a thread then reads the rows of the coming steps.
         objective: such as ``RandomConditioning``.
         config: a ``TrainConfig``, or a mapping of its fields.
         device: where to train (None: where the student is).
-        prediction_type: what both models put out (None: what a diffusers scheduler says, else epsilon).
+        prediction_type: what both models put out (None: what a diffusers scheduler says, else epsilon, or
+            flow_prediction of flow matching).
         call: ``call(model, x_t, timestep, rows)``, the output of teacher or student where they are called otherwise;
             ``rows`` are those of the banks by name.
         shard: called with the student once it is cast, fused and tapped, to ``fully_shard`` it over the ranks (None:
@@ -76,7 +77,7 @@ class DistillTrainer:
         self,
         teacher: nn.Module,
         student: nn.Module | Student,
-        schedule: NoiseSchedule | Any,
+        schedule: Schedule | Any,
         latents: LatentCache,
         prompts: PromptBank,
         objective: Objective,
@@ -91,7 +92,7 @@ class DistillTrainer:
         teacher, student = arguments.model(teacher, "teacher"), arguments.model(student, "student")
         arguments.check_data(latents, prompts)
         arguments.check_functions(objective, shard=shard, call=call)
-        schedule, prediction_type = arguments.schedule(schedule, prediction_type)
+        schedule, prediction_type = arguments.schedule(schedule, prediction_type, teacher, latents)
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
@@ -271,7 +272,7 @@ def _fingerprint(
         free.add("steps")  # a constant rate can simply go on
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     schedule = setting.schedule.to_config()
-    if "alphas_cumprod" in schedule:
+    if isinstance(setting.schedule, NoiseSchedule) and "alphas_cumprod" in schedule:
         schedule["alphas_cumprod"] = up_to_rounding(setting.schedule.alphas_cumprod)
     return {
         "config": plain(settings, "config"),

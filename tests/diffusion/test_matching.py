@@ -11,8 +11,9 @@ from diffusers import DDIMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
+from fastdistill.diffusion.flow import flow_coefficients
 from fastdistill.diffusion.matching import conversion, loss_weights, match_table
-from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
+from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError
 from tests.harness import EPS
 

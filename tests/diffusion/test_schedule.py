@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
+from fastdistill.diffusion.flow import flow_coefficients
 from fastdistill.diffusion.matching import match_table
-from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
+from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError
 from tests.harness import EPS, EPS64
 

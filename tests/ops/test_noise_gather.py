@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, flow_coefficients
+from fastdistill.diffusion.flow import flow_coefficients
+from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import OPS, empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather import NULL, PAIRED, RANDOM, Draw, NoiseGather
@@ -114,7 +115,7 @@ def test_targets_by_table(kernel: str) -> None:
     """epsilon, sample, v (x_0 = signal x_t - noise v) and flow (x_0 = x_t - s target) are tables of the one kernel."""
     latents, own, prompts, _, replace, counter = banks((3, 5))
     schedule = NoiseSchedule.cosine(T)
-    tables = {t: schedule.coefficients(t) for t in get_args(PredictionType)} | {"flow": flow_coefficients(T, 3.0)}
+    tables = {t: schedule.coefficients(t) for t in schedule.prediction_types} | {"flow": flow_coefficients(T, 3.0)}
     for name, table in tables.items():
         with use(kernel):
             draw = noise_gather(latents, own, prompts, table, replace, counter, batch=4, null_index=8, target=True)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdistill.diffusion.flow import flow_coefficients
 from fastdistill.diffusion.matching import match_table
-from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
+from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError
 from fastdistill.ops import Task, noise_gather, output_match, use
 from fastdistill.ops.noise_gather import RANDOM

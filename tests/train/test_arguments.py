@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.diffusion.flow import flow_coefficients
 from fastdistill.diffusion.matching import match_table
 from fastdistill.diffusion.sampler import ddim
-from fastdistill.diffusion.schedule import NoiseSchedule, flow_coefficients
+from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.distill.denoising import Denoising
 from fastdistill.errors import InputError

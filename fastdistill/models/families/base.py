@@ -64,6 +64,11 @@ class Family:
         patch = int(config.get("patch_size") or 1)
         return (shape[-2] // patch) * (shape[-1] // patch)
 
+    def sigmas(self, steps: int) -> list[float] | None:
+        """The noise levels that this family's pipeline samples at, before the scheduler's shift; None: the scheduler's
+        own."""
+        return None
+
     def prepare(self, model: nn.Module) -> Callable[[], None]:
         """Switch off what a model draws by itself that a step draws by counter; returns what undoes it."""
         return lambda: None

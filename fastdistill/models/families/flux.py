@@ -56,6 +56,9 @@ class Flux(Family):
     def tokens(self, config: Mapping[str, Any], shape: tuple[int, ...]) -> int:
         return (shape[-2] // 2) * (shape[-1] // 2)
 
+    def sigmas(self, steps: int) -> list[float]:
+        return [1 - i / steps for i in range(steps)]
+
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2
         output = model(

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling by any scheduler of diffusers, each sample with random numbers of its own."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.diffusion.flow import mu_of
+from fastdistill.errors import InputError
+from fastdistill.models import families
+from fastdistill.models.calling import Call, Predictor
+from fastdistill.ops import philox
+from fastdistill.ops.noise_gather.banks import listed
+
+
+@torch.no_grad()
+def sample_with(
+    scheduler: Any,
+    model: nn.Module,
+    x_T: Tensor,
+    prompts: Tensor | Mapping[str, Tensor],
+    null_prompt: Tensor | Mapping[str, Tensor] | None = None,
+    *,
+    steps: int,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    rows: Tensor | None = None,
+    call: Call | None = None,
+    callback: Callable[[int, Tensor, Tensor], object] | None = None,
+) -> Tensor:
+    """x_0 [B, *S] from noise x_T [B, *S] (standard normal) by a scheduler of diffusers, as its pipelines do it.
+
+    Args:
+        scheduler: with ``set_timesteps`` and ``step``; a copy of it is used.
+        model: in eval mode; called as its family has it, or by ``call`` (``Predictor``).
+        prompts: rows [B, ...], a tensor of embeddings or banks by name. null_prompt: one row [...] of each; not needed
+            where guidance_scale is 1.
+        guidance_scale: prediction = null + g (conditional - null), in one batch of 2 B; 1: the conditional alone.
+        seed, rows: stochastic schedulers draw for sample i from a generator of its own, seeded by (seed, rows[i]);
+            rows [B] int64 (None: 0..B-1).
+        callback: called after each step with (index, timestep, state).
+
+    Returns:
+        x_0 in the dtype of x_T; the state between the steps is at least float32.
+
+    Raises:
+        InputError: an object that is no scheduler, one that learns its variance, prompts of another batch.
+    """
+    if not all(hasattr(scheduler, name) for name in ("set_timesteps", "step", "config")):
+        raise InputError.of("scheduler", "a scheduler of diffusers", type(scheduler).__name__)
+    if str(scheduler.config.get("variance_type")).startswith("learned"):
+        raise InputError.of("scheduler", "one with a fixed variance", scheduler.config["variance_type"])
+    if any(len(bank) != len(x_T) for bank in listed(prompts)):
+        raise InputError.of("prompts", f"{len(x_T)} rows (batch of x_T)", [len(bank) for bank in listed(prompts)])
+    guided = guidance_scale != 1
+    if guided and null_prompt is None:
+        raise InputError.of("null_prompt", f"a row, for a guidance_scale of {guidance_scale}", None)
+    conditions = _with_null(prompts, null_prompt) if guided else prompts
+    family = families.find(model) if call is None else None
+    scheduler = copy.deepcopy(scheduler)
+    _set_timesteps(scheduler, steps, x_T, model, family)
+    index = torch.arange(len(x_T), device=x_T.device) if rows is None else rows
+    options = _options(scheduler, seed, index)
+    predict = Predictor(model, call)
+    x = x_T.to(torch.promote_types(x_T.dtype, torch.float32)) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for number, t in enumerate(scheduler.timesteps):
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        seen = torch.cat([seen, seen]) if guided else seen
+        output = predict(seen, t.to(x.device).expand(len(seen)), conditions)[:, : x.shape[1]].to(x.dtype)
+        if guided:
+            unconditional, conditional = output.chunk(2)
+            output = unconditional + guidance_scale * (conditional - unconditional)
+        x = scheduler.step(output, t, x, **options, return_dict=False)[0].to(x.dtype)
+        if callback is not None:
+            callback(number, t, x)
+    return x.to(x_T.dtype)
+
+
+def _with_null(prompts: Any, null: Any) -> Any:
+    """Null rows, then the prompts, in every bank."""
+    if isinstance(prompts, Mapping):
+        return {name: _with_null(bank, null[name]) for name, bank in prompts.items()}
+    return torch.cat([null.to(prompts.dtype).expand_as(prompts), prompts])
+
+
+def _set_timesteps(scheduler: Any, steps: int, x: Tensor, model: nn.Module, family: families.Family | None) -> None:
+    options: dict[str, Any] = {}
+    if family is not None:
+        tokens = family.tokens(families.unwrapped(model).config, tuple(x.shape[1:]))
+        if (mu := mu_of(scheduler, tokens)) is not None:
+            options["mu"] = mu
+        if (sigmas := family.sigmas(steps)) is not None and "sigmas" in _takes(scheduler.set_timesteps):
+            options["sigmas"] = sigmas
+    scheduler.set_timesteps(steps, device=x.device, **options)
+
+
+def _options(scheduler: Any, seed: int, rows: Tensor) -> dict[str, Any]:
+    """A generator for each row, where the scheduler takes some."""
+    if "generator" not in _takes(scheduler.step):
+        return {}
+    key = torch.tensor(seed, dtype=torch.int64, device=rows.device)
+    zero = torch.zeros_like(key)
+    low, high, *_ = philox.words(key, zero, rows, zero, philox.SAMPLING)
+    seeds = (low | (high >> 1) << 32).tolist()
+    return {"generator": [torch.Generator(rows.device).manual_seed(own) for own in seeds]}
+
+
+def _takes(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters

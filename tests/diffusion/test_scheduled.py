@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling by diffusers' schedulers: as their pipelines do it, each sample on its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+from fastdistill.diffusion.flow import dynamic_mu
+from fastdistill.diffusion.sampler import ddim
+from fastdistill.diffusion.scheduled import sample_with
+from fastdistill.errors import InputError
+from tests.models import tiny_families as small
+
+
+def parts(name: str) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    model = small.model(name).eval()
+    x, rows = small.cache(name).latents[:3], small.banks(model)
+    return model, x, {k: v[:3] for k, v in rows.items()}, {k: v[3] for k, v in rows.items()}
+
+
+def test_flow_models_by_their_own_scheduler() -> None:
+    model, x, rows, _ = parts("flux")
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    found = sample_with(scheduler, model, x, rows, steps=3)
+    scheduler.set_timesteps(3, sigmas=[1.0, 2 / 3, 1 / 3], mu=dynamic_mu(16))
+    from fastdistill.models.families import family_of
+
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = family_of(model).call(model, x, t.expand(3), rows)
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+    assert torch.equal(found, x)
+
+
+def test_guided_ddim_is_that_of_the_own_sampler() -> None:
+    model, x, rows, null = parts("sd")
+    text, none = rows["encoder_hidden_states"], null["encoder_hidden_states"]
+    scheduler = DDIMScheduler(clip_sample=False)
+    wanted = ddim(model, x, text, none, scheduler, steps=4, guidance_scale=3.0)
+    found = sample_with(scheduler, model, x, text, none, steps=4, guidance_scale=3.0)
+    # the same operations, associated otherwise: a few roundings a step of states that are not larger than the largest
+    assert (found - wanted).abs().max() <= 4 * 32 * torch.finfo(torch.float32).eps * max(
+        wanted.abs().max(), x.abs().max()
+    )
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, EulerAncestralDiscreteScheduler])
+def test_a_sample_depends_on_its_row_and_the_seed_alone(kind: Any) -> None:
+    model, x, rows, _ = parts("dit")
+    model.double()
+
+    def sample(samples: list[int], seed: int = 7) -> torch.Tensor:
+        number = torch.tensor([5 + i for i in samples])
+        given = {name: bank[samples] for name, bank in rows.items()}
+        return sample_with(kind(), model, x[samples].double(), given, steps=3, rows=number, seed=seed)
+
+    together = sample([0, 1, 0])
+    assert torch.equal(together[0], together[2]) and not torch.equal(together[0], together[1])
+    alone = sample([0])
+    assert (alone[0] - together[0]).abs().max() <= 1e-9 * together.abs().max()  # matmuls of another size, in float64
+    assert (alone - sample([0], seed=8)).abs().max() > 1e-3
+
+
+def test_arguments() -> None:
+    model, x, rows, _ = parts("dit")
+    with pytest.raises(InputError, match="scheduler: expected a scheduler of diffusers, got str"):
+        sample_with("ddim", model, x, rows, steps=2)
+    with pytest.raises(InputError, match="scheduler: expected one with a fixed variance, got learned_range"):
+        sample_with(DDPMScheduler(variance_type="learned_range"), model, x, rows, steps=2)
+    with pytest.raises(InputError, match="null_prompt: expected a row, for a guidance_scale of 2"):
+        sample_with(DDPMScheduler(), model, x, rows, steps=2, guidance_scale=2)
+    with pytest.raises(InputError, match=r"prompts: expected 2 rows \(batch of x_T\), got \[3\]"):
+        sample_with(DDPMScheduler(), model, x[:2], rows, steps=2)
