@@ -76,7 +76,10 @@ def test_wrong_types(argument: str, accepted: tuple[Any, ...]) -> None:
         ({"config": {"step": 3}}, r"config: 1 problem\n  step: no such field \(did you mean steps\?\)"),
         ({"config": tiny}, r"config: expected a TrainConfig or a mapping of its fields, got module"),
         ({"device": "cuda:99"}, r"device: expected a device that torch can use here, such as 'cpu', got 'cuda:99' \("),
-        ({"schedule": DDIMScheduler}, r"schedule: expected a NoiseSchedule or a diffusers.*got the class DDIMSchedu"),
+        (
+            {"schedule": DDIMScheduler},
+            r"schedule: expected a NoiseSchedule, a FlowSchedule or a diffusers.*got the class DDIMSchedu",
+        ),
         ({"prediction_type": "eps"}, r"prediction_type: expected one of epsilon, sample, v_prediction, got 'eps'"),
     ],
 )
