@@ -99,7 +99,7 @@ def test_table() -> None:
     [
         (
             {"weights": "snr2"},
-            "weights: expected one of uniform, snr, truncated_snr, min_snr, sigma_sqrt, cosmap, or a tensor, got 'snr2'",
+            "weights: expected one of uniform, snr, truncated_snr, min_snr, sigma_sqrt, cosmap, or.*got 'snr2'",
         ),
         ({"weights": torch.ones(3)}, r"weights: expected one number per timestep, \(1000,\), got \(3,\)"),
         ({"guidance": torch.full((T,), float("nan"))}, r"guidance\[0\]: expected a finite number, got nan"),
