@@ -85,6 +85,10 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "SD3Transformer2DModel": sd3,
     "SD3Transformer2DModel, 3.5": lambda: sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
 }
+#: One of each kind of block.
+QUICK = {
+    "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel, 3.5",
+}  # fmt: skip
 
 
 def made(name: str) -> tuple[nn.Module, Inputs]:

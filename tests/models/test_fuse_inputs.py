@@ -18,10 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastdistill.models.fuse import convolutional, fuse
 from tests.harness import assert_alike
-from tests.models.fusible import MODELS, assert_close, call, cast, made, parts
+from tests.models.fusible import MODELS, QUICK, assert_close, call, cast, made, parts
 
 SLOW = pytest.mark.slow
-QUICK = {"UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel, 3.5"}
 
 
 @pytest.fixture(autouse=True)

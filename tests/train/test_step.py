@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,22 @@ def test_gradient_checkpoints_change_nothing() -> None:
         step()
         assert student.is_gradient_checkpointing is wanted
         results.append([*step.parameters, step.totals])
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_gradient_checkpoints_around_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The attentions of a fused student are measured in its first step, inside of the checkpoints."""
+    monkeypatch.delenv("FASTDISTILL_ATTENTION")
+    monkeypatch.setenv("FASTDISTILL_CACHE", str(tmp_path))
+    results = []
+    for wanted in (True, False):
+        trainer = small.trainer(fuse=True, steps=2)
+        if wanted:
+            trainer.student.enable_gradient_checkpointing()  # type: ignore[operator]
+        trainer.fit()
+        assert (tmp_path / "attention.json").exists()
+        results.append([*trainer.student.parameters()])
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
