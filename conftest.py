@@ -12,9 +12,20 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="run the op benchmarks, not the tests")
+    parser.addoption(
+        "--tell", action="store_true", help="print each failure as it happens, for a run that may be stopped"
+    )
+
+
+class _Tell:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            print(f"\n== {report.when} of {report.nodeid} failed\n{report.longreprtext[-3000:]}", flush=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.tell and not hasattr(config, "workerinput"):  # once, of all workers of pytest-xdist
+        config.pluginmanager.register(_Tell())
     if not config.option.benchmark:
         return
     if not config.pluginmanager.hasplugin("benchmark"):

@@ -22,7 +22,7 @@ FIELDS = (
     " ours_iqr_ms ours_img_s ours_peak_gb ours_gb_s ours_tflop_s percent copy_gb_s matmul_tflop_s note isa driver"
     " sm_mhz watts torch triton python commit"
 ).split()
-WRONG = "wrong: "
+WRONG, FAILED = "wrong: ", "failed: "
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def unmeasured(case: Case, settings: Settings, note: str) -> list[Row]:
 
 def measure(case: Case, settings: Settings) -> Iterator[Row]:
     """One row a rival and mode, as they are measured. A kernel that does not match its reference is not timed, and its
-    rows say so. Rows of training steps have two more entries than FIELDS, ``ours_parts`` and ``rival_parts``: where the
+    rows say so; an error is the reason of the rows that are left, unless the device is unusable, which ends the process
+    after them. Rows of training steps have two more entries than FIELDS, ``ours_parts`` and ``rival_parts``: where the
     milliseconds went."""
     workloads: list[Workload] = []
     _ceilings(case, settings)  # while the memory is free
@@ -74,12 +75,14 @@ def measure(case: Case, settings: Settings) -> Iterator[Row]:
         note = not_installed(error)
     except AssertionError as error:
         note = WRONG + line(error)
+    except Exception as error:
+        note = FAILED + line(error)
     finally:
         workloads.clear()
         forget_compiled()
-        free(settings.device)
     if note:
         yield from (found for found in unmeasured(case, settings, note) if found["rival"] not in told)
+    free(settings.device)  # raises where an error has left the device unusable
 
 
 def once(case: Case, settings: Settings) -> None:
@@ -112,6 +115,8 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
             yield from _steps(case, first, wanted, missing, settings, group.seconds)
         except torch.OutOfMemoryError:
             yield from (r for r in unmeasured(case, settings, "out of memory") if r["rival"] in group.rivals)
+        except Exception as error:
+            yield from (r for r in unmeasured(case, settings, FAILED + line(error)) if r["rival"] in group.rivals)
         for name in wanted.keys() - {"ours"}:
             wanted[name][0].close()  # type: ignore[attr-defined]
         forget_compiled()
@@ -132,7 +137,8 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
             except Exception as error:
                 failed[name] = line(error)
         if "ours" in failed:
-            yield from (r | {"mode": mode} for r in unmeasured(case, settings, f"ours: {failed['ours']}"))
+            note = f"{FAILED}ours: {failed['ours']}"
+            yield from (r | {"mode": mode} for r in unmeasured(case, settings, note))
             continue
         for name in failed:
             watches.pop(name, None)
@@ -163,7 +169,7 @@ def _steps(
             run.rest()
             free(settings.device)
     if "ours" in failed:
-        note = f"ours: {failed['ours']}"
+        note = f"{FAILED}ours: {failed['ours']}"
         yield from (r for r in unmeasured(case, settings, note) if r["rival"] in runs or r["rival"] in absent)
         return
     if seconds:

@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from benchmarks import base, files, machine
-from benchmarks.measure import WRONG, Row, Settings, measure, once, unmeasured
+from benchmarks.measure import FAILED, WRONG, Row, Settings, measure, once, unmeasured
 from benchmarks.registry import DTYPES, Case, cases, ops
 
 NO_GPU = "no CUDA device"
@@ -95,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(rows, indent=2))
     else:
         name = machine.device_name(settings.device) if there else NO_GPU
-        Console(width=150).print(_table(rows, f"{name}: times faster than the rival"))
-    return 1 if any(str(row["note"]).startswith(WRONG) for row in rows) else 0
+        print(_table(rows, f"{name}: times faster than the rival"))
+    return 1 if any(str(row["note"]).startswith((WRONG, FAILED)) for row in rows) else 0
 
 
 def _chosen(p: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
@@ -143,17 +140,15 @@ def _measured(chosen: list[Case], settings: Settings, base_commit: str, minutes:
                 yield from ([row] for row in measure(case, settings))
 
 
-def _table(rows: list[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _table(rows: list[Row], title: str) -> str:
     columns = {"op": "op", "shape": "shape", "dtype": "dtype", "mode": "mode", "rival": "rival", "ratio": "ratio"}
     columns |= {"ours_img_s": "img/s", "rival_img_s": "rival's", "ours_peak_gb": "GB", "rival_peak_gb": "rival's GB"}
     columns |= {"ours_gb_s": "GB/s", "ours_tflop_s": "TFLOP/s", "percent": "% of ceiling", "note": "note"}
-    used = {key: title for key, title in columns.items() if any(row[key] != "" for row in rows)}
-    for heading in used.values():
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(*(Text(str(row[key])) for key in used))  # no markup
-    return table
+    used = {key: heading for key, heading in columns.items() if any(row[key] != "" for row in rows)}
+    cells = [list(used.values()), *([str(row[key]) for key in used] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 if __name__ == "__main__":

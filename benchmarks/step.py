@@ -54,8 +54,8 @@ class Setup:
 def workload(build: Callable[[torch.device], Setup], device: torch.device, sustained: float = 0.0) -> Workload:
     """Ours, fused, against RIVALS.
 
-    On a GPU in groups, as the memory of all would be too much: the two that are expected to be the strongest first, for
-    ``sustained`` seconds, then each other one for five seconds of its own.
+    On a GPU one rival at a time beside ours, as the memory of all would be too much: first those that need no compiler,
+    for ten seconds; then the compiled ones, which are expected to be the strongest, for ``sustained`` seconds.
     """
     setup = build(device)
     trainer = _trainer(setup, fuse=True)
@@ -79,7 +79,9 @@ def workload(build: Callable[[torch.device], Setup], device: torch.device, susta
     }
     groups: tuple[Group, ...] = ()
     if device.type == "cuda":
-        groups = Group((COMPILED, BEST_SDPA), max(sustained, 15.0)), *(Group((name,), 10.0) for name in RIVALS[2:])
+        compiled = {COMPILED, BEST_SDPA}
+        order = [TUNED, UNFUSED, LITERAL, COMPILED, BEST_SDPA]
+        groups = tuple(Group((name,), max(sustained, 15.0) if name in compiled else 10.0) for name in order)
     return Workload(
         Contestant(lambda: _Trained(trainer)),
         rivals,

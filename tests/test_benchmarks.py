@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmarks.gpu
+import benchmarks.run
 from benchmarks import files, registry, report
 from benchmarks.gpu import PARTS, Stage, stages
 from benchmarks.measure import FIELDS, Settings, measure
@@ -90,6 +93,31 @@ def test_a_wrong_op_is_not_timed() -> None:
     assert all(row["note"].startswith("wrong: AssertionError: it is wrong") and row["ratio"] == "" for row in rows)
 
 
+def test_an_op_that_cannot_run_is_a_row_and_the_next_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, _ = case_of(right=True)
+
+    def build(device: torch.device) -> Workload:
+        raise RuntimeError("it does not compile")
+
+    monkeypatch.setattr(benchmarks.run, "_chosen", lambda *_: [dataclasses.replace(right, build=build), right])
+    arguments = "--device cpu --rounds 4 --csv none --json -".split()
+    assert main(arguments) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["note"] for row in rows] == ["failed: RuntimeError: it does not compile"] * 2 + ["", "not here"]
+    assert rows[2]["ratio"] > 0
+
+
+def test_failures_are_told_as_they_happen(tmp_path: Path) -> None:
+    """Before the summary, of which nothing is left where a run is killed."""
+    (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
+    (tmp_path / "test_planted.py").write_text("def test_a():\n    assert 1 == 2\ndef test_b():\n    print('then b')\n")
+    done = run_pytest("--tell", "-q", "-s", "--rootdir", str(tmp_path), str(tmp_path))
+    first = done.stdout.partition("then b")[0]
+    assert "call of test_planted.py::test_a failed" in first and "assert 1 == 2" in first, done.stdout + done.stderr
+
+
 def test_without_a_gpu_every_row_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -141,14 +169,24 @@ def test_make_gpu_ends_at_once_without_one() -> None:
     assert "PART: expected one of 1/3, 2/3, 3/3, got '4/3'" in gpu("4/3").stderr
 
 
-def test_a_stage_is_stopped_at_its_limit_and_keeps_what_it_said() -> None:
-    code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
-    stage = Stage("slow", [sys.executable, "-c", code], 6, {})
+def test_a_stage_is_stopped_at_its_limit_and_keeps_what_it_said(tmp_path: Path) -> None:
+    code = "import time; print('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('evidence')"
+    purse = [8.0]
+    stage = Stage("slow", [sys.executable, "-c", code], 6, purse=purse)
+    stage.run(left=100, log=tmp_path / "slow.log")
+    assert stage.ended == "stopped after 6 s" and stage.output == "begun\nevidence\n" and stage.seconds < 20
+    assert (tmp_path / "slow.log").read_text() == stage.output
+    for late, left in ((Stage("late", [sys.executable], 6), 1), (Stage("poor", [sys.executable], 6, purse=purse), 100)):
+        late.run(left)
+        assert late.ended == "not begun: no time left"
+
+
+def test_a_stage_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.gpu, "_GRACE", 0.2)
+    code = "import signal, time; signal.signal(2, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
+    stage = Stage("deaf", [sys.executable, "-c", code], 5)
     stage.run(left=100)
-    assert stage.ended == "stopped after 6 s" and stage.output == "begun\n" and stage.seconds < 20
-    late = Stage("late", [sys.executable], 6, {})
-    late.run(left=1)
-    assert late.ended == "not begun: no time left"
+    assert stage.ended == "stopped after 5 s" and stage.output == "begun\n" and stage.seconds < 20
 
 
 @pytest.mark.parametrize("part", PARTS)

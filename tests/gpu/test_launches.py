@@ -18,9 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdistill.ops import OPS, _dispatch, _native, feature_match, grad_square_sum, noise_gather, use
 from fastdistill.ops._dispatch import Kernel, Op
-from fastdistill.train import DistillTrainer
-from fastdistill.train.checkpoint import state_of
-from tests import small
 from tests.gpu.work import KERNELS, PAIRS, WORKS, Work, adamw_ema_work, banks, restore, steps_of
 from tests.ops.test_philox import VECTORS
 
@@ -97,6 +94,12 @@ def test_replays_of_a_graph_are_the_next_steps(work: str, kernel: str) -> None:
 
 def test_a_graph_of_a_whole_training_step() -> None:
     """Draw, teacher, student, losses, backward and optimizer; what is not this project's may round differently."""
+    for name in ("diffusers", "pydantic", "safetensors", "yaml"):
+        pytest.importorskip(name)
+    from fastdistill.train import DistillTrainer
+    from fastdistill.train.checkpoint import state_of
+    from tests import small
+
     own = small.teacher()
     made = small.student("channel_base", own)
     parts = small.SCHEDULE, small.cache(), small.bank(), small.objective(made), small.config()

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from fastdistill import doctor
 from fastdistill.errors import DeviceError, FastdistillError, InputError, KernelError
 from fastdistill.ops import OPS, _failures, _native, _triton, cross_attention, geglu, trials, use
 from fastdistill.ops._dispatch import Kernel, Op, later
@@ -275,6 +274,7 @@ def test_cross_attention_goes_to_that_of_torch(monkeypatch: pytest.MonkeyPatch) 
 def test_the_doctor_names_what_does_not_run(
     broken: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    doctor = pytest.importorskip("fastdistill.doctor")  # it prints by rich
     for op in OPS.values():  # without the emulated ones
         own = [kernel for kernel in op.kernels if kernel.device != "cpu" or kernel.name not in ("triton", "cuda")]
         monkeypatch.setattr(op, "kernels", own)

@@ -8,7 +8,6 @@ import importlib
 
 import pytest
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -252,8 +251,11 @@ def test_same_bits_for_any_number_of_threads(kernel: str, last: bool) -> None:
 @pytest.mark.parametrize("embedding", ["default", "scale_shift"])
 def test_a_residual_block_of_diffusers(embedding: str) -> None:
     """The block's own forward, with its norms, its time embedding and its activations taken over."""
+    resnet = pytest.importorskip("diffusers.models.resnet")
     torch.manual_seed(0)
-    block = ResnetBlock2D(in_channels=16, out_channels=32, temb_channels=24, groups=4, time_embedding_norm=embedding)
+    block = resnet.ResnetBlock2D(
+        in_channels=16, out_channels=32, temb_channels=24, groups=4, time_embedding_norm=embedding
+    )
     x, embedded = torch.randn(2, 16, 6, 6, requires_grad=True), torch.randn(2, 24)
     h = block.conv1(group_norm_silu(x, block.norm1.weight, block.norm1.bias, 4, block.norm1.eps))
     projection = block.time_emb_proj(F.silu(embedded))
