@@ -1,13 +1,15 @@
-# make setup | demo | test | test-isa | sanitizers | gpu-sanitizers | bench | gpu | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PART=1/3
+# make setup | demo | test | test-isa | test-torch | sanitizers | gpu-sanitizers | bench | gpu | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
 # PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TORCH ?= 2.11.0
+OLDEST_TRITON := build/triton-3.6.0
 # One thread: with two and a busy core, a small training step was 16 times slower.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-isa sanitizers gpu-sanitizers bench gpu kernels-report lint format build-matrix clean
+.PHONY: setup demo test test-slow test-isa test-torch sanitizers gpu-sanitizers bench gpu kernels-report lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -33,6 +35,20 @@ test-slow: setup
 test-isa: setup
 	$(BIN)/python -m tests.isa $(ARGS)
 
+# Under another torch, in a virtual environment of its own (4.6 GB): make test-torch TORCH=2.11.0
+test-torch: build/torch-$(TORCH)/.installed
+	$(dir $<)bin/python -m pytest -n 2 --dist worksteal -m 'not slow' tests/ops tests/models tests/train $(ARGS)
+	$(dir $<)bin/python -m benchmarks.kernels.report --csv $(dir $<)kernels.csv
+
+# Triton 3.6, that of torch 2.11, does not interpret with NumPy from 2.4 on.
+build/torch-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	sed -E '/^(torch|triton|numpy|setuptools|cuda|nvidia)/d' constraints.txt > $(@D)/constraints.txt
+	echo '$(if $(filter 2.11.%,$*),numpy<2.3,numpy)' >> $(@D)/constraints.txt
+	PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/pip install --quiet torch==$*
+	PIP_CONSTRAINT=$(@D)/constraints.txt FASTDISTILL_CUDA=0 $(@D)/bin/pip install --quiet --editable '.[demo,dev]'
+	@touch $@
+
 sanitizers: setup
 	$(BIN)/python -m tests.sanitizers $(ARGS)
 
@@ -46,8 +62,14 @@ bench: setup
 gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(PART)
 
-kernels-report: setup
-	$(BIN)/python -m benchmarks.kernels.report
+# By the Triton of .venv and by that of the oldest torch.
+kernels-report: setup $(OLDEST_TRITON)
+	$(BIN)/python -m benchmarks.kernels.report --triton $(OLDEST_TRITON)
+
+build/triton-%: | setup
+	rm -rf $@ $@.part
+	$(BIN)/pip install --quiet --no-deps --target $@.part triton==$*
+	mv $@.part $@
 
 lint: setup
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def rows() -> Iterator[Row]:
         if arch >= 90 and shared:
             shared -= SYSTEM_SHARED  # counted by the compiler there
         yield Row(
-            _OPS[base], name, "cuda", f"sm_{arch}", used["REG"], used["STACK"] + used["LOCAL"], shared, threads,
+            _OPS[base], name, "cuda", "", f"sm_{arch}", used["REG"], used["STACK"] + used["LOCAL"], shared, threads,
             occupancy(arch, used["REG"], shared, threads),
         )  # fmt: skip
 

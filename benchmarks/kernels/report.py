@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks.kernels.report``: registers, spills, shared memory and occupancy of every kernel for a GPU.
 
-Writes benchmarks/kernels/report.csv and fails where a kernel spills.
+Writes benchmarks/kernels/report.csv and fails where a kernel spills or does not compile. ``--triton`` adds the kernels
+as another Triton compiles them, one of a folder that ``pip install --no-deps --target`` made.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -20,36 +24,61 @@ from rich.table import Table
 from benchmarks.kernels import cuda
 from benchmarks.kernels.resources import Row
 
+ROOT = Path(__file__).parents[2]
 PATH = Path(__file__).parent / "report.csv"
 
 
-def triton_rows() -> list[Row]:
-    """Of a process of its own, in which Triton compiles whatever this one does."""
+def triton_rows(folders: Iterable[Path]) -> list[Row]:
+    """As the installed Triton, and then those of the folders, compile them, each in a process of its own, in which
+    Triton compiles whatever this one does; all at once.
+
+    Raises:
+        RuntimeError: a kernel does not compile.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels.triton"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
-    return [Row(**row) for row in json.loads(done.stdout)]
+    found: list[Row] = []
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for path in (None, *folders):
+            places = [str(path), *filter(None, [environment.get("PYTHONPATH")])]
+            own = {"PYTHONPATH": os.pathsep.join(places)} if path else {}
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment | own)
+            processes[path] = stack.enter_context(process)
+            stack.callback(process.kill)  # before it is waited for
+        for path, process in processes.items():
+            printed, _ = process.communicate()
+            if process.returncode:
+                raise RuntimeError(f"Triton{f' of {path}' if path else ''} did not compile every kernel (see above)")
+            found += (Row(**row) for row in json.loads(printed))
+    return found
 
 
-def main() -> int:
-    rows = triton_rows()
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.kernels.report", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--triton", type=Path, nargs="+", default=[], metavar="FOLDER", help="other Tritons")
+    parser.add_argument("--csv", type=Path, default=PATH, metavar="FILE", help=f"({PATH.relative_to(ROOT)})")
+    options = parser.parse_args(arguments)
+    if wrong := [path for path in options.triton if not (path / "triton" / "__init__.py").is_file()]:
+        parser.error(f"--triton: expected a folder with the package triton, got {wrong[0]}")
+    rows = triton_rows(path.resolve() for path in options.triton)
     try:
         rows += cuda.rows()
     except RuntimeError as error:
         print(f"CUDA kernels left out: {error}", file=sys.stderr)
-    with PATH.open("w", newline="", encoding="utf-8") as file:
+    with options.csv.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) | {"occupancy": f"{row.occupancy:.3f}"} for row in rows)
     table = Table(title=f"{len(rows)} kernels")
-    columns = "op kernel backend arch registers spill_bytes shared_bytes threads occupancy".split()
+    columns = "op kernel backend triton arch registers spill_bytes shared_bytes threads occupancy".split()
     for column in columns:
         table.add_column(column.replace("_", " "))
     for row in rows:
         values = dataclasses.asdict(row) | {"occupancy": f"{row.occupancy:.0%}"}
         table.add_row(*(str(values[column]) for column in columns))
     Console(width=150).print(table)
-    spilling = [f"{row.op}: {row.kernel} ({row.backend}, {row.arch})" for row in rows if row.spill_bytes]
+    spilling = [f"{row.op}: {row.kernel} ({row.backend} {row.triton}, {row.arch})" for row in rows if row.spill_bytes]
     if spilling:
         print(f"registers spilled by {', '.join(spilling)}", file=sys.stderr)
     return 1 if spilling else 0

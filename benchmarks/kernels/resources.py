@@ -19,11 +19,13 @@ _REGISTERS, _PARTITIONS, _GRANULE = 65536, 4, 256
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel. ``spill_bytes``: local memory of a thread. ``occupancy``: resident warps over the most."""
+    """One compiled kernel. ``triton``: the version that compiled it, "" for nvcc. ``spill_bytes``: local memory of a
+    thread. ``occupancy``: resident warps over the most."""
 
     op: str
     kernel: str
     backend: str
+    triton: str
     arch: str
     registers: int
     spill_bytes: int
