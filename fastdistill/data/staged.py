@@ -152,13 +152,14 @@ class Batches:
             return draw
         return draw._replace(x_t=cast(draw.x_t, self._dtype), prompt=cast(draw.prompt, self._dtype))
 
-    def task(self, draw: Draw[Any], counter: Tensor) -> Task:
+    def task(self, draw: Draw[Any], counter: Tensor, first: int = 0) -> Task:
         """What ``output_match`` makes the target of this batch of: the latents and the counter, or, where the latents
-        are not on the device, the target that the draw has stored."""
+        are not on the device, the target that the draw has stored. ``first``: the number in the batch of the first
+        sample of ``draw``, where that is a part of one (``Draw.part``)."""
         if self._resident:
-            first = self._options.get("first_sample", 0)
+            first += self._options.get("first_sample", 0)
             return Task.of(draw, self._tables[0], self._tables[3], counter, first)
-        return Task(draw.target, self._rows, draw.choice, self._as_stored, counter)
+        return Task(draw.target, self._rows[: len(draw.choice)], draw.choice, self._as_stored, counter)
 
     def close(self) -> None:
         """End the reading ahead, once the batch under way is read; ``prepare`` begins it anew."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdistill.diffusion.matching import match_table
 from fastdistill.distill.objective import Setting
-from fastdistill.ops import output_match
+from fastdistill.ops import Draw, output_match
 from fastdistill.train.config import validated
 
 
@@ -53,8 +53,13 @@ class BoundDenoising:
         self.prepare, self.close = self._batches.prepare, self._batches.close
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
-        draw = self._batches(counter)
+        return self.loss(self.draw(counter), counter)
+
+    def draw(self, counter: Tensor) -> Draw[Any]:
+        return self._batches(counter)
+
+    def loss(self, draw: Draw[Any], counter: Tensor, first: int = 0) -> tuple[Tensor, list[Tensor]]:
         output = self._predict(draw.x_t, draw.timestep, draw.prompt)
-        task = self._batches.task(draw, counter)
+        task = self._batches.task(draw, counter, first)
         loss = output_match(output, None, draw.timestep, self._table, task=task, grad_scale=self._grad_scale).loss
         return loss, [loss.detach()]

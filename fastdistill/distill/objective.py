@@ -174,6 +174,9 @@ class BoundObjective(Protocol):
     It calls the models by ``Setting.predict``, which casts their inputs; ``bind`` may check them by ``Setting.check``.
     Before each step the host calls ``prepare`` with its seed and number, and ``close`` after the last: what has to
     happen outside of the step is done there (``Batches``, hooks on the models). ``prepare`` may follow ``close``.
+    For gradients accumulated over parts of a batch (``TrainConfig.micro_batch``) it has ``draw(counter)``, a
+    ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter, first)`` of the samples from number ``first`` on,
+    with the result of a call. The loss is a mean over samples; where it is not, ``whole`` is a text that says why.
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
     """
 

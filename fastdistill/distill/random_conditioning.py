@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from fastdistill.diffusion.conditioning import replacement_probability, threshol
 from fastdistill.diffusion.matching import LossWeighting
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
+from fastdistill.ops import Draw
 from fastdistill.ops.feature_match import Distance
 from fastdistill.train.config import validated
 
@@ -76,6 +77,7 @@ class BoundRandomConditioning:
             weighting=config.loss_weighting,
             gamma=config.min_snr_gamma,
         )
+        self.whole = "the normalized distance of features" if config.feature_distance == "normalized_mse" else ""
         self.metric_names = self._knowledge.metric_names
         self.trained: tuple[nn.Module, ...] = self._knowledge.trained
         self._batches = setting.batches(
@@ -94,6 +96,11 @@ class BoundRandomConditioning:
         self._batches.close()
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with torch.no_grad():
-            draw = self._batches(counter)
-        return self._knowledge(draw, self._batches.task(draw, counter) if self._weights.task else None)
+        return self.loss(self.draw(counter), counter)
+
+    @torch.no_grad()
+    def draw(self, counter: Tensor) -> Draw[Any]:
+        return self._batches(counter)
+
+    def loss(self, draw: Draw[Any], counter: Tensor, first: int = 0) -> tuple[Tensor, list[Tensor]]:
+        return self._knowledge(draw, self._batches.task(draw, counter, first) if self._weights.task else None)

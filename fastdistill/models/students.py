@@ -78,10 +78,15 @@ def make_student(
 
 
 def check_parameters(teacher: nn.Module, student: nn.Module) -> None:
-    """Refuse a student with more parameters than its teacher; those of a quantized one do not count its weights."""
+    """Refuse a student that trains more parameters than its teacher has.
+
+    Frozen ones do not count, as of a student with LoRA beside the teacher's own weights; nor is anything refused by a
+    quantized teacher, whose parameters do not count its weights.
+    """
     if quantized(teacher):
         return
-    most, own = (sum(p.numel() for p in model.parameters()) for model in (teacher, student))
+    most = sum(p.numel() for p in teacher.parameters())
+    own = sum(p.numel() for p in student.parameters() if p.requires_grad)
     if own > most:
         raise InputError.of("student", f"at most the teacher's {most:,} parameters", f"{own:,}")
 

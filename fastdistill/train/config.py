@@ -36,6 +36,10 @@ class TrainConfig:
     """Number of optimizer steps."""
     batch: Annotated[int, Field(ge=1, le=2**20)] = 256
     """Samples per step, over all ranks."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Samples that go through the models at once on each rank, the gradient being the whole batch's; none: all."""
+    gradient_checkpointing: bool = False
+    """Compute the student's activations again in the backward, which saves memory (diffusers models)."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
     """Learning rate of AdamW; with a schedule, its maximum."""
     lr_schedule: Literal["constant", "cosine"] = "constant"

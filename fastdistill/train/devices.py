@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,3 +57,18 @@ def cast(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> N
         return tensor.to(device, None if fixed else dtype)
 
     model._apply(place)
+
+
+def checkpointed(student: nn.Module) -> Callable[[], None]:
+    """Enable diffusers' gradient checkpointing; returns what puts it back.
+
+    Raises:
+        InputError: a student that has none.
+    """
+    try:
+        was = bool(student.is_gradient_checkpointing)
+        student.enable_gradient_checkpointing()  # type: ignore[operator]
+    except (AttributeError, ValueError) as error:
+        rule = "a diffusers model that can be checkpointed (config.gradient_checkpointing)"
+        raise InputError.of("student", rule, type(student).__name__) from error
+    return lambda: None if was else student.disable_gradient_checkpointing()  # type: ignore[operator]

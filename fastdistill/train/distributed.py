@@ -7,6 +7,7 @@ is sharded, so that all ranks make the same update. Rank 0 alone touches files. 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -23,6 +24,16 @@ from fastdistill.models.sharding import sharded
 NCCL = (2, 9, 6)  # the first whose collectives a CUDA graph can hold
 ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 T = TypeVar("T")
+Evaluate = Callable[..., tuple[Tensor, list[Tensor]]]
+
+
+def without_averaging(evaluate: Evaluate) -> contextlib.AbstractContextManager[None]:
+    """In which a backward of what ``averaged`` returned leaves each rank its own gradients, to be averaged with those
+    of a later one."""
+    inner: Any = getattr(evaluate, "_orig_mod", evaluate)
+    ddp = isinstance(inner, nn.parallel.DistributedDataParallel)
+    found: contextlib.AbstractContextManager[None] = inner.no_sync() if ddp else contextlib.nullcontext()
+    return found
 
 
 def size() -> int:
@@ -122,30 +133,32 @@ def broadcast(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, 
 class _Trained(nn.Module):
     """An objective as the forward of all that it trains: what DDP wraps, adapters too."""
 
-    def __init__(self, objective: BoundObjective, student: nn.Module) -> None:
+    def __init__(self, objective: BoundObjective, student: nn.Module, evaluate: Evaluate) -> None:
         super().__init__()
         self.student, self.adapters = student, nn.ModuleList(objective.trained)
-        self._objective = [objective]  # in a list, should it be a module
+        self._evaluate = [evaluate]  # in a list, should it be a module
 
-    def forward(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self._objective[0](counter)
+    def forward(self, *given: Any) -> tuple[Tensor, list[Tensor]]:
+        return self._evaluate[0](*given)
 
 
 def averaged(
-    objective: BoundObjective, student: nn.Module, stream: torch.cuda.Stream | None
-) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
-    """The objective, with a backward that leaves the mean gradients of all ranks.
+    objective: BoundObjective, student: nn.Module, stream: torch.cuda.Stream | None, evaluate: Evaluate | None = None
+) -> Evaluate:
+    """The objective, or a method of it, with a backward that leaves the mean gradients of all ranks.
 
     Weights and buffers become rank 0's. ``stream``: that of a later capture in a CUDA graph.
     """
+    evaluate = evaluate or objective
     if size() == 1 or sharded(student):
-        return objective
+        return evaluate
     if stream is None:
-        return nn.parallel.DistributedDataParallel(_Trained(objective, student), gradient_as_bucket_view=True)
+        trained = _Trained(objective, student, evaluate)
+        return nn.parallel.DistributedDataParallel(trained, gradient_as_bucket_view=True)
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        wrapped = averaged(objective, student, None)
+        wrapped = averaged(objective, student, None, evaluate)
     current.wait_stream(stream)
     return wrapped
 

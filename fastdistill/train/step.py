@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +73,9 @@ class TrainStep:
         self.stream: torch.cuda.Stream | None = None  # on which the step may be captured
         if device.type == "cuda" and config.execution in ("auto", "graph"):
             self.stream = torch.cuda.Stream(device)
-        self._evaluate: Callable[[Tensor], tuple[Tensor, list[Tensor]]]
-        self._evaluate = distributed.averaged(objective, student, self.stream)
+        self._part, self._parts = _parts(objective, config)
+        self._loss: distributed.Evaluate = objective if self._parts == 1 else objective.loss  # type: ignore[attr-defined]
+        self._evaluate = distributed.averaged(objective, student, self.stream, self._loss)
         self.parameters_by_name = own | adapters
         self.parameters = list(self.parameters_by_name.values())
         self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
@@ -111,14 +111,13 @@ class TrainStep:
     def compile(self, *, backend: str = "inductor") -> None:
         """Run draw, models and losses through ``torch.compile`` from now on."""
         if self.stream is not None:  # a capture that failed may have left DDP in the midst of a backward
-            self._evaluate = self.objective
-            self._evaluate = distributed.averaged(self.objective, self._student, None)
+            self._evaluate = self._loss
+            self._evaluate = distributed.averaged(self.objective, self._student, None, self._loss)
         self._evaluate = torch.compile(self._evaluate, dynamic=False, backend=backend)
 
     def __call__(self) -> None:
         step = self.counter[1:]
-        loss, metrics = self._evaluate(self.counter)
-        (loss if self.scaling is None else loss * self.scaling.value).backward()
+        metrics = self._gradients()
         if not self._checked:
             self._check_gradients()
         self.lr.copy_(self._rates.index_select(0, step.clamp(max=len(self._rates) - 1)).squeeze(0))
@@ -132,6 +131,28 @@ class TrainStep:
         self.totals.add_(torch.stack([*metrics, norm]))
         step.add_(1)
 
+    def _gradients(self) -> list[Tensor]:
+        """Leave the gradients of the batch; returns its metrics.
+
+        In equal parts, a mean over samples is the mean of the parts' means, so that the sum of the gradients of
+        loss / parts is that of the whole but for the rounding of its additions (in the gradients' dtype).
+        """
+        if self._parts == 1:
+            loss, metrics = self._evaluate(self.counter)
+            (loss if self.scaling is None else loss * self.scaling.value).backward()
+            return metrics
+        draw = self.objective.draw(self.counter)  # type: ignore[attr-defined]
+        sums: list[Tensor] = []
+        for first in range(0, self._parts * self._part, self._part):
+            last = first + self._part == self._parts * self._part
+            with contextlib.nullcontext() if last else distributed.without_averaging(self._evaluate):
+                loss, metrics = self._evaluate(draw.part(first, first + self._part), self.counter, first)
+                loss = loss / self._parts
+                (loss if self.scaling is None else loss * self.scaling.value).backward()
+            parts = [metric / self._parts for metric in metrics]
+            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        return sums
+
     def _check_gradients(self) -> None:
         """DDP waits for every gradient; alone, a parameter without one rests."""
         self._checked = True
@@ -140,6 +161,23 @@ class TrainStep:
         if resting and not sharded(self._student):
             rule = "a gradient for every parameter, or requires_grad_(False), where ranks average them"
             raise InputError.of("student", rule, f"none for {', '.join(resting)}")
+
+
+def _parts(objective: BoundObjective, config: TrainConfig) -> tuple[int, int]:
+    """Samples that go through the models at once, and how often a step does that."""
+    batch = config.batch // distributed.size()
+    part = config.micro_batch or batch
+    if batch % part:
+        raise InputError.of("config.micro_batch", f"a divisor of the {batch} samples of each rank", part)
+    if part < batch:
+        missing = [name for name in ("draw", "loss") if not callable(getattr(objective, name, None))]
+        if missing:
+            rule = "an objective with draw and loss, for batches in parts (config.micro_batch)"
+            raise InputError.of("objective", rule, f"{type(objective).__name__} without {' and '.join(missing)}")
+        if why := getattr(objective, "whole", ""):
+            rule = f"none, as the loss of a batch is not the mean of its parts' ({why})"
+            raise InputError.of("config.micro_batch", rule, part)
+    return part, batch // part
 
 
 def _trained(modules: dict[str, nn.Module]) -> dict[str, nn.Parameter]:

@@ -101,6 +101,7 @@ class DistillTrainer:
         self.teacher = devices.moved(teacher, self.device, "teacher")
         self._freeze()
         devices.cast(student, self.device, dtype)
+        checkpointing = devices.checkpointed(student) if config.gradient_checkpointing else None
         self.student = student.train()
         if self.config.fuse:
             fuse(self.teacher)
@@ -132,7 +133,8 @@ class DistillTrainer:
         if shard is not None:
             distributed.shard(self.student, bound, shard)
         self.step = TrainStep(bound, self.student, config, self.device, scaling)
-        self._undo = [family.prepare(model) for model in (teacher, student) if (family := families.find(model))]
+        self._undo = [checkpointing] if checkpointing else []
+        self._undo += [family.prepare(model) for model in (teacher, student) if (family := families.find(model))]
         self._closed = False
 
     def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
@@ -267,7 +269,17 @@ def _fingerprint(
     The student's parameters are compared by name (``checkpoint.latest``). What a machine computes may differ in its
     last bits from what another did, so nothing here is a hash of it.
     """
-    free = {"ahead", "banks", "checkpoint_every", "execution", "keep_checkpoints", "log_every", "precision"}
+    free = {
+        "ahead",
+        "banks",
+        "checkpoint_every",
+        "execution",
+        "keep_checkpoints",
+        "log_every",
+        "precision",
+        "micro_batch",
+        "gradient_checkpointing",
+    }
     if config.lr_schedule == "constant":
         free.add("steps")  # a constant rate can simply go on
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}

@@ -113,6 +113,14 @@ def run(rank: int, directory: Path) -> Any:
     return finished(make(), directory)
 
 
+def parts(rank: int, directory: Path) -> Any:
+    return finished(make(micro_batch=1), directory)
+
+
+def shards_parts(rank: int, directory: Path) -> Any:
+    return finished(make(shard=shard, micro_batch=1))
+
+
 def interrupted(rank: int, directory: Path) -> Any:
     try:
         make().fit(directory, progress=stop_after(3))
@@ -269,7 +277,8 @@ def unsharded(rank: int, directory: Path) -> Any:
 
 
 _ALL: tuple[Any, ...] = (
-    draws, from_disk, run, interrupted, fused, compiled, guarded, pressed, nowhere, full, uneven, unlike,
+    draws, from_disk, run, parts, shards_parts, interrupted,
+    fused, compiled, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
     shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded,
 )  # fmt: skip

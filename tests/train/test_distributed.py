@@ -65,7 +65,7 @@ def test_the_draws_are_those_of_one_process(found: Found, name: str) -> None:
             assert torch.equal(torch.cat([one, two]), wanted)
 
 
-@pytest.mark.parametrize("name", ["run", "shards"])
+@pytest.mark.parametrize("name", ["run", "shards", "parts", "shards_parts"])
 def test_a_run_is_that_of_one_process(found: Found, alone: dict[str, Any], name: str) -> None:
     one, two = map(done, found[name])
     assert same(one, two)

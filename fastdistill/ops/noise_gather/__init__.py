@@ -53,6 +53,11 @@ class Draw(NamedTuple, Generic[Banks]):
     prompt_index: Tensor  # [B] int64
     choice: Tensor  # [B] int64
 
+    def part(self, start: int, stop: int) -> Draw[Banks]:
+        """Samples ``start`` to ``stop`` (exclusive), in the same memory."""
+        parts = {name: getattr(self, name)[start:stop] for name in self._fields if name != "prompt"}
+        return self._replace(prompt=banks.mapped(lambda bank: bank[start:stop], self.prompt), **parts)
+
 
 def empty_draw(
     latents: Tensor, prompts: Banks, batch: int, *, target: bool = False, device: torch.device | str | None = None
