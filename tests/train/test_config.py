@@ -37,7 +37,7 @@ def test_all_problems_at_once() -> None:
 
 
 def test_an_unknown_field_with_nothing_near_shows_what_there_is() -> None:
-    with pytest.raises(InputError, match=r"zzz: no such field \(its fields: steps, batch, lr"):
+    with pytest.raises(InputError, match=r"zzz: no such field \(its fields: steps, batch, micro_batch"):
         from_mapping(TrainConfig, {"zzz": 1})
 
 
