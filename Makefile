@@ -1,4 +1,4 @@
-# make setup | demo | test | test-isa | test-torch | sanitizers | gpu-sanitizers | bench | gpu | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
+# make setup | demo | test | test-isa | test-torch | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
 # PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ OLDEST_TRITON := build/triton-3.6.0
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-isa test-torch sanitizers gpu-sanitizers bench gpu kernels-report lint format build-matrix clean
+.PHONY: setup demo test test-slow test-isa test-torch sanitizers gpu-sanitizers bench gpu gpu-wheels kernels-report lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -61,6 +61,10 @@ bench: setup
 # In whatever Python has torch with CUDA (.venv, or PYTHON=...): nothing is downloaded.
 gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(PART)
+
+# What a machine with a GPU and no network lacks; `make gpu` there installs from the folder.
+gpu-wheels: setup
+	$(BIN)/python -m benchmarks.wheels $(ARGS)
 
 # By the Triton of .venv and by that of the oldest torch.
 kernels-report: setup $(OLDEST_TRITON)
