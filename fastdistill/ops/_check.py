@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from fastdistill.errors import InputError
 from fastdistill.ops._dispatch import Kind, quiet
@@ -46,6 +47,22 @@ def constants(**given: object) -> None:
                 if tangents:
                     tangent = forward_ad.unpack_dual(tensor).tangent
                     require(tangent is None, argument, rule, "a tensor with a tangent")
+
+
+def scale(value: float | None, dim: int) -> float:
+    """Of attention's scores: a number, or 1 / sqrt(dim)."""
+    constants(scale=value)
+    return float(max(dim, 1) ** -0.5 if value is None else value)
+
+
+def rows(index: Tensor, argument: str, count: int, of: str) -> None:
+    """Each number is a row of another argument; looked at where that waits for no device and nothing traces."""
+    if index.device.type != "cpu" or not quiet() or type(index) not in (Tensor, Parameter) or _is_wrapper(index):
+        return
+    outside = (index < 0) | (index >= count)
+    if outside.any():
+        at = int(outside.nonzero()[0])
+        require(False, f"{argument}[{at}]", f"a row of {of}, 0 to {count - 1}", int(index[at]))
 
 
 def shape(tensor: Tensor, argument: str, expected: tuple[int | None, ...], meaning: str) -> None:

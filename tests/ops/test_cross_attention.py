@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError, KernelError
-from fastdistill.ops import OPS, cross_attention, use
+from fastdistill.ops import OPS, _check, cross_attention, use
 from tests.harness import (
     Case,
+    assert_alike,
     check_fake,
     check_op,
     check_values,
@@ -29,6 +31,7 @@ from tests.harness import (
 KERNELS = kernels_of("cross_attention")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy, of samples without keys
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+LOWEST = torch.finfo(torch.float32).min
 
 
 @pytest.fixture(autouse=True)
@@ -257,6 +260,10 @@ def test_what_the_kernels_do_not_take() -> None:
     assert cross_attention(*many).isfinite().all() and cross_attention(*wide).isfinite().all()
 
 
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator(sum(shape)))
+
+
 def zeros(*shape: int, **options: Any) -> Tensor:
     return torch.zeros(shape, **options)
 
@@ -272,7 +279,6 @@ def zeros(*shape: int, **options: Any) -> Tensor:
         ({"k": zeros(2, 5, 2, 16)}, r"k: expected \[R, L, 2, 8\] beside q, got \(2, 5, 2, 16\)"),
         ({"k": zeros(1, 5, 2, 8)}, r"k: expected \[R, L, 2, 8\] beside q, got \(1, 5, 2, 8\)"),
         ({"k": zeros(2, 5, 2, 8).half()}, "k: expected dtype float32, got float16"),
-        ({"k": zeros(2, 0, 2, 8), "v": zeros(2, 0, 2, 8)}, "k: expected at least one key"),
         ({"v": zeros(2, 4, 2, 8)}, r"v: expected the shape of k \(2, 5, 2, 8\), got \(2, 4, 2, 8\)"),
         ({"v": zeros(2, 5, 2, 8, device="meta")}, r"v: expected the device of q \(cpu\), got meta"),
         ({"mask": zeros(2, 9)}, r"mask: expected \[B, L\] = \(2, 5\), got \(2, 9\)"),
@@ -280,10 +286,41 @@ def zeros(*shape: int, **options: Any) -> Tensor:
         ({"mask": zeros(2, 5, requires_grad=True)}, "mask: expected a tensor without gradient"),
         ({"rows": zeros(3).long()}, r"rows: expected \[B\] = \(2,\), got \(3,\)"),
         ({"rows": zeros(2).int()}, "rows: expected dtype int64, got int32"),
-        ({"rows": torch.tensor([1, 2])}, "rows: expected rows of k, 0 to 1, got index 2 is out of bounds"),
+        ({"rows": torch.tensor([1, 2])}, r"rows\[1\]: expected a row of k, 0 to 1, got 2"),
+        ({"rows": torch.tensor([-1, 0])}, r"rows\[0\]: expected a row of k, 0 to 1, got -1"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], message: str) -> None:
     arguments = {"q": zeros(2, 9, 2, 8), "k": zeros(2, 5, 2, 8), "v": zeros(2, 5, 2, 8)} | changes
-    with pytest.raises(InputError, match=message):
-        cross_attention(**arguments)
+    for kernel in (None, "reference"):
+        with use(kernel), pytest.raises(InputError, match=message):
+            cross_attention(**arguments)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, None])
+@pytest.mark.parametrize("L", [5, 40])
+@pytest.mark.parametrize(("dtype", "low"), [("float16", -1e9), ("bfloat16", LOWEST), ("float32", LOWEST)])
+def test_a_sample_of_padding_attends_to_all_keys(kernel: str | None, L: int, dtype: str, low: float) -> None:
+    """A large finite bias is not -inf in any precision: the scores are lost beside it, so every key has one weight."""
+    q, k, v, g = (randn(2, n, 1, 8).to(getattr(torch, dtype)) for n in (4, L, L, 4))
+    inputs, mask = [t.requires_grad_() for t in (q, k, v)], torch.full((2, L), low)
+    mask[1, 1:] = 0.0
+    with use(kernel):
+        out = cross_attention(*inputs, mask=mask)
+        _, dk, dv = torch.autograd.grad(out, inputs, g)
+    mean, share = v[0].double().mean(0), g[0].double().sum(0) / L
+    plain = [t.detach().float() for t in (v[0].mean(0), (g[0] / L).sum(0))]
+    assert_alike([out[0, 0], dv[0, 0]], plain, [mean, share], 3.0)
+    assert dk[0].isfinite().all() and not dk[1, 0].any() and not dv[1, 0].any()
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k == "triton"])
+@pytest.mark.parametrize("row", [-1, 3])
+def test_where_an_error_cannot_be_raised_the_sample_is_nan(kernel: str, row: int) -> None:
+    """A kernel on a GPU reads nothing outside of the bank."""
+    q, k = randn(2, 4, 1, 8).requires_grad_(), randn(3, 5, 1, 8).requires_grad_()
+    with use(kernel), mock.patch.object(_check, "rows"):
+        out = cross_attention(q, k, k, rows=torch.tensor([2, row]))
+    dq, dk = torch.autograd.grad(out.sum(), (q, k))
+    assert out[1].isnan().all() and dq[1].isnan().all() and out[0].isfinite().all()
+    assert dk[2].isfinite().all() and not dk[:2].any()

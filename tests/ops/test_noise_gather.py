@@ -160,12 +160,12 @@ def test_a_refusal_names_the_bank() -> None:
         noise_gather(latents, own, prompts.transpose(1, 2), *rest, batch=5, null_index=8)
 
 
-@pytest.mark.skipif("cpp" not in KERNELS, reason="the C++ kernels are not built")
+@pytest.mark.parametrize("kernel", [k for k in kernels_of("noise_gather", ["cpu"]) if not emulated(k)])
 @pytest.mark.parametrize("row", [-1, 9])
-def test_a_latent_of_a_prompt_that_is_not_there(row: int) -> None:
+def test_a_latent_of_a_prompt_that_is_not_there(kernel: str, row: int) -> None:
     latents, own, *rest = banks()
     with (
-        use("cpp"),
+        use(kernel),
         pytest.raises(InputError, match=rf"latent_prompts\[\d+\]: expected a row of prompts, 0 to 8, got {row}"),
     ):
         noise_gather(latents, torch.full_like(own, row), *rest, batch=50, null_index=8)

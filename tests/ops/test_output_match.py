@@ -307,10 +307,10 @@ def test_backward_again_and_buffers(kernel: str) -> None:
     torch.testing.assert_close(first, 3 * third, rtol=2 * EPS, atol=0)
 
 
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "cpp"])
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k in ("triton", "cuda")])
 @pytest.mark.parametrize("place", ["timestep", "latent_index"])
 def test_where_an_error_cannot_be_raised_the_loss_is_nan(kernel: str, place: str) -> None:
-    """A kernel on a GPU, and the reference, reads nothing outside of a table."""
+    """A kernel on a GPU reads nothing outside of a table."""
     case = case_of(Setting(student_kind="v_prediction", teacher_kind="v_prediction"))
     inputs = list(detached(case.inputs))
     if place == "timestep":
@@ -323,11 +323,13 @@ def test_where_an_error_cannot_be_raised_the_loss_is_nan(kernel: str, place: str
     assert loss.isnan() and gradient[bad].isnan().all() and gradient[0].isfinite().all()
 
 
-@pytest.mark.skipif("cpp" not in KERNELS, reason="the C++ kernels are not built")
-def test_a_timestep_or_latent_that_is_not_there() -> None:
+@pytest.mark.parametrize("kernel", [k for k in kernels_of("output_match", ["cpu"]) if not emulated(k)])
+def test_a_timestep_or_latent_that_is_not_there(kernel: str) -> None:
     case = case_of(Setting())
     inputs = list(detached(case.inputs))
-    with use("cpp"):
+    with use(kernel):
+        with pytest.raises(InputError, match=r"timestep\[0\]: expected a row of table, 0 to 49, got -1"):
+            case.call(*inputs[:2], torch.tensor([-1, T, 1]), *inputs[3:])
         with pytest.raises(InputError, match=r"timestep\[1\]: expected a row of table, 0 to 49, got 50"):
             case.call(*inputs[:2], torch.tensor([0, T, 1]), *inputs[3:])
         inputs[8] = inputs[8]._replace(latent_index=torch.tensor([0, 1, 9]))

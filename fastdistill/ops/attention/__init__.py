@@ -90,8 +90,7 @@ def attention(
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
     _check.once(_checked, (q, k, v), None)
     _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
-    _check.constants(scale=scale)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    scale = _check.scale(scale, q.shape[3])
     name = _asked(backend)
     out = _choose(q, k, v, scale) if name is None else _run(name, q, k, v, scale)
     return out.flatten(2) if flat else out
@@ -127,7 +126,7 @@ def tune_attention(
     k, v = (torch.empty(batch, keys or tokens, heads, dim, dtype=dtype, device=device) for _ in range(2))
     _checked((q, k, v))
     with table.measuring:
-        result = measure(q, k, v, dim**-0.5, backward, backends.candidates(q.device.type))
+        result = measure(q, k, v, _check.scale(None, dim), backward, backends.candidates(q.device.type))
         table.remember(_key(*(*_kind(q, k, v)[:-1], backward)), result)
     return result
 
@@ -190,7 +189,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     kind = _kind(q, k, v)
     key = _key(*kind)
     known = table.found(key)
-    if known is None and _may_measure(q):
+    if known is None and _may_measure(q, k):
         with table.measuring:
             known = table.found(key)  # by now another thread may have measured it
             if known is None:
@@ -233,10 +232,10 @@ def _known(*kind: Any) -> str:
     return min(ms, key=ms.__getitem__, default=DEFAULT)
 
 
-def _may_measure(q: Tensor) -> bool:
+def _may_measure(q: Tensor, k: Tensor) -> bool:
     """Not while a graph is captured, nor under a mode that watches every operation, nor for nothing."""
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    return q.numel() > 0 and not capturing and _get_current_dispatch_mode() is None
+    return q.numel() > 0 and k.numel() > 0 and not capturing and _get_current_dispatch_mode() is None
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:

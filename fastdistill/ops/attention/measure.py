@@ -59,8 +59,10 @@ def _unseen() -> Iterator[None]:
 
 def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Random numbers of the caller's own generator, laid out like ``tensor``; the global ones are not touched."""
-    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return made.copy_(torch.randn(tensor.shape, generator=generator, device=tensor.device))
+    steps = tensor.stride()
+    once = [1 if step == 0 else size for size, step in zip(tensor.shape, steps, strict=True)]  # of what is expanded
+    made = torch.empty_strided(once, steps, dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(torch.randn(once, generator=generator, device=tensor.device)).expand(tensor.shape)
 
 
 def _run(name: str, inputs: tuple[Tensor, ...], scale: float, cotangent: Tensor | None) -> tuple[Tensor, ...]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
 from fastdistill.ops._backward import again, is_differentiated, remember, wanted, with_its_kernel
 from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, constant, forced, later, register
@@ -80,13 +79,14 @@ def cross_attention(
     Args:
         q: [B, N, H, D], or [B, N, H * D] with ``heads``, as a projection gives it; float32, bfloat16 or float16, any
             strides (a head's elements are copied together where they are not).
-        k, v: [R, L, H, D] or [R, L, H * D] of the same dtype; R is B unless ``rows`` is given. The kernels take L up
-            to 512 and D up to 256; beyond, and on a CPU, torch's own attention runs.
+        k, v: [R, L, H, D] or [R, L, H * D] of the same dtype; R is B unless ``rows`` is given. No keys give zeros. The
+            kernels take L up to 512 and D up to 256; beyond, and on a CPU, torch's own attention runs.
         heads: H, where the tensors have three dimensions.
-        mask: [B, L], without gradient: bool, True for the keys to keep, or a float bias that is added to the scores
-            (-inf leaves a key out). A sample whose keys are all left out gives zeros, and no gradient.
-        rows: int64 [B], the row of ``k`` and ``v`` that each sample takes, in [0, R) (not checked on a GPU). Rows may
-            be shared: a prompt that a whole batch has in common is projected once. Their gradient is the sum.
+        mask: [B, L], without gradient: bool, True for the keys to keep, or a float bias that is added to the scores in
+            float32 (-inf leaves a key out). A sample whose keys are all left out gives zeros, and no gradient.
+        rows: int64 [B], the row of ``k`` and ``v`` that each sample takes, in [0, R); on a GPU and in a compiled
+            function, where nothing is read back, a sample of another row is NaN. Rows may be shared: a prompt that a
+            whole batch has in common is projected once. Their gradient is the sum.
         scale: of the scores before the bias; None: 1 / sqrt(D).
 
     Returns:
@@ -96,7 +96,7 @@ def cross_attention(
         refuses it on others.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit.
+        InputError: shapes, dtypes or devices that do not fit, or a row that is not there.
     """
     _check.tensors(q=q, k=k, v=v)
     flat = q.dim() == 3
@@ -104,16 +104,17 @@ def cross_attention(
         _check.require(heads is not None and heads > 0, "heads", "the number of heads, beside [B, N, H * D]", heads)
         q, k, v = (_split(t, name, heads) for t, name in ((q, "q"), (k, "k"), (v, "v")))
     _check.once(_checked, (q, k, v, mask, rows), None)
-    _check.constants(mask=mask, scale=scale)
+    _check.constants(mask=mask)
     _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None and not _failed(q, k)):
+    scale = _check.scale(scale, q.shape[3])
+    if rows is not None:
+        _check.rows(rows, "rows", len(k), "k")
+    if q.numel() == 0 or k.numel() == 0:
+        out = _by_reference(q, k, v, mask, rows, scale)
+    elif forced() is None and not (q.is_cuda and _has_triton() and _refuse(q, k) is None and not _failed(q, k)):
         if not torch.compiler.is_compiling():
             OPS["cross_attention"].calls[REFERENCE] += 1
-        try:
-            out = reference.attend(q, k, v, mask, rows, scale)
-        except IndexError as error:
-            raise InputError.of("rows", f"rows of k, 0 to {len(k) - 1}", error) from error
+        out = reference.attend(q, k, v, mask, rows, scale)
     elif wanted((q, k, v)):
         out = _CrossAttention.apply(q, k, v, mask, rows, scale)
     else:
@@ -143,13 +144,12 @@ def _split(tensor: Tensor, name: str, heads: int | None) -> Tensor:
 
 
 def _checked(tensors: tuple[Any, ...], _: Any) -> None:
-    (q, k, v, mask, rows), require = tensors, _check.require
+    q, k, v, mask, rows = tensors
     _check.shape(q, "q", (None, None, None, None), "[B, N, H, D]")
     batch, _, heads, dim = q.shape
     _check.dtype(q, "q", *_check.FLOATS)
     _check.shape(k, "k", (None if rows is not None else batch, None, heads, dim), f"[R, L, {heads}, {dim}] beside q")
     _check.shape(v, "v", tuple(k.shape), f"the shape of k {tuple(k.shape)}")
-    require(k.shape[1] > 0, "k", "at least one key", tuple(k.shape))
     for tensor, name in ((k, "k"), (v, "v")):
         _check.dtype(tensor, name, q.dtype)
         _check.device(tensor, name, q.device, "q")

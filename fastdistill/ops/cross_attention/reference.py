@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
+from fastdistill.ops._backward import wanted
 from fastdistill.ops._sdpa import sdpa
 
 
@@ -19,6 +21,8 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     if mask is not None:
         bias = mask.float().log() if mask.dtype == torch.bool else mask.float()
         scores = scores + bias[:, None, None, :]
+    if not scores.shape[-1]:
+        return scores
     nothing = scores.amax(-1, keepdim=True) == -torch.inf
     return torch.where(nothing, 0.0, torch.where(nothing, 0.0, scores).softmax(-1))  # NaN would reach the gradient
 
@@ -26,9 +30,8 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, out: Tensor
 ) -> None:
-    """Fill ``out``; in float32."""
-    if rows is not None:
-        k, v = k[rows], v[rows]
+    """Fill ``out``, with NaN where a row is not one of k's; in float32."""
+    k, v = taken(k, rows), taken(v, rows)
     out.copy_(torch.einsum("bhnl,blhd->bnhd", _weights(q, k, mask, scale), v.float()))
 
 
@@ -46,8 +49,7 @@ def cross_attention_backward(
 ) -> None:
     """Fill ``grad_q``, and ``grad_k`` and ``grad_v``, where they are not empty; in float32."""
     count = len(k)
-    if rows is not None:
-        k, v = k[rows], v[rows]
+    k, v = taken(k, rows), taken(v, rows)
     p, g = _weights(q, k, mask, scale), grad_out.float()
     d = torch.einsum("bnhd,blhd->bhnl", g, v.float())
     s = p * (d - (p * d).sum(-1, keepdim=True)) * scale
@@ -62,16 +64,30 @@ def cross_attention_backward(
             grad.copy_(samples)
 
 
+def taken(bank: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of K or V, NaN for those that are not there; None: all of them."""
+    if rows is None:
+        return bank
+    there = (rows >= 0) & (rows < len(bank))
+    return torch.where(there[:, None, None, None], bank[torch.where(there, rows, 0)], torch.nan)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float) -> Tensor:
     """The same by ``scaled_dot_product_attention``, differentiable by torch's own autograd."""
-    if rows is not None:
-        k, v = k[rows], v[rows]
-    kept = None
+    k, v = taken(k, rows), taken(v, rows)
+    kept, dtype = None, q.dtype
+    backends: tuple[SDPBackend, ...] = ()
     if mask is not None:  # a row without keys would be NaN in some backends: it attends to all, and is zeroed after
         left_out = ~mask if mask.dtype == torch.bool else mask == -torch.inf
         kept = ~left_out.all(1, keepdim=True)
-        mask = mask | ~kept if mask.dtype == torch.bool else torch.where(kept, mask, 0.0).to(q.dtype)
+        if mask.dtype == torch.bool:
+            mask = mask | ~kept
+        else:  # in float32: in half precision a large finite bias is -inf
+            mask = torch.where(kept, mask, 0.0).float()
+            q, k, v = q.float(), k.float(), v.float()
+            if wanted((q, k, v)):  # fused backwards lose the logarithm of a sum beside such a bias
+                backends = (SDPBackend.MATH,)
         mask = mask[:, None, None, :]
-    out = sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask, scale=scale)
-    out = out.transpose(1, 2).contiguous()  # which it is already where a fused kernel made it
+    out = sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask, scale=scale, backends=backends)
+    out = out.transpose(1, 2).contiguous().to(dtype)  # which it is already where a fused kernel made it
     return out if kept is None else torch.where(kept[:, :, None, None], out, 0.0)

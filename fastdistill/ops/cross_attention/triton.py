@@ -77,11 +77,11 @@ def _softmax(x, keys, biases, scale, M: tl.constexpr, KEYS: tl.constexpr, DIMS: 
 
 @triton.jit
 def _forward(
-    q, k, v, mask, rows, out, N, L, H, scale, chunks, span, q_strides, k_strides, v_strides, out_strides,
+    q, k, v, mask, rows, out, N, L, R, H, scale, chunks, span, q_strides, k_strides, v_strides, out_strides,
     D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr,
     ROWS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    h, chunk, b, row = place(rows, H, chunks, ROWS)
+    h, chunk, b, row, scale = place(rows, R, scale, H, chunks, ROWS)
     q += start(q_strides, b, h, UNIT)
     out += start(out_strides, b, h, UNIT)
     k += start(k_strides, row, h, UNIT)
@@ -102,13 +102,14 @@ def _forward(
 
 @triton.jit
 def _backward(
-    q, k, v, mask, rows, grad_out, grad_q, grad_k, grad_v, N, L, H, scale, factor, chunks, span, q_strides, k_strides,
-    v_strides, g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr,
-    MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_KV: tl.constexpr, UNIT: tl.constexpr,
+    q, k, v, mask, rows, grad_out, grad_q, grad_k, grad_v, N, L, R, H, scale, factor, chunks, span,
+    q_strides, k_strides, v_strides, g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
+    M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_KV: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """With P the softmax and dP = dO V^T: dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q,
     dV = P^T dO. Keys are rows here, so that P^T and dS^T are where the products over queries want them."""
-    h, chunk, b, row = place(rows, H, chunks, ROWS)
+    h, chunk, b, row, scale = place(rows, R, scale, H, chunks, ROWS)
     q += start(q_strides, b, h, UNIT)
     grad_out += start(g_strides, b, h, UNIT)
     grad_q += start(dq_strides, b, h, UNIT)
@@ -245,7 +246,7 @@ def cross_attention(
     masked, indexed, kind = _masking(mask, rows, q)
     span, chunks = (plan.M, triton.cdiv(N, plan.M)) if plan.loop else _spans(B, N, H, plan.M)
     strides = [_strides(t, unit) for t in (q, k, v, out)]
-    common = q, k, v, masked, indexed, out, N, L, H, scale * LOG2E, chunks
+    common = q, k, v, masked, indexed, out, N, L, len(k), H, scale * LOG2E, chunks
     grid, constants = (B * H * chunks,), (plan.M, kind, rows is not None, unit)
     options = {"num_warps": plan.warps, "num_stages": 2, **FUSED}
     if plan.loop:
@@ -275,7 +276,7 @@ def cross_attention_backward(
     partials = torch.empty((2, B * chunks, L, H, D) if partial else 0, dtype=torch.float32, device=q.device)
     sums = partials.unbind() if partial else (grad_k, grad_v)
     strides = [_strides(t, unit) for t in (q, k, v, grad_out)]
-    sizes = N, L, H, scale * LOG2E, scale
+    sizes = N, L, R, H, scale * LOG2E, scale
     constants = plan.M, kind, rows is not None
     options = {"num_warps": plan.warps, "num_stages": 2, **FUSED}
     if not plan.loop:
@@ -285,7 +286,7 @@ def cross_attention_backward(
         )  # fmt: skip
     else:
         tiles, blocks, block = triton.cdiv(N, plan.M), triton.cdiv(L, plan.keys[0]), plan.keys[0]
-        statistics = torch.empty((B, H, N, 2), dtype=torch.float32, device=q.device)
+        statistics = torch.empty((B, H, N, 3), dtype=torch.float32, device=q.device)
         backward_long_q[(B * H * tiles,)](
             q, k, v, masked, indexed, grad_out, dq, statistics, *sizes, tiles, *strides, _strides(dq, unit), D,
             plan.dims, block, *constants, of_q, unit, **options,

@@ -30,11 +30,11 @@ from fastdistill.ops.cross_attention.triton_tiles import (
 
 @triton.jit
 def forward_long(
-    q, k, v, mask, rows, out, N, L, H, scale, tiles, q_strides, k_strides, v_strides, out_strides,
+    q, k, v, mask, rows, out, N, L, R, H, scale, tiles, q_strides, k_strides, v_strides, out_strides,
     D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    h, tile, b, row = place(rows, H, tiles, ROWS)
+    h, tile, b, row, scale = place(rows, R, scale, H, tiles, ROWS)
     k += start(k_strides, row, h, UNIT)
     v += start(v_strides, row, h, UNIT)
     mask += b * L
@@ -60,13 +60,13 @@ def forward_long(
 
 @triton.jit
 def backward_long_q(
-    q, k, v, mask, rows, grad_out, grad_q, statistics, N, L, H, scale, factor, tiles, q_strides, k_strides, v_strides,
-    g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr,
-    MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, UNIT: tl.constexpr,
+    q, k, v, mask, rows, grad_out, grad_q, statistics, N, L, R, H, scale, factor, tiles,
+    q_strides, k_strides, v_strides, g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
+    M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """For each query the logarithm of the sum of its weights and delta = sum_j P_j dP_j, kept for K and V; then its
-    gradient."""
-    h, tile, b, row = place(rows, H, tiles, ROWS)
+    """For each query the maximum of its scores, one over the sum of its weights (their logarithm would be lost in a
+    large maximum) and delta = sum_j P_j dP_j, kept for K and V; then its gradient."""
+    h, tile, b, row, scale = place(rows, R, scale, H, tiles, ROWS)
     k += start(k_strides, row, h, UNIT)
     v += start(v_strides, row, h, UNIT)
     mask += b * L
@@ -85,17 +85,19 @@ def backward_long_q(
         total = total * shrunk + tl.sum(w, 1)
         delta = delta * shrunk + tl.sum(w * product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS), 1)
         top = higher
-    delta *= inverse(total)
-    lse = tl.where(total == 0.0, 0.0, finite(top) + tl.log2(total))
-    kept = statistics + (b * H + h) * N * 2 + query.to(tl.int64) * 2
-    tl.store(kept, lse, mask=query < N)
-    tl.store(kept + 1, delta, mask=query < N)
+    top, share = finite(top), inverse(total)
+    delta *= share
+    kept = statistics + (b * H + h) * N * 3 + query.to(tl.int64) * 3
+    tl.store(kept, top, mask=query < N)
+    tl.store(kept + 1, share, mask=query < N)
+    tl.store(kept + 2, delta, mask=query < N)
     if GRAD_Q:
         sums = zeros(M, DIMS)
         for first in range(0, L, KEYS):
             at = first + tl.arange(0, KEYS)
             keys = get(k, at, L, k_strides[1], D, DIMS, UNIT)
-            w = tl.exp2(product(x, keys, DIMS) * scale + key_bias(mask, at, L, MASK)[None, :] - lse[:, None])
+            w = tl.exp2(product(x, keys, DIMS) * scale + key_bias(mask, at, L, MASK)[None, :] - top[:, None])
+            w *= share[:, None]
             p = product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS)
             sums = add_product(sums, (w * (p - delta[:, None])).to(q.dtype.element_ty), keys, DIMS)
         put(grad_q + start(dq_strides, b, h, UNIT), query, N, dq_strides[1], sums, factor, D, DIMS, UNIT)
@@ -103,15 +105,15 @@ def backward_long_q(
 
 @triton.jit
 def backward_long_kv(
-    q, k, v, mask, rows, grad_out, grad_k, grad_v, statistics, N, L, H, scale, factor, chunks, span, blocks, q_strides,
-    k_strides, v_strides, g_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr,
-    MASK: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
+    q, k, v, mask, rows, grad_out, grad_k, grad_v, statistics, N, L, R, H, scale, factor, chunks, span, blocks,
+    q_strides, k_strides, v_strides, g_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
+    M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    h, part, b, row = place(rows, H, chunks * blocks, ROWS)
+    h, part, b, row, scale = place(rows, R, scale, H, chunks * blocks, ROWS)
     chunk, block = part // blocks, part % blocks
     q += start(q_strides, b, h, UNIT)
     grad_out += start(g_strides, b, h, UNIT)
-    statistics += (b * H + h) * N * 2
+    statistics += (b * H + h) * N * 3
     at = block * KEYS + tl.arange(0, KEYS)
     keys = get(k + start(k_strides, row, h, UNIT), at, L, k_strides[1], D, DIMS, UNIT)
     values = get(v + start(v_strides, row, h, UNIT), at, L, v_strides[1], D, DIMS, UNIT)
@@ -122,9 +124,10 @@ def backward_long_kv(
         query = begin + tl.arange(0, M)
         x = get(q, query, N, q_strides[1], D, DIMS, UNIT)
         g = get(grad_out, query, N, g_strides[1], D, DIMS, UNIT)
-        lse = tl.load(statistics + query * 2, mask=query < N, other=0.0)
-        delta = tl.load(statistics + query * 2 + 1, mask=query < N, other=0.0)
-        w = tl.exp2(product(keys, x, DIMS) * scale + bias[:, None] - lse[None, :])
+        top = tl.load(statistics + query * 3, mask=query < N, other=0.0)
+        share = tl.load(statistics + query * 3 + 1, mask=query < N, other=0.0)
+        delta = tl.load(statistics + query * 3 + 2, mask=query < N, other=0.0)
+        w = tl.exp2(product(keys, x, DIMS) * scale + bias[:, None] - top[None, :]) * share[None, :]
         s = w * (product(values, g, DIMS) - delta[None, :])
         value_sums = add_product(value_sums, w.to(q.dtype.element_ty), g, DIMS)
         key_sums = add_product(key_sums, s.to(q.dtype.element_ty), x, DIMS)

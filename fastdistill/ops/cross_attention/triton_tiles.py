@@ -76,7 +76,9 @@ def key_bias(mask, at, end, MASK: tl.constexpr):
         kept = tl.load(mask + at, mask=at < end, other=0)
         bias = tl.where(kept != 0, bias, float("-inf"))
     if MASK == 2:
-        bias += tl.load(mask + at, mask=at < end, other=0.0).to(tl.float32) * 1.4426950408889634  # log2 e
+        given = tl.load(mask + at, mask=at < end, other=0.0).to(tl.float32)
+        scaled = tl.minimum(tl.maximum(given * 1.4426950408889634, -3.4028234e38), 3.4028234e38)  # log2 e
+        bias += tl.where(tl.abs(given) < float("inf"), scaled, given)  # a finite bias stays finite
     return bias
 
 
@@ -93,15 +95,18 @@ def inverse(total):
 
 
 @triton.jit
-def place(rows, H, outer, ROWS: tl.constexpr):
+def place(rows, R, scale, H, outer, ROWS: tl.constexpr):
     """Of a program its head, its number among ``outer`` (int32) of the head's sample, the sample, the row of
-    K and V (int64)."""
+    K and V (int64); and the scale, NaN where the row is not one of R."""
     program = tl.program_id(0)
     b = (program // H // outer).to(tl.int64)
     row = b
     if ROWS:
         row = tl.load(rows + b)
-    return (program % H).to(tl.int64), program // H % outer, b, row
+        there = tl.where(row < 0, 0, tl.where(row < R, 1, 0)) == 1
+        row = tl.where(there, row, 0)
+        scale = tl.where(there, scale, float("nan"))
+    return (program % H).to(tl.int64), program // H % outer, b, row, scale
 
 
 @triton.jit

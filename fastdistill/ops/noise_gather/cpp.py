@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
 from fastdistill.ops import _native
+from fastdistill.ops.noise_gather import reference
 
 MOST_BANKS = 8  # fd::most_banks of csrc/noise_gather/math.h
 _TENSORS = (
@@ -63,10 +63,7 @@ def noise_gather(*args: Any) -> None:
     """
     outside = _native.cpu().noise_gather(*arguments(*args), torch.get_num_threads())
     if outside >= 0:
-        row, named = int(args[-3][outside]), int(args[-2][outside])
-        raise InputError.of(
-            f"latent_prompts[{row}]", f"a row of prompts, 0 to {(args[9] or len(args[2][0])) - 1}", named
-        )
+        reference.refuse(outside, args[-3], args[-2], args[9] or len(args[2][0]))
 
 
 def refuse(*args: Any) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdistill.errors import InputError
 from fastdistill.ops import philox
 
 PAIRED, RANDOM, NULL = range(3)
@@ -60,8 +61,14 @@ def noise_gather(
 
     chosen = torch.where(is_random, philox.below(word[2], pool), latent_prompts[latent_index])
     prompt_index.copy_(torch.where(is_null, null_index, chosen))
+    texts = prompt_rows or len(prompts[0])
+    there = (prompt_index >= 0) & (prompt_index < texts)
+    if there.device.type == "cpu" and not there.all():
+        refuse(int((~there).nonzero()[0]), latent_index, prompt_index, texts)
     for bank, out in zip(prompts, prompt, strict=True):
-        out.copy_(_rows(bank, prompt_index, prompt_rows, step))
+        rows_of = _rows(bank, torch.where(there, prompt_index, 0), prompt_rows, step)
+        unknown = torch.nan if out.is_floating_point() or out.is_complex() else True if out.dtype == torch.bool else -1
+        out.copy_(torch.where(there.view(-1, *[1] * (out.dim() - 1)), rows_of, unknown))
 
     x = _rows(latents, latent_index, latent_rows, step).float()
     z = philox.normal(seed, step, sample, latents.shape[1:])
@@ -69,6 +76,12 @@ def noise_gather(
     x_t.copy_(signal * x + noise * z)
     if target.numel():
         target.copy_(target_signal * x + target_noise * z)
+
+
+def refuse(sample: int, latent_index: Tensor, prompt_index: Tensor, texts: int) -> None:
+    """The latent of a sample names a prompt that the bank does not have."""
+    name, rule = f"latent_prompts[{int(latent_index[sample])}]", f"a row of prompts, 0 to {texts - 1}"
+    raise InputError.of(name, rule, int(prompt_index[sample]))
 
 
 def _rows(bank: Tensor, index: Tensor, staged: int, step: Tensor) -> Tensor:

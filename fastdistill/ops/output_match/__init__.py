@@ -113,7 +113,7 @@ def output_match(
 
     Raises:
         InputError: mismatched shapes, devices or dtypes, a teacher that requires gradient, a timestep or latent outside
-            of its table (on a GPU and by the reference the loss is NaN then, as nothing is read back).
+            of its table (on a GPU the loss is NaN then, as nothing is read back).
     """
     own: tuple[Any, ...] = (None,) * 5
     if task is not None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
 from fastdistill.ops import _native
+from fastdistill.ops.output_match import reference
 
 _NOTHING = 0, 0, 0
 
@@ -22,13 +22,7 @@ def output_match(*arguments: Any) -> None:
     """
     unknown = _native.cpu().output_match(*addresses(*arguments), torch.get_num_threads())
     if unknown >= 0:
-        timestep, table, latents, latent_index = arguments[3], arguments[4], arguments[8], arguments[9]
-        if not 0 <= int(timestep[unknown]) < len(table):
-            name, rows, value = f"timestep[{unknown}]", f"a row of table, 0 to {len(table) - 1}", timestep[unknown]
-        else:
-            name, rows = f"task.latent_index[{unknown}]", f"a row of task.latents, 0 to {len(latents) - 1}"
-            value = latent_index[unknown]
-        raise InputError.of(name, rows, int(value))
+        reference.refuse(unknown, arguments[3], arguments[4], arguments[8], arguments[9])
 
 
 def addresses(

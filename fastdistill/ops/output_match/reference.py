@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdistill.errors import InputError
 from fastdistill.ops import philox
 from fastdistill.ops.noise_gather.reference import RANDOM
 
@@ -40,12 +41,15 @@ def output_match(
 ) -> None:
     """Fill the outputs, ``grad`` where it has elements; float32 throughout. A tensor of no elements is not there.
 
-    A sample whose timestep or latent is not in its table has NaN for weights.
+    A sample whose timestep or latent is not in its table is refused on a CPU, and has NaN for weights elsewhere.
     """
     shape = (len(student), *[1] * (student.dim() - 1))
     there = (timestep >= 0) & (timestep < len(table))
     if counter.numel():
         there &= (latent_index >= 0) & (latent_index < len(latents))
+    if there.device.type == "cpu" and not there.all():
+        refuse(int((~there).nonzero()[0]), timestep, table, latents, latent_index)
+    if counter.numel():
         latent_index = torch.where(there, latent_index, 0)
     timestep = torch.where(there, timestep, 0)
     row = table[timestep]
@@ -83,3 +87,12 @@ def output_match(
             (output_weight * factor[:, 0]).view(shape) * slopes[0]
             + (task_weight * factor[:, 1]).view(shape) * slopes[1]
         )
+
+
+def refuse(sample: int, timestep: Tensor, table: Tensor, latents: Tensor, latent_index: Tensor) -> None:
+    """A sample whose timestep or latent is not there."""
+    name, rows, value = f"timestep[{sample}]", f"a row of table, 0 to {len(table) - 1}", int(timestep[sample])
+    if 0 <= value < len(table):
+        name, rows = f"task.latent_index[{sample}]", f"a row of task.latents, 0 to {len(latents) - 1}"
+        value = int(latent_index[sample])
+    raise InputError.of(name, rows, value)
