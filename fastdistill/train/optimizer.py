@@ -15,6 +15,10 @@ from fastdistill.data.fingerprint import listed
 from fastdistill.errors import InputError
 from fastdistill.ops import AdamWGroup, _check, _native, adamw_ema, grad_square_sum
 
+# Options of torch's groups that change the result, or say how it is computed: the values that are not offered here.
+_REFUSED = {"amsgrad": True, "maximize": True, "differentiable": True, "foreach": True, "fused": False}
+_SHARED = ("max_norm", "ema_decay", "ema_warmup", "zero_grads")  # arguments of the optimizer that no group has
+
 
 class AdamWEMA(torch.optim.AdamW):
     """``torch.optim.AdamW(fused=True)`` and ``clip_grad_norm_`` and an exponential moving average, by ``adamw_ema``.
@@ -30,8 +34,8 @@ class AdamWEMA(torch.optim.AdamW):
     torch's.
 
     Args:
-        params: parameters, or groups of them; a group may have hyper-parameters of its own, ``"ema": False`` too. All
-            on one device: float32, bfloat16 or float16.
+        params: parameters, or groups of them, none empty; a group may have ``lr``, ``betas``, ``eps`` and
+            ``weight_decay`` of its own, and ``"ema": False``. All on one device: float32, bfloat16 or float16.
         lr: a float, or a 0-dim tensor; one on the device is read there at every step.
         betas, eps, weight_decay: AdamW's.
         max_norm: largest norm of the gradient over all groups.
@@ -44,8 +48,9 @@ class AdamWEMA(torch.optim.AdamW):
 
     Raises:
         InputError: parameters of other dtypes or on several devices, also of groups added later; a max_norm below 0, a
-            decay that is none; sparse gradients; loaded state of amsgrad or maximize, or of parameters of other shapes
-            or names, before any of it is taken.
+            decay that is none; sparse gradients; a group with amsgrad, maximize, differentiable, foreach, an unfused
+            step or decay that is not decoupled, however it came there; loaded state of such, or of parameters of
+            other shapes or names, before any of it is taken.
     """
 
     grad_scale: Tensor  # of the step that comes, where there is a loss scale; torch.amp.GradScaler sets and deletes it
@@ -79,12 +84,29 @@ class AdamWEMA(torch.optim.AdamW):
         super().add_param_group(param_group)
         parameters = self._parameters()
         try:
+            self._check_options()
             for i, p in enumerate(parameters):
                 _check.device(p, f"params[{i}]", parameters[0].device, "params[0]")
                 _check.dtype(p, f"params[{i}]", *_check.FLOATS)
         except InputError:
             self.param_groups.pop()
             raise
+
+    def _check_options(self) -> None:
+        """InputError where a group asks for what ``adamw_ema`` does not do, or has no parameters."""
+        for i, group in enumerate(self.param_groups):
+            name = f"param_groups[{i}]"
+            _check.require(len(group["params"]) > 0, f"{name}['params']", "at least one parameter", "an empty group")
+            for option, value in _REFUSED.items():
+                given = group.get(option)
+                if given is not None and bool(given) == value:
+                    raise InputError.of(f"{name}['{option}']", not value, given)
+            if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", True):
+                raise InputError.of(f"{name}['decoupled_weight_decay']", "True, or no weight_decay", False)
+            for option in _SHARED:
+                if option in group:
+                    rule = "it for all groups, as an argument of AdamWEMA"
+                    raise InputError.of(f"{name}['{option}']", rule, group[option])
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("_averaged", "_loaded", "max_norm", "ema_warmup", "zero_grads", "ema_weight", "skipped")
@@ -122,6 +144,7 @@ class AdamWEMA(torch.optim.AdamW):
     @torch.no_grad()
     def update(self, square_sum: Tensor) -> None:
         """Clip by this sum of squares, update and average; what ``step`` does after ``square_sum``."""
+        self._check_options()
         rows: list[tuple[Tensor, ...]] = []
         group: list[int] = []
         unwanted, no_copy = self.ema_weight.new_empty(0), self.ema_weight.new_empty(0, dtype=torch.bfloat16)
@@ -165,13 +188,14 @@ class AdamWEMA(torch.optim.AdamW):
             target.copy_(average.full_tensor() if hasattr(average, "full_tensor") else average)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of this optimizer or of torch's; state stays float32, in the memory layout of the parameters."""
+        """Of this optimizer or of torch's; state stays float32, in the memory layout of the parameters. ``foreach`` and
+        ``fused``, which say how torch computes, stay what they are here."""
         averaged = [group["ema"] for group in self.param_groups]
         saved: dict[str, Any] = {}
 
         def look(_: Any, state: dict[str, Any]) -> None:
             saved.update(state)
-            for group, option in itertools.product(state["param_groups"], ("amsgrad", "maximize")):
+            for group, option in itertools.product(state["param_groups"], ("amsgrad", "maximize", "differentiable")):
                 if group.get(option):
                     raise InputError.of("state_dict", f"a state without {option}", f"{option}=True")
             self._check_shapes(state)
@@ -183,6 +207,7 @@ class AdamWEMA(torch.optim.AdamW):
             hook.remove()
         for group, flag in zip(self.param_groups, averaged, strict=True):
             group.setdefault("ema", flag)
+            group["foreach"], group["fused"] = None, True
         numbers = itertools.chain.from_iterable(group["params"] for group in saved["param_groups"])
         for number, p in zip(numbers, self._parameters(), strict=True):
             for name, value in saved["state"].get(number, {}).items():

@@ -80,7 +80,7 @@ class TrainStep:
         self.parameters = list(self.parameters_by_name.values())
         self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
         self.optimizer = AdamWEMA(
-            [{"params": list(own.values())}, {"params": list(adapters.values()), "ema": False}],
+            [{"params": list(p.values()), "ema": p is own} for p in (own, adapters) if p],
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,

@@ -226,7 +226,7 @@ def test_never_measured_where_it_may_not_be(measured: list[Any]) -> None:
 
 def test_a_capture_takes_what_is_known(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = module.OPS["attention"].calls
-    monkeypatch.setattr(module, "_may_measure", lambda q: False)
+    monkeypatch.setattr(module, "_may_measure", lambda q, k: False)
     before = calls["default"]
     attention(*inputs())
     assert calls["default"] == before + 1

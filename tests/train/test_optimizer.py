@@ -305,7 +305,7 @@ def test_what_it_refuses() -> None:
         AdamWEMA([torch.zeros(2, requires_grad=True, device=d) for d in ("cpu", "meta")])
     net = model()
     mine = AdamWEMA(net.parameters())
-    for option in ("amsgrad", "maximize"):
+    for option in ("amsgrad", "maximize", "differentiable"):
         saved = torch.optim.AdamW(net.parameters(), lr=7.0, **{option: True}).state_dict()
         with pytest.raises(InputError, match=f"state_dict: expected a state without {option}"):
             mine.load_state_dict(saved)
@@ -319,6 +319,47 @@ def test_what_it_refuses() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(InputError, match="gradient: expected a dense tensor, got"):
         AdamWEMA(table.parameters()).step()
+
+
+@pytest.mark.parametrize("way", ["constructor", "add_param_group", "assigned"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("amsgrad", True), ("maximize", True), ("differentiable", True), ("foreach", True), ("fused", False),
+        ("decoupled_weight_decay", False), ("max_norm", 1.0), ("zero_grads", True), ("params", []),
+    ],
+)  # fmt: skip
+def test_an_option_of_a_group_that_is_not_offered(option: str, value: object, way: str) -> None:
+    """Whatever the way in, nothing is updated without it."""
+    p, first = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    p.grad, wanted = torch.ones(3), {"params": [p], option: value}
+    mine = AdamWEMA([p] if way == "assigned" else [first])
+    with pytest.raises(InputError, match=rf"^param_groups\[\d\]\['{option}'\]: expected .*, got"):
+        if way == "constructor":
+            AdamWEMA([wanted])
+        elif way == "add_param_group":
+            mine.add_param_group(wanted)
+        else:
+            mine.param_groups[0][option] = value
+            mine.step()
+    assert (p == 1).all() and len(mine.param_groups) == 1
+
+
+def test_how_torch_computed_is_not_taken_over() -> None:
+    """State of any of torch's implementations, of its ``Adam`` too, whose decay torch's ``AdamW`` decouples."""
+    p, q = (torch.ones(3, requires_grad=True) for _ in range(2))
+    for options in ({"foreach": True}, {"fused": False, "capturable": True}):
+        other = torch.optim.Adam([q], lr=0.1, weight_decay=0.1, **options)  # type: ignore[arg-type]
+        mine, theirs = AdamWEMA([p], lr=0.5), torch.optim.AdamW([q], lr=0.5)
+        for optimizer in (mine, theirs):
+            optimizer.load_state_dict(other.state_dict())
+        theirs.param_groups[0] |= {"foreach": False, "capturable": False}
+        for _ in range(2):
+            p.grad, q.grad = torch.full((3,), 0.5), torch.full((3,), 0.5)
+            mine.step()
+            theirs.step()
+        assert mine.state_dict()["param_groups"][0]["fused"] is True
+        torch.testing.assert_close(p, q, rtol=8 * EPS, atol=0)
 
 
 def _sharded(rank: int, directory: str) -> None:
