@@ -45,6 +45,7 @@ _HOME = {
     "KernelError": "errors",
     "StorageError": "errors",
     "Adapters": "models",
+    "BlockSpec": "models",
     "Student": "models",
     "StudentSpec": "models",
     "Taps": "models",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     from fastdistill.errors import KernelError as KernelError
     from fastdistill.errors import StorageError as StorageError
     from fastdistill.models import Adapters as Adapters
+    from fastdistill.models import BlockSpec as BlockSpec
     from fastdistill.models import Student as Student
     from fastdistill.models import StudentSpec as StudentSpec
     from fastdistill.models import Taps as Taps

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import nn
 
 from fastdistill.errors import InputError
 from fastdistill.models.specs import per_stage
@@ -36,12 +36,15 @@ class CopyReport:
         )
 
 
-def copy_from_teacher(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> CopyReport:
+def copy_from_teacher(
+    student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None = None
+) -> CopyReport:
     """Copy into every tensor of ``student`` the teacher's tensor it stands for (BK-SDM, arXiv 2305.15798).
 
-    Nothing is copied unless all of it fits; values are cast to the student's dtype. Raises as ``copy_sources``.
+    ``source_of``: the teacher's name for a name of the student's; None: that of ``copy_sources`` for U-Nets. Nothing is
+    copied unless all of it fits; values are cast to the student's dtype. Raises as ``copy_sources``.
     """
-    sources = copy_sources(student, teacher)
+    sources = copy_sources(student, teacher, source_of)
     own, theirs = student.state_dict(), teacher.state_dict()
     with torch.no_grad():
         for key, source in sources.items():
@@ -50,20 +53,20 @@ def copy_from_teacher(student: UNet2DConditionModel, teacher: UNet2DConditionMod
     return CopyReport(sources, tuple(key for key in theirs if key not in used))
 
 
-def copy_sources(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> dict[str, str]:
+def copy_sources(
+    student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None = None
+) -> dict[str, str]:
     """The map student tensor -> teacher tensor, by name; either model may be on the meta device.
 
-    Under ``up_blocks`` a block's last layer is the teacher's last, as only that one takes the channels of the next
-    stage, and blocks are counted from the outermost; every other name is the teacher's own. Copying equal names alone
-    would mismatch some tensors and silently take others from the wrong layer.
+    ``source_of`` gives it; None: as for U-Nets, where under ``up_blocks`` a block's last layer is the teacher's last, as
+    only that one takes the channels of the next stage, and blocks are counted from the outermost; every other name is
+    the teacher's own. Copying equal names alone would mismatch some tensors and silently take others from the wrong
+    layer.
 
     Raises ``InputError`` for students of another width, and naming both tensors where a pair does not match.
     """
-    widths, limits = student.config["block_out_channels"], teacher.config["block_out_channels"]
-    if tuple(widths) != tuple(limits)[: len(widths)]:
-        rule = f"the teacher's channels {tuple(limits)} to copy its weights (use init='random')"
-        raise InputError.of("student.block_out_channels", rule, tuple(widths))
-    source_of = _source_of(student.config, teacher.config)
+    if source_of is None:
+        source_of = _of_unets(student, teacher)
     own, theirs = student.state_dict(), teacher.state_dict()
     sources = {key: source_of(key) for key in own}
     for key, source in sources.items():
@@ -73,6 +76,15 @@ def copy_sources(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -
             rule = f"the shape of the teacher's {source} {tuple(theirs[source].shape)}"
             raise InputError.of(f"student {key}", rule, f"{tuple(own[key].shape)} (use init='random')")
     return sources
+
+
+def _of_unets(student: Any, teacher: Any) -> Callable[[str], str]:
+    """InputError for students of another width."""
+    widths, limits = student.config["block_out_channels"], teacher.config["block_out_channels"]
+    if tuple(widths) != tuple(limits)[: len(widths)]:
+        rule = f"the teacher's channels {tuple(limits)} to copy its weights (use init='random')"
+        raise InputError.of("student.block_out_channels", rule, tuple(widths))
+    return _source_of(student.config, teacher.config)
 
 
 def _source_of(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Callable[[str], str]:

@@ -6,15 +6,16 @@ The narrower students and their taps are those of random conditioning (arXiv 250
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
+from fastdistill.models import families
+from fastdistill.models.blocks import BlockSpec, block_plan, block_spec
 from fastdistill.models.copying import CopyReport, copy_from_teacher, copy_sources
 from fastdistill.models.specs import StudentSpec, cross_attends, per_stage, student_config, student_spec
 from fastdistill.models.taps import resolve
@@ -25,12 +26,12 @@ from fastdistill.models.weights import quantized
 class Student:
     """A student with what its distillation needs.
 
-    model: fp32, on the teacher's device. teacher_taps, student_taps: module names, pair by pair.
+    model: of the teacher's class, fp32, on the teacher's device. teacher_taps, student_taps: module names in pairs.
     channels: (student channels, teacher channels) a pair, to build ``Adapters`` from.
     copied: where its weights came from.
     """
 
-    model: UNet2DConditionModel
+    model: Any
     teacher_taps: tuple[str, ...]
     student_taps: tuple[str, ...]
     channels: tuple[tuple[int, int], ...]
@@ -42,38 +43,50 @@ class Student:
 
 
 def make_student(
-    teacher: UNet2DConditionModel,
-    spec: str | StudentSpec | Mapping[str, Any],
+    teacher: nn.Module,
+    spec: str | StudentSpec | BlockSpec | Mapping[str, Any],
     *,
     init: Literal["teacher", "random"] = "teacher",
     seed: int = 0,
 ) -> Student:
     """The student of ``teacher`` that ``spec`` names, initialized from it or from ``seed``.
 
+    A ``StudentSpec`` (``SPECS``) is for U-Nets, a ``BlockSpec`` (``BLOCK_SPECS``) for the transformers of the other
+    families.
+
     The global random state is left alone. A teacher on the meta device gives a student there, to count and plan with.
     Raises ``InputError`` before anything is allocated where the spec does not fit the teacher.
     """
-    if not isinstance(teacher, UNet2DConditionModel):
-        raise InputError.of("teacher", "a diffusers UNet2DConditionModel", type(teacher).__name__)
+    family = families.family_of(teacher, "teacher")
     if init not in ("teacher", "random"):
         raise InputError.of("init", "'teacher' or 'random'", repr(init))
     if init == "teacher" and quantized(teacher):
         rule = "weights to copy, such as the model's before it was quantized (or use init='random')"
         raise InputError.of("teacher", rule, "quantized ones")
-    spec = student_spec(spec)
-    config = student_config(teacher.config, spec)
+    whole: Any = families.unwrapped(teacher)
+    source_of: Callable[[str], str] | None = None
+    if family.blocks:
+        blocks = block_plan(family, whole.config, block_spec(spec))
+        config, taps, source_of = blocks.config, blocks.taps, blocks.source_of
+    else:
+        if isinstance(spec, BlockSpec):
+            raise InputError.of("spec", "a StudentSpec, for a U-Net", described(spec))
+        config = student_config(whole.config, student_spec(spec))
+        taps = student_taps(whole.config, config)
     with torch.device("meta"):
-        plan = _unet(config)
-    check_parameters(teacher, plan)
+        plan = _made(family, config)
+    check_parameters(whole, plan)
     if init == "teacher":
-        copy_sources(plan, teacher)
-    taps = student_taps(teacher.config, config)
-    theirs = resolve(teacher, [pair[0] for pair in taps])
+        copy_sources(plan, whole, source_of)
+    theirs = resolve(whole, [pair[0] for pair in taps])
     own = resolve(plan, [pair[1] for pair in taps])
-    pairs = tuple((_channels(s), _channels(t)) for s, t in zip(own, theirs, strict=True))
-    device = next(teacher.parameters()).device
-    model = plan if device.type == "meta" else _build(config, seed).to(device)
-    report = copy_from_teacher(model, teacher) if init == "teacher" else None
+    if family.blocks:
+        pairs: tuple[tuple[int, int], ...] = ((family.width(config), family.width(whole.config)),) * len(taps)
+    else:
+        pairs = tuple((_channels(s), _channels(t)) for s, t in zip(own, theirs, strict=True))
+    device = next(whole.parameters()).device
+    model = plan if device.type == "meta" else _build(family, config, seed).to(device)
+    report = copy_from_teacher(model, whole, source_of) if init == "teacher" else None
     return Student(model, tuple(pair[0] for pair in taps), tuple(pair[1] for pair in taps), pairs, report)
 
 
@@ -139,13 +152,13 @@ def _channels(module: nn.Module) -> int:
     return int(getattr(owner, "out_features" if isinstance(owner, nn.Linear) else "out_channels"))
 
 
-def _build(config: Mapping[str, Any], seed: int) -> UNet2DConditionModel:
-    """A U-Net with initial weights from ``seed``, on the CPU. Only the CPU's generator is used, and it is put back."""
+def _build(family: families.Family, config: Mapping[str, Any], seed: int) -> Any:
+    """A model with initial weights from ``seed``, on the CPU. Only the CPU's generator is used, and it is put back."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        return _unet(config)
+        return _made(family, config)
 
 
-def _unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    model: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(config))
-    return model
+def _made(family: families.Family, config: Mapping[str, Any]) -> Any:
+    kind: Any = family.kind
+    return kind.from_config(dict(config))

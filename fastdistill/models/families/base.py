@@ -33,13 +33,15 @@ class Condition:
 class Family:
     """One architecture of diffusers.
 
-    name: by which it is asked for. kind: its class. prediction_type: what its published models predict, where their
-    scheduler does not say.
+    name: by which it is asked for. kind: its class. blocks: of a transformer, the lists of its blocks with the field of
+    the configuration that says their number. prediction_type: what its published models predict, where their scheduler
+    does not say.
     """
 
     name: ClassVar[str]
     kind: ClassVar[type[nn.Module]]
     prediction_type: ClassVar[str] = "epsilon"
+    blocks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
     of_channels: ClassVar[str] = "in_channels"  # where its configuration has the channels of the latents
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
@@ -68,6 +70,17 @@ class Family:
         """The noise levels that this family's pipeline samples at, before the scheduler's shift; None: the scheduler's
         own."""
         return None
+
+    def thinned(self, config: dict[str, Any], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """A student's configuration, but for the number of blocks: where it says something of single ones.
+
+        kept: the teacher's blocks in each of the lists that ``blocks`` names.
+        """
+        return config
+
+    def width(self, config: Mapping[str, Any]) -> int:
+        """Channels of the tokens between the blocks."""
+        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
 
     def prepare(self, model: nn.Module) -> Callable[[], None]:
         """Switch off what a model draws by itself that a step draws by counter; returns what undoes it."""

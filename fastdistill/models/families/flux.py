@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
@@ -39,6 +39,10 @@ class Flux(Family):
     ``pooled_projections`` [P] (CLIP); of guidance-distilled models also ``guidance`` (a number, such as 3.5)."""
 
     name, kind, prediction_type = "flux", FluxTransformer2DModel, "flow_prediction"
+    blocks: ClassVar[Mapping[str, str]] = {
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    }
     of_channels = "in_channels / 4"
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:

@@ -24,5 +24,10 @@ class SD3(Family):
             "pooled_projections": Condition((config["pooled_projection_dim"],), "pooled_projection_dim"),
         }
 
+    def thinned(self, config: dict[str, Any], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        dual = config.get("dual_attention_layers") or ()
+        own = tuple(i for i, source in enumerate(kept["transformer_blocks"]) if source in dual)
+        return config | {"dual_attention_layers": own}
+
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         return model(x_t, timestep=timestep, **rows)

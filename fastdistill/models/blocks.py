@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Students of transformers: some of the teacher's blocks, in their order, with its width and everything around them."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastdistill.errors import InputError, described
+from fastdistill.models.families import Family
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Which blocks of a transformer its student keeps; one of these.
+
+    every: each so-many-th block, counted back from the last, in every list of blocks. first: that many first blocks.
+    blocks: the numbers of the blocks (of Flux those of its double blocks; all of its single blocks stay unless
+    ``single_blocks`` says which do).
+    """
+
+    every: int | None = None
+    first: int | None = None
+    blocks: tuple[int, ...] | None = None
+    single_blocks: tuple[int, ...] | None = None
+
+
+#: Students of transformers by name.
+BLOCK_SPECS: dict[str, BlockSpec] = {"half_depth": BlockSpec(every=2), "third_depth": BlockSpec(every=3)}
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """A student of a transformer before it is built: its configuration, the kept blocks of each list, and its taps
+    (teacher module, student module), the output of each kept block."""
+
+    config: dict[str, Any]
+    kept: dict[str, tuple[int, ...]]
+    taps: list[tuple[str, str]]
+
+    def source_of(self, key: str) -> str:
+        """The teacher's tensor that a tensor of the student is a copy of."""
+        match = re.match(r"(\w+)\.(\d+)\.", key)
+        if match is None or match[1] not in self.kept:
+            return key
+        return f"{match[1]}.{self.kept[match[1]][int(match[2])]}.{key[match.end() :]}"
+
+
+def block_spec(spec: Any) -> BlockSpec:
+    """The spec of this name, of these fields (as read from YAML), or itself."""
+    if isinstance(spec, BlockSpec):
+        return spec
+    if isinstance(spec, str):
+        if spec not in BLOCK_SPECS:
+            near = difflib.get_close_matches(spec, BLOCK_SPECS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise InputError.of("spec", f"one of {', '.join(BLOCK_SPECS)}, for a transformer", f"{spec!r}{hint}")
+        return BLOCK_SPECS[spec]
+    if not isinstance(spec, Mapping):
+        raise InputError.of(
+            "spec", "a name, a BlockSpec or a mapping of its fields, for a transformer", described(spec)
+        )
+    known = [field.name for field in fields(BlockSpec)]
+    if unknown := [str(key) for key in spec if key not in known]:
+        raise InputError.of("spec", f"the fields {', '.join(known)}, for a transformer", ", ".join(unknown))
+    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in spec.items()}
+    return BlockSpec(**values)
+
+
+def block_plan(family: Family, config: Mapping[str, Any], spec: BlockSpec) -> BlockPlan:
+    """The student that ``spec`` makes of a teacher with this configuration.
+
+    Raises:
+        InputError: a spec that says nothing or two things, a block that the teacher does not have, or one that removes
+            nothing.
+    """
+    given = [name for name in ("every", "first", "blocks") if getattr(spec, name) is not None]
+    if spec.single_blocks is not None and "single_transformer_blocks" not in family.blocks:
+        raise InputError.of("spec.single_blocks", "None, as the teacher has no single blocks", spec.single_blocks)
+    if len(given) > 1 or not (given or spec.single_blocks is not None):
+        raise InputError.of("spec", "one of every, first and blocks", " and ".join(given) or "none")
+    kept = {}
+    for name, field in family.blocks.items():
+        own = spec.single_blocks if name.startswith("single") else spec.blocks
+        kept[name] = _kept(spec, own, int(config[field]), "single_blocks" if name.startswith("single") else "blocks")
+    changed = {field: len(kept[name]) for name, field in family.blocks.items()}
+    if all(config[field] == count for field, count in changed.items()):
+        raise InputError.of("spec", "a part to remove from the teacher", f"{spec}, which removes nothing of it")
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    student = family.thinned(plain | changed, kept)
+    taps = [
+        (f"{name}.{source}", f"{name}.{own}") for name, sources in kept.items() for own, source in enumerate(sources)
+    ]
+    return BlockPlan(student, kept, taps)
+
+
+def _kept(spec: BlockSpec, own: tuple[int, ...] | None, depth: int, argument: str) -> tuple[int, ...]:
+    if spec.every is not None and own is None:
+        if not 1 <= spec.every <= depth:
+            raise InputError.of("spec.every", f"1 to {depth}, the blocks of the teacher", spec.every)
+        return tuple(range(depth - 1, -1, -spec.every))[::-1]
+    if spec.first is not None and own is None:
+        if not 1 <= spec.first <= depth:
+            raise InputError.of("spec.first", f"1 to {depth}, the blocks of the teacher", spec.first)
+        return tuple(range(spec.first))
+    if own is None:
+        return tuple(range(depth))
+    if not own or list(own) != sorted(set(own)) or not 0 <= own[0] <= own[-1] < depth:
+        raise InputError.of(f"spec.{argument}", f"rising numbers of blocks, 0 to {depth - 1}", own)
+    return own

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Students of transformers: the blocks they keep, where their weights come from, and that they train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastdistill.errors import InputError
+from fastdistill.models import BlockSpec, make_student
+from fastdistill.models.families import family_named
+from tests import tiny
+from tests.models import tiny_families as small
+
+TRANSFORMERS = [name for name, (family, _) in small.TINY.items() if family != "unet"]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_half_of_the_blocks(name: str) -> None:
+    """Each tensor is the teacher's of the block that was kept; the student is trained at the end of each."""
+    teacher: Any = small.model(name)
+    made = make_student(teacher, "half_depth")
+    theirs = teacher.state_dict()
+    for key, value in made.model.state_dict().items():
+        head, _, rest = key.partition(".")
+        number, _, tail = rest.partition(".")
+        source = f"{head}.{2 * int(number) + 1}.{tail}" if head.endswith("transformer_blocks") else key
+        assert torch.equal(value, theirs[source]), key
+    assert ("transformer_blocks.1", "transformer_blocks.0") in zip(made.teacher_taps, made.student_taps, strict=True)
+    taps = tuple(zip(made.teacher_taps, made.student_taps, strict=True))
+    run = tiny.trainer(teacher, made, tiny.features(*taps), latents=small.cache(name), prompts=small.bank(name))
+    assert run.fit().history[0]["feature"] > 0 and not made.needs_adapters
+    assert list(made.channels) == list(run.step.objective._knowledge.adapters.pairs)  # type: ignore[attr-defined]
+
+
+def test_a_list_a_prefix_and_odd_depths() -> None:
+    flux: Any = small.model("flux")
+    made = make_student(flux, BlockSpec(blocks=(0,)))
+    assert made.model.config["num_layers"] == 1 and made.model.config["num_single_layers"] == 2
+    assert make_student(flux, {"single_blocks": [1]}).model.config["num_single_layers"] == 1
+    dit = make_student(small.model("dit"), BlockSpec(first=3))
+    assert dit.teacher_taps == dit.student_taps == tuple(f"transformer_blocks.{i}" for i in range(3))
+    assert make_student(dit.model, "half_depth").teacher_taps == ("transformer_blocks.0", "transformer_blocks.2")
+    sd35 = make_student(small.model("sd35"), BlockSpec(blocks=(1, 2, 3)))
+    assert sd35.model.config["dual_attention_layers"] == (0,)
+    fresh = make_student(small.model("dit"), "half_depth", init="random")
+    assert fresh.copied is None
+
+
+@pytest.mark.parametrize(("name", "spec", "message"), [
+    ("dit", "half_dept", r"spec: expected one of half_depth, .* \(did you mean half_depth\?\)"),
+    ("dit", {"blocks": [0, 4]}, r"spec.blocks: expected rising numbers of blocks, 0 to 3, got \(0, 4\)"),
+    ("dit", {"blocks": [1, 0]}, r"spec.blocks: expected rising numbers"),
+    ("dit", {"width": 0.5}, r"spec: expected the fields every, first, .*, got width"),
+    ("dit", {}, r"spec: expected one of every, first and blocks, got none"),
+    ("dit", {"every": 2, "first": 1}, r"spec: expected one of .*, got every and first"),
+    ("dit", {"every": 1}, r"spec: expected a part to remove"),
+    ("dit", {"first": 5}, r"spec.first: expected 1 to 4"),
+    ("dit", {"single_blocks": [0]}, r"spec.single_blocks: expected None"),
+    ("sd3", {"first": 2}, r"student transformer_blocks.1.*: expected .*teacher's transformer_blocks.1"),
+    ("sd", BlockSpec(every=2), r"spec: expected a StudentSpec, for a U-Net"),
+])  # fmt: skip
+def test_specs_that_do_not_fit(name: str, spec: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_student(small.model(name), spec)
+
+
+REAL: dict[str, tuple[str, dict[str, Any], float, int]] = {
+    # family, what its published configuration has beside diffusers' defaults, millions of parameters, kept blocks
+    "DiT-XL/2": ("dit", {"out_channels": 8}, 675, 14),
+    "PixArt-XL/2": ("pixart", {"caption_channels": 4096}, 611, 14),
+    "SD3-medium": ("sd3", {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+                           "pos_embed_max_size": 192}, 2028, 12),
+    "Flux-dev": ("flux", {"guidance_embeds": True}, 11901, 29),
+    "Sana-1.6B": ("sana", {}, 1605, 10),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_models_are_planned_without_memory(name: str) -> None:
+    family, changes, millions, kept = REAL[name]
+    with torch.device("meta"):
+        teacher = family_named(family).kind(**changes)
+    count = sum(p.numel() for p in teacher.parameters())
+    repeated = 0  # diffusers has an embedder of times and labels in each of DiT's blocks, the paper one for all
+    if family == "dit":
+        blocks = teacher.transformer_blocks
+        repeated = sum(p.numel() for block in blocks[1:] for p in block.norm1.emb.parameters())
+    assert abs((count - repeated) / 1e6 - millions) < 0.01 * millions
+    made = make_student(teacher, "half_depth")
+    assert len(made.student_taps) == kept and made.copied is not None
+    assert 0.4 < sum(p.numel() for p in made.model.parameters()) / count < 0.6
