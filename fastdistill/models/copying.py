@@ -58,7 +58,7 @@ def copy_sources(
 ) -> dict[str, str]:
     """The map student tensor -> teacher tensor, by name; either model may be on the meta device.
 
-    ``source_of`` gives it; None: as for U-Nets, where under ``up_blocks`` a block's last layer is the teacher's last, as
+    ``source_of`` tells; None: as for U-Nets, where under ``up_blocks`` a block's last layer is the teacher's last, as
     only that one takes the channels of the next stage, and blocks are counted from the outermost; every other name is
     the teacher's own. Copying equal names alone would mismatch some tensors and silently take others from the wrong
     layer.
