@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
+import os
 import platform
 import re
 import statistics
@@ -60,11 +61,11 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 
 def commit(name: str = "") -> str:
-    """The commit of this tree ("-dirty" where it was changed), or of ``name``."""
+    """The commit of this tree ("-dirty" where it was changed; FASTDISTILL_COMMIT without git), or of ``name``."""
     described = "git describe --always --dirty".split()
     wanted = ["git", "rev-parse", "--short", "--verify", f"{name}^{{commit}}"] if name else described
     done = subprocess.run(wanted, capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() or ("" if name else "unknown")
+    return done.stdout.strip() or ("" if name else os.environ.get("FASTDISTILL_COMMIT", "unknown"))
 
 
 def load(device: torch.device) -> dict[str, str]:

@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = _chosen(p, options)
     there = not gpu or torch.cuda.is_available()
+    torch.backends.cudnn.benchmark |= gpu and there  # for ours and for rivals alike
     if options.once and there:
         for case in chosen:
             once(case, settings)

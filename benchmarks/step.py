@@ -61,12 +61,12 @@ def workload(build: Callable[[torch.device], Setup], device: torch.device, susta
     trainer = _trainer(setup, fuse=True)
     scripts: weakref.WeakValueDictionary[bool, Script] = weakref.WeakValueDictionary()
 
-    def script(compile: Callable[[nn.Module], Any] | None = None, literal: bool = False) -> Contestant:
+    def script(compile: Callable[[Callable[..., Any]], Any] | None = None, literal: bool = False) -> Contestant:
         def make() -> _Scripted:
             its = scripts.get(literal)
             if its is None:
                 its = scripts[literal] = Script(setup, literal)
-            return _Scripted(its, *(compile(m) if compile else m for m in (its.teacher, its.student)))
+            return _Scripted(its, *(compile(m) if compile else m for m in (its.teacher, its.student, _distance)))
 
         return Contestant(make)
 
@@ -97,7 +97,7 @@ def flops(build: Callable[[torch.device], Setup]) -> int:
     """Of the literal step's forwards and backward, counted by torch on meta tensors."""
     with FlopCounterMode(display=False) as counter:
         its = Script(build(torch.device("meta")), literal=True)
-        its.loss(its.teacher, its.student).backward()
+        its.loss(its.teacher, its.student, _distance).backward()
     return int(counter.get_total_flops())
 
 
@@ -142,14 +142,14 @@ class _Trained:
 
 
 class _Scripted:
-    """A script with its models as they are, or compiled."""
+    """A script with its models and its loss as they are, or compiled."""
 
-    def __init__(self, script: Script, teacher: Callable[..., Any], student: Callable[..., Any]) -> None:
-        self._script, self._models = script, (teacher, student)
+    def __init__(self, script: Script, *parts: Callable[..., Any]) -> None:
+        self._script, self._parts = script, parts
         self.held = script.held
 
     def __call__(self) -> None:
-        self._script(*self._models)
+        self._script(*self._parts)
 
     def rest(self) -> None:
         """It holds nothing that could be made again."""
@@ -178,7 +178,7 @@ class Script:
     NCHW; where the models are in a low precision, fp32 weights of the student under autocast.
 
     Other than ``literal``: the layout of ours, low-precision weights with fp32 masters, fused AdamW, averages by
-    ``torch._foreach``, and nothing read. Called with the two models, as they are or compiled.
+    ``torch._foreach``, and nothing read. Called with the two models and ``_distance``, as they are or compiled.
     """
 
     def __init__(self, setup: Setup, literal: bool) -> None:
@@ -213,14 +213,14 @@ class Script:
         yield from _held((self.teacher, self.student), self.optimizer)
         yield from (*self.masters, *self.averages, self.latents, *self.prompts.values())
 
-    def __call__(self, teacher: Callable[..., Any], student: Callable[..., Any]) -> None:
-        loss = self.loss(teacher, student)
+    def __call__(self, teacher: Callable[..., Any], student: Callable[..., Any], distance: Callable[..., Any]) -> None:
+        loss = self.loss(teacher, student, distance)
         loss.backward()
         self.update()
         if self.literal:
             loss.item()
 
-    def loss(self, teacher: Callable[..., Any], student: Callable[..., Any]) -> Tensor:
+    def loss(self, teacher: Callable[..., Any], student: Callable[..., Any], distance: Callable[..., Any]) -> Tensor:
         row, t, text = (
             torch.randint(n, (self.batch,), device=self.device)
             for n in (len(self.latents), self.steps, len(next(iter(self.prompts.values()))))
@@ -239,9 +239,10 @@ class Script:
             dtype = self.weights[0].dtype
             output = self.family.call(student, x_t.to(dtype), t, cast(prompt, dtype)).sample
         channels = x.shape[1]  # a learned variance follows them
-        loss = F.mse_loss(output[:, :channels].float(), target[:, :channels].float())
         theirs, own = self.features
-        loss = loss + sum(F.mse_loss(own[i].float(), theirs[i].float()) for i in own)
+        loss = distance(
+            [output[:, :channels], *(own[i] for i in own)], [target[:, :channels], *(theirs[i] for i in own)]
+        )
         for kept in self.features:
             kept.clear()
         return loss
@@ -250,8 +251,11 @@ class Script:
     def update(self) -> None:
         apart = self.masters is not self.weights
         if apart:
-            for master, p in zip(self.masters, self.weights, strict=True):
-                master.grad = p.grad.float() if p.grad is not None else None
+            pairs = [(m, p) for m, p in zip(self.masters, self.weights, strict=True) if p.grad is not None]
+            for master, _ in pairs:
+                master.grad = torch.empty_like(master)
+            torch._foreach_copy_([m.grad for m, _ in pairs], [p.grad for _, p in pairs])
+            for _, p in pairs:
                 p.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         self.optimizer.step()
@@ -263,6 +267,11 @@ class Script:
             torch._foreach_lerp_(self.averages, self.masters, 1e-4)
         if apart:
             torch._foreach_copy_(self.weights, self.masters)
+
+
+def _distance(own: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """The mean square of each pair, in float32, added up."""
+    return torch.stack([F.mse_loss(a.float(), b.float()) for a, b in zip(own, theirs, strict=True)]).sum()
 
 
 def _inductor_with_best_sdpa(module: torch.fx.GraphModule, inputs: Any) -> Any:

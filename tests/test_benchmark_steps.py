@@ -65,7 +65,7 @@ def test_scripts_train_the_student_alone_and_share_the_teacher() -> None:
     for literal in (True, False):
         script = step.Script(setup, literal)
         before = [p.clone() for p in script.masters]
-        script(script.teacher, script.student)
+        script(script.teacher, script.student, step._distance)
         assert next(script.student.parameters()).dtype == (torch.float32 if literal else torch.bfloat16)
         assert any(not torch.equal(a, b) for a, b in zip(before, script.masters, strict=True))
         assert next(script.teacher.parameters()) is next(setup.teacher.parameters())
