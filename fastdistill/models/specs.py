@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from fastdistill.errors import InputError, described
 
@@ -21,6 +21,8 @@ _PER_STAGE = (
     "only_cross_attention",
 )
 
+StudentTaps = Literal["blocks", "self_attention"]
+
 
 @dataclass(frozen=True)
 class StudentSpec:
@@ -30,6 +32,9 @@ class StudentSpec:
     remove_mid: drop the mid block. remove_stages: drop that many innermost stages.
     width: factor on every stage's channels, rounded to the groups of the norms.
     block_out_channels: the channels of every stage that is kept, instead of ``width``.
+    transformer_layers: transformer blocks in each attention of every stage, the first of the teacher's.
+    taps: where student and teacher are compared: after the ``blocks``, or at every ``self_attention`` (KOALA, arXiv
+        2312.04005).
     """
 
     layers_per_block: int | None = None
@@ -37,9 +42,12 @@ class StudentSpec:
     remove_stages: int = 0
     width: float | None = None
     block_out_channels: tuple[int, ...] | None = None
+    transformer_layers: tuple[int, ...] | None = None
+    taps: StudentTaps = "blocks"
 
 
-#: Students by name. bk_*: BK-SDM's block-removed students; channel_*: random conditioning's students of smaller width.
+#: Students by name. bk_*: BK-SDM's block-removed students; channel_*: random conditioning's students of smaller width;
+#: koala_*: of SDXL.
 SPECS: dict[str, StudentSpec] = {
     "bk_base": StudentSpec(layers_per_block=1),
     "bk_small": StudentSpec(layers_per_block=1, remove_mid=True),
@@ -48,6 +56,8 @@ SPECS: dict[str, StudentSpec] = {
     "channel_small": StudentSpec(width=0.7),
     "channel_tiny": StudentSpec(width=0.6),
     "channel_micro": StudentSpec(width=0.5),
+    "koala_1b": StudentSpec(layers_per_block=1, transformer_layers=(1, 2, 6), taps="self_attention"),
+    "koala_700m": StudentSpec(layers_per_block=1, remove_mid=True, transformer_layers=(1, 2, 5), taps="self_attention"),
 }
 
 
@@ -68,8 +78,9 @@ def student_spec(spec: str | StudentSpec | Mapping[str, Any]) -> StudentSpec:
     if unknown:
         raise InputError.of("spec", f"the fields {', '.join(known)}", ", ".join(unknown))
     values = dict(spec)
-    if values.get("block_out_channels") is not None:
-        values["block_out_channels"] = tuple(values["block_out_channels"])
+    for key in ("block_out_channels", "transformer_layers"):
+        if values.get(key) is not None:
+            values[key] = tuple(values[key])
     return StudentSpec(**values)
 
 
@@ -84,10 +95,19 @@ def student_config(teacher_config: Mapping[str, Any], spec: str | StudentSpec | 
             "teacher", "a UNet2DConditionModel's config", teacher_config.get("_class_name", "another one")
         )
     spec = student_spec(spec)
+    if spec.taps not in get_args(StudentTaps):
+        raise InputError.of("spec.taps", f"one of {', '.join(get_args(StudentTaps))}", described(spec.taps))
     teacher = _shorten({key: value for key, value in teacher_config.items() if not key.startswith("_")}, 0)
     config = _shorten(teacher, spec.remove_stages)
     if spec.layers_per_block is not None and set(per_stage(config, "layers_per_block")) != {spec.layers_per_block}:
         config["layers_per_block"] = spec.layers_per_block
+    if spec.transformer_layers is not None:
+        stages = len(config["down_block_types"])
+        if len(spec.transformer_layers) != stages:
+            raise InputError.of(
+                "spec.transformer_layers", f"one value for each of {stages} stages", spec.transformer_layers
+            )
+        config["transformer_layers_per_block"] = spec.transformer_layers
     if spec.remove_mid:
         config["mid_block_type"] = None
     if spec.width is not None and spec.block_out_channels is not None:

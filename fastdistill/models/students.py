@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from fastdistill.errors import InputError, described
@@ -71,8 +72,9 @@ def make_student(
     else:
         if isinstance(spec, BlockSpec):
             raise InputError.of("spec", "a StudentSpec, for a U-Net", described(spec))
-        config = student_config(whole.config, student_spec(spec))
-        taps = student_taps(whole.config, config)
+        spec = student_spec(spec)
+        config = student_config(whole.config, spec)
+        taps = (student_taps if spec.taps == "blocks" else self_attention_taps)(whole.config, config)
     with torch.device("meta"):
         plan = _made(family, config)
     check_parameters(whole, plan)
@@ -140,6 +142,38 @@ def student_taps(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list
     return pairs
 
 
+def self_attention_taps(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Pairs (teacher module, student module) to compare, of KOALA (arXiv 2312.04005): every self-attention of the
+    student's down and up blocks, and of blocks without attention the downsampler or the last convolution."""
+    stages, pairs = len(student["block_out_channels"]), []
+    removed = len(teacher["block_out_channels"]) - stages
+    own, theirs = per_stage(student, "layers_per_block"), per_stage(teacher, "layers_per_block")
+    depths = per_stage(student, "transformer_layers_per_block")
+
+    def attentions(names: tuple[str, str], layers: list[tuple[int, int]], depth: int) -> list[tuple[str, str]]:
+        inner = [f"transformer_blocks.{k}.attn1" for k in range(depth)]
+        return [
+            (f"{names[0]}.attentions.{source}.{name}", f"{names[1]}.attentions.{layer}.{name}")
+            for source, layer in layers
+            for name in inner
+        ]
+
+    for i, kind in enumerate(student["down_block_types"]):
+        block = f"down_blocks.{i}"
+        if cross_attends(kind):
+            pairs += attentions((block, block), [(k, k) for k in range(own[i])], depths[i])
+        elif i < stages - 1:
+            pairs.append((f"{block}.downsamplers.0.conv",) * 2)
+    for i, kind in enumerate(student["up_block_types"]):
+        stage, names = stages - 1 - i, (f"up_blocks.{i + removed}", f"up_blocks.{i}")
+        if cross_attends(kind):
+            layers = [(theirs[stage] if k == own[stage] else k, k) for k in range(own[stage] + 1)]
+            pairs += attentions(names, layers, depths[stage])
+        else:
+            pairs.append((f"{names[0]}.resnets.{theirs[stage]}.conv2", f"{names[1]}.resnets.{own[stage]}.conv2"))
+    return pairs
+
+
 def _last_layer(block: str, kind: str, layers: int) -> str:
     """The last convolution of a block before its resampler."""
     return f"{block}.attentions.{layers - 1}.proj_out" if cross_attends(kind) else f"{block}.resnets.{layers - 1}.conv2"
@@ -147,6 +181,8 @@ def _last_layer(block: str, kind: str, layers: int) -> str:
 
 def _channels(module: nn.Module) -> int:
     """Channels that this module, a block or its last layer, puts out."""
+    if isinstance(module, Attention):
+        return int(module.out_dim)
     blocks = getattr(module, "resnets", None)
     owner = module if blocks is None else blocks[-1]
     return int(getattr(owner, "out_features" if isinstance(owner, nn.Linear) else "out_channels"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.errors import InputError
+from fastdistill.models import make_student
 from fastdistill.models.calling import Predictor
 from fastdistill.models.families import family_named, family_of, find
 from fastdistill.models.families.flux import packed, positions, unpacked
@@ -140,3 +141,23 @@ def test_a_model_of_no_family_is_called_as_it_is_told() -> None:
         InputError, match=r"teacher: expected .*\(call= says how another one is called\), got TypeError"
     ):
         tiny.trainer(Own(0), Own(1), tiny.features(("net.mid", "net.mid")), prompts=tiny.bank())
+
+
+def test_a_student_of_sdxl_is_made_and_trained() -> None:
+    """Fewer layers and transformer blocks, compared at its self-attentions, with everything that SDXL reads."""
+    spec = {"layers_per_block": 1, "transformer_layers": [1, 1], "taps": "self_attention"}
+    teacher = small.model("sdxl")
+    made = make_student(teacher, spec)
+    assert made.student_taps[1:] == (
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1",
+        "up_blocks.0.attentions.0.transformer_blocks.0.attn1",
+        "up_blocks.0.attentions.1.transformer_blocks.0.attn1",
+        "up_blocks.1.resnets.1.conv2",
+    )
+    objective = tiny.features(*zip(made.teacher_taps, made.student_taps, strict=True))
+    run = tiny.trainer(teacher, made, objective, latents=small.cache("sdxl"), prompts=small.bank("sdxl"))
+    assert run.fit().history[0]["feature"] > 0
+    with pytest.raises(InputError, match=r"spec.transformer_layers: expected one value for each of 2 stages"):
+        make_student(teacher, {"transformer_layers": [1]})
+    with pytest.raises(InputError, match=r"spec.taps: expected one of blocks, self_attention, got"):
+        make_student(teacher, {"taps": "none", "layers_per_block": 1})
