@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,22 @@ def test_a_stage_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -
     stage = Stage("deaf", [sys.executable, "-c", code], 5)
     stage.run(left=100)
     assert stage.ended == "stopped after 5 s" and stage.output == "begun\n" and stage.seconds < 20
+
+
+def test_a_crash_costs_one_stage_and_the_exit_code_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crash = [sys.executable, "-c", "import os; print('begun', flush=True); os.abort()"]
+    planted = [Stage("crash", crash, 60), Stage("next", [sys.executable, "-c", "print('ran')"], 60)]
+    monkeypatch.setattr(benchmarks.gpu, "stages", lambda *_: iter(planted))
+    monkeypatch.setattr(benchmarks.gpu, "no_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for name in ("OUT", "PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert benchmarks.gpu.main(["1/3"]) == 1
+    log = json.loads((tmp_path / "part-1.json").read_text())
+    told = {stage["name"]: (stage["ended"], stage["output"]) for stage in log}
+    assert told == {"crash": ("with -6", "begun\n"), "next": ("well", "ran\n")}
+    assert (tmp_path / "crash.log").read_text() == "begun\n"
 
 
 @pytest.mark.parametrize("part", PARTS)
