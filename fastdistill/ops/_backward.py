@@ -28,8 +28,23 @@ def wanted(tensors: Sequence[Tensor | None]) -> bool:
 def apply(kind: Kind | None, function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(kind, *args)``; for a call of a known kind past what that looks for first: functorch."""
     if kind is None:
-        return function.apply(kind, *args)
+        return function.apply(kind, *distinct(args))
     return super(torch.autograd.Function, function).apply(kind, *args)  # type: ignore[misc]
+
+
+def distinct(args: Sequence[Any]) -> list[Any]:
+    """The arguments with a view for a tensor that comes again, which torch's compiler asks for."""
+    if not torch.compiler.is_compiling():
+        return list(args)
+    tensors: list[Tensor] = []
+    found: list[Any] = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if any(arg is one for one in tensors):
+                arg = arg.view_as(arg)
+            tensors.append(arg)
+        found.append(arg)
+    return found
 
 
 def remember(ctx: Any, kind: Kind | None) -> None:

@@ -67,7 +67,9 @@ def rows(index: Tensor, argument: str, count: int, of: str) -> None:
 
 def shape(tensor: Tensor, argument: str, expected: tuple[int | None, ...], meaning: str) -> None:
     """The tensor has this shape (None: any size); ``meaning`` says in words what it must be."""
-    fits = tensor.dim() == len(expected) and all(e in (None, g) for e, g in zip(expected, tensor.shape, strict=True))
+    fits = tensor.dim() == len(expected) and all(
+        e is None or e == g for e, g in zip(expected, tensor.shape, strict=True)
+    )
     require(fits, argument, meaning, tuple(tensor.shape))
 
 

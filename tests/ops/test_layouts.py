@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op takes beside its own shapes: tensors that repeat their memory, and sizes of zero."""
+"""What every op takes beside its own shapes: tensors that repeat their memory, sizes of zero, sizes that vary in a
+compiled function."""
 
 from __future__ import annotations
 
@@ -13,12 +14,17 @@ from torch import Tensor
 from fastdistill.diffusion.matching import match_table
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.ops import (
+    AdamWGroup,
+    Task,
+    adamw_ema,
     attention,
     cross_attention,
     feature_match,
     geglu,
+    grad_square_sum,
     group_norm_silu,
     layer_norm_modulate,
+    noise_gather,
     output_match,
     residual_layer_norm_modulate,
     use,
@@ -98,3 +104,58 @@ def test_attention_is_measured_for_expanded_tensors(dim: int) -> None:
     eager, exact = (attention(*[x.clone()] * 3, backend="reference"), attend(*[x.double()] * 3, 6**-0.5))
     assert_alike(attention(x, x, x), eager, exact)
     attention(x.requires_grad_(), x, x).sum().backward()
+
+
+def tasked(x: Tensor, **options: Tensor) -> Tensor:
+    """output_match with everything that it takes; the student learns its variance."""
+    index = torch.arange(len(x))
+    table = TABLE.to(x.device)
+    task = Task(torch.ones_like(x), index, 0 * index, table[:, :4].contiguous(), index[:2])
+    twice = torch.cat([x, x], 1)
+    return output_match(twice, torch.ones_like(x), index, table, task=task, x_t=torch.zeros_like(x), **options).loss
+
+
+def drawn(x: Tensor) -> Tensor:
+    index, table = torch.zeros(9, dtype=torch.int64), TABLE[:, :4].contiguous()
+    bank = x.detach()
+    draw = noise_gather(bank, index[: len(x)], bank[:, 0], table, index, index[:2], batch=3, null_index=0)
+    return x.sum() + draw.x_t.sum() + draw.prompt.sum()
+
+
+def updated(x: Tensor) -> Tensor:
+    param, *moments = (torch.zeros_like(x.detach()) for _ in range(3))
+    grads, skipped = [x.detach() * 1.0], torch.zeros((), dtype=torch.int64)
+    adamw_ema(
+        [param], grads, moments[:1], moments[1:], [torch.zeros(())], groups=[AdamWGroup(torch.ones(()))],
+        square_sum=grad_square_sum(grads), skipped=skipped,
+    )  # fmt: skip
+    return x.sum() + param.sum()
+
+
+SIZED = {name: ours for name, (_, ours) in OURS.items()} | {
+    "task": tasked,
+    "cosine": lambda x: feature_match([x, 2 * x], [torch.ones_like(x)] * 2, distance="cosine", weights=[1.0, 2.0]).loss,
+    "masked": lambda x: cross_attention(
+        x, x.detach(), x.detach(), mask=torch.ones(x.shape[:2]), rows=torch.arange(len(x))
+    ),
+    "heads": lambda x: cross_attention(*[x.flatten(2)] * 3, heads=x.shape[2]),
+    "attention": lambda x: attention(x, x, x),
+    "noise_gather": drawn,
+    "adamw_ema": updated,
+}
+
+
+QUICK = ("output_match", "task", "masked")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SIZED])
+def test_compiled_for_sizes_that_vary(name: str) -> None:
+    """As one graph; the same bits as eager code."""
+    ours = SIZED[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="eager" if name in QUICK else "aot_eager")
+    with use("reference"):
+        for shape in ((3, 4, 2, 6), (5, 8, 3, 10)):
+            x = randn(*shape).requires_grad_()
+            pairs = [(out, *torch.autograd.grad(out.sum(), x)) for out in (compiled(x), ours(x))]
+            assert all(torch.equal(one, two) for one, two in zip(*pairs, strict=True))

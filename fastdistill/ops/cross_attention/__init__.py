@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import again, is_differentiated, remember, wanted, with_its_kernel
+from fastdistill.ops._backward import again, distinct, is_differentiated, remember, wanted, with_its_kernel
 from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, constant, forced, later, register
 from fastdistill.ops.cross_attention import reference
 
@@ -116,7 +116,7 @@ def cross_attention(
             OPS["cross_attention"].calls[REFERENCE] += 1
         out = reference.attend(q, k, v, mask, rows, scale)
     elif wanted((q, k, v)):
-        out = _CrossAttention.apply(q, k, v, mask, rows, scale)
+        out = _CrossAttention.apply(*distinct((q, k, v)), mask, rows, scale)
     else:
         out = _launch(q, k, v, mask, rows, scale)
     return out.flatten(2) if flat else out

@@ -252,7 +252,8 @@ def _checked(tensors: tuple[Tensor | None, ...], values: tuple[int | None, int, 
                 channels, source = min(channels, student.size(1)), "student or teacher"
     assert channels is not None
     twice = f"the {channels} channels of {source} or, with a learned variance, twice as many"
-    _check.require(student.size(1) in (channels, 2 * channels), "student", twice, tuple(student.shape))
+    fits = student.size(1) == channels or student.size(1) == 2 * channels  # sizes of a compiler are not found by `in`
+    _check.require(fits, "student", twice, tuple(student.shape))
     _check_rows(given, batch, channels, size, twice)
     if "task.counter" in given:
         _check.shape(given["task.counter"], "task.counter", (2,), "(seed, step), shape (2,)")
@@ -273,7 +274,8 @@ def _check_rows(given: dict[str, Tensor], batch: int, channels: int, size: torch
         rule = f"{student.dim()} dimensions, {batch} samples of size {tuple(size)}"
         fits = teacher.dim() == student.dim() and len(teacher) == batch and teacher.shape[2:] == size
         _check.require(fits, "teacher", rule, tuple(teacher.shape))
-        _check.require(teacher.size(1) in (channels, 2 * channels), "teacher", twice, tuple(teacher.shape))
+        fits = teacher.size(1) == channels or teacher.size(1) == 2 * channels
+        _check.require(fits, "teacher", twice, tuple(teacher.shape))
     if "unconditional" in given:
         _check.require("teacher" in given, "unconditional", "None without teacher", tuple(given["unconditional"].shape))
         shape, dtype = given["teacher"].shape, given["teacher"].dtype
@@ -282,6 +284,6 @@ def _check_rows(given: dict[str, Tensor], batch: int, channels: int, size: torch
     if "x_t" in given:
         _check.shape(given["x_t"], "x_t", (batch, channels, *size), f"shape {(batch, channels, *size)}")
     if "task.latents" in given:
-        rule, latents = f"[N, {', '.join(map(str, (channels, *size)))}] with N > 0", given["task.latents"]
+        rule, latents = f"[N, {', '.join(f'{n}' for n in (channels, *size))}] with N > 0", given["task.latents"]
         _check.shape(latents, "task.latents", (None, channels, *size), rule)
         _check.require(len(latents) > 0, "task.latents", rule, tuple(latents.shape))
