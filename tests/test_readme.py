@@ -36,6 +36,13 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(value, wanted[name]) for name, value in student.state_dict().items())
 
 
+def test_the_code_of_the_families_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/families.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["images"].isfinite().all() and names["images"].shape == (2, 4, 8, 8)  # type: ignore[attr-defined]
+
+
 def test_what_it_links_to_is_there() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(((?!https?:)[^)#]+)", page.read_text(encoding="utf-8")):

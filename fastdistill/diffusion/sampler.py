@@ -141,7 +141,9 @@ def _schedule_plan(
     T = len(schedule)
     times = trailing_timesteps(T, steps) if timesteps is None else _checked(timesteps, steps, T)
     abars = [float(schedule.alphas_cumprod[t]) for t in times] + [1.0]
-    kind = check_prediction_type("epsilon" if prediction_type is None else prediction_type)
+    kind = check_prediction_type(
+        "epsilon" if prediction_type is None else prediction_type, among=NoiseSchedule.prediction_types
+    )
     return _Plan(list(zip(times, abars, abars[1:], strict=False)), kind, clip, noise_of_clipped=True)
 
 
@@ -176,7 +178,12 @@ def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
     following = [t - T // steps for t in times]
     levels = [(t, float(abar[t]), float(abar[s]) if s >= 0 else final) for t, s in zip(times, following, strict=True)]
     clip = config.clip_sample_range if config.clip_sample else None
-    return _Plan(levels, check_prediction_type(config.prediction_type), clip, noise_of_clipped=False)
+    return _Plan(
+        levels,
+        check_prediction_type(config.prediction_type, among=NoiseSchedule.prediction_types),
+        clip,
+        noise_of_clipped=False,
+    )
 
 
 def _predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Any]:

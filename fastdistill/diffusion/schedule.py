@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -205,7 +205,7 @@ class NoiseSchedule(Schedule):
 
 
 def check_prediction_type(
-    value: str, argument: str = "prediction_type", among: tuple[PredictionType, ...] = NoiseSchedule.prediction_types
+    value: str, argument: str = "prediction_type", among: tuple[PredictionType, ...] = get_args(PredictionType)
 ) -> PredictionType:
     """``value`` itself; InputError unless it is one of these."""
     if not isinstance(value, str) or value not in among:
