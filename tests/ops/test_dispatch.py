@@ -128,18 +128,25 @@ def test_an_empty_list_that_comes_as_none() -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_any_default_dtype(name: str) -> None:
-    """Kernels read what stands for weights and scales that are not given as float32."""
-    expected = both(CALLS[name])
-    loss_scale.cache_clear()
-    tap_weights.cache_clear()
-    torch.set_default_dtype(torch.float64)
-    try:
-        found = both(CALLS[name])
-    finally:
-        torch.set_default_dtype(torch.float32)
+@pytest.mark.parametrize("kernel", [None, "reference"])
+@pytest.mark.parametrize("default", [torch.float64, "meta"], ids=str)
+def test_any_default(name: str, kernel: str | None, default: torch.dtype | str) -> None:
+    """Kernels read what stands for weights and scales that are not given as float32, on the device of the call."""
+    with use(kernel):
+        expected = both(CALLS[name])
+        loss_scale.cache_clear()
+        tap_weights.cache_clear()
+        if isinstance(default, str):
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        try:
+            found = both(CALLS[name])
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
     for one, two in zip(expected, found, strict=True):
-        assert two.dtype == torch.float32 and torch.equal(one, two)
+        assert (two.dtype, two.device) == (torch.float32, X.device) and torch.equal(one, two)
 
 
 def test_compiled_loops_run_after_the_ops_they_read() -> None:

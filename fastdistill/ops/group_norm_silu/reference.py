@@ -18,7 +18,7 @@ def spread(wanted: int, small: Sequence[Tensor]) -> list[Tensor | None]:
 def _over(tensor: Tensor | None, x: Tensor, default: float) -> Tensor:
     """[C] or [B, C] as float32 over the positions of x [B, C, P]; None: a constant."""
     if tensor is None:
-        return torch.full((1, 1, 1), default, device=x.device)
+        return torch.full((1, 1, 1), default, dtype=torch.float32, device=x.device)
     return tensor.float().reshape(-1, x.shape[1], 1)
 
 

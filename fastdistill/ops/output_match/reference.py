@@ -53,7 +53,7 @@ def output_match(
         latent_index = torch.where(there, latent_index, 0)
     timestep = torch.where(there, timestep, 0)
     row = table[timestep]
-    own = torch.where(there, weights if len(weights) else 1.0, torch.nan)
+    own = torch.where(there, weights if len(weights) else 1.0, torch.nan).float()
     weight = torch.stack([row[:, OUTPUT_WEIGHT], row[:, TASK_WEIGHT]], 1) * own[:, None]
     s = student[:, :channels].float()
     differences = [torch.zeros_like(s), torch.zeros_like(s)]
