@@ -154,3 +154,14 @@ def test_a_low_rank_student_beside_its_teacher(tmp_path: Any) -> None:
     assert all(torch.equal(p, frozen[name]) for name, p in teacher.named_parameters())
     average: Any = run.ema_student()
     assert torch.equal(average.mid.weight, teacher.mid.weight) and average.mid.weight is not teacher.mid.weight
+
+
+def test_a_compiled_step_in_parts() -> None:
+    """The losses of the parts are compiled; on the CPU without code generation it is the same arithmetic."""
+    runs = [tiny.trainer(micro_batch=2) for _ in range(2)]
+    runs[1].step.compile(backend="eager")
+    for run in runs:
+        run.step.prepare(0)
+        run.step()
+    for a, b in zip(*(run.student.parameters() for run in runs), strict=True):
+        assert torch.equal(a, b)
