@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 
 from fastdistill.errors import InputError
@@ -161,3 +162,12 @@ def test_a_student_of_sdxl_is_made_and_trained() -> None:
         make_student(teacher, {"transformer_layers": [1]})
     with pytest.raises(InputError, match=r"spec.taps: expected one of blocks, self_attention, got"):
         make_student(teacher, {"taps": "none", "layers_per_block": 1})
+
+
+def test_v_prediction_with_zero_terminal_snr() -> None:
+    """Stable Diffusion 2.x: the scheduler says what the models predict, and the last timestep is pure noise."""
+    scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    data = {"latents": small.cache("sd"), "prompts": small.bank("sd"), "schedule": scheduler}
+    run = tiny.trainer(small.model("sd"), small.model("sd", 1), tiny.features(("mid_block",) * 2), **data)
+    assert run._setting.prediction_type == "v_prediction" and run._setting.schedule.signal[-1] == 0
+    assert run.fit().history[0]["output"] > 0
