@@ -92,7 +92,31 @@ def make(
     bias = torch.randn(B, L, generator=g).to(dtype)
     masks = {"none": None, "bool": kept, "bias": bias, "-inf": bias.masked_fill(~kept, -torch.inf)}
     inputs = q, k, v, masks[mask], None if rows is None else torch.tensor(rows), scale
-    return Case("cross_attention", inputs, call, eager, eager)
+    sums = {} if gradients != "qkv" else terms(*inputs)
+    return Case("cross_attention", inputs, call, eager, eager, gradient_sums=sums)
+
+
+def terms(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float | None
+) -> dict[int, tuple[int, float]]:
+    """Of the gradients of Q and K: each term of dS = P (dP - sum_j P_j dP_j), dP = dO V^T, is itself a sum over D,
+    whose parts cancel; their magnitudes do not."""
+    cotangent = Case.cotangent
+    with torch.no_grad():
+        (q, k, v), own = (t.double() for t in (q, k, v)), torch.arange(len(q)) if rows is None else rows
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scores = scale * torch.einsum("bnhd,blhd->bhnl", q, k[own])
+        if mask is not None:
+            scores += (mask.double().log() if mask.dtype == torch.bool else mask.double())[:, None, None]
+        p, d = scores.softmax(-1), cotangent * v[own].abs().sum(-1).transpose(1, 2)[:, :, None]
+        s = scale * p * (d + (p * d).sum(-1, keepdim=True))
+        dq = torch.einsum("bhnl,blhd->bnhd", s, k[own].abs())
+        dk = torch.zeros_like(k).index_add_(0, own, torch.einsum("bhnl,bnhd->blhd", s, q.abs()))
+    samples = int(own.bincount().max()) if len(own) else 0
+    return {
+        0: (k.shape[1] * q.shape[3], dq.max().item()),
+        1: (samples * q.shape[1] * q.shape[3], dk.max().item()),
+    }
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

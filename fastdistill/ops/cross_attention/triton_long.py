@@ -97,10 +97,10 @@ def backward_long_q(
             at = first + tl.arange(0, KEYS)
             keys = get(k, at, L, k_strides[1], D, DIMS, UNIT)
             w = tl.exp2(product(x, keys, DIMS) * scale + key_bias(mask, at, L, MASK)[None, :] - top[:, None])
-            w *= share[:, None]
             p = product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS)
             sums = add_product(sums, (w * (p - delta[:, None])).to(q.dtype.element_ty), keys, DIMS)
-        put(grad_q + start(dq_strides, b, h, UNIT), query, N, dq_strides[1], sums, factor, D, DIMS, UNIT)
+        share = factor * share[:, None]
+        put(grad_q + start(dq_strides, b, h, UNIT), query, N, dq_strides[1], sums, share, D, DIMS, UNIT)
 
 
 @triton.jit
