@@ -143,6 +143,13 @@ def refuse_graph(step: TrainStep, student: nn.Module) -> str | None:
     return distributed.refuse_capture()
 
 
+def refuse_compiled(student: nn.Module) -> str | None:
+    """Why this version of torch cannot compile the step of this student."""
+    if torch.__version__ < (2, 13) and (where := sharded(student)):
+        return f"{where}, whose step torch {torch.__version__} cannot compile (2.13 can)"
+    return None
+
+
 def _eager(step: TrainStep) -> Callable[[], None]:
     """The step, with the random numbers that the student itself draws seeded in each."""
 
@@ -187,7 +194,8 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
 
     Raises:
         FastdistillError: ``graph`` where it cannot be, with the reason; ``graph`` and ``compiled`` for a student that
-            draws random numbers; from the first three steps, what cannot be compiled.
+            draws random numbers; ``compiled`` for a sharded student before torch 2.13; from the first three steps, what
+            cannot be compiled.
     """
     reason = None if execution in ("eager", "compiled") else refuse_graph(step, student)
     if execution == "eager" or (reason is not None and execution == "auto" and step.counter.device.type != "cuda"):
@@ -198,11 +206,17 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
             raise FastdistillError(f"execution '{execution}': {why}, {_UNSEEDED}")
         warnings.warn(f"step: no CUDA graph, as {why}; it runs eagerly", stacklevel=2)
         return _eager(step)
+    why_not = refuse_compiled(student)
     if execution == "compiled":
+        if why_not is not None:
+            raise FastdistillError(f"execution 'compiled': {why_not}; use 'eager'")
         return _compiled(step)
     if reason is None:
         return GraphedStep(step, student, strict=execution == "graph")
     if execution == "graph":
-        raise FastdistillError(f"execution 'graph': {reason}; use 'compiled'")
+        raise FastdistillError(f"execution 'graph': {reason}; use '{'compiled' if why_not is None else 'eager'}'")
+    if why_not is not None:
+        warnings.warn(f"step: neither a CUDA graph nor compiled, as {why_not}; it runs eagerly", stacklevel=2)
+        return _eager(step)
     warnings.warn(f"step: no CUDA graph, as {reason}; it is compiled", stacklevel=2)
     return _compiled(step)

@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.torch_version import TorchVersion
 
 from fastdistill.distill.objective import has_streams
 from fastdistill.errors import DeviceError, FastdistillError, KernelError
@@ -48,7 +49,11 @@ class OnGPU:
     def __call__(self) -> None: ...
 
 
-def test_a_sharded_model_is_not_captured_but_compiled(tmp_path: Any) -> None:
+@pytest.mark.parametrize(("version", "way"), [("2.13.0", "compiled"), ("2.11.0", "eager")])
+def test_a_sharded_model_is_not_captured_but_compiled(
+    version: str, way: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch can compile it."""
     step: Any = OnGPU()
     assert graph.refuse_graph(step, nn.Linear(2, 2)) is None
     model = nn.Sequential(nn.Linear(2, 2))
@@ -56,12 +61,20 @@ def test_a_sharded_model_is_not_captured_but_compiled(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
         fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(FastdistillError, match=r"0 is sharded by FSDPLinear, which .*; use 'compiled'"):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        with pytest.raises(FastdistillError, match=rf"0 is sharded by FSDPLinear, which .*; use '{way}'"):
             runner(step, model, "graph")
         assert not step.compiled
-        with pytest.warns(UserWarning, match=r"no CUDA graph, as 0 is sharded .*; it is compiled") as caught:
-            runner(step, model, "auto")()
-        assert len(caught) == step.compiled == 1
+        if way == "eager":
+            with pytest.raises(FastdistillError, match=r"'compiled': 0 is sharded .*torch 2.11.0 cannot .*'eager'"):
+                runner(step, model, "compiled")
+        told = "it is compiled" if way == "compiled" else "it runs eagerly"
+        with pytest.warns(UserWarning, match=rf"CUDA graph.*, as 0 is sharded .*; {told}") as caught:
+            advance = runner(step, model, "auto")
+        assert len(caught) == 1
+        if way == "compiled":
+            advance()
+        assert step.compiled == (way == "compiled")
     finally:
         torch.distributed.destroy_process_group()
 
