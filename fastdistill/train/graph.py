@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 from fastdistill.data.fingerprint import listed
@@ -145,7 +146,7 @@ def refuse_graph(step: TrainStep, student: nn.Module) -> str | None:
 
 def refuse_compiled(student: nn.Module) -> str | None:
     """Why this version of torch cannot compile the step of this student."""
-    if torch.__version__ < (2, 13) and (where := sharded(student)):
+    if torch.__version__ < TorchVersion("2.13") and (where := sharded(student)):
         return f"{where}, whose step torch {torch.__version__} cannot compile (2.13 can)"
     return None
 
