@@ -23,7 +23,7 @@ def _norm(norm: nn.GroupNorm, x: Tensor, *, silu: bool = True, **given: Any) -> 
     few = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[2:].numel() <= FEW
     if (few and x.is_contiguous()) or any(t.dtype != x.dtype for t in given.values()):
         return _by_torch(norm, x, silu, **given)
-    given = {name: t.expand(len(x), -1) for name, t in given.items()}
+    given = {name: t.expand(x.shape[0], -1) for name, t in given.items()}
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, silu=silu, **given)
 
 
@@ -59,14 +59,14 @@ def _refuse_resnet(block: ResnetBlock2D) -> str | None:
 @instead_of(ResnetBlock2D, "forward", _refuse_resnet)
 def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """Norm, time embedding and SiLU in one op each; the shortcut reads its input as it lies in memory."""
-    unusual = args or kwargs or input_tensor.dtype not in FLOATS or not _fits(block, temb, len(input_tensor))
+    unusual = args or kwargs or input_tensor.dtype not in FLOATS or not _fits(block, temb, input_tensor.shape[0])
     if unusual:
         result: Tensor = ResnetBlock2D.forward(block, input_tensor, temb, *args, **kwargs)
         return result
     x, hidden = input_tensor, _norm(block.norm1, input_tensor)
     for resample in (block.upsample, block.downsample):
         if resample is not None:
-            if resample is block.upsample and len(hidden) >= 64:  # torch's nearest upsampling fails in channels_last
+            if resample is block.upsample and hidden.shape[0] >= 64:  # torch fails in channels_last
                 x, hidden = x.contiguous(), hidden.contiguous()
             x, hidden = resample(x), resample(hidden)
     hidden = block.conv1(hidden)
@@ -88,7 +88,7 @@ def _fits(block: ResnetBlock2D, temb: Tensor | None, batch: int) -> bool:
     """A time embedding [B or 1, C] where there is a projection of it, none where not."""
     if temb is None or block.time_emb_proj is None:
         return temb is None and block.time_emb_proj is None and block.time_embedding_norm == "default"
-    return temb.dim() == 2 and len(temb) in (1, batch)
+    return temb.dim() == 2 and temb.shape[0] in (1, batch)
 
 
 RESNET = Form(_refuse_resnet, {"forward": _resnet})

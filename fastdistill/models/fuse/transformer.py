@@ -102,7 +102,7 @@ def _basic(
     given, x = cross_attention_kwargs or {}, hidden_states
     fits = x.dim() == 3 and x.dtype in FLOATS and not given.keys() & {"gligen", "scale"}
     if block.norm_type == "ada_norm_zero":
-        fits = fits and _per_sample(timestep, 1, len(x)) and _per_sample(class_labels, 1, len(x))
+        fits = fits and _per_sample(timestep, 1, x.shape[0]) and _per_sample(class_labels, 1, x.shape[0])
     if not fits:
         result: Tensor = BasicTransformerBlock.forward(
             block, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
@@ -131,7 +131,7 @@ BASIC = Form(_refuse_basic, {"forward": _basic})
 
 
 def _per_sample(values: Tensor | None, dims: int, batch: int) -> bool:
-    return values is not None and values.dim() == dims and len(values) in (1, batch)
+    return values is not None and values.dim() == dims and values.shape[0] in (1, batch)
 
 
 def _modulation(
@@ -140,7 +140,7 @@ def _modulation(
     """Shift, scale and gate of the attention, then of the feed-forward: [B, D] each."""
     if block.norm_type == "ada_norm_single":
         assert timestep is not None
-        return (block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)).unbind(1)
+        return (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).unbind(1)
     if block.norm_type == "ada_norm_zero":
         embedding = block.norm1.emb(timestep, labels, hidden_dtype=x.dtype)
         return _chunks(block.norm1, embedding, 6, x)
@@ -149,7 +149,7 @@ def _modulation(
 
 def _chunks(norm: Any, embedding: Tensor, count: int, x: Tensor) -> tuple[Tensor, ...]:
     """[B, D] each, of an embedding [B or 1, D]."""
-    return tuple(t.expand(len(x), -1) for t in norm.linear(norm.silu(embedding)).chunk(count, dim=1))
+    return tuple(t.expand(x.shape[0], -1) for t in norm.linear(norm.silu(embedding)).chunk(count, dim=1))
 
 
 def _refuse_joint(block: JointTransformerBlock) -> str | None:
@@ -179,8 +179,8 @@ def _joint(
 ) -> tuple[Tensor | None, Tensor]:
     """Of SD3: image and prompt tokens side by side."""
     x, context, given = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
-    tokens = all(t.dim() == 3 and len(t) == len(x) and t.dtype in FLOATS for t in (x, context))
-    if not tokens or not _per_sample(temb, 2, len(x)):
+    tokens = all(t.dim() == 3 and t.shape[0] == x.shape[0] and t.dtype in FLOATS for t in (x, context))
+    if not tokens or not _per_sample(temb, 2, x.shape[0]):
         result: tuple[Tensor | None, Tensor] = JointTransformerBlock.forward(
             block, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
         )
@@ -190,7 +190,7 @@ def _joint(
     y = _norm(block.norm1.norm, x, (scale_msa, shift_msa))
     if block.context_pre_only:
         embedding = block.norm1_context.silu(temb).to(context.dtype)
-        scale, shift = (t.expand(len(x), -1) for t in block.norm1_context.linear(embedding).chunk(2, dim=1))
+        scale, shift = (t.expand(x.shape[0], -1) for t in block.norm1_context.linear(embedding).chunk(2, dim=1))
         theirs: tuple[Tensor, ...] = (shift, scale)
     else:
         theirs = _chunks(block.norm1_context, temb, 6, context)
