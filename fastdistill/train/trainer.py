@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -98,44 +99,49 @@ class DistillTrainer:
         arguments.check_models(teacher, student)
         dtype = arguments.dtype(student, self.device, config.precision)
         self._was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
-        self.teacher = devices.moved(teacher, self.device, "teacher")
-        self._freeze()
-        devices.cast(student, self.device, dtype)
-        checkpointing = devices.checkpointed(student) if config.gradient_checkpointing else None
-        self.student = student.train()
-        if self.config.fuse:
-            fuse(self.teacher)
-            fuse(self.student)
-        low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
-        scaling = LossScale(self.device) if low else None
-        setting = self._setting = Setting(
-            teacher=self.teacher,
-            student=self.student,
-            schedule=schedule,
-            latents=_placed(latents.latents, self.device, config),
-            latent_prompts=latents.prompt_index.to(self.device),
-            prompts=mapped(lambda bank: cast(Tensor, _placed(bank, self.device, config)), prompts.rows),
-            batch=batch,
-            prediction_type=prediction_type,
-            ahead=config.ahead,
-            grad_scale=scaling.value if scaling else None,
-            first_sample=first_sample,
-            global_batch=config.batch,
-            call=call,
-        )
-        self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
-        check_sources(latents, prompts, self.teacher, self._fingerprint["teacher"]["weights"])
-        each = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("ahead", "banks", "keep_checkpoints")}
-        layout = {name: [list(p.shape), p.requires_grad] for name, p in self.student.named_parameters()}
-        given = {"config": each, "shard": "none" if shard is None else "given", "student": layout}
-        distributed.check_same(self._fingerprint | given)
-        bound = objective.bind(setting)
-        if shard is not None:
-            distributed.shard(self.student, bound, shard)
-        self.step = TrainStep(bound, self.student, config, self.device, scaling)
-        self._undo = [checkpointing] if checkpointing else []
-        self._undo += [family.prepare(model) for model in (teacher, student) if (family := families.find(model))]
-        self._closed = False
+        with contextlib.ExitStack() as failed:  # what does not fit leaves the teacher as it was
+            failed.callback(self._give_back)
+            self.teacher = devices.moved(teacher, self.device, "teacher")
+            self._freeze()
+            devices.cast(student, self.device, dtype)
+            checkpointing = devices.checkpointed(student) if config.gradient_checkpointing else None
+            self.student = student.train()
+            if self.config.fuse:
+                fuse(self.teacher)
+                fuse(self.student)
+            low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
+            scaling = LossScale(self.device) if low else None
+            setting = self._setting = Setting(
+                teacher=self.teacher,
+                student=self.student,
+                schedule=schedule,
+                latents=_placed(latents.latents, self.device, config),
+                latent_prompts=latents.prompt_index.to(self.device),
+                prompts=mapped(lambda bank: cast(Tensor, _placed(bank, self.device, config)), prompts.rows),
+                batch=batch,
+                prediction_type=prediction_type,
+                ahead=config.ahead,
+                grad_scale=scaling.value if scaling else None,
+                first_sample=first_sample,
+                global_batch=config.batch,
+                call=call,
+            )
+            self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
+            check_sources(latents, prompts, self.teacher, self._fingerprint["teacher"]["weights"])
+            each = {
+                k: v for k, v in dataclasses.asdict(config).items() if k not in ("ahead", "banks", "keep_checkpoints")
+            }
+            layout = {name: [list(p.shape), p.requires_grad] for name, p in self.student.named_parameters()}
+            given = {"config": each, "shard": "none" if shard is None else "given", "student": layout}
+            distributed.check_same(self._fingerprint | given)
+            bound = objective.bind(setting)
+            if shard is not None:
+                distributed.shard(self.student, bound, shard)
+            self.step = TrainStep(bound, self.student, config, self.device, scaling)
+            self._undo = [checkpointing] if checkpointing else []
+            self._undo += [family.prepare(model) for model in (teacher, student) if (family := families.find(model))]
+            self._closed = False
+            failed.pop_all()
 
     def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
         """Train to the last step of the configuration.
@@ -198,6 +204,10 @@ class DistillTrainer:
         self.step.objective.close()
         for undo in self._undo:
             undo()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """The teacher, as trainable and in the modes as it was."""
         for parameter, trainable in self._was[0]:
             if trainable:
                 parameter.requires_grad_(True)

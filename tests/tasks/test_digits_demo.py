@@ -155,7 +155,12 @@ def wait_for_orphans(output: Path) -> subprocess.Popen[str]:
 
 def test_stopped_at_once(tmp_path: Path) -> None:
     process = start(tmp_path / "stopped")
-    time.sleep(0.5)
+    status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+    while time.monotonic() < deadline:  # until the command has begun, which hears SIGTERM; before, Python itself starts
+        (heard,) = re.findall(r"^SigCgt:\s*(\w+)$", status.read_text(), re.MULTILINE)
+        if int(heard, 16) >> (signal.SIGTERM - 1) & 1:
+            break
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     code, out, error = finish(process)
     assert code == 130 and not out
