@@ -74,7 +74,7 @@ class Bound:
     def draw(self, counter):  # with draw and loss apart, micro-batches work
         return self.batches(counter)
 
-    def loss(self, draw, counter, first=0):
+    def loss(self, draw, counter):
         target = self.target(draw)
         student = self.settings[0].predict(self.settings[0].student, draw.x_t, draw.timestep, draw.prompt)
         scale = self.settings[0].grad_scale

@@ -39,7 +39,8 @@ class Batches:
     ``prepare`` waits until the rows of its step are there. It belongs outside of what a graph captures, on the stream
     of the draws (capture with ``capture_error_mode="thread_local"``: the thread waits for events meanwhile).
     ``ahead``: steps that are read ahead of the one under way. ``task``: ``task()`` will be asked for. ``dtype``: of x_t
-    and of floating-point prompts in the draws; None: the dtypes of the banks.
+    and of floating-point prompts in the draws; None: the dtypes of the banks. ``in_parts``: whether ``task()`` will be
+    asked for parts of a batch.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Batches:
         task: bool = False,
         ahead: int = 3,
         dtype: torch.dtype | None = None,
+        in_parts: bool = False,
         **options: Any,
     ) -> None:
         if ahead < 1:
@@ -77,8 +79,8 @@ class Batches:
         staged = {"latent_rows": bool(self._latents), "prompt_rows": bool(self._prompts)}
         options |= {"null_index": null_index}
         self._options = options | {name: rows[name] * staged[name] for name in rows}
-        self._resident = isinstance(latents, Tensor) and latents.device == self._device
-        target = target or (task and not self._resident)
+        self._made_again = not in_parts and isinstance(latents, Tensor) and latents.device == self._device
+        target = target or (task and not self._made_again)
         self.out: Draw[Any] = empty_draw(given[0], given[1], batch, target=target, device=self._device)
         self._counter: Tensor | None = None
         self._draw: NoiseGather[Any] | None = None  # for that counter
@@ -152,13 +154,18 @@ class Batches:
             return draw
         return draw._replace(x_t=cast(draw.x_t, self._dtype), prompt=cast(draw.prompt, self._dtype))
 
-    def task(self, draw: Draw[Any], counter: Tensor, first: int = 0) -> Task:
+    def task(self, draw: Draw[Any], counter: Tensor) -> Task:
         """What ``output_match`` makes the target of this batch of: the latents and the counter, or, where the latents
-        are not on the device, the target that the draw has stored. ``first``: the number in the batch of the first
-        sample of ``draw``, where that is a part of one (``Draw.part``)."""
-        if self._resident:
-            first += self._options.get("first_sample", 0)
-            return Task.of(draw, self._tables[0], self._tables[3], counter, first)
+        are not on the device or batches come ``in_parts``, the target that the draw has stored.
+
+        Raises:
+            InputError: a part of a batch (``Draw.part``) without ``in_parts``.
+        """
+        if self._made_again:
+            if len(draw.choice) != self._batch:
+                rule = f"the {self._batch} samples of a batch, or in_parts"
+                raise InputError.of("draw", rule, f"{len(draw.choice)} of them")
+            return Task.of(draw, self._tables[0], self._tables[3], counter, self._options.get("first_sample", 0))
         return Task(draw.target, self._rows[: len(draw.choice)], draw.choice, self._as_stored, counter)
 
     def close(self) -> None:

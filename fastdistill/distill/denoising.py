@@ -58,8 +58,8 @@ class BoundDenoising:
     def draw(self, counter: Tensor) -> Draw[Any]:
         return self._batches(counter)
 
-    def loss(self, draw: Draw[Any], counter: Tensor, first: int = 0) -> tuple[Tensor, list[Tensor]]:
+    def loss(self, draw: Draw[Any], counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         output = self._predict(draw.x_t, draw.timestep, draw.prompt)
-        task = self._batches.task(draw, counter, first)
+        task = self._batches.task(draw, counter)
         loss = output_match(output, None, draw.timestep, self._table, task=task, grad_scale=self._grad_scale).loss
         return loss, [loss.detach()]

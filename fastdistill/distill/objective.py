@@ -53,7 +53,8 @@ class Setting:
     (``fastdistill.models.calling.Predictor``). batch: samples of a step. prediction_type: what teacher and student put
     out. ahead: steps whose rows are read ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss
     will be multiplied before the backward, for losses that store their gradient; None: 1. first_sample, global_batch:
-    where several processes share a step, which of its samples are this one's (``noise_gather``).
+    where several processes share a step, which of its samples are this one's (``noise_gather``). in_parts: whether the
+    losses are asked for parts of a batch (``TrainConfig.micro_batch``).
     """
 
     teacher: nn.Module
@@ -68,6 +69,7 @@ class Setting:
     grad_scale: Tensor | None = None
     first_sample: int = 0
     global_batch: int | None = None
+    in_parts: bool = False
     call: Call | None = None
 
     @property
@@ -109,7 +111,8 @@ class Setting:
         return Batches(
             self.latents, self.latent_prompts, self.prompts, *tables, batch=self.batch,
             null_index=len(listed(self.prompts)[0]) - 1, ahead=self.ahead, first_sample=self.first_sample,
-            global_batch=self.global_batch, dtype=dtypes.pop() if len(dtypes) == 1 else None, **options,
+            global_batch=self.global_batch, dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            in_parts=self.in_parts, **options,
         )  # fmt: skip
 
     def check(self, name: Literal["teacher", "student"]) -> None:
@@ -175,8 +178,8 @@ class BoundObjective(Protocol):
     Before each step the host calls ``prepare`` with its seed and number, and ``close`` after the last: what has to
     happen outside of the step is done there (``Batches``, hooks on the models). ``prepare`` may follow ``close``.
     For gradients accumulated over parts of a batch (``TrainConfig.micro_batch``) it has ``draw(counter)``, a
-    ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter, first)`` of the samples from number ``first`` on,
-    with the result of a call. The loss is a mean over samples; where it is not, ``whole`` is a text that says why.
+    ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter)`` of a part of it, with the result of a call. The
+    loss is a mean over samples; where it is not, ``whole`` is a text that says why.
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
     """
 

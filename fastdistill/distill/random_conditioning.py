@@ -102,5 +102,5 @@ class BoundRandomConditioning:
     def draw(self, counter: Tensor) -> Draw[Any]:
         return self._batches(counter)
 
-    def loss(self, draw: Draw[Any], counter: Tensor, first: int = 0) -> tuple[Tensor, list[Tensor]]:
-        return self._knowledge(draw, self._batches.task(draw, counter, first) if self._weights.task else None)
+    def loss(self, draw: Draw[Any], counter: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self._knowledge(draw, self._batches.task(draw, counter) if self._weights.task else None)

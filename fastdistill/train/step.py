@@ -146,7 +146,7 @@ class TrainStep:
         for first in range(0, self._parts * self._part, self._part):
             last = first + self._part == self._parts * self._part
             with contextlib.nullcontext() if last else distributed.without_averaging(self._evaluate):
-                loss, metrics = self._evaluate(draw.part(first, first + self._part), self.counter, first)
+                loss, metrics = self._evaluate(draw.part(first, first + self._part), self.counter)
                 loss = loss / self._parts
                 (loss if self.scaling is None else loss * self.scaling.value).backward()
             parts = [metric / self._parts for metric in metrics]

@@ -125,6 +125,7 @@ class DistillTrainer:
                 first_sample=first_sample,
                 global_batch=config.batch,
                 call=call,
+                in_parts=config.micro_batch not in (None, batch),
             )
             self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
             check_sources(latents, prompts, self.teacher, self._fingerprint["teacher"]["weights"])

@@ -174,6 +174,13 @@ def test_a_result_is_that_of_any_device() -> None:
     assert fingerprint(gpu, "paired", 0, "a", "b") == fingerprint(cpu, "paired", 0, "a", "b")
 
 
+def test_settings_that_the_teacher_does_not_have(tmp_path: Path) -> None:
+    config = TeacherConfig(output=str(tmp_path / "made"), train=TrainConfig(fuse=True))
+    with pytest.raises(InputError, match=r"train.fuse: expected False, as the teacher has no other, got True"):
+        train_teacher(config)
+    assert not (tmp_path / "made").exists()
+
+
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     content = bytearray(WEIGHTS.read_bytes())
     content[-3] ^= 4

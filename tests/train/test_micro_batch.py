@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.distill import RandomConditioning, Weights
@@ -157,11 +158,21 @@ def test_a_low_rank_student_beside_its_teacher(tmp_path: Any) -> None:
 
 
 def test_a_compiled_step_in_parts() -> None:
-    """The losses of the parts are compiled; on the CPU without code generation it is the same arithmetic."""
-    runs = [tiny.trainer(micro_batch=2) for _ in range(2)]
-    runs[1].step.compile(backend="eager")
+    """The losses of the parts are compiled, once; without code generation it is the same arithmetic."""
+    runs = [tiny.trainer(micro_batch=1) for _ in range(2)]
+    counter = CompileCounter()
+    runs[1].step.compile(backend=counter)
     for run in runs:
         run.step.prepare(0)
         run.step()
     for a, b in zip(*(run.student.parameters() for run in runs), strict=True):
         assert torch.equal(a, b)
+    assert counter.frame_count == 1
+
+
+def test_batches_are_told_that_they_come_in_parts() -> None:
+    """Whose noise is made again otherwise, from the first sample on."""
+    batches: Any = tiny.trainer().step.objective._batches  # type: ignore[attr-defined]
+    counter = torch.tensor([0, 0])
+    with pytest.raises(InputError, match="draw: expected the 4 samples of a batch, or in_parts, got 2 of them"):
+        batches.task(batches(counter).part(2, 4), counter)

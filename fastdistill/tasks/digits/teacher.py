@@ -22,7 +22,7 @@ from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Setting
 from fastdistill.documented import documented
-from fastdistill.errors import StorageError
+from fastdistill.errors import InputError, StorageError
 from fastdistill.files import atomic_write, make_directory, reason
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
@@ -88,6 +88,9 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
         The provenance stored in the file: settings, data fingerprint, versions, metrics, hash of the weights.
     """
     config = validated(config, "teacher")
+    for option in ("fuse", "precision", "banks", "gradient_checkpointing"):
+        if (given := getattr(config.train, option)) != (only := getattr(TrainConfig(), option)):
+            raise InputError.of(f"train.{option}", f"{only!r}, as the teacher has no other", given)
     usable(config.device)
     torch.set_num_threads(config.threads)
     output = Path(config.output)
@@ -95,7 +98,9 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
     model = build(config.train.seed).to(config.device).train()
     bank = prompt_bank().to(config.device)
     images, rows = (t.to(config.device) for t in data.tinted(data.scans()[0]))
-    setting = Setting(model, model, SCHEDULE, images, rows, bank.embeddings, config.train.batch)
+    batch, part = config.train.batch, config.train.micro_batch
+    in_parts = part not in (None, batch)
+    setting = Setting(model, model, SCHEDULE, images, rows, bank.embeddings, batch, in_parts=in_parts)
     objective = Denoising(config.weight_limit, config.null_probability)
     step = TrainStep(objective.bind(setting), model, config.train, torch.device(config.device))
     recipe = {k: v for k, v in asdict(config).items() if k not in ("output", "device", "threads", "images_per_prompt")}
