@@ -202,7 +202,7 @@ def _plan(L: int, D: int, dtype: torch.dtype, backward: bool, capability: int) -
     if shared and wide <= 160:
         return _Plan(dims, (128 if wide <= 96 else 64,), True, 64, 8)
     if wide <= 128:
-        return _Plan(dims if wide <= 80 else (128,), (64,), True, 64, 8)
+        return _Plan(dims, (64,), True, 32, 8) if wide <= 80 else _Plan((128,), (64,), True, 64, 8)
     return _Plan((256,), (32,), True, 32, 4)
 
 

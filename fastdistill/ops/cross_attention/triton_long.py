@@ -99,7 +99,8 @@ def backward_long_q(
             w = tl.exp2(product(x, keys, DIMS) * scale + key_bias(mask, at, L, MASK)[None, :] - top[:, None])
             p = product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS)
             sums = add_product(sums, (w * (p - delta[:, None])).to(q.dtype.element_ty), keys, DIMS)
-        share = factor * share[:, None]
+        tl.debug_barrier()  # read again: in the loop it would be one register too many
+        share = factor * tl.load(kept + 1, mask=query < N, other=0.0)[:, None]
         put(grad_q + start(dq_strides, b, h, UNIT), query, N, dq_strides[1], sums, share, D, DIMS, UNIT)
 
 
@@ -124,13 +125,13 @@ def backward_long_kv(
         query = begin + tl.arange(0, M)
         x = get(q, query, N, q_strides[1], D, DIMS, UNIT)
         g = get(grad_out, query, N, g_strides[1], D, DIMS, UNIT)
-        top = tl.load(statistics + query * 3, mask=query < N, other=0.0)
-        share = tl.load(statistics + query * 3 + 1, mask=query < N, other=0.0)
         delta = tl.load(statistics + query * 3 + 2, mask=query < N, other=0.0)
-        w = tl.exp2(product(keys, x, DIMS) * scale + bias[:, None] - top[None, :]) * share[None, :]
-        s = w * (product(values, g, DIMS) - delta[None, :])
+        s = product(values, g, DIMS) - delta[None, :]
+        top = tl.load(statistics + query * 3, mask=query < N, other=0.0)
+        w = tl.exp2(product(keys, x, DIMS) * scale + bias[:, None] - top[None, :])
+        w *= tl.load(statistics + query * 3 + 1, mask=query < N, other=0.0)[None, :]
         value_sums = add_product(value_sums, w.to(q.dtype.element_ty), g, DIMS)
-        key_sums = add_product(key_sums, s.to(q.dtype.element_ty), x, DIMS)
+        key_sums = add_product(key_sums, (w * s).to(q.dtype.element_ty), x, DIMS)
     slot = ((b * chunks + chunk) * L * H + h) * D
     put(grad_k + slot, at, L, H, key_sums, factor, D, DIMS, D)
     put(grad_v + slot, at, L, H, value_sums, 1.0, D, DIMS, D)
