@@ -53,8 +53,8 @@ class Setting:
     (``fastdistill.models.calling.Predictor``). batch: samples of a step. prediction_type: what teacher and student put
     out. ahead: steps whose rows are read ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss
     will be multiplied before the backward, for losses that store their gradient; None: 1. first_sample, global_batch:
-    where several processes share a step, which of its samples are this one's (``noise_gather``). in_parts: whether the
-    losses are asked for parts of a batch (``TrainConfig.micro_batch``).
+    where several processes share a step, which of its samples are this one's (``noise_gather``). micro_batch:
+    samples of the parts in which the losses are asked for (``TrainConfig.micro_batch``); None: all at once.
     """
 
     teacher: nn.Module
@@ -69,7 +69,7 @@ class Setting:
     grad_scale: Tensor | None = None
     first_sample: int = 0
     global_batch: int | None = None
-    in_parts: bool = False
+    micro_batch: int | None = None
     call: Call | None = None
 
     @property
@@ -112,7 +112,7 @@ class Setting:
             self.latents, self.latent_prompts, self.prompts, *tables, batch=self.batch,
             null_index=len(listed(self.prompts)[0]) - 1, ahead=self.ahead, first_sample=self.first_sample,
             global_batch=self.global_batch, dtype=dtypes.pop() if len(dtypes) == 1 else None,
-            in_parts=self.in_parts, **options,
+            in_parts=self.micro_batch not in (None, self.batch), **options,
         )  # fmt: skip
 
     def check(self, name: Literal["teacher", "student"]) -> None:

@@ -98,13 +98,14 @@ class DistillTrainer:
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
         dtype = arguments.dtype(student, self.device, config.precision)
-        self._was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
-        with contextlib.ExitStack() as failed:  # what does not fit leaves the teacher as it was
-            failed.callback(self._give_back)
+        was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
+        with contextlib.ExitStack() as undo:  # by close, or where something does not fit
+            undo.callback(_give_back, *was)
             self.teacher = devices.moved(teacher, self.device, "teacher")
             self._freeze()
             devices.cast(student, self.device, dtype)
-            checkpointing = devices.checkpointed(student) if config.gradient_checkpointing else None
+            if config.gradient_checkpointing:
+                undo.callback(devices.checkpointed(student))
             self.student = student.train()
             if self.config.fuse:
                 fuse(self.teacher)
@@ -125,7 +126,7 @@ class DistillTrainer:
                 first_sample=first_sample,
                 global_batch=config.batch,
                 call=call,
-                in_parts=config.micro_batch not in (None, batch),
+                micro_batch=config.micro_batch,
             )
             self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
             check_sources(latents, prompts, self.teacher, self._fingerprint["teacher"]["weights"])
@@ -136,13 +137,15 @@ class DistillTrainer:
             given = {"config": each, "shard": "none" if shard is None else "given", "student": layout}
             distributed.check_same(self._fingerprint | given)
             bound = objective.bind(setting)
+            undo.callback(bound.close)
             if shard is not None:
                 distributed.shard(self.student, bound, shard)
             self.step = TrainStep(bound, self.student, config, self.device, scaling)
-            self._undo = [checkpointing] if checkpointing else []
-            self._undo += [family.prepare(model) for model in (teacher, student) if (family := families.find(model))]
+            for model in (teacher, student):
+                if family := families.find(model):
+                    undo.callback(family.prepare(model))
             self._closed = False
-            failed.pop_all()
+            self._undo = undo.pop_all()
 
     def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
         """Train to the last step of the configuration.
@@ -202,18 +205,7 @@ class DistillTrainer:
         if self._closed:
             return
         self._closed = True
-        self.step.objective.close()
-        for undo in self._undo:
-            undo()
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """The teacher, as trainable and in the modes as it was."""
-        for parameter, trainable in self._was[0]:
-            if trainable:
-                parameter.requires_grad_(True)
-        for module, training in self._was[1]:
-            module.training = training
+        self._undo.close()
 
     def __enter__(self) -> Self:
         return self
@@ -262,6 +254,15 @@ class DistillTrainer:
                 theirs.copy_(buffers[name])
         self.step.optimizer.copy_average(self.student, model)
         return model
+
+
+def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
+    """The teacher, as trainable and in the modes as it was."""
+    for parameter, before in trainable:
+        if before:
+            parameter.requires_grad_(True)
+    for module, training in modes:
+        module.training = training
 
 
 def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:

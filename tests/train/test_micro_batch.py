@@ -99,6 +99,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         def describe(self) -> dict[str, object]:
             return {}
 
+        def close(self) -> None: ...
+
     for options, message in (
         ({"micro_batch": 3}, "config.micro_batch: expected a divisor of the 4 samples of each rank, got 3"),
         ({"micro_batch": 2, "objective": Own()}, "objective: expected an objective with draw and loss"),

@@ -99,8 +99,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
     bank = prompt_bank().to(config.device)
     images, rows = (t.to(config.device) for t in data.tinted(data.scans()[0]))
     batch, part = config.train.batch, config.train.micro_batch
-    in_parts = part not in (None, batch)
-    setting = Setting(model, model, SCHEDULE, images, rows, bank.embeddings, batch, in_parts=in_parts)
+    setting = Setting(model, model, SCHEDULE, images, rows, bank.embeddings, batch, micro_batch=part)
     objective = Denoising(config.weight_limit, config.null_probability)
     step = TrainStep(objective.bind(setting), model, config.train, torch.device(config.device))
     recipe = {k: v for k, v in asdict(config).items() if k not in ("output", "device", "threads", "images_per_prompt")}
