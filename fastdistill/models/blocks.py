@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from fastdistill.errors import InputError, described
+from fastdistill.errors import InputError
 from fastdistill.models.families import Family
 
 
@@ -47,27 +46,6 @@ class BlockPlan:
         if match is None or match[1] not in self.kept:
             return key
         return f"{match[1]}.{self.kept[match[1]][int(match[2])]}.{key[match.end() :]}"
-
-
-def block_spec(spec: Any) -> BlockSpec:
-    """The spec of this name, of these fields (as read from YAML), or itself."""
-    if isinstance(spec, BlockSpec):
-        return spec
-    if isinstance(spec, str):
-        if spec not in BLOCK_SPECS:
-            near = difflib.get_close_matches(spec, BLOCK_SPECS, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise InputError.of("spec", f"one of {', '.join(BLOCK_SPECS)}, for a transformer", f"{spec!r}{hint}")
-        return BLOCK_SPECS[spec]
-    if not isinstance(spec, Mapping):
-        raise InputError.of(
-            "spec", "a name, a BlockSpec or a mapping of its fields, for a transformer", described(spec)
-        )
-    known = [field.name for field in fields(BlockSpec)]
-    if unknown := [str(key) for key in spec if key not in known]:
-        raise InputError.of("spec", f"the fields {', '.join(known)}, for a transformer", ", ".join(unknown))
-    values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in spec.items()}
-    return BlockSpec(**values)
 
 
 def block_plan(family: Family, config: Mapping[str, Any], spec: BlockSpec) -> BlockPlan:

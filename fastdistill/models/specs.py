@@ -6,9 +6,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from fastdistill.errors import InputError, described
+
+Spec = TypeVar("Spec")
 
 # One value a stage, outermost first; `up_block_types` and `reverse_transformer_layers_per_block` run the other way.
 _PER_STAGE = (
@@ -61,27 +63,28 @@ SPECS: dict[str, StudentSpec] = {
 }
 
 
-def student_spec(spec: str | StudentSpec | Mapping[str, Any]) -> StudentSpec:
-    """The spec of this name, of these fields (as read from YAML), or itself."""
-    if isinstance(spec, StudentSpec):
+def spec_of(kind: type[Spec], named: Mapping[str, Spec], spec: object, of: str = "") -> Spec:
+    """The spec of this name, of these fields (as read from YAML), or itself; ``of`` says in a message which teachers
+    have such."""
+    if isinstance(spec, kind):
         return spec
     if isinstance(spec, str):
-        if spec not in SPECS:
-            near = difflib.get_close_matches(spec, SPECS, n=1)
+        if spec not in named:
+            near = difflib.get_close_matches(spec, named, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise InputError.of("spec", f"one of {', '.join(SPECS)}", f"{spec!r}{hint}")
-        return SPECS[spec]
+            raise InputError.of("spec", f"one of {', '.join(named)}{of}", f"{spec!r}{hint}")
+        return named[spec]
     if not isinstance(spec, Mapping):
-        raise InputError.of("spec", "a name, a StudentSpec or a mapping of its fields", described(spec))
-    known = [field.name for field in fields(StudentSpec)]
-    unknown = [str(key) for key in spec if key not in known]
-    if unknown:
-        raise InputError.of("spec", f"the fields {', '.join(known)}", ", ".join(unknown))
-    values = dict(spec)
-    for key in ("block_out_channels", "transformer_layers"):
-        if values.get(key) is not None:
-            values[key] = tuple(values[key])
-    return StudentSpec(**values)
+        raise InputError.of("spec", f"a name, a {kind.__name__} or a mapping of its fields{of}", described(spec))
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if unknown := [str(key) for key in spec if key not in known]:
+        raise InputError.of("spec", f"the fields {', '.join(known)}{of}", ", ".join(unknown))
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()})
+
+
+def student_spec(spec: str | StudentSpec | Mapping[str, Any]) -> StudentSpec:
+    """The spec of this name in ``SPECS``, of these fields, or itself."""
+    return spec_of(StudentSpec, SPECS, spec)
 
 
 def student_config(teacher_config: Mapping[str, Any], spec: str | StudentSpec | Mapping[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from torch import nn
 
 from fastdistill.errors import InputError, described
 from fastdistill.models import families
-from fastdistill.models.blocks import BlockSpec, block_plan, block_spec
+from fastdistill.models.blocks import BLOCK_SPECS, BlockSpec, block_plan
 from fastdistill.models.copying import CopyReport, copy_from_teacher, copy_sources
-from fastdistill.models.specs import StudentSpec, cross_attends, per_stage, student_config, student_spec
+from fastdistill.models.specs import StudentSpec, cross_attends, per_stage, spec_of, student_config, student_spec
 from fastdistill.models.taps import resolve
 from fastdistill.models.weights import quantized
 
@@ -67,7 +67,7 @@ def make_student(
     whole: Any = families.unwrapped(teacher)
     source_of: Callable[[str], str] | None = None
     if family.blocks:
-        blocks = block_plan(family, whole.config, block_spec(spec))
+        blocks = block_plan(family, whole.config, spec_of(BlockSpec, BLOCK_SPECS, spec, ", for a transformer"))
         config, taps, source_of = blocks.config, blocks.taps, blocks.source_of
     else:
         if isinstance(spec, BlockSpec):

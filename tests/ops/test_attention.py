@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attention: values by every backend, which one is chosen and when, and the file that keeps what was measured."""
+"""attention: values by every backend, which one is chosen and when."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import pwd
-import tempfile
 import threading
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +30,7 @@ KERNELS = kernels_of("attention")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("FASTDISTILL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(module.VARIABLE, raising=False)
-    yield tmp_path / "cache" / "attention.json"
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The measurements that were made: (shape, backward, candidates)."""
-    made: list[tuple[Any, ...]] = []
-    measure = module.measure
-
-    def counted(q: Tensor, k: Tensor, v: Tensor, scale: float, backward: bool, names: list[str]) -> dict[str, Any]:
-        made.append((tuple(q.shape), backward, names))
-        result: dict[str, Any] = measure(q, k, v, scale, backward, names)
-        return result
-
-    monkeypatch.setattr(module, "measure", counted)
-    return made
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
@@ -277,96 +253,6 @@ def test_overrides(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None
         attention(*inputs(), backend="fast")
     with pytest.raises(KernelError, match="backend 'cudnn' cannot run this call on cpu: it has none for cpu"):
         attention(*inputs(), backend="cudnn")
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 1, "calls": {"x": {}}}', "\x00\xff"])
-def test_a_damaged_file_is_named_once_and_written_again(content: str, cache: Path, measured: list[Any]) -> None:
-    cache.parent.mkdir()
-    cache.write_bytes(content.encode("latin-1"))
-    table._read = None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        attention(*inputs())
-        attention(*inputs(N=5))
-    named = [str(w.message) for w in caught if "attention.json" in str(w.message)]
-    assert len(named) == 1 and "not a table of attention backends" in named[0]
-    assert len(measured) == 2 and len(json.loads(cache.read_text())["calls"]) == 2
-
-
-def test_another_process_is_not_forgotten(cache: Path) -> None:
-    attention(*inputs())
-    held = json.loads(cache.read_text())
-    held["calls"]["another"] = {"backend": "math", "ms": {"math": 1.0}, "refused": {}}
-    cache.write_text(json.dumps(held))
-    attention(*inputs(N=7))
-    assert set(json.loads(cache.read_text())["calls"]) > set(held["calls"]) and len(held["calls"]) == 2
-    assert [p.name for p in cache.parent.iterdir()] == ["attention.json"]
-
-
-@pytest.mark.parametrize("place", ["file", "read-only", "no home", "no entry"])
-def test_a_cache_that_cannot_be_written_has_a_stand_in(
-    place: str, cache: Path, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A file in its place; a disk that can only be read, as in a container; a user that is only a number."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(table, "_warned", set())
-    if place == "file":
-        cache.parent.write_text("")
-    elif place == "read-only":
-        kept = {"schema": 1, "calls": {"of the image": {"backend": "math", "ms": {}}}}
-        cache.parent.mkdir()
-        cache.write_text(json.dumps(kept))
-        access = os.access
-        monkeypatch.setattr(os, "access", lambda path, mode: path != cache.parent and access(path, mode))
-    else:
-        monkeypatch.delenv("FASTDISTILL_CACHE")
-        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setenv("HOME", "/proc/no/home")
-        if place == "no entry":
-            monkeypatch.delenv("HOME")
-            monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
-    table._read = None
-    with pytest.warns(UserWarning, match=rf"the measured attention backends are kept in {tmp_path}/temporary") as told:
-        for n in (5, 6, 5):
-            attention(*inputs(N=n))
-    assert len(measured) == 2 and len(told) == 1
-    held = json.loads(table.path().read_text())["calls"]
-    assert table.path().parent.stat().st_mode & 0o777 == 0o700
-    assert ("of the image" in held) == (place == "read-only") and len(held) == 2 + (place == "read-only")
-    table._read = None  # as in a new process
-    attention(*inputs(N=5))
-    assert len(measured) == 2
-
-
-def test_no_place_at_all(cache: Path, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor among the temporary files, where the folder is another user's: what was measured is kept in memory."""
-    cache.parent.write_text("")
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(table, "_warned", set())
-    owner = os.getuid()
-    monkeypatch.setattr(table.os, "getuid", lambda: owner + 1)
-    with pytest.warns(UserWarning, match="backends are not kept: .*expected a directory of this user's") as told:
-        for _ in range(2):
-            attention(*inputs())
-            attention(*inputs(N=6))
-    assert len(measured) == 2 and len(told) == 1
-    table._read = None
-    assert table.found("of another user") is None
-
-
-def test_threads_measure_one_after_the_other(measured: list[Any], cache: Path) -> None:
-    """Together they would disturb each other's times; and what one has measured the others take."""
-    tensors = inputs()
-    threads = [threading.Thread(target=lambda: attention(*tensors)) for _ in range(4)]
-    filters = list(warnings.filters)
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(measured) == 1 and len(json.loads(cache.read_text())["calls"]) == 1
-    assert warnings.filters == filters
 
 
 def test_the_switches_of_torch_are_as_before_when_two_threads_have_set_them() -> None:
