@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -111,6 +112,15 @@ def _run(arguments: list[str]) -> int:
     return 0
 
 
+def _import_pydantic() -> None:
+    """While signals wait: its compiled core panics where one interrupts its import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        importlib.import_module("pydantic")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _configured(kind: type[Config], arguments: list[str], program: str) -> Config | None:
     """The validated configuration of a command; None after a dry run."""
     import tyro
@@ -140,6 +150,7 @@ def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _demo_digits(arguments: list[str]) -> None:
+    _import_pydantic()
     from fastdistill.tasks.digits.config import DigitsConfig
 
     config = _configured(DigitsConfig, arguments, "demo digits")
@@ -150,6 +161,7 @@ def _demo_digits(arguments: list[str]) -> None:
 
 
 def _teacher_digits(arguments: list[str]) -> None:
+    _import_pydantic()
     from fastdistill.data.fingerprint import listed
     from fastdistill.tasks.digits.teacher import TeacherConfig, other_recipe, provenance, train_teacher
 
@@ -180,6 +192,7 @@ def _teacher_digits(arguments: list[str]) -> None:
 
 
 def _profile_digits(arguments: list[str]) -> None:
+    _import_pydantic()
     from rich.console import Console
 
     from fastdistill.profile import ProfileConfig, profile_digits
@@ -190,6 +203,7 @@ def _profile_digits(arguments: list[str]) -> None:
 
 
 def _profile_replay(call: str, arguments: list[str]) -> None:
+    _import_pydantic()
     from rich.console import Console
 
     from fastdistill.profile import ReplayConfig, replay_call

@@ -163,7 +163,8 @@ def test_stopped_at_once(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     code, out, error = finish(process)
-    assert code == 130 and not out
+    # Where it met code given to exec, as in imports, Python ends itself by the signal; to a shell that is 130 too.
+    assert code in (130, -signal.SIGINT) and not out, error
     assert error.strip() == "fastdistill: stopped; run the same command again to go on"
 
 
