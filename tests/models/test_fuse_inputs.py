@@ -138,3 +138,13 @@ def test_a_hook_on_normalized_queries_sees_what_it_sees_without() -> None:
     fuse(block)
     block(randn(2, 5, 8))
     assert shapes[0] == shapes[1]
+
+
+def test_a_mask_that_is_learned_has_its_gradient() -> None:
+    block, grads = self_attention(cross_attention_dim=6), []
+    for _ in range(2):
+        mask = randn(2, 1, 7).requires_grad_()
+        block(randn(2, 5, 8), randn(2, 7, 6), mask).square().sum().backward()
+        grads.append(mask.grad)
+        fuse(block)
+    assert torch.equal(*grads)

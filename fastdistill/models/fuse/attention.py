@@ -41,7 +41,7 @@ def _attend(
     plain = not cross_attention_kwargs and _fits(x, x) and (context is None or _fits(context, x))
     if plain and joint:
         return _attend_jointly(attn, x, context)
-    if plain and context is not None and (mask is None or mask.shape == (x.shape[0], 1, context.shape[1])):
+    if plain and context is not None and (mask is None or _of_keys(mask, x, context)):
         return _attend_to(attn, x, context, mask)
     if plain and context is None and mask is None:
         return _projected(attn, attention(*_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))), x)
@@ -55,6 +55,12 @@ FORM = Form(_refuse, {"forward": _attend})
 def _fits(tokens: Tensor, beside: Tensor) -> bool:
     """[B, N, C] with N > 0 in a dtype of the ops."""
     return tokens.dim() == 3 and tokens.shape[0] == beside.shape[0] and tokens.shape[1] > 0 and tokens.dtype in FLOATS
+
+
+def _of_keys(mask: Tensor, x: Tensor, context: Tensor) -> bool:
+    """One value for each key, none that is learned: ``cross_attention`` has no gradient of it."""
+    learned = mask.requires_grad and torch.is_grad_enabled()
+    return mask.shape == (x.shape[0], 1, context.shape[1]) and not learned
 
 
 def _attend_to(attn: Attention, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
