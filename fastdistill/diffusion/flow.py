@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal, get_args
@@ -20,6 +20,7 @@ from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedu
 from fastdistill.errors import InputError, described
 
 Density = Literal["uniform", "logit_normal", "mode"]
+_OF = {"mean": "logit_normal", "std": "logit_normal", "scale": "mode"}  # the density of an argument
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class FlowSchedule(Schedule):
         shift: sigma -> shift sigma / (1 + (shift - 1) sigma), after the density (2403.03206, eq. 23).
         density: ``uniform``; ``logit_normal``: logit(sigma) is normal with ``mean`` and ``std`` (eq. 19; a higher mean
             is more noise); ``mode`` with ``scale`` (eq. 20), from -1 to 2 / (pi - 2).
-        mean, std, scale: of the density.
+        mean, std, scale: of the density; those of another one keep their defaults.
         factor: models are given sigma times this (``num_train_timesteps`` of diffusers' schedulers).
 
     Raises:
-        InputError: a value outside of its range.
+        InputError: a value outside of its range, or one that the density would ignore.
     """
 
     T: int = 1000
@@ -56,13 +57,19 @@ class FlowSchedule(Schedule):
             raise InputError.of("T", "at least 1 timestep", described(self.T))
         if self.density not in get_args(Density):
             raise InputError.of("density", f"one of {', '.join(get_args(Density))}", described(self.density))
-        for name in ("shift", "std", "factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError.of(name, "a number > 0", getattr(self, name))
-        if not math.isfinite(self.mean):
-            raise InputError.of("mean", "a finite number", self.mean)
+        for name in ("shift", "std", "factor", "mean", "scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError.of(name, "a finite number", described(value))
+            if name in ("shift", "std", "factor") and value <= 0:
+                raise InputError.of(name, "a number > 0", value)
         if not -1 <= self.scale <= 2 / (math.pi - 2):
             raise InputError.of("scale", f"-1 to {2 / (math.pi - 2):.4f}, where sigma rises with t", self.scale)
+        for field in fields(self):
+            value, density = getattr(self, field.name), _OF.get(field.name, self.density)
+            if density != self.density and value != field.default:
+                rule = f"its default {field.default} where density is not {density} but {self.density}"
+                raise InputError.of(field.name, rule, value)
 
     def __len__(self) -> int:
         return self.T

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdistill.errors import InputError
 
 LossWeighting = Literal["uniform", "snr", "truncated_snr", "min_snr", "sigma_sqrt", "cosmap"]
+GAMMA = 5.0  # of min-SNR, as in the paper
 
 
 def _columns(coefficients: Tensor, argument: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -47,7 +48,7 @@ def conversion(student: Tensor, teacher: Tensor) -> Tensor:
     return torch.stack([p_student * q - q_student * p, q_student * a - p_student * b], 1) / determinant[:, None]
 
 
-def loss_weights(coefficients: Tensor, weighting: LossWeighting = "uniform", gamma: float = 5.0) -> Tensor:
+def loss_weights(coefficients: Tensor, weighting: LossWeighting = "uniform", gamma: float = GAMMA) -> Tensor:
     """Loss weights for the mean square error of the prediction that ``coefficients`` describe, float64 [T].
 
     Args:
@@ -58,15 +59,28 @@ def loss_weights(coefficients: Tensor, weighting: LossWeighting = "uniform", gam
             is min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v. ``sigma_sqrt`` (sigma^-2) and
             ``cosmap`` (2 / (pi (1 - 2 sigma + 2 sigma^2))) are weights for the prediction of rectified flow (Esser et
             al. 2024, 2403.03206, section 3.1, as in diffusers' training scripts).
-        gamma: of ``min_snr``.
+        gamma: of ``min_snr``; the default where the weighting is another one.
 
     Raises:
-        InputError: an unknown weighting, gamma not above 0, a prediction that does not determine x_0.
+        InputError: an unknown weighting, gamma not above 0 or without min_snr, a prediction that does not determine
+            x_0.
     """
-    if weighting not in get_args(LossWeighting):
-        raise InputError.of("weights", f"one of {', '.join(get_args(LossWeighting))}, or a tensor", repr(weighting))
+    _check_weighting(gamma, weighting)
+    return _weights(coefficients, weighting, gamma)
+
+
+def _check_weighting(gamma: float, *weightings: LossWeighting) -> None:
+    for weighting in weightings:
+        if weighting not in get_args(LossWeighting):
+            raise InputError.of("weights", f"one of {', '.join(get_args(LossWeighting))}, or a tensor", repr(weighting))
     if not gamma > 0:
         raise InputError.of("gamma", "a number > 0", gamma)
+    if gamma != GAMMA and "min_snr" not in weightings:
+        others = " and ".join(dict.fromkeys(weightings)) or "a tensor"
+        raise InputError.of("gamma", f"its default {GAMMA} where the weighting is not min_snr but {others}", gamma)
+
+
+def _weights(coefficients: Tensor, weighting: LossWeighting, gamma: float) -> Tensor:
     if weighting == "uniform":
         return torch.ones(len(coefficients), dtype=torch.float64, device="cpu")
     a, b, _, _, determinant = _columns(coefficients, "coefficients")
@@ -86,7 +100,7 @@ def match_table(
     guidance: float | Tensor | Callable[[float], float] = 0.0,
     weights: LossWeighting | Tensor = "uniform",
     task_weights: LossWeighting | Tensor | None = None,
-    gamma: float = 5.0,
+    gamma: float = GAMMA,
 ) -> Tensor:
     """The table of ``ops.output_match``, float32 [T, 5] on the CPU.
 
@@ -111,8 +125,9 @@ def match_table(
     elif not isinstance(guidance, Tensor):
         guidance = torch.full((T,), guidance, dtype=torch.float64, device="cpu")
     columns = {"guidance": guidance}
+    _check_weighting(gamma, *(w for w in (weights, task_weights) if w is not None and not isinstance(w, Tensor)))
     for name, given in {"weights": weights, "task_weights": weights if task_weights is None else task_weights}.items():
-        columns[name] = given if isinstance(given, Tensor) else loss_weights(coefficients, given, gamma)
+        columns[name] = given if isinstance(given, Tensor) else _weights(coefficients, given, gamma)
     for name, column in columns.items():
         if tuple(column.shape) != (T,):
             raise InputError.of(name, f"one number per timestep, ({T},)", tuple(column.shape))

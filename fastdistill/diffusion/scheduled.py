@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.diffusion.flow import mu_of
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 from fastdistill.models import families
 from fastdistill.models.calling import Call, Predictor
 from fastdistill.ops import philox
@@ -50,7 +51,8 @@ def sample_with(
         x_0 in the dtype of x_T; the state between the steps is at least float32.
 
     Raises:
-        InputError: an object that is no scheduler, one that learns its variance, prompts of another batch.
+        InputError: an object that is no scheduler, one that learns its variance, prompts of another batch, no steps,
+            a guidance scale that is not finite.
     """
     if not all(hasattr(scheduler, name) for name in ("set_timesteps", "step", "config")):
         raise InputError.of("scheduler", "a scheduler of diffusers", type(scheduler).__name__)
@@ -58,6 +60,10 @@ def sample_with(
         raise InputError.of("scheduler", "one with a fixed variance", scheduler.config["variance_type"])
     if any(len(bank) != len(x_T) for bank in listed(prompts)):
         raise InputError.of("prompts", f"{len(x_T)} rows (batch of x_T)", [len(bank) for bank in listed(prompts)])
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError.of("steps", "at least 1", described(steps))
+    if not math.isfinite(guidance_scale):
+        raise InputError.of("guidance_scale", "a finite number", guidance_scale)
     guided = guidance_scale != 1
     if guided and null_prompt is None:
         raise InputError.of("null_prompt", f"a row, for a guidance_scale of {guidance_scale}", None)

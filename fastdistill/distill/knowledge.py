@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastdistill.diffusion.matching import LossWeighting, match_table
+from fastdistill.diffusion.matching import GAMMA, LossWeighting, match_table
 from fastdistill.distill.objective import Setting, has_streams
 from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
@@ -61,7 +61,7 @@ class Knowledge:
         feature_distance: Distance,
         adapter_seed: int = 0,
         weighting: LossWeighting = "uniform",
-        gamma: float = 5.0,
+        gamma: float = GAMMA,
     ) -> None:
         if not (weights.output or weights.feature or weights.task):
             raise InputError.of("weights", "at least one loss with a weight above 0", weights)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import up_to_rounding
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
-from fastdistill.diffusion.matching import LossWeighting
+from fastdistill.diffusion.matching import GAMMA, LossWeighting
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
 from fastdistill.ops import Draw
@@ -47,7 +47,7 @@ class RandomConditioning:
     taps: tuple[tuple[str, str], ...] = ()
     with_replacement: bool = False
     loss_weighting: LossWeighting = "uniform"
-    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    min_snr_gamma: Annotated[float, Field(gt=0)] = GAMMA
 
     def p(self, T: int | Tensor) -> Tensor:
         """[T] float64: the probability of a random prompt at each timestep."""

@@ -133,6 +133,9 @@ def test_arguments() -> None:
         ({"density": "normal"}, "density: expected one of uniform, logit_normal, mode, got"),
         ({"scale": 2.0}, "scale: expected -1 to 1.75"),
         ({"std": 0.0}, "std: expected a number > 0"),
+        ({"shift": "3"}, "shift: expected a finite number, got '3'"),
+        ({"std": 2.0}, "std: expected its default 1.0 where density is not logit_normal but uniform, got 2.0"),
+        ({"density": "logit_normal", "scale": 1.0}, "scale: expected its default 1.29 where density is not mode"),
     ):
         with pytest.raises(InputError, match=message):
             FlowSchedule(**arguments)  # type: ignore[arg-type]

@@ -92,6 +92,8 @@ def test_table() -> None:
     assert table.dtype == torch.float32 and table.shape == (T, 5)
     assert table[500].tolist() == pytest.approx([1.5, 0.0, 1.0, 0.5, 1.0], rel=4 * EPS)
     assert match_table(own, guidance=2.0)[:, 0].eq(2).all() and match_table(own, weights="min_snr")[0, 4] < 0.1
+    mixed = match_table(own, weights="uniform", task_weights="min_snr", gamma=3.0)
+    assert torch.equal(mixed[:, 4], loss_weights(own, "min_snr", 3.0).float())
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,10 @@ def test_table() -> None:
         ({"weights": torch.ones(3)}, r"weights: expected one number per timestep, \(1000,\), got \(3,\)"),
         ({"guidance": torch.full((T,), float("nan"))}, r"guidance\[0\]: expected a finite number, got nan"),
         ({"gamma": 0.0, "weights": "min_snr"}, "gamma: expected a number > 0, got 0.0"),
+        (
+            {"gamma": 3.0, "task_weights": torch.ones(T)},
+            "gamma: expected its default 5.0 where the weighting is not min_snr but uniform, got 3.0",
+        ),
         ({"teacher": flow_coefficients(T)}, "teacher: expected the same signal and noise"),
         ({"teacher": torch.ones(T, 3)}, r"teacher: expected coefficients \[T, 4\], got \(1000, 3\)"),
     ],

@@ -74,6 +74,10 @@ def test_arguments() -> None:
         sample_with("ddim", model, x, rows, steps=2)
     with pytest.raises(InputError, match="scheduler: expected one with a fixed variance, got learned_range"):
         sample_with(DDPMScheduler(variance_type="learned_range"), model, x, rows, steps=2)
+    with pytest.raises(InputError, match="steps: expected at least 1, got 0"):
+        sample_with(DDPMScheduler(), model, x, rows, steps=0)
+    with pytest.raises(InputError, match="guidance_scale: expected a finite number, got nan"):
+        sample_with(DDPMScheduler(), model, x, rows, steps=2, guidance_scale=float("nan"))
     with pytest.raises(InputError, match="null_prompt: expected a row, for a guidance_scale of 2"):
         sample_with(DDPMScheduler(), model, x, rows, steps=2, guidance_scale=2)
     with pytest.raises(InputError, match=r"prompts: expected 2 rows \(batch of x_T\), got \[3\]"):
