@@ -215,7 +215,7 @@ CONSTANTS: dict[str, Callable[[Tensor], Any]] = {
     "weights": lambda t: feature_match([TEACHER], [TEACHER], weights=t[:1, 0, 0]),
     "weights of a list": lambda t: feature_match([TEACHER], [TEACHER], weights=[t[0, 0, 0]]),
     "grad_scale": lambda t: feature_match([TEACHER], [TEACHER], grad_scale=t[0, 0, 0]),
-    "guidance": lambda t: output_match(TEACHER, TEACHER, TIME, TABLE, guidance=t[:, 0, 0]),
+    "guidance": lambda t: output_match(TEACHER, TEACHER, TIME, TABLE, unconditional=TEACHER, guidance=t[:, 0, 0]),
     "weights of samples": lambda t: output_match(TEACHER, TEACHER, TIME, TABLE, weights=t[:, 0, 0]),
     "x_t": lambda t: output_match(TEACHER, TEACHER, TIME, TABLE, x_t=t),
     "output_weight": lambda t: output_match(TEACHER, TEACHER, TIME, TABLE, output_weight=t[0, 0, 0]),  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ def case_of(setting: Setting) -> Case:
         torch.arange(batch) * 17 % 40,  # the last timesteps of some conversions magnify beyond reason
         table,
         rows(batch, of_teacher, setting.teacher_sigma) if setting.teacher and setting.guided else None,
-        torch.rand(batch, generator=g) if setting.per_sample else None,
+        torch.rand(batch, generator=g) if setting.per_sample and setting.teacher and setting.guided else None,
         torch.rand(batch, generator=g) + 0.5 if setting.per_sample else None,
         rows(batch, of_x_t) if converted else None,
         task,
@@ -377,7 +377,12 @@ TASK = Task(torch.ones(5, 4, 3), TIME, TIME, coefficients("epsilon"), TIME)
         ((S, S, TIME.int(), TABLE), {}, "timestep: expected dtype int64, got int32"),
         ((S, S, TIME, TABLE[:, :4]), {}, r"table: expected \[T, 5\], got \(50, 4\)"),
         ((S, S, TIME, TABLE), {"unconditional": S[:1]}, r"unconditional: expected the shape of teacher \(2, 4, 3\)"),
-        ((S, S, TIME, TABLE), {"guidance": torch.ones(3)}, r"guidance: expected one number a sample \(2,\)"),
+        (
+            (S, S, TIME, TABLE),
+            {"guidance": torch.ones(3), "unconditional": S},
+            r"guidance: expected one number a sample \(2,\)",
+        ),
+        ((S, S, TIME, TABLE), {"guidance": torch.ones(2)}, "guidance: expected None without unconditional, got a te"),
         ((S, S, TIME, TABLE), {"guidance": 3.0}, "guidance: expected a tensor, got float"),
         ((S, S, TIME, TABLE), {"x_t": torch.ones(2, 4, 4)}, r"x_t: expected shape \(2, 4, 3\), got \(2, 4, 4\)"),
         ((S, S, TIME, TABLE), {"distance": "l1"}, "distance: expected one of mse, huber, got 'l1'"),

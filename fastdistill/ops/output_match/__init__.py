@@ -96,7 +96,7 @@ def output_match(
         table: [T, 5] float32 from ``diffusion.matching.match_table``: guidance weight, how the teacher's prediction
             becomes the student's (of x_t, of the prediction), weight of the output loss, weight of the task loss.
         unconditional: the teacher's output for the null prompt, of the teacher's shape and dtype; None: no guidance.
-        guidance: [B] float32 by which the table's guidance weight is multiplied; None: 1.
+        guidance: [B] float32 by which the table's guidance weight is multiplied, beside unconditional; None: 1.
         weights: [B] float32 by which the table's loss weights are multiplied; None: 1.
         x_t: [B, C, *S], needed where teacher and student predict different things (``match_table(teacher=...)``).
         task: what the draw's own target is made of (``Task.of``); None: no task loss.
@@ -225,6 +225,9 @@ def _checked(tensors: tuple[Tensor | None, ...], values: tuple[int | None, int, 
     _check.require("teacher" in given or "task.counter" in given, "teacher", "an output, or a task beside it", None)
     _check.tensors(**dict(zip(_NAMES[:3], tensors[:3], strict=True)) | given)
     student, table = given["student"], given["table"]
+    if "guidance" in given:
+        rule = "None without unconditional"
+        _check.require("unconditional" in given, "guidance", rule, f"a tensor {tuple(given['guidance'].shape)}")
     for name, tensor in given.items():
         _check.device(tensor, name, student.device, "student")
     _check.require(student.dim() >= 2, "student", "[B, C, ...]", tuple(student.shape))
