@@ -6,13 +6,15 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.prompt_bank import EMBEDDINGS
+from fastdistill.diffusion.prompts import Rows, after_null, check_prompts, null_rows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, check_prediction_type
 from fastdistill.errors import InputError
 from fastdistill.ops.philox import INITIAL_NOISE, normal
@@ -51,8 +53,8 @@ def trailing_timesteps(T: int, steps: int) -> list[int]:
 def ddim(
     model: Callable[..., Any],
     x_T: Tensor,
-    prompts: Tensor,
-    null_prompt: Tensor | None,
+    prompts: Rows,
+    null_prompt: Rows | None,
     schedule: NoiseSchedule | Any,
     *,
     steps: int,
@@ -65,11 +67,14 @@ def ddim(
     """x_0 [B, *S] from noise x_T [B, *S] by DDIM with eta = 0 (Song, Meng, Ermon 2021, 2010.02502, eq. 12).
 
     Args:
-        model: called as ``model(x, t, encoder_hidden_states=prompts)`` with t int64 [b], in eval mode. Returns the
-            prediction in the shape of x, an object with ``.sample``, or a tuple that starts with it (as in diffusers).
+        model: in eval mode. A module of a family is called as that has it; anything else as
+            ``model(x, t, encoder_hidden_states=prompts)``, or with banks as ``model(x, t, **prompts)``, with t int64
+            [b]. Returns the prediction in the shape of x, an object with ``.sample``, or a tuple that starts with it
+            (as in diffusers); of twice as many channels the first half, as of models that learn their variance too.
         x_T: floating point; the state between the steps is at least float32. A module sees state and prompts in the
             dtype in which it computes, whatever theirs is; any other callable sees the state in the dtype of x_T.
-        prompts: [B, L, D]. null_prompt: [L, D] or [1, L, D]; None only when guidance_scale is 1.
+        prompts: embeddings [B, L, D], or banks [B, ...] by name. null_prompt: one row [...] or [1, ...] of each; None
+            only when guidance_scale is 1.
         schedule: a ``NoiseSchedule``, or a ``DDIMScheduler`` of diffusers, whose settings then apply: timestep spacing,
             ``steps_offset``, ``set_alpha_to_one``, ``prediction_type``, ``clip_sample`` with its range. Each step is
             that of ``DDIMScheduler.step`` with its defaults. In particular it ends at the noise level of timestep
@@ -91,7 +96,11 @@ def ddim(
         InputError: shapes that do not fit, an epsilon prediction where abar is 0, and with a scheduler whatever DDIM
             would ignore: another class than DDIM's, ``thresholding``, a second value for one of its settings.
     """
-    _check_inputs(x_T, prompts, null_prompt, guidance_scale, clip_sample)
+    if x_T.ndim < 2 or not x_T.dtype.is_floating_point:
+        raise InputError.of("x_T", "floating point [B, ...]", f"{x_T.dtype} {tuple(x_T.shape)}")
+    check_prompts(x_T, prompts, null_prompt, guidance_scale)
+    if clip_sample is not None and not clip_sample > 0:
+        raise InputError.of("clip_sample", "a limit above 0, or None", clip_sample)
     if isinstance(schedule, NoiseSchedule):
         plan = _schedule_plan(schedule, steps, prediction_type, timesteps, clip_sample)
     else:
@@ -103,15 +112,14 @@ def ddim(
     guided = guidance_scale not in (0, 1)
     conditions = prompts
     if null_prompt is not None and guidance_scale != 1:
-        null = null_prompt.expand_as(prompts)
-        conditions = torch.cat([null, prompts]) if guided else null
+        conditions = (after_null if guided else null_rows)(prompts, null_prompt)
 
     predict = _predictor(model, x_T.dtype)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
     for index, (t, abar, next_abar) in enumerate(plan.levels):
         seen = torch.cat([x, x]) if guided else x
         t_batch = torch.full((len(seen),), t, dtype=torch.int64, device=x.device)
-        out = _prediction(predict(seen, t_batch, conditions), seen).to(x.dtype)
+        out = prediction_like(seen, predict(seen, t_batch, conditions)).to(x.dtype)
         if guided:
             unconditional, conditional = out.chunk(2)
             out = unconditional + guidance_scale * (conditional - unconditional)
@@ -186,13 +194,18 @@ def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
     )
 
 
-def _predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Any]:
+def _predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Rows], Any]:
     """How to call the model: a module in the dtype in which it computes, anything else with states of ``dtype``."""
     if isinstance(model, nn.Module):
         from fastdistill.models.calling import Predictor  # loads diffusers
 
         return Predictor(model)
-    return lambda x, timestep, prompts: model(x.to(dtype), timestep, encoder_hidden_states=prompts)
+
+    def called(x: Tensor, timestep: Tensor, prompts: Rows) -> Any:
+        banks = prompts if isinstance(prompts, Mapping) else {EMBEDDINGS: prompts}
+        return model(x.to(dtype), timestep, **banks)
+
+    return called
 
 
 def _step(x: Tensor, out: Tensor, abar: float, next_abar: float, plan: _Plan) -> Tensor:
@@ -215,12 +228,15 @@ def _noise_of(x: Tensor, x0: Tensor, signal: float, noise: float) -> Tensor:
     return (x - signal * x0) / noise if noise else torch.zeros_like(x)
 
 
-def _prediction(output: Any, like: Tensor) -> Tensor:
+def prediction_like(x: Tensor, output: Any) -> Tensor:
+    """The prediction for x [B, C, ...] in a model's output: of 2 C channels the first C."""
     output = getattr(output, "sample", output)
     output = output[0] if isinstance(output, tuple) else output
-    if not isinstance(output, Tensor) or output.shape != like.shape:
+    if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
+        output = output[:, : x.shape[1]]
+    if not isinstance(output, Tensor) or output.shape != x.shape:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise InputError.of("model", f"a prediction of shape {tuple(like.shape)}", got)
+        raise InputError.of("model", f"a prediction of shape {tuple(x.shape)}", got)
     return output
 
 
@@ -232,24 +248,3 @@ def _checked(timesteps: Sequence[int], steps: int, T: int) -> list[int]:
     if not times or not falling or times[0] >= T or times[-1] < 0:
         raise InputError.of("timesteps", f"decreasing values from {T - 1} to 0", times)
     return times
-
-
-def _check_inputs(x_T: Tensor, prompts: Tensor, null_prompt: Tensor | None, scale: float, clip: float | None) -> None:
-    if x_T.ndim < 2 or not x_T.dtype.is_floating_point:
-        raise InputError.of("x_T", "floating point [B, ...]", f"{x_T.dtype} {tuple(x_T.shape)}")
-    if prompts.ndim != 3 or len(prompts) != len(x_T):
-        raise InputError.of("prompts", f"[{len(x_T)} (batch of x_T), length, width]", tuple(prompts.shape))
-    if not math.isfinite(scale):
-        raise InputError.of("guidance_scale", "a finite number", scale)
-    if clip is not None and not clip > 0:
-        raise InputError.of("clip_sample", "a limit above 0, or None", clip)
-    if null_prompt is None:
-        if scale != 1:
-            raise InputError.of("null_prompt", f"[length, width] for a guidance_scale of {scale}", None)
-        return
-    shape = tuple(null_prompt.shape[-2:])
-    if null_prompt.ndim not in (2, 3) or null_prompt.shape[:-2] not in ((), (1,)) or shape != tuple(prompts.shape[1:]):
-        raise InputError.of("null_prompt", f"a row of prompts {tuple(prompts.shape[1:])}", tuple(null_prompt.shape))
-    for name, tensor in (("prompts", prompts), ("null_prompt", null_prompt)):
-        if tensor.device != x_T.device:
-            raise InputError.of(name, f"the device of x_T ({x_T.device})", tensor.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.diffusion.flow import mu_of
+from fastdistill.diffusion.prompts import Rows, after_null, check_prompts
+from fastdistill.diffusion.sampler import prediction_like
 from fastdistill.errors import InputError, described
 from fastdistill.models import families
 from fastdistill.models.calling import Call, Predictor
 from fastdistill.ops import philox
-from fastdistill.ops.noise_gather.banks import listed
 
 
 @torch.no_grad()
@@ -25,8 +25,8 @@ def sample_with(
     scheduler: Any,
     model: nn.Module,
     x_T: Tensor,
-    prompts: Tensor | Mapping[str, Tensor],
-    null_prompt: Tensor | Mapping[str, Tensor] | None = None,
+    prompts: Rows,
+    null_prompt: Rows | None = None,
     *,
     steps: int,
     guidance_scale: float = 1.0,
@@ -58,16 +58,11 @@ def sample_with(
         raise InputError.of("scheduler", "a scheduler of diffusers", type(scheduler).__name__)
     if str(scheduler.config.get("variance_type")).startswith("learned"):
         raise InputError.of("scheduler", "one with a fixed variance", scheduler.config["variance_type"])
-    if any(len(bank) != len(x_T) for bank in listed(prompts)):
-        raise InputError.of("prompts", f"{len(x_T)} rows (batch of x_T)", [len(bank) for bank in listed(prompts)])
+    check_prompts(x_T, prompts, null_prompt, guidance_scale)
     if not isinstance(steps, int) or steps < 1:
         raise InputError.of("steps", "at least 1", described(steps))
-    if not math.isfinite(guidance_scale):
-        raise InputError.of("guidance_scale", "a finite number", guidance_scale)
     guided = guidance_scale != 1
-    if guided and null_prompt is None:
-        raise InputError.of("null_prompt", f"a row, for a guidance_scale of {guidance_scale}", None)
-    conditions = _with_null(prompts, null_prompt) if guided else prompts
+    conditions = after_null(prompts, null_prompt) if guided and null_prompt is not None else prompts
     family = families.find(model) if call is None else None
     scheduler = copy.deepcopy(scheduler)
     _set_timesteps(scheduler, steps, x_T, model, family)
@@ -78,7 +73,7 @@ def sample_with(
     for number, t in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         seen = torch.cat([seen, seen]) if guided else seen
-        output = predict(seen, t.to(x.device).expand(len(seen)), conditions)[:, : x.shape[1]].to(x.dtype)
+        output = prediction_like(seen, predict(seen, t.to(x.device).expand(len(seen)), conditions)).to(x.dtype)
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance_scale * (conditional - unconditional)
@@ -86,13 +81,6 @@ def sample_with(
         if callback is not None:
             callback(number, t, x)
     return x.to(x_T.dtype)
-
-
-def _with_null(prompts: Any, null: Any) -> Any:
-    """Null rows, then the prompts, in every bank."""
-    if isinstance(prompts, Mapping):
-        return {name: _with_null(bank, null[name]) for name, bank in prompts.items()}
-    return torch.cat([null.to(prompts.dtype).expand_as(prompts), prompts])
 
 
 def _set_timesteps(scheduler: Any, steps: int, x: Tensor, model: nn.Module, family: families.Family | None) -> None:

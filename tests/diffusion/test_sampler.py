@@ -313,10 +313,18 @@ def test_zero_terminal_signal():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": PROMPTS[:2]}, "prompts: expected [3 (batch of x_T), length, width], got (2, 2, 4)"),
-        ({"null_prompt": None}, "null_prompt: expected [length, width] for a guidance_scale of 2.0, got None"),
+        ({"prompts": PROMPTS[:2]}, "prompts: expected rows [3 (batch of x_T), ...], got (2, 2, 4)"),
+        ({"null_prompt": None}, "null_prompt: expected a row, for a guidance_scale of 2.0, got None"),
         ({"null_prompt": NULL[:1]}, "null_prompt: expected a row of prompts (2, 4), got (1, 4)"),
         ({"null_prompt": PROMPTS}, "null_prompt: expected a row of prompts (2, 4), got (3, 2, 4)"),
+        ({"prompts": {"a": PROMPTS}}, "null_prompt: expected banks a, as prompts, got "),
+        ({"prompts": {}}, "prompts: expected at least one bank, got none"),
+        (
+            {"prompts": {"a": PROMPTS}, "null_prompt": {"a": PROMPTS[0, 0]}},
+            "null_prompt['a']: expected a row of prompts",
+        ),
+        ({"prompts": {"a": PROMPTS}, "null_prompt": {"b": NULL}}, "null_prompt: expected banks a, as prompts, got b"),
+        ({"prompts": {"a": [1]}, "null_prompt": {"a": NULL}}, "prompts['a']: expected a tensor, got [1]"),
         ({"null_prompt": NULL.to("meta")}, "null_prompt: expected the device of x_T (cpu), got meta"),
         ({"x_T": torch.ones(3, 1, dtype=torch.int64)}, "x_T: expected floating point"),
         ({"steps": 0}, "steps: expected 1 to 1000"),

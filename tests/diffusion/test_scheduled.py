@@ -51,6 +51,21 @@ def test_guided_ddim_is_that_of_the_own_sampler() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["sdxl", "dit", "pixart_alpha"])
+@pytest.mark.parametrize("g", [1.0, 3.0, 0.0])
+def test_ddim_takes_all_banks_of_a_model(name: str, g: float) -> None:
+    """As diffusers' scheduler takes the model's steps; of models that learn their variance the prediction alone."""
+    model, x, rows, null = parts(name)
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    found = ddim(model, x, rows, null, scheduler, steps=3, guidance_scale=g)
+    wanted = sample_with(scheduler, model, x, rows, null, steps=3, guidance_scale=g)
+    bound = 4 * 32 * torch.finfo(torch.float32).eps * max(wanted.abs().max(), x.abs().max())
+    assert (found - wanted).abs().max() <= bound * max(1, abs(g)) and found.shape == x.shape
+    if g != 0:
+        others = {bank: values.flip(0) for bank, values in rows.items()}
+        assert not torch.equal(found, ddim(model, x, others, null, scheduler, steps=3, guidance_scale=g))
+
+
 @pytest.mark.parametrize("kind", [DDPMScheduler, EulerAncestralDiscreteScheduler])
 def test_a_sample_depends_on_its_row_and_the_seed_alone(kind: Any) -> None:
     model, x, rows, _ = parts("dit")
@@ -80,5 +95,7 @@ def test_arguments() -> None:
         sample_with(DDPMScheduler(), model, x, rows, steps=2, guidance_scale=float("nan"))
     with pytest.raises(InputError, match="null_prompt: expected a row, for a guidance_scale of 2"):
         sample_with(DDPMScheduler(), model, x, rows, steps=2, guidance_scale=2)
-    with pytest.raises(InputError, match=r"prompts: expected 2 rows \(batch of x_T\), got \[3\]"):
+    with pytest.raises(
+        InputError, match=r"prompts\['class_labels'\]: expected rows \[2 \(batch of x_T\), ...\], got \(3,\)"
+    ):
         sample_with(DDPMScheduler(), model, x[:2], rows, steps=2)
