@@ -24,7 +24,7 @@ from fastdistill.distill.objective import Setting, has_streams
 from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
 from fastdistill.models.taps import Taps, channels
-from fastdistill.ops import Draw, Task, feature_match, output_match
+from fastdistill.ops import Draw, FeatureMatch, Task, feature_match, output_match
 from fastdistill.ops.feature_match import Distance, gradient_buffer
 
 
@@ -43,6 +43,8 @@ class Knowledge:
     ``taps`` pairs (teacher module, student module). Where their channels differ, a linear adapter projects the
     student's feature; adapters are trained with the student (``trained``) and belong to no export.
 
+    ``metric_names``: the loss, its parts, and the distance at each tap as ``feature/<student module>``.
+
     The hooks of the taps are on the models from the start until ``close``, and again from ``attach`` on; they go with
     the last reference to this object, too.
 
@@ -50,8 +52,6 @@ class Knowledge:
         InputError: no loss to compute; taps that a model does not have or whose sizes differ; a model that does not
             take the latents and prompts (one forward of the first sample tells).
     """
-
-    metric_names = ("loss", "output", "feature", "task")
 
     def __init__(
         self,
@@ -81,6 +81,8 @@ class Knowledge:
         self._gradient: Tensor | None = None  # buffers that every step writes into
         self._gradients: list[Tensor] | None = None
         self._names = list(zip(*taps, strict=True)) if weights.feature else []
+        tapped = self._names[1] if self._names else ()
+        self.metric_names = ("loss", "output", "feature", "task", *(f"feature/{name}" for name in tapped))
         self._taps: tuple[Taps, Taps] | None = None
         self._predict_teacher, self._predict_student = setting.predictors
         with contextlib.ExitStack() as failed:  # where something does not fit
@@ -116,7 +118,7 @@ class Knowledge:
             self._detach()
 
     def __call__(self, draw: Draw[Tensor], task: Task | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its parts ``metric_names`` (unweighted, but the first); the task loss needs ``task``."""
+        """The loss and ``metric_names`` (unweighted, but the first); the task loss needs ``task``."""
         branch = self._branch if has_streams(draw.x_t) else None
         target, theirs = self._teacher(draw, branch) if self.weights.output or self.weights.feature else (None, [])
         output = self._predict_student(draw.x_t, draw.timestep, draw.prompt)
@@ -125,10 +127,12 @@ class Knowledge:
         loss, parts = self._zero, {"output": self._zero, "feature": self._zero, "task": self._zero}
         if (target is not None and self.weights.output) or task is not None:
             loss, (parts["output"], parts["task"]) = self._match(output, target, draw.timestep, task)
+        taps: tuple[Tensor, ...] = ()
         if self.weights.feature:
-            parts["feature"] = self._feature_loss(theirs)
+            matched = self._match_features(theirs)
+            parts["feature"], taps = matched.loss, matched.taps.unbind()
             loss = loss + self.weights.feature * parts["feature"]
-        return loss, [loss.detach(), *(part.detach() for part in parts.values())]
+        return loss, [loss.detach(), *(part.detach() for part in parts.values()), *taps]
 
     def _match(
         self, output: Tensor, target: Tensor | None, timestep: Tensor, task: Task | None
@@ -178,7 +182,7 @@ class Knowledge:
             output = self._predict_teacher(draw.x_t, draw.timestep, draw.prompt)
             return output, self._taps[0].features() if self._taps else []
 
-    def _feature_loss(self, theirs: list[Tensor]) -> Tensor:
+    def _match_features(self, theirs: list[Tensor]) -> FeatureMatch:
         if self._taps is None:
             raise InputError("step: expected one that was prepared, got none since the objective was closed")
         own = self._taps[1].features()
@@ -190,7 +194,7 @@ class Knowledge:
             distance=self.feature_distance,
             grad_scale=self._grad_scale,
             grads=self._feature_gradients(own),
-        ).loss
+        )
 
 
 def _channels(names: tuple[str, str], theirs: tuple[int, ...], own: tuple[int, ...], signals: bool) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from fastdistill.files import atomic_write, reason
 from fastdistill.train import distributed
 from fastdistill.train.step import TrainStep
 
-SCHEMA = 4
+SCHEMA = 5
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "ema", "master")  # float32, of the shape of their parameter; and the 0-dim "step"
 

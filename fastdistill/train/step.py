@@ -128,11 +128,11 @@ class TrainStep:
         if self.scaling is not None:
             norm = norm / self.scaling.value
             self.scaling.update(square_sum)
-        self.totals.add_(torch.stack([*metrics, norm]))
+        self.totals.add_(torch.cat([metrics, norm.reshape(1)]))
         step.add_(1)
 
-    def _gradients(self) -> list[Tensor]:
-        """Leave the gradients of the batch; returns its metrics.
+    def _gradients(self) -> Tensor:
+        """Leave the gradients of the batch; returns its metrics, [metrics] float32.
 
         In equal parts, a mean over samples is the mean of the parts' means, so that the sum of the gradients of
         loss / parts is that of the whole but for the rounding of its additions (in the gradients' dtype).
@@ -140,18 +140,22 @@ class TrainStep:
         if self._parts == 1:
             loss, metrics = self._evaluate(self.counter)
             (loss if self.scaling is None else loss * self.scaling.value).backward()
-            return metrics
+            return self._stacked(metrics)
         draw = self.objective.draw(self.counter)  # type: ignore[attr-defined]
-        sums: list[Tensor] = []
+        total: Tensor | None = None
         for first in range(0, self._parts * self._part, self._part):
             last = first + self._part == self._parts * self._part
             with contextlib.nullcontext() if last else distributed.without_averaging(self._evaluate):
                 loss, metrics = self._evaluate(draw.part(first, first + self._part), self.counter)
                 loss = loss / self._parts
                 (loss if self.scaling is None else loss * self.scaling.value).backward()
-            parts = [metric / self._parts for metric in metrics]
-            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-        return sums
+            means = self._stacked(metrics) / self._parts
+            total = means if total is None else total + means
+        assert total is not None
+        return total
+
+    def _stacked(self, metrics: list[Tensor]) -> Tensor:
+        return torch.stack(metrics) if metrics else self.totals[:0]
 
     def _check_gradients(self) -> None:
         """DDP waits for every gradient; alone, a parameter without one rests."""

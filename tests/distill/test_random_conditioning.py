@@ -76,10 +76,12 @@ def test_loss_and_gradients_are_the_literal_recipe(kind: str, weights: Weights) 
             own = copy.deepcopy(bound.trained[0]).to(dtype)(own)
         mse = nn.functional.mse_loss
         paired = (draw.choice != RANDOM).to(dtype)
+        taps = [mse(s, t) for s, t in zip(own, theirs, strict=True)]
         parts = [
             mse(output, target),
-            sum(mse(s, t) for s, t in zip(own, theirs, strict=True)),
+            sum(taps),
             ((output - draw.target).square().mean((1, 2, 3)) * paired).mean() if weights.task else output.new_zeros(()),
+            *taps,
         ]
         expected = weights.output * parts[0] + weights.feature * parts[1] + weights.task * parts[2]
         expected.backward()
@@ -106,10 +108,12 @@ def test_each_loss_can_be_left_out() -> None:
     where, made = setting()
     for name in ("output", "feature", "task"):
         only = Weights(**{n: float(n == name) for n in ("output", "feature", "task")})
-        config = small.objective(made, weights=only)
-        loss, metrics = config.bind(where)(torch.tensor([1, 1]))
-        values = dict(zip(("loss", "output", "feature", "task"), metrics, strict=True))
+        bound = small.objective(made, weights=only).bind(where)
+        loss, metrics = bound(torch.tensor([1, 1]))
+        values = dict(zip(bound.metric_names, metrics, strict=True))
         assert loss > 0 and values[name] == values["loss"]
+        taps = [f"feature/{tap}" for tap in made.student_taps]
+        assert [n for n in values if "/" in n] == (taps if name == "feature" else [])
         assert all(values[n] == 0 for n in ("output", "feature", "task") if n != name)
 
 

@@ -113,8 +113,8 @@ def test_nothing_is_broadcast_into_a_state(tmp_path: Path) -> None:
 
 def test_checkpoints_of_another_schema_are_refused(tmp_path: Path) -> None:
     make(steps=2).fit(tmp_path)
-    edited(tmp_path, lambda _, head: head.update(schema=3))
-    refused(make(), tmp_path, "expected a checkpoint of schema 4, got 3, of another version of fastdistill")
+    edited(tmp_path, lambda _, head: head.update(schema=4))
+    refused(make(), tmp_path, "expected a checkpoint of schema 5, got 4, of another version of fastdistill")
 
 
 class Tied(Tiny):

@@ -137,6 +137,18 @@ def test_the_norm_is_a_mean_over_the_updates(tmp_path: Path) -> None:
     assert metrics["gradient_norm"] == 6.0 and metrics["skipped"] == 2
 
 
+@pytest.mark.parametrize("options", [{"micro_batch": 2}, {"precision": "float16"}], ids=str)
+def test_the_loss_of_each_tap_is_logged(tmp_path: Path, options: dict[str, Any]) -> None:
+    """In metrics.jsonl, by the student's modules; unscaled. The feature loss is rounded once, they once each."""
+    made = small.student()
+    small.trainer(steps=2, log_every=1, **options).fit(tmp_path)
+    for entry in read_metrics(tmp_path / "metrics.jsonl"):
+        taps = [entry[f"feature/{name}"] for name in made.student_taps]
+        assert len(taps) > 2 and len(set(taps)) == len(taps) and min(taps) > 0
+        assert sum(taps) == pytest.approx(entry["feature"], rel=4 * EPS)
+        assert not [key for key in entry if "/" in key and key.removeprefix("feature/") not in made.student_taps]
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
     first = small.trainer()
     first.fit(tmp_path)
