@@ -8,6 +8,7 @@ kernels run there, and nothing is emulated.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -35,9 +36,45 @@ def _emulated(kernel: Kernel) -> Kernel:
     return Kernel(kernel.name, "cpu", launch, lambda: None, refuse)
 
 
+def _patch_once() -> None:
+    """Triton's interpreter patches the modules of its language for a launch, and again in every call of a device
+    function, which takes half of its time: there only those that the launch has not yet patched are."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang
+    patched: set[str] = set()  # in this launch
+
+    @functools.cache
+    def seen_by(fn: Any) -> set[str]:
+        return {module.__name__ for module in fn.__globals__.values() if module is tl or module is tl.core}
+
+    def patch_what_is_not(fn: Any) -> Any:
+        if patched:
+            if not seen_by(fn) <= patched:
+                patch(fn)
+                patched.update(seen_by(fn))
+            return None
+        scope = patch(fn)
+        patched.update(seen_by(fn))
+        restore = scope.restore
+
+        def end() -> None:
+            patched.clear()
+            restore()
+
+        scope.restore = end
+        return scope
+
+    interpreter._patch_lang = patch_what_is_not
+
+
 if sanitizers.SANITIZE:
     fastdistill.__path__.insert(0, str(sanitizers.BUILT / "fastdistill"))
 if EMULATED:
+    _patch_once()
     _native.cuda = cuda_on_cpu.module
     for op in OPS.values():
         op.kernels = [*op.kernels, *(_emulated(k) for k in op.kernels if k.device == "cuda" and k.name in OURS)]
