@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students of transformers: some of the teacher's blocks, in their order, with its width and everything around them."""
+"""Students of transformers: some of the teacher's blocks, in their order, and as many heads as its width allows."""
 
 from __future__ import annotations
 
@@ -14,21 +14,28 @@ from fastdistill.models.families import Family
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Which blocks of a transformer its student keeps; one of these.
+    """A student as the difference from its teacher, a transformer: which blocks it keeps (one of the first three; all
+    of them where only ``width`` is given), and how wide it is.
 
     every: each so-many-th block, counted back from the last, in every list of blocks. first: that many first blocks.
     blocks: the numbers of the blocks (of Flux those of its double blocks; all of its single blocks stay unless
     ``single_blocks`` says which do).
+    width: factor on the number of heads, each as wide as the teacher's; the channels of everything follow.
     """
 
     every: int | None = None
     first: int | None = None
     blocks: tuple[int, ...] | None = None
     single_blocks: tuple[int, ...] | None = None
+    width: float | None = None
 
 
 #: Students of transformers by name.
-BLOCK_SPECS: dict[str, BlockSpec] = {"half_depth": BlockSpec(every=2), "third_depth": BlockSpec(every=3)}
+BLOCK_SPECS: dict[str, BlockSpec] = {
+    "half_depth": BlockSpec(every=2),
+    "third_depth": BlockSpec(every=3),
+    "half_width": BlockSpec(width=0.5),
+}
 
 
 @dataclass(frozen=True)
@@ -58,17 +65,22 @@ def block_plan(family: Family, config: Mapping[str, Any], spec: BlockSpec) -> Bl
     given = [name for name in ("every", "first", "blocks") if getattr(spec, name) is not None]
     if spec.single_blocks is not None and "single_transformer_blocks" not in family.blocks:
         raise InputError.of("spec.single_blocks", "None, as the teacher has no single blocks", spec.single_blocks)
-    if len(given) > 1 or not (given or spec.single_blocks is not None):
-        raise InputError.of("spec", "one of every, first and blocks", " and ".join(given) or "none")
+    alone = spec.single_blocks is not None or spec.width is not None
+    if len(given) > 1 or not (given or alone):
+        raise InputError.of("spec", "one of every, first and blocks, or a width", " and ".join(given) or "none")
+    if spec.width is not None and not 0 < spec.width <= 1:
+        raise InputError.of("spec.width", "a factor above 0, at most 1 (the teacher's own width)", spec.width)
     kept = {}
     for name, field in family.blocks.items():
         own = spec.single_blocks if name.startswith("single") else spec.blocks
         kept[name] = _kept(spec, own, int(config[field]), "single_blocks" if name.startswith("single") else "blocks")
     changed = {field: len(kept[name]) for name, field in family.blocks.items()}
-    if all(config[field] == count for field, count in changed.items()):
-        raise InputError.of("spec", "a part to remove from the teacher", f"{spec}, which removes nothing of it")
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     student = family.thinned(plain | changed, kept)
+    if spec.width is not None:
+        student = family.narrowed(student, spec.width)
+    if all(plain[field] == student[field] for field in (*changed, "num_attention_heads")):
+        raise InputError.of("spec", "a part to remove from the teacher", f"{spec}, which removes nothing of it")
     taps = [
         (f"{name}.{source}", f"{name}.{own}") for name, sources in kept.items() for own, source in enumerate(sources)
     ]

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block-removed student starts from its teacher's weights, by an explicit map of names."""
+"""A student starts from its teacher's weights, by an explicit map of names: whole tensors, or slices of them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastdistill.errors import InputError
+from fastdistill.models.slicing import Slice, slices
 from fastdistill.models.specs import per_stage
 
 _UP_BLOCK = re.compile(r"up_blocks\.(\d+)(?:\.(resnets|attentions)\.(\d+))?(?=\.)")
@@ -19,10 +20,12 @@ _UP_BLOCK = re.compile(r"up_blocks\.(\d+)(?:\.(resnets|attentions)\.(\d+))?(?=\.
 
 @dataclass(frozen=True)
 class CopyReport:
-    """Where a student's weights came from: student tensor -> teacher tensor, and the teacher's tensors left behind."""
+    """Where a student's weights came from: student tensor -> teacher tensor, the teacher's tensors left behind, and
+    what was taken of those that were not copied whole."""
 
     sources: dict[str, str]
     unused: tuple[str, ...]
+    sliced: dict[str, str] = field(default_factory=dict)
 
     @property
     def moved(self) -> dict[str, str]:
@@ -31,26 +34,35 @@ class CopyReport:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.sources)} tensors copied from the teacher, {len(self.moved)} of them under another name; "
-            f"{len(self.unused)} of the teacher's left out"
+            f"{len(self.sources)} tensors copied from the teacher, {len(self.moved)} of them under another name, "
+            f"{len(self.sliced)} of them slices; {len(self.unused)} of the teacher's left out"
         )
+
+    def table(self) -> str:
+        """The whole map, a line a tensor: the student's, the teacher's, and what is taken of it."""
+        return "\n".join(f"{key} <- {source}: {self.sliced.get(key, 'all')}" for key, source in self.sources.items())
 
 
 def copy_from_teacher(
     student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None = None
 ) -> CopyReport:
-    """Copy into every tensor of ``student`` the teacher's tensor it stands for (BK-SDM, arXiv 2305.15798).
+    """Copy into every tensor of ``student`` the teacher's tensor it stands for (BK-SDM, arXiv 2305.15798), or the slice
+    of it where the student is narrower (``fastdistill.models.slicing``).
 
     ``source_of``: the teacher's name for a name of the student's; None: that of ``copy_sources`` for U-Nets. Nothing is
     copied unless all of it fits; values are cast to the student's dtype. Raises as ``copy_sources``.
     """
-    sources = copy_sources(student, teacher, source_of)
+    sources, parts = _map(student, teacher, source_of)
     own, theirs = student.state_dict(), teacher.state_dict()
     with torch.no_grad():
         for key, source in sources.items():
-            own[key].copy_(theirs[source])
+            if (part := parts.get(key)) is None:
+                own[key].copy_(theirs[source])
+            else:
+                own[key].copy_(part.of(theirs[source])).mul_(part.scale)
     used = set(sources.values())
-    return CopyReport(sources, tuple(key for key in theirs if key not in used))
+    unused = tuple(key for key in theirs if key not in used)
+    return CopyReport(sources, unused, {key: str(part) for key, part in parts.items()})
 
 
 def copy_sources(
@@ -63,28 +75,22 @@ def copy_sources(
     the teacher's own. Copying equal names alone would mismatch some tensors and silently take others from the wrong
     layer.
 
-    Raises ``InputError`` for students of another width, and naming both tensors where a pair does not match.
+    Raises ``InputError`` naming both tensors where a pair does not match, by its shape or as a slice.
     """
+    return _map(student, teacher, source_of)[0]
+
+
+def _map(
+    student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None
+) -> tuple[dict[str, str], dict[str, Slice]]:
     if source_of is None:
-        source_of = _of_unets(student, teacher)
+        source_of = _source_of(student.config, teacher.config)  # type: ignore[arg-type]
     own, theirs = student.state_dict(), teacher.state_dict()
     sources = {key: source_of(key) for key in own}
     for key, source in sources.items():
         if source not in theirs:
             raise InputError.of(f"student {key}", "a tensor of the teacher to copy", f"none, as it has no {source}")
-        if theirs[source].shape != own[key].shape:
-            rule = f"the shape of the teacher's {source} {tuple(theirs[source].shape)}"
-            raise InputError.of(f"student {key}", rule, f"{tuple(own[key].shape)} (use init='random')")
-    return sources
-
-
-def _of_unets(student: Any, teacher: Any) -> Callable[[str], str]:
-    """InputError for students of another width."""
-    widths, limits = student.config["block_out_channels"], teacher.config["block_out_channels"]
-    if tuple(widths) != tuple(limits)[: len(widths)]:
-        rule = f"the teacher's channels {tuple(limits)} to copy its weights (use init='random')"
-        raise InputError.of("student.block_out_channels", rule, tuple(widths))
-    return _source_of(student.config, teacher.config)
+    return sources, slices(student, teacher, sources)
 
 
 def _source_of(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Callable[[str], str]:

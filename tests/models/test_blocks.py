@@ -52,13 +52,12 @@ def test_a_list_a_prefix_and_odd_depths() -> None:
     ("dit", "half_dept", r"spec: expected one of half_depth, .* \(did you mean half_depth\?\)"),
     ("dit", {"blocks": [0, 4]}, r"spec.blocks: expected rising numbers of blocks, 0 to 3, got \(0, 4\)"),
     ("dit", {"blocks": [1, 0]}, r"spec.blocks: expected rising numbers"),
-    ("dit", {"width": 0.5}, r"spec: expected the fields every, first, .*, got width"),
-    ("dit", {}, r"spec: expected one of every, first and blocks, got none"),
+    ("dit", {"widths": 0.5}, r"spec: expected the fields every, first, .*, got widths"),
+    ("dit", {}, r"spec: expected one of every, first and blocks, or a width, got none"),
     ("dit", {"every": 2, "first": 1}, r"spec: expected one of .*, got every and first"),
     ("dit", {"every": 1}, r"spec: expected a part to remove"),
     ("dit", {"first": 5}, r"spec.first: expected 1 to 4"),
     ("dit", {"single_blocks": [0]}, r"spec.single_blocks: expected None"),
-    ("sd3", {"first": 2}, r"student transformer_blocks.1.*: expected .*teacher's transformer_blocks.1"),
     ("sd", BlockSpec(every=2), r"spec: expected a StudentSpec, for a U-Net"),
 ])  # fmt: skip
 def test_specs_that_do_not_fit(name: str, spec: Any, message: str) -> None:

@@ -120,7 +120,7 @@ def test_nothing_is_copied_unless_all_fits(small: Make) -> None:
         copy_from_teacher(student, teacher)
 
 
-def test_narrow_students_cannot_be_copied(small: Make) -> None:
+def test_stages_of_unequal_width_cannot_be_copied(small: Make) -> None:
     with pytest.raises(InputError, match=r"student.block_out_channels: .*use init='random'"):
         make_student(small(), "channel_tiny", init="teacher")
 

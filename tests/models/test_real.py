@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastdistill.models import BlockSpec, Student, Taps, make_student
+from fastdistill.models.taps import channels
 from tests.models import real
 
 SLOW = pytest.mark.slow
@@ -29,8 +30,15 @@ for name, (family, _) in real.MODELS.items():
         specs = ("koala_1b", "koala_700m") if name == "sdxl" else ("bk_base", "bk_small", "bk_tiny")
         STUDENTS += [(name, spec) for spec in specs]
     else:
+        STUDENTS += [(name, "half_width")]
         last = real.published(name)["config"]["num_layers"] - 1
         STUDENTS += [(name, "half_depth"), (name, DEPTHS.get(family, BlockSpec(blocks=(1, 5, last))))]
+
+
+QUICK = [
+    ("sd15", "bk_tiny"), ("sdxl", "koala_700m"), ("sana15", "half_width"), ("flux_dev", DEPTHS["flux"]),
+    *((name, "half_depth") for name in ("dit_xl_2", "pixart_alpha", "sd35_medium")),
+]  # fmt: skip
 
 
 @functools.cache
@@ -53,12 +61,15 @@ def test_parameters_as_published(name: str) -> None:
         assert count == published
 
 
-@pytest.mark.parametrize(("name", "spec"), STUDENTS, ids=str)
+@pytest.mark.parametrize(("name", "spec"), [
+    pytest.param(*case, marks=[] if case in QUICK else SLOW, id=str(case)) for case in STUDENTS
+])  # fmt: skip
 def test_each_tensor_of_a_student_has_a_source(name: str, spec: str | BlockSpec) -> None:
     student, teacher = made(name, spec), real.teacher(name)
     own, theirs = student.model.state_dict(), teacher.state_dict()
     assert student.copied is not None and student.copied.sources.keys() == own.keys()
-    assert all(own[key].shape == theirs[source].shape for key, source in student.copied.sources.items())
+    sliced = {key for key, source in student.copied.sources.items() if own[key].shape != theirs[source].shape}
+    assert student.copied.sliced.keys() == sliced and bool(sliced) == (spec == "half_width")
     assert len(set(student.copied.sources.values())) == len(own), "a tensor of the teacher is copied twice"
     left = {key.split(".")[0] for key in student.copied.unused}
     assert left <= {"transformer_blocks", "single_transformer_blocks", "down_blocks", "up_blocks", "mid_block"}
@@ -77,6 +88,9 @@ def test_shapes_at_the_taps(name: str, spec: str | BlockSpec) -> None:
         with Taps(model, names) as taps, torch.no_grad():
             real.forward(name, model)
             shapes.append([tuple(feature.shape) for feature in taps.features()])
-    assert shapes[0] == shapes[1] and not student.needs_adapters
+    pairs = tuple((channels(one), channels(other)) for other, one in zip(*shapes, strict=True))
+    assert pairs == student.channels and student.needs_adapters == (spec == "half_width")
+    assert len(shapes[0]) == len(student.teacher_taps) and all(a[:2] == b[:2] for a, b in zip(*shapes, strict=True))
     if name == "sd15":
+        assert shapes[0] == shapes[1]
         assert sum(math.prod(shape[1:]) for shape in shapes[0]) in (6_225_920, 6_062_080)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 
 from fastdistill.data.prompt_bank import EMBEDDINGS
 from fastdistill.errors import InputError
+
+_INTO_HEADS = re.compile(r"(.+)\.(?:(?:to|add)_[qkv](?:_proj)?|norm_(?:added_)?[qk])\.(?:weight|bias)")
+_OUT_OF_HEADS = re.compile(r"(.+)\.(?:to_out\.0|to_add_out)\.weight")
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,26 @@ class Family:
     def width(self, config: Mapping[str, Any]) -> int:
         """Channels of the tokens between the blocks."""
         return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+
+    def narrowed(self, config: dict[str, Any], factor: float) -> dict[str, Any]:
+        """A student's configuration with ``factor`` times the heads (at least one), each as wide as the teacher's."""
+        return config | {"num_attention_heads": max(1, round(factor * int(config["num_attention_heads"])))}
+
+    def ratio(self, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Fraction:
+        """The student's width of the teacher's."""
+        return Fraction(self.width(student), self.width(teacher))
+
+    def heads(self, key: str) -> tuple[str, int] | None:
+        """Of a tensor with an attention's heads on one of its axes: the attention's name and the axis."""
+        if (found := _INTO_HEADS.fullmatch(key)) is not None:
+            return found[1], 0
+        found = _OUT_OF_HEADS.fullmatch(key)
+        return None if found is None else (found[1], 1)
+
+    def rows(self, source: str, own: tuple[int, ...], theirs: tuple[int, ...], ratio: Fraction) -> Tensor | None:
+        """The rows of the teacher's tensor ``source`` of shape ``theirs`` that one of a student of shape ``own`` stands
+        for before it is narrowed, where they differ; None: all, in their order."""
+        return None
 
     def prepare(self, model: nn.Module) -> Callable[[], None]:
         """Switch off what a model draws by itself that a step draws by counter; returns what undoes it."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -62,6 +63,11 @@ class Flux(Family):
 
     def sigmas(self, steps: int) -> list[float]:
         return [1 - i / steps for i in range(steps)]
+
+    def heads(self, key: str) -> tuple[str, int] | None:
+        """Single blocks project the attention's heads and the feed-forward's channels, in this order, at once."""
+        found = re.fullmatch(r"(single_transformer_blocks\.\d+)\.proj_out\.weight", key)
+        return super().heads(key) if found is None else (f"{found[1]}.attn", 1)
 
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2

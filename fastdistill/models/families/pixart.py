@@ -10,6 +10,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor, nn
 
 from fastdistill.data.prompt_bank import EMBEDDINGS
+from fastdistill.errors import InputError
 from fastdistill.models.families.base import Condition, Family, mask
 
 _SIZES = ("resolution", "aspect_ratio")
@@ -28,6 +29,13 @@ class PixArt(Family):
         if config["sample_size"] == 128 if sizes is None else sizes:
             found["resolution"], found["aspect_ratio"] = Condition((2,), integer=True), Condition((1,))
         return found
+
+    def narrowed(self, config: dict[str, Any], factor: float) -> dict[str, Any]:
+        config = super().narrowed(config, factor)
+        width = self.width(config)
+        if "resolution" in self.conditions(config) and width % 3:
+            raise InputError.of("spec.width", "a width that three embeddings of sizes share", width)
+        return config if config.get("caption_channels") is None else config | {"cross_attention_dim": width}
 
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         return model(

@@ -26,6 +26,11 @@ class Sana(Family):
             found["guidance"] = Condition(())
         return found
 
+    def narrowed(self, config: dict[str, Any], factor: float) -> dict[str, Any]:
+        config = super().narrowed(config, factor)
+        heads = max(1, round(factor * int(config["num_cross_attention_heads"])))
+        return config | {"num_cross_attention_heads": heads, "cross_attention_dim": self.width(config)}
+
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         config, given = unwrapped(model).config, dict(rows)
         if "guidance" in given:

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
+import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from fastdistill.data.prompt_bank import EMBEDDINGS
 from fastdistill.models.families.base import Condition, Family
+
+_OF_PROMPT = re.compile(r"transformer_blocks\.\d+\.norm1_context\.linear\.(weight|bias)")
 
 
 class SD3(Family):
@@ -28,6 +33,17 @@ class SD3(Family):
         dual = config.get("dual_attention_layers") or ()
         own = tuple(i for i, source in enumerate(kept["transformer_blocks"]) if source in dual)
         return config | {"dual_attention_layers": own}
+
+    def narrowed(self, config: dict[str, Any], factor: float) -> dict[str, Any]:
+        config = super().narrowed(config, factor)
+        return config | {"caption_projection_dim": self.width(config)}
+
+    def rows(self, source: str, own: tuple[int, ...], theirs: tuple[int, ...], ratio: Fraction) -> Tensor | None:
+        """The last block modulates the prompt by (scale, shift) alone, the others by (shift, scale, ...) of six."""
+        if _OF_PROMPT.fullmatch(source) is None or Fraction(own[0], theirs[0]) != ratio / 3:
+            return None
+        channels = theirs[0] // 6
+        return torch.arange(2 * channels, device="cpu").roll(channels)
 
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         return model(x_t, timestep=timestep, **rows)

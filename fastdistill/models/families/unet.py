@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -40,6 +41,15 @@ class UNet(Family):
         if (guidance := config.get("time_cond_proj_dim")) is not None:
             found["timestep_cond"] = Condition((guidance,), "time_cond_proj_dim", required=False)
         return found
+
+    def ratio(self, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Fraction:
+        """Of every stage, or the student's weights cannot be slices of the teacher's."""
+        own, theirs = student["block_out_channels"], teacher["block_out_channels"]
+        found = {Fraction(a, b) for a, b in zip(own, theirs, strict=False)}
+        if len(found) > 1:
+            rule = f"one and the same part of the teacher's {tuple(theirs)} to copy its weights (use init='random')"
+            raise InputError.of("student.block_out_channels", rule, tuple(own))
+        return found.pop()
 
     def check(self, name: str, model: nn.Module, latents: tuple[int, ...], banks: Mapping[str, Any]) -> None:
         super().check(name, model, latents, banks)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of a narrower student: evenly spaced entries of its teacher's (weight selection, arXiv 2311.18823).
+
+Along an axis on which the student has ``own`` entries and the teacher ``n``, the student's entry i is the teacher's
+i * n // own. That selects the same channels in every tensor, and in each of the equal parts of an axis that has several
+(shifts, scales and gates of a modulation, both halves of a GEGLU). Of the channels of an attention it selects whole
+heads where the student has fewer of them.
+
+A weight whose inputs are narrowed is multiplied by n / own (which the paper does not), as a sum over evenly spaced
+inputs stands for one over all of them; queries by its square root where heads get narrower. So a teacher whose channels
+and heads come in equal copies gives a student that computes the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.errors import InputError
+from fastdistill.models import families
+
+
+class Slice(NamedTuple):
+    """Entries of a teacher's tensor along each axis (None: all), and what they are multiplied by."""
+
+    axes: tuple[Tensor | None, ...]
+    scale: float
+
+    def of(self, tensor: Tensor) -> Tensor:
+        for axis, entries in enumerate(self.axes):
+            if entries is not None:
+                tensor = tensor.index_select(axis, entries.to(tensor.device))
+        return tensor
+
+    def __str__(self) -> str:
+        kept = " x ".join("all" if entries is None else str(len(entries)) for entries in self.axes)
+        return kept if self.scale == 1 else f"{kept}, times {self.scale:g}"
+
+
+def slices(student: nn.Module, teacher: nn.Module, sources: Mapping[str, str]) -> dict[str, Slice]:
+    """The slices in the map ``sources`` (student tensor -> teacher tensor); what is not in it is copied whole.
+
+    Raises:
+        InputError: names both tensors of a pair whose shapes do not come from the widths of the two models.
+    """
+    family = families.find(teacher)
+    own, theirs = student.state_dict(), teacher.state_dict()
+    ratio = Fraction(1) if family is None else family.ratio(student.config, teacher.config)  # type: ignore[arg-type]
+    found = {}
+    for key, source in sources.items():
+        wanted, given = tuple(own[key].shape), tuple(theirs[source].shape)
+        rows = None if family is None else family.rows(source, wanted, given, ratio)
+        if rows is None and given == wanted:
+            continue
+        heads = _heads(family, student, teacher, key, source)
+        axes = _axes(rows, wanted, given, ratio, heads)
+        if axes is None:
+            rule = f"the shape of the teacher's {source} {given}"
+            raise InputError.of(f"student {key}", rule, f"{wanted} (use init='random')")
+        found[key] = Slice(axes, _scale(student, key, wanted, given, heads))
+    return found
+
+
+class _Heads(NamedTuple):
+    """The axis on which a tensor has the heads of an attention: number and size of the student's and the teacher's."""
+
+    axis: int
+    number: tuple[int, int]
+    size: tuple[int, int]
+
+
+def _heads(family: Any, student: nn.Module, teacher: nn.Module, key: str, source: str) -> _Heads | None:
+    found = None if family is None else family.heads(key)
+    if found is None:
+        return None
+    own: Any = student.get_submodule(found[0])
+    theirs: Any = teacher.get_submodule(family.heads(source)[0])
+    sizes = own.to_q.out_features // own.heads, theirs.to_q.out_features // theirs.heads
+    return _Heads(found[1], (own.heads, theirs.heads), sizes)
+
+
+def _axes(
+    rows: Tensor | None, wanted: tuple[int, ...], given: tuple[int, ...], ratio: Fraction, heads: _Heads | None
+) -> tuple[Tensor | None, ...] | None:
+    """None where the teacher's shape ``given`` and the widths do not give ``wanted``."""
+    if len(wanted) != len(given):
+        return None
+    axes: list[Tensor | None] = []
+    for axis, (own, n) in enumerate(zip(wanted, given, strict=True)):
+        entries = torch.arange(n, device="cpu") if rows is None or axis else rows
+        if own != len(entries):
+            if heads is not None and axis == heads.axis:
+                chosen = _of_heads(heads, own, n, ratio)
+            else:
+                chosen = _spaced(own, len(entries)) if Fraction(own, len(entries)) == ratio else None
+            if chosen is None:
+                return None
+            entries = entries[chosen]
+        axes.append(None if own == n else entries)
+    return tuple(axes)
+
+
+def _spaced(own: int, n: int) -> Tensor:
+    return torch.arange(own, device="cpu") * n // own
+
+
+def _of_heads(heads: _Heads, own: int, n: int, ratio: Fraction) -> Tensor | None:
+    """Whole heads, or evenly spaced channels of each; evenly spaced ones of what follows them on the axis."""
+    inner, whole = heads.number[0] * heads.size[0], heads.number[1] * heads.size[1]
+    same = heads.number[0] == heads.number[1] or heads.size[0] == heads.size[1]
+    if not same or (own > inner and Fraction(own - inner, n - whole) != ratio):
+        return None
+    chosen = _spaced(*heads.number)[:, None] * heads.size[1] + _spaced(*heads.size)
+    return torch.cat((chosen.flatten(), whole + _spaced(own - inner, n - whole))) if own > inner else chosen.flatten()
+
+
+def _scale(
+    student: nn.Module, key: str, wanted: tuple[int, ...], given: tuple[int, ...], heads: _Heads | None
+) -> float:
+    name, _, last = key.rpartition(".")
+    if heads is not None and name.endswith((".to_q", ".add_q_proj")):
+        scale = math.sqrt(heads.size[1] / heads.size[0])
+    else:
+        scale = 1.0
+    summed = last == "weight" and isinstance(student.get_submodule(name), nn.Linear | nn.Conv2d)
+    return scale * given[1] / wanted[1] if summed else scale
