@@ -60,7 +60,7 @@ bench: setup
 
 # In whatever Python has torch with CUDA (.venv, or PYTHON=...): nothing is downloaded.
 gpu:
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(PART)
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(PART) $(ARGS)
 
 # What a machine with a GPU and no network lacks; `make gpu` there installs from the folder.
 gpu-wheels: setup

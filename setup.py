@@ -24,7 +24,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -39,6 +39,9 @@ if SANITIZE := os.environ.get("FASTDISTILL_SANITIZE", ""):
     CXX_FLAGS += ["-O1", "-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover"]
     SHARED += [f"-fsanitize={SANITIZE}"]
 INCLUDE = sysconfig.get_path("include")
+
+if int(__version__.partition(".")[0]) < 77:
+    raise SystemExit(f"fastdistill: building needs setuptools >= 77, got {__version__} (pip install -U setuptools)")
 
 
 def say(text: str) -> None:

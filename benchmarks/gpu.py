@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make gpu PART=1/3`` or ``python -m benchmarks.gpu 1/3``: build, test and measure on a machine with a GPU, offline,
-in three parts of at most nine minutes, the most valuable first.
+"""``make gpu`` or ``python -m benchmarks.gpu``: build, test and measure on a machine with a GPU, offline, the most
+valuable and the cheapest first.
 
-    1/3  the headline benchmarks, the ops' tests on the GPU
-    2/3  compute-sanitizer over the CUDA kernels, the other shapes
-    3/3  whole training steps, the headline of them first; the headline kernels under Nsight Compute
+    1/3  a small step of every kernel, the headline benchmarks of the ops
+    2/3  the ops' tests on the GPU, the headline of whole training steps, memcheck of the CUDA kernels
+    3/3  compute-sanitizer's other tools, the headline kernels under Nsight Compute, the other shapes and steps
 
 It needs torch, Triton, NumPy and pytest; from the wheels that ``make gpu-wheels`` has put into build/gpu-wheels it
 installs what else is missing, into build/gpu-packages. What is not there is said, not required. Each op has a process
 of its own, so that a crash costs one op.
 
-Results are appended to benchmarks/results/<device>.csv, where a step's time goes to <device>.steps.jsonl. What a part
-leaves lies in $OUT (runs/gpu): a copy of these, JSON, a plot, and <stage>.log, written line by line. A stage that takes
-too long is interrupted, and ten seconds later killed. What the compilers made is kept in build/, for the next part.
+What is known is written to a folder at once: the output of all stages to stages.log, how each ended to stages.jsonl,
+rows to <device>.csv and .steps.jsonl (as always to benchmarks/results too), at the end a plot. A stage that takes too
+long is interrupted, and ten seconds later killed. What the compilers made is kept in build/, for the next part.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import datetime
 import importlib.util
 import json
 import os
@@ -28,44 +30,65 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).parent.parent
 WHEELS, PACKAGES, CACHES = (ROOT / "build" / name for name in ("gpu-wheels", "gpu-packages", "gpu-caches"))
-MINUTES = 9.0
-_REPORT = 20.0  # seconds of them that are kept for the report
-_GRACE = 10.0  # seconds from the interrupt to the end of a stage
 PARTS = ("1/3", "2/3", "3/3")
+MINUTES = 4.0  # of a part; the limits of its stages are for these, and grow and shrink with them
+REPORT = "report"
+_KEPT = 20.0  # seconds that are kept for it
+_LEAST = 5.0  # seconds that a stage is worth beginning for
+_GRACE = 10.0  # seconds from the interrupt to the end of a stage
 TESTS = "-m pytest -q --tell --tb=short -rfE --maxfail=20 --continue-on-collection-errors -p no:cacheprovider".split()
 
 
 @dataclass
+class Purse:
+    """Seconds that some stages share: each leaves half of an even share to every one that follows."""
+
+    seconds: float
+    stages: int
+
+    def __post_init__(self) -> None:
+        self._least = self.seconds / self.stages / 2
+
+    def limit(self) -> float:
+        return self.seconds - self._least * (self.stages - 1)
+
+    def pay(self, seconds: float) -> None:
+        self.seconds, self.stages = self.seconds - seconds, self.stages - 1
+
+
+@dataclass
 class Stage:
-    """A command of a part and how it ended; ``seconds`` is first its limit, then what it took. Stages of one ``purse``
-    share the seconds that are in it."""
+    """A command and how it ended; ``seconds`` is first its limit, then what it took."""
 
     name: str
     command: list[str]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
-    purse: list[float] = field(default_factory=list)
+    purse: Purse | None = None
     ended: str = "not begun: no time left"
-    output: str = ""
 
-    def run(self, left: float, log: Path | None = None) -> None:
+    def run(self, left: float, log: TextIO | None = None) -> None:
         """For at most ``left`` seconds; the output is printed, and written to ``log``, as it comes."""
-        limit = min(self.seconds, left, *self.purse)
+        limit = min(self.seconds, left, self.purse.limit() if self.purse else left)
         start = time.monotonic()
-        if limit < 5:
+        if limit < _LEAST:
+            self.seconds = 0.0
+            if self.purse:
+                self.purse.pay(0.0)
             return
-        print(f"== {self.name}: {' '.join(self.command)}", flush=True)
+        tell(f"== {self.name}, at most {limit:.0f} s: {' '.join(self.command)}\n", log)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self.environment
-        process = subprocess.Popen(
-            self.command, cwd=ROOT, env=environment, text=True, errors="replace", start_new_session=True,
+        process = subprocess.Popen(  # a group, which ends with its children, of this session, which ends with this one
+            self.command, cwd=ROOT, env=environment, text=True, errors="replace", process_group=0,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        reader = threading.Thread(target=self._read, args=(process.stdout, log), daemon=True)
+        reader = threading.Thread(target=_pass_on, args=(process.stdout, log), daemon=True)
         reader.start()
         self.ended = "interrupted"
         try:
@@ -73,7 +96,7 @@ class Stage:
             self.ended = "well" if process.returncode == 0 else f"with {process.returncode}"
         except subprocess.TimeoutExpired:
             self.ended = f"stopped after {limit:.0f} s"
-        finally:  # the stage's own session: its children go too
+        finally:
             for number, wait in ((signal.SIGINT, _GRACE), (signal.SIGKILL, 5.0)):
                 if process.poll() is None:
                     os.killpg(process.pid, number)
@@ -84,68 +107,89 @@ class Stage:
         reader.join(timeout=5)
         self.seconds = round(time.monotonic() - start, 1)
         if self.purse:
-            self.purse[0] -= self.seconds
-        print(f"== {self.name}: {self.ended} ({self.seconds:.0f} s)", flush=True)
-
-    def _read(self, lines: Iterable[str], log: Path | None) -> None:
-        with log.open("w", encoding="utf-8") if log else contextlib.nullcontext() as file:
-            for line in lines:
-                print(line, end="", flush=True)
-                self.output += line
-                if file:
-                    file.write(line)
-                    file.flush()
+            self.purse.pay(self.seconds)
+        tell(f"== {self.name}: {self.ended} ({self.seconds:.0f} s)\n", log)
 
 
-def stages(part: str, out: Path, capability: str) -> Iterator[Stage]:
-    """The stages of a part, in their order."""
+def _pass_on(lines: Iterable[str], log: TextIO | None) -> None:
+    for line in lines:
+        tell(line, log)
+
+
+def tell(line: str, log: TextIO | None) -> None:
+    """Written to the log, and printed where there is still someone who reads."""
+    if log:
+        log.write(line)
+        log.flush()
+    with contextlib.suppress(BrokenPipeError):
+        print(line, end="", flush=True)
+
+
+def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> Iterator[Stage]:
+    """The stages of a part, in their order; ``device`` is "cuda", or "cpu" for a rehearsal."""
 
     def python(name: str, seconds: float, *arguments: str, prefix: tuple[str, ...] = (), **environment: str) -> Stage:
-        return Stage(name, [*prefix, sys.executable, *arguments], seconds, environment)
+        return Stage(name, [*prefix, sys.executable, *arguments], scale * seconds, environment)
 
     def benchmark(name: str, seconds: float, *arguments: str) -> Stage:
-        json_file = str(out / f"{name.replace(' ', '-')}.json")
-        minutes = f"{max(seconds - 30, 1) / 60:g}"  # after these no case is begun
-        limits = "--device", "cuda", "--minutes", minutes, "--json", json_file
-        return python(name, seconds, "-m", "benchmarks.run", *limits, *arguments)
+        its = "-m", "benchmarks.run", "--device", device, "--out", str(out)
+        if device == "cpu":  # which has no headline, and whose rows are no results
+            return python(name, seconds, *its, "--csv", "none", *(a for a in arguments if "headline" not in a))
+        return python(name, seconds, *its, *arguments)
 
     def each_op(name: str, seconds: float, *arguments: str) -> Iterator[Stage]:
-        purse = [seconds]
-        for op in ops(without="step"):
-            stage = benchmark(f"{name} {op}", min(120.0, seconds), "--op", op, *arguments)
+        names = ops(without="step")
+        purse = Purse(scale * seconds, len(names))
+        for op in names:
+            stage = benchmark(f"{name} {op}", 120, "--op", op, *arguments)
             stage.purse = purse
             yield stage
 
-    wheels = sorted(map(str, WHEELS.glob("*.whl")))
-    if wheels and not PACKAGES.is_dir():
-        install = "-m pip install --quiet --no-index --no-deps --upgrade --target".split()
-        yield python("packages", 60, *install, str(PACKAGES), *wheels)
-    yield python(
-        "build", 180, "setup.py", "build_ext", "--inplace", FASTDISTILL_CUDA="1", FASTDISTILL_CUDA_ARCHS=capability
-    )
+    def sanitizer(tool: str) -> Stage:
+        chosen = f"cuda and {tool} or planted" if tool == "memcheck" else f"cuda and {tool}"
+        watched = *TESTS, "-v", "-m", "gpu and slow", "-k", chosen, "tests/gpu/test_sanitizers.py"
+        return python(f"compute-sanitizer {tool}", 45, *watched)
+
     if part == "1/3":
-        yield from each_op("headline", 270, "--headline")
-        many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-        yield python("tests", 150, *TESTS, "-m", "not slow", "tests/gpu", "tests/ops", *many)
+        yield python("smoke", 60, "-m", "tests.gpu.smoke", device)
+        yield from each_op("headline", 200, "--headline")
     elif part == "2/3":
-        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-            chosen = f"cuda and {tool} or planted" if tool == "memcheck" else f"cuda and {tool}"
-            watched = *TESTS, "-v", "-m", "gpu and slow", "-k", chosen, "tests/gpu/test_sanitizers.py"
-            yield python(f"compute-sanitizer {tool}", 90, *watched)
-        yield from each_op("other shapes", 220, "--no-headline")
+        many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+        yield python("tests", 120, *TESTS, "-m", "not slow", "tests/gpu", "tests/ops", *many)
+        yield benchmark("headline step", 150, "--op", "step", "--headline")
+        yield sanitizer("memcheck")
     else:
-        yield benchmark("headline step", 375, "--op", "step", "--headline")
-        yield benchmark("other steps", 165, "--op", "step", "--no-headline")
-        ncu = shutil.which("ncu")
-        if ncu is None:
-            yield Stage("ncu", [], 0, ended="left out: ncu is not installed")
-        else:
-            flags = "--clock-control none --profile-from-start off --set detailed --log-file".split()
+        yield sanitizer("racecheck")
+        if ncu := shutil.which("ncu"):
+            flags = "--clock-control none --profile-from-start off --set detailed".split()
             heavy_last = sorted(ops(without="step"), key="adamw_ema".__eq__)  # it is run again for each set of counters
+            purse = Purse(scale * 100, len(heavy_last))
             for op in heavy_last:
-                prefix = (ncu, *flags, str(out / f"ncu-{op}.txt"))
-                yield python(f"ncu {op}", 60, "-m", "benchmarks.run", "--headline", "--once", "--op", op, prefix=prefix)
-    yield python("report", 60, "-m", "benchmarks.report", "--results", str(out))
+                once = "-m", "benchmarks.run", "--headline", "--once", "--op", op
+                stage = python(f"ncu {op}", 60, *once, prefix=(ncu, *flags))
+                stage.purse = purse
+                yield stage
+        else:
+            yield Stage("ncu", [], 0, ended="left out: ncu is not installed")
+        yield sanitizer("initcheck")
+        yield sanitizer("synccheck")
+        yield from each_op("other shapes", 120, "--no-headline")
+        yield benchmark("other steps", 120, "--op", "step", "--no-headline")
+
+
+def first(archs: str, scale: float = 1.0) -> Iterator[Stage]:
+    """What comes before any part: what the machine has, the packages that it lacks, the compiled kernels."""
+    yield Stage("machine", [sys.executable, "-m", "torch.utils.collect_env"], 30 * scale)
+    wheels, done = sorted(map(str, WHEELS.glob("*.whl"))), PACKAGES / "installed"
+    if wheels and not done.exists():
+        pip = "-m pip install --quiet --no-index --no-deps --no-compile --upgrade --target".split()
+        packages = Stage("packages", [sys.executable, *pip, str(PACKAGES), *wheels], 60 * scale)
+        yield packages
+        if packages.ended == "well":
+            done.touch()
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {"FASTDISTILL_CUDA": "1", "FASTDISTILL_CUDA_ARCHS": archs} if archs else {"FASTDISTILL_CUDA": "0"}
+    yield Stage("build", build, 90 * scale, environment)
 
 
 def ops(without: str) -> list[str]:
@@ -167,37 +211,72 @@ def no_gpu() -> str | None:
     return None
 
 
-def main(arguments: list[str]) -> int:
-    part = arguments[0] if arguments else PARTS[0]
-    if part not in PARTS:
-        print(f"make gpu: PART: expected one of {', '.join(PARTS)}, got {part!r}", file=sys.stderr)
-        return 2
-    if reason := no_gpu():
-        print(f"make gpu: {reason}; nothing was run", file=sys.stderr)
-        return 2
-    import torch
+def parser() -> argparse.ArgumentParser:
+    description = (__doc__ or "").partition("\n\nIt needs")[0]
+    p = argparse.ArgumentParser(
+        "make gpu", description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("part", nargs="*", metavar="PART", help="1/3, 2/3, 3/3: these alone")
+    p.add_argument("--minutes", type=float, help=f"for all of it, {MINUTES:g} a part; the limits of stages follow")
+    out = os.environ.get("OUT") or ROOT / "runs" / "gpu"
+    p.add_argument("--out", type=Path, default=out, help="folder for what is known, $OUT or %(default)s")
+    p.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal")
+    return p
 
-    start = time.monotonic()
-    out = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu").resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+def main(arguments: list[str]) -> int:
+    p = parser()
+    options = p.parse_args(arguments)
+    parts = options.part or PARTS
+    for unknown in set(parts) - set(PARTS):
+        p.error(f"PART: expected some of {', '.join(PARTS)}, got {unknown!r}")
+    minutes = MINUTES * len(parts) if options.minutes is None else options.minutes
+    if not 1 <= minutes <= 1440:
+        p.error(f"--minutes: expected 1 to 1440, got {minutes:g}")
+    archs = ""
+    if options.device == "cuda":
+        if reason := no_gpu():
+            print(f"make gpu: {reason}; nothing was run", file=sys.stderr)
+            return 2
+        import torch
+
+        archs = "".join(map(str, torch.cuda.get_device_capability()))
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # of a shell's background jobs SIGINT is ignored, and by their children
+        signal.signal(number, signal.default_int_handler)
     _keep_what_compilers_make()
-    done: list[Stage] = []
-    try:
-        for stage in stages(part, out, "".join(map(str, torch.cuda.get_device_capability()))):
-            done.append(stage)
-            if stage.name == "report":
-                _copy_results(out)
-            kept = 0 if stage.name == "report" else _REPORT
-            stage.run(60 * MINUTES - kept - (time.monotonic() - start), out / f"{stage.name.replace(' ', '-')}.log")
-            _copy_results(out)
-            _write(out / f"part-{part[0]}.json", done)
-    finally:  # of a part that is stopped, too
-        _copy_results(out)
-        _write(out / f"part-{part[0]}.json", done)
-        print(f"\nmake gpu PART={part}, {time.monotonic() - start:.0f} s; results in {out}")
-        for stage in done:
-            print(f"  {stage.name:30} {stage.ended}", flush=True)
+    return run(plan(parts, options.out.resolve(), options.device, archs, minutes), options.out.resolve(), minutes)
+
+
+def plan(parts: Iterable[str], out: Path, device: str, archs: str, minutes: float) -> Iterator[Stage]:
+    """All stages of these parts, with limits that fit the minutes."""
+    parts = tuple(parts)
+    scale = minutes / MINUTES / len(parts)
+    yield from first(archs, scale)
+    for part in parts:
+        yield from stages(part, out, device, scale)
+    yield Stage(REPORT, [sys.executable, "-m", "benchmarks.report", "--results", str(out)], 60)
+
+
+def run(planned: Iterable[Stage], out: Path, minutes: float) -> int:
+    """The stages one after another, each with what it leaves in ``out`` at once; 1 where one did not end well."""
+    start, done = time.monotonic(), list[Stage]()
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "stages.log").open("a", encoding="utf-8") as log:
+        try:
+            for stage in planned:
+                done.append(stage)
+                kept = 0 if stage.name == REPORT else _KEPT
+                try:
+                    stage.run(60 * minutes - kept - (time.monotonic() - start), log)
+                finally:
+                    _record(out / "stages.jsonl", stage)
+        finally:  # where it is stopped, too
+            tell(f"\nmake gpu: {time.monotonic() - start:.0f} s; results in {out}\n", log)
+            for stage in done:
+                tell(f"  {stage.name:30} {stage.ended}\n", log)
     return 1 if any(s.ended.startswith(("with", "stopped", "not")) for s in done) else 0
 
 
@@ -209,14 +288,11 @@ def _keep_what_compilers_make() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
 
 
-def _write(path: Path, done: list[Stage]) -> None:
-    log = [asdict(s) | {"output": s.output[-20_000:]} for s in done]
-    path.write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_results(out: Path) -> None:
-    for path in (ROOT / "benchmarks" / "results").glob("gpu-*"):
-        shutil.copy2(path, out)
+def _record(path: Path, stage: Stage) -> None:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    its = {"at": now, "stage": stage.name, "ended": stage.ended, "seconds": stage.seconds, "command": stage.command}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(its) + "\n")
 
 
 if __name__ == "__main__":

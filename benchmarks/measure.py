@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +52,10 @@ def unmeasured(case: Case, settings: Settings, note: str) -> list[Row]:
 
 
 def measure(case: Case, settings: Settings) -> Iterator[Row]:
-    """One row a rival and mode, as they are measured. A kernel that does not match its reference is not timed, and its
-    rows say so; an error is the reason of the rows that are left, unless the device is unusable, which ends the process
-    after them. Rows of training steps have two more entries than FIELDS, ``ours_parts`` and ``rival_parts``: where the
-    milliseconds went."""
+    """One row a rival and mode, as they are measured, compiled rivals last. A kernel that does not match its reference
+    is not timed, and its rows say so; an error is the reason of the rows that are left, unless the device is unusable,
+    which ends the process after them. Rows of training steps have two more entries than FIELDS, ``ours_parts`` and
+    ``rival_parts``: where the milliseconds went."""
     workloads: list[Workload] = []
     _ceilings(case, settings)  # while the memory is free
     told: set[str] = set()
@@ -76,7 +78,7 @@ def measure(case: Case, settings: Settings) -> Iterator[Row]:
     except AssertionError as error:
         note = WRONG + line(error)
     except Exception as error:
-        note = FAILED + line(error)
+        note = FAILED + traced(error)
     finally:
         workloads.clear()
         forget_compiled()
@@ -116,7 +118,8 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
         except torch.OutOfMemoryError:
             yield from (r for r in unmeasured(case, settings, "out of memory") if r["rival"] in group.rivals)
         except Exception as error:
-            yield from (r for r in unmeasured(case, settings, FAILED + line(error)) if r["rival"] in group.rivals)
+            note = FAILED + traced(error)
+            yield from (r for r in unmeasured(case, settings, note) if r["rival"] in group.rivals)
         for name in wanted.keys() - {"ours"}:
             wanted[name][0].close()  # type: ignore[attr-defined]
         forget_compiled()
@@ -128,17 +131,23 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
         return
     kernel = _kernel_of(case.op, first.ours)
     modes = {"eager": stopwatch} | ({"graph": graphed} if settings.device.type == "cuda" and first.graphs else {})
-    for mode, make in modes.items():
-        watches, failed = {}, dict(absent)
-        for name, some in runs.items():
+    late = [name for name in runs if name.startswith(COMPILED)]  # its compiler may take minutes
+    turns = [([name for name in runs if name not in late], absent)] + ([(["ours", *late], {})] if late else [])
+    for (names, missing), (mode, make) in itertools.product(turns, modes.items()):
+        if names == ["ours"] and not missing:
+            continue
+        watches, failed = {}, dict(missing)
+        for name in names:
             try:
-                watches[name] = make(some, settings.device)
+                watches[name] = make(runs[name], settings.device)
                 watches[name]()
             except Exception as error:
-                failed[name] = line(error)
+                failed[name] = traced(error)
         if "ours" in failed:
             note = f"{FAILED}ours: {failed['ours']}"
-            yield from (r | {"mode": mode} for r in unmeasured(case, settings, note))
+            yield from (
+                r | {"mode": mode} for r in unmeasured(case, settings, note) if r["rival"] in (*names, *missing)
+            )
             continue
         for name in failed:
             watches.pop(name, None)
@@ -164,7 +173,7 @@ def _steps(
             seen[name] = {"peak_gb": peak, "parts": attribution(run, settings.device)}
             contestants[name] = run
         except Exception as error:
-            failed[name] = line(error)
+            failed[name] = traced(error)
         if seconds:
             run.rest()
             free(settings.device)
@@ -294,6 +303,12 @@ def _reached(case: Case, workload: Workload, ours: Timing, settings: Settings) -
 
 def not_installed(error: ImportError) -> str:
     return f"{error.name} is not installed" if isinstance(error, ModuleNotFoundError) else line(error)
+
+
+def traced(error: BaseException) -> str:
+    """Its line, after where it came from has been printed."""
+    traceback.print_exception(error, limit=-12)
+    return line(error)
 
 
 def line(error: BaseException) -> str:

@@ -56,7 +56,7 @@ def summary(results: Path = RESULTS) -> str:
     if not _has_gpu(results):
         waiting = list(dict.fromkeys(case.op for case in cases("cuda")))
         lines += [
-            f"**GPU**: unmeasured ({', '.join(waiting)}); `make gpu PART=1/3` measures on a machine that has one.",
+            f"**GPU**: unmeasured ({', '.join(waiting)}); `make gpu` measures on a machine that has one.",
             "",
         ]
     return "\n".join(lines) + f"\nEvery shape and a plot: [docs/benchmarks.md]({FULL.relative_to(ROOT)})."
@@ -92,7 +92,7 @@ def table(results: Path = RESULTS) -> str:
         lines += [f"| {' | '.join(_cells(rows, columns))} |" for rows in measured]
         lines += [*_where(path, gpu), ""]
     if not _has_gpu(results):
-        lines += ["## GPU", "", "`make gpu PART=1/3` on a machine that has one.", ""]
+        lines += ["## GPU", "", "`make gpu` on a machine that has one.", ""]
         lines += ["| op | shape | dtype | times faster than |", "|---|---|---|---|"]
         waiting = [case for case in cases("cuda") if case.headline]
         lines += [f"| {c.op} | {c.shape} | {c.dtype} | {' · '.join(c.rivals)}: unmeasured |" for c in waiting]

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--once", action="store_true", help="check, then run ours once between cudaProfilerStart and Stop: for ncu"
     )
     p.add_argument("--csv", help='file to append to (default: benchmarks/results/<device>.csv; "none" for no file)')
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="append to <device>.csv in this folder, too")
     p.add_argument("--json", metavar="FILE", help='write the rows as JSON ("-": print them instead of the table)')
     return p
 
@@ -78,13 +79,17 @@ def main(arguments: list[str] | None = None) -> int:
         for case in chosen:
             once(case, settings)
         return 0
-    csv = Path(options.csv or files.RESULTS / f"{machine.slug(settings.device)}.csv") if there else None
-    if options.csv == "none":
-        csv = None
+    folders = [files.RESULTS] if options.csv is None else []
+    folders += [options.out] if options.out else []
+    csvs = [folder / f"{machine.slug(settings.device)}.csv" for folder in folders if there]
+    csvs += [Path(options.csv)] if options.csv not in (None, "none") and there else []
     rows = []
     for some in _measured(chosen, settings, base_commit, options.minutes):
         rows += some
-        if csv is not None:
+        for row in some:
+            its = row["note"] or f"{row['ratio']} ({row['ours_ms']} ms, {row['rival_ms']} ms)"
+            print(f"  {row['mode'] or 'eager'}, {row['rival']}: {its}", file=sys.stderr, flush=True)
+        for csv in csvs:
             files.append(csv, some)
             files.append_parts(csv, some)
         if options.json not in (None, "-"):

@@ -2,8 +2,8 @@
 """``make gpu-wheels``: the packages that a machine with torch, but without a network, lacks, as wheels in
 build/gpu-wheels, from where ``benchmarks.gpu`` installs them.
 
-Versions are those of constraints.txt. Each wheel is checked to fit the machine's Python, and what it requires to be
-among the wheels or expected there.
+Versions are those of constraints.txt, where none is named here. Each wheel is checked to fit the machine's Python, and
+what it requires to be among the wheels or expected there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from email.parser import Parser
@@ -26,8 +27,8 @@ from benchmarks.gpu import ROOT, WHEELS
 WANTED = (
     "diffusers importlib_metadata pydantic pydantic_core annotated_types typing_inspection typing_extensions tyro"
     " docstring_parser typeguard rich pygments markdown-it-py mdurl lazy-importer zipp pybind11 ninja xformers"
-    " liger_kernel"
-).split()
+    " liger_kernel setuptools<82"
+).split()  # torch 2.11 takes no later setuptools
 #: With torch, and with the libraries of models that come with it.
 THERE = "torch triton numpy filelock huggingface-hub packaging pillow pyyaml regex requests safetensors".split()
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]
@@ -43,9 +44,14 @@ def download(folder: Path, python: str) -> None:
     for old in folder.glob("*.whl"):
         old.unlink()
     platforms = [part for name in PLATFORMS for part in ("--platform", name)]
-    command = [sys.executable, *"-m pip download --quiet --no-deps --only-binary=:all: --constraint".split()]
-    command += [str(ROOT / "constraints.txt"), "--python-version", python, "--implementation", "cp", *platforms]
-    subprocess.run([*command, "--dest", str(folder), *WANTED], check=True)
+    versions = (ROOT / "constraints.txt").read_text().splitlines()
+    own = {Requirement(text).name for text in WANTED if Requirement(text).specifier}
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write("\n".join(line for line in versions if line.partition("==")[0] not in own))
+        constraints.flush()
+        command = [sys.executable, *"-m pip download --quiet --no-deps --only-binary=:all: --constraint".split()]
+        command += [constraints.name, "--python-version", python, "--implementation", "cp", *platforms]
+        subprocess.run([*command, "--dest", str(folder), *WANTED], check=True)
 
 
 def faults(folder: Path, python: str) -> Iterator[str]:
@@ -69,7 +75,7 @@ def faults(folder: Path, python: str) -> Iterator[str]:
             (metadata,) = (n for n in wheel.namelist() if n.count("/") == 1 and n.endswith(".dist-info/METADATA"))
             fields = Parser().parsestr(wheel.read(metadata).decode())
         requirements += ((path.name, Requirement(text)) for text in fields.get_all("Requires-Dist", []))
-    for missing in sorted({canonicalize_name(name) for name in WANTED} - versions.keys()):
+    for missing in sorted({canonicalize_name(Requirement(text).name) for text in WANTED} - versions.keys()):
         yield f"{missing}: expected a wheel of it in {folder}"
     for wheel_name, needed in requirements:
         name = canonicalize_name(needed.name)

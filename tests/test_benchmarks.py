@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import benchmarks.gpu
 import benchmarks.run
 from benchmarks import files, registry, report
-from benchmarks.gpu import PARTS, Stage, stages
 from benchmarks.measure import FIELDS, Settings, measure
-from benchmarks.registry import Case, Workload
-from benchmarks.run import main, parser
+from benchmarks.registry import COMPILED, Case, Workload
+from benchmarks.run import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,6 +84,19 @@ def test_rows_of_rivals_that_are_there_and_that_are_not() -> None:
     assert ran.count("slow") >= 4
 
 
+def test_compiled_rivals_come_after_all_others() -> None:
+    """Rows of the others are there before the compiler begins."""
+    case, ran = case_of(right=True)
+    workload = case.build(torch.device("cpu"))
+    workload.rivals[COMPILED] = lambda: ran.append("compiled")
+    names = (COMPILED, *case.rivals)
+    settings = dataclasses.replace(CPU, compiled=True)
+    rows = measure(dataclasses.replace(case, rivals=names, build=lambda device: workload), settings)
+    assert [next(rows)["rival"], next(rows)["rival"]] == ["slow", "gone"] and "compiled" not in ran
+    (last,) = rows
+    assert last["rival"] == COMPILED and last["ratio"] > 0 and "compiled" in ran
+
+
 def test_a_wrong_op_is_not_timed() -> None:
     case, ran = case_of(right=False)
     rows = list(measure(case, CPU))
@@ -95,7 +105,7 @@ def test_a_wrong_op_is_not_timed() -> None:
 
 
 def test_an_op_that_cannot_run_is_a_row_and_the_next_is_measured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right, _ = case_of(right=True)
 
@@ -103,9 +113,13 @@ def test_an_op_that_cannot_run_is_a_row_and_the_next_is_measured(
         raise RuntimeError("it does not compile")
 
     monkeypatch.setattr(benchmarks.run, "_chosen", lambda *_: [dataclasses.replace(right, build=build), right])
-    arguments = "--device cpu --rounds 4 --csv none --json -".split()
+    arguments = f"--device cpu --rounds 4 --csv none --json - --out {tmp_path}".split()
     assert main(arguments) == 1
-    rows = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert "Traceback" in said.err and "eager, slow: failed: RuntimeError: it does not compile" in said.err
+    rows = json.loads(said.out)
+    (path,) = tmp_path.iterdir()
+    assert [row["note"] for row in files.read(path)] == [row["note"] for row in rows]
     assert [row["note"] for row in rows] == ["failed: RuntimeError: it does not compile"] * 2 + ["", "not here"]
     assert rows[2]["ratio"] > 0
 
@@ -154,66 +168,6 @@ def test_mistakes_are_told(flags: list[str], capsys: pytest.CaptureFixture[str])
         main(["--device", "cpu", "--csv", "none", *flags])
     error = capsys.readouterr().err.split("error: ")[1]
     assert stop.value.code == 2 and flags[0] in error
-
-
-def gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
-
-
-def test_make_gpu_ends_at_once_without_one() -> None:
-    done = gpu()
-    assert done.returncode == 2 and not done.stdout
-    assert "finds no CUDA device; nothing was run" in done.stderr
-    assert "PART: expected one of 1/3, 2/3, 3/3, got '4/3'" in gpu("4/3").stderr
-
-
-def test_a_stage_is_stopped_at_its_limit_and_keeps_what_it_said(tmp_path: Path) -> None:
-    code = "import time; print('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('evidence')"
-    purse = [8.0]
-    stage = Stage("slow", [sys.executable, "-c", code], 6, purse=purse)
-    stage.run(left=100, log=tmp_path / "slow.log")
-    assert stage.ended == "stopped after 6 s" and stage.output == "begun\nevidence\n" and stage.seconds < 20
-    assert (tmp_path / "slow.log").read_text() == stage.output
-    for late, left in ((Stage("late", [sys.executable], 6), 1), (Stage("poor", [sys.executable], 6, purse=purse), 100)):
-        late.run(left)
-        assert late.ended == "not begun: no time left"
-
-
-def test_a_stage_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks.gpu, "_GRACE", 0.2)
-    code = "import signal, time; signal.signal(2, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
-    stage = Stage("deaf", [sys.executable, "-c", code], 5)
-    stage.run(left=100)
-    assert stage.ended == "stopped after 5 s" and stage.output == "begun\n" and stage.seconds < 20
-
-
-def test_a_crash_costs_one_stage_and_the_exit_code_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    crash = [sys.executable, "-c", "import os; print('begun', flush=True); os.abort()"]
-    planted = [Stage("crash", crash, 60), Stage("next", [sys.executable, "-c", "print('ran')"], 60)]
-    monkeypatch.setattr(benchmarks.gpu, "stages", lambda *_: iter(planted))
-    monkeypatch.setattr(benchmarks.gpu, "no_gpu", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    for name in ("OUT", "PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))
-    assert benchmarks.gpu.main(["1/3"]) == 1
-    log = json.loads((tmp_path / "part-1.json").read_text())
-    told = {stage["name"]: (stage["ended"], stage["output"]) for stage in log}
-    assert told == {"crash": ("with -6", "begun\n"), "next": ("well", "ran\n")}
-    assert (tmp_path / "crash.log").read_text() == "begun\n"
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_of_make_gpu_call_what_is_there(part: str, tmp_path: Path) -> None:
-    made = {stage.name: stage.command for stage in stages(part, tmp_path, "90")}
-    assert next(iter(made)) == "build" and list(made)[-1] == "report"
-    for command in made.values():
-        arguments = command[command.index("benchmarks.run") + 1 :] if "benchmarks.run" in command else None
-        assert arguments is None or parser().parse_args(arguments)
-    assert any("benchmarks.run" in command for command in made.values())
 
 
 def test_a_folder_of_results_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

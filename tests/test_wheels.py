@@ -24,7 +24,7 @@ def wheel(folder: Path, name: str, *requires: str, tags: str = "py3-none-any") -
 
 
 def test_what_is_wrong_with_a_folder_of_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wheels, "WANTED", ["first", "second", "third"])
+    monkeypatch.setattr(wheels, "WANTED", ["first", "second<3", "third"])
     wheel(tmp_path, "first-1.0", "second>=2", "torch>=2", 'old; python_version < "3.12"', 'more; extra == "all"')
     wheel(tmp_path, "second-2.1", tags="cp312-cp312-manylinux_2_17_x86_64")
     wheel(tmp_path, "third-1.0", tags="cp39-abi3-manylinux_2_28_x86_64")

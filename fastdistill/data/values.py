@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -124,6 +123,8 @@ def as_tensor(value: Any, argument: str, rule: str) -> Tensor:
 @cache
 def spelled(dtype: torch.dtype) -> str | None:
     """The name of a dtype in the header of a safetensors file, such as "F16"; None if such a file cannot hold it."""
+    import safetensors.torch  # here, as the ops and the optimizer run without it
+
     try:
         data = safetensors.torch.save({"x": torch.empty(0, dtype=dtype, device="cpu")})
         safetensors.torch.load(data)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run on a machine with a GPU, with planted stages: limits, interrupts, crashes, and what is left of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks.gpu
+from benchmarks.gpu import PARTS, Purse, Stage, plan, run
+from benchmarks.run import parser
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(name: str, code: str, seconds: float = 60, purse: Purse | None = None) -> Stage:
+    return Stage(name, [sys.executable, "-c", code], seconds, purse=purse)
+
+
+def records(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / "stages.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.gpu, "_LEAST", 0.1)
+    monkeypatch.setattr(benchmarks.gpu, "_GRACE", 2.0)
+
+
+def test_it_ends_at_once_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmarks.gpu.main([]) == 2
+    said = capsys.readouterr()
+    assert not said.out and "finds no CUDA device; nothing was run" in said.err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [(["4/3"], "PART: expected some of 1/3, 2/3, 3/3, got '4/3'"), (["--minutes", "0"], "--minutes: expected 1")],
+)
+def test_mistakes_are_told(wrong: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        benchmarks.gpu.main(wrong)
+    assert stop.value.code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_stage_is_stopped_at_its_limit_and_keeps_what_it_said(tmp_path: Path) -> None:
+    code = "import time; print('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('evidence')"
+    slow = python("slow", code, 1.2)
+    assert run([slow, python("late", "pass", 0.05), python("next", "print('ran')")], tmp_path, minutes=2) == 1
+    assert slow.ended == "stopped after 1 s" and 1 < slow.seconds < 20
+    log = (tmp_path / "stages.log").read_text()
+    assert log.index("begun\n") < log.index("evidence\n") < log.index("slow: stopped") < log.index("\nran\n")
+    assert [(r["stage"], r["ended"]) for r in records(tmp_path)] == [
+        ("slow", "stopped after 1 s"), ("late", "not begun: no time left"), ("next", "well")
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_stage_that_does_not_stop_is_killed_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.gpu, "_GRACE", 0.2)
+    child = f"import subprocess; p = subprocess.Popen([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
+    ignored = "import signal, time; signal.signal(2, signal.SIG_IGN)"
+    (read, write) = os.pipe()
+    told = f"import os; os.write({write}, str(p.pid).encode()); time.sleep(60)"
+    stage = python("deaf", f"{ignored}; {child}; {told}", 3)
+    monkeypatch.setattr(subprocess, "Popen", _passing(write))
+    stage.run(left=100)
+    assert stage.ended == "stopped after 3 s" and stage.seconds < 20
+    os.close(write)
+    with pytest.raises(ProcessLookupError):
+        _wait_for(int(os.read(read, 20)))
+
+
+def _passing(descriptor: int) -> object:
+    popen = subprocess.Popen
+    return lambda *args, **options: popen(*args, pass_fds=(descriptor,), **options)
+
+
+def _wait_for(number: int) -> None:
+    for _ in range(100):  # a killed process is there until its parent has asked
+        os.kill(number, 0)
+        if Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            raise ProcessLookupError
+        time.sleep(0.05)
+
+
+def test_a_crash_costs_one_stage_and_the_exit_code_says_it(tmp_path: Path) -> None:
+    crash = python("crash", "import os; print('begun', flush=True); os.abort()")
+    assert run([crash, python("next", "print('ran')")], tmp_path, minutes=2) == 1
+    assert [(r["stage"], r["ended"]) for r in records(tmp_path)] == [("crash", "with -6"), ("next", "well")]
+    assert "\nran\n" in (tmp_path / "stages.log").read_text()
+    assert run([python("next", "print('ran again')")], tmp_path, minutes=2) == 0
+    log = (tmp_path / "stages.log").read_text()
+    assert len(records(tmp_path)) == 3 and "begun\n" in log and "ran again\n" in log
+
+
+PLANTED = """
+import sys
+from pathlib import Path
+from benchmarks import gpu
+code = "import time; print('begun', flush=True); time.sleep(60)"
+gpu.plan = lambda *_: iter([gpu.Stage("slow", [sys.executable, "-c", code], 60)])
+sys.exit(gpu.main(["1/3", "--device", "cpu", "--minutes", "9", "--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_was_known_is_left_when_all_of_it_is_stopped(number: int, tmp_path: Path) -> None:
+    """Also where SIGINT was ignored, as it is in a shell's background jobs."""
+    start = f"import os, signal, sys; signal.signal(2, signal.SIG_IGN); os.execv({sys.executable!r}, sys.argv[1:])"
+    command = [sys.executable, "-c", start, sys.executable, "-c", PLANTED, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert any(line == "begun\n" for line in process.stdout)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "begun\n" in (tmp_path / "stages.log").read_text()
+    if number != signal.SIGKILL:
+        assert [(r["stage"], r["ended"]) for r in records(tmp_path)] == [("slow", "interrupted")]
+
+
+def test_a_purse_leaves_something_to_every_stage() -> None:
+    purse = Purse(100.0, 5)
+    assert purse.limit() == 60
+    purse.pay(60)
+    assert purse.limit() == 10
+    purse.pay(0)
+    assert purse.limit() == 20
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_stages_call_what_is_there(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.gpu, "WHEELS", tmp_path)
+    made = list(plan(PARTS, tmp_path, device, "90", 9.0))
+    names = [stage.name for stage in made]
+    assert names[:2] == ["machine", "build"] and names[-1] == "report" and len({*names}) == len(names)
+    assert names.index("smoke") < names.index("headline feature_match") < names.index("tests")
+    for stage in made:
+        command = stage.command
+        if "benchmarks.run" in command:
+            options = parser().parse_args(command[command.index("benchmarks.run") + 1 :])
+            assert options.device == device or options.once
+    assert sum(s.seconds for s in made if s.name in ("build", "smoke", "tests", "headline step")) < 60 * 9
+    twice = {stage.name: stage.seconds for stage in plan(PARTS, tmp_path, device, "90", 18.0)}
+    assert twice["smoke"] == 2 * made[names.index("smoke")].seconds
+
+
+BARE = """
+import sys
+for name in ("diffusers", "safetensors", "pydantic", "tyro", "rich", "yaml", "huggingface_hub", "matplotlib"):
+    sys.modules[name] = None
+from benchmarks import report, run
+from benchmarks.registry import cases, ops
+import tests.gpu.smoke
+assert {case.op for case in cases("cuda")} == set(ops())
+"""
+
+
+def test_the_ops_are_tested_and_measured_without_the_libraries_of_models() -> None:
+    done = subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
