@@ -43,6 +43,17 @@ def test_the_code_of_the_families_runs() -> None:
     assert names["images"].isfinite().all() and names["images"].shape == (2, 4, 8, 8)  # type: ignore[attr-defined]
 
 
+def test_the_code_of_adapters_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lora.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    loaded, wanted = (names[name].state_dict() for name in ("model", "average"))
+    assert loaded.keys() == {key.replace(".default.", ".default_0.") for key in wanted}
+    assert all(torch.equal(value, loaded[key.replace(".default.", ".default_0.")]) for key, value in wanted.items())
+
+
 def test_what_it_links_to_is_there() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(((?!https?:)[^)#]+)", page.read_text(encoding="utf-8")):

@@ -92,7 +92,7 @@ class Predictor:
 def _by_name(model: nn.Module) -> Call:
     """Rows and, where it has an argument of that name, the timestep as named arguments."""
     try:
-        named = "timestep" in inspect.signature(model.forward).parameters
+        named = "timestep" in inspect.signature(families.unwrapped(model).forward).parameters
     except (TypeError, ValueError):  # a forward without a signature
         named = False
     if named:

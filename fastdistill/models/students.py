@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from fastdistill.errors import InputError, described
-from fastdistill.models import families
+from fastdistill.models import families, peft
 from fastdistill.models.blocks import BLOCK_SPECS, BlockSpec, block_plan
 from fastdistill.models.copying import CopyReport, copy_from_teacher, copy_sources
 from fastdistill.models.specs import StudentSpec, cross_attends, per_stage, spec_of, student_config, student_spec
@@ -45,7 +45,7 @@ class Student:
 
 def make_student(
     teacher: nn.Module,
-    spec: str | StudentSpec | BlockSpec | Mapping[str, Any],
+    spec: str | StudentSpec | BlockSpec | Mapping[str, Any] | Any,
     *,
     init: Literal["teacher", "random"] = "teacher",
     seed: int = 0,
@@ -53,14 +53,19 @@ def make_student(
     """The student of ``teacher`` that ``spec`` names, initialized from it or from ``seed``.
 
     A ``StudentSpec`` (``SPECS``) is for U-Nets, a ``BlockSpec`` (``BLOCK_SPECS``) for the transformers of the other
-    families.
+    families. A configuration of PEFT, such as ``LoraConfig``, or a mapping with ``peft_type`` as in
+    ``adapter_config.json``, gives the teacher itself with new adapters: the weights below them are frozen and in the
+    teacher's own memory, so that merging adapters into them would change the teacher.
 
     The global random state is left alone. A teacher on the meta device gives a student there, to count and plan with.
-    Raises ``InputError`` before anything is allocated where the spec does not fit the teacher.
+    Raises ``InputError`` before anything is allocated where the spec does not fit the teacher, ``FastdistillError``
+    where PEFT is needed and not installed.
     """
     family = families.family_of(teacher, "teacher")
     if init not in ("teacher", "random"):
         raise InputError.of("init", "'teacher' or 'random'", repr(init))
+    if peft.is_config(spec):
+        return _adapted(family, teacher, spec, init, seed)
     if init == "teacher" and quantized(teacher):
         rule = "weights to copy, such as the model's before it was quantized (or use init='random')"
         raise InputError.of("teacher", rule, "quantized ones")
@@ -90,6 +95,21 @@ def make_student(
     model = plan if device.type == "meta" else _build(family, config, seed).to(device)
     report = copy_from_teacher(model, whole, source_of) if init == "teacher" else None
     return Student(model, tuple(pair[0] for pair in taps), tuple(pair[1] for pair in taps), pairs, report)
+
+
+def _adapted(family: families.Family, teacher: nn.Module, config: Any, init: str, seed: int) -> Student:
+    """A teacher with adapters, tapped at each of its blocks."""
+    if init != "teacher":
+        raise InputError.of("init", "'teacher' with adapters, as they are for its weights", repr(init))
+    whole = families.unwrapped(teacher)
+    if family.blocks:
+        names = [f"{name}.{i}" for name, field in family.blocks.items() for i in range(int(whole.config[field]))]
+        channels = [family.width(whole.config)] * len(names)
+    else:
+        names = [name for name, _ in student_taps(whole.config, whole.config)]
+        channels = [_channels(module) for module in resolve(whole, names)]
+    pairs = tuple((count, count) for count in channels)
+    return Student(peft.with_adapters(whole, config, seed), tuple(names), tuple(names), pairs, None)
 
 
 def check_parameters(teacher: nn.Module, student: nn.Module) -> None:

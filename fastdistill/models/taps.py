@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastdistill.errors import InputError, described
+from fastdistill.models import families
 from fastdistill.models.calling import trial
 
 
@@ -183,7 +184,7 @@ class Taps:
 
 
 def resolve(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The module objects called ``names`` in ``model``, whatever index follows a name.
+    """The module objects called ``names`` in ``model``, or in the model that it wraps, whatever index follows a name.
 
     Raises:
         InputError: unknown names (near matches are shown), no names, or repeated ones.
@@ -198,7 +199,7 @@ def resolve(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     repeated = sorted({name for name in names if list(names).count(name) > 1})
     if repeated:
         raise InputError(f"taps: expected each name once, got {', '.join(repeated)} more than once")
-    known = dict(model.named_modules())
+    known = dict(families.unwrapped(model).named_modules()) | dict(model.named_modules())
     known.pop("", None)
     modules = [split_index(name)[0] for name in names]
     unknown = [name for name in modules if name not in known]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,26 @@ def quantized(model: nn.Module) -> bool:
     counted by the parameters."""
     integers = any(not p.is_floating_point() and not p.is_complex() for p in model.parameters())
     return integers or any(isinstance(value, tuple) or _packed(value) for value in model.state_dict().values())
+
+
+def storage(tensor: Tensor) -> Hashable:
+    """The memory that a tensor is in, which others may share; its ``id`` where it has none of its own to tell by."""
+    if tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__"):
+        return id(tensor)
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def memory(tensor: Tensor) -> Hashable:
+    """Where a tensor lies in memory: the same of two tensors only if they are one."""
+    if isinstance(place := storage(tensor), int):
+        return place
+    return place, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def shared(model: nn.Module, other: nn.Module) -> dict[int, Tensor]:
+    """The parameters of ``other`` that are in the memory of ``model``'s, by the ``id`` of those."""
+    places = {memory(p): p for p in other.parameters()}
+    return {id(p): places[where] for p in model.parameters() if (where := memory(p)) in places}
 
 
 def _packed(value: Any) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import dtype_name
 from fastdistill.data.latent_cache import LatentCache
@@ -17,10 +17,11 @@ from fastdistill.data.prompt_bank import EMBEDDINGS, PromptBank
 from fastdistill.diffusion.flow import schedule_of
 from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type
 from fastdistill.errors import InputError, described
-from fastdistill.models import families
-from fastdistill.models.calling import layerwise_casting
+from fastdistill.models import families, peft
+from fastdistill.models.calling import kept_in_float32, layerwise_casting
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student, check_parameters
+from fastdistill.models.weights import storage
 from fastdistill.train import devices
 from fastdistill.train.config import TrainConfig, from_mapping, validated
 
@@ -74,9 +75,9 @@ def check_function(value: Any, argument: str) -> None:
         raise InputError.of(argument, "a function, or None", described(value))
 
 
-def check_directory(value: Any) -> None:
-    if value is not None and not isinstance(value, str | os.PathLike):
-        raise InputError.of("directory", "a path, or None", described(value))
+def check_directory(value: Any, *, required: bool = False) -> None:
+    if not isinstance(value, str | os.PathLike) and (required or value is not None):
+        raise InputError.of("directory", "a path" + ", or None" * (not required), described(value))
 
 
 def schedule(
@@ -119,20 +120,31 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
     if (casting := layerwise_casting(student)) is not None:
         rule = "weights that stay in the dtype they are trained in"
         raise InputError.of("student", rule, f"diffusers' layerwise casting (compute dtype {dtype_name(casting)})")
-    frozen = {id(p) for p in teacher.parameters()}
-    shared = [name for name, p in student.named_parameters() if p.requires_grad and id(p) in frozen]
+    frozen = {storage(p) for p in teacher.parameters()}
+    shared = [name for name, p in student.named_parameters() if p.requires_grad and storage(p) in frozen]
     if shared:
-        rule = "trained parameters of its own, as the teacher's are frozen (copy.deepcopy makes a model of its own)"
+        makes = "make_student(teacher, LoraConfig(...))" if peft.configs(student) else "copy.deepcopy"
+        rule = f"trained parameters of its own, as the teacher's are frozen ({makes} makes such a model)"
         raise InputError.of("student", rule, f"the teacher's {', '.join(shared[:3])}{' ...' * (len(shared) > 3)}")
+    peft.check(student)
     check_parameters(teacher, student)
 
 
-def dtype(student: nn.Module, where: torch.device, precision: str) -> torch.dtype | None:
-    """To train the student in; None: as it is."""
+def dtype(student: nn.Module, where: torch.device, precision: str, shared: Mapping[int, Tensor]) -> torch.dtype | None:
+    """To train the student in; None: as it is. ``shared``: its weights that are the teacher's, which stay as they are;
+    only adapters of PEFT compute in another dtype than the weights below them."""
+    kept = kept_in_float32(student)
+    fixed = {t.dtype for key, t in shared.items() if t.is_floating_point() and key not in kept}
+    fixed = set() if peft.configs(student) else fixed
     if precision != "auto":
-        return cast(torch.dtype, getattr(torch, precision))
+        wanted = cast(torch.dtype, getattr(torch, precision))
+        if fixed - {wanted}:
+            names = ", ".join(sorted(map(dtype_name, fixed)))
+            rule = f"{names}, the dtype of the weights that the student shares with the teacher"
+            raise InputError.of("config.precision", rule, precision)
+        return wanted
     for name, p in student.named_parameters():
         if p.requires_grad and p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             rule = "float32, bfloat16 or float16 weights, or config.precision"
             raise InputError.of(f"student: {name}", rule, dtype_name(p.dtype))
-    return torch.bfloat16 if where.type == "cuda" else None
+    return torch.bfloat16 if where.type == "cuda" and not fixed else None

@@ -25,6 +25,7 @@ from fastdistill.data.fingerprint import differences, dtype_name, listed, plain,
 from fastdistill.data.values import spelled
 from fastdistill.errors import InputError, StorageError
 from fastdistill.files import atomic_write, reason
+from fastdistill.models import peft
 from fastdistill.train import distributed
 from fastdistill.train.step import TrainStep
 
@@ -130,8 +131,12 @@ def _modules(step: TrainStep, student: nn.Module) -> Iterator[tuple[str, nn.Modu
 
 
 def _weights(step: TrainStep, student: nn.Module) -> State:
-    """What the state_dicts of all trained modules hold, by its name in a checkpoint."""
-    return {p + k: v for p, module in _modules(step, student) for k, v in module.state_dict(keep_vars=True).items()}
+    """What the state_dicts of all trained modules hold, by its name in a checkpoint; not the frozen weights below
+    adapters of PEFT."""
+    found = {p + k: v for p, module in _modules(step, student) for k, v in module.state_dict(keep_vars=True).items()}
+    for name in peft.left_out(student):
+        found.pop(f"student.{name}", None)
+    return found
 
 
 def _progress(step: TrainStep) -> dict[str, Tensor]:
@@ -237,13 +242,15 @@ def restore(state: Mapping[str, Any], step: TrainStep, student: nn.Module) -> No
     for prefix, module in _modules(step, student):
         values = {}
         for key, own in module.state_dict(keep_vars=True).items():
+            if prefix + key not in state:
+                continue  # frozen, below adapters: ``latest`` has found that nothing else is missing
             value = state[prefix + key]
             if isinstance(value, Tensor) and isinstance(own, Tensor):
                 if own.dtype != value.dtype:  # tied weights have one name here, and one master
                     value = state.get(f"optimizer.{names.get(id(own))}.master", value)
                 value = distributed.placed(value, own)
             values[key] = value
-        module.load_state_dict(values)
+        module.load_state_dict(values, strict=False)
     for name, parameter in step.parameters_by_name.items():
         step.optimizer.state[parameter] = {
             kind: value.to(parameter.device)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,8 +44,9 @@ def moved(model: nn.Module, device: torch.device, argument: str) -> nn.Module:
     return model
 
 
-def cast(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Move a model and cast its weights (None: leave their dtypes), but for those that diffusers keeps in float32.
+def cast(model: nn.Module, device: torch.device, dtype: torch.dtype | None, shared: Mapping[int, torch.Tensor]) -> None:
+    """Move a model and cast its weights (None: leave their dtypes), but for those that diffusers keeps in float32, and
+    those that it shares with a model which is there already (``models.weights.shared``): it goes on sharing them.
 
     Not by diffusers' own ``to``, which would cast these too.
     """
@@ -53,6 +54,8 @@ def cast(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> N
     model.zero_grad(set_to_none=True)  # of a step before this run
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in shared:
+            return shared[id(tensor)].detach()
         fixed = id(tensor) in kept or not tensor.is_floating_point()
         return tensor.to(device, None if fixed else dtype)
 

@@ -174,6 +174,16 @@ class AdamWEMA(torch.optim.AdamW):
             ema_warmup=self.ema_warmup, zero_grads=self.zero_grads,
         )  # fmt: skip
 
+    def weights(self, module: nn.Module, averaged: bool) -> dict[str, Tensor]:
+        """The trained parameters of a module by name: averages, or where there are masters, these."""
+        kinds = ("ema", "master") if averaged else ("master",)
+        found = {}
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                state = self.state.get(p, {})
+                found[name] = next((state[kind] for kind in kinds if kind in state), p).detach()
+        return found
+
     @torch.no_grad()
     def copy_average(self, module: nn.Module, to: nn.Module) -> None:
         """Write the averages of a module's parameters into the parameters of the same names of another one; those that

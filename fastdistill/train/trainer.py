@@ -22,15 +22,15 @@ from fastdistill.data.stored import StoredRows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedule
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError, quoted
-from fastdistill.models import families
+from fastdistill.models import families, peft
 from fastdistill.models.calling import Call
 from fastdistill.models.fuse import fuse
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student
-from fastdistill.models.weights import weights_hash
+from fastdistill.models.weights import shared, storage, weights_hash
 from fastdistill.ops.noise_gather.banks import labels, mapped
 from fastdistill.ops.noise_gather.banks import listed as listed_banks
-from fastdistill.train import arguments, devices, distributed
+from fastdistill.train import arguments, checkpoint, devices, distributed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult, Progress, fit
 from fastdistill.train.optimizer import by_name, named_tensors
@@ -97,13 +97,15 @@ class DistillTrainer:
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
-        dtype = arguments.dtype(student, self.device, config.precision)
+        common = shared(student, teacher)
+        dtype = arguments.dtype(student, self.device, config.precision, common)
+        adapters = peft.identity(student, teacher)
         was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
         with contextlib.ExitStack() as undo:  # by close, or where something does not fit
             undo.callback(_give_back, *was)
             self.teacher = devices.moved(teacher, self.device, "teacher")
             self._freeze()
-            devices.cast(student, self.device, dtype)
+            devices.cast(student, self.device, dtype, common | {id(b): b for b in self.teacher.buffers()})
             if config.gradient_checkpointing:
                 undo.callback(devices.checkpointed(student))
             self.student = student.train()
@@ -129,6 +131,8 @@ class DistillTrainer:
                 micro_batch=config.micro_batch,
             )
             self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
+            if adapters:
+                self._fingerprint["adapters"] = adapters
             check_sources(latents, prompts, self.teacher, self._fingerprint["teacher"]["weights"])
             each = {
                 k: v for k, v in dataclasses.asdict(config).items() if k not in ("ahead", "banks", "keep_checkpoints")
@@ -242,10 +246,9 @@ class DistillTrainer:
                 got = f"none, and the student cannot be copied ({quoted(error)})"
                 raise InputError.of("to", rule, got) from error
         to = arguments.model(to, "to")
-        taken = {id(t) for model in (self.student, self.teacher) for t in named_tensors(model).values()}
-        shared = [name for name, t in named_tensors(to).items() if id(t) in taken]
-        if shared:
-            raise InputError.of("to", "a model of its own", f"one that shares {listed(shared)} with student or teacher")
+        taken = {storage(t) for model in (self.student, self.teacher) for t in named_tensors(model).values()}
+        if names := [name for name, t in named_tensors(to).items() if storage(t) in taken]:
+            raise InputError.of("to", "a model of its own", f"one that shares {listed(names)} with student or teacher")
         by_name(named_tensors(self.student), named_tensors(to), "to")
         model = to.to(self.device).float().eval().requires_grad_(False)
         buffers = dict(self.student.named_buffers(remove_duplicate=False))
@@ -254,6 +257,30 @@ class DistillTrainer:
                 theirs.copy_(buffers[name])
         self.step.optimizer.copy_average(self.student, model)
         return model
+
+    def save_adapters(self, directory: str | Path, *, adapter: str | None = None, averaged: bool = True) -> None:
+        """Write the weights of a student's adapter, without those below it, in PEFT's own format, float32.
+
+        Of a diffusers model with LoRA: ``pytorch_lora_weights.safetensors``, for a pipeline's ``load_lora_weights`` and
+        a model's ``load_lora_adapter``. Of others: ``adapter_config.json`` and ``adapter_model.safetensors``, for
+        ``PeftModel.from_pretrained``. Files of these names are replaced. Every rank has to ask for it; rank 0 writes.
+
+        Args:
+            directory: made where it is not there.
+            adapter: its name (None: the one that is trained).
+            averaged: the averages of the weights; False: the weights of the last step.
+
+        Raises:
+            InputError: a directory that is no path; a student without adapters, with several, or with other trained
+                weights beside them.
+            StorageError: the directory cannot be written.
+        """
+        arguments.check_directory(directory, required=True)
+        name = peft.chosen(self.student, adapter)
+        values = self.step.optimizer.weights(self.student, averaged)
+        found = checkpoint.whole(peft.exported(self.student, values, name))
+        found = {key: t.float().contiguous() if t.is_floating_point() else t for key, t in found.items()}
+        distributed.first(lambda: peft.write(self.student, found, name, Path(directory)))
 
 
 def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:

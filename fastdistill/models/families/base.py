@@ -47,6 +47,7 @@ class Family:
     kind: ClassVar[type[nn.Module]]
     prediction_type: ClassVar[str] = "epsilon"
     blocks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
+    part: ClassVar[str] = "transformer"  # its name in a pipeline
     of_channels: ClassVar[str] = "in_channels"  # where its configuration has the channels of the latents
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:

@@ -22,7 +22,7 @@ class UNet(Family):
     cropping, crop, target height and width); ``class_labels`` and ``timestep_cond`` (the embedding of a guidance scale)
     where the model has them."""
 
-    name, kind, blocks = "unet", UNet2DConditionModel, {}
+    name, kind, part, blocks = "unet", UNet2DConditionModel, "unet", {}
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
         field = "cross_attention_dim" if config.get("encoder_hid_dim") is None else "encoder_hid_dim"
