@@ -66,12 +66,13 @@ def features(*pairs: tuple[str, str], **options: Any) -> RandomConditioning:
 
 
 def trainer(teacher: Any = None, student: Any = None, objective: Any = None, **given: Any) -> DistillTrainer:
-    """``latents``, ``prompts``, ``device``, ``call``, ``schedule`` as the trainer's; the rest configures it."""
+    """Data, ``device``, ``call``, ``decode`` and ``schedule`` as the trainer's; the rest configures it."""
     arguments = {
         "latents": given.pop("latents", None) or cache(),
         "prompts": given.pop("prompts", None) or bank(),
         "device": given.pop("device", None),
         "call": given.pop("call", None),
+        "decode": given.pop("decode", None),
         "schedule": given.pop("schedule", SCHEDULE),
     }
     config = TrainConfig(**({"steps": 2, "batch": 4, "lr": 1e-3, "log_every": 1} | given))

@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from fastdistill.diffusion.flow import mu_of
+from fastdistill.diffusion.flow import FlowSchedule, mu_of
 from fastdistill.diffusion.prompts import Rows, after_null, check_prompts
 from fastdistill.diffusion.sampler import prediction_like
+from fastdistill.diffusion.schedule import PredictionType, Schedule
 from fastdistill.errors import InputError, described
 from fastdistill.models import families
 from fastdistill.models.calling import Call, Predictor
@@ -81,6 +84,27 @@ def sample_with(
         if callback is not None:
             callback(number, t, x)
     return x.to(x_T.dtype)
+
+
+def scheduler_of(schedule: Schedule, prediction_type: PredictionType) -> Any:
+    """A deterministic scheduler of diffusers at these levels of noise: DDIM's with trailing timesteps, or Euler's with
+    the shift of a ``FlowSchedule``.
+
+    Raises:
+        InputError: a prediction that it cannot sample from: epsilon where the signal is 0; of rectified flow any
+            but flow_prediction.
+    """
+    if isinstance(schedule, FlowSchedule):
+        if prediction_type != "flow_prediction":
+            raise InputError.of("prediction_type", "flow_prediction, to sample from rectified flow", prediction_type)
+        return FlowMatchEulerDiscreteScheduler(round(schedule.factor), schedule.shift)
+    if prediction_type == "epsilon" and float(schedule.signal[-1]) == 0:
+        rule = "sample or v_prediction, to sample where the signal ends at 0"
+        raise InputError.of("prediction_type", rule, prediction_type)
+    options = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": prediction_type}
+    scheduler = DDIMScheduler(len(schedule), **options)
+    scheduler.alphas_cumprod = schedule.signal.square().float()
+    return scheduler
 
 
 def _set_timesteps(scheduler: Any, steps: int, x: Tensor, model: nn.Module, family: families.Family | None) -> None:

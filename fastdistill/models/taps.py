@@ -183,6 +183,13 @@ class Taps:
             self.clear()
 
 
+def release(model: nn.Module) -> None:
+    """Let go of whatever taps on ``model`` captured."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, _Begin):
+            hook.taps.clear()
+
+
 def resolve(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """The module objects called ``names`` in ``model``, or in the model that it wraps, whatever index follows a name.
 

@@ -75,6 +75,19 @@ def check_function(value: Any, argument: str) -> None:
         raise InputError.of(argument, "a function, or None", described(value))
 
 
+def check_callbacks(value: Any) -> None:
+    rule = "pairs (every, function), such as [(500, validate)]"
+    if not isinstance(value, list | tuple):
+        raise InputError.of("callbacks", rule, described(value))
+    for i, pair in enumerate(value):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise InputError.of(f"callbacks[{i}]", rule, described(pair))
+        every, function = pair
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise InputError.of(f"callbacks[{i}][0]", "a number of steps, at least 1", described(every))
+        check_function(function, f"callbacks[{i}][1]")
+
+
 def check_directory(value: Any, *, required: bool = False) -> None:
     if not isinstance(value, str | os.PathLike) and (required or value is not None):
         raise InputError.of("directory", "a path" + ", or None" * (not required), described(value))

@@ -29,6 +29,23 @@ Execution = Literal["auto", "eager", "compiled", "graph"]
 
 @documented
 @dataclass(frozen=True)
+class PreviewConfig:
+    """Grids of images that the teacher and the averaged student make of the same prompts and noise."""
+
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two previews (and one at the start and the end), in previews/ of the run; none: no previews."""
+    prompts: Annotated[int, Field(ge=1)] | tuple[int | str, ...] = 8
+    """How many prompts of the bank, from the first, or a list of rows and texts of it."""
+    steps: Annotated[int, Field(ge=1)] = 20
+    """Number of sampling steps."""
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Guidance scale as in diffusers; 1 is no guidance."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the initial noise."""
+
+
+@documented
+@dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run. The defaults are those of random conditioning (arXiv 2504.02011, SD-1.4)."""
 
@@ -74,6 +91,7 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Number of most recent checkpoints to keep."""
+    preview: PreviewConfig = PreviewConfig()
 
 
 def validated(config: Config, name: str = "config") -> Config:

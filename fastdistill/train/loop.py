@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,10 @@ from torch import Tensor, nn
 from fastdistill.errors import FastdistillError, Stopped, StorageError
 from fastdistill.files import atomic_write, locked, make_directory, reason, require_space, sweep
 from fastdistill.train import checkpoint, distributed
+from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
 from fastdistill.train.step import TrainStep
-
-Metrics = dict[str, float]
-Progress = Callable[[int, Metrics | None], object]
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,15 @@ def fit(
     directory: str | Path | None = None,
     progress: Progress | None = None,
     *,
+    callbacks: Callbacks = (),
+    preview: Callable[[int], bytes] | None = None,
     teacher: nn.Module | None = None,
     explain: Callable[[], str] | None = None,
 ) -> FitResult:
     """Run a step to the last one of its configuration; see ``DistillTrainer.fit``.
 
-    ``teacher``: kept in its modes (training or eval) as the student is. ``explain``: says why metrics are not finite.
+    ``preview``: makes the PNG file of ``config.preview`` after so many steps. ``teacher``: callbacks leave it as it
+    was, like the student. ``explain``: says why metrics are not finite.
     """
     with contextlib.ExitStack() as stack:
         run = _Run(step, student, fingerprint, config, explain)
@@ -66,36 +69,43 @@ def fit(
         stack.callback(step.objective.close)
         done = int(step.counter[1])
         advance = runner(step, student, config.execution)
-        modes = _modes(student, teacher)
-        if progress is not None:
-            progress(done, None)
+        undisturbed = Undisturbed(step, student, teacher, config.seed)
+
+        def call(functions: list[Progress], metrics: Metrics | None) -> None:
+            for function in functions:
+                try:
+                    with undisturbed(done):
+                        function(done, metrics)
+                except Exception as error:
+                    error.add_note(f"fastdistill: raised by a callback after step {done}; {run.keep(done)}")
+                    raise
+
+        always = [] if progress is None else [progress]
+        periodic = list(callbacks)
+        if preview is not None and config.preview.every is not None:
+            show = functools.partial(run.preview, preview)
+            periodic.append((config.preview.every, show))
+            call([show] if done == 0 else [], None)
+        call(always, None)
         stop = 0
         while done < config.steps and not stop:
-            for module, training in modes:
-                if module.training != training:  # as a callback that evaluates leaves it
-                    module.training = training
             step.prepare(done)
             advance()
             done += 1
             metrics = run.log(done) if done % config.log_every == 0 or done == config.steps else None
             if done % config.checkpoint_every == 0 or done == config.steps:
                 run.save(done)
-            if progress is not None:
-                progress(done, metrics)
+            due = [function for every, function in periodic if done % every == 0 or done == config.steps]
+            call(always + due, metrics)
             if metrics is not None or distributed.size() == 1:  # ranks agree where they wait for each other anyway
                 stop = distributed.largest(stopped.number, step.counter.device)
         if stop and done < config.steps:
             run.save(done)
-            saved = "nothing is saved without a directory" if directory is None else f"saved in {directory}"
-            error = Stopped(f"stopped after step {done} of {config.steps}; {saved}", stop)
+            error = Stopped(f"stopped after step {done} of {config.steps}; {run.saved()}", stop)
             if distributed.rank() == 0:
                 print(f"\nfastdistill: {error}", file=sys.stderr, flush=True)
             raise error
         return FitResult(done, run.seconds(), run.history)
-
-
-def _modes(*models: nn.Module | None) -> list[tuple[nn.Module, bool]]:
-    return [(module, module.training) for model in models if model is not None for module in model.modules()]
 
 
 def _enter(directory: Path, stack: contextlib.ExitStack) -> None:
@@ -120,7 +130,7 @@ class _Run:
         self.history: list[Metrics] = []
         self.directory: Path | None = None
         self._before, self._start = 0.0, time.perf_counter()
-        self._logged = self._skipped = 0
+        self._logged = self._skipped = self._saved = 0
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._start
@@ -150,6 +160,7 @@ class _Run:
         checkpoint.restore(state | received, self.step, self.student)
         if self.history:
             self._logged, self._skipped = int(self.history[-1]["step"]), int(self.history[-1]["skipped"])
+        self._saved = int(self.step.counter[1])
 
     def log(self, done: int) -> Metrics:
         """Means of the metrics since the last line: the one place where the device is waited for."""
@@ -187,6 +198,34 @@ class _Run:
             checkpoint.prune(directory, self.config.keep_checkpoints)
 
         distributed.first(write)
+        self._saved = done
+
+    def preview(self, make: Callable[[int], bytes], done: int, _: object) -> None:
+        """Write ``previews/step-<done>.png``; where the device has no room for the samples, warn and go on."""
+
+        def write() -> None:
+            assert self.directory is not None
+            place = self.directory / "previews"
+            try:
+                image = make(done)
+            except torch.OutOfMemoryError as error:
+                warnings.warn(f"preview of step {done}: left out, {error}", stacklevel=2)
+                return
+            make_directory(place)
+            atomic_write(place / f"step-{done:08d}.png", image)
+
+        distributed.first(write)
+
+    def saved(self) -> str:
+        return "nothing is saved without a directory" if self.directory is None else f"saved in {self.directory}"
+
+    def keep(self, done: int) -> str:
+        """Save before an error ends the run, and say so; several ranks cannot, as the others may have none."""
+        if distributed.size() > 1:
+            return "the last checkpoint is intact"
+        if done != self._saved:
+            self.save(done)
+        return self.saved()
 
 
 def _append(path: Path, metrics: Metrics) -> None:

@@ -31,8 +31,9 @@ from fastdistill.models.weights import shared, storage, weights_hash
 from fastdistill.ops.noise_gather.banks import labels, mapped
 from fastdistill.ops.noise_gather.banks import listed as listed_banks
 from fastdistill.train import arguments, checkpoint, devices, distributed
+from fastdistill.train.callbacks import Callbacks, Progress
 from fastdistill.train.config import TrainConfig
-from fastdistill.train.loop import FitResult, Progress, fit
+from fastdistill.train.loop import FitResult, fit
 from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.sources import check_sources, explain
@@ -67,6 +68,9 @@ class DistillTrainer:
             flow_prediction of flow matching).
         call: ``call(model, x_t, timestep, rows)``, the output of teacher or student where they are called otherwise;
             ``rows`` are those of the banks by name.
+        decode: latents [B, *S] float32 on the device -> images [B, 1 or 3, H, W] in [0, 1], for previews
+            (``config.preview``): such as the VAE's decoder. None: latents of 1 or 3 channels are images in [-1, 1], of
+            others the first three channels are shown, within the range of the teacher's.
         shard: called with the student once it is cast, fused and tapped, to ``fully_shard`` it over the ranks (None:
             each holds all of it).
 
@@ -87,12 +91,14 @@ class DistillTrainer:
         device: torch.device | str | None = None,
         prediction_type: PredictionType | None = None,
         call: Call | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
         shard: Callable[[nn.Module], object] | None = None,
     ) -> None:
         config = self.config = arguments.config(config)
         teacher, student = arguments.model(teacher, "teacher"), arguments.model(student, "student")
         arguments.check_data(latents, prompts)
-        arguments.check_functions(objective, shard=shard, call=call)
+        arguments.check_functions(objective, shard=shard, call=call, decode=decode)
+        scheduler = None if isinstance(schedule, Schedule) else schedule
         schedule, prediction_type = arguments.schedule(schedule, prediction_type, teacher, latents)
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
@@ -148,10 +154,21 @@ class DistillTrainer:
             for model in (teacher, student):
                 if family := families.find(model):
                     undo.callback(family.prepare(model))
+            self._previews = None
+            if config.preview.every is not None:
+                from fastdistill.evaluate.previews import previews_of  # loads what draws figures
+
+                self._previews = previews_of(setting, config.preview, prompts, scheduler, decode)
             self._closed = False
             self._undo = undo.pop_all()
 
-    def fit(self, directory: str | Path | None = None, *, progress: Progress | None = None) -> FitResult:
+    def fit(
+        self,
+        directory: str | Path | None = None,
+        *,
+        progress: Progress | None = None,
+        callbacks: Callbacks = (),
+    ) -> FitResult:
         """Train to the last step of the configuration.
 
         With a directory, checkpoints and ``metrics.jsonl`` go there, and a run found in it is continued: the result is
@@ -165,21 +182,32 @@ class DistillTrainer:
 
         Args:
             directory: where the run lives; one process at a time.
-            progress: called after every step with the steps done and, at log intervals, the metrics. It may evaluate
-                the models: each step has them in the training modes they had when ``fit`` began.
+            progress: called at the start and after every step, with the steps done and, at log intervals, the metrics
+                (else None).
+            callbacks: pairs (every, function): such functions too, called after every so many steps and the last.
+                Neither changes the run by evaluating the models: afterwards training modes, ``requires_grad``,
+                gradients, grad mode and generators are as before. Their own random numbers are those of (seed, steps
+                done). Every rank calls them; while one evaluates, the others wait in the next step, for no longer than
+                the process group's timeout.
 
         Raises:
-            InputError: a directory that is no path, progress that is no function; a trainer that is closed; a student
-                with state that no checkpoint can hold; an objective of your own that calls a model with inputs of
-                another dtype.
+            InputError: a directory that is no path, progress or callbacks that are no functions; a trainer that is
+                closed; a student with state that no checkpoint can hold; an objective of your own that calls a model
+                with inputs of another dtype.
             StorageError: the directory cannot be written, has no room for a checkpoint, or holds a run of other
                 settings or a damaged checkpoint.
             FastdistillError: the loss is not finite; the message names the likely cause.
             Stopped: a KeyboardInterrupt, on Ctrl-C or SIGTERM.
+            Exception: what a callback raises, with a note on where it did, after a checkpoint (of one process; several
+                ranks go on from their last).
         """
         arguments.check_directory(directory)
         if progress is not None:
             arguments.check_function(progress, "progress")
+        arguments.check_callbacks(callbacks)
+        previews = self._previews
+        if directory is None and previews is not None:
+            raise InputError.of("directory", "one for the previews of config.preview.every", None)
         if self._closed:
             raise InputError.of("trainer", "one that is open", "a closed one")
         self._freeze()
@@ -195,6 +223,8 @@ class DistillTrainer:
                 self.config,
                 directory,
                 progress,
+                callbacks=callbacks,
+                preview=None if previews is None else lambda done: previews(self.ema_student(), done),
                 teacher=self.teacher,
                 explain=lambda: explain(rows, self.teacher, self.student),
             )
@@ -316,6 +346,7 @@ def _fingerprint(
         "keep_checkpoints",
         "log_every",
         "precision",
+        "preview",
         "micro_batch",
         "gradient_checkpointing",
     }

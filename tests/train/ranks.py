@@ -29,7 +29,7 @@ OPTIONS = SMOOTH | {"steps": 4}
 Scenario = Callable[[int, Path], Any]
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # as a kill: nothing is saved
     pass
 
 

@@ -53,7 +53,7 @@ def readers() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("fastdistill-rows")]
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # as a kill: nothing is saved
     pass
 
 

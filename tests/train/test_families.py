@@ -37,7 +37,7 @@ def weights(run: DistillTrainer) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in run.student.state_dict().items()}
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # as a kill: nothing is saved
     pass
 
 

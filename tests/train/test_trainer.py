@@ -41,7 +41,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # as a kill: nothing is saved
     pass
 
 

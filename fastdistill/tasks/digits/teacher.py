@@ -28,9 +28,10 @@ from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, sample
 from fastdistill.tasks.digits.text_encoder import WIDTH, prompt_bank
+from fastdistill.train.callbacks import Progress
 from fastdistill.train.config import TrainConfig, validated
 from fastdistill.train.devices import usable
-from fastdistill.train.loop import Progress, fit
+from fastdistill.train.loop import fit
 from fastdistill.train.step import TrainStep
 
 WEIGHTS = Path(__file__).parent / "weights" / "teacher.safetensors"
@@ -88,7 +89,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
         The provenance stored in the file: settings, data fingerprint, versions, metrics, hash of the weights.
     """
     config = validated(config, "teacher")
-    for option in ("fuse", "precision", "banks", "gradient_checkpointing"):
+    for option in ("fuse", "precision", "banks", "gradient_checkpointing", "preview"):
         if (given := getattr(config.train, option)) != (only := getattr(TrainConfig(), option)):
             raise InputError.of(f"train.{option}", f"{only!r}, as the teacher has no other", given)
     usable(config.device)

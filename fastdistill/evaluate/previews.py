@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Previews of a run: what teacher and student make of the same prompts and noise, as a grid of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.diffusion.sampler import initial_noise
+from fastdistill.diffusion.scheduled import sample_with, scheduler_of
+from fastdistill.distill.objective import Setting
+from fastdistill.errors import InputError
+from fastdistill.evaluate.figures import png, sample_grid
+from fastdistill.models.calling import Call
+from fastdistill.models.sharding import sharded
+from fastdistill.ops.noise_gather.banks import mapped
+from fastdistill.train.config import PreviewConfig
+
+Decode = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Previews:
+    """``previews(student, done)``: a PNG file with a row of samples of the teacher and one of the student.
+
+    Noise is that of (seed, position of the prompt), so that every grid of a run, in every sitting, has the same. The
+    teacher samples once.
+
+    Args:
+        scheduler: of diffusers (``sample_with``). shape: of a latent.
+        wanted: how many prompts, from the first, or a list of rows and texts of the bank.
+        batch: samples that a model makes at once. call: how models are called (``Predictor``).
+        decode: latents [b, *shape] float32 -> images [b, 1 or 3, H, W] in [0, 1]; None: ``pictured``.
+
+    Raises:
+        InputError: prompts that are not in the bank.
+    """
+
+    teacher: nn.Module
+    scheduler: Any
+    prompts: PromptBank
+    shape: tuple[int, ...]
+    device: torch.device
+    wanted: int | Sequence[int | str]
+    steps: int
+    guidance_scale: float
+    seed: int
+    batch: int
+    call: Call | None = None
+    decode: Decode | None = None
+
+    def __post_init__(self) -> None:
+        self._rows = _rows(self.wanted, self.prompts.texts)
+        self._taught: Tensor | None = None
+
+    def __call__(self, student: nn.Module, done: int) -> bytes:
+        if self._taught is None:
+            self._taught = self._samples(self.teacher)
+        taught, learnt = self._taught, self._samples(student)
+        if self.decode is None:
+            limits = (-1.0, 1.0) if self.shape[0] in (1, 3) else (float(taught.min()), float(taught.max()))
+            images = [pictured(latents, limits) for latents in (taught, learnt)]
+        else:
+            images = [taught, learnt]
+        names = "teacher", f"student, step {done}"
+        texts = [self.prompts.texts[row] for row in self._rows]
+        figure = sample_grid({n: i.nan_to_num() for n, i in zip(names, images, strict=True)}, texts)
+        return png(figure, transparent=False, dpi=150)
+
+    @torch.no_grad()
+    def _samples(self, model: nn.Module) -> Tensor:
+        """Latents, or images where there is ``decode``, on the CPU."""
+        made = []
+        for first in range(0, len(self._rows), self.batch):
+            rows = torch.tensor(self._rows[first : first + self.batch], device="cpu")
+            own = torch.arange(first, first + len(rows), device=self.device)
+            latents = sample_with(
+                self.scheduler,
+                model,
+                initial_noise(self.seed, own, self.shape),
+                self._conditions(rows),
+                self._conditions(slice(-1, None)),
+                steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                seed=self.seed,
+                rows=own,
+                call=self.call,
+            )
+            made.append((latents if self.decode is None else self.decode(latents)).float().cpu())
+        return torch.cat(made)
+
+    def _conditions(self, rows: Tensor | slice) -> Any:
+        return mapped(lambda bank: bank[rows].to(self.device), self.prompts.rows)
+
+
+def previews_of(
+    setting: Setting, config: PreviewConfig, prompts: PromptBank, scheduler: Any = None, decode: Decode | None = None
+) -> Previews:
+    """Previews of a run; ``scheduler``: of diffusers, None: ``scheduler_of`` the run's schedule.
+
+    Raises:
+        InputError: a sharded student, too many steps, prompts that are not in the bank, a schedule without a scheduler.
+    """
+    if where := sharded(setting.student):
+        raise InputError.of("config.preview.every", "none for a sharded student", where)
+    if config.steps > len(setting.schedule):
+        raise InputError.of("config.preview.steps", f"at most the schedule's {len(setting.schedule)}", config.steps)
+    return Previews(
+        setting.teacher,
+        scheduler or scheduler_of(setting.schedule, setting.prediction_type),
+        prompts,
+        tuple(setting.latents.shape[1:]),
+        setting.device,
+        wanted=config.prompts,
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        batch=setting.micro_batch or setting.batch,
+        call=setting.call,
+        decode=decode,
+    )
+
+
+def pictured(latents: Tensor, limits: tuple[float, float]) -> Tensor:
+    """Latents [P, C, *S] as images [P, 1 or 3, H, W], ``limits`` being black and white.
+
+    Of maps the first three channels (two: and an empty one), of videos those of the first frame; signals [P, C, L] and
+    vectors [P, C] as gray images C x L and 1 x C.
+    """
+    while latents.ndim < 4:
+        latents = latents[:, None]
+    if latents.ndim == 5:
+        latents = latents[:, :, 0]
+    if latents.shape[1] != 1:
+        latents = latents[:, :3]
+    images = (latents - limits[0]) / max(limits[1] - limits[0], 1e-12)
+    if images.shape[1] == 2:
+        images = torch.cat([images, torch.zeros_like(images[:, :1])], 1)
+    return images.clamp(0, 1)
+
+
+def _rows(wanted: int | Sequence[int | str], texts: Sequence[str]) -> list[int]:
+    if isinstance(wanted, int):
+        return list(range(min(wanted, len(texts))))
+    rows = []
+    for i, prompt in enumerate(wanted):
+        name = f"config.preview.prompts[{i}]"
+        if isinstance(prompt, int) and not 0 <= prompt < len(texts):
+            raise InputError.of(name, f"a row of the bank, 0 to {len(texts) - 1}", prompt)
+        if isinstance(prompt, str) and prompt not in texts:
+            near = get_close_matches(prompt, texts, n=3)
+            hint = f" (near matches: {', '.join(map(repr, near))})" if near else ""
+            raise InputError.of(name, "a text of the bank", repr(prompt) + hint)
+        rows.append(prompt if isinstance(prompt, int) else texts.index(prompt))
+    return rows

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Previews: grids of the same prompts and noise for every architecture, which leave no trace in the run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+
+from fastdistill.diffusion.flow import FlowSchedule
+from fastdistill.diffusion.sampler import ddim, initial_noise
+from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.diffusion.scheduled import sample_with, scheduler_of
+from fastdistill.errors import InputError
+from fastdistill.evaluate.previews import Previews, pictured
+from fastdistill.train.checkpoint import state_of
+from tests import tiny
+from tests.harness import EPS
+from tests.models import tiny_families
+from tests.train.ranks import make
+from tests.train.test_resume import Dropping
+
+FLOW = ("sd3", "flux", "sana")
+
+
+def state(run: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in state_of(run.step, run.student).items()}
+
+
+def pixels(png: bytes) -> Tensor:
+    with Image.open(io.BytesIO(png)) as image:
+        return torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.uint8).reshape(image.height, -1, 3)
+
+
+def test_previews_change_no_step_and_show_the_training(tmp_path: Path) -> None:
+    """At the start, every so many steps and at the end; the teacher's row stays, also in a run that goes on."""
+    preview = {"every": 3, "prompts": 2, "steps": 1, "guidance_scale": 2.0}
+    alone, watched = make(student=Dropping(6), steps=3), make(student=Dropping(6), steps=3, preview=preview)
+    alone.fit()
+    make(student=Dropping(6), steps=2, preview=preview).fit(tmp_path)
+    watched.fit(tmp_path)
+    one, two = state(alone), state(watched)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    files = sorted((tmp_path / "previews").iterdir())
+    assert [file.name for file in files] == [f"step-{step:08d}.png" for step in (0, 2, 3)]
+    first, *_, last = (pixels(file.read_bytes()) for file in files)
+    rows = [slice(None, len(first) // 2), slice(len(first) // 2, None)]
+    assert torch.equal(first[rows[0]], last[rows[0]]) and not torch.equal(first[rows[1]], last[rows[1]])
+
+
+@pytest.mark.parametrize("name", [n for n in tiny_families.TINY if n != "lcm"])
+def test_models_of_every_family(name: str) -> None:
+    flow = name.startswith(FLOW)
+    schedule: Any = FlowSchedule(50, shift=3.0) if flow else NoiseSchedule.linear(50)
+    scheduler = scheduler_of(schedule, "flow_prediction" if flow else "epsilon")
+    models, bank = [tiny_families.model(name, seed).eval() for seed in (0, 1)], tiny_families.bank(name)
+    shape = tuple(tiny_families.cache(name).latents.shape[1:])
+    settings: dict[str, Any] = {"wanted": [2, "prompt 0"], "steps": 2, "guidance_scale": 2.0, "seed": 1, "batch": 1}
+    made = Previews(models[0], scheduler, bank, shape, torch.device("cpu"), **settings)
+    samples = made._samples(models[1])
+    assert not torch.equal(made._samples(models[0]), samples) and bool(samples.isfinite().all())
+    prompt, null = ({k: v[i] for k, v in bank.banks.items()} for i in ([0], [3]))
+    noise = initial_noise(1, torch.arange(2), shape)[1:]
+    assert torch.equal(sample_with(scheduler, models[1], noise, prompt, null, steps=2, guidance_scale=2.0), samples[1:])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_the_scheduler_of_a_schedule(prediction: Any) -> None:
+    """DDIM's is the one of ``ddim``: some operations a step, each off by eps of values of a few times the state's."""
+    schedule, model = NoiseSchedule.scaled_linear(60), tiny.Net().eval()
+    x, prompts = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(0)), tiny.bank().embeddings[:2]
+    ours = ddim(model, x, prompts, None, schedule, steps=6, guidance_scale=1.0, prediction_type=prediction)
+    found = sample_with(scheduler_of(schedule, prediction), model, x, prompts, steps=6)
+    assert (found - ours).abs().max() <= 6 * 16 * EPS * 4 * ours.abs().max()
+    flow = scheduler_of(FlowSchedule(shift=3.0), "flow_prediction")
+    flow.set_timesteps(4)
+    assert flow.config["shift"] == 3 and float(flow.sigmas[0]) == 1 and float(flow.sigmas[-1]) == 0
+    assert flow.timesteps[0] == 1000 and float(flow.timesteps[1]) > 750  # shifted towards the noise
+
+
+def test_latents_as_images() -> None:
+    x = torch.linspace(-1, 1, 2 * 5 * 3 * 4).reshape(2, 5, 3, 4)
+    for latents, shape in (
+        (x, (2, 3, 3, 4)), (x[:, :1], (2, 1, 3, 4)), (x[:, :2], (2, 3, 3, 4)), (x[:, :, None], (2, 3, 3, 4)),
+        (x[..., 0], (2, 1, 5, 3)), (x[..., 0, 0], (2, 1, 1, 5)),
+    ):  # fmt: skip
+        images = pictured(latents, (-1.0, 1.0))
+        assert images.shape == shape and 0 <= images.min() <= images.max() <= 1
+    assert torch.equal(pictured(x, (-1.0, 1.0))[:, 1], (x[:, 1] + 1) / 2)
+    assert torch.equal(pictured(x, (0.0, 0.5)), (2 * x[:, :3]).clamp(0, 1))
+
+
+def test_images_of_a_decoder_and_a_scheduler_of_ones_own(tmp_path: Path) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        seen.append(tuple(latents.shape))
+        return latents.new_full((len(latents), 3, 8, 8), 1.0)
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    preview = {"every": 1, "prompts": ["b"], "steps": 1}
+    run = tiny.trainer(schedule=scheduler, preview=preview, steps=1, decode=decode)
+    run.fit(tmp_path)
+    assert seen == [(1, 4, 5, 3)] * 3 and len(list((tmp_path / "previews").iterdir())) == 2
+
+
+def test_no_room_for_a_preview_is_a_warning(tmp_path: Path) -> None:
+    def decode(latents: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.warns(UserWarning, match="preview of step 0: left out, no memory"):
+        assert tiny.trainer(preview={"every": 2}, decode=decode).fit(tmp_path).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preview": {"every": 1, "prompts": ["c"]}}, r"preview.prompts\[0\]: expected a text of the bank, got 'c'"),
+        ({"preview": {"every": 1, "prompts": ["a", 2]}}, r"preview.prompts\[1\]: expected a row of the bank, 0 to 1"),
+        ({"preview": {"every": 1, "steps": 51}}, "preview.steps: expected at most the schedule's 50"),
+        ({"preview": {"every": 0}}, "preview.every"),
+        ({"preview": {"every": 1}, "decode": 3}, "decode: expected a function"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny.trainer(**options)
+
+
+def test_previews_need_a_directory_and_a_schedule_to_sample_from() -> None:
+    with pytest.raises(
+        InputError, match=r"directory: expected one for the previews of config\.preview\.every, got None"
+    ):
+        tiny.trainer(preview={"every": 1}).fit()
+    dark = NoiseSchedule(torch.linspace(0.9, 0, 50))
+    with pytest.raises(InputError, match="prediction_type: expected sample or v_prediction, to sample where"):
+        scheduler_of(dark, "epsilon")
+    with pytest.raises(InputError, match="prediction_type: expected flow_prediction, to sample from rectified flow"):
+        scheduler_of(FlowSchedule(), "epsilon")
