@@ -3,14 +3,14 @@
 
 import errno
 import os
-import subprocess
-import sys
-import textwrap
+import resource
 
 import pytest
+import torch
 
 from fastdistill import files
 from fastdistill.errors import FastdistillError, StorageError
+from tests import processes
 
 
 def test_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path):
@@ -46,26 +46,22 @@ def test_interrupted_write_keeps_what_was_there(tmp_path, monkeypatch, error, wh
     assert os.listdir(tmp_path) == ["weights.bin"]
 
 
+def written_under_a_limit(path):
+    """What is said of files that are too large, and what is left; the kernel itself refuses the write (EFBIG)."""
+    files.atomic_write(path, b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    told = []
+    for content in (bytes(10_000), lambda file: torch.save({"w": torch.ones(10_000)}, file)):
+        with pytest.raises(StorageError) as refused:
+            files.atomic_write(path, content)
+        told.append(str(refused.value))
+    return told, path.read_bytes(), os.listdir(path.parent)
+
+
 def test_a_file_size_limit_is_one_clear_error(tmp_path):
-    """The kernel itself refuses the write (EFBIG), in another process so that the limit stays there."""
-    script = f"""
-        import os, resource, torch
-        from fastdistill.files import atomic_write
-        from fastdistill.errors import StorageError
-        path = {str(tmp_path / "large.bin")!r}
-        atomic_write(path, b"old")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        for content in (bytes(10_000), lambda file: torch.save({{"w": torch.ones(10_000)}}, file)):
-            try:
-                atomic_write(path, content)
-            except StorageError as error:
-                print(error)
-        print(open(path, "rb").read(), os.listdir({str(tmp_path)!r}))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("large.bin: could not be written: File too large") == 2
-    assert "b'old' ['large.bin']" in done.stdout
+    told, content, left = processes.call(written_under_a_limit, tmp_path / "large.bin")
+    assert told == [f"{tmp_path}/large.bin: could not be written: File too large"] * 2
+    assert content == b"old" and left == ["large.bin"]
 
 
 def test_one_writer_a_directory(tmp_path):

@@ -7,6 +7,8 @@ import ast
 import math
 import os
 import re
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from diffusers import UNet2DConditionModel
 
 import fastdistill
 from fastdistill.train.loop import read_metrics
+from tests.processes import as_ranks
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,11 +99,19 @@ def test_the_loop_of_ones_own_runs_on_public_names() -> None:
         assert average.isfinite().all() and not torch.equal(trained, average)
 
 
+def as_torchrun_does(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    os.chdir(directory)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path("port").read_text(), "CUDA_VISIBLE_DEVICES": ""}
+    runpy.run_path("train.py", run_name="__main__")
+
+
 def test_the_script_for_several_ranks_runs(tmp_path: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ranks.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     (tmp_path / "train.py").write_text(code, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    as_ranks(as_torchrun_does, str(tmp_path))
     assert [m["step"] for m in read_metrics(tmp_path / "runs/mine/metrics.jsonl")] == [4]
     UNet2DConditionModel.from_pretrained(tmp_path / "runs/mine/student")

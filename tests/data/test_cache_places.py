@@ -3,11 +3,9 @@
 
 import errno
 import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
+import torch
 
 from fastdistill import files
 from fastdistill.data import shards
@@ -15,6 +13,7 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import read_manifest
 from fastdistill.errors import StorageError
 from tests.data.caches import content, make
+from tests.processes import call
 
 
 def test_full_disk_in_the_middle(tmp_path, monkeypatch, whole):
@@ -68,30 +67,26 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path):
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
+def refusals(directory):
+    """Of one who may not write there: root may anywhere, and gives up its rights."""
+    os.chdir(directory)
+    torch.ones(1).half()  # which loads what it needs, as long as it may
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    told = []
+    for path in ("place", "place/cache"):
+        with pytest.raises(StorageError) as refused:
+            make(path, generate=None)
+        told.append(str(refused.value))
+    return told
+
+
 def test_a_read_only_place(tmp_path):
-    """Root may write anywhere, so the test gives up its rights, in another process."""
     (tmp_path / "place").mkdir()
-    script = """
-        import os
-        import torch
-        from test_latent_cache import StorageError, make
-        torch.ones(1).half()
-        if os.getuid() == 0:
-            os.setgid(65534)
-            os.setuid(65534)
-        for path in ("place", "place/cache"):
-            try:
-                make(path, generate=None)
-            except StorageError as error:
-                print(error)
-    """
     os.chmod(tmp_path / "place", 0o555)
     os.chmod(tmp_path, 0o755)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    first, second = call(refusals, tmp_path)
     assert first == "place: cannot be written to: Permission denied"
     assert second == "place/cache: the directory could not be created: Permission denied"
     assert os.listdir(tmp_path / "place") == []

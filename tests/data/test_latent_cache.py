@@ -4,10 +4,6 @@
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 import warnings
 
@@ -21,6 +17,7 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import TensorSpec, read_manifest
 from fastdistill.data.shards import RowWriter, load_rows
 from fastdistill.errors import InputError, StorageError
+from tests import processes
 from tests.data.caches import FINGERPRINT, PROMPT_INDEX, content, make, teacher
 
 
@@ -127,29 +124,25 @@ def test_interrupted_in_the_middle_of_writing(tmp_path, monkeypatch, whole, erro
     assert made == [row for row in range(23) if row // 6 not in before]  # what was finished is not made again
 
 
+def slow(rows, prompt_index):
+    time.sleep(0.02)
+    return teacher(rows, prompt_index)
+
+
 def test_killed_at_once_and_resumed(tmp_path, whole):
     """SIGKILL: no handler runs, a temporary file may stay."""
-    script = f"""
-        import time, torch
-        from test_latent_cache import make, teacher
-        def slow(rows, prompt_index):
-            time.sleep(0.02)
-            return teacher(rows, prompt_index)
-        make({str(tmp_path)!r}, slow)
-    """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], env=environment)
+    process = processes.begin(make, tmp_path, slow)
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "shard-00001.safetensors").exists() and process.poll() is None:
+        while not (tmp_path / "shard-00001.safetensors").exists() and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        if process.poll() is None:
+        if process.is_alive():
             with pytest.raises(StorageError, match=f"another process is writing here \\(process {process.pid}\\)"):
                 make(tmp_path)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     (tmp_path / ".shard-00002.safetensors.1-abcd.tmp").write_bytes(b"half")
     assert not read_manifest(tmp_path).complete
     make(tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.work import KERNELS, PAIRS
+from tests.gpu.work import KERNELS, PAIRS, main
 
 ROOT = Path(__file__).parents[2]
 PLACES = [os.environ.get("PATH", ""), *(f"{os.environ.get(v, '')}/bin" for v in ("CUDA_HOME", "CUDA_PATH"))]
@@ -58,11 +58,7 @@ def test_a_planted_bug_is_found() -> None:
     assert done.returncode != 0 and "Invalid __global__" in done.stdout + done.stderr, done.stdout[-4000:]
 
 
-def test_the_process_that_is_watched() -> None:
-    """It runs every kernel; here emulated where there is no GPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.work", device], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert [line.split(" wrote")[0] for line in done.stdout.splitlines()] == [f"{k} {w}" for k, w in PAIRS]
+def test_what_the_process_that_is_watched_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kernel; here emulated where there is no GPU."""
+    main("cuda" if torch.cuda.is_available() else "cpu")
+    assert [line.split(" wrote")[0] for line in capsys.readouterr().out.splitlines()] == [f"{k} {w}" for k, w in PAIRS]

@@ -224,6 +224,4 @@ def main(device: str, *kernels: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "cpu":
-        import tests.gpu_on_cpu  # noqa: F401
     main(*sys.argv[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import group_norm_silu, use
+from fastdistill.ops._dispatch import REFERENCE
 from tests.harness import (
     Case,
     assert_alike,
@@ -108,7 +110,8 @@ def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: str) -> Non
     ],
 )
 def test_options(kernel: str, names: tuple[str, ...], silu: bool) -> None:
-    check_op(make((2, 16, 5, 3), 4, names=names, silu=silu), kernel, compiled=("aot_eager",))
+    compiled = ("aot_eager",) if kernel == REFERENCE else ()
+    check_op(make((2, 16, 5, 3), 4, names=names, silu=silu), kernel, compiled=compiled)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -212,20 +215,29 @@ def test_only_what_is_wanted(kernel: str) -> None:
             assert torch.equal(torch.autograd.grad(y.sum(), some[i])[0], full[1 + i])
 
 
-@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
-@pytest.mark.parametrize("last", [False, True])
-def test_tiles_and_slices_of_the_triton_kernel(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups that do not fit into a program, in several tiles and slices."""
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that do not fit into a program of the Triton kernel, in several tiles and slices."""
     module = importlib.import_module("fastdistill.ops.group_norm_silu.triton")
     for name, value in {"WHOLE": 0, "FORWARD": 128, "BACKWARD": 64, "SLICE": 2 * 4 * 12 * 35, "SUMS": 16}.items():
         monkeypatch.setattr(module, name, value)
-    for dtype in FLOATS:
-        x, *rest = make((3, 12, 5, 7), 2, dtype, small=torch.float32).inputs
-        if last:
-            x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-        check_op(Case("group_norm_silu", (x, *rest), call, eager, eager), "triton", compiled=(), registration=False)
-    check_op(make((2, 12, 5, 7), 2, mean=3000.0), "triton", compiled=(), registration=False)
-    check_op(make((2, 12, 5, 7), 2, names=(), silu=False), "triton", compiled=(), registration=False)
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
+@pytest.mark.usefixtures("small_tiles")
+@crossed("last, dtype", [False, True], FLOATS)
+def test_tiles_and_slices_of_the_triton_kernel(last: bool, dtype: torch.dtype) -> None:
+    x, *rest = make((3, 12, 5, 7), 2, dtype, small=torch.float32).inputs
+    if last:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    check_op(Case("group_norm_silu", (x, *rest), call, eager, eager), "triton", compiled=(), registration=False)
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("options", [{"mean": 3000.0}, {"names": (), "silu": False}], ids=["far from zero", "plain"])
+def test_tiles_and_slices_with_options(options: dict[str, Any]) -> None:
+    check_op(make((2, 12, 5, 7), 2, **options), "triton", compiled=(), registration=False)
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference" and not emulated(k)])

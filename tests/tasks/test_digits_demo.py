@@ -23,6 +23,7 @@ from fastdistill.cli import main
 from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.files import locked
 from fastdistill.tasks.digits import demo, worker
+from tests.processes import shared
 
 SMALL: dict[str, Any] = {
     "cache_images": 48,
@@ -82,11 +83,9 @@ def weights(output: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run. The processes of a parallel test run share it, so tests change copies of it."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    output = shared / "digits" / "whole"
-    with FileLock(shared / "digits.lock"):
+    place = shared(tmp_path_factory)
+    output = place / "digits" / "whole"
+    with FileLock(place / "digits.lock"):
         if not (output / "report.html").exists():
             code, out, error = finish(start(output))
             assert code == 0, error

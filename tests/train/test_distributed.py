@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.train import distributed
+from tests import processes
 from tests.train import ranks
 
 Found = dict[str, tuple[Any, Any]]
@@ -19,13 +22,19 @@ Found = dict[str, tuple[Any, Any]]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
+    """Where the scenarios have run on both ranks; the processes of a parallel test run share it."""
+    directory = processes.shared(tmp_path_factory) / "ranks"
+    with FileLock(f"{directory}.lock"):
+        if not (directory / "1.pt").exists():
+            shutil.rmtree(directory, ignore_errors=True)  # of one that failed in another process
+            directory.mkdir()
+            processes.as_ranks(ranks.work, str(directory))
+    return directory
 
 
 @pytest.fixture(scope="module")
 def found(place: Path) -> Found:
     """What the scenarios gave on each rank."""
-    torch.multiprocessing.spawn(ranks.work, (str(place),), nprocs=2)
     one, two = (torch.load(place / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     return {name: (one[name], two[name]) for name in ranks.SCENARIOS}
 

@@ -17,6 +17,7 @@ from fastdistill.train import DistillTrainer
 from tests import tiny
 from tests.harness import EPS
 from tests.models import tiny_families as small
+from tests.processes import as_ranks
 
 UNETS = {"layers_per_block": 1}
 
@@ -77,7 +78,7 @@ def work(rank: int, directory: str) -> None:
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Weights are equal on both, and but for rounding those of one process: updates of gradients of norm 0.5 at most,
     summed in another order (a hundred roundings at most), times lr / eps = 0.1, three times."""
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    as_ranks(work, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     for name in small.TINY:
         alone = make(name)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from fastdistill.errors import InputError
 from fastdistill.train import AdamWEMA
 from tests.harness import EPS
+from tests.processes import as_ranks
 
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 
@@ -395,4 +396,4 @@ def _sharded(rank: int, directory: str) -> None:
 
 
 def test_shards_are_one_model(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_sharded, (str(tmp_path),), nprocs=2)
+    as_ranks(_sharded, str(tmp_path))

@@ -8,8 +8,6 @@ import itertools
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from fastdistill.train.scaling import LossScale
 from fastdistill.train.step import learning_rates
 from tests import small
 from tests.harness import EPS
+from tests.processes import begin
 
 
 def state(trainer: DistillTrainer) -> dict[str, Tensor]:
@@ -261,20 +260,18 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path) -> None:
     assert same(state(again), state(whole))
 
 
-CHILD = """
-import sys
-from tests import small
-small.trainer(steps=10**6, checkpoint_every=1, log_every=1).fit(sys.argv[1])
-"""
+def train_on(directory: Path) -> None:
+    torch.set_num_threads(1)
+    small.trainer(steps=10**6, checkpoint_every=1, log_every=1).fit(directory)
 
 
 def test_killed_at_any_moment_nothing_is_half_written(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = begin(train_on, tmp_path)
     deadline = time.monotonic() + 120
     while len(steps(tmp_path)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.join()
     reached = max(steps(tmp_path))
     again, whole = small.trainer(steps=reached + 2), small.trainer(steps=reached + 2)
     assert again.fit(tmp_path).steps == reached + 2
