@@ -69,17 +69,20 @@ def commit(name: str = "") -> str:
 
 
 def load(device: torch.device) -> dict[str, str]:
-    """A GPU's clock in MHz and power in watts at this moment."""
-    on_gpu = device.type == "cuda"
-    return {"sm_mhz": _smi("clocks.sm") if on_gpu else "", "watts": _smi("power.draw") if on_gpu else ""}
+    """A GPU's clocks in MHz and power in watts at this moment; "" where nvidia-smi does not tell."""
+    names = ("sm_mhz", "memory_mhz", "watts")
+    told = _smi("clocks.sm,clocks.mem,power.draw") if device.type == "cuda" else ""
+    values = [value.strip() for value in told.split(",")]
+    return dict(zip(names, values if len(values) == len(names) else [""] * len(names), strict=True))
 
 
-def _smi(field: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", "--id=0"]
+def _smi(fields: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 @functools.cache

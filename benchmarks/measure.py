@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import statistics
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ Row = dict[str, Any]
 FIELDS = (
     "date run op shape dtype mode threads rival ratio rival_ms rival_iqr_ms rival_img_s rival_peak_gb ours ours_ms"
     " ours_iqr_ms ours_img_s ours_peak_gb ours_gb_s ours_tflop_s percent copy_gb_s matmul_tflop_s note isa driver"
-    " sm_mhz watts torch triton python commit"
+    " sm_mhz memory_mhz watts torch triton python commit"
 ).split()
 WRONG, FAILED = "wrong: ", "failed: "
 
@@ -182,7 +185,8 @@ def _steps(
         yield from (r for r in unmeasured(case, settings, note) if r["rival"] in runs or r["rival"] in absent)
         return
     if seconds:
-        timed = summary(in_turns(contestants, settings.device, seconds))
+        watched = functools.partial(_tell_load, settings.device)
+        timed = summary(in_turns(contestants, settings.device, seconds, watched))
     else:
         watches = {name: stopwatch([run], settings.device) for name, run in contestants.items()}
         timed = interleaved(watches, settings.rounds, settings.warm_up, settings.seconds)
@@ -192,6 +196,12 @@ def _steps(
         both = {"ours": "ours", "rival": found["rival"]}
         yield found | {f"{side}_{k}": v for side, name in both.items() for k, v in seen.get(name, {}).items()}
         seen["ours"].pop("parts", None)  # once is enough
+
+
+def _tell_load(device: torch.device, name: str, times: list[float]) -> None:
+    """The clocks of a turn, which a GPU lowers where it gets too hot or takes too much power."""
+    its = ", ".join(f"{key} {value or 'unknown'}" for key, value in machine.load(device).items())
+    print(f"  a turn of {name}: {statistics.median(times):.2f} ms; {its}", file=sys.stderr, flush=True)
 
 
 def peak_gb(run: Contestant, device: torch.device) -> float | str:

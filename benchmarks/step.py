@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fastdistill.train import DistillTrainer
 
 LITERAL, TUNED, BEST_SDPA, UNFUSED = "literal", "tuned", f"{COMPILED}, best SDPA", "ours, unfused"
-RIVALS = (COMPILED, BEST_SDPA, UNFUSED, TUNED, LITERAL)
+PRODUCTS, REDUCED = f"{BEST_SDPA}, 1x1 convolutions as products", f"{COMPILED}, reduce-overhead"
 _BEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -51,8 +51,13 @@ class Setup:
     device: torch.device
 
 
+def rivals(batch: int) -> tuple[str, ...]:
+    """Who competes; CUDA graphs of the compiler's are strong where launches take most of the time, at small batches."""
+    return (COMPILED, BEST_SDPA, PRODUCTS, *((REDUCED,) if batch <= 4 else ()), UNFUSED, TUNED, LITERAL)
+
+
 def workload(build: Callable[[torch.device], Setup], device: torch.device, sustained: float = 0.0) -> Workload:
-    """Ours, fused, against RIVALS.
+    """Ours, fused, against its rivals.
 
     On a GPU one rival at a time beside ours, as the memory of all would be too much: first those that need no compiler,
     for ten seconds; then the compiled ones, which are expected to be the strongest, for ``sustained`` seconds.
@@ -66,25 +71,27 @@ def workload(build: Callable[[torch.device], Setup], device: torch.device, susta
             its = scripts.get(literal)
             if its is None:
                 its = scripts[literal] = Script(setup, literal)
-            return _Scripted(its, *(compile(m) if compile else m for m in (its.teacher, its.student, _distance)))
+            parts = its.teacher, its.student, _distance
+            return _Scripted(its, *(map(compile, parts) if compile else parts), compiled=compile is not None)
 
         return Contestant(make)
 
-    rivals: dict[str, Run | str] = {
+    known: dict[str, Run | str] = {
         COMPILED: script(functools.partial(torch.compile, dynamic=False)),
         BEST_SDPA: script(functools.partial(torch.compile, backend=_inductor_with_best_sdpa, dynamic=False)),
+        PRODUCTS: script(functools.partial(torch.compile, backend=_and_with_products, dynamic=False)),
+        REDUCED: script(functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)),
         UNFUSED: Contestant(lambda: _Trained(_trainer(setup, fuse=False))),
         TUNED: script(),
         LITERAL: script(literal=True),
     }
     groups: tuple[Group, ...] = ()
     if device.type == "cuda":
-        compiled = {COMPILED, BEST_SDPA}
-        order = [TUNED, UNFUSED, LITERAL, COMPILED, BEST_SDPA]
-        groups = tuple(Group((name,), max(sustained, 15.0) if name in compiled else 10.0) for name in order)
+        order = sorted(rivals(setup.batch), key=(TUNED, UNFUSED, LITERAL, REDUCED, COMPILED, BEST_SDPA, PRODUCTS).index)
+        groups = tuple(Group((n,), max(sustained, 15.0) if n.startswith(COMPILED) else 10.0) for n in order)
     return Workload(
         Contestant(lambda: _Trained(trainer)),
-        rivals,
+        {name: known[name] for name in rivals(setup.batch)},
         functools.partial(_check, trainer),
         flops=flops(build),
         samples=setup.batch,
@@ -144,11 +151,13 @@ class _Trained:
 class _Scripted:
     """A script with its models and its loss as they are, or compiled."""
 
-    def __init__(self, script: Script, *parts: Callable[..., Any]) -> None:
-        self._script, self._parts = script, parts
+    def __init__(self, script: Script, *parts: Callable[..., Any], compiled: bool = False) -> None:
+        self._script, self._parts, self._compiled = script, parts, compiled
         self.held = script.held
 
     def __call__(self) -> None:
+        if self._compiled:  # what the last step has written may be written over
+            torch.compiler.cudagraph_mark_step_begin()
         self._script(*self._parts)
 
     def rest(self) -> None:
@@ -274,7 +283,7 @@ def _distance(own: list[Tensor], theirs: list[Tensor]) -> Tensor:
     return torch.stack([F.mse_loss(a.float(), b.float()) for a, b in zip(own, theirs, strict=True)]).sum()
 
 
-def _inductor_with_best_sdpa(module: torch.fx.GraphModule, inputs: Any) -> Any:
+def _inductor_with_best_sdpa(module: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
     """torch.compile's backend with cuDNN's attention where it takes the shape: the choice is made while it traces.
 
     The cache of traces is left out, as its key says nothing of that choice.
@@ -283,7 +292,11 @@ def _inductor_with_best_sdpa(module: torch.fx.GraphModule, inputs: Any) -> Any:
 
     cache = torch._functorch.config.patch(enable_autograd_cache=False)
     with cache, sdpa_kernel(_BEST_FIRST, set_priority=True):
-        return compile_fx(module, inputs)
+        return compile_fx(module, inputs, **options)
+
+
+def _and_with_products(module: torch.fx.GraphModule, inputs: Any) -> Any:
+    return _inductor_with_best_sdpa(module, inputs, config_patches={"conv_1x1_as_mm": True})
 
 
 def _sharing(model: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ it; in a captured CUDA graph they are not. Inputs rotate through copies that tog
 
 from __future__ import annotations
 
+import collections
 import gc
 import itertools
 import math
@@ -21,6 +22,7 @@ from benchmarks.registry import Contestant, Run
 
 Stopwatch = Callable[[], float]  # runs once and returns milliseconds
 _MOST_COPIES = 64
+_CAPTURED = 8  # runs in a graph at the least
 _LONGEST, _FEWEST = 30.0, 11  # seconds, rounds
 UNCOUNTED, _TURN = 4, 11  # the trainer's step is a CUDA graph from its fourth run on
 
@@ -69,10 +71,12 @@ def stopwatch(runs: Sequence[Run], device: torch.device) -> Stopwatch:
 
 
 def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
-    """All of ``runs`` in one CUDA graph; a call replays it and returns the time of one run.
+    """All of ``runs`` in one CUDA graph, again and again until it has a few, so that what a replay itself costs is
+    little of them; a call replays it and returns the time of one run.
 
     Raises whatever cannot be captured.
     """
+    count = len(runs) * math.ceil(_CAPTURED / len(runs))
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -81,12 +85,12 @@ def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
                 run()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    kept = []  # what an earlier run gave back to the graph's memory, a later one would write over
+    kept = collections.deque[object](maxlen=len(runs))  # what is given back to the graph, the next runs write over
     with torch.cuda.graph(graph):
-        for run in runs:
+        for run in itertools.islice(itertools.cycle(runs), count):
             kept.append(run())
     replay = stopwatch([graph.replay], device)
-    return lambda: replay() / len(runs)
+    return lambda: replay() / count
 
 
 def interleaved(
@@ -101,9 +105,15 @@ def interleaved(
     return summary(_times(contestants, rounds, seconds))
 
 
-def in_turns(contestants: Mapping[str, Contestant], device: torch.device, seconds: float) -> dict[str, list[float]]:
+def in_turns(
+    contestants: Mapping[str, Contestant],
+    device: torch.device,
+    seconds: float,
+    watch: Callable[[str, list[float]], object] = lambda name, times: None,
+) -> dict[str, list[float]]:
     """Times of contestants whose memory would be too much together: in a turn one runs some times uncounted, as many
-    counted, then lets go of what it can. Turns go round for ``seconds``."""
+    counted, then lets go of what it can. Turns go round for ``seconds``; ``watch`` is called after the runs of each,
+    before the GPU has been idle for long."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or not all(times.values()):
@@ -112,6 +122,7 @@ def in_turns(contestants: Mapping[str, Contestant], device: torch.device, second
                 contestant()
             timed = stopwatch([contestant], device)
             times[name] += [timed() for _ in range(_TURN)]
+            watch(name, times[name][-_TURN:])
             contestant.rest()
             free(device)
     return times

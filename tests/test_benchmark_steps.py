@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -19,7 +20,7 @@ from torch._inductor import compile_fx
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend
 
-from benchmarks import attribution, files, report, step
+from benchmarks import attribution, files, report, step, timing
 from benchmarks.measure import Settings, measure, peak_gb
 from benchmarks.ops import step as models
 from benchmarks.ops.step import dit, pixart, sd15
@@ -46,7 +47,7 @@ def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_contestant_takes_the_step_of_a_model(model: str) -> None:
     workload = step.workload(TINY[model], CPU)
     workload.check()
-    assert tuple(workload.rivals) == step.RIVALS and workload.flops > 0 and workload.samples == 2
+    assert tuple(workload.rivals) == step.rivals(2) and workload.flops > 0 and workload.samples == 2
     for name, run in {"ours": workload.ours, **workload.rivals}.items():
         if name.startswith(COMPILED):
             continue
@@ -111,7 +112,7 @@ def planted(grouped: bool) -> tuple[Case, list[Slow]]:
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-def test_rows_of_steps(grouped: bool) -> None:
+def test_rows_of_steps(grouped: bool, capsys: pytest.CaptureFixture[str]) -> None:
     case, made = planted(grouped)
     slow, broken = measure(case, QUICK)
     assert slow["ratio"] > 1.5 and 0 < slow["rival_img_s"] < slow["ours_img_s"] < 8000
@@ -119,6 +120,8 @@ def test_rows_of_steps(grouped: bool) -> None:
     assert slow["rival_parts"]["attention"] > 0 and slow["rival_parts"]["other"] > 3
     assert broken["note"] == "RuntimeError: it cannot be made" and broken["ratio"] == ""
     assert [s.rests > 0 for s in made] == [grouped, grouped]
+    turns = capsys.readouterr().err.count("a turn of slow: ")
+    assert (turns > 0) == grouped, "the clocks of each turn are told"
 
 
 def test_memory_is_counted_once_and_not_on_a_cpu() -> None:
@@ -204,6 +207,47 @@ def test_the_parts_of_a_step_are_kept_and_shown(tmp_path: Path, monkeypatch: pyt
     assert lines == files.latest_parts(path)
     table = report.table(tmp_path)
     assert "| small | slow | 0.0 |" in table and "slow **" in table
+
+
+def test_small_batches_have_a_rival_with_graphs_of_the_compiler() -> None:
+    small, large = ({c.shape: c.rivals for c in models.cases() if c.shape.endswith(f" B={n}")} for n in (4, 32))
+    assert len(small) == len(large) == len(models.MODELS)
+    assert all(step.REDUCED in names for names in small.values())
+    assert not any(step.REDUCED in names for names in large.values())
+
+
+def test_a_compiled_rival_with_products_in_place_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the backward too, which is compiled later: the compiler keeps the option."""
+    given: list[dict[str, Any]] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        given.append(options)
+        return module.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", keep)
+    torch._dynamo.reset()
+    torch.compile(lambda x: x + 1, backend=step._and_with_products)(torch.ones(3))
+    (options,) = given
+    assert options == {"config_patches": {"conv_1x1_as_mm": True}}
+    with torch._inductor.config.patch(**options["config_patches"]):
+        assert torch._inductor.config.conv_1x1_as_mm
+
+
+@pytest.mark.parametrize(("copies", "captured"), [(1, 8), (3, 9), (20, 20)])
+def test_a_graph_holds_several_runs_and_tells_the_time_of_one(
+    copies: int, captured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On planted CUDA calls."""
+    ran: list[int] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: contextlib.nullcontext(ran.clear()))
+    monkeypatch.setattr(timing, "stopwatch", lambda runs, device: lambda: 360.0)
+    watch = timing.graphed([functools.partial(ran.append, i) for i in range(copies)], CPU)
+    assert ran == [i % copies for i in range(captured)] and watch() == 360.0 / captured
 
 
 def test_the_compiled_rival_has_the_attention_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.registry import Case, Workload, generator
 from benchmarks.shapes import DIT_SAMPLE, PIXART_SAMPLE, SD15_SAMPLE, Sizes
-from benchmarks.step import RIVALS, Setup, workload
+from benchmarks.step import Setup, rivals, workload
 
 BATCHES = (32, 4, 16, 1)
 SUSTAINED = 60.0  # seconds of the headline
@@ -21,12 +21,12 @@ _ROWS, _PROMPTS, _NO_CLASS = 256, 600, 1000
 
 
 def cases() -> Iterator[Case]:
-    yield Case("step", "digits U-Net B=64", "fp32", "cpu", functools.partial(workload, digits), RIVALS)
+    yield Case("step", "digits U-Net B=64", "fp32", "cpu", functools.partial(workload, digits), rivals(64))
     for batch in BATCHES:
         for name, build in MODELS.items():
             headline = name == "SD-1.5 to bk_base 512x512" and batch == 32
             make = functools.partial(_workload, build, batch, SUSTAINED if headline else 0.0)
-            yield Case("step", f"{name} B={batch}", "bf16", "cuda", make, RIVALS, headline)
+            yield Case("step", f"{name} B={batch}", "bf16", "cuda", make, rivals(batch), headline)
 
 
 def _workload(
