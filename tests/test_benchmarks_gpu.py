@@ -157,16 +157,20 @@ def test_the_stages_call_what_is_there(device: str, tmp_path: Path, monkeypatch:
 
 
 BARE = """
-import sys
-for name in ("diffusers", "safetensors", "pydantic", "tyro", "rich", "yaml", "huggingface_hub", "matplotlib"):
+import importlib, sys
+from pathlib import Path
+libraries = "diffusers safetensors pydantic tyro rich yaml huggingface_hub matplotlib scipy sklearn pybind11 xdist"
+for name in libraries.split():
     sys.modules[name] = None
+import tests.conftest, tests.gpu.smoke
 from benchmarks import report, run
 from benchmarks.registry import cases, ops
-import tests.gpu.smoke
 assert {case.op for case in cases("cuda")} == set(ops())
+for path in (*Path("tests/gpu").glob("test_*.py"), *Path("tests/ops").glob("test_*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts))
 """
 
 
-def test_the_ops_are_tested_and_measured_without_the_libraries_of_models() -> None:
+def test_the_ops_are_tested_and_measured_with_torch_numpy_and_pytest_alone() -> None:
     done = subprocess.run([sys.executable, "-c", BARE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from fastdistill.ops import philox
 from tests.ops import oracle
@@ -67,6 +66,7 @@ def test_uniforms_are_exact_and_never_0_or_1() -> None:
 
 
 def test_normals() -> None:
+    stats = pytest.importorskip("scipy.stats")
     z = philox.normal(torch.tensor(11), torch.tensor(5), torch.arange(64), (16384,)).flatten().double().numpy()
     n = z.size
     assert n > 10**6 and np.abs(z).max() <= 5.77
@@ -87,6 +87,7 @@ def test_normals_depend_on_the_sample_alone() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000])
 def test_every_latent_once_an_epoch(n: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
     seed = torch.tensor(9)
     first = philox.permute(torch.arange(n), n, seed, torch.tensor(0))
     assert sorted(first.tolist()) == list(range(n))
