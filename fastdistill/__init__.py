@@ -50,6 +50,7 @@ _HOME = {
     "StudentSpec": "models",
     "Taps": "models",
     "make_student": "models",
+    "open_pipeline": "models.pipelines",
     "fuse": "models.fuse",
     "unfuse": "models.fuse",
     "Draw": "ops",
@@ -113,6 +114,7 @@ if TYPE_CHECKING:
     from fastdistill.models import make_student as make_student
     from fastdistill.models.fuse import fuse as fuse
     from fastdistill.models.fuse import unfuse as unfuse
+    from fastdistill.models.pipelines import open_pipeline as open_pipeline
     from fastdistill.ops import Draw as Draw
     from fastdistill.ops import FeatureMatch as FeatureMatch
     from fastdistill.ops import NoiseGather as NoiseGather

@@ -49,6 +49,45 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
         raise
 
 
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """A new directory beside ``path`` to be filled, which takes that name when the block ends without an error.
+
+    On any failure, Ctrl-C included, nothing of it is left and ``path`` is as before. What is there already is refused,
+    or replaced. A full disk, a read-only place and other I/O errors are raised as StorageError.
+    """
+    path = Path(path)
+    make_directory(path.parent)
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    temporary, former = (path.with_name(f".{path.name}.{mark}-{kind}{_TEMPORARY_SUFFIX}") for kind in ("new", "old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync_file(Path(folder, name))
+            _sync_directory(Path(folder))
+        if os.path.lexists(path):
+            if not replace:
+                raise FileExistsError(errno.EEXIST, "there is something by that name")
+            os.rename(path, former)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            if os.path.lexists(former):
+                os.rename(former, path)
+            raise
+        _sync_directory(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            raise StorageError(f"{path}: could not be written: {reason(error)}") from error
+        raise
+    finally:
+        if os.path.lexists(former) and os.path.lexists(path):
+            _remove(former)
+
+
 def make_directory(path: Path) -> None:
     """Creates ``path`` and its parents where they are not there; StorageError where that cannot be."""
     try:
@@ -122,6 +161,23 @@ def readable(size: int) -> str:
         if size >= unit:
             return f"{size / unit:,.1f} {name}"
     return f"{size} bytes"
+
+
+def _remove(path: Path) -> None:
+    """A file, link or directory, as far as it can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -109,6 +109,7 @@ class PromptBank:
         encode: Callable[[list[str]], Tensor | Mapping[str, Tensor]],
         *,
         null_text: str = "",
+        encode_null: Callable[[str], Tensor | Mapping[str, Tensor]] | None = None,
         batch: int = 64,
         encoder: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], object] | None = None,
@@ -116,6 +117,7 @@ class PromptBank:
         """Encode every text once: ``encode`` maps b <= batch texts to [b, L, D], the same L, D and dtype for all, or to
         a mapping of such tensors [b, ...] of any dtype.
 
+        ``encode_null`` encodes the null prompt ([1, ...]) where that is not what ``encode`` makes of its text.
         The rows keep the device and dtype of what ``encode`` returns (a tensor, or a NumPy array).
         ``progress(texts done, M + 1)`` is called after each batch. Empty texts and duplicates are encoded like any
         other and get rows of their own, with a warning; ``read_prompts`` leaves them out.
@@ -127,24 +129,30 @@ class PromptBank:
         everything = [*prompt_texts.listed(texts), prompt_texts.checked(null_text, "null_text")]
         if len(everything) == 1:
             raise InputError.of("texts", "a list of at least one text", "[]")
-        if not callable(encode):
-            raise InputError.of("encode", "a function of texts", type(encode).__name__)
+        for name, function in {"encode": encode, "encode_null": encode_null or encode}.items():
+            if not callable(function):
+                raise InputError.of(name, "a function of texts", type(function).__name__)
         if batch < 1:
             raise InputError.of("batch", "at least 1", batch)
         fingerprint = _fingerprint(encoder or {})
         if message := prompt_texts.warning(everything[:-1]):
             warnings.warn(message, stacklevel=2)
         rows: dict[str, Tensor] = {}
-        for start in range(0, len(everything), batch):
-            chunk = everything[start : start + batch]
+        pool = everything if encode_null is None else everything[:-1]
+        jobs = [("encode(texts)", encode, pool[start : start + batch]) for start in range(0, len(pool), batch)]
+        if encode_null is not None:
+            jobs.append(("encode_null(text)", lambda texts: encode_null(texts[0]), everything[-1:]))
+        done = 0
+        for source, encoding, chunk in jobs:
             with torch.no_grad():
-                encoded = _encodings(encode(list(chunk)), chunk, rows)
+                encoded = _encodings(encoding(list(chunk)), chunk, rows, source)
             for name, part in encoded.items():
-                if start == 0:
+                if done == 0:
                     rows[name] = part.new_empty((len(everything), *part.shape[1:]))
-                rows[name][start : start + len(chunk)] = part
+                rows[name][done : done + len(chunk)] = part
+            done += len(chunk)
             if progress is not None:
-                progress(start + len(chunk), len(everything))
+                progress(done, len(everything))
         return cls(rows, everything[:-1], null_text, fingerprint)
 
     def indices_of(self, texts: Iterable[str]) -> Tensor:
@@ -275,14 +283,14 @@ def _check_bank(bank: Any, name: str, texts: int) -> None:
         raise InputError.of(_label(name), f"{shape}, at least one text", f"{bank.dtype} {tuple(bank.shape)}")
 
 
-def _encodings(encoded: Any, texts: list[str], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _encodings(encoded: Any, texts: list[str], before: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """What a text encoder returned, checked, by name; ``before``: rows of the batches before it."""
     named = dict(encoded) if isinstance(encoded, Mapping) else {EMBEDDINGS: encoded}
     if before and list(named) != list(before):
-        raise InputError.of("encode(texts)", f"banks {', '.join(before)}, as before", ", ".join(map(str, named)))
+        raise InputError.of(source, f"banks {', '.join(before)}, as before", ", ".join(map(str, named)))
     alone = not isinstance(encoded, Mapping)
     return {
-        name: _encoding(bank, texts, before.get(name), name, "encode(texts)" + ("" if alone else f"[{name!r}]"))
+        name: _encoding(bank, texts, before.get(name), name, source + ("" if alone else f"[{name!r}]"))
         for name, bank in named.items()
     }
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,3 +72,18 @@ def inputs(model: UNet2DConditionModel, size: int = 8, batch: int = 2, length: i
         "timestep": torch.arange(batch, device=device) * 100,
         "encoder_hidden_states": prompt.to(device),
     }
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny pipeline, by its name in ``tiny_pipelines``."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        from tests.models import tiny_pipelines
+
+        if name != "dit":
+            pytest.importorskip("transformers")
+        return tiny_pipelines.save(name, tmp_path_factory.mktemp("pipelines") / name)
+
+    return folder

@@ -12,12 +12,23 @@ from fastdistill.errors import InputError
 from fastdistill.models.families.base import Condition, Family, unwrapped
 from fastdistill.models.families.dit import DiT
 from fastdistill.models.families.flux import Flux
+from fastdistill.models.families.pipeline import vae_factor
 from fastdistill.models.families.pixart import PixArt
 from fastdistill.models.families.sana import Sana
 from fastdistill.models.families.sd3 import SD3
 from fastdistill.models.families.unet import UNet
 
-__all__ = ["EMBEDDINGS", "FAMILIES", "Condition", "Family", "family_named", "family_of", "find", "unwrapped"]
+__all__ = [
+    "EMBEDDINGS",
+    "FAMILIES",
+    "Condition",
+    "Family",
+    "family_named",
+    "family_of",
+    "find",
+    "unwrapped",
+    "vae_factor",
+]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (UNet(), DiT(), PixArt(), SD3(), Flux(), Sana())}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdistill.data.prompt_bank import EMBEDDINGS
 from fastdistill.errors import InputError
+from fastdistill.models.families.pipeline import OfPipelines
 
 _INTO_HEADS = re.compile(r"(.+)\.(?:(?:to|add)_[qkv](?:_proj)?|norm_(?:added_)?[qk])\.(?:weight|bias)")
 _OUT_OF_HEADS = re.compile(r"(.+)\.(?:to_out\.0|to_add_out)\.weight")
@@ -35,8 +36,8 @@ class Condition:
     required: bool = True
 
 
-class Family:
-    """One architecture of diffusers.
+class Family(OfPipelines):
+    """One architecture of diffusers, and its pipelines.
 
     name: by which it is asked for. kind: its class. blocks: of a transformer, the lists of its blocks with the field of
     the configuration that says their number. prediction_type: what its published models predict, where their scheduler
@@ -47,7 +48,6 @@ class Family:
     kind: ClassVar[type[nn.Module]]
     prediction_type: ClassVar[str] = "epsilon"
     blocks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
-    part: ClassVar[str] = "transformer"  # its name in a pipeline
     of_channels: ClassVar[str] = "in_channels"  # where its configuration has the channels of the latents
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
@@ -69,7 +69,7 @@ class Family:
 
     def tokens(self, config: Mapping[str, Any], shape: tuple[int, ...]) -> int:
         """Tokens of a latent of this shape [C, H, W], by which schedules with a dynamic shift go."""
-        patch = int(config.get("patch_size") or 1)
+        patch = self.patch(config)
         return (shape[-2] // patch) * (shape[-1] // patch)
 
     def sigmas(self, steps: int) -> list[float] | None:

@@ -45,6 +45,8 @@ class Flux(Family):
         "single_transformer_blocks": "num_single_layers",
     }
     of_channels = "in_channels / 4"
+    pipelines = ("FluxPipeline",)
+    encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 0), "pooled_projections": (1, 1)}
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
         found = {
@@ -58,8 +60,11 @@ class Flux(Family):
     def channels(self, config: Mapping[str, Any]) -> int:
         return int(config["in_channels"]) // 4
 
-    def tokens(self, config: Mapping[str, Any], shape: tuple[int, ...]) -> int:
-        return (shape[-2] // 2) * (shape[-1] // 2)
+    def patch(self, config: Mapping[str, Any]) -> int:
+        return 2
+
+    def size(self, config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+        return 128 * factor, 128 * factor
 
     def sigmas(self, steps: int) -> list[float]:
         return [1 - i / steps for i in range(steps)]

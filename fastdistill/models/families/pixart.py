@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ class PixArt(Family):
     ``resolution`` [2] (height, width) and ``aspect_ratio`` [1] (height / width)."""
 
     name, kind = "pixart", PixArtTransformer2DModel
+    pipelines, aliases = ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("Transformer2DModel",)
+    encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 2), "encoder_attention_mask": (1, 3)}
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
         field = "cross_attention_dim" if config.get("caption_channels") is None else "caption_channels"
@@ -36,6 +39,14 @@ class PixArt(Family):
         if "resolution" in self.conditions(config) and width % 3:
             raise InputError.of("spec.width", "a width that three embeddings of sizes share", width)
         return config if config.get("caption_channels") is None else config | {"cross_attention_dim": width}
+
+    def added(
+        self, pipeline: Any, config: Mapping[str, Any], size: tuple[int, int] | None, guidance_scale: float
+    ) -> dict[str, Tensor]:
+        if "resolution" not in self.conditions(config):
+            return {}
+        height, width = size or self.size(config, pipeline.vae_scale_factor)
+        return {"resolution": torch.tensor([height, width]), "aspect_ratio": torch.tensor([height / width])}
 
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         return model(

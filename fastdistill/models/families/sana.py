@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ class Sana(Family):
     number, which is multiplied by the model's ``guidance_embeds_scale``)."""
 
     name, kind, prediction_type = "sana", SanaTransformer2DModel, "flow_prediction"
+    pipelines = ("SanaPipeline",)
+    encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 2), "encoder_attention_mask": (1, 3)}
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
         width = Condition((None, config["caption_channels"]), "caption_channels")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
@@ -22,6 +22,8 @@ class SD3(Family):
     """``encoder_hidden_states`` [L, D] (CLIP and T5 side by side), ``pooled_projections`` [P]."""
 
     name, kind, prediction_type = "sd3", SD3Transformer2DModel, "flow_prediction"
+    pipelines = ("StableDiffusion3Pipeline",)
+    encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 1), "pooled_projections": (2, 3)}
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
         return {

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ class UNet(Family):
     where the model has them."""
 
     name, kind, part, blocks = "unet", UNet2DConditionModel, "unet", {}
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+    encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 1), "text_embeds": (2, 3)}
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
         field = "cross_attention_dim" if config.get("encoder_hid_dim") is None else "encoder_hid_dim"
@@ -61,6 +64,24 @@ class UNet(Family):
         if banks["text_embeds"].shape[-1] != width:
             rule = f"rows of width {width} ({field} of the {name}, less {ids} time_ids)"
             raise InputError.of("prompts['text_embeds']", rule, banks["text_embeds"].shape[-1])
+
+    def scheduler(self, kind: str, scheduler: Any) -> Any:
+        if kind == "StableDiffusionPipeline":  # which mends configurations from before these settings
+            mended = {"steps_offset": 1, "clip_sample": False}
+            scheduler.register_to_config(**{name: v for name, v in mended.items() if name in scheduler.config})
+        return scheduler
+
+    def added(
+        self, pipeline: Any, config: Mapping[str, Any], size: tuple[int, int] | None, guidance_scale: float
+    ) -> dict[str, Tensor]:
+        found = {}
+        if config.get("addition_embed_type") == "text_time":
+            height, width = size or self.size(config, pipeline.vae_scale_factor)
+            found["time_ids"] = torch.tensor([height, width, 0, 0, height, width])
+        if (dim := config.get("time_cond_proj_dim")) is not None:
+            scale = torch.tensor([guidance_scale - 1])
+            found["timestep_cond"] = pipeline.get_guidance_scale_embedding(scale, embedding_dim=dim)[0]
+        return found
 
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         given = {name: row for name, row in rows.items() if name not in _ADDED}

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pipeline folder in which a student has the place of the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fastdistill import files
+from fastdistill.errors import InputError, StorageError, described
+from fastdistill.models import families, peft
+from fastdistill.models.calling import kept_in_float32
+from fastdistill.models.students import Student
+from fastdistill.models.weights import quantized
+
+if TYPE_CHECKING:
+    from fastdistill.models.pipelines import PipelineFolder
+
+INDEX = "model_index.json"
+
+
+def export(
+    source: PipelineFolder,
+    student: Any,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    link: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Writes ``target``, a whole pipeline folder that ``DiffusionPipeline.from_pretrained`` loads, or nothing.
+
+    Args:
+        source: whose components, licence and index it gets.
+        student: of the model's family, or a ``Student``; what wraps it is left out. Its weights are copied as they are.
+        dtype: its weights in this one; None: in their own. What diffusers keeps in float32 stays so.
+        link: the other components are symbolic links to the source's folders, which then have to stay where they are.
+        overwrite: a pipeline folder that is there already is replaced.
+
+    Raises:
+        InputError: a student of another kind, or that reads other latents or prompts than the source's model; weights
+            that are quantized, sharded, not finite or on the meta device, or adapters that are not merged; a target
+            that is there already, or that has to do with the source.
+        StorageError: a component of the source is missing; no space; what the disk says.
+    """
+    model = _model(student, source)
+    state = _weights(model, dtype)
+    place = _place(target, source.path, overwrite)
+    others = {name: source.path / name for name in source.components() if name != source.family.part}
+    for name, folder in others.items():
+        if not folder.is_dir():
+            raise StorageError(f"{folder}: expected the {name} of the pipeline, got no folder")
+    licences = [file for file in source.path.glob("LICEN[CS]E*") if file.is_file()]
+    copied = [] if link else [file for folder in others.values() for file in folder.rglob("*") if file.is_file()]
+    size = sum(tensor.nbytes for tensor in state.values()) + sum(file.stat().st_size for file in (*copied, *licences))
+    files.require_space(place.parent, size)
+    kind = source.family.kind.__name__
+    index = {**source.index, source.family.part: ["diffusers", kind]}
+    with files.atomic_directory(place, replace=overwrite) as folder:
+        for name, original in others.items():
+            if link:
+                (folder / name).symlink_to(original.resolve(), target_is_directory=True)
+            else:
+                shutil.copytree(original, folder / name)
+        for file in licences:
+            shutil.copyfile(file, folder / file.name)
+        try:
+            _written(source.family, dict(model.config), state).save_pretrained(folder / source.family.part)
+        except SafetensorError as error:
+            raise StorageError(f"{target}: could not be written: {error}") from error
+        (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _model(student: Any, source: PipelineFolder) -> Any:
+    """The model in ``student``, one that the pipeline can call."""
+    model = student.model if isinstance(student, Student) else student
+    if not isinstance(model, nn.Module):
+        raise InputError.of("student", "a model of diffusers, or a Student", described(student))
+    family = source.family
+    if families.find(model) is not family:
+        rule = f"a {family}, as the {source.kind} of {source.path} has it"
+        raise InputError.of("student", rule, type(families.unwrapped(model)).__name__)
+    core = families.unwrapped(model)
+    if names := sorted(peft.configs(model)):
+        rule = "adapters that are merged into the weights (or saved alone: DistillTrainer.save_adapters)"
+        raise InputError.of("student", rule, f"adapters {', '.join(names)}")
+    if quantized(core):
+        raise InputError.of("student", "weights that are not quantized", "quantized ones")
+    own, theirs = ((family.channels(c), family.conditions(c)) for c in (core.config, source.config))
+    if own[0] != theirs[0]:
+        raise InputError.of("student", f"latents of {theirs[0]} channels, as {source.path}", own[0])
+    for name in own[1].keys() | theirs[1].keys():
+        if own[1].get(name) != theirs[1].get(name):
+            rule = f"prompts as {source.path} has them: {name} {_shape(theirs[1].get(name))}"
+            raise InputError.of("student", rule, _shape(own[1].get(name)))
+    return core
+
+
+def _shape(condition: families.Condition | None) -> str:
+    if condition is None:
+        return "not read"
+    return f"of shape {['any' if size is None else size for size in condition.shape]}"
+
+
+def _weights(model: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """On the CPU, as they are to be stored."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InputError.of("dtype", "a floating-point dtype, or None", described(dtype))
+    kept = kept_in_float32(model)
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, DTensor) or tensor.is_meta:
+            got = f"{name} {'in shards' if isinstance(tensor, DTensor) else 'on the meta device'}"
+            raise InputError.of("student", "whole weights with values (a trainer's ema_student has them)", got)
+        value = tensor.detach().cpu()
+        if value.is_floating_point():
+            if dtype is not None and id(tensor) not in kept:
+                value = value.to(dtype)
+            if not bool(value.float().isfinite().all()):
+                raise InputError.of("student", f"weights that are finite as {value.dtype}", f"others in {name}")
+        found[name] = value
+    return found
+
+
+def _written(family: families.Family, config: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
+    """A plain model with these weights, to be saved: without the wrappers, hooks and fused forwards of the student."""
+    kind: Any = family.kind
+    with torch.device("meta"):
+        model = kind.from_config(config)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _place(target: Path, source: Path, overwrite: bool) -> Path:
+    """Where to write, with links in its parents resolved."""
+    whole = Path(os.path.abspath(target))
+    place = whole.parent.resolve() / whole.name
+    home = source.resolve()
+    if place == home or place in home.parents or home in place.parents:
+        raise InputError.of("target", f"a folder apart from {source}", target)
+    if target.exists() or target.is_symlink():
+        if not overwrite:
+            raise InputError.of("target", "a folder that is not there (or overwrite=True)", f"{target}, which is")
+        if not (target / INDEX).is_file():
+            raise InputError.of("target", "a pipeline folder to overwrite", f"{target} without {INDEX}")
+    return place

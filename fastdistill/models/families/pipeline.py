@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a family knows of diffusers' pipelines: how they encode prompts, and which latents their models read."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdistill.data.texts import checked, listed
+from fastdistill.errors import InputError, described
+
+_OWN = {"prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "negative_prompt", "self", "kwargs"}
+
+
+class OfPipelines:
+    """The part of a ``Family`` that has to do with pipelines.
+
+    pipelines: classes of diffusers that sample from its models. part: the component that is the model. aliases: other
+    names under which the model's class was published. encoded: for each bank the places of the prompts' rows and of the
+    null prompt's in what ``encode_prompt`` returns.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    part: ClassVar[str] = "transformer"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    encoded: ClassVar[Mapping[str, tuple[int, int]]] = {}
+
+    def conditions(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    def channels(self, config: Mapping[str, Any]) -> int:
+        raise NotImplementedError
+
+    def patch(self, config: Mapping[str, Any]) -> int:
+        """Rows and columns of a latent that make one token."""
+        return int(config.get("patch_size") or 1)
+
+    def encode(
+        self,
+        pipeline: Any,
+        prompts: Any,
+        *,
+        config: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """The rows [B, ...] of ``prompts`` in every bank that the model reads, as the pipeline encodes them.
+
+        Args:
+            pipeline: one of ``pipelines`` with its text encoders; it needs neither model nor VAE.
+            prompts: B texts; of DiT the names of classes, or their numbers as text.
+            config: of the model; None: of the one in the pipeline.
+            size: height and width in pixels, which SDXL and PixArt-alpha read; None: the size that the model is for.
+            guidance_scale: which guidance-distilled models read (Flux, LCM); None: the default of the pipeline.
+            options: further arguments of the pipeline's ``encode_prompt``, such as ``max_sequence_length`` or
+                ``clip_skip``; where nothing is given, the defaults of its call.
+
+        Raises:
+            InputError: a pipeline of another family, without text encoders or model; texts that are none; an option
+                that ``encode_prompt`` does not take. Nothing is encoded by then.
+        """
+        texts = listed(prompts, "prompts")
+        if not texts:
+            raise InputError.of("prompts", "at least one text", "none")
+        return self._rows(pipeline, texts, False, config, size, guidance_scale, options)
+
+    def encode_null(
+        self,
+        pipeline: Any,
+        text: str = "",
+        *,
+        config: Mapping[str, Any] | None = None,
+        size: tuple[int, int] | None = None,
+        guidance_scale: float | None = None,
+        **options: Any,
+    ) -> dict[str, Tensor]:
+        """The row [1, ...] of the null prompt in every bank: what the pipeline guides away from.
+
+        It is not always the encoding of the empty text: SDXL has zeros (``force_zeros_for_empty_prompt``), Sana leaves
+        its instruction out, DiT has a class of its own. text: a negative prompt instead. Other arguments as ``encode``.
+        """
+        return self._rows(pipeline, [checked(text, "text")], True, config, size, guidance_scale, options)
+
+    def _rows(
+        self,
+        pipeline: Any,
+        texts: list[str],
+        null: bool,
+        config: Mapping[str, Any] | None,
+        size: tuple[int, int] | None,
+        guidance_scale: float | None,
+        options: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        config = self._config(pipeline, config)
+        if guidance_scale is None:
+            guidance_scale = float(inspect.signature(type(pipeline).__call__).parameters["guidance_scale"].default)
+        own = self.added(pipeline, config, size, guidance_scale)
+        with torch.no_grad():
+            rows = self._encode(pipeline, texts, null, config, options)
+        for name, value in own.items():
+            rows[name] = value.to(pipeline._execution_device).expand(len(texts), *value.shape).contiguous()
+        wanted = self.conditions(config)
+        return {name: rows[name] for name in wanted if name in rows}
+
+    def _config(self, pipeline: Any, config: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        if type(pipeline).__name__ not in self.pipelines:
+            raise InputError.of("pipeline", " or ".join(self.pipelines), described(pipeline))
+        if config is None:
+            model = getattr(pipeline, self.part, None)
+            if model is None:
+                rule = f"a pipeline with its {self.part}, or that model's config="
+                raise InputError.of("pipeline", rule, f"{type(pipeline).__name__} without")
+            config = model.config
+        return config
+
+    def _encode(
+        self, pipeline: Any, texts: list[str], null: bool, config: Mapping[str, Any], options: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        takes = inspect.signature(pipeline.encode_prompt).parameters
+        for name in options:
+            if name not in takes or name in _OWN:
+                rule = f"options among {', '.join(sorted(takes.keys() - _OWN))}"
+                raise InputError.of("options", rule, name)
+        encoders = [name for name in pipeline.components if name.startswith("text_encoder")]
+        if all(getattr(pipeline, name, None) is None for name in encoders):
+            raise InputError.of("pipeline", "one with its text encoders", f"{type(pipeline).__name__} without")
+        call = inspect.signature(type(pipeline).__call__).parameters
+        given = {n: p.default for n, p in call.items() if n in takes and p.default is not inspect.Parameter.empty}
+        absent = [name for name in ("bs4", "ftfy") if importlib.util.find_spec(name) is None]
+        if absent and options.get("clean_caption"):
+            raise InputError.of("clean_caption", "bs4 and ftfy, which it needs", f"no {' and no '.join(absent)}")
+        if absent and given.get("clean_caption"):
+            given["clean_caption"] = False  # as the pipeline does, with a warning at each call
+        given |= {"prompt": texts, "device": pipeline._execution_device, "num_images_per_prompt": 1}
+        if "do_classifier_free_guidance" in takes:
+            given["do_classifier_free_guidance"] = null
+            if null and texts != [""]:
+                given |= {"prompt": [""], "negative_prompt": texts}
+        outputs = pipeline.encode_prompt(**given | options)
+        return {bank: outputs[places[null]] for bank, places in self.encoded.items() if places[null] < len(outputs)}
+
+    def added(
+        self, pipeline: Any, config: Mapping[str, Any], size: tuple[int, int] | None, guidance_scale: float
+    ) -> dict[str, Tensor]:
+        """What the model reads besides the encoding of a prompt, a row of each bank."""
+        return {"guidance": torch.tensor(guidance_scale)} if config.get("guidance_embeds") else {}
+
+    def scheduler(self, kind: str, scheduler: Any) -> Any:
+        """The scheduler of a folder as a pipeline of class ``kind`` sets it."""
+        return scheduler
+
+    def size(self, config: Mapping[str, Any], factor: int) -> tuple[int, int]:
+        """Height and width in pixels that a model is for; ``factor``: pixels of an image for one of a latent."""
+        found = config.get("sample_size")
+        if found is None:
+            raise InputError.of("size", "height and width, as the model's sample_size does not say them", None)
+        height, width = (found, found) if isinstance(found, int) else found
+        return int(height) * factor, int(width) * factor
+
+    def latent_shape(
+        self, config: Mapping[str, Any], vae: Mapping[str, Any], size: tuple[int, int] | None = None
+    ) -> tuple[int, int, int]:
+        """[C, H, W] of the latents of images of ``size`` (height, width); None: the size that the model is for.
+
+        config, vae: configurations of the model and of the VAE.
+
+        Raises:
+            InputError: a size that is no multiple of the VAE's factor times the model's patch, or beyond the positions
+                that the model has.
+        """
+        factor = vae_factor(vae)
+        height, width = self.size(config, factor) if size is None else _two(size)
+        unit = factor * self.patch(config)
+        most = config.get("pos_embed_max_size")
+        for name, length in (("height", height), ("width", width)):
+            if length < unit or length % unit:
+                raise InputError.of(name, f"a multiple of {unit} pixels", length)
+            if most is not None and length > most * unit:
+                raise InputError.of(name, f"at most {most * unit} pixels (pos_embed_max_size {most})", length)
+        return self.channels(config), height // factor, width // factor
+
+    @torch.no_grad()
+    def decode(self, vae: Any, latents: Tensor, *, batch: int = 8) -> Tensor:
+        """Images [B, 3, height, width], float32 in [0, 1] on the VAE's device, of the model's latents [B, C, H, W].
+
+        vae: of a pipeline, or a pipeline with one; its ``scaling_factor``, ``shift_factor``, ``latents_mean`` and
+        ``latents_std`` apply. A float16 VAE that overflows (``force_upcast``) is used in float32.
+        """
+        vae = _vae_for(vae, latents, "latent_channels", "latents")
+        images = []
+        with _safe(vae):
+            for part in torch.split(latents, batch):
+                part = unscaled(vae.config, part.to(vae.device, torch.promote_types(part.dtype, torch.float32)))
+                images.append(vae.decode(part.to(vae.dtype), return_dict=False)[0].float())
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def to_latents(self, vae: Any, images: Tensor, *, batch: int = 8) -> Tensor:
+        """The inverse of ``decode``: latents [B, C, H, W] float32 of images [B, 3, height, width] in [0, 1].
+
+        They are the most probable ones, without the noise that the VAE's posterior has.
+        """
+        vae = _vae_for(vae, images, "in_channels", "images")
+        latents = []
+        with _safe(vae):
+            for part in torch.split(images, batch):
+                encoded = vae.encode((part.to(vae.device) * 2 - 1).to(vae.dtype))
+                found = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+                latents.append(scaled(vae.config, found.float()))
+        return torch.cat(latents)
+
+
+def vae_factor(config: Mapping[str, Any]) -> int:
+    """Pixels of an image, in height and width, for one of a latent of this VAE's configuration."""
+    stages = config.get("encoder_block_out_channels") or config.get("block_out_channels")
+    if not stages:
+        raise InputError.of("vae", "a configuration with block_out_channels", ", ".join(config))
+    return int(2 ** (len(stages) - 1))
+
+
+def unscaled(config: Mapping[str, Any], latents: Tensor) -> Tensor:
+    """What a VAE of this configuration decodes, from the latents that models read."""
+    scale = config.get("scaling_factor") or 1.0
+    if (moments := _moments(config, latents)) is not None:
+        mean, std = moments
+        return latents * std / scale + mean
+    return latents / scale + (config.get("shift_factor") or 0.0)
+
+
+def scaled(config: Mapping[str, Any], encoded: Tensor) -> Tensor:
+    """The inverse of ``unscaled``."""
+    scale = config.get("scaling_factor") or 1.0
+    if (moments := _moments(config, encoded)) is not None:
+        mean, std = moments
+        return (encoded - mean) * scale / std
+    return (encoded - (config.get("shift_factor") or 0.0)) * scale
+
+
+def _moments(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of each channel, where the configuration has both."""
+    found = [config.get(name) for name in ("latents_mean", "latents_std")]
+    if any(values is None for values in found):
+        return None
+    mean, std = (torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for values in found)
+    return mean, std
+
+
+def _vae_for(vae: Any, given: Any, channels: str, argument: str) -> Any:
+    vae = getattr(vae, "vae", vae)
+    if not hasattr(vae, "decode") or not hasattr(vae, "config"):
+        raise InputError.of("vae", "a VAE of diffusers, or a pipeline with one", described(vae))
+    wanted = vae.config.get(channels)
+    if not isinstance(given, Tensor) or given.ndim != 4 or (wanted is not None and given.shape[1] != wanted):
+        got = tuple(given.shape) if isinstance(given, Tensor) else described(given)
+        raise InputError.of(argument, f"a tensor [B, {wanted or 'C'} ({channels} of the VAE), height, width]", got)
+    return vae
+
+
+@contextmanager
+def _safe(vae: Any) -> Iterator[None]:
+    """In float32, where float16 overflows in this VAE."""
+    upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast")
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(torch.float16)
+
+
+def _two(size: Any) -> tuple[int, int]:
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(isinstance(length, int) for length in size):
+        raise InputError.of("size", "height and width in pixels", described(size))
+    return size[0], size[1]

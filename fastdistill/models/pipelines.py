@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pipeline folders of diffusers: what is in them, the parts that distillation needs, and a student put into one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from fastdistill import files
+from fastdistill.data.fingerprint import listed as some
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.data.texts import listed
+from fastdistill.diffusion.flow import schedule_of
+from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type
+from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
+from fastdistill.models import families
+from fastdistill.models.export import export
+from fastdistill.models.weights import weights_hash
+
+INDEX = "model_index.json"
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # by what samples from texts
+
+
+def open_pipeline(folder: str | os.PathLike[str]) -> PipelineFolder:
+    """The pipeline of diffusers saved in ``folder`` (``DiffusionPipeline.save_pretrained``); no weights are read.
+
+    Raises:
+        StorageError: no folder, or a file that is missing or damaged.
+        InputError: a pipeline whose model is of no family (``fastdistill.models.families``).
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise InputError.of("folder", "the path of a pipeline folder", described(folder))
+    path = Path(folder)
+    if not path.is_dir():
+        hint = " (download a model of the Hub first: huggingface_hub.snapshot_download)" if not path.exists() else ""
+        raise StorageError(f"{path}: expected a pipeline folder of diffusers, got no folder{hint}")
+    index = _json(path / INDEX)
+    kind = index.get("_class_name")
+    family = next((family for family in families.FAMILIES.values() if kind in family.pipelines), None)
+    if family is None:
+        known = ", ".join(name for family in families.FAMILIES.values() for name in family.pipelines)
+        got = f"{kind!r} (a model of another kind is trained with DistillTrainer(..., call=))"
+        raise InputError.of(f"{path / INDEX}: _class_name", f"one of {known}", got)
+    names = (family.kind.__name__, *family.aliases)
+    found = index.get(family.part) or [None, None]
+    if found[-1] not in names:
+        raise InputError.of(f"{path / INDEX}: {family.part}", " or ".join(names), found[-1])
+    config = _json(path / family.part / "config.json")
+    takes = inspect.signature(family.kind.__init__).parameters.values()
+    defaults = {p.name: p.default for p in takes if p.default is not inspect.Parameter.empty}
+    return PipelineFolder(path, str(kind), family, index, defaults | config)
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineFolder:
+    """A pipeline folder, by ``open_pipeline``.
+
+    kind: the class of the pipeline. family: of its model. index: its ``model_index.json``. config: of the model, with
+    the defaults of its class. A ``size`` is (height, width) of images in pixels; None: the size that the model is for.
+    """
+
+    path: Path
+    kind: str
+    family: families.Family
+    index: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @cached_property
+    def vae(self) -> dict[str, Any]:
+        """Configuration of the VAE."""
+        return _json(self.path / "vae" / "config.json")
+
+    def size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
+        """Height and width in pixels of the images that belong to ``latent_shape(size)``."""
+        _, height, width = self.latent_shape(size)
+        factor = families.vae_factor(self.vae)
+        return height * factor, width * factor
+
+    def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+        """[C, H, W] of the latents of images of this size; InputError for a size that the model does not have."""
+        return self.family.latent_shape(self.config, self.vae, size)
+
+    def scheduler(self) -> Any:
+        """The scheduler of diffusers, set as the pipeline sets it: for ``sample_with``, or a trainer's schedule."""
+        return self.family.scheduler(self.kind, self._part("scheduler"))
+
+    def schedule(self, size: tuple[int, int] | None = None) -> Schedule:
+        """The noise that the model is trained with, by its scheduler; a dynamic shift goes by ``size``."""
+        return schedule_of(self.scheduler(), self.family.tokens(self.config, self.latent_shape(size)))
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the model predicts: what the scheduler says, else what is usual for the family."""
+        return check_prediction_type(self.scheduler().config.get("prediction_type") or self.family.prediction_type)
+
+    def model(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+        """The denoiser in eval mode. On the meta device it has no values, and no weights are read."""
+        kind: Any = self.family.kind
+        if torch.device(device).type == "meta":
+            with torch.device("meta"):
+                return kind.from_config(dict(self.config)).to(dtype).eval()
+        return self._loaded(kind, self.family.part, dtype).to(device).eval()
+
+    def autoencoder(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+        """The VAE in eval mode, for ``family.decode``."""
+        return self._loaded(self._class("vae"), "vae", dtype).to(device).eval()
+
+    def encoders(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+        """The pipeline without model and VAE, for ``family.encode``."""
+        import diffusers
+
+        left_out = {name: None for name in (self.family.part, "vae", *_UNUSED) if name in self.index}
+        needed = [self._folder(name) for name in self.components() if name not in left_out]
+        options: dict[str, Any] = {"variant": next(filter(None, map(_variant, needed)), None), **_as(dtype)}
+        if "safety_checker" in left_out:
+            options["requires_safety_checker"] = False
+        try:
+            kind = getattr(diffusers, self.kind)
+            pipeline = kind.from_pretrained(str(self.path), local_files_only=True, **left_out, **options)
+        except ImportError as error:
+            message = (
+                "transformers: expected to be installed for text encoders; run: pip install 'fastdistill[pipelines]'"
+            )
+            raise FastdistillError(f"{message} ({quoted(error)})") from error
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{self.path}: the text encoders could not be loaded: {quoted(error)}") from error
+        return pipeline.to(device)
+
+    def encode(self, texts: Iterable[str], pipeline: Any = None, **options: Any) -> PromptBank:
+        """The bank of these texts and of the null prompt, encoded by the pipeline's own text encoders.
+
+        Args:
+            pipeline: with the text encoders; None: ``encoders()``.
+            options: ``size``, ``guidance_scale`` and others of ``family.encode``; ``null_text``, ``batch`` and
+                ``progress`` of ``PromptBank.build``.
+        """
+        build = {name: options.pop(name) for name in ("null_text", "batch", "progress") if name in options}
+        given: dict[str, Any] = options | {"size": self.size(options.get("size"))}
+        texts = listed(texts)
+        pipeline = self.encoders() if pipeline is None else pipeline
+        encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
+        weights = {name: weights_hash(part) for name, part in encoders.items() if part is not None}
+        return PromptBank.build(
+            texts,
+            lambda part: self.family.encode(pipeline, part, config=self.config, **given),
+            encode_null=lambda text: self.family.encode_null(pipeline, text, config=self.config, **given),
+            encoder={"pipeline": self.kind, "weights": weights, "options": given},
+            **build,
+        )
+
+    def export(
+        self,
+        student: Any,
+        target: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        link: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """``target`` becomes this folder with ``student`` in place of its model (``fastdistill.models.export``)."""
+        export(self, student, Path(target), dtype=dtype, link=link, overwrite=overwrite)
+
+    def components(self) -> dict[str, str]:
+        """The class of each component that the folder has, by name."""
+        named = {name: entry for name, entry in self.index.items() if isinstance(entry, list) and len(entry) == 2}
+        return {name: kind for name, (_, kind) in named.items() if kind is not None}
+
+    def _folder(self, name: str) -> Path:
+        folder = self.path / name
+        if not folder.is_dir():
+            raise StorageError(f"{folder}: expected the {name} of the pipeline, got no folder")
+        return folder
+
+    def _class(self, name: str) -> Any:
+        import diffusers
+
+        self._folder(name)
+        named = self.components().get(name)
+        kind = getattr(diffusers, str(named), None)
+        if kind is None:
+            raise InputError.of(f"{self.path / INDEX}: {name}", "a class of diffusers", named)
+        return kind
+
+    def _part(self, name: str) -> Any:
+        kind = self._class(name)
+        try:
+            return kind.from_pretrained(str(self.path), subfolder=name, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{self.path / name}: could not be loaded: {quoted(error)}") from error
+
+    def _loaded(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
+        folder = self._folder(name)
+        if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+            raise StorageError(f"{folder}: expected weights (diffusion_pytorch_model.safetensors), got none")
+        options = {"local_files_only": True, "variant": _variant(folder), **_as(dtype)}
+        try:
+            model, found = kind.from_pretrained(str(self.path), subfolder=name, output_loading_info=True, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise StorageError(f"{folder}: could not be loaded: {quoted(error)}") from error
+        if missing := sorted(found["missing_keys"]):
+            raise StorageError(f"{folder}: expected all weights of its config.json, got none for {some(missing)}")
+        return model
+
+
+def _as(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of ``from_pretrained`` for the dtype."""
+    from diffusers.utils import deprecation_utils
+
+    return {"dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype": dtype}
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of the weights in a folder (``model.fp16.safetensors``), where there are none without."""
+    found = [re.fullmatch(r"\w+(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", f.name) for f in folder.iterdir()]
+    variants = sorted({match[1] or "" for match in found if match})
+    return variants[0] if variants and variants[0] else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StorageError(f"{path}: expected a file of a pipeline folder, got none") from None
+    except OSError as error:
+        raise StorageError(f"{path}: could not be read: {files.reason(error)}") from error
+    except ValueError as error:
+        raise StorageError(f"{path}: expected JSON, got other text ({quoted(error)})") from error
+    if not isinstance(value, dict):
+        raise StorageError(f"{path}: expected a JSON object, got {described(value)}")
+    return value
