@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,28 @@ class _Tell:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             print(f"\n== {report.when} of {report.nodeid} failed\n{report.longreprtext[-3000:]}", flush=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """An error that leaves the GPU unusable costs one test: pytest-xdist goes on in a new process."""
+    if not report.failed or _usable():
+        return
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)  # the report has been sent
+    pytest.exit(f"{report.nodeid} left the GPU unusable", returncode=1)
+
+
+def _usable() -> bool:
+    """Whether this process can go on with its GPU, if it has used one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def pytest_configure(config: pytest.Config) -> None:

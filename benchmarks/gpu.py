@@ -147,7 +147,7 @@ def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> It
 
     def sanitizer(tool: str) -> Stage:
         chosen = f"cuda and {tool} or planted" if tool == "memcheck" else f"cuda and {tool}"
-        watched = *TESTS, "-v", "-m", "gpu and slow", "-k", chosen, "tests/gpu/test_sanitizers.py"
+        watched = *TESTS, "-v", "-s", "-m", "gpu and slow", "-k", chosen, "tests/gpu/test_sanitizers.py"
         return python(f"compute-sanitizer {tool}", 45, *watched)
 
     if part == "1/3":
@@ -189,7 +189,7 @@ def first(archs: str, scale: float = 1.0) -> Iterator[Stage]:
             done.touch()
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = {"FASTDISTILL_CUDA": "1", "FASTDISTILL_CUDA_ARCHS": archs} if archs else {"FASTDISTILL_CUDA": "0"}
-    yield Stage("build", build, 90 * scale, environment)
+    yield Stage("build", build, 120 * scale, environment)
 
 
 def ops(without: str) -> list[str]:

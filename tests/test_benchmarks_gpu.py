@@ -156,6 +156,47 @@ def test_the_stages_call_what_is_there(device: str, tmp_path: Path, monkeypatch:
     assert twice["smoke"] == 2 * made[names.index("smoke")].seconds
 
 
+BROKEN = """
+import sys, types
+
+def fail():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+sys.modules["torch"] = types.SimpleNamespace(
+    cuda=types.SimpleNamespace(is_initialized=lambda: True, synchronize=lambda: fail() if broken else None)
+)
+broken = False
+
+def test_usable():
+    assert False, "the device is as it was"
+
+def test_breaks():
+    global broken
+    broken = True
+    fail()
+
+def test_next():
+    assert not broken
+"""
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_error_that_breaks_the_device_costs_one_test(workers: str, tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
+    (tmp_path / "test_planted.py").write_text(BROKEN)
+    command = "-m pytest --tell -q -p no:cacheprovider -n".split()
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, *command, workers, "--rootdir", str(tmp_path), str(tmp_path)],
+        cwd=tmp_path, env=alone, capture_output=True, text=True,
+    )  # fmt: skip
+    told = done.stdout + done.stderr
+    assert done.returncode == 1 and "call of test_planted.py::test_breaks failed" in told, told
+    assert ("1 passed" in told) == (workers == "1"), told
+    assert "call of test_planted.py::test_next failed" not in told, told
+
+
 BARE = """
 import importlib, sys
 from pathlib import Path

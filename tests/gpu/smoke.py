@@ -79,10 +79,13 @@ def main(device: str, *pair: str) -> int:
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
     try:
         waiting = {pool.submit(_apart, work, kernel, device): f"{kernel} {work}" for kernel, work in PAIRS}
-        for done in as_completed(waiting):
+        for done in as_completed(list(waiting)):
             failed += done.result() is not None
-            print(f"{time.monotonic() - start:5.1f} s  {waiting[done]}: {done.result() or 'right'}", flush=True)
+            its = f"{waiting.pop(done)}: {done.result() or 'right'}"
+            print(f"{time.monotonic() - start:5.1f} s  {its}", flush=True)
     finally:
+        for name in waiting.values():
+            print(f"         {name}: not done", flush=True)
         pool.shutdown(cancel_futures=True)
     return 1 if failed else 0
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdistill.ops import OPS, _dispatch, _native, feature_match, grad_square_sum, noise_gather, use
+from fastdistill.ops import OPS, _dispatch, _native, cross_attention, feature_match, grad_square_sum, noise_gather, use
 from fastdistill.ops._dispatch import Kernel, Op
-from tests.gpu.work import KERNELS, PAIRS, WORKS, Work, adamw_ema_work, banks, restore, steps_of
+from tests.gpu.work import KERNELS, PAIRS, WORKS, Work, adamw_ema_work, banks, model_work, restore, steps_of
 from tests.ops.test_philox import VECTORS
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -76,6 +76,18 @@ def test_equal_bits_on_every_run(work: str, kernel: str) -> None:
         first = steps_of(WORKS[work](here), 2)
         assert_equal(steps_of(WORKS[work](here), 2), first)
     assert not all(map(torch.equal, first[0], first[1]))
+
+
+@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
+def test_cross_attention_has_equal_bits_where_a_gpu_is_full() -> None:
+    """Thousands of blocks at once, where a missing barrier or fence shows."""
+    batch, queries, heads, runs = (16, 4096, 8, 5) if here == "cuda" else (1, 20, 1, 2)
+    shapes = (batch, queries, heads, 40), *[(batch, 77, heads, 40)] * 2
+    with use("triton"):
+        made = model_work(here, cross_attention, *shapes, dtype=torch.bfloat16)
+        first = steps_of(made)
+        for _ in range(runs - 1):
+            assert_equal(steps_of(made), first)
 
 
 @on(*([pytest.mark.slow] if here == "cpu" else []))

@@ -28,12 +28,19 @@ torch.cuda.synchronize()
 """
 
 
-def run(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
+def run(tool: str, *command: str) -> tuple[int, str]:
+    """The exit code and the output, which is also printed as it comes, for a run that may be stopped."""
     assert TOOL is not None
-    return subprocess.run(
-        [TOOL, "--tool", tool, "--error-exitcode", "17", "--print-limit", "20", sys.executable, *command],
-        cwd=ROOT, env=os.environ | WITHOUT_CACHE, capture_output=True, text=True, timeout=580,
-    )  # fmt: skip
+    options = "--error-exitcode", "17", "--print-limit", "20"
+    output = ""
+    with subprocess.Popen(
+        [TOOL, "--tool", tool, *options, sys.executable, *command],
+        cwd=ROOT, env=os.environ | WITHOUT_CACHE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            output += line
+    return process.returncode, output
 
 
 @pytest.mark.gpu
@@ -43,10 +50,9 @@ def run(tool: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_every_kernel_is_clean(tool: str, kernel: str) -> None:
-    done = run(tool, "-m", "tests.gpu.work", "cuda", kernel)
-    output = done.stdout[-8000:] + done.stderr[-4000:]
-    assert done.returncode == 0, output
-    assert all(f"{kernel} {op} wrote" in output for k, op in PAIRS if k == kernel), output
+    code, output = run(tool, "-m", "tests.gpu.work", "cuda", kernel)
+    assert code == 0, output[-12000:]
+    assert all(f"{kernel} {op} wrote" in output for k, op in PAIRS if k == kernel), output[-12000:]
 
 
 @pytest.mark.gpu
@@ -54,8 +60,8 @@ def test_every_kernel_is_clean(tool: str, kernel: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.skipif(TOOL is None, reason="no compute-sanitizer on PATH, in CUDA_HOME or in /usr/local/cuda")
 def test_a_planted_bug_is_found() -> None:
-    done = run("memcheck", "-c", PLANTED)
-    assert done.returncode != 0 and "Invalid __global__" in done.stdout + done.stderr, done.stdout[-4000:]
+    code, output = run("memcheck", "-c", PLANTED)
+    assert code != 0 and "Invalid __global__" in output, output[-4000:]
 
 
 def test_what_the_process_that_is_watched_runs(capsys: pytest.CaptureFixture[str]) -> None:
