@@ -71,14 +71,11 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
             if not replace:
                 raise FileExistsError(errno.EEXIST, "there is something by that name")
             os.rename(path, former)
-        try:
-            os.rename(temporary, path)
-        except BaseException:
-            if os.path.lexists(former):
-                os.rename(former, path)
-            raise
+        os.rename(temporary, path)
         _sync_directory(path.parent)
     except BaseException as error:
+        if os.path.lexists(former) and not os.path.lexists(path):
+            os.rename(former, path)
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, StorageError):
             raise StorageError(f"{path}: could not be written: {reason(error)}") from error

@@ -83,3 +83,48 @@ def test_too_small_a_disk(tmp_path, monkeypatch):
 
 def test_errors_of_storage_are_errors_a_caller_can_catch():
     assert issubclass(StorageError, OSError) and issubclass(StorageError, FastdistillError)
+
+
+def filled(target, text="new", **options):
+    with files.atomic_directory(target, **options) as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "file").write_text(text)
+
+
+def test_a_directory_is_there_as_a_whole(tmp_path):
+    target = tmp_path / "deep" / "pipeline"
+    filled(target)
+    with pytest.raises(StorageError, match="pipeline: could not be written: "):
+        filled(target, "other")
+    assert (target / "part" / "file").read_text() == "new"
+    filled(target, "other", replace=True)
+    assert (target / "part" / "file").read_text() == "other" and os.listdir(target.parent) == ["pipeline"]
+    (tmp_path / "link").symlink_to(target)
+    filled(tmp_path / "link", "third", replace=True)  # the link goes, what it points to stays
+    assert (target / "part" / "file").read_text() == "other" and not (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("call", range(6))
+def test_an_interrupted_directory_keeps_what_was_there(tmp_path, monkeypatch, error, call):
+    """Whichever call of the operating system does not come back."""
+    target = tmp_path / "pipeline"
+    filled(target, "old")
+    left = [call]
+
+    def failing(function):
+        def made(*arguments, **options):
+            left[0] -= 1
+            if left[0] == -1:
+                raise error
+            return function(*arguments, **options)
+
+        return made
+
+    for name in ("fsync", "rename"):
+        monkeypatch.setattr(os, name, failing(getattr(os, name)))
+    with pytest.raises(StorageError if isinstance(error, OSError) else error):
+        filled(target, replace=True)
+    monkeypatch.undo()
+    whole = "new" if call == 5 else "old"  # the last one only brings the new name to the disk
+    assert (target / "part" / "file").read_text() == whole and os.listdir(tmp_path) == ["pipeline"]

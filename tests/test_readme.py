@@ -20,6 +20,7 @@ from diffusers import UNet2DConditionModel
 
 import fastdistill
 from fastdistill.train.loop import read_metrics
+from tests.models import tiny_pipelines
 from tests.processes import as_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +56,19 @@ def test_the_code_of_adapters_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     loaded, wanted = (names[name].state_dict() for name in ("model", "average"))
     assert loaded.keys() == {key.replace(".default.", ".default_0.") for key in wanted}
     assert all(torch.equal(value, loaded[key.replace(".default.", ".default_0.")]) for key, value in wanted.items())
+
+
+def test_the_code_of_pipelines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/pipelines.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    tiny_pipelines.save("sd", tmp_path / "models" / "teacher")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["images"].shape == (2, 3, 16, 16) and names["images"].isfinite().all()
+    wanted = names["trainer"].ema_student().state_dict()
+    found = fastdistill.open_pipeline("runs/student").model().state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(value, wanted[key]) for key, value in found.items())
 
 
 def test_what_it_links_to_is_there() -> None:

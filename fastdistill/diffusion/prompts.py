@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +18,7 @@ Rows = Tensor | Mapping[str, Tensor]
 def check_prompts(x_T: Tensor, prompts: Rows, null_prompt: Rows | None, scale: float) -> None:
     """InputError unless ``prompts`` are rows for the batch of ``x_T`` and ``null_prompt`` is one more (None where
     ``scale`` is 1), in the same banks and on the same device."""
-    if not isinstance(scale, int | float) or not math.isfinite(scale):
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise InputError.of("guidance_scale", "a finite number", described(scale))
     if null_prompt is None and scale != 1:
         raise InputError.of("null_prompt", f"a row, for a guidance_scale of {scale}", None)

@@ -72,11 +72,16 @@ def export(
                 shutil.copytree(original, folder / name)
         for file in licences:
             shutil.copyfile(file, folder / file.name)
-        try:
-            _written(source.family, dict(model.config), state).save_pretrained(folder / source.family.part)
-        except SafetensorError as error:
-            raise StorageError(f"{target}: could not be written: {error}") from error
+        save_model(_written(source.family, dict(model.config), state), folder / source.family.part)
         (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """``model.save_pretrained``; StorageError for whatever the disk says."""
+    try:
+        model.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{folder}: could not be written: {error}") from error
 
 
 def _model(student: Any, source: PipelineFolder) -> Any:

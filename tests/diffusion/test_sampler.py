@@ -333,6 +333,7 @@ def test_zero_terminal_signal():
         ({"timesteps": [1000, 2]}, "timesteps: expected decreasing values from 999 to 0"),
         ({"timesteps": [5]}, "timesteps: expected 2 values, one per step, got 1"),
         ({"guidance_scale": math.nan}, "guidance_scale: expected a finite number, got nan"),
+        ({"guidance_scale": "2"}, "guidance_scale: expected a finite number, got '2'"),
         ({"clip_sample": 0.0}, "clip_sample: expected a limit above 0"),
         ({"prediction_type": "eps"}, "prediction_type: expected one of epsilon, sample, v_prediction, got 'eps'"),
         ({"model": lambda *a, **k: torch.ones(1)}, "model: expected a prediction of shape (6, 1, 2, 2), got (1,)"),

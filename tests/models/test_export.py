@@ -134,7 +134,7 @@ def test_nothing_half_written_is_left(
         raise KeyboardInterrupt
 
     for broken, error, message in (
-        (full, StorageError, "could not be written: No space left"),
+        (full, StorageError, r"could not be written: .*No space left"),
         (stop, KeyboardInterrupt, None),
     ):
         monkeypatch.setattr(folder.family.kind, "save_pretrained", broken)

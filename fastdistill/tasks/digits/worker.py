@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -29,9 +28,10 @@ from fastdistill.data.fingerprint import plain, sha256_of_json
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
-from fastdistill.errors import FastdistillError, StorageError
-from fastdistill.files import atomic_write
+from fastdistill.errors import FastdistillError
+from fastdistill.files import atomic_directory, atomic_write
 from fastdistill.models import make_student
+from fastdistill.models.export import save_model
 from fastdistill.models.weights import weights_hash
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
@@ -89,16 +89,8 @@ def finished(directory: Path, fingerprint: str) -> bool:
 
 def _export(model: Any, directory: Path) -> None:
     """``model.save_pretrained``, atomically."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        if directory.exists():
-            shutil.rmtree(directory)
-        temporary.rename(directory)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(f"{directory}: could not be written: {error}") from error
+    with atomic_directory(directory, replace=True) as temporary:
+        save_model(model, temporary)
 
 
 def _train(
