@@ -7,8 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
+
+from fastdistill.models.families.flux import positions
 
 Inputs = dict[str, Any]
 
@@ -70,6 +79,32 @@ def sd3(**changes: Any) -> tuple[nn.Module, Inputs]:
     }  # fmt: skip
 
 
+def flux() -> tuple[nn.Module, Inputs]:
+    model = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(2, 16, 16), "timestep": torch.tensor([0.003, 0.9]),
+        "encoder_hidden_states": torch.randn(2, 5, 12), "pooled_projections": torch.randn(2, 10),
+        "guidance": torch.tensor([3.5, 2.0]), "img_ids": positions(4, 4, torch.device("cpu")),
+        "txt_ids": torch.zeros(5, 3),
+    }  # fmt: skip
+
+
+def sana(**changes: Any) -> tuple[nn.Module, Inputs]:
+    options = {
+        "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8,
+        "num_cross_attention_heads": 2, "cross_attention_head_dim": 8, "cross_attention_dim": 16,
+        "caption_channels": 12, "sample_size": 8,
+    }  # fmt: skip
+    return SanaTransformer2DModel(**(options | changes)), {
+        "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3.0, 900.0]),
+        "encoder_hidden_states": torch.randn(2, 6, 12),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]]),
+    }  # fmt: skip
+
+
 MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "UNet2DConditionModel": unet,
     "UNet2DConditionModel, SDXL's choices": lambda: unet(
@@ -84,10 +119,16 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "PixArtTransformer2DModel": pixart,
     "SD3Transformer2DModel": sd3,
     "SD3Transformer2DModel, 3.5": lambda: sd3(dual_attention_layers=(0,), qk_norm="rms_norm"),
+    "FluxTransformer2DModel": flux,
+    "SanaTransformer2DModel": sana,
+    "SanaTransformer2DModel, 1.5": lambda: sana(qk_norm="rms_norm_across_heads"),
 }
+#: What has no op, by the start of a model's name: the rest of each model runs fused.
+LEFT = {"SanaTransformer2DModel": {"SanaLinearAttnProcessor2_0", "GLUMBConv"}}
 #: One of each kind of block.
 QUICK = {
     "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel, 3.5",
+    "FluxTransformer2DModel", "SanaTransformer2DModel, 1.5",
 }  # fmt: skip
 
 

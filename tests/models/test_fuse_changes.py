@@ -12,8 +12,10 @@ import pytest
 import torch
 from diffusers.hooks import HookRegistry, LayerSkipConfig, ModelHook, apply_layer_skip
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
 from fastdistill.models.fuse import convolutional, fuse, unfuse
@@ -100,7 +102,8 @@ def other_activation(model: nn.Module) -> None:
         module.forward = torch.tanh
 
 
-NAMES = ["UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel, 3.5"]
+NAMES = ["UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel, 3.5",
+         "FluxTransformer2DModel", "SanaTransformer2DModel"]  # fmt: skip
 CHANGES: dict[str, Change] = {f.__name__: f for f in (patched, offloaded, hooked, hooked_before, another_class)}
 
 
@@ -251,3 +254,36 @@ def test_nothing_to_fuse_is_said() -> None:
     patched(model)
     with pytest.warns(UserWarning, match="nothing in .* the forward of its norm1 has been .*; AttnProcessor: no fused"):
         assert not any(swap.swapped for swap in fuse(model))
+
+
+def test_backends_and_projections_of_flux() -> None:
+    """What diffusers lets its users choose for an attention is not overruled."""
+    model, inputs = made("FluxTransformer2DModel")
+    expected, exact = call(model, inputs), call(copy.deepcopy(model).double(), cast(inputs, torch.float64))
+    assert all(swap.swapped for swap in fuse(model))
+    with attention_backend("_native_math"):
+        assert {swap.reason for swap in fuse(model)} == {None, "its attention backend is _native_math"}
+    with attention_backend("native"):  # the method sets the one of all models, too
+        model.set_attention_backend("_native_math")  # type: ignore[operator]
+    kept = {swap.kind for swap in fuse(model) if not swap.swapped}
+    assert kept == {"FluxAttnProcessor"}
+    assert_alike(call(model, inputs), expected, exact)
+    model.reset_attention_backend()  # type: ignore[operator]
+    assert all(swap.swapped for swap in fuse(model))
+    for attention in parts(model, FluxAttention):
+        attention.fuse_projections()
+    assert any("put together" in str(swap.reason) for swap in fuse(model))
+    assert_alike(call(model, inputs), expected, exact)
+
+
+def test_what_sana_has_no_op_for_is_named() -> None:
+    model, _ = made("SanaTransformer2DModel")
+    left = {swap.name: swap.reason for swap in fuse(model) if not swap.swapped}
+    assert left == {
+        f"transformer_blocks.{i}.{part}": reason
+        for i in (0, 1)
+        for part, reason in (
+            ("attn1", "there is no op for linear attention"),
+            ("ff", "there is no op for its depthwise convolution and gate"),
+        )
+    }

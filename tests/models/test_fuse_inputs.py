@@ -13,6 +13,12 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxIPAdapterAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -102,6 +108,15 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...]]] = {
         functools.partial(JointTransformerBlock, 16, 2, 8, context_pre_only=True),
         (randn(2, 5, 16), randn(2, 0, 16), randn(2, 16)),
     ),
+    "Flux, one embedding for all": (
+        functools.partial(FluxTransformerBlock, 16, 2, 8), (randn(2, 5, 16), randn(2, 3, 16), randn(1, 16)),
+    ),
+    "Flux's single blocks, no prompt": (
+        functools.partial(FluxSingleTransformerBlock, 16, 2, 8), (randn(2, 5, 16), randn(2, 0, 16), randn(2, 16)),
+    ),
+    "Flux, a mask": (
+        functools.partial(FluxAttention, 16, 2, 8), (randn(2, 5, 16), None, randn(2, 2, 5, 5)),
+    ),
     "DiT, one label for all": (
         functools.partial(BasicTransformerBlock, 16, 2, 8, norm_type="ada_norm_zero", num_embeds_ada_norm=9),
         (randn(2, 5, 16), None, None, None, torch.tensor([3]), None, torch.tensor([1])),
@@ -148,3 +163,22 @@ def test_a_mask_that_is_learned_has_its_gradient() -> None:
         grads.append(mask.grad)
         fuse(block)
     assert torch.equal(*grads)
+
+
+def test_image_prompts_of_flux() -> None:
+    """Its attention, of another processor, has a third output, which the block adds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        block = FluxTransformerBlock(16, 2, 8).eval()
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(16, 6, scale=[0.7]))
+    exact = copy.deepcopy(block).double()
+    outs = []
+    with torch.no_grad():
+        for some, dtype in ((block, torch.float32), (exact, torch.float64), (block, torch.float32)):
+            x, context, temb, images = (randn(*s).to(dtype) for s in ((2, 5, 16), (2, 3, 16), (2, 16), (2, 4, 6)))
+            outs.append(tensors(some(x, context, temb, None, {"ip_hidden_states": [images]})))
+            swaps = fuse(block)
+    assert {swap.kind: swap.reason for swap in swaps} == {
+        "FluxTransformerBlock": None, "FluxIPAdapterAttnProcessor": "no fused form of it",
+    }  # fmt: skip
+    assert_alike(outs[2], outs[0], outs[1])

@@ -15,11 +15,17 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.sana_transformer import GLUMBConv, SanaTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from torch import nn
 
 from fastdistill.errors import InputError
-from fastdistill.models.fuse import attention, convolutional, transformer
+from fastdistill.models.fuse import attention, convolutional, flux, transformer
 from fastdistill.models.fuse.form import Form, is_fused
 from fastdistill.models.sharding import sharded
 
@@ -28,8 +34,13 @@ _FORMS: dict[type, Form] = {
     Transformer2DModel: convolutional.TRANSFORMER,
     BasicTransformerBlock: transformer.BASIC,
     JointTransformerBlock: transformer.JOINT,
+    SanaTransformerBlock: transformer.SANA,
+    FluxTransformerBlock: flux.DOUBLE,
+    FluxSingleTransformerBlock: flux.SINGLE,
     GEGLU: transformer.GATED,
+    GLUMBConv: Form(lambda _: "there is no op for its depthwise convolution and gate", {}),
     Attention: attention.FORM,
+    FluxAttention: flux.ATTENTION,
 }
 
 
@@ -50,8 +61,9 @@ def fuse(model: nn.Module) -> list[Swap]:
     """Swap fused ops into a diffusers model, in place.
 
     ``ResnetBlock2D``, ``Transformer2DModel``, ``BasicTransformerBlock`` (U-Nets, DiT, PixArt), SD3's
-    ``JointTransformerBlock``, ``GEGLU``, and ``Attention`` with a processor ``AttnProcessor2_0`` or
-    ``JointAttnProcessor2_0``. Blocks of other classes, subclasses of these, and blocks whose norms or ``forward`` were
+    ``JointTransformerBlock``, ``FluxTransformerBlock``, ``FluxSingleTransformerBlock``, ``SanaTransformerBlock``,
+    ``GEGLU``, and attentions with a processor ``AttnProcessor2_0``, ``JointAttnProcessor2_0``, ``FluxAttnProcessor`` or
+    ``SanaAttnProcessor2_0``. Blocks of other classes, subclasses of these, and blocks whose norms or ``forward`` were
     patched or have hooks stay as they are. A block that is changed later (other processors, hooks, offloading) computes
     what its class would. U-Nets stay in channels_last throughout if they are in it:
     ``model.to(memory_format=torch.channels_last)``. Fusing a fused model again returns the list of what runs fused
@@ -69,7 +81,7 @@ def fuse(model: nn.Module) -> list[Swap]:
     swaps = [_swap(name, module) for name, module in model.named_modules() if _root(module) is not None]
     if not any(swap.swapped for swap in swaps):
         reasons = "; ".join(dict.fromkeys(f"{s.kind}: {s.reason}" for s in swaps))
-        names = ", ".join(kind.__name__ for kind in _FORMS)
+        names = ", ".join(kind.__name__ for kind, form in _FORMS.items() if form.methods)
         warnings.warn(
             f"fuse: nothing in {type(model).__name__} was fused ({reasons or f'it has no {names} of diffusers'})",
             stacklevel=2,
@@ -109,7 +121,8 @@ def _swap(name: str, module: nn.Module) -> Swap:
     root = _root(module)
     assert root is not None
     form, kind = _FORMS[root], type(module)
-    called = type(module.processor).__name__ if kind is Attention else kind.__name__
+    attends = kind in (Attention, FluxAttention)
+    called = type(module.processor).__name__ if attends else kind.__name__
     if kind is not root and not is_fused(module):
         return Swap(name, called, f"a subclass of {root.__name__} may do something else")
     reason = form.refuse(module)

@@ -7,24 +7,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, JointAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    JointAttnProcessor2_0,
+    SanaLinearAttnProcessor2_0,
+)
+from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, cat
 
 from fastdistill.models.fuse.form import Form, instead_of, own
 from fastdistill.ops import attention, cross_attention
 from fastdistill.ops._check import FLOATS
 
-_PROCESSORS = {kind: own(kind, "__call__") for kind in (AttnProcessor2_0, JointAttnProcessor2_0)}
+_PROCESSORS = {kind: own(kind, "__call__") for kind in (AttnProcessor2_0, JointAttnProcessor2_0, SanaAttnProcessor2_0)}
 
 
 def _refuse(attn: Attention) -> str | None:
     kind = type(attn.processor)
+    if kind is SanaLinearAttnProcessor2_0:
+        return "there is no op for linear attention"
     if kind not in _PROCESSORS:
         return "no fused form of it"
     if kind.__call__ is not _PROCESSORS[kind]:
         return "its class's __call__ has been replaced"
     if attn.spatial_norm is not None or attn.group_norm is not None:
         return "it has a norm over positions"
+    if kind is SanaAttnProcessor2_0 and (attn.norm_cross or attn.residual_connection):
+        return "its processor ignores its norm or its residual"
     return None if attn.inner_dim == attn.inner_kv_dim else "its keys have another width than its queries"
 
 
@@ -38,7 +48,7 @@ def _attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     x, context, mask = hidden_states, encoder_hidden_states, attention_mask
     joint = type(attn.processor) is JointAttnProcessor2_0
-    plain = not cross_attention_kwargs and _fits(x, x) and (context is None or _fits(context, x))
+    plain = not cross_attention_kwargs and fits(x, x) and (context is None or fits(context, x))
     if plain and joint:
         return _attend_jointly(attn, x, context)
     if plain and context is not None and (mask is None or _of_keys(mask, x, context)):
@@ -52,7 +62,7 @@ def _attend(
 FORM = Form(_refuse, {"forward": _attend})
 
 
-def _fits(tokens: Tensor, beside: Tensor) -> bool:
+def fits(tokens: Tensor, beside: Tensor) -> bool:
     """[B, N, C] with N > 0 in a dtype of the ops."""
     return tokens.dim() == 3 and tokens.shape[0] == beside.shape[0] and tokens.shape[1] > 0 and tokens.dtype in FLOATS
 
@@ -95,12 +105,19 @@ def _attend_jointly(attn: Attention, x: Tensor, context: Tensor | None) -> Tenso
 def _heads(attn: Attention, q: Tensor, k: Tensor, v: Tensor, added: bool = False) -> tuple[Tensor, ...]:
     """[B, N, H, D] of each, queries and keys normalized where the module does so; in the dtype that autocast gives to
     torch's attention."""
-    q, k, v = (t.unflatten(2, (attn.heads, -1)) for t in (q, k, v))
     norm_q, norm_k = (attn.norm_added_q, attn.norm_added_k) if added else (attn.norm_q, attn.norm_k)
+    if type(attn.processor) is SanaAttnProcessor2_0:  # over all heads at once
+        q, k = q if norm_q is None else norm_q(q), k if norm_k is None else norm_k(k)
+        norm_q = norm_k = None
+    q, k, v = (t.unflatten(2, (attn.heads, -1)) for t in (q, k, v))
     if norm_q is not None:  # which sees [B, H, N, D]
         q = norm_q(q.transpose(1, 2)).transpose(1, 2)
     if norm_k is not None:
         k = norm_k(k.transpose(1, 2)).transpose(1, 2)
+    return autocasted(q, k, v)
+
+
+def autocasted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device = q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

@@ -13,7 +13,12 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
+from diffusers.models.normalization import (
+    AdaLayerNormContinuous,
+    AdaLayerNormZero,
+    AdaLayerNormZeroSingle,
+    SD35AdaLayerNormZeroX,
+)
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -92,7 +97,8 @@ def own(kind: type, name: str) -> Any:
 _FORWARD: dict[type, Any] = {
     kind: own(kind, "forward")
     for kind in (
-        nn.GroupNorm, nn.LayerNorm, nn.SiLU, AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX,
+        nn.GroupNorm, nn.LayerNorm, nn.SiLU, AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle,
+        SD35AdaLayerNormZeroX,
     )
 }  # fmt: skip
 

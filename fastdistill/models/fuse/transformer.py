@@ -9,6 +9,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
+from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ Modulation = tuple[Tensor | None, Tensor | None]  # scale, shift
 _NONE: Modulation = (None, None)
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor, modulation: Modulation = _NONE) -> Tensor:
+def modulated(norm: nn.LayerNorm, x: Tensor, modulation: Modulation = _NONE) -> Tensor:
     scale, shift = modulation
     if scale is None or shift is None or scale.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
         return layer_norm_modulate(x, scale, shift, norm.weight, norm.bias, norm.eps)
@@ -28,7 +29,7 @@ def _norm(norm: nn.LayerNorm, x: Tensor, modulation: Modulation = _NONE) -> Tens
     return y * (1 + scale[:, None]) + shift[:, None]  # in the wider dtype
 
 
-def _add(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
+def add(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     """x + gate h, gate [B, D]; dtypes differ under autocast."""
     if gate is None:
         return x + h
@@ -36,13 +37,13 @@ def _add(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
     return torch.addcmul(x, gate, h) if x.dtype == h.dtype == gate.dtype else x + gate * h
 
 
-def _add_norm(
+def add_norm(
     norm: nn.LayerNorm, x: Tensor, h: Tensor, gate: Tensor | None, modulation: Modulation = _NONE
 ) -> tuple[Tensor, Tensor]:
     """The norm of x + gate h, and that sum."""
     if h.shape != x.shape or any(t is not None and t.dtype != x.dtype for t in (h, gate, *modulation)):
-        total = _add(x, h, gate)
-        return _norm(norm, total, modulation), total
+        total = add(x, h, gate)
+        return modulated(norm, total, modulation), total
     return residual_layer_norm_modulate(x, h, gate, *modulation, norm.weight, norm.bias, norm.eps)
 
 
@@ -102,7 +103,7 @@ def _basic(
     given, x = cross_attention_kwargs or {}, hidden_states
     fits = x.dim() == 3 and x.dtype in FLOATS and not given.keys() & {"gligen", "scale"}
     if block.norm_type == "ada_norm_zero":
-        fits = fits and _per_sample(timestep, 1, x.shape[0]) and _per_sample(class_labels, 1, x.shape[0])
+        fits = fits and per_sample(timestep, 1, x.shape[0]) and per_sample(class_labels, 1, x.shape[0])
     if not fits:
         result: Tensor = BasicTransformerBlock.forward(
             block, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
@@ -111,26 +112,26 @@ def _basic(
         return result
     first = block.norm1.norm if block.norm_type == "ada_norm_zero" else block.norm1
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _modulation(block, x, timestep, class_labels)
-    y = _norm(first, x, (scale_msa, shift_msa))
+    y = modulated(first, x, (scale_msa, shift_msa))
     context = encoder_hidden_states if block.only_cross_attention else None
     h = block.attn1(y, encoder_hidden_states=context, attention_mask=attention_mask, **given)
     gate = gate_msa
     if block.attn2 is not None:
         if block.norm_type == "ada_norm_single":
-            x = y = _add(x, h, gate)  # PixArt has no norm here
+            x = y = add(x, h, gate)  # PixArt has no norm here
         else:
-            y, x = _add_norm(block.norm2, x, h, gate)
+            y, x = add_norm(block.norm2, x, h, gate)
         h = block.attn2(y, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask, **given)
         gate = None
     last = block.norm2 if block.norm_type == "ada_norm_single" else block.norm3
-    y, x = _add_norm(last, x, h, gate, (scale_mlp, shift_mlp))
-    return _add(x, block.ff(y), gate_mlp)
+    y, x = add_norm(last, x, h, gate, (scale_mlp, shift_mlp))
+    return add(x, block.ff(y), gate_mlp)
 
 
 BASIC = Form(_refuse_basic, {"forward": _basic})
 
 
-def _per_sample(values: Tensor | None, dims: int, batch: int) -> bool:
+def per_sample(values: Tensor | None, dims: int, batch: int) -> bool:
     return values is not None and values.dim() == dims and values.shape[0] in (1, batch)
 
 
@@ -143,11 +144,11 @@ def _modulation(
         return (block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)).unbind(1)
     if block.norm_type == "ada_norm_zero":
         embedding = block.norm1.emb(timestep, labels, hidden_dtype=x.dtype)
-        return _chunks(block.norm1, embedding, 6, x)
+        return chunks(block.norm1, embedding, 6, x)
     return (None,) * 6
 
 
-def _chunks(norm: Any, embedding: Tensor, count: int, x: Tensor) -> tuple[Tensor, ...]:
+def chunks(norm: Any, embedding: Tensor, count: int, x: Tensor) -> tuple[Tensor, ...]:
     """[B, D] each, of an embedding [B or 1, D]."""
     return tuple(t.expand(x.shape[0], -1) for t in norm.linear(norm.silu(embedding)).chunk(count, dim=1))
 
@@ -180,33 +181,70 @@ def _joint(
     """Of SD3: image and prompt tokens side by side."""
     x, context, given = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
     tokens = all(t.dim() == 3 and t.shape[0] == x.shape[0] and t.dtype in FLOATS for t in (x, context))
-    if not tokens or not _per_sample(temb, 2, x.shape[0]):
+    if not tokens or not per_sample(temb, 2, x.shape[0]):
         result: tuple[Tensor | None, Tensor] = JointTransformerBlock.forward(
             block, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
         )
         return result
-    ours = _chunks(block.norm1, temb, 9 if block.use_dual_attention else 6, x)
+    ours = chunks(block.norm1, temb, 9 if block.use_dual_attention else 6, x)
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = ours[:6]
-    y = _norm(block.norm1.norm, x, (scale_msa, shift_msa))
+    y = modulated(block.norm1.norm, x, (scale_msa, shift_msa))
     if block.context_pre_only:
         embedding = block.norm1_context.silu(temb).to(context.dtype)
         scale, shift = (t.expand(x.shape[0], -1) for t in block.norm1_context.linear(embedding).chunk(2, dim=1))
         theirs: tuple[Tensor, ...] = (shift, scale)
     else:
-        theirs = _chunks(block.norm1_context, temb, 6, context)
-    prompt = _norm(block.norm1_context.norm, context, (theirs[1], theirs[0]))
+        theirs = chunks(block.norm1_context, temb, 6, context)
+    prompt = modulated(block.norm1_context.norm, context, (theirs[1], theirs[0]))
     h, of_context = block.attn(hidden_states=y, encoder_hidden_states=prompt, **given)
     if block.use_dual_attention:
         shift2, scale2, gate2 = ours[6:]
-        second = block.attn2(hidden_states=_norm(block.norm1.norm, x, (scale2, shift2)), **given)
-        x, h, gate_msa = _add(x, h, gate_msa), second, gate2
-    y, x = _add_norm(block.norm2, x, h, gate_msa, (scale_mlp, shift_mlp))
-    x = _add(x, block.ff(y), gate_mlp)
+        second = block.attn2(hidden_states=modulated(block.norm1.norm, x, (scale2, shift2)), **given)
+        x, h, gate_msa = add(x, h, gate_msa), second, gate2
+    y, x = add_norm(block.norm2, x, h, gate_msa, (scale_mlp, shift_mlp))
+    x = add(x, block.ff(y), gate_mlp)
     if block.context_pre_only:
         return None, x
     _, _, gate, shift, scale, last = theirs
-    y, context = _add_norm(block.norm2_context, context, of_context, gate, (scale, shift))
-    return _add(context, block.ff_context(y), last), x
+    y, context = add_norm(block.norm2_context, context, of_context, gate, (scale, shift))
+    return add(context, block.ff_context(y), last), x
 
 
 JOINT = Form(_refuse_joint, {"forward": _joint})
+
+
+def _refuse_sana(block: SanaTransformerBlock) -> str | None:
+    if block.attn2 is None:
+        return "it has no prompt"
+    return altered((("norm1", block.norm1, nn.LayerNorm), ("norm2", block.norm2, nn.LayerNorm)))
+
+
+@instead_of(SanaTransformerBlock, "forward", _refuse_sana)
+def _sana(
+    block: SanaTransformerBlock,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    timestep: Tensor | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """Its linear attention and its feed-forward of convolutions compute what they do."""
+    x = hidden_states
+    if x.dim() != 3 or x.dtype not in FLOATS or timestep is None:
+        result: Tensor = SanaTransformerBlock.forward(
+            block, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep, height, width
+        )
+        return result
+    table = block.scale_shift_table[None] + timestep.reshape(x.shape[0], 6, -1)
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.unbind(1)
+    y = modulated(block.norm1, x, (scale_msa, shift_msa)).to(x.dtype)
+    x = add(x, block.attn1(y), gate_msa)
+    h = block.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+    y, x = add_norm(block.norm2, x, h, None, (scale_mlp, shift_mlp))
+    image = block.ff(y.unflatten(1, (height, width)).permute(0, 3, 1, 2))
+    return add(x, image.flatten(2, 3).permute(0, 2, 1), gate_mlp)
+
+
+SANA = Form(_refuse_sana, {"forward": _sana})
