@@ -91,6 +91,8 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Number of most recent checkpoints to keep."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Experiment trackers that get metrics, settings and previews, beside metrics.jsonl."""
     preview: PreviewConfig = PreviewConfig()
 
 

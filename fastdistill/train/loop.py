@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.fingerprint import plain
 from fastdistill.errors import FastdistillError, Stopped, StorageError
 from fastdistill.files import atomic_write, locked, make_directory, reason, require_space, sweep
 from fastdistill.train import checkpoint, distributed
@@ -28,6 +30,7 @@ from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbe
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
 from fastdistill.train.step import TrainStep
+from fastdistill.train.trackers import Trackers, check_installed
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def fit(
     ``preview``: makes the PNG file of ``config.preview`` after so many steps. ``teacher``: callbacks leave it as it
     was, like the student. ``explain``: says why metrics are not finite.
     """
+    check_installed(config.trackers)
     with contextlib.ExitStack() as stack:
         run = _Run(step, student, fingerprint, config, explain)
         distributed.check_same({"directory": "none" if directory is None else "given"})
@@ -65,6 +69,8 @@ def fit(
             path = Path(directory)
             distributed.first(lambda: _enter(path, stack))
             run.open(path)
+            run.track(path)
+            stack.callback(run.trackers.close)
         stopped = stack.enter_context(_signals())
         stack.callback(step.objective.close)
         done = int(step.counter[1])
@@ -75,10 +81,12 @@ def fit(
             for function in functions:
                 try:
                     with undisturbed(done):
-                        function(done, metrics)
+                        values = function(done, metrics)
                 except Exception as error:
                     error.add_note(f"fastdistill: raised by a callback after step {done}; {run.keep(done)}")
                     raise
+                if isinstance(values, Mapping):
+                    run.trackers.scalars(done, values)
 
         always = [] if progress is None else [progress]
         periodic = list(callbacks)
@@ -129,6 +137,7 @@ class _Run:
         self._explain = explain or (lambda: "a lower learning rate or more warm-up usually helps")
         self.history: list[Metrics] = []
         self.directory: Path | None = None
+        self.trackers = Trackers((), Path(), {}, 0)
         self._before, self._start = 0.0, time.perf_counter()
         self._logged = self._skipped = self._saved = 0
 
@@ -162,6 +171,12 @@ class _Run:
             self._logged, self._skipped = int(self.history[-1]["step"]), int(self.history[-1]["skipped"])
         self._saved = int(self.step.counter[1])
 
+    def track(self, directory: Path) -> None:
+        """Open the trackers, on rank 0."""
+        if distributed.rank() == 0 and self.config.trackers:
+            settings = {"config": dataclasses.asdict(self.config), "objective": self.fingerprint.get("objective")}
+            self.trackers = Trackers(self.config.trackers, directory, plain(settings), self._saved)
+
     def log(self, done: int) -> Metrics:
         """Means of the metrics since the last line: the one place where the device is waited for."""
         totals = distributed.rows(self.step.totals.double()).mean(0)
@@ -184,6 +199,7 @@ class _Run:
         if self.directory is not None:
             path = self.directory / "metrics.jsonl"
             distributed.first(lambda: _append(path, metrics))
+            self.trackers.scalars(done, {name: value for name, value in metrics.items() if name != "step"})
         return metrics
 
     def save(self, done: int) -> None:
@@ -213,6 +229,7 @@ class _Run:
                 return
             make_directory(place)
             atomic_write(place / f"step-{done:08d}.png", image)
+            self.trackers.image(done, place / f"step-{done:08d}.png")
 
         distributed.first(write)
 

@@ -206,8 +206,9 @@ class DistillTrainer:
             arguments.check_function(progress, "progress")
         arguments.check_callbacks(callbacks)
         previews = self._previews
-        if directory is None and previews is not None:
-            raise InputError.of("directory", "one for the previews of config.preview.every", None)
+        for name, wanted in {"preview.every": previews is not None, "trackers": self.config.trackers}.items():
+            if directory is None and wanted:
+                raise InputError.of("directory", f"one for config.{name}", None)
         if self._closed:
             raise InputError.of("trainer", "one that is open", "a closed one")
         self._freeze()
@@ -347,6 +348,7 @@ def _fingerprint(
         "log_every",
         "precision",
         "preview",
+        "trackers",
         "micro_batch",
         "gradient_checkpointing",
     }

@@ -134,9 +134,7 @@ def test_what_cannot_be_shown_is_refused(options: dict[str, Any], message: str) 
 
 
 def test_previews_need_a_directory_and_a_schedule_to_sample_from() -> None:
-    with pytest.raises(
-        InputError, match=r"directory: expected one for the previews of config\.preview\.every, got None"
-    ):
+    with pytest.raises(InputError, match=r"directory: expected one for config\.preview\.every, got None"):
         tiny.trainer(preview={"every": 1}).fit()
     dark = NoiseSchedule(torch.linspace(0.9, 0, 50))
     with pytest.raises(InputError, match="prediction_type: expected sample or v_prediction, to sample where"):

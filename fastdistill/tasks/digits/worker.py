@@ -71,6 +71,8 @@ def fingerprint(config: DigitsConfig, model: str, seed: int, teacher: str, promp
     settings = plain(dataclasses.asdict(config))
     for free in ("output", "seeds", "workers", "threads", "quick", "device"):
         del settings[free]
+    for shown in ("preview", "trackers"):
+        del settings["train"][shown]
     return sha256_of_json({**settings, "model": model, "seed": seed, "prompts": prompts, "teacher": teacher})
 
 
