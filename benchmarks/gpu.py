@@ -156,7 +156,7 @@ def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> It
     elif part == "2/3":
         many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
         yield python("tests", 120, *TESTS, "-m", "not slow", "tests/gpu", "tests/ops", *many)
-        yield benchmark("headline step", 150, "--op", "step", "--headline")
+        yield benchmark("headline step", 180, "--op", "step", "--headline")
         yield sanitizer("memcheck")
     else:
         yield sanitizer("racecheck")

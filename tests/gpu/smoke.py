@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fastdistill.ops import use
-from tests.gpu.work import PAIRS, WORKS
+from tests.gpu.work import KERNELS, PAIRS, REASONS, WORKS
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120.0  # a process: the import of torch, Triton's compiler, one step
@@ -75,6 +75,9 @@ def main(device: str, *pair: str) -> int:
         wrong = one(*pair, device)
         print(wrong or "right")
         return 1 if wrong else 0
+    for name, reason in REASONS.items():
+        if name not in KERNELS:
+            print(f"left out: {name}: {reason()}", flush=True)
     start, failed = time.monotonic(), 0
     pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
     try:

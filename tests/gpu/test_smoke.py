@@ -37,6 +37,9 @@ def test_a_crash_costs_one_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     monkeypatch.setattr(smoke, "_command", command)
     monkeypatch.setattr(smoke, "PAIRS", [("k", name) for name in planted])
+    monkeypatch.setattr(smoke, "KERNELS", ["cuda"])
+    monkeypatch.setitem(smoke.REASONS, "triton", lambda: "it is not there")
     assert smoke.main(here) == 1
-    told = sorted(line.split("  ")[-1] for line in capsys.readouterr().out.splitlines())
-    assert told == ["k crash: ended with -6: ", "k good: right", "k wrong: ended with 1: it is wrong"]
+    first, *told = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert first == "left out: triton: it is not there"
+    assert sorted(told) == ["k crash: ended with -6: ", "k good: right", "k wrong: ended with 1: it is wrong"]
