@@ -4,20 +4,30 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch._inductor
 import torch._inductor.config
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from fastdistill.errors import InputError
-from fastdistill.models.fuse import convolutional, fuse, unfuse
+from fastdistill.models.fuse import _FORMS, convolutional, fuse, unfuse
 from fastdistill.models.taps import Taps
+from fastdistill.ops import (
+    attention,
+    cross_attention,
+    geglu,
+    group_norm_silu,
+    layer_norm_modulate,
+    residual_layer_norm_modulate,
+)
 from tests.harness import assert_alike
 from tests.models.fusible import LEFT, MODELS, QUICK, assert_close, batches, call, cast, made, run
 
@@ -85,6 +95,36 @@ def test_everything_else_is_as_it_was(name: str) -> None:
     assert unfuse(model) > 0 and unfuse(model) == 0
     assert [type(m) for m in model.modules()] == kinds
     assert torch.equal(model(**inputs).sample, expected)
+
+
+#: The ops of each family's models, as docs/fuse.md has them.
+OPS = {
+    "UNet2DConditionModel": {attention, cross_attention, geglu, group_norm_silu, residual_layer_norm_modulate},
+    "DiTTransformer2DModel": {attention, layer_norm_modulate, residual_layer_norm_modulate},
+    "PixArtTransformer2DModel": {attention, cross_attention, layer_norm_modulate, residual_layer_norm_modulate},
+    "SD3Transformer2DModel, 3.5": {attention, layer_norm_modulate, residual_layer_norm_modulate},
+    "FluxTransformer2DModel": {attention, layer_norm_modulate, residual_layer_norm_modulate},
+    "SanaTransformer2DModel": {cross_attention, layer_norm_modulate, residual_layer_norm_modulate},
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_is_reported_runs_fused(name: str) -> None:
+    """No code of diffusers that a swap stands for is run, but the ops are."""
+    model, inputs = made(name)
+    swapped = {swap.name for swap in fuse(model) if swap.swapped}
+    kinds = {type(module) for own, module in model.named_modules() if own in swapped}
+    left = {inspect.unwrap(getattr(kind, method)).__code__ for kind in kinds for method in _FORMS[kind].methods}
+    run = set()
+    sys.setprofile(lambda frame, event, _: run.add(frame.f_code) if event == "call" else None)
+    try:
+        call(model, inputs)
+    finally:
+        sys.setprofile(None)
+    assert all(inspect.unwrap(op).__code__ in run for op in OPS[name])
+    if name.startswith("Sana"):  # its other attentions are left to diffusers
+        left.discard(inspect.unwrap(Attention.forward).__code__)
+    assert kinds and not left & run
 
 
 def test_taps_and_hooks_of_what_a_fused_block_computes_itself() -> None:
