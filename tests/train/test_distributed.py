@@ -173,7 +173,7 @@ def test_compiled_is_eager(found: Found) -> None:
     assert same(done(found["compiled"][0]), done(found["run"][0]))
     if torch.__version__ < (2, 13):
         with pytest.raises(
-            FastdistillError, match=r"execution 'compiled': inner is sharded .* cannot compile .* use 'eager'"
+            FastdistillError, match=r"execution 'compiled': the model is sharded .* cannot compile .* use 'eager'"
         ):
             done(found["shards_compiled"][1])
         return
