@@ -29,9 +29,9 @@ BUGS = {
 }
 
 
-@pytest.mark.parametrize(("module", "last"), [("cpu", 1), ("cuda", 0)])
+@pytest.mark.parametrize(("module", "last"), [("cpu", "1"), ("cuda", "(0, 1)")])
 @pytest.mark.parametrize("bug", BUGS)
-def test_planted_bugs(module: str, last: int, bug: str) -> None:
+def test_planted_bugs(module: str, last: str, bug: str) -> None:
     where, found = BUGS[bug]
     script = CALL.format(module=module, last=last, **where)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
