@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import group_norm_silu, use
-from fastdistill.ops._dispatch import REFERENCE
 from tests.harness import (
     Case,
     assert_alike,
@@ -110,8 +109,7 @@ def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: str) -> Non
     ],
 )
 def test_options(kernel: str, names: tuple[str, ...], silu: bool) -> None:
-    compiled = ("aot_eager",) if kernel == REFERENCE else ()
-    check_op(make((2, 16, 5, 3), 4, names=names, silu=silu), kernel, compiled=compiled)
+    check_op(make((2, 16, 5, 3), 4, names=names, silu=silu), kernel, compiled=("aot_eager",))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
