@@ -86,9 +86,9 @@ def sample_with(
     return x.to(x_T.dtype)
 
 
-def scheduler_of(schedule: Schedule, prediction_type: PredictionType) -> Any:
+def scheduler_of(schedule: Schedule, prediction_type: PredictionType, clip_sample: float | None = None) -> Any:
     """A deterministic scheduler of diffusers at these levels of noise: DDIM's with trailing timesteps, or Euler's with
-    the shift of a ``FlowSchedule``.
+    the shift of a ``FlowSchedule``. ``clip_sample``: limit of the predicted clean sample, of DDIM.
 
     Raises:
         InputError: a prediction that it cannot sample from: epsilon where the signal is 0; of rectified flow any
@@ -101,8 +101,8 @@ def scheduler_of(schedule: Schedule, prediction_type: PredictionType) -> Any:
     if prediction_type == "epsilon" and float(schedule.signal[-1]) == 0:
         rule = "sample or v_prediction, to sample where the signal ends at 0"
         raise InputError.of("prediction_type", rule, prediction_type)
-    options = {"clip_sample": False, "timestep_spacing": "trailing", "prediction_type": prediction_type}
-    scheduler = DDIMScheduler(len(schedule), **options)
+    clip = {"clip_sample": clip_sample is not None, "clip_sample_range": clip_sample or 1.0}
+    scheduler = DDIMScheduler(len(schedule), timestep_spacing="trailing", prediction_type=prediction_type, **clip)
     scheduler.alphas_cumprod = schedule.signal.square().float()
     return scheduler
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import initial_noise
+from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.diffusion.scheduled import sample_with, scheduler_of
 from fastdistill.distill.objective import Setting
 from fastdistill.errors import InputError
@@ -111,9 +112,12 @@ def previews_of(
         raise InputError.of("config.preview.every", "none for a sharded student", where)
     if config.steps > len(setting.schedule):
         raise InputError.of("config.preview.steps", f"at most the schedule's {len(setting.schedule)}", config.steps)
+    if config.clip_sample is not None and (scheduler is not None or not isinstance(setting.schedule, NoiseSchedule)):
+        rule = "none but for a NoiseSchedule (a scheduler of diffusers has it in its own settings)"
+        raise InputError.of("config.preview.clip_sample", rule, config.clip_sample)
     return Previews(
         setting.teacher,
-        scheduler or scheduler_of(setting.schedule, setting.prediction_type),
+        scheduler or scheduler_of(setting.schedule, setting.prediction_type, config.clip_sample),
         prompts,
         tuple(setting.latents.shape[1:]),
         setting.device,

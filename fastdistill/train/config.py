@@ -40,6 +40,8 @@ class PreviewConfig:
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Guidance scale as in diffusers; 1 is no guidance."""
+    clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Limit of the magnitude of the predicted clean sample, for images in [-1, 1] and a NoiseSchedule."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial noise."""
 

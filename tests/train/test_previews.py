@@ -78,6 +78,8 @@ def test_the_scheduler_of_a_schedule(prediction: Any) -> None:
     ours = ddim(model, x, prompts, None, schedule, steps=6, guidance_scale=1.0, prediction_type=prediction)
     found = sample_with(scheduler_of(schedule, prediction), model, x, prompts, steps=6)
     assert (found - ours).abs().max() <= 6 * 16 * EPS * 4 * ours.abs().max()
+    limited = sample_with(scheduler_of(schedule, prediction, 0.5), model, x, prompts, steps=1)
+    assert limited.abs().max() == 0.5 < found.abs().max()
     flow = scheduler_of(FlowSchedule(shift=3.0), "flow_prediction")
     flow.set_timesteps(4)
     assert flow.config["shift"] == 3 and float(flow.sigmas[0]) == 1 and float(flow.sigmas[-1]) == 0
@@ -125,6 +127,10 @@ def test_no_room_for_a_preview_is_a_warning(tmp_path: Path) -> None:
         ({"preview": {"every": 1, "prompts": ["a", 2]}}, r"preview.prompts\[1\]: expected a row of the bank, 0 to 1"),
         ({"preview": {"every": 1, "steps": 51}}, "preview.steps: expected at most the schedule's 50"),
         ({"preview": {"every": 0}}, "preview.every"),
+        (
+            {"preview": {"every": 1, "clip_sample": 1}, "schedule": FlowSchedule()},
+            r"config\.preview\.clip_sample: expected none but for a NoiseSchedule .*, got 1",
+        ),
         ({"preview": {"every": 1}, "decode": 3}, "decode: expected a function"),
     ],
 )

@@ -14,7 +14,7 @@ from fastdistill.documented import documented
 from fastdistill.models import StudentSpec
 from fastdistill.ops.feature_match import Distance
 from fastdistill.tasks.digits.sampling import Sampling
-from fastdistill.train.config import TrainConfig
+from fastdistill.train.config import PreviewConfig, TrainConfig
 
 #: The students to compare: name -> p(t) and its parameters. Everything else is the same for all.
 STUDENTS: dict[str, tuple[str, dict[str, float]]] = {
@@ -58,6 +58,7 @@ class DigitsConfig:
             ema_decay=0.995,
             log_every=25,
             checkpoint_every=100,
+            preview=PreviewConfig(guidance_scale=2.5, clip_sample=1.2),
         )
     )
     sampling: Sampling = Sampling()
