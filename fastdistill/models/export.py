@@ -36,7 +36,9 @@ def export(
     link: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Writes ``target``, a whole pipeline folder that ``DiffusionPipeline.from_pretrained`` loads, or nothing.
+    """Writes ``target``, a whole pipeline folder, or nothing.
+
+    ``DiffusionPipeline.from_pretrained`` loads it as the source: with the same ``variant``, where that needs one.
 
     Args:
         source: whose components, licence and index it gets.
@@ -72,14 +74,15 @@ def export(
                 shutil.copytree(original, folder / name)
         for file in licences:
             shutil.copyfile(file, folder / file.name)
-        save_model(_written(source.family, dict(model.config), state), folder / source.family.part)
+        written = _written(source.family, dict(model.config), state)
+        save_model(written, folder / source.family.part, variant=source.variant)
         (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_model(model: Any, folder: Path) -> None:
+def save_model(model: Any, folder: Path, variant: str | None = None) -> None:
     """``model.save_pretrained``; StorageError for whatever the disk says."""
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, variant=variant)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{folder}: could not be written: {error}") from error
 

@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from fastdistill import files
 from fastdistill.data.fingerprint import listed as some
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.texts import listed
 from fastdistill.diffusion.flow import schedule_of
+from fastdistill.diffusion.sampler import initial_noise
 from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type
+from fastdistill.diffusion.scheduled import sample_with
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
 from fastdistill.models import families
 from fastdistill.models.export import export
@@ -80,6 +83,12 @@ class PipelineFolder:
         """Configuration of the VAE."""
         return _json(self.path / "vae" / "config.json")
 
+    @cached_property
+    def variant(self) -> str | None:
+        """With which ``variant`` of its weights the folder is loaded: ``fp16``, where a component has no others."""
+        folders = [self.path / name for name in self.components()]
+        return next(filter(None, (_variant(folder) for folder in folders if folder.is_dir())), None)
+
     def size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Height and width in pixels of the images that belong to ``latent_shape(size)``."""
         _, height, width = self.latent_shape(size)
@@ -120,8 +129,9 @@ class PipelineFolder:
         import diffusers
 
         left_out = {name: None for name in (self.family.part, "vae", *_UNUSED) if name in self.index}
-        needed = [self._folder(name) for name in self.components() if name not in left_out]
-        options: dict[str, Any] = {"variant": next(filter(None, map(_variant, needed)), None), **_as(dtype)}
+        for name in self.components().keys() - left_out:
+            self._folder(name)
+        options: dict[str, Any] = {"variant": self.variant, **_as(dtype)}
         if "safety_checker" in left_out:
             options["requires_safety_checker"] = False
         try:
@@ -157,6 +167,35 @@ class PipelineFolder:
             encoder={"pipeline": self.kind, "weights": weights, "options": given},
             **build,
         )
+
+    def sample(
+        self,
+        model: Any,
+        prompts: PromptBank,
+        prompt_index: Tensor,
+        rows: Tensor | None = None,
+        *,
+        steps: int,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Latents [b, C, H, W] of prompts by the pipeline's scheduler, float32 on the model's device.
+
+        Latent i depends on its prompt and (seed, rows[i]) alone, as ``generate_latent_cache`` wants it.
+
+        Args:
+            model: teacher or student, in eval mode. prompt_index: [b] int64, rows of the bank.
+            rows: [b] int64, numbers of the initial noise; None: 0..b-1. Others as ``sample_with``.
+        """
+        device = next(model.parameters()).device
+        rows = torch.arange(len(prompt_index), device=device) if rows is None else rows.to(device)
+        noise = initial_noise(seed, rows, self.latent_shape(size))
+        banks = prompts.banks.items()
+        given = {name: bank[prompt_index.to(bank.device)].to(device) for name, bank in banks}
+        null = {name: bank[prompts.null_index].to(device) for name, bank in banks}
+        options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "rows": rows}
+        return sample_with(self.scheduler(), model, noise, given, null, **options)
 
     def export(
         self,

@@ -96,6 +96,18 @@ def test_published_names_of_a_class_are_written_as_its_own(folder: PipelineFolde
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "new").transformer) is folder.family.kind
 
 
+def test_a_folder_of_a_variant_stays_one(folder: PipelineFolder, tmp_path: Path) -> None:
+    """fp16 alone, as often downloaded: the student's weights are named so too."""
+    half = diffusers.DiffusionPipeline.from_pretrained(folder.path)
+    half.save_pretrained(tmp_path / "half", variant="fp16")
+    source = open_pipeline(tmp_path / "half")
+    assert source.variant == "fp16" and folder.variant is None
+    source.export(student_of(source), tmp_path / "new")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "new", variant="fp16")
+    assert len(loaded.transformer.transformer_blocks) == 2
+    assert len(open_pipeline(tmp_path / "new").model().transformer_blocks) == 2
+
+
 def test_what_is_there_stays_unless_it_is_to_go(folder: PipelineFolder, tmp_path: Path) -> None:
     model, target = folder.model(), tmp_path / "a" / "pipeline"
     folder.export(model, target)

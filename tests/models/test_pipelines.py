@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.flow import FlowSchedule, dynamic_mu
+from fastdistill.diffusion.sampler import initial_noise
 from fastdistill.diffusion.scheduled import sample_with
 from fastdistill.errors import InputError, StorageError
 from fastdistill.models.families import FAMILIES, family_named
@@ -71,6 +72,22 @@ def test_a_model_is_described_before_its_weights_are_read(pipelines: Folders, na
         key: tuple(v) if isinstance(v, list) else v for key, v in own.items()
     }
     assert folder.latent_shape(SIZE) == (4, 16, 16) and folder.size(SIZE) == SIZE
+
+
+def test_a_sample_depends_on_its_prompt_and_its_row(pipelines: Folders) -> None:
+    folder = open_pipeline(pipelines("dit"))
+    bank, model = folder.encode(["1", "2"]), folder.model().double()
+    rows = torch.tensor([4, 9, 4])
+    options: dict[str, Any] = {"steps": 2, "guidance_scale": 2.0, "seed": 5}
+    found = folder.sample(model, bank, torch.tensor([0, 1, 1]), rows, **options)
+    x = initial_noise(5, rows, folder.latent_shape())
+    null = {"class_labels": bank.banks["class_labels"][-1]}
+    labels = {"class_labels": torch.tensor([1, 2, 2])}
+    assert torch.equal(found, sample_with(folder.scheduler(), model, x, labels, null, steps=2, guidance_scale=2.0))
+    alone = folder.sample(model, bank, torch.tensor([1]), rows[1:2], **options)
+    # matmuls of another size, in float64; the state between the steps is float32
+    assert (alone[0] - found[1]).abs().max() <= 16 * EPS * max(1.0, float(found.abs().max()), float(x.abs().max()))
+    assert not torch.equal(found[0], found[2]) and not torch.equal(found[1], found[2])
 
 
 def test_the_null_prompt_is_what_the_pipeline_guides_away_from(pipelines: Folders) -> None:
