@@ -262,6 +262,35 @@ def shards_in_float32(rank: int, directory: Path) -> Any:
     return tuple({name: distributed.whole(t).detach() for name, t in named.items()} for named in found)
 
 
+def adapted() -> nn.Module:
+    """Adapters of PEFT on frozen weights."""
+    import peft
+
+    student = Tiny(12)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=["inner", "outer", "prompt"])
+    made: nn.Module = peft.get_peft_model(student, config)
+    return made
+
+
+def adapters(rank: int, directory: Path, **options: Any) -> Any:
+    try:
+        make(student=adapted(), **options).fit(directory, progress=stop_after(3))
+    except Interrupted:
+        trainer = make(student=adapted(), **options)
+        found = finished(trainer, directory)
+        trainer.save_adapters(directory / "adapters")
+        return found
+
+
+def shards_adapters(rank: int, directory: Path) -> Any:
+    def shard_inside(student: Any) -> None:
+        fully_shard(student.get_base_model())  # which PEFT calls
+        fully_shard(student)
+
+    return adapters(rank, directory, shard=shard_inside)
+
+
 def shards_copied(rank: int, directory: Path) -> Any:
     return make(shard=shard).ema_student()
 
@@ -280,7 +309,8 @@ _ALL: tuple[Any, ...] = (
     draws, from_disk, run, parts, shards_parts, interrupted,
     fused, compiled, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
-    shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded,
+    shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded, adapters,
+    shards_adapters,
 )  # fmt: skip
 SCENARIOS: dict[str, Scenario] = {scenario.__name__: scenario for scenario in _ALL}
 SCENARIOS |= {precision: lower(precision) for precision in ("float16", "bfloat16")}

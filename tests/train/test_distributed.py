@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
 
@@ -123,6 +124,23 @@ def test_a_sharded_student_is_cut_and_its_average_whole(found: Found) -> None:
 def test_fused_unets_too(found: Found, name: str) -> None:
     """Fused, then wrapped or sharded; in the mean of two steps."""
     assert found[name] == pytest.approx((ranks.fused(0, Path()),) * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adapters", "shards_adapters"])
+def test_adapters_on_frozen_weights(found: Found, place: Path, name: str) -> None:
+    """Interrupted, as one process goes through; the averages are exported whole, by one rank."""
+    one, two = map(done, found[name])
+    assert same(one, two)
+    single = ranks.make(student=ranks.adapted())
+    wanted = ranks.finished(single)
+    trained = {key for key in wanted["state"] if key.startswith("student.")}
+    assert len(trained) == 6 and trained == {key for key in one["state"] if key.startswith("student.")}
+    assert_close(one, wanted)
+    exported = safetensors.torch.load_file(place / name / "adapters" / "adapter_model.safetensors")
+    averages = single.ema_student().state_dict()
+    assert len(exported) == 6
+    for key, value in exported.items():
+        torch.testing.assert_close(value, averages[key.replace(".weight", ".default.weight")], rtol=2e-5, atol=1e-6)
 
 
 def test_ddp_waits_for_nothing(found: Found) -> None:

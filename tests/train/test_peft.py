@@ -22,6 +22,7 @@ from fastdistill.models.families import family_of
 from fastdistill.models.weights import storage, weights_hash
 from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import state_of
+from fastdistill.train.guard import NoHostSync
 from tests import tiny
 from tests.models import tiny_families as small
 from tests.models.test_peft import assert_equal, lora, output
@@ -269,6 +270,17 @@ def test_fused_checkpointed_and_in_parts(name: str) -> None:
     assert largest > 0
     for one, two in zip(moments(plain), moments(other), strict=True):
         assert (one - two).abs().max() <= 1e-3 * largest
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "lora_bias": True}])
+def test_a_step_reads_nothing_back(options: dict[str, Any]) -> None:
+    """As a CUDA graph asks for."""
+    trainer = run(adapted(**options))
+    trainer.step.prepare(0)
+    trainer.step()
+    with NoHostSync():
+        trainer.step()
+    assert int(trainer.step.counter[1]) == 2
 
 
 def test_a_compiled_step_is_one_graph() -> None:
