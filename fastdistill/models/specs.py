@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -67,7 +68,7 @@ def spec_of(kind: type[Spec], named: Mapping[str, Spec], spec: object, of: str =
     """The spec of this name, of these fields (as read from YAML), or itself; ``of`` says in a message which teachers
     have such."""
     if isinstance(spec, kind):
-        return spec
+        return _of_its_types(spec)
     if isinstance(spec, str):
         if spec not in named:
             near = difflib.get_close_matches(spec, named, n=1)
@@ -79,7 +80,30 @@ def spec_of(kind: type[Spec], named: Mapping[str, Spec], spec: object, of: str =
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [str(key) for key in spec if key not in known]:
         raise InputError.of("spec", f"the fields {', '.join(known)}{of}", ", ".join(unknown))
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()})
+    return _of_its_types(
+        kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()})
+    )
+
+
+#: What a value of a field is, by its annotation.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "int": ("a whole number", lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool)),
+    "float": ("a number", lambda v: isinstance(v, numbers.Real) and not isinstance(v, bool)),
+    "tuple[int, ...]": (
+        "a list of whole numbers",
+        lambda v: isinstance(v, tuple | list) and all(map(_TYPES["int"][1], v)),
+    ),
+}
+
+
+def _of_its_types(spec: Spec) -> Spec:
+    for field in fields(spec):  # type: ignore[arg-type]
+        value, optional = getattr(spec, field.name), field.type.endswith(" | None")
+        rule, fits = _TYPES.get(field.type.removesuffix(" | None"), ("", lambda v: True))
+        if not fits(value) and not (optional and value is None):
+            raise InputError.of(f"spec.{field.name}", rule + " or none" * optional, described(value))
+    return spec
 
 
 def student_spec(spec: str | StudentSpec | Mapping[str, Any]) -> StudentSpec:

@@ -57,6 +57,9 @@ def make_student(
     ``adapter_config.json``, gives the teacher itself with new adapters: the weights below them are frozen and in the
     teacher's own memory, so that merging adapters into them would change the teacher.
 
+    A student of the teacher's width starts from copies of its tensors, a narrower one from slices of them
+    (``fastdistill.models.slicing``).
+
     The global random state is left alone. A teacher on the meta device gives a student there, to count and plan with.
     Raises ``InputError`` before anything is allocated where the spec does not fit the teacher, ``FastdistillError``
     where PEFT is needed and not installed.
