@@ -188,6 +188,11 @@ class PipelineFolder:
             model: teacher or student, in eval mode. prompt_index: [b] int64, rows of the bank.
             rows: [b] int64, numbers of the initial noise; None: 0..b-1. Others as ``sample_with``.
         """
+        if prompt_index.ndim != 1 or prompt_index.dtype != torch.int64:
+            raise InputError.of("prompt_index", "int64 rows [b]", f"{prompt_index.dtype} {tuple(prompt_index.shape)}")
+        outside = prompt_index[(prompt_index < 0) | (prompt_index > prompts.null_index)]
+        if len(outside):
+            raise InputError.of("prompt_index", f"rows of the bank, 0 to {prompts.null_index}", int(outside[0]))
         device = next(model.parameters()).device
         rows = torch.arange(len(prompt_index), device=device) if rows is None else rows.to(device)
         noise = initial_noise(seed, rows, self.latent_shape(size))

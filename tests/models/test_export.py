@@ -26,7 +26,7 @@ from tests.models import tiny_pipelines as tiny
 from tests.models.tiny_pipelines import SIZE, change
 
 Folders = Callable[[str], Path]
-QUICK = ("dit", "sdxl", "flux")
+QUICK = ("dit", "sdxl")
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny.PIPELINES]
 
 

@@ -87,6 +87,12 @@ def test_a_sample_depends_on_its_prompt_and_its_row(pipelines: Folders) -> None:
     alone = folder.sample(model, bank, torch.tensor([1]), rows[1:2], **options)
     # matmuls of another size, in float64; the state between the steps is float32
     assert (alone[0] - found[1]).abs().max() <= 16 * EPS * max(1.0, float(found.abs().max()), float(x.abs().max()))
+    for index, message in (
+        (torch.tensor([0, 3]), "rows of the bank, 0 to 2, got 3"),
+        (rows.float(), "int64 rows [b], got"),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"prompt_index: expected {message}")):
+            folder.sample(model, bank, index, **options)
     assert not torch.equal(found[0], found[2]) and not torch.equal(found[1], found[2])
 
 
