@@ -42,12 +42,13 @@ REPORT = "report"
 _KEPT = 20.0  # seconds that are kept for it
 _LEAST = 5.0  # seconds that a stage is worth beginning for
 _GRACE = 10.0  # seconds from the interrupt to the end of a stage
-TESTS = "-m pytest -q --tell --tb=short -rfE --maxfail=20 --continue-on-collection-errors -p no:cacheprovider".split()
+TESTS = "-m pytest -v --tell --tb=short -rfE --maxfail=20 --continue-on-collection-errors -p no:cacheprovider".split()
+TESTS += ["-o", "faulthandler_timeout=60"]  # where a test hangs
 
 
 @dataclass
 class Purse:
-    """Seconds that some stages share: each leaves half of an even share to every one that follows."""
+    """Seconds that some stages share: each has at least half of an even share, and leaves that to all that follow."""
 
     seconds: float
     stages: int
@@ -56,7 +57,7 @@ class Purse:
         self._least = self.seconds / self.stages / 2
 
     def limit(self) -> float:
-        return self.seconds - self._least * (self.stages - 1)
+        return max(self._least, self.seconds - self._least * (self.stages - 1))
 
     def pay(self, seconds: float) -> None:
         self.seconds, self.stages = self.seconds - seconds, self.stages - 1
@@ -147,12 +148,13 @@ def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> It
 
     def sanitizer(tool: str) -> Stage:
         chosen = f"cuda and {tool} or planted" if tool == "memcheck" else f"cuda and {tool}"
-        watched = *TESTS, "-v", "-s", "-m", "gpu and slow", "-k", chosen, "tests/gpu/test_sanitizers.py"
+        watched = *TESTS, "-s", "-m", "gpu and slow", "-k", chosen, "tests/gpu/test_sanitizers.py"
         return python(f"compute-sanitizer {tool}", 45, *watched)
 
     if part == "1/3":
         yield python("smoke", 60, "-m", "tests.gpu.smoke", device)
         yield from each_op("headline", 200, "--headline")
+        yield python("machine", 30, "-m", "torch.utils.collect_env")
     elif part == "2/3":
         many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
         yield python("tests", 120, *TESTS, "-m", "not slow", "tests/gpu", "tests/ops", *many)
@@ -178,8 +180,7 @@ def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> It
 
 
 def first(archs: str, scale: float = 1.0) -> Iterator[Stage]:
-    """What comes before any part: what the machine has, the packages that it lacks, the compiled kernels."""
-    yield Stage("machine", [sys.executable, "-m", "torch.utils.collect_env"], 30 * scale)
+    """What comes before any part: the packages that the machine lacks, the compiled kernels."""
     wheels, done = sorted(map(str, WHEELS.glob("*.whl"))), PACKAGES / "installed"
     if wheels and not done.exists():
         pip = "-m pip install --quiet --no-index --no-deps --no-compile --upgrade --target".split()

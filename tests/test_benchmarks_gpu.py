@@ -137,6 +137,8 @@ def test_a_purse_leaves_something_to_every_stage() -> None:
     assert purse.limit() == 10
     purse.pay(0)
     assert purse.limit() == 20
+    purse.pay(35)  # it took its time to end
+    assert purse.limit() == 10
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -144,7 +146,7 @@ def test_the_stages_call_what_is_there(device: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(benchmarks.gpu, "WHEELS", tmp_path)
     made = list(plan(PARTS, tmp_path, device, "90", 9.0))
     names = [stage.name for stage in made]
-    assert names[:2] == ["machine", "build"] and names[-1] == "report" and len({*names}) == len(names)
+    assert names[0] == "build" and names[-1] == "report" and len({*names}) == len(names)
     assert names.index("smoke") < names.index("headline feature_match") < names.index("tests")
     for stage in made:
         command = stage.command
