@@ -6,9 +6,8 @@ i * n // own. That selects the same channels in every tensor, and in each of the
 (shifts, scales and gates of a modulation, both halves of a GEGLU). Of the channels of an attention it selects whole
 heads where the student has fewer of them.
 
-A weight whose inputs are narrowed is multiplied by n / own (which the paper does not), as a sum over evenly spaced
-inputs stands for one over all of them; queries by its square root where heads get narrower. So a teacher whose channels
-and heads come in equal copies gives a student that computes the same.
+A weight whose inputs are narrowed is multiplied by sqrt(n / own) (which the paper does not), so that sums over fewer
+inputs keep their size where these are independent.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def slices(student: nn.Module, teacher: nn.Module, sources: Mapping[str, str]) -
         if axes is None:
             rule = f"the shape of the teacher's {source} {given}"
             raise InputError.of(f"student {key}", rule, f"{wanted} (use init='random')")
-        found[key] = Slice(axes, _scale(student, key, wanted, given, heads))
+        found[key] = Slice(axes, _scale(student, key, wanted, given))
     return found
 
 
@@ -119,13 +118,7 @@ def _of_heads(heads: _Heads, own: int, n: int, ratio: Fraction) -> Tensor | None
     return torch.cat((chosen.flatten(), whole + _spaced(own - inner, n - whole))) if own > inner else chosen.flatten()
 
 
-def _scale(
-    student: nn.Module, key: str, wanted: tuple[int, ...], given: tuple[int, ...], heads: _Heads | None
-) -> float:
+def _scale(student: nn.Module, key: str, wanted: tuple[int, ...], given: tuple[int, ...]) -> float:
     name, _, last = key.rpartition(".")
-    if heads is not None and name.endswith((".to_q", ".add_q_proj")):
-        scale = math.sqrt(heads.size[1] / heads.size[0])
-    else:
-        scale = 1.0
     summed = last == "weight" and isinstance(student.get_submodule(name), nn.Linear | nn.Conv2d)
-    return scale * given[1] / wanted[1] if summed else scale
+    return math.sqrt(given[1] / wanted[1]) if summed else 1.0
