@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from diffusers import UNet2DConditionModel
 
 import fastdistill
 from fastdistill.train.loop import read_metrics
+from tests import tiny
 from tests.models import tiny_pipelines
 from tests.processes import as_ranks
 
@@ -69,6 +71,32 @@ def test_the_code_of_pipelines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     wanted = names["trainer"].ema_student().state_dict()
     found = fastdistill.open_pipeline("runs/student").model().state_dict()
     assert found.keys() == wanted.keys() and all(torch.equal(value, wanted[key]) for key, value in found.items())
+
+
+def test_the_code_of_monitoring_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With smaller numbers, a tiny model and a decoder that returns its latents."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/monitoring.md").read_text(encoding="utf-8"), re.DOTALL)
+    for old, new in (
+        ("2000", "2"),
+        ("1000", "1"),
+        ("500", "2"),
+        ("7]", "0]"),
+        ("20,", "1,"),
+        ("7.5", "1.5"),
+        ("8,", "4,"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0), decode=lambda x: SimpleNamespace(sample=x[:, :3]))
+    bank = fastdistill.PromptBank(tiny.bank().banks, ["a cat", "a dog"])
+    names: dict[str, Any] = {
+        "DistillTrainer": fastdistill.DistillTrainer, "teacher": tiny.Net(), "student": tiny.Net(seed=1), "vae": vae,
+        "schedule": tiny.SCHEDULE, "latents": tiny.cache(), "prompts": bank, "objective": tiny.features(),
+        "my_metric": lambda model: float(model.training),
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    exec(code, names)
+    assert len(list(tmp_path.glob("runs/mine/previews/*.png"))) == 2 and names["validate"](1, None) == {"validation": 0}
 
 
 def test_what_it_links_to_is_there() -> None:
