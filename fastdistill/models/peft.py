@@ -23,7 +23,7 @@ from fastdistill.data.fingerprint import listed, sha256_of_tensors
 from fastdistill.errors import FastdistillError, InputError, quoted
 from fastdistill.files import atomic_write, make_directory
 from fastdistill.models import families
-from fastdistill.models.weights import memory, plain_tensors
+from fastdistill.models.weights import memory, plain_tensors, storage
 
 # Fields of a configuration that say where an adapter came from, not what it computes.
 _ORIGIN = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
@@ -92,6 +92,10 @@ def with_adapters(teacher: nn.Module, config: Any, seed: int) -> Any:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
         raise InputError.of("spec", "adapters that PEFT can put into the teacher", quoted(error)) from error
+    taken = {storage(p) for p in whole.parameters()}
+    for p in model.parameters():
+        if p.requires_grad and storage(p) in taken:  # biases, where the configuration trains them
+            p.data = p.data.clone()
     return model.to(next(whole.parameters()).device)
 
 

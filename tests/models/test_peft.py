@@ -92,6 +92,13 @@ def test_an_initialization_that_changes_the_weights_below_leaves_the_teachers_al
     assert not torch.equal(below, dict(teacher.named_parameters())["transformer_blocks.0.attn.to_q.weight"])
 
 
+def test_biases_that_are_trained_are_the_students_own() -> None:
+    teacher = small.model("sd3")
+    taken = {storage(p) for p in teacher.parameters()}
+    trained = {n: p for n, p in make_student(teacher, lora(bias="all")).model.named_parameters() if p.requires_grad}
+    assert any(n.endswith("bias") for n in trained) and not any(storage(p) in taken for p in trained.values())
+
+
 @pytest.mark.parametrize("kind", ["LoHaConfig", "VeraConfig", "HRAConfig"])
 def test_other_adapters_of_peft(kind: str) -> None:
     config = getattr(peft, kind)(r=2, target_modules=["to_q"])
