@@ -30,7 +30,7 @@ from fastdistill.ops import (
     use,
 )
 from fastdistill.ops.attention.reference import attention as attend
-from tests.harness import assert_alike, generator, kernels_of
+from tests.harness import EPS, assert_alike, generator, kernels_of
 
 TABLE = match_table(NoiseSchedule.linear(9).coefficients())
 OURS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # of [B, 4, 2, 6]
@@ -150,7 +150,8 @@ QUICK = ("output_match", "task", "masked")
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SIZED])
 def test_compiled_for_sizes_that_vary(name: str) -> None:
-    """As one graph; the same bits as eager code."""
+    """As one graph; the same bits as eager code, but for the order in which a compiler sums the gradients of a tensor
+    that is given three times."""
     ours = SIZED[name]
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="eager" if name in QUICK else "aot_eager")
@@ -158,4 +159,6 @@ def test_compiled_for_sizes_that_vary(name: str) -> None:
         for shape in ((3, 4, 2, 6), (5, 8, 3, 10)):
             x = randn(*shape).requires_grad_()
             pairs = [(out, *torch.autograd.grad(out.sum(), x)) for out in (compiled(x), ours(x))]
-            assert all(torch.equal(one, two) for one, two in zip(*pairs, strict=True))
+            (out, grad), (eager_out, eager_grad) = pairs
+            assert torch.equal(out, eager_out)
+            assert (grad - eager_grad).abs().max() <= 4 * EPS * eager_grad.abs().max()
