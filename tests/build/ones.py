@@ -84,6 +84,15 @@ def _layer_norm_modulate(backward: bool) -> None:
         module.layer_norm_modulate(x, x, gate, scale, shift, weight, bias, 1e-6, y, _ones(3), *statistics)
 
 
+def _cross_attention(keys: int, backward: bool) -> None:
+    (q, out), (k, v) = _ones(4, 4), (torch.empty(1, keys, 1, 1, device="meta") for _ in range(2))
+    masks, module = (torch.empty(1, keys, device="meta"), *_ones(1, dtype=INDEX)), _module("cross_attention")
+    if backward:
+        module.cross_attention_backward(q, k, v, *masks, 1.0, q, out, torch.empty_like(k), torch.empty_like(v))
+    else:
+        module.cross_attention(q, k, v, *masks, 1.0, out)
+
+
 def _geglu(backward: bool) -> None:
     x, y = torch.empty(1, 2, device="meta"), torch.empty(1, 1, device="meta")
     if backward:
@@ -108,6 +117,13 @@ LAUNCHES: dict[str, Callable[[], None]] = {
             ("layer_norm_modulate", _layer_norm_modulate),
             ("geglu", _geglu),
         )
+    },
+    **{
+        f"cross_attention{'_backward' * backward} {keys}": lambda keys=keys, backward=backward: _cross_attention(
+            keys, backward
+        )
+        for backward in (False, True)
+        for keys in (1, 512)
     },
     "grad_square_sum": lambda: _module("adamw_ema").grad_square_sum(_ones(1), *_ones(0, dtype=DOUBLE)),
 }
