@@ -57,10 +57,7 @@ def sample_with(
         InputError: an object that is no scheduler, one that learns its variance, prompts of another batch, no steps,
             a guidance scale that is not finite.
     """
-    if not all(hasattr(scheduler, name) for name in ("set_timesteps", "step", "config")):
-        raise InputError.of("scheduler", "a scheduler of diffusers", type(scheduler).__name__)
-    if str(scheduler.config.get("variance_type")).startswith("learned"):
-        raise InputError.of("scheduler", "one with a fixed variance", scheduler.config["variance_type"])
+    check_scheduler(scheduler)
     check_prompts(x_T, prompts, null_prompt, guidance_scale)
     if not isinstance(steps, int) or steps < 1:
         raise InputError.of("steps", "at least 1", described(steps))
@@ -84,6 +81,14 @@ def sample_with(
         if callback is not None:
             callback(number, t, x)
     return x.to(x_T.dtype)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """InputError unless ``sample_with`` can use it."""
+    if not all(hasattr(scheduler, name) for name in ("set_timesteps", "step", "config")):
+        raise InputError.of("scheduler", "a scheduler of diffusers", type(scheduler).__name__)
+    if str(scheduler.config.get("variance_type")).startswith("learned"):
+        raise InputError.of("scheduler", "one with a fixed variance", scheduler.config["variance_type"])
 
 
 def scheduler_of(schedule: Schedule, prediction_type: PredictionType, clip_sample: float | None = None) -> Any:

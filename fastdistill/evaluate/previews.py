@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
-from fastdistill.diffusion.scheduled import sample_with, scheduler_of
+from fastdistill.diffusion.scheduled import check_scheduler, sample_with, scheduler_of
 from fastdistill.distill.objective import Setting
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 from fastdistill.evaluate.figures import png, sample_grid
 from fastdistill.models.calling import Call
 from fastdistill.models.sharding import sharded
@@ -93,8 +93,17 @@ class Previews:
                 rows=own,
                 call=self.call,
             )
-            made.append((latents if self.decode is None else self.decode(latents)).float().cpu())
+            made.append((latents if self.decode is None else self._decoded(latents)).float().cpu())
         return torch.cat(made)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        assert self.decode is not None
+        images: Any = self.decode(latents)
+        fits = isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3)
+        if not fits or len(images) != len(latents):
+            got = tuple(images.shape) if isinstance(images, Tensor) else described(images)
+            raise InputError.of("decode(latents)", f"images [{len(latents)}, 1 or 3, H, W]", got)
+        return cast(Tensor, images)
 
     def _conditions(self, rows: Tensor | slice) -> Any:
         return mapped(lambda bank: bank[rows].to(self.device), self.prompts.rows)
@@ -115,9 +124,11 @@ def previews_of(
     if config.clip_sample is not None and (scheduler is not None or not isinstance(setting.schedule, NoiseSchedule)):
         rule = "none but for a NoiseSchedule (a scheduler of diffusers has it in its own settings)"
         raise InputError.of("config.preview.clip_sample", rule, config.clip_sample)
+    scheduler = scheduler or scheduler_of(setting.schedule, setting.prediction_type, config.clip_sample)
+    check_scheduler(scheduler)
     return Previews(
         setting.teacher,
-        scheduler or scheduler_of(setting.schedule, setting.prediction_type, config.clip_sample),
+        scheduler,
         prompts,
         tuple(setting.latents.shape[1:]),
         setting.device,

@@ -97,19 +97,24 @@ def schedule(
     value: Any, prediction_type: Any, teacher: nn.Module, latents: LatentCache
 ) -> tuple[Schedule, PredictionType]:
     """The schedule and what the models predict, which a diffusers scheduler tells too."""
+    family, own = families.find(teacher), None
     if not isinstance(value, Schedule):
         stated = getattr(value, "config", {})
         if isinstance(value, type) or not isinstance(stated, Mapping):
             raise InputError.of(
                 "schedule", "a NoiseSchedule, a FlowSchedule or a diffusers scheduler", described(value)
             )
-        if prediction_type is None:
-            prediction_type = stated.get("prediction_type")
-        family = families.find(teacher)
+        own = stated.get("prediction_type")
+        if prediction_type not in (None, own) and own is not None:
+            rule = f"None, or {own}, as the scheduler's configuration has it"
+            raise InputError.of("prediction_type", rule, described(prediction_type))
         shape = tuple(latents.latents.shape[1:])
         value = schedule_of(value, family.tokens(families.unwrapped(teacher).config, shape) if family else None)
     usual = value.prediction_types[0]
-    given = usual if prediction_type is None else prediction_type
+    if prediction_type is None and family is not None and family.prediction_type not in ("epsilon", usual):
+        rule = f"a FlowSchedule, for a {family} (or a prediction_type, for one that was trained otherwise)"
+        raise InputError.of("schedule", rule, type(value).__name__)
+    given = next((kind for kind in (prediction_type, own) if kind is not None), usual)
     return value, check_prediction_type(given, among=value.prediction_types)
 
 

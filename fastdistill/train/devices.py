@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import nn
 
 from fastdistill.errors import InputError, described, quoted
 from fastdistill.models.calling import kept_in_float32
+
+Change = Callable[[nn.Module], Callable[[], None]]
+_held: weakref.WeakKeyDictionary[nn.Module, dict[Change, tuple[Callable[[], None], int]]] = weakref.WeakKeyDictionary()
 
 
 def usable(device: Any, argument: str = "device") -> torch.device:
@@ -62,6 +66,24 @@ def cast(model: nn.Module, device: torch.device, dtype: torch.dtype | None, shar
     model._apply(place)
 
 
+def held(model: nn.Module, change: Change) -> Callable[[], None]:
+    """Change a model, unless another trainer holds it so already; returns what lets go. The last one to let go, in
+    whatever order, undoes the change."""
+    of_model = _held.setdefault(model, {})
+    undo = of_model[change][0] if change in of_model else change(model)
+    of_model[change] = undo, of_model.get(change, (undo, 0))[1] + 1
+
+    def let_go() -> None:
+        count = of_model[change][1] - 1
+        if count:
+            of_model[change] = undo, count
+        else:
+            del of_model[change]
+            undo()
+
+    return let_go
+
+
 def checkpointed(student: nn.Module) -> Callable[[], None]:
     """Enable diffusers' gradient checkpointing; returns what puts it back.
 
@@ -74,4 +96,10 @@ def checkpointed(student: nn.Module) -> Callable[[], None]:
     except (AttributeError, ValueError) as error:
         rule = "a diffusers model that can be checkpointed (config.gradient_checkpointing)"
         raise InputError.of("student", rule, type(student).__name__) from error
-    return lambda: None if was else student.disable_gradient_checkpointing()  # type: ignore[operator]
+    own = weakref.ref(student)
+
+    def undo() -> None:
+        if not was and (model := own()) is not None:
+            model.disable_gradient_checkpointing()  # type: ignore[operator]
+
+    return undo

@@ -113,7 +113,7 @@ class DistillTrainer:
             self._freeze()
             devices.cast(student, self.device, dtype, common | {id(b): b for b in self.teacher.buffers()})
             if config.gradient_checkpointing:
-                undo.callback(devices.checkpointed(student))
+                undo.callback(devices.held(student, devices.checkpointed))
             self.student = student.train()
             if self.config.fuse:
                 fuse(self.teacher)
@@ -139,6 +139,8 @@ class DistillTrainer:
             self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
             if adapters:
                 self._fingerprint["adapters"] = adapters
+            if call is not None:
+                self._fingerprint["call"] = "a function"
             check_sources(latents, prompts, self.teacher, self._fingerprint["teacher"]["weights"])
             each = {
                 k: v for k, v in dataclasses.asdict(config).items() if k not in ("ahead", "banks", "keep_checkpoints")
@@ -153,13 +155,13 @@ class DistillTrainer:
             self.step = TrainStep(bound, self.student, config, self.device, scaling)
             for model in (teacher, student):
                 if family := families.find(model):
-                    undo.callback(family.prepare(model))
+                    undo.callback(devices.held(model, family.prepare))
             self._previews = None
             if config.preview.every is not None:
                 from fastdistill.evaluate.previews import previews_of  # loads what draws figures
 
                 self._previews = previews_of(setting, config.preview, prompts, scheduler, decode)
-            self._closed = False
+            self._closed = self._fitting = False
             self._undo = undo.pop_all()
 
     def fit(
@@ -211,11 +213,13 @@ class DistillTrainer:
                 raise InputError.of("directory", f"one for config.{name}", None)
         if self._closed:
             raise InputError.of("trainer", "one that is open", "a closed one")
+        self._check_idle()
         self._freeze()
         if not self.student.training:
             self.student.train()
         names, banks = labels(self._setting.prompts), listed_banks(self._setting.prompts)
         rows = {"latents": self._setting.latents} | {f"prompts{n}": b for n, b in zip(names, banks, strict=True)}
+        self._fitting = True
         try:
             return fit(
                 self.step,
@@ -233,12 +237,15 @@ class DistillTrainer:
             if (explained := self._setting.explained(error)) is not None:
                 raise explained from error
             raise
+        finally:
+            self._fitting = False
 
     def close(self) -> None:
         """Take the trainer's hooks off the models, end its threads, and give the teacher back as trainable, and in the
         modes, as it was. ``ema_student`` still works, ``fit`` does not."""
         if self._closed:
             return
+        self._check_idle()
         self._closed = True
         self._undo.close()
 
@@ -249,6 +256,10 @@ class DistillTrainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_idle(self) -> None:
+        if self._fitting:
+            raise InputError.of("trainer", "one that is not training", "one inside of its own fit")
 
     def _freeze(self) -> None:
         self.teacher.eval()

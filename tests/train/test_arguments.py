@@ -27,6 +27,7 @@ from fastdistill.models.calling import compute_dtype
 from fastdistill.train import DistillTrainer, TrainConfig
 from fastdistill.train.devices import moved, usable
 from tests import tiny
+from tests.models import tiny_families as families
 
 OUTPUT = RandomConditioning(weights=Weights(1.0, 0.0, 0.0))
 
@@ -79,6 +80,14 @@ def test_wrong_types(argument: str, accepted: tuple[Any, ...]) -> None:
         (
             {"schedule": DDIMScheduler},
             r"schedule: expected a NoiseSchedule, a FlowSchedule or a diffusers.*got the class DDIMSchedu",
+        ),
+        (
+            {"schedule": DDIMScheduler(prediction_type="v_prediction"), "prediction_type": "epsilon"},
+            r"prediction_type: expected None, or v_prediction, as the scheduler's configuration has it, got 'epsilon'",
+        ),
+        (
+            {"teacher": families.model("sd3")},
+            r"schedule: expected a FlowSchedule, for a SD3Transformer2DModel \(or a pred.*got NoiseSchedule",
         ),
         ({"prediction_type": "eps"}, r"prediction_type: expected one of epsilon, sample, v_prediction, got 'eps'"),
     ],

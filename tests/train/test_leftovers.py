@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from fastdistill.distill import RandomConditioning
@@ -23,7 +24,8 @@ from fastdistill.train.checkpoint import steps
 from fastdistill.train.graph import runner
 from fastdistill.train.loop import fit
 from fastdistill.train.step import TrainStep
-from tests import small
+from tests import small, tiny
+from tests.models import tiny_families as families
 from tests.train.ranks import Tiny, make
 
 
@@ -89,6 +91,34 @@ def test_a_teacher_that_another_trainer_gave_back_is_frozen_again() -> None:
     modes: list[bool] = []
     second.fit(progress=lambda *_: modes.append(teacher.training or any(p.requires_grad for p in teacher.parameters())))
     assert not any(modes)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_closed_trainer_takes_nothing_from_another_of_the_same_models(first: int) -> None:
+    """Whichever is closed first, the other one's student draws no labels and stays checkpointed."""
+
+    def drawn() -> set[float]:
+        return {m.dropout_prob for m in (*teacher.modules(), *student.modules()) if isinstance(m, LabelEmbedding)}
+
+    teacher, student = families.model("dit"), families.model("dit", seed=1)
+    before = drawn()
+    given = teacher, student, tiny.features(("transformer_blocks.0",) * 2)
+    data = {"latents": families.cache("dit"), "prompts": families.bank("dit"), "gradient_checkpointing": True}
+    made = [tiny.trainer(*given, **data) for _ in range(2)]
+    made[first].close()
+    assert drawn() == {0.0} != before and student.is_gradient_checkpointing
+    made[1 - first].fit()
+    made[1 - first].close()
+    assert drawn() == before and not student.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", ["fit", "close"])
+def test_a_callback_neither_trains_nor_closes_its_trainer(name: str) -> None:
+    made = trainer(Tiny(12), Tiny(6))
+    with pytest.raises(InputError, match="trainer: expected one that is not training, got one inside of its own fit"):
+        made.fit(callbacks=[(1, lambda *_: getattr(made, name)())])
+    assert made.fit().steps == 2
+    made.close()
 
 
 class Norm(Tiny):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -132,11 +132,22 @@ def test_no_room_for_a_preview_is_a_warning(tmp_path: Path) -> None:
             r"config\.preview\.clip_sample: expected none but for a NoiseSchedule .*, got 1",
         ),
         ({"preview": {"every": 1}, "decode": 3}, "decode: expected a function"),
+        (
+            {"preview": {"every": 1}, "schedule": DDPMScheduler(50, variance_type="learned_range")},
+            "scheduler: expected one with a fixed variance, got learned_range",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny.trainer(**options)
+
+
+@pytest.mark.parametrize("made", [[1], torch.zeros(8, 4, 5, 3), torch.zeros(1, 3, 5, 3), torch.zeros(8, 3)])
+def test_a_decoder_that_makes_no_images_is_named(made: Any, tmp_path: Path) -> None:
+    run = tiny.trainer(preview={"every": 1, "prompts": 2}, decode=lambda latents: made)
+    with pytest.raises(InputError, match=r"decode\(latents\): expected images \[2, 1 or 3, H, W\], got"):
+        run.fit(tmp_path)
 
 
 def test_previews_need_a_directory_and_a_schedule_to_sample_from() -> None:
