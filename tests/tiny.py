@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.diffusion.flow import FlowSchedule
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.models import families
 from fastdistill.train import DistillTrainer, TrainConfig
 
 SCHEDULE = NoiseSchedule.linear(50)
@@ -66,14 +68,17 @@ def features(*pairs: tuple[str, str], **options: Any) -> RandomConditioning:
 
 
 def trainer(teacher: Any = None, student: Any = None, objective: Any = None, **given: Any) -> DistillTrainer:
-    """Data, ``device``, ``call``, ``decode`` and ``schedule`` as the trainer's; the rest configures it."""
+    """Data, ``device``, ``call``, ``decode`` and ``schedule`` as the trainer's; the rest configures it. The noise is
+    what the teacher's family takes."""
+    family = None if teacher is None else families.find(teacher)
+    flow = family is not None and family.prediction_type == "flow_prediction"
     arguments = {
         "latents": given.pop("latents", None) or cache(),
         "prompts": given.pop("prompts", None) or bank(),
         "device": given.pop("device", None),
         "call": given.pop("call", None),
         "decode": given.pop("decode", None),
-        "schedule": given.pop("schedule", SCHEDULE),
+        "schedule": given.pop("schedule", FlowSchedule(len(SCHEDULE)) if flow else SCHEDULE),
     }
     config = TrainConfig(**({"steps": 2, "batch": 4, "lr": 1e-3, "log_every": 1} | given))
     models = Net() if teacher is None else teacher, Net(seed=1) if student is None else student

@@ -223,9 +223,7 @@ def test_students_that_would_change_their_teacher_are_refused() -> None:
     rule = r"student: expected trained parameters of its own, .* \(make_student\(teacher, LoraConfig\(...\)\)"
     taps = tiny.features((small.tap("sd3"),) * 2)
     with pytest.raises(InputError, match=rule):
-        tiny.trainer(
-            teacher, teacher, taps, latents=small.cache("sd3"), prompts=small.bank("sd3"), schedule=FlowSchedule()
-        )
+        tiny.trainer(teacher, teacher, taps, latents=small.cache("sd3"), prompts=small.bank("sd3"))
     net = tiny.Net()
     student = peft.get_peft_model(net, lora(**LINEAR))  # puts the adapters into the teacher
     with pytest.raises(InputError, match=rule):
