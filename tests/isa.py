@@ -73,6 +73,13 @@ def missing(level: str) -> str | None:
     return f"this processor has no {', '.join(lacking)}" if lacking else None
 
 
+def _of_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 def environment(level: str, threads: int) -> dict[str, str]:
     # Inductor keeps what it compiled for the instruction set of an earlier level, and does not tell them apart.
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "isa" / level)}
@@ -96,7 +103,8 @@ def probe(level: str) -> dict[str, str]:
 
 
 def effective(level: str, used: dict[str, str]) -> list[str]:
-    """Libraries whose instruction set is not that of the level; those that are not part of this torch are left out."""
+    """Libraries whose instruction set is not that of the level; those that are not part of this torch are left out. On
+    processors that are not Intel's, MKL takes the lowest level alone, and chooses by itself at others (AUTO)."""
     wanted = {
         "torch": LEVELS[level]["ATEN_CPU_CAPABILITY"],
         "fastdistill": level,
@@ -106,7 +114,9 @@ def effective(level: str, used: dict[str, str]) -> list[str]:
     return [
         f"{name} uses {used[name]}, not {want}"
         for name, want in wanted.items()
-        if used[name] not in ("unknown", "not built") and want not in used[name]
+        if used[name] not in ("unknown", "not built")
+        and want not in used[name]
+        and not (name == "MKL" and used[name] == "AUTO" and level != "baseline" and not _of_intel())
     ]
 
 
