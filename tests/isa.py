@@ -64,20 +64,20 @@ print("probe", torch.backends.cpu.get_cpu_capability().lower(), ours)
 
 def missing(level: str) -> str | None:
     """The instructions of a level that this processor lacks, or None."""
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
+    info = _processor()
+    if not info:
         return "no /proc/cpuinfo to read the processor's instructions from" if FLAGS[level] else None
     found = re.search(r"^flags\s*:(.*)$", info, re.MULTILINE)
     lacking = sorted(FLAGS[level] - set(found[1].split() if found else ()))
     return f"this processor has no {', '.join(lacking)}" if lacking else None
 
 
-def _of_intel() -> bool:
+def _processor() -> str:
+    """/proc/cpuinfo; empty where there is none."""
     try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return False
+        return ""
 
 
 def environment(level: str, threads: int) -> dict[str, str]:
@@ -116,7 +116,7 @@ def effective(level: str, used: dict[str, str]) -> list[str]:
         for name, want in wanted.items()
         if used[name] not in ("unknown", "not built")
         and want not in used[name]
-        and not (name == "MKL" and used[name] == "AUTO" and level != "baseline" and not _of_intel())
+        and not (name == "MKL" and used[name] == "AUTO" and level != "baseline" and "GenuineIntel" not in _processor())
     ]
 
 
