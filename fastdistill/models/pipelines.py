@@ -27,10 +27,9 @@ from fastdistill.diffusion.schedule import PredictionType, Schedule, check_predi
 from fastdistill.diffusion.scheduled import sample_with
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
 from fastdistill.models import families
-from fastdistill.models.export import export
+from fastdistill.models.export import INDEX, export
 from fastdistill.models.weights import weights_hash
 
-INDEX = "model_index.json"
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # by what samples from texts
 
 
