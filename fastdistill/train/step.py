@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -128,11 +129,11 @@ class TrainStep:
         if self.scaling is not None:
             norm = norm / self.scaling.value
             self.scaling.update(square_sum)
-        self.totals.add_(torch.cat([metrics, norm.reshape(1)]))
+        self.totals.add_(torch.stack([*metrics, norm]))
         step.add_(1)
 
-    def _gradients(self) -> Tensor:
-        """Leave the gradients of the batch; returns its metrics, [metrics] float32.
+    def _gradients(self) -> Sequence[Tensor]:
+        """Leave the gradients of the batch; returns its metrics.
 
         In equal parts, a mean over samples is the mean of the parts' means, so that the sum of the gradients of
         loss / parts is that of the whole but for the rounding of its additions (in the gradients' dtype).
@@ -140,7 +141,7 @@ class TrainStep:
         if self._parts == 1:
             loss, metrics = self._evaluate(self.counter)
             (loss if self.scaling is None else loss * self.scaling.value).backward()
-            return self._stacked(metrics)
+            return metrics
         draw = self.objective.draw(self.counter)  # type: ignore[attr-defined]
         total: Tensor | None = None
         for first in range(0, self._parts * self._part, self._part):
@@ -149,13 +150,10 @@ class TrainStep:
                 loss, metrics = self._evaluate(draw.part(first, first + self._part), self.counter)
                 loss = loss / self._parts
                 (loss if self.scaling is None else loss * self.scaling.value).backward()
-            means = self._stacked(metrics) / self._parts
+            means = (torch.stack(metrics) if metrics else self.totals[:0]) / self._parts
             total = means if total is None else total + means
         assert total is not None
-        return total
-
-    def _stacked(self, metrics: list[Tensor]) -> Tensor:
-        return torch.stack(metrics) if metrics else self.totals[:0]
+        return total.unbind()
 
     def _check_gradients(self) -> None:
         """DDP waits for every gradient; alone, a parameter without one rests."""
