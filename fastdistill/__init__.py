@@ -69,7 +69,7 @@ _HOME = {
     "output_match": "ops",
     "residual_layer_norm_modulate": "ops",
 }
-_MODULES = ("data", "diffusion", "distill", "errors", "evaluate", "models", "ops", "tasks", "train")
+_MODULES = ("data", "diffusion", "distill", "errors", "evaluate", "models", "ops", "runs", "tasks", "train")
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from fastdistill import evaluate as evaluate
     from fastdistill import models as models
     from fastdistill import ops as ops
+    from fastdistill import runs as runs
     from fastdistill import tasks as tasks
     from fastdistill import train as train
     from fastdistill.data.latent_cache import LatentCache as LatentCache

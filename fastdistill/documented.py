@@ -13,20 +13,30 @@ Class = TypeVar("Class", bound=type)
 
 
 def documented(cls: Class) -> Class:
-    """Class decorator: appends the docstrings of the fields to the class docstring, as a section ``Attributes``.
+    """Class decorator: appends the docstrings of the fields, inherited ones first, to the class docstring, as a section
+    ``Attributes``.
 
     The command line reads the same strings as help of its options. The class stays as it is where its source cannot be
     read (a frozen application, an interactive session).
     """
+    texts: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        texts |= _texts(owner)
+    if texts:
+        lines = [f"    {name}: {text}" for name, text in texts.items()]
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
+    return cls
+
+
+def _texts(cls: type) -> dict[str, str]:
+    """The docstrings of a class's own fields, by name."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
-        return cls
-    lines = []
+        return {}
+    found = {}
     for statement, following in itertools.pairwise(getattr(tree.body[0], "body", [])):
         match statement, following:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                lines.append(f"    {name}: {' '.join(text.split())}")
-    if lines:
-        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
-    return cls
+                found[name] = " ".join(text.split())
+    return found

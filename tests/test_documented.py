@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import itertools
 import pydoc
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import fastdistill
+from fastdistill import runs
 from fastdistill.cli import DoctorConfig
 from fastdistill.documented import documented
 from fastdistill.profile import ProfileConfig, ReplayConfig
@@ -21,7 +23,10 @@ from fastdistill.tasks.digits.sampling import Sampling
 from fastdistill.tasks.digits.teacher import TeacherConfig
 from fastdistill.train import TrainConfig
 
-CONFIGS = [DigitsConfig, DoctorConfig, ProfileConfig, ReplayConfig, Sampling, TeacherConfig, TrainConfig]
+CONFIGS = [
+    *(DigitsConfig, DoctorConfig, ProfileConfig, ReplayConfig, Sampling, TeacherConfig, TrainConfig),
+    *(getattr(runs, name) for name in runs.__all__ if dataclasses.is_dataclass(getattr(runs, name))),
+]
 
 
 @documented
@@ -43,9 +48,22 @@ class Example:
         """No field."""
 
 
+@documented
+@dataclass
+class Heir(Example):
+    """Another."""
+
+    c: int = 4
+    """Another third."""
+    d: int = 5
+    """Fourth."""
+
+
 def test_fields_follow_the_docstring() -> None:
     wanted = "What it is.\n\nMore of it.\n\nAttributes:\n    a: First field.\n    c: Third field: of three."
     assert Example.__doc__ == wanted
+    wanted = "Another.\n\nAttributes:\n    a: First field.\n    c: Another third.\n    d: Fourth."
+    assert Heir.__doc__ == wanted
 
 
 def test_a_class_without_source_or_fields_stays_as_it_is() -> None:

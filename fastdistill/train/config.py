@@ -48,8 +48,8 @@ class PreviewConfig:
 
 @documented
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a training run. The defaults are those of random conditioning (arXiv 2504.02011, SD-1.4)."""
+class TrainSettings:
+    """How a student is trained. The defaults are those of random conditioning (arXiv 2504.02011, SD-1.4)."""
 
     steps: Annotated[int, Field(ge=1)] = 1000
     """Number of optimizer steps."""
@@ -81,8 +81,6 @@ class TrainConfig:
     """Use fused ops inside the teacher and the student (fastdistill.fuse)."""
     execution: Execution = "auto"
     """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU eager."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of all random draws."""
     banks: Literal["device", "pinned"] = "device"
     """Where banks that were loaded are kept: on the device, or in pinned host memory that a GPU reads in place."""
     ahead: Annotated[int, Field(ge=1)] = 3
@@ -93,6 +91,15 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Number of most recent checkpoints to keep."""
+
+
+@documented
+@dataclass(frozen=True)
+class TrainConfig(TrainSettings):
+    """Settings of a training run (``TrainSettings``), with its seed and what it shows."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of all random draws."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers that get metrics, settings and previews, beside metrics.jsonl."""
     preview: PreviewConfig = PreviewConfig()
@@ -135,7 +142,14 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 does; to PyYAML, which follows YAML 1.1, it is a string."""
+    """Reads 1e-4 as a number, as YAML 1.2 does; to PyYAML, which follows YAML 1.1, it is a string. Names of fields are
+    what is written: to YAML, null and on are not strings."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                key.tag = "tag:yaml.org,2002:str"
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -12,12 +12,13 @@ import torch
 import yaml
 
 from fastdistill.errors import InputError
+from fastdistill.runs import RunConfig
 from fastdistill.tasks.digits.config import DigitsConfig
 from fastdistill.tasks.digits.teacher import TeacherConfig
 from fastdistill.train.config import TrainConfig, from_mapping, from_yaml, to_yaml, validated
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, DigitsConfig, TeacherConfig])
+@pytest.mark.parametrize("kind", [TrainConfig, DigitsConfig, TeacherConfig, RunConfig])
 def test_defaults_are_valid_and_yaml_reads_back(kind: type, tmp_path: Path) -> None:
     config = validated(kind())
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -45,6 +46,15 @@ def test_fields_that_are_not_named_keep_their_defaults(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"train": {"steps": 7}}))
     config = from_yaml(DigitsConfig, tmp_path / "c.yaml")
     assert config.train.steps == 7 and config.train.lr == DigitsConfig().train.lr != TrainConfig().lr
+
+
+def test_names_of_fields_are_what_is_written(tmp_path: Path) -> None:
+    """To YAML null is no string, and on is true."""
+    (tmp_path / "c.yaml").write_text("objective: {random_conditioning: {probability: exp, null: 0.25}}")
+    assert from_yaml(RunConfig, tmp_path / "c.yaml").objective.random_conditioning.null == 0.25
+    (tmp_path / "c.yaml").write_text("on: 1\n3: 2\n")
+    with pytest.raises(InputError, match=r"(?s)on: no such field.*3: no such field"):
+        from_yaml(TrainConfig, tmp_path / "c.yaml")
 
 
 def test_numbers_in_scientific_notation(tmp_path: Path) -> None:

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run file: everything that a run consists of, from the teacher's folder to the student that is exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fastdistill.diffusion.matching import LossWeighting
+from fastdistill.documented import documented
+from fastdistill.ops.feature_match import Distance
+from fastdistill.train.config import TrainSettings
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@documented
+@dataclass(frozen=True)
+class PromptSettings:
+    """The pool of prompts."""
+
+    file: str | None = None
+    """Text (a prompt a line), CSV, TSV, JSON lines or Parquet file of prompts; a teacher of classes needs none."""
+    column: str | None = None
+    """Column or key of the prompts in a table; none: the one column, or the one called prompt, caption or text."""
+    seen: Count | None = None
+    """The first so many prompts get latents, all are in the pool; none: all of them."""
+    strip: bool = True
+    """Remove white space around prompts."""
+    unique: bool = True
+    """Keep only the first of equal prompts."""
+    skip_empty: bool = True
+    """Leave out prompts of white space alone."""
+
+
+@documented
+@dataclass(frozen=True)
+class CacheSettings:
+    """Encodings of the prompts and samples of the teacher, made once and read by any number of runs."""
+
+    directory: str = "caches/run"
+    """Where they are kept."""
+    images_per_prompt: Count = 1
+    """Latents of each seen prompt."""
+    images: str | None = None
+    """Folder of images with captions to use in place of the teacher's samples, through the VAE."""
+    sampler: Literal["scheduler"] = "scheduler"
+    """How the teacher samples: by the scheduler of its folder, with all its settings."""
+    steps: Count = 25
+    """Number of sampling steps."""
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 7.5
+    """Guidance scale g of diffusers, 1 + w; 1 is no guidance."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float16"
+    """Dtype of the stored latents and encodings."""
+    encodings: Literal["stored", "tokens"] = "stored"
+    """stored: every prompt is encoded once. tokens: token ids are stored and encoded while training, ahead of use."""
+    batch: Count = 16
+    """Samples that the teacher makes at once, and texts that are encoded at once."""
+    rows_per_shard: Count = 1024
+    """Latents in a file, which is what an interruption loses at most."""
+    sizes: tuple[tuple[Count, Count], ...] = ()
+    """Height and width in pixels; several: one cache each, drawn from in turn; none: the size the model is for."""
+
+
+@documented
+@dataclass(frozen=True)
+class LoraSettings:
+    """A student that is the teacher with low-rank adapters (PEFT), where a rank is given."""
+
+    rank: Count | None = None
+    """Rank of the adapters; none: no adapters."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Scale of the adapters, alpha / rank of which applies; none: the rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Modules that get an adapter, by the end of their names."""
+
+
+@documented
+@dataclass(frozen=True)
+class StudentSettings:
+    """The student: a named spec, or one of the other fields, of which width goes with every, first and blocks."""
+
+    spec: str | None = None
+    """Name of a spec: bk_base, bk_small, ..., half_depth, half_width."""
+    every: Count | None = None
+    """Of a transformer: keep each so-many-th block, counted back from the last."""
+    first: Count | None = None
+    """Of a transformer: keep the first so many blocks."""
+    blocks: tuple[int, ...] | None = None
+    """Of a transformer: the numbers of the blocks to keep."""
+    width: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Factor on the channels (U-Net) or the number of heads (transformer)."""
+    channels: tuple[int, ...] | None = None
+    """Of a U-Net: the channels of every stage."""
+    lora: LoraSettings = LoraSettings()
+    init: Literal["teacher", "random"] = "teacher"
+    """Initial weights: the teacher's own, where it has them, or random ones."""
+
+
+@documented
+@dataclass(frozen=True)
+class RandomConditioningSettings:
+    """Random conditioning (arXiv 2504.02011)."""
+
+    probability: str = "exp"
+    """Name of p(t), the probability of a random prompt: exp, const, linear, cosine or another of the documentation."""
+    parameters: dict[str, float] = field(default_factory=dict)
+    """Parameters of p(t) by name."""
+    null: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """How often the null prompt replaces whichever was chosen."""
+    with_replacement: bool = False
+    """Draw the latents of an epoch with replacement."""
+
+
+@documented
+@dataclass(frozen=True)
+class LossSettings:
+    """Weights of the terms of the loss."""
+
+    output: Amount = 1.0
+    """Weight of the distance of the outputs."""
+    feature: Amount = 1.0
+    """Weight of the distance of the features, at the student's taps."""
+    task: Amount = 0.0
+    """Weight of the denoising loss on the latents."""
+
+
+@documented
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What the student learns."""
+
+    random_conditioning: RandomConditioningSettings = RandomConditioningSettings()
+    weights: LossSettings = LossSettings()
+    loss_weighting: LossWeighting = "uniform"
+    """Weight of the output and the task loss at each timestep."""
+    min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+    """Gamma of the min-SNR weighting."""
+    feature_distance: Distance = "mse"
+    """normalized_mse: divided by the teacher's mean square; huber: linear above 1; cosine: per sample."""
+
+
+@documented
+@dataclass(frozen=True)
+class PreviewSettings:
+    """Grids of images that teacher and student make of the same prompts and noise while training."""
+
+    every: Count | None = None
+    """Steps between two previews; none: no previews."""
+    prompts: Count | tuple[str, ...] = 4
+    """Texts, or how many of the pool, from the first."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0,)
+    """Seeds of the initial noise, an image of each prompt for each."""
+    steps: Count = 20
+    """Number of sampling steps."""
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Guidance scale as in diffusers; none: that of the cache."""
+
+
+@documented
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """The comparison of student and teacher."""
+
+    prompts: Count | str = 64
+    """How many prompts of the pool, from the last (the unseen ones), or a file of prompts."""
+    images_per_prompt: Count = 1
+    """Images of each prompt."""
+    steps: Count | None = None
+    """Number of sampling steps; none: that of the cache."""
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Guidance scale as in diffusers; none: that of the cache."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2**31
+    """Seed of the initial noise, other than that of the cache."""
+    batch: Count = 16
+    """Images that a model makes at once."""
+    metrics: tuple[Literal["fid", "kid", "clip"], ...] = ()
+    """Scores by torchmetrics, with weights that are on this machine."""
+    features: str | None = None
+    """Folder of a CLIP or DINO model, the features for diversity and KID; none: fixed features of the pixels."""
+    reference: str | None = None
+    """Folder of real images for FID, KID, precision and recall; none: the teacher's images."""
+
+
+@documented
+@dataclass(frozen=True)
+class RunConfig:
+    """A run: from the teacher's folder to the exported student."""
+
+    directory: str = "runs/run"
+    """Checkpoints, metrics and reports of the run."""
+    device: str = "auto"
+    """Device to run on; auto: a GPU if there is one, else the CPU."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the student, the cache and all random draws."""
+    teacher: str = ""
+    """Pipeline folder of diffusers; its model is the teacher."""
+    family: str = "auto"
+    """Family of the teacher; auto: by its model_index.json."""
+    call: str | None = None
+    """module:function that calls the models in place of a family's; needs --allow-code."""
+    teacher_dtype: Dtype = "auto"
+    """Dtype of the teacher's weights; auto: bfloat16 on a GPU, float32 on a CPU."""
+    prompts: PromptSettings = PromptSettings()
+    cache: CacheSettings = CacheSettings()
+    student: StudentSettings = StudentSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    train: TrainSettings = TrainSettings()
+    shard: bool = False
+    """Shard the student, its gradients and its optimizer over the ranks (FSDP2)."""
+    preview: PreviewSettings = PreviewSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    log: tuple[Literal["bar", "jsonl", "tensorboard", "wandb"], ...] = ("bar", "jsonl")
+    """Where progress and metrics go; jsonl (metrics.jsonl) is always written."""
