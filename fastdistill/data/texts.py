@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts of prompts: checked before anything is encoded or written; files with one prompt per line."""
+"""Texts of prompts: checked before anything is encoded or written; files of prompts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastdistill import files
+from fastdistill.data import tables
 from fastdistill.errors import InputError, StorageError
+
+_COLUMNS = ("prompt", "caption", "text")
 
 
 @dataclass(frozen=True)
 class PromptFile:
     """The result of ``read_prompts``.
 
-    texts: the prompts, in the order of the file. lines: how many lines the file has. empty, duplicates: how many of
-    them were left out.
+    texts: the prompts, in the order of the file. lines: how many lines, or rows of a table, the file has. empty,
+    duplicates: how many of them were left out.
     """
 
     texts: list[str]
@@ -29,39 +31,47 @@ class PromptFile:
 
 
 def read_prompts(
-    path: str | os.PathLike[str], *, strip: bool = True, unique: bool = True, skip_empty: bool = True
+    path: str | os.PathLike[str],
+    *,
+    column: str | None = None,
+    strip: bool = True,
+    unique: bool = True,
+    skip_empty: bool = True,
 ) -> PromptFile:
-    """Read the prompts of a UTF-8 text file, one per line.
+    """Read the prompts of a file: text with one per line, or a table (CSV and TSV with a first line of names, JSON
+    lines, Parquet) by its ending ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
 
-    A byte order mark is skipped; lines end in LF, CRLF or CR.
+    Text is UTF-8, with or without a byte order mark, and stays as it is written (no normalization); lines end in LF,
+    CRLF or CR. Lines of JSON are objects or strings, empty ones are not counted. Nothing but the prompts is held in
+    memory.
 
     Args:
-        strip: remove white space at both ends of each line.
-        unique: keep only the first of equal lines. Otherwise each is a prompt of its own, and a random draw finds that
-            text more often.
-        skip_empty: leave out lines of white space alone. Otherwise each is a prompt like any other.
+        column: of a table. None: its only one, or the only one with the name prompt, caption or text.
+        strip: remove white space at both ends of each prompt.
+        unique: keep only the first of equal prompts. Otherwise each is a prompt of its own, and a random draw finds
+            that text more often.
+        skip_empty: leave out prompts of white space alone. Otherwise each is a prompt like any other.
 
     Raises:
-        StorageError: the file cannot be read, is not UTF-8 (the line is named), or has no prompts.
+        StorageError: the file cannot be read, is not UTF-8, has a row without a text (the line is named) or no prompts.
+        InputError: a column that the table does not have, or none where that does not tell which.
     """
-    file = Path(path)
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise StorageError(f"{file}: could not be read: {files.reason(error)}") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise StorageError(f"{file}: expected UTF-8, got other bytes in line {line} ({error.reason})") from None
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n") if text else []
-    kept = [line.strip() for line in lines] if strip else lines
-    if skip_empty:
-        kept = [line for line in kept if line and not line.isspace()]
-    texts = list(dict.fromkeys(kept)) if unique else kept
+    file = Path(path).expanduser()
+    kept: list[str] | dict[str, None] = {} if unique else []
+    lines = empty = 0
+    for _, (text,) in tables.read_rows(file, _column(file, column)):
+        lines += 1
+        text = text.strip() if strip else text
+        if skip_empty and (not text or text.isspace()):
+            empty += 1
+        elif isinstance(kept, dict):
+            kept[text] = None
+        else:
+            kept.append(text)
+    texts = list(kept)
     if not texts:
-        raise StorageError(f"{file}: expected at least one prompt, got {len(lines)} lines without any")
-    return PromptFile(texts, len(lines), empty=len(lines) - len(kept), duplicates=len(kept) - len(texts))
+        raise StorageError(f"{file}: expected at least one prompt, got {lines} lines without any")
+    return PromptFile(texts, lines, empty, lines - empty - len(texts))
 
 
 def listed(texts: Iterable[str], argument: str = "texts") -> list[str]:
@@ -105,3 +115,18 @@ def warning(texts: list[str]) -> str | None:
         f"texts: {empty} empty and {duplicates} repeated texts get rows of their own and are drawn like any other "
         "(read_prompts leaves them out)"
     )
+
+
+def _column(file: Path, column: str | None) -> tables.Pick:
+    """The column of the prompts."""
+
+    def pick(names: list[str]) -> list[str]:
+        if column is not None:
+            return [tables.named(file, column, names)]
+        found = names if len(names) == 1 else [name for name in names if name.strip().lower() in _COLUMNS]
+        if names and (len(found) != 1 or len(found[0].split()) != 1):
+            rule = f"the name of the column of prompts in {file}, one of {tables.spelled(names)}"
+            raise InputError.of("column", rule, None)
+        return found
+
+    return pick
