@@ -68,8 +68,8 @@ def features(*pairs: tuple[str, str], **options: Any) -> RandomConditioning:
 
 
 def trainer(teacher: Any = None, student: Any = None, objective: Any = None, **given: Any) -> DistillTrainer:
-    """Data, ``device``, ``call``, ``decode`` and ``schedule`` as the trainer's; the rest configures it. The noise is
-    what the teacher's family takes."""
+    """Data, ``device``, ``call``, ``decode``, ``preview_prompts``, ``schedule`` as the trainer's; the rest configures
+    it. The noise is what the teacher's family takes."""
     family = None if teacher is None else families.find(teacher)
     flow = family is not None and family.prediction_type == "flow_prediction"
     arguments = {
@@ -78,6 +78,7 @@ def trainer(teacher: Any = None, student: Any = None, objective: Any = None, **g
         "device": given.pop("device", None),
         "call": given.pop("call", None),
         "decode": given.pop("decode", None),
+        "preview_prompts": given.pop("preview_prompts", None),
         "schedule": given.pop("schedule", FlowSchedule(len(SCHEDULE)) if flow else SCHEDULE),
     }
     config = TrainConfig(**({"steps": 2, "batch": 4, "lr": 1e-3, "log_every": 1} | given))

@@ -30,12 +30,12 @@ Decode = Callable[[Tensor], Tensor]
 class Previews:
     """``previews(student, done)``: a PNG file with a row of samples of the teacher and one of the student.
 
-    Noise is that of (seed, position of the prompt), so that every grid of a run, in every sitting, has the same. The
-    teacher samples once.
+    A column belongs to a prompt and a seed, those of a prompt side by side. Its noise is that of (seed, position of the
+    prompt), so that every grid of a run, in every sitting, has the same. The teacher samples once.
 
     Args:
         scheduler: of diffusers (``sample_with``). shape: of a latent.
-        wanted: how many prompts, from the first, or a list of rows and texts of the bank.
+        wanted: how many prompts, from the first, or a list of rows and texts of the bank. seeds: of the initial noise.
         batch: samples that a model makes at once. call: how models are called (``Predictor``).
         decode: latents [b, *shape] float32 -> images [b, 1 or 3, H, W] in [0, 1]; None: ``pictured``.
 
@@ -51,7 +51,7 @@ class Previews:
     wanted: int | Sequence[int | str]
     steps: int
     guidance_scale: float
-    seed: int
+    seeds: Sequence[int]
     batch: int
     call: Call | None = None
     decode: Decode | None = None
@@ -70,13 +70,16 @@ class Previews:
         else:
             images = [taught, learnt]
         names = "teacher", f"student, step {done}"
-        texts = [self.prompts.texts[row] for row in self._rows]
+        texts = [self.prompts.texts[row] for row in self._rows for _ in self.seeds]
         figure = sample_grid({n: i.nan_to_num() for n, i in zip(names, images, strict=True)}, texts)
         return png(figure, transparent=False, dpi=150)
 
     @torch.no_grad()
     def _samples(self, model: nn.Module) -> Tensor:
-        """Latents, or images where there is ``decode``, on the CPU."""
+        """Latents, or images where there is ``decode``, of each prompt by every seed, on the CPU."""
+        return torch.stack([self._of_seed(model, seed) for seed in self.seeds], 1).flatten(0, 1)
+
+    def _of_seed(self, model: nn.Module, seed: int) -> Tensor:
         made = []
         for first in range(0, len(self._rows), self.batch):
             rows = torch.tensor(self._rows[first : first + self.batch], device="cpu")
@@ -84,12 +87,12 @@ class Previews:
             latents = sample_with(
                 self.scheduler,
                 model,
-                initial_noise(self.seed, own, self.shape),
+                initial_noise(seed, own, self.shape),
                 self._conditions(rows),
                 self._conditions(slice(-1, None)),
                 steps=self.steps,
                 guidance_scale=self.guidance_scale,
-                seed=self.seed,
+                seed=seed,
                 rows=own,
                 call=self.call,
             )
@@ -135,7 +138,7 @@ def previews_of(
         wanted=config.prompts,
         steps=config.steps,
         guidance_scale=config.guidance_scale,
-        seed=config.seed,
+        seeds=config.seeds,
         batch=setting.micro_batch or setting.batch,
         call=setting.call,
         decode=decode,

@@ -11,7 +11,7 @@ from pydantic import Field
 from fastdistill.diffusion.matching import LossWeighting
 from fastdistill.documented import documented
 from fastdistill.ops.feature_match import Distance
-from fastdistill.train.config import TrainSettings
+from fastdistill.train.config import Seed, TrainSettings
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
@@ -153,7 +153,7 @@ class PreviewSettings:
     """Steps between two previews; none: no previews."""
     prompts: Count | tuple[str, ...] = 4
     """Texts, or how many of the pool, from the first."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Seeds of the initial noise, an image of each prompt for each."""
     steps: Count = 20
     """Number of sampling steps."""
@@ -174,7 +174,7 @@ class EvaluateSettings:
     """Number of sampling steps; none: that of the cache."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Guidance scale as in diffusers; none: that of the cache."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 2**31
+    seed: Seed = 2**31
     """Seed of the initial noise, other than that of the cache."""
     batch: Count = 16
     """Images that a model makes at once."""
@@ -195,7 +195,7 @@ class RunConfig:
     """Checkpoints, metrics and reports of the run."""
     device: str = "auto"
     """Device to run on; auto: a GPU if there is one, else the CPU."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     """Seed of the student, the cache and all random draws."""
     teacher: str = ""
     """Pipeline folder of diffusers; its model is the teacher."""

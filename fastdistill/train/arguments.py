@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import dtype_name
+from fastdistill.data.fingerprint import differences, dtype_name, listed, plain
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import EMBEDDINGS, PromptBank
 from fastdistill.diffusion.flow import schedule_of
@@ -58,6 +58,22 @@ def check_data(latents: Any, prompts: Any) -> None:
                 "prompts" if name == EMBEDDINGS else name, "rows with values", "a tensor on the meta device"
             )
     latents.check_prompts(len(prompts))
+
+
+def preview_prompts(value: Any, pool: PromptBank) -> PromptBank:
+    """A bank whose rows the models read as they do those of the pool."""
+    if not isinstance(value, PromptBank):
+        raise InputError.of("preview_prompts", "a PromptBank, or None", described(value))
+    own, theirs = ({name: tuple(rows.shape[1:]) for name, rows in bank.banks.items()} for bank in (value, pool))
+    if own.keys() != theirs.keys():
+        raise InputError.of("preview_prompts", f"the banks of prompts, {', '.join(theirs)}", ", ".join(own))
+    for name, shape in theirs.items():
+        if own[name] != shape:
+            raise InputError.of(f"preview_prompts[{name!r}]", f"rows {shape}, as those of prompts", own[name])
+    changed = differences(plain(pool.encoder), plain(value.encoder))
+    if changed and pool.encoder and value.encoder:
+        raise InputError.of("preview_prompts", "the text encoder of prompts", listed(changed))
+    return value
 
 
 def check_functions(objective: Any, **functions: Any) -> None:

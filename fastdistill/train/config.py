@@ -24,6 +24,7 @@ from fastdistill.documented import documented
 from fastdistill.errors import InputError, described
 
 Config = TypeVar("Config")
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Execution = Literal["auto", "eager", "compiled", "graph"]
 
 
@@ -36,14 +37,14 @@ class PreviewConfig:
     """Steps between two previews (and one at the start and the end), in previews/ of the run; none: no previews."""
     prompts: Annotated[int, Field(ge=1)] | tuple[int | str, ...] = 8
     """How many prompts of the bank, from the first, or a list of rows and texts of it."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    """Seeds of the initial noise: an image of each prompt for each."""
     steps: Annotated[int, Field(ge=1)] = 20
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Guidance scale as in diffusers; 1 is no guidance."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Limit of the magnitude of the predicted clean sample, for images in [-1, 1] and a NoiseSchedule."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of the initial noise."""
 
 
 @documented
@@ -96,9 +97,9 @@ class TrainSettings:
 @documented
 @dataclass(frozen=True)
 class TrainConfig(TrainSettings):
-    """Settings of a training run (``TrainSettings``), with its seed and what it shows."""
+    """Settings of a training run, with its seed and what it shows."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Seed = 0
     """Seed of all random draws."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers that get metrics, settings and previews, beside metrics.jsonl."""

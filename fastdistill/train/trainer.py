@@ -71,6 +71,8 @@ class DistillTrainer:
         decode: latents [B, *S] float32 on the device -> images [B, 1 or 3, H, W] in [0, 1], for previews
             (``config.preview``): such as the VAE's decoder. None: latents of 1 or 3 channels are images in [-1, 1], of
             others the first three channels are shown, within the range of the teacher's.
+        preview_prompts: a bank of its own for ``config.preview.prompts``, of texts that need not be in the pool (None:
+            ``prompts``).
         shard: called with the student once it is cast, fused and tapped, to ``fully_shard`` it over the ranks (None:
             each holds all of it).
 
@@ -92,11 +94,13 @@ class DistillTrainer:
         prediction_type: PredictionType | None = None,
         call: Call | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
+        preview_prompts: PromptBank | None = None,
         shard: Callable[[nn.Module], object] | None = None,
     ) -> None:
         config = self.config = arguments.config(config)
         teacher, student = arguments.model(teacher, "teacher"), arguments.model(student, "student")
         arguments.check_data(latents, prompts)
+        shown = prompts if preview_prompts is None else arguments.preview_prompts(preview_prompts, prompts)
         arguments.check_functions(objective, shard=shard, call=call, decode=decode)
         scheduler = None if isinstance(schedule, Schedule) else schedule
         schedule, prediction_type = arguments.schedule(schedule, prediction_type, teacher, latents)
@@ -160,7 +164,7 @@ class DistillTrainer:
             if config.preview.every is not None:
                 from fastdistill.evaluate.previews import previews_of  # loads what draws figures
 
-                self._previews = previews_of(setting, config.preview, prompts, scheduler, decode)
+                self._previews = previews_of(setting, config.preview, shown, scheduler, decode)
             self._closed = self._fitting = False
             self._undo = undo.pop_all()
 

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
+from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.flow import FlowSchedule
 from fastdistill.diffusion.sampler import ddim, initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
@@ -61,13 +62,20 @@ def test_models_of_every_family(name: str) -> None:
     scheduler = scheduler_of(schedule, "flow_prediction" if flow else "epsilon")
     models, bank = [tiny_families.model(name, seed).eval() for seed in (0, 1)], tiny_families.bank(name)
     shape = tuple(tiny_families.cache(name).latents.shape[1:])
-    settings: dict[str, Any] = {"wanted": [2, "prompt 0"], "steps": 2, "guidance_scale": 2.0, "seed": 1, "batch": 1}
+    settings: dict[str, Any] = {
+        "wanted": [2, "prompt 0"],
+        "steps": 2,
+        "guidance_scale": 2.0,
+        "seeds": [7, 1],
+        "batch": 1,
+    }
     made = Previews(models[0], scheduler, bank, shape, torch.device("cpu"), **settings)
     samples = made._samples(models[1])
     assert not torch.equal(made._samples(models[0]), samples) and bool(samples.isfinite().all())
     prompt, null = ({k: v[i] for k, v in bank.banks.items()} for i in ([0], [3]))
     noise = initial_noise(1, torch.arange(2), shape)[1:]
-    assert torch.equal(sample_with(scheduler, models[1], noise, prompt, null, steps=2, guidance_scale=2.0), samples[1:])
+    assert len(samples) == 4  # each prompt by both seeds
+    assert torch.equal(sample_with(scheduler, models[1], noise, prompt, null, steps=2, guidance_scale=2.0), samples[3:])
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
@@ -112,6 +120,24 @@ def test_images_of_a_decoder_and_a_scheduler_of_ones_own(tmp_path: Path) -> None
     assert seen == [(1, 4, 5, 3)] * 3 and len(list((tmp_path / "previews").iterdir())) == 2
 
 
+def test_prompts_that_are_not_in_the_pool_by_several_seeds(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def decode(latents: Tensor) -> Tensor:
+        seen.append(latents)
+        return latents[:, :3]
+
+    rows = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(3))
+    preview = {"every": 1, "prompts": ["elsewhere"], "seeds": [4, 0, 4], "steps": 1}
+    made = [PromptBank(rows, ["elsewhere"]), None]
+    for own, texts in zip(made, (["elsewhere"], ["a"]), strict=True):
+        run = tiny.trainer(preview=preview | {"prompts": texts}, preview_prompts=own, steps=1, decode=decode)
+        run.fit(tmp_path / texts[0])
+    (first, again, same), (pool, *_) = seen[:3], seen[9:]
+    assert len(seen) == 18 and torch.equal(first, same) and not torch.equal(first, again)
+    assert not torch.equal(first, pool)  # the same noise, another prompt
+
+
 def test_no_room_for_a_preview_is_a_warning(tmp_path: Path) -> None:
     def decode(latents: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("no memory")
@@ -127,6 +153,23 @@ def test_no_room_for_a_preview_is_a_warning(tmp_path: Path) -> None:
         ({"preview": {"every": 1, "prompts": ["a", 2]}}, r"preview.prompts\[1\]: expected a row of the bank, 0 to 1"),
         ({"preview": {"every": 1, "steps": 51}}, "preview.steps: expected at most the schedule's 50"),
         ({"preview": {"every": 0}}, "preview.every"),
+        ({"preview": {"every": 1, "seeds": []}}, "preview.seeds: tuple should have at least 1 item"),
+        ({"preview_prompts": torch.zeros(2, 5, 6)}, "preview_prompts: expected a PromptBank, or None, got Tensor"),
+        (
+            {"preview_prompts": PromptBank({"y": torch.zeros(2)}, ["c"])},
+            "preview_prompts: expected the banks of prompts, encoder_hidden_states, got y",
+        ),
+        (
+            {"preview_prompts": PromptBank(torch.zeros(2, 5, 7), ["c"])},
+            r"preview_prompts\['encoder_hidden_states'\]: expected rows \(5, 6\), as those of prompts, got \(5, 7\)",
+        ),
+        (
+            {
+                "prompts": PromptBank(tiny.bank().banks, ["a", "b"], encoder={"sha256": "x"}),
+                "preview_prompts": PromptBank(torch.zeros(2, 5, 6), ["c"], encoder={"sha256": "y"}),
+            },
+            "preview_prompts: expected the text encoder of prompts, got sha256: expected 'x', got 'y'",
+        ),
         (
             {"preview": {"every": 1, "clip_sample": 1}, "schedule": FlowSchedule()},
             r"config\.preview\.clip_sample: expected none but for a NoiseSchedule .*, got 1",
