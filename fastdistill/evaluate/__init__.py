@@ -1,17 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of students: metrics, figures and the report."""
 
+from fastdistill.evaluate.diversity import (
+    bootstrap,
+    class_separation,
+    density_coverage,
+    mean_shift,
+    precision_recall,
+    variance_ratio,
+    vendi_score,
+)
 from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid
 from fastdistill.evaluate.metrics import frechet_distance, mean_spread, wilson_interval
 from fastdistill.evaluate.report import write_report
 
 __all__ = [
+    "bootstrap",
+    "class_separation",
+    "density_coverage",
     "frechet_distance",
     "loss_curves",
+    "mean_shift",
     "mean_spread",
     "png",
+    "precision_recall",
     "probability_curve",
     "sample_grid",
+    "variance_ratio",
+    "vendi_score",
     "wilson_interval",
     "write_report",
 ]
