@@ -69,10 +69,11 @@ _HOME = {
     "output_match": "ops",
     "residual_layer_norm_modulate": "ops",
 }
-_MODULES = ("data", "diffusion", "distill", "errors", "evaluate", "models", "ops", "runs", "tasks", "train")
+_MODULES = ("commands", "data", "diffusion", "distill", "errors", "evaluate", "models", "ops", "runs", "tasks", "train")
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from fastdistill import commands as commands
     from fastdistill import data as data
     from fastdistill import diffusion as diffusion
     from fastdistill import distill as distill

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 import fastdistill
+from fastdistill import commands
 from fastdistill.cli import main
 from fastdistill.errors import Stopped
 from fastdistill.ops import OPS, feature_match, use, used
@@ -24,6 +25,8 @@ from fastdistill.tasks.digits import teacher
 from fastdistill.tasks.digits.config import DigitsConfig
 from fastdistill.train.config import from_yaml
 from tests.processes import call
+
+NAMES = ", ".join(dict.fromkeys(name.partition(" ")[0] for name in commands.listed()))
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -37,7 +40,10 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) ->
     code, out, error = said(capsys, *arguments)
     assert code == 0 and not error
     for command in ("demo digits", "teacher digits", "profile digits", "profile replay", "doctor"):
-        assert command in out
+        assert f"  {command} " in out
+    assert [line.split("  ")[1] for line in out.splitlines() if line.startswith("  ") and line[2:3].isalpha()] == [
+        *commands.listed()
+    ]
     assert all(len(line) <= 100 for line in out.splitlines())
 
 
@@ -63,17 +69,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (
-            ("distil",),
-            "fastdistill: command: expected demo, teacher, profile or doctor, got 'distil' (fastdistill --help)",
+            ("docter",),
+            f"fastdistill: command: expected {NAMES}, got 'docter' (did you mean doctor? fastdistill --help)",
         ),
-        (("demo",), "fastdistill: demo: expected a task (digits), got none"),
+        (("demo",), "fastdistill: demo: expected digits, got none"),
         (("profile",), "fastdistill: profile: expected digits or replay, got none"),
         (("profile", "replay"), "fastdistill: profile replay: expected a file that a profile left, got nothing"),
         (
             ("profile", "replay", "none.pt"),
             "fastdistill: call: expected a file that a profile left, got none.pt, which is not there",
         ),
-        (("teacher", "cats"), "fastdistill: teacher: expected a task (digits), got cats"),
+        (("teacher", "cats"), "fastdistill: teacher: expected digits, got cats"),
         (("demo", "digits", "--config"), "fastdistill: --config: expected a YAML file, got nothing"),
     ],
 )

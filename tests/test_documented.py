@@ -15,7 +15,7 @@ import pytest
 
 import fastdistill
 from fastdistill import runs
-from fastdistill.cli import DoctorConfig
+from fastdistill.commands.doctor import DoctorConfig
 from fastdistill.documented import documented
 from fastdistill.profile import ProfileConfig, ReplayConfig
 from fastdistill.tasks.digits.config import DigitsConfig

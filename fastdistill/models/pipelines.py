@@ -116,7 +116,8 @@ class PipelineFolder:
         kind: Any = self.family.kind
         if torch.device(device).type == "meta":
             with torch.device("meta"):
-                return kind.from_config(dict(self.config)).to(dtype).eval()
+                model = kind.from_config(dict(self.config)).eval()
+            return model if dtype == torch.float32 else model.to(dtype)
         return self._loaded(kind, self.family.part, dtype).to(device).eval()
 
     def autoencoder(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

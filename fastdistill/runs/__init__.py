@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model folder to an exported student: one run file, and a function for each thing that is done with it."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 from fastdistill.runs.config import (
     CacheSettings,
     EvaluateSettings,
@@ -11,14 +15,30 @@ from fastdistill.runs.config import (
     RunConfig,
     StudentSettings,
 )
+from fastdistill.runs.opened import Pool, Run, opened
+from fastdistill.train.config import from_yaml
+
+
+def load(path: str | Path) -> RunConfig:
+    """The run file of this path.
+
+    Raises:
+        InputError: it is not there, is no YAML, or has fields or values that a run file does not have; all at once.
+    """
+    return from_yaml(RunConfig, path)
+
 
 __all__ = [
     "CacheSettings",
     "EvaluateSettings",
     "LoraSettings",
     "ObjectiveSettings",
+    "Pool",
     "PreviewSettings",
     "PromptSettings",
+    "Run",
     "RunConfig",
     "StudentSettings",
+    "load",
+    "opened",
 ]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How commands read their options: fields of a configuration dataclass, from a YAML file and the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from fastdistill.errors import FastdistillError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from fastdistill.runs import RunConfig
+
+Config = TypeVar("Config")
+Own = TypeVar("Own")
+
+
+def configured(kind: type[Config], arguments: list[str], program: str) -> Config | None:
+    """The validated configuration of a command; None after a dry run."""
+    import_pydantic()
+    import tyro
+
+    from fastdistill.train.config import from_yaml, to_yaml, validated
+
+    arguments, dry = taken(arguments, "--dry-run")
+    file, rest = _config_file(arguments)
+    default = from_yaml(kind, file) if file is not None else kind()
+    config = validated(tyro.cli(kind, args=rest, default=default, prog=f"fastdistill {program}"), program)
+    if dry:
+        print(to_yaml(config), end="")
+        return None
+    return config
+
+
+@dataclass(frozen=True)
+class Invocation(Generic[Own]):
+    """What a command of a run was called with.
+
+    config: of the run file, with the options of the command line on top. own: the command's own options. allow_code:
+    ``--allow-code``. json: ``--json``.
+    """
+
+    config: RunConfig
+    own: Own
+    allow_code: bool
+    json: bool
+
+
+def run_file(kind: type[Own], arguments: list[str], program: str) -> Invocation[Own] | None:
+    """A command's run file and options; None after a dry run.
+
+    ``kind``: a dataclass of the command's own options.
+    """
+    import_pydantic()
+    import tyro
+
+    from fastdistill.runs import RunConfig
+    from fastdistill.train.config import from_yaml, to_yaml, validated
+
+    name = f"fastdistill {program}"
+    if {"-h", "--help"} & set(arguments):
+        with contextlib.suppress(SystemExit):
+            tyro.cli(kind, args=["--help"], prog=f"{name} RUN.yaml [--dry-run] [--json] [--allow-code]")
+        tyro.cli(RunConfig, args=["--help"], prog=f"{name} RUN.yaml, on top of the run file:")
+    if not arguments or arguments[0].startswith("-"):
+        got = repr(arguments[0]) if arguments else "nothing"
+        raise FastdistillError(f"{program}: expected a run file (fastdistill init FOLDER > run.yaml), got {got}")
+    arguments, dry = taken(arguments, "--dry-run")
+    arguments, as_json = taken(arguments, "--json")
+    arguments, allow_code = taken(arguments, "--allow-code")
+    default = from_yaml(RunConfig, arguments[0])
+    own, rest = tyro.cli(kind, args=arguments[1:], prog=name, return_unknown_args=True)
+    config = validated(tyro.cli(RunConfig, args=rest, default=default, prog=name), program)
+    if dry:
+        print(to_yaml(config), end="")
+        return None
+    return Invocation(config, validated(own, program), allow_code, as_json)
+
+
+def taken(arguments: list[str], flag: str) -> tuple[list[str], bool]:
+    """The arguments without ``flag``, and whether it was there."""
+    return [argument for argument in arguments if argument != flag], flag in arguments
+
+
+def import_pydantic() -> None:
+    """While signals wait: its compiled core panics where one interrupts its import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        importlib.import_module("pydantic")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def progress_bars(shown: bool = True) -> Iterator[Progress]:
+    """Progress bars on stderr: what is done of what, per second, and the time that is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as bars:
+        yield bars
+
+
+def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:
+    for i, argument in enumerate(arguments):
+        if argument == "--config":
+            if i + 1 == len(arguments):
+                raise FastdistillError("--config: expected a YAML file, got nothing")
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config="), arguments[:i] + arguments[i + 1 :]
+    return None, arguments

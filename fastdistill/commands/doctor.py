@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""print versions, devices and kernels, with the reason for each that cannot run"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdistill.documented import documented
+
+
+@documented
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Print versions, devices and the kernels of every op."""
+
+    json: bool = False
+    """Print the result as JSON."""
+
+
+def run(arguments: list[str]) -> None:
+    import tyro
+    from rich.console import Console
+
+    from fastdistill.doctor import doctor
+
+    options = tyro.cli(DoctorConfig, args=arguments, prog="fastdistill doctor")
+    doctor(Console(), as_json=options.json)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastdistill.runs import RunConfig
+from fastdistill.train.config import from_mapping
+from tests.models import tiny_pipelines as tiny
+
+#: A student that is smaller than each of the tiny teachers.
+STUDENTS = {"unet": {"width": 0.5}, "transformer": {"every": 2}}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of the tiny pipeline of a name, made when it is first asked for."""
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tiny.save(name, tmp_path_factory.mktemp("pipelines") / name)
+        return folders[name]
+
+    return folder
+
+
+def run_config(folder: Path, directory: Path, **changes: Any) -> RunConfig:
+    """A run of a few steps with this teacher, everything in ``directory``; ``changes`` are laid over it by section."""
+    (directory / "prompts.txt").write_text("a cat\na dog\ntwo cats\na red bird\nthe sea\n")
+    values: dict[str, Any] = {
+        "directory": str(directory / "run"),
+        "teacher": str(folder),
+        "device": "cpu",
+        "prompts": {"file": str(directory / "prompts.txt"), "seen": 3},
+        "cache": {"directory": str(directory / "cache"), "steps": 2, "guidance_scale": 2.0, "images_per_prompt": 2,
+                  "dtype": "float32", "batch": 4},
+        "student": STUDENTS["unet" if (folder / "unet").exists() else "transformer"],
+        "train": {"steps": 3, "batch": 4, "log_every": 1, "checkpoint_every": 2},
+    }  # fmt: skip
+    for name, value in changes.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) and name != "student" else value
+    return from_mapping(RunConfig, values)

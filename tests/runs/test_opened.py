@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run file is checked before anything is loaded or written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdistill import runs
+from fastdistill.errors import InputError, StorageError
+from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec
+from fastdistill.runs.opened import student_spec_of
+from tests.models import tiny_pipelines as tiny
+from tests.runs.conftest import run_config
+
+
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_every_family_opens(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = runs.opened(run_config(saved(name), tmp_path))
+    assert run.config.device == "cpu" and run.teacher_dtype == torch.float32
+    assert run.pool == runs.Pool(["a cat", "a dog", "two cats", "a red bird", "the sea"], 3)
+    assert run.sizes == (None,) and run.latents_place() == tmp_path / "cache" / "latents"
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": ""}, "teacher: expected a pipeline folder of diffusers, got none"),
+        ({"family": "unit"}, r"family: expected auto, or unet, which .* holds, got unit \(families: unet, .*call\)"),
+        ({"family": "sd3"}, "family: expected auto, or unet, which .* holds, got sd3$"),
+        ({"call": "my_model:call"}, "call: expected no code of your own unless .*--allow-code.*, got call of my_model"),
+        ({"call": "my_model"}, "call: expected module:function, got 'my_model'"),
+        ({"cache": {"sizes": [[32, 31]]}}, "width: expected a multiple of 2 pixels, got 31"),
+        ({"student": {}}, "student: expected one of spec, .*, got none"),
+        ({"student": {"spec": "bk_small", "lora": {"rank": 4}}}, "student: .*, got spec and lora.rank"),
+        ({"student": {"spec": "bk_smal"}}, "student.spec: expected one of bk_base, bk_small, .*, got 'bk_smal'"),
+        ({"student": {"every": 2}}, r"student.every: expected none, as the teacher is a U-Net \(spec\), got 2"),
+        ({"student": {"channels": [4, 4, 4, 4, 4]}}, "block_out_channels"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit(changes: dict[str, Any], message: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        runs.opened(run_config(saved("sd"), tmp_path, **changes))
+
+
+def test_values_that_are_none(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    config = run_config(saved("sd"), tmp_path)
+    with pytest.raises(InputError, match=r"run: 1 problem\n  train.lr: input should be greater than 0, got -1"):
+        runs.opened(dataclasses.replace(config, train=dataclasses.replace(config.train, lr=-1)))
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="expected a pipeline folder of diffusers, got no folder"):
+        runs.opened(run_config(tmp_path / "nothing", tmp_path))
+    with pytest.raises(InputError, match=r"config: expected a RunConfig \(fastdistill.runs.load reads"):
+        runs.opened({"teacher": "x"})  # type: ignore[arg-type]
+
+
+def test_more_seen_prompts_than_there_are(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = runs.opened(run_config(saved("sd"), tmp_path, prompts={"seen": 6}))
+    with pytest.raises(InputError, match=r"prompts\.seen: expected at most the 5 prompts that there are, got 6"):
+        _ = run.pool
+
+
+def test_classes_need_no_file(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = runs.opened(run_config(saved("dit"), tmp_path, prompts={"file": None, "seen": None}))
+    assert run.pool == runs.Pool(["white cat, tom", "dog"], 2)
+    run = runs.opened(run_config(saved("sd"), tmp_path, prompts={"file": None}))
+    with pytest.raises(InputError, match=r"prompts\.file: expected a file of prompts, got none"):
+        _ = run.pool
+
+
+def test_call(saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module_of_mine.py").write_text("def call(model, x_t, timestep, rows):\n    return 3\n")
+    monkeypatch.chdir(tmp_path)
+    config = run_config(saved("sd"), tmp_path, call="module_of_mine:call")
+    run = runs.opened(config, allow_code=True)
+    assert run.call is not None and run.call(None, None, None, None) == 3  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="call: expected a function cal of module_of_mine, got None"):
+        runs.opened(dataclasses.replace(config, call="module_of_mine:cal"), allow_code=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "transformer", "spec"),
+    [
+        ({"spec": "bk_tiny"}, False, SPECS["bk_tiny"]),
+        ({"width": 0.5}, False, StudentSpec(width=0.5)),
+        ({"channels": (24, 48)}, False, StudentSpec(block_out_channels=(24, 48))),
+        ({"spec": "half_depth"}, True, BLOCK_SPECS["half_depth"]),
+        ({"every": 3, "width": 0.5}, True, BlockSpec(every=3, width=0.5)),
+        ({"blocks": (0, 5)}, True, BlockSpec(blocks=(0, 5))),
+        ({"width": 0.5}, True, BlockSpec(width=0.5)),
+        (
+            {"lora": runs.LoraSettings(rank=4, targets=("to_q",))},
+            True,
+            {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["to_q"]},
+        ),
+    ],
+)
+def test_students(settings: dict[str, Any], transformer: bool, spec: object) -> None:
+    assert student_spec_of(runs.StudentSettings(**settings), transformer) == spec
