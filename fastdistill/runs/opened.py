@@ -125,8 +125,13 @@ class Run:
         if given.file is None:
             texts, empty, duplicates = self._classes(), 0, 0
         else:
-            options = {"strip": given.strip, "unique": given.unique, "skip_empty": given.skip_empty}
-            found = read_prompts(Path(given.file).expanduser(), **options)
+            found = read_prompts(
+                Path(given.file).expanduser(),
+                column=given.column,
+                strip=given.strip,
+                unique=given.unique,
+                skip_empty=given.skip_empty,
+            )
             texts, empty, duplicates = found.texts, found.empty, found.duplicates
         seen = len(texts) if given.seen is None else given.seen
         if seen > len(texts):
