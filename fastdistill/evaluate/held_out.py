@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a student predicts what its teacher predicts, on latents and prompts that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdistill.distill.objective import Setting
+from fastdistill.errors import InputError
+from fastdistill.models.taps import Taps
+from fastdistill.ops import noise_gather
+from fastdistill.ops.noise_gather.banks import listed
+
+
+class HeldOut(NamedTuple):
+    """The losses of n noised latents, on the CPU.
+
+    output: [n] float64, mean square of the difference of the predictions. features: [n, taps] float64, the same of
+    each tap; None: there are no taps, or they have other channels than the teacher's and no adapters were given.
+    timestep: [n]. latent: [n], the row of the latent.
+    """
+
+    output: Tensor
+    features: Tensor | None
+    timestep: Tensor
+    latent: Tensor
+
+    @property
+    def feature(self) -> Tensor | None:
+        """[n]: the sum over taps, as in training."""
+        return None if self.features is None else self.features.sum(1)
+
+
+@torch.no_grad()
+def held_out_losses(
+    setting: Setting,
+    taps: Sequence[tuple[str, str]] = (),
+    *,
+    seed: int,
+    rounds: int = 8,
+    adapters: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
+) -> HeldOut:
+    """Output and feature loss (arXiv 2504.02011) of ``setting.student`` for each latent with its own prompt.
+
+    Each latent comes ``rounds`` times with timestep and noise of (seed, round, latent), uniform over the schedule's
+    timesteps, whatever ``setting.batch`` is. Losses are not weighted.
+
+    Args:
+        setting: models in eval mode; latents [N, *S], prompts and the schedule. Latents and prompts are in memory.
+        taps: pairs (teacher module, student module). adapters: of features of other channels (``Adapters``).
+
+    Raises:
+        InputError: no rounds; modules that a model does not have.
+    """
+    if rounds < 1:
+        raise InputError.of("rounds", "at least 1", rounds)
+    names: list[Sequence[str]] = list(zip(*taps, strict=True)) if taps else []
+    coefficients = setting.schedule.coefficients(setting.prediction_type).to(setting.device)
+    paired = torch.zeros(len(setting.schedule), dtype=torch.int64, device=setting.device)
+    latents: Tensor = setting.latents  # type: ignore[assignment]
+    tapped = [Taps(model, own) for model, own in zip((setting.teacher, setting.student), names, strict=False)]
+    parts: list[tuple[Tensor, list[Tensor] | None, Tensor, Tensor]] = []
+    try:
+        for number in range(rounds):
+            counter = torch.tensor([seed, number], dtype=torch.int64, device=setting.device)
+            for first in range(0, len(latents), setting.batch):
+                draw = noise_gather(
+                    latents, setting.latent_prompts, setting.prompts, coefficients, paired, counter,
+                    batch=min(setting.batch, len(latents) - first), first_sample=first, global_batch=len(latents),
+                    null_index=len(listed(setting.prompts)[0]) - 1, null_probability=0.0,
+                )  # fmt: skip
+                models = setting.teacher, setting.student
+                theirs, own = (setting.predict(m, draw.x_t, draw.timestep, draw.prompt) for m in models)
+                channels = latents.shape[1]  # a learned variance beside them is left alone
+                output = _squares(own[:, :channels], theirs[:, :channels])
+                features = _features(*(t.features() for t in tapped), adapters) if tapped else None
+                parts.append((output, features, draw.timestep, draw.latent_index))
+    finally:
+        for tap in tapped:
+            tap.remove()
+    features = None if parts[0][1] is None else torch.cat([torch.stack(f, 1) for _, f, *_ in parts if f]).cpu()
+    output, timestep, latent = (torch.cat([part[place] for part in parts]).cpu() for place in (0, 2, 3))
+    return HeldOut(output, features, timestep, latent)
+
+
+def _features(
+    theirs: list[Tensor], own: list[Tensor], adapters: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None
+) -> list[Tensor] | None:
+    own = own if adapters is None else list(adapters(own))
+    if any(a.shape != b.shape for a, b in zip(own, theirs, strict=True)):
+        return None
+    return [_squares(a, b) for a, b in zip(own, theirs, strict=True)]
+
+
+def _squares(one: Tensor, two: Tensor) -> Tensor:
+    """[B] float64: mean square of the differences."""
+    return (one.float() - two.float()).square().flatten(1).mean(1, dtype=torch.float64)
