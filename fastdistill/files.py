@@ -111,26 +111,22 @@ def require_space(path: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Holds the directory for one writer; a second one, of this or of another process, gets a StorageError at once.
+def locked(directory: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds the directory for one writer; a second one, of this or of another process, gets a StorageError at once, or
+    waits.
 
     The lock is the kernel's (``flock``): it ends with the process that holds it, so that a killed run leaves nothing
     to clean up. The lock file itself stays; it says which process held the directory last.
     """
+    descriptor = lock(directory / LOCK_NAME, wait=wait)
+    if descriptor is None:
+        holder = ""
+        with contextlib.suppress(OSError):
+            holder = (directory / LOCK_NAME).read_text(errors="replace").strip()
+        raise StorageError(
+            f"{directory}: another process is writing here (process {holder or 'unknown'}); wait for it, or end it"
+        )
     try:
-        descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise StorageError(f"{directory}: cannot be written to: {reason(error)}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            raise StorageError(
-                f"{directory}: another process is writing here (process {holder}); wait for it, or end it"
-            ) from None
-        except OSError as error:
-            raise StorageError(f"{directory}: could not be locked: {reason(error)}") from error
         # The number is only for the message above: a disk too full to hold it must not stop a resumable run here.
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
@@ -140,8 +136,27 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def lock(path: Path, *, shared: bool = False, wait: bool = False) -> int | None:
+    """The descriptor of a lock file, locked until it is closed; None where another holds it and ``wait`` is false."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise StorageError(f"{path.parent}: cannot be written to: {reason(error)}") from error
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, OSError):
+            raise StorageError(f"{path.parent}: could not be locked: {reason(error)}") from error
+        raise
+    return descriptor
+
+
 def sweep(directory: Path) -> None:
-    """Removes the temporary files that a killed ``atomic_write`` left; call it only with the directory locked."""
+    """Removes the temporary files that a killed ``atomic_write`` left; call it only where no other writes."""
     for leftover in directory.glob(f".*{_TEMPORARY_SUFFIX}"):
         with contextlib.suppress(OSError):
             leftover.unlink()

@@ -148,6 +148,9 @@ def generate_latent_cache(
     trainer compares the first two with its own teacher and bank. A hash of ``prompt_index`` is added to it.
     ``progress(rows done, N)`` is called at the start and after each batch.
 
+    Processes that make the same call at once, such as the ranks of ``torchrun`` or any others that reach ``path``,
+    share its shards, and all return when the cache is whole: the same bytes as those of one process.
+
     Errors: those of RowWriter, before anything is written; InputError when ``generate`` returns another shape or a
     value that is not finite as ``dtype``; StorageError for a full disk. What was finished by then stays and is
     continued by the next call.
@@ -170,7 +173,7 @@ def generate_latent_cache(
         rows_per_shard=rows_per_shard,
     ) as writer:
         report(writer.rows_done, rows)
-        for span in writer.missing:
+        for span in writer.claims(lambda: report(writer.rows_done, rows)):
             done = writer.rows_done
             latents = torch.empty((span.stop - span.start, *shape), dtype=dtype, device="cpu")
             for start in range(span.start, span.stop, batch):

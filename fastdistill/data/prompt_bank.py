@@ -214,7 +214,7 @@ class PromptBank:
             rows_per_shard=rows_per_shard,
             attachments={_TEXTS: texts.encode()},
         ) as writer:
-            for span in writer.missing:
+            for span in writer.claims():
                 writer.write(span, {name: bank[span.start : span.stop].detach() for name, bank in banks.items()})
 
     @classmethod

@@ -3,15 +3,18 @@
 
 The manifest says what made the rows (fingerprint), how many are wanted, the tensors of a row, and for each shard its
 size and SHA-256. Every file is written atomically and the manifest after each shard, so that whatever interrupts a
-writer leaves a directory that the same call continues; a shard is read only when its checksum is right.
+writer leaves a directory that the same call continues; a shard is read only when its checksum is right. Any number of
+processes that make the same call at once share its work, shard by shard, without knowing of each other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +31,9 @@ from fastdistill.data.shard_file import REMEDY, read_shard
 from fastdistill.data.values import cast, require_dtype, spelled
 from fastdistill.errors import InputError, StorageError
 
+_WRITERS = ".writers"
+_PATIENCE = 0.2  # seconds between two looks at what the others do
+
 
 @dataclass(frozen=True)
 class Span:
@@ -39,16 +45,17 @@ class Span:
 
 
 class RowWriter:
-    """Writes (or continues) a directory of rows; use it in a ``with`` statement, which holds the directory's lock.
+    """Writes (or continues) a directory of rows; use it in a ``with`` statement.
 
         with RowWriter(path, kind="latent_cache", fingerprint=..., rows=1000, tensors={"latents": spec}) as writer:
-            for span in writer.missing:
+            for span in writer.claims():
                 writer.write(span, {"latents": make(span.start, span.stop)})
 
     Shards that are already there and whole are kept; damaged ones are reported as a warning and are among ``missing``.
-    Errors, all before anything is written: InputError for arguments that make no sense; StorageError where ``path``
-    is not a directory, is not writable, is too small, is in use, or holds something made differently (the fields are
-    named). ``attachments`` are small files that belong to the rows (name -> bytes).
+    Several writers, in any processes, share the shards. Errors, all before anything is written: InputError for
+    arguments that make no sense; StorageError where ``path`` is not a directory, is not writable, is too small, or
+    holds something made differently (the fields are named). ``attachments`` are small files that belong to the rows
+    (name -> bytes).
     """
 
     def __init__(
@@ -83,19 +90,24 @@ class RowWriter:
         )
         self._row_bytes = sum(spec.row_bytes for spec in tensors.values())
         self._cleanup = contextlib.ExitStack()
+        self._claimed: tuple[int, Path, int] | None = None  # shard, its lock and the open descriptor of that
+        self._read: tuple[int, int, int] | None = None  # the manifest on the disk that ``_manifest`` has the shards of
         self._check()
 
     def __enter__(self) -> RowWriter:
         files.make_directory(self.path)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(files.locked(self.path))
-            self._check()  # again, now that nobody else can change it
-            files.sweep(self.path)
-            self._manifest = replace(self._manifest, shards=self._good_shards())
-            files.require_space(self.path, self._row_bytes * sum(span.stop - span.start for span in self.missing))
-            for name, data in self._attachments.items():
-                files.atomic_write(self.path / name, data)
-            self._write_manifest()  # last, so that a manifest never lists an attachment that is not there
+            with files.locked(self.path, wait=True):
+                self._check()  # again, now that nobody else can change it
+                alone = files.lock(self.path / _WRITERS)
+                others = None if alone is not None else files.lock(self.path / _WRITERS, shared=True, wait=True)
+                stack.callback(os.close, alone if others is None else others)  # type: ignore[arg-type]
+                if alone is None:
+                    self._refresh()
+                else:
+                    self._prepare()
+                    fcntl.flock(alone, fcntl.LOCK_SH)
+            stack.callback(self._release)
             self._cleanup = stack.pop_all()
         return self
 
@@ -117,7 +129,27 @@ class RowWriter:
     @property
     def rows_done(self) -> int:
         """Rows in shards that are written and whole."""
-        return self._manifest.rows - sum(span.stop - span.start for span in self.missing)
+        m = self._manifest
+        return sum(m.shard_rows(index) for index in m.shards)
+
+    def claims(self, waiting: Callable[[], object] = lambda: None) -> Iterator[Span]:
+        """The missing shards that no other writer has, each to be written before the next one; ends when all shards
+        are written, by whomever.
+
+        What a writer that fails or is killed leaves goes to the others. ``waiting`` is called some times a second while
+        others write the last ones.
+        """
+        while missing := self.missing:
+            mine = False
+            for span in missing:
+                if span.index not in self._manifest.shards and self._claim(span):
+                    mine = True
+                    yield span
+                    self._release()
+            if not mine:
+                time.sleep(_PATIENCE)
+                waiting()
+            self._refresh()
 
     def write(self, span: Span, tensors: Mapping[str, Tensor]) -> None:
         """Adds one shard: every tensor of the manifest, as [span.stop - span.start, *row shape] of its dtype."""
@@ -131,11 +163,60 @@ class RowWriter:
                 raise InputError.of(f"tensors[{name!r}]", f"{spec.dtype} {shape}", got)
         data = safetensors.torch.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         files.atomic_write(self.path / shard_name(span.index), data)
-        self._manifest = replace(m, shards={**m.shards, span.index: StoredFile.of(data)})
-        self._write_manifest()
+        with files.locked(self.path, wait=True):
+            self._refresh()
+            m = self._manifest
+            self._manifest = replace(m, shards={**m.shards, span.index: StoredFile.of(data)})
+            self._write_manifest()
+
+    def _claim(self, span: Span) -> bool:
+        """Whether this writer may write the shard: nobody else does, or has."""
+        path = self.path / f".{shard_name(span.index)}.lock"
+        descriptor = files.lock(path)
+        if descriptor is None:
+            return False
+        self._claimed = (span.index, path, descriptor)
+        self._refresh()
+        if span.index in self._manifest.shards:
+            self._release()
+            return False
+        return True
+
+    def _release(self) -> None:
+        if self._claimed is not None:
+            index, path, descriptor = self._claimed
+            self._claimed = None
+            if index in self._manifest.shards:  # whoever opened the file before now sees that
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            os.close(descriptor)
+
+    def _prepare(self) -> None:
+        """What is there is checked, and the manifest says what is whole; while there is no other writer."""
+        files.sweep(self.path)
+        self._manifest = replace(self._manifest, shards=self._good_shards())
+        files.require_space(self.path, self._row_bytes * (self._manifest.rows - self.rows_done))
+        for name, data in self._attachments.items():
+            files.atomic_write(self.path / name, data)
+        self._write_manifest()  # last, so that a manifest never lists an attachment that is not there
+
+    def _refresh(self) -> None:
+        """The manifest as it is on the disk, where other writers have added shards."""
+        if (mark := self._mark()) != self._read:
+            self._manifest = replace(self._manifest, shards=read_manifest(self.path).shards)
+            self._read = mark
+
+    def _mark(self) -> tuple[int, int, int]:
+        """Tells a file from what was there before."""
+        try:
+            status = os.stat(self.path / MANIFEST_NAME)
+        except OSError as error:
+            raise StorageError(f"{self.path / MANIFEST_NAME}: could not be read: {files.reason(error)}") from error
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def _write_manifest(self) -> None:
         files.atomic_write(self.path / MANIFEST_NAME, self._manifest.to_json().encode())
+        self._read = self._mark()
 
     def _check(self) -> None:
         """StorageError unless ``path`` can become, or already is, the directory that the manifest describes."""
@@ -172,7 +253,7 @@ class RowWriter:
                     pass
                 good[index] = stored
             except StorageError as error:
-                warnings.warn(f"{error} (being made anew)", stacklevel=4)
+                warnings.warn(f"{error} (being made anew)", stacklevel=5)
         return good
 
 

@@ -137,9 +137,6 @@ def test_killed_at_once_and_resumed(tmp_path, whole):
         while not (tmp_path / "shard-00001.safetensors").exists() and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        if process.is_alive():
-            with pytest.raises(StorageError, match=f"another process is writing here \\(process {process.pid}\\)"):
-                make(tmp_path)
     finally:
         process.kill()
         process.join()
