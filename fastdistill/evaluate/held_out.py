@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,39 +61,41 @@ def held_out_losses(
     names: list[Sequence[str]] = list(zip(*taps, strict=True)) if taps else []
     coefficients = setting.schedule.coefficients(setting.prediction_type).to(setting.device)
     paired = torch.zeros(len(setting.schedule), dtype=torch.int64, device=setting.device)
-    latents: Tensor = setting.latents  # type: ignore[assignment]
+    latents: Any = setting.latents
+    prompts: Any = setting.prompts
     tapped = [Taps(model, own) for model, own in zip((setting.teacher, setting.student), names, strict=False)]
-    parts: list[tuple[Tensor, list[Tensor] | None, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
     try:
         for number in range(rounds):
             counter = torch.tensor([seed, number], dtype=torch.int64, device=setting.device)
             for first in range(0, len(latents), setting.batch):
                 draw = noise_gather(
-                    latents, setting.latent_prompts, setting.prompts, coefficients, paired, counter,
+                    latents, setting.latent_prompts, prompts, coefficients, paired, counter,
                     batch=min(setting.batch, len(latents) - first), first_sample=first, global_batch=len(latents),
-                    null_index=len(listed(setting.prompts)[0]) - 1, null_probability=0.0,
+                    null_index=len(listed(prompts)[0]) - 1, null_probability=0.0,
                 )  # fmt: skip
                 models = setting.teacher, setting.student
                 theirs, own = (setting.predict(m, draw.x_t, draw.timestep, draw.prompt) for m in models)
                 channels = latents.shape[1]  # a learned variance beside them is left alone
                 output = _squares(own[:, :channels], theirs[:, :channels])
-                features = _features(*(t.features() for t in tapped), adapters) if tapped else None
+                features = _features(tapped[0].features(), tapped[1].features(), adapters) if tapped else None
                 parts.append((output, features, draw.timestep, draw.latent_index))
     finally:
         for tap in tapped:
             tap.remove()
-    features = None if parts[0][1] is None else torch.cat([torch.stack(f, 1) for _, f, *_ in parts if f]).cpu()
     output, timestep, latent = (torch.cat([part[place] for part in parts]).cpu() for place in (0, 2, 3))
-    return HeldOut(output, features, timestep, latent)
+    known = [part[1] for part in parts if part[1] is not None]
+    return HeldOut(output, torch.cat(known).cpu() if known else None, timestep, latent)
 
 
 def _features(
     theirs: list[Tensor], own: list[Tensor], adapters: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None
-) -> list[Tensor] | None:
-    own = own if adapters is None else list(adapters(own))
-    if any(a.shape != b.shape for a, b in zip(own, theirs, strict=True)):
+) -> Tensor | None:
+    """[B, taps]; None where shapes differ."""
+    pairs = list(zip(own if adapters is None else adapters(own), theirs, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
         return None
-    return [_squares(a, b) for a, b in zip(own, theirs, strict=True)]
+    return torch.stack([_squares(a, b) for a, b in pairs], 1)
 
 
 def _squares(one: Tensor, two: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def test_features_of_other_channels_need_adapters() -> None:
 
     found = held_out_losses(given, pairs(made), seed=0, rounds=1, adapters=first)  # type: ignore[arg-type]
     assert found.features is not None and tuple(found.features.shape) == (6, len(made.channels))
-    with pytest.raises(InputError, match="taps: expected modules of"):
+    with pytest.raises(InputError, match=r"^taps: expected modules of"):
         held_out_losses(given, [("no_block", "no_block")], seed=0)
-    with pytest.raises(InputError, match="^rounds: expected at least 1"):
+    with pytest.raises(InputError, match=r"^rounds: expected at least 1"):
         held_out_losses(given, seed=0, rounds=0)
