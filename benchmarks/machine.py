@@ -52,7 +52,7 @@ def versions(device: torch.device) -> dict[str, Any]:
         "date": now.date().isoformat(),
         "run": now.time().isoformat("seconds"),  # the same in all rows of a process
         "isa": _native.cpu().isa() if device.type == "cpu" and _native.cpu_reason() is None else "",
-        "driver": _smi("driver_version") if device.type == "cuda" else "",
+        "driver": _smi("driver_version", device),
         "torch": torch.__version__,
         "triton": triton,
         "python": platform.python_version(),
@@ -71,13 +71,17 @@ def commit(name: str = "") -> str:
 def load(device: torch.device) -> dict[str, str]:
     """A GPU's clocks in MHz and power in watts at this moment; "" where nvidia-smi does not tell."""
     names = ("sm_mhz", "memory_mhz", "watts")
-    told = _smi("clocks.sm,clocks.mem,power.draw") if device.type == "cuda" else ""
+    told = _smi("clocks.sm,clocks.mem,power.draw", device)
     values = [value.strip() for value in told.split(",")]
     return dict(zip(names, values if len(values) == len(names) else [""] * len(names), strict=True))
 
 
-def _smi(fields: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"]
+def _smi(fields: str, device: torch.device) -> str:
+    """What nvidia-smi tells of this GPU. It numbers the GPUs of the machine, CUDA those that are visible."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    uuid = torch.cuda.get_device_properties(device).uuid
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -17,6 +17,7 @@ from benchmarks.measure import Row
 from benchmarks.plots import plot
 from benchmarks.registry import cases
 from fastdistill.errors import InputError
+from fastdistill.files import located
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
@@ -160,7 +161,7 @@ def filled(readme: str, name: str, text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs (benchmarks/results)")
+    parser.add_argument("--results", type=located, default=RESULTS, help="folder of the CSVs (benchmarks/results)")
     results = parser.parse_args(arguments).results
     if not results.is_dir():
         parser.error(f"--results: expected a folder of CSV files, got {results}")

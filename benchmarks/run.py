@@ -10,7 +10,6 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from benchmarks import base, files, machine
 from benchmarks.measure import FAILED, WRONG, Row, Settings, measure, once, unmeasured
 from benchmarks.registry import DTYPES, Case, cases, ops
+from fastdistill.files import located
 
 NO_GPU = "no CUDA device"
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--once", action="store_true", help="check, then run ours once between cudaProfilerStart and Stop: for ncu"
     )
     p.add_argument("--csv", help='file to append to (default: benchmarks/results/<device>.csv; "none" for no file)')
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="append to <device>.csv in this folder, too")
+    p.add_argument("--out", type=located, metavar="FOLDER", help="append to <device>.csv in this folder, too")
     p.add_argument("--json", metavar="FILE", help='write the rows as JSON ("-": print them instead of the table)')
     return p
 
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     folders = [files.RESULTS] if options.csv is None else []
     folders += [options.out] if options.out else []
     csvs = [folder / f"{machine.slug(settings.device)}.csv" for folder in folders if there]
-    csvs += [Path(options.csv)] if options.csv not in (None, "none") and there else []
+    csvs += [located(options.csv)] if options.csv not in (None, "none") and there else []
     rows = []
     for some in _measured(chosen, settings, base_commit, options.minutes):
         rows += some
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             files.append(csv, some)
             files.append_parts(csv, some)
         if options.json not in (None, "-"):
-            Path(options.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            located(options.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if options.json == "-":
         print(json.dumps(rows, indent=2))
     else:

@@ -11,12 +11,28 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from fastdistill.errors import StorageError
+from fastdistill.errors import InputError, StorageError, described
 
 LOCK_NAME = ".lock"
 _TEMPORARY_SUFFIX = ".tmp"
+
+
+def located(value: Any, argument: str = "path") -> Path:
+    """A path as a user gives it: ``~`` and ``~name`` are home directories.
+
+    Raises:
+        InputError: no path, an empty one, one with a NUL, or a user who has no home directory here.
+    """
+    rule = "the path of a file or directory"
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise InputError.of(argument, rule, described(value))
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError.of(argument, rule, f"{text}, a home directory that is not known") from None
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:

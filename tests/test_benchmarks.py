@@ -9,13 +9,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import benchmarks.run
-from benchmarks import files, registry, report
+from benchmarks import files, machine, registry, report
 from benchmarks.measure import FIELDS, Settings, measure
 from benchmarks.registry import COMPILED, Case, Workload
 from benchmarks.run import main
@@ -131,6 +132,22 @@ def test_failures_are_told_as_they_happen(tmp_path: Path) -> None:
     done = run_pytest("--tell", "-q", "-s", "--rootdir", str(tmp_path), str(tmp_path))
     first = done.stdout.partition("then b")[0]
     assert "call of test_planted.py::test_a failed" in first and "assert 1 == 2" in first, done.stdout + done.stderr
+
+
+def test_nvidia_smi_is_asked_for_the_gpu_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its UUID: the first visible GPU need not be the machine's first."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\ncase "$*" in *--id=GPU-12ab-34*) echo 1410, 2619, 350.5;; esac\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    uuids = [types.SimpleNamespace(uuid=uuid) for uuid in ("99ff-00", "12ab-34")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: uuids[device.index])
+    found = machine.load(torch.device("cuda", 1))
+    assert found == {"sm_mhz": "1410", "memory_mhz": "2619", "watts": "350.5"}
+    assert (
+        set(machine.load(torch.device("cuda", 0)).values()) == {""} == set(machine.load(torch.device("cpu")).values())
+    )
 
 
 def test_without_a_gpu_every_row_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ def shard_name(index: int) -> str:
 
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest of the directory ``path``; StorageError when there is none, or none that this version can read."""
-    file = Path(path) / MANIFEST_NAME
+    file = files.located(path) / MANIFEST_NAME
     try:
         value = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):

@@ -78,7 +78,7 @@ class RowWriter:
         for name, spec in tensors.items():
             if spelled(spec.dtype) is None:
                 raise InputError.of(f"tensors[{name!r}]", "a dtype that safetensors stores", spec.dtype)
-        self.path = Path(path)
+        self.path = files.located(path)
         self._attachments = dict(attachments or {})
         self._manifest = Manifest(
             kind=kind,
@@ -276,7 +276,7 @@ def load_rows(
             shard that is missing, truncated or damaged; ``verify=False`` skips the checksums only.
         InputError: ``dtype`` is not a floating-point one, or a row does not fit it (``cast``).
     """
-    path = Path(path)
+    path = files.located(path)
     if dtype is not None:
         require_dtype(dtype, "dtype")
     manifest = complete_manifest(path, kind, check)
@@ -323,7 +323,7 @@ def load_attachment(path: str | Path, manifest: Manifest, name: str) -> bytes:
     """The bytes of a file that belongs to the rows; StorageError when it is not there or damaged."""
     if name not in manifest.attachments:
         raise StorageError(f"{path}: expected a file {name} in its manifest, got none")
-    file, stored = Path(path) / name, manifest.attachments[name]
+    file, stored = files.located(path) / name, manifest.attachments[name]
     try:
         data = file.read_bytes()
     except FileNotFoundError:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdistill import files
 from fastdistill.data.indexing import split
 from fastdistill.data.manifest import Manifest, shard_name
 from fastdistill.data.shard_file import bytes_of, fill, inode_of, layout, read_shard, readable
@@ -161,7 +162,7 @@ def open_rows(
     ``verify`` reads every shard once, block by block, and checks it; without it only sizes and headers are read.
     Errors: those of ``load_rows``.
     """
-    path = Path(path)
+    path = files.located(path)
     manifest = complete_manifest(path, kind, check)
     parts: dict[str, list[Part]] = {name: [] for name in manifest.tensors}
     for index in range(manifest.shard_count):

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastdistill.data import tables
 from fastdistill.errors import InputError, StorageError
+from fastdistill.files import located
 
 _COLUMNS = ("prompt", "caption", "text")
 
@@ -56,7 +57,7 @@ def read_prompts(
         StorageError: the file cannot be read, is not UTF-8, has a row without a text (the line is named) or no prompts.
         InputError: a column that the table does not have, or none where that does not tell which.
     """
-    file = Path(path).expanduser()
+    file = located(path)
     kept: list[str] | dict[str, None] = {} if unique else []
     lines = empty = 0
     for _, (text,) in tables.read_rows(file, _column(file, column)):

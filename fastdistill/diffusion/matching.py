@@ -9,13 +9,14 @@ in the prediction.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 
 LossWeighting = Literal["uniform", "snr", "truncated_snr", "min_snr", "sigma_sqrt", "cosmap"]
 GAMMA = 5.0  # of min-SNR, as in the paper
@@ -62,32 +63,40 @@ def loss_weights(coefficients: Tensor, weighting: LossWeighting = "uniform", gam
         gamma: of ``min_snr``; the default where the weighting is another one.
 
     Raises:
-        InputError: an unknown weighting, gamma not above 0 or without min_snr, a prediction that does not determine
-            x_0.
+        InputError: an unknown weighting, gamma not finite, not above 0 or without min_snr, a prediction that does not
+            determine x_0.
     """
-    _check_weighting(gamma, weighting)
-    return _weights(coefficients, weighting, gamma)
+    return named_weights(coefficients, weighting, gamma, "weighting", "gamma")
 
 
-def _check_weighting(gamma: float, *weightings: LossWeighting) -> None:
-    for weighting in weightings:
-        if weighting not in get_args(LossWeighting):
-            raise InputError.of("weights", f"one of {', '.join(get_args(LossWeighting))}, or a tensor", repr(weighting))
-    if not gamma > 0:
-        raise InputError.of("gamma", "a number > 0", gamma)
+def named_weights(coefficients: Tensor, weighting: str, gamma: float, argument: str, gamma_argument: str) -> Tensor:
+    """``loss_weights``, whose errors call weighting and gamma by these names."""
+    _check_weighting(weighting, argument, "")
+    _check_gamma(gamma, gamma_argument, [weighting])
+    return _weights(coefficients, weighting, gamma, argument)
+
+
+def _check_weighting(weighting: Any, argument: str, others: str) -> None:
+    if not isinstance(weighting, str) or weighting not in get_args(LossWeighting):
+        raise InputError.of(argument, f"one of {', '.join(get_args(LossWeighting))}{others}", described(weighting))
+
+
+def _check_gamma(gamma: Any, argument: str, weightings: list[str]) -> None:
+    if not isinstance(gamma, numbers.Real) or not 0 < gamma < math.inf:
+        raise InputError.of(argument, "a finite number > 0", described(gamma))
     if gamma != GAMMA and "min_snr" not in weightings:
         others = " and ".join(dict.fromkeys(weightings)) or "a tensor"
-        raise InputError.of("gamma", f"its default {GAMMA} where the weighting is not min_snr but {others}", gamma)
+        raise InputError.of(argument, f"its default {GAMMA} where the weighting is not min_snr but {others}", gamma)
 
 
-def _weights(coefficients: Tensor, weighting: LossWeighting, gamma: float) -> Tensor:
+def _weights(coefficients: Tensor, weighting: str, gamma: float, argument: str) -> Tensor:
     if weighting == "uniform":
         return torch.ones(len(coefficients), dtype=torch.float64, device="cpu")
     a, b, _, _, determinant = _columns(coefficients, "coefficients")
     if weighting in ("sigma_sqrt", "cosmap"):
         _, sigma, p, q = coefficients.detach().to("cpu", torch.float64).unbind(1)
         if not bool(((p == -1) & (q == 1) & (sigma > 0)).all()):
-            raise InputError.of("weights", f"flow_prediction of a FlowSchedule for {weighting}", "other coefficients")
+            raise InputError.of(argument, f"flow_prediction of a FlowSchedule for {weighting}", "other coefficients")
         return sigma**-2 if weighting == "sigma_sqrt" else 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
     of_x0 = {"snr": a**2, "truncated_snr": torch.maximum(a**2, b**2), "min_snr": torch.minimum(a**2, gamma * b**2)}
     return of_x0[weighting] / determinant**2
@@ -125,9 +134,13 @@ def match_table(
     elif not isinstance(guidance, Tensor):
         guidance = torch.full((T,), guidance, dtype=torch.float64, device="cpu")
     columns = {"guidance": guidance}
-    _check_weighting(gamma, *(w for w in (weights, task_weights) if w is not None and not isinstance(w, Tensor)))
-    for name, given in {"weights": weights, "task_weights": weights if task_weights is None else task_weights}.items():
-        columns[name] = given if isinstance(given, Tensor) else _weights(coefficients, given, gamma)
+    given = {"weights": weights, "task_weights": weights if task_weights is None else task_weights}
+    for name, weighting in given.items():
+        if not isinstance(weighting, Tensor):
+            _check_weighting(weighting, name, ", or a tensor")
+    _check_gamma(gamma, "gamma", [weighting for weighting in given.values() if not isinstance(weighting, Tensor)])
+    for name, weighting in given.items():
+        columns[name] = weighting if isinstance(weighting, Tensor) else _weights(coefficients, weighting, gamma, name)
     for name, column in columns.items():
         if tuple(column.shape) != (T,):
             raise InputError.of(name, f"one number per timestep, ({T},)", tuple(column.shape))

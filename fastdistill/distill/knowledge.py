@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastdistill.diffusion.matching import GAMMA, LossWeighting, match_table
+from fastdistill.diffusion.matching import GAMMA, LossWeighting, match_table, named_weights
 from fastdistill.distill.objective import Setting, has_streams
 from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
@@ -60,8 +60,8 @@ class Knowledge:
         weights: Weights,
         feature_distance: Distance,
         adapter_seed: int = 0,
-        weighting: LossWeighting = "uniform",
-        gamma: float = GAMMA,
+        loss_weighting: LossWeighting = "uniform",
+        min_snr_gamma: float = GAMMA,
     ) -> None:
         if not (weights.output or weights.feature or weights.task):
             raise InputError.of("weights", "at least one loss with a weight above 0", weights)
@@ -72,7 +72,8 @@ class Knowledge:
         self.trained: tuple[nn.Module, ...] = ()
         self._zero = torch.zeros((), dtype=torch.float32, device=setting.device)
         coefficients = setting.schedule.coefficients(setting.prediction_type)
-        self._table = match_table(coefficients, weights=weighting, gamma=gamma).to(setting.device)
+        weighted = named_weights(coefficients, loss_weighting, min_snr_gamma, "loss_weighting", "min_snr_gamma")
+        self._table = match_table(coefficients, weights=weighted).to(setting.device)
         self._channels = setting.latents.shape[1]  # a learned variance beside them is left alone
         self._branch: torch.cuda.Stream | None = None  # the teacher's, in a CUDA graph
         if setting.device.type == "cuda":

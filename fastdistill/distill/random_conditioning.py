@@ -74,8 +74,8 @@ class BoundRandomConditioning:
             config.taps,
             config.weights,
             config.feature_distance,
-            weighting=config.loss_weighting,
-            gamma=config.min_snr_gamma,
+            loss_weighting=config.loss_weighting,
+            min_snr_gamma=config.min_snr_gamma,
         )
         self.whole = "the normalized distance of features" if config.feature_distance == "normalized_mse" else ""
         self.metric_names = self._knowledge.metric_names

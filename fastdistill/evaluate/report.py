@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.figures import label, png
-from fastdistill.files import atomic_write, make_directory
+from fastdistill.files import atomic_write, located, make_directory
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def write_report(
     except (TypeError, ValueError) as error:
         raise InputError.of("report", "plain JSON values without NaN", str(error)) from error
     page = render(report, figures or {})
-    folder = Path(directory)
+    folder = located(directory, "directory")
     make_directory(folder)
     # A lone surrogate, which UTF-8 does not have, becomes its escape; in JSON that is the same text.
     atomic_write(folder / "report.json", data.encode(errors="backslashreplace"))

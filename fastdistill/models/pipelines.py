@@ -40,9 +40,7 @@ def open_pipeline(folder: str | os.PathLike[str]) -> PipelineFolder:
         StorageError: no folder, or a file that is missing or damaged.
         InputError: a pipeline whose model is of no family (``fastdistill.models.families``).
     """
-    if not isinstance(folder, str | os.PathLike):
-        raise InputError.of("folder", "the path of a pipeline folder", described(folder))
-    path = Path(folder)
+    path = files.located(folder, "folder")
     if not path.is_dir():
         hint = " (download a model of the Hub first: huggingface_hub.snapshot_download)" if not path.exists() else ""
         raise StorageError(f"{path}: expected a pipeline folder of diffusers, got no folder{hint}")
@@ -212,7 +210,7 @@ class PipelineFolder:
         overwrite: bool = False,
     ) -> None:
         """``target`` becomes this folder with ``student`` in place of its model (``fastdistill.models.export``)."""
-        export(self, student, Path(target), dtype=dtype, link=link, overwrite=overwrite)
+        export(self, student, files.located(target, "target"), dtype=dtype, link=link, overwrite=overwrite)
 
     def components(self) -> dict[str, str]:
         """The class of each component that the folder has, by name."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -102,11 +101,6 @@ def check_callbacks(value: Any) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise InputError.of(f"callbacks[{i}][0]", "a number of steps, at least 1", described(every))
         check_function(function, f"callbacks[{i}][1]")
-
-
-def check_directory(value: Any, *, required: bool = False) -> None:
-    if not isinstance(value, str | os.PathLike) and (required or value is not None):
-        raise InputError.of("directory", "a path" + ", or None" * (not required), described(value))
 
 
 def schedule(

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from fastdistill.documented import documented
 from fastdistill.errors import InputError, described
+from fastdistill.files import located
 
 Config = TypeVar("Config")
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -160,10 +161,9 @@ _Loader.add_implicit_resolver(
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
     """A configuration from a YAML file; see ``from_mapping``."""
-    if not isinstance(path, str | Path):
-        raise InputError.of("config", "the path of a YAML file", described(path))
+    path = located(path, "config")
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError.of("config", "a readable YAML file", f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

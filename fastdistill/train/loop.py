@@ -48,7 +48,7 @@ def fit(
     student: nn.Module,
     fingerprint: Mapping[str, Any],
     config: TrainConfig,
-    directory: str | Path | None = None,
+    directory: Path | None = None,
     progress: Progress | None = None,
     *,
     callbacks: Callbacks = (),
@@ -66,10 +66,9 @@ def fit(
         run = _Run(step, student, fingerprint, config, explain)
         distributed.check_same({"directory": "none" if directory is None else "given"})
         if directory is not None:
-            path = Path(directory)
-            distributed.first(lambda: _enter(path, stack))
-            run.open(path)
-            run.track(path)
+            distributed.first(lambda: _enter(directory, stack))
+            run.open(directory)
+            run.track(directory)
             stack.callback(run.trackers.close)
         stopped = stack.enter_context(_signals())
         stack.callback(step.objective.close)

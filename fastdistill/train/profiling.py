@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils._pytree import tree_map_only
 
 from fastdistill.errors import InputError, StorageError
-from fastdistill.files import make_directory, reason
+from fastdistill.files import located, make_directory, reason
 from fastdistill.ops import OPS, use
 
 
@@ -63,7 +63,7 @@ def profile_steps(
     gpu = torch.cuda.is_available()
     if nsight and not gpu:
         raise InputError.of("nsight", "a CUDA device", "none (without --nsight torch.profiler writes a trace)")
-    directory = Path(directory)
+    directory = located(directory, "directory")
     make_directory(directory)
     for _ in range(warm_up):
         step()
@@ -110,7 +110,7 @@ def replay(
         raise InputError.of("nsight", "a CUDA device", "none")
     if repeats < 1:
         raise InputError.of("repeats", "at least one", repeats)
-    op, arguments = _load(Path(call), device)
+    op, arguments = _load(located(call, "call"), device)
     launch = getattr(torch.ops.fastdistill, op).default
 
     def timed() -> float:

@@ -22,6 +22,7 @@ from fastdistill.data.stored import StoredRows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedule
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError, quoted
+from fastdistill.files import located
 from fastdistill.models import families, peft
 from fastdistill.models.calling import Call
 from fastdistill.models.fuse import fuse
@@ -207,7 +208,7 @@ class DistillTrainer:
             Exception: what a callback raises, with a note on where it did, after a checkpoint (of one process; several
                 ranks go on from their last).
         """
-        arguments.check_directory(directory)
+        directory = None if directory is None else located(directory, "directory")
         if progress is not None:
             arguments.check_function(progress, "progress")
         arguments.check_callbacks(callbacks)
@@ -321,12 +322,12 @@ class DistillTrainer:
                 weights beside them.
             StorageError: the directory cannot be written.
         """
-        arguments.check_directory(directory, required=True)
+        directory = located(directory, "directory")
         name = peft.chosen(self.student, adapter)
         values = self.step.optimizer.weights(self.student, averaged)
         found = checkpoint.whole(peft.exported(self.student, values, name))
         found = {key: t.float().contiguous() if t.is_floating_point() else t for key, t in found.items()}
-        distributed.first(lambda: peft.write(self.student, found, name, Path(directory)))
+        distributed.first(lambda: peft.write(self.student, found, name, directory))
 
 
 def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:

@@ -95,7 +95,7 @@ def test_weights_are_those_of_the_training_scripts(name: Any) -> None:
     weights = loss_weights(schedule.coefficients(), name)
     wanted = compute_loss_weighting_for_sd3(name, schedule.coefficients()[:, 1].double())
     assert ((weights - wanted) / wanted).abs().max() <= ROUNDING  # theirs are float32
-    with pytest.raises(InputError, match=f"weights: expected flow_prediction of a FlowSchedule for {name}"):
+    with pytest.raises(InputError, match=f"weighting: expected flow_prediction of a FlowSchedule for {name}"):
         loss_weights(NoiseSchedule.linear(9).coefficients(), name)
 
 

@@ -105,7 +105,7 @@ def test_table() -> None:
         ),
         ({"weights": torch.ones(3)}, r"weights: expected one number per timestep, \(1000,\), got \(3,\)"),
         ({"guidance": torch.full((T,), float("nan"))}, r"guidance\[0\]: expected a finite number, got nan"),
-        ({"gamma": 0.0, "weights": "min_snr"}, "gamma: expected a number > 0, got 0.0"),
+        ({"gamma": 0.0, "weights": "min_snr"}, "gamma: expected a finite number > 0, got 0.0"),
         (
             {"gamma": 3.0, "task_weights": torch.ones(T)},
             "gamma: expected its default 5.0 where the weighting is not min_snr but uniform, got 3.0",

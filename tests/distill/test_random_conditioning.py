@@ -158,6 +158,19 @@ def test_bad_input() -> None:
         small.objective(made, taps=(("up_blocks.1", "down_blocks.0"),)).bind(where)
 
 
+def test_refused_weightings_are_named_as_the_arguments_of_the_objective() -> None:
+    where, made = setting()
+    for arguments, message in (
+        (
+            {"min_snr_gamma": 3.0},
+            "min_snr_gamma: expected its default 5.0 where the weighting is not min_snr but uniform",
+        ),
+        ({"loss_weighting": "cosmap"}, "loss_weighting: expected flow_prediction of a FlowSchedule for cosmap"),
+    ):
+        with pytest.raises(InputError, match=f"^{message}"):
+            small.objective(made, **arguments).bind(where)
+
+
 def test_frozen_features_are_refused_on_the_first_step() -> None:
     where, made = setting()
     for module in (where.student.conv_in, where.student.time_embedding, where.student.down_blocks[0]):

@@ -273,7 +273,7 @@ def _copy(folder: Path, to: Path) -> Path:
 def test_folders_that_are_none(pipelines: Folders, tmp_path: Path) -> None:
     whole = pipelines("dit")
     for argument, message in (
-        (3, "folder: expected the path of a pipeline folder, got 3"),
+        (3, "folder: expected the path of a file or directory, got 3"),
         (
             "CompVis/none",
             "CompVis/none: expected a pipeline folder of diffusers, got no folder (download a model of the",

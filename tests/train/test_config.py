@@ -76,7 +76,7 @@ def test_what_is_no_mapping_or_path() -> None:
     for value in (None, 3, "x", [1]):
         with pytest.raises(InputError, match=r"config: expected a mapping of fields, got"):
             from_mapping(TrainConfig, value)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"config: expected the path of a YAML file, got 3"):
+    with pytest.raises(InputError, match=r"config: expected the path of a file or directory, got 3"):
         from_yaml(TrainConfig, 3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"config: 1 problem\n  lr: input should be a valid number, got Tensor$"):
         validated(TrainConfig(lr=torch.zeros(30)))  # type: ignore[arg-type]

@@ -138,7 +138,7 @@ def test_only_what_the_format_can_hold_is_exported(tmp_path: Path) -> None:
         run(student).save_adapters(tmp_path / "x")
     with pytest.raises(InputError, match="student: expected a model with adapters of PEFT, got Net without any"):
         tiny.trainer().save_adapters(tmp_path / "x")
-    with pytest.raises(InputError, match="directory: expected a path, got None"):
+    with pytest.raises(InputError, match="directory: expected the path of a file or directory, got None"):
         run(adapted()).save_adapters(None)  # type: ignore[arg-type]
     assert not (tmp_path / "x").exists()
     (tmp_path / "file").touch()

@@ -44,10 +44,12 @@ def _place() -> tuple[Path, str | None]:
 
 
 def _folder() -> Path | None:
+    from fastdistill.files import located
+
     if folder := os.environ.get("FASTDISTILL_CACHE"):
-        return Path(folder)
+        return located(folder, "FASTDISTILL_CACHE")
     if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache) / "fastdistill"
+        return located(cache, "XDG_CACHE_HOME") / "fastdistill"
     try:
         return Path.home() / ".cache" / "fastdistill"
     except RuntimeError:  # no HOME, and no entry of the user's in the password database

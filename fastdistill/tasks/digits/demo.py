@@ -29,7 +29,7 @@ from fastdistill.data.fingerprint import plain
 from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import FastdistillError, StorageError
-from fastdistill.files import atomic_write, locked, make_directory, reason, require_space
+from fastdistill.files import atomic_write, located, locked, make_directory, reason, require_space
 from fastdistill.models.specs import student_config
 from fastdistill.models.weights import weights_hash
 from fastdistill.tasks.digits import data, worker
@@ -57,7 +57,7 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
     usable(config.device)
     console = console or Console()
     torch.set_num_threads(config.threads)
-    output = Path(config.output)
+    output = located(config.output, "output")
     make_directory(output)
     require_space(output, _SPACE)
     start = time.perf_counter()

@@ -23,7 +23,7 @@ from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Setting
 from fastdistill.documented import documented
 from fastdistill.errors import InputError, StorageError
-from fastdistill.files import atomic_write, make_directory, reason
+from fastdistill.files import atomic_write, located, make_directory, reason
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, sample
@@ -94,7 +94,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
             raise InputError.of(f"train.{option}", f"{only!r}, as the teacher has no other", given)
     usable(config.device)
     torch.set_num_threads(config.threads)
-    output = Path(config.output)
+    output = located(config.output, "output")
     make_directory(output)
     model = build(config.train.seed).to(config.device).train()
     bank = prompt_bank().to(config.device)
@@ -152,7 +152,7 @@ def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
     Raises:
         StorageError: the file is missing or damaged, or its weights do not match the hash stored in it.
     """
-    tensors, provenance = _read(Path(path))
+    tensors, provenance = _read(located(path))
     if sha256_of_tensors(tensors) != provenance["sha256"]:
         raise StorageError(f"{path}: damaged, its tensors do not match the hash stored in it; reinstall the package")
     model = build(0)
@@ -166,7 +166,7 @@ def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
 
 def provenance(path: str | Path = WEIGHTS) -> dict[str, Any]:
     """How the weights in a file were made: settings, data, versions, metrics and the hash of the weights."""
-    return _read(Path(path))[1]
+    return _read(located(path))[1]
 
 
 def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:

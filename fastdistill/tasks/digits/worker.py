@@ -29,7 +29,7 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import FastdistillError
-from fastdistill.files import atomic_directory, atomic_write
+from fastdistill.files import atomic_directory, atomic_write, located
 from fastdistill.models import make_student
 from fastdistill.models.export import save_model
 from fastdistill.models.weights import weights_hash
@@ -52,7 +52,7 @@ def run(job: Path, report: Report) -> None:
     config = from_mapping(DigitsConfig, described["config"])
     torch.set_num_threads(config.threads)
     teacher = load_teacher().to(config.device)
-    bank = PromptBank.load(Path(config.output) / "prompts").to(config.device)
+    bank = PromptBank.load(located(config.output) / "prompts").to(config.device)
     name, seed = described["model"], described["seed"]
     made_from = fingerprint(config, name, seed, weights_hash(teacher), bank.identity)
     result: dict[str, Any] = {"model": name, "seed": seed, "fingerprint": made_from}
@@ -98,7 +98,7 @@ def _export(model: Any, directory: Path) -> None:
 def _train(
     config: DigitsConfig, name: str, seed: int, teacher: Any, bank: PromptBank, directory: Path, report: Report
 ) -> tuple[nn.Module, dict[str, Any]]:
-    cache = LatentCache.load(Path(config.output) / "cache", device=config.device)
+    cache = LatentCache.load(located(config.output) / "cache", device=config.device)
     student = make_student(
         teacher, config.spec(), init="random" if config.student == "narrow" else "teacher", seed=seed
     )
