@@ -82,7 +82,7 @@ def _check_weighting(weighting: Any, argument: str, others: str) -> None:
 
 
 def _check_gamma(gamma: Any, argument: str, weightings: list[str]) -> None:
-    if not isinstance(gamma, numbers.Real) or not 0 < gamma < math.inf:
+    if not isinstance(gamma, numbers.Real) or not 0 < float(gamma) < math.inf:
         raise InputError.of(argument, "a finite number > 0", described(gamma))
     if gamma != GAMMA and "min_snr" not in weightings:
         others = " and ".join(dict.fromkeys(weightings)) or "a tensor"
