@@ -25,6 +25,7 @@ _HOME = {
     "Batches": "data.staged",
     "LatentCache": "data.latent_cache",
     "PromptBank": "data.prompt_bank",
+    "build_prompt_bank": "data.prompt_writer",
     "read_prompts": "data.texts",
     "StoredRows": "data.stored",
     "generate_latent_cache": "data.latent_cache",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from fastdistill.data.latent_cache import LatentCache as LatentCache
     from fastdistill.data.latent_cache import generate_latent_cache as generate_latent_cache
     from fastdistill.data.prompt_bank import PromptBank as PromptBank
+    from fastdistill.data.prompt_writer import build_prompt_bank as build_prompt_bank
     from fastdistill.data.staged import Batches as Batches
     from fastdistill.data.stored import StoredRows as StoredRows
     from fastdistill.data.texts import read_prompts as read_prompts

@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from fastdistill.errors import InputError, StorageError
 KIND = "prompt_bank"
 _TEXTS = "texts.json"
 EMBEDDINGS = "encoder_hidden_states"  # the bank that a single tensor of embeddings stands for
+Encode = Callable[[list[str]], Tensor | Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class PromptBank:
     def __post_init__(self) -> None:
         texts = prompt_texts.listed(self.texts)
         own = {"texts": texts, "null_text": prompt_texts.checked(self.null_text, "null_text")}
-        for name, value in {**own, "encoder": _fingerprint(self.encoder)}.items():
+        for name, value in {**own, "encoder": checked_encoder(self.encoder)}.items():
             object.__setattr__(self, name, value)
         banks = dict(self.banks) if isinstance(self.banks, Mapping) else {EMBEDDINGS: self.banks}
         object.__setattr__(self, "banks", banks)
@@ -95,18 +96,17 @@ class PromptBank:
         whose last bits depend on the processor that computed them. Without one it is a hash of the texts and of the
         values with which the bank was made; saving, loading, opening, moving and casting keep it.
         """
-        stored = {_stored(name): bank for name, bank in self.banks.items()}
+        stored = {stored_name(name): bank for name, bank in self.banks.items()}
         if self.encoder:
-            shapes: Any = {name: list(bank.shape[1:]) for name, bank in stored.items()}
-            shapes = shapes["embeddings"] if list(shapes) == ["embeddings"] else shapes
-            return sha256_of_json([self.texts, self.null_text, self.encoder, shapes])
+            shapes = {name: bank.shape[1:] for name, bank in stored.items()}
+            return identity_of(self.texts, self.null_text, self.encoder, shapes)
         return sha256_of_json([self.texts, self.null_text, sha256_of_tensors(stored)])
 
     @classmethod
     def build(
         cls,
         texts: Iterable[str],
-        encode: Callable[[list[str]], Tensor | Mapping[str, Tensor]],
+        encode: Encode,
         *,
         null_text: str = "",
         encode_null: Callable[[str], Tensor | Mapping[str, Tensor]] | None = None,
@@ -126,15 +126,8 @@ class PromptBank:
             InputError: a text that the constructor would refuse, before ``encode`` is called; an encoding of another
                 shape or dtype, or with values that are not finite.
         """
-        everything = [*prompt_texts.listed(texts), prompt_texts.checked(null_text, "null_text")]
-        if len(everything) == 1:
-            raise InputError.of("texts", "a list of at least one text", "[]")
-        for name, function in {"encode": encode, "encode_null": encode_null or encode}.items():
-            if not callable(function):
-                raise InputError.of(name, "a function of texts", type(function).__name__)
-        if batch < 1:
-            raise InputError.of("batch", "at least 1", batch)
-        fingerprint = _fingerprint(encoder or {})
+        everything = [*checked_pool(texts, null_text, encode, encode_null, batch), str(null_text)]
+        fingerprint = checked_encoder(encoder or {})
         if message := prompt_texts.warning(everything[:-1]):
             warnings.warn(message, stacklevel=2)
         rows: dict[str, Tensor] = {}
@@ -145,7 +138,7 @@ class PromptBank:
         done = 0
         for source, encoding, chunk in jobs:
             with torch.no_grad():
-                encoded = _encodings(encoding(list(chunk)), chunk, rows, source)
+                encoded = encodings(encoding(list(chunk)), chunk, rows, source)
             for name, part in encoded.items():
                 if done == 0:
                     rows[name] = part.new_empty((len(everything), *part.shape[1:]))
@@ -203,8 +196,7 @@ class PromptBank:
 
     def save(self, path: str | Path, *, rows_per_shard: int = 4096) -> None:
         """Writes the bank to a directory; a bank interrupted there is finished. Errors: those of RowWriter."""
-        banks = {_stored(name): bank for name, bank in self.banks.items()}
-        texts = json.dumps({"texts": self.texts, "null_text": self.null_text}, indent=0, ensure_ascii=False)
+        banks = {stored_name(name): bank for name, bank in self.banks.items()}
         with RowWriter(
             path,
             kind=KIND,
@@ -212,7 +204,7 @@ class PromptBank:
             rows=len(self) + 1,
             tensors={name: TensorSpec(tuple(bank.shape[1:]), bank.dtype) for name, bank in banks.items()},
             rows_per_shard=rows_per_shard,
-            attachments={_TEXTS: texts.encode()},
+            attachments=attachments(self.texts, self.null_text),
         ) as writer:
             for span in writer.claims():
                 writer.write(span, {name: bank[span.start : span.stop].detach() for name, bank in banks.items()})
@@ -255,7 +247,37 @@ class PromptBank:
         return {text: row for row, text in reversed(list(enumerate(self.texts)))}
 
 
-def _fingerprint(encoder: Mapping[str, Any]) -> dict[str, Any]:
+def identity_of(
+    texts: list[str], null_text: str, encoder: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> str:
+    """The identity of a bank of a known encoder; ``shapes`` of a row in each bank, by its stored name."""
+    listed: Any = {name: list(shape) for name, shape in shapes.items()}
+    return sha256_of_json(
+        [texts, null_text, encoder, listed["embeddings"] if list(listed) == ["embeddings"] else listed]
+    )
+
+
+def attachments(texts: list[str], null_text: str) -> dict[str, bytes]:
+    """The files of a stored bank beside its rows."""
+    value = {"texts": texts, "null_text": null_text}
+    return {_TEXTS: json.dumps(value, indent=0, ensure_ascii=False).encode()}
+
+
+def checked_pool(texts: Iterable[str], null_text: str, encode: Any, encode_null: Any, batch: int) -> list[str]:
+    """The texts of a bank that is to be built; InputError for arguments that ``build`` refuses."""
+    pool = prompt_texts.listed(texts)
+    prompt_texts.checked(null_text, "null_text")
+    if not pool:
+        raise InputError.of("texts", "a list of at least one text", "[]")
+    for name, function in {"encode": encode, "encode_null": encode_null or encode}.items():
+        if not callable(function):
+            raise InputError.of(name, "a function of texts", type(function).__name__)
+    if batch < 1:
+        raise InputError.of("batch", "at least 1", batch)
+    return pool
+
+
+def checked_encoder(encoder: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(encoder, Mapping):
         raise InputError.of("encoder", "a mapping of JSON values", type(encoder).__name__)
     return plain(encoder, "encoder")
@@ -266,7 +288,7 @@ def _label(name: str) -> str:
     return "embeddings" if name == EMBEDDINGS else f"banks[{name!r}]"
 
 
-def _stored(name: str) -> str:
+def stored_name(name: str) -> str:
     """The name of a bank in a file."""
     return "embeddings" if name == EMBEDDINGS else name
 
@@ -283,7 +305,7 @@ def _check_bank(bank: Any, name: str, texts: int) -> None:
         raise InputError.of(_label(name), f"{shape}, at least one text", f"{bank.dtype} {tuple(bank.shape)}")
 
 
-def _encodings(encoded: Any, texts: list[str], before: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def encodings(encoded: Any, texts: list[str], before: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """What a text encoder returned, checked, by name; ``before``: rows of the batches before it."""
     named = dict(encoded) if isinstance(encoded, Mapping) else {EMBEDDINGS: encoded}
     if before and list(named) != list(before):

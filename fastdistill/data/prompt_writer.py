@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompt banks that are written as they are encoded, for pools whose encodings do not fit into the memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.data import prompt_bank as banks
+from fastdistill.data import texts as prompt_texts
+from fastdistill.data import values
+from fastdistill.data.manifest import TensorSpec
+from fastdistill.data.shards import RowWriter
+from fastdistill.errors import InputError
+
+_SHARD = 2**27  # bytes of a shard, if the number of its rows is not given
+
+
+def build_prompt_bank(
+    path: str | Path,
+    texts: Iterable[str],
+    encode: banks.Encode,
+    *,
+    encoder: Mapping[str, Any],
+    null_text: str = "",
+    encode_null: Callable[[str], Tensor | Mapping[str, Tensor]] | None = None,
+    dtype: torch.dtype | None = None,
+    batch: int = 64,
+    rows_per_shard: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> None:
+    """Writes what ``PromptBank.build`` makes to the directory ``path`` as it is made, or goes on with what is there.
+
+    Memory holds one shard at a time. Batches start anew at each shard and the null prompt is encoded first, alone, so
+    that an interrupted bank ends with the same bits. Processes that make the same call at once share its shards, and
+    all return when the bank is whole.
+
+    Args:
+        encoder: fingerprint of the text encoder, which alone tells whether what is there is of the same encoder.
+        dtype: floating-point encodings are stored as this; None: as they are.
+        rows_per_shard: None: as many as 128 MiB hold, at most 4096.
+        progress: ``progress(rows done, M + 1)``, at the start and after each batch.
+        Others as ``PromptBank.build``.
+
+    Raises:
+        InputError: what ``PromptBank.build`` refuses; no ``encoder``; an encoding beyond the range of ``dtype``.
+        StorageError: those of RowWriter, before anything is written; a full disk.
+    """
+    pool = banks.checked_pool(texts, null_text, encode, encode_null, batch)
+    fingerprint = banks.checked_encoder(encoder)
+    if not fingerprint:
+        raise InputError.of("encoder", "a fingerprint of the text encoder", encoder)
+    if dtype is not None:
+        values.require_dtype(dtype, "dtype")
+    if message := prompt_texts.warning(pool):
+        warnings.warn(message, stacklevel=2)
+    with torch.no_grad():
+        made = encode([null_text]) if encode_null is None else encode_null(null_text)
+    source = "encode(texts)" if encode_null is None else "encode_null(text)"
+    null = banks.encodings(made, [null_text], {}, source)
+    last = _narrowed(null, dtype, [null_text], len(pool), source)
+    specs = {banks.stored_name(name): TensorSpec(tuple(row.shape[1:]), row.dtype) for name, row in last.items()}
+    if rows_per_shard is None:
+        rows_per_shard = min(4096, max(1, _SHARD // max(1, sum(spec.row_bytes for spec in specs.values()))))
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    total = len(pool) + 1
+    report = progress or (lambda done, total: None)
+    with RowWriter(
+        path,
+        kind=banks.KIND,
+        fingerprint={"encoder": fingerprint, "identity": banks.identity_of(pool, null_text, fingerprint, shapes)},
+        rows=total,
+        tensors=specs,
+        rows_per_shard=rows_per_shard,
+        attachments=banks.attachments(pool, null_text),
+    ) as writer:
+        report(writer.rows_done, total)
+        for span in writer.claims(lambda: report(writer.rows_done, total)):
+            done, rows = writer.rows_done, span.stop - span.start
+            shard = {
+                name: torch.empty((rows, *row.shape[1:]), dtype=row.dtype, device="cpu") for name, row in last.items()
+            }
+            for start in range(span.start, min(span.stop, len(pool)), batch):
+                part = pool[start : min(start + batch, span.stop)]
+                with torch.no_grad():
+                    encoded = banks.encodings(encode(list(part)), part, null, "encode(texts)")
+                at = start - span.start
+                for name, bank in _narrowed(encoded, dtype, part, start, "encode(texts)").items():
+                    shard[name][at : at + len(part)] = bank
+                if start + len(part) < min(span.stop, len(pool)):
+                    report(done + at + len(part), total)
+            if span.stop == total:
+                for name, row in last.items():
+                    shard[name][-1:] = row
+            writer.write(span, {banks.stored_name(name): bank for name, bank in shard.items()})
+            report(writer.rows_done, total)
+
+
+def _narrowed(
+    encoded: Mapping[str, Tensor], dtype: torch.dtype | None, texts: list[str], first: int, source: str
+) -> dict[str, Tensor]:
+    """Encodings of the rows from ``first`` on as they are stored."""
+    found = {}
+    for name, bank in encoded.items():
+        if dtype is not None and bank.is_floating_point():
+            row = values.misfit(bank, dtype)
+            if row is not None:
+                rule = f"values within the range of {dtype}, +-{torch.finfo(dtype).max:g}"
+                raise InputError.of(f"{source}, {name}", rule, f"others in row {first + row}, {texts[row]!r}")
+            bank = bank.to(dtype)
+        found[name] = bank.cpu()
+    return found
