@@ -9,11 +9,13 @@ from typing import Any
 from fastdistill.errors import FastdistillError
 
 
-def require(module: str) -> Any:
-    """Import a module of the ``demo`` extra. FastdistillError with the command that installs it if it is missing."""
+def require(module: str, extra: str = "demo") -> Any:
+    """Import a module of an extra. FastdistillError with the command that installs it if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        message = f"{package}: expected to be installed for evaluation; run: pip install 'fastdistill[demo]' ({error})"
+        message = (
+            f"{package}: expected to be installed for evaluation; run: pip install 'fastdistill[{extra}]' ({error})"
+        )
         raise FastdistillError(message) from error

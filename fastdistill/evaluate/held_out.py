@@ -64,7 +64,8 @@ def held_out_losses(
     latents: Any = setting.latents
     prompts: Any = setting.prompts
     tapped = [Taps(model, own) for model, own in zip((setting.teacher, setting.student), names, strict=False)]
-    parts: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    known: list[Tensor] = []
     try:
         for number in range(rounds):
             counter = torch.tensor([seed, number], dtype=torch.int64, device=setting.device)
@@ -78,13 +79,13 @@ def held_out_losses(
                 theirs, own = (setting.predict(m, draw.x_t, draw.timestep, draw.prompt) for m in models)
                 channels = latents.shape[1]  # a learned variance beside them is left alone
                 output = _squares(own[:, :channels], theirs[:, :channels])
+                parts.append((output, draw.timestep, draw.latent_index))
                 features = _features(tapped[0].features(), tapped[1].features(), adapters) if tapped else None
-                parts.append((output, features, draw.timestep, draw.latent_index))
+                known += [] if features is None else [features]
     finally:
         for tap in tapped:
             tap.remove()
-    output, timestep, latent = (torch.cat([part[place] for part in parts]).cpu() for place in (0, 2, 3))
-    known = [part[1] for part in parts if part[1] is not None]
+    output, timestep, latent = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return HeldOut(output, torch.cat(known).cpu() if known else None, timestep, latent)
 
 

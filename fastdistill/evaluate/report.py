@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a distillation experiment: ``report.json`` for programs, ``report.html`` as a self-contained page."""
+"""The report of students with accuracies, such as those of the digits: ``report.json`` and ``report.html``."""
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.errors import InputError
-from fastdistill.evaluate._optional import require
-from fastdistill.evaluate.figures import label, png
-from fastdistill.files import atomic_write, located, make_directory
+from fastdistill.evaluate.figures import label
+from fastdistill.evaluate.page import count, duration, entry, percent, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +28,6 @@ CAPTIONS = {
         "only for the student with random conditioning.",
     ),
 }
-
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\f\r"}
 
 
 def write_report(
@@ -57,35 +52,17 @@ def write_report(
         StorageError: the directory cannot be written.
     """
     _check(report)
-    try:
-        data = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise InputError.of("report", "plain JSON values without NaN", str(error)) from error
-    page = render(report, figures or {})
-    folder = located(directory, "directory")
-    make_directory(folder)
-    # A lone surrogate, which UTF-8 does not have, becomes its escape; in JSON that is the same text.
-    atomic_write(folder / "report.json", data.encode(errors="backslashreplace"))
-    atomic_write(folder / "report.html", page.encode(errors="backslashreplace"))
-    return folder / "report.html"
-
-
-def render(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
-    """The HTML page. All texts are escaped; control characters, which HTML does not allow, are shown as ``\\x07``."""
-    jinja2 = require("jinja2")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(percent=percent, duration=duration, count=count)
-    page = environment.get_template("report.html.j2").render(
-        report=report,
+    return write_page(
+        directory,
+        "report.html.j2",
+        report,
+        figures or {},
         title=report.get("title", "Distillation report"),
         finding=report.get("finding") or finding(report),
-        tiles=list(_tiles(report)),
+        tiles=_tiles(report),
+        captions=CAPTIONS,
         models=[_row("teacher", report["teacher"]), *(_row(*item) for item in report["students"].items())],
-        figures=[_figure(name, figure) for name, figure in figures.items()],
     )
-    return str(page).translate(_CONTROLS)
 
 
 def finding(report: Mapping[str, Any]) -> str:
@@ -102,27 +79,6 @@ def finding(report: Mapping[str, Any]) -> str:
         f"On prompts that are not in the cache, a student with {percent(size, 0)} of the parameters "
         f"keeps {', against '.join(parts)}."
     )
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """0.914 -> "91.4 %", with a non-breaking space."""
-    return f"{100 * value:.{digits}f}\u202f%"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in readable form: "42 s", "7 min 12 s", "1 h 05 min"."""
-    total = round(seconds)
-    if total < 60:
-        return f"{total}\u202fs" if seconds >= 10 else f"{seconds:.1f}\u202fs"
-    minutes, rest = divmod(total, 60)
-    if minutes < 60:
-        return f"{minutes}\u202fmin {rest:02d}\u202fs"
-    return f"{minutes // 60}\u202fh {minutes % 60:02d}\u202fmin"
-
-
-def count(value: float) -> str:
-    """An integer with narrow spaces between thousands."""
-    return f"{value:,.0f}".replace(",", "\u202f")
 
 
 def _kept(student: Mapping[str, Any], whole: float) -> str:
@@ -165,39 +121,15 @@ def _row(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
     return {"key": name, "name": label(name), "cells": cells, "model": model}
 
 
-def _figure(name: str, figure: Figure) -> dict[str, Any]:
-    heading, caption = CAPTIONS.get(name, (label(name), ""))
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    return {
-        "name": name,
-        "heading": heading,
-        "caption": caption,
-        "alt": figure.get_label() or heading,
-        "width": width,
-        "height": height,
-        "light": base64.b64encode(png(figure)).decode(),
-        "dark": base64.b64encode(png(figure, dark=True)).decode(),
-    }
-
-
 def _check(report: Mapping[str, Any]) -> None:
     """InputError unless all required entries exist and are possible."""
-
-    def entry(path: str) -> Any:
-        value: Any = report
-        for key in path.split("."):
-            if not isinstance(value, Mapping) or key not in value:
-                raise InputError.of("report", f"an entry {path}", "none")
-            value = value[key]
-        return value
-
-    if not isinstance(entry("students"), Mapping) or not report["students"]:
+    if not isinstance(entry(report, "students"), Mapping) or not report["students"]:
         raise InputError.of("report.students", "at least one student by name", report["students"])
     for model in ("teacher", *(f"students.{name}" for name in report["students"])):
         for kind in ("seen", "unseen"):
-            if not 0 <= entry(f"{model}.{kind}") <= 1:
-                raise InputError.of(f"report.{model}.{kind}", "an accuracy from 0 to 1", entry(f"{model}.{kind}"))
-        if entry(f"{model}.parameters") < 1:
-            raise InputError.of(f"report.{model}.parameters", "a positive number", entry(f"{model}.parameters"))
-    for path in ("seconds.total", "versions", "backend"):
-        entry(path)
+            if not 0 <= (accuracy := entry(report, f"{model}.{kind}")) <= 1:
+                raise InputError.of(f"report.{model}.{kind}", "an accuracy from 0 to 1", accuracy)
+        if (parameters := entry(report, f"{model}.parameters")) < 1:
+            raise InputError.of(f"report.{model}.parameters", "a positive number", parameters)
+    for path in ("seconds.total", "backend"):
+        entry(report, path)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from fastdistill.errors import InputError, StorageError
+from fastdistill.evaluate import page as module
 from fastdistill.evaluate import probability_curve, write_report
-from fastdistill.evaluate import report as module
-from fastdistill.evaluate.report import count, duration, finding, percent
+from fastdistill.evaluate.page import count, duration, percent
+from fastdistill.evaluate.report import finding
 
 
 def model(seen: float, unseen: float, parameters: int, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The skeleton of every report: ``report.json`` for programs, ``report.html`` as a self-contained page, light and dark.
+
+``page.html.j2`` has the head, the tiles, the figures, the environment and how to reproduce it. A kind of report is a
+template that extends it, and a module that checks its numbers and words its finding.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdistill.errors import InputError
+from fastdistill.evaluate._optional import require
+from fastdistill.evaluate.figures import label, png
+from fastdistill.files import atomic_write, located, make_directory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Heading and caption of figures by name; any other has its name as heading.
+Captions = Mapping[str, tuple[str, str]]
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\f\r"}
+
+
+def write_page(
+    directory: str | os.PathLike[str],
+    template: str,
+    report: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    *,
+    title: str,
+    finding: str,
+    tiles: Iterable[Mapping[str, str]],
+    captions: Captions,
+    **context: Any,
+) -> Path:
+    """Write ``report.json`` and ``report.html`` into ``directory``, which is created. Each file is written atomically.
+
+    Args:
+        template: file beside this one that extends ``page.html.j2``; it gets ``context`` and what is named here.
+        report: plain JSON values, with ``versions`` (package -> version) and ``seconds`` (part -> seconds), and
+            optionally ``backend`` (op -> kernel), ``device``, ``date`` and ``reproduce`` (a list of commands).
+        finding: the result in a sentence. tiles: ``value`` and ``text``, and as ``key`` the model whose color it has.
+
+    Returns:
+        The path of the HTML file.
+
+    Raises:
+        InputError: an entry that is missing or is no JSON; nothing is written.
+        StorageError: the directory cannot be written.
+    """
+    for name in ("versions", "seconds"):
+        entry(report, name)
+    try:
+        data = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise InputError.of("report", "plain JSON values without NaN", str(error)) from error
+    jinja2 = require("jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(percent=percent, duration=duration, count=count)
+    drawn = [_figure(name, figure, captions) for name, figure in figures.items()]
+    given = {"report": report, "title": title, "finding": finding, "tiles": list(tiles), "figures": drawn, **context}
+    page = str(environment.get_template(template).render(**given)).translate(_CONTROLS)
+    folder = located(directory, "directory")
+    make_directory(folder)
+    # A lone surrogate, which UTF-8 does not have, becomes its escape; in JSON that is the same text.
+    atomic_write(folder / "report.json", data.encode(errors="backslashreplace"))
+    atomic_write(folder / "report.html", page.encode(errors="backslashreplace"))
+    return folder / "report.html"
+
+
+def entry(report: Mapping[str, Any], path: str) -> Any:
+    """What a report has at ``a.b.c``. InputError where it has nothing."""
+    value: Any = report
+    for key in path.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise InputError.of("report", f"an entry {path}", "none")
+        value = value[key]
+    return value
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """0.914 -> "91.4 %", with a non-breaking space."""
+    return f"{100 * value:.{digits}f}\u202f%"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in readable form: "42 s", "7 min 12 s", "1 h 05 min"."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total}\u202fs" if seconds >= 10 else f"{seconds:.1f}\u202fs"
+    minutes, rest = divmod(total, 60)
+    if minutes < 60:
+        return f"{minutes}\u202fmin {rest:02d}\u202fs"
+    return f"{minutes // 60}\u202fh {minutes % 60:02d}\u202fmin"
+
+
+def count(value: float) -> str:
+    """An integer with narrow spaces between thousands."""
+    return f"{value:,.0f}".replace(",", "\u202f")
+
+
+def _figure(name: str, figure: Figure, captions: Captions) -> dict[str, Any]:
+    heading, caption = captions.get(name, (label(name), ""))
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    return {
+        "name": name,
+        "heading": heading,
+        "caption": caption,
+        "alt": figure.get_label() or heading,
+        "width": width,
+        "height": height,
+        "light": base64.b64encode(png(figure)).decode(),
+        "dark": base64.b64encode(png(figure, dark=True)).decode(),
+    }
