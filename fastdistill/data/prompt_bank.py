@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fastdistill.data import texts as prompt_texts
 from fastdistill.data import values
+from fastdistill.data.encoded import EMBEDDINGS as EMBEDDINGS
+from fastdistill.data.encoded import Encode, Encodings, encodings, rows_of
 from fastdistill.data.fingerprint import plain, sha256_of_json, sha256_of_tensors
 from fastdistill.data.manifest import Manifest, TensorSpec
 from fastdistill.data.shards import RowWriter, load_attachment, load_rows
@@ -25,8 +27,6 @@ from fastdistill.errors import InputError, StorageError
 
 KIND = "prompt_bank"
 _TEXTS = "texts.json"
-EMBEDDINGS = "encoder_hidden_states"  # the bank that a single tensor of embeddings stands for
-Encode = Callable[[list[str]], Tensor | Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class PromptBank:
             not finite (checked in memory; for a bank on the disk call ``check_finite``).
     """
 
-    banks: Any  # Tensor, StoredRows of an opened bank, or a mapping of them
+    banks: Any  # Tensor, StoredRows of an opened bank, EncodedRows of one on demand, or a mapping of them
     texts: list[str]
     null_text: str = ""
     encoder: Mapping[str, Any] = field(default_factory=dict)
@@ -148,6 +148,43 @@ class PromptBank:
                 progress(done, len(everything))
         return cls(rows, everything[:-1], null_text, fingerprint)
 
+    @classmethod
+    def on_demand(
+        cls,
+        texts: Iterable[str],
+        encode: Encode,
+        *,
+        encoder: Mapping[str, Any],
+        null_text: str = "",
+        encode_null: Callable[[str], Tensor | Mapping[str, Tensor]] | None = None,
+        batch: int = 64,
+        dtype: torch.dtype | None = None,
+    ) -> PromptBank:
+        """The bank that ``build`` makes, its rows encoded whenever they are read (``EncodedRows``): for a pool whose
+        encodings are too large to store. A trainer encodes those of the coming steps ahead.
+
+        Now only the null prompt is encoded. ``encoder``, which identifies the bank, is not optional; ``identity`` is
+        that of the bank that ``build`` makes with it. ``dtype``: of floating-point rows (None: as encoded). ``save``
+        encodes everything. Other arguments and errors as ``build``; those of an encoding come when it is read.
+        """
+        pool = checked_pool(texts, null_text, encode, encode_null, batch)
+        if not (fingerprint := checked_encoder(encoder)):
+            raise InputError.of("encoder", "what identifies the text encoder, as no values do", "nothing")
+        if dtype is not None:
+            values.require_dtype(dtype, "dtype")
+        if message := prompt_texts.warning(pool):
+            warnings.warn(message, stacklevel=2)
+        with torch.no_grad():
+            null = encode([null_text]) if encode_null is None else encode_null(null_text)
+        source = "encode(texts)" if encode_null is None else "encode_null(text)"
+        like = encodings(null, [null_text], {}, source)
+
+        def encoded(part: list[str]) -> dict[str, Tensor]:
+            return encodings(encode(list(part)), part, like, "encode(texts)", dtype)
+
+        rows = Encodings(pool, encoded, encodings(null, [null_text], {}, source, dtype), batch=batch)
+        return cls(rows.banks(), pool, null_text, fingerprint)
+
     def indices_of(self, texts: Iterable[str]) -> Tensor:
         """Row of each text, int64 [len(texts)] (its first row where the bank has it twice); InputError for others."""
         texts = prompt_texts.listed(texts)
@@ -162,8 +199,7 @@ class PromptBank:
         """A bank of these texts, in this order, with the same null prompt, in memory."""
         texts = prompt_texts.listed(texts)
         rows = [*self.indices_of(texts).tolist(), self.null_index]
-        banks = {name: bank[torch.tensor(rows, device=bank.device)] for name, bank in self.banks.items()}
-        return PromptBank(banks, texts, self.null_text, self.encoder)
+        return PromptBank(rows_of(self.banks, torch.tensor(rows, device="cpu")), texts, self.null_text, self.encoder)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptBank:
         """The same bank in the memory of a device (None: where it is), floating-point values as ``dtype`` (None: as
@@ -207,7 +243,8 @@ class PromptBank:
             attachments=attachments(self.texts, self.null_text),
         ) as writer:
             for span in writer.claims():
-                writer.write(span, {name: bank[span.start : span.stop].detach() for name, bank in banks.items()})
+                rows = rows_of(banks, slice(span.start, span.stop))
+                writer.write(span, {name: bank.detach() for name, bank in rows.items()})
 
     @classmethod
     def load(
@@ -303,35 +340,6 @@ def _check_bank(bank: Any, name: str, texts: int) -> None:
     if (embeddings and bank.ndim != 3) or bank.ndim < 1 or len(bank) != texts + 1 or not texts:
         shape = f"floating point [{texts} texts + 1, length, width]" if embeddings else f"[{texts} texts + 1, ...]"
         raise InputError.of(_label(name), f"{shape}, at least one text", f"{bank.dtype} {tuple(bank.shape)}")
-
-
-def encodings(encoded: Any, texts: list[str], before: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """What a text encoder returned, checked, by name; ``before``: rows of the batches before it."""
-    named = dict(encoded) if isinstance(encoded, Mapping) else {EMBEDDINGS: encoded}
-    if before and list(named) != list(before):
-        raise InputError.of(source, f"banks {', '.join(before)}, as before", ", ".join(map(str, named)))
-    alone = not isinstance(encoded, Mapping)
-    return {
-        name: _encoding(bank, texts, before.get(name), name, source + ("" if alone else f"[{name!r}]"))
-        for name, bank in named.items()
-    }
-
-
-def _encoding(encoded: Any, texts: list[str], before: Tensor | None, name: str, argument: str) -> Tensor:
-    """One bank of what a text encoder returned, checked."""
-    sizes = "length, width" if name == EMBEDDINGS else "..."
-    tensor = values.as_tensor(encoded, argument, f"a tensor [{len(texts)} texts, {sizes}]")
-    wanted = (len(texts), *(tensor.shape[1:] if before is None else before.shape[1:]))
-    if (name == EMBEDDINGS and tensor.ndim != 3) or tuple(tensor.shape) != wanted:
-        rule = f"[{len(texts)} texts, {sizes}], the same for all"
-        raise InputError.of(argument, rule, tuple(tensor.shape))
-    values.require_dtype(tensor.dtype, argument, floating=name == EMBEDDINGS)
-    if before is not None and tensor.dtype != before.dtype:
-        raise InputError.of(argument, f"{before.dtype}, as before", tensor.dtype)
-    row = values.misfit(tensor, tensor.dtype) if tensor.dtype.is_floating_point else None
-    if row is not None:
-        raise InputError.of(argument, "finite values", f"others for {texts[row]!r}")
-    return tensor
 
 
 def _identity(manifest: Manifest) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdistill.data import prompt_bank as banks
 from fastdistill.data import texts as prompt_texts
 from fastdistill.data import values
+from fastdistill.data.encoded import Encode, encodings
 from fastdistill.data.manifest import TensorSpec
 from fastdistill.data.shards import RowWriter
 from fastdistill.errors import InputError
@@ -24,7 +25,7 @@ _SHARD = 2**27  # bytes of a shard, if the number of its rows is not given
 def build_prompt_bank(
     path: str | Path,
     texts: Iterable[str],
-    encode: banks.Encode,
+    encode: Encode,
     *,
     encoder: Mapping[str, Any],
     null_text: str = "",
@@ -62,8 +63,8 @@ def build_prompt_bank(
     with torch.no_grad():
         made = encode([null_text]) if encode_null is None else encode_null(null_text)
     source = "encode(texts)" if encode_null is None else "encode_null(text)"
-    null = banks.encodings(made, [null_text], {}, source)
-    last = _narrowed(null, dtype, [null_text], len(pool), source)
+    null = encodings(made, [null_text], {}, source)
+    last = encodings(made, [null_text], {}, source, dtype)
     specs = {banks.stored_name(name): TensorSpec(tuple(row.shape[1:]), row.dtype) for name, row in last.items()}
     if rows_per_shard is None:
         rows_per_shard = min(4096, max(1, _SHARD // max(1, sum(spec.row_bytes for spec in specs.values()))))
@@ -88,9 +89,9 @@ def build_prompt_bank(
             for start in range(span.start, min(span.stop, len(pool)), batch):
                 part = pool[start : min(start + batch, span.stop)]
                 with torch.no_grad():
-                    encoded = banks.encodings(encode(list(part)), part, null, "encode(texts)")
+                    encoded = encodings(encode(list(part)), part, null, "encode(texts)", dtype)
                 at = start - span.start
-                for name, bank in _narrowed(encoded, dtype, part, start, "encode(texts)").items():
+                for name, bank in encoded.items():
                     shard[name][at : at + len(part)] = bank
                 if start + len(part) < min(span.stop, len(pool)):
                     report(done + at + len(part), total)
@@ -99,19 +100,3 @@ def build_prompt_bank(
                     shard[name][-1:] = row
             writer.write(span, {banks.stored_name(name): bank for name, bank in shard.items()})
             report(writer.rows_done, total)
-
-
-def _narrowed(
-    encoded: Mapping[str, Tensor], dtype: torch.dtype | None, texts: list[str], first: int, source: str
-) -> dict[str, Tensor]:
-    """Encodings of the rows from ``first`` on as they are stored."""
-    found = {}
-    for name, bank in encoded.items():
-        if dtype is not None and bank.is_floating_point():
-            row = values.misfit(bank, dtype)
-            if row is not None:
-                rule = f"values within the range of {dtype}, +-{torch.finfo(dtype).max:g}"
-                raise InputError.of(f"{source}, {name}", rule, f"others in row {first + row}, {texts[row]!r}")
-            bank = bank.to(dtype)
-        found[name] = bank.cpu()
-    return found

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches from banks of any size: in the memory of the device, in pinned host memory, or on the disk.
+"""Batches from banks of any size: in the memory of the device, in pinned host memory, on the disk, or not stored.
 
 The draws come from a counter, so the rows of the coming steps are known. Banks on the disk (``StoredRows``) have them
 read ahead by a thread into a ring of buffers, pinned where the device is a GPU, from which ``noise_gather`` reads in
-their place. The batches have the same bits wherever the banks are.
+their place. The batches have the same bits wherever the banks are. Prompts that are encoded on demand (``EncodedRows``)
+are encoded ahead by that thread, on a stream of its own, into a ring on the device.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill.data.encoded import EncodedRows, rows_of
 from fastdistill.data.stored import StoredRows
 from fastdistill.data.values import has_values
 from fastdistill.errors import InputError
 from fastdistill.ops import Draw, NoiseGather, Task, empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather.banks import cast, listed, mapped
 
-Rows = Tensor | StoredRows
+Rows = Tensor | StoredRows | EncodedRows
 
 
 class Batches:
@@ -32,9 +34,9 @@ class Batches:
             batches.prepare(seed, step)
             draw = batches(counter)
 
-    It takes the arguments of ``noise_gather``, but ``latents`` and ``prompts`` may be ``StoredRows`` (if one of several
-    banks of prompts is, all are staged). ``latent_prompts`` and the tables are on the device. Where nothing is on the
-    disk, ``prepare`` does nothing.
+    It takes the arguments of ``noise_gather``, but ``latents`` and ``prompts`` may be ``StoredRows``, and ``prompts``
+    ``EncodedRows`` (if one of several banks of prompts is, all are staged). ``latent_prompts`` and the tables are on
+    the device. Where all is in memory, ``prepare`` does nothing.
 
     ``prepare`` waits until the rows of its step are there. It belongs outside of what a graph captures, on the stream
     of the draws (capture with ``capture_error_mode="thread_local"``: the thread waits for events meanwhile).
@@ -72,7 +74,7 @@ class Batches:
         given: Any = latents, prompts
         if isinstance(latents, StoredRows):
             given = self._ring(latents, self._latents), prompts
-        if any(isinstance(bank, StoredRows) for bank in banks):
+        if any(isinstance(bank, StoredRows | EncodedRows) for bank in banks):
             given = given[0], mapped(lambda bank: self._ring(bank, self._prompts), given[1])
         self._tables = given[0], latent_prompts, given[1], coefficients, replace
         rows = {"latent_rows": len(latents), "prompt_rows": len(banks[0])}
@@ -91,23 +93,27 @@ class Batches:
         if any(staged.values()):
             self._index = _Index(batch, latent_prompts.cpu(), coefficients.cpu(), replace.cpu(), options | rows)
         self._reader: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None  # of the reader
         self._reads: dict[int, Future[None]] = {}  # by step, in order
         self._seed: int | None = None
         self._ready = False
 
     def _ring(self, bank: Rows, pairs: list[tuple[Rows, Tensor]]) -> Tensor:
-        shape, pinned = (self._turns * self._batch, *bank.shape[1:]), self._device.type == "cuda"
-        pairs.append((bank, torch.empty(shape, dtype=bank.dtype, device="cpu", pin_memory=pinned)))
+        shape, device = (self._turns * self._batch, *bank.shape[1:]), self._device
+        if not isinstance(bank, EncodedRows):
+            device = torch.device("cpu")
+        pinned = device != self._device and self._device.type == "cuda"
+        pairs.append((bank, torch.empty(shape, dtype=bank.dtype, device=device, pin_memory=pinned)))
         return pairs[-1][1]
 
     def prepare(self, seed: int, step: int) -> None:
         """Have the rows of this step at hand, and those of the next ones on their way.
 
-        Steps that do not follow one another are right too, they only wait for the disk.
+        Steps that do not follow one another are right too, they only wait for the disk or the text encoder.
 
         Raises:
             StorageError: a file could not be read. The next call tries again.
-            InputError: a latent names a prompt that the bank does not have.
+            InputError: a latent names a prompt that the bank does not have; a prompt's encoding is not finite.
         """
         if self._index is None:
             return
@@ -118,6 +124,9 @@ class Batches:
         for past in [s for s in self._reads if s < step]:
             del self._reads[past]
             drawn = drawn or self._event()
+        if self._stream is None and self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._reader = self._reader or ThreadPoolExecutor(1, "fastdistill-rows")
         try:
             for coming in range(step, step + self._turns):
@@ -133,7 +142,7 @@ class Batches:
         """The batch of the step that ``counter`` [2] int64 (seed, step) holds, in the same buffers every time.
 
         Raises:
-            InputError: banks are on the disk and the step was not prepared (on a GPU only that there was none since
+            InputError: rows are read ahead and the step was not prepared (on a GPU only that there was none since
                 the last draw is noticed, as nothing is read back; nothing is noticed in compiled code).
         """
         if torch.compiler.is_compiling():  # what changes from step to step would be compiled anew in each
@@ -189,13 +198,17 @@ class Batches:
         if drawn is not None:
             drawn.synchronize()
         first = step % self._turns * self._batch
-        for index, pairs in ((latent, self._latents), (prompt, self._prompts)):
-            for bank, ring in pairs:
-                place = ring[first : first + self._batch]
-                if isinstance(bank, StoredRows):
-                    bank.read(index, place)
-                else:
-                    place.copy_(bank[index.to(bank.device)])
+        with torch.cuda.stream(self._stream):
+            for index, pairs in ((latent, self._latents), (prompt, self._prompts)):
+                places = [(bank, ring[first : first + self._batch]) for bank, ring in pairs]
+                others = [(bank, place) for bank, place in places if not isinstance(bank, StoredRows)]
+                for bank, place in places:
+                    if isinstance(bank, StoredRows):
+                        bank.read(index, place)
+                for rows, (_, place) in zip(rows_of([bank for bank, _ in others], index), others, strict=True):
+                    place.copy_(rows)
+        if self._stream is not None:
+            self._stream.synchronize()
 
 
 def _check_rows(latent_prompts: Tensor, prompts: int) -> None:

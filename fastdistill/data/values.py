@@ -51,7 +51,7 @@ def cast(rows: Tensor, dtype: torch.dtype, argument: str, first: int = 0) -> Ten
         return rows
     row = misfit(rows, dtype)
     if row is not None:
-        raise InputError.of(argument, f"finite values within {_range(dtype)}", f"others in row {first + row}")
+        raise InputError.of(argument, f"finite values within {range_of(dtype)}", f"others in row {first + row}")
     return rows.to(dtype)
 
 
@@ -134,5 +134,6 @@ def spelled(dtype: torch.dtype) -> str | None:
     return name
 
 
-def _range(dtype: torch.dtype) -> str:
+def range_of(dtype: torch.dtype) -> str:
+    """The finite values of a dtype, in words."""
     return f"+-{torch.finfo(dtype).max:g}, the range of {dtype}"

@@ -14,13 +14,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.encoded import rows_of
 from fastdistill.data.fingerprint import dtype_name
 from fastdistill.data.staged import Batches, Rows
 from fastdistill.diffusion.schedule import PredictionType, Schedule
 from fastdistill.errors import FastdistillError, InputError, quoted
 from fastdistill.models import families
 from fastdistill.models.calling import Call, Predictor, trial
-from fastdistill.ops.noise_gather.banks import listed, mapped
+from fastdistill.ops.noise_gather.banks import listed
 
 _as_captured: contextvars.ContextVar[bool] = contextvars.ContextVar("fastdistill_as_captured", default=False)
 
@@ -124,7 +125,7 @@ class Setting:
         model: nn.Module = getattr(self, name)
         prompts: Any = self.prompts
         x = self.latents[:1].to(self.device)
-        prompt = mapped(lambda bank: bank[:1].to(self.device), prompts)
+        prompt = rows_of(prompts, slice(1), self.device)
         timestep = torch.zeros(1, dtype=torch.int64, device=self.device)
         if self.call is None and (family := families.find(model)) is not None:
             banks = prompts if isinstance(prompts, Mapping) else {families.EMBEDDINGS: prompts}

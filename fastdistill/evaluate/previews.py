@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.encoded import rows_of
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
@@ -20,7 +21,6 @@ from fastdistill.errors import InputError, described
 from fastdistill.evaluate.figures import png, sample_grid
 from fastdistill.models.calling import Call
 from fastdistill.models.sharding import sharded
-from fastdistill.ops.noise_gather.banks import mapped
 from fastdistill.train.config import PreviewConfig
 
 Decode = Callable[[Tensor], Tensor]
@@ -109,7 +109,7 @@ class Previews:
         return cast(Tensor, images)
 
     def _conditions(self, rows: Tensor | slice) -> Any:
-        return mapped(lambda bank: bank[rows].to(self.device), self.prompts.rows)
+        return rows_of(self.prompts.rows, rows, self.device)
 
 
 def previews_of(

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdistill import files
+from fastdistill.data.encoded import rows_of
 from fastdistill.data.fingerprint import listed as some
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.texts import listed
@@ -144,21 +145,27 @@ class PipelineFolder:
             raise StorageError(f"{self.path}: the text encoders could not be loaded: {quoted(error)}") from error
         return pipeline.to(device)
 
-    def encode(self, texts: Iterable[str], pipeline: Any = None, **options: Any) -> PromptBank:
+    def encode(
+        self, texts: Iterable[str], pipeline: Any = None, *, on_demand: bool = False, **options: Any
+    ) -> PromptBank:
         """The bank of these texts and of the null prompt, encoded by the pipeline's own text encoders.
 
         Args:
             pipeline: with the text encoders; None: ``encoders()``.
+            on_demand: prompts are encoded whenever their rows are read, for a pool whose encodings are too large to
+                store; while a trainer has the bank, nothing else may use the pipeline.
             options: ``size``, ``guidance_scale`` and others of ``family.encode``; ``null_text``, ``batch`` and
-                ``progress`` of ``PromptBank.build``.
+                ``progress`` of ``PromptBank.build``, or ``dtype`` of ``PromptBank.on_demand``.
         """
-        build = {name: options.pop(name) for name in ("null_text", "batch", "progress") if name in options}
+        make = PromptBank.on_demand if on_demand else PromptBank.build
+        own = {"null_text", "batch", "dtype" if on_demand else "progress"}
+        build = {name: options.pop(name) for name in own & options.keys()}
         given: dict[str, Any] = options | {"size": self.size(options.get("size"))}
         texts = listed(texts)
         pipeline = self.encoders() if pipeline is None else pipeline
         encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
         weights = {name: weights_hash(part) for name, part in encoders.items() if part is not None}
-        return PromptBank.build(
+        return make(
             texts,
             lambda part: self.family.encode(pipeline, part, config=self.config, **given),
             encode_null=lambda text: self.family.encode_null(pipeline, text, config=self.config, **given),
@@ -194,9 +201,8 @@ class PipelineFolder:
         device = next(model.parameters()).device
         rows = torch.arange(len(prompt_index), device=device) if rows is None else rows.to(device)
         noise = initial_noise(seed, rows, self.latent_shape(size))
-        banks = prompts.banks.items()
-        given = {name: bank[prompt_index.to(bank.device)].to(device) for name, bank in banks}
-        null = {name: bank[prompts.null_index].to(device) for name, bank in banks}
+        given = rows_of(prompts.banks, prompt_index, device)
+        null = {name: rows[0] for name, rows in rows_of(prompts.banks, slice(-1, None), device).items()}
         options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "rows": rows}
         return sample_with(self.scheduler(), model, noise, given, null, **options)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastdistill.data import values
+from fastdistill.data.encoded import EncodedRows
 from fastdistill.data.fingerprint import dtype_name, hashes
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
@@ -56,7 +57,7 @@ def explain(banks: Mapping[str, Rows], teacher: nn.Module, student: nn.Module) -
 
 def _not_finite(rows: Rows, dtype: torch.dtype) -> int | None:
     """The first row that holds something else than finite numbers once it is cast."""
-    if not rows.dtype.is_floating_point:
+    if not rows.dtype.is_floating_point or isinstance(rows, EncodedRows):  # these are checked as they are encoded
         return None
     for start, block in values.blocks(rows):
         if (row := values.misfit(block, dtype)) is not None:

@@ -18,7 +18,6 @@ from fastdistill.data.fingerprint import dtype_name, listed, plain, up_to_roundi
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
-from fastdistill.data.stored import StoredRows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedule
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError, quoted
@@ -61,7 +60,8 @@ class DistillTrainer:
             stay in it, whatever ``config.precision`` says.
         schedule: a ``NoiseSchedule``, a ``FlowSchedule`` or a diffusers scheduler (``schedule_of``).
         latents: the cache. prompts: the bank that its rows point into, the null prompt last. Either may be on the disk
-            (``open`` in place of ``load``); a thread then reads the rows of the coming steps.
+            (``open`` in place of ``load``), and prompts may be encoded on demand (``PromptBank.on_demand``); a thread
+            then reads, or encodes, the rows of the coming steps.
         objective: such as ``RandomConditioning``.
         config: a ``TrainConfig``, or a mapping of its fields.
         device: where to train (None: where the student is).
@@ -340,8 +340,8 @@ def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.
 
 
 def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:
-    """A bank where the configuration has it; on the disk it stays there."""
-    if isinstance(bank, StoredRows):
+    """A bank where the configuration has it; on the disk, or encoded on demand, it stays so."""
+    if not isinstance(bank, Tensor):
         return bank
     pinned = config.banks == "pinned" and device.type == "cuda"
     return bank.cpu().pin_memory() if pinned else bank.to(device)

@@ -138,8 +138,10 @@ def test_encodings_that_do_not_fit_are_named(tmp_path: Path) -> None:
         big = torch.tensor([1e5 if text == TEXTS[9] else 1.0 for text in texts])
         return banks | {"encoder_hidden_states": banks["encoder_hidden_states"] * big[:, None, None]}
 
-    message = "encode(texts), encoder_hidden_states: expected values within the range of torch.float16, +-65504, got "
-    with pytest.raises(InputError, match=re.escape(f"{message}others in row 9, {TEXTS[9]!r}")):
+    message = (
+        "encode(texts)['encoder_hidden_states']: expected finite values within +-65504, the range of torch.float16"
+    )
+    with pytest.raises(InputError, match=re.escape(f"{message}, got others for {TEXTS[9]!r}")):
         build(tmp_path / "half", large, dtype=torch.float16)
     build(tmp_path / "bfloat16", large, dtype=torch.bfloat16)
     with pytest.raises(InputError, match=r"encode\(texts\): expected banks encoder_hidden_states, mask, time_ids"):

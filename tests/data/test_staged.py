@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastdistill.data import stored
+from fastdistill.data.encoded import Encodings
 from fastdistill.data.staged import Batches
 from fastdistill.data.stored import StoredRows
 from fastdistill.diffusion.matching import match_table
@@ -46,6 +47,17 @@ def banks() -> dict[str, Any]:
         "label": torch.arange(M) * 5,
     }
     return {"latents": torch.randn(N, 3, 5, generator=g), "latent_prompts": torch.arange(N) % 6, "prompts": prompts}
+
+
+def encodings(prompts: dict[str, Tensor], batch: int = 3) -> Encodings:
+    """An encoder that looks its texts, which are numbers, up in banks that end in the null prompt."""
+
+    def encode(texts: list[str]) -> dict[str, Tensor]:
+        assert len(texts) <= batch and threading.current_thread().name.startswith("fastdistill-rows")
+        return {name: bank[[int(text) for text in texts]] for name, bank in prompts.items()}
+
+    null = {name: bank[-1:] for name, bank in prompts.items()}
+    return Encodings([str(row) for row in range(M - 1)], encode, null, batch=batch)
 
 
 def batches(given: dict[str, Any], **options: Any) -> Batches:
@@ -79,13 +91,16 @@ def stage(given: dict[str, Any], path: Path, which: str) -> dict[str, Any]:
         given = given | {"latents": on_disk(path / "latents", given["latents"])}
     if which in ("prompts", "both"):
         given = given | {"prompts": tree_map(lambda bank: on_disk(path / f"{bank.dtype}", bank), given["prompts"])}
+    if which.startswith("encoded"):
+        given = given | {"prompts": encodings(given["prompts"]).banks()}
+        given = stage(given, path, which.removeprefix("encoded").strip())
     if which == "one of the prompts":
         stays = given["prompts"]
         given = given | {"prompts": stays | {"embeddings": on_disk(path / "embeddings", stays["embeddings"])}}
     return given
 
 
-@pytest.mark.parametrize("which", ["latents", "prompts", "both", "one of the prompts"])
+@pytest.mark.parametrize("which", ["latents", "prompts", "both", "one of the prompts", "encoded", "encoded latents"])
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_batches_are_those_of_banks_in_memory(tmp_path: Path, which: str, ahead: int) -> None:
     """Over several epochs, at any step to begin with, back and forth."""
@@ -217,9 +232,13 @@ def test_the_host_draws_with_its_own_kernel_whichever_is_forced(tmp_path: Path) 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_captured_draw_reads_what_is_prepared_before_each_replay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["both", "encoded latents"])
+def test_a_captured_draw_reads_what_is_prepared_before_each_replay(tmp_path: Path, which: str) -> None:
     expected = run(batches(tree_map(Tensor.cuda, banks())), range(12))
-    given = stage(banks(), tmp_path, "both")
+    given = banks()
+    if which != "both":  # by an encoder on the GPU
+        given["prompts"] = tree_map(Tensor.cuda, given["prompts"])
+    given = stage(given, tmp_path, which)
     staged = batches(given | {"latent_prompts": given["latent_prompts"].cuda()}, ahead=2)
     assert same(run(staged, range(3)), expected[:3])
     counter = torch.tensor([SEED, 0], device="cuda")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
+from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import Stopped
 from fastdistill.train import DistillTrainer, distributed
@@ -65,12 +66,13 @@ def make(
     *,
     student: nn.Module | None = None,
     latents: LatentCache | None = None,
+    prompts: PromptBank | None = None,
     shard: Callable[[nn.Module], object] | None = None,
     output: float = 1.0,
     **options: Any,
 ) -> DistillTrainer:
     objective = RandomConditioning(taps=(("inner", "inner"),), weights=Weights(output))
-    data = small.SCHEDULE, latents or small.cache(), small.bank(), objective
+    data = small.SCHEDULE, latents or small.cache(), prompts or small.bank(), objective
     config = small.config(**(OPTIONS | options))
     return DistillTrainer(Tiny(12), student or Tiny(6), *data, config, shard=shard)
 
@@ -100,7 +102,24 @@ def from_disk(rank: int, directory: Path) -> Any:
         torch.float32,
         {"made": 1},
     )
-    batches: Any = make(latents=LatentCache.open(where / "latents")).step.objective._batches  # type: ignore[attr-defined]
+    return prepared(make(latents=LatentCache.open(where / "latents")))
+
+
+def encoded(rank: int, directory: Path) -> Any:
+    """The same, each rank encoding only the rows of its own ahead."""
+    bank = small.bank()
+
+    def encode(texts: list[str]) -> Tensor:
+        assert len(texts) <= 2  # of a batch of 4
+        return bank.embeddings[bank.indices_of(texts)]
+
+    null = bank.embeddings[-1:]
+    own = PromptBank.on_demand(bank.texts, encode, encode_null=lambda text: null, encoder={"made": 1})
+    return prepared(make(prompts=own))
+
+
+def prepared(trainer: DistillTrainer) -> Any:
+    batches: Any = trainer.step.objective._batches  # type: ignore[attr-defined]
     found = []
     for k in (0, 5, 6):
         batches.prepare(7, k)
@@ -306,7 +325,7 @@ def unsharded(rank: int, directory: Path) -> Any:
 
 
 _ALL: tuple[Any, ...] = (
-    draws, from_disk, run, parts, shards_parts, interrupted,
+    draws, from_disk, encoded, run, parts, shards_parts, interrupted,
     fused, compiled, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
     shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded, adapters,

@@ -68,7 +68,7 @@ def assert_close(one: dict[str, Any], two: dict[str, Any]) -> None:
         assert mine == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["draws", "from_disk"])
+@pytest.mark.parametrize("name", ["draws", "from_disk", "encoded"])
 def test_the_draws_are_those_of_one_process(found: Found, name: str) -> None:
     for *halves, whole in zip(*found[name], ranks.draws(0, Path()), strict=True):
         for one, two, wanted in zip(*halves, whole, strict=True):

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of prompts that are encoded when they are read: for a pool whose encodings are too large to store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.data import values
+from fastdistill.data.indexing import split
+from fastdistill.errors import InputError
+from fastdistill.ops.noise_gather.banks import mapped
+
+EMBEDDINGS = "encoder_hidden_states"  # the bank that a single tensor of embeddings stands for
+Encode = Callable[[list[str]], Tensor | Mapping[str, Tensor]]
+
+
+class Encodings:
+    """What a text encoder makes of M texts and, last, of the null prompt; of the latter alone the rows are kept.
+
+    encode: maps b <= ``batch`` texts to rows [b, ...] by bank, like those of ``null`` [1, ...] but for the values. It
+    is called by one thread at a time, as tokenizers have a state.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        encode: Callable[[list[str]], Mapping[str, Tensor]],
+        null: Mapping[str, Tensor],
+        *,
+        batch: int = 64,
+    ) -> None:
+        self.null = dict(null)
+        self._texts, self._encode, self._batch = texts, encode, batch
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._texts) + 1
+
+    def banks(self) -> dict[str, EncodedRows]:
+        """The banks by name."""
+        return {name: EncodedRows(self, name) for name in self.null}
+
+    @torch.no_grad()
+    def rows(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Rows ``numbers`` of every bank. A text that is asked for several times is encoded once."""
+        wanted, place = torch.unique(torch.tensor(numbers, dtype=torch.int64, device="cpu"), return_inverse=True)
+        texts = [self._texts[number] for number in wanted.tolist() if number < len(self._texts)]
+        with self._lock:
+            parts = [self._encode(texts[i : i + self._batch]) for i in range(0, len(texts), self._batch)]
+        parts.append(self.null)  # whose number is the largest
+        found = {name: torch.cat([part[name] for part in parts]) for name in self.null}
+        return {name: rows[place.to(rows.device)] for name, rows in found.items()}
+
+
+class EncodedRows:
+    """One bank [M + 1, *S] of ``Encodings``. Indexing, by whatever torch or NumPy takes, encodes the rows it needs;
+    ``rows_of`` reads several banks of one encoder at once."""
+
+    __contains__ = None  # "in" would encode everything
+
+    def __init__(self, source: Encodings, name: str) -> None:
+        like = source.null[name]
+        self.source, self.name = source, name
+        self.shape, self.dtype, self.device = torch.Size((len(source), *like.shape[1:])), like.dtype, like.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        numbers, rest = split(index, self.shape)
+        rows = self.source.rows(numbers)[self.name]
+        return rows[rest] if rest else rows
+
+
+def rows_of(banks: Any, index: Tensor | slice, device: torch.device | str | None = None) -> Any:
+    """Rows ``index`` of banks (one, or several as ``noise_gather`` takes them), as tensors in the banks' structure.
+
+    What is encoded on demand is encoded once for all banks. ``device``: where to; None: where each bank is.
+    """
+    encoded: dict[Encodings, dict[str, Tensor]] = {}
+
+    def rows(bank: Any) -> Tensor:
+        if isinstance(bank, EncodedRows):
+            if bank.source not in encoded:
+                encoded[bank.source] = bank.source.rows(split(index, bank.shape)[0])
+            found = encoded[bank.source][bank.name]
+        else:
+            found = bank[index.to(bank.device) if isinstance(index, Tensor) else index]
+        return found if device is None else found.to(device)
+
+    return mapped(rows, banks)
+
+
+def encodings(
+    encoded: Any, texts: list[str], before: Mapping[str, Tensor], source: str, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """What a text encoder returned, checked, by name; ``before``: rows of the batches before it. ``dtype``: what
+    floating-point rows are cast to."""
+    named = dict(encoded) if isinstance(encoded, Mapping) else {EMBEDDINGS: encoded}
+    if before and list(named) != list(before):
+        raise InputError.of(source, f"banks {', '.join(before)}, as before", ", ".join(map(str, named)))
+    alone = not isinstance(encoded, Mapping)
+    return {
+        name: _encoding(bank, texts, before.get(name), name, source + ("" if alone else f"[{name!r}]"), dtype)
+        for name, bank in named.items()
+    }
+
+
+def _encoding(
+    encoded: Any, texts: list[str], before: Tensor | None, name: str, argument: str, dtype: torch.dtype | None
+) -> Tensor:
+    """One bank of what a text encoder returned, checked."""
+    sizes = "length, width" if name == EMBEDDINGS else "..."
+    tensor = values.as_tensor(encoded, argument, f"a tensor [{len(texts)} texts, {sizes}]")
+    wanted = (len(texts), *(tensor.shape[1:] if before is None else before.shape[1:]))
+    if (name == EMBEDDINGS and tensor.ndim != 3) or tuple(tensor.shape) != wanted:
+        rule = f"[{len(texts)} texts, {sizes}], the same for all"
+        raise InputError.of(argument, rule, tuple(tensor.shape))
+    values.require_dtype(tensor.dtype, argument, floating=name == EMBEDDINGS)
+    if before is not None and tensor.dtype != before.dtype:
+        raise InputError.of(argument, f"{before.dtype}, as before", tensor.dtype)
+    if not tensor.dtype.is_floating_point:
+        return tensor
+    row = values.misfit(tensor, dtype or tensor.dtype)
+    if row is not None:
+        rule = "finite values" + ("" if dtype is None else f" within {values.range_of(dtype)}")
+        raise InputError.of(argument, rule, f"others for {texts[row]!r}")
+    return tensor.to(dtype or tensor.dtype)
