@@ -274,6 +274,11 @@ class PromptBank:
         manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_wide(width))
         return cls(_loaded(rows), *_texts(path, manifest))._known_as(_identity(manifest))
 
+    @staticmethod
+    def texts_of(path: str | Path, manifest: Manifest) -> list[str]:
+        """The texts of a stored bank, also of one that is not finished; StorageError where they are damaged."""
+        return _texts(path, manifest)[0]
+
     def _known_as(self, identity: str | None) -> PromptBank:
         if identity is not None:
             self.__dict__["identity"] = identity

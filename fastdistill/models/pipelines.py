@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from fastdistill.diffusion.schedule import PredictionType, Schedule, check_predi
 from fastdistill.diffusion.scheduled import sample_with
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
 from fastdistill.models import families
+from fastdistill.models.calling import Call
 from fastdistill.models.export import INDEX, export
 from fastdistill.models.weights import weights_hash
 
@@ -173,6 +174,23 @@ class PipelineFolder:
             **build,
         )
 
+    def sized(self, prompts: PromptBank, size: tuple[int, int] | None = None) -> PromptBank:
+        """The bank with the rows that say the size of the images (SDXL, PixArt-alpha) those of ``size``."""
+        said = self.family.of_size(self.config, self.size(size))
+        rows = {name: row.expand(len(prompts) + 1, *row.shape) for name, row in said.items()}
+        return replace(prompts, banks=prompts.banks | rows) if rows else prompts
+
+    def files(self, name: str) -> list[Path]:
+        """The files of a component that decide what it computes: configurations, vocabularies, and of the weights those
+        that are loaded."""
+        folder = self._folder(name)
+        found = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+        weights = [file for file in found if file.suffix in (".safetensors", ".bin")]
+        suffix = ".safetensors" if any(file.suffix == ".safetensors" for file in weights) else ".bin"
+        used = [file for file in weights if file.suffix == suffix and _variant_of(file) == (_variant(folder) or "")]
+        others = [file for file in found if file.suffix not in (".safetensors", ".bin", ".md")]
+        return used + [file for file in others if not file.name.endswith(".index.json")]
+
     def sample(
         self,
         model: Any,
@@ -184,6 +202,7 @@ class PipelineFolder:
         guidance_scale: float = 1.0,
         seed: int = 0,
         size: tuple[int, int] | None = None,
+        call: Call | None = None,
     ) -> Tensor:
         """Latents [b, C, H, W] of prompts by the pipeline's scheduler, float32 on the model's device.
 
@@ -191,7 +210,9 @@ class PipelineFolder:
 
         Args:
             model: teacher or student, in eval mode. prompt_index: [b] int64, rows of the bank.
-            rows: [b] int64, numbers of the initial noise; None: 0..b-1. Others as ``sample_with``.
+            rows: [b] int64, numbers of the initial noise; None: 0..b-1.
+            guidance_scale: where the model itself reads it (LCM, Flux), the bank holds the scale, and this has no
+                effect. Others as ``sample_with``.
         """
         if prompt_index.ndim != 1 or prompt_index.dtype != torch.int64:
             raise InputError.of("prompt_index", "int64 rows [b]", f"{prompt_index.dtype} {tuple(prompt_index.shape)}")
@@ -203,7 +224,8 @@ class PipelineFolder:
         noise = initial_noise(seed, rows, self.latent_shape(size))
         given = rows_of(prompts.banks, prompt_index, device)
         null = {name: rows[0] for name, rows in rows_of(prompts.banks, slice(-1, None), device).items()}
-        options: dict[str, Any] = {"steps": steps, "guidance_scale": guidance_scale, "seed": seed, "rows": rows}
+        scale = self.family.guided(self.config, guidance_scale)
+        options: dict[str, Any] = {"steps": steps, "guidance_scale": scale, "seed": seed, "rows": rows, "call": call}
         return sample_with(self.scheduler(), model, noise, given, null, **options)
 
     def export(
@@ -269,9 +291,14 @@ def _as(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 def _variant(folder: Path) -> str | None:
     """The variant of the weights in a folder (``model.fp16.safetensors``), where there are none without."""
-    found = [re.fullmatch(r"\w+(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", f.name) for f in folder.iterdir()]
-    variants = sorted({match[1] or "" for match in found if match})
+    variants = sorted({found for file in folder.iterdir() if (found := _variant_of(file)) is not None})
     return variants[0] if variants and variants[0] else None
+
+
+def _variant_of(file: Path) -> str | None:
+    """The variant of a file of weights, ``""`` for none; None for other files."""
+    found = re.fullmatch(r"\w+(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", file.name)
+    return None if found is None else found[1] or ""
 
 
 def _json(path: Path) -> dict[str, Any]:

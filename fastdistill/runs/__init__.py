@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fastdistill.runs.cache import Cached, cache
 from fastdistill.runs.config import (
     CacheSettings,
     EvaluateSettings,
@@ -30,6 +31,7 @@ def load(path: str | Path) -> RunConfig:
 
 __all__ = [
     "CacheSettings",
+    "Cached",
     "EvaluateSettings",
     "LoraSettings",
     "ObjectiveSettings",
@@ -39,6 +41,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "StudentSettings",
+    "cache",
     "load",
     "opened",
 ]

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 
-from fastdistill.data.fingerprint import differences, listed, plain
+from fastdistill import files
+from fastdistill.data.file_hashes import FileHashes
+from fastdistill.data.fingerprint import differences, listed, plain, sha256_of_json
 from fastdistill.data.latent_cache import LatentCache
-from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
+from fastdistill.data.prompt_bank import PromptBank, attachments
 from fastdistill.data.texts import read_prompts
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec, make_student
@@ -139,45 +142,108 @@ class Run:
         return Pool(texts, seen, empty, duplicates)
 
     def _classes(self) -> list[str]:
-        """The names of the classes, of models that have such in place of texts."""
+        """The classes of a model that has such in place of texts, by a name that no other has or by their numbers."""
+        if self.reads_texts:
+            raise InputError.of("prompts.file", "a file of prompts", "none")
         names = self.pipeline.index.get("id2label")
         if not names:
-            raise InputError.of("prompts.file", "a file of prompts", "none")
-        return [str(name) for name in names.values()]
+            return [str(number) for number in range(self.pipeline.config["num_embeds_ada_norm"])]
+        named = {int(number): [name.strip() for name in text.split(",")] for number, text in names.items()}
+        found = {name: number for number, own in named.items() for name in own}  # as the pipeline understands them
+        return [
+            next((name for name in own if name and found[name] == number), str(number))
+            for number, own in sorted(named.items())
+        ]
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether the prompts are texts, and not names of classes."""
+        return any(name.startswith("text_encoder") for name in self.pipeline.components())
+
+    @cached_property
+    def hashes(self) -> FileHashes:
+        """Of files of the teacher's folder, remembered in the cache's."""
+        return FileHashes(files.located(self.config.cache.directory) / ".hashes.json")
+
+    @cached_property
+    def encoder(self) -> dict[str, Any]:
+        """What decides the encodings of the prompts, the fingerprint of the bank: encoders, tokenizers, settings."""
+        family, config = self.pipeline.family, self.pipeline.config
+        settings = {n: v for n, v in self.pipeline.index.items() if not isinstance(v, list) and not n.startswith("_")}
+        options: dict[str, Any] = {}
+        if family.reads_guidance(config):
+            options["guidance_scale"] = self.config.cache.guidance_scale
+        if family.of_size(config, size := self.pipeline.size(self.sizes[0])):
+            options["size"] = size
+        parts = [name for name in self.pipeline.components() if name.startswith(("text_encoder", "tokenizer"))]
+        return plain(
+            {
+                "pipeline": self.pipeline.kind,
+                "settings": sha256_of_json(settings),
+                "files": {name: self.hashes.of(self.pipeline.files(name)) for name in parts},
+                "options": options,
+            }
+        )
+
+    def stored_prompts(self) -> Manifest | None:
+        """The manifest of the encoded prompts, whole or unfinished; None: there are none.
+
+        Raises:
+            StorageError: they are of other prompts, in another order, or were made by another encoder.
+        """
+        place = self.prompts_place
+        if not (place / MANIFEST_NAME).exists():
+            return None
+        manifest = read_manifest(place)
+        own = attachments(self.pool.texts, "")
+        if any(manifest.attachments.get(name) != StoredFile.of(data) for name, data in own.items()):
+            texts = PromptBank.texts_of(place, manifest)
+            pairs = enumerate(zip(texts, self.pool.texts, strict=False))
+            row = next((i for i, (a, b) in pairs if a != b), min(len(texts), len(self.pool.texts)))
+            rule = f"the {len(texts):,} prompts that are encoded there"
+            got = f"{len(self.pool.texts):,}, of which prompt {row} is the first that differs"
+            raise StorageError(f"{place}: expected {rule}, got {got}; use another cache.directory")
+        self.check_same(place, {"encoder": self.encoder}, {"encoder": manifest.fingerprint.get("encoder", {})})
+        return manifest
 
     def bank(self, *, load: bool = False, device: torch.device | str = "cpu") -> PromptBank:
         """The stored encodings of ``pool``, left on the disk, or loaded.
 
         Raises:
-            StorageError: they are not there, or were made of other prompts or by another pipeline.
+            StorageError: they are not there or unfinished, or were made of other prompts or by another encoder.
         """
         place = self.prompts_place
-        if not (place / "manifest.json").exists():
+        if self.stored_prompts() is None:
             raise StorageError(f"{place}: expected the encoded prompts (fastdistill cache), got none")
-        bank = PromptBank.load(place, device=device) if load else PromptBank.open(place, verify=False)
-        if bank.texts != self.pool.texts:
-            pairs = enumerate(zip(bank.texts, self.pool.texts, strict=False))
-            row = next((i for i, (a, b) in pairs if a != b), min(len(bank), len(self.pool.texts)))
-            rule = f"the {len(bank):,} prompts that are encoded there"
-            got = f"{len(self.pool.texts):,}, of which prompt {row} is the first that differs"
-            raise StorageError(f"{place}: expected {rule}, got {got}; use another cache.directory")
-        told = bank.encoder.get("pipeline")
-        if told not in (None, self.pipeline.kind):
-            rule = f"prompts encoded by a {self.pipeline.kind}"
-            raise StorageError(f"{place}: expected {rule}, got those of a {told}; use another cache.directory")
-        return bank
+        return PromptBank.load(place, device=device) if load else PromptBank.open(place, verify=False)
+
+    def stored_latents(self, size: Size, prompts: str | None) -> Manifest | None:
+        """The manifest of the latents of a size, whole or unfinished; None: there are none.
+
+        ``prompts``: identity of the bank; None: not known yet.
+
+        Raises:
+            StorageError: they were made by another teacher, with other prompts or settings.
+        """
+        place = self.latents_place(size)
+        if not (place / MANIFEST_NAME).exists():
+            return None
+        manifest = read_manifest(place)
+        expected = plain(self.sampling(size) | ({} if prompts is None else {"prompts": prompts}))
+        self.check_same(place, expected, {key: manifest.fingerprint.get(key) for key in expected})
+        return manifest
 
     def latents(self, size: Size, bank: PromptBank, *, load: bool = False) -> LatentCache:
         """The stored latents of a size, left on the disk, or loaded.
 
         Raises:
-            StorageError: they are not there or unfinished, or were made with other prompts or settings.
+            StorageError: they are not there or unfinished, or were made by another teacher, with other prompts or
+                settings.
         """
         place = self.latents_place(size)
-        expected = {**self.sampling(size), "prompts": bank.identity}
-        if not (place / "manifest.json").exists():
+        if self.stored_latents(size, bank.identity) is None:
             raise StorageError(f"{place}: expected the teacher's latents (fastdistill cache), got none")
-        return LatentCache.load(place, expect=expected) if load else LatentCache.open(place, expect=expected)
+        return LatentCache.load(place) if load else LatentCache.open(place)
 
     def sampling(self, size: Size) -> dict[str, Any]:
         """What decides the latents of a size, besides teacher and prompts."""
@@ -188,11 +254,14 @@ class Run:
         settings = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
         return plain(
             {
+                "model": self.hashes.of(self.pipeline.files(self.pipeline.family.part)),
                 "sampling": {
                     "scheduler": type(scheduler).__name__,
                     "settings": settings,
                     "steps": cache.steps,
                     "guidance_scale": cache.guidance_scale,
+                    "images_per_prompt": cache.images_per_prompt,
+                    "seen": self.pool.seen,
                 },
                 "size": self.pipeline.size(size),
                 "seed": self.config.seed,

@@ -70,7 +70,7 @@ def test_more_seen_prompts_than_there_are(saved: Callable[[str], Path], tmp_path
 
 def test_classes_need_no_file(saved: Callable[[str], Path], tmp_path: Path) -> None:
     run = runs.opened(run_config(saved("dit"), tmp_path, prompts={"file": None, "seen": None}))
-    assert run.pool == runs.Pool(["white cat, tom", "dog"], 2)
+    assert run.pool == runs.Pool(["white cat", "dog"], 2)
     run = runs.opened(run_config(saved("sd"), tmp_path, prompts={"file": None}))
     with pytest.raises(InputError, match=r"prompts\.file: expected a file of prompts, got none"):
         _ = run.pool

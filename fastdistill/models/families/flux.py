@@ -66,6 +66,10 @@ class Flux(Family):
     def size(self, config: Mapping[str, Any], factor: int) -> tuple[int, int]:
         return 128 * factor, 128 * factor
 
+    def guided(self, config: Mapping[str, Any], guidance_scale: float) -> float:
+        """None: its pipeline gives the scale to models that read it, and to others nothing."""
+        return 1.0
+
     def sigmas(self, steps: int) -> list[float]:
         return [1 - i / steps for i in range(steps)]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdistill.data.texts import checked, listed
 from fastdistill.errors import InputError, described
 
+_GUIDANCE = {"guidance", "timestep_cond"}  # banks that say the guidance scale to a model
 _OWN = {"prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "negative_prompt", "self", "kwargs"}
 
 
@@ -151,6 +152,19 @@ class OfPipelines:
     ) -> dict[str, Tensor]:
         """What the model reads besides the encoding of a prompt, a row of each bank."""
         return {"guidance": torch.tensor(guidance_scale)} if config.get("guidance_embeds") else {}
+
+    def of_size(self, config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
+        """The part of ``added`` that says the size of the images."""
+        return {}
+
+    def reads_guidance(self, config: Mapping[str, Any]) -> bool:
+        """Whether the model itself reads the guidance scale, as guidance-distilled ones do."""
+        return not _GUIDANCE.isdisjoint(self.conditions(config))
+
+    def guided(self, config: Mapping[str, Any], guidance_scale: float) -> float:
+        """The scale of classifier-free guidance with which the pipelines sample: 1, without, where it is not above 1 or
+        the model reads it."""
+        return 1.0 if guidance_scale <= 1 or self.reads_guidance(config) else guidance_scale
 
     def scheduler(self, kind: str, scheduler: Any) -> Any:
         """The scheduler of a folder as a pipeline of class ``kind`` sets it."""

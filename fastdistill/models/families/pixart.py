@@ -43,10 +43,12 @@ class PixArt(Family):
     def added(
         self, pipeline: Any, config: Mapping[str, Any], size: tuple[int, int] | None, guidance_scale: float
     ) -> dict[str, Tensor]:
+        return self.of_size(config, size or self.size(config, pipeline.vae_scale_factor))
+
+    def of_size(self, config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
         if "resolution" not in self.conditions(config):
             return {}
-        height, width = size or self.size(config, pipeline.vae_scale_factor)
-        return {"resolution": torch.tensor([height, width]), "aspect_ratio": torch.tensor([height / width])}
+        return {"resolution": torch.tensor(size), "aspect_ratio": torch.tensor([size[0] / size[1]])}
 
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         return model(

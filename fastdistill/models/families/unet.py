@@ -74,14 +74,16 @@ class UNet(Family):
     def added(
         self, pipeline: Any, config: Mapping[str, Any], size: tuple[int, int] | None, guidance_scale: float
     ) -> dict[str, Tensor]:
-        found = {}
-        if config.get("addition_embed_type") == "text_time":
-            height, width = size or self.size(config, pipeline.vae_scale_factor)
-            found["time_ids"] = torch.tensor([height, width, 0, 0, height, width])
+        found = self.of_size(config, size or self.size(config, pipeline.vae_scale_factor))
         if (dim := config.get("time_cond_proj_dim")) is not None:
             scale = torch.tensor([guidance_scale - 1])
             found["timestep_cond"] = pipeline.get_guidance_scale_embedding(scale, embedding_dim=dim)[0]
         return found
+
+    def of_size(self, config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
+        return (
+            {"time_ids": torch.tensor([*size, 0, 0, *size])} if config.get("addition_embed_type") == "text_time" else {}
+        )
 
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
         given = {name: row for name, row in rows.items() if name not in _ADDED}

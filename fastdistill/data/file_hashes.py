@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hashes of files by their content, read again only where a file has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastdistill import files
+from fastdistill.data.fingerprint import sha256_of_json
+from fastdistill.errors import StorageError
+
+_NOTES = ("transformers_version",)  # what a configuration says of the package that wrote it, as ``_...`` does
+
+
+class FileHashes:
+    """SHA-256 of files, the same on every machine and wherever they lie.
+
+    ``memo``: a file in which they are kept with the size, inode and last change of each file, so that large ones are
+    read once; None: nowhere.
+    """
+
+    def __init__(self, memo: Path | None = None) -> None:
+        self._memo = memo
+        self._known: dict[str, str] = {}
+        if memo is not None:
+            with contextlib.suppress(OSError, ValueError):
+                known = json.loads(memo.read_text(encoding="utf-8"))
+                self._known = {str(key): str(value) for key, value in known.items()}
+
+    def of(self, paths: Iterable[Path]) -> str:
+        """The hash of several files and their names; JSON files count by their values, but for notes on who wrote them.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
+        return sha256_of_json({path.name: self._of(path) for path in paths})
+
+    def _of(self, path: Path) -> str:
+        try:
+            status = path.stat()
+            key = f"{path.resolve()} {status.st_size} {status.st_ino} {status.st_mtime_ns}"
+            if key not in self._known:
+                self._known[key] = _content(path)
+                self._remember()
+        except OSError as error:
+            raise StorageError(f"{path}: could not be read: {files.reason(error)}") from error
+        return self._known[key]
+
+    def _remember(self) -> None:
+        if self._memo is not None and self._memo.parent.is_dir():
+            with contextlib.suppress(StorageError):  # where nothing can be written, files are read again
+                files.atomic_write(self._memo, json.dumps(self._known, indent=0).encode())
+
+
+def _content(path: Path) -> str:
+    if path.suffix == ".json":
+        with contextlib.suppress(ValueError):
+            value = json.loads(path.read_bytes())
+            if isinstance(value, dict):
+                value = {key: v for key, v in value.items() if not key.startswith("_") and key not in _NOTES}
+            return sha256_of_json(value)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

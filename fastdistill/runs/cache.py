@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run reads besides its models: the encoded prompts, and the teacher's samples of those that are seen."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastdistill import files
+from fastdistill.data.latent_cache import generate_latent_cache
+from fastdistill.data.manifest import Manifest
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.data.prompt_writer import build_prompt_bank
+from fastdistill.diffusion.scheduled import check_scheduler
+from fastdistill.errors import InputError
+from fastdistill.models.weights import weights_hash
+from fastdistill.runs.config import RunConfig
+from fastdistill.runs.opened import Run, Size, opened
+
+Progress = Callable[[str, int, int], object]
+Only = Literal["prompts", "latents"]
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What ``cache`` has left on the disk. prompts: directory of the bank. latents: directory of each size. texts,
+    samples: rows of the bank, null prompt included, and of all latents. made: how many of these were not there."""
+
+    prompts: Path
+    latents: tuple[Path, ...]
+    texts: int
+    samples: int
+    made: int
+
+
+def cache(
+    config: RunConfig, *, only: Only | None = None, progress: Progress | None = None, allow_code: bool = False
+) -> Cached:
+    """Encode the prompts of a run, then sample its teacher for the seen ones, or go on with what is there.
+
+    The text encoders are freed before the teacher is loaded. Sample n depends on the seed, n and its prompt alone, and
+    both are written shard by shard: an interrupted call is continued by the next, and processes that make the same
+    call at once (``torchrun``) share the shards, all with the same result. What is finished is not made again.
+
+    Args:
+        only: "prompts" or "latents": the other is left as it is.
+        progress: ``progress("prompts" or "latents", rows done, rows)``, at the start and after each batch; with several
+            sizes the second is called "latents HEIGHTxWIDTH".
+        allow_code: whether ``config.call`` may be imported.
+
+    Raises:
+        InputError: what ``opened`` refuses; values that are not finite in ``cache.dtype``.
+        StorageError: a cache of other prompts, another encoder, teacher or other settings in that directory; a disk
+            that is too small. Both before anything is written.
+    """
+    if only not in (None, "prompts", "latents"):
+        raise InputError.of("only", "prompts or latents", repr(only))
+    run = opened(_placed(config), allow_code=allow_code)
+    report = progress or (lambda stage, done, total: None)
+    check_scheduler(run.pipeline.scheduler())
+    index = torch.arange(run.pool.seen).repeat_interleave(run.config.cache.images_per_prompt)
+    sizes = () if only == "prompts" else run.sizes
+    stored = run.stored_prompts()
+    missing = _missing(run, sizes, len(index), None if stored is None else stored.fingerprint["identity"])
+    room = sum(rows * _row_bytes(run, size) for size, rows in missing.items())
+    files.require_space(run.prompts_place, room)
+    made = 0 if only == "latents" else _encode(run, _lacking(stored, len(run.pool.texts) + 1), room, report)
+    if sizes:
+        bank = run.bank()
+        missing = _missing(run, sizes, len(index), bank.identity)
+        for size in sizes:
+            report(_stage(size), len(index) - missing[size], len(index))
+        if any(missing.values()):
+            _free()
+            _sample(run, bank, index, [size for size in sizes if missing[size]], report)
+        made += sum(missing.values())
+    return Cached(
+        prompts=run.prompts_place,
+        latents=tuple(run.latents_place(size) for size in sizes),
+        texts=len(run.pool.texts) + 1,
+        samples=len(index) * len(sizes),
+        made=made,
+    )
+
+
+def _placed(config: RunConfig) -> RunConfig:
+    """On the GPU of this process, of the several that ``torchrun`` starts."""
+    if config.device in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+        return replace(config, device=device)
+    return config
+
+
+def _encode(run: Run, missing: int, room: int, report: Progress) -> int:
+    """Encodes what is missing, on a disk with ``room`` for what follows; returns the number of rows."""
+    texts, settings, family = run.pool.texts, run.config.cache, run.pipeline.family
+    if not missing:
+        report("prompts", len(texts) + 1, len(texts) + 1)
+        return 0
+    pipeline = run.pipeline.encoders(device=run.config.device, dtype=run.teacher_dtype)
+    given: dict[str, Any] = {
+        "config": run.pipeline.config,
+        "size": run.pipeline.size(run.sizes[0]),
+        "guidance_scale": settings.guidance_scale,
+    }
+    if not run.reads_texts:
+        family.encode(pipeline, texts, **given)  # a number each: whether they are classes is soon known
+    null = family.encode_null(pipeline, **given)
+    stored = [bank[0].to(run.cache_dtype) if bank.is_floating_point() else bank[0] for bank in null.values()]
+    files.require_space(run.prompts_place, missing * sum(row.nbytes for row in stored) + room)
+    build_prompt_bank(
+        run.prompts_place,
+        texts,
+        lambda part: family.encode(pipeline, part, **given),
+        encoder=run.encoder,
+        encode_null=lambda text: family.encode_null(pipeline, text, **given),
+        dtype=run.cache_dtype,
+        batch=settings.batch,
+        progress=partial(report, "prompts"),
+    )
+    return missing
+
+
+def _sample(run: Run, bank: PromptBank, index: Tensor, sizes: list[Size], report: Progress) -> None:
+    settings = run.config.cache
+    model = run.pipeline.model(dtype=run.teacher_dtype)
+    # Trainers recognize a model in the precision of the hash or above.
+    lowest = torch.float16 if run.teacher_dtype == torch.float16 else torch.bfloat16
+    teacher = weights_hash(model, lowest)
+    model.to(run.config.device)
+    for size in sizes:
+        prompts = run.pipeline.sized(bank, size)
+
+        def generate(rows: Tensor, prompt_index: Tensor, size: Size = size, prompts: PromptBank = prompts) -> Tensor:
+            return run.pipeline.sample(
+                model,
+                prompts,
+                prompt_index,
+                rows,
+                steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                seed=run.config.seed,
+                size=size,
+                call=run.call,
+            )
+
+        made_from: Mapping[str, Any] = {
+            **run.sampling(size),
+            "prompts": bank.identity,
+            "teacher": teacher,
+            "dtype": str(run.teacher_dtype).removeprefix("torch."),
+        }
+        generate_latent_cache(
+            run.latents_place(size),
+            generate,
+            index,
+            run.pipeline.latent_shape(size),
+            run.cache_dtype,
+            made_from,
+            rows_per_shard=settings.rows_per_shard,
+            batch=settings.batch,
+            progress=partial(report, _stage(size)),
+        )
+
+
+def _stage(size: Size) -> str:
+    return "latents" if size is None else f"latents {size[0]}x{size[1]}"
+
+
+def _missing(run: Run, sizes: tuple[Size, ...], samples: int, prompts: str | None) -> dict[Size, int]:
+    """Latents of each size that are not there yet."""
+    return {size: _lacking(run.stored_latents(size, prompts), samples) for size in sizes}
+
+
+def _lacking(stored: Manifest | None, rows: int) -> int:
+    return rows if stored is None else rows - sum(stored.shard_rows(index) for index in stored.shards)
+
+
+def _row_bytes(run: Run, size: Size) -> int:
+    """Of a latent and the number of its prompt."""
+    return math.prod(run.pipeline.latent_shape(size)) * run.cache_dtype.itemsize + torch.int64.itemsize
+
+
+def _free() -> None:
+    """Returns the memory of models that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
