@@ -70,7 +70,20 @@ _HOME = {
     "output_match": "ops",
     "residual_layer_norm_modulate": "ops",
 }
-_MODULES = ("commands", "data", "diffusion", "distill", "errors", "evaluate", "models", "ops", "runs", "tasks", "train")
+_MODULES = (
+    "commands",
+    "data",
+    "diffusion",
+    "distill",
+    "errors",
+    "evaluate",
+    "models",
+    "ops",
+    "plan",
+    "runs",
+    "tasks",
+    "train",
+)
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
@@ -82,6 +95,7 @@ if TYPE_CHECKING:
     from fastdistill import evaluate as evaluate
     from fastdistill import models as models
     from fastdistill import ops as ops
+    from fastdistill import plan as plan
     from fastdistill import runs as runs
     from fastdistill import tasks as tasks
     from fastdistill import train as train

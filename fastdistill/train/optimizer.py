@@ -142,6 +142,13 @@ class AdamWEMA(torch.optim.AdamW):
         return sum(sums[1:], sums[0])
 
     @torch.no_grad()
+    def allocate(self) -> None:
+        """Make the state of all parameters now, which a step makes of those that have a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._prepared(p, group["ema"])
+
+    @torch.no_grad()
     def update(self, square_sum: Tensor) -> None:
         """Clip by this sum of squares, update and average; what ``step`` does after ``square_sum``."""
         self._check_options()

@@ -118,8 +118,12 @@ def _heads(attn: Attention, q: Tensor, k: Tensor, v: Tensor, added: bool = False
 
 
 def autocasted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if autocasts(q.device):
+        dtype = torch.get_autocast_dtype(q.device.type)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

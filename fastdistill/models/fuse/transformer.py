@@ -13,6 +13,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdistill.models.fuse.attention import autocasts
 from fastdistill.models.fuse.form import Form, Part, altered, instead_of, own
 from fastdistill.ops import geglu, layer_norm_modulate, residual_layer_norm_modulate
 from fastdistill.ops._check import FLOATS
@@ -23,7 +24,7 @@ _NONE: Modulation = (None, None)
 
 def modulated(norm: nn.LayerNorm, x: Tensor, modulation: Modulation = _NONE) -> Tensor:
     scale, shift = modulation
-    if scale is None or shift is None or scale.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    if scale is None or shift is None or scale.dtype == x.dtype or autocasts(x.device):
         return layer_norm_modulate(x, scale, shift, norm.weight, norm.bias, norm.eps)
     y = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return y * (1 + scale[:, None]) + shift[:, None]  # in the wider dtype

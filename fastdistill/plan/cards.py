@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cards to plan for: their memory, and how fast they copy and multiply, measured here or by their makers' figures."""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastdistill.errors import InputError
+
+GIB = 2**30
+#: What a large copy and a large bfloat16 product reach of a maker's figures, and a long training run: MLPerf 4.0 trains
+#: Stable Diffusion 2 at 315 TFLOP/s on each of eight H100.
+_COPY, _MATMUL, _SUSTAINED = 0.9, 0.81, 315 / 989
+#: Makers' figures: name, GiB that torch can allocate in, GB/s, dense bfloat16 TFLOP/s with float32 sums.
+_PUBLISHED = {
+    "a100-40gb": ("NVIDIA A100 SXM4 40GB", 39.4, 1555, 312),
+    "a100-80gb": ("NVIDIA A100 SXM4 80GB", 79.1, 2039, 312),
+    "b200": ("NVIDIA B200", 178.4, 8000, 2250),
+    "h100": ("NVIDIA H100 SXM5 80GB", 79.1, 3350, 989),
+    "h100-pcie": ("NVIDIA H100 PCIe 80GB", 79.1, 2000, 756),
+    "h200": ("NVIDIA H200 SXM 141GB", 139.8, 4800, 989),
+    "l4": ("NVIDIA L4", 22.0, 300, 121),
+    "l40s": ("NVIDIA L40S", 44.4, 864, 362),
+    "rtx3090": ("NVIDIA GeForce RTX 3090", 23.6, 936, 71),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", 23.6, 1008, 165),
+    "rtx5090": ("NVIDIA GeForce RTX 5090", 31.4, 1792, 209),
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device, as far as a plan goes by it.
+
+    memory: bytes that torch can allocate in. copy: bytes that a copy reads and writes a second. matmul: operations a
+    second of a large product, in bfloat16 on a GPU and in float32 on a CPU. sustained: operations a second of a long
+    training run at the most. launch: seconds that a kernel takes at the least. device: its type. source: of these
+    figures, "measured" (but for ``sustained``) or "model": 0.9 of the maker's bandwidth, 0.81 of its peak in a product
+    and 0.32 in a run, as published of an H100.
+    """
+
+    name: str
+    memory: int
+    copy: float
+    matmul: float
+    sustained: float
+    launch: float
+    device: str
+    source: str
+
+
+def card_named(name: str) -> Card:
+    """A card of the table. InputError: there is none of this name."""
+    if name not in _PUBLISHED:
+        raise InputError.of("card", f"one of {', '.join(_PUBLISHED)}", repr(name))
+    full, memory, copy, matmul = _PUBLISHED[name]
+    peak = matmul * 1e12
+    return Card(full, int(memory * GIB), _COPY * copy * 1e9, _MATMUL * peak, _SUSTAINED * peak, 2e-6, "cuda", "model")
+
+
+@functools.cache
+def card_here(device: str) -> Card:
+    """The device of this machine, with what it reaches now; that takes a moment."""
+    where = torch.device(device)
+    cuda = where.type == "cuda"
+    size, n = (2**30, 8192) if cuda else (2**26, 512)
+    source = torch.ones(size, dtype=torch.uint8, device=where)
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, n, n, device=where).to(torch.bfloat16 if cuda else torch.float32)
+    out = torch.empty_like(a)
+    copy = 2 * size / _seconds(lambda: target.copy_(source), where)
+    matmul = 2 * n**3 / _seconds(lambda: torch.mm(a, b, out=out), where)
+    if cuda:
+        name, memory = torch.cuda.get_device_name(where), torch.cuda.get_device_properties(where).total_memory
+    else:
+        name, memory = "CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    sustained = matmul * _SUSTAINED / _MATMUL if cuda else matmul
+    return Card(name, memory, copy, matmul, sustained, 2e-6 if cuda else 5e-6, where.type, "measured")
+
+
+def available(device: str | torch.device) -> int:
+    """Bytes that are free on a device now, those that torch has reserved and does not use with them."""
+    where = torch.device(device)
+    if where.type != "cuda":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    free, _ = torch.cuda.mem_get_info(where)
+    return int(free + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where))
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The median of some runs, after some that are not counted."""
+    found = []
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[3:])

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run needs: memory by part, time, disk; and what would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastdistill.errors import InputError
+from fastdistill.plan import cost
+from fastdistill.plan.cards import GIB, Card
+from fastdistill.plan.memory import Layout, memory, total
+from fastdistill.plan.step import Job, Traced
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs on each of its ranks, by ``planned``.
+
+    micro_batch: samples that go through the models at once. batch: samples of a step on this rank. memory: bytes by
+    part (``fastdistill.plan.memory.PARTS``) at the peak. largest_micro_batch: the largest divisor of ``batch`` that
+    fits in the card's memory, None: not even 1 does. flops: floating-point operations of a sample, and seconds: of a
+    step, by phase. disk: bytes by what is kept. parameters: of teacher, student, and those that are trained.
+    """
+
+    card: Card
+    ranks: int
+    sharded: bool
+    execution: str
+    micro_batch: int
+    batch: int
+    steps: int
+    memory: Mapping[str, int]
+    largest_micro_batch: int | None
+    flops: Mapping[str, int]
+    seconds: Mapping[str, float]
+    disk: Mapping[str, int]
+    parameters: Mapping[str, int]
+    job: Job = field(repr=False, compare=False)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts of the memory."""
+        return total(self.memory)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all ranks."""
+        return self.ranks * self.batch / self.step_seconds
+
+    @property
+    def hours(self) -> float:
+        """Of all steps."""
+        return self.steps * self.step_seconds / 3600
+
+    def changed(self, *, ranks: int | None = None, sharded: bool | None = None, **changes: Any) -> Plan:
+        """The plan of the same run with other settings: fields of ``TrainConfig``, ``teacher_dtype``, ranks that share
+        the batch, whether the student is cut over them."""
+        own = {"teacher_dtype": changes.pop("teacher_dtype")} if "teacher_dtype" in changes else {}
+        given = {"micro_batch": self.micro_batch} | changes
+        job = dataclasses.replace(self.job, config=dataclasses.replace(self.job.config, **given), **own)
+        return planned(
+            job,
+            self.card,
+            ranks=self.ranks if ranks is None else ranks,
+            sharded=self.sharded if sharded is None else sharded,
+            disk=self.disk,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("job", "card")}
+        found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
+        own = {"total": self.total, "step_seconds": self.step_seconds, "images_per_second": self.images_per_second}
+        return {"card": dataclasses.asdict(self.card), **found, **own, "hours": self.hours}
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of settings, by their names in a run file, and the bytes that the run then needs."""
+
+    settings: Mapping[str, Any]
+    bytes: int
+    enough: bool
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name}: {value}" for name, value in self.settings.items())
+        return f"{settings} ({self.bytes / GIB:.1f} GiB{'' if self.enough else ', not enough alone'})"
+
+
+def planned(
+    job: Job,
+    card: Card,
+    *,
+    ranks: int = 1,
+    sharded: bool = False,
+    disk: Mapping[str, int] | None = None,
+) -> Plan:
+    """What a job needs on a card.
+
+    A ``micro_batch`` of None is the largest one that fits, or 1 where none does.
+
+    Args:
+        ranks: processes that share the batch, each on such a card. sharded: whether the student is cut over them.
+        disk: bytes of what is stored beside the checkpoints.
+
+    Raises:
+        InputError: a batch that the ranks cannot share in equal parts, or a micro-batch that does not divide a part.
+    """
+    config = job.config
+    if ranks < 1 or config.batch % ranks:
+        raise InputError.of("train.batch", f"a multiple of the {ranks} ranks that share it", config.batch)
+    batch = config.batch // ranks
+    if config.micro_batch is not None and batch % config.micro_batch:
+        raise InputError.of("train.micro_batch", f"a divisor of the {batch} samples of each rank", config.micro_batch)
+    job = dataclasses.replace(job, device=card.device)
+    largest = default_micro_batch(job, card.memory, ranks=ranks, sharded=sharded)
+    micro_batch = config.micro_batch or largest or 1
+    traced = job.traced(micro_batch < batch)
+    return Plan(
+        card=card,
+        ranks=ranks,
+        sharded=sharded,
+        execution=_execution(job, sharded),
+        micro_batch=micro_batch,
+        batch=batch,
+        steps=config.steps,
+        memory=_memory(job, traced, micro_batch, batch, ranks, sharded),
+        largest_micro_batch=largest,
+        flops=cost.flops(traced.trace),
+        seconds=cost.seconds(traced.trace, micro_batch, batch, card),
+        disk={**(disk or {}), "checkpoints": _checkpoints(traced, config.keep_checkpoints)},
+        parameters=traced.parameters,
+        job=job,
+    )
+
+
+def default_micro_batch(job: Job, available: int, *, ranks: int = 1, sharded: bool = False) -> int | None:
+    """The largest divisor of a rank's part of the batch that fits in ``available`` bytes; None: not even 1 does."""
+    batch = job.config.batch // ranks
+    for size in (size for size in range(batch, 0, -1) if batch % size == 0):
+        parts = _memory(job, job.traced(True), size, batch, ranks, sharded)
+        if size == batch and available < total(parts) <= available + parts["gradients"]:  # which only parts accumulate
+            parts = _memory(job, job.traced(False), size, batch, ranks, sharded)
+        if total(parts) <= available:
+            return size
+    return None
+
+
+def fits(plan: Plan, available: int) -> list[Remedy] | None:
+    """None where a plan fits in ``available`` bytes, else what would make it fit: each remedy's need is computed.
+
+    Those that are enough alone come first; where none is, the last one is all of them together.
+    """
+    if plan.total <= available:
+        return None
+    found = []
+    together: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for names, changes in _changes(plan, available):
+        changed = plan.changed(**changes)
+        if changed.total < plan.total:
+            found.append(Remedy(names, changed.total, changed.total <= available))
+            if "ranks" not in changes or plan.ranks > 1:
+                together |= changes
+                settings |= names
+    found.sort(key=lambda remedy: not remedy.enough)
+    if len(together) > 1 and not any(remedy.enough for remedy in found):
+        all_of_them = plan.changed(**together)
+        found.append(Remedy(settings, all_of_them.total, all_of_them.total <= available))
+    return found
+
+
+def _changes(plan: Plan, available: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What could make a plan smaller: settings by their names in a run file, and the arguments of ``Plan.changed``."""
+    config = plan.job.config
+    smaller = default_micro_batch(plan.job, available, ranks=plan.ranks, sharded=plan.sharded) or 1
+    if smaller < plan.micro_batch:
+        yield {"train.micro_batch": smaller}, {"micro_batch": smaller}
+    if not config.gradient_checkpointing:
+        yield {"train.gradient_checkpointing": True}, {"gradient_checkpointing": True}
+    if not config.fuse:
+        yield {"train.fuse": True}, {"fuse": True}
+    if plan.job.teacher_dtype.itemsize > 2:
+        yield {"teacher_dtype": "bfloat16"}, {"teacher_dtype": torch.bfloat16}
+    if config.banks == "device" and plan.card.device == "cuda":
+        yield {"train.banks": "pinned"}, {"banks": "pinned"}
+    if plan.execution == "graph":
+        yield {"train.execution": "eager"}, {"execution": "eager"}
+    if not plan.sharded:
+        most = next((n for n in (plan.ranks, 2, 4, 8) if n > 1 and plan.batch * plan.ranks % n == 0), None)
+        if plan.ranks > 1:
+            yield {"shard": True}, {"sharded": True}
+        elif most is not None and plan.card.device == "cuda":
+            changes = {"sharded": True, "ranks": most}
+            micro = min(plan.micro_batch, plan.batch // most)
+            if (plan.batch // most) % micro == 0:
+                yield {"shard": True, "ranks": most}, changes | {"micro_batch": micro}
+
+
+def _execution(job: Job, sharded: bool) -> str:
+    if job.config.execution != "auto":
+        return job.config.execution
+    return "eager" if job.device != "cuda" else "compiled" if sharded else "graph"
+
+
+def _memory(job: Job, traced: Traced, micro_batch: int, batch: int, ranks: int, sharded: bool) -> dict[str, int]:
+    layout = Layout(
+        graph=_execution(job, sharded) == "graph",
+        banks=job.config.banks == "device",
+        ranks=ranks,
+        sharded=sharded,
+        block=traced.block,
+        cuda=job.device == "cuda",
+    )
+    return memory(traced.trace, micro_batch, batch, layout)
+
+
+def _checkpoints(traced: Traced, keep: int) -> int:
+    """Bytes of the checkpoints that are kept, and of the one that is written before the oldest goes."""
+    kinds = ("student", "masters", "moments", "averages", "adapters")
+    held = zip(traced.trace.sizes, traced.trace.labels, strict=True)
+    return (keep + 1) * sum(size for size, label in held if label in kinds)
