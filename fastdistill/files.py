@@ -69,15 +69,20 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
 def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
     """A new directory beside ``path`` to be filled, which takes that name when the block ends without an error.
 
-    On any failure, Ctrl-C included, nothing of it is left and ``path`` is as before. What is there already is refused,
-    or replaced. A full disk, a read-only place and other I/O errors are raised as StorageError.
+    On any failure, Ctrl-C included, nothing of it is left and ``path`` is as before; a process that is killed leaves
+    ``.<name>.new.tmp``, or ``.<name>.old.tmp`` of what was to be replaced, until the next call for this ``path``. What
+    is there already is refused, or replaced. A full disk, a read-only place, another writer and other I/O errors are
+    raised as StorageError.
     """
     path = Path(path)
     make_directory(path.parent)
-    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
-    temporary, former = (path.with_name(f".{path.name}.{mark}-{kind}{_TEMPORARY_SUFFIX}") for kind in ("new", "old"))
+    temporary, former = (path.with_name(f".{path.name}.{kind}{_TEMPORARY_SUFFIX}") for kind in ("new", "old"))
+    descriptor = _own_directory(temporary)
     try:
-        temporary.mkdir()
+        for entry in temporary.iterdir():  # of a killed process, as are these:
+            _remove(entry)
+        if os.path.lexists(former) and not os.path.lexists(path):
+            os.rename(former, path)
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
@@ -99,6 +104,27 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
     finally:
         if os.path.lexists(former) and os.path.lexists(path):
             _remove(former)
+        os.close(descriptor)
+
+
+def _own_directory(path: Path) -> int:
+    """Makes a directory, or takes one that a killed process left; its descriptor, locked until it is closed."""
+    try:
+        while True:
+            path.mkdir(exist_ok=True)
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.is_dir() and os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its owner has just renamed or removed it
+    except BlockingIOError:
+        raise StorageError(f"{path}: another process is writing here; wait for it, or end it") from None
+    except OSError as error:
+        raise StorageError(f"{path}: could not be written: {reason(error)}") from error
 
 
 def make_directory(path: Path) -> None:

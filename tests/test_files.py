@@ -4,6 +4,7 @@
 import errno
 import os
 import resource
+import signal
 
 import pytest
 import torch
@@ -102,6 +103,35 @@ def test_a_directory_is_there_as_a_whole(tmp_path):
     (tmp_path / "link").symlink_to(target)
     filled(tmp_path / "link", "third", replace=True)  # the link goes, what it points to stays
     assert (target / "part" / "file").read_text() == "other" and not (tmp_path / "link").is_symlink()
+
+
+def killed(target, before):
+    rename = os.rename
+    renames = iter(range(3))
+
+    def dies(*arguments):
+        if next(renames) == before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*arguments)
+
+    os.rename = dies
+    filled(target, "half", replace=True)
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_what_a_killed_process_left_goes_with_the_next_call(tmp_path, before):
+    """Also where it had moved the former directory aside already; while a process lives, another one is refused."""
+    target = tmp_path / "pipeline"
+    filled(target, "old")
+    process = processes.begin(killed, target, before)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 2
+    with pytest.raises(StorageError, match="there is something by that name"):
+        filled(target, "other")
+    assert (target / "part" / "file").read_text() == "old" and os.listdir(tmp_path) == ["pipeline"]
+    with files.atomic_directory(target, replace=True), pytest.raises(StorageError, match="another process is writing"):
+        filled(target, "other", replace=True)
+    assert os.listdir(tmp_path) == ["pipeline"] and os.listdir(target) == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])

@@ -19,7 +19,7 @@ from fastdistill.errors import InputError, StorageError, described
 from fastdistill.models import families, peft
 from fastdistill.models.calling import kept_in_float32
 from fastdistill.models.students import Student
-from fastdistill.models.weights import quantized
+from fastdistill.models.weights import quantized, storage
 
 if TYPE_CHECKING:
     from fastdistill.models.pipelines import PipelineFolder
@@ -53,6 +53,9 @@ def export(
             that is there already, or that has to do with the source.
         StorageError: a component of the source is missing; no space; what the disk says.
     """
+    for argument, value in {"link": link, "overwrite": overwrite}.items():
+        if not isinstance(value, bool):
+            raise InputError.of(argument, "True or False", described(value))
     model = _model(student, source)
     state = _weights(model, dtype)
     place = _place(target, source.path, overwrite)
@@ -60,6 +63,9 @@ def export(
     for name, folder in others.items():
         if not folder.is_dir():
             raise StorageError(f"{folder}: expected the {name} of the pipeline, got no folder")
+        if link and place in folder.resolve().parents:
+            rule = f"a folder apart from those that it links to (or link=False), such as {name}"
+            raise InputError.of("target", rule, target)
     licences = [file for file in source.path.glob("LICEN[CS]E*") if file.is_file()]
     copied = [] if link else [file for folder in others.values() for file in folder.rglob("*") if file.is_file()]
     size = sum(tensor.nbytes for tensor in state.values()) + sum(file.stat().st_size for file in (*copied, *licences))
@@ -98,7 +104,10 @@ def _model(student: Any, source: PipelineFolder) -> Any:
         raise InputError.of("student", rule, type(families.unwrapped(model)).__name__)
     core = families.unwrapped(model)
     if names := sorted(peft.configs(model)):
-        rule = "adapters that are merged into the weights (or saved alone: DistillTrainer.save_adapters)"
+        rule = (
+            "no adapters: merged into the weights and taken off (fuse_lora and unload_lora of diffusers, "
+            "merge_and_unload of PEFT), or saved alone (DistillTrainer.save_adapters)"
+        )
         raise InputError.of("student", rule, f"adapters {', '.join(names)}")
     if quantized(core):
         raise InputError.of("student", "weights that are not quantized", "quantized ones")
@@ -123,7 +132,8 @@ def _weights(model: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError.of("dtype", "a floating-point dtype, or None", described(dtype))
     kept = kept_in_float32(model)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
+    places = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, DTensor) or tensor.is_meta:
             got = f"{name} {'in shards' if isinstance(tensor, DTensor) else 'on the meta device'}"
@@ -134,7 +144,8 @@ def _weights(model: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
                 value = value.to(dtype)
             if not bool(value.float().isfinite().all()):
                 raise InputError.of("student", f"weights that are finite as {value.dtype}", f"others in {name}")
-        found[name] = value
+        found[name] = value.clone() if storage(value) in places else value  # the file has no tied tensors
+        places.add(storage(value))
     return found
 
 

@@ -96,6 +96,28 @@ def test_published_names_of_a_class_are_written_as_its_own(folder: PipelineFolde
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "new").transformer) is folder.family.kind
 
 
+def test_tied_weights_are_written_one_by_one(folder: PipelineFolder, tmp_path: Path) -> None:
+    model = folder.model()
+    first, second = (block.attn1.to_q for block in model.transformer_blocks[:2])
+    second.weight = first.weight
+    folder.export(model, tmp_path / "tied")
+    stored = open_pipeline(tmp_path / "tied").model().transformer_blocks
+    assert torch.equal(stored[0].attn1.to_q.weight, first.weight)
+    assert torch.equal(stored[1].attn1.to_q.weight, first.weight)
+
+
+def test_a_folder_does_not_replace_what_it_links_to(folder: PipelineFolder, tmp_path: Path) -> None:
+    """The VAE of the source would be the link that points to it."""
+    model, original = folder.model(), tmp_path / "original"
+    folder.export(model, original)
+    open_pipeline(original).export(model, tmp_path / "linked", link=True)
+    linked = open_pipeline(tmp_path / "linked")
+    with pytest.raises(InputError, match="target: expected a folder apart from those that it links to"):
+        linked.export(model, original, link=True, overwrite=True)
+    linked.export(model, original, overwrite=True)
+    assert (original / "vae" / "config.json").is_file() and (tmp_path / "linked" / "vae" / "config.json").is_file()
+
+
 def test_a_folder_of_a_variant_stays_one(folder: PipelineFolder, tmp_path: Path) -> None:
     """fp16 alone, as often downloaded: the student's weights are named so too."""
     half = diffusers.DiffusionPipeline.from_pretrained(folder.path)
@@ -184,8 +206,9 @@ def test_students_that_do_not_belong_there(folder: PipelineFolder, tmp_path: Pat
         (
             adapted,
             {},
-            "student: expected adapters that are merged into the weights (or saved ",
+            "student: expected no adapters: merged into the weights and taken off ",
         ),
+        (model, {"overwrite": "no"}, "overwrite: expected True or False, got 'no'"),
         (model, {"dtype": torch.int8}, "dtype: expected a floating-point dtype, or None, got torch.int8"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):

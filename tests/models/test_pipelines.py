@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,25 @@ def test_schedules_are_those_of_the_scheduler(pipelines: Folders, tmp_path: Path
     assert FAMILIES["unet"].scheduler("StableDiffusionXLPipeline", old).config.clip_sample
     mended = FAMILIES["unet"].scheduler("StableDiffusionPipeline", old)
     assert not mended.config.clip_sample and mended.config.steps_offset == 1
+
+
+def test_sizes_between_those_of_the_training_are_warned_of() -> None:
+    """Their own pipelines would go to the nearest ones."""
+    vae, dc = {"block_out_channels": [1] * 4}, {"encoder_block_out_channels": [1] * 6}
+    pixart, sana = {"in_channels": 4, "sample_size": 128}, {"in_channels": 32, "sample_size": 32}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert family_named("pixart").latent_shape(pixart, vae, (832, 1216)) == (4, 104, 152)
+        family_named("pixart").latent_shape(pixart | {"sample_size": 100}, vae, (800, 800))
+        assert family_named("sana").latent_shape(sana, dc, (1024, 1024)) == family_named("sana").latent_shape(sana, dc)
+        family_named("unet").latent_shape({"in_channels": 4, "sample_size": 128}, vae, (800, 1200))
+    for name, config, its, size, nearest in (
+        ("pixart", pixart, vae, (800, 1200), "832 x 1216"),
+        ("pixart", pixart, vae, (512, 512), "1024 x 1024"),
+        ("sana", sana, dc, (2048, 1024), "1408 x 704"),
+    ):
+        with pytest.warns(UserWarning, match=rf"size: {size[0]} x {size[1]} is none that .*, is {nearest}$"):
+            family_named(name).latent_shape(config, its, size)
 
 
 def test_sizes_that_a_model_does_not_have() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -24,13 +25,15 @@ class OfPipelines:
 
     pipelines: classes of diffusers that sample from its models. part: the component that is the model. aliases: other
     names under which the model's class was published. encoded: for each bank the places of the prompts' rows and of the
-    null prompt's in what ``encode_prompt`` returns.
+    null prompt's in what ``encode_prompt`` returns. bins: the module of diffusers with the tables of sizes that its
+    pipelines go to (``use_resolution_binning``), and the pixels for one of ``sample_size`` that choose the table.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
     part: ClassVar[str] = "transformer"
     aliases: ClassVar[tuple[str, ...]] = ()
     encoded: ClassVar[Mapping[str, tuple[int, int]]] = {}
+    bins: ClassVar[tuple[str, int] | None] = None
 
     def conditions(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         raise NotImplementedError
@@ -183,7 +186,8 @@ class OfPipelines:
     ) -> tuple[int, int, int]:
         """[C, H, W] of the latents of images of ``size`` (height, width); None: the size that the model is for.
 
-        config, vae: configurations of the model and of the VAE.
+        config, vae: configurations of the model and of the VAE. A size that the model was not trained on, for which its
+        pipeline would take the nearest one (PixArt, Sana), gives a warning.
 
         Raises:
             InputError: a size that is no multiple of the VAE's factor times the model's patch, or beyond the positions
@@ -198,7 +202,26 @@ class OfPipelines:
                 raise InputError.of(name, f"a multiple of {unit} pixels", length)
             if most is not None and length > most * unit:
                 raise InputError.of(name, f"at most {most * unit} pixels (pos_embed_max_size {most})", length)
+        if size is not None:
+            self._warn_between_bins(config, height, width)
         return self.channels(config), height // factor, width // factor
+
+    def _warn_between_bins(self, config: Mapping[str, Any], height: int, width: int) -> None:
+        if self.bins is None:
+            return
+        module, factor = self.bins
+        try:
+            sizes = getattr(importlib.import_module(module), f"ASPECT_RATIO_{config['sample_size'] * factor}_BIN", {})
+        except ImportError:  # no transformers
+            return
+        if sizes and [height, width] not in sizes.values():
+            nearest = " x ".join(
+                f"{length:.0f}" for length in sizes[min(sizes, key=lambda r: abs(float(r) - height / width))]
+            )
+            told = (
+                f"size: {height} x {width} is none that the model was trained on; the nearest one, which its pipeline"
+            )
+            warnings.warn(f"{told} would take, is {nearest}", stacklevel=3)
 
     @torch.no_grad()
     def decode(self, vae: Any, latents: Tensor, *, batch: int = 8) -> Tensor:

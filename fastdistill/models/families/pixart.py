@@ -23,6 +23,7 @@ class PixArt(Family):
 
     name, kind = "pixart", PixArtTransformer2DModel
     pipelines, aliases = ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("Transformer2DModel",)
+    bins = ("diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma", 8)
     encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 2), "encoder_attention_mask": (1, 3)}
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:

@@ -19,6 +19,7 @@ class Sana(Family):
 
     name, kind, prediction_type = "sana", SanaTransformer2DModel, "flow_prediction"
     pipelines = ("SanaPipeline",)
+    bins = ("diffusers.pipelines.sana.pipeline_sana", 32)
     encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 2), "encoder_attention_mask": (1, 3)}
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
