@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastdistill import files
+from fastdistill.data.fingerprint import differences, listed
 from fastdistill.errors import InputError, StorageError, described
 from fastdistill.models import families, peft
 from fastdistill.models.calling import kept_in_float32
@@ -58,6 +59,7 @@ def export(
             raise InputError.of(argument, "True or False", described(value))
     model = _model(student, source)
     state = _weights(model, dtype)
+    written = _written(source.family, dict(model.config), state)
     place = _place(target, source.path, overwrite)
     others = {name: source.path / name for name in source.components() if name != source.family.part}
     for name, folder in others.items():
@@ -80,7 +82,6 @@ def export(
                 shutil.copytree(original, folder / name)
         for file in licences:
             shutil.copyfile(file, folder / file.name)
-        written = _written(source.family, dict(model.config), state)
         save_model(written, folder / source.family.part, variant=source.variant)
         (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -154,6 +155,9 @@ def _written(family: families.Family, config: dict[str, Any], state: dict[str, t
     kind: Any = family.kind
     with torch.device("meta"):
         model = kind.from_config(config)
+    wanted, found = ({n: list(t.shape) for n, t in tensors.items()} for tensors in (model.state_dict(), state))
+    if changed := differences(wanted, found):
+        raise InputError.of("student", f"the weights that its configuration gives {kind.__name__}", listed(changed, 3))
     model.load_state_dict(state, assign=True)
     return model
 

@@ -180,27 +180,32 @@ def exported(student: nn.Module, values: Mapping[str, Tensor], adapter: str) -> 
     """The weights of an adapter under PEFT's names, with ``values`` by the student's names in the place of its own.
 
     Raises:
-        InputError: something else in the student is trained, which PEFT's format has no place for.
+        InputError: something that is of no adapter is trained, which PEFT's format has no place for.
     """
     prefix, module = owner(student)
     state = module.state_dict()
     state |= {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
     found: dict[str, Tensor] = require().get_peft_model_state_dict(module, state_dict=state, adapter_name=adapter)
     places = {id(value) for value in found.values()}
-    own = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    others = configs(student).keys() - {adapter}
+    own = [n for n, p in student.named_parameters() if p.requires_grad and others.isdisjoint(n.split("."))]
     if lost := [name for name in own if name not in values or id(values[name]) not in places]:
-        rule = "no trained weights but those of the adapter, which alone it can hold (modules_to_save may name others)"
+        rule = "no trained weights but those of adapters, which alone it can hold (modules_to_save may name others)"
         raise InputError.of("student", rule, listed(lost, 3))
     return found
 
 
 def write(student: nn.Module, tensors: Mapping[str, Tensor], adapter: str, directory: Path) -> None:
-    """What ``exported`` returned, in files of diffusers where that can load them, else of PEFT."""
+    """What ``exported`` returned, in files of diffusers where its pipelines can load them, else of PEFT: they refuse
+    trained biases and modules, and adapters whose initialization changes the weights below."""
     _, module = owner(student)
     config, family = module.peft_config[adapter], families.find(module)
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     make_directory(directory)
-    if config.peft_type == "LORA" and hasattr(module, "load_lora_adapter") and not hasattr(module, "get_base_model"):
+    loads = (
+        config.peft_type == "LORA" and hasattr(module, "load_lora_adapter") and not hasattr(module, "get_base_model")
+    )
+    if loads and config.init_lora_weights in _KEEPS_BASE and all("lora" in name for name in tensors):
         part = family.part if family else "transformer"
         told = {"lora_adapter_metadata": json.dumps({f"{part}.{name}": value for name, value in fields.items()})}
         named = {f"{part}.{name}": tensor for name, tensor in tensors.items()}

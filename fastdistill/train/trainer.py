@@ -308,9 +308,10 @@ class DistillTrainer:
     def save_adapters(self, directory: str | Path, *, adapter: str | None = None, averaged: bool = True) -> None:
         """Write the weights of a student's adapter, without those below it, in PEFT's own format, float32.
 
-        Of a diffusers model with LoRA: ``pytorch_lora_weights.safetensors``, for a pipeline's ``load_lora_weights`` and
-        a model's ``load_lora_adapter``. Of others: ``adapter_config.json`` and ``adapter_model.safetensors``, for
-        ``PeftModel.from_pretrained``. Files of these names are replaced. Every rank has to ask for it; rank 0 writes.
+        Of a diffusers model with LoRA alone: ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of a
+        pipeline and ``load_lora_adapter`` of a model. Of others: ``adapter_config.json`` and
+        ``adapter_model.safetensors``, for ``PeftModel.from_pretrained``. Files of these names are replaced. Every rank
+        has to ask for it; rank 0 writes.
 
         Args:
             directory: made where it is not there.

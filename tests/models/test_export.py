@@ -190,7 +190,9 @@ def test_students_that_do_not_belong_there(folder: PipelineFolder, tmp_path: Pat
         return folder.family.kind(**{**model.config, **config})  # type: ignore[call-arg]
 
     peft = pytest.importorskip("peft")
-    infinite, adapted = copy.deepcopy(model), copy.deepcopy(model)
+    infinite, adapted, wrapped, wider = (copy.deepcopy(model) for _ in range(4))
+    wrapped.proj_out_2 = nn.Sequential(wrapped.proj_out_2)  # as adapters that are not taken off entirely
+    wider.proj_out_2 = nn.Linear(wider.proj_out_2.in_features, 99)
     next(infinite.parameters()).data[0] = float("inf")
     adapted = peft.get_peft_model(adapted, peft.LoraConfig(target_modules=["to_q"]))
     large = copy.deepcopy(model)
@@ -207,6 +209,16 @@ def test_students_that_do_not_belong_there(folder: PipelineFolder, tmp_path: Pat
             adapted,
             {},
             "student: expected no adapters: merged into the weights and taken off ",
+        ),
+        (
+            wrapped,
+            {},
+            "student: expected the weights that its configuration gives DiTTransformer2DModel, got proj_out_2.",
+        ),
+        (
+            wider,
+            {},
+            "student: expected the weights that its configuration gives DiTTransformer2DModel, got proj_out_2.",
         ),
         (model, {"overwrite": "no"}, "overwrite: expected True or False, got 'no'"),
         (model, {"dtype": torch.int8}, "dtype: expected a floating-point dtype, or None, got torch.int8"),

@@ -89,6 +89,40 @@ def test_a_diffusers_model_exports_what_diffusers_loads(
     assert not torch.allclose(output(average(trainer, not averaged), name), output(fresh, name))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": "lora_only", "target_modules": ["to_out.0"]},
+        {"modules_to_save": ["conv_out"]},
+        {"init_lora_weights": "pissa"},
+    ],
+)
+def test_what_pipelines_of_diffusers_refuse_is_for_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = make("sd", lora=options, lr=1e-3)
+    trainer.fit()
+    trainer.save_adapters(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    fresh = peft.PeftModel.from_pretrained(small.model("sd"), tmp_path)
+    assert_equal(fresh, trainer.ema_student(), "sd")
+    assert not torch.allclose(output(fresh, "sd"), output(small.model("sd"), "sd"))
+
+
+def test_each_of_two_trained_adapters_is_exported_by_its_name(tmp_path: Path) -> None:
+    student: Any = adapted()
+    student.add_adapter("other", lora(**LINEAR))
+    student.base_model.set_adapter(["default", "other"])
+    trainer = run(student)
+    trainer.fit()
+    for name in ("default", "other"):
+        trainer.save_adapters(tmp_path / name, adapter=name)
+    fresh = peft.PeftModel.from_pretrained(tiny.Net(), tmp_path / "default")
+    fresh.load_adapter(tmp_path / "other", "other")
+    weights = dict(trainer.ema_student().named_parameters())
+    found = {name: p for name, p in fresh.named_parameters() if "lora" in name}
+    assert len({name.split(".")[-2] for name in found}) == 2
+    assert all(torch.equal(p, weights[name]) for name, p in found.items())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "part"),
@@ -134,7 +168,7 @@ def test_only_what_the_format_can_hold_is_exported(tmp_path: Path) -> None:
         trainer.save_adapters(tmp_path / "x", adapter="third")
     student = adapted()
     student.base_model.model.last.requires_grad_(True)
-    with pytest.raises(InputError, match=r"student: expected no trained weights but those of the adapter.*last.weight"):
+    with pytest.raises(InputError, match=r"student: expected no trained weights but those of adapters.*last.weight"):
         run(student).save_adapters(tmp_path / "x")
     with pytest.raises(InputError, match="student: expected a model with adapters of PEFT, got Net without any"):
         tiny.trainer().save_adapters(tmp_path / "x")
