@@ -6,7 +6,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fastdistill import files
+from fastdistill.data.fingerprint import dtype_name
+from fastdistill.data.images import check_images, load_image
 from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.manifest import Manifest
 from fastdistill.data.prompt_bank import PromptBank
@@ -27,6 +30,7 @@ from fastdistill.runs.config import RunConfig
 from fastdistill.runs.opened import Run, Size, opened
 
 Progress = Callable[[str, int, int], object]
+Generate = Callable[[Tensor, Tensor], Tensor]
 Only = Literal["prompts", "latents"]
 
 
@@ -47,6 +51,8 @@ def cache(
 ) -> Cached:
     """Encode the prompts of a run, then sample its teacher for the seen ones, or go on with what is there.
 
+    With ``cache.images`` the latents are those images through the VAE, and their captions are the seen prompts.
+
     The text encoders are freed before the teacher is loaded. Sample n depends on the seed, n and its prompt alone, and
     both are written shard by shard: an interrupted call is continued by the next, and processes that make the same
     call at once (``torchrun``) share the shards, all with the same result. What is finished is not made again.
@@ -60,19 +66,22 @@ def cache(
     Raises:
         InputError: what ``opened`` refuses; values that are not finite in ``cache.dtype``.
         StorageError: a cache of other prompts, another encoder, teacher or other settings in that directory; a disk
-            that is too small. Both before anything is written.
+            that is too small; an image that is too small or cannot be opened. All before anything is written.
     """
     if only not in (None, "prompts", "latents"):
         raise InputError.of("only", "prompts or latents", repr(only))
     run = opened(_placed(config), allow_code=allow_code)
     report = progress or (lambda stage, done, total: None)
     check_scheduler(run.pipeline.scheduler())
-    index = torch.arange(run.pool.seen).repeat_interleave(run.config.cache.images_per_prompt)
+    index = run.prompt_index
     sizes = () if only == "prompts" else run.sizes
     stored = run.stored_prompts()
     missing = _missing(run, sizes, len(index), None if stored is None else stored.fingerprint["identity"])
     room = sum(rows * _row_bytes(run, size) for size, rows in missing.items())
     files.require_space(run.prompts_place, room)
+    for size, rows in missing.items():
+        if rows:
+            check_images((path for path, _ in run.pool.images), run.pipeline.size(size))
     made = 0 if only == "latents" else _encode(run, _lacking(stored, len(run.pool.texts) + 1), room, report)
     if sizes:
         bank = run.bank()
@@ -132,45 +141,63 @@ def _encode(run: Run, missing: int, room: int, report: Progress) -> int:
 
 
 def _sample(run: Run, bank: PromptBank, index: Tensor, sizes: list[Size], report: Progress) -> None:
-    settings = run.config.cache
-    model = run.pipeline.model(dtype=run.teacher_dtype)
-    # Trainers recognize a model in the precision of the hash or above.
-    lowest = torch.float16 if run.teacher_dtype == torch.float16 else torch.bfloat16
-    teacher = weights_hash(model, lowest)
-    model.to(run.config.device)
+    """Makes the latents of these sizes."""
+    make, made_by = _by_teacher(run, bank) if run.config.cache.images is None else _by_autoencoder(run)
     for size in sizes:
-        prompts = run.pipeline.sized(bank, size)
-
-        def generate(rows: Tensor, prompt_index: Tensor, size: Size = size, prompts: PromptBank = prompts) -> Tensor:
-            return run.pipeline.sample(
-                model,
-                prompts,
-                prompt_index,
-                rows,
-                steps=settings.steps,
-                guidance_scale=settings.guidance_scale,
-                seed=run.config.seed,
-                size=size,
-                call=run.call,
-            )
-
-        made_from: Mapping[str, Any] = {
-            **run.sampling(size),
-            "prompts": bank.identity,
-            "teacher": teacher,
-            "dtype": str(run.teacher_dtype).removeprefix("torch."),
-        }
         generate_latent_cache(
             run.latents_place(size),
-            generate,
+            make(size),
             index,
             run.pipeline.latent_shape(size),
             run.cache_dtype,
-            made_from,
-            rows_per_shard=settings.rows_per_shard,
-            batch=settings.batch,
+            {**run.sampling(size), **made_by, "prompts": bank.identity},
+            rows_per_shard=run.config.cache.rows_per_shard,
+            batch=run.config.cache.batch,
             progress=partial(report, _stage(size)),
         )
+
+
+def _by_teacher(run: Run, bank: PromptBank) -> tuple[Callable[[Size], Generate], dict[str, Any]]:
+    """What samples the teacher, and what is told of it."""
+    settings = run.config.cache
+    model = run.pipeline.model(dtype=run.teacher_dtype)
+    # Trainers recognize a model in the precision of the hash or above.
+    teacher = weights_hash(model, torch.float16 if run.teacher_dtype == torch.float16 else torch.bfloat16)
+    model.to(run.config.device)
+
+    def make(size: Size) -> Generate:
+        prompts = run.pipeline.sized(bank, size)
+        return lambda rows, prompt_index: run.pipeline.sample(
+            model,
+            prompts,
+            prompt_index,
+            rows,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            seed=run.config.seed,
+            size=size,
+            call=run.call,
+        )
+
+    return make, {"teacher": teacher, "dtype": dtype_name(run.teacher_dtype)}
+
+
+def _by_autoencoder(run: Run) -> tuple[Callable[[Size], Generate], dict[str, Any]]:
+    """What encodes the images of ``cache.images``, in float32."""
+    paths = [path for path, _ in run.pool.images]
+    vae = run.pipeline.autoencoder(device=run.config.device)
+    readers = ThreadPoolExecutor()
+
+    def make(size: Size) -> Generate:
+        load = partial(load_image, size=run.pipeline.size(size))
+
+        def encode(rows: Tensor, _: Tensor) -> Tensor:
+            images = torch.stack(list(readers.map(load, [paths[row] for row in rows.tolist()])))
+            return run.pipeline.family.to_latents(vae, images, batch=run.config.cache.batch)
+
+        return encode
+
+    return make, {}
 
 
 def _stage(size: Size) -> str:

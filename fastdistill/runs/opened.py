@@ -17,10 +17,11 @@ import torch
 from fastdistill import files
 from fastdistill.data.file_hashes import FileHashes
 from fastdistill.data.fingerprint import differences, listed, plain, sha256_of_json
+from fastdistill.data.images import captioned_images
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
-from fastdistill.data.texts import read_prompts
+from fastdistill.data.texts import PromptFile, read_prompts
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec, make_student
 from fastdistill.models.calling import Call
@@ -37,12 +38,13 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 @dataclass(frozen=True)
 class Pool:
     """The prompts of a run, in their order: the first ``seen`` get latents. empty, duplicates: how many were left out
-    of the file."""
+    of the file. images: of ``cache.images``, each with the number of its caption."""
 
     texts: list[str]
     seen: int
     empty: int = 0
     duplicates: int = 0
+    images: tuple[tuple[Path, int], ...] = ()
 
 
 def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
@@ -123,23 +125,51 @@ class Run:
 
     @cached_property
     def pool(self) -> Pool:
-        """The prompts; the file is read when they are first asked for."""
+        """The prompts, captions of images first; the files are read when they are first asked for."""
         given = self.config.prompts
-        if given.file is None:
-            texts, empty, duplicates = self._classes(), 0, 0
-        else:
+        if given.file is not None:
             found = read_prompts(
-                Path(given.file).expanduser(),
+                given.file,
                 column=given.column,
                 strip=given.strip,
                 unique=given.unique,
                 skip_empty=given.skip_empty,
             )
-            texts, empty, duplicates = found.texts, found.empty, found.duplicates
-        seen = len(texts) if given.seen is None else given.seen
-        if seen > len(texts):
-            raise InputError.of("prompts.seen", f"at most the {len(texts)} prompts that there are", seen)
-        return Pool(texts, seen, empty, duplicates)
+        elif self.config.cache.images is None:
+            found = PromptFile(texts := self._classes(), len(texts))
+        else:
+            found = PromptFile([], 0)
+        if self.config.cache.images is not None:
+            return self._captions(found)
+        seen = len(found.texts) if given.seen is None else given.seen
+        if seen > len(found.texts):
+            raise InputError.of("prompts.seen", f"at most the {len(found.texts)} prompts that there are", seen)
+        return Pool(found.texts, seen, found.empty, found.duplicates)
+
+    def _captions(self, others: PromptFile) -> Pool:
+        """The captions of the images, which are the seen prompts, and other prompts."""
+        given = self.config.prompts
+        for name, value, wanted in (
+            ("prompts.seen", given.seen, None),
+            ("cache.images_per_prompt", self.config.cache.images_per_prompt, 1),
+        ):
+            if value != wanted:
+                raise InputError.of(
+                    name, f"{wanted or 'none'}, as there is an image of each caption (cache.images)", value
+                )
+        rows: dict[str, int] = {}
+        images, empty = [], others.empty
+        for path, text in captioned_images(files.located(self.config.cache.images, "cache.images")):
+            text = text.strip() if given.strip else text
+            if given.skip_empty and not text.strip():
+                empty += 1
+            else:
+                images.append((path, rows.setdefault(text, len(rows))))
+        if not images:
+            raise StorageError(f"{self.config.cache.images}: expected images with captions, got only empty captions")
+        rest = [text for text in others.texts if not given.unique or text not in rows]
+        twice = others.duplicates + len(others.texts) - len(rest)
+        return Pool([*rows, *rest], len(rows), empty, twice, tuple(images))
 
     def _classes(self) -> list[str]:
         """The classes of a model that has such in place of texts, by a name that no other has or by their numbers."""
@@ -154,6 +184,13 @@ class Run:
             next((name for name in own if name and found[name] == number), str(number))
             for number, own in sorted(named.items())
         ]
+
+    @property
+    def prompt_index(self) -> torch.Tensor:
+        """[N] int64: the prompt of each latent."""
+        if self.config.cache.images is not None:
+            return torch.tensor([row for _, row in self.pool.images], device="cpu")
+        return torch.arange(self.pool.seen, device="cpu").repeat_interleave(self.config.cache.images_per_prompt)
 
     @property
     def reads_texts(self) -> bool:
@@ -249,7 +286,10 @@ class Run:
         """What decides the latents of a size, besides teacher and prompts."""
         cache = self.config.cache
         if cache.images is not None:
-            return {"images": True, "size": list(self.pipeline.size(size))}
+            folder = files.located(cache.images)
+            names = [[path.relative_to(folder).as_posix(), path.stat().st_size] for path, _ in self.pool.images]
+            vae = self.hashes.of(self.pipeline.files("vae"))
+            return plain({"images": sha256_of_json(names), "vae": vae, "size": self.pipeline.size(size)})
         scheduler = self.pipeline.scheduler()
         settings = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
         return plain(

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastdistill import files, runs
+from fastdistill.data.images import load_image
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import read_manifest
 from fastdistill.errors import InputError, StorageError
@@ -241,3 +244,49 @@ def test_classes_need_no_file(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"prompts\[1\]: expected the name of a class, .*near: 'dog'.*, got 'dig'"):
         runs.cache(wrong)
     assert not (tmp_path / "new" / "cache").exists()
+
+
+def pictures(directory: Path, captions: list[str]) -> Path:
+    """A folder of noisy images of 40 x 64 pixels."""
+    directory.mkdir()
+    for number, caption in enumerate(captions):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(directory / f"{number}.png")
+        (directory / f"{number}.txt").write_text(caption)
+    return directory
+
+
+def test_images_in_place_of_samples(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = pictures(tmp_path / "images", ["a tree", " the sea", "a tree", "\n", "a house"])
+    changes: dict[str, Any] = {"cache": {"images": str(images), "images_per_prompt": 1}, "prompts": {"seen": None}}
+    config = configured(saved, "sd", tmp_path, **changes)
+    model = PipelineFolder.model
+    monkeypatch.setattr(PipelineFolder, "model", lambda self, device="cpu", **o: model(self, device="meta", **o))
+    runs.cache(config)  # for which the teacher is not needed
+    run = runs.opened(config)
+    assert run.pool.texts == ["a tree", "the sea", "a house", "a cat", "a dog", "two cats", "a red bird"]
+    assert (run.pool.seen, run.pool.empty, run.pool.duplicates) == (3, 1, 1)
+    latents = run.latents((32, 32), run.bank(), load=True)
+    assert latents.prompt_index.tolist() == [0, 1, 0, 2] and "teacher" not in latents.fingerprint
+    loaded = torch.stack([load_image(images / f"{number}.png", (32, 32)) for number in (0, 1, 2, 4)])
+    wanted = run.pipeline.family.to_latents(run.pipeline.autoencoder(), loaded, batch=4)
+    assert torch.equal(latents.latents, wanted) and runs.cache(config).made == 0
+    (images / "0.txt").write_text("a bush")
+    with pytest.raises(StorageError, match="prompt 0 is the first that differs"):
+        runs.cache(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": {"seen": 2}}, "prompts.seen: expected none, as there is an image of each caption .*, got 2"),
+        ({"cache": {"images_per_prompt": 2}}, "cache.images_per_prompt: expected 1, as there is an image"),
+        ({"cache": {"sizes": [[48, 32]]}}, r"0\.png: expected at least 48 x 32 pixels \(height x width\), got 40 x 64"),
+    ],
+)
+def test_images_that_do_not_fit(changes: dict[str, Any], message: str, saved: Saved, tmp_path: Path) -> None:
+    images = {"images": str(pictures(tmp_path / "images", ["a tree"])), "images_per_prompt": 1}
+    cache, prompts = images | changes.get("cache", {}), {"seen": None} | changes.get("prompts", {})
+    with pytest.raises((InputError, StorageError), match=message):
+        runs.cache(configured(saved, "sd", tmp_path, cache=cache, prompts=prompts))
+    assert not (tmp_path / "cache").exists()
