@@ -57,7 +57,7 @@ def check_images(images: Iterable[Path], size: tuple[int, int]) -> None:
             if image.mode.startswith(("I", "F")):
                 raise StorageError(f"{path}: expected 8 bits a channel, got {image.mode!r}")
             exif = Image.Exif()
-            exif.load(image.info.get("exif"))  # image.getexif() would read the pixels of some
+            exif.load(image.info.get("exif") or b"")  # image.getexif() would read the pixels of some
             width, height = image.size
             _check_size(path, (width, height) if exif.get(_ORIENTATION, 1) >= 5 else (height, width), size)
 
