@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastdistill.data.buckets import Buckets
 from fastdistill.data.encoded import rows_of
 from fastdistill.data.fingerprint import dtype_name
 from fastdistill.data.staged import Batches, Rows
@@ -46,6 +47,16 @@ def has_streams(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """Latents of one shape [N, *S], the rows of the prompts that they were made from [N] int64, and the prompts, as
+    ``Setting`` has them."""
+
+    latents: Rows
+    latent_prompts: Tensor
+    prompts: Rows | Mapping[str, Rows]
+
+
+@dataclass(frozen=True)
 class Setting:
     """What a trainer gives an objective to work with: models and tables in place, banks where they fit.
 
@@ -55,7 +66,8 @@ class Setting:
     out. ahead: steps whose rows are read ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss
     will be multiplied before the backward, for losses that store their gradient; None: 1. first_sample, global_batch:
     where several processes share a step, which of its samples are this one's (``noise_gather``). micro_batch:
-    samples of the parts in which the losses are asked for (``TrainConfig.micro_batch``); None: all at once.
+    samples of the parts in which the losses are asked for (``TrainConfig.micro_batch``); None: all at once. others:
+    latents of other shapes, which are drawn from in turn.
     """
 
     teacher: nn.Module
@@ -72,6 +84,12 @@ class Setting:
     global_batch: int | None = None
     micro_batch: int | None = None
     call: Call | None = None
+    others: tuple[Bucket, ...] = ()
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The latents of every shape."""
+        return Bucket(self.latents, self.latent_prompts, self.prompts), *self.others
 
     @property
     def device(self) -> torch.device:
@@ -102,34 +120,44 @@ class Setting:
                 return predictor(x_t, timestep, prompt)
         return self._predictor(model)(x_t, timestep, prompt)
 
-    def batches(self, replace: Tensor, **options: Any) -> Batches:
+    def batches(self, replace: Tensor, **options: Any) -> Batches | Buckets:
         """The draws of ``noise_gather`` on these banks; ``replace`` [T] int64, options as ``Batches``.
 
         Where teacher and student compute in one dtype, x_t and the prompts of a draw have it.
         """
         tables = self.schedule.coefficients(self.prediction_type).to(self.device), replace.to(self.device)
         dtypes = {predictor.dtype for predictor in self.predictors}
-        return Batches(
-            self.latents, self.latent_prompts, self.prompts, *tables, batch=self.batch,
-            null_index=len(listed(self.prompts)[0]) - 1, ahead=self.ahead, first_sample=self.first_sample,
-            global_batch=self.global_batch, dtype=dtypes.pop() if len(dtypes) == 1 else None,
-            in_parts=self.micro_batch not in (None, self.batch), **options,
-        )  # fmt: skip
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        parts = [
+            Batches(
+                bucket.latents, bucket.latent_prompts, bucket.prompts, *tables, batch=self.batch,
+                null_index=len(listed(bucket.prompts)[0]) - 1, ahead=self.ahead, first_sample=self.first_sample,
+                global_batch=self.global_batch, dtype=dtype, in_parts=self.micro_batch not in (None, self.batch),
+                **options,
+            )
+            for bucket in self.buckets
+        ]  # fmt: skip
+        if not self.others:
+            return parts[0]
+        return Buckets(parts, [len(bucket.latents) for bucket in self.buckets], self.device)
 
     def check(self, name: Literal["teacher", "student"]) -> None:
-        """One forward of a model on the first sample, which leaves no trace; taps on the model fire.
+        """One forward of a model on the first sample of each shape, which leaves no trace; taps on the model fire.
 
         Raises:
             InputError: the model does not take the latents and prompts, or its prediction is not like the latents.
         """
+        for bucket in reversed(self.buckets):  # the taps fire on the first last
+            self._check(name, bucket.latents, bucket.prompts)
+
+    def _check(self, name: str, latents: Any, prompts: Any) -> None:
         model: nn.Module = getattr(self, name)
-        prompts: Any = self.prompts
-        x = self.latents[:1].to(self.device)
+        x = latents[:1].to(self.device)
         prompt = rows_of(prompts, slice(1), self.device)
         timestep = torch.zeros(1, dtype=torch.int64, device=self.device)
         if self.call is None and (family := families.find(model)) is not None:
             banks = prompts if isinstance(prompts, Mapping) else {families.EMBEDDINGS: prompts}
-            family.check(name, model, tuple(self.latents.shape), banks)
+            family.check(name, model, tuple(latents.shape), banks)
         try:
             with trial(model):
                 shape = tuple(self.predict(model, x, timestep, prompt).shape)

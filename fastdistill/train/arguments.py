@@ -23,6 +23,7 @@ from fastdistill.models.students import Student, check_parameters
 from fastdistill.models.weights import storage
 from fastdistill.train import devices
 from fastdistill.train.config import TrainConfig, from_mapping, validated
+from fastdistill.train.sources import Sources
 
 
 def config(value: Any) -> TrainConfig:
@@ -46,11 +47,33 @@ def model(value: Any, argument: str) -> nn.Module:
     return found
 
 
-def check_data(latents: Any, prompts: Any) -> None:
+def sources(latents: Any, prompts: Any) -> Sources:
+    """The cache and the bank of every shape of latents, of which several are given as lists; checked."""
+    if not isinstance(latents, list | tuple):
+        if isinstance(prompts, list | tuple):
+            raise InputError.of("prompts", "a PromptBank, as there is one cache", described(prompts))
+        check_data(latents, prompts)
+        return [(latents, prompts)]
+    banks = list(prompts) if isinstance(prompts, list | tuple) else [prompts] * len(latents)
+    if not latents or len(banks) != len(latents):
+        got = f"{len(latents)} and {len(banks)}"
+        raise InputError.of("latents", "one cache or several, with one PromptBank or as many", got)
+    pairs = list(zip(latents, banks, strict=True))
+    for i, (cache, bank) in enumerate(pairs):
+        check_data(cache, bank, f"[{i}]")
+        own, first = (tuple(one.latents.shape[1:]) for one in (cache, latents[0]))
+        if len(own) != len(first) or own[0] != first[0]:
+            rule = f"{first[0]} channels and {len(first) - 1} other sizes, as latents[0]"
+            raise InputError.of(f"latents[{i}]", rule, own)
+        check_like(bank, banks[0], f"prompts[{i}]", "prompts[0]")
+    return pairs
+
+
+def check_data(latents: Any, prompts: Any, place: str = "") -> None:
     """A cache and a bank with values, the bank with every prompt that the cache names."""
     for name, value, kind in (("latents", latents, LatentCache), ("prompts", prompts, PromptBank)):
         if not isinstance(value, kind):
-            raise InputError.of(name, f"a {kind.__name__}", described(value))
+            raise InputError.of(name + place, f"a {kind.__name__}", described(value))
     for name, bank in {"latents": latents.latents, **prompts.banks}.items():
         if bank.device.type == "meta":
             raise InputError.of(
@@ -63,16 +86,21 @@ def preview_prompts(value: Any, pool: PromptBank) -> PromptBank:
     """A bank whose rows the models read as they do those of the pool."""
     if not isinstance(value, PromptBank):
         raise InputError.of("preview_prompts", "a PromptBank, or None", described(value))
-    own, theirs = ({name: tuple(rows.shape[1:]) for name, rows in bank.banks.items()} for bank in (value, pool))
+    check_like(value, pool, "preview_prompts", "prompts")
+    return value
+
+
+def check_like(value: PromptBank, other: PromptBank, argument: str, like: str) -> None:
+    """The same banks as another, of the same text encoder."""
+    own, theirs = ({name: tuple(rows.shape[1:]) for name, rows in bank.banks.items()} for bank in (value, other))
     if own.keys() != theirs.keys():
-        raise InputError.of("preview_prompts", f"the banks of prompts, {', '.join(theirs)}", ", ".join(own))
+        raise InputError.of(argument, f"the banks of {like}, {', '.join(theirs)}", ", ".join(own))
     for name, shape in theirs.items():
         if own[name] != shape:
-            raise InputError.of(f"preview_prompts[{name!r}]", f"rows {shape}, as those of prompts", own[name])
-    changed = differences(plain(pool.encoder), plain(value.encoder))
-    if changed and pool.encoder and value.encoder:
-        raise InputError.of("preview_prompts", "the text encoder of prompts", listed(changed))
-    return value
+            raise InputError.of(f"{argument}[{name!r}]", f"rows {shape}, as those of {like}", own[name])
+    changed = differences(plain(other.encoder), plain(value.encoder))
+    if changed and other.encoder and value.encoder:
+        raise InputError.of(argument, f"the text encoder of {like}", listed(changed))
 
 
 def check_functions(objective: Any, **functions: Any) -> None:
@@ -103,9 +131,7 @@ def check_callbacks(value: Any) -> None:
         check_function(function, f"callbacks[{i}][1]")
 
 
-def schedule(
-    value: Any, prediction_type: Any, teacher: nn.Module, latents: LatentCache
-) -> tuple[Schedule, PredictionType]:
+def schedule(value: Any, prediction_type: Any, teacher: nn.Module, sources: Sources) -> tuple[Schedule, PredictionType]:
     """The schedule and what the models predict, which a diffusers scheduler tells too."""
     family, own = families.find(teacher), None
     if not isinstance(value, Schedule):
@@ -118,8 +144,13 @@ def schedule(
         if prediction_type not in (None, own) and own is not None:
             rule = f"None, or {own}, as the scheduler's configuration has it"
             raise InputError.of("prediction_type", rule, described(prediction_type))
-        shape = tuple(latents.latents.shape[1:])
-        value = schedule_of(value, family.tokens(families.unwrapped(teacher).config, shape) if family else None)
+        shapes = [tuple(cache.latents.shape[1:]) for cache, _ in sources]
+        config = families.unwrapped(teacher).config if family else {}
+        made = [schedule_of(value, family.tokens(config, shape) if family else None) for shape in shapes]
+        if any(one.to_config() != made[0].to_config() for one in made[1:]):
+            rule = "shapes of as many tokens, by which the shift of this scheduler goes (a FlowSchedule is one for all)"
+            raise InputError.of("latents", rule, ", ".join(map(str, shapes)))
+        value = made[0]
     usual = value.prediction_types[0]
     if prediction_type is None and family is not None and family.prediction_type not in ("epsilon", usual):
         rule = f"a FlowSchedule, for a {family} (or a prediction_type, for one that was trained otherwise)"

@@ -139,13 +139,17 @@ def refuse_graph(step: TrainStep, student: nn.Module) -> str | None:
     """Why this run cannot be one CUDA graph, as far as can be told before it begins."""
     if step.counter.device.type != "cuda":
         return f"it runs on {step.counter.device.type}: a CUDA graph needs a CUDA device"
+    if step.shapes > 1:
+        return f"it draws latents of {step.shapes} shapes, and a CUDA graph has one"
     if where := sharded(student):
         return f"{where}, which gathers and frees parameters on the host's schedule"
     return distributed.refuse_capture()
 
 
-def refuse_compiled(student: nn.Module) -> str | None:
+def refuse_compiled(step: TrainStep, student: nn.Module) -> str | None:
     """Why this version of torch cannot compile the step of this student."""
+    if step.shapes > (limit := torch._dynamo.config.recompile_limit):
+        return f"it draws latents of {step.shapes} shapes, of which torch compiles {limit} at most"
     if torch.__version__ < TorchVersion("2.13") and (where := sharded(student)):
         return f"{where}, whose step torch {torch.__version__} cannot compile (2.13 can)"
     return None
@@ -207,7 +211,7 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
             raise FastdistillError(f"execution '{execution}': {why}, {_UNSEEDED}")
         warnings.warn(f"step: no CUDA graph, as {why}; it runs eagerly", stacklevel=2)
         return _eager(step)
-    why_not = refuse_compiled(student)
+    why_not = refuse_compiled(step, student)
     if execution == "compiled":
         if why_not is not None:
             raise FastdistillError(f"execution 'compiled': {why_not}; use 'eager'")

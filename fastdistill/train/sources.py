@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastdistill.data import values
 from fastdistill.data.encoded import EncodedRows
-from fastdistill.data.fingerprint import dtype_name, hashes
+from fastdistill.data.fingerprint import dtype_name, hashes, plain, up_to_rounding
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
+from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError
 from fastdistill.models.weights import weights_hash
+from fastdistill.ops.noise_gather.banks import labels, listed
+from fastdistill.train.config import TrainConfig
 
+Sources = list[tuple[LatentCache, PromptBank]]  # a pair for every shape of latents
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -40,6 +47,59 @@ def check_sources(latents: LatentCache, prompts: PromptBank, teacher: nn.Module,
         rule = f"the model {told} that made the latents, in no lower precision than then"
         advice = "LatentCache(latents.latents, latents.prompt_index) makes no such claim"
         raise InputError.of("teacher", rule, f"{weights} ({advice})")
+
+
+def fingerprint(setting: Setting, sources: Sources, objective: Objective, config: TrainConfig) -> dict[str, Any]:
+    """What must be the same for a run to be continued, on this machine or another.
+
+    The student's parameters are compared by name (``checkpoint.latest``). What a machine computes may differ in its
+    last bits from what another did, so nothing here is a hash of it.
+    """
+    free = {
+        "ahead",
+        "banks",
+        "checkpoint_every",
+        "execution",
+        "keep_checkpoints",
+        "log_every",
+        "precision",
+        "preview",
+        "trackers",
+        "micro_batch",
+        "gradient_checkpointing",
+    }
+    if config.lr_schedule == "constant":
+        free.add("steps")  # a constant rate can simply go on
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    schedule = setting.schedule.to_config()
+    if isinstance(setting.schedule, NoiseSchedule) and "alphas_cumprod" in schedule:
+        schedule["alphas_cumprod"] = up_to_rounding(setting.schedule.alphas_cumprod)
+    made = [cache.fingerprint or {"sha256": cache.identity} for cache, _ in sources]
+    prompts = [bank.identity for _, bank in sources]
+    return {
+        "config": plain(settings, "config"),
+        "objective": plain(objective.describe(), "objective.describe()"),
+        "teacher": {"weights": weights_hash(setting.teacher), "dtype": _dtypes(setting.teacher)},
+        "latents": made[0] if len(made) == 1 else {f"[{i}]": each for i, each in enumerate(made)},
+        "prompts": prompts[0] if len(set(prompts)) == 1 else prompts,
+        "schedule": schedule,
+        "prediction_type": setting.prediction_type,
+    }
+
+
+def _dtypes(model: nn.Module) -> str:
+    return ", ".join(sorted({dtype_name(p.dtype) for p in model.parameters()}))
+
+
+def banks_of(setting: Setting) -> dict[str, Rows]:
+    """Latents and prompts of every shape, by the names of a message."""
+    found: dict[str, Rows] = {}
+    for i, bucket in enumerate(setting.buckets):
+        place = f"[{i}]" if setting.others else ""
+        found[f"latents{place}"] = bucket.latents
+        rows = zip(labels(bucket.prompts), listed(bucket.prompts), strict=True)
+        found |= {f"prompts{place}{name}": bank for name, bank in rows}
+    return found
 
 
 def explain(banks: Mapping[str, Rows], teacher: nn.Module, student: nn.Module) -> str:

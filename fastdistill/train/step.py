@@ -44,8 +44,9 @@ class TrainStep:
     ``counter`` is [2] int64 on the device, (seed, step). ``totals`` [metrics] float32 sums the metrics of the steps
     since it was last zeroed; ``metric_names`` says what each is. The last is the norm of the gradient, left out where
     it is not finite: the optimizer skips that update and counts it (``optimizer.skipped``). ``scaling``: the loss scale
-    of float16 weights. On several ranks (``train.distributed``) every gradient is their mean, so that the norm, the
-    update and what follows from them are the same on each; ``totals`` are each rank's own.
+    of float16 weights. ``shapes``: how many of latents there are, which the steps draw in turn. On several ranks
+    (``train.distributed``) every gradient is their mean, so that the norm, the update and what follows from them are
+    the same on each; ``totals`` are each rank's own.
 
     ``parameters_by_name`` are the trained parameters, those of the student as ``student.<name>`` and those of
     ``objective.trained`` as ``trained.<i>.<name>``; ``parameters`` is the list of them.
@@ -62,6 +63,8 @@ class TrainStep:
         config: TrainConfig,
         device: torch.device,
         scaling: LossScale | None = None,
+        *,
+        shapes: int = 1,
     ) -> None:
         own = _trained({"student.": student})
         adapters = _trained({f"trained.{i}.": module for i, module in enumerate(objective.trained)})
@@ -69,7 +72,7 @@ class TrainStep:
             count = sum(1 for _ in student.parameters())
             got = f"{count} frozen ones" if count else "none at all"
             raise InputError.of("student", "a parameter to train (requires_grad)", got)
-        self.objective, self.scaling = objective, scaling
+        self.objective, self.scaling, self.shapes = objective, scaling, shapes
         self._seed, self._student, self._checked = config.seed, student, distributed.size() == 1
         self.stream: torch.cuda.Stream | None = None  # on which the step may be captured
         if device.type == "cuda" and config.execution in ("auto", "graph"):

@@ -6,20 +6,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import dtype_name, listed, plain, up_to_rounding
+from fastdistill.data.fingerprint import listed
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.data.staged import Rows
-from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedule
-from fastdistill.distill.objective import Objective, Setting
+from fastdistill.diffusion.schedule import PredictionType, Schedule
+from fastdistill.distill.objective import Bucket, Objective, Setting
 from fastdistill.errors import InputError, quoted
 from fastdistill.files import located
 from fastdistill.models import families, peft
@@ -27,16 +26,15 @@ from fastdistill.models.calling import Call
 from fastdistill.models.fuse import fuse
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student
-from fastdistill.models.weights import shared, storage, weights_hash
-from fastdistill.ops.noise_gather.banks import labels, mapped
-from fastdistill.ops.noise_gather.banks import listed as listed_banks
+from fastdistill.models.weights import shared, storage
+from fastdistill.ops.noise_gather.banks import mapped
 from fastdistill.train import arguments, checkpoint, devices, distributed
 from fastdistill.train.callbacks import Callbacks, Progress
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult, fit
 from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
-from fastdistill.train.sources import check_sources, explain
+from fastdistill.train.sources import Sources, banks_of, check_sources, explain, fingerprint
 from fastdistill.train.step import TrainStep
 
 
@@ -61,7 +59,9 @@ class DistillTrainer:
         schedule: a ``NoiseSchedule``, a ``FlowSchedule`` or a diffusers scheduler (``schedule_of``).
         latents: the cache. prompts: the bank that its rows point into, the null prompt last. Either may be on the disk
             (``open`` in place of ``load``), and prompts may be encoded on demand (``PromptBank.on_demand``); a thread
-            then reads, or encodes, the rows of the coming steps.
+            then reads, or encodes, the rows of the coming steps. A list of caches, of latents of several shapes: every
+            step draws from one of them, from each as often as it is large; then prompts may be a list too, with the
+            bank of each (the sizes that SDXL reads, say).
         objective: such as ``RandomConditioning``.
         config: a ``TrainConfig``, or a mapping of its fields.
         device: where to train (None: where the student is).
@@ -86,8 +86,8 @@ class DistillTrainer:
         teacher: nn.Module,
         student: nn.Module | Student,
         schedule: Schedule | Any,
-        latents: LatentCache,
-        prompts: PromptBank,
+        latents: LatentCache | Sequence[LatentCache],
+        prompts: PromptBank | Sequence[PromptBank],
         objective: Objective,
         config: TrainConfig | Mapping[str, Any],
         *,
@@ -100,11 +100,12 @@ class DistillTrainer:
     ) -> None:
         config = self.config = arguments.config(config)
         teacher, student = arguments.model(teacher, "teacher"), arguments.model(student, "student")
-        arguments.check_data(latents, prompts)
-        shown = prompts if preview_prompts is None else arguments.preview_prompts(preview_prompts, prompts)
+        sources = arguments.sources(latents, prompts)
+        pool = sources[0][1]
+        shown = pool if preview_prompts is None else arguments.preview_prompts(preview_prompts, pool)
         arguments.check_functions(objective, shard=shard, call=call, decode=decode)
         scheduler = None if isinstance(schedule, Schedule) else schedule
-        schedule, prediction_type = arguments.schedule(schedule, prediction_type, teacher, latents)
+        schedule, prediction_type = arguments.schedule(schedule, prediction_type, teacher, sources)
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
@@ -125,13 +126,12 @@ class DistillTrainer:
                 fuse(self.student)
             low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
             scaling = LossScale(self.device) if low else None
+            first, *others = _placed(sources, self.device, config)
             setting = self._setting = Setting(
                 teacher=self.teacher,
                 student=self.student,
                 schedule=schedule,
-                latents=_placed(latents.latents, self.device, config),
-                latent_prompts=latents.prompt_index.to(self.device),
-                prompts=mapped(lambda bank: cast(Tensor, _placed(bank, self.device, config)), prompts.rows),
+                **vars(first),
                 batch=batch,
                 prediction_type=prediction_type,
                 ahead=config.ahead,
@@ -140,13 +140,15 @@ class DistillTrainer:
                 global_batch=config.batch,
                 call=call,
                 micro_batch=config.micro_batch,
+                others=tuple(others),
             )
-            self._fingerprint = _fingerprint(setting, latents, prompts, objective, config)
+            self._fingerprint = fingerprint(setting, sources, objective, config)
             if adapters:
                 self._fingerprint["adapters"] = adapters
             if call is not None:
                 self._fingerprint["call"] = "a function"
-            check_sources(latents, prompts, self.teacher, self._fingerprint["teacher"]["weights"])
+            for cache, bank in sources:
+                check_sources(cache, bank, self.teacher, self._fingerprint["teacher"]["weights"])
             each = {
                 k: v for k, v in dataclasses.asdict(config).items() if k not in ("ahead", "banks", "keep_checkpoints")
             }
@@ -157,7 +159,7 @@ class DistillTrainer:
             undo.callback(bound.close)
             if shard is not None:
                 distributed.shard(self.student, bound, shard)
-            self.step = TrainStep(bound, self.student, config, self.device, scaling)
+            self.step = TrainStep(bound, self.student, config, self.device, scaling, shapes=len(sources))
             for model in (teacher, student):
                 if family := families.find(model):
                     undo.callback(devices.held(model, family.prepare))
@@ -222,8 +224,6 @@ class DistillTrainer:
         self._freeze()
         if not self.student.training:
             self.student.train()
-        names, banks = labels(self._setting.prompts), listed_banks(self._setting.prompts)
-        rows = {"latents": self._setting.latents} | {f"prompts{n}": b for n, b in zip(names, banks, strict=True)}
         self._fitting = True
         try:
             return fit(
@@ -236,7 +236,7 @@ class DistillTrainer:
                 callbacks=callbacks,
                 preview=None if previews is None else lambda done: previews(self.ema_student(), done),
                 teacher=self.teacher,
-                explain=lambda: explain(rows, self.teacher, self.student),
+                explain=lambda: explain(banks_of(self._setting), self.teacher, self.student),
             )
         except RuntimeError as error:
             if (explained := self._setting.explained(error)) is not None:
@@ -340,51 +340,19 @@ def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.
         module.training = training
 
 
-def _placed(bank: Rows, device: torch.device, config: TrainConfig) -> Rows:
-    """A bank where the configuration has it; on the disk, or encoded on demand, it stays so."""
-    if not isinstance(bank, Tensor):
-        return bank
+def _placed(sources: Sources, device: torch.device, config: TrainConfig) -> tuple[Bucket, ...]:
+    """The banks where the configuration has them, those that several shapes share once; on the disk, or encoded on
+    demand, they stay so."""
     pinned = config.banks == "pinned" and device.type == "cuda"
-    return bank.cpu().pin_memory() if pinned else bank.to(device)
+    known: dict[int, Tensor] = {}
 
+    def place(rows: Any) -> Any:
+        if not isinstance(rows, Tensor):
+            return rows
+        if id(rows) not in known:
+            known[id(rows)] = rows.cpu().pin_memory() if pinned else rows.to(device)
+        return known[id(rows)]
 
-def _fingerprint(
-    setting: Setting, latents: LatentCache, prompts: PromptBank, objective: Objective, config: TrainConfig
-) -> dict[str, Any]:
-    """What must be the same for a run to be continued, on this machine or another.
-
-    The student's parameters are compared by name (``checkpoint.latest``). What a machine computes may differ in its
-    last bits from what another did, so nothing here is a hash of it.
-    """
-    free = {
-        "ahead",
-        "banks",
-        "checkpoint_every",
-        "execution",
-        "keep_checkpoints",
-        "log_every",
-        "precision",
-        "preview",
-        "trackers",
-        "micro_batch",
-        "gradient_checkpointing",
-    }
-    if config.lr_schedule == "constant":
-        free.add("steps")  # a constant rate can simply go on
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    schedule = setting.schedule.to_config()
-    if isinstance(setting.schedule, NoiseSchedule) and "alphas_cumprod" in schedule:
-        schedule["alphas_cumprod"] = up_to_rounding(setting.schedule.alphas_cumprod)
-    return {
-        "config": plain(settings, "config"),
-        "objective": plain(objective.describe(), "objective.describe()"),
-        "teacher": {"weights": weights_hash(setting.teacher), "dtype": _dtypes(setting.teacher)},
-        "latents": latents.fingerprint or {"sha256": latents.identity},
-        "prompts": prompts.identity,
-        "schedule": schedule,
-        "prediction_type": setting.prediction_type,
-    }
-
-
-def _dtypes(model: nn.Module) -> str:
-    return ", ".join(sorted({dtype_name(p.dtype) for p in model.parameters()}))
+    return tuple(
+        Bucket(place(cache.latents), cache.prompt_index.to(device), mapped(place, bank.rows)) for cache, bank in sources
+    )

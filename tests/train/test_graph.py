@@ -41,7 +41,7 @@ class OnGPU:
 
     counter = type("counter", (), {"device": torch.device("cuda")})
     objective = SimpleNamespace(trained=())
-    compiled = 0
+    compiled, shapes = 0, 1
 
     def compile(self) -> None:
         self.compiled += 1
@@ -172,7 +172,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 class Counting:
     """A step that counts, and does not when it is captured."""
 
-    stream = None
+    stream, shapes = None, 1
     compiled = False
     objective = SimpleNamespace(trained=())
     randomness = contextlib.nullcontext
