@@ -3,6 +3,7 @@
 
 from fastdistill.evaluate.diversity import (
     bootstrap,
+    bootstrap_all,
     class_separation,
     density_coverage,
     mean_shift,
@@ -16,6 +17,7 @@ from fastdistill.evaluate.report import write_report
 
 __all__ = [
     "bootstrap",
+    "bootstrap_all",
     "class_separation",
     "density_coverage",
     "frechet_distance",

@@ -8,7 +8,7 @@ Distances are made in chunks: 50,000 features of 2048 values need about 2 GB bes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -156,6 +156,19 @@ def bootstrap(
     Raises:
         InputError: n below 2, a level that is not between 0 and 1, a sample of one row.
     """
+    options: dict[str, Any] = {"n": n, "seed": seed, "level": level, "replace": replace}
+    return bootstrap_all(lambda *rows: (statistic(*rows),), *samples, **options)[0]
+
+
+def bootstrap_all(
+    statistic: Callable[..., Sequence[float]],
+    *samples: Any,
+    n: int = 200,
+    seed: int = 0,
+    level: float = 0.95,
+    replace: bool = True,
+) -> list[Interval]:
+    """``bootstrap`` of a statistic of several values, such as ``precision_recall``: an interval of each."""
     if n < 2:
         raise InputError.of("n", "at least 2", n)
     if not 0 < level < 1:
@@ -174,12 +187,12 @@ def bootstrap(
             chosen = torch.randperm(rows, generator=random)[: rows // 2]
         return sample[chosen.to(sample.device)]
 
-    value = float(statistic(*tensors))
-    drawn = torch.tensor([statistic(*map(again, tensors)) for _ in range(n)], dtype=torch.float64)
+    values = torch.tensor([float(value) for value in statistic(*tensors)], dtype=torch.float64)
+    drawn = torch.tensor([list(map(float, statistic(*map(again, tensors)))) for _ in range(n)], dtype=torch.float64)
     if not replace:
-        drawn += value - drawn.mean()
-    low, high = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return Interval(value, low, high)
+        drawn += values - drawn.mean(0)
+    ends = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)
+    return [Interval(*three) for three in zip(values.tolist(), *ends.tolist(), strict=True)]
 
 
 def _features(value: Any, name: str) -> Tensor:

@@ -169,6 +169,35 @@ def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
     return figure
 
 
+def losses_over_time(timestep: Sequence[int], losses: Mapping[str, Sequence[float]], parts: int = 10) -> Figure:
+    """Losses of n samples over their timesteps [n], logarithmic, with the mean in each of ``parts`` equal stretches."""
+    t = np.asarray(timestep, dtype=float)
+    figure, axes = _axes(9.0, 3.4)
+    edges = np.linspace(t.min(), t.max() + 1, parts + 1)
+    place = np.clip(np.searchsorted(edges, t, side="right") - 1, 0, parts - 1)
+    ends, texts = [], []
+    for (name, values), color in zip(losses.items(), (BLUE, ORANGE, *_MORE), strict=False):
+        y = np.asarray(values, dtype=float)
+        if y.shape != t.shape:
+            raise InputError.of(f"losses[{name!r}]", f"{len(t)} values, one for each timestep", y.shape)
+        axes.plot(t, y, ".", color=color, alpha=0.25, markersize=4, markeredgewidth=0)
+        filled = [part for part in range(parts) if (place == part).any()]
+        x = [t[place == part].mean() for part in filled]
+        mean = [y[place == part].mean() for part in filled]
+        axes.plot(x, mean, color=color, linewidth=2, solid_capstyle="round")
+        ends.append((mean[-1], name, color, x[-1]))
+        texts.append(f"{label(name)}: {mean[0]:.3g} near t = {x[0]:.0f}, {mean[-1]:.3g} near t = {x[-1]:.0f}")
+    if all((np.asarray(values) > 0).all() for values in losses.values()):
+        axes.set_yscale("log")
+        _log_ticks(axes)
+    axes.set_xlabel("timestep t (0: the clean latent, right: pure noise)", color=MUTED, fontsize=9)
+    axes.set_ylabel("loss", color=MUTED, fontsize=9)
+    axes.margins(x=0.01)
+    _end_labels(figure, axes, ends)
+    figure.set_label("Loss over timesteps. " + "; ".join(texts) + ".")
+    return figure
+
+
 def probability_curve(probability: Sequence[float]) -> Figure:
     """p(t), the probability that a random prompt replaces the paired one, for timesteps t = 0..T-1."""
     p = np.asarray(probability, dtype=float)

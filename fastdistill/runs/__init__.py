@@ -16,6 +16,7 @@ from fastdistill.runs.config import (
     RunConfig,
     StudentSettings,
 )
+from fastdistill.runs.evaluate import evaluate
 from fastdistill.runs.opened import Pool, Run, opened
 from fastdistill.train.config import from_yaml
 
@@ -42,6 +43,7 @@ __all__ = [
     "RunConfig",
     "StudentSettings",
     "cache",
+    "evaluate",
     "load",
     "opened",
 ]

@@ -179,9 +179,13 @@ class EvaluateSettings:
     batch: Count = 16
     """Images that a model makes at once."""
     metrics: tuple[Literal["fid", "kid", "clip"], ...] = ()
-    """Scores by torchmetrics, with weights that are on this machine."""
+    """Scores to add; FID and KID by torchmetrics. All with weights that are on this machine."""
     features: str | None = None
-    """Folder of a CLIP or DINO model, the features for diversity and KID; none: fixed features of the pixels."""
+    """Folder of a CLIP or DINO model, the features for diversity; none: fixed features of the pixels."""
+    inception: str | None = None
+    """File of Inception-v3's weights for FID and KID; none: where torch keeps downloads."""
+    clip: str | None = None
+    """Folder of the CLIP model of the CLIP score."""
     reference: str | None = None
     """Folder of real images for FID, KID, precision and recall; none: the teacher's images."""
 

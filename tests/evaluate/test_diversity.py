@@ -13,6 +13,7 @@ from fastdistill.errors import InputError
 from fastdistill.evaluate import diversity
 from fastdistill.evaluate.diversity import (
     bootstrap,
+    bootstrap_all,
     class_separation,
     density_coverage,
     mean_shift,
@@ -157,6 +158,16 @@ def test_halves_of_a_sample_have_no_row_twice_and_the_seed_decides() -> None:
     assert bootstrap(statistic, x, x + 1, n=5, seed=3, replace=False) == first
     assert bootstrap(statistic, x, x + 1, n=5, seed=4, replace=False) != first
     assert bootstrap(statistic, x, x + 1, n=5).value == first.value == 55 + 66
+
+
+def test_intervals_of_several_values_are_those_of_each() -> None:
+    real, fake = normal(10, 30, 2), normal(11, 30, 2) + 0.5
+    both = bootstrap_all(precision_recall, real, fake, n=10, seed=2, replace=False)
+    for place, found in enumerate(both):
+        assert found == bootstrap(
+            lambda a, b, i=place: precision_recall(a, b)[i], real, fake, n=10, seed=2, replace=False
+        )  # type: ignore[misc]
+        assert found.low <= found.value <= found.high
 
 
 _SOME = torch.ones(4, 2)

@@ -42,5 +42,5 @@ def run_config(folder: Path, directory: Path, **changes: Any) -> RunConfig:
         "train": {"steps": 3, "batch": 4, "log_every": 1, "checkpoint_every": 2},
     }  # fmt: skip
     for name, value in changes.items():
-        values[name] = {**values[name], **value} if isinstance(value, dict) and name != "student" else value
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) and name != "student" else value
     return from_mapping(RunConfig, values)

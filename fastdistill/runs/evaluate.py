@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The student of a run beside its teacher, on the same prompts and noise (``fastdistill evaluate``)."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+import fastdistill
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.data.texts import read_prompts
+from fastdistill.distill.objective import Setting
+from fastdistill.errors import InputError, described
+from fastdistill.evaluate._optional import require
+from fastdistill.evaluate.comparison import write_comparison
+from fastdistill.evaluate.features import Extractor, FolderFeatures, inception_features, pixel_features
+from fastdistill.evaluate.figures import losses_over_time, png, sample_grid
+from fastdistill.evaluate.held_out import HeldOut, held_out_losses
+from fastdistill.evaluate.measures import Measures
+from fastdistill.evaluate.samples import MODELS, Samples, compared
+from fastdistill.files import atomic_write, make_directory
+from fastdistill.models import Student, make_student
+from fastdistill.models.calling import kept_in_float32
+from fastdistill.runs.config import RunConfig
+from fastdistill.runs.images import image_batches, image_files
+from fastdistill.runs.opened import Run, opened
+from fastdistill.train.config import to_yaml
+
+FOLDER = "evaluation"  # in the directory of the run
+_SHOWN = 12
+
+
+class _Prompts(NamedTuple):
+    """texts: P. bank: of them. seen: whether the student was trained on latents of each."""
+
+    texts: list[str]
+    bank: PromptBank
+    seen: list[bool]
+
+
+def evaluate(
+    config: RunConfig,
+    *,
+    student: Any = None,
+    step: int | None = None,
+    features: Extractor | None = None,
+    allow_code: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, Any]:
+    """Compare the averaged student of a run with its teacher by the settings ``config.evaluate``; both compute in the
+    teacher's dtype.
+
+    Writes ``evaluation/`` in the run's directory: ``report.html``, ``report.json``, ``samples.png`` and ``run.yaml``,
+    with which the same comparison is made again.
+
+    Args:
+        student: a model, or a ``Student``, to compare instead of the run's; it is left as it is.
+        step: of the student's checkpoint; None: the newest.
+        features: images [b, 3, H, W] in [0, 1] -> features [b, D] for all figures that need some, in place of those
+            that ``config.evaluate`` names.
+        progress: called with (samples made by both models, all).
+
+    Returns:
+        The report, as in ``report.json`` (``fastdistill.evaluate.comparison.write_comparison``).
+
+    Raises:
+        InputError: a value outside of its range, or a student that does not fit.
+        StorageError: a folder, a file of weights or a checkpoint that is missing or damaged, before anything is
+            sampled. FastdistillError: a package that is missing.
+    """
+    start = time.perf_counter()
+    run = opened(config, allow_code=allow_code)
+    settings, size, device = run.config.evaluate, run.sizes[0], run.config.device
+    extractors = _extractors(run, features)
+    reference = [] if settings.reference is None else image_files(settings.reference)
+    prompts = _prompts(run)
+    images = settings.images_per_prompt
+    model, taps = _student(run, student, step)
+    models = run.pipeline.model(device=device, dtype=run.teacher_dtype), model
+    vae = run.pipeline.autoencoder(device=device, dtype=run.teacher_dtype)
+    steps = run.config.cache.steps if settings.steps is None else settings.steps
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": _guidance(run), "seed": settings.seed, "size": size}
+
+    def made(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda rows, noise: run.pipeline.sample(model, prompts.bank, rows, noise, call=run.call, **options)
+
+    rows = torch.arange(len(prompts.texts)).repeat(images)
+    samples = compared(
+        made(models[0]), made(models[1]), lambda latents: run.pipeline.family.decode(vae, latents), rows,
+        batch=settings.batch, extractors=extractors, shown=min(_SHOWN, len(prompts.texts)), progress=progress,
+    )  # fmt: skip
+    seconds = {"samples": time.perf_counter() - start}
+    losses = _losses(run, models, taps, samples, rows, prompts)
+    seconds["held_out_losses"] = time.perf_counter() - start - sum(seconds.values())
+    measures = _measures(run, extractors, samples, losses, prompts, reference)
+    seconds["measures"] = time.perf_counter() - start - sum(seconds.values())
+    seconds["total"] = time.perf_counter() - start
+    report = _report(run, models, samples, measures, prompts, options, seconds, _named(run, features))
+    _write(run.directory / FOLDER, config, report, samples, losses, prompts.texts)
+    return report
+
+
+def _extractors(run: Run, features: Extractor | None) -> dict[str, Extractor]:
+    """By what they are for: ``features``, ``inception`` and ``clip``, as the settings ask for them."""
+    settings, device = run.config.evaluate, run.config.device
+    if features is not None and not callable(features):
+        raise InputError.of("features", "a function of images", described(features))
+    found: dict[str, Extractor] = {}
+    if features is not None:
+        found["features"] = features
+    elif settings.features is None:
+        found["features"] = pixel_features
+    else:
+        found["features"] = FolderFeatures(settings.features, device)
+    if {"fid", "kid"} & set(settings.metrics):
+        require("torchmetrics", "metrics")
+        found["inception"] = features or inception_features(settings.inception, device)
+    if "clip" in settings.metrics:
+        if settings.clip is None:
+            raise InputError.of("evaluate.clip", "the folder of a CLIP model, for the CLIP score", "none")
+        clip = FolderFeatures(settings.clip, device)
+        clip.texts(["a"])
+        found["clip"] = clip
+    return found
+
+
+def _named(run: Run, features: Extractor | None) -> str:
+    if features is not None:
+        return getattr(features, "__name__", type(features).__name__)
+    return run.config.evaluate.features or "colors of 8 x 8 areas"
+
+
+def _prompts(run: Run) -> _Prompts:
+    """The last prompts of the pool, or those of a file, by the run's text encoders."""
+    wanted = run.config.evaluate.prompts
+    if isinstance(wanted, str):
+        given = run.config.prompts
+        options = {"strip": given.strip, "unique": given.unique, "skip_empty": given.skip_empty}
+        texts = read_prompts(Path(wanted).expanduser(), column=given.column, **options).texts
+        trained = set(run.pool.texts[: run.pool.seen]) if given.file is not None else set()
+        return _Prompts(texts, _encoded(run, texts), [text in trained for text in texts])
+    first = max(0, len(run.pool.texts) - wanted)
+    texts = run.pool.texts[first:]
+    seen = [row < run.pool.seen for row in range(first, len(run.pool.texts))]
+    cache = run.config.cache
+    stored = cache.encodings == "stored" and _guidance(run) == cache.guidance_scale  # which some families encode
+    if not stored or not (run.prompts_place / "manifest.json").exists():
+        return _Prompts(texts, _encoded(run, texts), seen)
+    bank = run.bank()
+    at = torch.arange(first, bank.null_index + 1)
+    banks = {name: rows[at] for name, rows in bank.banks.items()}
+    return _Prompts(texts, PromptBank(banks, texts, bank.null_text, bank.encoder), seen)
+
+
+def _encoded(run: Run, texts: list[str]) -> PromptBank:
+    encoders = run.pipeline.encoders(device=run.config.device, dtype=run.teacher_dtype)
+    return run.pipeline.encode(texts, encoders, size=run.sizes[0], guidance_scale=_guidance(run))
+
+
+def _guidance(run: Run) -> float:
+    own = run.config.evaluate.guidance_scale
+    return run.config.cache.guidance_scale if own is None else own
+
+
+def _student(run: Run, student: Any, step: int | None) -> tuple[Any, list[tuple[str, str]]]:
+    """The student in eval mode and the teacher's dtype, and its taps."""
+    if student is None:
+        from fastdistill.runs.models import trained_student
+
+        model = _cast(trained_student(run, step=step), run.teacher_dtype)
+        planned = make_student(run.pipeline.model(device="meta"), run.student_spec)
+        return model, list(zip(planned.teacher_taps, planned.student_taps, strict=True))
+    taps: list[tuple[str, str]] = []
+    if isinstance(student, Student):
+        taps = list(zip(student.teacher_taps, student.student_taps, strict=True))
+        student = student.model
+    if not isinstance(student, nn.Module):
+        raise InputError.of("student", "a model, or a Student", described(student))
+    model = copy.deepcopy(student).to(run.config.device).eval().requires_grad_(False)
+    return _cast(model, run.teacher_dtype), taps
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model in this dtype, but for what diffusers keeps in float32."""
+    kept = kept_in_float32(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and id(tensor) not in kept:
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _losses(
+    run: Run, models: tuple[Any, Any], taps: list[tuple[str, str]], samples: Samples, rows: Tensor, prompts: _Prompts
+) -> HeldOut:
+    """On the teacher's samples of this comparison."""
+    device = torch.device(run.config.device)
+    setting = Setting(
+        *models,
+        run.pipeline.schedule(run.sizes[0]),
+        samples.latents["teacher"].to(device),
+        rows.to(device),
+        prompts.bank.to(device).rows,
+        min(run.config.evaluate.batch, len(rows)),
+        run.pipeline.prediction_type,
+        call=run.call,
+    )
+    return held_out_losses(setting, taps, seed=run.config.evaluate.seed)
+
+
+def _measures(
+    run: Run,
+    extractors: Mapping[str, Extractor],
+    samples: Samples,
+    losses: HeldOut,
+    prompts: _Prompts,
+    reference: list[Path],
+) -> Measures:
+    settings = run.config.evaluate
+    measures = Measures(samples, len(prompts.texts), seed=settings.seed)
+    measures.distances()
+    measures.losses(losses)
+    real: dict[str, Tensor] = {}
+    if reference:
+        real = _features(reference, run.pipeline.size(run.sizes[0]), settings.batch, extractors)
+    measures.diversity("features", real.get("features"))
+    if names := [name for name in settings.metrics if name != "clip"]:
+        measures.scores("inception", names, real.get("inception"))
+    clip = extractors.get("clip")
+    if isinstance(clip, FolderFeatures):
+        measures.clip("clip", clip.texts(prompts.texts))
+    return measures
+
+
+@torch.no_grad()
+def _features(
+    files: list[Path], size: tuple[int, int], batch: int, extractors: Mapping[str, Extractor]
+) -> dict[str, Tensor]:
+    """Of real images, by extractor."""
+    found: dict[str, list[Tensor]] = {name: [] for name in extractors if name != "clip"}
+    for images in image_batches(files, size, batch):
+        for name, parts in found.items():
+            parts.append(extractors[name](images).float().cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _report(
+    run: Run,
+    models: tuple[Any, Any],
+    samples: Samples,
+    measures: Measures,
+    prompts: _Prompts,
+    options: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    features: str,
+) -> dict[str, Any]:
+    settings = run.config.evaluate
+    each = samples.distances["images"].each.view(-1, len(prompts.texts)).mean(0).tolist()
+    of_models = {
+        name: {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "images_per_second": samples.images_per_second[name],
+            "measures": measures.values[name],
+        }
+        for name, model in zip(MODELS, models, strict=True)
+    }
+    height, width = run.pipeline.size(run.sizes[0])
+    told = {
+        "prompts": len(prompts.texts),
+        "seen_prompts": sum(prompts.seen),
+        "images_per_prompt": settings.images_per_prompt,
+        "pixels": f"{height} x {width}",
+        "dtype": str(run.teacher_dtype).removeprefix("torch."),
+        "resamples": measures.resamples,
+    }
+    device = run.config.device
+    return {
+        "title": f"Student and teacher of {run.directory.name}",
+        **of_models,
+        "sampling": told | {name: options[name] for name in ("steps", "guidance_scale", "seed")},
+        "features": features,
+        "reference": "the teacher's images" if settings.reference is None else settings.reference,
+        "left_out": measures.left_out,
+        "prompts": [
+            {"text": text, "seen": seen, "images_distance": distance}
+            for text, seen, distance in zip(prompts.texts, prompts.seen, each, strict=True)
+        ],
+        "seconds": dict(seconds),
+        "versions": {
+            "fastdistill": fastdistill.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(device) if "cuda" in device else f"{platform.machine()} CPU",
+        "date": datetime.date.today().isoformat(),
+        "reproduce": [f"fastdistill evaluate {run.directory / FOLDER / 'run.yaml'}"],
+    }
+
+
+def _write(
+    folder: Path, config: RunConfig, report: Mapping[str, Any], samples: Samples, losses: HeldOut, texts: list[str]
+) -> None:
+    terms = {"output": losses.output} | ({} if losses.feature is None else {"feature": losses.feature})
+    figures = {
+        "samples": sample_grid(samples.shown, texts[: len(samples.shown["teacher"])]),
+        "losses": losses_over_time(losses.timestep.tolist(), {name: term.tolist() for name, term in terms.items()}),
+    }
+    make_directory(folder)
+    atomic_write(folder / "samples.png", png(figures["samples"], transparent=False))
+    atomic_write(folder / "run.yaml", to_yaml(config).encode())
+    write_comparison(folder, report, figures)

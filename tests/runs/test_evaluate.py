@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A student beside its teacher, on the pipelines of every family."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdistill import runs
+from fastdistill.errors import InputError, StorageError
+from fastdistill.models import Student, make_student
+from tests.models import tiny_pipelines as tiny
+from tests.runs.conftest import run_config
+
+Folders = Callable[[str], Path]
+QUICK = ("sd", "dit")
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny.PIPELINES]
+
+
+def config(folder: Path, directory: Path, **changes: Any) -> runs.RunConfig:
+    settings = {"prompts": 3, "images_per_prompt": 2, "batch": 4} | changes.pop("evaluate", {})
+    return run_config(folder, directory, evaluate=settings, **changes)
+
+
+def student_of(run: runs.Run) -> Student:
+    return make_student(run.pipeline.model(), run.student_spec)
+
+
+def colors(images: Tensor) -> Tensor:
+    return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_student_of_every_family(name: str, saved: Folders, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"prompts": {"file": None, "seen": 1}} if name == "dit" else {}
+    given = config(saved(name), tmp_path, cache={"guidance_scale": 1.0} if name in ("lcm", "flux") else {}, **changes)
+    done: list[tuple[int, int]] = []
+    report = runs.evaluate(given, student=student_of(runs.opened(given)), progress=lambda *n: done.append(n))
+    folder = tmp_path / "run" / "evaluation"
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert sorted(file.name for file in folder.iterdir()) == ["report.html", "report.json", "run.yaml", "samples.png"]
+    prompts = 2 if name == "dit" else 3
+    assert done[-1] == (4 * prompts, 4 * prompts)
+    assert [prompt["seen"] for prompt in report["prompts"]] == (
+        [True, False] if name == "dit" else [True, False, False]
+    )
+    student, teacher = report["student"], report["teacher"]
+    assert student["parameters"] < teacher["parameters"]
+    assert student["images_per_second"] > 0 and teacher["images_per_second"] > 0
+    measures = student["measures"]
+    for key in ("images_distance", "latents_distance", "output_loss", "feature_loss"):
+        if (name, key) == ("sd", "feature_loss"):  # of a student of other channels
+            continue
+        low, high = measures[key]["interval"]
+        assert 0 < low <= measures[key]["value"] <= high, key
+    assert measures["vendi_ratio"]["value"] > 0 and measures["variance_ratio"]["value"] > 0
+    assert set(report["left_out"]) <= {"precision", "recall", "density", "coverage", "feature_loss"}  # of so few images
+
+
+def test_a_student_that_is_the_teacher(saved: Folders, tmp_path: Path) -> None:
+    """No distance, no loss, the same diversity; and the same numbers whatever the batch, but for the last bits."""
+    given = config(saved("sd"), tmp_path, evaluate={"images_per_prompt": 3})
+    run = runs.opened(given)
+    model = run.pipeline.model()
+    names = ("down_blocks.0", "up_blocks.1")
+    same = runs.evaluate(given, student=Student(model, names, names, ((8, 8),) * 2, None), features=colors)
+    measures = same["student"]["measures"]
+    for key in ("images_distance", "latents_distance", "output_loss", "feature_loss"):
+        assert measures[key] == {"value": 0.0, "interval": [0.0, 0.0]}
+    for key in ("precision", "recall", "coverage", "vendi_ratio", "variance_ratio", "class_separation"):
+        assert measures[key]["value"] == pytest.approx(1, rel=1e-9)
+    assert same["teacher"]["measures"]["images_distance"]["value"] > 0 and same["features"] == "colors"
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_compared_is_what_was_asked_for(saved: Folders, tmp_path: Path) -> None:
+    """Prompts of a file, another number of steps and guidance; the distance is that of two samples."""
+    (tmp_path / "own.txt").write_text("a cat\na house\n")
+    given = config(saved("sd"), tmp_path, evaluate={
+        "prompts": str(tmp_path / "own.txt"), "steps": 3, "guidance_scale": 1.5, "seed": 7, "images_per_prompt": 1,
+    })  # fmt: skip
+    run = runs.opened(given)
+    student = student_of(run).model.eval()
+    report = runs.evaluate(given, student=student)
+    assert [(p["text"], p["seen"]) for p in report["prompts"]] == [("a cat", True), ("a house", False)]
+    bank = run.pipeline.encode(["a cat", "a house"])
+    options: dict[str, Any] = {"steps": 3, "guidance_scale": 1.5, "seed": 7}
+    own, theirs = (run.pipeline.sample(m, bank, torch.arange(2), **options) for m in (student, run.pipeline.model()))
+    wanted = (own - theirs).double().square().mean((1, 2, 3)).sqrt()
+    found = report["student"]["measures"]["latents_distance"]["value"]
+    assert found == pytest.approx(float(wanted.mean()), rel=1e-5)
+    assert report["sampling"]["steps"] == 3 and report["sampling"]["guidance_scale"] == 1.5
+    assert report["left_out"]["variance_ratio"] == "there is one image of each prompt"
+    assert "feature_loss" in report["left_out"]  # a model alone has no taps
+
+
+def test_scores_with_features_and_images_of_ones_own(saved: Folders, tmp_path: Path) -> None:
+    pytest.importorskip("torchmetrics")
+    from PIL import Image
+
+    (tmp_path / "real" / "deeper").mkdir(parents=True)
+    for place in range(4):
+        shade = Image.new("RGB" if place else "L", (40 + place, 32), 60 * place if not place else (60 * place, 9, 9))
+        shade.save(tmp_path / "real" / ("deeper" if place == 3 else "") / f"{place}.png")
+    given = config(saved("sd"), tmp_path, evaluate={"metrics": ["fid", "kid"], "reference": str(tmp_path / "real")})
+    report = runs.evaluate(given, student=student_of(runs.opened(given)), features=colors)
+    for model in ("teacher", "student"):
+        assert report[model]["measures"]["fid"]["value"] > 0 and "kid" in report[model]["measures"]
+    assert report["reference"] == str(tmp_path / "real")
+    assert "fid" in (tmp_path / "run" / "evaluation" / "report.html").read_text().lower()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ["clip"]}, "evaluate.clip: expected the folder of a CLIP model"),
+        ({"features": "nowhere"}, "nowhere: expected the folder of a model of transformers"),
+        ({"metrics": ["fid"], "inception": "nowhere.pth"}, "nowhere.pth: expected the weights of Inception-v3"),
+        ({"prompts": "nowhere.txt"}, "nowhere.txt"),
+        ({"reference": "nowhere"}, "nowhere: expected images"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_sampled(
+    saved: Folders, tmp_path: Path, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "metrics" in changes:
+        pytest.importorskip("torchmetrics")
+    monkeypatch.setattr(sys.modules["fastdistill.runs.evaluate"], "compared", lambda *_, **__: pytest.fail("sampled"))
+    given = config(saved("sd"), tmp_path, evaluate=changes)
+    with pytest.raises((InputError, StorageError), match=message):
+        runs.evaluate(given, student=student_of(runs.opened(given)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_students_that_are_none(saved: Folders, tmp_path: Path) -> None:
+    given = config(saved("sd"), tmp_path)
+    with pytest.raises(InputError, match=r"^student: expected a model, or a Student, got 'student'"):
+        runs.evaluate(given, student="student")
+    with pytest.raises(InputError, match=r"^features: expected a function of images, got 3"):
+        runs.evaluate(given, student=torch.nn.Identity(), features=3)  # type: ignore[arg-type]
