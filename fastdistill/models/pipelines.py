@@ -191,6 +191,12 @@ class PipelineFolder:
         others = [file for file in found if file.suffix not in (".safetensors", ".bin", ".md")]
         return used + [file for file in others if not file.name.endswith(".index.json")]
 
+    def row(self) -> dict[str, Tensor]:
+        """A row of each bank that ``encode`` makes, without values: on the meta device."""
+        place = self.path / "tokenizer" / "tokenizer_config.json"
+        longest = _json(place).get("model_max_length", 77) if place.exists() else 77
+        return self.family.row(self.config, self.kind, int(longest))
+
     def sample(
         self,
         model: Any,

@@ -22,9 +22,11 @@ PARTS = {
     "activations": "kept for the backward, and temporary",
     "batch": "what a step draws, and the gradients of its losses",
     "banks": "latents and encodings on the device",
-    "gathered": "blocks of a sharded student that are whole for a moment (model)",
-    "workspace": "context of the device, libraries, fragmentation (model)",
+    "encoders": "of texts, where they are encoded while training",
+    "gathered": "blocks of a sharded student that are whole for a moment",
+    "workspace": "context of the device, libraries, fragmentation",
 }
+MODELLED = ("gathered", "workspace")  # the others are the sizes of tensors
 _WEIGHTS = ("student", "gradients", "masters", "moments", "averages")  # cut over the ranks by sharding
 _CONTEXT = 600 * 2**20  # bytes of a CUDA context with torch's and the libraries' kernels
 _LIBRARIES = 64 * 2**20  # workspaces of cuBLAS and cuDNN

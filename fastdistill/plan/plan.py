@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,9 +23,8 @@ class Plan:
     """What a run needs on each of its ranks, by ``planned``.
 
     micro_batch: samples that go through the models at once. batch: samples of a step on this rank. memory: bytes by
-    part (``fastdistill.plan.memory.PARTS``) at the peak. largest_micro_batch: the largest divisor of ``batch`` that
-    fits in the card's memory, None: not even 1 does. flops: floating-point operations of a sample, and seconds: of a
-    step, by phase. disk: bytes by what is kept. parameters: of teacher, student, and those that are trained.
+    part (``fastdistill.plan.memory.PARTS``) at the peak. flops: floating-point operations of a sample, and seconds: of
+    a step, by phase. disk: bytes by what is kept. parameters: of teacher, student, and those that are trained.
     """
 
     card: Card
@@ -35,7 +35,6 @@ class Plan:
     batch: int
     steps: int
     memory: Mapping[str, int]
-    largest_micro_batch: int | None
     flops: Mapping[str, int]
     seconds: Mapping[str, float]
     disk: Mapping[str, int]
@@ -46,6 +45,11 @@ class Plan:
     def total(self) -> int:
         """Bytes of all parts of the memory."""
         return total(self.memory)
+
+    @cached_property
+    def largest_micro_batch(self) -> int | None:
+        """The largest divisor of ``batch`` that fits in the card's memory; None: not even 1 does."""
+        return default_micro_batch(self.job, self.card.memory, ranks=self.ranks, sharded=self.sharded)
 
     @property
     def step_seconds(self) -> float:
@@ -79,8 +83,8 @@ class Plan:
         """For JSON."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("job", "card")}
         found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
-        own = {"total": self.total, "step_seconds": self.step_seconds, "images_per_second": self.images_per_second}
-        return {"card": dataclasses.asdict(self.card), **found, **own, "hours": self.hours}
+        own = ("total", "largest_micro_batch", "step_seconds", "images_per_second", "hours")
+        return {"card": dataclasses.asdict(self.card), **found, **{name: getattr(self, name) for name in own}}
 
 
 @dataclass(frozen=True)
@@ -116,14 +120,15 @@ def planned(
         InputError: a batch that the ranks cannot share in equal parts, or a micro-batch that does not divide a part.
     """
     config = job.config
-    if ranks < 1 or config.batch % ranks:
+    if ranks < 1:
+        raise InputError.of("ranks", "at least 1", ranks)
+    if config.batch % ranks:
         raise InputError.of("train.batch", f"a multiple of the {ranks} ranks that share it", config.batch)
     batch = config.batch // ranks
     if config.micro_batch is not None and batch % config.micro_batch:
         raise InputError.of("train.micro_batch", f"a divisor of the {batch} samples of each rank", config.micro_batch)
     job = dataclasses.replace(job, device=card.device)
-    largest = default_micro_batch(job, card.memory, ranks=ranks, sharded=sharded)
-    micro_batch = config.micro_batch or largest or 1
+    micro_batch = config.micro_batch or default_micro_batch(job, card.memory, ranks=ranks, sharded=sharded) or 1
     traced = job.traced(micro_batch < batch)
     return Plan(
         card=card,
@@ -134,7 +139,6 @@ def planned(
         batch=batch,
         steps=config.steps,
         memory=_memory(job, traced, micro_batch, batch, ranks, sharded),
-        largest_micro_batch=largest,
         flops=cost.flops(traced.trace),
         seconds=cost.seconds(traced.trace, micro_batch, batch, card),
         disk={**(disk or {}), "checkpoints": _checkpoints(traced, config.keep_checkpoints)},
@@ -148,7 +152,8 @@ def default_micro_batch(job: Job, available: int, *, ranks: int = 1, sharded: bo
     batch = job.config.batch // ranks
     for size in (size for size in range(batch, 0, -1) if batch % size == 0):
         parts = _memory(job, job.traced(True), size, batch, ranks, sharded)
-        if size == batch and available < total(parts) <= available + parts["gradients"]:  # which only parts accumulate
+        spared = 2 * parts["gradients"] if size == batch else 0  # at the most, where no parts are accumulated
+        if available < total(parts) <= available + spared:
             parts = _memory(job, job.traced(False), size, batch, ranks, sharded)
         if total(parts) <= available:
             return size
@@ -221,7 +226,7 @@ def _memory(job: Job, traced: Traced, micro_batch: int, batch: int, ranks: int, 
         block=traced.block,
         cuda=job.device == "cuda",
     )
-    return memory(traced.trace, micro_batch, batch, layout)
+    return memory(traced.trace, micro_batch, batch, layout) | {"encoders": job.encoders}
 
 
 def _checkpoints(traced: Traced, keep: int) -> int:

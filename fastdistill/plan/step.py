@@ -48,7 +48,8 @@ class Job:
     """What is trained, by its sizes.
 
     teacher: makes it on the meta device. student: makes that of a teacher. latents: [N, *S] and prompts [M + 1, ...] by
-    name, on the meta device. device: the type of device that it is planned for.
+    name, on the meta device. device: the type of device that it is planned for. encoders: bytes of the text encoders
+    that are used while training.
     """
 
     teacher: Callable[[], nn.Module]
@@ -62,6 +63,7 @@ class Job:
     teacher_dtype: torch.dtype = torch.bfloat16
     call: Call | None = None
     device: str = "cuda"
+    encoders: int = 0
     known: dict[Any, Traced] = field(default_factory=dict, compare=False, repr=False)
 
     def traced(self, accumulated: bool) -> Traced:

@@ -18,6 +18,7 @@ from fastdistill.runs.config import (
 )
 from fastdistill.runs.evaluate import evaluate
 from fastdistill.runs.opened import Pool, Run, opened
+from fastdistill.runs.plan import plan
 from fastdistill.train.config import from_yaml
 
 
@@ -46,4 +47,5 @@ __all__ = [
     "evaluate",
     "load",
     "opened",
+    "plan",
 ]

@@ -169,6 +169,23 @@ class OfPipelines:
         the model reads it."""
         return 1.0 if guidance_scale <= 1 or self.reads_guidance(config) else guidance_scale
 
+    def length(self, kind: str, longest: int) -> int:
+        """Tokens of a prompt that a pipeline of class ``kind`` encodes; ``longest``: that its first tokenizer takes."""
+        import diffusers
+
+        call = inspect.signature(getattr(diffusers, kind).__call__).parameters
+        return int(call["max_sequence_length"].default) if "max_sequence_length" in call else longest
+
+    def row(self, config: Mapping[str, Any], kind: str, longest: int) -> dict[str, Tensor]:
+        """A row of each bank that ``encode`` makes, without values: on the meta device. Arguments as ``length``."""
+        length, found = self.length(kind, longest), {}
+        for name, condition in self.conditions(config).items():
+            if condition.required or not condition.integer or name in self.encoded:
+                shape = [length if size is None else size for size in condition.shape]
+                dtype = torch.int64 if condition.integer else torch.float32
+                found[name] = torch.empty(shape, dtype=dtype, device="meta")
+        return found
+
     def scheduler(self, kind: str, scheduler: Any) -> Any:
         """The scheduler of a folder as a pipeline of class ``kind`` sets it."""
         return scheduler

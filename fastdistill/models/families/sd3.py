@@ -31,6 +31,9 @@ class SD3(Family):
             "pooled_projections": Condition((config["pooled_projection_dim"],), "pooled_projection_dim"),
         }
 
+    def length(self, kind: str, longest: int) -> int:
+        return longest + super().length(kind, longest)
+
     def thinned(self, config: dict[str, Any], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         dual = config.get("dual_attention_layers") or ()
         own = tuple(i for i, source in enumerate(kept["transformer_blocks"]) if source in dual)

@@ -65,6 +65,14 @@ class UNet(Family):
             rule = f"rows of width {width} ({field} of the {name}, less {ids} time_ids)"
             raise InputError.of("prompts['text_embeds']", rule, banks["text_embeds"].shape[-1])
 
+    def row(self, config: Mapping[str, Any], kind: str, longest: int) -> dict[str, Tensor]:
+        found = super().row(config, kind, longest)
+        if all(name in found for name in _ADDED):
+            width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            found["text_embeds"] = torch.empty(width, device="meta")
+            found["time_ids"] = torch.empty(6, dtype=torch.int64, device="meta")
+        return found
+
     def scheduler(self, kind: str, scheduler: Any) -> Any:
         if kind == "StableDiffusionPipeline":  # which mends configurations from before these settings
             mended = {"steps_offset": 1, "clip_sample": False}

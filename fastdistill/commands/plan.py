@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""print what a run needs: memory by part, time and disk; no GPU needed"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastdistill.documented import documented
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastdistill.plan import Plan
+
+
+@documented
+@dataclass(frozen=True)
+class PlanConfig:
+    """Print what a run needs, without a GPU and without weights."""
+
+    card: str | None = None
+    """Card to plan for (h100, a100-80gb, rtx4090, ...); none: the run's device, as it is on this machine."""
+    ranks: int = 1
+    """Processes that share the batch, each on such a card."""
+
+
+def run(arguments: list[str]) -> None:
+    import json
+
+    from fastdistill.commands._options import run_file
+
+    given = run_file(PlanConfig, arguments, "plan")
+    if given is None:
+        return
+    from rich.console import Console
+
+    from fastdistill import runs
+
+    found = runs.plan(given.config, card=given.own.card, ranks=given.own.ranks, allow_code=given.allow_code)
+    if given.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        show(found, Console(width=100))
+
+
+def show(found: Plan, console: Console) -> None:
+    """The plan as a table; every line says where its figures come from."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from fastdistill.plan import fits
+    from fastdistill.plan.cards import GIB
+    from fastdistill.plan.memory import MODELLED, PARTS
+
+    card, ranks = found.card, "" if found.ranks == 1 else f", on each of {found.ranks} ranks"
+    ahead = f"{found.micro_batch} at once" + ("" if found.micro_batch == found.batch else f" of {found.batch}")
+    console.print(f"[bold]{card.name}[/bold]{ranks}: {ahead}, {found.execution}", highlight=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for column, justify in (("memory at the peak", "left"), ("GiB", "right"), ("", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for part, size in found.memory.items():
+        if size:
+            table.add_row(part, f"{size / GIB:.2f}", PARTS[part] + " (model)" * (part in MODELLED), end_section=False)
+    table.add_row("all", f"{found.total / GIB:.2f}", f"of {card.memory / GIB:.1f} on the card")
+    console.print(table)
+    largest = "none fits" if found.largest_micro_batch is None else str(found.largest_micro_batch)
+    trained, images = found.parameters["trained"], found.images_per_second
+    phases = ", ".join(f"{name} {operations / 1e9:,.0f}" for name, operations in found.flops.items())
+    lines = {
+        "largest micro-batch": f"{largest} (divisors of {found.batch})",
+        "parameters": f"teacher {found.parameters['teacher']:,}, student {found.parameters['student']:,}"
+        + ("" if trained == found.parameters["student"] else f", {trained:,} trained"),
+        "GFLOP an image": f"{sum(found.flops.values()) / 1e9:,.0f} ({phases}; counted)",
+        "speed": f"{images:,.1f} images/s, {found.step_seconds:.3g} s a step, {found.hours:,.1f} hours ({card.source})",
+        "disk": ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in found.disk.items()),
+    }
+    for name, text in lines.items():
+        console.print(f"  {name:20} {text}", highlight=False, soft_wrap=True)
+    for remedy in fits(found, card.memory) or ():
+        console.print(f"  {'would help':20} {remedy}", highlight=False, soft_wrap=True)
