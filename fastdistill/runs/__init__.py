@@ -17,8 +17,9 @@ from fastdistill.runs.config import (
     StudentSettings,
 )
 from fastdistill.runs.evaluate import evaluate
-from fastdistill.runs.opened import Pool, Run, opened
+from fastdistill.runs.opened import Run, opened
 from fastdistill.runs.plan import plan
+from fastdistill.runs.pool import Pool
 from fastdistill.train.config import from_yaml
 
 

@@ -28,6 +28,7 @@ from fastdistill.errors import InputError
 from fastdistill.models.weights import weights_hash
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.opened import Run, Size, opened
+from fastdistill.runs.pool import reads_texts
 
 Progress = Callable[[str, int, int], object]
 Generate = Callable[[Tensor, Tensor], Tensor]
@@ -37,7 +38,8 @@ Only = Literal["prompts", "latents"]
 @dataclass(frozen=True)
 class Cached:
     """What ``cache`` has left on the disk. prompts: directory of the bank. latents: directory of each size. texts,
-    samples: rows of the bank, null prompt included, and of all latents. made: how many of these were not there."""
+    samples: rows of the bank, null prompt included, and of all latents. made: how many of these were not there. With
+    ``cache.encodings`` tokens there is no bank on the disk."""
 
     prompts: Path
     latents: tuple[Path, ...]
@@ -51,6 +53,7 @@ def cache(
 ) -> Cached:
     """Encode the prompts of a run, then sample its teacher for the seen ones, or go on with what is there.
 
+    With ``cache.encodings`` tokens nothing is encoded beforehand, and the text encoders stay beside the teacher.
     With ``cache.images`` the latents are those images through the VAE, and their captions are the seen prompts.
 
     The text encoders are freed before the teacher is loaded. Sample n depends on the seed, n and its prompt alone, and
@@ -75,27 +78,30 @@ def cache(
     check_scheduler(run.pipeline.scheduler())
     index = run.prompt_index
     sizes = () if only == "prompts" else run.sizes
-    stored = run.stored_prompts()
+    on_demand = run.config.cache.encodings == "tokens"
+    stored = None if on_demand else run.stored_prompts()
     missing = _missing(run, sizes, len(index), None if stored is None else stored.fingerprint["identity"])
     room = sum(rows * _row_bytes(run, size) for size, rows in missing.items())
     files.require_space(run.prompts_place, room)
     for size, rows in missing.items():
         if rows:
             check_images((path for path, _ in run.pool.images), run.pipeline.size(size))
-    made = 0 if only == "latents" else _encode(run, _lacking(stored, len(run.pool.texts) + 1), room, report)
+    made = (
+        0 if only == "latents" or on_demand else _encode(run, _lacking(stored, len(run.pool.texts) + 1), room, report)
+    )
     if sizes:
         bank = run.bank()
         missing = _missing(run, sizes, len(index), bank.identity)
         for size in sizes:
             report(_stage(size), len(index) - missing[size], len(index))
         if any(missing.values()):
-            _free()
+            _free()  # of the text encoders
             _sample(run, bank, index, [size for size in sizes if missing[size]], report)
         made += sum(missing.values())
     return Cached(
         prompts=run.prompts_place,
         latents=tuple(run.latents_place(size) for size in sizes),
-        texts=len(run.pool.texts) + 1,
+        texts=0 if on_demand else len(run.pool.texts) + 1,
         samples=len(index) * len(sizes),
         made=made,
     )
@@ -112,29 +118,24 @@ def _placed(config: RunConfig) -> RunConfig:
 
 def _encode(run: Run, missing: int, room: int, report: Progress) -> int:
     """Encodes what is missing, on a disk with ``room`` for what follows; returns the number of rows."""
-    texts, settings, family = run.pool.texts, run.config.cache, run.pipeline.family
+    texts = run.pool.texts
     if not missing:
         report("prompts", len(texts) + 1, len(texts) + 1)
         return 0
-    pipeline = run.pipeline.encoders(device=run.config.device, dtype=run.teacher_dtype)
-    given: dict[str, Any] = {
-        "config": run.pipeline.config,
-        "size": run.pipeline.size(run.sizes[0]),
-        "guidance_scale": settings.guidance_scale,
-    }
-    if not run.reads_texts:
-        family.encode(pipeline, texts, **given)  # a number each: whether they are classes is soon known
-    null = family.encode_null(pipeline, **given)
-    stored = [bank[0].to(run.cache_dtype) if bank.is_floating_point() else bank[0] for bank in null.values()]
+    encode, encode_null = run.encoding()
+    if not reads_texts(run.pipeline):
+        encode(texts)  # a number each: whether they are classes is soon known
+    null = encode_null("").values()
+    stored = [bank[0].to(run.cache_dtype) if bank.is_floating_point() else bank[0] for bank in null]
     files.require_space(run.prompts_place, missing * sum(row.nbytes for row in stored) + room)
     build_prompt_bank(
         run.prompts_place,
         texts,
-        lambda part: family.encode(pipeline, part, **given),
+        encode,
         encoder=run.encoder,
-        encode_null=lambda text: family.encode_null(pipeline, text, **given),
+        encode_null=encode_null,
         dtype=run.cache_dtype,
-        batch=settings.batch,
+        batch=run.config.cache.batch,
         progress=partial(report, "prompts"),
     )
     return missing

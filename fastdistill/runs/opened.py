@@ -6,45 +6,33 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdistill import files
+from fastdistill.data.encoded import Encode
 from fastdistill.data.file_hashes import FileHashes
 from fastdistill.data.fingerprint import differences, listed, plain, sha256_of_json
-from fastdistill.data.images import captioned_images
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
-from fastdistill.data.texts import PromptFile, read_prompts
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec, make_student
 from fastdistill.models.calling import Call
 from fastdistill.models.families import FAMILIES
 from fastdistill.models.pipelines import PipelineFolder, open_pipeline
 from fastdistill.runs.config import RunConfig, StudentSettings
+from fastdistill.runs.pool import Pool, pool_of
 from fastdistill.train.config import validated
 from fastdistill.train.devices import usable
 
 Size = tuple[int, int] | None
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The prompts of a run, in their order: the first ``seen`` get latents. empty, duplicates: how many were left out
-    of the file. images: of ``cache.images``, each with the number of its caption."""
-
-    texts: list[str]
-    seen: int
-    empty: int = 0
-    duplicates: int = 0
-    images: tuple[tuple[Path, int], ...] = ()
 
 
 def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
@@ -125,65 +113,8 @@ class Run:
 
     @cached_property
     def pool(self) -> Pool:
-        """The prompts, captions of images first; the files are read when they are first asked for."""
-        given = self.config.prompts
-        if given.file is not None:
-            found = read_prompts(
-                given.file,
-                column=given.column,
-                strip=given.strip,
-                unique=given.unique,
-                skip_empty=given.skip_empty,
-            )
-        elif self.config.cache.images is None:
-            found = PromptFile(texts := self._classes(), len(texts))
-        else:
-            found = PromptFile([], 0)
-        if self.config.cache.images is not None:
-            return self._captions(found)
-        seen = len(found.texts) if given.seen is None else given.seen
-        if seen > len(found.texts):
-            raise InputError.of("prompts.seen", f"at most the {len(found.texts)} prompts that there are", seen)
-        return Pool(found.texts, seen, found.empty, found.duplicates)
-
-    def _captions(self, others: PromptFile) -> Pool:
-        """The captions of the images, which are the seen prompts, and other prompts."""
-        given = self.config.prompts
-        for name, value, wanted in (
-            ("prompts.seen", given.seen, None),
-            ("cache.images_per_prompt", self.config.cache.images_per_prompt, 1),
-        ):
-            if value != wanted:
-                raise InputError.of(
-                    name, f"{wanted or 'none'}, as there is an image of each caption (cache.images)", value
-                )
-        rows: dict[str, int] = {}
-        images, empty = [], others.empty
-        for path, text in captioned_images(files.located(self.config.cache.images, "cache.images")):
-            text = text.strip() if given.strip else text
-            if given.skip_empty and not text.strip():
-                empty += 1
-            else:
-                images.append((path, rows.setdefault(text, len(rows))))
-        if not images:
-            raise StorageError(f"{self.config.cache.images}: expected images with captions, got only empty captions")
-        rest = [text for text in others.texts if not given.unique or text not in rows]
-        twice = others.duplicates + len(others.texts) - len(rest)
-        return Pool([*rows, *rest], len(rows), empty, twice, tuple(images))
-
-    def _classes(self) -> list[str]:
-        """The classes of a model that has such in place of texts, by a name that no other has or by their numbers."""
-        if self.reads_texts:
-            raise InputError.of("prompts.file", "a file of prompts", "none")
-        names = self.pipeline.index.get("id2label")
-        if not names:
-            return [str(number) for number in range(self.pipeline.config["num_embeds_ada_norm"])]
-        named = {int(number): [name.strip() for name in text.split(",")] for number, text in names.items()}
-        found = {name: number for number, own in named.items() for name in own}  # as the pipeline understands them
-        return [
-            next((name for name in own if name and found[name] == number), str(number))
-            for number, own in sorted(named.items())
-        ]
+        """The prompts; their files are read when they are first asked for."""
+        return pool_of(self.config, self.pipeline)
 
     @property
     def prompt_index(self) -> torch.Tensor:
@@ -191,11 +122,6 @@ class Run:
         if self.config.cache.images is not None:
             return torch.tensor([row for _, row in self.pool.images], device="cpu")
         return torch.arange(self.pool.seen, device="cpu").repeat_interleave(self.config.cache.images_per_prompt)
-
-    @property
-    def reads_texts(self) -> bool:
-        """Whether the prompts are texts, and not names of classes."""
-        return any(name.startswith("text_encoder") for name in self.pipeline.components())
 
     @cached_property
     def hashes(self) -> FileHashes:
@@ -222,6 +148,31 @@ class Run:
             }
         )
 
+    def encoding(self) -> tuple[Encode, Callable[[str], Mapping[str, torch.Tensor]]]:
+        """What encodes prompts and the null prompt: functions that hold the text encoders, loaded on the device."""
+        family, pipeline = (
+            self.pipeline.family,
+            self.pipeline.encoders(device=self.config.device, dtype=self.teacher_dtype),
+        )
+        given: dict[str, Any] = {
+            "config": self.pipeline.config,
+            "size": self.pipeline.size(self.sizes[0]),
+            "guidance_scale": self.config.cache.guidance_scale,
+        }
+        return partial(family.encode, pipeline, **given), partial(family.encode_null, pipeline, **given)
+
+    @cached_property
+    def _on_demand(self) -> PromptBank:
+        encode, encode_null = self.encoding()
+        return PromptBank.on_demand(
+            self.pool.texts,
+            encode,
+            encode_null=encode_null,
+            encoder=self.encoder,
+            batch=self.config.cache.batch,
+            dtype=self.cache_dtype,
+        )
+
     def stored_prompts(self) -> Manifest | None:
         """The manifest of the encoded prompts, whole or unfinished; None: there are none.
 
@@ -244,11 +195,14 @@ class Run:
         return manifest
 
     def bank(self, *, load: bool = False, device: torch.device | str = "cpu") -> PromptBank:
-        """The stored encodings of ``pool``, left on the disk, or loaded.
+        """The stored encodings of ``pool``, left on the disk, or loaded; with ``cache.encodings`` tokens the bank that
+        encodes them on the run's device when they are read.
 
         Raises:
             StorageError: they are not there or unfinished, or were made of other prompts or by another encoder.
         """
+        if self.config.cache.encodings == "tokens":
+            return self._on_demand
         place = self.prompts_place
         if self.stored_prompts() is None:
             raise StorageError(f"{place}: expected the encoded prompts (fastdistill cache), got none")

@@ -196,6 +196,22 @@ def test_sizes_have_caches_of_their_own(saved: Saved, tmp_path: Path) -> None:
     assert latents.latents.shape == (6, 4, 8, 32) and (latents.latents - wanted).abs().max() <= bound
 
 
+def test_prompts_that_are_encoded_on_demand(saved: Saved, tmp_path: Path) -> None:
+    """The latents of a run do not depend on where its prompts are encoded."""
+    stored = configured(saved, "sdxl", tmp_path, cache={"batch": 6})
+    runs.cache(stored)
+    changes = {"batch": 6, "encodings": "tokens", "directory": str(tmp_path / "on demand")}
+    config = configured(saved, "sdxl", tmp_path, cache=changes)
+    assert runs.cache(config).made == 6 and [p.name for p in (tmp_path / "on demand").iterdir() if p.is_dir()] == [
+        "latents-32x32"
+    ]
+    run, other = runs.opened(config), runs.opened(stored)
+    assert run.bank(load=True).identity == other.bank().identity and run.bank() is run.bank()
+    found, known = (r.latents((32, 32), r.bank(), load=True) for r in (run, other))
+    bound = 64 * torch.finfo(torch.float32).eps * float(known.latents.abs().max())  # texts in batches of 2 and of 5
+    assert (found.latents - known.latents).abs().max() <= bound and runs.cache(config).made == 0
+
+
 def test_guidance_that_the_model_reads_is_in_the_bank(saved: Saved, tmp_path: Path) -> None:
     run = runs.opened(configured(saved, "lcm", tmp_path))
     family, config = run.pipeline.family, run.pipeline.config

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prompts of a run: those of a file, the captions of images, or the names of classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastdistill.data.images import captioned_images
+from fastdistill.data.texts import PromptFile, read_prompts
+from fastdistill.errors import InputError, StorageError
+from fastdistill.files import located
+from fastdistill.models.pipelines import PipelineFolder
+from fastdistill.runs.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The prompts of a run, in their order: the first ``seen`` get latents. empty, duplicates: how many were left out
+    of the file. images: of ``cache.images``, each with the number of its caption."""
+
+    texts: list[str]
+    seen: int
+    empty: int = 0
+    duplicates: int = 0
+    images: tuple[tuple[Path, int], ...] = ()
+
+
+def pool_of(config: RunConfig, pipeline: PipelineFolder) -> Pool:
+    """The prompts of a run, the captions of ``cache.images`` first.
+
+    Raises:
+        InputError: no file of prompts for a model that reads texts; more seen prompts than there are.
+        StorageError: a file that ``read_prompts``, or a folder that ``captioned_images`` refuses.
+    """
+    given = config.prompts
+    if given.file is not None:
+        found = read_prompts(
+            given.file,
+            column=given.column,
+            strip=given.strip,
+            unique=given.unique,
+            skip_empty=given.skip_empty,
+        )
+    elif config.cache.images is None:
+        found = PromptFile(texts := _classes(pipeline), len(texts))
+    else:
+        found = PromptFile([], 0)
+    if config.cache.images is not None:
+        return _captions(config, config.cache.images, found)
+    seen = len(found.texts) if given.seen is None else given.seen
+    if seen > len(found.texts):
+        raise InputError.of("prompts.seen", f"at most the {len(found.texts)} prompts that there are", seen)
+    return Pool(found.texts, seen, found.empty, found.duplicates)
+
+
+def reads_texts(pipeline: PipelineFolder) -> bool:
+    """Whether the prompts are texts, and not names of classes."""
+    return any(name.startswith("text_encoder") for name in pipeline.components())
+
+
+def _captions(config: RunConfig, folder: str, others: PromptFile) -> Pool:
+    """The captions of the images, which are the seen prompts, and other prompts."""
+    given = config.prompts
+    for name, value, wanted in (
+        ("prompts.seen", given.seen, None),
+        ("cache.images_per_prompt", config.cache.images_per_prompt, 1),
+    ):
+        if value != wanted:
+            rule = f"{wanted or 'none'}, as there is an image of each caption (cache.images)"
+            raise InputError.of(name, rule, value)
+    rows: dict[str, int] = {}
+    images, empty = [], others.empty
+    for path, text in captioned_images(located(folder, "cache.images")):
+        text = text.strip() if given.strip else text
+        if given.skip_empty and not text.strip():
+            empty += 1
+        else:
+            images.append((path, rows.setdefault(text, len(rows))))
+    if not images:
+        raise StorageError(f"{folder}: expected images with captions, got only empty captions")
+    rest = [text for text in others.texts if not given.unique or text not in rows]
+    twice = others.duplicates + len(others.texts) - len(rest)
+    return Pool([*rows, *rest], len(rows), empty, twice, tuple(images))
+
+
+def _classes(pipeline: PipelineFolder) -> list[str]:
+    """The classes of a model that has such in place of texts, by a name that no other has or by their numbers."""
+    if reads_texts(pipeline):
+        raise InputError.of("prompts.file", "a file of prompts", "none")
+    names = pipeline.index.get("id2label")
+    if not names:
+        return [str(number) for number in range(pipeline.config["num_embeds_ada_norm"])]
+    named = {int(number): [name.strip() for name in text.split(",")] for number, text in names.items()}
+    found = {name: number for number, own in named.items() for name in own}  # as the pipeline understands them
+    return [
+        next((name for name in own if name and found[name] == number), str(number))
+        for number, own in sorted(named.items())
+    ]
