@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastdistill.data.encoded import rows_of
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.models.families.pipeline import _Truncated
 from fastdistill.models.pipelines import PipelineFolder, open_pipeline
 from fastdistill.train import DistillTrainer
 from tests.harness import EPS
@@ -50,6 +52,29 @@ def test_rows_are_those_of_a_stored_bank(pipelines: Folders, name: str) -> None:
             assert torch.equal(found[key][1], rows[1])
         else:
             assert torch.equal(found[key], rows)
+
+
+def test_truncated_prompts_are_told_of_once(pipelines: Folders) -> None:
+    """Not at every step."""
+    folder = open_pipeline(pipelines("sdxl"))
+    bank = folder.encode(["a cat", "a very long prompt"], size=SIZE, on_demand=True)
+    name, said = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl", []
+    _Truncated.told.discard(name)
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage()[:40])
+
+    logger, handler = logging.getLogger(name), Heard()
+    logger.addHandler(handler)
+    try:
+        for _ in range(3):
+            assert bank.embeddings[1].isfinite().all()
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    assert said == ["The following part of your input was tru", "something else"]
+    assert not any(isinstance(own, _Truncated) for own in logger.filters)
 
 
 def losses(folder: PipelineFolder, prompts: PromptBank) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -147,7 +148,8 @@ class OfPipelines:
             given["do_classifier_free_guidance"] = null
             if null and texts != [""]:
                 given |= {"prompt": [""], "negative_prompt": texts}
-        outputs = pipeline.encode_prompt(**given | options)
+        with _Truncated.told_once(pipeline):
+            outputs = pipeline.encode_prompt(**given | options)
         return {bank: outputs[places[null]] for bank, places in self.encoded.items() if places[null] < len(outputs)}
 
     def added(
@@ -269,6 +271,29 @@ class OfPipelines:
                 found = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
                 latents.append(scaled(vae.config, found.float()))
         return torch.cat(latents)
+
+
+class _Truncated(logging.Filter):
+    """Lets one message of a pipeline on truncated prompts pass: a pool may have millions of them."""
+
+    told: ClassVar[set[str]] = set()  # pipelines that have said it
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "was truncated because" not in record.msg:
+            return True
+        first = record.name not in self.told
+        self.told.add(record.name)
+        return first
+
+    @classmethod
+    @contextmanager
+    def told_once(cls, pipeline: Any) -> Iterator[None]:
+        logger, own = logging.getLogger(type(pipeline).__module__), cls()
+        logger.addFilter(own)
+        try:
+            yield
+        finally:
+            logger.removeFilter(own)
 
 
 def vae_factor(config: Mapping[str, Any]) -> int:
