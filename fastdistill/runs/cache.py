@@ -39,7 +39,7 @@ Only = Literal["prompts", "latents"]
 class Cached:
     """What ``cache`` has left on the disk. prompts: directory of the bank. latents: directory of each size. texts,
     samples: rows of the bank, null prompt included, and of all latents. made: how many of these were not there. With
-    ``cache.encodings`` tokens there is no bank on the disk."""
+    ``cache.encodings`` on_demand there is no bank on the disk."""
 
     prompts: Path
     latents: tuple[Path, ...]
@@ -53,7 +53,7 @@ def cache(
 ) -> Cached:
     """Encode the prompts of a run, then sample its teacher for the seen ones, or go on with what is there.
 
-    With ``cache.encodings`` tokens nothing is encoded beforehand, and the text encoders stay beside the teacher.
+    With ``cache.encodings`` on_demand nothing is encoded beforehand, and the text encoders stay beside the teacher.
     With ``cache.images`` the latents are those images through the VAE, and their captions are the seen prompts.
 
     The text encoders are freed before the teacher is loaded. Sample n depends on the seed, n and its prompt alone, and
@@ -78,7 +78,7 @@ def cache(
     check_scheduler(run.pipeline.scheduler())
     index = run.prompt_index
     sizes = () if only == "prompts" else run.sizes
-    on_demand = run.config.cache.encodings == "tokens"
+    on_demand = run.config.cache.encodings == "on_demand"
     stored = None if on_demand else run.stored_prompts()
     missing = _missing(run, sizes, len(index), None if stored is None else stored.fingerprint["identity"])
     room = sum(rows * _row_bytes(run, size) for size, rows in missing.items())

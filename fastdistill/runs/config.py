@@ -56,8 +56,8 @@ class CacheSettings:
     """Guidance scale g of diffusers, 1 + w; 1 is no guidance."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float16"
     """Dtype of the stored latents and encodings."""
-    encodings: Literal["stored", "tokens"] = "stored"
-    """stored: every prompt is encoded once. tokens: token ids are stored and encoded while training, ahead of use."""
+    encodings: Literal["stored", "on_demand"] = "stored"
+    """stored: every prompt is encoded once. on_demand: texts are encoded while training, ahead of use, and not kept."""
     batch: Count = 16
     """Samples that the teacher makes at once, and texts that are encoded at once."""
     rows_per_shard: Count = 1024

@@ -195,13 +195,13 @@ class Run:
         return manifest
 
     def bank(self, *, load: bool = False, device: torch.device | str = "cpu") -> PromptBank:
-        """The stored encodings of ``pool``, left on the disk, or loaded; with ``cache.encodings`` tokens the bank that
-        encodes them on the run's device when they are read.
+        """The stored encodings of ``pool``, left on the disk, or loaded; with ``cache.encodings`` on_demand the bank
+        that encodes its rows when they are read, with the text encoders on the run's device.
 
         Raises:
             StorageError: they are not there or unfinished, or were made of other prompts or by another encoder.
         """
-        if self.config.cache.encodings == "tokens":
+        if self.config.cache.encodings == "on_demand":
             return self._on_demand
         place = self.prompts_place
         if self.stored_prompts() is None:

@@ -62,7 +62,7 @@ def job_of(run: Run, device: str) -> Job:
     samples = run.pool.seen * config.cache.images_per_prompt
     rows = math.ceil(samples * sum(map(math.prod, shapes)) / math.prod(shapes[largest]))
     dtype = run.teacher_dtype if config.teacher_dtype != "auto" else None
-    tokens = config.cache.encodings == "tokens"
+    on_demand = config.cache.encodings == "on_demand"
     given = {f.name: getattr(config.train, f.name) for f in dataclasses.fields(TrainSettings)}
     return Job(
         teacher=lambda: run.pipeline.model(device="meta"),
@@ -70,13 +70,13 @@ def job_of(run: Run, device: str) -> Job:
         objective=lambda made: _objective(config.objective, made),
         schedule=run.pipeline.schedule(run.sizes[largest]),
         latents=torch.empty(rows, *shapes[largest], dtype=run.cache_dtype, device="meta"),
-        prompts=_banks(run, 1 if tokens else len(run.pool.texts) + 1),
+        prompts=_banks(run, 1 if on_demand else len(run.pool.texts) + 1),
         prediction_type=run.pipeline.prediction_type,
         config=TrainConfig(**given, seed=config.seed),
         teacher_dtype=dtype or (torch.bfloat16 if device == "cuda" else torch.float32),
         call=run.call,
         device=device,
-        encoders=_encoders(run, device) if tokens else 0,
+        encoders=_encoders(run, device) if on_demand else 0,
     )
 
 

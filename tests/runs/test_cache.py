@@ -200,7 +200,7 @@ def test_prompts_that_are_encoded_on_demand(saved: Saved, tmp_path: Path) -> Non
     """The latents of a run do not depend on where its prompts are encoded."""
     stored = configured(saved, "sdxl", tmp_path, cache={"batch": 6})
     runs.cache(stored)
-    changes = {"batch": 6, "encodings": "tokens", "directory": str(tmp_path / "on demand")}
+    changes = {"batch": 6, "encodings": "on_demand", "directory": str(tmp_path / "on demand")}
     config = configured(saved, "sdxl", tmp_path, cache=changes)
     assert runs.cache(config).made == 6 and [p.name for p in (tmp_path / "on demand").iterdir() if p.is_dir()] == [
         "latents-32x32"
