@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def export(
     dtype: torch.dtype | None = None,
     link: bool = False,
     overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes ``target``, a whole pipeline folder, or nothing.
 
@@ -47,6 +49,7 @@ def export(
         dtype: its weights in this one; None: in their own. What diffusers keeps in float32 stays so.
         link: the other components are symbolic links to the source's folders, which then have to stay where they are.
         overwrite: a pipeline folder that is there already is replaced.
+        texts: further files of the folder by name, such as a model card ``README.md``.
 
     Raises:
         InputError: a student of another kind, or that reads other latents or prompts than the source's model; weights
@@ -83,6 +86,8 @@ def export(
         for file in licences:
             shutil.copyfile(file, folder / file.name)
         save_model(written, folder / source.family.part, variant=source.variant)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

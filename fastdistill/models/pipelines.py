@@ -242,9 +242,10 @@ class PipelineFolder:
         dtype: torch.dtype | None = None,
         link: bool = False,
         overwrite: bool = False,
+        texts: Mapping[str, str] | None = None,
     ) -> None:
         """``target`` becomes this folder with ``student`` in place of its model (``fastdistill.models.export``)."""
-        export(self, student, files.located(target, "target"), dtype=dtype, link=link, overwrite=overwrite)
+        export(self, student, files.located(target, "target"), dtype=dtype, link=link, overwrite=overwrite, texts=texts)
 
     def components(self) -> dict[str, str]:
         """The class of each component that the folder has, by name."""

@@ -60,6 +60,8 @@ class CacheSettings:
     """stored: every prompt is encoded once. on_demand: texts are encoded while training, ahead of use, and not kept."""
     batch: Count = 16
     """Samples that the teacher makes at once, and texts that are encoded at once."""
+    read: Literal["auto", "memory", "disk"] = "auto"
+    """Where they are while training; auto: in memory, if they take at most a quarter of what is free."""
     rows_per_shard: Count = 1024
     """Latents in a file, which is what an interruption loses at most."""
     sizes: tuple[tuple[Count, Count], ...] = ()

@@ -22,6 +22,7 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
+from fastdistill.files import located
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec, make_student
 from fastdistill.models.calling import Call
 from fastdistill.models.families import FAMILIES
@@ -55,7 +56,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     usable(device)
     if not config.teacher:
         raise InputError.of("teacher", "a pipeline folder of diffusers", "none")
-    pipeline = open_pipeline(Path(config.teacher).expanduser())
+    pipeline = open_pipeline(config.teacher)
     if config.family not in ("auto", pipeline.family.name):
         rule = f"auto, or {pipeline.family.name}, which {config.teacher} holds"
         known = "" if config.family in FAMILIES else f" (families: {', '.join(FAMILIES)}; others: call)"
@@ -79,17 +80,17 @@ class Run:
     @property
     def directory(self) -> Path:
         """Checkpoints, metrics and reports."""
-        return Path(self.config.directory).expanduser()
+        return located(self.config.directory, "directory")
 
     @property
     def prompts_place(self) -> Path:
         """Directory of the prompt bank."""
-        return Path(self.config.cache.directory).expanduser() / "prompts"
+        return located(self.config.cache.directory, "cache.directory") / "prompts"
 
     def latents_place(self, size: Size = None) -> Path:
         """Directory of the latent cache of images of this size (one of ``sizes``)."""
         name = "latents" if size is None else f"latents-{size[0]}x{size[1]}"
-        return Path(self.config.cache.directory).expanduser() / name
+        return located(self.config.cache.directory, "cache.directory") / name
 
     @property
     def sizes(self) -> tuple[Size, ...]:

@@ -85,7 +85,7 @@ def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, stu
     if not found:
         return None
     path = list(found.values())[-1]
-    saved, made_by = _read(path)
+    saved, made_by = read(path)
     advice = "use another directory or delete it"
     if changed := differences(plain(fingerprint), made_by):
         raise StorageError(f"{path}: this run was started differently ({listed(changed)}); {advice}")
@@ -104,8 +104,8 @@ def whole(state: Mapping[str, Any]) -> State:
     return copies
 
 
-def _read(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """A checkpoint, and the fingerprint of its run."""
+def read(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint, and the fingerprint of its run; StorageError where it cannot be read or is damaged."""
     advice = "delete it to go on from the one before"
     try:
         with safetensors.safe_open(path, framework="pt") as file:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +42,24 @@ def size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
+
+
+@contextlib.contextmanager
+def launched(device: str) -> Iterator[str]:
+    """The process group of the processes that ``torchrun`` started, until the end of the block; none without it, or
+    where there is one. Yields the device of this rank: its own GPU where ``device`` is auto or cuda."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
+        yield device
+        return
+    gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if gpu:
+        os.environ.setdefault(ERROR_HANDLING, "0")  # lets a CUDA graph hold the collectives
+        torch.cuda.set_device(own := int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield f"cuda:{own}" if gpu else device
+    finally:
+        dist.destroy_process_group()
 
 
 def part(batch: int, device: torch.device) -> tuple[int, int]:

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training the student of a run (``fastdistill distill``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.latent_cache import LatentCache
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.data.stored import StoredRows
+from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.errors import InputError
+from fastdistill.files import atomic_write
+from fastdistill.models import Student
+from fastdistill.models.families import FAMILIES
+from fastdistill.runs.config import ObjectiveSettings, RunConfig
+from fastdistill.runs.models import teacher_and_student
+from fastdistill.runs.opened import Run, opened
+from fastdistill.train import DistillTrainer, FitResult, TrainConfig, distributed
+from fastdistill.train.callbacks import Callbacks, Progress
+from fastdistill.train.config import PreviewConfig, to_yaml
+
+RUN_FILE = "run.yaml"
+
+
+def distill(
+    config: RunConfig, *, allow_code: bool = False, progress: Progress | None = None, callbacks: Callbacks = ()
+) -> FitResult:
+    """Train the student of a run to its last step, or go on with a run that is in ``config.directory``.
+
+    Started by ``torchrun``, each process is a rank. Other arguments, and what is raised, as ``DistillTrainer.fit``;
+    the prompts and latents have to be there (``cache``).
+
+    Args:
+        allow_code: whether ``config.call``, code of the user's own, may be imported.
+    """
+    with distributed.launched(config.device) as device:
+        run = opened(dataclasses.replace(config, device=device), allow_code=allow_code)
+        with trainer_of(run) as trainer:
+            missing = [RUN_FILE] if distributed.rank() == 0 else []
+
+            def started(done: int, metrics: dict[str, float] | None) -> object:
+                if missing:  # the directory is this run's by now
+                    atomic_write(run.directory / missing.pop(), to_yaml(config).encode())
+                return None if progress is None else progress(done, metrics)
+
+            return trainer.fit(run.directory, progress=started, callbacks=callbacks)
+
+
+def trainer_of(run: Run) -> DistillTrainer:
+    """The trainer of a run, on the stored prompts and latents.
+
+    Raises:
+        StorageError, InputError: they are not there or belong to another run; whatever ``DistillTrainer`` refuses.
+    """
+    if len(run.sizes) > 1:
+        raise InputError.of("cache.sizes", "one size to train with", f"{len(run.sizes)}")
+    size = run.sizes[0]
+    bank = run.bank()
+    latents = run.latents(size, bank)
+    if in_memory(run, bank, latents):
+        bank, latents = run.bank(load=True), run.latents(size, bank, load=True)
+    teacher, student = teacher_and_student(run)
+    previews = run.config.preview.every is not None
+    return DistillTrainer(
+        teacher,
+        student,
+        run.pipeline.scheduler(),
+        latents,
+        bank,
+        objective_of(run.config.objective, student),
+        train_config(run, bank),
+        device=run.config.device,
+        prediction_type=run.pipeline.prediction_type,
+        call=run.call,
+        decode=_decoder(run) if previews else None,
+        preview_prompts=_preview_prompts(run, bank) if previews else None,
+        shard=sharded_blocks if run.config.shard else None,
+    )
+
+
+def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditioning:
+    """Random conditioning with these settings, at the student's taps."""
+    given, weights = settings.random_conditioning, settings.weights
+    return RandomConditioning(
+        probability=given.probability,
+        parameters=given.parameters,
+        null_probability=given.null,
+        weights=Weights(output=weights.output, feature=weights.feature, task=weights.task),
+        feature_distance=settings.feature_distance,
+        taps=tuple(zip(student.teacher_taps, student.student_taps, strict=True)) if weights.feature else (),
+        with_replacement=given.with_replacement,
+        loss_weighting=settings.loss_weighting,
+        min_snr_gamma=settings.min_snr_gamma,
+    )
+
+
+def train_config(run: Run, bank: PromptBank) -> TrainConfig:
+    """The settings of the trainer."""
+    config, preview = run.config, run.config.preview
+    guidance = config.cache.guidance_scale if preview.guidance_scale is None else preview.guidance_scale
+    texts = preview.prompts if isinstance(preview.prompts, int) else tuple(preview.prompts)
+    return TrainConfig(
+        **dataclasses.asdict(config.train),
+        seed=config.seed,
+        trackers=tuple(name for name in config.log if name == "tensorboard" or name == "wandb"),
+        preview=PreviewConfig(preview.every, texts, preview.seeds, preview.steps, guidance),
+    )
+
+
+def in_memory(run: Run, bank: PromptBank, latents: LatentCache) -> bool:
+    """Whether prompts and latents are read into memory at the start, by ``cache.read``: auto where they take at most a
+    quarter of what is free."""
+    if run.config.cache.read != "auto":
+        return run.config.cache.read == "memory"
+    device = torch.device(run.config.device)
+    if device.type == "cuda" and run.config.train.banks == "device":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return sum(_bytes(rows) for rows in (*bank.banks.values(), latents.latents)) <= free // 4
+
+
+def _bytes(rows: Tensor | StoredRows) -> int:
+    count = 1
+    for length in rows.shape:
+        count *= length
+    return count * rows.dtype.itemsize
+
+
+def _decoder(run: Run) -> Callable[[Tensor], Tensor]:
+    vae = run.pipeline.autoencoder(device=run.config.device)
+    return lambda latents: run.pipeline.family.decode(vae, latents)
+
+
+def _preview_prompts(run: Run, bank: PromptBank) -> PromptBank | None:
+    """Encodings of the prompts of previews, where the pool does not have all of them."""
+    wanted = run.config.preview.prompts
+    if isinstance(wanted, int) or set(wanted) <= set(bank.texts):
+        return None
+    return run.pipeline.encode(list(wanted), run.pipeline.encoders(device=run.config.device), size=run.sizes[0])
+
+
+def sharded_blocks(student: nn.Module) -> None:
+    """``fully_shard`` of each of the model's blocks, and of the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    lists = {"down_blocks", "up_blocks", *(name for family in FAMILIES.values() for name in family.blocks)}
+    for name, child in student.named_children():
+        if name in lists and isinstance(child, nn.ModuleList):
+            for block in child:
+                fully_shard(block)
+        elif name == "mid_block" and child is not None:
+            fully_shard(child)
+    fully_shard(student)
+
+
+def metrics_of(result: FitResult) -> dict[str, Any]:
+    """What a run ended with, as JSON values."""
+    last = result.history[-1] if result.history else {}
+    return {"steps": result.steps, "seconds": result.seconds, **last}

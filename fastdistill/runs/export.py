@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The student of a run in a form that needs nothing of this package (``fastdistill export``)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import fastdistill
+from fastdistill.errors import InputError, StorageError
+from fastdistill.files import atomic_directory, located
+from fastdistill.models import peft
+from fastdistill.runs.config import RunConfig
+from fastdistill.runs.models import last_checkpoint, trained_student
+from fastdistill.runs.opened import Run, opened
+from fastdistill.train import checkpoint
+from fastdistill.train.config import to_yaml
+
+CARD = "README.md"
+
+
+def export(
+    config: RunConfig,
+    to: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    step: int | None = None,
+    averaged: bool = True,
+    link: bool = False,
+    overwrite: bool = False,
+    allow_code: bool = False,
+) -> Path:
+    """Write the student of a checkpoint to ``to``, with a model card: a whole pipeline folder that
+    ``DiffusionPipeline.from_pretrained`` loads; of a student with adapters, these alone, in PEFT's own format
+    (``load_lora_weights``).
+
+    Args:
+        dtype: of its weights; None: float32. step: of the checkpoint; None: the newest.
+        averaged: the averages of the weights; False: the weights themselves.
+        link: the other components of the pipeline are symbolic links to the teacher's folder.
+        overwrite: a pipeline folder that is there already is replaced.
+
+    Raises:
+        StorageError: no checkpoint, or of another student; ``to`` is there already or cannot be written.
+        InputError: a dtype that is none; ``link`` or ``overwrite`` for adapters.
+    """
+    to = located(to, "to")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise InputError.of("dtype", "float32, bfloat16 or float16", dtype)
+    run = opened(config, allow_code=allow_code)
+    adapted = config.student.lora.rank is not None
+    for name, given in {"link": link, "overwrite": overwrite}.items():
+        if adapted and given:
+            raise InputError.of(name, "False for adapters, which are a file alone", given)
+    if adapted and to.exists():
+        raise StorageError(f"{to}: expected a new folder, got one that is there already")
+    path = last_checkpoint(run, step)
+    model = trained_student(run, step=step, averaged=averaged)
+    target = None if dtype is None else getattr(torch, dtype)
+    card = model_card(run, path, model)
+    if not adapted:
+        run.pipeline.export(model, to, dtype=target, link=link, overwrite=overwrite, texts={CARD: card})
+        return to
+    name = peft.chosen(model.requires_grad_(True), None)
+    weights = {key: p.detach() for key, p in model.named_parameters()}
+    found = peft.exported(model, weights, name)
+    with atomic_directory(to) as folder:
+        peft.write(model, {key: t.to(target or torch.float32).contiguous() for key, t in found.items()}, name, folder)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    return to
+
+
+def model_card(run: Run, path: Path, model: nn.Module) -> str:
+    """Markdown with the metadata of the Hub: what the student is, of which teacher, how it was trained."""
+    saved, made_by = checkpoint.read(path)
+    pipeline, config = run.pipeline, run.config
+    adapted = config.student.lora.rank is not None
+    teacher = sum(p.numel() for p in pipeline.model(device="meta").parameters())
+    own = sum(p.numel() for name, p in model.named_parameters() if not adapted or "lora_" in name)
+    size = f"{own:,} parameters" + (
+        " in adapters" if adapted else f", {own / teacher:.0%} of the teacher's {teacher:,}"
+    )
+    made = f"trained for {saved.step:,} steps by fastdistill {fastdistill.__version__}"
+    base = pipeline.index.get("_name_or_path") or Path(config.teacher).name
+    head = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": base,
+        "tags": ["diffusers", "distillation", "fastdistill", *(["lora"] if adapted else [])],
+    }
+    loads = (
+        f'pipeline = DiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights("this folder")'
+        if adapted
+        else 'pipeline = DiffusionPipeline.from_pretrained("this folder")'
+    )
+    lines = [
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in head.items()),
+        "---",
+        "",
+        f"# Distilled from {base}",
+        "",
+        f"A {type(model).__name__} with {size}, {made}. The teacher's licence applies.",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        loads,
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _facts(run, made_by).items()),
+        "",
+        "Everything of the run:",
+        "",
+        "```yaml",
+        to_yaml(config).rstrip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _facts(run: Run, made_by: dict[str, Any]) -> dict[str, object]:
+    config = run.config
+    objective = config.objective
+    return {
+        "teacher's weights (SHA-256)": made_by["teacher"]["weights"],
+        "student": run.student_spec,
+        "prompts": f"{len(run.pool.texts):,}, of which {run.pool.seen:,} with latents",
+        "sampling of the latents": f"{config.cache.steps} steps, guidance scale {config.cache.guidance_scale}",
+        "random conditioning": f"p(t) {objective.random_conditioning.probability}",
+        "batch": config.train.batch,
+        "learning rate": config.train.lr,
+    }

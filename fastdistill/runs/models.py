@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of a run: teacher and student at its start, and the student of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.fingerprint import listed
+from fastdistill.errors import InputError, StorageError
+from fastdistill.models import Student, make_student
+from fastdistill.models.peft import left_out
+from fastdistill.runs.opened import Run
+from fastdistill.train import checkpoint
+
+
+def teacher_and_student(run: Run) -> tuple[Any, Student]:
+    """The teacher in its dtype and the student in float32, on the run's device.
+
+    The student's weights come from those of the folder, whatever dtype the teacher then has; one that is adapters on
+    the teacher shares its weights.
+    """
+    settings, dtype = run.config.student, run.teacher_dtype
+    if settings.lora.rank is not None or dtype == torch.float32:
+        teacher = run.pipeline.model(device=run.config.device, dtype=dtype)
+        return teacher, make_student(teacher, run.student_spec, init=settings.init, seed=run.config.seed)
+    student = make_student(run.pipeline.model(), run.student_spec, init=settings.init, seed=run.config.seed)
+    return run.pipeline.model(device=run.config.device, dtype=dtype), student
+
+
+def last_checkpoint(run: Run, step: int | None = None) -> Path:
+    """The file of the newest checkpoint of a run, or of that of a step.
+
+    Raises:
+        StorageError: there is none.
+    """
+    found = checkpoint.steps(run.directory)
+    if not found:
+        raise StorageError(f"{run.directory}: expected a checkpoint of the run (fastdistill distill), got none")
+    if step is not None and step not in found:
+        raise InputError.of("step", f"a checkpoint of {run.directory}: {', '.join(map(str, found))}", step)
+    return found[max(found) if step is None else step]
+
+
+def trained_student(run: Run, *, step: int | None = None, averaged: bool = True) -> Any:
+    """The student of a checkpoint, float32 and in eval mode on the run's device; nothing but the checkpoint is needed,
+    and with adapters the teacher's weights below them.
+
+    Args:
+        step: of the checkpoint; None: the newest. averaged: the averages of the weights; False: the weights themselves.
+
+    Raises:
+        StorageError: no checkpoint, a damaged one, or one of another student.
+        InputError: no checkpoint of this step.
+    """
+    path = last_checkpoint(run, step)
+    saved, _ = checkpoint.read(path)
+    adapted = run.config.student.lora.rank is not None
+    model: Any = make_student(run.pipeline.model(device="cpu" if adapted else "meta"), run.student_spec).model
+    if not adapted:  # with the buffers that no file has
+        with torch.random.fork_rng(devices=[]):
+            model = type(model).from_config(dict(model.config))
+    values = _values(model, saved.state, averaged)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out(model)}
+    wrong = [name for name in own.keys() | values.keys() if _shape(own.get(name)) != _shape(values.get(name))]
+    if wrong:
+        rule = f"the student of the run file ({run.student_spec})"
+        raise StorageError(f"{path}: expected {rule}, got another one (in {listed(sorted(wrong), 3)})")
+    model.load_state_dict(values, strict=not adapted)
+    return model.to(run.config.device).float().eval().requires_grad_(False)
+
+
+def _values(model: nn.Module, state: Mapping[str, Any], averaged: bool) -> dict[str, Any]:
+    """The weights and buffers of the student in a checkpoint, by their names in its ``state_dict``."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # of tied weights the first
+    found: dict[str, Any] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        trained = f"optimizer.student.{names.get(id(tensor))}"
+        kinds = ("ema", "master") if averaged else ("master",)
+        places = [*(f"{trained}.{kind}" for kind in kinds), f"student.{key}"]
+        value = next((state[place] for place in places if place in state), None)
+        if value is not None:
+            found[key] = value
+    extra = {name.removeprefix("student.") for name in state if name.startswith("student.")} - found.keys()
+    return found | {name: state[f"student.{name}"] for name in extra}
+
+
+def _shape(tensor: Tensor | None) -> object:
+    return None if tensor is None else tuple(tensor.shape)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of a run's student (``fastdistill sample``)."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdistill.errors import InputError, StorageError
+from fastdistill.files import atomic_directory, located
+from fastdistill.runs.config import RunConfig
+from fastdistill.runs.models import last_checkpoint, trained_student
+from fastdistill.runs.opened import opened
+
+
+def sample(
+    config: RunConfig,
+    prompts: Sequence[str],
+    to: str | Path,
+    *,
+    teacher: bool = False,
+    step: int | None = None,
+    seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    allow_code: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Path]:
+    """Write an image of each prompt for each seed to the new folder ``to``, with ``metadata.jsonl`` (file_name, text,
+    seed), as Hugging Face's image folders have it.
+
+    An image depends on its prompt and seed alone, so teacher and student are compared by the same call.
+
+    Args:
+        prompts: texts, encoded by the pipeline of the teacher.
+        teacher: of the teacher instead of the student. step: of the student's checkpoint; None: the newest.
+        seeds: of the initial noise. steps, guidance_scale: None: those of the cache.
+        progress: called with (images done, all).
+
+    Returns:
+        The files, those of a prompt together.
+
+    Raises:
+        InputError: no prompts, no seeds or a value outside of its range.
+        StorageError: ``to`` is there already or cannot be written; no checkpoint.
+    """
+    to = located(to, "to")
+    texts, own = list(prompts), [int(seed) for seed in seeds]
+    steps = config.cache.steps if steps is None else steps
+    guidance_scale = config.cache.guidance_scale if guidance_scale is None else guidance_scale
+    for name, wrong, rule in (("prompts", not texts, "at least one"), ("seeds", not own, "at least one")):
+        if wrong:
+            raise InputError.of(name, rule, "none")
+    if steps < 1:
+        raise InputError.of("steps", "at least 1", steps)
+    if to.exists():
+        raise StorageError(f"{to}: expected a new folder, got one that is there already")
+    run = opened(config, allow_code=allow_code)
+    if not teacher:
+        last_checkpoint(run, step)
+    device, size = run.config.device, run.sizes[0]
+    bank = run.pipeline.encode(texts, run.pipeline.encoders(device=device), size=size)
+    model = run.pipeline.model(device=device, dtype=run.teacher_dtype) if teacher else trained_student(run, step=step)
+    vae = run.pipeline.autoencoder(device=device)
+    rows = [(row, seed) for row in range(len(texts)) for seed in own]
+    report = progress or (lambda done, total: None)
+    report(0, len(rows))
+    with atomic_directory(to) as folder:
+        lines = []
+        for seed in dict.fromkeys(own):
+            numbers = [row for row, other in rows if other == seed]
+            for first in range(0, len(numbers), config.evaluate.batch):
+                part = torch.tensor(numbers[first : first + config.evaluate.batch])
+                latents = run.pipeline.sample(
+                    model,
+                    bank,
+                    part,
+                    torch.zeros_like(part),  # the first noise of the seed, whichever prompts are beside it
+                    steps=steps,
+                    guidance_scale=guidance_scale,
+                    seed=seed,
+                    size=size,
+                    call=run.call,
+                )
+                for row, image in zip(part.tolist(), run.pipeline.family.decode(vae, latents), strict=True):
+                    name = f"{row:05d}-{seed}.png"
+                    (folder / name).write_bytes(as_png(image))
+                    lines.append((row, own.index(seed), {"file_name": name, "text": texts[row], "seed": seed}))
+                    report(len(lines), len(rows))
+        lines.sort(key=lambda line: line[:2])
+        told = "".join(json.dumps(line[2], ensure_ascii=False) + "\n" for line in lines)
+        (folder / "metadata.jsonl").write_text(told, encoding="utf-8")
+    return [to / line[2]["file_name"] for line in lines]
+
+
+def as_png(image: Tensor) -> bytes:
+    """The PNG file of an image [3, H, W] in [0, 1]."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu()
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "PNG")
+    return file.getvalue()
