@@ -19,17 +19,21 @@ def documented(cls: Class) -> Class:
     The command line reads the same strings as help of its options. The class stays as it is where its source cannot be
     read (a frozen application, an interactive session).
     """
-    texts: dict[str, str] = {}
-    for owner in reversed(cls.__mro__[:-1]):
-        texts |= _texts(owner)
-    if texts:
+    if texts := field_texts(cls):
         lines = [f"    {name}: {text}" for name, text in texts.items()]
         cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
     return cls
 
 
-def _texts(cls: type) -> dict[str, str]:
-    """The docstrings of a class's own fields, by name."""
+def field_texts(cls: type) -> dict[str, str]:
+    """The docstrings of a class's fields by name, inherited ones first."""
+    texts: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        texts |= _own_texts(owner)
+    return texts
+
+
+def _own_texts(cls: type) -> dict[str, str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):

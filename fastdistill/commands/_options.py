@@ -6,15 +6,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastdistill.errors import FastdistillError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from fastdistill.runs import RunConfig
 
 Config = TypeVar("Config")
@@ -97,15 +94,13 @@ def import_pydantic() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextlib.contextmanager
-def progress_bars(shown: bool = True) -> Iterator[Progress]:
-    """Progress bars on stderr: what is done of what, per second, and the time that is left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown) as bars:
-        yield bars
+def quiet() -> None:
+    """Keep the bars and notices of diffusers and transformers out of a command's output."""
+    for library in ("diffusers", "transformers"):
+        with contextlib.suppress(ImportError):
+            logging: Any = importlib.import_module(f"{library}.utils.logging")
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
 
 
 def _config_file(arguments: list[str]) -> tuple[str | None, list[str]]:

@@ -20,6 +20,11 @@ from fastdistill.runs.evaluate import evaluate
 from fastdistill.runs.opened import Run, opened
 from fastdistill.runs.plan import plan
 from fastdistill.runs.pool import Pool
+from fastdistill.runs.distill import distill, metrics_of, trainer_of
+from fastdistill.runs.export import export
+from fastdistill.runs.init import init, recipes
+from fastdistill.runs.models import trained_student
+from fastdistill.runs.sample import sample
 from fastdistill.train.config import from_yaml
 
 
@@ -46,7 +51,15 @@ __all__ = [
     "StudentSettings",
     "cache",
     "evaluate",
+    "distill",
+    "export",
+    "init",
     "load",
+    "metrics_of",
     "opened",
     "plan",
+    "recipes",
+    "sample",
+    "trained_student",
+    "trainer_of",
 ]

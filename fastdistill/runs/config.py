@@ -109,7 +109,7 @@ class RandomConditioningSettings:
     """Random conditioning (arXiv 2504.02011)."""
 
     probability: str = "exp"
-    """Name of p(t), the probability of a random prompt: exp, const, linear, cosine or another of the documentation."""
+    """Name of p(t), the probability of a random prompt: exp, exp_two_sided, sigmoid, quadratic or const."""
     parameters: dict[str, float] = field(default_factory=dict)
     """Parameters of p(t) by name."""
     null: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -211,14 +211,14 @@ class RunConfig:
     """module:function that calls the models in place of a family's; needs --allow-code."""
     teacher_dtype: Dtype = "auto"
     """Dtype of the teacher's weights; auto: bfloat16 on a GPU, float32 on a CPU."""
+    shard: bool = False
+    """Shard the student, its gradients and its optimizer over the ranks (FSDP2)."""
+    log: tuple[Literal["bar", "jsonl", "tensorboard", "wandb"], ...] = ("bar", "jsonl")
+    """Where progress and metrics go; jsonl (metrics.jsonl) is always written."""
     prompts: PromptSettings = PromptSettings()
     cache: CacheSettings = CacheSettings()
     student: StudentSettings = StudentSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     train: TrainSettings = TrainSettings()
-    shard: bool = False
-    """Shard the student, its gradients and its optimizer over the ranks (FSDP2)."""
     preview: PreviewSettings = PreviewSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
-    log: tuple[Literal["bar", "jsonl", "tensorboard", "wandb"], ...] = ("bar", "jsonl")
-    """Where progress and metrics go; jsonl (metrics.jsonl) is always written."""

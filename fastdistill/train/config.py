@@ -159,11 +159,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+def parsed(text: str) -> Any:
+    """The values of a YAML text."""
+    return yaml.load(text, _Loader)
+
+
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
     """A configuration from a YAML file; see ``from_mapping``."""
     path = located(path, "config")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError.of("config", "a readable YAML file", f"{path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

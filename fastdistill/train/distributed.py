@@ -44,6 +44,11 @@ def rank() -> int:
     return dist.get_rank() if size() > 1 else 0
 
 
+def started_as() -> int:
+    """The rank that ``torchrun`` gave this process, also before there is a process group; 0 without it."""
+    return int(os.environ.get("RANK", "0")) if dist.is_available() and dist.is_torchelastic_launched() else 0
+
+
 @contextlib.contextmanager
 def launched(device: str) -> Iterator[str]:
     """The process group of the processes that ``torchrun`` started, until the end of the block; none without it, or

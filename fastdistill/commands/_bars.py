@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress bars of commands."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Bars(Progress):
+    """Progress bars on stderr: what is done of what, how fast, and the time that is left."""
+
+    def __init__(self, shown: bool = True) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        console = Console(stderr=True)
+        super().__init__(*columns, TimeRemainingColumn(), console=console, refresh_per_second=2, disable=not shown)
+        self._began: dict[TaskID, tuple[float, int]] = {}
+
+    def begin(self, description: str, total: int | None = None) -> TaskID:
+        """A new bar."""
+        return self.add_task(description, total=total, rate="")
+
+    def show(
+        self, task: TaskID, done: int, description: str, images: int | None = None, *, total: int | None = None
+    ) -> None:
+        """``done`` of ``total`` (None: as before) items, each of so many ``images``; None: each is one."""
+        began, first = self._began.setdefault(task, (time.perf_counter(), done))
+        rate, seconds = "", time.perf_counter() - began
+        if done > first and seconds > 0:
+            speed = (done - first) / seconds
+            rate = f"{speed:.3g}/s" if images is None else f"{speed:.3g} it/s, {speed * images:.3g} img/s"
+        fields: dict[str, Any] = {} if total is None else {"total": total}
+        self.update(task, completed=done, description=description, rate=rate, **fields)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""train the student of a run, or go on with it"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from fastdistill.commands._bars import Bars
+from fastdistill.commands._options import quiet, run_file
+from fastdistill.documented import documented
+
+
+@documented
+@dataclass(frozen=True)
+class DistillOptions:
+    """Train the student of a run to its last step; a run that was stopped goes on. Under torchrun, each process is a
+    rank."""
+
+
+def run(arguments: list[str]) -> None:
+    given = run_file(DistillOptions, arguments, "distill")
+    if given is None:
+        return
+    quiet()
+    from fastdistill import runs
+    from fastdistill.train import distributed
+
+    config = given.config
+    with Bars("bar" in config.log and not given.json and distributed.started_as() == 0) as bars:
+        task = bars.begin("distill", config.train.steps)
+        loss = ""
+
+        def show(done: int, metrics: dict[str, float] | None) -> None:
+            nonlocal loss
+            if metrics is not None:
+                loss = f", loss {metrics['loss']:.4g}"
+            bars.show(task, done, f"distill{loss}", config.train.batch)
+
+        result = runs.distill(config, allow_code=given.allow_code, progress=show)
+    if distributed.started_as() != 0:
+        return
+    found = runs.metrics_of(result)
+    if given.json:
+        print(json.dumps(found))
+    else:
+        print(f"{config.directory}: {result.steps:,} steps in {result.seconds:,.0f} s, loss {found.get('loss', 0):.4g}")

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""print a run file for a pipeline folder: fastdistill init FOLDER > run.yaml"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdistill.commands._options import import_pydantic, quiet
+from fastdistill.documented import documented
+from fastdistill.errors import FastdistillError
+
+
+@documented
+@dataclass(frozen=True)
+class InitOptions:
+    """Print a run file for the teacher in FOLDER, a pipeline folder of diffusers, to be changed as you like."""
+
+    recipe: str | None = None
+    """Settings of a paper; --recipes lists them."""
+    recipes: bool = False
+    """List the recipes."""
+
+
+def run(arguments: list[str]) -> None:
+    import_pydantic()
+    import tyro
+
+    folder = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    rest = arguments if folder is None else arguments[1:]
+    options = tyro.cli(InitOptions, args=rest, prog="fastdistill init FOLDER")
+    quiet()
+    from fastdistill import runs
+
+    if options.recipes:
+        for name, text in runs.recipes().items():
+            print(f"{name:22} {text}")
+        return
+    if folder is None:
+        raise FastdistillError("init: expected a pipeline folder of diffusers, got nothing")
+    print(runs.init(folder, recipe=options.recipe), end="")

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run file for a pipeline folder (``fastdistill init``), by itself or by a recipe of ``fastdistill/runs/recipes``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import itertools
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastdistill.documented import field_texts
+from fastdistill.errors import InputError
+from fastdistill.models import BLOCK_SPECS, SPECS, make_student
+from fastdistill.models.pipelines import PipelineFolder, open_pipeline
+from fastdistill.runs.config import RunConfig
+from fastdistill.runs.opened import student_spec_of
+from fastdistill.train.config import from_mapping, parsed
+
+RECIPES = Path(__file__).parent / "recipes"
+_UNET, _TRANSFORMER = ("bk_small", "koala_700m", "channel_micro"), ("half_depth", "half_width")  # the first that fits
+_WIDTH, _COLUMN = 118, 44
+#: What a run file shows of each section, besides what a recipe sets.
+_SHOWN = {
+    "": "directory device seed teacher teacher_dtype log",
+    "prompts": "file seen",
+    "cache": "directory images_per_prompt steps guidance_scale dtype",
+    "student": "spec init",
+    "objective": "loss_weighting feature_distance",
+    "objective.random_conditioning": "probability null",
+    "objective.weights": "output feature task",
+    "train": "steps batch micro_batch lr warmup ema_decay precision fuse gradient_checkpointing checkpoint_every",
+    "preview": "every prompts seeds",
+    "evaluate": "prompts images_per_prompt",
+}
+
+
+def init(folder: str | os.PathLike[str], *, recipe: str | None = None) -> str:
+    """The text of a run file for the pipeline in ``folder``, with comments; every value may be changed.
+
+    Args:
+        recipe: one of ``recipes()``, the settings of a paper.
+
+    Raises:
+        StorageError: no pipeline folder, or a damaged one.
+        InputError: a pipeline of no known family; a recipe that is not known, or whose student does not fit the model.
+    """
+    pipeline = open_pipeline(folder)
+    name = Path(folder).resolve().name
+    classes = "id2label" in pipeline.index
+    values: dict[str, Any] = {
+        "directory": f"runs/{name}",
+        "teacher": str(folder),
+        "prompts": {"file": None if classes else "prompts.txt"},
+        "cache": {"directory": f"caches/{name}", **_sampling(pipeline)},
+        "train": {"fuse": True},
+        "preview": {"every": 500},
+    }
+    comment = ""
+    if recipe is None:
+        values["student"] = {"spec": _student(pipeline)}
+    else:
+        comment, given = _recipe(recipe, pipeline)
+        values = {key: _merged(values.get(key), given.get(key)) for key in dict.fromkeys((*values, *given))}
+    config = from_mapping(RunConfig, values, recipe or "run")
+    spec = student_spec_of(config.student, bool(pipeline.family.blocks))
+    student = make_student(pipeline.model(device="meta"), spec)
+    return "\n".join([*_head(pipeline, student.model, comment), "", *_section(config, values, "", 0)]) + "\n"
+
+
+def recipes() -> dict[str, str]:
+    """What each recipe is, by its name."""
+    return {file.stem: _comment(file.read_text(encoding="utf-8")) for file in sorted(RECIPES.glob("*.yaml"))}
+
+
+def _comment(text: str) -> str:
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
+def _recipe(name: str, pipeline: PipelineFolder) -> tuple[str, dict[str, Any]]:
+    known = recipes()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError.of("recipe", f"one of {', '.join(known)}", repr(name) + hint)
+    given = parsed((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    if (family := given.pop("family")) != pipeline.family.name:
+        rule = f"one for a {pipeline.family.name} model, as {pipeline.path} has it"
+        raise InputError.of("recipe", rule, f"{name}, for {family}")
+    return f"Recipe {name}: {known[name]}", given
+
+
+def _merged(own: Any, given: Any) -> Any:
+    if isinstance(own, Mapping) and isinstance(given, Mapping):
+        return {**own, **given}
+    return own if given is None else given
+
+
+def _sampling(pipeline: PipelineFolder) -> dict[str, Any]:
+    """Steps and guidance as the pipeline itself has them by default."""
+    import diffusers
+
+    takes = inspect.signature(getattr(diffusers, pipeline.kind).__call__).parameters
+    return {"steps": takes["num_inference_steps"].default, "guidance_scale": takes["guidance_scale"].default}
+
+
+def _student(pipeline: PipelineFolder) -> str:
+    """The first of the usual students that can be made of the model."""
+    transformer = bool(pipeline.family.blocks)
+    teacher = pipeline.model(device="meta")
+    for name in _TRANSFORMER if transformer else _UNET:
+        try:
+            make_student(teacher, BLOCK_SPECS[name] if transformer else SPECS[name])
+            return name
+        except InputError:
+            continue
+    return _TRANSFORMER[-1] if transformer else _UNET[-1]
+
+
+def _head(pipeline: PipelineFolder, student: Any, comment: str) -> list[str]:
+    """What was found in the folder, as comments."""
+    scheduler = pipeline.scheduler()
+    shape, (height, width) = pipeline.latent_shape(), pipeline.size()
+    teacher = sum(p.numel() for p in pipeline.model(device="meta").parameters())
+    own = sum(p.numel() for p in student.parameters())
+    encoders = [kind for name, kind in pipeline.components().items() if name.startswith("text_encoder")]
+    banks = ", ".join(pipeline.family.conditions(pipeline.config))
+    facts = [
+        f"{pipeline.kind}, family {pipeline.family.name}: {pipeline.family.kind.__name__} of {teacher:,} parameters,"
+        f" the student {own:,}",
+        f"{height} x {width} pixels, latents {' x '.join(map(str, shape))}; {type(scheduler).__name__},"
+        f" {pipeline.prediction_type}",
+        f"A prompt is {banks}, by {', '.join(encoders)}." if encoders else f"A prompt is {banks}.",
+    ]
+    steps = "Then: fastdistill plan, cache, distill, evaluate, sample and export, each with this file."
+    lines = itertools.chain.from_iterable(textwrap.wrap(text, _WIDTH - 2) for text in (*facts, comment, steps))
+    return [f"# {line}" for line in lines]
+
+
+def _section(config: Any, values: Mapping[str, Any], path: str, depth: int) -> Iterator[str]:
+    """The lines of a (nested) configuration: its shown fields, and those that ``values`` sets, with their help."""
+    helps = field_texts(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name
+        place = f"{path}.{name}".lstrip(".")
+        given = values.get(name)
+        if dataclasses.is_dataclass(value):
+            if place in _SHOWN or given:
+                if depth == 0:
+                    yield ""
+                yield f"{'  ' * depth}{name}:"
+                yield from _section(value, given or {}, place, depth + 1)
+        elif name in _SHOWN.get(path, "").split() or name in values:
+            yield from _line(name, value, helps.get(name, ""), depth)
+
+
+def _line(name: str, value: Any, text: str, depth: int) -> Iterator[str]:
+    plain = list(value) if isinstance(value, tuple) else value
+    told = yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    line = f"{'  ' * depth}{name}: {told}"
+    comment = f"# {text}"
+    if max(len(line) + 2, _COLUMN) + len(comment) <= _WIDTH:
+        yield f"{line:<{_COLUMN - 2}}  {comment}"
+    else:
+        yield from (f"{'  ' * depth}# {part}" for part in textwrap.wrap(text, _WIDTH - 2 - 2 * depth))
+        yield line
