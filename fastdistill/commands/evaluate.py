@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the student of a run with its teacher.
-
-The same prompts and noise for both; writes evaluation/report.html in the run's directory.
-"""
+"""compare student and teacher on the same prompts and noise: report.html"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from fastdistill.commands._options import progress_bars, run_file
+from fastdistill.commands._bars import Bars
+from fastdistill.commands._options import quiet, run_file
 from fastdistill.documented import documented
 
 
@@ -30,15 +28,15 @@ def run(arguments: list[str]) -> None:
 
     from fastdistill.runs.evaluate import FOLDER, evaluate
 
-    with progress_bars(not given.json) as bars:
-        task = bars.add_task("samples", total=None, rate="")
-
-        def show(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total)
-            speed = bars.tasks[0].speed
-            bars.update(task, rate=f"{speed:.1f} img/s" if speed else "")
-
-        report = evaluate(given.config, step=given.own.step, allow_code=given.allow_code, progress=show)
+    quiet()
+    with Bars(not given.json) as bars:
+        task = bars.begin("samples")
+        report = evaluate(
+            given.config,
+            step=given.own.step,
+            allow_code=given.allow_code,
+            progress=lambda done, total: bars.show(task, done, "samples", 1, total=total),
+        )
     if given.json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
         return

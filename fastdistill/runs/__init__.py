@@ -16,14 +16,14 @@ from fastdistill.runs.config import (
     RunConfig,
     StudentSettings,
 )
-from fastdistill.runs.evaluate import evaluate
-from fastdistill.runs.opened import Run, opened
-from fastdistill.runs.plan import plan
-from fastdistill.runs.pool import Pool
 from fastdistill.runs.distill import distill, metrics_of, trainer_of
+from fastdistill.runs.evaluate import evaluate
 from fastdistill.runs.export import export
 from fastdistill.runs.init import init, recipes
 from fastdistill.runs.models import trained_student
+from fastdistill.runs.opened import Run, opened
+from fastdistill.runs.plan import plan
+from fastdistill.runs.pool import Pool
 from fastdistill.runs.sample import sample
 from fastdistill.train.config import from_yaml
 
@@ -50,8 +50,8 @@ __all__ = [
     "RunConfig",
     "StudentSettings",
     "cache",
-    "evaluate",
     "distill",
+    "evaluate",
     "export",
     "init",
     "load",

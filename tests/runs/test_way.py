@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way: from a pipeline folder to an exported student that a pipeline of diffusers samples with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+from fastdistill import runs
+from fastdistill.cli import main
+from fastdistill.errors import InputError, StorageError
+from fastdistill.runs import RunConfig
+from fastdistill.train import checkpoint
+from fastdistill.train.config import to_yaml
+from tests.models import tiny_pipelines as tiny
+from tests.runs.conftest import cached, run_config
+
+QUICK = ("sd", "sd3")
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny.PIPELINES]
+SMALL = {"cache": {"sizes": [[32, 32]]}}
+
+
+@pytest.fixture(scope="module")
+def ended(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run of Stable Diffusion that has ended, and its run file."""
+    place = tmp_path_factory.mktemp("run")
+    config = cached(run_config(saved("sd"), place, preview={"every": 2, "prompts": ["a cat", "no prompt of the pool"]}))
+    runs.distill(config)
+    (place / "run.yaml").write_text(to_yaml(config))
+    return config, place / "run.yaml"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_a_folder_to_a_pipeline(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+    config = run_config(saved(name), tmp_path, **SMALL)
+    if name == "dit":
+        Path(str(config.prompts.file)).write_text("dog\n3\n5\n2\n9\n")
+    cached(config)
+    result = runs.distill(config)
+    assert result.steps == 3 and all(entry["loss"] > 0 for entry in result.history)
+    files = runs.sample(config, ["3"] if name == "dit" else ["a cat"], tmp_path / "images", seeds=(0, 1))
+    assert [Image.open(file).size for file in files] == [(32, 32)] * 2
+    folder = runs.export(config, tmp_path / "exported", dtype="float16")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
+    model: Any = getattr(pipeline, runs.opened(config).pipeline.family.part)
+    assert model.dtype == torch.float16
+    student = runs.trained_student(runs.opened(config))
+    for key, value in student.state_dict().items():
+        assert torch.equal(model.state_dict()[key].float(), value.half().float()), key
+
+
+def test_what_a_run_leaves(ended: tuple[RunConfig, Path]) -> None:
+    config, _ = ended
+    place = Path(config.directory)
+    assert {"run.yaml", "metrics.jsonl", "step-00000002.safetensors", "step-00000003.safetensors"} <= {
+        file.name for file in place.iterdir()
+    }
+    assert runs.load(place / "run.yaml") == config
+    assert [file.name for file in sorted((place / "previews").iterdir())] == [
+        f"step-{step:08d}.png" for step in (0, 2, 3)
+    ]
+
+
+def test_the_averages_are_what_is_sampled_and_exported(ended: tuple[RunConfig, Path]) -> None:
+    config, _ = ended
+    run = runs.opened(config)
+    state = checkpoint.read(Path(config.directory) / "step-00000003.safetensors")[0].state
+    averaged, last = (runs.trained_student(run, averaged=flag).state_dict() for flag in (True, False))
+    assert averaged.keys() == last.keys()
+    for key, value in averaged.items():
+        assert torch.equal(value, state[f"optimizer.student.{key}.ema"]), key
+        assert torch.equal(last[key], state[f"student.{key}"]), key
+    with pytest.raises(InputError, match=r"step: expected a checkpoint of .*: 2, 3, got 7"):
+        runs.trained_student(run, step=7)
+
+
+def test_a_run_goes_on(saved: Callable[[str], Path], tmp_path: Path, ended: tuple[RunConfig, Path]) -> None:
+    """To the last bit as without the interruption; with other settings it is refused."""
+    whole = ended[0]
+    parts = run_config(saved("sd"), tmp_path, cache={"directory": whole.cache.directory})
+
+    class Enough(Exception):
+        pass
+
+    def enough(done: int, _: object) -> None:
+        if done == 2:
+            raise Enough
+
+    with pytest.raises(Enough):
+        runs.distill(parts, callbacks=[(1, enough)])
+    runs.distill(parts)
+    for key, value in runs.trained_student(runs.opened(whole)).state_dict().items():
+        assert torch.equal(runs.trained_student(runs.opened(parts)).state_dict()[key], value)
+    other = run_config(saved("sd"), tmp_path, cache={"directory": whole.cache.directory}, train={"lr": 0.5})
+    with pytest.raises(StorageError, match="this run was started differently"):
+        runs.distill(other)
+    assert runs.load(Path(parts.directory) / "run.yaml") == parts  # not of the refused one
+
+
+def test_adapters_are_exported_alone(
+    saved: Callable[[str], Path], tmp_path: Path, ended: tuple[RunConfig, Path]
+) -> None:
+    pytest.importorskip("peft")
+    changes: dict[str, Any] = {"student": {"lora": {"rank": 2}}, "cache": {"directory": ended[0].cache.directory}}
+    config = run_config(saved("sd"), tmp_path, **changes)
+    runs.distill(config)
+    folder = runs.export(config, tmp_path / "adapters")
+    assert {file.name for file in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "README.md"}
+    pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(saved("sd"), safety_checker=None)
+    pipeline.load_lora_weights(folder)
+    student = runs.trained_student(runs.opened(config))
+    given = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        wanted, found = student(*given).sample, pipeline.unet(*given).sample
+        bare = runs.opened(config).pipeline.model()(*given).sample
+    assert torch.allclose(found, wanted, rtol=0, atol=16 * torch.finfo().eps * float(wanted.abs().max()))
+    assert not torch.equal(bare, wanted)
+    with pytest.raises(InputError, match="link: expected False for adapters"):
+        runs.export(config, tmp_path / "other", link=True)
+
+
+def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    config, _ = ended
+    runs.sample(config, ["a cat", "a dog"], tmp_path / "two", seeds=(3, 4))
+    runs.sample(config, ["a dog"], tmp_path / "one", seeds=(4,))
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metadata.jsonl").read_text().splitlines()]
+    assert [(line["file_name"], line["text"], line["seed"]) for line in lines] == [
+        ("00000-3.png", "a cat", 3), ("00000-4.png", "a cat", 4),
+        ("00001-3.png", "a dog", 3), ("00001-4.png", "a dog", 4),
+    ]  # fmt: skip
+    pair = [torch.frombuffer(bytearray(Image.open(file).tobytes()), dtype=torch.uint8).int() for file in (
+        tmp_path / "two" / "00001-4.png", tmp_path / "one" / "00000-4.png")]  # fmt: skip
+    assert int((pair[0] - pair[1]).abs().max()) <= 1  # rounding of a batch of two
+    taught = runs.sample(config, ["a dog"], tmp_path / "taught", seeds=(4,), teacher=True)
+    assert taught[0].read_bytes() != (tmp_path / "one" / "00000-4.png").read_bytes()
+    for options, message in (
+        ({"prompts": []}, "prompts: expected at least one, got none"),
+        ({"seeds": ()}, "seeds: expected at least one, got none"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+    ):
+        arguments: dict[str, Any] = {"prompts": ["a"], "to": tmp_path / "never", **options}
+        with pytest.raises(InputError, match=message):
+            runs.sample(config, **arguments)
+    with pytest.raises(StorageError, match="expected a new folder, got one that is there already"):
+        runs.sample(config, ["a"], tmp_path / "one")
+    assert not (tmp_path / "never").exists()
+
+
+def test_the_card_says_what_it_is(ended: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    folder = runs.export(ended[0], tmp_path / "exported", link=True)
+    card = (folder / "README.md").read_text()
+    head = card.split("---\n")[1]
+    assert 'library_name: "diffusers"' in head and 'base_model: "sd"' in head
+    assert "trained for 3 steps by fastdistill" in card and "| batch | 4 |" in card
+    assert (folder / "vae").is_symlink()
+    with pytest.raises(StorageError):
+        runs.export(ended[0], tmp_path / "exported")
+
+
+def test_a_checkpoint_of_another_student(ended: tuple[RunConfig, Path], saved: Callable[[str], Path]) -> None:
+    config = run_config(saved("sd"), Path(ended[0].directory).parent, student={"width": 0.25})
+    with pytest.raises(StorageError, match=r"expected the student of the run file .*, got another one"):
+        runs.export(config, "never")
+    assert not Path("never").exists()
+
+
+def test_nothing_is_there_yet(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    config = run_config(saved("sd"), tmp_path)
+    with pytest.raises(StorageError, match=r"prompts: expected the encoded prompts \(fastdistill cache\), got none"):
+        runs.distill(config)
+    with pytest.raises(StorageError, match=r"expected a checkpoint of the run \(fastdistill distill\), got none"):
+        runs.export(config, tmp_path / "exported")
+    with pytest.raises(StorageError, match=r"expected a checkpoint of the run \(fastdistill distill\), got none"):
+        runs.sample(config, ["a cat"], tmp_path / "images")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_prompts_in_another_order(ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path) -> None:
+    config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory})
+    Path(str(config.prompts.file)).write_text("a dog\na cat\ntwo cats\na red bird\nthe sea\n")
+    with pytest.raises(StorageError, match="prompts: expected the 5 prompts that are encoded there, got 5, of which"):
+        runs.distill(config)
+    config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory, "steps": 9})
+    with pytest.raises(StorageError, match="this cache was made differently"):
+        runs.distill(config)
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(list(arguments))
+        out, error = capsys.readouterr()
+        return code, out, error
+
+    yield call
+
+
+def test_commands(
+    ended: tuple[RunConfig, Path],
+    said: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    saved: Callable[[str], Path],
+) -> None:
+    file = str(ended[1])
+    code, out, error = said("init", str(saved("sd")))
+    assert code == 0 and out == runs.init(saved("sd")) and not error
+    code, out, error = said("distill", file, "--json")
+    assert code == 0 and json.loads(out)["steps"] == 3
+    code, out, error = said("sample", file, "--prompt", "a cat", "a dog", "--to", str(tmp_path / "images"), "--json")
+    assert code == 0 and len(json.loads(out)) == 2
+    code, out, error = said("export", file, "--to", str(tmp_path / "exported"), "--dtype", "bfloat16")
+    assert code == 0 and out.startswith(f"{tmp_path / 'exported'}: ") and (tmp_path / "exported" / "README.md").exists()
+    code, out, _ = said("distill", file, "--train.steps", "7", "--dry-run")
+    assert code == 0
+    (tmp_path / "dry.yaml").write_text(out)
+    assert runs.load(tmp_path / "dry.yaml").train.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("distill",), r"distill: expected a run file \(fastdistill init FOLDER > run.yaml\), got nothing"),
+        (("distill", "--json"), "distill: expected a run file .*, got '--json'"),
+        (("distill", "nothing.yaml"), "nothing.yaml"),
+        (("init",), "init: expected a pipeline folder of diffusers, got nothing"),
+        (("init", "nothing"), "nothing: expected a pipeline folder of diffusers, got no folder"),
+        (("sample", "RUN"), "sample: expected one of --prompts FILE and --prompt TEXT"),
+        (("export", "RUN"), r"export: expected a new folder \(--to FOLDER\), got none"),
+        (("export", "RUN", "--to", "x", "--train.lr", "-3"), r"export: 1 problem"),
+    ],
+)
+def test_mistakes(
+    arguments: tuple[str, ...],
+    message: str,
+    ended: tuple[RunConfig, Path],
+    said: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, out, error = said(*(str(ended[1]) if argument == "RUN" else argument for argument in arguments))
+    assert code == 2 and not out
+    assert error.startswith("fastdistill: ") and re.search(message, error), error
