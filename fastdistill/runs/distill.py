@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.stored import StoredRows
 from fastdistill.distill import RandomConditioning, Weights
-from fastdistill.errors import InputError
 from fastdistill.files import atomic_write
 from fastdistill.models import Student
 from fastdistill.models.families import FAMILIES
@@ -59,13 +58,11 @@ def trainer_of(run: Run) -> DistillTrainer:
     Raises:
         StorageError, InputError: they are not there or belong to another run; whatever ``DistillTrainer`` refuses.
     """
-    if len(run.sizes) > 1:
-        raise InputError.of("cache.sizes", "one size to train with", f"{len(run.sizes)}")
-    size = run.sizes[0]
     bank = run.bank()
-    latents = run.latents(size, bank)
+    latents = [run.latents(size, bank) for size in run.sizes]
     if in_memory(run, bank, latents):
-        bank, latents = run.bank(load=True), run.latents(size, bank, load=True)
+        bank = run.bank(load=True)
+        latents = [run.latents(size, bank, load=True) for size in run.sizes]
     teacher, student = teacher_and_student(run)
     previews = run.config.preview.every is not None
     return DistillTrainer(
@@ -73,7 +70,7 @@ def trainer_of(run: Run) -> DistillTrainer:
         student,
         run.pipeline.scheduler(),
         latents,
-        bank,
+        [run.pipeline.sized(bank, size) for size in run.sizes],
         objective_of(run.config.objective, student),
         train_config(run, bank),
         device=run.config.device,
@@ -114,7 +111,7 @@ def train_config(run: Run, bank: PromptBank) -> TrainConfig:
     )
 
 
-def in_memory(run: Run, bank: PromptBank, latents: LatentCache) -> bool:
+def in_memory(run: Run, bank: PromptBank, latents: Sequence[LatentCache]) -> bool:
     """Whether prompts and latents are read into memory at the start, by ``cache.read``: auto where they take at most a
     quarter of what is free."""
     if run.config.cache.read != "auto":
@@ -124,7 +121,7 @@ def in_memory(run: Run, bank: PromptBank, latents: LatentCache) -> bool:
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return sum(_bytes(rows) for rows in (*bank.banks.values(), latents.latents)) <= free // 4
+    return sum(_bytes(rows) for rows in (*bank.banks.values(), *(cache.latents for cache in latents))) <= free // 4
 
 
 def _bytes(rows: Tensor | StoredRows) -> int:
@@ -144,7 +141,9 @@ def _preview_prompts(run: Run, bank: PromptBank) -> PromptBank | None:
     wanted = run.config.preview.prompts
     if isinstance(wanted, int) or set(wanted) <= set(bank.texts):
         return None
-    return run.pipeline.encode(list(wanted), run.pipeline.encoders(device=run.config.device), size=run.sizes[0])
+    encoders = run.pipeline.encoders(device=run.config.device, dtype=run.teacher_dtype)
+    made = run.pipeline.encode(list(wanted), encoders, size=run.sizes[0])
+    return dataclasses.replace(made, encoder=bank.encoder)  # that of the same folder, by its files
 
 
 def sharded_blocks(student: nn.Module) -> None:

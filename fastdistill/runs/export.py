@@ -65,7 +65,9 @@ def export(
     if not adapted:
         run.pipeline.export(model, to, dtype=target, link=link, overwrite=overwrite, texts={CARD: card})
         return to
-    name = peft.chosen(model.requires_grad_(True), None)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in key)  # what was trained
+    name = peft.chosen(model, None)
     weights = {key: p.detach() for key, p in model.named_parameters()}
     found = peft.exported(model, weights, name)
     with atomic_directory(to) as folder:

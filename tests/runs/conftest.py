@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fastdistill import runs
-from fastdistill.data.latent_cache import generate_latent_cache
-from fastdistill.models.weights import weights_hash
 from fastdistill.runs import RunConfig
 from fastdistill.train.config import from_mapping
 from tests.models import tiny_pipelines as tiny
@@ -52,17 +49,5 @@ def run_config(folder: Path, directory: Path, **changes: Any) -> RunConfig:
 
 def cached(config: RunConfig) -> RunConfig:
     """The configuration itself, after its prompts were encoded and its teacher sampled."""
-    run = runs.opened(config)
-    bank = run.pipeline.encode(run.pool.texts, batch=4)
-    bank.save(run.prompts_place)
-    teacher = run.pipeline.model()
-    options = {"steps": config.cache.steps, "guidance_scale": config.cache.guidance_scale, "size": run.sizes[0]}
-    generate_latent_cache(
-        run.latents_place(run.sizes[0]),
-        lambda rows, prompts: run.pipeline.sample(teacher, bank, prompts, rows, **options),
-        torch.arange(run.pool.seen).repeat_interleave(config.cache.images_per_prompt),
-        run.pipeline.latent_shape(run.sizes[0]),
-        torch.float32,
-        {**run.sampling(run.sizes[0]), "prompts": bank.identity, "teacher": weights_hash(teacher)},
-    )
+    runs.cache(config)
     return config
