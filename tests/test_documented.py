@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import itertools
 import pydoc
@@ -25,7 +24,7 @@ from fastdistill.train import TrainConfig
 
 CONFIGS = [
     *(DigitsConfig, DoctorConfig, ProfileConfig, ReplayConfig, Sampling, TeacherConfig, TrainConfig),
-    *(getattr(runs, name) for name in runs.__all__ if dataclasses.is_dataclass(getattr(runs, name))),
+    *(getattr(runs, name) for name in runs.__all__ if name.endswith(("Config", "Settings"))),
 ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""write the student as a pipeline folder, or its adapters, for use without fastdistill"""
+"""write the student as a pipeline folder, or its adapters alone"""
 
 from __future__ import annotations
 

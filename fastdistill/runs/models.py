@@ -60,7 +60,8 @@ def trained_student(run: Run, *, step: int | None = None, averaged: bool = True)
     path = last_checkpoint(run, step)
     saved, _ = checkpoint.read(path)
     adapted = run.config.student.lora.rank is not None
-    model: Any = make_student(run.pipeline.model(device="cpu" if adapted else "meta"), run.student_spec).model
+    whole, settings = run.pipeline.model(device="cpu" if adapted else "meta"), run.config.student
+    model: Any = make_student(whole, run.student_spec, init=settings.init).model
     if not adapted:  # with the buffers that no file has
         with torch.random.fork_rng(devices=[]):
             model = type(model).from_config(dict(model.config))

@@ -65,7 +65,10 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     run = Run(dataclasses.replace(config, device=device), pipeline, call)
     for size in run.sizes:
         pipeline.latent_shape(size)
-    make_student(pipeline.model(device="meta"), run.student_spec)  # whether it fits
+    make_student(pipeline.model(device="meta"), run.student_spec, init=config.student.init)  # whether it fits
+    if config.student.lora.rank is not None and not config.objective.weights.task:
+        rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
+        raise InputError.of("objective.weights.task", rule, config.objective.weights.task)
     return run
 
 

@@ -39,6 +39,7 @@ def test_every_family_opens(name: str, saved: Callable[[str], Path], tmp_path: P
         ({"cache": {"sizes": [[32, 31]]}}, "width: expected a multiple of 2 pixels, got 31"),
         ({"student": {}}, "student: expected one of spec, .*, got none"),
         ({"student": {"spec": "bk_small", "lora": {"rank": 4}}}, "student: .*, got spec and lora.rank"),
+        ({"student": {"lora": {"rank": 4}}}, "objective.weights.task: expected above 0 for a student with adapters"),
         ({"student": {"spec": "bk_smal"}}, "student.spec: expected one of bk_base, bk_small, .*, got 'bk_smal'"),
         ({"student": {"every": 2}}, r"student.every: expected none, as the teacher is a U-Net \(spec\), got 2"),
         ({"student": {"channels": [4, 4, 4, 4, 4]}}, "block_out_channels"),
