@@ -353,6 +353,9 @@ def _placed(sources: Sources, device: torch.device, config: TrainConfig) -> tupl
             known[id(rows)] = rows.cpu().pin_memory() if pinned else rows.to(device)
         return known[id(rows)]
 
-    return tuple(
-        Bucket(place(cache.latents), cache.prompt_index.to(device), mapped(place, bank.rows)) for cache, bank in sources
-    )
+    def placed(bank: PromptBank) -> Any:
+        whole = all(isinstance(rows, Tensor) for rows in bank.banks.values())
+        expanded = {id(rows): rows.contiguous() for rows in bank.banks.values() if whole and 0 in rows.stride()}
+        return mapped(lambda rows: place(expanded.get(id(rows), rows)), bank.rows)  # kernels read contiguous ones
+
+    return tuple(Bucket(place(cache.latents), cache.prompt_index.to(device), placed(bank)) for cache, bank in sources)

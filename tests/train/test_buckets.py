@@ -99,7 +99,9 @@ def test_each_cache_may_have_a_bank_of_its_own() -> None:
 
 def test_sizes_that_sdxl_reads() -> None:
     bank, sizes = tiny_families.bank("sdxl"), [(8, 8), (8, 16)]
-    banks = [PromptBank(bank.banks | {"time_ids": bank.banks["time_ids"] * 0 + size[1]}, bank.texts) for size in sizes]
+    ids = bank.banks["time_ids"]
+    rows = [torch.full((6,), size[1], dtype=ids.dtype).expand_as(ids) for size in sizes]  # the same for all prompts
+    banks = [PromptBank(bank.banks | {"time_ids": own}, bank.texts) for own in rows]
     latents = [LatentCache(torch.randn(2, 4, *size), torch.arange(2)) for size in sizes]
     models = [tiny_families.model("sdxl", seed) for seed in (0, 1)]
     read: list[tuple[int, float]] = []
@@ -108,6 +110,7 @@ def test_sizes_that_sdxl_reads() -> None:
         read.append((args[0].shape[-1], float(given["added_cond_kwargs"]["time_ids"].max())))
 
     with tiny.trainer(*models, tiny.features(("mid_block", "mid_block")), latents=latents, prompts=banks) as run:
+        assert all(b.is_contiguous() for bucket in run._setting.buckets for b in bucket.prompts.values())
         handle = models[0].register_forward_pre_hook(watched, with_kwargs=True)
         assert all(torch.tensor(list(metrics.values())).isfinite().all() for metrics in run.fit().history)
         handle.remove()
