@@ -19,7 +19,7 @@ GIB = 2**30
 #: Stable Diffusion 2 at 315 TFLOP/s on each of eight H100.
 _COPY, _MATMUL, _SUSTAINED = 0.9, 0.81, 315 / 989
 #: Makers' figures: name, GiB that torch can allocate in, GB/s, dense bfloat16 TFLOP/s with float32 sums.
-_PUBLISHED = {
+CARDS = {
     "a100-40gb": ("NVIDIA A100 SXM4 40GB", 39.4, 1555, 312),
     "a100-80gb": ("NVIDIA A100 SXM4 80GB", 79.1, 2039, 312),
     "b200": ("NVIDIA B200", 178.4, 8000, 2250),
@@ -57,9 +57,9 @@ class Card:
 
 def card_named(name: str) -> Card:
     """A card of the table. InputError: there is none of this name."""
-    if name not in _PUBLISHED:
-        raise InputError.of("card", f"one of {', '.join(_PUBLISHED)}", repr(name))
-    full, memory, copy, matmul = _PUBLISHED[name]
+    if name not in CARDS:
+        raise InputError.of("card", f"one of {', '.join(CARDS)}", repr(name))
+    full, memory, copy, matmul = CARDS[name]
     peak = matmul * 1e12
     return Card(full, int(memory * GIB), _COPY * copy * 1e9, _MATMUL * peak, _SUSTAINED * peak, 2e-6, "cuda", "model")
 

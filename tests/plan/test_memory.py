@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parts": {"micro_batch": 2},
     "bfloat16": {"precision": "bfloat16"},
 }
-QUICK = [("sd", "plain"), ("sd3", "checkpointed"), ("pixart_sigma", "fused"), ("flux", "parts"), ("dit", "bfloat16")]
+QUICK = [("sd3", "checkpointed"), ("pixart_sigma", "fused"), ("dit", "parts")]
 
 
 def job(run: DistillTrainer, name: str) -> Job:

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of published models, from folders that hold nothing but configurations."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdistill import runs
+from fastdistill.plan.trace import attention_as
+from fastdistill.train.config import from_mapping
+from tests.models import real
+
+#: Pipeline, stages of its VAE and its scheduler by the name of a configuration, and the student.
+PIPELINES: dict[str, tuple[str, int, str, dict[str, Any]]] = {
+    "dit_xl_2": ("DiTPipeline", 4, "DDIMScheduler", {"every": 2}),
+    "sd15": ("StableDiffusionPipeline", 4, "PNDMScheduler", {"spec": "bk_base"}),
+    "sdxl": ("StableDiffusionXLPipeline", 4, "EulerDiscreteScheduler", {"spec": "koala_700m"}),
+    "pixart_alpha": ("PixArtAlphaPipeline", 4, "DPMSolverMultistepScheduler", {"every": 2}),
+    "sd3_medium": ("StableDiffusion3Pipeline", 4, "FlowMatchEulerDiscreteScheduler", {"every": 2}),
+    "flux_dev": ("FluxPipeline", 4, "FlowMatchEulerDiscreteScheduler", {"lora": {"rank": 16}}),
+}
+
+
+def run_config(name: str, folder: Path, **train: Any) -> runs.RunConfig:
+    kind, stages, scheduler, student = PIPELINES[name]
+    model = real.family(name)
+    parts = {
+        model.part: real.published(name)["config"] | {"_class_name": model.kind.__name__},
+        "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [8] * stages},
+        "scheduler": {"_class_name": scheduler},
+    }
+    index: dict[str, Any] = {"_class_name": kind, "id2label": {"0": "tench"}}
+    for part, config in parts.items():
+        (folder / part).mkdir(parents=True)
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (folder / part / file).write_text(json.dumps(config))
+        index[part] = ["diffusers", config["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    values = {
+        "teacher": str(folder),
+        "prompts": {"file": str(folder / "prompts.txt")},
+        "student": student,
+        "train": {"batch": 64, "fuse": True, "gradient_checkpointing": True} | train,
+    }
+    return from_mapping(runs.RunConfig, values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_published_model_is_planned(name: str, tmp_path: Path) -> None:
+    start = time.process_time()
+    found = runs.plan(run_config(name, tmp_path), card="h200")
+    seconds = time.process_time() - start
+    teacher = real.teacher(name)
+    assert found.parameters["teacher"] == sum(p.numel() for p in teacher.parameters())
+    with attention_as("cuda"), FlopCounterMode(display=False) as counter:
+        real.forward(name, teacher)
+    if PIPELINES[name][0] not in ("PixArtAlphaPipeline", "StableDiffusion3Pipeline", "FluxPipeline"):  # longer prompts
+        assert found.flops["teacher"] == counter.get_total_flops() // 2
+    checkpointed = found.flops["backward"] / found.flops["student"]
+    assert 2 < checkpointed < 3.6  # two products for each of the forward's, and those again, with attention's scores
+    if "lora" in PIPELINES[name][3]:
+        assert found.memory["masters"] == 4 * found.parameters["trained"] < found.parameters["student"] / 100
+        assert found.memory["student"] < found.memory["teacher"] / 50  # their weights are the same
+    else:
+        assert found.memory["masters"] == 4 * found.parameters["trained"]
+        assert found.largest_micro_batch is not None and found.total <= found.card.memory
+    assert seconds < 120
+
+
+@pytest.mark.slow
+def test_operations_of_stable_diffusion(tmp_path: Path) -> None:
+    """Those of the benchmark of whole steps, in billions: 803 + 523, and 1082 of a backward with flash attention."""
+    found = runs.plan(run_config("sd15", tmp_path, fuse=False, gradient_checkpointing=False), card="h100")
+    assert {name: round(count / 1e9) for name, count in found.flops.items()} == {
+        "teacher": 803,
+        "student": 523,
+        "backward": 1082,
+    }
