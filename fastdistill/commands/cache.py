@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""encode the prompts of a run and sample its teacher, or go on with that"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.progress import TaskID
+
+from fastdistill.commands._bars import Bars
+from fastdistill.commands._options import quiet, run_file
+from fastdistill.documented import documented
+
+
+@documented
+@dataclass(frozen=True)
+class CacheOptions:
+    """Encode the prompts of a run, then sample its teacher for the seen ones. A call that was stopped goes on, and what
+    is there is not made again. Calls at the same time, such as torchrun's, share the work."""
+
+    only: Literal["prompts", "latents"] | None = None
+    """Make the encodings or the latents alone; none: both."""
+
+
+def run(arguments: list[str]) -> None:
+    given = run_file(CacheOptions, arguments, "cache")
+    if given is None:
+        return
+    quiet()
+    from fastdistill import runs
+    from fastdistill.train import distributed
+
+    config = given.config
+    with Bars("bar" in config.log and not given.json and distributed.started_as() == 0) as bars:
+        stages: dict[str, _Stage] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in stages:
+                stages[name] = _Stage(bars.begin(name, total), time.perf_counter(), done)
+            bars.show(stages[name].task, done, name)
+            if estimate := stages[name].estimate(done, total):
+                bars.print(f"{name}: {total:,} rows, {estimate}")
+
+        result = runs.cache(config, only=given.own.only, allow_code=given.allow_code, progress=show)
+    if distributed.started_as() != 0:
+        return
+    if given.json:
+        print(json.dumps(dataclasses.asdict(result), default=str))
+    else:
+        counts = f"{result.texts:,} encodings and {result.samples:,} latents, of which {result.made:,} are new"
+        print(f"{config.cache.directory}: {counts}")
+
+
+@dataclass
+class _Stage:
+    """One bar. begun: when, and with how many rows there."""
+
+    task: TaskID
+    begun: float
+    first: int
+    told: bool = False
+
+    def estimate(self, done: int, total: int) -> str | None:
+        """How long it takes, by the first batch; once, and not where that is less than a minute."""
+        if self.told or done <= self.first or done >= total:
+            return None
+        self.told = True
+        minutes = (time.perf_counter() - self.begun) / (done - self.first) * (total - done) / 60
+        if minutes < 1:
+            return None
+        return f"about {minutes / 60:.1f} hours" if minutes >= 90 else f"about {minutes:.0f} minutes"
