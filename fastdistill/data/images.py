@@ -21,6 +21,16 @@ _TABLES = [f"{name}.{kind}" for name in ("metadata", "captions") for kind in ("j
 _FILES, _TEXTS = ("file_name", "file", "image"), ("text", "caption", "prompt")
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder and of those below it, in the order of their paths; StorageError where there are none."""
+    if not folder.is_dir():
+        raise StorageError(f"{folder}: expected a folder of images, got none")
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not images:
+        raise StorageError(f"{folder}: expected images ({', '.join(_SUFFIXES)}), got none")
+    return images
+
+
 def captioned_images(folder: Path) -> list[tuple[Path, str]]:
     """The images of a folder and of those below it, each with its caption: rows of a table in the folder, such as
     ``metadata.jsonl`` or ``captions.csv`` with ``file_name`` and ``text``, or else a text file of its name beside it.
@@ -28,11 +38,7 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
     Raises:
         StorageError: no folder, no images, an image without a caption or a caption without an image; with the file.
     """
-    if not folder.is_dir():
-        raise StorageError(f"{folder}: expected a folder of images, got none")
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    if not images:
-        raise StorageError(f"{folder}: expected images ({', '.join(_SUFFIXES)}), got none")
+    images = image_files(folder)
     tables = [folder / name for name in _TABLES if (folder / name).exists()]
     if len(tables) > 1:
         raise StorageError(f"{folder}: expected one table of captions, got {', '.join(table.name for table in tables)}")
@@ -62,10 +68,10 @@ def check_images(images: Iterable[Path], size: tuple[int, int]) -> None:
             _check_size(path, (width, height) if exif.get(_ORIENTATION, 1) >= 5 else (height, width), size)
 
 
-def load_image(path: Path, size: tuple[int, int]) -> Tensor:
+def load_image(path: Path, size: tuple[int, int], *, enlarge: bool = False) -> Tensor:
     """An image as [3, height, width] float32 in [0, 1]: shrunk until one side fits, the middle of the other cut out.
 
-    It is turned as its camera says; where it is transparent it is white.
+    It is turned as its camera says; where it is transparent it is white. ``enlarge``: smaller ones too.
 
     Raises:
         StorageError: it cannot be read, or is smaller.
@@ -74,7 +80,8 @@ def load_image(path: Path, size: tuple[int, int]) -> Tensor:
     with _opened(path) as image:
         try:
             upright = ImageOps.exif_transpose(image)
-            _check_size(path, (upright.height, upright.width), size)
+            if not enlarge:
+                _check_size(path, (upright.height, upright.width), size)
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)

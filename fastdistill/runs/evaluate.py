@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdistill
+from fastdistill.data.images import image_files, load_image
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.texts import read_prompts
 from fastdistill.distill.objective import Setting
@@ -27,11 +28,10 @@ from fastdistill.evaluate.figures import losses_over_time, png, sample_grid
 from fastdistill.evaluate.held_out import HeldOut, held_out_losses
 from fastdistill.evaluate.measures import Measures
 from fastdistill.evaluate.samples import MODELS, Samples, compared
-from fastdistill.files import atomic_write, make_directory
+from fastdistill.files import atomic_write, located, make_directory
 from fastdistill.models import Student, make_student
 from fastdistill.models.calling import kept_in_float32
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.images import image_batches, image_files
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train.config import to_yaml
 
@@ -81,7 +81,7 @@ def evaluate(
     run = opened(config, allow_code=allow_code)
     settings, size, device = run.config.evaluate, run.sizes[0], run.config.device
     extractors = _extractors(run, features)
-    reference = [] if settings.reference is None else image_files(settings.reference)
+    reference = [] if settings.reference is None else image_files(located(settings.reference, "evaluate.reference"))
     prompts = _prompts(run)
     images = settings.images_per_prompt
     model, taps = _student(run, student, step)
@@ -246,7 +246,8 @@ def _features(
 ) -> dict[str, Tensor]:
     """Of real images, by extractor."""
     found: dict[str, list[Tensor]] = {name: [] for name in extractors if name != "clip"}
-    for images in image_batches(files, size, batch):
+    for first in range(0, len(files), batch):
+        images = torch.stack([load_image(file, size, enlarge=True) for file in files[first : first + batch]])
         for name, parts in found.items():
             parts.append(extractors[name](images).float().cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}

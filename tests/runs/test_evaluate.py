@@ -124,7 +124,7 @@ def test_scores_with_features_and_images_of_ones_own(saved: Folders, tmp_path: P
         ({"features": "nowhere"}, "nowhere: expected the folder of a model of transformers"),
         ({"metrics": ["fid"], "inception": "nowhere.pth"}, "nowhere.pth: expected the weights of Inception-v3"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt"),
-        ({"reference": "nowhere"}, "nowhere: expected images"),
+        ({"reference": "nowhere"}, "nowhere: expected a folder of images"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_sampled(
