@@ -24,6 +24,8 @@ class CacheOptions:
 
     only: Literal["prompts", "latents"] | None = None
     """Make the encodings or the latents alone; none: both."""
+    verify: bool = True
+    """Read what is there, and make anew what is damaged."""
 
 
 def run(arguments: list[str]) -> None:
@@ -45,7 +47,8 @@ def run(arguments: list[str]) -> None:
             if estimate := stages[name].estimate(done, total):
                 bars.print(f"{name}: {total:,} rows, {estimate}")
 
-        result = runs.cache(config, only=given.own.only, allow_code=given.allow_code, progress=show)
+        own = given.own
+        result = runs.cache(config, only=own.only, verify=own.verify, allow_code=given.allow_code, progress=show)
     if distributed.started_as() != 0:
         return
     if given.json:

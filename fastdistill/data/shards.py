@@ -245,16 +245,23 @@ class RowWriter:
     def _good_shards(self) -> dict[int, StoredFile]:
         if not os.path.exists(self.path / MANIFEST_NAME):
             return {}
-        good = {}
-        for index, stored in read_manifest(self.path).shards.items():
-            try:
-                file, rows = self.path / shard_name(index), self._manifest.shard_rows(index)
-                for _ in read_shard(file, stored, self._manifest, rows):
-                    pass
-                good[index] = stored
-            except StorageError as error:
-                warnings.warn(f"{error} (being made anew)", stacklevel=5)
-        return good
+        found = read_manifest(self.path)
+        damaged = damaged_shards(self.path, found)
+        for error in damaged.values():
+            warnings.warn(f"{error} (being made anew)", stacklevel=5)
+        return {index: stored for index, stored in found.shards.items() if index not in damaged}
+
+
+def damaged_shards(path: Path, manifest: Manifest) -> dict[int, StorageError]:
+    """The shards that the manifest lists and that are missing or damaged, each with the reason; all others are read."""
+    found = {}
+    for index, stored in manifest.shards.items():
+        try:
+            for _ in read_shard(path / shard_name(index), stored, manifest, manifest.shard_rows(index)):
+                pass
+        except StorageError as error:
+            found[index] = error
+    return found
 
 
 def load_rows(

@@ -23,6 +23,7 @@ from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.manifest import Manifest
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.prompt_writer import build_prompt_bank
+from fastdistill.data.shards import damaged_shards
 from fastdistill.diffusion.scheduled import check_scheduler
 from fastdistill.errors import InputError
 from fastdistill.models.weights import weights_hash
@@ -49,7 +50,12 @@ class Cached:
 
 
 def cache(
-    config: RunConfig, *, only: Only | None = None, progress: Progress | None = None, allow_code: bool = False
+    config: RunConfig,
+    *,
+    only: Only | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+    allow_code: bool = False,
 ) -> Cached:
     """Encode the prompts of a run, then sample its teacher for the seen ones, or go on with what is there.
 
@@ -62,6 +68,7 @@ def cache(
 
     Args:
         only: "prompts" or "latents": the other is left as it is.
+        verify: read what is there, and make anew what is damaged.
         progress: ``progress("prompts" or "latents", rows done, rows)``, at the start and after each batch; with several
             sizes the second is called "latents HEIGHTxWIDTH".
         allow_code: whether ``config.call`` may be imported.
@@ -80,18 +87,21 @@ def cache(
     sizes = () if only == "prompts" else run.sizes
     on_demand = run.config.cache.encodings == "on_demand"
     stored = None if on_demand else run.stored_prompts()
-    missing = _missing(run, sizes, len(index), None if stored is None else stored.fingerprint["identity"])
+    missing = _missing(run, sizes, len(index), None if stored is None else stored.fingerprint["identity"], verify)
     room = sum(rows * _row_bytes(run, size) for size, rows in missing.items())
     files.require_space(run.prompts_place, room)
     for size, rows in missing.items():
         if rows:
             check_images((path for path, _ in run.pool.images), run.pipeline.size(size))
-    made = (
-        0 if only == "latents" or on_demand else _encode(run, _lacking(stored, len(run.pool.texts) + 1), room, report)
-    )
+    made = 0
+    if not on_demand and only != "latents":
+        if stored is not None:
+            run.mend_texts()
+        made = _encode(run, _lacking(run.prompts_place, stored, len(run.pool.texts) + 1, verify), room, report)
     if sizes:
         bank = run.bank()
-        missing = _missing(run, sizes, len(index), bank.identity)
+        for size in sizes:
+            run.stored_latents(size, bank.identity)
         for size in sizes:
             report(_stage(size), len(index) - missing[size], len(index))
         if any(missing.values()):
@@ -205,13 +215,19 @@ def _stage(size: Size) -> str:
     return "latents" if size is None else f"latents {size[0]}x{size[1]}"
 
 
-def _missing(run: Run, sizes: tuple[Size, ...], samples: int, prompts: str | None) -> dict[Size, int]:
-    """Latents of each size that are not there yet."""
-    return {size: _lacking(run.stored_latents(size, prompts), samples) for size in sizes}
+def _missing(run: Run, sizes: tuple[Size, ...], samples: int, prompts: str | None, verify: bool) -> dict[Size, int]:
+    """Latents of each size that are not there or damaged."""
+    return {
+        size: _lacking(run.latents_place(size), run.stored_latents(size, prompts), samples, verify) for size in sizes
+    }
 
 
-def _lacking(stored: Manifest | None, rows: int) -> int:
-    return rows if stored is None else rows - sum(stored.shard_rows(index) for index in stored.shards)
+def _lacking(place: Path, stored: Manifest | None, rows: int, verify: bool) -> int:
+    """How many of the rows of a directory are not there, or damaged."""
+    if stored is None:
+        return rows
+    damaged = damaged_shards(place, stored) if verify else {}
+    return rows - sum(stored.shard_rows(index) for index in stored.shards if index not in damaged)
 
 
 def _row_bytes(run: Run, size: Size) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -197,6 +198,14 @@ class Run:
             raise StorageError(f"{place}: expected {rule}, got {got}; use another cache.directory")
         self.check_same(place, {"encoder": self.encoder}, {"encoder": manifest.fingerprint.get("encoder", {})})
         return manifest
+
+    def mend_texts(self) -> None:
+        """Write the texts beside the encoded prompts anew where they are damaged; for ``stored_prompts``."""
+        for name, data in attachments(self.pool.texts, "").items():
+            with contextlib.suppress(OSError):
+                if (self.prompts_place / name).read_bytes() == data:
+                    continue
+            files.atomic_write(self.prompts_place / name, data)
 
     def bank(self, *, load: bool = False, device: torch.device | str = "cpu") -> PromptBank:
         """The stored encodings of ``pool``, left on the disk, or loaded; with ``cache.encodings`` on_demand the bank

@@ -83,6 +83,23 @@ def test_what_is_there_is_not_made_again(saved: Saved, tmp_path: Path, monkeypat
     assert whole(tmp_path / "cache") == before
 
 
+def test_what_is_damaged_is_made_again(saved: Saved, tmp_path: Path) -> None:
+    config = configured(saved, "sd", tmp_path, cache={"rows_per_shard": 2, "batch": 2})
+    runs.cache(config)
+    before = whole(tmp_path / "cache")
+    (tmp_path / "cache" / "prompts" / "texts.json").write_text("{}")
+    file = tmp_path / "cache" / "latents-32x32" / "shard-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    assert runs.cache(config, verify=False).made == 0
+    with pytest.warns(UserWarning, match=r"shard-00001\.safetensors: damaged: .*being made anew"):
+        assert runs.cache(config).made == 2
+    assert whole(tmp_path / "cache") == before
+    (tmp_path / "cache" / "prompts" / "shard-00000.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"shard-00000\.safetensors: missing.*being made anew"):
+        assert runs.cache(config, only="prompts").made == 6
+    assert whole(tmp_path / "cache") == before
+
+
 def test_text_encoders_are_gone_before_the_teacher_comes(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
