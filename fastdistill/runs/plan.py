@@ -45,17 +45,20 @@ def plan(config: RunConfig, *, card: str | None = None, ranks: int = 1, allow_co
 
 def plan_of(run: Run, card: plans.Card, *, ranks: int = 1) -> Plan:
     """What an opened run needs on a card."""
-    return plans.planned(job_of(run, card.device), card, ranks=ranks, sharded=run.config.shard, disk=_disk(run))
+    return plans.planned(
+        job_of(run, card.device, ranks=ranks), card, ranks=ranks, sharded=run.config.shard, disk=_disk(run)
+    )
 
 
 def default_micro_batch(run: Run, available: int, *, ranks: int = 1) -> int | None:
     """The largest micro-batch of an opened run that fits in so many bytes of its device; None: not even 1 does."""
-    job = job_of(run, torch.device(run.config.device).type)
+    job = job_of(run, torch.device(run.config.device).type, ranks=ranks)
     return plans.default_micro_batch(job, available, ranks=ranks, sharded=run.config.shard)
 
 
-def job_of(run: Run, device: str) -> Job:
-    """The sizes of an opened run, for a type of device. Of several sizes of images the largest stands for all."""
+def job_of(run: Run, device: str, *, ranks: int = 1) -> Job:
+    """The sizes of an opened run, for a type of device. Of several sizes of images the largest stands for all; of
+    prompts that are encoded on demand, the device holds those of the coming steps of each size."""
     config = run.config
     shapes = [run.pipeline.latent_shape(size) for size in run.sizes]
     largest = max(range(len(shapes)), key=lambda i: math.prod(shapes[i]))
@@ -63,6 +66,7 @@ def job_of(run: Run, device: str) -> Job:
     rows = math.ceil(samples * sum(map(math.prod, shapes)) / math.prod(shapes[largest]))
     dtype = run.teacher_dtype if config.teacher_dtype != "auto" else None
     on_demand = config.cache.encodings == "on_demand"
+    staged = (config.train.ahead + 1) * math.ceil(config.train.batch / ranks) * len(shapes)
     given = {f.name: getattr(config.train, f.name) for f in dataclasses.fields(TrainSettings)}
     return Job(
         teacher=lambda: run.pipeline.model(device="meta"),
@@ -70,7 +74,7 @@ def job_of(run: Run, device: str) -> Job:
         objective=lambda made: _objective(config.objective, made),
         schedule=run.pipeline.schedule(run.sizes[largest]),
         latents=torch.empty(rows, *shapes[largest], dtype=run.cache_dtype, device="meta"),
-        prompts=_banks(run, 1 if on_demand else len(run.pool.texts) + 1),
+        prompts=_banks(run, staged if on_demand else len(run.pool.texts) + 1),
         prediction_type=run.pipeline.prediction_type,
         config=TrainConfig(**given, seed=config.seed),
         teacher_dtype=dtype or (torch.bfloat16 if device == "cuda" else torch.float32),

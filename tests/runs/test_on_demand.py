@@ -6,12 +6,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastdistill import runs
 from fastdistill.data.encoded import EncodedRows
 from fastdistill.runs.distill import trainer_of
+from fastdistill.runs.plan import job_of
 from tests.runs.conftest import run_config
 
 
@@ -30,6 +32,9 @@ def test_a_run_goes_on_with_prompts_encoded_on_demand(saved: Callable[[str], Pat
     with trainer_of(runs.opened(config)) as trainer:
         kinds = {name: type(rows) for name, rows in trainer._setting.prompts.items()}  # type: ignore[union-attr]
         assert kinds["encoder_hidden_states"] is EncodedRows and len(trainer._setting.buckets) == 2
+        parts: Any = trainer.step.objective._batches._parts  # type: ignore[attr-defined]
+        rings = sum(ring.nbytes for part in parts for _, ring in part._prompts)
+        assert rings == sum(rows.nbytes for rows in job_of(runs.opened(config), "cpu").prompts.values())
     result = runs.distill(config)
     assert [metrics["step"] for metrics in result.history] == [1, 2, 3, 4]
     assert [metrics["loss"] for metrics in result.history[:2]] == [metrics["loss"] for metrics in begun.history]

@@ -16,7 +16,7 @@ from fastdistill import runs
 from fastdistill.cli import main
 from fastdistill.errors import InputError
 from fastdistill.models.pipelines import open_pipeline
-from fastdistill.runs.plan import default_micro_batch
+from fastdistill.runs.plan import default_micro_batch, job_of
 from fastdistill.train.config import to_yaml
 from tests.models import tiny_pipelines as tiny
 from tests.runs.conftest import run_config
@@ -54,6 +54,14 @@ def test_a_plan_of_a_run_file(saved: Callable[[str], Path], tmp_path: Path) -> N
     headers = len(shards) * 2000
     assert 0 <= sum(p.stat().st_size for p in shards) - found.disk["latents"] - found.disk["prompts"] <= headers
     assert runs.plan(config).memory == found.memory  # the stored bank has the sizes that were expected
+
+
+def test_prompts_encoded_on_demand_are_those_of_the_coming_steps(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    run = runs.opened(
+        run_config(saved("sd"), tmp_path, cache={"encodings": "on_demand"}, train={"ahead": 2, "batch": 6})
+    )
+    lengths = [len(job_of(run, "cpu", ranks=ranks).prompts["encoder_hidden_states"]) for ranks in (1, 2)]
+    assert lengths == [3 * 6, 3 * 3] and job_of(run, "cpu").encoders > 0
 
 
 def test_a_named_card_needs_none(saved: Callable[[str], Path], tmp_path: Path) -> None:
