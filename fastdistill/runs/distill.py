@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistill import plan as plans
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.stored import StoredRows
 from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.errors import InputError
 from fastdistill.files import atomic_write
 from fastdistill.models import Student
 from fastdistill.models.families import FAMILIES
 from fastdistill.runs.config import ObjectiveSettings, RunConfig
 from fastdistill.runs.models import teacher_and_student
 from fastdistill.runs.opened import Run, opened
+from fastdistill.runs.plan import default_micro_batch, plan_of
 from fastdistill.train import DistillTrainer, FitResult, TrainConfig, distributed
 from fastdistill.train.callbacks import Callbacks, Progress
-from fastdistill.train.config import PreviewConfig, to_yaml
+from fastdistill.train.config import PreviewConfig, from_yaml, to_yaml
 
 RUN_FILE = "run.yaml"
 
@@ -40,16 +43,50 @@ def distill(
         allow_code: whether ``config.call``, code of the user's own, may be imported.
     """
     with distributed.launched(config.device) as device:
-        run = opened(dataclasses.replace(config, device=device), allow_code=allow_code)
+        run = fitted(opened(dataclasses.replace(config, device=device), allow_code=allow_code))
         with trainer_of(run) as trainer:
             missing = [RUN_FILE] if distributed.rank() == 0 else []
 
             def started(done: int, metrics: dict[str, float] | None) -> object:
                 if missing:  # the directory is this run's by now
-                    atomic_write(run.directory / missing.pop(), to_yaml(config).encode())
+                    kept = dataclasses.replace(config, train=run.config.train)
+                    atomic_write(run.directory / missing.pop(), to_yaml(kept).encode())
                 return None if progress is None else progress(done, metrics)
 
             return trainer.fit(run.directory, progress=started, callbacks=callbacks)
+
+
+def fitted(run: Run) -> Run:
+    """The run with its micro-batch: that of the sitting before, or the largest that fits, where the file has none.
+
+    Raises:
+        InputError: the run does not fit into the memory of its device, with what would make it fit.
+    """
+    free, ranks = plans.available(run.config.device), distributed.size()
+    free = -distributed.largest(-free, torch.device(run.config.device))
+    micro_batch = run.config.train.micro_batch
+    if micro_batch is None and (file := run.directory / RUN_FILE).exists():
+        micro_batch = from_yaml(RunConfig, file).train.micro_batch  # another one would round otherwise
+    if micro_batch is None:
+        if _far_from(free, run):
+            return run
+        micro_batch = default_micro_batch(run, free, ranks=ranks)
+    part = run.config.train.batch // ranks
+    train = dataclasses.replace(run.config.train, micro_batch=None if micro_batch == part else micro_batch)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
+    found = plan_of(run, dataclasses.replace(plans.card_here(run.config.device), memory=free), ranks=ranks)
+    if (remedies := plans.fits(found, free)) is not None:
+        advice = "; ".join(map(str, remedies)) or "nothing that is known"
+        rule = f"a run that fits into the {free / 2**30:.1f} GiB that are free on {run.config.device}"
+        raise InputError.of("train", rule, f"one of {found.total / 2**30:.1f} GiB (what would help: {advice})")
+    return run
+
+
+def _far_from(free: int, run: Run) -> bool:
+    """Whether so many bytes are more than a batch of models this small could take: a sample's activations are some ten
+    times the weights at the most."""
+    size: int = sum(p.nbytes for p in run.pipeline.model(device="meta").parameters())
+    return 100 * size * run.config.train.batch < free
 
 
 def trainer_of(run: Run) -> DistillTrainer:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from fastdistill.train.config import to_yaml
 from tests.models import tiny_pipelines as tiny
 from tests.runs.conftest import cached, run_config
 
+distilling: Any = importlib.import_module("fastdistill.runs.distill")
 QUICK = ("sd", "sd3")
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny.PIPELINES]
 SMALL = {"cache": {"sizes": [[32, 32]]}}
@@ -186,6 +189,25 @@ def test_nothing_is_there_yet(saved: Callable[[str], Path], tmp_path: Path) -> N
     with pytest.raises(StorageError, match=r"expected a checkpoint of the run \(fastdistill distill\), got none"):
         runs.sample(config, ["a cat"], tmp_path / "images")
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_run_that_does_not_fit(
+    ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The micro-batch is what fits, and the same in the next sitting; where not even one sample does, what would help
+    is said."""
+    monkeypatch.setattr(distilling.plans, "available", lambda device: 1_500_000)
+    config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory})
+    runs.distill(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
+    kept = runs.load(Path(config.directory) / "run.yaml").train.micro_batch
+    assert kept in (1, 2)
+    monkeypatch.undo()
+    assert distilling.fitted(runs.opened(config)).config.train.micro_batch == kept
+    monkeypatch.setattr(distilling.plans, "available", lambda device: 100_000)
+    config = dataclasses.replace(config, directory=str(tmp_path / "other"))
+    with pytest.raises(InputError, match=r"train: expected a run that fits into the .* free on cpu, got one of .*help"):
+        runs.distill(config)
+    assert not (tmp_path / "other").exists()
 
 
 def test_prompts_in_another_order(ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path) -> None:
