@@ -7,6 +7,8 @@ import dataclasses
 import importlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from fastdistill.errors import InputError, StorageError
 from fastdistill.runs import RunConfig
 from fastdistill.train import checkpoint
 from fastdistill.train.config import to_yaml
+from fastdistill.train.loop import read_metrics
 from tests.models import tiny_pipelines as tiny
 from tests.runs.conftest import cached, run_config
 
@@ -191,11 +194,10 @@ def test_nothing_is_there_yet(saved: Callable[[str], Path], tmp_path: Path) -> N
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
-def test_a_run_that_does_not_fit(
+def test_the_micro_batch_is_what_fits(
     ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The micro-batch is what fits, and the same in the next sitting; where not even one sample does, what would help
-    is said."""
+    """And the same in the next sitting, whatever fits then."""
     monkeypatch.setattr(distilling.plans, "available", lambda device: 1_500_000)
     config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory})
     runs.distill(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
@@ -203,11 +205,41 @@ def test_a_run_that_does_not_fit(
     assert kept in (1, 2)
     monkeypatch.undo()
     assert distilling.fitted(runs.opened(config)).config.train.micro_batch == kept
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit(
+    ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distilling.plans, "available", lambda device: 100_000)
-    config = dataclasses.replace(config, directory=str(tmp_path / "other"))
+    config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory})
     with pytest.raises(InputError, match=r"train: expected a run that fits into the .* free on cpu, got one of .*help"):
         runs.distill(config)
-    assert not (tmp_path / "other").exists()
+    assert not Path(config.directory).exists()
+
+
+@pytest.mark.slow
+def test_on_two_processes(ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """The cache of one process, byte for byte, and its loss but for the rounding of sums in another order."""
+    config = run_config(saved("sd"), tmp_path)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    for command in ("cache", "distill"):
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastdistill")
+        done = subprocess.run(
+            [sys.executable, *launch, command, str(tmp_path / "run.yaml"), "--json"],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1])["steps"] == 3
+    for name in ("prompts", "latents"):
+        shards = [
+            json.loads((Path(c.cache.directory) / name / "manifest.json").read_text())["shards"]
+            for c in (ended[0], config)
+        ]
+        assert shards[0] == shards[1] and shards[0]
+    one, two = (read_metrics(Path(c.directory) / "metrics.jsonl")[0]["loss"] for c in (ended[0], config))
+    count = 4 * 4 * 8 * 8  # elements of the largest mean, 4 eps of each
+    assert abs(one - two) <= 4 * torch.finfo().eps * count**0.5 * one
 
 
 def test_prompts_in_another_order(ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path) -> None:
