@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -80,7 +79,7 @@ def cache(
     """
     if only not in (None, "prompts", "latents"):
         raise InputError.of("only", "prompts or latents", repr(only))
-    run = opened(_placed(config), allow_code=allow_code)
+    run = opened(config, allow_code=allow_code)
     report = progress or (lambda stage, done, total: None)
     check_scheduler(run.pipeline.scheduler())
     index = run.prompt_index
@@ -115,15 +114,6 @@ def cache(
         samples=len(index) * len(sizes),
         made=made,
     )
-
-
-def _placed(config: RunConfig) -> RunConfig:
-    """On the GPU of this process, of the several that ``torchrun`` starts."""
-    if config.device in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-        return replace(config, device=device)
-    return config
 
 
 def _encode(run: Run, missing: int, room: int, report: Progress) -> int:

@@ -32,6 +32,7 @@ from fastdistill.runs.config import RunConfig, StudentSettings
 from fastdistill.runs.pool import Pool, pool_of
 from fastdistill.train.config import validated
 from fastdistill.train.devices import usable
+from fastdistill.train.distributed import own_device
 
 Size = tuple[int, int] | None
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -51,7 +52,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     if not isinstance(config, RunConfig):
         raise InputError.of("config", "a RunConfig (fastdistill.runs.load reads one from a file)", described(config))
     config = validated(config, "run")
-    device = config.device
+    device = own_device(config.device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     usable(device)

@@ -49,6 +49,16 @@ def started_as() -> int:
     return int(os.environ.get("RANK", "0")) if dist.is_available() and dist.is_torchelastic_launched() else 0
 
 
+def own_device(device: str) -> str:
+    """The device of this process: its own GPU, made the current one, where ``torchrun`` started it and ``device`` is
+    auto or cuda."""
+    torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    if not torchrun or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    torch.cuda.set_device(own := int(os.environ["LOCAL_RANK"]))
+    return f"cuda:{own}"
+
+
 @contextlib.contextmanager
 def launched(device: str) -> Iterator[str]:
     """The process group of the processes that ``torchrun`` started, until the end of the block; none without it, or
@@ -56,13 +66,12 @@ def launched(device: str) -> Iterator[str]:
     if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
         yield device
         return
-    gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if gpu:
+    own = own_device(device)
+    if own != device:
         os.environ.setdefault(ERROR_HANDLING, "0")  # lets a CUDA graph hold the collectives
-        torch.cuda.set_device(own := int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo")
+    dist.init_process_group("gloo" if own == device else "nccl")
     try:
-        yield f"cuda:{own}" if gpu else device
+        yield own
     finally:
         dist.destroy_process_group()
 
