@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError, described
+from fastdistill.ops import _check
 
 
 def exp(u: float, rate: float = 5.0) -> float:
@@ -60,9 +61,14 @@ def replacement_probability(p: str | Callable[..., float], T: int | Tensor, **pa
     Raises:
         InputError: an unknown name (with near matches) or parameter, or a value outside [0, 1].
     """
-    clock = T.tolist() if isinstance(T, Tensor) else [t / T for t in range(T)]
+    if isinstance(T, Tensor):
+        _check.valued(T=T)
+        clock = T.tolist()
+    else:
+        _check.whole(T, "T", "at least 1 timestep")
+        clock = [t / T for t in range(T)]
     if not clock:
-        raise InputError.of("T", "at least 1 timestep", T)
+        raise InputError.of("T", "at least 1 timestep", "none")
     if isinstance(p, str):
         if p not in REPLACEMENT:
             near = difflib.get_close_matches(p, REPLACEMENT, n=2, cutoff=0.4)
@@ -95,8 +101,13 @@ def thresholds(p: Tensor | float) -> Tensor:
 
     ``noise_gather`` takes such a table as ``replace``. InputError for values outside [0, 1].
     """
-    p = p.to(torch.float64) if isinstance(p, Tensor) else torch.tensor(p, dtype=torch.float64, device="cpu")
+    rule = "probabilities, within [0, 1]"
+    if isinstance(p, Tensor):
+        _check.valued(p=p)
+        p = p.to(torch.float64)
+    else:
+        p = torch.tensor(_check.real(p, "p", rule), dtype=torch.float64, device="cpu")
     outside = p[~((p >= 0) & (p <= 1))]
     if outside.numel():
-        raise InputError.of("p", "probabilities, within [0, 1]", float(outside[0]))
+        raise InputError.of("p", rule, float(outside[0]))
     return (p * 2.0**32).floor().to(torch.int64)  # a power of two: the product is exact

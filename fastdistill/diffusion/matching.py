@@ -17,15 +17,21 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError, described
+from fastdistill.ops import _check
 
 LossWeighting = Literal["uniform", "snr", "truncated_snr", "min_snr", "sigma_sqrt", "cosmap"]
 GAMMA = 5.0  # of min-SNR, as in the paper
 
 
-def _columns(coefficients: Tensor, argument: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """a, b, p, q and the determinant a q - b p, each [T] float64."""
+def _check_coefficients(coefficients: Tensor, argument: str) -> None:
+    _check.valued(**{argument: coefficients})
     if coefficients.dim() != 2 or coefficients.size(1) != 4 or len(coefficients) == 0:
         raise InputError.of(argument, "coefficients [T, 4]", tuple(coefficients.shape))
+
+
+def _columns(coefficients: Tensor, argument: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """a, b, p, q and the determinant a q - b p, each [T] float64."""
+    _check_coefficients(coefficients, argument)
     a, b, p, q = coefficients.detach().to("cpu", torch.float64).unbind(1)
     determinant = a * q - b * p
     flat = (determinant.abs() < 1e-9).nonzero().flatten().tolist()
@@ -73,7 +79,7 @@ def named_weights(coefficients: Tensor, weighting: str, gamma: float, argument: 
     """``loss_weights``, whose errors call weighting and gamma by these names."""
     _check_weighting(weighting, argument, "")
     _check_gamma(gamma, gamma_argument, [weighting])
-    return _weights(coefficients, weighting, gamma, argument)
+    return _weights(coefficients, weighting, float(gamma), argument)
 
 
 def _check_weighting(weighting: Any, argument: str, others: str) -> None:
@@ -128,11 +134,12 @@ def match_table(
     Raises:
         InputError: a wrong shape, a value that is not finite, a prediction that does not determine x_0.
     """
+    _check_coefficients(coefficients, "coefficients")
     T = len(coefficients)
     if callable(guidance):
         guidance = torch.tensor([guidance(t / T) for t in range(T)], dtype=torch.float64, device="cpu")
     elif not isinstance(guidance, Tensor):
-        guidance = torch.full((T,), guidance, dtype=torch.float64, device="cpu")
+        guidance = torch.full((T,), _check.real(guidance, "guidance"), dtype=torch.float64, device="cpu")
     columns = {"guidance": guidance}
     given = {"weights": weights, "task_weights": weights if task_weights is None else task_weights}
     for name, weighting in given.items():

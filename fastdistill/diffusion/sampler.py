@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastdistill.data.prompt_bank import EMBEDDINGS
 from fastdistill.diffusion.prompts import Rows, after_null, check_prompts, null_rows
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, check_prediction_type
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
+from fastdistill.ops import _check
 from fastdistill.ops.philox import INITIAL_NOISE, normal
 
 
@@ -30,6 +31,11 @@ def initial_noise(seed: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
         rows: [B] int64 in [0, 2**32), such as row numbers of a latent cache.
         shape: of one sample.
     """
+    _check.valued(rows=rows)
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise InputError.of("seed", "an int64", described(seed))
+    if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
+        raise InputError.of("shape", "the sizes of one sample", described(shape))
     if rows.ndim != 1 or rows.dtype != torch.int64:
         raise InputError.of("rows", "int64 row numbers [B]", f"{rows.dtype} {tuple(rows.shape)}")
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < 2**32:
@@ -44,8 +50,8 @@ def trailing_timesteps(T: int, steps: int) -> list[int]:
     Sampling starts from pure noise, so the first timestep should be the last of training; with "leading" spacing it is
     an earlier one.
     """
-    if not 1 <= steps <= T:
-        raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", steps)
+    if not isinstance(steps, int) or not 1 <= steps <= T:
+        raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", described(steps))
     return [round(T - i * T / steps) - 1 for i in range(steps)]
 
 
@@ -96,10 +102,11 @@ def ddim(
         InputError: shapes that do not fit, an epsilon prediction where abar is 0, and with a scheduler whatever DDIM
             would ignore: another class than DDIM's, ``thresholding``, a second value for one of its settings.
     """
+    _check.tensors(x_T=x_T)
     if x_T.ndim < 2 or not x_T.dtype.is_floating_point:
         raise InputError.of("x_T", "floating point [B, ...]", f"{x_T.dtype} {tuple(x_T.shape)}")
     check_prompts(x_T, prompts, null_prompt, guidance_scale)
-    if clip_sample is not None and not clip_sample > 0:
+    if clip_sample is not None and not _check.real(clip_sample, "clip_sample") > 0:
         raise InputError.of("clip_sample", "a limit above 0, or None", clip_sample)
     if isinstance(schedule, NoiseSchedule):
         plan = _schedule_plan(schedule, steps, prediction_type, timesteps, clip_sample)
@@ -174,8 +181,8 @@ def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
         if value is not None:
             raise InputError.of(name, f"None with a {kind}, which has this setting itself", value)
     T = config.num_train_timesteps
-    if not 1 <= steps <= T:
-        raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", steps)
+    if not isinstance(steps, int) or not 1 <= steps <= T:
+        raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", described(steps))
     spaced = copy.copy(scheduler)
     spaced.set_timesteps(steps)
     times = [int(t) for t in spaced.timesteps]
@@ -200,6 +207,9 @@ def _predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tenso
         from fastdistill.models.calling import Predictor  # loads diffusers
 
         return Predictor(model)
+
+    if not callable(model):
+        raise InputError.of("model", "a model, or a function of (x_t, timestep, **banks)", described(model))
 
     def called(x: Tensor, timestep: Tensor, prompts: Rows) -> Any:
         banks = prompts if isinstance(prompts, Mapping) else {EMBEDDINGS: prompts}

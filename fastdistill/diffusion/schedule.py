@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError, described
+from fastdistill.ops import _check
 
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 
@@ -97,9 +98,11 @@ class NoiseSchedule(Schedule):
     def __post_init__(self) -> None:
         abar = self.alphas_cumprod
         if not isinstance(abar, Tensor):
-            abar = torch.tensor(abar, dtype=torch.float64, device="cpu")
-        if abar.is_meta:
-            raise InputError.of("alphas_cumprod", "values", "a tensor on the meta device")
+            try:
+                abar = torch.tensor(abar, dtype=torch.float64, device="cpu")
+            except (TypeError, ValueError, RuntimeError):
+                raise InputError.of("alphas_cumprod", "one value per timestep, [T]", described(abar)) from None
+        _check.valued(alphas_cumprod=abar)
         abar = abar.detach().to("cpu", torch.float64)
         if abar.ndim != 1 or len(abar) == 0:
             raise InputError.of("alphas_cumprod", "one value per timestep, [T]", tuple(abar.shape))
@@ -231,6 +234,6 @@ def _custom(alphas_cumprod: Sequence[float]) -> NoiseSchedule:
 
 
 def _positive(T: int) -> int:
-    if T < 1:
-        raise InputError.of("T", "at least 1 timestep", T)
+    if not isinstance(T, int) or T < 1:
+        raise InputError.of("T", "at least 1 timestep", described(T))
     return T

@@ -20,7 +20,7 @@ from fastdistill.diffusion.schedule import PredictionType, Schedule
 from fastdistill.errors import InputError, described
 from fastdistill.models import families
 from fastdistill.models.calling import Call, Predictor
-from fastdistill.ops import philox
+from fastdistill.ops import _check, philox
 
 
 @torch.no_grad()
@@ -58,6 +58,7 @@ def sample_with(
             a guidance scale that is not finite.
     """
     check_scheduler(scheduler)
+    _check.tensors(x_T=x_T)
     check_prompts(x_T, prompts, null_prompt, guidance_scale)
     if not isinstance(steps, int) or steps < 1:
         raise InputError.of("steps", "at least 1", described(steps))

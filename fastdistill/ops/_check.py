@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 from fastdistill.ops._dispatch import Kind, quiet
 
 _passed: dict[object, Any] = {}  # a Kind or None
 _MOST_PASSED = 4096
 _is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
-_look = operator.attrgetter("__class__", "shape", "dtype", "device")
+_look = operator.attrgetter("__class__", "shape", "dtype", "device", "layout")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,9 +30,31 @@ def require(condition: bool, argument: str, rule: object, value: object) -> None
 
 
 def tensors(**given: object) -> None:
-    """Each is a tensor: not None, an array or a number."""
+    """Each is a dense tensor: not None, an array or a number."""
     for argument, value in given.items():
         require(isinstance(value, Tensor), argument, "a tensor", type(value).__name__)
+        if value.layout is not torch.strided:  # type: ignore[attr-defined]
+            require(False, argument, "a dense tensor", value.layout)  # type: ignore[attr-defined]
+
+
+def valued(**given: object) -> None:
+    """Each is a dense tensor with values."""
+    tensors(**given)
+    for argument, value in given.items():
+        require(not value.is_meta, argument, "values", "a tensor on the meta device")  # type: ignore[attr-defined]
+
+
+def real(value: Any, argument: str, rule: str = "a number") -> float:
+    """A number as a float; not a text, though it may spell one."""
+    if not isinstance(value, (float, int)):
+        require(isinstance(value, (Real, Tensor, torch.SymInt, torch.SymFloat)), argument, rule, described(value))
+    return float(value)
+
+
+def whole(value: Any, argument: str, rule: str) -> None:
+    """A whole number above 0."""
+    is_one = isinstance(value, (int, torch.SymInt, Integral))
+    require(is_one and not isinstance(value, bool) and value > 0, argument, rule, described(value))
 
 
 def constants(**given: object) -> None:
@@ -52,7 +75,7 @@ def constants(**given: object) -> None:
 def scale(value: float | None, dim: int) -> float:
     """Of attention's scores: a number, or 1 / sqrt(dim)."""
     constants(scale=value)
-    return float(max(dim, 1) ** -0.5 if value is None else value)
+    return float(max(dim, 1) ** -0.5) if value is None else real(value, "scale", "a number, or None")
 
 
 def rows(index: Tensor, argument: str, count: int, of: str) -> None:

@@ -43,7 +43,9 @@ def model(value: Any, argument: str) -> nn.Module:
         raise InputError.of(argument, "a torch.nn.Module", described(found) + (f" (pass its {part})" if part else ""))
     for name, tensor in itertools.chain(found.named_parameters(), found.named_buffers()):
         if tensor.is_meta:
-            raise InputError.of(argument, "weights with values", f"{name} on the meta device")
+            offloaded = any(hasattr(part, "_hf_hook") for part in found.modules())
+            why = " (offloaded by accelerate: load it without device_map)" if offloaded else ""
+            raise InputError.of(argument, "weights with values", f"{name} on the meta device{why}")
     return found
 
 
@@ -131,6 +133,19 @@ def check_callbacks(value: Any) -> None:
         check_function(function, f"callbacks[{i}][1]")
 
 
+def check_surroundings(device: torch.device) -> None:
+    """No autocast: its copies of weights would stay as they are while the weights are trained."""
+    if torch.is_autocast_enabled(device.type):
+        rule = "to be called outside of autocast (config.precision is that of a run)"
+        raise InputError.of("fit", rule, f"autocast to {dtype_name(torch.get_autocast_dtype(device.type))}")
+
+
+def layout(student: nn.Module) -> dict[str, str]:
+    """What has to stay as it is between a trainer's making and its fit."""
+    named = student.named_parameters()
+    return {name: f"{dtype_name(p.dtype)}, {'trained' if p.requires_grad else 'frozen'}" for name, p in named}
+
+
 def schedule(value: Any, prediction_type: Any, teacher: nn.Module, sources: Sources) -> tuple[Schedule, PredictionType]:
     """The schedule and what the models predict, which a diffusers scheduler tells too."""
     family, own = families.find(teacher), None
@@ -179,6 +194,9 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
     if (casting := layerwise_casting(student)) is not None:
         rule = "weights that stay in the dtype they are trained in"
         raise InputError.of("student", rule, f"diffusers' layerwise casting (compute dtype {dtype_name(casting)})")
+    for name, p in student.named_parameters():
+        if p.requires_grad and p.is_inference():
+            raise InputError.of("student", "trained weights made outside of torch.inference_mode", name)
     frozen = {storage(p) for p in teacher.parameters()}
     shared = [name for name, p in student.named_parameters() if p.requires_grad and storage(p) in frozen]
     if shared:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import listed
+from fastdistill.data.fingerprint import differences, listed
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.schedule import PredictionType, Schedule
@@ -113,7 +113,7 @@ class DistillTrainer:
         dtype = arguments.dtype(student, self.device, config.precision, common)
         adapters = peft.identity(student, teacher)
         was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
-        with contextlib.ExitStack() as undo:  # by close, or where something does not fit
+        with _computing(), contextlib.ExitStack() as undo:  # by close, or where something does not fit
             undo.callback(_give_back, *was)
             self.teacher = devices.moved(teacher, self.device, "teacher")
             self._freeze()
@@ -168,6 +168,7 @@ class DistillTrainer:
                 from fastdistill.evaluate.previews import previews_of  # loads what draws figures
 
                 self._previews = previews_of(setting, config.preview, shown, scheduler, decode)
+            self._layout = arguments.layout(self.student)
             self._closed = self._fitting = False
             self._undo = undo.pop_all()
 
@@ -201,7 +202,8 @@ class DistillTrainer:
 
         Raises:
             InputError: a directory that is no path, progress or callbacks that are no functions; a trainer that is
-                closed; a student with state that no checkpoint can hold; an objective of your own that calls a model
+                closed; a call under autocast; a student whose weights were cast, frozen or renamed since the trainer
+                was made, or with state that no checkpoint can hold; an objective of your own that calls a model
                 with inputs of another dtype.
             StorageError: the directory cannot be written, has no room for a checkpoint, or holds a run of other
                 settings or a damaged checkpoint.
@@ -221,23 +223,27 @@ class DistillTrainer:
         if self._closed:
             raise InputError.of("trainer", "one that is open", "a closed one")
         self._check_idle()
+        arguments.check_surroundings(self.device)
+        if changed := differences(self._layout, arguments.layout(self.student)):
+            raise InputError.of("student", "weights as when the trainer was made", listed(changed, 3))
         self._freeze()
         if not self.student.training:
             self.student.train()
         self._fitting = True
         try:
-            return fit(
-                self.step,
-                self.student,
-                self._fingerprint,
-                self.config,
-                directory,
-                progress,
-                callbacks=callbacks,
-                preview=None if previews is None else lambda done: previews(self.ema_student(), done),
-                teacher=self.teacher,
-                explain=lambda: explain(banks_of(self._setting), self.teacher, self.student),
-            )
+            with _computing():
+                return fit(
+                    self.step,
+                    self.student,
+                    self._fingerprint,
+                    self.config,
+                    directory,
+                    progress,
+                    callbacks=callbacks,
+                    preview=None if previews is None else lambda done: previews(self.ema_student(), done),
+                    teacher=self.teacher,
+                    explain=lambda: explain(banks_of(self._setting), self.teacher, self.student),
+                )
         except RuntimeError as error:
             if (explained := self._setting.explained(error)) is not None:
                 raise explained from error
@@ -329,6 +335,13 @@ class DistillTrainer:
         found = checkpoint.whole(peft.exported(self.student, values, name))
         found = {key: t.float().contiguous() if t.is_floating_point() else t for key, t in found.items()}
         distributed.first(lambda: peft.write(self.student, found, name, directory))
+
+
+@contextlib.contextmanager
+def _computing() -> Iterator[None]:
+    """Gradients, also inside of ``torch.no_grad`` and ``torch.inference_mode``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -241,3 +241,41 @@ def test_handlers_of_the_program_are_called_and_ignored_signals_stay_ignored() -
 def test_a_loop_needs_no_teacher() -> None:
     made = make(steps=1)
     assert fit(made.step, made.student, {}, made.config).steps == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_computed_whatever_the_caller_has_switched_off(mode: Any) -> None:
+    losses = [m["loss"] for m in tiny.trainer(steps=3).fit().history]
+    models = tiny.Net(), tiny.Net(seed=1)
+    with mode():
+        assert [m["loss"] for m in tiny.trainer(*models, steps=3).fit().history] == losses
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode) and not torch.is_grad_enabled()
+
+
+def test_a_run_under_autocast_is_refused() -> None:
+    """Its copies of the weights would be those of the first step until the end."""
+    trainer = tiny.trainer()
+    message = r"fit: expected to be called outside of autocast \(config.precision .*, got autocast to bfloat16"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match=message):
+        trainer.fit()
+
+
+def test_a_student_changed_behind_its_trainer_is_refused() -> None:
+    changes: dict[str, Callable[[Any], object]] = {
+        "first.weight: expected 'float32, trained', got 'float32, frozen'": lambda net: net.first.requires_grad_(False),
+        "mid.bias: expected 'float32, trained', got 'bfloat16, trained'": lambda net: net.mid.bfloat16(),
+        "extra.weight": lambda net: net.add_module("extra", nn.Linear(1, 1)),
+    }
+    for message, change in changes.items():
+        trainer = tiny.trainer()
+        change(trainer.student)
+        with pytest.raises(
+            InputError, match=f"student: expected weights as when the trainer was made, got .*{message}"
+        ):
+            trainer.fit()
+    with torch.inference_mode():
+        student = tiny.Net(seed=1)
+    with pytest.raises(
+        InputError, match=r"student: expected trained weights made outside of torch.inference_mode, got f"
+    ):
+        tiny.trainer(student=student)

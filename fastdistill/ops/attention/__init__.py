@@ -83,7 +83,7 @@ def attention(
     _check.tensors(q=q, k=k, v=v)
     flat = q.dim() == 3
     if flat:
-        _check.require(heads is not None and heads > 0, "heads", "the number of heads, beside [B, N, H * D]", heads)
+        _check.whole(heads, "heads", "the number of heads, beside [B, N, H * D]")
         for tensor, argument in ((q, "q"), (k, "k"), (v, "v")):
             fits = tensor.dim() == 3 and tensor.shape[2] % (heads or 1) == 0
             _check.require(fits, argument, f"[B, tokens, a multiple of {heads} heads]", tuple(tensor.shape))

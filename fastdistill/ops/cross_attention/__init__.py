@@ -101,7 +101,7 @@ def cross_attention(
     _check.tensors(q=q, k=k, v=v)
     flat = q.dim() == 3
     if flat:
-        _check.require(heads is not None and heads > 0, "heads", "the number of heads, beside [B, N, H * D]", heads)
+        _check.whole(heads, "heads", "the number of heads, beside [B, N, H * D]")
         q, k, v = (_split(t, name, heads) for t, name in ((q, "q"), (k, "k"), (v, "v")))
     _check.once(_checked, (q, k, v, mask, rows), None)
     _check.constants(mask=mask)
@@ -154,10 +154,12 @@ def _checked(tensors: tuple[Any, ...], _: Any) -> None:
         _check.dtype(tensor, name, q.dtype)
         _check.device(tensor, name, q.device, "q")
     if mask is not None:
+        _check.tensors(mask=mask)
         _check.shape(mask, "mask", (batch, k.shape[1]), f"[B, L] = ({batch}, {k.shape[1]})")
         _check.dtype(mask, "mask", torch.bool, *_check.FLOATS)
         _check.device(mask, "mask", q.device, "q")
     if rows is not None:
+        _check.tensors(rows=rows)
         _check.shape(rows, "rows", (batch,), f"[B] = ({batch},)")
         _check.dtype(rows, "rows", torch.int64)
         _check.device(rows, "rows", q.device, "q")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 from fastdistill.ops import _check, _native
 from fastdistill.ops._backward import apply, hand_on, keep, one, wanted, with_its_kernel
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
@@ -123,7 +123,10 @@ def feature_match(
     elif factors is None:
         listed, rule = isinstance(weights, Iterable), f"a list of {len(student)} floats, one a tap"
         _check.require(listed, "weights", rule, repr(weights))
-        factors = torch.tensor(list(weights), dtype=torch.float32, device=device)
+        try:
+            factors = torch.tensor(list(weights), dtype=torch.float32, device=device)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise InputError.of("weights", rule, described(weights)) from None
         _check.shape(factors, "weights", (len(student),), f"one weight a tap ({len(student)},)")
     else:
         factors = factors.contiguous()  # a kernel once found is not asked about strides again
@@ -167,9 +170,14 @@ def _checked(tensors: tuple[Any, ...], values: tuple[int, int, int | None, str, 
     student, teacher, grads = features[:taps], features[taps : taps + others], features[taps + others :]
     require(taps > 0, "student", "at least one tap", "none")
     require(others == taps, "teacher", f"as many taps as student ({taps})", others)
-    require(distance in DISTANCES, "distance", f"one of {', '.join(DISTANCES)}", repr(distance))
-    require(0 < delta < math.inf, "delta", "a number > 0", delta)
-    require(eps > 0 or distance != "cosine", "eps", "a number > 0", eps)
+    require(
+        isinstance(distance, str) and distance in DISTANCES,
+        "distance",
+        f"one of {', '.join(DISTANCES)}",
+        repr(distance),
+    )
+    require(0 < _check.real(delta, "delta") < math.inf, "delta", "a number > 0", delta)
+    require(_check.real(eps, "eps") > 0 or distance != "cosine", "eps", "a number > 0", eps)
     device = student[0].device
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         require(s.dim() > 1 or distance != "cosine", f"student[{i}]", "samples of features, [B, ...]", tuple(s.shape))

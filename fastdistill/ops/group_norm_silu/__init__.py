@@ -93,7 +93,7 @@ def group_norm_silu(
     """
     _check.tensors(x=x)
     given: tuple[Tensor | None, ...] = (weight, bias, time_bias, scale, shift)
-    kind = _check.once(_checked, (x, *given), (groups, eps))
+    kind = _check.once(_checked, (x, *given), (groups, eps, silu))
     _check.constants(eps=eps)
     x, given = laid_out(x), _rows(given)
     if kind is not None and not wanted((x, *given)):
@@ -105,16 +105,20 @@ def group_norm_silu(
 _NAMES = ("weight", "bias", "time_bias", "scale", "shift")
 
 
-def _checked(tensors: tuple[Any, ...], values: tuple[int, float]) -> None:
-    (groups, eps), (x, *given), require = values, tensors, _check.require
+def _checked(tensors: tuple[Any, ...], values: tuple[int, float, bool]) -> None:
+    (groups, eps, silu), (x, *given), require = values, tensors, _check.require
     _check.dtype(x, "x", *_check.FLOATS)
     require(x.dim() >= 2, "x", "[batch, channels, *positions]", tuple(x.shape))
     batch, channels = x.shape[:2]
-    require(groups > 0 and channels % groups == 0, "groups", f"a divisor of the {channels} channels of x", groups)
-    require(eps >= 0, "eps", "a number >= 0", eps)
+    divides = f"a divisor of the {channels} channels of x"
+    _check.whole(groups, "groups", divides)
+    require(channels % groups == 0, "groups", divides, groups)
+    require(_check.real(eps, "eps") >= 0, "eps", "a number >= 0", eps)
+    require(isinstance(silu, bool), "silu", "True or False", silu)
     for name, tensor in zip(_NAMES, given, strict=True):
         if tensor is None:
             continue
+        _check.tensors(**{name: tensor})
         if name in ("weight", "bias"):
             _check.shape(tensor, name, (channels,), f"one number a channel ({channels},)")
         else:

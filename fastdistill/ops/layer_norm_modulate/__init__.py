@@ -138,11 +138,12 @@ def _checked(tensors: tuple[Any, ...], eps: float) -> None:
     x, *rest = tensors
     _check.dtype(x, "x", *_check.FLOATS)
     _check.require(x.dim() >= 2, "x", "[batch, ..., channels]", tuple(x.shape))
-    _check.require(eps >= 0, "eps", "a number >= 0", eps)
+    _check.require(_check.real(eps, "eps") >= 0, "eps", "a number >= 0", eps)
     batch, channels = x.shape[0], x.shape[-1]
     for name, tensor in zip(_NAMES, rest, strict=True):
         if tensor is None:
             continue
+        _check.tensors(**{name: tensor})
         if name == "h":
             same = tensor.shape == x.shape and tensor.dtype == x.dtype
             got = f"{tuple(tensor.shape)} {tensor.dtype}"
