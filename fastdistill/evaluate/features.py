@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdistill.errors import InputError, StorageError, quoted
 from fastdistill.evaluate._optional import require
+from fastdistill.files import located
 
 Extractor = Callable[[Tensor], Tensor]
 
@@ -46,7 +47,7 @@ class FolderFeatures:
     """
 
     def __init__(self, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> None:
-        self.folder, self.device = Path(folder).expanduser(), torch.device(device)
+        self.folder, self.device = located(folder, "folder"), torch.device(device)
         if not (self.folder / "config.json").is_file():
             raise StorageError(f"{self.folder}: expected the folder of a model of transformers, got no config.json")
         transformers = require("transformers", "pipelines")
@@ -112,7 +113,7 @@ def inception_features(weights: str | os.PathLike[str] | None = None, device: to
     Raises:
         StorageError: the file is not there. FastdistillError: torchmetrics or torch-fidelity is not installed.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION if weights is None else Path(weights).expanduser()
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION if weights is None else located(weights, "weights")
     if not path.is_file():
         rule = f"the weights of Inception-v3 ({INCEPTION} of torch-fidelity's releases)"
         raise StorageError(f"{path}: expected {rule}, got no file; put it there or name it by evaluate.inception")

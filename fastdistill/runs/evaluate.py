@@ -145,7 +145,7 @@ def _prompts(run: Run) -> _Prompts:
     if isinstance(wanted, str):
         given = run.config.prompts
         options = {"strip": given.strip, "unique": given.unique, "skip_empty": given.skip_empty}
-        texts = read_prompts(Path(wanted).expanduser(), column=given.column, **options).texts
+        texts = read_prompts(wanted, column=given.column, **options).texts
         trained = set(run.pool.texts[: run.pool.seen]) if given.file is not None else set()
         return _Prompts(texts, _encoded(run, texts), [text in trained for text in texts])
     first = max(0, len(run.pool.texts) - wanted)

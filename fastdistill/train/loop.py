@@ -32,6 +32,8 @@ from fastdistill.train.graph import runner
 from fastdistill.train.step import TrainStep
 from fastdistill.train.trackers import Trackers, check_installed
 
+PREVIEWS = "previews"  # folder of a run
+
 
 @dataclass(frozen=True)
 class FitResult:
@@ -118,7 +120,8 @@ def fit(
 def _enter(directory: Path, stack: contextlib.ExitStack) -> None:
     make_directory(directory)
     stack.enter_context(locked(directory))
-    sweep(directory)
+    for place in (directory, directory / PREVIEWS):
+        sweep(place)
 
 
 class _Run:
@@ -220,7 +223,7 @@ class _Run:
 
         def write() -> None:
             assert self.directory is not None
-            place = self.directory / "previews"
+            place = self.directory / PREVIEWS
             try:
                 image = make(done)
             except torch.OutOfMemoryError as error:
