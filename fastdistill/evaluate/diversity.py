@@ -61,7 +61,7 @@ def precision_recall(real: Any, fake: Any, k: int = 5) -> PrecisionRecall:
 
 
 def density_coverage(real: Any, fake: Any, k: int = 5) -> DensityCoverage:
-    """Density and coverage (Naeem et al., arXiv 2002.09797, eq. 4 and 5) of ``fake`` [M, D] in ``real`` [N, D].
+    """Density and coverage (Naeem et al., arXiv 2002.09797) of ``fake`` [M, D] in ``real`` [N, D].
 
     Of two sets of one distribution the density is 1 on average, the coverage 1 - prod_{i=1..k} (N - i) / (M + N - i).
     Needs more than k real samples; InputError.
@@ -77,7 +77,7 @@ def density_coverage(real: Any, fake: Any, k: int = 5) -> DensityCoverage:
 
 
 def vendi_score(features: Any, kernel: Literal["cosine"] | Callable[[Tensor, Tensor], Tensor] = "cosine") -> float:
-    """The effective number of different samples among ``features`` [N, D], from 1 to N (arXiv 2210.02410, eq. 2).
+    """The effective number of different samples among ``features`` [N, D], from 1 to N (arXiv 2210.02410).
 
     exp of the entropy of the eigenvalues of K / N, K being the similarities of all pairs.
 

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def inception_features(weights: str | os.PathLike[str] | None = None, device: to
     make = require("torchmetrics.image.fid", "metrics").NoTrainInceptionV3
     try:
         model = make("inception-v3-compat", ["2048"], str(path)).to(device)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         raise StorageError(f"{path}: could not be loaded: {quoted(error)}") from error
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from fastdistill.evaluate.held_out import HeldOut
 from fastdistill.evaluate.samples import MODELS, Samples
 from fastdistill.evaluate.scores import clip_scores, fid, kid
 
+_RESAMPLES = 200  # fewer of many images
 _NEAR = ("precision", "recall", "density", "coverage")
 
 
@@ -40,7 +41,7 @@ class Measures:
         self.values: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in MODELS}
         self.left_out: dict[str, str] = {}
         rows = len(samples.latents["teacher"])
-        self.resamples = max(20, min(200, 100_000 // rows))
+        self.resamples = min(_RESAMPLES, max(20, 100_000 // rows))
         self._options: dict[str, Any] = {"n": self.resamples, "seed": seed}
 
     def distances(self) -> None:

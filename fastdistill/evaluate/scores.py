@@ -33,7 +33,7 @@ def fid(real: Tensor, fake: Tensor) -> float:
 
 
 def kid(real: Tensor, fake: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> float:
-    """Squared maximum mean discrepancy of features under (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401, eq. 4):
+    """Squared maximum mean discrepancy of features under (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401):
     the KID, where they are Inception's. Unbiased, and below 0 by chance.
 
     Of more than ``size`` images on both sides it is the mean over ``subsets`` of so many, drawn by ``seed``; of fewer

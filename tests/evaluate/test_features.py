@@ -178,6 +178,8 @@ def test_inception_gets_the_images_of_8_bits(tmp_path: Path, monkeypatch: pytest
         def __init__(self, *arguments: Any) -> None:
             super().__init__()
             asked.extend(arguments)
+            if "damaged" in arguments[-1]:
+                torch.load(arguments[-1])
 
         def forward(self, x: Tensor) -> Tensor:
             assert x.dtype == torch.uint8
@@ -188,6 +190,10 @@ def test_inception_gets_the_images_of_8_bits(tmp_path: Path, monkeypatch: pytest
     found = inception_features(tmp_path / "weights.pth")(torch.full((2, 1, 4, 4), 127.4 / 255))
     assert found.tolist() == [[127.0] * 3] * 2
     assert asked == ["inception-v3-compat", ["2048"], str(tmp_path / "weights.pth")]
+    for content in (b"", b"not weights"):
+        (tmp_path / "damaged.pth").write_bytes(content)
+        with pytest.raises(StorageError, match=r"damaged\.pth: could not be loaded"):
+            inception_features(tmp_path / "damaged.pth")
 
 
 def test_fid_is_the_frechet_distance() -> None:
