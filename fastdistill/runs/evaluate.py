@@ -29,9 +29,10 @@ from fastdistill.evaluate.held_out import HeldOut, held_out_losses
 from fastdistill.evaluate.measures import Measures
 from fastdistill.evaluate.samples import MODELS, Samples, compared
 from fastdistill.files import atomic_write, located, make_directory
-from fastdistill.models import Student, make_student
+from fastdistill.models import Adapters, Student, make_student
 from fastdistill.models.calling import kept_in_float32
 from fastdistill.runs.config import RunConfig
+from fastdistill.runs.models import trained_adapters, trained_student
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train.config import to_yaml
 
@@ -84,8 +85,8 @@ def evaluate(
     reference = [] if settings.reference is None else image_files(located(settings.reference, "evaluate.reference"))
     prompts = _prompts(run)
     images = settings.images_per_prompt
-    model, taps = _student(run, student, step)
-    models = run.pipeline.model(device=device, dtype=run.teacher_dtype), model
+    own = _student(run, student, step)
+    models = run.pipeline.model(device=device, dtype=run.teacher_dtype), own.model
     vae = run.pipeline.autoencoder(device=device, dtype=run.teacher_dtype)
     steps = run.config.cache.steps if settings.steps is None else settings.steps
     options: dict[str, Any] = {"steps": steps, "guidance_scale": _guidance(run), "seed": settings.seed, "size": size}
@@ -99,7 +100,7 @@ def evaluate(
         batch=settings.batch, extractors=extractors, shown=min(_SHOWN, len(prompts.texts)), progress=progress,
     )  # fmt: skip
     seconds = {"samples": time.perf_counter() - start}
-    losses = _losses(run, models, taps, samples, rows, prompts)
+    losses = _losses(run, models[0], own, samples, rows, prompts)
     seconds["held_out_losses"] = time.perf_counter() - start - sum(seconds.values())
     measures = _measures(run, extractors, samples, losses, prompts, reference)
     seconds["measures"] = time.perf_counter() - start - sum(seconds.values())
@@ -171,22 +172,32 @@ def _guidance(run: Run) -> float:
     return run.config.cache.guidance_scale if own is None else own
 
 
-def _student(run: Run, student: Any, step: int | None) -> tuple[Any, list[tuple[str, str]]]:
-    """The student in eval mode and the teacher's dtype, and its taps."""
-    if student is None:
-        from fastdistill.runs.models import trained_student
+class _Compared(NamedTuple):
+    """The student in eval mode and the teacher's dtype, its taps, and the adapters of their features."""
 
+    model: nn.Module
+    taps: list[tuple[str, str]]
+    adapters: Adapters | None = None
+
+
+def _student(run: Run, student: Any, step: int | None) -> _Compared:
+    if student is None:
         model = _cast(trained_student(run, step=step), run.teacher_dtype)
         planned = make_student(run.pipeline.model(device="meta"), run.student_spec)
-        return model, list(zip(planned.teacher_taps, planned.student_taps, strict=True))
-    taps: list[tuple[str, str]] = []
-    if isinstance(student, Student):
-        taps = list(zip(student.teacher_taps, student.student_taps, strict=True))
-        student = student.model
-    if not isinstance(student, nn.Module):
-        raise InputError.of("student", "a model, or a Student", described(student))
-    model = copy.deepcopy(student).to(run.config.device).eval().requires_grad_(False)
-    return _cast(model, run.teacher_dtype), taps
+        if not run.config.objective.weights.feature:
+            return _Compared(model, _taps(planned) if not planned.needs_adapters else [])
+        adapters = trained_adapters(run, planned.channels, step=step) if planned.needs_adapters else None
+        return _Compared(model, _taps(planned), adapters)
+    taps = _taps(student) if isinstance(student, Student) else []
+    model = student.model if isinstance(student, Student) else student
+    if not isinstance(model, nn.Module):
+        raise InputError.of("student", "a model, or a Student", described(model))
+    model = copy.deepcopy(model).to(run.config.device).eval().requires_grad_(False)
+    return _Compared(_cast(model, run.teacher_dtype), taps)
+
+
+def _taps(student: Student) -> list[tuple[str, str]]:
+    return list(zip(student.teacher_taps, student.student_taps, strict=True))
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -198,13 +209,12 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _losses(
-    run: Run, models: tuple[Any, Any], taps: list[tuple[str, str]], samples: Samples, rows: Tensor, prompts: _Prompts
-) -> HeldOut:
+def _losses(run: Run, teacher: Any, student: _Compared, samples: Samples, rows: Tensor, prompts: _Prompts) -> HeldOut:
     """On the teacher's samples of this comparison."""
     device = torch.device(run.config.device)
     setting = Setting(
-        *models,
+        teacher,
+        student.model,
         run.pipeline.schedule(run.sizes[0]),
         samples.latents["teacher"].to(device),
         rows.to(device),
@@ -213,7 +223,7 @@ def _losses(
         run.pipeline.prediction_type,
         call=run.call,
     )
-    return held_out_losses(setting, taps, seed=run.config.evaluate.seed)
+    return held_out_losses(setting, student.taps, seed=run.config.evaluate.seed, adapters=student.adapters)
 
 
 def _measures(

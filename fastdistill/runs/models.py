@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import listed
 from fastdistill.errors import InputError, StorageError
-from fastdistill.models import Student, make_student
+from fastdistill.models import Adapters, Student, make_student
 from fastdistill.models.peft import left_out
 from fastdistill.runs.opened import Run
 from fastdistill.train import checkpoint
@@ -65,7 +65,7 @@ def trained_student(run: Run, *, step: int | None = None, averaged: bool = True)
     if not adapted:  # with the buffers that no file has
         with torch.random.fork_rng(devices=[]):
             model = type(model).from_config(dict(model.config))
-    values = _values(model, saved.state, averaged)
+    values = _values(model, saved.state, "student", averaged)
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out(model)}
     wrong = [name for name in own.keys() | values.keys() if _shape(own.get(name)) != _shape(values.get(name))]
     if wrong:
@@ -75,19 +75,39 @@ def trained_student(run: Run, *, step: int | None = None, averaged: bool = True)
     return model.to(run.config.device).float().eval().requires_grad_(False)
 
 
-def _values(model: nn.Module, state: Mapping[str, Any], averaged: bool) -> dict[str, Any]:
-    """The weights and buffers of the student in a checkpoint, by their names in its ``state_dict``."""
+def trained_adapters(run: Run, channels: Sequence[tuple[int, int]], *, step: int | None = None) -> Adapters:
+    """The averaged adapters of a checkpoint, for features of these (student channels, teacher channels), float32 on the
+    run's device.
+
+    Raises:
+        StorageError: as ``trained_student``, or the run has no adapters of these channels.
+    """
+    path = last_checkpoint(run, step)
+    saved, _ = checkpoint.read(path)
+    adapters = Adapters(channels)
+    values = _values(adapters, saved.state, "trained.0", averaged=True)
+    if {name: _shape(tensor) for name, tensor in values.items()} != {
+        name: _shape(tensor) for name, tensor in adapters.state_dict().items()
+    }:
+        raise StorageError(f"{path}: expected adapters of the student's features, got others or none")
+    adapters.load_state_dict(values)
+    return adapters.to(run.config.device).float().eval().requires_grad_(False)
+
+
+def _values(model: nn.Module, state: Mapping[str, Any], kind: str, averaged: bool) -> dict[str, Any]:
+    """The weights and buffers of a trained module (``student``, ``trained.0``) in a checkpoint, by their names in its
+    ``state_dict``."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # of tied weights the first
     found: dict[str, Any] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
-        trained = f"optimizer.student.{names.get(id(tensor))}"
-        kinds = ("ema", "master") if averaged else ("master",)
-        places = [*(f"{trained}.{kind}" for kind in kinds), f"student.{key}"]
+        trained = f"optimizer.{kind}.{names.get(id(tensor))}"
+        values = ("ema", "master") if averaged else ("master",)
+        places = [*(f"{trained}.{value}" for value in values), f"{kind}.{key}"]
         value = next((state[place] for place in places if place in state), None)
         if value is not None:
             found[key] = value
-    extra = {name.removeprefix("student.") for name in state if name.startswith("student.")} - found.keys()
-    return found | {name: state[f"student.{name}"] for name in extra}
+    extra = {name.removeprefix(f"{kind}.") for name in state if name.startswith(f"{kind}.")} - found.keys()
+    return found | {name: state[f"{kind}.{name}"] for name in extra}
 
 
 def _shape(tensor: Tensor | None) -> object:

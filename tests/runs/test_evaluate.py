@@ -14,19 +14,24 @@ import torch
 from torch import Tensor
 
 from fastdistill import runs
+from fastdistill.cli import main
 from fastdistill.errors import InputError, StorageError
 from fastdistill.models import Student, make_student
+from fastdistill.train.config import to_yaml
 from tests.harness import EPS, EPS64
 from tests.models import tiny_pipelines as tiny
-from tests.runs.conftest import run_config
+from tests.runs.conftest import cached, run_config
 
 Folders = Callable[[str], Path]
 QUICK = ("sd", "dit")
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny.PIPELINES]
 
 
+ADAPTED = {"student": {"lora": {"rank": 2}}, "objective": {"weights": {"task": 1.0}}}
+
+
 def config(folder: Path, directory: Path, **changes: Any) -> runs.RunConfig:
-    settings = {"prompts": 3, "images_per_prompt": 2, "batch": 4} | changes.pop("evaluate", {})
+    settings = {"prompts": 3, "images_per_prompt": 2, "batch": 6} | changes.pop("evaluate", {})
     return run_config(folder, directory, evaluate=settings, **changes)
 
 
@@ -92,7 +97,7 @@ def test_a_student_that_is_the_teacher(saved: Folders, tmp_path: Path, unwritten
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("changes", [{"teacher_dtype": "bfloat16"}, {"student": {"lora": {"rank": 2}}}])
+@pytest.mark.parametrize("changes", [{"teacher_dtype": "bfloat16"}, ADAPTED])
 def test_both_compute_in_the_teachers_dtype(
     changes: dict[str, Any], saved: Folders, tmp_path: Path, unwritten: None
 ) -> None:
@@ -181,9 +186,41 @@ def test_what_is_missing_is_said_before_anything_is_sampled(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("changes", [{}, pytest.param(ADAPTED, marks=pytest.mark.slow)])
+def test_the_student_of_a_run(
+    changes: dict[str, Any],
+    saved: Folders,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of its newest checkpoint or another, with the averages of its weights and, of other channels, of its adapters."""
+    if changes:
+        pytest.importorskip("peft")
+    given = cached(config(saved("sd"), tmp_path, cache={"sizes": [[32, 32]]}, **changes))
+    runs.distill(given)
+    (tmp_path / "run.yaml").write_text(to_yaml(given))
+    main(["evaluate", str(tmp_path / "run.yaml"), "--json", "--evaluate.steps", "1"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["sampling"]["steps"] == 1 and report["student"]["measures"]["feature_loss"]["value"] > 0
+    assert json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text()) == report
+    again = runs.load(tmp_path / "run" / "evaluation" / "run.yaml")
+    assert again.evaluate.steps == 1
+    monkeypatch.setattr(sys.modules["fastdistill.runs.evaluate"], "evaluate", lambda *_, **__: report)
+    main(["evaluate", str(tmp_path / "run.yaml")])
+    shown = capsys.readouterr().out
+    assert "Distance of images" in shown and "evaluation/report.html" in shown
+    last, before = report["student"]["measures"], runs.evaluate(again, step=2)["student"]["measures"]
+    assert before["output_loss"] != last["output_loss"] and before["feature_loss"] != last["feature_loss"]
+    with pytest.raises(InputError, match=r"^step: expected a checkpoint of .*: 2, 3, got 1"):
+        runs.evaluate(given, step=1)
+
+
 def test_students_that_are_none(saved: Folders, tmp_path: Path) -> None:
     given = config(saved("sd"), tmp_path)
     with pytest.raises(InputError, match=r"^student: expected a model, or a Student, got 'student'"):
         runs.evaluate(given, student="student")
+    with pytest.raises(StorageError, match=r"expected a checkpoint of the run \(fastdistill distill\), got none"):
+        runs.evaluate(given)
     with pytest.raises(InputError, match=r"^features: expected a function of images, got 3"):
         runs.evaluate(given, student=torch.nn.Identity(), features=3)  # type: ignore[arg-type]
