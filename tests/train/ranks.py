@@ -65,7 +65,7 @@ def shard(student: nn.Module) -> None:
 def make(
     *,
     student: nn.Module | None = None,
-    latents: LatentCache | None = None,
+    latents: LatentCache | list[LatentCache] | None = None,
     prompts: PromptBank | None = None,
     shard: Callable[[nn.Module], object] | None = None,
     output: float = 1.0,
@@ -126,6 +126,16 @@ def prepared(trainer: DistillTrainer) -> Any:
         found.append(tuple(t.clone() for t in batches(torch.tensor([7, k]))))
     batches.close()
     return found
+
+
+def sizes() -> list[LatentCache]:
+    """Caches of two shapes."""
+    g = torch.Generator().manual_seed(3)
+    return [LatentCache(torch.randn(6, 3, *size, generator=g), torch.arange(6) % 4) for size in ((8, 8), (4, 12))]
+
+
+def buckets(rank: int, directory: Path) -> Any:
+    return finished(make(latents=sizes()))
 
 
 def run(rank: int, directory: Path) -> Any:
@@ -325,7 +335,7 @@ def unsharded(rank: int, directory: Path) -> Any:
 
 
 _ALL: tuple[Any, ...] = (
-    draws, from_disk, encoded, run, parts, shards_parts, interrupted,
+    draws, from_disk, encoded, buckets, run, parts, shards_parts, interrupted,
     fused, compiled, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
     shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded, adapters,

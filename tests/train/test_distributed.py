@@ -83,6 +83,12 @@ def test_a_run_is_that_of_one_process(found: Found, alone: dict[str, Any], name:
     assert one["history"][-1]["gradient_norm"] > 0.5  # which clips
 
 
+def test_ranks_draw_from_the_same_of_several_caches(found: Found) -> None:
+    one, two = map(done, found["buckets"])
+    assert same(one, two)
+    assert_close(one, ranks.finished(ranks.make(latents=ranks.sizes())))
+
+
 @pytest.mark.parametrize(("name", "whole"), [("interrupted", "run"), ("shards_interrupted", "shards")])
 def test_resume_is_exact(found: Found, name: str, whole: str) -> None:
     """Stopped on all ranks within a log interval; the ranks' own sums of metrics come back too."""
