@@ -28,11 +28,12 @@ class PlanConfig:
 def run(arguments: list[str]) -> None:
     import json
 
-    from fastdistill.commands._options import run_file
+    from fastdistill.commands._options import quiet, run_file
 
     given = run_file(PlanConfig, arguments, "plan")
     if given is None:
         return
+    quiet()
     from rich.console import Console
 
     from fastdistill import runs

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from torch import nn
 
 import fastdistill
@@ -18,7 +19,7 @@ from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import last_checkpoint, trained_student
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train import checkpoint
-from fastdistill.train.config import to_yaml
+from fastdistill.train.config import parsed, to_yaml
 
 CARD = "README.md"
 
@@ -118,14 +119,25 @@ def model_card(run: Run, path: Path, model: nn.Module) -> str:
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in _facts(run, made_by).items()),
         "",
-        "Everything of the run:",
+        "Its settings, but for paths:",
         "",
         "```yaml",
-        to_yaml(config).rstrip(),
+        _settings(config),
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _settings(config: RunConfig) -> str:
+    """The parts of a run file that decide what the student is, without the paths of a machine."""
+    values = parsed(to_yaml(config))
+    for section in ("student", "objective", "train"):
+        values[section] = {name: value for name, value in values[section].items() if value is not None}
+    told: str = yaml.safe_dump(
+        {name: values[name] for name in ("seed", "student", "objective", "train")}, sort_keys=False
+    )
+    return told.rstrip()
 
 
 def _facts(run: Run, made_by: dict[str, Any]) -> dict[str, object]:
@@ -133,7 +145,6 @@ def _facts(run: Run, made_by: dict[str, Any]) -> dict[str, object]:
     objective = config.objective
     return {
         "teacher's weights (SHA-256)": made_by["teacher"]["weights"],
-        "student": run.student_spec,
         "prompts": f"{len(run.pool.texts):,}, of which {run.pool.seen:,} with latents",
         "sampling of the latents": f"{config.cache.steps} steps, guidance scale {config.cache.guidance_scale}",
         "random conditioning": f"p(t) {objective.random_conditioning.probability}",

@@ -170,7 +170,8 @@ def test_the_card_says_what_it_is(ended: tuple[RunConfig, Path], tmp_path: Path)
     card = (folder / "README.md").read_text()
     head = card.split("---\n")[1]
     assert 'library_name: "diffusers"' in head and 'base_model: "sd"' in head
-    assert "trained for 3 steps by fastdistill" in card and "| batch | 4 |" in card
+    assert "trained for 3 steps by fastdistill" in card and "| batch | 4 |" in card and "width: 0.5" in card
+    assert ended[0].directory not in card and ended[0].teacher not in card
     assert (folder / "vae").is_symlink()
     with pytest.raises(InputError, match="target: expected a folder that is not there"):
         runs.export(ended[0], tmp_path / "exported")
