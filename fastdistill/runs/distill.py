@@ -138,7 +138,7 @@ def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditi
 def train_config(run: Run, bank: PromptBank) -> TrainConfig:
     """The settings of the trainer."""
     config, preview = run.config, run.config.preview
-    guidance = config.cache.guidance_scale if preview.guidance_scale is None else preview.guidance_scale
+    guidance = run.pipeline.family.guided(run.pipeline.config, _preview_guidance(run))
     texts = preview.prompts if isinstance(preview.prompts, int) else tuple(preview.prompts)
     return TrainConfig(
         **dataclasses.asdict(config.train),
@@ -173,13 +173,18 @@ def _decoder(run: Run) -> Callable[[Tensor], Tensor]:
     return lambda latents: run.pipeline.family.decode(vae, latents)
 
 
+def _preview_guidance(run: Run) -> float:
+    own = run.config.preview.guidance_scale
+    return run.config.cache.guidance_scale if own is None else own
+
+
 def _preview_prompts(run: Run, bank: PromptBank) -> PromptBank | None:
     """Encodings of the prompts of previews, where the pool does not have all of them."""
     wanted = run.config.preview.prompts
     if isinstance(wanted, int) or set(wanted) <= set(bank.texts):
         return None
     encoders = run.pipeline.encoders(device=run.config.device, dtype=run.teacher_dtype)
-    made = run.pipeline.encode(list(wanted), encoders, size=run.sizes[0])
+    made = run.pipeline.encode(list(wanted), encoders, size=run.sizes[0], guidance_scale=_preview_guidance(run))
     return dataclasses.replace(made, encoder=bank.encoder)  # that of the same folder, by its files
 
 

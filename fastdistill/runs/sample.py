@@ -65,7 +65,7 @@ def sample(
     if not teacher:
         last_checkpoint(run, step)
     device, size = run.config.device, run.sizes[0]
-    bank = run.pipeline.encode(texts, run.pipeline.encoders(device=device), size=size)
+    bank = run.pipeline.encode(texts, run.pipeline.encoders(device=device), size=size, guidance_scale=guidance_scale)
     model = run.pipeline.model(device=device, dtype=run.teacher_dtype) if teacher else trained_student(run, step=step)
     vae = run.pipeline.autoencoder(device=device)
     rows = [(row, seed) for row in range(len(texts)) for seed in own]
