@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from fastdistill.train.devices import usable
 from fastdistill.train.distributed import own_device
 
 Size = tuple[int, int] | None
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,7 +60,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     usable(device)
     if not config.teacher:
         raise InputError.of("teacher", "a pipeline folder of diffusers", "none")
-    pipeline = open_pipeline(config.teacher)
+    pipeline = open_pipeline(teacher_folder(config.teacher))
     if config.family not in ("auto", pipeline.family.name):
         rule = f"auto, or {pipeline.family.name}, which {config.teacher} holds"
         known = "" if config.family in FAMILIES else f" (families: {', '.join(FAMILIES)}; others: call)"
@@ -72,6 +74,29 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
         raise InputError.of("objective.weights.task", rule, config.objective.weights.task)
     return run
+
+
+def teacher_folder(teacher: str) -> Path:
+    """The folder of a teacher: itself, or the copy of a model of the Hub (``owner/name``), downloaded where there is
+    none.
+
+    Raises:
+        StorageError: neither is there; without a connection, or with ``HF_HUB_OFFLINE=1``, the Hub is not asked.
+    """
+    folder = files.located(teacher, "teacher")
+    if folder.exists() or not _HUB_ID.fullmatch(teacher):
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "LICENSE*", "README.md"]
+    try:
+        with contextlib.suppress(LocalEntryNotFoundError):
+            return Path(snapshot_download(teacher, allow_patterns=wanted, local_files_only=True))
+        return Path(snapshot_download(teacher, allow_patterns=wanted))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        got = f"neither (the Hub: {quoted(error)})"
+        raise StorageError(f"{teacher}: expected a pipeline folder, or a model of the Hub, got {got}") from error
 
 
 @dataclass(frozen=True, eq=False)

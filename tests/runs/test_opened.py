@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,23 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         runs.opened(run_config(tmp_path / "nothing", tmp_path))
     with pytest.raises(InputError, match=r"config: expected a RunConfig \(fastdistill.runs.load reads"):
         runs.opened({"teacher": "x"})  # type: ignore[arg-type]
+
+
+def test_a_model_of_the_hub(saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copy on this machine is used; where there is none and no connection, both are said."""
+    hub = tmp_path / "hub"
+    snapshot = hub / "models--someone--tiny-sd" / "snapshots" / "0123"
+    shutil.copytree(saved("sd"), snapshot)
+    (hub / "models--someone--tiny-sd" / "refs").mkdir()
+    (hub / "models--someone--tiny-sd" / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_OFFLINE", True)
+    run = runs.opened(dataclasses.replace(run_config(saved("sd"), tmp_path), teacher="someone/tiny-sd"))
+    assert run.pipeline.path == snapshot
+    with pytest.raises(
+        StorageError, match=r"someone/other: expected a pipeline folder, or a model of the Hub, got nei"
+    ):
+        runs.opened(dataclasses.replace(run_config(saved("sd"), tmp_path), teacher="someone/other"))
 
 
 def test_more_seen_prompts_than_there_are(saved: Callable[[str], Path], tmp_path: Path) -> None:
