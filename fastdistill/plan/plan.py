@@ -66,9 +66,9 @@ class Plan:
         return self.steps * self.step_seconds / 3600
 
     def changed(self, *, ranks: int | None = None, sharded: bool | None = None, **changes: Any) -> Plan:
-        """The plan of the same run with other settings: fields of ``TrainConfig``, ``teacher_dtype``, ranks that share
-        the batch, whether the student is cut over them."""
-        own = {"teacher_dtype": changes.pop("teacher_dtype")} if "teacher_dtype" in changes else {}
+        """The plan of the same run with other settings: fields of ``TrainConfig``, ``teacher_dtype`` and ``stored``
+        of a ``Job``, ranks that share the batch, whether the student is cut over them."""
+        own = {name: changes.pop(name) for name in ("teacher_dtype", "stored") if name in changes}
         given = {"micro_batch": self.micro_batch} | changes
         job = dataclasses.replace(self.job, config=dataclasses.replace(self.job.config, **given), **own)
         return planned(
@@ -196,8 +196,10 @@ def _changes(plan: Plan, available: int) -> Iterator[tuple[dict[str, Any], dict[
         yield {"train.fuse": True}, {"fuse": True}
     if plan.job.teacher_dtype.itemsize > 2:
         yield {"teacher_dtype": "bfloat16"}, {"teacher_dtype": torch.bfloat16}
-    if config.banks == "device" and plan.card.device == "cuda":
-        yield {"train.banks": "pinned"}, {"banks": "pinned"}
+    if not plan.job.stored:
+        if config.banks == "device" and plan.card.device == "cuda":
+            yield {"train.banks": "pinned"}, {"banks": "pinned"}
+        yield {"cache.read": "disk"}, {"stored": True}
     if plan.execution == "graph":
         yield {"train.execution": "eager"}, {"execution": "eager"}
     if not plan.sharded:
@@ -220,7 +222,7 @@ def _execution(job: Job, sharded: bool) -> str:
 def _memory(job: Job, traced: Traced, micro_batch: int, batch: int, ranks: int, sharded: bool) -> dict[str, int]:
     layout = Layout(
         graph=_execution(job, sharded) == "graph",
-        banks=job.config.banks == "device",
+        banks=job.config.banks == "device" and not job.stored,
         ranks=ranks,
         sharded=sharded,
         block=traced.block,

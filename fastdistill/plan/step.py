@@ -49,7 +49,7 @@ class Job:
 
     teacher: makes it on the meta device. student: makes that of a teacher. latents: [N, *S] and prompts [M + 1, ...] by
     name, on the meta device. device: the type of device that it is planned for. encoders: bytes of the text encoders
-    that are used while training.
+    that are used while training. stored: whether latents and prompts stay on the disk.
     """
 
     teacher: Callable[[], nn.Module]
@@ -64,6 +64,7 @@ class Job:
     call: Call | None = None
     device: str = "cuda"
     encoders: int = 0
+    stored: bool = False
     known: dict[Any, Traced] = field(default_factory=dict, compare=False, repr=False)
 
     def traced(self, accumulated: bool) -> Traced:
@@ -78,8 +79,10 @@ class Job:
 
     def _traced(self, parts: int) -> Traced:
         teacher = self.teacher()
-        devices.cast(teacher, META, self.teacher_dtype, {})
         made = self.student(teacher)
+        devices.cast(teacher, META, self.teacher_dtype, {})
+        if any(not p.requires_grad for p in made.model.parameters()):  # adapters on the teacher's own weights
+            made = self.student(teacher)
         models = {"teacher": teacher, "student": made.model}
         counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
         counts["trained"] = sum(p.numel() for p in made.model.parameters() if p.requires_grad)

@@ -15,13 +15,12 @@ from fastdistill import plan as plans
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.stored import StoredRows
-from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import InputError
 from fastdistill.files import atomic_write
-from fastdistill.models import Student
 from fastdistill.models.families import FAMILIES
-from fastdistill.runs.config import ObjectiveSettings, RunConfig
+from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import teacher_and_student
+from fastdistill.runs.objective import objective_of
 from fastdistill.runs.opened import Run, opened
 from fastdistill.runs.plan import default_micro_batch, plan_of
 from fastdistill.train import DistillTrainer, FitResult, TrainConfig, distributed
@@ -116,22 +115,6 @@ def trainer_of(run: Run) -> DistillTrainer:
         decode=_decoder(run) if previews else None,
         preview_prompts=_preview_prompts(run, bank) if previews else None,
         shard=sharded_blocks if run.config.shard else None,
-    )
-
-
-def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditioning:
-    """Random conditioning with these settings, at the student's taps."""
-    given, weights = settings.random_conditioning, settings.weights
-    return RandomConditioning(
-        probability=given.probability,
-        parameters=given.parameters,
-        null_probability=given.null,
-        weights=Weights(output=weights.output, feature=weights.feature, task=weights.task),
-        feature_distance=settings.feature_distance,
-        taps=tuple(zip(student.teacher_taps, student.student_taps, strict=True)) if weights.feature else (),
-        with_replacement=given.with_replacement,
-        loss_weighting=settings.loss_weighting,
-        min_snr_gamma=settings.min_snr_gamma,
     )
 
 

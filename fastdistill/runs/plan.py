@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastdistill import plan as plans
 from fastdistill.data.prompt_bank import stored_name
-from fastdistill.distill import RandomConditioning, Weights
-from fastdistill.models import Student, make_student
+from fastdistill.models import make_student
 from fastdistill.plan import Job, Plan
-from fastdistill.runs.config import ObjectiveSettings, RunConfig
+from fastdistill.runs.config import RunConfig
+from fastdistill.runs.objective import objective_of
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train.config import TrainConfig, TrainSettings
 
@@ -45,20 +45,20 @@ def plan(config: RunConfig, *, card: str | None = None, ranks: int = 1, allow_co
 
 def plan_of(run: Run, card: plans.Card, *, ranks: int = 1) -> Plan:
     """What an opened run needs on a card."""
-    return plans.planned(
-        job_of(run, card.device, ranks=ranks), card, ranks=ranks, sharded=run.config.shard, disk=_disk(run)
-    )
+    job = job_of(run, card.device, ranks=ranks, available=card.memory)
+    return plans.planned(job, card, ranks=ranks, sharded=run.config.shard, disk=_disk(run))
 
 
 def default_micro_batch(run: Run, available: int, *, ranks: int = 1) -> int | None:
     """The largest micro-batch of an opened run that fits in so many bytes of its device; None: not even 1 does."""
-    job = job_of(run, torch.device(run.config.device).type, ranks=ranks)
+    job = job_of(run, torch.device(run.config.device).type, ranks=ranks, available=available)
     return plans.default_micro_batch(job, available, ranks=ranks, sharded=run.config.shard)
 
 
-def job_of(run: Run, device: str, *, ranks: int = 1) -> Job:
-    """The sizes of an opened run, for a type of device. Of several sizes of images the largest stands for all; of
-    prompts that are encoded on demand, the device holds those of the coming steps of each size."""
+def job_of(run: Run, device: str, *, ranks: int = 1, available: int | None = None) -> Job:
+    """The sizes of an opened run, for a type of device with so many ``available`` bytes. Of several sizes of images the
+    largest stands for all; of prompts that are encoded on demand, the device holds those of the coming steps of each
+    size."""
     config = run.config
     shapes = [run.pipeline.latent_shape(size) for size in run.sizes]
     largest = max(range(len(shapes)), key=lambda i: math.prod(shapes[i]))
@@ -68,31 +68,23 @@ def job_of(run: Run, device: str, *, ranks: int = 1) -> Job:
     on_demand = config.cache.encodings == "on_demand"
     staged = (config.train.ahead + 1) * math.ceil(config.train.batch / ranks) * len(shapes)
     given = {f.name: getattr(config.train, f.name) for f in dataclasses.fields(TrainSettings)}
+    latents = torch.empty(rows, *shapes[largest], dtype=run.cache_dtype, device="meta")
+    prompts = _banks(run, staged if on_demand else len(run.pool.texts) + 1)
+    large = available is not None and sum(bank.nbytes for bank in (latents, *prompts.values())) > available // 4
     return Job(
         teacher=lambda: run.pipeline.model(device="meta"),
         student=lambda teacher: make_student(teacher, run.student_spec),
-        objective=lambda made: _objective(config.objective, made),
+        objective=lambda made: objective_of(config.objective, made),
         schedule=run.pipeline.schedule(run.sizes[largest]),
-        latents=torch.empty(rows, *shapes[largest], dtype=run.cache_dtype, device="meta"),
-        prompts=_banks(run, staged if on_demand else len(run.pool.texts) + 1),
+        latents=latents,
+        prompts=prompts,
         prediction_type=run.pipeline.prediction_type,
         config=TrainConfig(**given, seed=config.seed),
         teacher_dtype=dtype or (torch.bfloat16 if device == "cuda" else torch.float32),
         call=run.call,
         device=device,
         encoders=_encoders(run, device) if on_demand else 0,
-    )
-
-
-def _objective(settings: ObjectiveSettings, made: Student) -> RandomConditioning:
-    """As far as the size of a step goes by it."""
-    weights = settings.weights
-    return RandomConditioning(
-        weights=Weights(weights.output, weights.feature, weights.task),
-        feature_distance=settings.feature_distance,
-        taps=tuple(zip(made.teacher_taps, made.student_taps, strict=True)),
-        loss_weighting=settings.loss_weighting,
-        min_snr_gamma=settings.min_snr_gamma,
+        stored=config.cache.read == "disk" or (config.cache.read == "auto" and large),
     )
 
 
