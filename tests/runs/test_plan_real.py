@@ -47,6 +47,7 @@ def run_config(name: str, folder: Path, **train: Any) -> runs.RunConfig:
         "teacher": str(folder),
         "prompts": {"file": str(folder / "prompts.txt")},
         "student": student,
+        "objective": {"weights": {"task": 1.0}},
         "train": {"batch": 64, "fuse": True, "gradient_checkpointing": True} | train,
     }
     return from_mapping(runs.RunConfig, values)
