@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -49,10 +50,12 @@ class Invocation(Generic[Own]):
     json: bool
 
 
-def run_file(kind: type[Own], arguments: list[str], program: str) -> Invocation[Own] | None:
-    """A command's run file and options; None after a dry run.
+def run_file(kind: type[Own], arguments: list[str], program: str, *, ranks: bool = False) -> Invocation[Own] | None:
+    """A command's run file and options; None after a dry run, and in all but the first of ``torchrun``'s processes.
 
-    ``kind``: a dataclass of the command's own options.
+    Args:
+        kind: a dataclass of the command's own options.
+        ranks: whether all processes of ``torchrun`` share the work.
     """
     import_pydantic()
     import tyro
@@ -64,7 +67,8 @@ def run_file(kind: type[Own], arguments: list[str], program: str) -> Invocation[
     if {"-h", "--help"} & set(arguments):
         with contextlib.suppress(SystemExit):
             tyro.cli(kind, args=["--help"], prog=f"{name} RUN.yaml [--dry-run] [--json] [--allow-code]")
-        tyro.cli(RunConfig, args=["--help"], prog=f"{name} RUN.yaml, on top of the run file:")
+        print("\nFields of the run file, which the command line may set too:\n")
+        tyro.cli(RunConfig, args=["--help"], prog=f"{name} RUN.yaml")
     if not arguments or arguments[0].startswith("-"):
         got = repr(arguments[0]) if arguments else "nothing"
         raise FastdistillError(f"{program}: expected a run file (fastdistill init FOLDER > run.yaml), got {got}")
@@ -74,8 +78,10 @@ def run_file(kind: type[Own], arguments: list[str], program: str) -> Invocation[
     default = from_yaml(RunConfig, arguments[0])
     own, rest = tyro.cli(kind, args=arguments[1:], prog=name, return_unknown_args=True)
     config = validated(tyro.cli(RunConfig, args=rest, default=default, prog=name), program)
-    if dry:
+    first = os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
+    if dry and first:
         print(to_yaml(config), end="")
+    if dry or not (first or ranks):
         return None
     return Invocation(config, validated(own, program), allow_code, as_json)
 

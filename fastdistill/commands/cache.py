@@ -29,7 +29,7 @@ class CacheOptions:
 
 
 def run(arguments: list[str]) -> None:
-    given = run_file(CacheOptions, arguments, "cache")
+    given = run_file(CacheOptions, arguments, "cache", ranks=True)
     if given is None:
         return
     quiet()

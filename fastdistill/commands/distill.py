@@ -19,7 +19,7 @@ class DistillOptions:
 
 
 def run(arguments: list[str]) -> None:
-    given = run_file(DistillOptions, arguments, "distill")
+    given = run_file(DistillOptions, arguments, "distill", ranks=True)
     if given is None:
         return
     quiet()

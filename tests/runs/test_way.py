@@ -268,6 +268,7 @@ def test_commands(
     ended: tuple[RunConfig, Path],
     said: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     saved: Callable[[str], Path],
 ) -> None:
     file = str(ended[1])
@@ -279,6 +280,11 @@ def test_commands(
     assert code == 0 and len(json.loads(out)) == 2
     code, out, error = said("export", file, "--to", str(tmp_path / "exported"), "--dtype", "bfloat16")
     assert code == 0 and out.startswith(f"{tmp_path / 'exported'}: ") and (tmp_path / "exported" / "README.md").exists()
+    with monkeypatch.context() as ranks:  # another of torchrun's processes has nothing to do
+        ranks.setenv("TORCHELASTIC_RUN_ID", "a run")
+        ranks.setenv("RANK", "1")
+        assert said("export", file, "--to", str(tmp_path / "never")) == (0, "", "")
+    assert not (tmp_path / "never").exists()
     code, out, _ = said("distill", file, "--train.steps", "7", "--dry-run")
     assert code == 0
     (tmp_path / "dry.yaml").write_text(out)
