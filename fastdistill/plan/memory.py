@@ -28,7 +28,7 @@ PARTS = {
 }
 MODELLED = ("gathered", "workspace")  # the others are the sizes of tensors
 _WEIGHTS = ("student", "gradients", "masters", "moments", "averages")  # cut over the ranks by sharding
-_CONTEXT = 600 * 2**20  # bytes of a CUDA context with torch's and the libraries' kernels
+CONTEXT = 600 * 2**20  # bytes of a CUDA context with torch's and the libraries' kernels
 _LIBRARIES = 64 * 2**20  # workspaces of cuBLAS and cuDNN
 _FRAGMENTS = 0.05  # of what is allocated and freed in each step
 
@@ -73,7 +73,7 @@ def memory(trace: Trace, micro_batch: int, batch: int, layout: Layout = Layout()
         parts["gathered"] = 3 * layout.block  # this block, the next one, and the gradient of one
     parts["workspace"] = int(_FRAGMENTS * (parts["activations"] + parts["gradients"]))
     if layout.cuda:
-        parts["workspace"] += _CONTEXT + _LIBRARIES * (1 + layout.graph)
+        parts["workspace"] += CONTEXT + _LIBRARIES * (1 + layout.graph)
     return parts
 
 

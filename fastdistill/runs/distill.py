@@ -18,6 +18,7 @@ from fastdistill.data.stored import StoredRows
 from fastdistill.errors import InputError
 from fastdistill.files import atomic_write
 from fastdistill.models.families import FAMILIES
+from fastdistill.plan.memory import CONTEXT
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import teacher_and_student
 from fastdistill.runs.objective import objective_of
@@ -61,16 +62,20 @@ def fitted(run: Run) -> Run:
     Raises:
         InputError: the run does not fit into the memory of its device, with what would make it fit.
     """
-    free, ranks = plans.available(run.config.device), distributed.size()
-    free = -distributed.largest(-free, torch.device(run.config.device))
+    device, ranks = torch.device(run.config.device), distributed.size()
+    free = plans.available(device) + (
+        CONTEXT if device.type == "cuda" else 0
+    )  # which a plan counts, and is there by now
+    free = -distributed.largest(-free, device)
+    part = run.config.train.batch // ranks
     micro_batch = run.config.train.micro_batch
     if micro_batch is None and (file := run.directory / RUN_FILE).exists():
-        micro_batch = from_yaml(RunConfig, file).train.micro_batch  # another one would round otherwise
+        before = from_yaml(RunConfig, file).train.micro_batch  # another one would round otherwise
+        micro_batch = before if before is None or part % before == 0 else None
     if micro_batch is None:
         if _far_from(free, run):
             return run
         micro_batch = default_micro_batch(run, free, ranks=ranks)
-    part = run.config.train.batch // ranks
     train = dataclasses.replace(run.config.train, micro_batch=None if micro_batch == part else micro_batch)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
     found = plan_of(run, dataclasses.replace(plans.card_here(run.config.device), memory=free), ranks=ranks)
