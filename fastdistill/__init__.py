@@ -32,6 +32,8 @@ _HOME = {
     "NoiseSchedule": "diffusion.schedule",
     "FlowSchedule": "diffusion.flow",
     "flow_coefficients": "diffusion.flow",
+    "Grid": "diffusion.grid",
+    "Guidance": "diffusion.guidance",
     "schedule_of": "diffusion.flow",
     "sample_with": "diffusion.scheduled",
     "ddim": "diffusion.sampler",
@@ -111,6 +113,8 @@ if TYPE_CHECKING:
     from fastdistill.diffusion.flow import FlowSchedule as FlowSchedule
     from fastdistill.diffusion.flow import flow_coefficients as flow_coefficients
     from fastdistill.diffusion.flow import schedule_of as schedule_of
+    from fastdistill.diffusion.grid import Grid as Grid
+    from fastdistill.diffusion.guidance import Guidance as Guidance
     from fastdistill.diffusion.matching import loss_weights as loss_weights
     from fastdistill.diffusion.matching import match_table as match_table
     from fastdistill.diffusion.sampler import ddim as ddim

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fastdistill.diffusion.guidance import Guidance
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
 
@@ -112,7 +113,7 @@ def match_table(
     coefficients: Tensor,
     *,
     teacher: Tensor | None = None,
-    guidance: float | Tensor | Callable[[float], float] = 0.0,
+    guidance: float | Tensor | Guidance | Callable[[float], float] = 0.0,
     weights: LossWeighting | Tensor = "uniform",
     task_weights: LossWeighting | Tensor | None = None,
     gamma: float = GAMMA,
@@ -125,8 +126,8 @@ def match_table(
     Args:
         coefficients: [T, 4] of the student's prediction.
         teacher: [T, 4] of the teacher's prediction; None: the same type. For another type ``output_match`` needs x_t.
-        guidance: w in s_c + w (s_c - s_u), a number, a tensor [T] or a function of t/T. 0 is the conditional model;
-            ``guidance_scale`` of diffusers is 1 + w.
+        guidance: w in s_c + w (s_c - s_u), a number, a tensor [T], a ``Guidance`` or a function of t/T. 0 is the
+            conditional model; ``guidance_scale`` of diffusers is 1 + w.
         weights, task_weights: weights of the two losses: a ``weighting`` of ``loss_weights`` or a tensor [T].
             task_weights None: as weights.
         gamma: of ``min_snr``.
@@ -136,7 +137,9 @@ def match_table(
     """
     _check_coefficients(coefficients, "coefficients")
     T = len(coefficients)
-    if callable(guidance):
+    if isinstance(guidance, Guidance):
+        guidance = guidance.table(coefficients)
+    elif callable(guidance):
         guidance = torch.tensor([guidance(t / T) for t in range(T)], dtype=torch.float64, device="cpu")
     elif not isinstance(guidance, Tensor):
         guidance = torch.full((T,), _check.real(guidance, "guidance"), dtype=torch.float64, device="cpu")

@@ -12,6 +12,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from fastdistill.diffusion.flow import flow_coefficients
+from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.matching import conversion, loss_weights, match_table
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError
@@ -92,6 +93,9 @@ def test_table() -> None:
     assert table.dtype == torch.float32 and table.shape == (T, 5)
     assert table[500].tolist() == pytest.approx([1.5, 0.0, 1.0, 0.5, 1.0], rel=4 * EPS)
     assert match_table(own, guidance=2.0)[:, 0].eq(2).all() and match_table(own, weights="min_snr")[0, 4] < 0.1
+    window = Guidance.window(4, -1, 3.0, 0.5)
+    assert torch.equal(match_table(own, guidance=window)[:, 0].double(), window.table(own))
+    assert match_table(own, guidance=window)[[999, 400, 10], 0].tolist() == [4, -1, 0]
     mixed = match_table(own, weights="uniform", task_weights="min_snr", gamma=3.0)
     assert torch.equal(mixed[:, 4], loss_weights(own, "min_snr", 3.0).float())
 
@@ -105,6 +109,7 @@ def test_table() -> None:
         ),
         ({"weights": torch.ones(3)}, r"weights: expected one number per timestep, \(1000,\), got \(3,\)"),
         ({"guidance": torch.full((T,), float("nan"))}, r"guidance\[0\]: expected a finite number, got nan"),
+        ({"guidance": Guidance.window(2, -1, 0.5, by="step")}, "guidance: expected thresholds as sigma or t"),
         ({"gamma": 0.0, "weights": "min_snr"}, "gamma: expected a finite number > 0, got 0.0"),
         (
             {"gamma": 3.0, "task_weights": torch.ones(T)},

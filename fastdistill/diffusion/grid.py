@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The noise levels that a sampler visits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.diffusion.flow import mu_of
+from fastdistill.diffusion.sampler import trailing_timesteps
+from fastdistill.diffusion.schedule import NoiseSchedule, Schedule, flow_matching
+from fastdistill.errors import InputError, described
+from fastdistill.ops import _check
+
+_NUMBER = r"\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
+_FORM = re.compile(rf"(trailing|karras|flow):(\d+)(?:@({_NUMBER})(?:\.\.({_NUMBER}))?)?", re.IGNORECASE)
+_FORMS = "trailing:20, karras:30, karras:30@30..0.09, flow:28 or flow:28@3 (its shift)"
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The n steps of a sampler between n + 1 levels x = signal x_0 + noise eps, from the noise to the data.
+
+    Args:
+        signal, noise: [n + 1]; sigma = noise / signal falls from step to step (in the last one it may stay). The first
+            signal may be 0 (sigma is infinite there); the last level is (1, 0), or where a scheduler ends.
+        times: [n], what the model is given at each step.
+        clock: [n] in [0, 1], the same as a share of the training timesteps (of rectified flow its sigma).
+        text: what ``parse`` makes the grid of; empty: nothing.
+
+    All are float64 on the CPU.
+
+    Raises:
+        InputError: levels that are no such grid.
+    """
+
+    signal: Tensor
+    noise: Tensor
+    times: Tensor
+    clock: Tensor
+    text: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("signal", "noise", "times", "clock"):
+            value = getattr(self, name)
+            _check.valued(**{name: value})
+            object.__setattr__(self, name, value.detach().to("cpu", torch.float64))
+        steps = self.times.numel()
+        _check.whole(steps, "times", "at least 1 step")
+        for name, size in (("signal", steps + 1), ("noise", steps + 1), ("times", steps), ("clock", steps)):
+            value = getattr(self, name)
+            _check.shape(value, name, (size,), f"one value per {'level' if size > steps else 'step'}, [{size}]")
+            _check.require(bool(value.isfinite().all()), name, "finite values", value.tolist())
+        signal, noise = self.signal, self.noise
+        _check.require(bool((signal >= 0).all() and (signal[1:] > 0).all()), "signal", "values > 0", signal.tolist())
+        _check.require(bool((noise >= 0).all() and (noise[:-1] > 0).all()), "noise", "values > 0", noise.tolist())
+        change = self.sigma.diff()
+        falls = bool((change[:-1] < 0).all() and change[-1] <= 0)
+        _check.require(falls, "noise", "noise / signal that falls from step to step", self.sigma.tolist())
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def __str__(self) -> str:
+        return self.text or f"{len(self)} steps from sigma {self.sigma[0]:.6g} to {self.sigma[-1]:.6g}"
+
+    @property
+    def sigma(self) -> Tensor:
+        """[n + 1] float64, noise / signal: the levels of a variance-exploding process."""
+        return self.noise / self.signal
+
+    @classmethod
+    def trailing(cls, schedule: Schedule, steps: int) -> Grid:
+        """Evenly spaced timesteps from the last of training (Lin et al. 2305.08891, table 2), as those of ``ddim``."""
+        return _at(_schedule(schedule), trailing_timesteps(len(schedule), steps), f"trailing:{steps}")
+
+    @classmethod
+    def karras(
+        cls,
+        schedule: Schedule,
+        steps: int,
+        sigma_max: float | None = None,
+        sigma_min: float | None = None,
+        rho: float = 7.0,
+    ) -> Grid:
+        """sigma_i = (max^(1/rho) + i / (n - 1) (min^(1/rho) - max^(1/rho)))^rho (Karras et al. 2206.00364, eq. 5).
+
+        Each is moved to the timestep with the nearest logarithm of sigma. Those that fall on the same timestep are one
+        step, so that there may be fewer: ``len`` of the grid says how many.
+
+        Args:
+            sigma_max, sigma_min: of the first and the last step; None: the largest finite one of the schedule, and its
+                smallest above 0.
+        """
+        sigmas = _schedule(schedule).noise / schedule.signal
+        usable = ((sigmas > 0) & sigmas.isfinite()).nonzero().flatten()
+        _check.require(len(usable) > 0, "schedule", "noise levels that are finite and above 0", sigmas.tolist()[:4])
+        _check.whole(steps, "steps", "at least 1 step")
+        logs = sigmas[usable].log()
+        low, high = float(sigmas[usable].min()), float(sigmas[usable].max())
+        first = _sigma(high if sigma_max is None else sigma_max, "sigma_max", low, high)
+        last = _sigma(low if sigma_min is None else sigma_min, "sigma_min", low, high)
+        _check.require(last < first or steps == 1, "sigma_min", f"less than sigma_max ({first:.6g})", last)
+        if not math.isfinite(_check.real(rho, "rho")) or rho <= 0:
+            raise InputError.of("rho", "a finite number > 0", rho)
+        ramp = torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
+        wanted = (first ** (1 / rho) + ramp * (last ** (1 / rho) - first ** (1 / rho))) ** rho
+        nearest = usable[(wanted.log()[:, None] - logs).abs().argmin(1)].tolist()
+        text = f"karras:{steps}"
+        if sigma_max is not None or sigma_min is not None:
+            text += f"@{first!r}..{last!r}"
+        return _at(schedule, list(dict.fromkeys(nearest)), text if rho == 7 else "")
+
+    @classmethod
+    def flow(cls, steps: int, shift: float = 1.0, factor: float = 1000.0) -> Grid:
+        """Rectified flow from sigma = 1 to 1 / n in even steps, shifted, as pipelines of Flux have it.
+
+        Args:
+            shift: sigma -> shift sigma / (1 + (shift - 1) sigma) (Esser et al. 2403.03206, eq. 23).
+            factor: models are given sigma times this.
+        """
+        _check.whole(steps, "steps", "at least 1 step")
+        for name, value in (("shift", shift), ("factor", factor)):
+            if not 0 < _check.real(value, name) < math.inf:
+                raise InputError.of(name, "a finite number > 0", value)
+        s = torch.arange(steps, 0, -1, dtype=torch.float64, device="cpu") / steps
+        text = f"flow:{steps}" if shift == 1 else f"flow:{steps}@{float(shift)!r}"
+        return _flow(shift * s / (1 + (shift - 1) * s), factor, text if factor == 1000 else "")
+
+    @classmethod
+    def of(cls, scheduler: Any, steps: int, tokens: int | None = None) -> Grid:
+        """The levels that a scheduler of diffusers visits, with all its settings; ``tokens`` of an image where it has a
+        dynamic shift.
+
+        Raises:
+            InputError: a scheduler that evaluates the model between its levels or twice at one (Heun, PNDM), whose
+                models take no timesteps, or whose steps end at another level than that of the next timestep (DDIM
+                where the number of timesteps is no multiple of ``steps``).
+        """
+        kind, config = type(scheduler).__name__, getattr(scheduler, "config", None)
+        if not isinstance(config, Mapping) or not hasattr(scheduler, "set_timesteps"):
+            raise InputError.of("scheduler", "a scheduler of diffusers", described(scheduler))
+        _check.whole(steps, "steps", "at least 1 step")
+        flow = flow_matching(kind, config)
+        if config.get("invert_sigmas") or getattr(scheduler, "order", 1) != 1:
+            raise InputError.of("scheduler", "one that evaluates the model once a step, from noise to data", kind)
+        if not flow:
+            NoiseSchedule.from_diffusers(scheduler)  # refuses models that take no timesteps
+        scheduler = copy.deepcopy(scheduler)
+        mu = mu_of(scheduler, tokens)
+        scheduler.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
+        times = scheduler.timesteps.to("cpu", torch.float64)
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is None:
+            return _of_table(scheduler, kind, times, steps)
+        sigmas = torch.as_tensor(sigmas).to("cpu", torch.float64)
+        if len(sigmas) != len(times) + 1:
+            raise InputError.of("scheduler", "one level per timestep and a last one", f"{kind} with {len(sigmas)}")
+        T = int(config["num_train_timesteps"])
+        if flow:
+            return cls(1 - sigmas, sigmas, times, sigmas[:-1])
+        return cls((1 + sigmas**2).rsqrt(), sigmas * (1 + sigmas**2).rsqrt(), times, times / T)
+
+    @classmethod
+    def parse(cls, text: str, schedule: Schedule | None = None) -> Grid:
+        """The grid of a text: ``trailing:20``, ``karras:30``, ``karras:30@30..0.09`` (sigma of the first and the last
+        step), ``flow:28``, ``flow:28@3`` (shift). The first two kinds need a schedule."""
+        if not isinstance(text, str):
+            raise InputError.of("grid", f"a text such as {_FORMS}", described(text))
+        found = _FORM.fullmatch(text.strip())
+        if found is None:
+            raise InputError.of("grid", _FORMS, repr(text))
+        kind, steps, first, last = found[1].lower(), int(found[2]), found[3], found[4]
+        if first and (kind == "trailing" or (kind == "karras") != bool(last)):
+            raise InputError.of("grid", _FORMS, repr(text))
+        if kind == "flow":
+            return cls.flow(steps, float(first or 1))
+        if schedule is None:
+            raise InputError.of("schedule", f"the schedule whose timesteps {text!r} takes", None)
+        if kind == "trailing":
+            return cls.trailing(schedule, steps)
+        ends = (float(first), float(last)) if first and last else ()
+        return cls.karras(schedule, steps, *ends)
+
+
+def _schedule(schedule: Any) -> Schedule:
+    if not isinstance(schedule, Schedule):
+        raise InputError.of("schedule", "a NoiseSchedule or a FlowSchedule", described(schedule))
+    return schedule
+
+
+def _sigma(value: Any, argument: str, low: float, high: float) -> float:
+    sigma = _check.real(value, argument)
+    if not low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6):  # a float32 table's rounding
+        raise InputError.of(argument, f"a sigma of the schedule, {low:.6g} to {high:.6g}", sigma)
+    return sigma
+
+
+def _at(schedule: Schedule, rows: list[int], text: str) -> Grid:
+    """The grid at these rows of a schedule's tables, to the data."""
+    index = torch.tensor(rows, device="cpu")
+    times = index.double() if schedule.times is None else schedule.times[index]
+    signal, noise = (_ended(table[index], end) for table, end in ((schedule.signal, 1.0), (schedule.noise, 0.0)))
+    return Grid(signal, noise, times, schedule.clock[index], text)
+
+
+def _ended(levels: Tensor, end: float) -> Tensor:
+    return torch.cat([levels, levels.new_tensor([end])])
+
+
+def _flow(sigmas: Tensor, factor: float, text: str) -> Grid:
+    return Grid(_ended(1 - sigmas, 1.0), _ended(sigmas, 0.0), sigmas * factor, sigmas, text)
+
+
+def _of_table(scheduler: Any, kind: str, times: Tensor, steps: int) -> Grid:
+    """Of schedulers that step from alphas_cumprod[t] to alphas_cumprod[t - T // steps] or that of the next timestep."""
+    abar = NoiseSchedule.from_diffusers(scheduler).alphas_cumprod
+    rows = [int(t) for t in times]
+    stride = scheduler.config["num_train_timesteps"] // steps
+    if kind not in ("DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "LCMScheduler"):
+        raise InputError.of("scheduler", "one of DDIM, DDPM, LCM, or with sigmas", kind)
+    if rows[0] >= len(abar) or rows[-1] < 0:
+        raise InputError.of("steps", f"timesteps from {len(abar) - 1} to 0", f"{rows[0]} to {rows[-1]} ({steps} steps)")
+    jumps = any(a - b != stride for a, b in itertools.pairwise(rows)) or rows[-1] - stride >= 0
+    if kind != "LCMScheduler" and jumps:
+        rule = f"a number of steps at which {kind} goes from timestep to timestep; Grid.trailing does at any"
+        raise InputError.of("steps", rule, f"{steps}, timesteps {rows[:3]}... and steps of {stride}")
+    levels = _ended(abar[rows], float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
+    T = scheduler.config["num_train_timesteps"]
+    return Grid(levels.sqrt(), (1 - levels).sqrt(), times, times / T)
