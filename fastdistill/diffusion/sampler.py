@@ -121,7 +121,7 @@ def ddim(
     if null_prompt is not None and guidance_scale != 1:
         conditions = (after_null if guided else null_rows)(prompts, null_prompt)
 
-    predict = _predictor(model, x_T.dtype)
+    predict = predictor(model, x_T.dtype)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
     for index, (t, abar, next_abar) in enumerate(plan.levels):
         seen = torch.cat([x, x]) if guided else x
@@ -201,7 +201,7 @@ def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
     )
 
 
-def _predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Rows], Any]:
+def predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Rows], Any]:
     """How to call the model: a module in the dtype in which it computes, anything else with states of ``dtype``."""
     if isinstance(model, nn.Module):
         from fastdistill.models.calling import Predictor  # loads diffusers

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling on a ``Grid`` with a schedule of guidance, which evaluates one pass where the weight is 0 or -1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from fastdistill.diffusion.distortion import Method
+from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance
+from fastdistill.diffusion.prompts import Rows, after_null, check_prompts, null_rows
+from fastdistill.diffusion.sampler import prediction_like, predictor
+from fastdistill.diffusion.schedule import PredictionType, check_prediction_type
+from fastdistill.errors import InputError, described
+from fastdistill.ops import _check
+from fastdistill.ops.philox import ANCESTRAL, normal
+
+
+@torch.no_grad()
+def sample(
+    model: Callable[..., Any],
+    x: Tensor,
+    prompts: Rows,
+    null_prompt: Rows | None,
+    grid: Grid,
+    *,
+    method: Method = "ddim",
+    guidance: Guidance | float | str = 0.0,
+    prediction_type: PredictionType = "epsilon",
+    clip_sample: float | None = None,
+    eta: float = 1.0,
+    seed: int = 0,
+    rows: Tensor | None = None,
+    callback: Callable[[int, float, Tensor], object] | None = None,
+) -> Tensor:
+    """x_0 [B, *S] from the state x [B, *S] at the first level of a grid.
+
+    Each step is that of ``distortion.recursion``. Of signal a, noise b and a prediction p x_0 + q eps, x_0 and eps
+    follow as (q x - b out) / (a q - b p) and (a out - p x) / (a q - b p), so that no level needs a case of its own.
+
+    Args:
+        model, prompts, null_prompt: as of ``ddim``; None where every weight is 0. The model is given the times of the
+            grid, int64 if all of them are whole, else float32.
+        x: standard normal noise where a^2 + b^2 = 1 or a = 0 there. The state is at least float32.
+        method: ``ddim``; ``euler``, the same; ``heun``, with a second evaluation at the end of a step (``evaluations``
+            of order 2); ``ancestral``, with ``eta`` in [0, 1] and noise by (seed, row, step, element).
+        guidance: a schedule, its text or a constant w: unconditional + (1 + w) (conditional - unconditional), in one
+            batch of 2 B unless w is 0 (the prompts alone) or -1 (the null prompt alone).
+        clip_sample: limit of the predicted x_0; eps is computed again from the clipped x_0.
+        rows: [B] int64, numbers of the rows for the noise; None: 0..B-1.
+        callback: called after each step with (index, time, state).
+
+    Returns:
+        x_0 in the dtype of x. Row i depends only on x[i], prompts[i] and rows[i].
+
+    Raises:
+        InputError: shapes that do not fit, no null prompt where a weight is not 0, thresholds outside of the grid, a
+            prediction that does not determine x_0 at a level, Heun's method on a grid that does not end at the data.
+    """
+    _check.tensors(x=x)
+    if x.ndim < 2 or not x.dtype.is_floating_point:
+        raise InputError.of("x", "floating point [B, ...]", f"{x.dtype} {tuple(x.shape)}")
+    if method not in get_args(Method):
+        raise InputError.of("method", f"one of {', '.join(get_args(Method))}", described(method))
+    weights = Guidance.parse(guidance).weights(grid).tolist()
+    check_prompts(x, prompts, null_prompt, next((1 + w for w in weights if w != 0), 1.0))
+    _check.require(0 <= _check.real(eta, "eta") <= 1, "eta", "a number in [0, 1]", eta)
+    if clip_sample is not None and not _check.real(clip_sample, "clip_sample") > 0:
+        raise InputError.of("clip_sample", "a limit above 0, or None", clip_sample)
+    levels = list(zip(grid.signal.tolist(), grid.noise.tolist(), strict=True))
+    kind = check_prediction_type(prediction_type)
+    for level in levels[:-1]:
+        if _determinant(*level, *_prediction(kind, *level)) == 0:
+            raise InputError.of("prediction_type", f"one that determines x_0 at (signal, noise) = {level}", kind)
+    if method == "heun" and levels[-1][1] > 0:
+        raise InputError.of("grid", "one that ends at sigma = 0, for heun", grid)
+    numbers = torch.arange(len(x), device=x.device) if rows is None else rows
+    if not isinstance(numbers, Tensor) or numbers.dtype != torch.int64 or tuple(numbers.shape) != (len(x),):
+        raise InputError.of("rows", f"int64 row numbers [{len(x)}]", described(rows))
+    key = torch.tensor(seed, dtype=torch.int64, device=x.device)
+
+    whole = bool((grid.times == grid.times.round()).all())
+    times = grid.times.to(x.device, torch.int64 if whole else torch.float32)
+    predict = predictor(model, x.dtype)
+    inputs: dict[float, Rows] = {0.0: prompts}  # by weight
+    for w in weights:
+        if w not in inputs and null_prompt is not None:
+            inputs[w] = (null_rows if w == -1 else after_null)(prompts, null_prompt)
+
+    def clean_and_noise(x: Tensor, index: int, w: float) -> tuple[Tensor, Tensor]:
+        seen = x if w in (0, -1) else torch.cat([x, x])
+        out = prediction_like(seen, predict(seen, times[index].expand(len(seen)), inputs[w])).to(x.dtype)
+        if w not in (0, -1):
+            unconditional, conditional = out.chunk(2)
+            out = unconditional + (1 + w) * (conditional - unconditional)
+        a, b = levels[index]
+        p, q = _prediction(kind, a, b)
+        determinant = _determinant(a, b, p, q)
+        x0, eps = (q * x - b * out) / determinant, (a * out - p * x) / determinant
+        if clip_sample is not None:
+            x0 = x0.clamp(-clip_sample, clip_sample)
+            eps = (x - a * x0) / b
+        return x0, eps
+
+    state = x.to(torch.promote_types(x.dtype, torch.float32))
+    for index, (w, (a, b), (a_next, b_next)) in enumerate(zip(weights, levels, levels[1:], strict=False)):
+        x0, eps = clean_and_noise(state, index, w)
+        up = eta * b_next * math.sqrt(max(0.0, 1 - (b_next * a / (a_next * b)) ** 2)) if method == "ancestral" else 0.0
+        after = a_next * x0 + math.sqrt(b_next**2 - up**2) * eps
+        if up > 0:
+            step = torch.full_like(key, index)
+            after += up * normal(key, step, numbers, x.shape[1:], stream=ANCESTRAL).to(state.dtype)
+        if method == "heun" and a > 0 and b_next > 0:
+            _, end = clean_and_noise(after, index + 1, w)
+            after = a_next / a * state + (b_next - a_next * b / a) / 2 * (eps + end)
+        state = after
+        if callback is not None:
+            callback(index, float(grid.times[index]), state)
+    return state.to(x.dtype)
+
+
+def _prediction(kind: PredictionType, a: float, b: float) -> tuple[float, float]:
+    """(p, q) of a prediction p x_0 + q eps, as in ``Schedule.coefficients``."""
+    return {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-b, a), "flow_prediction": (-1.0, 1.0)}[kind]
+
+
+def _determinant(a: float, b: float, p: float, q: float) -> float:
+    return a * q - b * p
