@@ -58,13 +58,15 @@ class Grid:
         for name, size in (("signal", steps + 1), ("noise", steps + 1), ("times", steps), ("clock", steps)):
             value = getattr(self, name)
             _check.shape(value, name, (size,), f"one value per {'level' if size > steps else 'step'}, [{size}]")
-            _check.require(bool(value.isfinite().all()), name, "finite values", value.tolist())
+            _holds(value.isfinite(), value, name, "finite values")
         signal, noise = self.signal, self.noise
-        _check.require(bool((signal >= 0).all() and (signal[1:] > 0).all()), "signal", "values > 0", signal.tolist())
-        _check.require(bool((noise >= 0).all() and (noise[:-1] > 0).all()), "noise", "values > 0", noise.tolist())
+        first = torch.arange(steps + 1, device="cpu") == 0
+        last = torch.arange(steps + 1, device="cpu") == steps
+        _holds((signal > 0) | first & (signal == 0), signal, "signal", "values > 0 (the first may be 0)")
+        _holds((noise > 0) | last & (noise == 0), noise, "noise", "values > 0 (the last may be 0)")
         change = self.sigma.diff()
-        falls = bool((change[:-1] < 0).all() and change[-1] <= 0)
-        _check.require(falls, "noise", "noise / signal that falls from step to step", self.sigma.tolist())
+        falls = (change < 0) | last[1:] & (change == 0)
+        _holds(falls, self.sigma[1:], "noise", "noise / signal that falls from step to step")
 
     def __len__(self) -> int:
         return len(self.times)
@@ -189,6 +191,12 @@ class Grid:
             return cls.trailing(schedule, steps)
         ends = (float(first), float(last)) if first and last else ()
         return cls.karras(schedule, steps, *ends)
+
+
+def _holds(condition: Tensor, values: Tensor, argument: str, rule: str) -> None:
+    """Refuses the first value for which a rule does not hold."""
+    for index, (holds, value) in enumerate(zip(condition.tolist(), values.tolist(), strict=True)):
+        _check.require(holds, argument, rule, f"{value} at {index}")
 
 
 def _schedule(schedule: Any) -> Schedule:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,7 +29,7 @@ from fastdistill.ops import _check
 
 By = Literal["sigma", "t", "step"]
 _UNITS: dict[By, str] = {"sigma": "", "t": "t", "step": "%"}
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")
 _FORMS = "2 or 8@10,-1@2,0 (8 while sigma > 10, -1 while sigma > 2, then 0), 6.5@50%,-1 or linear:-0.5+0.02"
 
 
@@ -106,8 +107,8 @@ class Guidance(ABC):
         """
         if isinstance(text, Guidance):
             return text
-        if isinstance(text, int | float) and not isinstance(text, bool):
-            return Guidance.constant(text)
+        if isinstance(text, Real) and not isinstance(text, bool):
+            return Guidance.constant(_check.real(text, "guidance"))
         if not isinstance(text, str):
             raise InputError.of("guidance", f"a schedule such as {_FORMS}", described(text))
         return _Text(text).schedule()
@@ -179,10 +180,10 @@ class Guidance(ABC):
 
     def _finite(self, values: Tensor) -> Tensor:
         w = self.weights_at(values)
-        wrong = (~w.isfinite()).nonzero().flatten().tolist()
-        if wrong:
-            at = f"{float(w[wrong[0]])} at {self.by} {float(values[wrong[0]]):g}"
-            raise InputError.of("guidance", f"a finite weight at every level ({self})", at)
+        for weight, value in zip(w.tolist(), values.tolist(), strict=True):
+            if not math.isfinite(weight):
+                rule = f"a finite weight at every level ({self})"
+                raise InputError.of("guidance", rule, f"{weight} at {self.by} {value:g}")
         return w
 
 

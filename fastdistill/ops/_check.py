@@ -48,7 +48,10 @@ def real(value: Any, argument: str, rule: str = "a number") -> float:
     """A number as a float; not a text, though it may spell one."""
     if not isinstance(value, (float, int)):
         require(isinstance(value, (Real, Tensor, torch.SymInt, torch.SymFloat)), argument, rule, described(value))
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError.of(argument, f"{rule} within float64", type(value).__name__) from None
 
 
 def whole(value: Any, argument: str, rule: str) -> None:

@@ -4,6 +4,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,6 +72,11 @@ def test_a_text_gives_the_schedule_back(schedule):
 def test_texts_and_words(schedule, text, words):
     assert (str(schedule), schedule.describe()) == (text, words)
     assert Guidance.parse(text) == schedule and Guidance.parse(schedule) is schedule
+    assert {schedule, Guidance.parse(text)} == {schedule}
+
+
+def test_a_number_is_a_constant():
+    assert Guidance.parse(2) == Guidance.parse(np.float32(2)) == Guidance.parse(np.int64(2)) == Guidance.constant(2)
 
 
 def test_a_step_takes_the_weight_of_the_level_where_it_starts():
@@ -167,6 +173,9 @@ def test_the_table_of_a_training_schedule():
         (lambda: Guidance.parse("8,2"), "column 2 should be @ and a threshold"),
         (lambda: Guidance.parse("8@5,2@30%,0"), "column 7 should be thresholds that are all sigma, all t or all %"),
         (lambda: Guidance.parse("2x"), "column 2 should be @ or the end"),
+        (lambda: Guidance.parse("1e99999"), "column 7 should be @ or the end"),
+        (lambda: Guidance.parse("1e999"), "w: expected a finite weight, got inf"),
+        (lambda: Guidance.parse(10**400), "guidance: expected a number within float64, got int"),
         (lambda: Guidance.parse(""), "column 1 should be a number"),
         (lambda: Guidance.parse("linaer:1+2"), "did you mean linear:?"),
         (lambda: Guidance.parse("linear:1"), "column 9 should be + or - and omega"),
