@@ -49,6 +49,19 @@ def test_the_code_of_the_families_runs() -> None:
     assert names["images"].isfinite().all() and names["images"].shape == (2, 4, 8, 8)  # type: ignore[attr-defined]
 
 
+def test_the_code_of_guidance_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guidance.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["images"].isfinite().all() and names["images"].shape == (2, 4, 8, 8)
+    without, constant, windowed = (names[name] for name in ("without", "constant", "windowed"))
+    assert constant.variance < without.variance / 2 and without.mean < windowed.mean
+    assert float(windowed.variance) == pytest.approx(float(without.variance), rel=1e-6)
+    assert names["neutral"].reachable and names["on_grid"].reachable
+    assert round(float(names["limit"].mean), 2) == 1.82 and round(float(names["limit"].variance), 3) == 0.016
+    assert round(names["neutral"].w, 2) == -0.63
+
+
 def test_the_code_of_adapters_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lora.md").read_text(encoding="utf-8"), re.DOTALL)
