@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -168,10 +169,34 @@ def run(model: nn.Module, inputs: list[Inputs]) -> tuple[Tensor, dict[str, Tenso
     return torch.stack(outputs), {name: torch.stack([g[name] for g in gradients]) for name in gradients[0]}
 
 
-def assert_close(name: str, got: Tensor, truth: Tensor, eager: Tensor, factor: float) -> None:
-    """The error's norm against float64 at most ``factor`` times the original's, or 4 eps of the norm."""
+_ROUNDED = ("sample", "hidden_states", "encoder_hidden_states", "pooled_projections")
+
+
+def moved(model: nn.Module, inputs: list[Inputs], eps: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """``run`` in float64 where each weight and input differs by up to 4 eps of itself: how far a result moves by what
+    float numbers cannot tell, its condition."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = copy.deepcopy(model).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + 4 * eps * (2 * torch.rand_like(p) - 1))
+        changed = [
+            {k: v * (1 + 4 * eps * (2 * torch.rand_like(v) - 1)) if k in _ROUNDED else v for k, v in given.items()}
+            for given in (cast(i, torch.float64) for i in inputs)
+        ]
+    return run(model, changed)
+
+
+def assert_close(
+    name: str, got: Tensor, truth: Tensor, eager: Tensor, factor: float, condition: Callable[[], Tensor] | None = None
+) -> None:
+    """The error's norm against float64 at most ``factor`` times the original's, or 4 eps of the norm, or what 4 eps of
+    the weights and inputs move the result by (``condition``: the result so moved)."""
     error, own = ((t.double() - truth).norm().item() for t in (got, eager))
     bound = max(factor * own, 4 * torch.finfo(got.dtype).eps * truth.norm().item())
+    if error > bound and condition is not None:
+        bound = max(bound, (condition() - truth).norm().item())
     assert error <= bound, f"{name}: error {error:.3e}, allowed {bound:.3e} (the original's {own:.3e})"
 
 
