@@ -212,6 +212,8 @@ def _check_prompt_index(prompt_index: Tensor, rows: int | None = None) -> None:
     if not isinstance(prompt_index, Tensor) or prompt_index.is_meta:
         got = "one on the meta device" if isinstance(prompt_index, Tensor) else type(prompt_index).__name__
         raise InputError.of("prompt_index", "a tensor with values", got)
+    if prompt_index.layout is not torch.strided:
+        raise InputError.of("prompt_index", "a dense tensor", prompt_index.layout)
     many = prompt_index.numel() if rows is None else rows
     if prompt_index.dtype != torch.int64 or tuple(prompt_index.shape) != (many,) or many == 0:
         got = f"{prompt_index.dtype} {tuple(prompt_index.shape)}"

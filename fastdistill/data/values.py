@@ -90,6 +90,8 @@ def require_bank(bank: Any, argument: str, *, floating: bool = True) -> None:
         raise InputError.of(argument, "a tensor or StoredRows", "a NumPy array (torch.from_numpy makes it a tensor)")
     if not (isinstance(getattr(bank, "dtype", None), torch.dtype) and hasattr(bank, "shape")):
         raise InputError.of(argument, "a tensor or StoredRows", type(bank).__name__)
+    if getattr(bank, "layout", torch.strided) is not torch.strided:
+        raise InputError.of(argument, "a dense tensor or StoredRows", bank.layout)
     require_dtype(bank.dtype, argument, floating=floating)
 
 

@@ -32,8 +32,7 @@ def initial_noise(seed: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
         shape: of one sample.
     """
     _check.valued(rows=rows)
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise InputError.of("seed", "an int64", described(seed))
+    seed = _check.seed(seed)
     if not isinstance(shape, Sequence) or not all(isinstance(size, int) for size in shape):
         raise InputError.of("shape", "the sizes of one sample", described(shape))
     if rows.ndim != 1 or rows.dtype != torch.int64:
@@ -164,7 +163,7 @@ def _schedule_plan(
 
 def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
     """As ``DDIMScheduler.set_timesteps`` and ``step`` choose timesteps and noise levels."""
-    abar = NoiseSchedule.from_diffusers(scheduler).alphas_cumprod
+    abar = NoiseSchedule._of(scheduler, "schedule").alphas_cumprod
     kind = type(scheduler).__name__
     if kind not in ("DDIMScheduler", "DDIMParallelScheduler"):
         got = (

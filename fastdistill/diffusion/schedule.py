@@ -163,21 +163,24 @@ class NoiseSchedule(Schedule):
                 noise), a scheduler set up for flow matching, or one whose models do not take its timesteps
                 (``timestep_type="continuous"``).
         """
+        return cls._of(scheduler, "scheduler")
+
+    @classmethod
+    def _of(cls, scheduler: Any, argument: str) -> NoiseSchedule:
+        """``from_diffusers``, for errors that name this argument."""
         kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
         rule = "a diffusers scheduler with alphas_cumprod"
         if isinstance(scheduler, (str, os.PathLike, Mapping)):
             hint = "load it first, by from_pretrained or from_config of its class such as DDPMScheduler"
-            raise InputError.of("scheduler", rule, f"a {kind}; {hint}")
+            raise InputError.of(argument, rule, f"a {kind}; {hint}")
         if flow_matching(kind, config):
-            raise InputError.of(
-                "scheduler", rule, f"{kind} for flow matching, whose schedule is schedule_of(scheduler)"
-            )
+            raise InputError.of(argument, rule, f"{kind} for flow matching, whose schedule is schedule_of(scheduler)")
         if config.get("timestep_type") == "continuous":
             got = f'{kind} with timestep_type="continuous", whose models take the noise level in place of a timestep'
-            raise InputError.of("scheduler", rule, got)
+            raise InputError.of(argument, rule, got)
         abar = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(abar, Tensor):
-            raise InputError.of("scheduler", rule, kind)
+            raise InputError.of(argument, rule, kind)
         if config.get("rescale_betas_zero_snr") and not abar.is_meta and float(abar[-1]) == 2.0**-24:
             abar = torch.cat([abar[:-1], torch.zeros_like(abar[-1:])])
         return cls(abar)

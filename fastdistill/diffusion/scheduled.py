@@ -62,6 +62,11 @@ def sample_with(
     check_prompts(x_T, prompts, null_prompt, guidance_scale)
     if not isinstance(steps, int) or steps < 1:
         raise InputError.of("steps", "at least 1", described(steps))
+    seed = _check.seed(seed)
+    if rows is not None:
+        _check.valued(rows=rows)
+        _check.dtype(rows, "rows", torch.int64)
+        _check.shape(rows, "rows", (len(x_T),), f"row numbers [{len(x_T)}]")
     guided = guidance_scale != 1
     conditions = after_null(prompts, null_prompt) if guided and null_prompt is not None else prompts
     family = families.find(model) if call is None else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdistill.errors import InputError, described
 from fastdistill.models.taps import channels
+from fastdistill.ops import _check
 
 
 class _Project(nn.Linear):
@@ -36,17 +37,18 @@ class Adapters(nn.ModuleList):
         seed: fixes the initial weights; torch's global generator is left alone. Weights are float32 on the CPU.
 
     Raises:
-        InputError: a pair that is not two positive integers.
+        InputError: a pair that is not two positive integers; a seed that is no int64.
     """
 
     def __init__(self, pairs: Sequence[tuple[int, int]], *, seed: int = 0) -> None:
         if not isinstance(pairs, Sequence):
             raise InputError.of("pairs", "a list of (student channels, teacher channels)", described(pairs))
         for index, pair in enumerate(pairs):
-            if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(n, int) and n > 0 for n in pair)):
+            if not (isinstance(pair, Sequence) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)):
                 raise InputError.of(
                     f"pairs[{index}]", "(student channels, teacher channels), both positive", described(pair)
                 )
+        seed = _check.seed(seed)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
             super().__init__(nn.Identity() if s == t else _Project(s, t, dtype=torch.float32) for s, t in pairs)
@@ -57,9 +59,11 @@ class Adapters(nn.ModuleList):
 
         Features are vectors [B, C], tokens [B, L, C] or maps [B, C, ...].
         """
-        if len(features) != len(self):
-            raise InputError.of("features", f"{len(self)} tensors, one per adapter", len(features))
+        if not isinstance(features, list | tuple) or len(features) != len(self):
+            got = len(features) if isinstance(features, list | tuple) else described(features)
+            raise InputError.of("features", f"{len(self)} tensors, one per adapter", got)
         for index, (feature, (student, _)) in enumerate(zip(features, self.pairs, strict=True)):
-            if channels(feature.shape) != student:
+            _check.tensors(**{f"features[{index}]": feature})
+            if feature.ndim < 2 or channels(feature.shape) != student:
                 raise InputError.of(f"features[{index}]", f"{student} channels", f"shape {tuple(feature.shape)}")
         return [adapter(feature) for adapter, feature in zip(self, features, strict=True)]

@@ -21,6 +21,7 @@ from fastdistill.models.copying import CopyReport, copy_from_teacher, copy_sourc
 from fastdistill.models.specs import StudentSpec, cross_attends, per_stage, spec_of, student_config, student_spec
 from fastdistill.models.taps import resolve
 from fastdistill.models.weights import quantized
+from fastdistill.ops import _check
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def make_student(
     family = families.family_of(teacher, "teacher")
     if init not in ("teacher", "random"):
         raise InputError.of("init", "'teacher' or 'random'", repr(init))
+    seed = _check.seed(seed)
     if peft.is_config(spec):
         return _adapted(family, teacher, spec, init, seed)
     if init == "teacher" and quantized(teacher):

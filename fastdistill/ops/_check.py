@@ -47,11 +47,34 @@ def valued(**given: object) -> None:
 def real(value: Any, argument: str, rule: str = "a number") -> float:
     """A number as a float; not a text, though it may spell one."""
     if not isinstance(value, (float, int)):
-        require(isinstance(value, (Real, Tensor, torch.SymInt, torch.SymFloat)), argument, rule, described(value))
+        one = isinstance(value, (Real, Tensor, torch.SymInt, torch.SymFloat))
+        if isinstance(value, Tensor):
+            one = value.numel() == 1 and not value.is_meta and not value.is_complex()
+        require(one, argument, rule, described(value))
     try:
         return float(value)
     except OverflowError:
         raise InputError.of(argument, f"{rule} within float64", type(value).__name__) from None
+
+
+def within(value: Any, argument: str, low: float, high: float, rule: str) -> float:
+    """A number from ``low`` to ``high`` as a float."""
+    number = real(value, argument, rule)
+    require(low <= number <= high, argument, rule, number)
+    return number
+
+
+def flag(value: Any, argument: str) -> bool:
+    """True or False, and nothing else that counts as one of them."""
+    require(isinstance(value, bool), argument, "True or False", described(value))
+    return bool(value)
+
+
+def seed(value: Any, argument: str = "seed") -> int:
+    """A whole number that fits int64, as an int."""
+    is_one = isinstance(value, Integral) and not isinstance(value, bool)
+    require(is_one and -(2**63) <= value < 2**63, argument, "an int64", described(value))
+    return int(value)
 
 
 def whole(value: Any, argument: str, rule: str) -> None:

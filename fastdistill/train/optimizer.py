@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import listed
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 from fastdistill.ops import AdamWGroup, _check, _native, adamw_ema, grad_square_sum
 
 # Options of torch's groups that change the result, or say how it is computed: the values that are not offered here.
@@ -69,18 +69,27 @@ class AdamWEMA(torch.optim.AdamW):
         ema_warmup: bool = True,
         zero_grads: bool = False,
     ) -> None:
-        _check.require(max_norm >= 0, "max_norm", "a number >= 0", max_norm)
-        _check.require(ema_decay is None or 0 <= ema_decay <= 1, "ema_decay", "a number, 0 to 1", ema_decay)
+        max_norm = _check.within(max_norm, "max_norm", 0, math.inf, "a number >= 0")
+        if ema_decay is not None:
+            ema_decay = _check.within(ema_decay, "ema_decay", 0, 1, "a number, 0 to 1")
+        for name, value in {"ema_warmup": ema_warmup, "zero_grads": zero_grads}.items():
+            _check.flag(value, name)
+        given = _options({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, "{}")
         self._averaged = ema_decay is not None
         self._loaded: set[Tensor] = set()  # parameters whose masters have not been held against them
-        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        super().__init__(_entries(params, "params"), **given, fused=True)
         device = self._parameters()[0].device
         self.max_norm, self.ema_warmup, self.zero_grads = max_norm, ema_warmup, zero_grads
         self.ema_weight = torch.tensor(1 - (ema_decay or 0.0), dtype=torch.float32, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        param_group.setdefault("ema", self._averaged)
+        name = f"param_groups[{len(self.param_groups)}]"
+        _check.require(isinstance(param_group, dict), name, "a dict with 'params'", described(param_group))
+        given = param_group.get("params")
+        one = [given] if isinstance(given, Tensor) else given
+        param_group |= {"params": _entries(one, f"{name}['params']")} | _options(param_group, f"{name}['{{}}']")
+        _check.flag(param_group.setdefault("ema", self._averaged), f"{name}['ema']")
         super().add_param_group(param_group)
         parameters = self._parameters()
         try:
@@ -309,6 +318,42 @@ def _local(tensor: Tensor) -> Tensor:
     """The shard of a DTensor that is here; other tensors themselves."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[attr-defined, unused-ignore]
     return local
+
+
+def _entries(params: Any, argument: str) -> list[Any]:
+    """Parameters, named ones or groups, at least one of them; the groups are checked as they are added."""
+    rule = "an iterable of parameters"
+    ordered = isinstance(params, Iterable) and not isinstance(params, Tensor | str | Mapping | Set)
+    _check.require(ordered, argument, rule, described(params))
+    entries = list(params)
+    _check.require(len(entries) > 0, argument, "at least one parameter", "an empty group")
+    for i, entry in enumerate(entries):
+        if isinstance(entry, dict):
+            continue
+        parameter = entry[-1] if isinstance(entry, tuple) and entry else entry
+        _check.tensors(**{f"{argument}[{i}]": parameter})
+        trained = parameter.is_leaf or parameter.retains_grad
+        _check.require(trained, f"{argument}[{i}]", "a parameter", "the result of an operation, with a gradient")
+    return entries
+
+
+def _options(group: Mapping[str, Any], named: str) -> dict[str, Any]:
+    """The options of AdamW that are there, as floats (``lr`` also as the tensor that it is); ``named``: in errors."""
+    found: dict[str, Any] = {}
+    for option in ("lr", "eps", "weight_decay"):
+        if option in group:
+            value = group[option]
+            found[option] = _check.within(value, named.format(option), 0, math.inf, "a number >= 0")
+            if isinstance(value, Tensor) and option == "lr":
+                found[option] = value
+    if "betas" in group:
+        betas, rule = group["betas"], "two numbers, at least 0 and below 1"
+        pair = isinstance(betas, list | tuple) and len(betas) == 2
+        _check.require(pair, named.format("betas"), rule, described(betas))
+        below = math.nextafter(1.0, 0.0)
+        each = [_check.within(beta, f"{named.format('betas')}[{i}]", 0, below, rule) for i, beta in enumerate(betas)]
+        found["betas"] = tuple(each)
+    return found
 
 
 def _shards(tensor: Tensor) -> tuple[tuple[Any, int], ...]:
