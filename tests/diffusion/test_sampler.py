@@ -158,7 +158,7 @@ def test_a_scheduler_brings_its_settings(settings, steps):
             {},
             "prediction_type: expected sample or v_prediction where abar is 0 (timestep 999), got epsilon",
         ),
-        ({"beta_schedule": "linear"}, {}, "scheduler: expected a diffusers scheduler with alphas_cumprod, got a dict"),
+        ({"beta_schedule": "linear"}, {}, "schedule: expected a diffusers scheduler with alphas_cumprod, got a dict"),
     ],
 )
 def test_what_ddim_would_ignore_of_a_scheduler_is_refused(scheduler, changes, message):
