@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from fastdistill.diffusion.guidance import Guidance
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
+
+if TYPE_CHECKING:
+    from fastdistill.diffusion.guidance import Guidance
 
 LossWeighting = Literal["uniform", "snr", "truncated_snr", "min_snr", "sigma_sqrt", "cosmap"]
 GAMMA = 5.0  # of min-SNR, as in the paper
@@ -137,8 +139,8 @@ def match_table(
     """
     _check_coefficients(coefficients, "coefficients")
     T = len(coefficients)
-    if isinstance(guidance, Guidance):
-        guidance = guidance.table(coefficients)
+    if hasattr(guidance, "table"):  # a Guidance, whose module needs more than this one
+        guidance = cast("Guidance", guidance).table(coefficients)
     elif callable(guidance):
         guidance = torch.tensor([guidance(t / T) for t in range(T)], dtype=torch.float64, device="cpu")
     elif not isinstance(guidance, Tensor):

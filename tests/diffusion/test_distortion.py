@@ -6,8 +6,6 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastdistill.diffusion.distortion import closed_form, neutral_linear, neutral_on, neutral_window, recursion
 from fastdistill.diffusion.grid import Grid
@@ -85,8 +83,8 @@ def test_the_example_of_the_three_laws(process, mean, variance):
     )
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.floats(-3, 8), st.floats(-4, 6))
+@pytest.mark.parametrize("log_ratio", [-4.0, -1.3, -0.2, 0.4, 2.0, 6.0])
+@pytest.mark.parametrize("w", [-3.0, -2.25, -0.3, 0.0, 0.7, 2.0, 5.5, 8.0])
 def test_closed_forms_against_scipy(w, log_ratio):
     special = pytest.importorskip("scipy.special")
     R = math.exp(log_ratio)

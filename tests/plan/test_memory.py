@@ -50,7 +50,8 @@ def job(run: DistillTrainer, name: str) -> Job:
 def living() -> dict[int, int]:
     """Bytes of all storages of tensors, by address."""
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    tensors = [t for t in tensors if t.device.type == "cpu" and t.layout == torch.strided]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 def peak(run: DistillTrainer, kept: int) -> int:
