@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fastdistill import plan as plans
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.data.stored import StoredRows
 from fastdistill.errors import InputError
 from fastdistill.files import atomic_write
 from fastdistill.models.families import FAMILIES
@@ -141,19 +140,10 @@ def in_memory(run: Run, bank: PromptBank, latents: Sequence[LatentCache]) -> boo
     quarter of what is free."""
     if run.config.cache.read != "auto":
         return run.config.cache.read == "memory"
-    device = torch.device(run.config.device)
-    if device.type == "cuda" and run.config.train.banks == "device":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return sum(_bytes(rows) for rows in (*bank.banks.values(), *(cache.latents for cache in latents))) <= free // 4
-
-
-def _bytes(rows: Tensor | StoredRows) -> int:
-    count = 1
-    for length in rows.shape:
-        count *= length
-    return count * rows.dtype.itemsize
+    free = plans.available(run.config.device if run.config.train.banks == "device" else "cpu")
+    rows = (*bank.banks.values(), *(cache.latents for cache in latents))
+    size: int = sum(math.prod(bank.shape) * bank.dtype.itemsize for bank in rows)
+    return size <= free // 4
 
 
 def _decoder(run: Run) -> Callable[[Tensor], Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from fastdistill.errors import InputError, StorageError
 from fastdistill.files import atomic_directory, located
 from fastdistill.models import peft
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.models import last_checkpoint, trained_student
+from fastdistill.runs.models import last_checkpoint, student_in
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train import checkpoint
 from fastdistill.train.config import parsed, to_yaml
@@ -60,9 +61,10 @@ def export(
     if adapted and to.exists():
         raise StorageError(f"{to}: expected a new folder, got one that is there already")
     path = last_checkpoint(run, step)
-    model = trained_student(run, step=step, averaged=averaged)
+    saved, made_by = checkpoint.read(path)
+    model = student_in(run, path, saved, averaged)
     target = None if dtype is None else getattr(torch, dtype)
-    card = model_card(run, path, model)
+    card = model_card(run, saved, made_by, model)
     if not adapted:
         run.pipeline.export(model, to, dtype=target, link=link, overwrite=overwrite, texts={CARD: card})
         return to
@@ -77,9 +79,8 @@ def export(
     return to
 
 
-def model_card(run: Run, path: Path, model: nn.Module) -> str:
+def model_card(run: Run, saved: checkpoint.Checkpoint, made_by: Mapping[str, Any], model: nn.Module) -> str:
     """Markdown with the metadata of the Hub: what the student is, of which teacher, how it was trained."""
-    saved, made_by = checkpoint.read(path)
     pipeline, config = run.pipeline, run.config
     adapted = config.student.lora.rank is not None
     teacher = sum(p.numel() for p in pipeline.model(device="meta").parameters())
@@ -140,7 +141,7 @@ def _settings(config: RunConfig) -> str:
     return told.rstrip()
 
 
-def _facts(run: Run, made_by: dict[str, Any]) -> dict[str, object]:
+def _facts(run: Run, made_by: Mapping[str, Any]) -> dict[str, object]:
     config = run.config
     objective = config.objective
     return {

@@ -58,7 +58,11 @@ def trained_student(run: Run, *, step: int | None = None, averaged: bool = True)
         InputError: no checkpoint of this step.
     """
     path = last_checkpoint(run, step)
-    saved, _ = checkpoint.read(path)
+    return student_in(run, path, checkpoint.read(path)[0], averaged)
+
+
+def student_in(run: Run, path: Path, saved: checkpoint.Checkpoint, averaged: bool) -> Any:
+    """As ``trained_student``, of a checkpoint that was read from ``path``."""
     adapted = run.config.student.lora.rank is not None
     whole, settings = run.pipeline.model(device="cpu" if adapted else "meta"), run.config.student
     model: Any = make_student(whole, run.student_spec, init=settings.init).model

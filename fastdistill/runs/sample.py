@@ -51,7 +51,7 @@ def sample(
         StorageError: ``to`` is there already or cannot be written; no checkpoint.
     """
     to = located(to, "to")
-    texts, own = list(prompts), [int(seed) for seed in seeds]
+    texts, own = list(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
     steps = config.cache.steps if steps is None else steps
     guidance_scale = config.cache.guidance_scale if guidance_scale is None else guidance_scale
     for name, wrong, rule in (("prompts", not texts, "at least one"), ("seeds", not own, "at least one")):
@@ -68,15 +68,13 @@ def sample(
     bank = run.pipeline.encode(texts, run.pipeline.encoders(device=device), size=size, guidance_scale=guidance_scale)
     model = run.pipeline.model(device=device, dtype=run.teacher_dtype) if teacher else trained_student(run, step=step)
     vae = run.pipeline.autoencoder(device=device)
-    rows = [(row, seed) for row in range(len(texts)) for seed in own]
+    total = len(texts) * len(own)
     report = progress or (lambda done, total: None)
-    report(0, len(rows))
+    report(0, total)
     with atomic_directory(to) as folder:
         lines = []
-        for seed in dict.fromkeys(own):
-            numbers = [row for row, other in rows if other == seed]
-            for first in range(0, len(numbers), config.evaluate.batch):
-                part = torch.tensor(numbers[first : first + config.evaluate.batch])
+        for seed in own:
+            for part in torch.split(torch.arange(len(texts)), config.evaluate.batch):
                 latents = run.pipeline.sample(
                     model,
                     bank,
@@ -92,7 +90,7 @@ def sample(
                     name = f"{row:05d}-{seed}.png"
                     (folder / name).write_bytes(as_png(image))
                     lines.append((row, own.index(seed), {"file_name": name, "text": texts[row], "seed": seed}))
-                    report(len(lines), len(rows))
+                    report(len(lines), total)
         lines.sort(key=lambda line: line[:2])
         told = "".join(json.dumps(line[2], ensure_ascii=False) + "\n" for line in lines)
         (folder / "metadata.jsonl").write_text(told, encoding="utf-8")

@@ -142,12 +142,13 @@ def test_adapters_are_exported_alone(
 def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], tmp_path: Path) -> None:
     config, _ = ended
     runs.sample(config, ["a cat", "a dog"], tmp_path / "two", seeds=(3, 4))
-    runs.sample(config, ["a dog"], tmp_path / "one", seeds=(4,))
+    runs.sample(config, ["a dog"], tmp_path / "one", seeds=(4, 4))  # once
     lines = [json.loads(line) for line in (tmp_path / "two" / "metadata.jsonl").read_text().splitlines()]
     assert [(line["file_name"], line["text"], line["seed"]) for line in lines] == [
         ("00000-3.png", "a cat", 3), ("00000-4.png", "a cat", 4),
         ("00001-3.png", "a dog", 3), ("00001-4.png", "a dog", 4),
     ]  # fmt: skip
+    assert len((tmp_path / "one" / "metadata.jsonl").read_text().splitlines()) == 1
     pair = [torch.frombuffer(bytearray(Image.open(file).tobytes()), dtype=torch.uint8).int() for file in (
         tmp_path / "two" / "00001-4.png", tmp_path / "one" / "00000-4.png")]  # fmt: skip
     assert int((pair[0] - pair[1]).abs().max()) <= 1  # rounding of a batch of two
