@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from fastdistill.diffusion.distortion import closed_form, neutral_linear, neutral_on, neutral_window, recursion
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
+from fastdistill.diffusion.guided import sample
 from fastdistill.diffusion.sampler import ddim
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError
@@ -32,7 +34,7 @@ def karras(steps, high=80.0, low=0.002):
     return torch.cat([(high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7, torch.zeros(1)])
 
 
-def by_scores(sigmas, weights, mu, c, u, m, V, method="ddim"):
+def by_scores(sigmas, weights, mu, c, u, m, V, method="ddim", eta=1.0):
     """The affine step of each method in variance-exploding units from the scores, in Python's numbers."""
 
     def eps(sigma, w):  # as (slope, offset)
@@ -40,7 +42,10 @@ def by_scores(sigmas, weights, mu, c, u, m, V, method="ddim"):
         return slope, -(1 + w) * sigma * mu / (c + sigma**2)
 
     for s, t, w in zip(sigmas, sigmas[1:], weights, strict=False):
-        up = math.sqrt(t**2 * (s**2 - t**2) / s**2) if method == "ancestral" else 0.0
+        if s == math.inf:  # x says nothing of the data and is all of the noise
+            m, V = (1 + w) * mu, t**2
+            continue
+        up = eta * math.sqrt(t**2 * (s**2 - t**2) / s**2) if method == "ancestral" else 0.0
         down = math.sqrt(t**2 - up**2)
         p, q = eps(s, w)
         A, B = 1 + (down - s) * p, (down - s) * q
@@ -146,7 +151,74 @@ def test_the_recursion_against_scores(method):
             assert [float(v) for v in found] == pytest.approx(wanted, rel=1e-10)
 
 
-def test_directions_are_independent_and_rotations_change_nothing():
+GRIDS = {
+    "trailing": Grid.trailing(NoiseSchedule.scaled_linear(), 20),
+    "karras": Grid.karras(NoiseSchedule.cosine(), 30, 30.0, 0.09),
+    "flow": Grid.flow(28, 3.0),
+    "ddim": Grid.of(DDIMScheduler(timestep_spacing="trailing"), 25),
+    "euler": Grid.of(EulerDiscreteScheduler(use_karras_sigmas=True), 15),
+    "flow of a pipeline": Grid.of(FlowMatchEulerDiscreteScheduler(shift=3.0), 20),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    ("method", "eta"), [("ddim", 1), ("euler", 1), ("heun", 1), ("ancestral", 1), ("ancestral", 0.4)]
+)
+def test_the_recursion_on_the_grids_of_samplers(grid, method, eta):
+    at = GRIDS[grid]
+    sigmas, first = at.sigma.tolist(), float(at.sigma[0])
+    for guidance in (Guidance.constant(2), Guidance.window(3, -1, 2.0, 0.6, 0.5), Guidance.linear(-0.5, 0.01)):
+        if first == math.inf and guidance == Guidance.linear(-0.5, 0.01):
+            continue  # no weight there
+        weights = guidance.weights(at).tolist()
+        unit = float((at.signal[0] ** 2 + at.noise[0] ** 2) / at.signal[0] ** 2) if first < math.inf else math.nan
+        for start, m, V in (("exact", MU, C + first**2), ("noise", 0.0, unit)):
+            wanted = by_scores(sigmas, weights, MU, C, U, m, V, method, eta)
+            found = recursion(at, guidance, MU, C, U, start, method, eta)
+            assert [float(v) for v in found] == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("method", "process"), [("ddim", "ode"), ("heun", "ode"), ("ancestral", "sde")])
+@pytest.mark.parametrize("kind", ["flow", "vp"])
+def test_the_limits_of_three_thousand_steps(kind, method, process):
+    """Errors against the mean of the class and its variance without guidance."""
+    exact = closed_form(MU, C, U, 2.0, process)
+
+    def errors(steps):
+        grid = Grid.flow(steps) if kind == "flow" else grid_of(Grid.flow(steps).sigma[1:], "vp")
+        found = recursion(grid, 2.0, MU, C, U, method=method)
+        return abs(float(found.mean - exact.mean)) / MU, abs(float(found.variance - exact.variance)) / C
+
+    coarse, fine = errors(750), errors(3000)
+    assert max(fine) < 1e-3 and fine[1] < 0.6 * coarse[1]
+
+
+def test_a_rotation_changes_nothing():
+    """Full covariances with common eigenvectors: the sampler's map of each unit vector gives all of the law."""
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    c, u, mu = (torch.tensor(v, dtype=torch.float64) for v in ([0.4, 1.0, 2.0], [2.0, 1.0, 0.5], [1.3, -2.0, 0.0]))
+    C_, U_, m_ = turn @ c.diag() @ turn.T, turn @ u.diag() @ turn.T, turn @ mu
+    grid = GRIDS["karras"]
+    level = dict(zip(grid.times.tolist(), zip(grid.signal.tolist(), grid.noise.tolist(), strict=False), strict=False))
+
+    def model(x, t, encoder_hidden_states):
+        a, b = level[float(t[0])]
+        eye = torch.eye(3, dtype=torch.float64)
+        inner = b * torch.linalg.solve(a**2 * C_ + b**2 * eye, (x - a * m_).T).T
+        outer = b * torch.linalg.solve(a**2 * U_ + b**2 * eye, x.T).T
+        return torch.where(encoder_hidden_states == 1, inner, outer)
+
+    start = torch.cat([torch.zeros(1, 3), torch.eye(3)]).double()
+    end = sample(model, start, torch.ones(4, 1), torch.zeros(1), grid, guidance=1.5)
+    slopes, found = (end[1:] - end[0]).T, recursion(grid, 1.5, mu, c, u, "noise")
+    rounding = 64 * EPS64 * 30
+    assert (end[0] - turn @ found.mean).abs().max() < rounding * end[0].abs().max()
+    wanted = turn @ found.variance.diag() @ turn.T
+    assert (slopes @ slopes.T - wanted).abs().max() < rounding * wanted.abs().max()
+
+
+def test_directions_are_independent():
     c, u, mu = (torch.tensor(v, dtype=torch.float64) for v in ([0.4, 1.0, 2.0], [2.0, 1.0, 0.5], [1.3, -2.0, 0.0]))
     grid = grid_of(karras(18), "vp")
     together = recursion(grid, 3.0, mu, c, u)

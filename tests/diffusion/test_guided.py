@@ -65,12 +65,13 @@ def test_two_samples_give_the_recursion(grid, method):
         assert float((end[1] - end[0]) * scale) ** 2 == pytest.approx(float(found.variance), rel=rounding)
 
 
-@pytest.mark.parametrize("eta", [1.0, 0.5])
-def test_ancestral_samples_have_the_moments_of_the_recursion(eta):
-    grid, n = GRIDS["karras"], 20_000
+@pytest.mark.parametrize(("method", "eta"), [("ddim", 1.0), ("heun", 1.0), ("ancestral", 1.0), ("ancestral", 0.5)])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_samples_have_the_moments_of_the_recursion(grid, method, eta):
+    at, n = GRIDS[grid], 20_000
     x = initial_noise(3, torch.arange(n), (1,)).double()
-    end = run(grid, x, method="ancestral", guidance=1.0, eta=eta, seed=5)
-    found = recursion(grid, 1.0, MU, C, U, "noise", "ancestral", eta)
+    end = run(at, x, method=method, guidance=1.0, eta=eta, seed=5)
+    found = recursion(at, 1.0, MU, C, U, "noise", method, eta)
     variance = float(found.variance)
     assert abs(float(end.mean() - found.mean)) < 4 * math.sqrt(variance / n)
     assert abs(float(end.var()) / variance - 1) < 4 * math.sqrt(2 / n)
