@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -29,8 +28,10 @@ from fastdistill.ops import _check
 
 By = Literal["sigma", "t", "step"]
 _UNITS: dict[By, str] = {"sigma": "", "t": "t", "step": "%"}
-_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,4})?")
-_FORMS = "2 or 8@10,-1@2,0 (8 while sigma > 10, -1 while sigma > 2, then 0), 6.5@50%,-1 or linear:-0.5+0.02"
+FORMS = (
+    "2 or 8@10,-1@2,0 (8 while sigma > 10, -1 while sigma > 2, then 0), 6.5@50%,-1, linear:-0.5+0.02, power:2^0.9 or"
+    " cads:0.6..0.9,0.25,1:2"
+)
 
 
 class Guidance(ABC):
@@ -95,12 +96,27 @@ class Guidance(ABC):
         return Function(f, by)
 
     @staticmethod
+    def power_law(omega: float, alpha: float) -> Guidance:
+        """w = omega |Delta_s|^alpha for each sample: ``hooks.PowerLaw``. Text: ``power:2^0.9``."""
+        from fastdistill.diffusion.hooks import PowerLaw
+
+        return PowerLaw(omega, alpha)
+
+    @staticmethod
+    def cads(base: Guidance | float | str, tau1: float, tau2: float, scale: float, mix: float = 1.0) -> Guidance:
+        """A schedule whose prompts are noised while t > tau1 T: ``hooks.Cads``. Text: ``cads:0.6..0.9,0.25,1:2``."""
+        from fastdistill.diffusion.hooks import Cads
+
+        return Cads(Guidance.parse(base), tau1, tau2, scale, mix)
+
+    @staticmethod
     def parse(text: str | float | Guidance) -> Guidance:
         """The schedule of a text, a number or a schedule.
 
         ``2``: constant. ``8@10,-1@2,0``: 8 while sigma > 10, -1 while sigma > 2, then 0. Thresholds are sigma,
         with ``t`` behind them timesteps as a share of training's, with ``%`` the part of the steps that is done.
-        ``linear:-0.5+0.02``: w = -0.5 + 0.02 sigma^2.
+        ``linear:-0.5+0.02``: w = -0.5 + 0.02 sigma^2. ``power:2^0.9``: w = 2 |Delta_s|^0.9 for each sample.
+        ``cads:0.6..0.9,0.25,1:2``: w = 2 with prompts noised from t = 0.6 T to 0.9 T by 0.25, rescaled in full.
 
         Raises:
             InputError: a text that is none of these, with the column where it stops to be.
@@ -110,8 +126,10 @@ class Guidance(ABC):
         if isinstance(text, Real) and not isinstance(text, bool):
             return Guidance.constant(_check.real(text, "guidance"))
         if not isinstance(text, str):
-            raise InputError.of("guidance", f"a schedule such as {_FORMS}", described(text))
-        return _Text(text).schedule()
+            raise InputError.of("guidance", f"a schedule such as {FORMS}", described(text))
+        from fastdistill.diffusion.guidance_text import parsed
+
+        return parsed(text)
 
     @abstractmethod
     def weights_at(self, values: Tensor) -> Tensor:
@@ -202,25 +220,25 @@ class Piecewise(Guidance):
         except (TypeError, ValueError):
             rule = "pairs (threshold, weight)"
             raise InputError.of("stretches", rule, described(self.stretches)) from None
-        checked = tuple((_threshold(threshold, self.by), _weight(w)) for threshold, w in pairs)
+        checked = tuple((_threshold(threshold, self.by), finite(w)) for threshold, w in pairs)
         for (one, _), (other, _) in itertools.pairwise(checked):
             falls, order = (other > one, "increase") if self.by == "step" else (other < one, "decrease")
             _check.require(falls, "thresholds", f"values of {self.by} that {order}", f"{one:g}, then {other:g}")
         object.__setattr__(self, "stretches", checked)
-        object.__setattr__(self, "tail", _weight(self.tail))
+        object.__setattr__(self, "tail", finite(self.tail))
         if not checked:
             object.__setattr__(self, "by", "sigma")  # a constant has no thresholds
 
     def __str__(self) -> str:
         unit = _UNITS[self.by]
-        parts = [f"{_text(w)}@{_text(_shown(threshold, self.by))}{unit}" for threshold, w in self.stretches]
-        return ",".join([*parts, _text(self.tail)])
+        parts = [f"{shown(w)}@{shown(_of_text(threshold, self.by))}{unit}" for threshold, w in self.stretches]
+        return ",".join([*parts, shown(self.tail)])
 
     def describe(self) -> str:
         unit = _UNITS[self.by].replace("t", " T")
         first, sign = ("until", "") if self.by == "step" else ("while", f"{self.by} > ")
-        ends = [f"{_text(w)} {first} {sign}{_text(_shown(at, self.by))}{unit}" for at, w in self.stretches]
-        return "w = " + ", ".join([*ends, f"then {_text(self.tail)}" if ends else _text(self.tail)])
+        ends = [f"{shown(w)} {first} {sign}{shown(_of_text(at, self.by))}{unit}" for at, w in self.stretches]
+        return "w = " + ", ".join([*ends, f"then {shown(self.tail)}" if ends else shown(self.tail)])
 
     def weights_at(self, values: Tensor) -> Tensor:
         return torch.tensor([self.tail, *(w for _, w in self.stretches[::-1])], dtype=torch.float64)[
@@ -257,14 +275,14 @@ class Linear(Guidance):
 
     def __post_init__(self) -> None:
         _check.require(self.by == "sigma", "by", "sigma, of which linear is a function", described(self.by))
-        object.__setattr__(self, "w0", _weight(self.w0, "w0"))
-        object.__setattr__(self, "omega", _weight(self.omega, "omega"))
+        object.__setattr__(self, "w0", finite(self.w0, "w0"))
+        object.__setattr__(self, "omega", finite(self.omega, "omega"))
 
     def __str__(self) -> str:
-        return f"linear:{_text(self.w0)}{'' if _text(self.omega).startswith('-') else '+'}{_text(self.omega)}"
+        return f"linear:{shown(self.w0)}{'' if shown(self.omega).startswith('-') else '+'}{shown(self.omega)}"
 
     def describe(self) -> str:
-        return f"w = {_text(self.w0)} + {_text(self.omega)} sigma^2"
+        return f"w = {shown(self.w0)} + {shown(self.omega)} sigma^2"
 
     def weights_at(self, values: Tensor) -> Tensor:
         return self.w0 + self.omega * values.double() ** 2
@@ -297,7 +315,7 @@ def _check_by(by: Any) -> None:
     _check.require(known, "by", f"one of {', '.join(get_args(By))}", described(by))
 
 
-def _weight(value: Any, argument: str = "w") -> float:
+def finite(value: Any, argument: str = "w") -> float:
     number = _check.real(value, argument, "a finite weight")
     _check.require(math.isfinite(number) and value is not True, argument, "a finite weight", described(value))
     return number
@@ -312,77 +330,12 @@ def _threshold(value: Any, by: By) -> float:
     return number
 
 
-def _shown(threshold: float, by: By) -> float | Decimal:
+def _of_text(threshold: float, by: By) -> float | Decimal:
     """A threshold as it is written: of steps in percent, exactly."""
     return Decimal(repr(threshold)).scaleb(2) if by == "step" else threshold
 
 
-def _text(value: float | Decimal) -> str:
+def shown(value: float | Decimal) -> str:
     """The shortest text of a number that gives it back."""
     text = f"{value:f}" if isinstance(value, Decimal) else repr(value)
     return re.sub(r"\.0*$", "", text.rstrip("0")) if "." in text and "e" not in text else text
-
-
-class _Text:
-    """Reads a schedule from a text, from left to right."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
-
-    def schedule(self) -> Guidance:
-        name = re.match(r"\s*([A-Za-z_]+)\s*(:?)", self.text)
-        if name is None:
-            return self._piecewise()
-        if name[1].lower() != "linear" or not name[2]:
-            near = get_close_matches(name[1].lower(), ["linear"])
-            raise self._error(f"a number or linear:w0+omega{'; did you mean linear:?' if near else ''}")
-        self.at = name.end()
-        w0 = self._number()
-        if self.text[self.at : self.at + 1] not in ("+", "-"):
-            raise self._error("+ or - and omega")
-        omega = self._number()
-        if self.at < len(self.text):
-            raise self._error("the end")
-        return Linear(float(w0), float(omega))
-
-    def _piecewise(self) -> Guidance:
-        stretches: list[tuple[float, float]] = []
-        units: set[By] = set()
-        while True:
-            w = self._number()
-            if not self._skip("@"):
-                break
-            start = self.at
-            threshold = self._number()
-            units.add("t" if self._skip("t") else "step" if self._skip("%") else "sigma")
-            if len(units) > 1:
-                self.at = start
-                raise self._error("thresholds that are all sigma, all t or all %")
-            stretches.append((float(threshold.scaleb(-2) if units == {"step"} else threshold), float(w)))
-            if not self._skip(","):
-                raise self._error(", and the weight after the last threshold")
-        if self.at < len(self.text):
-            raise self._error("@ and a threshold" if self.text[self.at] == "," else "@ or the end")
-        return Piecewise(tuple(stretches), float(w), units.pop() if units else "sigma")
-
-    def _number(self) -> Decimal:
-        self._skip("")
-        found = _NUMBER.match(self.text, self.at)
-        if found is None:
-            raise self._error("a number")
-        self.at = found.end()
-        self._skip("")
-        return Decimal(found[0])
-
-    def _skip(self, token: str) -> bool:
-        """Passes spaces and, if it comes next, the token."""
-        while self.text[self.at : self.at + 1].isspace():
-            self.at += 1
-        found = self.text.startswith(token, self.at)
-        self.at += len(token) * found
-        return found
-
-    def _error(self, wanted: str) -> InputError:
-        got = f"{self.text!r}, where column {self.at + 1} should be {wanted}"
-        return InputError.of("guidance", f"a schedule such as {_FORMS}", got)

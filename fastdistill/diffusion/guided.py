@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, get_args
@@ -13,8 +14,9 @@ from torch import Tensor
 from fastdistill.diffusion.distortion import Method
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
-from fastdistill.diffusion.prompts import Rows, after_null, check_prompts, null_rows
-from fastdistill.diffusion.sampler import prediction_like, predictor
+from fastdistill.diffusion.passes import Passes
+from fastdistill.diffusion.prompts import Rows
+from fastdistill.diffusion.sampler import predictor
 from fastdistill.diffusion.schedule import PredictionType, check_prediction_type
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
@@ -50,7 +52,8 @@ def sample(
         method: ``ddim``; ``euler``, the same; ``heun``, with a second evaluation at the end of a step (``evaluations``
             of order 2); ``ancestral``, with ``eta`` in [0, 1] and noise by (seed, row, step, element).
         guidance: a schedule, its text or a constant w: unconditional + (1 + w) (conditional - unconditional), in one
-            batch of 2 B unless w is 0 (the prompts alone) or -1 (the null prompt alone).
+            batch of 2 B unless w is 0 (the prompts alone) or -1 (the null prompt alone). Of ``power_law`` w is of each
+            sample; of ``cads`` the prompts are noised by (seed, row, step, element).
         clip_sample: limit of the predicted x_0; eps is computed again from the clipped x_0.
         rows: [B] int64, numbers of the rows for the noise; None: 0..B-1.
         callback: called after each step with (index, time, state).
@@ -67,8 +70,8 @@ def sample(
         raise InputError.of("x", "floating point [B, ...]", f"{x.dtype} {tuple(x.shape)}")
     if method not in get_args(Method):
         raise InputError.of("method", f"one of {', '.join(get_args(Method))}", described(method))
-    weights = Guidance.parse(guidance).weights(grid).tolist()
-    check_prompts(x, prompts, null_prompt, next((1 + w for w in weights if w != 0), 1.0))
+    if not isinstance(grid, Grid):
+        raise InputError.of("grid", "a Grid", described(grid))
     _check.require(0 <= _check.real(eta, "eta") <= 1, "eta", "a number in [0, 1]", eta)
     if clip_sample is not None and not _check.real(clip_sample, "clip_sample") > 0:
         raise InputError.of("clip_sample", "a limit above 0, or None", clip_sample)
@@ -82,22 +85,16 @@ def sample(
     numbers = torch.arange(len(x), device=x.device) if rows is None else rows
     if not isinstance(numbers, Tensor) or numbers.dtype != torch.int64 or tuple(numbers.shape) != (len(x),):
         raise InputError.of("rows", f"int64 row numbers [{len(x)}]", described(rows))
-    key = torch.tensor(seed, dtype=torch.int64, device=x.device)
+    targets = [_prediction(kind, *level) for level in levels[:-1]]
+    p, q = torch.tensor(targets, dtype=torch.float64, device="cpu").unbind(1)
+    passes = Passes(Guidance.parse(guidance), grid, x, prompts, null_prompt, (p, q), seed, numbers)
 
     whole = bool((grid.times == grid.times.round()).all())
     times = grid.times.to(x.device, torch.int64 if whole else torch.float32)
     predict = predictor(model, x.dtype)
-    inputs: dict[float, Rows] = {0.0: prompts}  # by weight
-    for w in weights:
-        if w not in inputs and null_prompt is not None:
-            inputs[w] = (null_rows if w == -1 else after_null)(prompts, null_prompt)
 
-    def clean_and_noise(x: Tensor, index: int, w: float) -> tuple[Tensor, Tensor]:
-        seen = x if w in (0, -1) else torch.cat([x, x])
-        out = prediction_like(seen, predict(seen, times[index].expand(len(seen)), inputs[w])).to(x.dtype)
-        if w not in (0, -1):
-            unconditional, conditional = out.chunk(2)
-            out = unconditional + (1 + w) * (conditional - unconditional)
+    def clean_and_noise(x: Tensor, index: int, step: int) -> tuple[Tensor, Tensor]:
+        out = passes(predict, x, times[index], index, step)
         a, b = levels[index]
         p, q = _prediction(kind, a, b)
         determinant = _determinant(a, b, p, q)
@@ -108,15 +105,15 @@ def sample(
         return x0, eps
 
     state = x.to(torch.promote_types(x.dtype, torch.float32))
-    for index, (w, (a, b), (a_next, b_next)) in enumerate(zip(weights, levels, levels[1:], strict=False)):
-        x0, eps = clean_and_noise(state, index, w)
+    for index, ((a, b), (a_next, b_next)) in enumerate(itertools.pairwise(levels)):
+        x0, eps = clean_and_noise(state, index, index)
         up = eta * b_next * math.sqrt(max(0.0, 1 - (b_next * a / (a_next * b)) ** 2)) if method == "ancestral" else 0.0
         after = a_next * x0 + math.sqrt(b_next**2 - up**2) * eps
         if up > 0:
-            step = torch.full_like(key, index)
-            after += up * normal(key, step, numbers, x.shape[1:], stream=ANCESTRAL).to(state.dtype)
+            step = torch.full_like(passes.key, index)
+            after += up * normal(passes.key, step, numbers, x.shape[1:], stream=ANCESTRAL).to(state.dtype)
         if method == "heun" and a > 0 and b_next > 0:
-            _, end = clean_and_noise(after, index + 1, w)
+            _, end = clean_and_noise(after, index + 1, index)
             after = a_next / a * state + (b_next - a_next * b / a) / 2 * (eps + end)
         state = after
         if callback is not None:

@@ -16,6 +16,8 @@ stream     use: counter = (block low 32, stream << 16 | block high 16, sample, s
 3          initial noise of samplers: elements as in stream 1, *sample* is the row number
 4          block 0: words 0 and 1 seed the generator of a stochastic sampler, *sample* is the row number
 5          noise of ancestral sampling: elements as in stream 1, *sample* is the row number, *step* the sampler's
+6          block 0: word 0 guidance weight of a training sample
+7          noise of annealed prompts: as stream 5, elements of a prompt's banks one after another
 =========  =====================================================================================================
 """
 
@@ -27,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHOICE, NOISE, PERMUTATION, INITIAL_NOISE, SAMPLING, ANCESTRAL = range(6)
+CHOICE, NOISE, PERMUTATION, INITIAL_NOISE, SAMPLING, ANCESTRAL, GUIDANCE, CONDITION = range(8)
 
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -101,7 +103,7 @@ def normal(seed: Tensor, step: Tensor, samples: Tensor, shape: Sequence[int], *,
         seed: int64, 0-dim. step: int64, 0-dim.
         samples: [B] int64 in [0, 2**32), each sample's index in the global batch (or row number).
         shape: the shape of one sample; elements are numbered in logical (row-major) order.
-        stream: ``NOISE`` for training, ``INITIAL_NOISE`` and ``ANCESTRAL`` for samplers.
+        stream: ``NOISE`` for training, ``INITIAL_NOISE``, ``ANCESTRAL`` and ``CONDITION`` for samplers.
 
     Returns:
         [B, *shape] float32 on the device of ``samples``; row i depends on ``samples[i]`` alone.

@@ -32,11 +32,17 @@ weights = st.one_of(finite, st.integers(-20, 20), st.sampled_from([0.0, -0.0, 1e
 
 @st.composite
 def schedules(draw):
-    kind = draw(st.sampled_from(["constant", "linear", "interval", "window", "sigma", "t", "step"]))
+    kind = draw(st.sampled_from(["constant", "linear", "interval", "window", "sigma", "t", "step", "power", "cads"]))
     if kind == "constant":
         return Guidance.constant(draw(weights))
     if kind == "linear":
         return Guidance.linear(draw(weights), draw(weights))
+    if kind == "power":
+        return Guidance.power_law(draw(weights), draw(st.floats(-0.99, 1e3)))
+    if kind == "cads":
+        ends = sorted(draw(st.lists(st.floats(0, 1), min_size=2, max_size=2, unique=True)))
+        base = draw(schedules().filter(lambda base: not str(base).startswith("cads")))
+        return Guidance.cads(base, *ends, draw(st.floats(0, 1e9)), draw(st.floats(0, 1)))
     if kind in ("interval", "window"):
         low, high = sorted(draw(st.lists(st.floats(0, 1e4), min_size=2, max_size=2, unique=True)))
         if kind == "interval":
@@ -67,6 +73,12 @@ def test_a_text_gives_the_schedule_back(schedule):
         ),
         (Guidance.linear(-0.5, 0.02), "linear:-0.5+0.02", "w = -0.5 + 0.02 sigma^2"),
         (Guidance.piecewise([(0.07, 1e30)], 0.1, by="step"), "1e+30@7%,0.1", "w = 1e+30 until 7%, then 0.1"),
+        (Guidance.power_law(2, 0.9), "power:2^0.9", "w = 2 |Delta_s|^0.9 of each sample"),
+        (
+            Guidance.cads("2@3,0", 0.6, 0.9, 0.25),
+            "cads:0.6..0.9,0.25,1:2@3,0",
+            "w = 2 while sigma > 3, then 0, prompts noised from t = 0.6 T to 0.9 T by 0.25",
+        ),
     ],
 )
 def test_texts_and_words(schedule, text, words):
@@ -179,7 +191,20 @@ def test_the_table_of_a_training_schedule():
         (lambda: Guidance.parse(""), "column 1 should be a number"),
         (lambda: Guidance.parse("linaer:1+2"), "did you mean linear:?"),
         (lambda: Guidance.parse("linear:1"), "column 9 should be + or - and omega"),
-        (lambda: Guidance.parse("nan"), "column 1 should be a number or linear:w0+omega"),
+        (lambda: Guidance.parse("nan"), "column 1 should be a number, linear:w0+omega, power:"),
+        (lambda: Guidance.power_law(2, -1), "alpha: expected a number > -1, so that guidance vanishes"),
+        (lambda: Guidance.power_law(2, 1).table(NoiseSchedule.cosine(8)), "'power:2^1', a weight for each sample"),
+        (lambda: Guidance.power_law(2, 1).scales(grid_of(SIGMAS)), "expected a schedule of one weight a level, got"),
+        (lambda: Guidance.cads(2, 0.9, 0.6, 0.1), "tau1: expected less than tau2 (0.6), got 0.9"),
+        (lambda: Guidance.cads(2, 0.6, 0.9, -1), "scale: expected a number >= 0, got -1"),
+        (lambda: Guidance.cads(2, 0.6, 0.9, 1, 2), "mix: expected a number in [0, 1], got 2"),
+        (lambda: Guidance.cads(Guidance.cads(2, 0, 1, 1), 0, 1, 1), "base: expected a Guidance without cads, got"),
+        (lambda: Guidance.cads(2, 0, 1, 1).table(NoiseSchedule.cosine(8)), "change from step to step, for a table"),
+        (lambda: Guidance.parse("power:2,3"), "column 8 should be ^ and alpha"),
+        (lambda: Guidance.parse("powr:2^3"), "did you mean power:?"),
+        (lambda: Guidance.parse("cads:0.6..0.9,1:2"), "column 16 should be , and mix"),
+        (lambda: Guidance.parse("cads:0..1,1,1:cads:0..1,1,1:2"), "column 15 should be a schedule without cads"),
+        (lambda: Guidance.parse("cads:0..1,1,1:2@3"), "column 18 should be , and the weight after the last threshold"),
         (lambda: Guidance.parse(None), "guidance: expected a schedule such as"),
     ],
 )
