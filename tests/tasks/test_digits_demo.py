@@ -22,7 +22,9 @@ from filelock import FileLock
 from fastdistill.cli import main
 from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.files import locked
-from fastdistill.tasks.digits import demo, worker
+from fastdistill.tasks import workers
+from fastdistill.tasks.digits import worker
+from fastdistill.tasks.workers import Job
 from tests.processes import shared
 
 SMALL: dict[str, Any] = {
@@ -63,10 +65,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts for the models run in this process, which has imported everything: the results are the same."""
 
-    def work(directory: Path, *_: object) -> None:
-        worker.run(directory / "job.json", lambda **fields: None)
+    def work(job: Job, *_: object) -> None:
+        worker.run(job.directory / "job.json", lambda **fields: None)
 
-    monkeypatch.setattr(demo, "_run_worker", work)
+    monkeypatch.setattr(workers, "run_process", work)
 
 
 def figures(output: Path) -> dict[str, Any]:

@@ -3,18 +3,15 @@
 evaluate.
 
 ``python -m fastdistill.tasks.digits.worker JOB.json`` prints its progress as JSON lines and writes ``result.json`` and
-``samples.safetensors`` next to the job file. Ctrl-C and SIGTERM end it after the current step, with a checkpoint.
+``samples.safetensors`` next to the job file (``fastdistill.tasks.workers``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ from fastdistill.data.fingerprint import plain, sha256_of_json
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
-from fastdistill.errors import FastdistillError
 from fastdistill.files import atomic_directory, atomic_write, located
 from fastdistill.models import make_student
 from fastdistill.models.export import save_model
@@ -38,10 +34,11 @@ from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.sampling import SCHEDULE, sample
 from fastdistill.tasks.digits.teacher import load_teacher
+from fastdistill.tasks.workers import Report, result_in, serve
 from fastdistill.train import DistillTrainer
 from fastdistill.train.config import from_mapping
 
-Report = Callable[..., None]
+MODULE = "fastdistill.tasks.digits.worker"
 EXPORTED = ("config.json", "diffusion_pytorch_model.safetensors")
 EVALUATION_SEED = 2**31  # initial noise of the evaluated images, other than that of the cache
 
@@ -78,13 +75,12 @@ def fingerprint(config: DigitsConfig, model: str, seed: int, teacher: str, promp
 
 def finished(directory: Path, fingerprint: str) -> bool:
     """Whether the directory has a complete result with this fingerprint; a damaged one does not count."""
-    done = directory / "result.json"
+    result = result_in(directory, fingerprint)
     try:
-        result = json.loads(done.read_text(encoding="utf-8"))
-        if not isinstance(result, dict) or result.get("fingerprint") != fingerprint:
-            return False
         safetensors.torch.load_file(directory / "samples.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError):
+    except (OSError, safetensors.SafetensorError):
+        return False
+    if result is None:
         return False
     return result["model"] == "teacher" or all((directory / "student" / name).exists() for name in EXPORTED)
 
@@ -156,29 +152,7 @@ def _evaluate(
 
 
 def main() -> int:
-    parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also if the parent runs in the background of a shell
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def report(**fields: Any) -> None:
-        if os.getppid() != parent:  # the parent has ended: stop as for Ctrl-C
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        print(json.dumps(fields), flush=True)
-
-    try:
-        run(Path(sys.argv[1]), report)
-    except FastdistillError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
-            raise
-        print(json.dumps({"error": "not enough memory: lower --train.batch, --workers or the channels"}), flush=True)
-        return 2
-    return 0
+    return serve(run, "lower --train.batch, --workers or the channels")
 
 
 if __name__ == "__main__":
