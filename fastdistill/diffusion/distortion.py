@@ -59,7 +59,7 @@ def closed_form(mu: Any, c: Any, u: Any, w: Any, process: Process = "ode") -> Mo
     _check.require(
         process in get_args(Process), "process", f"one of {', '.join(get_args(Process))}", described(process)
     )
-    mean, c, u, weight = _directions(mu=mu, c=c, u=u, w=w)
+    mean, c, u, weight = directions(mu=mu, c=c, u=u, w=w)
     if process == "tilted":
         precision = (1 + weight) * u - weight * c
         _check.require(bool((precision > 0).all()), "w", "weights at which (1 + w) u > w c", weight.tolist())
@@ -101,7 +101,7 @@ def recursion(
     _among(start, "start", get_args(Start))
     _among(method, "method", get_args(Method))
     _check.require(0 <= _check.real(eta, "eta") <= 1, "eta", "a number in [0, 1]", eta)
-    mean, c, u = _directions(mu=mu, c=c, u=u)
+    mean, c, u = directions(mu=mu, c=c, u=u)
     weights = Guidance.parse(guidance).weights(grid)
     shape = (-1, *[1] * c.dim())  # steps, then directions
     (a, a_next), (b, b_next) = ((v[:-1].view(shape), v[1:].view(shape)) for v in (grid.signal, grid.noise))
@@ -175,7 +175,7 @@ def neutral_on(
     Raises:
         InputError: R = u / c <= 1 in each direction; a threshold outside of the grid.
     """
-    c, u = _directions(c=c, u=u)
+    c, u = directions(c=c, u=u)
     _check.require(
         bool((u > c).any()), "u", "a variance above c in some direction (below it guidance widens)", u.tolist()
     )
@@ -255,7 +255,7 @@ def _tensor(value: Any, argument: str) -> Tensor:
     return found
 
 
-def _directions(**given: Any) -> list[Tensor]:
+def directions(**given: Any) -> list[Tensor]:
     """Each as float64, in the shape of all of them together."""
     found = {name: _tensor(value, name) for name, value in given.items()}
     for name in ("c", "u"):
