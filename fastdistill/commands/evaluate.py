@@ -47,7 +47,8 @@ def _print(report: dict[str, Any], page: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastdistill.evaluate.comparison import MEASURES, finding, number
+    from fastdistill.evaluate.comparison import MEASURES, finding
+    from fastdistill.evaluate.page import number
     from fastdistill.evaluate.samples import MODELS
 
     table = Table("measure", *MODELS, "95 %", box=None)

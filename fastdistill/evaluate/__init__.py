@@ -12,6 +12,7 @@ from fastdistill.evaluate.diversity import (
     vendi_score,
 )
 from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid
+from fastdistill.evaluate.guidance import write_guidance_report
 from fastdistill.evaluate.metrics import frechet_distance, mean_spread, wilson_interval
 from fastdistill.evaluate.report import write_report
 
@@ -31,5 +32,6 @@ __all__ = [
     "variance_ratio",
     "vendi_score",
     "wilson_interval",
+    "write_guidance_report",
     "write_report",
 ]

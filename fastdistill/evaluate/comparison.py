@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.errors import InputError
-from fastdistill.evaluate.page import count, entry, percent, write_page
+from fastdistill.evaluate.page import check_interval, count, entry, number, percent, positive, write_page
 from fastdistill.evaluate.samples import MODELS
 
 if TYPE_CHECKING:
@@ -79,7 +79,6 @@ def write_comparison(
         captions=CAPTIONS,
         rows=rows,
         left_out=[(MEASURES.get(name, (name,))[0], reason) for name, reason in report.get("left_out", {}).items()],
-        number=number,
     )
 
 
@@ -97,14 +96,6 @@ def finding(report: Mapping[str, Any]) -> str:
             text += f", {percent(distance['value'] / other['value'], 0)} of the difference between unrelated images"
         text += "."
     return text
-
-
-def number(value: float) -> str:
-    """Three significant digits."""
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.2e}"
-    digits = 3 - len(f"{abs(value):.0f}") if abs(value) >= 1 else 3
-    return f"{value:.{max(digits, 0)}f}"
 
 
 def _share(report: Mapping[str, Any], name: str) -> str:
@@ -138,14 +129,11 @@ def _cell(measure: Mapping[str, Any] | None) -> dict[str, str]:
 def _check(report: Mapping[str, Any]) -> None:
     for model in MODELS:
         for name in ("parameters", "images_per_second"):
-            if not (value := entry(report, f"{model}.{name}")) > 0:
-                raise InputError.of(f"report.{model}.{name}", "a positive number", value)
+            positive(report, f"{model}.{name}")
         for name, measure in entry(report, f"{model}.measures").items():
             if name not in MEASURES:
                 raise InputError.of(f"report.{model}.measures", f"of {', '.join(MEASURES)}", name)
             entry(report, f"{model}.measures.{name}.value")
-            interval = measure.get("interval")
-            if interval is not None and not interval[0] <= interval[1]:
-                raise InputError.of(f"report.{model}.measures.{name}.interval", "[low, high]", interval)
+            check_interval(measure.get("interval"), f"{model}.measures.{name}.interval")
     for path in ("seconds.total", "sampling", "prompts"):
         entry(report, path)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, described
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.lettering import Lettering
 
@@ -60,6 +60,7 @@ def sample_grid(
     *,
     correct: Mapping[str, Sequence[bool]] | None = None,
     seen: Sequence[bool] | None = None,
+    panels: Sequence[str] | None = None,
 ) -> Figure:
     """Samples with a row per model and a column per prompt. A red frame and a cross mark wrong samples.
 
@@ -71,6 +72,7 @@ def sample_grid(
         prompts: P texts.
         correct: model -> P values: whether the judge accepts the sample.
         seen: for each prompt, whether it is in the cache; gives two panels, seen above unseen.
+        panels: for each prompt, the heading of the panel that it is in; instead of ``seen``.
     """
     count = len(prompts)
     for index, text in enumerate(prompts):
@@ -83,38 +85,41 @@ def sample_grid(
     for name, value in judged.items():
         if name not in images or len(value) != count:
             raise InputError.of(f"correct[{name!r}]", f"{count} values for a model in samples", len(value))
-    if seen is not None and len(seen) != count:
-        raise InputError.of("seen", f"{count} values, one for each prompt", len(seen))
-    panels = [("", list(range(count)))]
+    if seen is not None and panels is not None:
+        raise InputError.of("panels", "none where seen is given", described(panels))
+    for name, values in (("seen", seen), ("panels", panels)):
+        if values is not None and len(values) != count:
+            raise InputError.of(name, f"{count} values, one for each prompt", len(values))
+    headings = [""] * count if panels is None else list(panels)
     if seen is not None:
-        panels = [
-            ("Prompts in the cache", [i for i in range(count) if seen[i]]),
-            ("Prompts never seen in the cache", [i for i in range(count) if not seen[i]]),
-        ]
-        panels = [panel for panel in panels if panel[1]]
+        headings = ["Prompts in the cache" if value else "Prompts never seen in the cache" for value in seen]
+    order = dict.fromkeys(headings) if seen is None else sorted(set(headings))
+    parts = [(heading, [i for i in range(count) if headings[i] == heading]) for heading in order]
 
     cell, gap, left, title, between = 0.82, 0.09, 1.75, 0.36, 0.28  # inches
     lettering = Lettering([*prompts, *map(label, images)])
     small = {"fontsize": 8.5, "linespacing": 1.15, **lettering.style}
     middle_sized = {"fontsize": 9.5, "linespacing": 1.15, **lettering.style}
-    titles = Lettering(name for name, _ in panels)
+    titles = Lettering(name for name, _ in parts)
     bold = {"fontsize": 11, "weight": "bold", **titles.style}
     captions = [lettering.fit(prompt, cell + gap - 0.05, 5, **small) for prompt in prompts]
     names = {model: lettering.fit(label(model), left - 0.12, 2, **middle_sized) for model in images}
-    headers = [max(0.42, 0.14 + max(captions[i][2] for i in members)) for _, members in panels]
-    columns = max(len(members) for _, members in panels)
+    headers = [max(0.42, 0.14 + max(captions[i][2] for i in members)) for _, members in parts]
+    if not any(prompts):
+        headers = [0.08] * len(parts)
+    columns = max(len(members) for _, members in parts)
     heights = [
         (title if name else 0) + header + len(images) * (cell + gap)
-        for (name, _), header in zip(panels, headers, strict=True)
+        for (name, _), header in zip(parts, headers, strict=True)
     ]
-    width = max(left + columns * (cell + gap), *(0.2 + titles.fit(name, 9.0, **bold)[1] for name, _ in panels))
-    height = sum(heights) + between * (len(panels) - 1) + 0.06
+    width = max(left + columns * (cell + gap), *(0.2 + titles.fit(name, 9.0, **bold)[1] for name, _ in parts))
+    height = sum(heights) + between * (len(parts) - 1) + 0.06
     figure = _figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     top = 0.0
-    for (name, members), header, panel_height in zip(panels, headers, heights, strict=True):
+    for (name, members), header, panel_height in zip(parts, headers, heights, strict=True):
         y = top
         if name:
             axes.text(0.02, y + title / 2, name, color=INK, va="center", **bold)
@@ -272,10 +277,13 @@ def _cell(axes: Any, image: np.ndarray, x: float, y: float, size: float, *, wron
 
 
 def _grid_text(images: Mapping[str, Any], prompts: Sequence[str], judged: Mapping[str, list[bool]]) -> str:
-    text = f"Samples of {', '.join(label(name) for name in images)} for the prompts {', '.join(prompts)}."
+    texts = [prompt for prompt in prompts if prompt]
+    text = f"Samples of {', '.join(label(name) for name in images)}"
+    text += f" for the prompts {', '.join(texts)}." if texts else "."
     for name, verdict in judged.items():
         missed = [prompt for prompt, right in zip(prompts, verdict, strict=True) if not right]
-        text += f" {label(name)} wrong: {', '.join(missed) if missed else 'none'}."
+        shown = ", ".join(missed) if any(missed) else str(len(missed) or "none")
+        text += f" {label(name)} wrong: {shown}."
     return text
 
 

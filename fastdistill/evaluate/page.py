@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +67,7 @@ def write_page(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=percent, duration=duration, count=count)
+    environment.filters.update(percent=percent, duration=duration, count=count, number=number)
     drawn = [_figure(name, figure, captions) for name, figure in figures.items()]
     given = {"report": report, "title": title, "finding": finding, "tiles": list(tiles), "figures": drawn, **context}
     page = str(environment.get_template(template).render(**given)).translate(_CONTROLS)
@@ -78,13 +80,50 @@ def write_page(
 
 
 def entry(report: Mapping[str, Any], path: str) -> Any:
-    """What a report has at ``a.b.c``. InputError where it has nothing."""
+    """What a report has at ``a.b.c``, of a list by its number. InputError where it has nothing."""
     value: Any = report
     for key in path.split("."):
-        if not isinstance(value, Mapping) or key not in value:
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, Mapping) and key in value:
+            value = value[key]
+        else:
             raise InputError.of("report", f"an entry {path}", "none")
-        value = value[key]
     return value
+
+
+def positive(report: Mapping[str, Any], path: str) -> float:
+    """The number above 0 at ``a.b.c``; InputError for anything else."""
+    return _number(report, path, "a positive number", lambda value: 0 < value < math.inf)
+
+
+def share(report: Mapping[str, Any], path: str, rule: str = "a share from 0 to 1") -> float:
+    """The number from 0 to 1 at ``a.b.c``; InputError for anything else."""
+    return _number(report, path, rule, lambda value: 0 <= value <= 1)
+
+
+def check_interval(value: Any, path: str) -> None:
+    """InputError unless ``value`` is None or [low, high]."""
+    if value is None:
+        return
+    fits = isinstance(value, Sequence) and len(value) == 2 and all(isinstance(end, Real) for end in value)
+    if not fits or not value[0] <= value[1]:
+        raise InputError.of(f"report.{path}", "[low, high]", value)
+
+
+def _number(report: Mapping[str, Any], path: str, rule: str, fits: Callable[[float], bool]) -> float:
+    value = entry(report, path)
+    if isinstance(value, bool) or not isinstance(value, Real) or not fits(float(value)):
+        raise InputError.of(f"report.{path}", rule, value)
+    return float(value)
+
+
+def number(value: float) -> str:
+    """Three significant digits."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2e}"
+    digits = 3 - len(f"{abs(value):.0f}") if abs(value) >= 1 else 3
+    return f"{value:.{max(digits, 0)}f}"
 
 
 def percent(value: float, digits: int = 1) -> str:

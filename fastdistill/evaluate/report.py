@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdistill.errors import InputError
 from fastdistill.evaluate.figures import label
-from fastdistill.evaluate.page import count, duration, entry, percent, write_page
+from fastdistill.evaluate.page import count, duration, entry, percent, positive, share, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,9 +127,7 @@ def _check(report: Mapping[str, Any]) -> None:
         raise InputError.of("report.students", "at least one student by name", report["students"])
     for model in ("teacher", *(f"students.{name}" for name in report["students"])):
         for kind in ("seen", "unseen"):
-            if not 0 <= (accuracy := entry(report, f"{model}.{kind}")) <= 1:
-                raise InputError.of(f"report.{model}.{kind}", "an accuracy from 0 to 1", accuracy)
-        if (parameters := entry(report, f"{model}.parameters")) < 1:
-            raise InputError.of(f"report.{model}.parameters", "a positive number", parameters)
+            share(report, f"{model}.{kind}", "an accuracy from 0 to 1")
+        positive(report, f"{model}.parameters")
     for path in ("seconds.total", "backend"):
         entry(report, path)

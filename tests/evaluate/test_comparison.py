@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.evaluate import sample_grid
-from fastdistill.evaluate.comparison import finding, number, write_comparison
+from fastdistill.evaluate.comparison import finding, write_comparison
 from fastdistill.evaluate.figures import losses_over_time
 from fastdistill.evaluate.held_out import HeldOut
 from fastdistill.evaluate.measures import Measures
+from fastdistill.evaluate.page import number
 from fastdistill.evaluate.samples import Samples, compared
 from tests.evaluate.test_report import Page
 from tests.harness import EPS, generator
