@@ -20,6 +20,7 @@ _HOME = {
     "DistillTrainer": "train",
     "FitResult": "train",
     "TrainConfig": "train",
+    "GuidanceDistillation": "distill",
     "RandomConditioning": "distill",
     "Weights": "distill",
     "Batches": "data.staged",
@@ -121,6 +122,7 @@ if TYPE_CHECKING:
     from fastdistill.diffusion.sampler import initial_noise as initial_noise
     from fastdistill.diffusion.schedule import NoiseSchedule as NoiseSchedule
     from fastdistill.diffusion.scheduled import sample_with as sample_with
+    from fastdistill.distill import GuidanceDistillation as GuidanceDistillation
     from fastdistill.distill import RandomConditioning as RandomConditioning
     from fastdistill.distill import Weights as Weights
     from fastdistill.errors import DeviceError as DeviceError

@@ -39,7 +39,7 @@ def quadratic(u: float) -> float:
     return (2 * (u - 0.5)) ** 2
 
 
-def const(u: float, value: float) -> float:
+def const(u: float, value: float = 0.0) -> float:
     """The same at every timestep; 0: only paired prompts, 1: only random prompts."""
     return value
 

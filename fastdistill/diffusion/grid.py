@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdistill.diffusion.flow import mu_of
 from fastdistill.diffusion.sampler import trailing_timesteps
-from fastdistill.diffusion.schedule import NoiseSchedule, Schedule, flow_matching
+from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedule, flow_matching
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
 
@@ -191,6 +191,51 @@ class Grid:
             return cls.trailing(schedule, steps)
         ends = (float(first), float(last)) if first and last else ()
         return cls.karras(schedule, steps, *ends)
+
+
+@dataclass(frozen=True, eq=False)
+class GridSchedule(Schedule):
+    """The levels at which a grid's steps start as those of training, of models that were trained on ``schedule``.
+
+    Raises:
+        InputError: levels of another process than the schedule's.
+    """
+
+    grid: Grid
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        _schedule(self.schedule)
+        signal, noise = self.signal, self.noise
+        sums = signal**2 + noise**2 if isinstance(self.schedule, NoiseSchedule) else signal + noise
+        rule = "signal^2 + noise^2" if isinstance(self.schedule, NoiseSchedule) else "signal + noise"
+        _holds((sums - 1).abs() < 1e-5, sums, "grid", f"levels with {rule} = 1, as those of the schedule")
+
+    @property
+    def prediction_types(self) -> tuple[PredictionType, ...]:  # type: ignore[override] # of each one its schedule's
+        return self.schedule.prediction_types
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    @property
+    def signal(self) -> Tensor:
+        return self.grid.signal[:-1]
+
+    @property
+    def noise(self) -> Tensor:
+        return self.grid.noise[:-1]
+
+    @property
+    def clock(self) -> Tensor:
+        return self.grid.clock
+
+    @property
+    def times(self) -> Tensor:
+        return self.grid.times
+
+    def to_config(self) -> dict[str, Any]:
+        return {"name": "grid", "grid": str(self.grid), "schedule": self.schedule.to_config()}
 
 
 def _holds(condition: Tensor, values: Tensor, argument: str, rule: str) -> None:

@@ -111,6 +111,17 @@ def _weights(coefficients: Tensor, weighting: str, gamma: float, argument: str) 
     return of_x0[weighting] / determinant**2
 
 
+def limited_weights(coefficients: Tensor, limit: float) -> Tensor:
+    """min(1 / (a q - b p)^2, limit), float64 [T]: of epsilon min(1 / abar, limit), of v and flow min(1, limit).
+
+    1 / (a q - b p)^2 is what makes the loss of every prediction that of v, or of rectified flow's velocity; in plain
+    epsilon the early steps, where a prompt decides, weigh next to nothing.
+    """
+    _check_coefficients(coefficients, "coefficients")
+    a, b, p, q = coefficients.detach().to("cpu", torch.float64).unbind(1)
+    return (a * q - b * p).square().reciprocal().clamp(max=limit)
+
+
 def match_table(
     coefficients: Tensor,
     *,

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives: one file each. ``objective.py`` says what a new one must offer."""
 
+from fastdistill.distill.guidance import GuidanceDistillation
 from fastdistill.distill.knowledge import Weights
 from fastdistill.distill.objective import BoundObjective, Objective, Setting
 from fastdistill.distill.random_conditioning import RandomConditioning
 
-__all__ = ["BoundObjective", "Objective", "RandomConditioning", "Setting", "Weights"]
+__all__ = ["BoundObjective", "GuidanceDistillation", "Objective", "RandomConditioning", "Setting", "Weights"]

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from fastdistill.diffusion.matching import GAMMA, LossWeighting, match_table, named_weights
+from fastdistill.diffusion.prompts import Rows, after_null
 from fastdistill.distill.objective import Setting, has_streams
 from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
@@ -39,6 +40,11 @@ class Weights:
 
 class Knowledge:
     """Teacher and student side by side on one draw.
+
+    ``null``: the null prompt's row of each bank, by the shape of a latent; the teacher is then asked with and without
+    the prompt, in one batch of 2 B, and the target is guided (``output_match``) by the ``guidance`` of each call, the
+    weight w of each sample [B] float32. Taps see the prompt's half. ``loss_weighting``: a name, or weights [T].
+    ``timestep_cond``: of one sample, an example of what the student is given beside the prompt.
 
     ``taps`` pairs (teacher module, student module). Where their channels differ, a linear adapter projects the
     student's feature; adapters are trained with the student (``trained``) and belong to no export.
@@ -60,8 +66,10 @@ class Knowledge:
         weights: Weights,
         feature_distance: Distance,
         adapter_seed: int = 0,
-        loss_weighting: LossWeighting = "uniform",
+        loss_weighting: LossWeighting | Tensor = "uniform",
         min_snr_gamma: float = GAMMA,
+        null: Mapping[tuple[int, ...], Rows] | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> None:
         if not (weights.output or weights.feature or weights.task):
             raise InputError.of("weights", "at least one loss with a weight above 0", weights)
@@ -72,8 +80,12 @@ class Knowledge:
         self.trained: tuple[nn.Module, ...] = ()
         self._zero = torch.zeros((), dtype=torch.float32, device=setting.device)
         coefficients = setting.schedule.coefficients(setting.prediction_type)
-        weighted = named_weights(coefficients, loss_weighting, min_snr_gamma, "loss_weighting", "min_snr_gamma")
-        self._table = match_table(coefficients, weights=weighted).to(setting.device)
+        if not isinstance(loss_weighting, Tensor):
+            loss_weighting = named_weights(
+                coefficients, loss_weighting, min_snr_gamma, "loss_weighting", "min_snr_gamma"
+            )
+        table = match_table(coefficients, weights=loss_weighting, guidance=0.0 if null is None else 1.0)
+        self._table, self._null = table.to(setting.device), null
         self._channels = setting.latents.shape[1]  # a learned variance beside them is left alone
         self._branch: torch.cuda.Stream | None = None  # the teacher's, in a CUDA graph
         if setting.device.type == "cuda":
@@ -91,7 +103,7 @@ class Knowledge:
             self.attach()
             if weights.output or weights.feature:
                 setting.check("teacher")
-            setting.check("student")
+            setting.check("student", timestep_cond)
             if self._taps:
                 theirs, own = ([tuple(f.shape) for f in tapped.features()] for tapped in self._taps)
                 signals = setting.latents.ndim == 3
@@ -118,16 +130,25 @@ class Knowledge:
             self._taps = None
             self._detach()
 
-    def __call__(self, draw: Draw[Tensor], task: Task | None = None) -> tuple[Tensor, list[Tensor]]:
-        """The loss and ``metric_names`` (unweighted, but the first); the task loss needs ``task``."""
+    def __call__(
+        self,
+        draw: Draw[Any],
+        task: Task | None = None,
+        guidance: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss and ``metric_names`` (unweighted, but the first); the task loss needs ``task``, and where there is
+        ``null`` the output loss ``guidance``."""
         branch = self._branch if has_streams(draw.x_t) else None
-        target, theirs = self._teacher(draw, branch) if self.weights.output or self.weights.feature else (None, [])
-        output = self._predict_student(draw.x_t, draw.timestep, draw.prompt)
+        taught = self._teacher(draw, branch) if self.weights.output or self.weights.feature else (None, None, [])
+        target, unconditional, theirs = taught
+        output = self._predict_student(draw.x_t, draw.timestep, draw.prompt, timestep_cond)
         if branch is not None:
             torch.cuda.current_stream(branch.device).wait_stream(branch)
         loss, parts = self._zero, {"output": self._zero, "feature": self._zero, "task": self._zero}
         if (target is not None and self.weights.output) or task is not None:
-            loss, (parts["output"], parts["task"]) = self._match(output, target, draw.timestep, task)
+            guided = (unconditional, guidance) if unconditional is not None else (None, None)
+            loss, (parts["output"], parts["task"]) = self._match(output, target, draw.timestep, task, *guided)
         taps: tuple[Tensor, ...] = ()
         if self.weights.feature:
             matched = self._match_features(theirs)
@@ -136,13 +157,22 @@ class Knowledge:
         return loss, [loss.detach(), *(part.detach() for part in parts.values()), *taps]
 
     def _match(
-        self, output: Tensor, target: Tensor | None, timestep: Tensor, task: Task | None
+        self,
+        output: Tensor,
+        target: Tensor | None,
+        timestep: Tensor,
+        task: Task | None,
+        unconditional: Tensor | None,
+        guidance: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        matched = self.weights.output > 0
         loss, parts, _ = output_match(
             output,
-            target if self.weights.output else None,
+            target if matched else None,
             timestep,
             self._table,
+            unconditional=unconditional if matched else None,
+            guidance=guidance if matched else None,
             task=task,
             channels=self._channels,
             output_weight=self.weights.output,
@@ -172,16 +202,23 @@ class Knowledge:
         return self._gradients
 
     @torch.no_grad()
-    def _teacher(self, draw: Draw[Tensor], branch: torch.cuda.Stream | None) -> tuple[Tensor, list[Tensor]]:
-        """Output and features, on a stream beside the student's where there is one: whoever reads them waits for it.
+    def _teacher(self, draw: Draw[Any], branch: torch.cuda.Stream | None) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Output, that for the null prompt where it is asked for, and features of the prompt, on a stream beside the
+        student's where there is one: whoever reads them waits for it.
 
         Their memory is that stream's, which does nothing else in a step, so it lasts until the losses have read it.
         """
         if branch is not None:
             branch.wait_stream(torch.cuda.current_stream(branch.device))
         with contextlib.nullcontext() if branch is None else torch.cuda.stream(branch):
-            output = self._predict_teacher(draw.x_t, draw.timestep, draw.prompt)
-            return output, self._taps[0].features() if self._taps else []
+            if self._null is None:
+                output = self._predict_teacher(draw.x_t, draw.timestep, draw.prompt)
+                return output, None, self._taps[0].features() if self._taps else []
+            both = after_null(draw.prompt, self._null[tuple(draw.x_t.shape[1:])])
+            output = self._predict_teacher(torch.cat([draw.x_t] * 2), torch.cat([draw.timestep] * 2), both)
+            unconditional, output = output.chunk(2)
+            features = self._taps[0].features() if self._taps else []
+            return output, unconditional, [feature.chunk(2)[1] for feature in features]
 
     def _match_features(self, theirs: list[Tensor]) -> FeatureMatch:
         if self._taps is None:

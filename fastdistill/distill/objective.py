@@ -108,24 +108,31 @@ class Setting:
         times = self.schedule.times
         return None if times is None else times.to(self.device, torch.float32)
 
-    def predict(self, model: nn.Module, x_t: Tensor, timestep: Tensor, prompt: Any) -> Tensor:
+    def predict(
+        self, model: nn.Module, x_t: Tensor, timestep: Tensor, prompt: Any, timestep_cond: Tensor | None = None
+    ) -> Tensor:
         """The prediction of a model, its inputs cast to the dtype in which it computes, whatever the banks have.
 
         Args:
             model: the teacher or the student (another model is looked at anew in every call).
             x_t: [B, *S]. timestep: [B] int64. prompt: [B, L, D], or rows [B, ...] by the names of the banks.
+            timestep_cond: [B, ...], what says the guidance weight to models that read it (``Family.guidance_rows``), in
+                place of the prompt's own.
         """
         for predictor in self.predictors:
             if predictor.model is model:
-                return predictor(x_t, timestep, prompt)
-        return self._predictor(model)(x_t, timestep, prompt)
+                return predictor(x_t, timestep, prompt, timestep_cond)
+        return self._predictor(model)(x_t, timestep, prompt, timestep_cond)
 
-    def batches(self, replace: Tensor, **options: Any) -> Batches | Buckets:
+    def batches(self, replace: Tensor, coefficients: Tensor | None = None, **options: Any) -> Batches | Buckets:
         """The draws of ``noise_gather`` on these banks; ``replace`` [T] int64, options as ``Batches``.
 
-        Where teacher and student compute in one dtype, x_t and the prompts of a draw have it.
+        ``coefficients``: [T, 4], the noise levels that are drawn from; None: those of the schedule. Where teacher and
+        student compute in one dtype, x_t and the prompts of a draw have it.
         """
-        tables = self.schedule.coefficients(self.prediction_type).to(self.device), replace.to(self.device)
+        if coefficients is None:
+            coefficients = self.schedule.coefficients(self.prediction_type)
+        tables = coefficients.to(self.device), replace.to(self.device)
         dtypes = {predictor.dtype for predictor in self.predictors}
         dtype = dtypes.pop() if len(dtypes) == 1 else None
         parts = [
@@ -141,26 +148,29 @@ class Setting:
             return parts[0]
         return Buckets(parts, [len(bucket.latents) for bucket in self.buckets], self.device)
 
-    def check(self, name: Literal["teacher", "student"]) -> None:
+    def check(self, name: Literal["teacher", "student"], timestep_cond: Tensor | None = None) -> None:
         """One forward of a model on the first sample of each shape, which leaves no trace; taps on the model fire.
+        ``timestep_cond``: of one sample, as of ``predict``.
 
         Raises:
             InputError: the model does not take the latents and prompts, or its prediction is not like the latents.
         """
         for bucket in reversed(self.buckets):  # the taps fire on the first last
-            self._check(name, bucket.latents, bucket.prompts)
+            self._check(name, bucket.latents, bucket.prompts, timestep_cond)
 
-    def _check(self, name: str, latents: Any, prompts: Any) -> None:
+    def _check(self, name: str, latents: Any, prompts: Any, timestep_cond: Tensor | None) -> None:
         model: nn.Module = getattr(self, name)
         x = latents[:1].to(self.device)
         prompt = rows_of(prompts, slice(1), self.device)
         timestep = torch.zeros(1, dtype=torch.int64, device=self.device)
         if self.call is None and (family := families.find(model)) is not None:
             banks = prompts if isinstance(prompts, Mapping) else {families.EMBEDDINGS: prompts}
+            if timestep_cond is not None:
+                banks = {**banks, family.guidance_bank(families.unwrapped(model).config): timestep_cond}
             family.check(name, model, tuple(latents.shape), banks)
         try:
             with trial(model):
-                shape = tuple(self.predict(model, x, timestep, prompt).shape)
+                shape = tuple(self.predict(model, x, timestep, prompt, timestep_cond).shape)
         except (FastdistillError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -67,15 +67,15 @@ class RandomConditioning:
 class BoundRandomConditioning:
     """Draws a batch by counter and compares teacher and student on it."""
 
-    def __init__(self, config: RandomConditioning, setting: Setting) -> None:
+    def __init__(self, config: RandomConditioning, setting: Setting, **guided: Any) -> None:
         self._weights = config.weights
         self._knowledge = Knowledge(
             setting,
             config.taps,
             config.weights,
             config.feature_distance,
-            loss_weighting=config.loss_weighting,
             min_snr_gamma=config.min_snr_gamma,
+            **{"loss_weighting": config.loss_weighting} | guided,
         )
         self.whole = "the normalized distance of features" if config.feature_distance == "normalized_mse" else ""
         self.metric_names = self._knowledge.metric_names

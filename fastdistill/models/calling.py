@@ -80,10 +80,16 @@ class Predictor:
         self.model, self.dtype = model, compute_dtype(model)
         family = families.find(model)
         self._call = call or (family.call if family else _by_name(model))
+        config = families.unwrapped(model).config if family else {}
+        self._guidance = (family and family.guidance_bank(config)) or "timestep_cond"
         self._times = times
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, prompt: Any) -> Tensor:
+    def __call__(self, x_t: Tensor, timestep: Tensor, prompt: Any, timestep_cond: Tensor | None = None) -> Tensor:
+        """``timestep_cond``: the rows of the bank in which the model reads the guidance weight
+        (``Family.guidance_rows``), in place of the prompt's; None: those of the prompt, if it has them."""
         rows = prompt if isinstance(prompt, Mapping) else {families.EMBEDDINGS: prompt}
+        if timestep_cond is not None:
+            rows = {**rows, self._guidance: timestep_cond}
         if self._times is not None:
             timestep = self._times.index_select(0, timestep)
         return prediction(self._call(self.model, cast(x_t, self.dtype), timestep, cast(rows, self.dtype)))

@@ -44,15 +44,16 @@ class CopyReport:
 
 
 def copy_from_teacher(
-    student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None = None
+    student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None = None, new: str = ""
 ) -> CopyReport:
     """Copy into every tensor of ``student`` the teacher's tensor it stands for (BK-SDM, arXiv 2305.15798), or the slice
     of it where the student is narrower (``fastdistill.models.slicing``).
 
-    ``source_of``: the teacher's name for a name of the student's; None: that of ``copy_sources`` for U-Nets. Nothing is
-    copied unless all of it fits; values are cast to the student's dtype. Raises as ``copy_sources``.
+    ``source_of``: the teacher's name for a name of the student's; None: that of ``copy_sources`` for U-Nets. ``new``: a
+    module that the teacher does not have, which stays as it is. Nothing is copied unless all of it fits; values are
+    cast to the student's dtype. Raises as ``copy_sources``.
     """
-    sources, parts = _map(student, teacher, source_of)
+    sources, parts = _map(student, teacher, source_of, new)
     own, theirs = student.state_dict(), teacher.state_dict()
     with torch.no_grad():
         for key, source in sources.items():
@@ -66,7 +67,7 @@ def copy_from_teacher(
 
 
 def copy_sources(
-    student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None = None
+    student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None = None, new: str = ""
 ) -> dict[str, str]:
     """The map student tensor -> teacher tensor, by name; either model may be on the meta device.
 
@@ -77,16 +78,16 @@ def copy_sources(
 
     Raises ``InputError`` naming both tensors where a pair does not match, by its shape or as a slice.
     """
-    return _map(student, teacher, source_of)[0]
+    return _map(student, teacher, source_of, new)[0]
 
 
 def _map(
-    student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None
+    student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None, new: str
 ) -> tuple[dict[str, str], dict[str, Slice]]:
     if source_of is None:
         source_of = _source_of(student.config, teacher.config)  # type: ignore[arg-type]
     own, theirs = student.state_dict(), teacher.state_dict()
-    sources = {key: source_of(key) for key in own}
+    sources = {key: source_of(key) for key in own if not (new and key.startswith(f"{new}."))}
     for key, source in sources.items():
         if source not in theirs:
             raise InputError.of(f"student {key}", "a tensor of the teacher to copy", f"none, as it has no {source}")

@@ -120,7 +120,8 @@ def _model(student: Any, source: PipelineFolder) -> Any:
     own, theirs = ((family.channels(c), family.conditions(c)) for c in (core.config, source.config))
     if own[0] != theirs[0]:
         raise InputError.of("student", f"latents of {theirs[0]} channels, as {source.path}", own[0])
-    for name in own[1].keys() | theirs[1].keys():
+    new = {family.guidance_bank(core.config)} - theirs[1].keys()  # which the pipelines give to models that read it
+    for name in (own[1].keys() | theirs[1].keys()) - new:
         if own[1].get(name) != theirs[1].get(name):
             rule = f"prompts as {source.path} has them: {name} {_shape(theirs[1].get(name))}"
             raise InputError.of("student", rule, _shape(own[1].get(name)))

@@ -50,6 +50,7 @@ def make_student(
     *,
     init: Literal["teacher", "random"] = "teacher",
     seed: int = 0,
+    guidance_embedding: bool = False,
 ) -> Student:
     """The student of ``teacher`` that ``spec`` names, initialized from it or from ``seed``.
 
@@ -61,6 +62,10 @@ def make_student(
     A student of the teacher's width starts from copies of its tensors, a narrower one from slices of them
     (``fastdistill.models.slicing``).
 
+    guidance_embedding: the student reads the guidance weight (``GuidanceDistillation.scale``), as latent consistency
+    models and Flux do, also where the teacher does not; what is new for it begins at zero, so that the student is the
+    one without it. U-Nets and Flux.
+
     The global random state is left alone. A teacher on the meta device gives a student there, to count and plan with.
     Raises ``InputError`` before anything is allocated where the spec does not fit the teacher, ``FastdistillError``
     where PEFT is needed and not installed.
@@ -69,7 +74,12 @@ def make_student(
     if init not in ("teacher", "random"):
         raise InputError.of("init", "'teacher' or 'random'", repr(init))
     seed = _check.seed(seed)
+    if not isinstance(guidance_embedding, bool):
+        raise InputError.of("guidance_embedding", "True or False", described(guidance_embedding))
     if peft.is_config(spec):
+        if guidance_embedding and not family.reads_guidance(families.unwrapped(teacher).config):
+            rule = "False with adapters on a teacher that does not read the guidance weight"
+            raise InputError.of("guidance_embedding", rule, True)
         return _adapted(family, teacher, spec, init, seed)
     if init == "teacher" and quantized(teacher):
         rule = "weights to copy, such as the model's before it was quantized (or use init='random')"
@@ -85,11 +95,15 @@ def make_student(
         spec = student_spec(spec)
         config = student_config(whole.config, spec)
         taps = (student_taps if spec.taps == "blocks" else self_attention_taps)(whole.config, config)
+    new = ""
+    if guidance_embedding:
+        read = family.reading_guidance(dict(config))
+        new, config = "" if read == config else family.guidance[2], read
     with torch.device("meta"):
         plan = _made(family, config)
     check_parameters(whole, plan)
     if init == "teacher":
-        copy_sources(plan, whole, source_of)
+        copy_sources(plan, whole, source_of, new)
     theirs = resolve(whole, [pair[0] for pair in taps])
     own = resolve(plan, [pair[1] for pair in taps])
     if family.blocks:
@@ -98,7 +112,11 @@ def make_student(
         pairs = tuple((_channels(s), _channels(t)) for s, t in zip(own, theirs, strict=True))
     device = next(whole.parameters()).device
     model = plan if device.type == "meta" else _build(family, config, seed).to(device)
-    report = copy_from_teacher(model, whole, source_of) if init == "teacher" else None
+    if new:
+        *_, last = (layer for layer in model.get_submodule(new).modules() if isinstance(layer, nn.Linear))
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+    report = copy_from_teacher(model, whole, source_of, new) if init == "teacher" else None
     return Student(model, tuple(pair[0] for pair in taps), tuple(pair[1] for pair in taps), pairs, report)
 
 
@@ -120,13 +138,15 @@ def _adapted(family: families.Family, teacher: nn.Module, config: Any, init: str
 def check_parameters(teacher: nn.Module, student: nn.Module) -> None:
     """Refuse a student that trains more parameters than its teacher has.
 
-    Frozen ones do not count, as of a student with LoRA beside the teacher's own weights; nor is anything refused by a
-    quantized teacher, whose parameters do not count its weights.
+    Frozen ones do not count, as of a student with LoRA beside the teacher's own weights, nor does what reads the
+    guidance weight; nor is anything refused by a quantized teacher, whose parameters do not count its weights.
     """
     if quantized(teacher):
         return
+    family = families.find(student)
+    new = f"{family.guidance[2]}." if family and family.guidance[2] else None
     most = sum(p.numel() for p in teacher.parameters())
-    own = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    own = sum(p.numel() for n, p in student.named_parameters() if p.requires_grad and not (new and new in n))
     if own > most:
         raise InputError.of("student", f"at most the teacher's {most:,} parameters", f"{own:,}")
 

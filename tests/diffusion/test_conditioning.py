@@ -53,7 +53,6 @@ def test_parameters_and_functions():
             "p(t): expected one of exp, sigmoid, exp_two_sided, quadratic, const, or a function of t/T, got 'zzz'",
         ),
         ("exp", {"lam": 5.0}, "p(t) exp: got an unexpected keyword argument 'lam'; it takes (rate: 'float' = 5.0)"),
-        ("const", {}, "p(t) const: missing a required argument: 'value'"),
         ("const", {"value": 1.5}, "p(t) const: expected probabilities, within [0, 1], got 1.5 at t = 0 of 10"),
         ("exp", {"rate": -5.0}, "p(t) exp: expected probabilities"),
         ("sigmoid", {"slope": 1e9}, "p(t) sigmoid: expected probabilities, within [0, 1], got inf"),

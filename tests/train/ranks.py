@@ -17,8 +17,9 @@ from torch.distributed.fsdp import fully_shard
 
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.distill import GuidanceDistillation, RandomConditioning, Weights
 from fastdistill.errors import Stopped
+from fastdistill.models import make_student
 from fastdistill.train import DistillTrainer, distributed
 from fastdistill.train.checkpoint import state_of, steps
 from fastdistill.train.guard import NoHostSync
@@ -175,6 +176,16 @@ def compiled(rank: int, directory: Path) -> Any:
 def fused(rank: int, directory: Path) -> Any:
     """A U-Net with adapters, fused and then wrapped."""
     return small.trainer("channel_base", fuse=True, steps=2, **SMOOTH).fit().history[0]["gradient_norm"]
+
+
+def guided(rank: int, directory: Path) -> Any:
+    """A fused U-Net that reads guidance weights drawn by counter."""
+    own = small.teacher()
+    made = make_student(own, "bk_base", guidance_embedding=True)
+    taps = tuple(zip(made.teacher_taps, made.student_taps, strict=True))
+    objective = GuidanceDistillation("1@2,-1@0.5,0", (0.0, 4.0), taps=taps)
+    data = small.SCHEDULE, small.cache(), small.bank(), objective, small.config(fuse=True, steps=2, **SMOOTH)
+    return DistillTrainer(own, made.model, *data).fit().history[0]["gradient_norm"]
 
 
 def shards_fused(rank: int, directory: Path) -> Any:
@@ -336,7 +347,7 @@ def unsharded(rank: int, directory: Path) -> Any:
 
 _ALL: tuple[Any, ...] = (
     draws, from_disk, encoded, buckets, run, parts, shards_parts, interrupted,
-    fused, compiled, guarded, pressed, nowhere, full, uneven, unlike,
+    fused, guided, compiled, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
     shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded, adapters,
     shards_adapters,

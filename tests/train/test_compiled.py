@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import ddim
+from fastdistill.distill import GuidanceDistillation
 from fastdistill.train.step import TrainStep
 from tests import tiny
 from tests.distill.test_setting import Own
@@ -54,6 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
         "precision": "float16", "teacher": torch.bfloat16, "disk": True,
     },
     "an objective of one's own": {"objective": Own()},
+    "guidance": {"objective": GuidanceDistillation("4@0.5,-1", grid="trailing:10", taps=(("mid", "mid"),))},
 }  # fmt: skip
 
 

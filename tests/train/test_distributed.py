@@ -132,6 +132,10 @@ def test_fused_unets_too(found: Found, name: str) -> None:
     assert found[name] == pytest.approx((ranks.fused(0, Path()),) * 2, rel=1e-5)
 
 
+def test_guidance_weights_are_those_of_one_process(found: Found) -> None:
+    assert found["guided"] == pytest.approx((ranks.guided(0, Path()),) * 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["adapters", "shards_adapters"])
 def test_adapters_on_frozen_weights(found: Found, place: Path, name: str) -> None:
     """Interrupted, as one process goes through; the averages are exported whole, by one rank."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
-from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.distill import GuidanceDistillation, RandomConditioning, Weights
 from fastdistill.distill.denoising import Denoising
 from fastdistill.errors import InputError
 from tests import tiny
@@ -27,6 +27,7 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     ),
     "cosine": lambda: tiny.features(feature_distance="cosine"),
     "denoising": lambda: Denoising(5.0),
+    "guidance": lambda: GuidanceDistillation("4@0.5,-1@0.2,0", weights=Weights(1.0, 0.5, 0.25), taps=(("mid", "mid"),)),
 }
 
 

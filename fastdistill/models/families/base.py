@@ -41,7 +41,8 @@ class Family(OfPipelines):
 
     name: by which it is asked for. kind: its class. blocks: of a transformer, the lists of its blocks with the field of
     the configuration that says their number. prediction_type: what its published models predict, where their scheduler
-    does not say.
+    does not say. guidance: of models that may read the guidance weight, the field of the configuration and its value
+    for those that do, and the module that reads it, whose last linear layer adds to the timestep's embedding.
     """
 
     name: ClassVar[str]
@@ -49,6 +50,7 @@ class Family(OfPipelines):
     prediction_type: ClassVar[str] = "epsilon"
     blocks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
     of_channels: ClassVar[str] = "in_channels"  # where its configuration has the channels of the latents
+    guidance: ClassVar[tuple[str, Any, str]] = ("", None, "")  # of no model
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
         """The banks that a model of this configuration reads, by the names of its arguments."""
@@ -102,6 +104,17 @@ class Family(OfPipelines):
             return found[1], 0
         found = _OUT_OF_HEADS.fullmatch(key)
         return None if found is None else (found[1], 1)
+
+    def reading_guidance(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A configuration whose model reads the guidance weight.
+
+        Raises:
+            InputError: no model of this family does.
+        """
+        field, value, _ = self.guidance
+        if not field:
+            raise InputError.of("guidance_embedding", f"False for a {self}, which has no such input", True)
+        return config if self.guidance_bank(config) else config | {field: value}
 
     def rows(self, source: str, own: tuple[int, ...], theirs: tuple[int, ...], ratio: Fraction) -> Tensor | None:
         """The rows of the teacher's tensor ``source`` of shape ``theirs`` that one of a student of shape ``own`` stands

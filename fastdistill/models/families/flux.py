@@ -47,6 +47,7 @@ class Flux(Family):
     of_channels = "in_channels / 4"
     pipelines = ("FluxPipeline",)
     encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 0), "pooled_projections": (1, 1)}
+    guidance = "guidance_embeds", True, "time_text_embed.guidance_embedder"
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
         found = {
@@ -69,6 +70,10 @@ class Flux(Family):
     def guided(self, config: Mapping[str, Any], guidance_scale: float) -> float:
         """None: its pipeline gives the scale to models that read it, and to others nothing."""
         return 1.0
+
+    def guidance_rows(self, config: Mapping[str, Any], w: Tensor) -> Tensor:
+        """[B]: the scale g = 1 + w itself, which the model embeds."""
+        return 1 + w
 
     def sigmas(self, steps: int) -> list[float]:
         return [1 - i / steps for i in range(steps)]

@@ -164,7 +164,15 @@ class OfPipelines:
 
     def reads_guidance(self, config: Mapping[str, Any]) -> bool:
         """Whether the model itself reads the guidance scale, as guidance-distilled ones do."""
-        return not _GUIDANCE.isdisjoint(self.conditions(config))
+        return self.guidance_bank(config) is not None
+
+    def guidance_bank(self, config: Mapping[str, Any]) -> str | None:
+        """The bank in which a model of this configuration reads the guidance weight; None: in none."""
+        return next((bank for bank in self.conditions(config) if bank in _GUIDANCE), None)
+
+    def guidance_rows(self, config: Mapping[str, Any], w: Tensor) -> Tensor:
+        """The rows of that bank for guidance weights w [B] (g - 1 for a guidance scale g), in float32 or above."""
+        raise InputError.of("model", "one that reads the guidance weight", f"a {self}")
 
     def guided(self, config: Mapping[str, Any], guidance_scale: float) -> float:
         """The scale of classifier-free guidance with which the pipelines sample: 1, without, where it is not above 1 or

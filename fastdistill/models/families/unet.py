@@ -26,6 +26,7 @@ class UNet(Family):
     name, kind, part, blocks = "unet", UNet2DConditionModel, "unet", {}
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
     encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 1), "text_embeds": (2, 3)}
+    guidance = "time_cond_proj_dim", 256, "time_embedding.cond_proj"
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
         field = "cross_attention_dim" if config.get("encoder_hid_dim") is None else "encoder_hid_dim"
@@ -83,10 +84,17 @@ class UNet(Family):
         self, pipeline: Any, config: Mapping[str, Any], size: tuple[int, int] | None, guidance_scale: float
     ) -> dict[str, Tensor]:
         found = self.of_size(config, size or self.size(config, pipeline.vae_scale_factor))
-        if (dim := config.get("time_cond_proj_dim")) is not None:
-            scale = torch.tensor([guidance_scale - 1])
-            found["timestep_cond"] = pipeline.get_guidance_scale_embedding(scale, embedding_dim=dim)[0]
+        if config.get("time_cond_proj_dim") is not None:
+            found["timestep_cond"] = self.guidance_rows(config, torch.tensor([guidance_scale - 1]))[0]
         return found
+
+    def guidance_rows(self, config: Mapping[str, Any], w: Tensor) -> Tensor:
+        """[B, time_cond_proj_dim]: sines and cosines of 1000 w f_i, f_i = 10000^(-i / (n - 1)) (Meng et al. 2210.03142;
+        ``get_guidance_scale_embedding`` of the pipelines of diffusers)."""
+        dim = config["time_cond_proj_dim"]
+        rate = torch.full((), 10000.0, device=w.device).log() / (dim // 2 - 1)
+        phase = (w * 1000.0)[:, None] * (torch.arange(dim // 2, dtype=torch.float32, device=w.device) * -rate).exp()
+        return nn.functional.pad(torch.cat([phase.sin(), phase.cos()], 1), (0, dim % 2))
 
     def of_size(self, config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
         return (

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guidance distillation: one pass of the student is the teacher's guided prediction (Meng et al., arXiv 2210.03142).
+
+    target = c + w (c - u),    w = h(t) of a schedule, or w = v max(h(t), 0) + min(h(t), 0) with v ~ U[v_min, v_max]
+
+c and u are the teacher's predictions with the prompt and with the null prompt, of one batch of 2 B. The target is made
+inside of ``output_match``; v is given to the student too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastdistill.data.encoded import rows_of
+from fastdistill.data.fingerprint import up_to_rounding
+from fastdistill.diffusion.grid import Grid, GridSchedule
+from fastdistill.diffusion.guidance import Function, Guidance
+from fastdistill.diffusion.matching import LossWeighting, limited_weights
+from fastdistill.distill.objective import Setting
+from fastdistill.distill.random_conditioning import BoundRandomConditioning, RandomConditioning
+from fastdistill.errors import InputError, described
+from fastdistill.models import families
+from fastdistill.ops import Draw, philox
+from fastdistill.ops.noise_gather.banks import listed
+from fastdistill.train.config import validated
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class _Guided:
+    schedule: Any
+    scale: tuple[Finite, Finite] | None = None
+    grid: Any = None
+    weight_limit: Annotated[float, Field(gt=0)] = 5.0
+
+
+@dataclass(frozen=True)
+class GuidanceDistillation(RandomConditioning, _Guided):
+    """The objective's settings, checked where they are used.
+
+    schedule: the guidance weight w of each noise level: a ``Guidance``, its text or a number. w = 0 is the conditional
+        teacher; ``guidance_scale`` of diffusers is 1 + w.
+    scale: (v_min, v_max): the student reads v, drawn for each sample by counter, by which the positive weights of the
+        schedule are multiplied (1 is the plain guidance weight); ``make_student(..., guidance_embedding=True)`` makes
+        one. None: it reads nothing.
+    grid: the sampler's steps (a ``Grid`` or its text), of which the timesteps are drawn; schedules by step need one.
+        None: all timesteps of training.
+    weight_limit: the loss at each timestep is weighted by min(1 / (a q - b p)^2, weight_limit), where a model predicts
+        p x_0 + q eps: of epsilon min(1 / abar, weight_limit), of v and flow 1. It is used where ``loss_weighting``
+        is None.
+
+    The other fields are those of ``RandomConditioning``, whose ``probability`` is 0 here by default. The target of a
+    null prompt is u, whatever w is.
+    """
+
+    probability: str | Callable[[float], float] = "const"
+    loss_weighting: LossWeighting | None = None  # type: ignore[assignment] # wider than that of plain distillation
+
+    def bind(self, setting: Setting) -> BoundGuidanceDistillation:
+        return BoundGuidanceDistillation(self._checked(), setting)
+
+    def describe(self) -> dict[str, object]:
+        config = self._checked()
+        given: dict[str, Any] = {"schedule": str(config.schedule), "grid": None}
+        if isinstance(config.schedule, Function):
+            levels = torch.linspace(0, 1, 101) if config.schedule.by != "sigma" else torch.logspace(-3, 3, 101)
+            given["schedule"] = up_to_rounding(config.schedule.weights_at(levels.double()))
+        if config.grid is not None:
+            given["grid"] = config.grid if isinstance(config.grid, str) else config.grid.text
+        if given["grid"] == "":
+            given["grid"] = up_to_rounding(torch.cat([config.grid.signal, config.grid.noise, config.grid.times]))
+        return RandomConditioning.describe(dataclasses.replace(config, **given))
+
+    def _checked(self) -> GuidanceDistillation:
+        """The same, with a ``Guidance`` for its schedule."""
+        if self.grid is not None and not isinstance(self.grid, Grid | str):
+            raise InputError.of("grid", "a Grid, its text or None", described(self.grid))
+        config = validated(dataclasses.replace(self, schedule=None, grid=None), "objective")
+        return dataclasses.replace(config, schedule=Guidance.parse(self.schedule), grid=self.grid)
+
+
+class GuidedDraw(NamedTuple):
+    """A batch, and the v of each of its samples [B] float32."""
+
+    batch: Draw[Any]
+    scale: Tensor
+
+    def part(self, start: int, stop: int) -> GuidedDraw:
+        """Samples ``start`` to ``stop`` (exclusive), in the same memory."""
+        return GuidedDraw(self.batch.part(start, stop), self.scale[start:stop])
+
+
+class BoundGuidanceDistillation(BoundRandomConditioning):
+    """Draws a batch and its guidance weights by counter and compares the student with the guided teacher on it."""
+
+    def __init__(self, config: GuidanceDistillation, setting: Setting) -> None:
+        device = setting.device
+        if config.grid is not None:
+            grid = Grid.parse(config.grid, setting.schedule) if isinstance(config.grid, str) else config.grid
+            setting = dataclasses.replace(setting, schedule=GridSchedule(grid, setting.schedule))
+            weights: Tensor = config.schedule.weights(grid)
+        else:
+            weights = config.schedule.table(setting.schedule)
+        self._positive = weights.clamp(min=0).to(device, torch.float32)
+        self._negative = weights.clamp(max=0).to(device, torch.float32)
+        self._scale, self._embed = config.scale, None
+        self._samples = setting.first_sample + torch.arange(setting.batch, device=device)
+        self._ones = torch.ones(setting.batch, device=device)
+        if config.scale is not None:
+            self._embed = _embedding(config, setting, bool((weights > 0).any()))
+        self._null_row = {
+            tuple(bucket.latents.shape[1:]): len(listed(bucket.prompts)[0]) - 1 for bucket in setting.buckets
+        }
+        null = {
+            tuple(bucket.latents.shape[1:]): rows_of(bucket.prompts, slice(row, row + 1), device)
+            for bucket, row in zip(setting.buckets, self._null_row.values(), strict=True)
+        }
+        super().__init__(
+            config,
+            setting,
+            null=null,
+            loss_weighting=config.loss_weighting
+            or limited_weights(setting.schedule.coefficients(setting.prediction_type), config.weight_limit),
+            timestep_cond=None if self._embed is None else self._embed(self._ones[:1]),
+        )
+
+    @torch.no_grad()
+    def draw(self, counter: Tensor) -> GuidedDraw:  # type: ignore[override] # with what its loss needs beside
+        """The batch of a step; v is word 0 of block 0 in the stream of guidance weights (``ops.philox``)."""
+        scale = self._ones
+        if self._scale is not None:
+            low, high = self._scale
+            word = philox.words(counter[0], counter[1], self._samples, torch.zeros_like(counter[0]), philox.GUIDANCE)[0]
+            scale = low + (high - low) * philox.uniform(word)
+        return GuidedDraw(super().draw(counter), scale)
+
+    def loss(self, draw: GuidedDraw, counter: Tensor) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
+        batch, scale = draw
+        w = self._positive[batch.timestep] * scale + self._negative[batch.timestep]
+        w = torch.where(batch.prompt_index == self._null_row[tuple(batch.x_t.shape[1:])], 0.0, w)
+        task = self._batches.task(batch, counter) if self._weights.task else None
+        return self._knowledge(batch, task, w, None if self._embed is None else self._embed(scale))
+
+
+def _embedding(config: GuidanceDistillation, setting: Setting, positive: bool) -> Callable[[Tensor], Tensor]:
+    """What the student is given for v [B]."""
+    low, high = config.scale or (0.0, 0.0)
+    if not low < high:
+        raise InputError.of("scale", "(lowest, highest) guidance weight", (low, high))
+    if not positive:
+        raise InputError.of("scale", "None for a schedule without positive weights to multiply", str(config.schedule))
+    student = families.unwrapped(setting.student)
+    family = families.find(student)
+    own = {} if family is None else student.config
+    if family is None or setting.call is not None or family.guidance_bank(own) is None:
+        rule = "None, or a student that reads it (make_student(..., guidance_embedding=True))"
+        raise InputError.of("scale", rule, f"{(low, high)} and a {type(student).__name__} without that input")
+    return lambda v: family.guidance_rows(own, v)
