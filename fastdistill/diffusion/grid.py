@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastdistill.diffusion.flow import mu_of
-from fastdistill.diffusion.sampler import trailing_timesteps
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedule, flow_matching
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
@@ -30,7 +29,7 @@ class Grid:
     """The n steps of a sampler between n + 1 levels x = signal x_0 + noise eps, from the noise to the data.
 
     Args:
-        signal, noise: [n + 1]; sigma = noise / signal falls from step to step (in the last one it may stay). The first
+        signal, noise: [n + 1]; sigma = noise / signal never rises from level to level. The first
             signal may be 0 (sigma is infinite there); the last level is (1, 0), or where a scheduler ends.
         times: [n], what the model is given at each step.
         clock: [n] in [0, 1], the same as a share of the training timesteps (of rectified flow its sigma).
@@ -64,9 +63,7 @@ class Grid:
         last = torch.arange(steps + 1, device="cpu") == steps
         _holds((signal > 0) | first & (signal == 0), signal, "signal", "values > 0 (the first may be 0)")
         _holds((noise > 0) | last & (noise == 0), noise, "noise", "values > 0 (the last may be 0)")
-        change = self.sigma.diff()
-        falls = (change < 0) | last[1:] & (change == 0)
-        _holds(falls, self.sigma[1:], "noise", "noise / signal that falls from step to step")
+        _holds(self.sigma.diff() <= 0, self.sigma[1:], "noise", "noise / signal that never rises from level to level")
 
     def __len__(self) -> int:
         return len(self.times)
@@ -172,6 +169,34 @@ class Grid:
         return cls((1 + sigmas**2).rsqrt(), sigmas * (1 + sigmas**2).rsqrt(), times, times / T)
 
     @classmethod
+    def visited(cls, scheduler: Any) -> Grid:
+        """The levels at which a scheduler of diffusers, whose timesteps are set, has the model evaluated, to the data.
+
+        By the timesteps that the model is given, so that schedulers are welcome that evaluate it between their levels
+        or twice at one (Heun, PNDM), which ``of`` refuses: a schedule of guidance has a weight for each evaluation.
+        Between the timesteps of training the logarithm of sigma is linear.
+
+        Raises:
+            InputError: a scheduler without timesteps, or whose models take none.
+        """
+        kind, config = type(scheduler).__name__, getattr(scheduler, "config", None)
+        times = getattr(scheduler, "timesteps", None)
+        if not isinstance(config, Mapping) or times is None or getattr(scheduler, "num_inference_steps", 0) is None:
+            raise InputError.of("scheduler", "a scheduler of diffusers whose timesteps are set", described(scheduler))
+        times = torch.as_tensor(times).to("cpu", torch.float64)
+        clock = times / int(config["num_train_timesteps"])
+        if flow_matching(kind, config):
+            return cls(_ended(1 - clock, 1.0), _ended(clock, 0.0), times, clock)
+        levels = NoiseSchedule.from_diffusers(scheduler)
+        known = (levels.noise / levels.signal).log()
+        below = times.floor().clamp(0, len(known) - 1).long()
+        above = (below + 1).clamp(max=len(known) - 1)
+        part = (times - below).clamp(0, 1)
+        sigma = torch.where(part > 0, torch.lerp(known[below], known[above], part), known[below]).exp()
+        signal = (1 + sigma**2).rsqrt()
+        return cls(_ended(signal, 1.0), _ended((1 - signal**2).sqrt(), 0.0), times, clock)
+
+    @classmethod
     def parse(cls, text: str, schedule: Schedule | None = None) -> Grid:
         """The grid of a text: ``trailing:20``, ``karras:30``, ``karras:30@30..0.09`` (sigma of the first and the last
         step), ``flow:28``, ``flow:28@3`` (shift). The first two kinds need a schedule."""
@@ -236,6 +261,17 @@ class GridSchedule(Schedule):
 
     def to_config(self) -> dict[str, Any]:
         return {"name": "grid", "grid": str(self.grid), "schedule": self.schedule.to_config()}
+
+
+def trailing_timesteps(T: int, steps: int) -> list[int]:
+    """``steps`` evenly spaced decreasing timesteps that start at T - 1 ("trailing", Lin et al. 2305.08891, table 2).
+
+    Sampling starts from pure noise, so the first timestep should be the last of training; with "leading" spacing it is
+    an earlier one.
+    """
+    if not isinstance(steps, int) or not 1 <= steps <= T:
+        raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", described(steps))
+    return [round(T - i * T / steps) - 1 for i in range(steps)]
 
 
 def _holds(condition: Tensor, values: Tensor, argument: str, rule: str) -> None:

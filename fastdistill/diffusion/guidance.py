@@ -181,8 +181,8 @@ class Guidance(ABC):
 
     def passes(self, grid: Grid) -> Tensor:
         """Evaluations of the model for each step, int64 [steps]: 1 where w is 0 or -1, else 2."""
-        w = self.weights(grid)
-        return torch.where((w == 0) | (w == -1), 1, 2)
+        scales = self.scales(grid)
+        return torch.where((scales == 0) | (scales == 1), 1, 2)
 
     def evaluations(self, grid: Grid, order: int = 1) -> int:
         """Evaluations of the model for one image. ``order`` 2: Heun's method, which evaluates each step at both ends,

@@ -17,7 +17,7 @@ from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.passes import Passes
 from fastdistill.diffusion.prompts import Rows
 from fastdistill.diffusion.sampler import predictor
-from fastdistill.diffusion.schedule import PredictionType, check_prediction_type
+from fastdistill.diffusion.schedule import PredictionType, check_prediction_type, targets
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
 from fastdistill.ops.philox import ANCESTRAL, normal
@@ -77,17 +77,16 @@ def sample(
         raise InputError.of("clip_sample", "a limit above 0, or None", clip_sample)
     levels = list(zip(grid.signal.tolist(), grid.noise.tolist(), strict=True))
     kind = check_prediction_type(prediction_type)
-    for level in levels[:-1]:
-        if _determinant(*level, *_prediction(kind, *level)) == 0:
+    kinds = list(zip(*(part.tolist() for part in targets(grid.signal, grid.noise)[kind]), strict=True))
+    for level, target in zip(levels[:-1], kinds, strict=False):
+        if _determinant(*level, *target) == 0:
             raise InputError.of("prediction_type", f"one that determines x_0 at (signal, noise) = {level}", kind)
     if method == "heun" and levels[-1][1] > 0:
         raise InputError.of("grid", "one that ends at sigma = 0, for heun", grid)
     numbers = torch.arange(len(x), device=x.device) if rows is None else rows
     if not isinstance(numbers, Tensor) or numbers.dtype != torch.int64 or tuple(numbers.shape) != (len(x),):
         raise InputError.of("rows", f"int64 row numbers [{len(x)}]", described(rows))
-    targets = [_prediction(kind, *level) for level in levels[:-1]]
-    p, q = torch.tensor(targets, dtype=torch.float64, device="cpu").unbind(1)
-    passes = Passes(Guidance.parse(guidance), grid, x, prompts, null_prompt, (p, q), seed, numbers)
+    passes = Passes.of(Guidance.parse(guidance), grid, x, prompts, null_prompt, kind, seed, numbers)
 
     whole = bool((grid.times == grid.times.round()).all())
     times = grid.times.to(x.device, torch.int64 if whole else torch.float32)
@@ -96,7 +95,7 @@ def sample(
     def clean_and_noise(x: Tensor, index: int, step: int) -> tuple[Tensor, Tensor]:
         out = passes(predict, x, times[index], index, step)
         a, b = levels[index]
-        p, q = _prediction(kind, a, b)
+        p, q = kinds[index]
         determinant = _determinant(a, b, p, q)
         x0, eps = (q * x - b * out) / determinant, (a * out - p * x) / determinant
         if clip_sample is not None:
@@ -119,11 +118,6 @@ def sample(
         if callback is not None:
             callback(index, float(grid.times[index]), state)
     return state.to(x.dtype)
-
-
-def _prediction(kind: PredictionType, a: float, b: float) -> tuple[float, float]:
-    """(p, q) of a prediction p x_0 + q eps, as in ``Schedule.coefficients``."""
-    return {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "v_prediction": (-b, a), "flow_prediction": (-1.0, 1.0)}[kind]
 
 
 def _determinant(a: float, b: float, p: float, q: float) -> float:

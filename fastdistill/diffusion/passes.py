@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,71 +12,98 @@ from torch import Tensor
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.hooks import Cads, PowerLaw, score_scale
-from fastdistill.diffusion.prompts import Rows, after_null, check_prompts, null_rows
-from fastdistill.diffusion.sampler import prediction_like
+from fastdistill.diffusion.prompts import Rows, after_null, check_prompts, null_rows, prediction_like
+from fastdistill.diffusion.schedule import PredictionType, targets
 from fastdistill.ops import _check
 
 Predict = Callable[[Tensor, Tensor, Rows], Any]
 
 
 class Passes:
-    """unconditional + (1 + w) (conditional - unconditional) at each step: in one batch of 2 B, or the prompts alone
-    where w is 0, or the null prompt alone where w is -1.
+    """unconditional + g (conditional - unconditional) at each step: in one batch of 2 B, or the prompts alone where g
+    is 1, or the null prompt alone where g is 0.
 
     Args:
-        guidance: with its hooks (``PowerLaw``, ``Cads``).
-        grid: where its weights are taken.
+        scales: g = 1 + w of each step.
         x: the first state [B, ...]; prompts, null_prompt: as of ``ddim``.
-        prediction: (p, q) float64 [n] of predictions p x_0 + q eps at the steps; for ``PowerLaw``.
-        seed, rows: of the noise of prompts: an int64, numbers of the rows [B].
+        law, scores: a ``PowerLaw`` and ``score_scale`` at each level; then w is of each sample, and no g counts.
+        annealing, clock: a ``Cads`` and the share t / T of each level; seed, rows [B] int64: of its noise.
 
     Raises:
-        InputError: prompts that do not fit, no null prompt where a weight is not 0, thresholds outside of the grid.
+        InputError: prompts that do not fit, no null prompt where a scale is not 1, thresholds outside of the grid.
     """
 
     def __init__(
         self,
+        scales: Sequence[float],
+        x: Tensor,
+        prompts: Rows,
+        null_prompt: Rows | None,
+        *,
+        law: PowerLaw | None = None,
+        scores: Sequence[float] = (),
+        annealing: Cads | None = None,
+        clock: Sequence[float] = (),
+        seed: int = 0,
+        rows: Tensor | None = None,
+    ) -> None:
+        for scale in dict.fromkeys(scales):
+            check_prompts(x, prompts, null_prompt, scale)
+        self.scales, self.prompts, self.null_prompt = scales, prompts, null_prompt
+        self.law, self.scores, self.annealing, self.clock = law, scores, annealing, clock
+        self.key = torch.tensor(_check.seed(seed), dtype=torch.int64, device=x.device)
+        self.rows = torch.arange(len(x), device=x.device) if rows is None else rows
+        self._inputs: dict[str, Rows] = {}
+        if annealing:
+            annealing.annealed(prompts, max(clock), self.key, self.key, self.rows)  # refuses what it cannot noise
+
+    @classmethod
+    def of(
+        cls,
         guidance: Guidance,
         grid: Grid,
         x: Tensor,
         prompts: Rows,
         null_prompt: Rows | None,
-        prediction: tuple[Tensor, Tensor],
-        seed: int,
-        rows: Tensor,
-    ) -> None:
-        self.annealing = guidance if isinstance(guidance, Cads) else None
-        base = self.annealing.base if self.annealing else guidance
-        self.law = base if isinstance(base, PowerLaw) else None
-        steps = len(grid)
-        self.weights = [base.omega] * steps if isinstance(base, PowerLaw) else base.weights(grid).tolist()
-        self.single = (guidance.passes(grid) == 1).tolist()
-        check_prompts(x, prompts, null_prompt, next((1 + w for w in self.weights if w != 0), 1.0))
-        self.scores = score_scale(grid.signal[:-1], grid.noise[:-1], *prediction).tolist() if self.law else []
-        self.clock = grid.clock.tolist()
-        self.prompts, self.null_prompt = prompts, null_prompt
-        self.key = torch.tensor(_check.seed(seed), dtype=torch.int64, device=x.device)
-        self.rows = rows
-        self._inputs: dict[str, Rows] = {}
-        if self.annealing:
-            self.annealing.annealed(prompts, max(self.clock), self.key, self.key, rows)  # refuses what it cannot noise
+        prediction_type: PredictionType,
+        seed: int = 0,
+        rows: Tensor | None = None,
+    ) -> Passes:
+        """With the weights and hooks of a schedule on a grid."""
+        annealing = guidance if isinstance(guidance, Cads) else None
+        base = annealing.base if annealing else guidance
+        hooks: dict[str, Any] = {"annealing": annealing, "clock": grid.clock.tolist(), "seed": seed, "rows": rows}
+        if isinstance(base, PowerLaw):
+            a, b = grid.signal[:-1], grid.noise[:-1]
+            p, q = targets(a, b)[prediction_type]
+            hooks |= {"law": base, "scores": score_scale(a, b, p, q).tolist()}
+            scales = [1 + base.omega] * len(grid)
+        else:
+            scales = base.scales(grid).tolist()
+        return cls(scales, x, prompts, null_prompt, **hooks)
 
-    def __call__(self, predict: Predict, x: Tensor, time: Tensor, level: int, step: int) -> Tensor:
-        """The prediction [B, ...] in the dtype of x, at a level (of number ``level``) with the weight of a step."""
-        w, single = self.weights[step], self.single[step]
-        seen = x if single else torch.cat([x, x])
-        out = prediction_like(seen, predict(seen, time.expand(len(seen)), self._conditions(level, step))).to(x.dtype)
-        if single:
+    def __call__(self, predict: Predict, x: Tensor, time: Tensor, level: int, step: int | None = None) -> Tensor:
+        """The prediction [B, ...] in the dtype of x, at the level of number ``level``, with the weight of a step (None:
+        the step that starts there)."""
+        step = level if step is None else step
+        kind = self._kind(step)
+        both = kind == "both"
+        seen = torch.cat([x, x]) if both else x
+        out = prediction_like(seen, predict(seen, time.expand(len(seen)), self._conditions(kind, level))).to(x.dtype)
+        if not both:
             return out
         unconditional, conditional = out.chunk(2)
         difference = conditional - unconditional
         if self.law is None:
-            return unconditional + (1 + w) * difference
-        weights = 1 + self.law.sample_weights(difference, self.scores[level]).to(x.dtype)
-        return unconditional + weights.view(-1, *[1] * (x.dim() - 1)) * difference
+            return unconditional + self.scales[step] * difference
+        scales = 1 + self.law.sample_weights(difference, self.scores[level]).to(x.dtype)
+        return unconditional + scales.view(-1, *[1] * (x.dim() - 1)) * difference
 
-    def _conditions(self, level: int, step: int) -> Rows:
-        kind = "both" if not self.single[step] else "null" if self.weights[step] == -1 else "prompts"
+    def _kind(self, step: int) -> str:
+        scale = self.scales[step]
+        return "prompts" if scale == 1 else "null" if scale == 0 and self.law is None else "both"
+
+    def _conditions(self, kind: str, level: int) -> Rows:
         if self.annealing is not None and kind != "null":
             number = torch.full_like(self.key, level)
             prompts = self.annealing.annealed(self.prompts, self.clock[level], self.key, number, self.rows)

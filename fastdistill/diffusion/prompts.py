@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What samplers give a model: the rows of its prompts, alone or after those of the null prompt."""
+"""What samplers give a model, the rows of its prompts alone or after those of the null prompt; and what it returns."""
 
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ Rows = Tensor | Mapping[str, Tensor]
 def check_prompts(x_T: Tensor, prompts: Rows, null_prompt: Rows | None, scale: float) -> None:
     """InputError unless ``prompts`` are rows for the batch of ``x_T`` and ``null_prompt`` is one more (None where
     ``scale`` is 1), in the same banks and on the same device."""
-    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise InputError.of("guidance_scale", "a finite number", described(scale))
+    check_scale(scale)
     if null_prompt is None and scale != 1:
         raise InputError.of("null_prompt", f"a row, for a guidance_scale of {scale}", None)
     banks, nulls = _labelled("prompts", prompts), _labelled("null_prompt", null_prompt)
@@ -36,6 +36,12 @@ def check_prompts(x_T: Tensor, prompts: Rows, null_prompt: Rows | None, scale: f
         for argument, tensor in ((label, bank), (null_label, null)):
             if tensor.device != x_T.device:
                 raise InputError.of(argument, f"the device of x_T ({x_T.device})", tensor.device)
+
+
+def check_scale(scale: object) -> None:
+    """InputError unless ``scale`` is a finite number."""
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise InputError.of("guidance_scale", "a finite number", described(scale))
 
 
 def null_rows(prompts: Rows, null_prompt: Rows) -> Rows:
@@ -55,6 +61,18 @@ def after_null(prompts: Rows, null_prompt: Rows) -> Rows:
         return {name: torch.cat([null[name], bank]) for name, bank in prompts.items()}
     assert isinstance(null, Tensor)
     return torch.cat([null, prompts])
+
+
+def prediction_like(x: Tensor, output: Any) -> Tensor:
+    """The prediction for x [B, C, ...] in a model's output: of 2 C channels the first C."""
+    output = getattr(output, "sample", output)
+    output = output[0] if isinstance(output, tuple) else output
+    if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
+        output = output[:, : x.shape[1]]
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise InputError.of("model", f"a prediction of shape {tuple(x.shape)}", got)
+    return output
 
 
 def _labelled(argument: str, rows: Rows | None) -> dict[str, tuple[str, Tensor]]:

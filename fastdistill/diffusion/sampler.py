@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.data.prompt_bank import EMBEDDINGS
-from fastdistill.diffusion.prompts import Rows, after_null, check_prompts, null_rows
+from fastdistill.diffusion.grid import Grid, trailing_timesteps
+from fastdistill.diffusion.guidance import Guidance
+from fastdistill.diffusion.hooks import Cads
+from fastdistill.diffusion.passes import Passes
+from fastdistill.diffusion.prompts import Rows, check_scale
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, check_prediction_type
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
@@ -43,17 +47,6 @@ def initial_noise(seed: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
     return normal(key, torch.zeros_like(key), rows, shape, stream=INITIAL_NOISE)
 
 
-def trailing_timesteps(T: int, steps: int) -> list[int]:
-    """``steps`` evenly spaced decreasing timesteps that start at T - 1 ("trailing", Lin et al. 2305.08891, table 2).
-
-    Sampling starts from pure noise, so the first timestep should be the last of training; with "leading" spacing it is
-    an earlier one.
-    """
-    if not isinstance(steps, int) or not 1 <= steps <= T:
-        raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", described(steps))
-    return [round(T - i * T / steps) - 1 for i in range(steps)]
-
-
 @torch.no_grad()
 def ddim(
     model: Callable[..., Any],
@@ -63,7 +56,8 @@ def ddim(
     schedule: NoiseSchedule | Any,
     *,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | None = None,
+    guidance: Guidance | float | str | None = None,
     prediction_type: PredictionType | None = None,
     timesteps: Sequence[int] | None = None,
     clip_sample: float | None = None,
@@ -79,7 +73,7 @@ def ddim(
         x_T: floating point; the state between the steps is at least float32. A module sees state and prompts in the
             dtype in which it computes, whatever theirs is; any other callable sees the state in the dtype of x_T.
         prompts: embeddings [B, L, D], or banks [B, ...] by name. null_prompt: one row [...] or [1, ...] of each; None
-            only when guidance_scale is 1.
+            only when guidance_scale is 1 (or guidance 0).
         schedule: a ``NoiseSchedule``, or a ``DDIMScheduler`` of diffusers, whose settings then apply: timestep spacing,
             ``steps_offset``, ``set_alpha_to_one``, ``prediction_type``, ``clip_sample`` with its range. Each step is
             that of ``DDIMScheduler.step`` with its defaults. In particular it ends at the noise level of timestep
@@ -87,6 +81,8 @@ def ddim(
         steps: number of steps, 1 to T.
         guidance_scale: g as in diffusers: prediction = null + g (conditional - null), computed in one batch of 2 B. Any
             finite g (g = 1 + w in the notation s_c + w (s_c - s_u)). g = 1 skips the null prompt, g = 0 the prompts.
+        guidance: in place of guidance_scale a schedule of w (``Guidance`` or its text), at the noise where each step
+            starts; or a number w. Without ``cads``, whose noise ``guided.sample`` and ``sample_with`` number.
         prediction_type: what the model predicts; None: epsilon. Only with a NoiseSchedule, as are the next two.
         timesteps: ``steps`` decreasing timesteps; None: ``trailing_timesteps``. The last step goes to abar = 1
             (``set_alpha_to_one`` of diffusers).
@@ -104,7 +100,8 @@ def ddim(
     _check.tensors(x_T=x_T)
     if x_T.ndim < 2 or not x_T.dtype.is_floating_point:
         raise InputError.of("x_T", "floating point [B, ...]", f"{x_T.dtype} {tuple(x_T.shape)}")
-    check_prompts(x_T, prompts, null_prompt, guidance_scale)
+    weights = one_guidance(guidance_scale, guidance)
+    _check.require(not isinstance(weights, Cads), "guidance", "a schedule without cads", repr(str(weights)))
     if clip_sample is not None and not _check.real(clip_sample, "clip_sample") > 0:
         raise InputError.of("clip_sample", "a limit above 0, or None", clip_sample)
     if isinstance(schedule, NoiseSchedule):
@@ -115,20 +112,15 @@ def ddim(
     first, abar, _ = plan.levels[0]
     if plan.prediction_type == "epsilon" and abar == 0:
         raise InputError.of("prediction_type", f"sample or v_prediction where abar is 0 (timestep {first})", "epsilon")
-    guided = guidance_scale not in (0, 1)
-    conditions = prompts
-    if null_prompt is not None and guidance_scale != 1:
-        conditions = (after_null if guided else null_rows)(prompts, null_prompt)
+    if isinstance(weights, Guidance):
+        passes = Passes.of(weights, plan.grid(len(schedule)), x_T, prompts, null_prompt, plan.prediction_type)
+    else:
+        passes = Passes([weights] * steps, x_T, prompts, null_prompt)
 
     predict = predictor(model, x_T.dtype)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
     for index, (t, abar, next_abar) in enumerate(plan.levels):
-        seen = torch.cat([x, x]) if guided else x
-        t_batch = torch.full((len(seen),), t, dtype=torch.int64, device=x.device)
-        out = prediction_like(seen, predict(seen, t_batch, conditions)).to(x.dtype)
-        if guided:
-            unconditional, conditional = out.chunk(2)
-            out = unconditional + guidance_scale * (conditional - unconditional)
+        out = passes(predict, x, torch.tensor(t, device=x.device), index)
         x = _step(x, out, abar, next_abar, plan)
         if callback is not None:
             callback(index, t, x)
@@ -143,6 +135,14 @@ class _Plan:
     prediction_type: PredictionType
     clip: float | None
     noise_of_clipped: bool
+
+    def grid(self, T: int) -> Grid:
+        """The levels where the steps start, and the last one."""
+        abar = torch.tensor(
+            [abar for _, abar, _ in self.levels] + [self.levels[-1][2]], dtype=torch.float64, device="cpu"
+        )
+        times = torch.tensor([t for t, _, _ in self.levels], dtype=torch.float64, device="cpu")
+        return Grid(abar.sqrt(), (1 - abar).sqrt(), times, times / T)
 
 
 def _schedule_plan(
@@ -200,6 +200,21 @@ def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
     )
 
 
+def one_guidance(guidance_scale: Any, guidance: Any) -> Guidance | float:
+    """The scale g or the schedule, of which one is given.
+
+    Raises:
+        InputError: both or neither are given, no schedule.
+    """
+    if (guidance is None) == (guidance_scale is None):
+        got = "neither" if guidance is None else "both"
+        raise InputError.of("guidance", "a schedule of w, or in its place guidance_scale (g = 1 + w)", got)
+    if guidance is not None:
+        return Guidance.parse(guidance)
+    check_scale(guidance_scale)
+    return guidance_scale  # type: ignore[no-any-return]
+
+
 def predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Rows], Any]:
     """How to call the model: a module in the dtype in which it computes, anything else with states of ``dtype``."""
     if isinstance(model, nn.Module):
@@ -235,18 +250,6 @@ def _step(x: Tensor, out: Tensor, abar: float, next_abar: float, plan: _Plan) ->
 
 def _noise_of(x: Tensor, x0: Tensor, signal: float, noise: float) -> Tensor:
     return (x - signal * x0) / noise if noise else torch.zeros_like(x)
-
-
-def prediction_like(x: Tensor, output: Any) -> Tensor:
-    """The prediction for x [B, C, ...] in a model's output: of 2 C channels the first C."""
-    output = getattr(output, "sample", output)
-    output = output[0] if isinstance(output, tuple) else output
-    if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
-        output = output[:, : x.shape[1]]
-    if not isinstance(output, Tensor) or output.shape != x.shape:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise InputError.of("model", f"a prediction of shape {tuple(x.shape)}", got)
-    return output
 
 
 def _checked(timesteps: Sequence[int], steps: int, T: int) -> list[int]:

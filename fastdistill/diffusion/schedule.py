@@ -63,16 +63,8 @@ class Schedule(ABC):
         2202.00512, appendix D) and (-1, 1) for ``flow_prediction``; None: the first of ``prediction_types``. Computed
         in float64 and rounded once.
         """
-        signal, noise = self.signal, self.noise
-        zero, one = torch.zeros_like(signal), torch.ones_like(signal)
-        targets = {
-            "epsilon": (zero, one),
-            "sample": (one, zero),
-            "v_prediction": (-noise, signal),
-            "flow_prediction": (-one, one),
-        }
         kind = check_prediction_type(target or self.prediction_types[0], "target", self.prediction_types)
-        return torch.stack([signal, noise, *targets[kind]], dim=1).float()
+        return torch.stack([self.signal, self.noise, *targets(self.signal, self.noise)[kind]], dim=1).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,6 +209,17 @@ def check_prediction_type(
     if not isinstance(value, str) or value not in among:
         raise InputError.of(argument, f"one of {', '.join(among)}", described(value))
     return value
+
+
+def targets(signal: Tensor, noise: Tensor) -> dict[PredictionType, tuple[Tensor, Tensor]]:
+    """(p, q) of each type of prediction p x_0 + q eps at these levels."""
+    zero, one = torch.zeros_like(signal), torch.ones_like(signal)
+    return {
+        "epsilon": (zero, one),
+        "sample": (one, zero),
+        "v_prediction": (-noise, signal),
+        "flow_prediction": (-one, one),
+    }
 
 
 def flow_matching(kind: str, config: Mapping[str, Any]) -> bool:

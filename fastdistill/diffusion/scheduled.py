@@ -14,9 +14,12 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 
 from fastdistill.diffusion.flow import FlowSchedule, mu_of
-from fastdistill.diffusion.prompts import Rows, after_null, check_prompts
-from fastdistill.diffusion.sampler import prediction_like
-from fastdistill.diffusion.schedule import PredictionType, Schedule
+from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance
+from fastdistill.diffusion.passes import Passes
+from fastdistill.diffusion.prompts import Rows
+from fastdistill.diffusion.sampler import one_guidance
+from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type, flow_matching
 from fastdistill.errors import InputError, described
 from fastdistill.models import families
 from fastdistill.models.calling import Call, Predictor
@@ -32,7 +35,8 @@ def sample_with(
     null_prompt: Rows | None = None,
     *,
     steps: int,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
+    guidance: Guidance | float | str | None = None,
     seed: int = 0,
     rows: Tensor | None = None,
     call: Call | None = None,
@@ -45,9 +49,12 @@ def sample_with(
         model: in eval mode; called as its family has it, or by ``call`` (``Predictor``).
         prompts: rows [B, ...], a tensor of embeddings or banks by name. null_prompt: one row [...] of each; not needed
             where guidance_scale is 1.
-        guidance_scale: prediction = null + g (conditional - null), in one batch of 2 B; 1: the conditional alone.
+        guidance_scale: prediction = null + g (conditional - null), in one batch of 2 B; 1 (or None): the conditional
+            alone, 0: the null prompt alone.
+        guidance: in its place a schedule of w = g - 1 (``Guidance``, its text or a number), at the noise of each
+            evaluation (``Grid.visited``).
         seed, rows: stochastic schedulers draw for sample i from a generator of its own, seeded by (seed, rows[i]);
-            rows [B] int64 (None: 0..B-1).
+            rows [B] int64 (None: 0..B-1). So do the prompts of ``cads``.
         callback: called after each step with (index, timestep, state).
 
     Returns:
@@ -55,11 +62,11 @@ def sample_with(
 
     Raises:
         InputError: an object that is no scheduler, one that learns its variance, prompts of another batch, no steps,
-            a guidance scale that is not finite.
+            a guidance scale that is not finite, or beside a schedule; thresholds outside of the levels.
     """
     check_scheduler(scheduler)
     _check.tensors(x_T=x_T)
-    check_prompts(x_T, prompts, null_prompt, guidance_scale)
+    weights = one_guidance(1.0 if guidance_scale is None and guidance is None else guidance_scale, guidance)
     if not isinstance(steps, int) or steps < 1:
         raise InputError.of("steps", "at least 1", described(steps))
     seed = _check.seed(seed)
@@ -67,26 +74,32 @@ def sample_with(
         _check.valued(rows=rows)
         _check.dtype(rows, "rows", torch.int64)
         _check.shape(rows, "rows", (len(x_T),), f"row numbers [{len(x_T)}]")
-    guided = guidance_scale != 1
-    conditions = after_null(prompts, null_prompt) if guided and null_prompt is not None else prompts
     family = families.find(model) if call is None else None
     scheduler = copy.deepcopy(scheduler)
     _set_timesteps(scheduler, steps, x_T, model, family)
     index = torch.arange(len(x_T), device=x_T.device) if rows is None else rows
+    if isinstance(weights, Guidance):
+        kind = _prediction_type(scheduler)
+        passes = Passes.of(weights, Grid.visited(scheduler), x_T, prompts, null_prompt, kind, seed, index)
+    else:
+        passes = Passes([weights] * len(scheduler.timesteps), x_T, prompts, null_prompt)
     options = _options(scheduler, seed, index)
     predict = Predictor(model, call)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32)) * getattr(scheduler, "init_noise_sigma", 1.0)
     for number, t in enumerate(scheduler.timesteps):
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-        seen = torch.cat([seen, seen]) if guided else seen
-        output = prediction_like(seen, predict(seen, t.to(x.device).expand(len(seen)), conditions)).to(x.dtype)
-        if guided:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + guidance_scale * (conditional - unconditional)
+        output = passes(predict, seen, t.to(x.device), number)
         x = scheduler.step(output, t, x, **options, return_dict=False)[0].to(x.dtype)
         if callback is not None:
             callback(number, t, x)
     return x.to(x_T.dtype)
+
+
+def _prediction_type(scheduler: Any) -> PredictionType:
+    """What models of a scheduler predict."""
+    if flow_matching(type(scheduler).__name__, scheduler.config):
+        return "flow_prediction"
+    return check_prediction_type(scheduler.config.get("prediction_type", "epsilon"))
 
 
 def check_scheduler(scheduler: Any) -> None:

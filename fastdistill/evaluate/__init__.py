@@ -11,7 +11,7 @@ from fastdistill.evaluate.diversity import (
     variance_ratio,
     vendi_score,
 )
-from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid
+from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid, schedule_curve
 from fastdistill.evaluate.guidance import write_guidance_report
 from fastdistill.evaluate.metrics import frechet_distance, mean_spread, wilson_interval
 from fastdistill.evaluate.report import write_report
@@ -29,6 +29,7 @@ __all__ = [
     "precision_recall",
     "probability_curve",
     "sample_grid",
+    "schedule_curve",
     "variance_ratio",
     "vendi_score",
     "wilson_interval",

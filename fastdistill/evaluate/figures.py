@@ -19,6 +19,9 @@ from fastdistill.evaluate.lettering import Lettering
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from fastdistill.diffusion.grid import Grid
+    from fastdistill.diffusion.guidance import Guidance
+
 #: Color on a light page -> color on a dark page. Figures use no other colors.
 THEME = {
     "#1c2430": "#e8ecf1",  # ink
@@ -228,6 +231,47 @@ def probability_curve(probability: Sequence[float]) -> Figure:
     figure.set_label(
         f"Probability of a random prompt: {p[0]:.3f} at t = 0, {p[-1]:.3f} at t = {len(p) - 1}, mean {p.mean():.3f}."
     )
+    return figure
+
+
+def schedule_curve(
+    schedules: Mapping[str, Guidance | float | str] | Sequence[Guidance | float | str],
+    grid: Grid,
+    band: tuple[float, float] | None = None,
+) -> Figure:
+    """The weights w of schedules of guidance over the steps of a grid, from the noise to the data.
+
+    Args:
+        schedules: of any number, with their names or named by their texts. grid: whose sigmas are told below the steps.
+        band: two sigmas between which the figure is shaded, such as where the classes are decided.
+    """
+    from fastdistill.diffusion.guidance import Guidance
+
+    named = schedules.items() if isinstance(schedules, Mapping) else ((None, given) for given in schedules)
+    read = [(name, Guidance.parse(given)) for name, given in named]
+    weights = {str(schedule) if name is None else name: schedule.weights(grid).numpy() for name, schedule in read}
+    if not weights:
+        raise InputError.of("schedules", "at least one schedule", "none")
+    figure, axes = _axes(9.0, 3.4)
+    steps, sigma = len(grid), grid.sigma.tolist()
+    colors = (BLUE, ORANGE, *_MORE)
+    axes.axhline(0, color=MUTED, linewidth=1)
+    if band is not None:
+        known = np.flatnonzero(np.isfinite(sigma))[::-1]
+        axes.axvspan(*np.interp(sorted(band, reverse=True), np.asarray(sigma)[known], known), color=GRID, alpha=0.6)
+    ends = []
+    for index, (name, w) in enumerate(weights.items()):
+        color, style = colors[index % len(colors)], ("-", (0, (5, 2)), (0, (1, 1.5)))[index // len(colors) % 3]
+        axes.step(np.arange(steps + 1), [*w, w[-1]], where="post", color=color, linewidth=2, linestyle=style)
+        ends.append((float(w[-1]), name, color, float(steps)))
+    shown = np.unique(np.linspace(0, steps, min(steps, 8) + 1).round().astype(int))
+    axes.set_xticks(shown, [f"{sigma[step]:.3g}".replace("inf", "\u221e") for step in shown])
+    axes.set_xlabel("noise sigma where a step starts (left: pure noise, right: the data)", color=MUTED, fontsize=9)
+    axes.set_ylabel("guidance weight w", color=MUTED, fontsize=9)
+    axes.margins(x=0.01)
+    _end_labels(figure, axes, ends)
+    told = "; ".join(f"{name}: {schedule.describe()}" for name, (_, schedule) in zip(weights, read, strict=True))
+    figure.set_label(f"Guidance weight over {steps} steps. {told}.")
     return figure
 
 

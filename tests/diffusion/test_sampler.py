@@ -20,7 +20,10 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdistill.diffusion.sampler import ddim, initial_noise, trailing_timesteps
+from fastdistill.diffusion.grid import Grid, trailing_timesteps
+from fastdistill.diffusion.guidance import Guidance
+from fastdistill.diffusion.guided import sample
+from fastdistill.diffusion.sampler import ddim, initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError
 from fastdistill.ops.philox import INITIAL_NOISE, normal
@@ -332,6 +335,10 @@ def test_zero_terminal_signal():
         ({"timesteps": [1, 2]}, "timesteps: expected decreasing values from 999 to 0, got [1, 2]"),
         ({"timesteps": [1000, 2]}, "timesteps: expected decreasing values from 999 to 0"),
         ({"timesteps": [5]}, "timesteps: expected 2 values, one per step, got 1"),
+        ({"guidance": "2"}, "guidance: expected a schedule of w, or in its place guidance_scale (g = 1 + w), got both"),
+        ({"guidance_scale": None}, "in its place guidance_scale (g = 1 + w), got neither"),
+        ({"guidance_scale": None, "guidance": "cads:0..1,1,1:2"}, "guidance: expected a schedule without cads, got"),
+        ({"guidance_scale": None, "guidance": "2@1e6,0"}, "the ends of the levels, got 1e+06"),
         ({"guidance_scale": math.nan}, "guidance_scale: expected a finite number, got nan"),
         ({"guidance_scale": "2"}, "guidance_scale: expected a finite number, got '2'"),
         ({"clip_sample": 0.0}, "clip_sample: expected a limit above 0"),
@@ -352,6 +359,35 @@ def test_bad_input(changes, message):
     }
     with pytest.raises(InputError, match=re.escape(message)):
         ddim(**(arguments | changes))
+
+
+def test_a_constant_schedule_is_its_scale_to_the_bit():
+    given = smooth, torch.ones(3, 1, 2, 2), PROMPTS, NULL
+    for schedule in (NoiseSchedule.cosine(), DDIMScheduler(clip_sample=False)):
+        for w in (-1, 0, 1.5):
+            scaled, scheduled = (
+                ddim(*given, schedule, steps=3, **guidance) for guidance in ({"guidance_scale": 1 + w}, {"guidance": w})
+            )
+            assert scaled.equal(scheduled)
+
+
+@pytest.mark.parametrize("guidance", ["3@4,-1@0.5,0", "2@0.8t,0", "2@50%,-1", "power:1.5^0.7"])
+def test_a_schedule_is_that_of_sampling_on_the_grid(guidance):
+    def passes(x, t, encoder_hidden_states):
+        calls.append(len(x))
+        return smooth(x, t, encoder_hidden_states)
+
+    grid = Grid.trailing(NoiseSchedule.cosine(), 6)
+    levels = {"prediction_type": "v_prediction", "guidance": guidance}
+
+    def both(dtype):
+        given = passes, torch.ones(3, 1, 2, 2, dtype=dtype), PROMPTS.to(dtype), NULL.to(dtype)
+        return ddim(*given, NoiseSchedule.cosine(), steps=6, **levels), sample(*given, grid, **levels)
+
+    calls = []
+    ours, eager = both(torch.float32)
+    assert sum(calls) == 2 * 3 * Guidance.parse(guidance).evaluations(grid)
+    assert_alike(ours, eager, both(torch.float64)[1])
 
 
 @settings(max_examples=20, deadline=None)

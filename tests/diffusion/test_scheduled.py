@@ -10,13 +10,21 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
 from fastdistill.diffusion.flow import dynamic_mu
+from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.sampler import ddim
 from fastdistill.diffusion.scheduled import sample_with
 from fastdistill.errors import InputError
+from fastdistill.models.families import family_of
 from tests.models import tiny_families as small
+
+TEXT = "encoder_hidden_states"
 
 
 def parts(name: str) -> tuple[Any, torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -30,8 +38,6 @@ def test_flow_models_by_their_own_scheduler() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     found = sample_with(scheduler, model, x, rows, steps=3)
     scheduler.set_timesteps(3, sigmas=[1.0, 2 / 3, 1 / 3], mu=dynamic_mu(16))
-    from fastdistill.models.families import family_of
-
     with torch.no_grad():
         for t in scheduler.timesteps:
             output = family_of(model).call(model, x, t.expand(3), rows)
@@ -66,6 +72,50 @@ def test_ddim_takes_all_banks_of_a_model(name: str, g: float) -> None:
         assert not torch.equal(found, ddim(model, x, others, null, scheduler, steps=3, guidance_scale=g))
 
 
+@pytest.mark.parametrize("kind", [PNDMScheduler, HeunDiscreteScheduler, EulerDiscreteScheduler])
+def test_a_schedule_has_a_weight_for_each_evaluation(kind: Any) -> None:
+    """Those of the timestep that the model is given, also where a scheduler evaluates it twice at one."""
+    scheduler, window, seen = kind(beta_schedule="scaled_linear"), Guidance.parse("5@3,-1@0.5,0"), []
+    model, x, rows, null = parts("sd")
+    call = family_of(model).call
+
+    def counted(model: Any, x: torch.Tensor, t: torch.Tensor, banks: Any) -> torch.Tensor:
+        seen.append((float(t[0]), len(x)))
+        return call(model, x, t, banks)
+
+    found = sample_with(scheduler, model, x, rows, null, steps=5, guidance=window, call=counted)
+    scheduler.set_timesteps(5)
+    grid = Grid.visited(scheduler)
+    assert [time for time, _ in seen] == pytest.approx(grid.times.tolist())
+    assert [size for _, size in seen] == (3 * window.passes(grid)).tolist()
+    x = x * scheduler.init_noise_sigma
+    nulls = {name: row.expand(3, *row.shape) for name, row in null.items()}
+    for t, w in zip(scheduler.timesteps, window.weights(grid).tolist(), strict=True):
+        given = scheduler.scale_model_input(x, t)
+        banks = {0: rows, -1: nulls}.get(w, {name: torch.cat([nulls[name], rows[name]]) for name in rows})
+        output = call(model, given if w in (0, -1) else torch.cat([given, given]), t.expand(len(banks[TEXT])), banks)
+        if w not in (0, -1):
+            unconditional, conditional = output.sample.chunk(2)
+            output = (unconditional + (1 + w) * (conditional - unconditional),)
+        x = scheduler.step(output[0], t, x, return_dict=False)[0]
+    assert found.equal(x)
+
+
+def test_levels_that_a_scheduler_visits() -> None:
+    table = EulerDiscreteScheduler(beta_schedule="scaled_linear", use_karras_sigmas=True)
+    with pytest.raises(InputError, match="a scheduler of diffusers whose timesteps are set, got"):
+        Grid.visited(table)
+    table.set_timesteps(9)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow.set_timesteps(9)
+    for scheduler, grid in ((table, Grid.of(table, 9)), (flow, Grid.of(flow, 9))):
+        visited = Grid.visited(scheduler)
+        assert visited.times.equal(grid.times) and torch.allclose(visited.clock, grid.clock, rtol=1e-6, atol=0)
+        # timesteps are float32: at t their rounding changes log sigma by its slope, below 0.02 a timestep at 1000
+        rounding = 16 * torch.finfo(torch.float32).eps * 0.02 * 1000
+        assert ((visited.sigma - grid.sigma)[1:].abs() <= rounding * grid.sigma[1:]).all()
+
+
 @pytest.mark.parametrize("kind", [DDPMScheduler, EulerAncestralDiscreteScheduler])
 def test_a_sample_depends_on_its_row_and_the_seed_alone(kind: Any) -> None:
     model, x, rows, _ = parts("dit")
@@ -93,6 +143,10 @@ def test_arguments() -> None:
         sample_with(DDPMScheduler(), model, x, rows, steps=0)
     with pytest.raises(InputError, match="guidance_scale: expected a finite number, got nan"):
         sample_with(DDPMScheduler(), model, x, rows, steps=2, guidance_scale=float("nan"))
+    with pytest.raises(InputError, match=r"guidance_scale \(g = 1 \+ w\), got both"):
+        sample_with(DDPMScheduler(), model, x, rows, steps=2, guidance_scale=2, guidance="2")
+    with pytest.raises(InputError, match="null_prompt: expected a row, for a guidance_scale of 3"):
+        sample_with(DDPMScheduler(), model, x, rows, steps=2, guidance="2@3,0")
     with pytest.raises(InputError, match="null_prompt: expected a row, for a guidance_scale of 2"):
         sample_with(DDPMScheduler(), model, x, rows, steps=2, guidance_scale=2)
     with pytest.raises(

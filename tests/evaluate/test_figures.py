@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from matplotlib.patches import Rectangle
 
+from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance
+from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError
-from fastdistill.evaluate import loss_curves, png, probability_curve, sample_grid
+from fastdistill.evaluate import loss_curves, png, probability_curve, sample_grid, schedule_curve
 from fastdistill.evaluate.figures import BLUE, PAGE, RED, THEME
 
 PROMPTS = ["a red seven", "a blue two"]
+GRID = Grid.karras(NoiseSchedule.scaled_linear(), 12, 14.0, 0.1)
 SAMPLES = {"teacher": torch.zeros(2, 3, 4, 4), "paired": np.full((2, 4, 4), 2.0)}
 
 
@@ -77,6 +82,24 @@ def test_labels_of_lines_that_end_together_do_not_overlap() -> None:
     assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
 
 
+def test_schedules_of_guidance_over_the_steps_of_a_grid() -> None:
+    schedules = ["8@10,-1@2,0", 2, Guidance.linear(-1, 0.1), *range(3, 9)]
+    figure = schedule_curve(schedules, GRID)
+    _, *lines = figure.axes[0].lines  # the first is w = 0
+    assert len(lines) == len(schedules)
+    for line, schedule in zip(lines, schedules, strict=True):
+        w = Guidance.parse(schedule).weights(GRID).tolist()
+        assert list(line.get_ydata()) == [*w, w[-1]] and list(line.get_xdata()) == list(range(len(GRID) + 1))
+    looks = {(str(line.get_color()), str(line.get_linestyle())) for line in lines}
+    assert len(looks) == len(schedules)
+    assert "8@10,-1@2,0: w = 8 while sigma > 10" in figure.get_label()
+    flow = schedule_curve({"window": "2@1,0"}, Grid.flow(4), band=(1 / 3, 1.0))
+    (band,) = flow.axes[0].patches
+    assert isinstance(band, Rectangle) and (band.get_x(), band.get_width()) == pytest.approx((2, 1))
+    assert [text.get_text() for text in flow.axes[0].texts] == ["Window"]
+    assert flow.axes[0].get_xticklabels()[0].get_text() == "\u221e"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -93,6 +116,8 @@ def test_labels_of_lines_that_end_together_do_not_overlap() -> None:
         (lambda: sample_grid(SAMPLES, PROMPTS, seen=[True]), "seen: expected 2 values"),
         (lambda: loss_curves({"paired": ([1, 2], [1.0])}), r"runs\['paired'\]"),
         (lambda: probability_curve([0.1, 1.2]), "probability: expected"),
+        (lambda: schedule_curve([], GRID), "schedules: expected at least one schedule, got none"),
+        (lambda: schedule_curve(["power:2^1"], GRID), "expected a schedule of one weight a level, got 'power:2\\^1'"),
     ],
 )
 def test_bad_input(call: Any, message: str) -> None:
