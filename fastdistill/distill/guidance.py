@@ -22,6 +22,7 @@ from fastdistill.data.encoded import rows_of
 from fastdistill.data.fingerprint import up_to_rounding
 from fastdistill.diffusion.grid import Grid, GridSchedule
 from fastdistill.diffusion.guidance import Function, Guidance
+from fastdistill.diffusion.hooks import Cads, PowerLaw, score_scale
 from fastdistill.diffusion.matching import LossWeighting, limited_weights
 from fastdistill.distill.objective import Setting
 from fastdistill.distill.random_conditioning import BoundRandomConditioning, RandomConditioning
@@ -47,7 +48,8 @@ class GuidanceDistillation(RandomConditioning, _Guided):
     """The objective's settings, checked where they are used.
 
     schedule: the guidance weight w of each noise level: a ``Guidance``, its text or a number. w = 0 is the conditional
-        teacher; ``guidance_scale`` of diffusers is 1 + w.
+        teacher; ``guidance_scale`` of diffusers is 1 + w. ``power:2^0.9`` is a weight of each sample; annealed prompts
+        (cads) are refused.
     scale: (v_min, v_max): the student reads v, drawn for each sample by counter, by which the positive weights of the
         schedule are multiplied (1 is the plain guidance weight); ``make_student(..., guidance_embedding=True)`` makes
         one. None: it reads nothing.
@@ -84,7 +86,11 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         if self.grid is not None and not isinstance(self.grid, Grid | str):
             raise InputError.of("grid", "a Grid, its text or None", described(self.grid))
         config = validated(dataclasses.replace(self, schedule=None, grid=None), "objective")
-        return dataclasses.replace(config, schedule=Guidance.parse(self.schedule), grid=self.grid)
+        schedule = Guidance.parse(self.schedule)
+        if isinstance(schedule, Cads):
+            rule = "a schedule without cads, whose prompts are noised anew in every step: no function to learn"
+            raise InputError.of("schedule", rule, repr(str(schedule)))
+        return dataclasses.replace(config, schedule=schedule, grid=self.grid)
 
 
 class GuidedDraw(NamedTuple):
@@ -102,13 +108,19 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
     """Draws a batch and its guidance weights by counter and compares the student with the guided teacher on it."""
 
     def __init__(self, config: GuidanceDistillation, setting: Setting) -> None:
-        device = setting.device
+        device, guidance = setting.device, config.schedule
         if config.grid is not None:
             grid = Grid.parse(config.grid, setting.schedule) if isinstance(config.grid, str) else config.grid
             setting = dataclasses.replace(setting, schedule=GridSchedule(grid, setting.schedule))
-            weights: Tensor = config.schedule.weights(grid)
         else:
-            weights = config.schedule.table(setting.schedule)
+            grid = None
+        coefficients = setting.schedule.coefficients(setting.prediction_type)
+        self._law = guidance if isinstance(guidance, PowerLaw) else None
+        if self._law is not None:
+            weights = torch.tensor([self._law.omega], device="cpu")
+            self._scores = score_scale(*coefficients.double().unbind(1)).to(device)
+        else:
+            weights = guidance.table(setting.schedule) if grid is None else guidance.weights(grid)
         self._positive = weights.clamp(min=0).to(device, torch.float32)
         self._negative = weights.clamp(max=0).to(device, torch.float32)
         self._scale, self._embed = config.scale, None
@@ -127,8 +139,7 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
             config,
             setting,
             null=null,
-            loss_weighting=config.loss_weighting
-            or limited_weights(setting.schedule.coefficients(setting.prediction_type), config.weight_limit),
+            loss_weighting=config.loss_weighting or limited_weights(coefficients, config.weight_limit),
             timestep_cond=None if self._embed is None else self._embed(self._ones[:1]),
         )
 
@@ -144,10 +155,19 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
 
     def loss(self, draw: GuidedDraw, counter: Tensor) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
         batch, scale = draw
-        w = self._positive[batch.timestep] * scale + self._negative[batch.timestep]
-        w = torch.where(batch.prompt_index == self._null_row[tuple(batch.x_t.shape[1:])], 0.0, w)
+        without = batch.prompt_index == self._null_row[tuple(batch.x_t.shape[1:])]
+
+        def weights(conditional: Tensor, unconditional: Tensor) -> Tensor:
+            if self._law is None:
+                w = self._positive[batch.timestep] * scale + self._negative[batch.timestep]
+            else:
+                channels = batch.x_t.shape[1]  # a learned variance beside them is left alone
+                difference = conditional[:, :channels].float() - unconditional[:, :channels].float()
+                w = self._law.sample_weights(difference, self._scores[batch.timestep]) * scale
+            return torch.where(without, 0.0, w)
+
         task = self._batches.task(batch, counter) if self._weights.task else None
-        return self._knowledge(batch, task, w, None if self._embed is None else self._embed(scale))
+        return self._knowledge(batch, task, weights, None if self._embed is None else self._embed(scale))
 
 
 def _embedding(config: GuidanceDistillation, setting: Setting, positive: bool) -> Callable[[Tensor], Tensor]:

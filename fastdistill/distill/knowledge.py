@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -42,9 +42,10 @@ class Knowledge:
     """Teacher and student side by side on one draw.
 
     ``null``: the null prompt's row of each bank, by the shape of a latent; the teacher is then asked with and without
-    the prompt, in one batch of 2 B, and the target is guided (``output_match``) by the ``guidance`` of each call, the
-    weight w of each sample [B] float32. Taps see the prompt's half. ``loss_weighting``: a name, or weights [T].
-    ``timestep_cond``: of one sample, an example of what the student is given beside the prompt.
+    the prompt, in one batch of 2 B, and the target is guided (``output_match``) by the ``guidance`` of each call, a
+    function of its two outputs (c, u) that gives the weight w of each sample [B] float32. Taps see the prompt's half.
+    ``loss_weighting``: a name, or weights [T]. ``timestep_cond``: of one sample, an example of what the student is
+    given beside the prompt.
 
     ``taps`` pairs (teacher module, student module). Where their channels differ, a linear adapter projects the
     student's feature; adapters are trained with the student (``trained``) and belong to no export.
@@ -134,7 +135,7 @@ class Knowledge:
         self,
         draw: Draw[Any],
         task: Task | None = None,
-        guidance: Tensor | None = None,
+        guidance: Callable[[Tensor, Tensor], Tensor] | None = None,
         timestep_cond: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss and ``metric_names`` (unweighted, but the first); the task loss needs ``task``, and where there is
@@ -147,8 +148,9 @@ class Knowledge:
             torch.cuda.current_stream(branch.device).wait_stream(branch)
         loss, parts = self._zero, {"output": self._zero, "feature": self._zero, "task": self._zero}
         if (target is not None and self.weights.output) or task is not None:
-            guided = (unconditional, guidance) if unconditional is not None else (None, None)
-            loss, (parts["output"], parts["task"]) = self._match(output, target, draw.timestep, task, *guided)
+            loss, (parts["output"], parts["task"]) = self._match(
+                output, target, draw.timestep, task, unconditional, guidance
+            )
         taps: tuple[Tensor, ...] = ()
         if self.weights.feature:
             matched = self._match_features(theirs)
@@ -163,16 +165,20 @@ class Knowledge:
         timestep: Tensor,
         task: Task | None,
         unconditional: Tensor | None,
-        guidance: Tensor | None,
+        guidance: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        matched = self.weights.output > 0
+        if not self.weights.output:
+            target = unconditional = None
+        w = None
+        if target is not None and unconditional is not None and guidance is not None:
+            w = guidance(target, unconditional)
         loss, parts, _ = output_match(
             output,
-            target if matched else None,
+            target,
             timestep,
             self._table,
-            unconditional=unconditional if matched else None,
-            guidance=guidance if matched else None,
+            unconditional=unconditional,
+            guidance=w,
             task=task,
             channels=self._channels,
             output_weight=self.weights.output,

@@ -48,7 +48,11 @@ def weights_of(config: GuidanceDistillation, draw: Any, levels: Tensor) -> tuple
     word = philox.words(COUNTER[0], COUNTER[1], torch.arange(len(draw.timestep)), torch.tensor(0), 6)[0]
     low, high = config.scale or (1.0, 1.0)
     v = low + (high - low) * ((word >> 9).double() + 0.5) / 2**23
-    h = config._checked().schedule.weights_at(levels)[draw.timestep]
+    schedule = config._checked().schedule
+    if schedule == Guidance.power_law(0.1, 0.5):  # what |Delta_eps / sigma|^0.5 is multiplied by
+        h = 0.1 * levels[draw.timestep] ** -0.5
+    else:
+        h = schedule.weights_at(levels)[draw.timestep]
     return v, torch.where(draw.prompt_index == 8, 0.0, h.clamp(min=0) * v + h.clamp(max=0))
 
 
@@ -56,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a window": {},
     "one that the student reads, under random conditioning": SCALE | {"probability": "exp"},
     "on a grid": {"grid": "karras:12@30..0.09"},
+    "a weight for each sample": {"schedule": "power:0.1^0.5"},
     "a task, weights that are named": {"weights": Weights(0.5, 2.0, 0.3), "loss_weighting": "min_snr"},
 }
 
@@ -76,7 +81,7 @@ def test_loss_and_gradients_are_the_literal_recipe(name: str) -> None:
     v, w = weights_of(config, draw, sigma)
     assert (v - drawn).abs().max() <= 2 * EPS * 8
     told = UNET.guidance_rows({"time_cond_proj_dim": 256}, drawn)  # in float32, as diffusers has it
-    assert (draw.prompt_index == 8).any() and {-1.0, 0.0} < set(w.tolist())
+    assert (draw.prompt_index == 8).any() and len(set(w.tolist())) > 2
 
     def literal(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         teacher, twin = (copy.deepcopy(model).to(dtype) for model in (where.teacher, where.student))
@@ -93,7 +98,8 @@ def test_loss_and_gradients_are_the_literal_recipe(name: str) -> None:
         snr = abar / (1 - abar)
         table = snr.clamp(max=5) / snr if config.loss_weighting else (1 / abar).clamp(max=5)
         weight = table[draw.timestep].to(dtype)
-        target = c + w.to(dtype).view(-1, 1, 1, 1) * (c - u)
+        norms = (c - u).square().sum((1, 2, 3)).sqrt() ** 0.5 if name == "a weight for each sample" else 1.0
+        target = c + (w.to(dtype) * norms).view(-1, 1, 1, 1) * (c - u)
         taps = [mse(s, t) for s, t in zip(own, theirs, strict=True)]
         task = output.new_zeros(())
         if weights.task:
@@ -226,6 +232,7 @@ def test_bad_input() -> None:
         (1, {"grid": 20}, "grid: expected a Grid, its text or None, got 20"),
         (1, {"grid": "flow:4"}, r"grid: expected levels with signal\^2 \+ noise\^2 = 1"),
         (1, {"weight_limit": 0}, "weight_limit"),
+        ("cads:0.6..0.9,0.25,1:2", {"grid": "karras:8"}, "schedule: expected a schedule without cads"),
     ):
         with pytest.raises(InputError, match=message):
             GuidanceDistillation(schedule, **plain | options).bind(where)  # type: ignore[arg-type]
