@@ -230,3 +230,25 @@ def test_students_that_do_not_belong_there(folder: PipelineFolder, tmp_path: Pat
     with pytest.raises(StorageError, match="scheduler: expected the scheduler of the pipeline, got no folder"):
         open_pipeline(broken).export(model, tmp_path / "target")
     assert [file.name for file in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_guided_student_takes_one_pass_in_the_stock_pipeline(pipelines: Folders, tmp_path: Path, reads: bool) -> None:
+    """One that reads the guidance weight at any ``guidance_scale``, another at 1."""
+    folder = open_pipeline(pipelines("sd"))
+    made = make_student(folder.model(), {"layers_per_block": 1}, guidance_embedding=reads)
+    if reads:
+        nn.init.normal_(made.model.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(1))
+    folder.export(made, tmp_path / "student")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "student")
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
+    seen: list[tuple[int, Any]] = []
+    pipeline.unet.register_forward_pre_hook(
+        lambda _m, args, given: seen.append((len(args[0]), given["timestep_cond"])), with_kwargs=True
+    )
+    x = tiny.noise(folder.latent_shape(SIZE))
+    images = {g: tiny.sampled(pipeline, "sd", x, ["a cat", "dogs"], g, 2) for g in ((7.5, 3.0) if reads else (1.0,))}
+    assert [count for count, _ in seen] == [2] * 2 * len(images)
+    if reads:
+        wanted = folder.family.guidance_rows(made.model.config, torch.tensor([6.5, 6.5]))
+        assert torch.equal(seen[0][1], wanted) and (images[7.5] - images[3.0]).abs().max() > 1e-3
