@@ -60,10 +60,11 @@ def export(
     for argument, value in {"link": link, "overwrite": overwrite}.items():
         if not isinstance(value, bool):
             raise InputError.of(argument, "True or False", described(value))
-    model = _model(student, source)
+    model = _model(student, source.family, f"the {source.kind} of {source.path}")
+    _check_reads_the_same(model, source)
     state = _weights(model, dtype)
     written = _written(source.family, dict(model.config), state)
-    place = _place(target, source.path, overwrite)
+    place = _place(target, source.path, overwrite, INDEX)
     others = {name: source.path / name for name in source.components() if name != source.family.part}
     for name, folder in others.items():
         if not folder.is_dir():
@@ -91,6 +92,30 @@ def export(
         (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def export_model(
+    student: Any,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes ``target``, the folder of a model alone, which ``from_pretrained`` of its class loads, or nothing.
+    Arguments and errors as ``export``."""
+    family = families.family_of(student.model if isinstance(student, Student) else student, "student")
+    model = _model(student, family, "what is exported")
+    state = _weights(model, dtype)
+    written = _written(family, dict(model.config), state)
+    if not isinstance(overwrite, bool):
+        raise InputError.of("overwrite", "True or False", described(overwrite))
+    place = _place(target, None, overwrite, "config.json")
+    files.require_space(place.parent, sum(tensor.nbytes for tensor in state.values()))
+    with files.atomic_directory(place, replace=overwrite) as folder:
+        save_model(written, folder)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
 def save_model(model: Any, folder: Path, variant: str | None = None) -> None:
     """``model.save_pretrained``; StorageError for whatever the disk says."""
     try:
@@ -99,14 +124,13 @@ def save_model(model: Any, folder: Path, variant: str | None = None) -> None:
         raise StorageError(f"{folder}: could not be written: {error}") from error
 
 
-def _model(student: Any, source: PipelineFolder) -> Any:
-    """The model in ``student``, one that the pipeline can call."""
+def _model(student: Any, family: families.Family, where: str) -> Any:
+    """The model in ``student``, of this family, as ``where`` has it."""
     model = student.model if isinstance(student, Student) else student
     if not isinstance(model, nn.Module):
         raise InputError.of("student", "a model of diffusers, or a Student", described(student))
-    family = source.family
     if families.find(model) is not family:
-        rule = f"a {family}, as the {source.kind} of {source.path} has it"
+        rule = f"a {family}, as {where} has it"
         raise InputError.of("student", rule, type(families.unwrapped(model)).__name__)
     core = families.unwrapped(model)
     if names := sorted(peft.configs(model)):
@@ -117,7 +141,13 @@ def _model(student: Any, source: PipelineFolder) -> Any:
         raise InputError.of("student", rule, f"adapters {', '.join(names)}")
     if quantized(core):
         raise InputError.of("student", "weights that are not quantized", "quantized ones")
-    own, theirs = ((family.channels(c), family.conditions(c)) for c in (core.config, source.config))
+    return core
+
+
+def _check_reads_the_same(model: Any, source: PipelineFolder) -> None:
+    """Whether the pipeline can call the model."""
+    family = source.family
+    own, theirs = ((family.channels(c), family.conditions(c)) for c in (model.config, source.config))
     if own[0] != theirs[0]:
         raise InputError.of("student", f"latents of {theirs[0]} channels, as {source.path}", own[0])
     new = {family.guidance_bank(core.config)} - theirs[1].keys()  # which the pipelines give to models that read it
@@ -125,7 +155,6 @@ def _model(student: Any, source: PipelineFolder) -> Any:
         if own[1].get(name) != theirs[1].get(name):
             rule = f"prompts as {source.path} has them: {name} {_shape(theirs[1].get(name))}"
             raise InputError.of("student", rule, _shape(own[1].get(name)))
-    return core
 
 
 def _shape(condition: families.Condition | None) -> str:
@@ -168,16 +197,16 @@ def _written(family: families.Family, config: dict[str, Any], state: dict[str, t
     return model
 
 
-def _place(target: Path, source: Path, overwrite: bool) -> Path:
-    """Where to write, with links in its parents resolved."""
+def _place(target: Path, source: Path | None, overwrite: bool, mark: str) -> Path:
+    """Where to write, with links in its parents resolved; ``mark``: a file of what may be overwritten."""
     whole = Path(os.path.abspath(target))
     place = whole.parent.resolve() / whole.name
-    home = source.resolve()
-    if place == home or place in home.parents or home in place.parents:
+    home = None if source is None else source.resolve()
+    if home is not None and (place == home or place in home.parents or home in place.parents):
         raise InputError.of("target", f"a folder apart from {source}", target)
     if target.exists() or target.is_symlink():
         if not overwrite:
             raise InputError.of("target", "a folder that is not there (or overwrite=True)", f"{target}, which is")
-        if not (target / INDEX).is_file():
-            raise InputError.of("target", "a pipeline folder to overwrite", f"{target} without {INDEX}")
+        if not (target / mark).is_file():
+            raise InputError.of("target", f"a folder with {mark} to overwrite", f"{target} without")
     return place

@@ -77,6 +77,11 @@ class PipelineFolder:
     index: Mapping[str, Any]
     config: Mapping[str, Any]
 
+    @property
+    def name(self) -> str:
+        """That of the folder."""
+        return self.path.resolve().name
+
     @cached_property
     def vae(self) -> dict[str, Any]:
         """Configuration of the VAE."""
@@ -179,6 +184,37 @@ class PipelineFolder:
         said = self.family.of_size(self.config, self.size(size))
         rows = {name: row.expand(len(prompts) + 1, *row.shape) for name, row in said.items()}
         return replace(prompts, banks=prompts.banks | rows) if rows else prompts
+
+    def own_prompts(self) -> list[str] | None:
+        """The prompts that it has itself, its classes by a name that no other has or by their numbers; None: it reads
+        texts."""
+        if any(name.startswith("text_encoder") for name in self.components()):
+            return None
+        names = self.index.get("id2label")
+        if not names:
+            return [str(number) for number in range(self.config["num_embeds_ada_norm"])]
+        named = {int(number): [name.strip() for name in text.split(",")] for number, text in names.items()}
+        found = {name: number for number, own in named.items() for name in own}  # as the pipeline understands them
+        return [
+            next((name for name in own if name and found[name] == number), str(number))
+            for number, own in sorted(named.items())
+        ]
+
+    def usual(self) -> dict[str, Any]:
+        """Sections of a run file for it: steps and guidance as its class has them by default."""
+        import diffusers
+
+        takes = inspect.signature(getattr(diffusers, self.kind).__call__).parameters
+        steps, scale = (takes[name].default for name in ("num_inference_steps", "guidance_scale"))
+        return {"cache": {"steps": steps, "guidance_scale": scale}}
+
+    def loads(self, base: str | None = None) -> list[str]:
+        """Lines of Python that load what ``export`` leaves; or, on a ``base``, adapters."""
+        lines = ["from diffusers import DiffusionPipeline", ""]
+        if base is None:
+            return [*lines, 'pipeline = DiffusionPipeline.from_pretrained("this folder")']
+        own = f'pipeline = DiffusionPipeline.from_pretrained("{base}")'
+        return [*lines, own, 'pipeline.load_lora_weights("this folder")']
 
     def files(self, name: str) -> list[Path]:
         """The files of a component that decide what it computes: configurations, vocabularies, and of the weights those

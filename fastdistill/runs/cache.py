@@ -28,7 +28,6 @@ from fastdistill.errors import InputError
 from fastdistill.models.weights import weights_hash
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.opened import Run, Size, opened
-from fastdistill.runs.pool import reads_texts
 
 Progress = Callable[[str, int, int], object]
 Generate = Callable[[Tensor, Tensor], Tensor]
@@ -123,8 +122,8 @@ def _encode(run: Run, missing: int, room: int, report: Progress) -> int:
         report("prompts", len(texts) + 1, len(texts) + 1)
         return 0
     encode, encode_null = run.encoding()
-    if not reads_texts(run.pipeline):
-        encode(texts)  # a number each: whether they are classes is soon known
+    if run.pipeline.own_prompts() is not None:
+        encode(texts)  # a number or a few words each: whether there are such is soon known
     null = encode_null("").values()
     stored = [bank[0].to(run.cache_dtype) if bank.is_floating_point() else bank[0] for bank in null]
     files.require_space(run.prompts_place, missing * sum(row.nbytes for row in stored) + room)
@@ -175,7 +174,7 @@ def _by_teacher(run: Run, bank: PromptBank) -> tuple[Callable[[Size], Generate],
             rows,
             steps=settings.steps,
             guidance_scale=settings.guidance_scale,
-            seed=run.config.seed,
+            seed=run.cache_seed,
             size=size,
             call=run.call,
         )

@@ -54,6 +54,8 @@ class CacheSettings:
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 7.5
     """Guidance scale g of diffusers, 1 + w; 1 is no guidance."""
+    seed: Seed | None = None
+    """Seed of the initial noise; none: that of the run. With one, runs of several seeds share a cache."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float16"
     """Dtype of the stored latents and encodings."""
     encodings: Literal["stored", "on_demand"] = "stored"
@@ -204,7 +206,7 @@ class RunConfig:
     seed: Seed = 0
     """Seed of the student, the cache and all random draws."""
     teacher: str = ""
-    """Pipeline folder of diffusers; its model is the teacher."""
+    """Pipeline folder of diffusers, whose model is the teacher, or task:digits, the teacher of an embedded task."""
     family: str = "auto"
     """Family of the teacher; auto: by its model_index.json."""
     call: str | None = None

@@ -37,7 +37,8 @@ def export(
     allow_code: bool = False,
 ) -> Path:
     """Write the student of a checkpoint to ``to``, with a model card: a whole pipeline folder that
-    ``DiffusionPipeline.from_pretrained`` loads; of a student with adapters, these alone, in PEFT's own format
+    ``DiffusionPipeline.from_pretrained`` loads, or of a task, which is no pipeline, the folder of the model alone
+    (``from_pretrained`` of its class); of a student with adapters, these alone, in PEFT's own format
     (``load_lora_weights``).
 
     Args:
@@ -96,11 +97,6 @@ def model_card(run: Run, saved: checkpoint.Checkpoint, made_by: Mapping[str, Any
         "base_model": base,
         "tags": ["diffusers", "distillation", "fastdistill", *(["lora"] if adapted else [])],
     }
-    loads = (
-        f'pipeline = DiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights("this folder")'
-        if adapted
-        else 'pipeline = DiffusionPipeline.from_pretrained("this folder")'
-    )
     lines = [
         "---",
         *(f"{name}: {json.dumps(value)}" for name, value in head.items()),
@@ -111,9 +107,7 @@ def model_card(run: Run, saved: checkpoint.Checkpoint, made_by: Mapping[str, Any
         f"A {type(model).__name__} with {size}, {made}. The teacher's licence applies.",
         "",
         "```python",
-        "from diffusers import DiffusionPipeline",
-        "",
-        loads,
+        *pipeline.loads(base if adapted else None),
         "```",
         "",
         "| | |",

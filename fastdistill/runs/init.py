@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import itertools
 import os
 import textwrap
@@ -18,9 +17,9 @@ import yaml
 from fastdistill.documented import field_texts
 from fastdistill.errors import InputError
 from fastdistill.models import BLOCK_SPECS, SPECS, make_student
-from fastdistill.models.pipelines import PipelineFolder, open_pipeline
+from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.opened import student_spec_of
+from fastdistill.runs.opened import open_teacher, student_spec_of
 from fastdistill.train.config import from_mapping, parsed
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -51,23 +50,24 @@ def init(folder: str | os.PathLike[str], *, recipe: str | None = None) -> str:
         StorageError: no pipeline folder, or a damaged one.
         InputError: a pipeline of no known family; a recipe that is not known, or whose student does not fit the model.
     """
-    pipeline = open_pipeline(folder)
-    name = Path(folder).resolve().name
-    classes = "id2label" in pipeline.index
+    pipeline = open_teacher(os.fspath(folder))
+    name = pipeline.name
     values: dict[str, Any] = {
         "directory": f"runs/{name}",
         "teacher": str(folder),
-        "prompts": {"file": None if classes else "prompts.txt"},
-        "cache": {"directory": f"caches/{name}", **_sampling(pipeline)},
+        "prompts": {"file": "prompts.txt" if pipeline.own_prompts() is None else None},
+        "cache": {"directory": f"caches/{name}"},
+        "student": {},
         "train": {"fuse": True},
         "preview": {"every": 500},
     }
+    values = _laid(values, pipeline.usual())
     comment = ""
-    if recipe is None:
-        values["student"] = {"spec": _student(pipeline)}
-    else:
+    if recipe is not None:
         comment, given = _recipe(recipe, pipeline)
-        values = {key: _merged(values.get(key), given.get(key)) for key in dict.fromkeys((*values, *given))}
+        values = _laid(values, given)
+    elif not values["student"]:
+        values["student"] = {"spec": _student(pipeline)}
     config = from_mapping(RunConfig, values, recipe or "run")
     spec = student_spec_of(config.student, bool(pipeline.family.blocks))
     student = make_student(pipeline.model(device="meta"), spec)
@@ -97,18 +97,13 @@ def _recipe(name: str, pipeline: PipelineFolder) -> tuple[str, dict[str, Any]]:
     return f"Recipe {name}: {known[name]}", given
 
 
-def _merged(own: Any, given: Any) -> Any:
-    if isinstance(own, Mapping) and isinstance(given, Mapping):
-        return {**own, **given}
-    return own if given is None else given
-
-
-def _sampling(pipeline: PipelineFolder) -> dict[str, Any]:
-    """Steps and guidance as the pipeline itself has them by default."""
-    import diffusers
-
-    takes = inspect.signature(getattr(diffusers, pipeline.kind).__call__).parameters
-    return {"steps": takes["num_inference_steps"].default, "guidance_scale": takes["guidance_scale"].default}
+def _laid(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with others laid over them, section by section."""
+    laid = dict(values)
+    for key, value in given.items():
+        own = laid.get(key)
+        laid[key] = {**own, **value} if isinstance(own, Mapping) and isinstance(value, Mapping) else value
+    return laid
 
 
 def _student(pipeline: PipelineFolder) -> str:

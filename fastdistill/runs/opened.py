@@ -31,6 +31,7 @@ from fastdistill.models.families import FAMILIES
 from fastdistill.models.pipelines import PipelineFolder, open_pipeline
 from fastdistill.runs.config import RunConfig, StudentSettings
 from fastdistill.runs.pool import Pool, pool_of
+from fastdistill.tasks import PREFIX, open_task
 from fastdistill.train.config import validated
 from fastdistill.train.devices import usable
 from fastdistill.train.distributed import own_device
@@ -60,7 +61,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     usable(device)
     if not config.teacher:
         raise InputError.of("teacher", "a pipeline folder of diffusers", "none")
-    pipeline = open_pipeline(teacher_folder(config.teacher))
+    pipeline = open_teacher(config.teacher)
     if config.family not in ("auto", pipeline.family.name):
         rule = f"auto, or {pipeline.family.name}, which {config.teacher} holds"
         known = "" if config.family in FAMILIES else f" (families: {', '.join(FAMILIES)}; others: call)"
@@ -74,6 +75,15 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
         raise InputError.of("objective.weights.task", rule, config.objective.weights.task)
     return run
+
+
+def open_teacher(teacher: str) -> PipelineFolder:
+    """The pipeline of ``teacher``: a folder, a model of the Hub, or an embedded task (``task:NAME``).
+
+    Raises:
+        InputError, StorageError: as ``open_pipeline``, ``teacher_folder`` and ``open_task``.
+    """
+    return open_task(teacher) if teacher.startswith(PREFIX) else open_pipeline(teacher_folder(teacher))
 
 
 def teacher_folder(teacher: str) -> Path:
@@ -132,6 +142,12 @@ class Run:
         if self.config.teacher_dtype == "auto":
             return torch.bfloat16 if torch.device(self.config.device).type == "cuda" else torch.float32
         return _DTYPES[self.config.teacher_dtype]
+
+    @property
+    def cache_seed(self) -> int:
+        """Of the initial noise of the latents."""
+        own = self.config.cache.seed
+        return self.config.seed if own is None else own
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -297,7 +313,7 @@ class Run:
                     "seen": self.pool.seen,
                 },
                 "size": self.pipeline.size(size),
-                "seed": self.config.seed,
+                "seed": self.cache_seed,
             }
         )
 

@@ -43,7 +43,9 @@ def pool_of(config: RunConfig, pipeline: PipelineFolder) -> Pool:
             skip_empty=given.skip_empty,
         )
     elif config.cache.images is None:
-        found = PromptFile(texts := _classes(pipeline), len(texts))
+        if (texts := pipeline.own_prompts()) is None:
+            raise InputError.of("prompts.file", "a file of prompts", "none")
+        found = PromptFile(texts, len(texts))
     else:
         found = PromptFile([], 0)
     if config.cache.images is not None:
@@ -52,11 +54,6 @@ def pool_of(config: RunConfig, pipeline: PipelineFolder) -> Pool:
     if seen > len(found.texts):
         raise InputError.of("prompts.seen", f"at most the {len(found.texts)} prompts that there are", seen)
     return Pool(found.texts, seen, found.empty, found.duplicates)
-
-
-def reads_texts(pipeline: PipelineFolder) -> bool:
-    """Whether the prompts are texts, and not names of classes."""
-    return any(name.startswith("text_encoder") for name in pipeline.components())
 
 
 def _captions(config: RunConfig, folder: str, others: PromptFile) -> Pool:
@@ -82,18 +79,3 @@ def _captions(config: RunConfig, folder: str, others: PromptFile) -> Pool:
     rest = [text for text in others.texts if not given.unique or text not in rows]
     twice = others.duplicates + len(others.texts) - len(rest)
     return Pool([*rows, *rest], len(rows), empty, twice, tuple(images))
-
-
-def _classes(pipeline: PipelineFolder) -> list[str]:
-    """The classes of a model that has such in place of texts, by a name that no other has or by their numbers."""
-    if reads_texts(pipeline):
-        raise InputError.of("prompts.file", "a file of prompts", "none")
-    names = pipeline.index.get("id2label")
-    if not names:
-        return [str(number) for number in range(pipeline.config["num_embeds_ada_norm"])]
-    named = {int(number): [name.strip() for name in text.split(",")] for number, text in names.items()}
-    found = {name: number for number, own in named.items() for name in own}  # as the pipeline understands them
-    return [
-        next((name for name in own if name and found[name] == number), str(number))
-        for number, own in sorted(named.items())
-    ]

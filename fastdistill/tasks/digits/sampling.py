@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -18,6 +19,20 @@ from fastdistill.documented import documented
 from fastdistill.tasks.digits.data import SHAPE
 
 SCHEDULE = NoiseSchedule.cosine()
+
+
+class ClippedDDIM(DDIMScheduler):  # type: ignore[misc]
+    """DDIM that computes the noise again from the clipped sample, as ``ddim`` does."""
+
+    def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+        clipped = {"use_clipped_model_output": True, "return_dict": return_dict}
+        return super().step(model_output, timestep, sample, **clipped)
+
+
+def scheduler() -> ClippedDDIM:
+    """The levels of ``SCHEDULE`` and the sampler of the task, as a scheduler of diffusers."""
+    limit = Sampling().clip_sample
+    return ClippedDDIM(1000, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", clip_sample_range=limit)
 
 
 @documented

@@ -68,6 +68,21 @@ def encode(texts: Sequence[str]) -> Tensor:
     return F.layer_norm(hidden + _MIX * mixed, (WIDTH,))
 
 
+def encoded(texts: Sequence[str]) -> Tensor:
+    """As ``encode``, with the shipped embeddings where there are such: the same on every machine."""
+    made, bank = encode(texts), _shipped()
+    known = {text: row for row, text in enumerate([*bank.texts, bank.null_text])}
+    for row, text in enumerate(texts):
+        if (place := known.get(" ".join(text.lower().split()))) is not None:
+            made[row] = bank.embeddings[place]
+    return made
+
+
+@cache
+def _shipped() -> PromptBank:
+    return prompt_bank()
+
+
 def prompt_bank() -> PromptBank:
     """The 80 prompts in PROMPTS' order, then the null prompt, as they are shipped; StorageError if they are damaged."""
     return PromptBank.load(BANK)
