@@ -150,7 +150,7 @@ def _check_reads_the_same(model: Any, source: PipelineFolder) -> None:
     own, theirs = ((family.channels(c), family.conditions(c)) for c in (model.config, source.config))
     if own[0] != theirs[0]:
         raise InputError.of("student", f"latents of {theirs[0]} channels, as {source.path}", own[0])
-    new = {family.guidance_bank(core.config)} - theirs[1].keys()  # which the pipelines give to models that read it
+    new = {family.guidance_bank(model.config)} - theirs[1].keys()  # which the pipelines give to models that read it
     for name in (own[1].keys() | theirs[1].keys()) - new:
         if own[1].get(name) != theirs[1].get(name):
             rule = f"prompts as {source.path} has them: {name} {_shape(theirs[1].get(name))}"
@@ -208,5 +208,6 @@ def _place(target: Path, source: Path | None, overwrite: bool, mark: str) -> Pat
         if not overwrite:
             raise InputError.of("target", "a folder that is not there (or overwrite=True)", f"{target}, which is")
         if not (target / mark).is_file():
-            raise InputError.of("target", f"a folder with {mark} to overwrite", f"{target} without")
+            kind = "pipeline" if mark == INDEX else "model"
+            raise InputError.of("target", f"a {kind} folder to overwrite", f"{target} without {mark}")
     return place

@@ -72,7 +72,8 @@ class DigitsPipeline(PipelineFolder):
     def model(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         if torch.device(device).type == "meta":
             return super().model(device=device, dtype=dtype)
-        return load_teacher().to(device, dtype)
+        teacher = load_teacher().to(device)
+        return teacher if dtype == torch.float32 else teacher.to(dtype)
 
     def autoencoder(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """There is none."""
