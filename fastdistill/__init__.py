@@ -54,6 +54,11 @@ _HOME = {
     "StudentSpec": "models",
     "Taps": "models",
     "make_student": "models",
+    "TapFunction": "models.jacobian",
+    "jvp": "models.jacobian",
+    "vjp": "models.jacobian",
+    "Subspace": "models.subspace",
+    "top_subspace": "models.subspace",
     "open_pipeline": "models.pipelines",
     "fuse": "models.fuse",
     "unfuse": "models.fuse",
@@ -138,7 +143,12 @@ if TYPE_CHECKING:
     from fastdistill.models import make_student as make_student
     from fastdistill.models.fuse import fuse as fuse
     from fastdistill.models.fuse import unfuse as unfuse
+    from fastdistill.models.jacobian import TapFunction as TapFunction
+    from fastdistill.models.jacobian import jvp as jvp
+    from fastdistill.models.jacobian import vjp as vjp
     from fastdistill.models.pipelines import open_pipeline as open_pipeline
+    from fastdistill.models.subspace import Subspace as Subspace
+    from fastdistill.models.subspace import top_subspace as top_subspace
     from fastdistill.ops import Draw as Draw
     from fastdistill.ops import FeatureMatch as FeatureMatch
     from fastdistill.ops import NoiseGather as NoiseGather

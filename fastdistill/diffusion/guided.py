@@ -15,9 +15,10 @@ from fastdistill.diffusion.distortion import Method
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.passes import Passes
+from fastdistill.diffusion.predictions import clean_and_noise, determines
 from fastdistill.diffusion.prompts import Rows
 from fastdistill.diffusion.sampler import predictor
-from fastdistill.diffusion.schedule import PredictionType, check_prediction_type, targets
+from fastdistill.diffusion.schedule import PredictionType, check_prediction_type
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
 from fastdistill.ops.philox import ANCESTRAL, normal
@@ -42,8 +43,7 @@ def sample(
 ) -> Tensor:
     """x_0 [B, *S] from the state x [B, *S] at the first level of a grid.
 
-    Each step is that of ``distortion.recursion``. Of signal a, noise b and a prediction p x_0 + q eps, x_0 and eps
-    follow as (q x - b out) / (a q - b p) and (a out - p x) / (a q - b p), so that no level needs a case of its own.
+    Each step is that of ``distortion.recursion``.
 
     Args:
         model, prompts, null_prompt: as of ``ddim``; None where every weight is 0. The model is given the times of the
@@ -77,9 +77,8 @@ def sample(
         raise InputError.of("clip_sample", "a limit above 0, or None", clip_sample)
     levels = list(zip(grid.signal.tolist(), grid.noise.tolist(), strict=True))
     kind = check_prediction_type(prediction_type)
-    kinds = list(zip(*(part.tolist() for part in targets(grid.signal, grid.noise)[kind]), strict=True))
-    for level, target in zip(levels[:-1], kinds, strict=False):
-        if _determinant(*level, *target) == 0:
+    for level in levels[:-1]:
+        if not determines(kind, *level):
             raise InputError.of("prediction_type", f"one that determines x_0 at (signal, noise) = {level}", kind)
     if method == "heun" and levels[-1][1] > 0:
         raise InputError.of("grid", "one that ends at sigma = 0, for heun", grid)
@@ -92,12 +91,10 @@ def sample(
     times = grid.times.to(x.device, torch.int64 if whole else torch.float32)
     predict = predictor(model, x.dtype)
 
-    def clean_and_noise(x: Tensor, index: int, step: int) -> tuple[Tensor, Tensor]:
+    def predicted(x: Tensor, index: int, step: int) -> tuple[Tensor, Tensor]:
         out = passes(predict, x, times[index], index, step)
         a, b = levels[index]
-        p, q = kinds[index]
-        determinant = _determinant(a, b, p, q)
-        x0, eps = (q * x - b * out) / determinant, (a * out - p * x) / determinant
+        x0, eps = clean_and_noise(x, out, a, b, kind)
         if clip_sample is not None:
             x0 = x0.clamp(-clip_sample, clip_sample)
             eps = (x - a * x0) / b
@@ -105,20 +102,16 @@ def sample(
 
     state = x.to(torch.promote_types(x.dtype, torch.float32))
     for index, ((a, b), (a_next, b_next)) in enumerate(itertools.pairwise(levels)):
-        x0, eps = clean_and_noise(state, index, index)
+        x0, eps = predicted(state, index, index)
         up = eta * b_next * math.sqrt(max(0.0, 1 - (b_next * a / (a_next * b)) ** 2)) if method == "ancestral" else 0.0
         after = a_next * x0 + math.sqrt(b_next**2 - up**2) * eps
         if up > 0:
             step = torch.full_like(passes.key, index)
             after += up * normal(passes.key, step, numbers, x.shape[1:], stream=ANCESTRAL).to(state.dtype)
         if method == "heun" and a > 0 and b_next > 0:
-            _, end = clean_and_noise(after, index + 1, index)
+            _, end = predicted(after, index + 1, index)
             after = a_next / a * state + (b_next - a_next * b / a) / 2 * (eps + end)
         state = after
         if callback is not None:
             callback(index, float(grid.times[index]), state)
     return state.to(x.dtype)
-
-
-def _determinant(a: float, b: float, p: float, q: float) -> float:
-    return a * q - b * p

@@ -224,6 +224,11 @@ def split_index(name: str) -> tuple[str, tuple[int, ...]]:
     return module, tuple(int(number) for number in re.findall(r"\d+", name[len(module) :]))
 
 
+def feature(name: str, output: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor of a tap ``name`` in what its module returned for these arguments; see ``Taps``."""
+    return _tensor(name, split_index(name)[1], _Output(output, _main_input(args, kwargs)))
+
+
 def channels(shape: Sequence[int]) -> int:
     """The channel count of a feature of this shape: axis 1 of vectors [B, C] and of maps [B, C, H, W] or [B, C, F, H,
     W], the last axis of tokens [B, L, C]."""

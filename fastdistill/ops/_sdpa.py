@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -41,3 +41,11 @@ def sdpa(
             return attend()
     with _switches if q.is_cuda else contextlib.nullcontext():
         return attend()
+
+
+@contextlib.contextmanager
+def math_attention() -> Iterator[None]:
+    """Inside, torch's attention is its math form, which has forward mode and second derivatives; one thread at a
+    time."""
+    with _switches, sdpa_kernel(SDPBackend.MATH):
+        yield

@@ -18,6 +18,7 @@ stream     use: counter = (block low 32, stream << 16 | block high 16, sample, s
 5          noise of ancestral sampling: elements as in stream 1, *sample* is the row number, *step* the sampler's
 6          block 0: word 0 guidance weight of a training sample
 7          noise of annealed prompts: as stream 5, elements of a prompt's banks one after another
+8          start vectors of subspaces: elements as in stream 1, *sample* is the row number, *step* counts the draws
 =========  =====================================================================================================
 """
 
@@ -29,7 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHOICE, NOISE, PERMUTATION, INITIAL_NOISE, SAMPLING, ANCESTRAL, GUIDANCE, CONDITION = range(8)
+CHOICE, NOISE, PERMUTATION, INITIAL_NOISE, SAMPLING, ANCESTRAL, GUIDANCE, CONDITION, START = range(9)
 
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top right singular vectors of a model's Jacobian from products with it, for many samples at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from fastdistill.errors import InputError, described
+from fastdistill.models.jacobian import Function, at, check_input, jvp, share, vjp
+from fastdistill.ops import _check
+from fastdistill.ops.philox import START, normal
+
+Method = Literal["auto", "dense", "krylov", "subspace"]
+_BASIS = 6  # times (k + oversample): the widest basis, and the most inputs of which the whole Jacobian is cheaper
+_ROUNDING = 64  # times eps: residuals below it count as 0
+_PATIENCE = 64  # times (k + oversample): products after which a spectrum counts as flat
+
+
+class Products(NamedTuple):
+    """How many products each sample took, [B] int64, and the share of a model's FLOPs that its function evaluates."""
+
+    jvp: Tensor
+    vjp: Tensor
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """The top k right singular vectors of each sample's Jacobian.
+
+    Attributes:
+        vectors: [B, n, k], orthonormal. Their signs are arbitrary. values: [B, k], falling.
+        residual: [B], the largest ||J^T J v - sigma^2 v|| / sigma_1^2.
+        settled: [B] bool. Of a sample that is not, the best that was found.
+        gap: [B], sigma_(k+1) / sigma_k: near 1 the subspace is hardly defined, and does not settle.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    residual: Tensor
+    settled: Tensor
+    gap: Tensor
+    products: Products
+
+
+def top_subspace(
+    f: Function,
+    x: Tensor,
+    k: int,
+    *,
+    method: Method = "auto",
+    oversample: int = 4,
+    tolerance: float = 1e-2,
+    max_products: int | None = None,
+    start: Tensor | None = None,
+    seed: int = 0,
+    rows: Tensor | None = None,
+    chunk: int | None = None,
+) -> Subspace:
+    """The k directions of x that move f(x) most, for each sample of x [B, *S] (n elements).
+
+    A sample has settled, and leaves the batch, where the sine of the largest angle is at most ``tolerance``, both from
+    one iteration to the next, ||(I - V V^T) V_before||_2, and by the bound of Davis and Kahan, the residual over
+    (sigma_k^2 - sigma_(k+1)^2) / sigma_1^2.
+
+    Args:
+        f: a ``TapFunction``, or any function [b, *S] -> [b, m] that treats every row alike and by itself.
+        k: 1 to min(n, m).
+        method: ``krylov``: block Golub-Kahan bidiagonalization with full reorthogonalization and thick restart (Golub,
+            Luk, Overton 1981; Baglama and Reichel 2006). ``subspace``: iteration with k + oversample vectors (Halko,
+            Martinsson, Tropp 2011, 0909.4061, algorithm 4.4). ``dense``: n JVPs and a decomposition. ``auto``: dense
+            where n <= 6 (k + oversample), else krylov.
+        oversample: more vectors than k, of ``subspace`` in each iteration, of ``krylov`` at a restart.
+        max_products: JVPs and VJPs of a sample, after which it counts as not settled; None: 64 (k + oversample).
+        start: [B, n, any], vectors to start with, such as those of a neighbouring noise level; None: random ones by
+            (seed, row).
+        rows: [B] int64, numbers of the rows for these; None: 0..B-1.
+        chunk: as of ``jvp``.
+
+    Raises:
+        InputError: arguments out of range or of other shapes, and what ``jvp`` refuses.
+    """
+    check_input(f, x)
+    n = x[0].numel()
+    if method not in get_args(Method):
+        raise InputError.of("method", f"one of {', '.join(get_args(Method))}", described(method))
+    _check.whole(k, "k", "a whole number from 1")
+    _check.require(k <= n, "k", f"at most {n}, the elements of a sample", k)
+    is_count = isinstance(oversample, int) and not isinstance(oversample, bool) and oversample >= 0
+    _check.require(is_count, "oversample", "a whole number from 0", described(oversample))
+    _check.require(0 < _check.real(tolerance, "tolerance") < 1, "tolerance", "a sine between 0 and 1", tolerance)
+    if max_products is not None:
+        _check.whole(max_products, "max_products", "a whole number from 1")
+    if start is not None:
+        _check.valued(start=start)
+        _check.dtype(start, "start", x.dtype)
+        _check.shape(start, "start", (len(x), n, None), f"vectors [{len(x)}, {n}, any]")
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
+    _check.dtype(rows, "rows", torch.int64)
+    _check.shape(rows, "rows", (len(x),), f"row numbers [{len(x)}]")
+    x = x.detach()
+    with torch.no_grad():
+        m = at(f, torch.zeros(1, dtype=torch.int64, device=x.device))(x[:1]).shape[1]
+    _check.require(k <= m, "k", f"at most {m}, the elements of the feature", k)
+    search = _Search(f, x, int(k), m, tolerance, _check.seed(seed), rows, chunk)
+    search.most = _PATIENCE * (k + oversample) if max_products is None else int(max_products)
+    if method == "auto":
+        method = "dense" if n <= _BASIS * (k + oversample) else "krylov"
+    with torch.no_grad():
+        if method == "dense":
+            _dense(search)
+        elif method == "krylov":
+            _krylov(search, start, oversample)
+        else:
+            _iterate(search, start, min(k + oversample, n, m))
+    return search.found(share(f, x))
+
+
+def project(x: Tensor, vectors: Tensor) -> Tensor:
+    """(I - V V^T) x for x [B, *S] and orthonormal vectors [B, n, k]; x itself, to the bit, where k = 0."""
+    if vectors.shape[2] == 0:
+        return x
+    flat = x.flatten(1)[:, :, None]
+    return (flat - vectors @ (vectors.mT @ flat)).reshape(x.shape)
+
+
+class _Search:
+    """The samples that have not settled, and what was found of the others."""
+
+    def __init__(
+        self, f: Function, x: Tensor, k: int, m: int, tolerance: float, seed: int, rows: Tensor, chunk: int | None
+    ) -> None:
+        self.f, self.x, self.k, self.m, self.tolerance, self.chunk = f, x, k, m, tolerance, chunk
+        self.most = 0
+        self.n = x[0].numel()
+        self._all = k == min(self.n, m)
+        self._key, self._rows, self._draws = torch.tensor(seed, dtype=torch.int64, device=x.device), rows, 0
+        B = len(x)
+        self.active = torch.arange(B, device=x.device)
+        self.spent = 0  # products of each active sample
+        self._vectors, self._values = x.new_zeros(B, self.n, k), x.new_zeros(B, k)
+        self._residual, self._gap = x.new_zeros(B), x.new_zeros(B)
+        self._settled = torch.zeros(B, dtype=torch.bool, device=x.device)
+        self._jvp, self._vjp = (torch.zeros(B, dtype=torch.int64, device=x.device) for _ in range(2))
+
+    def forward(self, V: Tensor) -> Tensor:
+        """J V of the active samples."""
+        return self._product(jvp, self._jvp, V)
+
+    def backward(self, U: Tensor) -> Tensor:
+        """J^T U."""
+        return self._product(vjp, self._vjp, U)
+
+    def _product(self, product: Callable[..., Tensor], count: Tensor, vectors: Tensor) -> Tensor:
+        count[self.active] += vectors.shape[2]
+        self.spent += vectors.shape[2]
+        made: Tensor = product(at(self.f, self.active), self.x[self.active], vectors, chunk=self.chunk)
+        return made
+
+    def random(self, size: int, width: int) -> Tensor:
+        """Normal vectors [active, size, width] by (seed, row, draw)."""
+        step = torch.full_like(self._key, self._draws)
+        self._draws += 1
+        drawn: Tensor = normal(self._key, step, self._rows[self.active], (width, size), stream=START)
+        return drawn.to(self.x.dtype).mT
+
+    def first(self, start: Tensor | None, width: int) -> Tensor:
+        """Orthonormal start vectors, the given ones first."""
+        block: Tensor = self.random(self.n, width)
+        if start is not None:
+            block = torch.cat([start.detach(), block], 2)[:, :, : max(width, start.shape[2])]
+        Q: Tensor = torch.linalg.qr(block)[0]
+        return Q
+
+    def settle(self, vectors: Tensor, values: Tensor, residual: Tensor, change: Tensor | None) -> Tensor:
+        """Keeps what was found, and the samples that go on; returns these as places among the active ones.
+
+        vectors [active, n, k], values [active, k or more], residual [active]; change [active]: of the subspace, None
+        where there was none before.
+        """
+        k, at = self.k, self.active
+        top, last = values[:, 0], values[:, k - 1]
+        following = values[:, k] if values.shape[1] > k else torch.zeros_like(last) if self._all else last
+        apart = torch.where(top > 0, (last**2 - following**2) / top**2, 0)
+        bound = (self.tolerance * apart).clamp(min=_ROUNDING * torch.finfo(values.dtype).eps)
+        done = residual <= bound.clamp(max=self.tolerance)
+        done &= torch.zeros_like(done) if change is None else change <= self.tolerance
+        self._vectors[at], self._values[at], self._residual[at] = vectors, values[:, :k], residual
+        self._gap[at] = torch.where(last > 0, following / last, 0)
+        self._settled[at] = done
+        left = (~done).nonzero().flatten()
+        self.active = at[left]
+        return left
+
+    def found(self, evaluated: float) -> Subspace:
+        products = Products(self._jvp, self._vjp, evaluated)
+        return Subspace(self._vectors, self._values, self._residual, self._settled, self._gap, products)
+
+
+def _dense(search: _Search) -> None:
+    """One sample after another, so that memory holds one Jacobian at a time."""
+    every, k = search.active, search.k
+    identity = torch.eye(search.n, dtype=search.x.dtype, device=search.x.device)[None]
+    for sample in every.reshape(-1, 1):
+        search.active = sample
+        J = search.forward(identity)
+        R = torch.linalg.qr(J, mode="r")[1].double()  # J^T J = R^T R
+        _, values, Vh = torch.linalg.svd(R, full_matrices=False)
+        V = Vh[:, :k].mT
+        error = R.mT @ (R @ V) - V * values[:, None, :k] ** 2
+        residual = _relative(torch.linalg.vector_norm(error, dim=1), values)
+        dtype = search.x.dtype
+        search.settle(V.to(dtype), values.to(dtype), residual.to(dtype), torch.zeros_like(residual, dtype=dtype))
+
+
+def _iterate(search: _Search, start: Tensor | None, width: int) -> None:
+    """V <- the right singular vectors of U^T J with U = orth(J V)."""
+    k = search.k
+    V = search.first(start, width)[:, :, : max(width, k)]
+    while len(V):
+        U, R = torch.linalg.qr(search.forward(V))
+        W = search.backward(U)  # J^T U; J^T J V = W R
+        X, sigma, Yh = torch.linalg.svd(R)
+        Y = Yh[:, :k].mT
+        error = W @ (X[:, :, :k] * sigma[:, None, :k]) - V @ (Y * sigma[:, None, :k] ** 2)
+        residual = _relative(torch.linalg.vector_norm(error, dim=1), sigma)
+        after, values, _ = torch.linalg.svd(W, full_matrices=False)
+        before = V @ Y
+        change = _sine(after[:, :, :k], before)
+        V = after[search.settle(after[:, :, :k], values, residual, change)]
+        if search.spent + 2 * width > search.most:
+            break
+
+
+def _krylov(search: _Search, start: Tensor | None, oversample: int) -> None:
+    """J V = U H and J^T U = V H^T + (rest S in the last columns), V and U orthonormal, wider by a block each time."""
+    k, n, m = search.k, search.n, search.m
+    widest = _BASIS * (k + oversample)
+    rest = search.first(start, min(_block(k), n, m))
+    V, U = rest[:, :, :0], search.x.new_zeros(len(rest), m, 0)
+    H = search.x.new_zeros(len(rest), 0, 0)
+    before: Tensor | None = None  # the last k right vectors, in the basis V
+    while len(rest):
+        C, new, R = _extended(search, U, search.forward(rest), min(rest.shape[2], m - U.shape[2]))
+        V, U = torch.cat([V, rest], 2), torch.cat([U, new], 2)
+        H = torch.cat([torch.nn.functional.pad(H, (0, 0, 0, new.shape[2])), torch.cat([C, R], 1)], 2)
+        w = new.shape[2]
+        if w:
+            _, rest, S = _extended(search, V, search.backward(new), min(w, n - V.shape[2]))
+        else:  # U is everything, and so V has the whole row space
+            rest, S = V[:, :, :0], V.new_zeros(len(V), 0, 0)
+        X, sigma, Yh = torch.linalg.svd(H)
+        if sigma.shape[1] < k:
+            continue
+        Y = Yh[:, :k].mT
+        left = sigma[:, None, :k] * (S @ X[:, X.shape[1] - w :, :k])
+        residual = _relative(torch.linalg.vector_norm(left, dim=1), sigma)
+        change = None
+        if before is not None:
+            change = _sine(Y, torch.nn.functional.pad(before, (0, 0, 0, Y.shape[1] - before.shape[1])))
+        if rest.shape[2] == 0:
+            change = torch.zeros_like(residual)
+        keep = search.settle(V @ Y, sigma, residual, change)
+        if search.spent + 2 * rest.shape[2] > search.most:
+            break
+        V, U, H, rest, before, X, sigma, Yh = (t[keep] for t in (V, U, H, rest, Y, X, sigma, Yh))
+        if V.shape[2] + rest.shape[2] > widest and rest.shape[2]:
+            p = min(k + oversample, sigma.shape[1])
+            V, U, H = V @ Yh[:, :p].mT, U @ X[:, :, :p], torch.diag_embed(sigma[:, :p])
+            before = torch.eye(p, k, dtype=V.dtype, device=V.device).expand(len(V), p, k)
+
+
+def _block(k: int) -> int:
+    """Vectors of a block: narrow ones need fewer products, wide ones find equal singular values."""
+    return min(k, max(2, -(-k // 4)))
+
+
+def _extended(search: _Search, basis: Tensor, P: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(C, new, R) with P = basis C + new R and [basis, new] orthonormal, ``width`` more columns.
+
+    Directions in which nothing is left of P are random ones, of which R is 0.
+    """
+    C = basis.mT @ P
+    Q, R = torch.linalg.qr(P - basis @ C)
+    A, S, Bh = torch.linalg.svd(R)
+    new, R = Q @ A[:, :, :width], S[:, :width, None] * Bh[:, :width]
+    scale = torch.linalg.vector_norm(P, dim=(1, 2))[:, None]
+    dead = S[:, :width] <= torch.finfo(P.dtype).eps * scale
+    if bool(dead.any()):
+        drawn = search.random(P.shape[1], width) / math.sqrt(P.shape[1])
+        new, R = torch.where(dead[:, None], drawn, new), torch.where(dead[:, :, None], 0, R)
+    for _ in range(2):
+        more = basis.mT @ new
+        new, T = torch.linalg.qr(new - basis @ more)
+        C, R = C + more @ R, T @ R
+    return C, new, R
+
+
+def _sine(V: Tensor, W: Tensor) -> Tensor:
+    """Sine of the largest angle between the spans of orthonormal [B, n, k], by residuals: exact where it is small."""
+    value: Tensor = torch.linalg.matrix_norm(W - V @ (V.mT @ W), ord=2)
+    return value
+
+
+def _relative(errors: Tensor, values: Tensor) -> Tensor:
+    """The largest of the errors [B, k] by sigma_1^2."""
+    top = values[:, 0] ** 2
+    value: Tensor = torch.where(top > 0, errors.amax(1) / top, 0)
+    return value
