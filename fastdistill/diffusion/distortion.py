@@ -9,7 +9,6 @@ the variance (Ventura et al. 2026, 2602.00716). The closed forms follow from int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -150,58 +149,6 @@ def neutral_linear(c: float, u: float, omega: float, T: float) -> Neutral:
     omega, T = _finite(omega, "omega"), _positive(T, "T")
     w = -omega * (u * math.log1p(T / u) - c * math.log1p(T / c)) / (_log_ratio(c, u, 0.0) - _log_ratio(c, u, T))
     return Neutral(w, w >= -1)
-
-
-def neutral_on(
-    grid: Grid,
-    c: Any,
-    u: Any,
-    w_plus: float,
-    switch: float,
-    stop: float = 0.0,
-    *,
-    floor: float = -1.0,
-    start: Start = "exact",
-    method: Method = "ddim",
-) -> Neutral:
-    """The weight w_minus of ``Guidance.window(w_plus, w_minus, switch, stop)`` that on this grid gives the variance of
-    w = 0, summed over the directions; by bisection on ``recursion``. A window that is neutral with infinitely many
-    steps is not on a coarse grid.
-
-    Returns:
-        The largest such weight below 0, however low (not below -64), and whether it is at least ``floor``. NaN and
-        False: there is none.
-
-    Raises:
-        InputError: R = u / c <= 1 in each direction; a threshold outside of the grid.
-    """
-    c, u = directions(c=c, u=u)
-    _check.require(
-        bool((u > c).any()), "u", "a variance above c in some direction (below it guidance widens)", u.tolist()
-    )
-    floor = _finite(floor, "floor")
-
-    def excess(w: float) -> float:
-        schedule = Guidance.window(w_plus, w, switch, stop)
-        return float(recursion(grid, schedule, 0.0, c, u, start, method).variance.sum()) - wanted
-
-    wanted = float(recursion(grid, 0.0, 0.0, c, u, start, method).variance.sum())
-    return _falling_root(excess, floor)
-
-
-def _falling_root(excess: Callable[[float], float], floor: float) -> Neutral:
-    """The first w below 0 at which ``excess``, below 0 at w = 0, is 0."""
-    high, low = 0.0, -0.125
-    if excess(high) >= 0:
-        return Neutral(0.0, floor <= 0)
-    while excess(low) < 0:
-        high, low = low, 2 * low
-        if low < -64:
-            return Neutral(math.nan, False)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if excess(middle) < 0 else (middle, high)
-    return Neutral(low, low >= floor)
 
 
 def _guided(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from fastdistill.diffusion.distortion import closed_form, neutral_linear, neutral_on, neutral_window, recursion
+from fastdistill.diffusion.distortion import closed_form, neutral_linear, neutral_window, recursion
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.guided import sample
@@ -281,32 +281,6 @@ def test_the_neutral_line():
 
 
 @pytest.mark.parametrize(
-    ("steps", "alone", "continuum", "solved", "reachable"),
-    [(18, 0.2895, 0.130, -1.47, False), (30, 0.331, 0.305, -0.699, True)],
-)
-def test_a_coarse_grid_has_its_own_neutral_window(steps, alone, continuum, solved, reachable):
-    grid = grid_of(karras(steps))
-    switch = 3**0.5
-    assert float(recursion(grid, 0.0, MU, C, U).variance) == pytest.approx(alone, abs=5e-4)
-    window = Guidance.window(2, neutral_window(C, U, 2.0, 3.0).w, switch)
-    assert float(recursion(grid, window, MU, C, U).variance) == pytest.approx(continuum, abs=5e-4)
-    found = neutral_on(grid, C, U, 2.0, switch)
-    assert found.w == pytest.approx(solved, abs=5e-3) and found.reachable is reachable
-    both = [recursion(grid, s, MU, C, U).variance for s in (0.0, Guidance.window(2, found.w, switch))]
-    assert abs(float(both[1] / both[0]) - 1) < 1e-9
-    assert neutral_on(grid, C, U, 2.0, switch, floor=-2.0).reachable
-
-
-def test_a_window_is_solved_over_several_directions():
-    grid, c, u = grid_of(karras(40)), torch.tensor([0.4, 0.1, 1.0]), torch.tensor([2.0, 0.3, 1.0])
-    found = neutral_on(grid, c, u, 1.5, 2.0, method="heun")
-    sums = [
-        recursion(grid, s, 0.0, c, u, method="heun").variance.sum() for s in (0.0, Guidance.window(1.5, found.w, 2.0))
-    ]
-    assert abs(float(sums[1] / sums[0]) - 1) < 1e-9 and found.reachable
-
-
-@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: closed_form(MU, 0.0, U, 1), "c: expected variances above 0, got 0.0"),
@@ -331,8 +305,6 @@ def test_a_window_is_solved_over_several_directions():
         (lambda: neutral_window(C, U, 2, 0), "tau: expected a number > 0, got 0"),
         (lambda: neutral_window(C, U, math.inf, 3), "w_plus: expected a finite number, got inf"),
         (lambda: neutral_linear(C, C, 1, 3), "u: expected a variance above c (0.4), as guidance widens"),
-        (lambda: neutral_on(grid_of([2, 0]), U, C, 2, 1), "u: expected a variance above c in some direction"),
-        (lambda: neutral_on(grid_of([2, 1, 0]), C, U, 2, 3), "the ends of the levels, got 3 in"),
     ],
 )
 def test_bad_input(make, message):
