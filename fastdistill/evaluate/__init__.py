@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of students: metrics, figures and the report."""
 
+from fastdistill.evaluate.diagnosis import diagnose, frontier
 from fastdistill.evaluate.diversity import (
     bootstrap,
     bootstrap_all,
@@ -21,7 +22,9 @@ __all__ = [
     "bootstrap_all",
     "class_separation",
     "density_coverage",
+    "diagnose",
     "frechet_distance",
+    "frontier",
     "loss_curves",
     "mean_shift",
     "mean_spread",

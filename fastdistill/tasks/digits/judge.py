@@ -36,8 +36,11 @@ class Judge:
         if not len(images):
             return torch.empty(0, dtype=torch.int64)
         color, ink = _unmixed(images)
-        digit = torch.from_numpy(self._classifier.predict(ink.flatten(1).numpy()))
-        return color * len(DIGITS) + digit
+        return color * len(DIGITS) + self.digits(ink)
+
+    def digits(self, ink: Tensor) -> Tensor:
+        """Predicted digits [n] int64 of ink [n, 8, 8] in [0, 1], on the CPU."""
+        return torch.from_numpy(self._classifier.predict(ink.flatten(1).numpy()))
 
     def right(self, images: Tensor, prompt: Tensor) -> Tensor:
         """[n] bool: the image shows both the digit and the color of its prompt (a row of ``data.PROMPTS``)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,15 +53,14 @@ ARCHITECTURE: dict[str, Any] = {
 
 @documented
 @dataclass(frozen=True)
-class TeacherConfig:
-    """How the shipped weights were trained."""
+class Recipe:
+    """How a teacher is trained and evaluated, of this task or of one with the same prompts."""
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=2400, batch=64, lr=4e-3, lr_schedule="cosine", warmup=50, ema_decay=0.995, seed=0, log_every=50
         )
     )
-    sampling: Sampling = Sampling()
     weight_limit: Annotated[float, Field(ge=1)] = 5.0
     """Limit of the weight min(1 / abar, limit) of each timestep in the loss."""
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -73,6 +73,28 @@ class TeacherConfig:
     """Device to train on."""
     output: str = "runs/digits-teacher"
     """Directory for checkpoints, metrics.jsonl and teacher.safetensors."""
+
+
+@documented
+@dataclass(frozen=True)
+class TeacherConfig(Recipe):
+    """How the shipped weights were trained."""
+
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher learns.
+
+    start: the model before training, of a seed. made_from: what that and the data depend on, for the provenance.
+    images: [n, 3, 8, 8] and their rows of PROMPTS. judged: measures a trained model, in eval mode.
+    """
+
+    start: Callable[[int], UNet2DConditionModel]
+    made_from: Mapping[str, Any]
+    images: Callable[[], tuple[Tensor, Tensor]]
+    judged: Callable[[UNet2DConditionModel], dict[str, float]]
 
 
 def build(seed: int) -> UNet2DConditionModel:
@@ -88,6 +110,14 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
     Returns:
         The provenance stored in the file: settings, data fingerprint, versions, metrics, hash of the weights.
     """
+    lesson = Lesson(
+        build, {"data": data.fingerprint()}, lambda: data.tinted(data.scans()[0]), lambda model: judged(model, config)
+    )
+    return trained(config, lesson, progress)
+
+
+def trained(config: Recipe, lesson: Lesson, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains by a recipe what a lesson says; as ``train_teacher``."""
     config = validated(config, "teacher")
     for option in ("fuse", "precision", "banks", "gradient_checkpointing", "preview"):
         if (given := getattr(config.train, option)) != (only := getattr(TrainConfig(), option)):
@@ -96,21 +126,21 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
     torch.set_num_threads(config.threads)
     output = located(config.output, "output")
     make_directory(output)
-    model = build(config.train.seed).to(config.device).train()
+    model = lesson.start(config.train.seed).to(config.device).train().requires_grad_(True)
     bank = prompt_bank().to(config.device)
-    images, rows = (t.to(config.device) for t in data.tinted(data.scans()[0]))
+    images, rows = (t.to(config.device) for t in lesson.images())
     batch, part = config.train.batch, config.train.micro_batch
     setting = Setting(model, model, SCHEDULE, images, rows, bank.embeddings, batch, micro_batch=part)
     objective = Denoising(config.weight_limit, config.null_probability)
     step = TrainStep(objective.bind(setting), model, config.train, torch.device(config.device))
     recipe = {k: v for k, v in asdict(config).items() if k not in ("output", "device", "threads", "images_per_prompt")}
-    fingerprint = {"recipe": recipe, "data": data.fingerprint(), "prompts": bank.identity, "architecture": ARCHITECTURE}
+    fingerprint = {"recipe": recipe, **lesson.made_from, "prompts": bank.identity, "architecture": ARCHITECTURE}
     result = fit(step, model, fingerprint, config.train, output, progress)
 
     step.optimizer.copy_average(model, model)
     model.eval()
     provenance = fingerprint | {
-        "metrics": judged(model, config) | {"train_seconds": round(result.seconds, 1)},
+        "metrics": lesson.judged(model) | {"train_seconds": round(result.seconds, 1)},
         "versions": {
             "fastdistill": fastdistill.__version__,
             "torch": torch.__version__,
@@ -160,7 +190,9 @@ def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        raise StorageError(f"{path}: expected the tensors of the digits teacher, got other tensors ({text})") from error
+        raise StorageError(
+            f"{path}: expected the tensors of a teacher of the digits, got other tensors ({text})"
+        ) from error
     return model.eval().requires_grad_(False)
 
 
@@ -176,7 +208,8 @@ def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
     def inputs(provenance: dict[str, Any]) -> dict[str, Any]:
         recipe = provenance["recipe"]
         train = asdict(TrainConfig()) | recipe["train"]  # settings that are newer than the file had their defaults
-        return plain(recipe | {"train": train, "data": provenance["data"], "architecture": provenance["architecture"]})
+        others = {name: provenance[name] for name in ("data", "architecture", "start") if name in provenance}
+        return plain(recipe | {"train": train} | others)
 
     return differences(inputs(made), inputs(shipped))
 

@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What schedules of guidance do to the samples of a model, and how much of the lost variance they give back.
+
+``diagnose`` samples any model with each schedule and measures each set against real samples; ``frontier`` compares the
+schedules with constant guidance of equal effect, which is what decides: more variance alone is no finding, as a smaller
+constant gives that too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
+from fastdistill.diffusion.distortion import Method
+from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance, Piecewise
+from fastdistill.errors import InputError, described
+from fastdistill.evaluate.diversity import (
+    Interval,
+    bootstrap_all,
+    density_coverage,
+    precision_recall,
+    vendi_score,
+)
+from fastdistill.evaluate.spread import Spread
+from fastdistill.files import atomic_write, located, make_directory
+from fastdistill.ops import _check
+
+#: (schedule, prompts [n], noises [n], seed) -> samples [n, ...].
+Sample = Callable[[Guidance, Tensor, Tensor, int], Tensor]
+At = Literal["separation", "accuracy"]
+_MEASURED = ("separation", "mean_shift", "variance_ratio", "right", "right_variance_ratio")
+_SHARE = 0.9  # of the draws of an interval of ``recovered``, at least, that have to be within the constants' range
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a schedule makes of a model, each figure with its 95 % interval.
+
+    schedule, grid: texts. seeds, images: how many; images are those of all seeds.
+
+    separation, mean_shift, variance_ratio: as ``class_separation``, ``mean_shift`` and ``variance_ratio``, by bootstrap
+    within classes. right: share of the images judged right; right_variance_ratio: the variance ratio among them, as
+    wrong images are no diversity; NaN without a judge, or where a class has fewer than two right images.
+    precision, recall, density, coverage: of all images against the reference. vendi: effective number of different
+    images of a class, mean over classes, with a Gaussian kernel as wide as the reference's class. These five by the
+    jackknife, as equal rows would change them.
+    evaluations_per_image: of the model. images_per_second: measured; NaN where it was not.
+
+    draws: [n, 5] float64, the first five by bootstrap; rows of the same classes are drawn together.
+    """
+
+    schedule: str
+    grid: str
+    seeds: int
+    images: int
+    evaluations_per_image: int
+    images_per_second: float
+    separation: Interval
+    mean_shift: Interval
+    variance_ratio: Interval
+    right: Interval
+    right_variance_ratio: Interval
+    precision: Interval
+    recall: Interval
+    density: Interval
+    coverage: Interval
+    vendi: Interval
+    draws: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: each figure as itself and ``<figure>_interval`` [low, high]; None for NaN."""
+        found: dict[str, Any] = {}
+        for name, value in self.__dict__.items():
+            if isinstance(value, Interval):
+                found[name] = _plain(value.value)
+                found[f"{name}_interval"] = [_plain(value.low), _plain(value.high)]
+            elif name != "draws":
+                found[name] = _plain(value)
+        return found
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """The share of the variance lost to constant guidance that a schedule gives back: 0 on the constants' line, 1 at
+    the variance without guidance. at: of which equal effect. NaN outside of the constants' range."""
+
+    schedule: str
+    at: At
+    value: float
+    interval: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; None for NaN."""
+        return {
+            "schedule": self.schedule,
+            "at": self.at,
+            "value": _plain(self.value),
+            "interval": [_plain(end) for end in self.interval],
+        }
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """rows: one a schedule, in their order. recovered: of each schedule that is no constant."""
+
+    rows: list[Row]
+    recovered: list[Recovered]
+
+    def to_json(self) -> dict[str, list[dict[str, Any]]]:
+        """Plain values."""
+        return {name: [entry.to_json() for entry in getattr(self, name)] for name in ("rows", "recovered")}
+
+
+@torch.no_grad()
+def diagnose(
+    sample: Sample,
+    features: Callable[[Tensor], Tensor],
+    prompts: Tensor,
+    reference: tuple[Tensor, Tensor],
+    schedules: Sequence[Guidance | str | float],
+    grid: Grid,
+    *,
+    classes: Tensor | None = None,
+    right: Callable[[Tensor, Tensor], Tensor] | None = None,
+    seeds: Sequence[int] = (0,),
+    method: Method = "ddim",
+    batch: int = 64,
+    draws: int = 200,
+    neighbours: int = 5,
+    keep: str | Path | None = None,
+    made_from: Any = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Diagnosis:
+    """Measures a model under each schedule against real samples.
+
+    Args:
+        sample: called with (schedule, prompts [n], noises [n], seed) for at most ``batch`` samples [n, ...]; a sample
+            should depend on its own prompt, noise and seed alone, so that schedules are compared on the same noise.
+        features: samples [n, ...] -> features [n, D], for the reference too.
+        prompts: [N] int64, one a sample; noise n is that of prompts[n].
+        reference: real samples [M, ...] and their classes [M] int64.
+        schedules: schedules, texts or weights. With 0 and at least one more constant, ``recovered`` is known.
+        grid: of the sampler, for the evaluations; thresholds are checked before anything is sampled.
+        classes: [N] int64, of the samples; None: the prompts. At least two of each, and the reference's.
+        right: (samples, prompts) -> [n] bool, whether a judge finds the prompt in the sample.
+        seeds: each makes N samples.
+        draws: of an interval; a quarter of it for those by neighbours.
+        keep: a directory for the features of what is done, so that an interrupted call goes on. made_from: JSON value
+            that says what the samples are made from beside the arguments here (the weights, say), with ``keep``.
+        progress: called with (samples made, all of them).
+
+    Raises:
+        InputError: before anything is sampled: a schedule that does not fit the grid, no schedule or one twice, classes
+            that are not the reference's or have one sample, features of another width, fewer than ``neighbours`` + 1.
+    """
+    parsed = _schedules(schedules, grid)
+    labels = _labels(prompts if classes is None else classes, "prompts" if classes is None else "classes", len(prompts))
+    numbers = _seeds(seeds)
+    _check.whole(batch, "batch", "at least 1")
+    if draws < 8:
+        raise InputError.of("draws", "at least 8", draws)
+    real, real_labels = reference
+    real_labels = _labels(real_labels, "reference", len(real))
+    _check_classes(labels, real_labels)
+    for name, count in (("prompts", len(prompts) * len(numbers)), ("reference", len(real))):
+        if count // 2 <= neighbours:
+            rule = f"more than {2 * neighbours + 1}: {neighbours} neighbours in each half"
+            raise InputError.of(name, rule, count)
+    known = _whole(features, real, batch)
+    measure = _Measure(known, real_labels, draws, neighbours)
+    order = 2 if method == "heun" else 1
+    rows = []
+    total, done = len(parsed) * len(numbers) * len(prompts), 0
+    for schedule in parsed:
+        cells = []
+        for seed in numbers:
+            key = {
+                "schedule": str(schedule), "grid": str(grid), "seed": seed, "made_from": made_from,
+                "prompts": sha256_of_tensors({"prompts": prompts, "classes": labels}), "width": known.shape[1],
+            }  # fmt: skip
+
+            def told(made: int, before: int = done) -> None:
+                if progress is not None:
+                    progress(before + made, total)
+
+            cell = _Cell.kept(keep, key, len(prompts))
+            if cell is None:
+                cell = _Cell.made(sample, features, right, schedule, prompts, seed, batch, known.shape[1], told)
+                cell.keep(keep, key)
+            done += len(prompts)
+            told(0, done)
+            cells.append(cell)
+        found = torch.cat([cell.features for cell in cells])
+        judged = torch.cat([cell.right for cell in cells]) if right is not None else None
+        seconds = sum(cell.seconds for cell in cells)
+        figures, drawn = measure(found, labels.repeat(len(numbers)), judged)
+        rows.append(
+            Row(
+                schedule=str(schedule),
+                grid=str(grid),
+                seeds=len(numbers),
+                images=len(found),
+                evaluations_per_image=schedule.evaluations(grid, order),
+                images_per_second=len(found) / seconds,
+                **figures,
+                draws=drawn,
+            )
+        )
+    constants = [row for row in rows if _constant(row.schedule) is not None]
+    enough = len(constants) > 1 and any(_constant(row.schedule) == 0 for row in constants)
+    return Diagnosis(rows, frontier(rows) if enough else [])
+
+
+def frontier(rows: Sequence[Row]) -> list[Recovered]:
+    """How much of the variance that constant guidance takes each other schedule gives back, at equal separation and at
+    equal accuracy: (V - V_const) / (V_0 - V_const).
+
+    V_0 is the variance ratio of w = 0; V_const that of constant guidance with the same separation (or share of right
+    images), interpolated linearly between the constants in the order of w: the first place that has it, which of a
+    saturated accuracy is that of the smallest w. NaN outside of the constants' range, and where nothing is lost there.
+    Intervals by the draws of the rows, NaN where fewer than 90 % of them are within the range.
+
+    Raises:
+        InputError: no row of w = 0, or no other constant.
+    """
+    constants = sorted(
+        ((w, row) for row in rows if (w := _constant(row.schedule)) is not None and w >= 0), key=lambda pair: pair[0]
+    )
+    if not constants or constants[0][0] != 0 or len(constants) < 2:
+        got = ", ".join(row.schedule for row in rows) or "none"
+        raise InputError.of("rows", "schedules among which are 0 and another constant", got)
+    line = [row for _, row in constants]
+    found = []
+    for row in rows:
+        if _constant(row.schedule) is not None:
+            continue
+        for at, name in (("separation", "separation"), ("accuracy", "right")):
+            if math.isnan(row.right.value) and at == "accuracy":
+                continue
+            value = _recovered(*(_points([*line, row], key) for key in (name, "variance_ratio")))
+            found.append(Recovered(row.schedule, at, float(value[0]), _interval(line, row, name)))  # type: ignore[arg-type]
+    return found
+
+
+def _interval(line: list[Row], row: Row, name: str) -> tuple[float, float]:
+    rows = [*line, row]
+    drawn = [one.draws for one in rows if one.draws is not None]
+    if len(drawn) < len(rows) or len({len(d) for d in drawn}) > 1:
+        return math.nan, math.nan
+    places = [_MEASURED.index(key) for key in (name, "variance_ratio")]
+    values = _recovered(*(torch.stack([d[:, place] for d in drawn], 1) for place in places))
+    within = values[values.isfinite()]
+    if len(within) < _SHARE * len(values):
+        return math.nan, math.nan
+    low, high = within.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _points(rows: Sequence[Row], key: str) -> Tensor:
+    return torch.tensor([[getattr(row, key).value for row in rows]], dtype=torch.float64)
+
+
+def _recovered(effect: Tensor, variance: Tensor) -> Tensor:
+    """[n]: of [n, constants + 1] each, those of the constants in the order of w and of the schedule last."""
+    x, y = effect[:, -1:], variance[:, -1]
+    low, high = effect[:, :-2], effect[:, 1:-1]
+    inside = ((low <= x) & (x <= high)) | ((high <= x) & (x <= low))
+    first = inside.int().argmax(1, keepdim=True)
+    start, end, before, after = (
+        values.gather(1, first)[:, 0] for values in (low, high, variance[:, :-2], variance[:, 1:-1])
+    )
+    share = torch.where(end == start, 0.0, (x[:, 0] - start) / (end - start))
+    line = before + share * (after - before)
+    lost = variance[:, 0] - line
+    known = inside.any(1) & (lost > 0)
+    return torch.where(known, (y - line) / lost, math.nan)
+
+
+class _Measure:
+    """The figures of samples against a reference."""
+
+    def __init__(self, reference: Tensor, labels: Tensor, draws: int, neighbours: int) -> None:
+        self.spread = Spread(reference, labels)
+        self.reference, self.labels, self.draws, self.k = reference, labels, draws, neighbours
+        variances = [reference[labels == label].double().var(0).sum() for label in labels.unique()]
+        self.scale = float(torch.stack(variances).mean())
+
+    def __call__(self, x: Tensor, labels: Tensor, right: Tensor | None) -> tuple[dict[str, Interval], Tensor]:
+        value, drawn = self.spread(x, labels, right, self.draws)
+        ends = drawn.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
+        figures = {
+            name: Interval(float(value[place]), float(ends[0, place]), float(ends[1, place]))
+            for place, name in enumerate(_MEASURED)
+        }
+        fewer = max(2, self.draws // 4)
+        count = min(len(x), len(self.reference))  # the reference's size changes recall
+        order = torch.randperm(len(self.reference), generator=torch.Generator().manual_seed(0))
+        real = self.reference[order[:count]]
+        near = bootstrap_all(self._near, real, x, n=fewer, replace=False)
+        figures |= dict(zip(("precision", "recall", "density", "coverage"), near, strict=True))
+        return figures | {"vendi": self._vendi(x, labels, fewer)}, drawn
+
+    def _near(self, real: Tensor, fake: Tensor) -> tuple[float, ...]:
+        return (*precision_recall(real, fake, self.k), *density_coverage(real, fake, self.k))
+
+    def _vendi(self, x: Tensor, labels: Tensor, draws: int) -> Interval:
+        groups = [x[labels == label] for label in labels.unique()]
+
+        def kernel(one: Tensor, two: Tensor) -> Tensor:
+            return (-torch.cdist(one, two).square() / (2 * self.scale)).exp()
+
+        def mean(*groups: Tensor) -> tuple[float]:
+            return (sum(vendi_score(group, kernel) for group in groups) / len(groups),)
+
+        if min(map(len, groups)) < 4:
+            return Interval(mean(*groups)[0], math.nan, math.nan)
+        return bootstrap_all(mean, *groups, n=draws, replace=False)[0]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What one schedule and one seed gave: features [N, D], right [N] bool, seconds of sampling."""
+
+    features: Tensor
+    right: Tensor
+    seconds: float
+
+    @classmethod
+    def made(
+        cls, sample: Sample, features: Callable[[Tensor], Tensor], right: Callable[[Tensor, Tensor], Tensor] | None,
+        schedule: Guidance, prompts: Tensor, seed: int, batch: int, width: int, progress: Callable[[int], object],
+    ) -> _Cell:  # fmt: skip
+        noises = torch.arange(len(prompts))
+        found, judged, seconds = [], [], 0.0
+        for wanted, numbers in zip(prompts.split(batch), noises.split(batch), strict=True):
+            start = time.perf_counter()
+            made = sample(schedule, wanted, numbers, seed)
+            if made.is_cuda:
+                torch.cuda.synchronize(made.device)
+            seconds += time.perf_counter() - start
+            if len(made) != len(wanted):
+                raise InputError.of("sample", f"{len(wanted)} samples, one a prompt", len(made))
+            if not made.isfinite().all():
+                raise InputError.of("sample", "finite samples", f"NaN or infinity with {schedule}")
+            found.append(_featured(features, made, width))
+            judged.append(torch.zeros(len(made), dtype=torch.bool) if right is None else right(made, wanted).cpu())
+            progress(int(numbers[-1]) + 1)
+        return cls(torch.cat(found), torch.cat(judged), seconds)
+
+    @classmethod
+    def kept(cls, keep: str | Path | None, key: dict[str, Any], count: int) -> _Cell | None:
+        """What an earlier call kept; None where it kept nothing, or something damaged."""
+        if keep is None or not (path := cls.path(keep, key)).exists():
+            return None
+        try:
+            tensors = safetensors.torch.load_file(path)
+            cell = cls(tensors["features"], tensors["right"], float(tensors["seconds"]))
+        except (OSError, KeyError, safetensors.SafetensorError):
+            return None
+        return cell if len(cell.features) == len(cell.right) == count else None
+
+    def keep(self, keep: str | Path | None, key: dict[str, Any]) -> None:
+        if keep is None:
+            return
+        seconds = torch.tensor(self.seconds, dtype=torch.float64)
+        tensors = {"features": self.features.contiguous(), "right": self.right, "seconds": seconds}
+        path = self.path(keep, key)
+        make_directory(path.parent)
+        atomic_write(path, safetensors.torch.save(tensors))
+
+    @staticmethod
+    def path(keep: str | Path, key: dict[str, Any]) -> Path:
+        return located(keep, "keep") / f"{sha256_of_json(key)[:32]}.safetensors"
+
+
+def _featured(features: Callable[[Tensor], Tensor], samples: Tensor, width: int | None) -> Tensor:
+    found = features(samples)
+    if found.ndim != 2 or len(found) != len(samples) or not found.is_floating_point():
+        rule = f"features [{len(samples)}, D] of a float dtype"
+        raise InputError.of("features", rule, f"{found.dtype} {tuple(found.shape)}")
+    if width is not None and found.shape[1] != width:
+        raise InputError.of("features", f"{width} values, as of the reference", found.shape[1])
+    if not found.isfinite().all():
+        raise InputError.of("features", "finite values", "NaN or infinity")
+    return found.detach().to("cpu", torch.float64)
+
+
+def _whole(features: Callable[[Tensor], Tensor], samples: Tensor, batch: int) -> Tensor:
+    parts = samples.split(max(batch, 256))
+    first = _featured(features, parts[0], None)
+    return torch.cat([first, *(_featured(features, part, first.shape[1]) for part in parts[1:])])
+
+
+def _schedules(schedules: Sequence[Guidance | str | float], grid: Grid) -> list[Guidance]:
+    parsed = [Guidance.parse(schedule) for schedule in schedules]
+    if not parsed:
+        raise InputError.of("schedules", "at least one", "none")
+    texts = [str(schedule) for schedule in parsed]
+    for schedule, text in zip(parsed, texts, strict=True):
+        schedule.weights(grid)
+        if texts.count(text) > 1:
+            raise InputError.of("schedules", "each once", f"{text!r} twice")
+    return parsed
+
+
+def _seeds(seeds: Sequence[int]) -> list[int]:
+    numbers = [_check.seed(seed, "seeds") for seed in seeds]
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise InputError.of("seeds", "at least one, each once", described(numbers))
+    return numbers
+
+
+def _labels(values: Any, name: str, count: int) -> Tensor:
+    found = torch.as_tensor(values).cpu()
+    if found.shape != (count,) or found.dtype != torch.int64:
+        raise InputError.of(name, f"int64 [{count}]", f"{found.dtype} {tuple(found.shape)}")
+    return found
+
+
+def _check_classes(labels: Tensor, reference: Tensor) -> None:
+    own, theirs = (values.unique(return_counts=True) for values in (labels, reference))
+    if own[0].tolist() != theirs[0].tolist():
+        got = f"{own[0].tolist()} and {theirs[0].tolist()}"
+        raise InputError.of("classes", "those of the reference", got if len(got) <= 120 else "others")
+    if len(own[0]) < 2:
+        raise InputError.of("classes", "at least two", own[0].tolist())
+    for name, (classes, counts) in (("classes", own), ("reference", theirs)):
+        few = int(counts.argmin())
+        if counts[few] < 2:
+            raise InputError.of(name, "at least 2 samples of a class", f"1 of class {int(classes[few])}")
+
+
+def _constant(text: str) -> float | None:
+    """The weight of a constant schedule; None for any other."""
+    if text.startswith("function "):
+        return None
+    schedule = Guidance.parse(text)
+    return schedule.tail if isinstance(schedule, Piecewise) and not schedule.stretches else None
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
