@@ -79,12 +79,12 @@ class Row:
     draws: Tensor | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: each figure as itself and ``<figure>_interval`` [low, high]; None for NaN."""
+        """Plain values: each figure as itself and ``<figure>_interval`` [low, high]; None for NaN or an end of it."""
         found: dict[str, Any] = {}
         for name, value in self.__dict__.items():
             if isinstance(value, Interval):
                 found[name] = _plain(value.value)
-                found[f"{name}_interval"] = [_plain(value.low), _plain(value.high)]
+                found[f"{name}_interval"] = _ends(value.low, value.high)
             elif name != "draws":
                 found[name] = _plain(value)
         return found
@@ -106,7 +106,7 @@ class Recovered:
             "schedule": self.schedule,
             "at": self.at,
             "value": _plain(self.value),
-            "interval": [_plain(end) for end in self.interval],
+            "interval": _ends(*self.interval),
         }
 
 
@@ -447,6 +447,10 @@ def _constant(text: str) -> float | None:
         return None
     schedule = Guidance.parse(text)
     return schedule.tail if isinstance(schedule, Piecewise) and not schedule.stretches else None
+
+
+def _ends(low: float, high: float) -> list[float] | None:
+    return None if math.isnan(low) or math.isnan(high) else [low, high]
 
 
 def _plain(value: Any) -> Any:

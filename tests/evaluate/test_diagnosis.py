@@ -70,7 +70,10 @@ def test_figures_of_gaussians_against_their_closed_forms() -> None:
     expected = (math.exp(-0.5) - math.exp(-1)) / (1 - math.exp(-1))
     own = next(r for r in found.recovered if r.at == "separation")
     assert abs(own.value - expected) < 0.1
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["rows"][1]["variance_ratio_interval"][0] > 0
+    plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert plain["rows"][1]["variance_ratio_interval"][0] > 0
+    alone = json.loads(json.dumps(diagnosed("0", right=None, seeds=(0,), draws=8).to_json(), allow_nan=False))
+    assert alone["rows"][0]["right"] is None is alone["rows"][0]["right_interval"] and alone["recovered"] == []
 
 
 def test_draws_of_a_spread_are_those_of_the_metrics() -> None:

@@ -26,8 +26,7 @@ def test_tints_are_normal_around_the_corners_of_a_cube() -> None:
     ink = data.digits.scans()[1].ink.flatten(1).double()
     slope = float((ink.topk(5).values.mean(1) / ink.amax(1)).mean())
     assert abs(float(along.mean()) - slope) < 4 * data.SPREAD / math.sqrt(n)
-    mean, variance = moments(images, rows)
-    assert mean == variance == 1
+    assert moments(images, rows) == (1, 1)
     few = slice(None, None, 19)
     found = right(Judge(), images[few], rows[few])
     n = len(found.color)
@@ -75,11 +74,11 @@ def test_the_exact_world_without_guidance() -> None:
 
 
 def test_the_teacher_is_trained_on_from_the_digits(tmp_path: Path) -> None:
-    recipe = TeacherConfig(images_per_prompt=2, output=str(tmp_path))
+    recipe = TeacherConfig(images_per_prompt=1, output=str(tmp_path))
     train = dataclasses.replace(recipe.train, steps=1, batch=2)
     made = train_teacher(dataclasses.replace(recipe, train=train))
     assert made["start"] == digits.provenance()["sha256"] and made["data"] == data.fingerprint()
-    assert made["metrics"]["images"] == 160 and made["metrics"]["digit"] > 0.5
+    assert made["metrics"]["images"] == 80 and made["metrics"]["digit"] > 0.5
     begun, trained = digits.load_teacher(), digits.load_teacher(tmp_path / "teacher.safetensors")
     for one, two in zip(begun.parameters(), trained.parameters(), strict=True):
         assert (one - two).abs().max() < 0.01  # one step of AdamW from there

@@ -41,7 +41,7 @@ class TeacherConfig(digits.Recipe):
     )
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Fraction of prompts that are replaced by the null prompt."""
-    images_per_prompt: Annotated[int, Field(ge=2)] = 8
+    images_per_prompt: Annotated[int, Field(ge=1)] = 8
     """Images per prompt (there are 80) for the evaluation after training."""
     output: str = "runs/shades-teacher"
     """Directory for checkpoints, metrics.jsonl and teacher.safetensors."""
