@@ -39,7 +39,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_help(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
     code, out, error = said(capsys, *arguments)
     assert code == 0 and not error
-    for command in ("demo digits", "teacher digits", "profile digits", "profile replay", "doctor"):
+    for command in ("demo digits", "teacher digits", "teacher shades", "profile digits", "profile replay", "doctor"):
         assert f"  {command} " in out
     assert [line.split("  ")[1] for line in out.splitlines() if line.startswith("  ") and line[2:3].isalpha()] == [
         *commands.listed()
@@ -48,7 +48,15 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize(
-    "command", [("demo", "digits"), ("teacher", "digits"), ("doctor",), ("profile", "digits"), ("profile", "replay")]
+    "command",
+    [
+        ("demo", "digits"),
+        ("teacher", "digits"),
+        ("teacher", "shades"),
+        ("doctor",),
+        ("profile", "digits"),
+        ("profile", "replay"),
+    ],
 )
 def test_help_of_a_command(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -293,7 +293,7 @@ class _Measure:
     def __init__(self, reference: Tensor, labels: Tensor, draws: int, neighbours: int) -> None:
         self.spread = Spread(reference, labels)
         self.reference, self.labels, self.draws, self.k = reference, labels, draws, neighbours
-        variances = [reference[labels == label].double().var(0).sum() for label in labels.unique()]
+        variances = [reference[labels == label].double().var(0).sum() for label in torch.unique(labels)]
         self.scale = float(torch.stack(variances).mean())
 
     def __call__(self, x: Tensor, labels: Tensor, right: Tensor | None) -> tuple[dict[str, Interval], Tensor]:
@@ -315,7 +315,7 @@ class _Measure:
         return (*precision_recall(real, fake, self.k), *density_coverage(real, fake, self.k))
 
     def _vendi(self, x: Tensor, labels: Tensor, draws: int) -> Interval:
-        groups = [x[labels == label] for label in labels.unique()]
+        groups = [x[labels == label] for label in torch.unique(labels)]
 
         def kernel(one: Tensor, two: Tensor) -> Tensor:
             return (-torch.cdist(one, two).square() / (2 * self.scale)).exp()
@@ -343,7 +343,7 @@ class _Cell:
     ) -> _Cell:  # fmt: skip
         noises = torch.arange(len(prompts))
         found, judged, seconds = [], [], 0.0
-        for wanted, numbers in zip(prompts.split(batch), noises.split(batch), strict=True):
+        for wanted, numbers in zip(torch.split(prompts, batch), torch.split(noises, batch), strict=True):
             start = time.perf_counter()
             made = sample(schedule, wanted, numbers, seed)
             if made.is_cuda:
@@ -397,7 +397,7 @@ def _featured(features: Callable[[Tensor], Tensor], samples: Tensor, width: int 
 
 
 def _whole(features: Callable[[Tensor], Tensor], samples: Tensor, batch: int) -> Tensor:
-    parts = samples.split(max(batch, 256))
+    parts = torch.split(samples, max(batch, 256))
     first = _featured(features, parts[0], None)
     return torch.cat([first, *(_featured(features, part, first.shape[1]) for part in parts[1:])])
 
@@ -429,7 +429,7 @@ def _labels(values: Any, name: str, count: int) -> Tensor:
 
 
 def _check_classes(labels: Tensor, reference: Tensor) -> None:
-    own, theirs = (values.unique(return_counts=True) for values in (labels, reference))
+    own, theirs = (torch.unique(values, return_counts=True) for values in (labels, reference))
     if own[0].tolist() != theirs[0].tolist():
         got = f"{own[0].tolist()} and {theirs[0].tolist()}"
         raise InputError.of("classes", "those of the reference", got if len(got) <= 120 else "others")

@@ -25,7 +25,7 @@ class Spread:
     """
 
     def __init__(self, reference: Tensor, labels: Tensor) -> None:
-        self.classes = labels.unique()
+        self.classes = torch.unique(labels)
         groups = [reference[labels == label].double() for label in self.classes]
         self.means = torch.stack([group.mean(0) for group in groups])
         self.variances = torch.stack([group.var(0).sum() for group in groups])

@@ -11,7 +11,7 @@ import torch
 
 from fastdistill.tasks.digits import teacher as digits
 from fastdistill.tasks.digits.judge import Judge
-from fastdistill.tasks.shades import data
+from fastdistill.tasks.shades import data, teacher
 from fastdistill.tasks.shades.judge import read, right
 from fastdistill.tasks.shades.sampling import sample
 from fastdistill.tasks.shades.teacher import TeacherConfig, exact, moments, train_teacher
@@ -84,6 +84,19 @@ def test_the_teacher_is_trained_on_from_the_digits(tmp_path: Path) -> None:
         assert (one - two).abs().max() < 0.01  # one step of AdamW from there
     other = made | {"start": "0" * 64}
     assert digits.other_recipe(made, other) == [f"start: expected '{made['start']}', got '{'0' * 64}'"]
+
+
+def test_the_shipped_teacher_is_what_it_says() -> None:
+    """Its figures without guidance, of 640 images, against the exact world; and that it makes what it is asked for."""
+    made = teacher.provenance()
+    assert teacher.WEIGHTS.stat().st_size <= 5_000_000 and made["start"] == digits.provenance()["sha256"]
+    assert made["data"] == data.fingerprint() and made["recipe"]["train"]["steps"] == TeacherConfig().train.steps
+    metrics = made["metrics"]
+    assert abs(metrics["color"] - metrics["exact_color"]) < 0.03 and metrics["digit"] > 0.9
+    rows = torch.arange(3, 80, 4)
+    images = sample(teacher.load_teacher(), digits.prompt_bank(), rows, rows, 123, "karras:12@30..0.09", 2.0)
+    found = right(Judge(), images, rows)
+    assert found.color.double().mean() > 0.9 and found.digit.double().mean() > 0.9
 
 
 def test_an_image_depends_on_its_own_row_alone() -> None:

@@ -35,8 +35,12 @@ class Judge:
         images = images.detach().float().cpu()
         if not len(images):
             return torch.empty(0, dtype=torch.int64)
-        color, ink = _unmixed(images)
+        color, ink = self.unmixed(images)
         return color * len(DIGITS) + self.digits(ink)
+
+    def unmixed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Colors [n] int64 and the ink in them [n, 8, 8] float32 of images [n, 3, 8, 8]."""
+        return _unmixed(images.detach().float().cpu())
 
     def digits(self, ink: Tensor) -> Tensor:
         """Predicted digits [n] int64 of ink [n, 8, 8] in [0, 1], on the CPU."""

@@ -90,7 +90,7 @@ def moments(images: torch.Tensor, rows: torch.Tensor) -> tuple[float, float]:
     def of(images: torch.Tensor, rows: torch.Tensor) -> tuple[float, float]:
         along = read(images).tint * data.corners(rows)
         colors = rows // len(DIGITS)
-        within = [along[colors == color].var(0).mean() for color in colors.unique()]
+        within = [along[colors == color].var(0).mean() for color in torch.unique(colors)]
         return float(along.mean()), float(torch.stack(within).mean())
 
     mean, variance = of(images, rows)

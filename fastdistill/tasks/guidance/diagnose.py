@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What schedules of guidance do to the shipped teachers of the digits and the shades (``fastdistill guidance
+diagnose``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fastdistill.data.fingerprint import plain
+from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance
+from fastdistill.documented import documented
+from fastdistill.errors import InputError
+from fastdistill.evaluate.diagnosis import Diagnosis, Recovered, Row, diagnose
+from fastdistill.evaluate.guidance import write_guidance_report
+from fastdistill.evaluate.page import percent
+from fastdistill.files import located, locked, make_directory
+from fastdistill.models.weights import weights_hash
+from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits.judge import Judge
+from fastdistill.tasks.digits.sampling import SCHEDULE
+from fastdistill.tasks.digits.teacher import load_teacher as digits_teacher
+from fastdistill.tasks.digits.text_encoder import prompt_bank
+from fastdistill.tasks.shades import data as shades
+from fastdistill.tasks.shades.judge import read, right
+from fastdistill.tasks.shades.sampling import GRID, sample
+from fastdistill.tasks.shades.teacher import load_teacher as shades_teacher
+from fastdistill.tasks.workers import versions
+from fastdistill.train.config import validated
+from fastdistill.train.devices import usable
+
+_COMPONENTS = 20  # of the ink, in which the digits' variance is measured
+_SEED = 2**31  # of the initial noise, other than that of caches and training
+
+
+@documented
+@dataclass(frozen=True)
+class ShadesConfig:
+    """Sample the shipped teacher with schedules of guidance, and compare variance and accuracy with constants."""
+
+    schedules: tuple[str, ...] = (
+        *("0", "0.5", "1", "2", "3"),
+        *("4@8,-1@2,0", "8@10,-1@2,0", "8@8,-1@2,0", "8@7,-1@3,0"),
+    )
+    """Schedules of w; windows are compared with the constants among them, of which 0 has to be one."""
+    grid: str = GRID
+    """Noise levels of the sampler: trailing:20, karras:30 or karras:30@30..0.09."""
+    clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Limit of the magnitude of the predicted clean sample; none: no limit."""
+    seeds: Annotated[int, Field(ge=1, le=100)] = 3
+    """Noises of each image; intervals are over the images of all of them."""
+    images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 8
+    """Images per prompt (there are 80), schedule and seed."""
+    draws: Annotated[int, Field(ge=8, le=100_000)] = 400
+    """Draws of the bootstrap."""
+    quick: bool = False
+    """One seed of two images a prompt, of w = 0, 1, 2 and the first two windows (default output with -quick)."""
+    output: str = "runs/guidance-shades"
+    """Directory of the report; an interrupted call in it is continued."""
+    batch: Annotated[int, Field(ge=1)] = 64
+    """Images that are sampled together."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads."""
+    device: str = "cpu"
+    """Device to sample on."""
+    json: bool = False
+    """Print the report as JSON."""
+
+    def resolved(self) -> ShadesConfig:
+        """The configuration with ``quick`` applied."""
+        if not self.quick:
+            return self
+        windows = [text for text in self.schedules if "@" in text][:2]
+        constants = [text for text in self.schedules if text in ("0", "1", "2")]
+        output = f"{self.output}-quick" if self.output == type(self).output else self.output
+        schedules = (*constants, *windows)
+        return dataclasses.replace(self, schedules=schedules, seeds=1, images_per_prompt=2, output=output)
+
+
+@documented
+@dataclass(frozen=True)
+class DigitsConfig(ShadesConfig):
+    """Sample the shipped teacher with schedules of guidance, and compare variance and accuracy with constants."""
+
+    schedules: tuple[str, ...] = ("0", "1", "2", "4", "8", "2@0.74,-1@0.1,0", "2@1,-1@0.1,0", "4@1.5,-1@0.5,0")
+    """Schedules of w; windows are compared with the constants among them, of which 0 has to be one."""
+    grid: str = "trailing:20"
+    """Noise levels of the sampler: trailing:20, karras:30 or karras:30@30..0.09."""
+    clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.2
+    """Limit of the magnitude of the predicted clean sample; none: no limit."""
+    output: str = "runs/guidance-digits"
+    """Directory of the report; an interrupted call in it is continued."""
+
+
+CONFIGS: dict[str, type[ShadesConfig]] = {"digits": DigitsConfig, "shades": ShadesConfig}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What of a task is measured.
+
+    features: images -> [n, D]. classes: [80] int64, the class of each prompt. reference: real images and their classes.
+    right: (images, prompts) -> [n] bool.
+    """
+
+    model: nn.Module
+    features: Callable[[Tensor], Tensor]
+    classes: Tensor
+    reference: tuple[Tensor, Tensor]
+    right: Callable[[Tensor, Tensor], Tensor]
+
+
+def subject(task: str, model: nn.Module | None = None) -> Subject:
+    """The shipped teacher of a task, or another model, with what it is measured by: of the shades the tint by color, of
+    the digits 20 principal components of the ink by digit."""
+    judge, prompts = Judge(), torch.arange(len(data.PROMPTS))
+    if task == "shades":
+        images, rows = shades.held_out()
+        colors = prompts // len(data.DIGITS)
+
+        def both(images: Tensor, prompts: Tensor) -> Tensor:
+            found = right(judge, images, prompts)
+            return found.color & found.digit
+
+        reference = images, colors[rows]
+        return Subject(model or shades_teacher(), lambda images: read(images).tint, colors, reference, both)
+    if task != "digits":
+        raise InputError.of("task", " or ".join(CONFIGS), repr(task))
+    kept = data.scans()[0]
+    ink = kept.ink.double().flatten(1)
+    mean = ink.mean(0)
+    components = torch.linalg.eigh(torch.cov(ink.T)).eigenvectors[:, -_COMPONENTS:]
+
+    def features(images: Tensor) -> Tensor:
+        projected: Tensor = (judge.unmixed(images)[1].double().flatten(1) - mean) @ components
+        return projected
+
+    white = kept.ink[:, None].expand(-1, *data.SHAPE)
+    digits = prompts % len(data.DIGITS)
+    return Subject(model or digits_teacher(), features, digits, (white, kept.digit), judge.right)
+
+
+def measured(
+    task: str,
+    config: ShadesConfig,
+    model: nn.Module | None = None,
+    *,
+    keep: Path | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Diagnosis:
+    """What the schedules of a configuration do to a task's teacher, or to another model of the task."""
+    grid = Grid.parse(config.grid, SCHEDULE)
+    for schedule in config.schedules:
+        Guidance.parse(schedule).weights(grid)
+    measure = subject(task, model)
+    network = measure.model.to(config.device).eval()
+    bank = prompt_bank().to(config.device)
+
+    def make(guidance: Guidance, prompts: Tensor, noises: Tensor, seed: int) -> Tensor:
+        return sample(network, bank, prompts, noises, seed, grid, guidance, clip_sample=config.clip_sample)
+
+    prompts = torch.arange(len(data.PROMPTS)).repeat_interleave(config.images_per_prompt)
+    return diagnose(
+        make,
+        measure.features,
+        prompts,
+        measure.reference,
+        config.schedules,
+        grid,
+        classes=measure.classes[prompts],
+        right=measure.right,
+        seeds=range(_SEED, _SEED + config.seeds),
+        batch=config.batch,
+        draws=config.draws,
+        keep=keep,
+        made_from={"model": weights_hash(network), "prompts": bank.identity, "clip_sample": config.clip_sample},
+        progress=progress,
+    )
+
+
+def run(
+    task: str, config: ShadesConfig, progress: Callable[[int, int], object] | None = None
+) -> tuple[Diagnosis, dict[str, Any]]:
+    """Measure a task's teacher and write ``report.json`` and ``report.html`` into the output directory; what an
+    interrupted call has sampled is not sampled again. Returns the diagnosis and the report.
+
+    Raises:
+        InputError: a wrong option, before anything is sampled. StorageError: another process writes there.
+    """
+    from fastdistill.evaluate.guidance_figures import diversity_plane
+
+    config = validated(config, f"guidance diagnose {task}").resolved()
+    usable(config.device)
+    torch.set_num_threads(config.threads)
+    output = located(config.output, "output")
+    make_directory(output)
+    start = time.perf_counter()
+    with locked(output):
+        found = measured(task, config, keep=output / "samples", progress=progress)
+        rows = found.to_json()
+        report = {
+            "title": f"Guidance of the {task} teacher",
+            "finding": finding(found),
+            "models": {task: rows},
+            "students": {},
+            "worlds": {},
+            "seconds": {"total": time.perf_counter() - start},
+            "versions": versions(),
+            "config": plain(dataclasses.asdict(config)),
+            "reproduce": [f"fastdistill guidance diagnose {task}" + (" --quick" if config.quick else "")],
+        }
+        write_guidance_report(output, report, {"plane": diversity_plane(rows["rows"])})
+    return found, report
+
+
+def finding(diagnosis: Diagnosis) -> str:
+    """What constant guidance takes, and what the windows give back at equal separation and at equal accuracy."""
+    rows = {row.schedule: row for row in diagnosis.rows}
+    parts = []
+    if (free := rows.get("0")) and (one := rows.get("1")):
+        lost = percent(1 - one.variance_ratio.value / free.variance_ratio.value, 0)
+        parts.append(f"Constant guidance of w = 1 takes {lost} of the variance within a class.")
+    for at in ("separation", "accuracy"):
+        known = [given for given in diagnosis.recovered if given.at == at and given.interval[0] > 0]
+        if known:
+            best = max(known, key=lambda given: given.value)
+            low, high = (percent(end, 0) for end in best.interval)
+            share = f"{percent(best.value, 0)} [{low}, {high}]"
+            parts.append(f"At equal {at}, {best.schedule} gives back {share} of what a constant weight takes.")
+        elif any(given.at == at for given in diagnosis.recovered):
+            parts.append(f"At equal {at}, no window that was tried gives variance back beyond its error.")
+    return " ".join(parts)
+
+
+def table(rows: Sequence[Row], recovered: Sequence[Recovered]) -> Any:
+    """The diagnosis as a table of rich."""
+    from rich.table import Table
+
+    table = Table()
+    names = ("right", "separation", "variance_ratio", "right_variance_ratio", "recall", "vendi")
+    head = ("schedule", "right", "separation", "variance", "of right", "recall", "Vendi")
+    for column in (*head, "passes", "images/s", "back: separation", "accuracy"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    back = {(given.schedule, given.at): given for given in recovered}
+    for row in rows:
+        values = [f"{getattr(row, name).value:.3f}" for name in names]
+        shares = [back.get((row.schedule, at)) for at in ("separation", "accuracy")]
+        texts = [f"{s.value:.2f} [{s.interval[0]:.2f}, {s.interval[1]:.2f}]" if s else "" for s in shares]
+        rate = f"{row.images_per_second:.0f}"
+        table.add_row(row.schedule, *values, str(row.evaluations_per_image), rate, *texts)
+    return table
