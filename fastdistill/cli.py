@@ -75,7 +75,7 @@ def _run(arguments: list[str]) -> None:
         group, _, task = name.partition(" ")
         groups.setdefault(group, []).append(task)
     if first in ("-h", "--help", "help") or (first in groups and {"-h", "--help"} & set(arguments[1:2])):
-        lines = "\n".join(f"  {name:16} {text}" for name, text in listed.items())
+        lines = "\n".join(f"  {name:18} {text}" for name, text in listed.items())
         print(_USAGE.format(version=fastdistill.__version__, commands=lines), end="")
         return
     if first in groups:

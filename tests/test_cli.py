@@ -87,7 +87,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ("profile", "replay", "none.pt"),
             "fastdistill: call: expected a file that a profile left, got none.pt, which is not there",
         ),
-        (("teacher", "cats"), "fastdistill: teacher: expected digits, got cats"),
+        (("teacher", "cats"), "fastdistill: teacher: expected digits or shades, got cats"),
         (("demo", "digits", "--config"), "fastdistill: --config: expected a YAML file, got nothing"),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""measure what schedules of guidance do to the teacher of the digits or the shades"""
+"""measure what schedules of guidance do to the samples of a shipped teacher"""
 
 from __future__ import annotations
 

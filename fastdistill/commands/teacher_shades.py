@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train the teacher of the shades task from the digits' (its weights are part of the package)"""
+"""train the teacher of the shades task (its weights are part of the package)"""
 
 from __future__ import annotations
 

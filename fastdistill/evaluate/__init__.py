@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation of students: metrics, figures and the report."""
 
-from fastdistill.evaluate.diagnosis import diagnose, frontier
+from fastdistill.evaluate.diagnosis import diagnose
 from fastdistill.evaluate.diversity import (
     bootstrap,
     bootstrap_all,
@@ -13,6 +13,7 @@ from fastdistill.evaluate.diversity import (
     vendi_score,
 )
 from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sample_grid, schedule_curve
+from fastdistill.evaluate.frontier import frontier
 from fastdistill.evaluate.guidance import write_guidance_report
 from fastdistill.evaluate.metrics import frechet_distance, mean_spread, wilson_interval
 from fastdistill.evaluate.report import write_report

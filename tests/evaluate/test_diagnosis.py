@@ -19,7 +19,9 @@ from fastdistill.diffusion.sampler import initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError
 from fastdistill.evaluate import class_separation, mean_shift, variance_ratio
-from fastdistill.evaluate.diagnosis import Diagnosis, Interval, Row, diagnose, frontier
+from fastdistill.evaluate.diagnosis import diagnose
+from fastdistill.evaluate.diversity import Interval
+from fastdistill.evaluate.frontier import Diagnosis, Row, frontier
 from fastdistill.evaluate.spread import Spread
 from tests.harness import EPS64, generator
 

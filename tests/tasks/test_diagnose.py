@@ -12,10 +12,10 @@ import torch
 
 from fastdistill.cli import main
 from fastdistill.errors import InputError
-from fastdistill.evaluate.diagnosis import Diagnosis, Recovered
+from fastdistill.evaluate.frontier import Diagnosis, Recovered
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.guidance import diagnose
-from fastdistill.tasks.guidance.diagnose import CONFIGS, ShadesConfig, finding, subject
+from fastdistill.tasks.guidance.diagnose import CONFIGS, ShadesDiagnosis, finding, subject
 
 
 @pytest.mark.parametrize("task", CONFIGS)
@@ -57,7 +57,7 @@ def test_quick_keeps_constants_and_windows() -> None:
         quick = dataclasses.replace(kind(), quick=True).resolved()
         assert quick.schedules[:2] == ("0", "1") and sum("@" in text for text in quick.schedules) == 2
         assert quick.output == kind.output + "-quick" and quick.seeds == 1
-    elsewhere = dataclasses.replace(ShadesConfig(), quick=True, output="there").resolved()
+    elsewhere = dataclasses.replace(ShadesDiagnosis(), quick=True, output="there").resolved()
     assert elsewhere.output == "there"
 
 

@@ -20,7 +20,8 @@ from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.documented import documented
 from fastdistill.errors import InputError
-from fastdistill.evaluate.diagnosis import Diagnosis, Recovered, Row, diagnose
+from fastdistill.evaluate.diagnosis import diagnose
+from fastdistill.evaluate.frontier import Diagnosis, Recovered, Row
 from fastdistill.evaluate.guidance import write_guidance_report
 from fastdistill.evaluate.page import percent
 from fastdistill.files import located, locked, make_directory
@@ -44,7 +45,7 @@ _SEED = 2**31  # of the initial noise, other than that of caches and training
 
 @documented
 @dataclass(frozen=True)
-class ShadesConfig:
+class ShadesDiagnosis:
     """Sample the shipped teacher with schedules of guidance, and compare variance and accuracy with constants."""
 
     schedules: tuple[str, ...] = (
@@ -75,7 +76,7 @@ class ShadesConfig:
     json: bool = False
     """Print the report as JSON."""
 
-    def resolved(self) -> ShadesConfig:
+    def resolved(self) -> ShadesDiagnosis:
         """The configuration with ``quick`` applied."""
         if not self.quick:
             return self
@@ -88,7 +89,7 @@ class ShadesConfig:
 
 @documented
 @dataclass(frozen=True)
-class DigitsConfig(ShadesConfig):
+class DigitsDiagnosis(ShadesDiagnosis):
     """Sample the shipped teacher with schedules of guidance, and compare variance and accuracy with constants."""
 
     schedules: tuple[str, ...] = ("0", "1", "2", "4", "8", "2@0.74,-1@0.1,0", "2@1,-1@0.1,0", "4@1.5,-1@0.5,0")
@@ -101,7 +102,7 @@ class DigitsConfig(ShadesConfig):
     """Directory of the report; an interrupted call in it is continued."""
 
 
-CONFIGS: dict[str, type[ShadesConfig]] = {"digits": DigitsConfig, "shades": ShadesConfig}
+CONFIGS: dict[str, type[ShadesDiagnosis]] = {"digits": DigitsDiagnosis, "shades": ShadesDiagnosis}
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def subject(task: str, model: nn.Module | None = None) -> Subject:
 
 def measured(
     task: str,
-    config: ShadesConfig,
+    config: ShadesDiagnosis,
     model: nn.Module | None = None,
     *,
     keep: Path | None = None,
@@ -188,7 +189,7 @@ def measured(
 
 
 def run(
-    task: str, config: ShadesConfig, progress: Callable[[int, int], object] | None = None
+    task: str, config: ShadesDiagnosis, progress: Callable[[int, int], object] | None = None
 ) -> tuple[Diagnosis, dict[str, Any]]:
     """Measure a task's teacher and write ``report.json`` and ``report.html`` into the output directory; what an
     interrupted call has sampled is not sampled again. Returns the diagnosis and the report.
