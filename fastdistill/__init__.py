@@ -35,6 +35,7 @@ _HOME = {
     "flow_coefficients": "diffusion.flow",
     "Grid": "diffusion.grid",
     "Guidance": "diffusion.guidance",
+    "invert": "diffusion.inversion",
     "schedule_of": "diffusion.flow",
     "sample_with": "diffusion.scheduled",
     "ddim": "diffusion.sampler",
@@ -121,6 +122,7 @@ if TYPE_CHECKING:
     from fastdistill.diffusion.flow import schedule_of as schedule_of
     from fastdistill.diffusion.grid import Grid as Grid
     from fastdistill.diffusion.guidance import Guidance as Guidance
+    from fastdistill.diffusion.inversion import invert as invert
     from fastdistill.diffusion.matching import loss_weights as loss_weights
     from fastdistill.diffusion.matching import match_table as match_table
     from fastdistill.diffusion.sampler import ddim as ddim

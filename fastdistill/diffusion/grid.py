@@ -76,10 +76,21 @@ class Grid:
         """[n + 1] float64, noise / signal: the levels of a variance-exploding process."""
         return self.noise / self.signal
 
+    def model_times(self, device: torch.device | str) -> Tensor:
+        """``times`` on a device: int64 if all of them are whole, else float32."""
+        whole = bool((self.times == self.times.round()).all())
+        return self.times.to(device, torch.int64 if whole else torch.float32)
+
     @classmethod
-    def trailing(cls, schedule: Schedule, steps: int) -> Grid:
-        """Evenly spaced timesteps from the last of training (Lin et al. 2305.08891, table 2), as those of ``ddim``."""
-        return _at(_schedule(schedule), trailing_timesteps(len(schedule), steps), f"trailing:{steps}")
+    def trailing(cls, schedule: Schedule, steps: int, first: int | None = None) -> Grid:
+        """Evenly spaced timesteps from the last of training (Lin et al. 2305.08891, table 2), as those of ``ddim``;
+        from timestep ``first`` where one is given."""
+        T = len(_schedule(schedule))
+        if first is None:
+            return _at(schedule, trailing_timesteps(T, steps), f"trailing:{steps}")
+        is_one = isinstance(first, int) and not isinstance(first, bool) and 0 <= first < T
+        _check.require(is_one, "first", f"a timestep of the schedule, 0 to {T - 1}", described(first))
+        return _at(schedule, trailing_timesteps(first + 1, steps), "")
 
     @classmethod
     def karras(

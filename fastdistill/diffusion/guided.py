@@ -87,8 +87,7 @@ def sample(
         raise InputError.of("rows", f"int64 row numbers [{len(x)}]", described(rows))
     passes = Passes.of(Guidance.parse(guidance), grid, x, prompts, null_prompt, kind, seed, numbers)
 
-    whole = bool((grid.times == grid.times.round()).all())
-    times = grid.times.to(x.device, torch.int64 if whole else torch.float32)
+    times = grid.model_times(x.device)
     predict = predictor(model, x.dtype)
 
     def predicted(x: Tensor, index: int, step: int) -> tuple[Tensor, Tensor]:
