@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.diffusion.flow import mu_of
+from fastdistill.diffusion.flow import FlowSchedule, mu_of
 from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedule, flow_matching
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
@@ -194,18 +194,28 @@ class Grid:
         times = getattr(scheduler, "timesteps", None)
         if not isinstance(config, Mapping) or times is None or getattr(scheduler, "num_inference_steps", 0) is None:
             raise InputError.of("scheduler", "a scheduler of diffusers whose timesteps are set", described(scheduler))
-        times = torch.as_tensor(times).to("cpu", torch.float64)
-        clock = times / int(config["num_train_timesteps"])
-        if flow_matching(kind, config):
-            return cls(_ended(1 - clock, 1.0), _ended(clock, 0.0), times, clock)
-        levels = NoiseSchedule.from_diffusers(scheduler)
-        known = (levels.noise / levels.signal).log()
+        T = int(config["num_train_timesteps"])
+        levels = (
+            FlowSchedule(T, factor=float(T)) if flow_matching(kind, config) else NoiseSchedule.from_diffusers(scheduler)
+        )
+        return cls.at(levels, torch.as_tensor(times))
+
+    @classmethod
+    def at(cls, schedule: Schedule, times: Tensor) -> Grid:
+        """The levels at these times [n] as a model is given them, and the data. Between the timesteps of a
+        ``NoiseSchedule`` the logarithm of sigma is linear."""
+        times = times.to("cpu", torch.float64)
+        if isinstance(_schedule(schedule), FlowSchedule):
+            noise = times / schedule.factor  # type: ignore[attr-defined]
+            return cls(_ended(1 - noise, 1.0), _ended(noise, 0.0), times, noise)
+        known = (schedule.noise / schedule.signal).log()
         below = times.floor().clamp(0, len(known) - 1).long()
         above = (below + 1).clamp(max=len(known) - 1)
         part = (times - below).clamp(0, 1)
         sigma = torch.where(part > 0, torch.lerp(known[below], known[above], part), known[below]).exp()
         signal = (1 + sigma**2).rsqrt()
-        return cls(_ended(signal, 1.0), _ended((1 - signal**2).sqrt(), 0.0), times, clock)
+        noise = torch.where(sigma.isfinite(), sigma * signal, 1.0)
+        return cls(_ended(signal, 1.0), _ended(noise, 0.0), times, times / len(schedule))
 
     @classmethod
     def parse(cls, text: str, schedule: Schedule | None = None) -> Grid:
