@@ -20,7 +20,9 @@ from fastdistill.diffusion.distortion import Method
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.errors import InputError, described
+from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.diversity import (
+    LIMITS,
     Interval,
     bootstrap_all,
     density_coverage,
@@ -28,6 +30,7 @@ from fastdistill.evaluate.diversity import (
     vendi_score,
 )
 from fastdistill.evaluate.frontier import MEASURED, Diagnosis, Row, constant_of, frontier
+from fastdistill.evaluate.metrics import wilson_interval
 from fastdistill.evaluate.spread import Spread
 from fastdistill.files import atomic_write, located, make_directory
 from fastdistill.ops import _check
@@ -84,6 +87,8 @@ def diagnose(
     _check.whole(batch, "batch", "at least 1")
     if draws < 8:
         raise InputError.of("draws", "at least 8", draws)
+    if right is not None:
+        require("scipy.stats")  # of the interval of a share
     real, real_labels = reference
     real_labels = _labels(real_labels, "reference", len(real))
     _check_classes(labels, real_labels)
@@ -152,12 +157,15 @@ class _Measure:
             name: Interval(float(value[place]), float(ends[0, place]), float(ends[1, place]))
             for place, name in enumerate(MEASURED)
         }
+        figures["mean_shift"] = figures["mean_shift"].within(0)
+        if right is not None:
+            figures["right"] = Interval(float(value[3]), *wilson_interval(int(right.sum()), len(right)))
         fewer = max(2, self.draws // 4)
         count = min(len(x), len(self.reference))  # the reference's size changes recall
         order = torch.randperm(len(self.reference), generator=torch.Generator().manual_seed(0))
         real = self.reference[order[:count]]
         near = bootstrap_all(self._near, real, x, n=fewer, replace=False)
-        figures |= dict(zip(("precision", "recall", "density", "coverage"), near, strict=True))
+        figures |= {name: found.within(0, LIMITS[name]) for name, found in zip(LIMITS, near, strict=True)}
         return figures | {"vendi": self._vendi(x, labels, fewer)}, drawn
 
     def _near(self, real: Tensor, fake: Tensor) -> tuple[float, ...]:

@@ -42,6 +42,14 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def within(self, low: float, high: float = math.inf) -> Interval:
+        """The same with ends of at least ``low`` and at most ``high``, the values that are possible."""
+        return Interval(self.value, min(max(self.low, low), high), min(max(self.high, low), high))
+
+
+#: The figures by neighbours, and the highest value that each can have.
+LIMITS = {"precision": 1.0, "recall": 1.0, "density": math.inf, "coverage": 1.0}
+
 
 def precision_recall(real: Any, fake: Any, k: int = 5) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991, eq. 1 and 2).
@@ -147,11 +155,14 @@ def bootstrap(
 ) -> Interval:
     """The statistic of samples (each [N, ...]), and its confidence interval by resampling the rows of each.
 
+    The interval has the percentiles of the draws' deviations from their mean around the value: the draws of a variance,
+    for one, are smaller by 1 / N on average.
+
     Args:
         n: how often. level: of confidence.
-        replace: True: as many rows, with replacement; percentiles (Efron 1979). False: half of the rows, none twice,
-            whose deviations from their mean are spread like those of all rows (delete-half jackknife, Shao and Wu
-            1989): for statistics that equal rows would change, such as those of neighbours, and Vendi's.
+        replace: True: as many rows, with replacement (Efron 1979). False: half of the rows, none twice, whose
+            deviations are spread like those of all rows (delete-half jackknife, Shao and Wu 1989): for statistics that
+            equal rows would change, such as those of neighbours, and Vendi's.
 
     Raises:
         InputError: n below 2, a level that is not between 0 and 1, a sample of one row.
@@ -189,8 +200,7 @@ def bootstrap_all(
 
     values = torch.tensor([float(value) for value in statistic(*tensors)], dtype=torch.float64)
     drawn = torch.tensor([list(map(float, statistic(*map(again, tensors)))) for _ in range(n)], dtype=torch.float64)
-    if not replace:
-        drawn += values - drawn.mean(0)
+    drawn += values - drawn.mean(0)
     ends = drawn.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), 0)
     return [Interval(*three) for three in zip(values.tolist(), *ends.tolist(), strict=True)]
 

@@ -29,9 +29,10 @@ class Row:
 
     schedule, grid: texts. seeds, images: how many; images are those of all seeds.
 
-    separation, mean_shift, variance_ratio: as ``class_separation``, ``mean_shift`` and ``variance_ratio``, by bootstrap
-    within classes. right: share of the images judged right; right_variance_ratio: the variance ratio among them, as
-    wrong images are no diversity; NaN without a judge, or where a class has fewer than two right images.
+    separation, mean_shift, variance_ratio: as ``class_separation``, ``mean_shift`` (less what the error of a mean of so
+    few images adds) and ``variance_ratio``, by bootstrap within classes. right: share of the images judged right, with
+    Wilson's interval; right_variance_ratio: the variance ratio among them, as wrong images are no diversity; NaN
+    without a judge, or where a class has fewer than two right images.
     precision, recall, density, coverage: of all images against the reference. vendi: effective number of different
     images of a class, mean over classes, with a Gaussian kernel as wide as the reference's class. These five by the
     jackknife, as equal rows would change them.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.evaluate.diversity import (
+    LIMITS,
     bootstrap_all,
     class_separation,
     density_coverage,
@@ -23,7 +24,6 @@ from fastdistill.evaluate.samples import MODELS, Samples
 from fastdistill.evaluate.scores import clip_scores, fid, kid
 
 _RESAMPLES = 200  # fewer of many images
-_NEAR = ("precision", "recall", "density", "coverage")
 
 
 class Measures:
@@ -74,7 +74,7 @@ class Measures:
                 fake = _of(by[model], rows)
                 return [*precision_recall(real, fake), *density_coverage(real, fake)]
 
-            self._each(model, _NEAR, near)
+            self._each(model, tuple(LIMITS), near)
 
         def vendi(rows: Tensor) -> list[float]:
             return [vendi_score(_of(by[model], rows)) for model in MODELS]
@@ -144,7 +144,10 @@ class Measures:
         if interval:
             try:
                 found = bootstrap_all(statistic, rows, replace=False, **self._options)
-                ends = [[each.low, each.high] for each in found]
+                within = [
+                    each.within(0, LIMITS[n]) if n in LIMITS else each for n, each in zip(names, found, strict=True)
+                ]
+                ends = [[each.low, each.high] for each in within]
             except InputError:
                 pass
         for name, value, end in zip(names, values, ends, strict=True):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Separation and variance of classes, with draws of the bootstrap within classes.
 
-The figures are those of ``diversity``; here all draws are made at once, from weighted sums.
+The figures are those of ``diversity``; here all draws are made at once, from weighted sums. The error of a mean of N
+samples adds the trace of their covariance over N to the square of the mean shift; that is taken off here.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Spread:
         The last two are NaN without ``right`` [N], the last also where a class has fewer than two right samples.
 
         Returns:
-            The five values [5] and draws [draws, 5], float64. Draw i takes the same rows for any samples with the same
-            labels.
+            The five values [5] and draws [draws, 5], float64, whose mean is the values. Draw i takes the same rows for
+            any samples with the same labels.
         """
         random = torch.Generator().manual_seed(0)
         totals = torch.zeros(draws + 1, 5, dtype=torch.float64)
@@ -59,7 +60,10 @@ class Spread:
             mean, variance = _moments(weights, own)
             direction = self.directions[place]
             length = direction.square().sum()
-            values = [mean @ direction / length, (mean - direction).norm(dim=1) / length.sqrt()]
+            # The square of a draw's shift has that error twice: its own, and that of the samples it is drawn from.
+            error = variance / n * torch.cat([torch.ones(1), torch.full((draws,), 2.0)]).double()
+            shift = ((mean - direction).square().sum(1) - error).clamp(min=0)
+            values = [mean @ direction / length, (shift / length).sqrt()]
             values.append(variance / self.variances[place])
             if right is None:
                 values += [torch.full((draws + 1,), math.nan, dtype=torch.float64)] * 2
@@ -69,7 +73,10 @@ class Spread:
                 values += [weights @ judged / n, among / self.variances[place]]
             totals += torch.stack(values, 1)
         totals /= len(self.classes)
-        return totals[0], totals[1:]
+        value, drawn = totals[0], totals[1:]
+        biased = [0, 1, 2, 4]  # all but the share
+        drawn[:, biased] += (value - drawn.nanmean(0))[biased]
+        return value, drawn
 
 
 def _moments(weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

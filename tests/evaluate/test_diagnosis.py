@@ -18,7 +18,7 @@ from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.sampler import initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.errors import InputError
-from fastdistill.evaluate import class_separation, mean_shift, variance_ratio
+from fastdistill.evaluate import class_separation, variance_ratio
 from fastdistill.evaluate.diagnosis import diagnose
 from fastdistill.evaluate.diversity import Interval
 from fastdistill.evaluate.frontier import Diagnosis, Row, frontier
@@ -78,6 +78,25 @@ def test_figures_of_gaussians_against_their_closed_forms() -> None:
     assert alone["rows"][0]["right"] is None is alone["rows"][0]["right_interval"] and alone["recovered"] == []
 
 
+def shift_without_error(x: Tensor, labels: Tensor, reference: Tensor, known: Tensor) -> float:
+    """The mean shift of three classes of ten, less the error of their means, by hand."""
+    means = torch.stack([reference[known == label].mean(0) for label in range(3)])
+    found = 0.0
+    for label in range(3):
+        own = x[labels == label]
+        moved = (own.mean(0) - means[label]).square().sum() - own.var(0).sum() / len(own)
+        found += float((moved.clamp(min=0) / (means[label] - means.mean(0)).square().sum()).sqrt()) / 3
+    return found
+
+
+def resampled(labels: Tensor, draws: int) -> list[Tensor]:
+    """The rows of each draw, of three classes of ten."""
+    random = torch.Generator().manual_seed(0)
+    classes = [(labels == label).nonzero()[:, 0] for label in range(3)]
+    picked = [chosen[torch.randint(10, (draws, 10), generator=random)] for chosen in classes]
+    return list(torch.cat(picked, 1))
+
+
 def test_draws_of_a_spread_are_those_of_the_metrics() -> None:
     """Of the samples themselves, and of one draw made by hand; other samples of the same labels have the same rows."""
     x, labels = real(10)
@@ -89,22 +108,43 @@ def test_draws_of_a_spread_are_those_of_the_metrics() -> None:
     among = variance_ratio(x[judged], labels[judged], reference, known)
     own = (
         class_separation(*arguments),
-        mean_shift(*arguments),
+        shift_without_error(*arguments),
         variance_ratio(*arguments),
         judged.double().mean(),
         among,
     )
     assert torch.allclose(value, torch.tensor(own, dtype=torch.float64), rtol=1e4 * EPS64, atol=0)
-    random, rows = torch.Generator().manual_seed(0), []
-    for label in range(3):
-        chosen = (labels == label).nonzero()[:, 0]
-        rows.append(chosen[torch.randint(10, (3, 10), generator=random)[1]])
-    again = torch.cat(rows)
-    by_hand = variance_ratio(x[again], labels[again], reference, known)
-    assert abs(float(drawn[1, 2]) - by_hand) < 1e4 * EPS64
+    again = resampled(labels, 3)[1]
+    by_hand = class_separation(x[again], labels[again], reference, known)
+    moved_by = float(drawn[:, 0].mean()) - own[0]  # draws have the mean of the samples themselves
+    assert abs(moved_by) < 1e4 * EPS64 and abs(float(drawn[:, 2].mean()) - own[2]) < 1e4 * EPS64
+    plain = sum(class_separation(x[rows], labels[rows], reference, known) for rows in resampled(labels, 3)) / 3
+    assert abs(float(drawn[1, 0]) - (by_hand + own[0] - plain)) < 1e4 * EPS64
     moved = spread(2 * x, labels, None, 3)[1]
     scaled = 4 * drawn[:, 2]
     assert torch.allclose(moved[:, 2], scaled, rtol=1e4 * EPS64, atol=0) and moved[:, 3:].isnan().all()
+
+
+def test_intervals_of_few_samples_hold_the_truth() -> None:
+    """Two classes of 12 samples, 8 directions, means that moved by 0.5: each of 60 intervals should hold the variance
+    ratio 1 and the shift 0.25 in 95 % of the cases; those of a bootstrap of 12 rows are short, so at least 80 %."""
+    random = torch.Generator().manual_seed(1)
+    labels, known = torch.arange(2).repeat_interleave(12), torch.arange(2).repeat_interleave(4000)
+    center = torch.zeros(2, 8, dtype=torch.float64)
+    center[1, 0] = 4
+    spread = Spread(torch.randn(8000, 8, generator=random, dtype=torch.float64) + center[known], known)
+    held, shifts = torch.zeros(2), []
+    for _ in range(60):
+        x = torch.randn(24, 8, generator=random, dtype=torch.float64) + center[labels]
+        x[:, 1] += 0.5
+        value, drawn = spread(x, labels, None, 200)
+        low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
+        assert (low <= value)[:3].all() and (value <= high)[:3].all()
+        held += torch.stack([low[place] <= truth <= high[place] for place, truth in ((2, 1.0), (1, 0.25))])
+        shifts.append(float(value[1]))
+    assert (held >= 0.8 * 60).all(), held
+    # A plain norm of the difference would have a mean of sqrt(0.25 + 8 / 12) / 2 = 0.48.
+    assert abs(sum(shifts) / 60 - 0.25) < 0.1
 
 
 def row(schedule: str, separation: float, variance: float, share: float, draws: Tensor | None = None) -> Row:
