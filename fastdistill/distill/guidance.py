@@ -107,6 +107,8 @@ class GuidedDraw(NamedTuple):
 class BoundGuidanceDistillation(BoundRandomConditioning):
     """Draws a batch and its guidance weights by counter and compares the student with the guided teacher on it."""
 
+    guided = True  # the student's own pass is: previews add no guidance
+
     def __init__(self, config: GuidanceDistillation, setting: Setting) -> None:
         device, guidance = setting.device, config.schedule
         if config.grid is not None:

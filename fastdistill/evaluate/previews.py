@@ -19,7 +19,7 @@ from fastdistill.diffusion.scheduled import check_scheduler, sample_with, schedu
 from fastdistill.distill.objective import Setting
 from fastdistill.errors import InputError, described
 from fastdistill.evaluate.figures import png, sample_grid
-from fastdistill.models.calling import Call
+from fastdistill.models.calling import Call, with_guidance
 from fastdistill.models.sharding import sharded
 from fastdistill.train.config import PreviewConfig
 
@@ -36,6 +36,7 @@ class Previews:
     Args:
         scheduler: of diffusers (``sample_with``). shape: of a latent.
         wanted: how many prompts, from the first, or a list of rows and texts of the bank. seeds: of the initial noise.
+        guided: whether the student's own pass is guided already, so that it is sampled without guidance.
         batch: samples that a model makes at once. call: how models are called (``Predictor``).
         decode: latents [b, *shape] float32 -> images [b, 1 or 3, H, W] in [0, 1]; None: ``pictured``.
 
@@ -55,6 +56,7 @@ class Previews:
     batch: int
     call: Call | None = None
     decode: Decode | None = None
+    guided: bool = False
 
     def __post_init__(self) -> None:
         self._rows = _rows(self.wanted, self.prompts.texts)
@@ -63,7 +65,7 @@ class Previews:
     def __call__(self, student: nn.Module, done: int) -> bytes:
         if self._taught is None:
             self._taught = self._samples(self.teacher)
-        taught, learnt = self._taught, self._samples(student)
+        taught, learnt = self._taught, self._samples(student, 1.0 if self.guided else None)
         if self.decode is None:
             limits = (-1.0, 1.0) if self.shape[0] in (1, 3) else (float(taught.min()), float(taught.max()))
             images = [pictured(latents, limits) for latents in (taught, learnt)]
@@ -75,11 +77,13 @@ class Previews:
         return png(figure, transparent=False, dpi=150)
 
     @torch.no_grad()
-    def _samples(self, model: nn.Module) -> Tensor:
-        """Latents, or images where there is ``decode``, of each prompt by every seed, on the CPU."""
-        return torch.stack([self._of_seed(model, seed) for seed in self.seeds], 1).flatten(0, 1)
+    def _samples(self, model: nn.Module, scale: float | None = None) -> Tensor:
+        """Latents, or images where there is ``decode``, of each prompt by every seed, on the CPU; ``scale``: of
+        guidance, None: that of the previews."""
+        scale = self.guidance_scale if scale is None else scale
+        return torch.stack([self._of_seed(model, seed, scale) for seed in self.seeds], 1).flatten(0, 1)
 
-    def _of_seed(self, model: nn.Module, seed: int) -> Tensor:
+    def _of_seed(self, model: nn.Module, seed: int, scale: float) -> Tensor:
         made = []
         for first in range(0, len(self._rows), self.batch):
             rows = torch.tensor(self._rows[first : first + self.batch], device="cpu")
@@ -88,10 +92,10 @@ class Previews:
                 self.scheduler,
                 model,
                 initial_noise(seed, own, self.shape),
-                self._conditions(rows),
-                self._conditions(slice(-1, None)),
+                self._conditions(model, rows),
+                self._conditions(model, slice(-1, None)),
                 steps=self.steps,
-                guidance_scale=self.guidance_scale,
+                guidance_scale=scale,
                 seed=seed,
                 rows=own,
                 call=self.call,
@@ -108,12 +112,17 @@ class Previews:
             raise InputError.of("decode(latents)", f"images [{len(latents)}, 1 or 3, H, W]", got)
         return cast(Tensor, images)
 
-    def _conditions(self, rows: Tensor | slice) -> Any:
-        return rows_of(self.prompts.rows, rows, self.device)
+    def _conditions(self, model: nn.Module, rows: Tensor | slice) -> Any:
+        return with_guidance(model, rows_of(self.prompts.rows, rows, self.device), self.guidance_scale - 1)
 
 
 def previews_of(
-    setting: Setting, config: PreviewConfig, prompts: PromptBank, scheduler: Any = None, decode: Decode | None = None
+    setting: Setting,
+    config: PreviewConfig,
+    prompts: PromptBank,
+    scheduler: Any = None,
+    decode: Decode | None = None,
+    guided: bool = False,
 ) -> Previews:
     """Previews of a run; ``scheduler``: of diffusers, None: ``scheduler_of`` the run's schedule.
 
@@ -142,6 +151,7 @@ def previews_of(
         batch=setting.micro_batch or setting.batch,
         call=setting.call,
         decode=decode,
+        guided=guided,
     )
 
 

@@ -30,11 +30,12 @@ class BlockSpec:
     width: float | None = None
 
 
-#: Students of transformers by name.
+#: Students of transformers by name; whole: the teacher's own size.
 BLOCK_SPECS: dict[str, BlockSpec] = {
     "half_depth": BlockSpec(every=2),
     "third_depth": BlockSpec(every=3),
     "half_width": BlockSpec(width=0.5),
+    "whole": BlockSpec(every=1),
 }
 
 
@@ -79,7 +80,8 @@ def block_plan(family: Family, config: Mapping[str, Any], spec: BlockSpec) -> Bl
     student = family.thinned(plain | changed, kept)
     if spec.width is not None:
         student = family.narrowed(student, spec.width)
-    if all(plain[field] == student[field] for field in (*changed, "num_attention_heads")):
+    same = all(plain[field] == student[field] for field in (*changed, "num_attention_heads"))
+    if same and spec != BLOCK_SPECS["whole"]:
         raise InputError.of("spec", "a part to remove from the teacher", f"{spec}, which removes nothing of it")
     taps = [
         (f"{name}.{source}", f"{name}.{own}") for name, sources in kept.items() for own, source in enumerate(sources)

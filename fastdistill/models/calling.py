@@ -95,6 +95,21 @@ class Predictor:
         return prediction(self._call(self.model, cast(x_t, self.dtype), timestep, cast(rows, self.dtype)))
 
 
+def with_guidance(model: nn.Module, rows: Any, w: float) -> Any:
+    """The rows [b, ...] of a prompt's banks, or one row [...] of each, with what says the guidance weight w to a model
+    that reads it, where they do not have that yet."""
+    family = families.find(model)
+    config = families.unwrapped(model).config if family else {}
+    bank = family.guidance_bank(config) if family else None
+    if family is None or bank is None or (isinstance(rows, Mapping) and bank in rows):
+        return rows
+    named = dict(rows) if isinstance(rows, Mapping) else {families.EMBEDDINGS: rows}
+    embeddings = named[families.EMBEDDINGS]
+    told = family.guidance_rows(config, torch.tensor([w], device=embeddings.device))[0].to(embeddings.dtype)
+    batch = embeddings.shape[:1] if embeddings.ndim == 3 else ()
+    return named | {bank: told.expand(*batch, *told.shape)}
+
+
 def _by_name(model: nn.Module) -> Call:
     """Rows and, where it has an argument of that name, the timestep as named arguments."""
     try:

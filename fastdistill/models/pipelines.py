@@ -28,7 +28,7 @@ from fastdistill.diffusion.schedule import PredictionType, Schedule, check_predi
 from fastdistill.diffusion.scheduled import sample_with
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
 from fastdistill.models import families
-from fastdistill.models.calling import Call
+from fastdistill.models.calling import Call, with_guidance
 from fastdistill.models.export import INDEX, export
 from fastdistill.models.weights import weights_hash
 
@@ -253,8 +253,8 @@ class PipelineFolder:
         Args:
             model: teacher or student, in eval mode. prompt_index: [b] int64, rows of the bank.
             rows: [b] int64, numbers of the initial noise; None: 0..b-1.
-            guidance_scale: where the model itself reads it (LCM, Flux), the bank holds the scale, and this has no
-                effect. Others as ``sample_with``.
+            guidance_scale: a model that reads it itself (LCM, Flux) is given that of the bank, where the bank holds
+                one, else this, and is evaluated once a step. Others as ``sample_with``.
         """
         if prompt_index.ndim != 1 or prompt_index.dtype != torch.int64:
             raise InputError.of("prompt_index", "int64 rows [b]", f"{prompt_index.dtype} {tuple(prompt_index.shape)}")
@@ -266,7 +266,9 @@ class PipelineFolder:
         noise = initial_noise(seed, rows, self.latent_shape(size))
         given = rows_of(prompts.banks, prompt_index, device)
         null = {name: rows[0] for name, rows in rows_of(prompts.banks, slice(-1, None), device).items()}
-        scale = self.family.guided(self.config, guidance_scale)
+        given, null = (with_guidance(model, banks, guidance_scale - 1) for banks in (given, null))
+        config = families.unwrapped(model).config if families.find(model) else self.config
+        scale = self.family.guided(config, guidance_scale)
         options: dict[str, Any] = {"steps": steps, "guidance_scale": scale, "seed": seed, "rows": rows, "call": call}
         return sample_with(self.scheduler(), model, noise, given, null, **options)
 

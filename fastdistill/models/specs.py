@@ -50,7 +50,7 @@ class StudentSpec:
 
 
 #: Students by name. bk_*: BK-SDM's block-removed students; channel_*: random conditioning's students of smaller width;
-#: koala_*: of SDXL.
+#: koala_*: of SDXL. whole: the teacher's own size, for an objective that changes what a model computes.
 SPECS: dict[str, StudentSpec] = {
     "bk_base": StudentSpec(layers_per_block=1),
     "bk_small": StudentSpec(layers_per_block=1, remove_mid=True),
@@ -61,6 +61,7 @@ SPECS: dict[str, StudentSpec] = {
     "channel_micro": StudentSpec(width=0.5),
     "koala_1b": StudentSpec(layers_per_block=1, transformer_layers=(1, 2, 6), taps="self_attention"),
     "koala_700m": StudentSpec(layers_per_block=1, remove_mid=True, transformer_layers=(1, 2, 5), taps="self_attention"),
+    "whole": StudentSpec(),
 }
 
 

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fastdistill.diffusion.matching import LossWeighting
 from fastdistill.documented import documented
@@ -16,6 +16,12 @@ from fastdistill.train.config import Seed, TrainSettings
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _as_text(value: Any) -> Any:
+    """A number as its text, which YAML may have read as a number."""
+    return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 @documented
@@ -135,13 +141,29 @@ class LossSettings:
 
 @documented
 @dataclass(frozen=True)
+class GuidanceSettings:
+    """Guidance distillation (arXiv 2210.03142), where a schedule is given: one pass is the teacher's guided one."""
+
+    schedule: Annotated[str, BeforeValidator(_as_text)] | None = None
+    """Guidance weight w = g - 1: 6.5, or 8@10,-1@2,0 (8 while sigma > 10, -1 while sigma > 2, then 0)."""
+    scale: tuple[Finite, Finite] | None = None
+    """Range of the factor of the positive weights that the student reads (guidance_scale - 1); none: it reads none."""
+    grid: str | None = None
+    """Sampler whose steps are drawn, trailing:20, karras:30@30..0.09 or flow:28@3; none: all timesteps of training."""
+    weight_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+    """The loss is weighted by 1 / abar (of epsilon; of v and flow 1) up to this, where loss_weighting is none."""
+
+
+@documented
+@dataclass(frozen=True)
 class ObjectiveSettings:
     """What the student learns."""
 
+    guidance: GuidanceSettings = GuidanceSettings()
     random_conditioning: RandomConditioningSettings = RandomConditioningSettings()
     weights: LossSettings = LossSettings()
-    loss_weighting: LossWeighting = "uniform"
-    """Weight of the output and the task loss at each timestep."""
+    loss_weighting: LossWeighting | None = None
+    """Weight of the output and the task loss at each timestep; none: uniform, of guidance that of its weight_limit."""
     min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
     """Gamma of the min-SNR weighting."""
     feature_distance: Distance = "mse"

@@ -29,7 +29,7 @@ from fastdistill.evaluate.held_out import HeldOut, held_out_losses
 from fastdistill.evaluate.measures import Measures
 from fastdistill.evaluate.samples import MODELS, Samples, compared
 from fastdistill.files import atomic_write, located, make_directory
-from fastdistill.models import Adapters, Student, make_student
+from fastdistill.models import Adapters, Student
 from fastdistill.models.calling import kept_in_float32
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import trained_adapters, trained_student
@@ -89,14 +89,17 @@ def evaluate(
     models = run.pipeline.model(device=device, dtype=run.teacher_dtype), own.model
     vae = run.pipeline.autoencoder(device=device, dtype=run.teacher_dtype)
     steps = run.config.cache.steps if settings.steps is None else settings.steps
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": _guidance(run), "seed": settings.seed, "size": size}
+    scale = _guidance(run)
+    options: dict[str, Any] = {"steps": steps, "guidance_scale": scale, "seed": settings.seed, "size": size}
 
-    def made(model: Any) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda rows, noise: run.pipeline.sample(model, prompts.bank, rows, noise, call=run.call, **options)
+    def made(model: Any, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        own = {**options, "guidance_scale": scale}
+        return lambda rows, noise: run.pipeline.sample(model, prompts.bank, rows, noise, call=run.call, **own)
 
     rows = torch.arange(len(prompts.texts)).repeat(images)
     samples = compared(
-        made(models[0]), made(models[1]), lambda latents: run.pipeline.family.decode(vae, latents), rows,
+        made(models[0], scale), made(models[1], run.student_guidance(scale)),
+        lambda latents: run.pipeline.family.decode(vae, latents), rows,
         batch=settings.batch, extractors=extractors, shown=min(_SHOWN, len(prompts.texts)), progress=progress,
     )  # fmt: skip
     seconds = {"samples": time.perf_counter() - start}
@@ -183,7 +186,7 @@ class _Compared(NamedTuple):
 def _student(run: Run, student: Any, step: int | None) -> _Compared:
     if student is None:
         model = _cast(trained_student(run, step=step), run.teacher_dtype)
-        planned = make_student(run.pipeline.model(device="meta"), run.student_spec)
+        planned = run.student(run.pipeline.model(device="meta"))
         if not run.config.objective.weights.feature:
             return _Compared(model, _taps(planned) if not planned.needs_adapters else [])
         adapters = trained_adapters(run, planned.channels, step=step) if planned.needs_adapters else None

@@ -70,7 +70,8 @@ def init(folder: str | os.PathLike[str], *, recipe: str | None = None) -> str:
         values["student"] = {"spec": _student(pipeline)}
     config = from_mapping(RunConfig, values, recipe or "run")
     spec = student_spec_of(config.student, bool(pipeline.family.blocks))
-    student = make_student(pipeline.model(device="meta"), spec)
+    reads = config.objective.guidance.scale is not None
+    student = make_student(pipeline.model(device="meta"), spec, guidance_embedding=reads)
     return "\n".join([*_head(pipeline, student.model, comment), "", *_section(config, values, "", 0)]) + "\n"
 
 

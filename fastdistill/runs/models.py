@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import listed
 from fastdistill.errors import InputError, StorageError
-from fastdistill.models import Adapters, Student, make_student
+from fastdistill.models import Adapters, Student
 from fastdistill.models.peft import left_out
 from fastdistill.runs.opened import Run
 from fastdistill.train import checkpoint
@@ -27,8 +27,8 @@ def teacher_and_student(run: Run) -> tuple[Any, Student]:
     settings, dtype = run.config.student, run.teacher_dtype
     if settings.lora.rank is not None or dtype == torch.float32:
         teacher = run.pipeline.model(device=run.config.device, dtype=dtype)
-        return teacher, make_student(teacher, run.student_spec, init=settings.init, seed=run.config.seed)
-    student = make_student(run.pipeline.model(), run.student_spec, init=settings.init, seed=run.config.seed)
+        return teacher, run.student(teacher, seed=run.config.seed)
+    student = run.student(run.pipeline.model(), seed=run.config.seed)
     return run.pipeline.model(device=run.config.device, dtype=dtype), student
 
 
@@ -64,8 +64,7 @@ def trained_student(run: Run, *, step: int | None = None, averaged: bool = True)
 def student_in(run: Run, path: Path, saved: checkpoint.Checkpoint, averaged: bool) -> Any:
     """As ``trained_student``, of a checkpoint that was read from ``path``."""
     adapted = run.config.student.lora.rank is not None
-    whole, settings = run.pipeline.model(device="cpu" if adapted else "meta"), run.config.student
-    model: Any = make_student(whole, run.student_spec, init=settings.init).model
+    model: Any = run.student(run.pipeline.model(device="cpu" if adapted else "meta")).model
     if not adapted:  # with the buffers that no file has
         with torch.random.fork_rng(devices=[]):
             model = type(model).from_config(dict(model.config))

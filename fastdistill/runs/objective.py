@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
-from fastdistill.distill import RandomConditioning, Weights
+import dataclasses
+from typing import Any
+
+from fastdistill.distill import GuidanceDistillation, RandomConditioning, Weights
 from fastdistill.models import Student
 from fastdistill.runs.config import ObjectiveSettings
 
 
 def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditioning:
-    """Random conditioning with these settings, at the student's taps."""
-    given, weights = settings.random_conditioning, settings.weights
-    return RandomConditioning(
+    """Random conditioning, or guidance distillation under it, with these settings at the student's taps."""
+    given, weights, guidance = settings.random_conditioning, settings.weights, settings.guidance
+    kind: Any = RandomConditioning
+    own: dict[str, Any] = {"loss_weighting": settings.loss_weighting or "uniform"}
+    if guidance.schedule is not None:
+        kind, own = GuidanceDistillation, dataclasses.asdict(guidance) | {"loss_weighting": settings.loss_weighting}
+    made: RandomConditioning = kind(
+        **own,
         probability=given.probability,
         parameters=given.parameters,
         null_probability=given.null,
@@ -19,6 +27,6 @@ def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditi
         feature_distance=settings.feature_distance,
         taps=tuple(zip(student.teacher_taps, student.student_taps, strict=True)) if weights.feature else (),
         with_replacement=given.with_replacement,
-        loss_weighting=settings.loss_weighting,
         min_snr_gamma=settings.min_snr_gamma,
     )
+    return made

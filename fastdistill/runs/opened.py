@@ -25,11 +25,12 @@ from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_
 from fastdistill.data.prompt_bank import PromptBank, attachments
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
 from fastdistill.files import located
-from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec, make_student
+from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, Student, StudentSpec, make_student
 from fastdistill.models.calling import Call
 from fastdistill.models.families import FAMILIES
 from fastdistill.models.pipelines import PipelineFolder, open_pipeline
-from fastdistill.runs.config import RunConfig, StudentSettings
+from fastdistill.runs.config import GuidanceSettings, RunConfig, StudentSettings
+from fastdistill.runs.objective import objective_of
 from fastdistill.runs.pool import Pool, pool_of
 from fastdistill.tasks import PREFIX, open_task
 from fastdistill.train.config import validated
@@ -70,8 +71,12 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     run = Run(dataclasses.replace(config, device=device), pipeline, call)
     for size in run.sizes:
         pipeline.latent_shape(size)
-    make_student(pipeline.model(device="meta"), run.student_spec, init=config.student.init)  # whether it fits
-    if config.student.lora.rank is not None and not config.objective.weights.task:
+    guidance = config.objective.guidance
+    if guidance.schedule is None and dataclasses.replace(guidance, weight_limit=5.0) != GuidanceSettings():
+        raise InputError.of("objective.guidance.schedule", "one, beside scale or grid", None)
+    made = run.student(pipeline.model(device="meta"))  # whether it fits
+    objective_of(config.objective, made).describe()
+    if config.student.lora.rank is not None and not config.objective.weights.task and guidance.schedule is None:
         rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
         raise InputError.of("objective.weights.task", rule, config.objective.weights.task)
     return run
@@ -157,6 +162,18 @@ class Run:
     def student_spec(self) -> StudentSpec | BlockSpec | Mapping[str, Any]:
         """What ``make_student`` takes."""
         return student_spec_of(self.config.student, bool(self.pipeline.family.blocks))
+
+    def student(self, teacher: Any, *, seed: int = 0) -> Student:
+        """The student of this teacher, with weights of the seed where they are random."""
+        reads = self.config.objective.guidance.scale is not None
+        init = self.config.student.init
+        return make_student(teacher, self.student_spec, init=init, seed=seed, guidance_embedding=reads)
+
+    def student_guidance(self, guidance_scale: float) -> float:
+        """The guidance scale at which the student is sampled where the teacher is at this one: 1, no guidance, of one
+        that was distilled with guidance and does not read the scale."""
+        guidance = self.config.objective.guidance
+        return 1.0 if guidance.schedule is not None and guidance.scale is None else guidance_scale
 
     @cached_property
     def pool(self) -> Pool:

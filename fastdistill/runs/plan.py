@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastdistill import plan as plans
 from fastdistill.data.prompt_bank import stored_name
-from fastdistill.models import make_student
 from fastdistill.plan import Job, Plan
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.objective import objective_of
@@ -73,7 +72,7 @@ def job_of(run: Run, device: str, *, ranks: int = 1, available: int | None = Non
     large = available is not None and sum(bank.nbytes for bank in (latents, *prompts.values())) > available // 4
     return Job(
         teacher=lambda: run.pipeline.model(device="meta"),
-        student=lambda teacher: make_student(teacher, run.student_spec),
+        student=run.student,
         objective=lambda made: objective_of(config.objective, made),
         schedule=run.pipeline.schedule(run.sizes[largest]),
         latents=latents,

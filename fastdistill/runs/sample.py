@@ -40,7 +40,8 @@ def sample(
     Args:
         prompts: texts, encoded by the pipeline of the teacher.
         teacher: of the teacher instead of the student. step: of the student's checkpoint; None: the newest.
-        seeds: of the initial noise. steps, guidance_scale: None: those of the cache.
+        seeds: of the initial noise. steps, guidance_scale: None: those of the cache (of a student that was distilled
+            with guidance and does not read the scale: 1).
         progress: called with (images done, all).
 
     Returns:
@@ -53,7 +54,7 @@ def sample(
     to = located(to, "to")
     texts, own = list(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
     steps = config.cache.steps if steps is None else steps
-    guidance_scale = config.cache.guidance_scale if guidance_scale is None else guidance_scale
+    asked = guidance_scale
     for name, wrong, rule in (("prompts", not texts, "at least one"), ("seeds", not own, "at least one")):
         if wrong:
             raise InputError.of(name, rule, "none")
@@ -62,6 +63,9 @@ def sample(
     if to.exists():
         raise StorageError(f"{to}: expected a new folder, got one that is there already")
     run = opened(config, allow_code=allow_code)
+    guidance_scale = config.cache.guidance_scale if asked is None else asked
+    if not teacher and asked is None:
+        guidance_scale = run.student_guidance(guidance_scale)
     if not teacher:
         last_checkpoint(run, step)
     device, size = run.config.device, run.sizes[0]

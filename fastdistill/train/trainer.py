@@ -167,7 +167,8 @@ class DistillTrainer:
             if config.preview.every is not None:
                 from fastdistill.evaluate.previews import previews_of  # loads what draws figures
 
-                self._previews = previews_of(setting, config.preview, shown, scheduler, decode)
+                guided = bool(getattr(bound, "guided", False))
+                self._previews = previews_of(setting, config.preview, shown, scheduler, decode, guided)
             self._layout = arguments.layout(self.student)
             self._closed = self._fitting = False
             self._undo = undo.pop_all()
