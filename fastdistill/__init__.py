@@ -22,6 +22,11 @@ _HOME = {
     "TrainConfig": "train",
     "GuidanceDistillation": "distill",
     "RandomConditioning": "distill",
+    "Clarid": "distill.canonical",
+    "Canonical": "distill.canonical",
+    "canonical": "distill.canonical",
+    "CanonicalSet": "distill.canonical_set",
+    "extract_canonical": "distill.canonical_set",
     "Weights": "distill",
     "Batches": "data.staged",
     "LatentCache": "data.latent_cache",
@@ -132,6 +137,11 @@ if TYPE_CHECKING:
     from fastdistill.distill import GuidanceDistillation as GuidanceDistillation
     from fastdistill.distill import RandomConditioning as RandomConditioning
     from fastdistill.distill import Weights as Weights
+    from fastdistill.distill.canonical import Canonical as Canonical
+    from fastdistill.distill.canonical import Clarid as Clarid
+    from fastdistill.distill.canonical import canonical as canonical
+    from fastdistill.distill.canonical_set import CanonicalSet as CanonicalSet
+    from fastdistill.distill.canonical_set import extract_canonical as extract_canonical
     from fastdistill.errors import DeviceError as DeviceError
     from fastdistill.errors import FastdistillError as FastdistillError
     from fastdistill.errors import InputError as InputError

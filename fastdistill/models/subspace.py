@@ -18,6 +18,7 @@ from fastdistill.ops.philox import START, normal
 
 Method = Literal["auto", "dense", "krylov", "subspace"]
 _BASIS = 6  # times (k + oversample): the widest basis, and the most inputs of which the whole Jacobian is cheaper
+_TOGETHER = 256  # columns of dense Jacobians at once, unless one has more
 _ROUNDING = 64  # times eps: residuals below it count as 0
 _PATIENCE = 64  # times (k + oversample): products after which a spectrum counts as flat
 
@@ -204,12 +205,13 @@ class _Search:
 
 
 def _dense(search: _Search) -> None:
-    """One sample after another, so that memory holds one Jacobian at a time."""
+    """Some samples after others, so that memory holds few Jacobians at a time."""
     every, k = search.active, search.k
-    identity = torch.eye(search.n, dtype=search.x.dtype, device=search.x.device)[None]
-    for sample in every.reshape(-1, 1):
-        search.active = sample
-        J = search.forward(identity)
+    identity = torch.eye(search.n, dtype=search.x.dtype, device=search.x.device)
+    group = max(1, _TOGETHER // search.n)
+    for start in range(0, len(every), group):
+        search.active = every[start : start + group]
+        J = search.forward(identity.expand(len(search.active), -1, -1))
         R = torch.linalg.qr(J, mode="r")[1].double()  # J^T J = R^T R
         _, values, Vh = torch.linalg.svd(R, full_matrices=False)
         V = Vh[:, :k].mT
