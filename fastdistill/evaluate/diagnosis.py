@@ -29,7 +29,8 @@ from fastdistill.evaluate.diversity import (
     precision_recall,
     vendi_score,
 )
-from fastdistill.evaluate.frontier import MEASURED, Diagnosis, Row, constant_of, frontier
+from fastdistill.evaluate.frontier import MEASURED, Diagnosis, Row, frontier
+from fastdistill.evaluate.guidance import constant_of
 from fastdistill.evaluate.metrics import wilson_interval
 from fastdistill.evaluate.spread import Spread
 from fastdistill.files import atomic_write, located, make_directory
@@ -265,7 +266,7 @@ def _schedules(schedules: Sequence[Guidance | str | float], grid: Grid) -> list[
         raise InputError.of("schedules", "at least one", "none")
     texts = [str(schedule) for schedule in parsed]
     for schedule, text in zip(parsed, texts, strict=True):
-        schedule.weights(grid)
+        schedule.passes(grid)  # refuses thresholds outside of the grid
         if texts.count(text) > 1:
             raise InputError.of("schedules", "each once", f"{text!r} twice")
     return parsed

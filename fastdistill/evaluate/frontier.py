@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastdistill.diffusion.guidance import Guidance, Piecewise
 from fastdistill.errors import InputError
 from fastdistill.evaluate.diversity import Interval
+from fastdistill.evaluate.guidance import constant_of
 
 At = Literal["separation", "accuracy"]
 MEASURED = ("separation", "mean_shift", "variance_ratio", "right", "right_variance_ratio")  # columns of ``Row.draws``
@@ -166,14 +166,6 @@ def _recovered(effect: Tensor, variance: Tensor) -> Tensor:
     lost = variance[:, 0] - line
     known = inside.any(1) & (lost > 0)
     return torch.where(known, (y - line) / lost, math.nan)
-
-
-def constant_of(text: str) -> float | None:
-    """The weight of a constant schedule; None for any other."""
-    if text.startswith("function "):
-        return None
-    schedule = Guidance.parse(text)
-    return schedule.tail if isinstance(schedule, Piecewise) and not schedule.stretches else None
 
 
 def _ends(low: float, high: float) -> list[float] | None:

@@ -161,7 +161,7 @@ def measured(
     """What the schedules of a configuration do to a task's teacher, or to another model of the task."""
     grid = Grid.parse(config.grid, SCHEDULE)
     for schedule in config.schedules:
-        Guidance.parse(schedule).weights(grid)
+        Guidance.parse(schedule).passes(grid)  # before anything is loaded
     measure = subject(task, model)
     network = measure.model.to(config.device).eval()
     bank = prompt_bank().to(config.device)

@@ -46,8 +46,17 @@ def sample(
     images = []
     for numbers, wanted in zip(torch.split(rows, batch), torch.split(prompt, batch), strict=True):
         noise = initial_noise(seed, numbers.to(device), SHAPE)
-        conditions = bank.embeddings[wanted.to(device)]
-        made = guided(model, noise, conditions, bank.null, levels, guidance=guidance, clip_sample=clip_sample)
+        made = guided(
+            model,
+            noise,
+            bank.embeddings[wanted.to(device)],
+            bank.null,
+            levels,
+            guidance=guidance,
+            clip_sample=clip_sample,
+            seed=seed,
+            rows=numbers.to(device),
+        )
         images.append(made.cpu())
         if progress is not None:
             progress(sum(map(len, images)))
