@@ -204,7 +204,7 @@ def variance_neutral(
         start, method: as of ``recursion``.
 
     Raises:
-        InputError: u <= c in every direction, where positive guidance does not shrink the variance; w_plus <= 0; a
+        InputError: u <= c in every direction, or so much that w_plus does not shrink the variance; w_plus <= 0; a
             threshold outside of the grid.
     """
     if not isinstance(spectrum, Spectrum):
@@ -228,11 +228,12 @@ def variance_neutral(
         """The variance with a window over that of w = 0."""
         return spectrum.variance(on, Guidance.window(w_plus, w, switch, stop), start, method) / free(on)
 
-    at = (
-        _latest(grid, stop, lambda level: share(grid, floor, level))
-        if switch is None
-        else _check.real(switch, "switch")
-    )
+    if switch is None:
+        switch = _latest(grid, stop, lambda level: share(grid, floor, level))
+    at = _check.real(switch, "switch")
+    shrunk = share(grid, 0.0, at)
+    rule = f"variances that w = {w_plus:g} above sigma = {at:g} shrinks"
+    _check.require(shrunk < 1, "spectrum", rule, f"{shrunk:.6g} of that of w = 0: it grows there")
     wanted = _root(lambda w: share(grid, w, at) - 1)
     reachable = wanted >= floor
     w = wanted if reachable else floor
@@ -257,8 +258,6 @@ def _latest(grid: Grid, stop: float, share: Callable[[float], float]) -> float:
 def _root(excess: Callable[[float], float]) -> float:
     """The first w below 0 at which ``excess``, below 0 at w = 0, is 0; NaN: none."""
     high, low = 0.0, -0.125
-    if excess(high) >= 0:
-        return 0.0
     while excess(low) < 0:
         high, low = low, 2 * low
         if low < _LOWEST:

@@ -250,6 +250,10 @@ def test_bad_data(changes, message):
     [
         ({"spectrum": (C, U)}, "spectrum: expected a Spectrum (Spectrum.of(c, u) of given variances), got (0.4, 2.0)"),
         ({"spectrum": Spectrum.of(U, C)}, "u: expected a variance above c in some direction (guidance widens what"),
+        (
+            {"spectrum": Spectrum.of([2.0, 0.1], [1.0, 0.2]), "switch": 1.0},
+            "spectrum: expected variances that w = 2 above sigma = 1 shrinks, got 2.31707",
+        ),
         ({"w_plus": 0}, "w_plus: expected a finite number > 0, got 0.0"),
         ({"w_plus": math.nan}, "w_plus: expected a finite number > 0, got nan"),
         ({"floor": 0.5}, "floor: expected a finite number <= 0, got 0.5"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the lab of guidance, from which the command line options and YAML fields are made."""
+"""Settings of the commands of guidance, from which the command line options and YAML fields are made."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from fastdistill.train.config import Seed
 
 World = Literal["gaussian", "two_class", "hypercube", "random_centres"]
 WORLDS: tuple[World, ...] = get_args(World)
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @documented
@@ -38,3 +41,37 @@ class LabConfig:
             return self
         output = "runs/guidance-lab-quick" if self.output == LabConfig.output else self.output
         return dataclasses.replace(self, output=output, samples=min(self.samples, 2048))
+
+
+@documented
+@dataclass(frozen=True)
+class SolveConfig:
+    """Solve the weight below a switch that gives back the variance which guidance takes above it.
+
+    The variances are those of a run's latents or of a latent cache, whose prompts are the classes, or given.
+    """
+
+    run: str | None = None
+    """Run file: the noise of its teacher, its latents. Also as the first argument."""
+    cache: str | None = None
+    """Directory of a latent cache."""
+    c: tuple[Positive, ...] = ()
+    """Variances within a class, one for each direction."""
+    u: tuple[Positive, ...] = ()
+    """Variances of all data in the same directions."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Directions that are measured; the others are taken to be alike."""
+    noise: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
+    """Noise of the model where no run file says it (scaled_linear: Stable Diffusion); flow grids need none."""
+    grid: str = "karras:30"
+    """Steps of the sampler: karras:30, karras:30@30..0.09, trailing:20, flow:28 or flow:28@3."""
+    method: Literal["ddim", "euler", "heun", "ancestral"] = "ddim"
+    """The sampler."""
+    w_plus: Positive = 4.0
+    """Weight above the switch (guidance scale - 1)."""
+    switch: Positive | None = None
+    """Sigma of the switch; none: the lowest at which the variance can be kept."""
+    stop: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Sigma below which there is no guidance."""
+    floor: Annotated[float, Field(le=0, allow_inf_nan=False)] = -1.0
+    """Lowest weight below the switch."""
