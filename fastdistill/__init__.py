@@ -27,6 +27,8 @@ _HOME = {
     "canonical": "distill.canonical",
     "CanonicalSet": "distill.canonical_set",
     "extract_canonical": "distill.canonical_set",
+    "TrajectoryCache": "distill",
+    "generate_trajectory_cache": "distill",
     "Weights": "distill",
     "Batches": "data.staged",
     "LatentCache": "data.latent_cache",
@@ -136,12 +138,14 @@ if TYPE_CHECKING:
     from fastdistill.diffusion.scheduled import sample_with as sample_with
     from fastdistill.distill import GuidanceDistillation as GuidanceDistillation
     from fastdistill.distill import RandomConditioning as RandomConditioning
+    from fastdistill.distill import TrajectoryCache as TrajectoryCache
     from fastdistill.distill import Weights as Weights
     from fastdistill.distill.canonical import Canonical as Canonical
     from fastdistill.distill.canonical import Clarid as Clarid
     from fastdistill.distill.canonical import canonical as canonical
     from fastdistill.distill.canonical_set import CanonicalSet as CanonicalSet
     from fastdistill.distill.canonical_set import extract_canonical as extract_canonical
+    from fastdistill.distill import generate_trajectory_cache as generate_trajectory_cache
     from fastdistill.errors import DeviceError as DeviceError
     from fastdistill.errors import FastdistillError as FastdistillError
     from fastdistill.errors import InputError as InputError

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from fastdistill.data.shards import RowWriter, load_rows
 from fastdistill.data.stored import open_rows
 from fastdistill.errors import InputError, StorageError
 
-KIND = "latent_cache"
-
 
 @dataclass(frozen=True, eq=False)
 class LatentCache:
@@ -33,6 +31,9 @@ class LatentCache:
         InputError: the two do not belong together; a value is not finite (checked in memory; for a cache on the disk
             call ``check_finite``).
     """
+
+    kind: ClassVar[str] = "latent_cache"
+    columns: ClassVar[tuple[str, ...]] = ()  # tensors beside these two
 
     latents: Any  # Tensor, or StoredRows of an opened cache
     prompt_index: Tensor
@@ -70,7 +71,7 @@ class LatentCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         verify: bool = True,
-    ) -> LatentCache:
+    ) -> Self:
         """The cache of a directory, its latents as ``dtype`` (None: as stored).
 
         ``expect`` holds fields of the fingerprint that must have these values, such as ``{"teacher": sha256}``: a cache
@@ -79,19 +80,21 @@ class LatentCache:
         ``verify=False`` skips the checksums. InputError where a latent does not fit ``dtype``.
         """
         check = _as_expected(path, expect)
-        manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=check)
-        return cls(rows["latents"], rows["prompt_index"], manifest.fingerprint)
+        manifest, rows = load_rows(path, kind=cls.kind, device=device, dtype=dtype, verify=verify, check=check)
+        others = {name: rows[name] for name in cls.columns}
+        return cls(rows["latents"], rows["prompt_index"], manifest.fingerprint, **others)
 
     @classmethod
-    def open(cls, path: str | Path, *, expect: Mapping[str, Any] | None = None, verify: bool = True) -> LatentCache:
+    def open(cls, path: str | Path, *, expect: Mapping[str, Any] | None = None, verify: bool = True) -> Self:
         """The same with its latents left on the disk (``StoredRows``), for a cache larger than the memory.
 
         ``verify`` reads all of it once.
         """
-        manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_expected(path, expect))
-        return cls(rows["latents"], rows["prompt_index"][:], manifest.fingerprint)
+        manifest, rows = open_rows(path, kind=cls.kind, verify=verify, check=_as_expected(path, expect))
+        others = {name: rows[name][:] for name in cls.columns}
+        return cls(rows["latents"], rows["prompt_index"][:], manifest.fingerprint, **others)
 
-    def remapped(self, made_with: PromptBank, prompts: PromptBank) -> LatentCache:
+    def remapped(self, made_with: PromptBank, prompts: PromptBank) -> Self:
         """The same latents for another bank that has their prompts: a larger pool, or one in another order.
 
         Args:
@@ -112,7 +115,7 @@ class LatentCache:
         used, place = torch.unique(self.prompt_index, return_inverse=True)
         rows = prompts.indices_of([made_with.texts[row] for row in used.tolist()]).to(place.device)
         fingerprint = {**self.fingerprint, "prompts": prompts.identity, "made_with": own} if self.fingerprint else {}
-        return LatentCache(self.latents, rows[place], fingerprint)
+        return replace(self, prompt_index=rows[place], fingerprint=fingerprint)
 
     def check_prompts(self, prompts: int) -> None:
         """InputError unless every row points at one of ``prompts`` prompts (``len`` of the prompt bank)."""
@@ -166,7 +169,7 @@ def generate_latent_cache(
     shape = tuple(row_shape)
     with RowWriter(
         path,
-        kind=KIND,
+        kind=LatentCache.kind,
         fingerprint={**made_from, "prompt_index": sha256_of_tensors({"prompt_index": prompt_index})},
         rows=rows,
         tensors={"latents": TensorSpec(shape, dtype), "prompt_index": TensorSpec((), torch.int64)},

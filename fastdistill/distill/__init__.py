@@ -5,5 +5,15 @@ from fastdistill.distill.guidance import GuidanceDistillation
 from fastdistill.distill.knowledge import Weights
 from fastdistill.distill.objective import BoundObjective, Objective, Setting
 from fastdistill.distill.random_conditioning import RandomConditioning
+from fastdistill.distill.trajectory import TrajectoryCache, generate_trajectory_cache
 
-__all__ = ["BoundObjective", "GuidanceDistillation", "Objective", "RandomConditioning", "Setting", "Weights"]
+__all__ = [
+    "BoundObjective",
+    "GuidanceDistillation",
+    "Objective",
+    "RandomConditioning",
+    "Setting",
+    "TrajectoryCache",
+    "Weights",
+    "generate_trajectory_cache",
+]

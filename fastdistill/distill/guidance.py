@@ -12,20 +12,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from fastdistill.data.encoded import rows_of
-from fastdistill.data.fingerprint import up_to_rounding
+from fastdistill.data.fingerprint import differences, plain
+from fastdistill.data.fingerprint import listed as listed_lines
 from fastdistill.diffusion.grid import Grid, GridSchedule
-from fastdistill.diffusion.guidance import Function, Guidance
+from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.hooks import Cads, PowerLaw, score_scale
 from fastdistill.diffusion.matching import LossWeighting, limited_weights
 from fastdistill.distill.objective import Setting
 from fastdistill.distill.random_conditioning import BoundRandomConditioning, RandomConditioning
+from fastdistill.distill.trajectory import grid_text, schedule_text
 from fastdistill.errors import InputError, described
 from fastdistill.models import families
 from fastdistill.ops import Draw, philox
@@ -40,6 +42,7 @@ class _Guided:
     schedule: Any
     scale: tuple[Finite, Finite] | None = None
     grid: Any = None
+    states: Literal["noised", "trajectory"] = "noised"
     weight_limit: Annotated[float, Field(gt=0)] = 5.0
 
 
@@ -55,6 +58,8 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         one. None: it reads nothing.
     grid: the sampler's steps (a ``Grid`` or its text), of which the timesteps are drawn; schedules by step need one.
         None: all timesteps of training.
+    states: ``noised`` samples, or the states of a ``trajectory`` that the guided sampler visits, stored by
+        ``generate_trajectory_cache`` for this schedule and grid.
     weight_limit: the loss at each timestep is weighted by min(1 / (a q - b p)^2, weight_limit), where a model predicts
         p x_0 + q eps: of epsilon min(1 / abar, weight_limit), of v and flow 1. It is used where ``loss_weighting``
         is None.
@@ -71,15 +76,8 @@ class GuidanceDistillation(RandomConditioning, _Guided):
 
     def describe(self) -> dict[str, object]:
         config = self._checked()
-        given: dict[str, Any] = {"schedule": str(config.schedule), "grid": None}
-        if isinstance(config.schedule, Function):
-            levels = torch.linspace(0, 1, 101) if config.schedule.by != "sigma" else torch.logspace(-3, 3, 101)
-            given["schedule"] = up_to_rounding(config.schedule.weights_at(levels.double()))
-        if config.grid is not None:
-            given["grid"] = config.grid if isinstance(config.grid, str) else config.grid.text
-        if given["grid"] == "":
-            given["grid"] = up_to_rounding(torch.cat([config.grid.signal, config.grid.noise, config.grid.times]))
-        return RandomConditioning.describe(dataclasses.replace(config, **given))
+        told = {"schedule": schedule_text(config.schedule), "grid": config.grid and grid_text(config.grid)}
+        return RandomConditioning.describe(dataclasses.replace(config, **told))
 
     def _checked(self) -> GuidanceDistillation:
         """The same, with a ``Guidance`` for its schedule."""
@@ -123,6 +121,10 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
             self._scores = score_scale(*coefficients.double().unbind(1)).to(device)
         else:
             weights = guidance.table(setting.schedule) if grid is None else guidance.weights(grid)
+        drawn = None if config.states == "noised" else _check_trajectory(config, setting, grid)
+        self._step = {
+            tuple(bucket.latents.shape[1:]): bucket.trajectory.step for bucket in setting.buckets if bucket.trajectory
+        }
         self._positive = weights.clamp(min=0).to(device, torch.float32)
         self._negative = weights.clamp(max=0).to(device, torch.float32)
         self._scale, self._embed = config.scale, None
@@ -140,6 +142,7 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
         super().__init__(
             config,
             setting,
+            drawn,
             null=null,
             loss_weighting=config.loss_weighting or limited_weights(coefficients, config.weight_limit),
             timestep_cond=None if self._embed is None else self._embed(self._ones[:1]),
@@ -153,7 +156,11 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
             low, high = self._scale
             word = philox.words(counter[0], counter[1], self._samples, torch.zeros_like(counter[0]), philox.GUIDANCE)[0]
             scale = low + (high - low) * philox.uniform(word)
-        return GuidedDraw(super().draw(counter), scale)
+        batch = super().draw(counter)
+        if self._step:
+            step = self._step[tuple(batch.x_t.shape[1:])]
+            batch = batch._replace(timestep=step.index_select(0, batch.latent_index))
+        return GuidedDraw(batch, scale)
 
     def loss(self, draw: GuidedDraw, counter: Tensor) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
         batch, scale = draw
@@ -170,6 +177,37 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
 
         task = self._batches.task(batch, counter) if self._weights.task else None
         return self._knowledge(batch, task, weights, None if self._embed is None else self._embed(scale))
+
+
+def _check_trajectory(config: GuidanceDistillation, setting: Setting, grid: Grid | None) -> Tensor:
+    """Coefficients [T, 4] at which a state is drawn as it is stored.
+
+    Raises:
+        InputError: latents that are no states of this sampler; options that need noised samples.
+    """
+    if grid is None:
+        raise InputError.of("grid", "that of the trajectories (states='trajectory')", None)
+    for bucket in setting.buckets:
+        if bucket.trajectory is None:
+            raise InputError.of("latents", "a TrajectoryCache (states='trajectory')", "samples")
+        wanted = plain({"guidance": schedule_text(config.schedule), "grid": grid_text(grid)})
+        if changed := differences(wanted, dict(bucket.trajectory.sampler)):
+            raise InputError.of("latents", f"states of {config.schedule} on {grid}", listed_lines(changed))
+        if int(bucket.trajectory.step.max()) >= len(grid):
+            raise InputError.of("latents", f"steps below {len(grid)}", int(bucket.trajectory.step.max()))
+    if config.scale is not None:
+        rule = "None for the states of a trajectory, which are those of one weight"
+        raise InputError.of("scale", rule, config.scale)
+    if config.weights.task:
+        rule = "0 for the states of a trajectory, which are of no sample"
+        raise InputError.of("weights.task", rule, config.weights.task)
+    p = config.p(setting.schedule.clock)
+    if bool((p != p[0]).any()):
+        rule = "the same at every timestep (const) for the states of a trajectory, which have their own"
+        raise InputError.of("probability", rule, config.probability)
+    stored = torch.zeros(len(grid), 4, device="cpu")
+    stored[:, 0] = 1
+    return stored
 
 
 def _embedding(config: GuidanceDistillation, setting: Setting, positive: bool) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +46,23 @@ def has_streams(tensor: Tensor) -> bool:
     return _as_captured.get() or torch.cuda.is_current_stream_capturing()
 
 
+class Trajectory(NamedTuple):
+    """Of latents that are states of a sampler: the step of each [N] int64, on the device, and its schedule and grid as
+    the fingerprint of their cache has them."""
+
+    step: Tensor
+    sampler: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Bucket:
-    """Latents of one shape [N, *S], the rows of the prompts that they were made from [N] int64, and the prompts, as
-    ``Setting`` has them."""
+    """Latents of one shape [N, *S], the rows of the prompts that they were made from [N] int64, the prompts, as
+    ``Setting`` has them, and what is known of latents that are states of a sampler."""
 
     latents: Rows
     latent_prompts: Tensor
     prompts: Rows | Mapping[str, Rows]
+    trajectory: Trajectory | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Setting:
     will be multiplied before the backward, for losses that store their gradient; None: 1. first_sample, global_batch:
     where several processes share a step, which of its samples are this one's (``noise_gather``). micro_batch:
     samples of the parts in which the losses are asked for (``TrainConfig.micro_batch``); None: all at once. others:
-    latents of other shapes, which are drawn from in turn.
+    latents of other shapes, which are drawn from in turn. trajectory: of latents that are states of a sampler.
     """
 
     teacher: nn.Module
@@ -85,11 +94,12 @@ class Setting:
     micro_batch: int | None = None
     call: Call | None = None
     others: tuple[Bucket, ...] = ()
+    trajectory: Trajectory | None = None
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
         """The latents of every shape."""
-        return Bucket(self.latents, self.latent_prompts, self.prompts), *self.others
+        return Bucket(self.latents, self.latent_prompts, self.prompts, self.trajectory), *self.others
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +141,9 @@ class Setting:
         student compute in one dtype, x_t and the prompts of a draw have it.
         """
         if coefficients is None:
+            if any(bucket.trajectory for bucket in self.buckets):
+                rule = "samples to be noised (states of a sampler are for GuidanceDistillation(states='trajectory'))"
+                raise InputError.of("latents", rule, "a TrajectoryCache")
             coefficients = self.schedule.coefficients(self.prediction_type)
         tables = coefficients.to(self.device), replace.to(self.device)
         dtypes = {predictor.dtype for predictor in self.predictors}

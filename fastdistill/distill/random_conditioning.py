@@ -67,7 +67,9 @@ class RandomConditioning:
 class BoundRandomConditioning:
     """Draws a batch by counter and compares teacher and student on it."""
 
-    def __init__(self, config: RandomConditioning, setting: Setting, **guided: Any) -> None:
+    def __init__(
+        self, config: RandomConditioning, setting: Setting, coefficients: Tensor | None = None, **guided: Any
+    ) -> None:
         self._weights = config.weights
         self._knowledge = Knowledge(
             setting,
@@ -82,6 +84,7 @@ class BoundRandomConditioning:
         self.trained: tuple[nn.Module, ...] = self._knowledge.trained
         self._batches = setting.batches(
             thresholds(config.p(setting.schedule.clock)),
+            coefficients,
             null_probability=config.null_probability,
             with_replacement=config.with_replacement,
             task=config.weights.task > 0,

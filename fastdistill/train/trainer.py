@@ -18,7 +18,8 @@ from fastdistill.data.fingerprint import differences, listed
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.schedule import PredictionType, Schedule
-from fastdistill.distill.objective import Bucket, Objective, Setting
+from fastdistill.distill.objective import Bucket, Objective, Setting, Trajectory
+from fastdistill.distill.trajectory import TrajectoryCache
 from fastdistill.errors import InputError, quoted
 from fastdistill.files import located
 from fastdistill.models import families, peft
@@ -372,4 +373,12 @@ def _placed(sources: Sources, device: torch.device, config: TrainConfig) -> tupl
         expanded = {id(rows): rows.contiguous() for rows in bank.banks.values() if whole and 0 in rows.stride()}
         return mapped(lambda rows: place(expanded.get(id(rows), rows)), bank.rows)  # kernels read contiguous ones
 
-    return tuple(Bucket(place(cache.latents), cache.prompt_index.to(device), placed(bank)) for cache, bank in sources)
+    def trajectory(cache: LatentCache) -> Trajectory | None:
+        if not isinstance(cache, TrajectoryCache) or cache.step is None:
+            return None
+        return Trajectory(cache.step.to(device), {name: cache.fingerprint[name] for name in ("guidance", "grid")})
+
+    return tuple(
+        Bucket(place(cache.latents), cache.prompt_index.to(device), placed(bank), trajectory(cache))
+        for cache, bank in sources
+    )
