@@ -140,12 +140,12 @@ if TYPE_CHECKING:
     from fastdistill.distill import RandomConditioning as RandomConditioning
     from fastdistill.distill import TrajectoryCache as TrajectoryCache
     from fastdistill.distill import Weights as Weights
+    from fastdistill.distill import generate_trajectory_cache as generate_trajectory_cache
     from fastdistill.distill.canonical import Canonical as Canonical
     from fastdistill.distill.canonical import Clarid as Clarid
     from fastdistill.distill.canonical import canonical as canonical
     from fastdistill.distill.canonical_set import CanonicalSet as CanonicalSet
     from fastdistill.distill.canonical_set import extract_canonical as extract_canonical
-    from fastdistill.distill import generate_trajectory_cache as generate_trajectory_cache
     from fastdistill.errors import DeviceError as DeviceError
     from fastdistill.errors import FastdistillError as FastdistillError
     from fastdistill.errors import InputError as InputError

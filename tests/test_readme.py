@@ -49,7 +49,8 @@ def test_the_code_of_the_families_runs() -> None:
     assert names["images"].isfinite().all() and names["images"].shape == (2, 4, 8, 8)  # type: ignore[attr-defined]
 
 
-def test_the_code_of_guidance_runs() -> None:
+def test_the_code_of_guidance_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guidance.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     for code in blocks:
