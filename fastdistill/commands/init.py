@@ -19,6 +19,10 @@ class InitOptions:
     """Settings of a paper; --recipes lists them."""
     recipes: bool = False
     """List the recipes."""
+    call: str | None = None
+    """module:function that calls a model of no family; needs --allow-code."""
+    allow_code: bool = False
+    """Import the module of --call."""
 
 
 def run(arguments: list[str]) -> None:
@@ -37,4 +41,4 @@ def run(arguments: list[str]) -> None:
         return
     if folder is None:
         raise FastdistillError("init: expected a pipeline folder of diffusers, got nothing")
-    print(runs.init(folder, recipe=options.recipe), end="")
+    print(runs.init(folder, recipe=options.recipe, call=options.call, allow_code=options.allow_code), end="")

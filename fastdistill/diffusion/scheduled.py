@@ -74,9 +74,8 @@ def sample_with(
         _check.valued(rows=rows)
         _check.dtype(rows, "rows", torch.int64)
         _check.shape(rows, "rows", (len(x_T),), f"row numbers [{len(x_T)}]")
-    family = families.find(model) if call is None else None
     scheduler = copy.deepcopy(scheduler)
-    _set_timesteps(scheduler, steps, x_T, model, family)
+    _set_timesteps(scheduler, steps, x_T, model)
     index = torch.arange(len(x_T), device=x_T.device) if rows is None else rows
     if isinstance(weights, Guidance):
         kind = _prediction_type(scheduler)
@@ -131,14 +130,14 @@ def scheduler_of(schedule: Schedule, prediction_type: PredictionType, clip_sampl
     return scheduler
 
 
-def _set_timesteps(scheduler: Any, steps: int, x: Tensor, model: nn.Module, family: families.Family | None) -> None:
+def _set_timesteps(scheduler: Any, steps: int, x: Tensor, model: nn.Module) -> None:
     options: dict[str, Any] = {}
-    if family is not None:
-        tokens = family.tokens(families.unwrapped(model).config, tuple(x.shape[1:]))
-        if (mu := mu_of(scheduler, tokens)) is not None:
-            options["mu"] = mu
-        if (sigmas := family.sigmas(steps)) is not None and "sigmas" in _takes(scheduler.set_timesteps):
-            options["sigmas"] = sigmas
+    if (mu := mu_of(scheduler, families.tokens_of(model, tuple(x.shape[1:])))) is not None:
+        options["mu"] = mu
+    family = families.find(model)
+    sigmas = None if family is None else family.sigmas(steps)
+    if sigmas is not None and "sigmas" in _takes(scheduler.set_timesteps):
+        options["sigmas"] = sigmas
     scheduler.set_timesteps(steps, device=x.device, **options)
 
 

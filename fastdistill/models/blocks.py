@@ -80,7 +80,7 @@ def block_plan(family: Family, config: Mapping[str, Any], spec: BlockSpec) -> Bl
     student = family.thinned(plain | changed, kept)
     if spec.width is not None:
         student = family.narrowed(student, spec.width)
-    same = all(plain[field] == student[field] for field in (*changed, "num_attention_heads"))
+    same = all(plain.get(field) == student.get(field) for field in (*changed, "num_attention_heads"))
     if same and spec != BLOCK_SPECS["whole"]:
         raise InputError.of("spec", "a part to remove from the teacher", f"{spec}, which removes nothing of it")
     taps = [

@@ -76,8 +76,8 @@ def export(
     copied = [] if link else [file for folder in others.values() for file in folder.rglob("*") if file.is_file()]
     size = sum(tensor.nbytes for tensor in state.values()) + sum(file.stat().st_size for file in (*copied, *licences))
     files.require_space(place.parent, size)
-    kind = source.family.kind.__name__
-    index = {**source.index, source.family.part: ["diffusers", kind]}
+    library = source.index[source.family.part][0]
+    index = {**source.index, source.family.part: [library, source.family.kind.__name__]}
     with files.atomic_directory(place, replace=overwrite) as folder:
         for name, original in others.items():
             if link:
@@ -129,7 +129,7 @@ def _model(student: Any, family: families.Family, where: str) -> Any:
     model = student.model if isinstance(student, Student) else student
     if not isinstance(model, nn.Module):
         raise InputError.of("student", "a model of diffusers, or a Student", described(student))
-    if families.find(model) is not family:
+    if not isinstance(families.unwrapped(model), family.kind):
         rule = f"a {family}, as {where} has it"
         raise InputError.of("student", rule, type(families.unwrapped(model)).__name__)
     core = families.unwrapped(model)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill import files
 from fastdistill.data.encoded import rows_of
@@ -35,12 +36,17 @@ from fastdistill.models.weights import weights_hash
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # by what samples from texts
 
 
-def open_pipeline(folder: str | os.PathLike[str]) -> PipelineFolder:
+def open_pipeline(folder: str | os.PathLike[str], *, any_model: bool = False) -> PipelineFolder:
     """The pipeline of diffusers saved in ``folder`` (``DiffusionPipeline.save_pretrained``); no weights are read.
+
+    Args:
+        any_model: a model of no family is taken too, which a function given as ``call`` has to call. Its class, where
+            it is none of diffusers, is imported, which runs code of the user's own.
 
     Raises:
         StorageError: no folder, or a file that is missing or damaged.
-        InputError: a pipeline whose model is of no family (``fastdistill.models.families``).
+        InputError: a pipeline whose model is of no family (``fastdistill.models.families``); with ``any_model`` one
+            without a model, or whose prompts are not what diffusers' class encodes.
     """
     path = files.located(folder, "folder")
     if not path.is_dir():
@@ -49,18 +55,22 @@ def open_pipeline(folder: str | os.PathLike[str]) -> PipelineFolder:
     index = _json(path / INDEX)
     kind = index.get("_class_name")
     family = next((family for family in families.FAMILIES.values() if kind in family.pipelines), None)
-    if family is None:
+    if family is None and not any_model:
         known = ", ".join(name for family in families.FAMILIES.values() for name in family.pipelines)
-        got = f"{kind!r} (a model of another kind is trained with DistillTrainer(..., call=))"
+        got = f"{kind!r} (a model of another kind is called by a function of your own: call)"
         raise InputError.of(f"{path / INDEX}: _class_name", f"one of {known}", got)
-    names = (family.kind.__name__, *family.aliases)
-    found = index.get(family.part) or [None, None]
-    if found[-1] not in names:
-        raise InputError.of(f"{path / INDEX}: {family.part}", " or ".join(names), found[-1])
-    config = _json(path / family.part / "config.json")
-    takes = inspect.signature(family.kind.__init__).parameters.values()
-    defaults = {p.name: p.default for p in takes if p.default is not inspect.Parameter.empty}
-    return PipelineFolder(path, str(kind), family, index, defaults | config)
+    part = families.other.denoiser(str(path / INDEX), index) if family is None else family.part
+    entry = index.get(part)
+    library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    config = _json(path / part / "config.json") if name is not None else {}
+    if family is None or name not in (family.kind.__name__, *family.aliases):
+        if not any_model or name is None:
+            rule = "a model" if family is None else " or ".join((family.kind.__name__, *family.aliases))
+            hint = "" if name is None else " (call, a function of your own, calls another model)"
+            raise InputError.of(f"{path / INDEX}: {part}", rule, f"{name}{hint}")
+        model = families.other.model_class(f"{path / INDEX}: {part}", str(library), str(name))
+        family = families.other.other_family(f"{path / INDEX}: _class_name", family, str(kind), part, model, config)
+    return PipelineFolder(path, str(kind), family, index, families.other.defaults(family.kind) | config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +124,8 @@ class PipelineFolder:
     @property
     def prediction_type(self) -> PredictionType:
         """What the model predicts: what the scheduler says, else what is usual for the family."""
-        return check_prediction_type(self.scheduler().config.get("prediction_type") or self.family.prediction_type)
+        stated = self.scheduler().config.get("prediction_type") or self.family.prediction_type
+        return check_prediction_type(stated or self.schedule().prediction_types[0])
 
     def model(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """The denoiser in eval mode. On the meta device it has no values, and no weights are read."""
@@ -130,7 +141,7 @@ class PipelineFolder:
         return self._loaded(self._class("vae"), "vae", dtype).to(device).eval()
 
     def encoders(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """The pipeline without model and VAE, for ``family.encode``."""
+        """The pipeline without model and VAE, for ``family.encode``. On the meta device it has no values."""
         import diffusers
 
         left_out = {name: None for name in (self.family.part, "vae", *_UNUSED) if name in self.index}
@@ -141,6 +152,8 @@ class PipelineFolder:
             options["requires_safety_checker"] = False
         try:
             kind = getattr(diffusers, self.kind)
+            if torch.device(device).type == "meta":
+                options |= self._encoders_without_values()
             pipeline = kind.from_pretrained(str(self.path), local_files_only=True, **left_out, **options)
         except ImportError as error:
             message = (
@@ -205,8 +218,8 @@ class PipelineFolder:
         import diffusers
 
         takes = inspect.signature(getattr(diffusers, self.kind).__call__).parameters
-        steps, scale = (takes[name].default for name in ("num_inference_steps", "guidance_scale"))
-        return {"cache": {"steps": steps, "guidance_scale": scale}}
+        named = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
+        return {"cache": {field: takes[name].default for field, name in named.items() if name in takes}}
 
     def loads(self, base: str | None = None) -> list[str]:
         """Lines of Python that load what ``export`` leaves; or, on a ``base``, adapters."""
@@ -229,6 +242,14 @@ class PipelineFolder:
 
     def row(self) -> dict[str, Tensor]:
         """A row of each bank that ``encode`` makes, without values: on the meta device."""
+        if isinstance(self.family, families.Other):
+            try:
+                with _Unread():  # type: ignore[no-untyped-call]
+                    found = self.family.encode_null(self.encoders(device="meta"), config=self.config)
+            except (RuntimeError, TypeError) as error:
+                rule = f"{self.kind} to encode without values, or prompts that are encoded already (fastdistill cache)"
+                raise InputError.of("prompts", rule, quoted(error)) from error
+            return {name: rows[0].to("meta") for name, rows in found.items()}
         place = self.path / "tokenizer" / "tokenizer_config.json"
         longest = _json(place).get("model_max_length", 77) if place.exists() else 77
         return self.family.row(self.config, self.kind, int(longest))
@@ -296,6 +317,18 @@ class PipelineFolder:
             raise StorageError(f"{folder}: expected the {name} of the pipeline, got no folder")
         return folder
 
+    def _encoders_without_values(self) -> dict[str, Any]:
+        import transformers
+
+        found = {}
+        for name, kind in self.components().items():
+            if name.startswith("text_encoder"):
+                made: Any = getattr(transformers, kind)
+                config = made.config_class.from_pretrained(str(self._folder(name)))
+                with torch.device("meta"):
+                    found[name] = made(config).eval()
+        return found
+
     def _class(self, name: str) -> Any:
         import diffusers
 
@@ -325,6 +358,15 @@ class PipelineFolder:
         if missing := sorted(found["missing_keys"]):
             raise StorageError(f"{folder}: expected all weights of its config.json, got none for {some(missing)}")
         return model
+
+
+class _Unread(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tensors without values are true wherever code asks: masks whether they are of ones alone, say."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 def _as(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -29,7 +29,8 @@ class Student:
     """A student with what its distillation needs.
 
     model: of the teacher's class, fp32, on the teacher's device. teacher_taps, student_taps: module names in pairs.
-    channels: (student channels, teacher channels) a pair, to build ``Adapters`` from.
+    channels: (student channels, teacher channels) a pair, to build ``Adapters`` from; empty for a teacher of no family,
+        whose students have its width.
     copied: where its weights came from.
     """
 
@@ -55,9 +56,10 @@ def make_student(
     """The student of ``teacher`` that ``spec`` names, initialized from it or from ``seed``.
 
     A ``StudentSpec`` (``SPECS``) is for U-Nets, a ``BlockSpec`` (``BLOCK_SPECS``) for the transformers of the other
-    families. A configuration of PEFT, such as ``LoraConfig``, or a mapping with ``peft_type`` as in
-    ``adapter_config.json``, gives the teacher itself with new adapters: the weights below them are frozen and in the
-    teacher's own memory, so that merging adapters into them would change the teacher.
+    families, and without a width for any model of diffusers with lists of blocks. A configuration of PEFT, such as
+    ``LoraConfig``, or a mapping with ``peft_type`` as in ``adapter_config.json``, gives the teacher itself with new
+    adapters: the weights below them are frozen and in the teacher's own memory, so that merging adapters into them
+    would change the teacher.
 
     A student of the teacher's width starts from copies of its tensors, a narrower one from slices of them
     (``fastdistill.models.slicing``).
@@ -86,6 +88,9 @@ def make_student(
         raise InputError.of("teacher", rule, "quantized ones")
     whole: Any = families.unwrapped(teacher)
     source_of: Callable[[str], str] | None = None
+    if isinstance(family, families.Other) and not family.blocks:
+        rule = "blocks in lists whose lengths its configuration says, to keep some of them (adapters need none)"
+        raise InputError.of("teacher", rule, f"{family} without")
     if family.blocks:
         blocks = block_plan(family, whole.config, spec_of(BlockSpec, BLOCK_SPECS, spec, ", for a transformer"))
         config, taps, source_of = blocks.config, blocks.taps, blocks.source_of
@@ -100,18 +105,20 @@ def make_student(
         read = family.reading_guidance(dict(config))
         new, config = "" if read == config else family.guidance[2], read
     with torch.device("meta"):
-        plan = _made(family, config)
+        plan = _made(whole, config)
     check_parameters(whole, plan)
     if init == "teacher":
         copy_sources(plan, whole, source_of, new)
     theirs = resolve(whole, [pair[0] for pair in taps])
     own = resolve(plan, [pair[1] for pair in taps])
-    if family.blocks:
-        pairs: tuple[tuple[int, int], ...] = ((family.width(config), family.width(whole.config)),) * len(taps)
+    if isinstance(family, families.Other):
+        pairs: tuple[tuple[int, int], ...] = ()
+    elif family.blocks:
+        pairs = ((family.width(config), family.width(whole.config)),) * len(taps)
     else:
         pairs = tuple((_channels(s), _channels(t)) for s, t in zip(own, theirs, strict=True))
     device = next(whole.parameters()).device
-    model = plan if device.type == "meta" else _build(family, config, seed).to(device)
+    model = plan if device.type == "meta" else _build(whole, config, seed).to(device)
     if new:
         *_, last = (layer for layer in model.get_submodule(new).modules() if isinstance(layer, nn.Linear))
         for parameter in last.parameters():
@@ -127,7 +134,9 @@ def _adapted(family: families.Family, teacher: nn.Module, config: Any, init: str
     whole = families.unwrapped(teacher)
     if family.blocks:
         names = [f"{name}.{i}" for name, field in family.blocks.items() for i in range(int(whole.config[field]))]
-        channels = [family.width(whole.config)] * len(names)
+        channels = [] if isinstance(family, families.Other) else [family.width(whole.config)] * len(names)
+    elif isinstance(family, families.Other):
+        names, channels = [], []
     else:
         names = [name for name, _ in student_taps(whole.config, whole.config)]
         channels = [_channels(module) for module in resolve(whole, names)]
@@ -233,13 +242,13 @@ def _channels(module: nn.Module) -> int:
     return int(getattr(owner, "out_features" if isinstance(owner, nn.Linear) else "out_channels"))
 
 
-def _build(family: families.Family, config: Mapping[str, Any], seed: int) -> Any:
+def _build(teacher: Any, config: Mapping[str, Any], seed: int) -> Any:
     """A model with initial weights from ``seed``, on the CPU. Only the CPU's generator is used, and it is put back."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        return _made(family, config)
+        return _made(teacher, config)
 
 
-def _made(family: families.Family, config: Mapping[str, Any]) -> Any:
-    kind: Any = family.kind
-    return kind.from_config(dict(config))
+def _made(teacher: Any, config: Mapping[str, Any]) -> Any:
+    """A model of the teacher's class."""
+    return type(teacher).from_config(dict(config))

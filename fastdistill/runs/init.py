@@ -40,17 +40,23 @@ _SHOWN = {
 }
 
 
-def init(folder: str | os.PathLike[str], *, recipe: str | None = None) -> str:
+def init(
+    folder: str | os.PathLike[str], *, recipe: str | None = None, call: str | None = None, allow_code: bool = False
+) -> str:
     """The text of a run file for the pipeline in ``folder``, with comments; every value may be changed.
 
     Args:
+        folder: or the id of a model of the Hub.
         recipe: one of ``recipes()``, the settings of a paper.
+        call: ``module:function`` that calls the model, which may then be of no family. allow_code: whether it may be
+            imported.
 
     Raises:
         StorageError: no pipeline folder, or a damaged one.
-        InputError: a pipeline of no known family; a recipe that is not known, or whose student does not fit the model.
+        InputError: a pipeline of no known family without ``call``; a recipe that is not known, or whose student does
+            not fit the model.
     """
-    pipeline = open_teacher(os.fspath(folder))
+    pipeline, _ = open_teacher(os.fspath(folder), call, allow_code)
     name = pipeline.name
     values: dict[str, Any] = {
         "directory": f"runs/{name}",
@@ -62,6 +68,8 @@ def init(folder: str | os.PathLike[str], *, recipe: str | None = None) -> str:
         "preview": {"every": 500},
     }
     values = _laid(values, pipeline.usual())
+    if call is not None:
+        values["call"] = call
     comment = ""
     if recipe is not None:
         comment, given = _recipe(recipe, pipeline)
@@ -127,7 +135,7 @@ def _head(pipeline: PipelineFolder, student: Any, comment: str) -> list[str]:
     teacher = sum(p.numel() for p in pipeline.model(device="meta").parameters())
     own = sum(p.numel() for p in student.parameters())
     encoders = [kind for name, kind in pipeline.components().items() if name.startswith("text_encoder")]
-    banks = ", ".join(pipeline.family.conditions(pipeline.config))
+    banks = ", ".join(pipeline.family.conditions(pipeline.config) or pipeline.family.encoded)
     facts = [
         f"{pipeline.kind}, family {pipeline.family.name}: {pipeline.family.kind.__name__} of {teacher:,} parameters,"
         f" the student {own:,}",

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,12 +21,13 @@ from fastdistill.data.fingerprint import differences, listed, plain, sha256_of_j
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
-from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
+from fastdistill.errors import InputError, StorageError, described, quoted
 from fastdistill.files import located
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, Student, StudentSpec, make_student
 from fastdistill.models.calling import Call
 from fastdistill.models.families import FAMILIES
 from fastdistill.models.pipelines import PipelineFolder, open_pipeline
+from fastdistill.own_code import imported
 from fastdistill.runs.config import GuidanceSettings, RunConfig, StudentSettings
 from fastdistill.runs.objective import objective_of
 from fastdistill.runs.pool import Pool, pool_of
@@ -62,12 +61,11 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     usable(device)
     if not config.teacher:
         raise InputError.of("teacher", "a pipeline folder of diffusers", "none")
-    pipeline = open_teacher(config.teacher)
+    pipeline, call = open_teacher(config.teacher, config.call, allow_code)
     if config.family not in ("auto", pipeline.family.name):
         rule = f"auto, or {pipeline.family.name}, which {config.teacher} holds"
         known = "" if config.family in FAMILIES else f" (families: {', '.join(FAMILIES)}; others: call)"
         raise InputError.of("family", rule, config.family + known)
-    call = None if config.call is None else _call(config.call, allow_code)
     run = Run(dataclasses.replace(config, device=device), pipeline, call)
     for size in run.sizes:
         pipeline.latent_shape(size)
@@ -82,13 +80,17 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     return run
 
 
-def open_teacher(teacher: str) -> PipelineFolder:
-    """The pipeline of ``teacher``: a folder, a model of the Hub, or an embedded task (``task:NAME``).
+def open_teacher(teacher: str, call: str | None = None, allow_code: bool = False) -> tuple[PipelineFolder, Call | None]:
+    """The pipeline of ``teacher``: a folder, a model of the Hub, or an embedded task (``task:NAME``); and the function
+    that ``call`` names, with which the model of a folder may be of no family.
 
     Raises:
         InputError, StorageError: as ``open_pipeline``, ``teacher_folder`` and ``open_task``.
     """
-    return open_task(teacher) if teacher.startswith(PREFIX) else open_pipeline(teacher_folder(teacher))
+    function = None if call is None else _call(call, allow_code)
+    if teacher.startswith(PREFIX):
+        return open_task(teacher), function
+    return open_pipeline(teacher_folder(teacher), any_model=function is not None), function
 
 
 def teacher_folder(teacher: str) -> Path:
@@ -385,14 +387,7 @@ def _call(name: str, allow_code: bool) -> Call:
     if not allow_code:
         rule = "no code of your own unless the command line has --allow-code (allow_code=True)"
         raise InputError.of("call", rule, f"{function} of {module}")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        found: Any = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise FastdistillError(f"call: {name} could not be imported: {quoted(error)}") from error
-    finally:
-        sys.path.remove(here)
+    found = imported(module, function, "call")
     if not callable(found):
         raise InputError.of("call", f"a function {function} of {module}", described(found))
     return found  # type: ignore[no-any-return]

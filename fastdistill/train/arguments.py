@@ -160,8 +160,7 @@ def schedule(value: Any, prediction_type: Any, teacher: nn.Module, sources: Sour
             rule = f"None, or {own}, as the scheduler's configuration has it"
             raise InputError.of("prediction_type", rule, described(prediction_type))
         shapes = [tuple(cache.latents.shape[1:]) for cache, _ in sources]
-        config = families.unwrapped(teacher).config if family else {}
-        made = [schedule_of(value, family.tokens(config, shape) if family else None) for shape in shapes]
+        made = [schedule_of(value, families.tokens_of(teacher, shape)) for shape in shapes]
         if any(one.to_config() != made[0].to_config() for one in made[1:]):
             rule = "shapes of as many tokens, by which the shift of this scheduler goes (a FlowSchedule is one for all)"
             raise InputError.of("latents", rule, ", ".join(map(str, shapes)))

@@ -135,3 +135,15 @@ def sampled(pipeline: Any, name: str, x: torch.Tensor, prompts: list[Any], scale
 
 def noise(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(NOISE))
+
+
+def save_other(folder: Path) -> Path:
+    """A pipeline whose model is of no family: AuraFlow's, with two lists of blocks."""
+    text_encoder, tokenizer = text("T5EncoderModel", 12, 5)
+    sizes = {"num_mmdit_layers": 2, "num_single_dit_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
+    widths = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pos_embed_max_size": 64, "sample_size": 8}
+    model = noisy(diffusers.AuraFlowTransformer2DModel(**sizes, **widths, in_channels=4, out_channels=4))
+    parts = {"text_encoder": text_encoder, "tokenizer": tokenizer, "vae": autoencoder("sd"), "transformer": model}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    diffusers.AuraFlowPipeline(**parts, scheduler=scheduler).save_pretrained(folder)
+    return folder

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from fastdistill.data.prompt_bank import EMBEDDINGS
@@ -12,6 +15,7 @@ from fastdistill.errors import InputError
 from fastdistill.models.families.base import Condition, Family, unwrapped
 from fastdistill.models.families.dit import DiT
 from fastdistill.models.families.flux import Flux
+from fastdistill.models.families.other import Other
 from fastdistill.models.families.pipeline import vae_factor
 from fastdistill.models.families.pixart import PixArt
 from fastdistill.models.families.sana import Sana
@@ -23,9 +27,11 @@ __all__ = [
     "FAMILIES",
     "Condition",
     "Family",
+    "Other",
     "family_named",
     "family_of",
     "find",
+    "tokens_of",
     "unwrapped",
     "vae_factor",
 ]
@@ -40,12 +46,22 @@ def find(model: nn.Module) -> Family | None:
 
 
 def family_of(model: nn.Module, argument: str = "model") -> Family:
-    """The family of a model; InputError for a model of no family."""
-    family = find(model)
+    """The family of a model, ``Other`` for another one of diffusers; InputError for any that is none."""
+    core, family = unwrapped(model), find(model)
+    if family is None and isinstance(core, ModelMixin) and isinstance(core, ConfigMixin):
+        return Other(type(core), core.config)
     if family is None:
         kinds = ", ".join(str(family) for family in FAMILIES.values())
-        raise InputError.of(argument, f"a model of diffusers, one of {kinds}", type(unwrapped(model)).__name__)
+        raise InputError.of(argument, f"a model of diffusers, one of {kinds} or another", type(core).__name__)
     return family
+
+
+def tokens_of(model: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """Tokens of a latent of this shape, by which dynamic shifts go; None: the model does not say it."""
+    config = getattr(unwrapped(model), "config", None)
+    if not isinstance(config, Mapping):
+        return None
+    return (find(model) or Family()).tokens(config, shape)
 
 
 def family_named(name: str) -> Family:
