@@ -36,7 +36,7 @@ def phase(kind: str, samples: int, **chosen: Any) -> list[dict[str, Any]]:
     config = LabConfig(samples=samples)
     points = [point for point in lab.points(kind, True) if point.phase]  # type: ignore[arg-type]
     return [
-        lab.row(kind, point, config)  # type: ignore[arg-type]
+        lab.row(kind, point, config)[0]  # type: ignore[arg-type]
         for point in points
         if all(getattr(point, name) in values for name, values in chosen.items())
     ]
@@ -88,6 +88,18 @@ def test_random_centres_depend_on_alpha() -> None:
     assert many.shift > 1.2 * same.shift > 0 and many.variance_ratio < same.variance_ratio < 1
 
 
+def test_windows_give_variance_back_at_equal_separation() -> None:
+    """The corners of a cube that are the classes of the shades, exactly known: 0.605 by quadrature."""
+    schedules = ("0", "0.5", "1", "1.5", "2", "4@8,-1@2,0")
+    points = [Point(s, dimension=3, m=lab._INK) for s in schedules]
+    kept = [lab.row("hypercube", point, LabConfig(samples=4096)) for point in points]
+    separation, accuracy = lab._recovered(kept)
+    assert (separation["schedule"], separation["at"], accuracy["at"]) == ("4@8,-1@2,0", "separation", "accuracy")
+    low, high = separation["interval"]
+    assert 0.55 < low < separation["value"] < high < 0.66 and abs(separation["value"] - 0.605) < 0.02
+    assert 0.2 < accuracy["value"] < 0.35
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> LabConfig:
     return LabConfig(str(tmp_path / "lab"), quick=True, world=("two_class",), samples=64)
@@ -96,7 +108,7 @@ def config(tmp_path: Path) -> LabConfig:
 def test_a_run_goes_on_where_it_was_interrupted(config: LabConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     made, done = lab.row, []
 
-    def interrupted(*arguments: Any) -> dict[str, Any]:
+    def interrupted(*arguments: Any) -> Any:
         if len(done) == 4:
             raise KeyboardInterrupt
         done.append(arguments)

@@ -22,7 +22,9 @@ from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.diffusion.distortion import Method
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.evaluate.diversity import Interval
 from fastdistill.evaluate.figures import label, png
+from fastdistill.evaluate.frontier import MEASURED, Row, frontier
 from fastdistill.evaluate.phase import phase_picture
 from fastdistill.files import atomic_write, located, locked, make_directory
 from fastdistill.tasks import workers
@@ -40,6 +42,7 @@ _INK = 3.87  # root mean square norm of its digits: there a tint of 1 is this lo
 _CONSTANTS = ("0", "0.1", "0.25", "0.5", "0.75", "1", "1.5", "2", "3", "4")
 _WINDOWS = ("4@8,-1@2,0", "4@10,-0.5@2,0", "8@10,-1@2,0", "8@8,-1@2,0", "8@7,-1@3,0")
 _SWEEP = tuple(f"{w}@{switch},-1@{stop},0" for w in (4, 6, 8, 12) for switch in (7, 8, 10, 12) for stop in (1, 2, 3))
+_DRAWS = 400  # of an interval of what is recovered
 _PHASE = "1"  # the weight of the phase picture
 _GAUSSIAN = (1.3, 0.4, 2.0)  # mu, c, u
 _ANISOTROPIC = ([1.3, -0.5, 0.2], [0.4, 1.0, 0.05], [2.0, 1.2, 0.5])
@@ -137,18 +140,20 @@ def points(kind: World, quick: bool) -> list[Point]:
     return shades + swept + [_phase(d) for d in ((1, 4, 16, 64) if quick else (1, 2, 4, 8, 16, 32, 64))]
 
 
-def row(kind: World, point: Point, config: LabConfig) -> dict[str, Any]:
-    """A row of ``worlds.<world>.rows[]``, JSON values: None where nothing is known exactly."""
+def row(kind: World, point: Point, config: LabConfig) -> tuple[dict[str, Any], list[list[float]]]:
+    """A row of ``worlds.<world>.rows[]``, JSON values: None where nothing is known exactly; and ``Measured.groups``."""
     grid = point.levels()
     world = point.world(kind, grid, config.seed)
     samples = min(config.samples, point.samples or config.samples)
     options: dict[str, Any] = {"samples": samples, "method": point.method, "seed": config.seed, "limit": point.limit}
-    return _row(point, grid, world, measure(world, grid, point.schedule, **options))
+    found = measure(world, grid, point.schedule, **options)
+    return _row(point, grid, world, found), found.groups.nan_to_num().tolist()
 
 
 def measured(config: LabConfig, directory: Path, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-    """The part ``worlds`` of a report: for each its ``rows``, which of them (``phase``) make the phase picture, and
-    ``fits`` of those.
+    """The part ``worlds`` of a report: for each its ``rows``, which of them (``phase``) make the phase picture,
+    ``fits`` of those, and where there are constants and windows on the grid of the shades, what these give back
+    (``recovered``, as of a model).
 
     Rows are kept in ``directory/<world>.json``, from which the next call with the same configuration goes on.
     """
@@ -160,15 +165,19 @@ def measured(config: LabConfig, directory: Path, progress: Progress | None = Non
     for kind, wanted in plan.items():
         file = directory / f"{kind}.json"
         made_from = sha256_of_json([[dataclasses.asdict(p) for p in wanted], config.samples, config.seed])
-        rows = _kept(file, made_from)
-        for point in wanted[len(rows) :]:
-            report(done + len(rows), total, kind)
-            rows.append(row(kind, point, config))
-            atomic_write(file, json.dumps({"made_from": made_from, "rows": rows}).encode())
-        done += len(rows)
+        kept = _kept(file, made_from)
+        for point in wanted[len(kept) :]:
+            report(done + len(kept), total, kind)
+            kept.append(row(kind, point, config))
+            atomic_write(file, json.dumps({"made_from": made_from, "rows": kept}).encode())
+        done += len(kept)
         report(done, total, kind)
+        rows = [one for one, _ in kept]
         phase = [place for place, point in enumerate(wanted) if point.phase]
         worlds[kind] = {"rows": rows, "phase": phase, "fits": _fits(kind, [rows[place] for place in phase])}
+        compared = [place for place, point in enumerate(wanted) if point.m == _INK]
+        if compared:
+            worlds[kind]["recovered"] = _recovered([kept[place] for place in compared])
     return worlds
 
 
@@ -235,13 +244,33 @@ def _row(point: Point, grid: Grid, world: Model, found: Measured) -> dict[str, A
     }
 
 
-def _kept(file: Path, made_from: str) -> list[dict[str, Any]]:
+def _kept(file: Path, made_from: str) -> list[Any]:
     """The rows that a run with the same points has left."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return list(found["rows"]) if found["made_from"] == made_from else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def _recovered(kept: Sequence[tuple[Mapping[str, Any], list[list[float]]]]) -> list[dict[str, Any]]:
+    """What windows give back, with intervals by drawing groups of samples, the same ones of every schedule."""
+    groups = torch.tensor([groups for _, groups in kept], dtype=torch.float64)  # [rows, G, 3]
+    random = torch.Generator().manual_seed(0)
+    chosen = torch.randint(groups.shape[1], (_DRAWS, groups.shape[1]), generator=random, device="cpu")
+    drawn = groups[:, chosen].mean(2)  # [rows, draws, 3]
+    unknown = Interval(math.nan, math.nan, math.nan)
+    rows = []
+    for (one, _), values, draws in zip(kept, groups.mean(1).tolist(), drawn, strict=True):
+        separation, ratio, right = (Interval(value, math.nan, math.nan) for value in values)
+        named = {"separation": separation, "variance_ratio": ratio, "right": right}
+        named |= dict.fromkeys(("mean_shift", "right_variance_ratio", "precision", "recall"), unknown)
+        named |= dict.fromkeys(("density", "coverage", "vendi"), unknown)
+        columns = torch.full((_DRAWS, len(MEASURED)), math.nan, dtype=torch.float64, device="cpu")
+        for column, name in enumerate(("separation", "variance_ratio", "right")):
+            columns[:, MEASURED.index(name)] = draws[:, column]
+        rows.append(Row(one["schedule"], one["grid"], 1, 0, 0, math.nan, **named, draws=columns))
+    return [found.to_json() for found in frontier(rows)]
 
 
 def _fits(kind: World, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

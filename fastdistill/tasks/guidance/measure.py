@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -40,6 +40,7 @@ class Measured:
 
     separation: ``found.mean`` over that of the class; shift: separation - 1; variance_ratio: ``found.variance`` over
     that of the class. right: share of samples for which no other class is likelier. expected: exact, by ``source``.
+    groups: [G, 3] float64, separation, variance_ratio and right (NaN: not known) of each group of samples.
     """
 
     found: Moved
@@ -50,6 +51,7 @@ class Measured:
     right: float | None
     expected: Moved | None
     source: Source | None
+    groups: Tensor = field(repr=False, compare=False)
 
 
 def measure(
@@ -97,17 +99,19 @@ def measure(
     along = _along(world, inside.mean(1))
     spread = inside.var(1).mean(-1)
     right = world.right(end, prompts)
-    true = float(_along(world, world.mean))
-    separation = float(along.mean()) / true if true else math.nan
+    judged = torch.full_like(along, math.nan) if right is None else right.double().reshape(groups, each).mean(1)
+    true = float(_along(world, world.mean)) or math.nan
+    separation = float(along.mean()) / true
     return Measured(
         Moved(float(along.mean()), float(spread.mean())),
         Moved(*(float(value.std()) / groups**0.5 for value in (along, spread))),
         separation,
         separation - 1,
         float(spread.mean()) / float(world.variance.mean()),
-        None if right is None else float(right.double().mean()),
+        None if right is None else float(judged.mean()),
         expected,
         source,
+        torch.stack([along / true, spread / world.variance.mean(), judged], 1),
     )
 
 
