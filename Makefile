@@ -1,4 +1,4 @@
-# make setup | demo | test | test-isa | test-torch | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | lint: each calls what it needs. Variables: QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
+# make setup | demo | test | test-isa | test-torch | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | lint: each calls what it needs. Variables: TASK=guidance QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
 # PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* cs
 	@touch $@
 
 demo: setup
-	$(BIN)/fastdistill demo digits $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
+	$(BIN)/fastdistill demo $(or $(TASK),digits) $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(ARGS)

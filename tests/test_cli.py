@@ -80,7 +80,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ("docter",),
             f"fastdistill: command: expected {NAMES}, got 'docter' (did you mean doctor? fastdistill --help)",
         ),
-        (("demo",), "fastdistill: demo: expected digits, got none"),
+        (("demo",), "fastdistill: demo: expected digits or guidance, got none"),
         (("profile",), "fastdistill: profile: expected digits or replay, got none"),
         (("profile", "replay"), "fastdistill: profile replay: expected a file that a profile left, got nothing"),
         (

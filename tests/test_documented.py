@@ -20,10 +20,11 @@ from fastdistill.profile import ProfileConfig, ReplayConfig
 from fastdistill.tasks.digits.config import DigitsConfig
 from fastdistill.tasks.digits.sampling import Sampling
 from fastdistill.tasks.digits.teacher import TeacherConfig
+from fastdistill.tasks.guidance.demo_config import DemoConfig
 from fastdistill.train import TrainConfig
 
 CONFIGS = [
-    *(DigitsConfig, DoctorConfig, ProfileConfig, ReplayConfig, Sampling, TeacherConfig, TrainConfig),
+    *(DemoConfig, DigitsConfig, DoctorConfig, ProfileConfig, ReplayConfig, Sampling, TeacherConfig, TrainConfig),
     *(getattr(runs, name) for name in runs.__all__ if name.endswith(("Config", "Settings"))),
 ]
 

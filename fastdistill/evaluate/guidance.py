@@ -96,8 +96,9 @@ def finding(report: Mapping[str, Any]) -> str:
     free, one = (_at(constants, w) for w in (0.0, 1.0))
     parts = []
     if free and one:
-        lost = percent(1 - one["variance_ratio"] / free["variance_ratio"], 0)
-        parts.append(f"On {task}, constant guidance of w = 1 takes {lost} of the variance within a class.")
+        lost = 1 - one["variance_ratio"] / free["variance_ratio"]
+        taken = f"{percent(lost, 0)} of the variance" if lost > 0 else "no variance"
+        parts.append(f"On {task}, constant guidance of w = 1 takes {taken} within a class.")
     best = _best(model)
     if best is None:
         parts.append("No window gives back variance at the same separation.")

@@ -7,15 +7,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,42 @@ def versions() -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
     }
+
+
+def device(name: str, threads: int, processes: int) -> str:
+    """The device of an experiment, for its report."""
+    return name if name != "cpu" else f"{platform.machine()} CPU, {processes} processes of {threads} thread(s)"
+
+
+def backend(found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The kernels that each op used, over all results (their ``backend``, of ``ops.used``)."""
+    used: dict[str, set[str]] = {}
+    for result in found:
+        for op, kernels in result["backend"].items():
+            used.setdefault(op, set()).update(kernels)
+    return {op: ", ".join(sorted(kernels)) for op, kernels in sorted(used.items())}
+
+
+def command(name: str, config: Any, default: Any) -> str:
+    """The shortest command that gives this configuration; fields that change no result are left out."""
+    words = ["fastdistill", name]
+    if config.quick:
+        words.append("--quick")
+    for option, value in _changed(dataclasses.asdict(config), dataclasses.asdict(default)):
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, tuple | list) else (value,)
+            words += [f"--{option}", *(shlex.quote(str(one)) for one in values)]
+    return " ".join(words)
+
+
+def _changed(config: Mapping[str, Any], default: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _changed(value, default[name], f"{within}{name}.")
+        elif name not in ("output", "quick", "workers", "threads", "device") and value != default[name]:
+            yield within + name.replace("_", "-"), value
 
 
 def results(jobs: Sequence[Job], processes: int, progress: Progress) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from fastdistill.train.config import validated
 from fastdistill.train.devices import usable
 
 _COMPONENTS = 20  # of the ink, in which the digits' variance is measured
-_SEED = 2**31  # of the initial noise, other than that of caches and training
+SEED = 2**31  # of the initial noise, other than that of caches and training
 
 
 @documented
@@ -179,7 +179,7 @@ def measured(
         grid,
         classes=measure.classes[prompts],
         right=measure.right,
-        seeds=range(_SEED, _SEED + config.seeds),
+        seeds=range(SEED, SEED + config.seeds),
         batch=config.batch,
         draws=config.draws,
         keep=keep,

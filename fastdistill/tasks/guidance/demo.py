@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole experiment (``fastdistill demo guidance``): teachers, exact worlds, students, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastdistill.data.fingerprint import plain
+from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance
+from fastdistill.errors import InputError
+from fastdistill.files import located, locked, make_directory, require_space
+from fastdistill.models.weights import weights_hash
+from fastdistill.tasks import workers
+from fastdistill.tasks.digits import teacher as digits
+from fastdistill.tasks.digits.sampling import SCHEDULE
+from fastdistill.tasks.digits.text_encoder import prompt_bank
+from fastdistill.tasks.guidance import worker
+from fastdistill.tasks.guidance.demo_config import DemoConfig
+from fastdistill.tasks.guidance.report import Results, write
+from fastdistill.tasks.guidance.students import students
+from fastdistill.tasks.shades import teacher as shades
+from fastdistill.tasks.workers import Job
+from fastdistill.train.config import validated
+from fastdistill.train.devices import usable
+
+_SPACE = 200_000_000  # bytes, more than the caches and checkpoints of a run need
+
+
+def run(config: DemoConfig, console: Console | None = None) -> Path:
+    """Run the experiment, or continue an interrupted one. Returns the path of ``report.html``.
+
+    Raises:
+        InputError: a schedule that does not fit the grid, or constants without 0; nothing is written.
+        FastdistillError: something cannot be read, written or computed; finished parts are kept.
+        KeyboardInterrupt: after Ctrl-C, when every process has written its checkpoint.
+    """
+    config = validated(config, "demo guidance").resolved()
+    _check(config)
+    usable(config.device)
+    console = console or Console()
+    torch.set_num_threads(config.threads)
+    output = located(config.output, "output")
+    make_directory(output)
+    require_space(output, _SPACE)
+    start = time.perf_counter()
+    with locked(output), contextlib.ExitStack() as stack:
+        progress = stack.enter_context(workers.bars(console))
+        found = workers.results(_jobs(config, output), config.workers, progress)
+    results: Results = {}
+    for result in found:
+        results.setdefault(result["part"], []).append(result)
+    report, path = write(config, output, results, time.perf_counter() - start)
+    console.print(_summary(report))
+    console.print(report["finding"], soft_wrap=True)
+    console.print(f"\nReport: [bold]{path}[/bold]", soft_wrap=True)
+    return path
+
+
+def _check(config: DemoConfig) -> None:
+    grid = Grid.parse(config.grid, SCHEDULE)
+    if 0 not in config.constants:
+        raise InputError.of("constants", "weights among which is 0", config.constants)
+    for schedule in (*config.windows, config.student):
+        Guidance.parse(schedule).weights(grid)
+
+
+def _jobs(config: DemoConfig, output: Path) -> list[Job]:
+    """The longest first."""
+    made_from = {
+        "shades": weights_hash(shades.load_teacher()),
+        "digits": weights_hash(digits.load_teacher()),
+        "prompts": prompt_bank().identity,
+    }
+    content = plain(dataclasses.asdict(config))
+
+    def job(part: str, seed: int, title: str) -> Job:
+        wanted = worker.fingerprint(config, part, seed, made_from)
+        directory = output / "parts" / (f"{part}-{seed}" if part in students(config) else part)
+        described = {"part": part, "seed": seed, "config": content, "fingerprint": wanted}
+        return Job(title, worker.MODULE, directory, described, worker.finished(directory, wanted))
+
+    jobs = [
+        job(name, seed, f"student {name}".replace("_", " ") + (f", seed {seed}" if config.seeds > 1 else ""))
+        for seed in range(config.seeds)
+        for name in students(config)
+    ]
+    teachers = [job(task, 0, f"teacher of the {task}") for task in worker.TEACHERS]
+    return [*teachers[:1], *jobs, *teachers[1:], job("worlds", 0, "exact worlds")]
+
+
+def _summary(report: dict[str, Any]) -> Table:
+    """The table that is printed at the end."""
+    task = report["models"]["shades"]
+    back = {given["schedule"]: given["value"] for given in task["recovered"] if given["at"] == "separation"}
+    table = Table(title="Shades: right images, separation of the classes, variance within them")
+    columns = ("guidance", "right", "separation", "variance", "given back", "evaluations", "images/s")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "guidance" else "right", no_wrap=True)
+    named = [(row["schedule"], row) for row in task["rows"]]
+    named += [(f"student {name}".replace("_", " "), row) for name, row in report["students"].items()]
+    for name, row in named:
+        value = back.get(name)
+        table.add_row(
+            name,
+            f"{row['right']:.1%}",
+            f"{row['separation']:.3f}",
+            f"{row['variance_ratio']:.3f}",
+            "" if value is None else f"{value:.0%}",
+            str(row["evaluations_per_image"]),
+            f"{row['images_per_second']:.1f}",
+        )
+    return table

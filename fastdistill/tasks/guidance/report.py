@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes ``report.json``, ``report.html`` and the figures from the results of the guidance experiment."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from fastdistill.diffusion.grid import Grid
+from fastdistill.evaluate.figures import png, schedule_curve
+from fastdistill.evaluate.guidance import finding, write_guidance_report
+from fastdistill.evaluate.guidance_figures import diversity_plane, prompt_samples
+from fastdistill.evaluate.page import percent
+from fastdistill.files import atomic_write
+from fastdistill.tasks import workers
+from fastdistill.tasks.digits.sampling import SCHEDULE
+from fastdistill.tasks.guidance import lab, worker
+from fastdistill.tasks.guidance.demo_config import DemoConfig
+from fastdistill.tasks.shades import data
+
+#: By part, one entry per seed.
+Results = dict[str, list[dict[str, Any]]]
+_DECIDED = 0.8  # share of what constant guidance takes of the logarithm of the variance, in the band of the figure
+
+
+def write(config: DemoConfig, output: Path, results: Results, seconds: float) -> tuple[dict[str, Any], Path]:
+    """Write the report of the results. Returns it and the path of the HTML page."""
+    worlds = results["worlds"][0]["worlds"]
+    taught = [row for part, runs in results.items() if "parameters" in runs[0] for row in _named(runs)]
+    spent = {part.replace("_", " "): sum(run["all_seconds"] for run in runs) for part, runs in results.items()}
+    report: dict[str, Any] = {
+        "title": "Schedules of guidance on shades, digits and exact worlds",
+        "worlds": {name: {"rows": world["rows"], "fits": world["fits"]} for name, world in worlds.items()},
+        "models": {task: {name: results[task][0][name] for name in ("rows", "recovered")} for task in worker.TEACHERS},
+        "students": {name: student_row(runs) for name, runs in taught},
+        "seconds": {"total": seconds, **spent},
+        "versions": workers.versions(),
+        "backend": workers.backend(run for runs in results.values() for run in runs),
+        "device": workers.device(config.device, config.threads, config.workers),
+        "date": datetime.date.today().isoformat(),
+        "reproduce": [workers.command("demo guidance", config, DemoConfig(quick=config.quick).resolved())],
+    }
+    report["finding"] = found(report)
+    figures = {
+        "samples": _samples(config, output / "parts" / "shades" / "samples.safetensors", results["shades"][0]["shown"]),
+        "plane": diversity_plane(report["models"]["shades"]["rows"], report["students"]),
+        "schedules": schedule_curve(_drawn(config), Grid.parse(config.grid, SCHEDULE), band=band()),
+        **lab.pictures(worlds),
+    }
+    page = write_guidance_report(output, report, figures)
+    for name, figure in figures.items():
+        atomic_write(output / f"{name}.png", png(figure, transparent=False))
+    return report, page
+
+
+def found(report: Mapping[str, Any]) -> str:
+    """The finding of the report: of the shades, of the students beside their teachers, and of the digits."""
+    rows = {row["schedule"]: row for row in report["models"]["shades"]["rows"]}
+    parts = [finding(report)]
+    for title, chosen in (("A student of the window", ("window",)), ("A student that reads the weight", ())):
+        names = chosen or [name for name in report["students"] if name.startswith("scale_")]
+        pairs = [(report["students"][name], rows.get(report["students"][name]["schedule"])) for name in names]
+        apart = [_apart(student, teacher) for student, teacher in pairs if teacher is not None]
+        if apart:
+            right, separation, variance = (max(values) for values in zip(*apart, strict=True))
+            parts.append(
+                f"{title} is within {right:.1f} points of its teacher in right images, "
+                f"{percent(separation, 0)} in separation and {percent(variance, 0)} in variance."
+            )
+    digits = report["models"]["digits"]
+    free = next(row for row in digits["rows"] if row["schedule"] == "0")
+    back = [
+        given for given in digits["recovered"] if given["value"] is not None and (given["interval"] or [0.0])[0] > 0
+    ]
+    best = max(back, key=lambda given: float(given["value"]), default=None)
+    told = f"On digits, {percent(free['right'], 0)} are right without guidance, and "
+    if best is None:
+        told += "no window gives back variance beyond its error"
+    else:
+        told += f"the best window ({best['schedule']}) gives back {percent(best['value'], 0)} at equal {best['at']}"
+    return " ".join([*parts, told + "."])
+
+
+def _apart(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Points of right images, and shares of separation and variance, between a student and its teacher."""
+    separation, variance = (abs(student[name] / teacher[name] - 1) for name in ("separation", "variance_ratio"))
+    return 100 * abs(student["right"] - teacher["right"]), separation, variance
+
+
+def band() -> tuple[float, float]:
+    """Lowest and highest sigma between which constant guidance takes four fifths of the logarithm of the variance of a
+    tint: with c and u its variances within a color and in all, L(tau) = ln((u + tau) / (c + tau)) falls there from nine
+    tenths of L(0) to one (``distortion.neutral_window``)."""
+    c = (data.SPREAD * data.norm()) ** 2
+    u = c + data.norm() ** 2
+
+    def sigma(share: float) -> float:
+        ratio = (u / c) ** share
+        return math.sqrt((u - ratio * c) / (ratio - 1))
+
+    return sigma((1 + _DECIDED) / 2), sigma((1 - _DECIDED) / 2)
+
+
+def student_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A student's row from those of its seeds: means, and over several seeds their standard deviations (``_std``) and
+    ``seeds``; intervals of one seed as they are."""
+    if len(runs) == 1:
+        return dict(runs[0])
+    row: dict[str, Any] = {}
+    for name, value in runs[0].items():
+        values = [run[name] for run in runs]
+        if name.endswith("_interval"):
+            continue
+        numbers = isinstance(value, int | float) and not isinstance(value, bool)
+        row[name] = statistics.fmean(values) if numbers and len(set(values)) > 1 else value
+        if name in ("right", "separation", "variance_ratio"):
+            row[f"{name}_std"] = statistics.stdev(values)
+    return row | {"seeds": len(runs), "images": sum(run["images"] for run in runs)}
+
+
+def _named(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Rows of a student of each seed by the name that they have in the report."""
+    more = [{name: run[name] for name in ("parameters", "seconds")} for run in runs]
+    return [(name, [run["rows"][name] | own for run, own in zip(runs, more, strict=True)]) for name in runs[0]["rows"]]
+
+
+def _samples(config: DemoConfig, file: Path, schedules: Sequence[str]) -> Any:
+    stored = safetensors.torch.load_file(file)
+    names = [f"no guidance, w = {schedules[0]}", f"constant w = {schedules[1]}", f"window {schedules[2]}"]
+    prompts = len(worker.SHOWN)
+    images = (stored["images"].clamp(-1, 1) + 1) / 2
+    shown = {name: one.unflatten(0, (prompts, -1)) for name, one in zip(names, images, strict=True)}
+    return prompt_samples(shown, worker.SHOWN, dict(zip(names, stored["right"].tolist(), strict=True)))
+
+
+def _drawn(config: DemoConfig) -> list[str]:
+    return list(dict.fromkeys(("1", *config.windows, config.student)))

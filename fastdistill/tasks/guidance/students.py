@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The students of the guidance experiment: what they learn from, how they are trained and how they sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
+from fastdistill.data.prompt_bank import PromptBank
+from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance
+from fastdistill.diffusion.guided import sample as sample_on
+from fastdistill.diffusion.sampler import initial_noise
+from fastdistill.distill import GuidanceDistillation, RandomConditioning, Weights
+from fastdistill.distill.objective import Objective
+from fastdistill.evaluate.diagnosis import Sample
+from fastdistill.files import located
+from fastdistill.models import families, make_student
+from fastdistill.models.specs import StudentSpec
+from fastdistill.models.weights import weights_hash
+from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits.sampling import SCHEDULE
+from fastdistill.tasks.guidance.demo_config import DemoConfig
+from fastdistill.tasks.shades.sampling import sample
+from fastdistill.tasks.workers import Report
+from fastdistill.train import DistillTrainer, FitResult
+
+_NARROW = (24, 48)  # channels of the students from caches, as of the digits
+_SEED = 0  # of the images in a cache
+
+
+@dataclass(frozen=True)
+class Student:
+    """weights: schedules of its cache, which the images take in turn. scales: weights at which it is measured; none: it
+    does not read the weight. conditioned: it learns by random conditioning, and is sampled with the schedule."""
+
+    weights: tuple[str, ...]
+    scales: tuple[float, ...] = ()
+    conditioned: bool = False
+
+
+def students(config: DemoConfig) -> dict[str, Student]:
+    """The students of a configuration by name."""
+    scales = tuple(f"{w:g}" for w in config.scales)
+    found = {"scale": Student(scales, config.scales), "window": Student((config.student,))}
+    if config.full:
+        found["cache_constant"] = Student(("1",), conditioned=True)
+        found["cache_window"] = Student((config.student,), conditioned=True)
+    return found
+
+
+def trained(
+    config: DemoConfig, name: str, seed: int, teacher: nn.Module, bank: PromptBank, directory: Path, report: Report
+) -> tuple[nn.Module, FitResult]:
+    """A student by name, from a checkpoint where there is one."""
+    student = students(config)[name]
+    latents = _cache(config, student, teacher, bank, report)
+    spec = StudentSpec(block_out_channels=_NARROW) if student.conditioned else StudentSpec()
+    made = make_student(
+        teacher,
+        spec,
+        init="random" if student.conditioned else "teacher",
+        seed=seed,
+        guidance_embedding=bool(student.scales),
+    )
+    train = dataclasses.replace(config.train, seed=config.train.seed + seed)
+    objective: Objective
+    if student.conditioned:
+        train = dataclasses.replace(train, steps=3 * train.steps, lr=4 * train.lr)  # the recipe of the digits
+        objective = RandomConditioning(taps=tuple(zip(made.teacher_taps, made.student_taps, strict=True)))
+    else:
+        scale = (min(student.scales), max(student.scales)) if student.scales else None
+        schedule = "1" if student.scales else config.student
+        objective = GuidanceDistillation(schedule, scale=scale, grid=config.grid, weights=Weights(feature=0.0))
+    trainer = DistillTrainer(teacher, made.model, SCHEDULE, latents, bank, objective, train, device=config.device)
+
+    def progress(done: int, metrics: dict[str, float] | None) -> None:
+        report(phase="training", done=done, total=train.steps, loss=metrics and metrics["loss"])
+
+    fitted = trainer.fit(directory / "training", progress=progress)
+    return trainer.ema_student(), fitted
+
+
+def sampler(config: DemoConfig, student: Student, model: nn.Module, bank: PromptBank, scale: float) -> Sample:
+    """(schedule, prompts [n], noises [n], seed) -> images: in one pass a step, but of a student by random conditioning,
+    which the schedule guides. scale: the weight that is given to a student that reads it."""
+    grid = Grid.parse(config.grid, SCHEDULE)
+    family, own = families.find(model), families.unwrapped(model).config
+    assert family is not None
+
+    def images(schedule: Guidance, prompts: Tensor, noises: Tensor, seed: int) -> Tensor:
+        device = bank.embeddings.device
+        noise = initial_noise(seed, noises.to(device), data.SHAPE)
+        rows = {families.EMBEDDINGS: bank.embeddings[prompts.to(device)]}
+        if student.conditioned:
+            return sample_on(model, noise, rows, {families.EMBEDDINGS: bank.null}, grid, guidance=schedule).cpu()
+        if student.scales:
+            given = torch.full((len(prompts),), scale, device=device)
+            rows[str(family.guidance_bank(own))] = family.guidance_rows(own, given)
+        return sample_on(model, noise, rows, None, grid).cpu()
+
+    return images
+
+
+def _cache(config: DemoConfig, student: Student, teacher: nn.Module, bank: PromptBank, report: Report) -> LatentCache:
+    """The teacher's images that a student learns from; processes that need the same make it together."""
+    number = config.cache_images
+    rows = data.SEEN if student.conditioned else range(len(data.PROMPTS))
+    prompts = torch.tensor(list(rows)).repeat(-(-number // len(rows)))[:number]
+    kinds = student.weights
+    made_from = {
+        "teacher": weights_hash(teacher),
+        "prompts": bank.identity,
+        "guidance": list(kinds),
+        "grid": config.grid,
+        "seed": _SEED,
+    }
+
+    def generate(numbers: Tensor, wanted: Tensor) -> Tensor:
+        images = torch.empty(len(numbers), *data.SHAPE)
+        for place, kind in enumerate(kinds):
+            own = (numbers // len(rows)) % len(kinds) == place
+            images[own] = sample(teacher, bank, wanted[own], numbers[own], _SEED, config.grid, kind)
+        return images
+
+    name = "-".join(kinds).replace("@", "_").replace(",", "_") + ("-seen" if student.conditioned else "")
+    path = located(config.output) / "cache" / name
+    generate_latent_cache(
+        path,
+        generate,
+        prompts,
+        data.SHAPE,
+        torch.float32,
+        made_from,
+        rows_per_shard=256,
+        progress=lambda done, total: report(phase="cache", done=done, total=total),
+    )
+    return LatentCache.load(path, device=config.device)

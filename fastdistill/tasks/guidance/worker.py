@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the guidance experiment, each in a separate process (``fastdistill.tasks.workers``): the teachers of the
+shades and the digits, the exact worlds, and each student.
+
+``python -m fastdistill.tasks.guidance.worker JOB.json`` writes ``result.json`` next to the job file, and
+``samples.safetensors`` of the shades' teacher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+
+from fastdistill import ops
+from fastdistill.data.fingerprint import plain, sha256_of_json
+from fastdistill.diffusion.grid import Grid
+from fastdistill.evaluate.diagnosis import diagnose
+from fastdistill.files import atomic_write
+from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits.sampling import SCHEDULE
+from fastdistill.tasks.digits.text_encoder import prompt_bank
+from fastdistill.tasks.guidance import lab
+from fastdistill.tasks.guidance.config import LabConfig
+from fastdistill.tasks.guidance.demo_config import DemoConfig
+from fastdistill.tasks.guidance.diagnose import SEED, measured, subject
+from fastdistill.tasks.guidance.students import Student, sampler, students, trained
+from fastdistill.tasks.shades.sampling import sample
+from fastdistill.tasks.workers import Report, result_in, serve
+from fastdistill.train.config import from_mapping
+
+MODULE = "fastdistill.tasks.guidance.worker"
+TEACHERS = ("shades", "digits")
+SHOWN = ("a red seven", "a blue three")  # prompts of the samples in the report
+_COLUMNS = 12
+
+
+def run(job: Path, report: Report) -> None:
+    """Do the part that the file describes."""
+    described = json.loads(job.read_text(encoding="utf-8"))
+    config = from_mapping(DemoConfig, described["config"])
+    torch.set_num_threads(config.threads)
+    part, seed, start = described["part"], described["seed"], time.perf_counter()
+    told = _told(report, "images")
+    result: dict[str, Any]
+    if part == "worlds":
+        options = LabConfig(quick=not config.full or config.quick, world=config.worlds).resolved()
+        result = {"worlds": lab.measured(options, job.parent, told)}
+    elif part == "digits":
+        result = measured(part, config.digits(), keep=job.parent / "kept", progress=told).to_json()
+    elif part == "shades":
+        result = dict(measured(part, config.shades(), keep=job.parent / "kept", progress=told).to_json())
+        result["shown"] = _shown(config, result, job.parent / "samples.safetensors")
+    else:
+        result = _student(config, part, seed, job.parent, report)
+    result |= {"part": part, "seed": seed, "all_seconds": time.perf_counter() - start, "backend": ops.used()}
+    result["fingerprint"] = described["fingerprint"]
+    atomic_write(job.parent / "result.json", json.dumps(result, indent=1).encode())
+
+
+def fingerprint(config: DemoConfig, part: str, seed: int, made_from: Any) -> str:
+    """What the result of a part depends on, whichever machine made it. ``made_from``: the teachers and the prompts."""
+    settings = plain(dataclasses.asdict(config))
+    for free in ("output", "workers", "threads", "device", "quick"):
+        del settings[free]
+    for shown in ("preview", "trackers"):
+        del settings["train"][shown]
+    if part not in TEACHERS:
+        del settings["seeds"]
+    if part != "worlds":
+        del settings["full"]
+    return sha256_of_json({**settings, "part": part, "seed": seed, "made_from": made_from})
+
+
+def finished(directory: Path, wanted: str) -> bool:
+    """Whether the directory has the whole result of a part with this fingerprint."""
+    result = result_in(directory, wanted)
+    if result is None or result["part"] != "shades":
+        return result is not None
+    try:
+        safetensors.torch.load_file(directory / "samples.safetensors")
+    except (OSError, safetensors.SafetensorError):
+        return False
+    return True
+
+
+def _shown(config: DemoConfig, result: dict[str, Any], file: Path) -> list[str]:
+    """Writes twelve samples of two prompts: without guidance, of a window, and of the constant weight with its
+    separation. Returns their schedules."""
+    rows = {row["schedule"]: row for row in result["rows"]}
+    constants = sorted((float(text), row["separation"]) for text, row in rows.items() if "@" not in text)
+    weights, separations = np.array(constants).T
+    window = config.student if config.student in rows else config.windows[0]
+    equal = float(np.interp(rows[window]["separation"], separations, weights))
+    schedules = ["0", f"{equal:.2g}", window]
+    task, bank = subject("shades"), prompt_bank().to(config.device)
+    model = task.model.to(config.device)
+    prompts = torch.tensor([bank.texts.index(text) for text in SHOWN]).repeat_interleave(_COLUMNS)
+    images = torch.stack([
+        sample(model, bank, prompts, torch.arange(len(prompts)), SEED, config.grid, schedule)
+        for schedule in schedules
+    ])  # fmt: skip
+    right = torch.stack([task.right(one, prompts) for one in images])
+    atomic_write(file, safetensors.torch.save({"images": images, "right": right}))
+    return schedules
+
+
+def _student(config: DemoConfig, part: str, seed: int, directory: Path, report: Report) -> dict[str, Any]:
+    """Rows of ``students`` by name, of the images of one seed."""
+    student = students(config)[part]
+    task, bank = subject("shades"), prompt_bank().to(config.device)
+    model, fitted = trained(config, part, seed, task.model.to(config.device), bank, directory, report)
+    rows = {}
+    for name, schedule, scale in measured_at(config, part, student):
+        make = sampler(config, student, model, bank, scale)
+        prompts = torch.arange(len(data.PROMPTS)).repeat_interleave(config.images_per_prompt)
+        found = diagnose(
+            make,
+            task.features,
+            prompts,
+            task.reference,
+            [schedule],
+            Grid.parse(config.grid, SCHEDULE),
+            classes=task.classes[prompts],
+            right=task.right,
+            seeds=[SEED + seed],
+            progress=_told(report, f"images {name}"),
+        )
+        rows[name] = found.to_json()["rows"][0]
+        if not student.conditioned:
+            rows[name]["evaluations_per_image"] = len(Grid.parse(config.grid, SCHEDULE))
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"rows": rows, "parameters": parameters, "seconds": fitted.seconds, "history": fitted.history}
+
+
+def measured_at(config: DemoConfig, part: str, student: Student) -> list[tuple[str, str, float]]:
+    """(name in the report, schedule, weight that is given) of each row of a student."""
+    if student.scales:
+        return [(f"{part}_{scale:g}", f"{scale:g}", scale) for scale in student.scales]
+    return [(part, config.student, 0.0)]
+
+
+def _told(report: Report, phase: str) -> Callable[..., object]:
+    def progress(done: int, total: int, what: str = phase) -> None:
+        report(phase=what.replace("_", " "), done=done, total=total)
+
+    return progress
+
+
+def main() -> int:
+    return serve(run, "lower --train.batch or --workers")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guidance experiment from the command line, small: its report, going on, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastdistill.cli import main
+from fastdistill.files import locked
+from fastdistill.tasks import workers
+from fastdistill.tasks.guidance import worker
+from fastdistill.tasks.guidance.demo_config import DemoConfig
+from fastdistill.tasks.guidance.diagnose import DigitsDiagnosis
+from fastdistill.tasks.guidance.report import band, student_row
+from fastdistill.tasks.shades import data
+from fastdistill.tasks.workers import Job
+from fastdistill.train.config import from_yaml
+
+SMALL: dict[str, Any] = {
+    "constants": [0, 1],
+    "windows": ["4@8,-1@2,0"],
+    "student": "4@8,-1@2,0",
+    "scales": [0, 1],
+    "grid": "karras:6@30..0.09",
+    "images_per_prompt": 1,
+    "cache_images": 80,
+    "worlds": ["gaussian"],
+    "quick": True,
+    "train": {"steps": 2, "batch": 4, "warmup": 1, "checkpoint_every": 2, "log_every": 1},
+}
+PARTS = {"shades", "digits", "worlds", "scale-0", "window-0"}
+
+
+def arguments(output: Path, changes: dict[str, Any]) -> list[str]:
+    config = output.parent / f"{output.name}.yaml"
+    config.write_text(yaml.safe_dump(SMALL | changes))
+    return ["demo", "guidance", "--config", str(config), "--output", str(output)]
+
+
+@pytest.fixture(scope="module")
+def in_this_process() -> Iterator[list[str]]:
+    """Parts run here, which has imported everything; their names as they begin."""
+    begun: list[str] = []
+
+    def work(job: Job, *_: object) -> None:
+        begun.append(job.directory.name)
+        worker.run(job.directory / "job.json", lambda **fields: None)
+
+    few = DigitsDiagnosis(schedules=("0", "1"), grid="trailing:4", images_per_prompt=1, seeds=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "run_process", work)
+        patch.setattr(DemoConfig, "digits", lambda self: dataclasses.replace(few, seeds=self.seeds))
+        yield begun
+
+
+@pytest.fixture(scope="module")
+def whole(in_this_process: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("guidance") / "whole"
+    assert main(arguments(output, {"workers": 1})) == 0
+    return output
+
+
+def test_report(whole: Path) -> None:
+    report = json.loads((whole / "report.json").read_text())
+    assert [row["schedule"] for row in report["models"]["shades"]["rows"]] == ["0", "1", "4@8,-1@2,0"]
+    assert {given["at"] for given in report["models"]["shades"]["recovered"]} == {"separation", "accuracy"}
+    assert set(report["students"]) == {"scale_0", "scale_1", "window"}
+    evaluations = {name: row["evaluations_per_image"] for name, row in report["students"].items()}
+    steps = report["models"]["shades"]["rows"][0]["evaluations_per_image"]
+    assert evaluations["window"] == evaluations["scale_1"] == steps
+    assert report["worlds"]["gaussian"]["rows"] and report["seconds"]["total"] > 0
+    (line,) = report["reproduce"]
+    assert line.startswith("fastdistill demo guidance --quick ") and "--train.steps 2" in line
+    assert (whole / "report.html").read_text().count("data:image/png;base64,") == 6
+
+
+def test_the_command_of_a_report_gives_its_configuration(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line,) = json.loads((whole / "report.json").read_text())["reproduce"]
+    capsys.readouterr()
+    assert main([*shlex.split(line)[1:], "--dry-run"]) == 0
+    (tmp_path / "given.yaml").write_text(capsys.readouterr().out)
+    (tmp_path / "wanted.yaml").write_text(yaml.safe_dump(SMALL))
+    given, wanted = (from_yaml(DemoConfig, tmp_path / f"{name}.yaml").resolved() for name in ("given", "wanted"))
+    assert given == wanted
+
+
+def test_parts_that_are_there_are_not_done_again(whole: Path, in_this_process: list[str]) -> None:
+    assert set(in_this_process) == PARTS
+    (whole / "parts" / "shades" / "samples.safetensors").write_bytes(b"")
+    in_this_process.clear()
+    assert main(arguments(whole, {"workers": 1})) == 0
+    assert in_this_process == ["shades"]
+
+
+@pytest.mark.slow
+def test_further_seeds_and_students(whole: Path, in_this_process: list[str]) -> None:
+    in_this_process.clear()
+    assert main(arguments(whole, {"workers": 1, "seeds": 2, "full": True})) == 0
+    names = {f"{name}-{seed}" for name in ("cache_constant", "cache_window") for seed in (0, 1)}
+    assert set(in_this_process) == {"shades", "digits", "worlds", "scale-1", "window-1"} | names
+    students = json.loads((whole / "report.json").read_text())["students"]
+    assert students["window"]["seeds"] == 2 and students["window"]["right_std"] >= 0
+    assert students["cache_window"]["evaluations_per_image"] > students["window"]["evaluations_per_image"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"constants": [1, 2]}, "constants: expected weights among which is 0, got (1.0, 2.0)"),
+        ({"windows": ["8@90,-1"]}, "guidance: expected thresholds of sigma from 0 to below"),
+        ({"student": "8@"}, "guidance: expected"),
+        ({"grid": "karras:3@9..0.09"}, "guidance: expected stretches in each of which a step of the grid starts"),
+        ({"scales": [1]}, "scales: "),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    assert main(arguments(tmp_path / "run", changes)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        assert main(arguments(tmp_path / "run", {})) == 2
+    assert "another process is writing here" in capsys.readouterr().err
+
+
+def test_the_band_has_four_fifths_of_the_loss() -> None:
+    c = (data.SPREAD * data.norm()) ** 2
+    u = c + data.norm() ** 2
+    low, high = band()
+    lost = [math.log((u + sigma**2) / (c + sigma**2)) for sigma in (0.0, low, high)]
+    assert (lost[1] - lost[2]) / lost[0] == pytest.approx(0.8)
+
+
+def test_a_row_of_several_seeds() -> None:
+    first = {"schedule": "1", "seeds": 1, "images": 80, "right": 0.5, "separation": 1.0, "variance_ratio": 0.5}
+    second = first | {"right": 1.0, "right_interval": [0.9, 1.0]}
+    row = student_row([first, second])
+    assert row["right"] == 0.75 and row["right_std"] == pytest.approx(0.5**0.5 / 2)
+    assert row["seeds"] == 2 and row["images"] == 160 and row["separation_std"] == 0 and "right_interval" not in row
+    assert student_row([second]) == second
+
+
+def test_quick_keeps_what_is_given() -> None:
+    short = DemoConfig(quick=True, grid="karras:8@20..0.1").resolved()
+    assert short.grid == "karras:8@20..0.1" and short.output == "runs/guidance-quick" and len(short.constants) == 2
