@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
 from fastdistill.diffusion.distortion import Method
 from fastdistill.diffusion.grid import Grid
-from fastdistill.diffusion.guidance import Guidance
+from fastdistill.diffusion.guidance import Function, Guidance
 from fastdistill.errors import InputError, described
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.diversity import (
@@ -83,6 +83,9 @@ def diagnose(
             that are not the reference's or have one sample, features of another width, fewer than ``neighbours`` + 1.
     """
     parsed = _schedules(schedules, grid)
+    _check.valued(prompts=prompts)
+    _check.dtype(prompts, "prompts", torch.int64)
+    _check.shape(prompts, "prompts", (None,), "one a sample, [N]")
     labels = _labels(prompts if classes is None else classes, "prompts" if classes is None else "classes", len(prompts))
     numbers = _seeds(seeds)
     _check.whole(batch, "batch", "at least 1")
@@ -90,7 +93,10 @@ def diagnose(
         raise InputError.of("draws", "at least 8", draws)
     if right is not None:
         require("scipy.stats")  # of the interval of a share
+    if not isinstance(reference, tuple) or len(reference) != 2:
+        raise InputError.of("reference", "real samples and their classes", described(reference))
     real, real_labels = reference
+    _check.valued(reference=real)
     real_labels = _labels(real_labels, "reference", len(real))
     _check_classes(labels, real_labels)
     for name, count in (("prompts", len(prompts) * len(numbers)), ("reference", len(real))):
@@ -100,15 +106,14 @@ def diagnose(
     known = _whole(features, real, batch)
     measure = _Measure(known, real_labels, draws, neighbours)
     order = 2 if method == "heun" else 1
+    given = {"reference": known, "prompts": prompts, "classes": labels, "signal": grid.signal, "noise": grid.noise}
+    made = {"of": made_from, "given": sha256_of_tensors(given)}
     rows = []
     total, done = len(parsed) * len(numbers) * len(prompts), 0
     for schedule in parsed:
         cells = []
         for seed in numbers:
-            key = {
-                "schedule": str(schedule), "grid": str(grid), "seed": seed, "made_from": made_from,
-                "prompts": sha256_of_tensors({"prompts": prompts, "classes": labels}), "width": known.shape[1],
-            }  # fmt: skip
+            key = made | {"schedule": _identity(schedule, grid), "seed": seed}
 
             def told(made: int, before: int = done) -> None:
                 if progress is not None:
@@ -212,7 +217,7 @@ class _Cell:
             if not made.isfinite().all():
                 raise InputError.of("sample", "finite samples", f"NaN or infinity with {schedule}")
             found.append(_featured(features, made, width))
-            judged.append(torch.zeros(len(made), dtype=torch.bool) if right is None else right(made, wanted).cpu())
+            judged.append(_judged(right, made, wanted))
             progress(int(numbers[-1]) + 1)
         return cls(torch.cat(found), torch.cat(judged), seconds)
 
@@ -240,6 +245,15 @@ class _Cell:
     @staticmethod
     def path(keep: str | Path, key: dict[str, Any]) -> Path:
         return located(keep, "keep") / f"{sha256_of_json(key)[:32]}.safetensors"
+
+
+def _judged(right: Callable[[Tensor, Tensor], Tensor] | None, samples: Tensor, prompts: Tensor) -> Tensor:
+    if right is None:
+        return torch.zeros(len(samples), dtype=torch.bool)
+    found = right(samples, prompts)
+    if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != (len(samples),):
+        raise InputError.of("right", f"bool [{len(samples)}]", described(found))
+    return found.cpu()
 
 
 def _featured(features: Callable[[Tensor], Tensor], samples: Tensor, width: int | None) -> Tensor:
@@ -270,6 +284,11 @@ def _schedules(schedules: Sequence[Guidance | str | float], grid: Grid) -> list[
         if texts.count(text) > 1:
             raise InputError.of("schedules", "each once", f"{text!r} twice")
     return parsed
+
+
+def _identity(schedule: Guidance, grid: Grid) -> Any:
+    """What tells a schedule from any other: its text, and the weights of one that has none."""
+    return [str(schedule), schedule.weights(grid).tolist()] if isinstance(schedule, Function) else str(schedule)
 
 
 def _seeds(seeds: Sequence[int]) -> list[int]:

@@ -203,9 +203,13 @@ def test_a_diagnosis_goes_on_where_it_stopped(tmp_path: Path) -> None:
             raise InterruptedError
         return gaussians(guidance, *given)
 
+    def never(*_: Any) -> Tensor:
+        raise AssertionError
+
     def run(sample: Callable[..., Tensor], **options: Any) -> Diagnosis:
-        given = {"keep": tmp_path, "made_from": "a", "draws": 8, "batch": 120} | options
-        return diagnose(sample, lambda x: x, LABELS, real(), ("0", "1", "2"), GRID, seeds=(0, 1), **given)
+        given: dict[str, Any] = {"keep": tmp_path, "made_from": "a", "draws": 8, "batch": 120, "seeds": (0, 1)}
+        given |= {"grid": GRID, "reference": real(), "prompts": LABELS, "schedules": ("0", "1", "2")} | options
+        return diagnose(sample, lambda x: x, **given)
 
     with pytest.raises(InterruptedError):
         run(counted)
@@ -215,6 +219,10 @@ def test_a_diagnosis_goes_on_where_it_stopped(tmp_path: Path) -> None:
     whole = run(gaussians, keep=None)
     for one, two in zip(resumed.rows, whole.rows, strict=True):
         assert one.separation == two.separation and one.vendi == two.vendi
+    other = real()[0] + 1, real()[1]
+    for changed in ({"grid": Grid.parse("karras:11@20..0.05", NoiseSchedule.cosine())}, {"reference": other}):
+        with pytest.raises(AssertionError):  # what is kept is of another call
+            run(never, **changed)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:20])
     run(counted, made_from="b")
@@ -232,7 +240,10 @@ def test_a_diagnosis_goes_on_where_it_stopped(tmp_path: Path) -> None:
         ({"prompts": torch.tensor([0] + [1] * 12 + [2] * 12)}, r"classes: expected at least 2 .* got 1 of class 0"),
         ({"prompts": LABELS + 1}, r"classes: expected those of the reference, got \[1, 2, 3\] and \[0, 1, 2\]"),
         ({"prompts": LABELS[::20]}, r"prompts: expected more than 11: 5 neighbours in each half, got 6"),
-        ({"prompts": LABELS.double()}, r"prompts: expected int64 \[120\], got torch.float64"),
+        ({"prompts": LABELS.double()}, r"prompts: expected dtype int64, got float64"),
+        ({"prompts": LABELS.tolist()}, r"prompts: expected a tensor, got list"),
+        ({"reference": real()[0]}, r"reference: expected real samples and their classes, got Tensor"),
+        ({"reference": (real()[0], real()[1][1:])}, r"reference: expected int64 \[900\], got torch.int64 \(899,\)"),
         ({"seeds": (1, 1)}, r"seeds: expected at least one, each once, got \[1, 1\]"),
         ({"batch": 0}, r"batch: expected at least 1, got 0"),
         ({"features": lambda x: x[:, 0]}, r"features: expected features \[256, D\] of a float dtype, got .*\(256,\)"),
@@ -242,10 +253,11 @@ def test_what_is_refused_before_anything_is_sampled(changed: dict[str, Any], mes
     def never(*_: Any) -> Tensor:
         raise AssertionError
 
-    given = {"features": lambda x: x, "prompts": LABELS, "schedules": ("0",), "seeds": (0,), "batch": 8} | changed
+    given: dict[str, Any] = {"features": lambda x: x, "prompts": LABELS, "schedules": ("0",), "reference": real()}
+    given |= {"seeds": (0,), "batch": 8} | changed
     options = {name: given[name] for name in ("seeds", "batch")}
     with pytest.raises(InputError, match=f"^{message}"):
-        diagnose(never, given["features"], given["prompts"], real(), given["schedules"], GRID, **options)
+        diagnose(never, given["features"], given["prompts"], given["reference"], given["schedules"], GRID, **options)
 
 
 def test_samples_that_do_not_fit() -> None:
@@ -261,3 +273,5 @@ def test_samples_that_do_not_fit() -> None:
         run(lambda *given: gaussians(*given) * math.nan)
     with pytest.raises(InputError, match=r"sample: expected 64 samples, one a prompt, got 63"):
         run(lambda *given: gaussians(*given)[1:])
+    with pytest.raises(InputError, match=r"right: expected bool \[64\], got "):
+        diagnose(gaussians, lambda x: x, LABELS, real(), ("0",), GRID, right=lambda x, prompts: x[:, 0])
