@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""measure schedules of guidance, and distil them into one pass, on shipped teachers"""
+"""measure schedules of guidance, and distil them into one pass, on toy tasks"""
 
 from __future__ import annotations
 
