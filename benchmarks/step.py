@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole training steps of random conditioning: the trainer's, and those of the scripts that a user would write.
+"""Whole training steps of random conditioning and of guidance distillation under it: the trainer's, and those of the
+scripts that a user would write, which ask the teacher twice for a guided prediction.
 
 The models and sizes are in ``benchmarks/ops/step.py``. Rivals are compiled in the compiler's default mode: tuning two
 U-Nets of 1.4 billion parameters takes longer than the measurement.
@@ -39,7 +40,8 @@ _BEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBacken
 
 @dataclass(frozen=True)
 class Setup:
-    """What every contestant starts from; the models lie in memory, and have the dtype, as ours and the tuned ones."""
+    """What every contestant starts from; the models lie in memory, and have the dtype, as ours and the tuned ones.
+    guidance: weight w of the teacher's prediction; None: its plain one."""
 
     teacher: nn.Module
     student: nn.Module
@@ -49,6 +51,7 @@ class Setup:
     schedule: NoiseSchedule
     batch: int
     device: torch.device
+    guidance: float | None = None
 
 
 def rivals(batch: int) -> tuple[str, ...]:
@@ -109,16 +112,21 @@ def flops(build: Callable[[torch.device], Setup]) -> int:
 
 
 def _trainer(setup: Setup, fuse: bool) -> DistillTrainer:
-    from fastdistill import DistillTrainer, RandomConditioning
+    from fastdistill import DistillTrainer, GuidanceDistillation, RandomConditioning
     from fastdistill.train import TrainConfig
 
+    objective: RandomConditioning = RandomConditioning(taps=tuple(setup.taps))
+    if setup.guidance is not None:
+        objective = GuidanceDistillation(
+            setup.guidance, probability="exp", loss_weighting="uniform", taps=tuple(setup.taps)
+        )
     return DistillTrainer(
         _sharing(setup.teacher),
         copy.deepcopy(setup.student),
         setup.schedule,
         setup.cache,
         setup.bank,
-        RandomConditioning(taps=tuple(setup.taps)),
+        objective,
         TrainConfig(steps=10_000, batch=setup.batch, lr=1e-5, fuse=fuse),
         device=setup.device,
     )
@@ -215,6 +223,7 @@ class Script:
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-5, fused=None if literal else True)
         self.latents, self.own = setup.cache.latents[:].to(setup.device), setup.cache.prompt_index.to(setup.device)
         self.prompts = {name: bank[:].to(setup.device) for name, bank in setup.bank.banks.items()}
+        self.guidance = setup.guidance
         self.family = family_of(self.teacher)
         self.signal, self.noise = setup.schedule.coefficients()[:, :2].to(setup.device, self.latents.dtype).T
 
@@ -240,7 +249,12 @@ class Script:
         x = self.latents[row]
         x_t = self.signal[t].view(-1, 1, 1, 1) * x + self.noise[t].view(-1, 1, 1, 1) * torch.randn_like(x)
         with torch.no_grad():
+            if self.guidance is not None:
+                null = {name: bank[-1:].expand_as(prompt[name]) for name, bank in self.prompts.items()}
+                unconditional = self.family.call(teacher, x_t, t, null).sample
             target = self.family.call(teacher, x_t, t, prompt).sample
+            if self.guidance is not None:
+                target = target + self.guidance * (target - unconditional)
         if self.mixed and self.literal and self.device.type != "meta":
             with torch.autocast(self.device.type, self.dtype):
                 output = self.family.call(student, x_t, t, prompt).sample

@@ -29,10 +29,12 @@ from benchmarks.registry import COMPILED, Case, Contestant, Group, Workload
 CPU = torch.device("cpu")
 QUICK = Settings(CPU, rounds=4, warm_up=1, seconds=0.0)
 HEADS = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
+TINY_SD15 = functools.partial(sd15, 2, block_out_channels=(8, 8, 16, 16), norm_num_groups=4, attention_head_dim=2)
 TINY: dict[str, Callable[[torch.device], step.Setup]] = {
-    "sd15": functools.partial(sd15, 2, block_out_channels=(8, 8, 16, 16), norm_num_groups=4, attention_head_dim=2),
+    "sd15": TINY_SD15,
     "pixart": functools.partial(pixart, 2, **HEADS, cross_attention_dim=16, caption_channels=24, sample_size=16),
     "dit": functools.partial(dit, 2, **HEADS),
+    "guided": functools.partial(models._guided, TINY_SD15),
 }
 
 
@@ -43,7 +45,7 @@ def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_samples")
-@pytest.mark.parametrize("model", TINY)
+@pytest.mark.parametrize("model", [*list(TINY)[:-1], pytest.param("guided", marks=pytest.mark.slow)])
 def test_every_contestant_takes_the_step_of_a_model(model: str) -> None:
     workload = step.workload(TINY[model], CPU)
     workload.check()
@@ -71,6 +73,20 @@ def test_scripts_train_the_student_alone_and_share_the_teacher() -> None:
         assert any(not torch.equal(a, b) for a, b in zip(before, script.masters, strict=True))
         assert next(script.teacher.parameters()) is next(setup.teacher.parameters())
         assert not any(script.features)
+
+
+@pytest.mark.usefixtures("small_samples")
+def test_a_guided_script_asks_the_teacher_twice_and_ours_once() -> None:
+    setup = TINY["guided"](CPU)
+    script = step.Script(setup, literal=True)
+    seen: list[int] = []
+    script.teacher.register_forward_hook(lambda _m, args, _o: seen.append(len(args[0])))
+    script(script.teacher, script.student, step._distance)
+    assert seen == [2, 2]
+    trainer = step._trainer(setup, fuse=False)
+    trainer.teacher.register_forward_hook(lambda _m, args, _o: seen.append(len(args[0])))
+    trainer.step()
+    assert seen == [2, 2, 4]
 
 
 def test_flops_are_those_of_the_models_and_nothing_is_allocated() -> None:
@@ -211,7 +227,7 @@ def test_the_parts_of_a_step_are_kept_and_shown(tmp_path: Path, monkeypatch: pyt
 
 def test_small_batches_have_a_rival_with_graphs_of_the_compiler() -> None:
     small, large = ({c.shape: c.rivals for c in models.cases() if c.shape.endswith(f" B={n}")} for n in (4, 32))
-    assert len(small) == len(large) == len(models.MODELS)
+    assert len(small) == len(large) == len(models.MODELS) + 1
     assert all(step.REDUCED in names for names in small.values())
     assert not any(step.REDUCED in names for names in large.values())
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Not an op but all of them: whole training steps of random conditioning on real models, weights random
-(``benchmarks/step.py``)."""
+"""Not an op but all of them: whole training steps of random conditioning, and of guidance distillation, on real models,
+weights random (``benchmarks/step.py``)."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,17 +17,28 @@ from benchmarks.shapes import DIT_SAMPLE, PIXART_SAMPLE, SD15_SAMPLE, Sizes
 from benchmarks.step import Setup, rivals, workload
 
 BATCHES = (32, 4, 16, 1)
+GUIDED_BATCHES = (32, 4, 16)
 SUSTAINED = 60.0  # seconds of the headline
 _ROWS, _PROMPTS, _NO_CLASS = 256, 600, 1000
 
 
 def cases() -> Iterator[Case]:
     yield Case("step", "digits U-Net B=64", "fp32", "cpu", functools.partial(workload, digits), rivals(64))
+    make: Callable[[torch.device], Workload] = functools.partial(workload, functools.partial(_guided, digits))
+    yield Case("step", "digits U-Net guided B=64", "fp32", "cpu", make, rivals(64))
     for batch in BATCHES:
         for name, build in MODELS.items():
             headline = name == "SD-1.5 to bk_base 512x512" and batch == 32
             make = functools.partial(_workload, build, batch, SUSTAINED if headline else 0.0)
             yield Case("step", f"{name} B={batch}", "bf16", "cuda", make, rivals(batch), headline)
+    for batch in GUIDED_BATCHES:
+        make = functools.partial(_workload, functools.partial(_guided, sd15), batch, 0.0)
+        yield Case("step", f"SD-1.5 to bk_base 512x512 guided B={batch}", "bf16", "cuda", make, rivals(batch))
+
+
+def _guided(build: Callable[..., Setup], *arguments: Any) -> Setup:
+    """The same with a teacher that is guided by a guidance scale of 7.5."""
+    return dataclasses.replace(build(*arguments), guidance=6.5)
 
 
 def _workload(
