@@ -49,6 +49,15 @@ def test_the_code_of_the_families_runs() -> None:
     assert names["images"].isfinite().all() and names["images"].shape == (2, 4, 8, 8)  # type: ignore[attr-defined]
 
 
+def test_the_code_of_canonical_latents_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/canonical.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    made, plain, found = (names[name] for name in ("made", "plain", "found"))
+    assert made.samples.shape == (2, 4, 8, 8) and (made.energy > 0).all() and not plain.energy.any()
+    assert made.subspace.settled.all() and found.settled.all() and names["error"].shape == (2,)
+
+
 def test_the_code_of_guidance_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guidance.md").read_text(encoding="utf-8"), re.DOTALL)

@@ -113,7 +113,6 @@ def canonical(
     clip_sample: float | None = None,
     inverted: bool = False,
     directions: Tensor | None = None,
-    start: Tensor | None = None,
     rows: Tensor | None = None,
     chunk: int | None = None,
 ) -> Canonical:
@@ -127,7 +126,7 @@ def canonical(
         clip_sample: limit of the predicted x_0 while decoding.
         inverted: x are latents at t_e already, such as noise.
         directions: [B, n, any], orthonormal, to be projected out in place of the top ones.
-        start, rows, chunk: as of ``top_subspace``.
+        rows, chunk: as of ``top_subspace``.
 
     Raises:
         InputError: a setting, a model or arguments that do not fit, before anything runs but for k larger than the
@@ -159,7 +158,7 @@ def canonical(
     if directions is None and clarid.k:
         subspace = top_subspace(
             f, latents, clarid.k, method=clarid.search, oversample=clarid.oversample, tolerance=clarid.tolerance,
-            seed=clarid.seed, start=start, rows=rows, chunk=chunk,
+            seed=clarid.seed, rows=rows, chunk=chunk,
         )  # fmt: skip
         directions = subspace.vectors
     clareps = latents if directions is None else project(latents, directions.to(latents.dtype))

@@ -59,7 +59,6 @@ def top_subspace(
     oversample: int = 4,
     tolerance: float = 1e-2,
     max_products: int | None = None,
-    start: Tensor | None = None,
     seed: int = 0,
     rows: Tensor | None = None,
     chunk: int | None = None,
@@ -79,9 +78,7 @@ def top_subspace(
             where n <= 6 (k + oversample), else krylov.
         oversample: more vectors than k, of ``subspace`` in each iteration, of ``krylov`` at a restart.
         max_products: JVPs and VJPs of a sample, after which it counts as not settled; None: 64 (k + oversample).
-        start: [B, n, any], vectors to start with, such as those of a neighbouring noise level; None: random ones by
-            (seed, row).
-        rows: [B] int64, numbers of the rows for these; None: 0..B-1.
+        seed, rows: the start vectors are random by (seed, row); rows [B] int64, None: 0..B-1.
         chunk: as of ``jvp``.
 
     Raises:
@@ -98,10 +95,6 @@ def top_subspace(
     _check.require(0 < _check.real(tolerance, "tolerance") < 1, "tolerance", "a sine between 0 and 1", tolerance)
     if max_products is not None:
         _check.whole(max_products, "max_products", "a whole number from 1")
-    if start is not None:
-        _check.valued(start=start)
-        _check.dtype(start, "start", x.dtype)
-        _check.shape(start, "start", (len(x), n, None), f"vectors [{len(x)}, {n}, any]")
     rows = torch.arange(len(x), device=x.device) if rows is None else rows
     _check.dtype(rows, "rows", torch.int64)
     _check.shape(rows, "rows", (len(x),), f"row numbers [{len(x)}]")
@@ -117,9 +110,9 @@ def top_subspace(
         if method == "dense":
             _dense(search)
         elif method == "krylov":
-            _krylov(search, start, oversample)
+            _krylov(search, oversample)
         else:
-            _iterate(search, start, min(k + oversample, n, m))
+            _iterate(search, min(k + oversample, n, m))
     return search.found(share(f, x))
 
 
@@ -171,12 +164,9 @@ class _Search:
         drawn: Tensor = normal(self._key, step, self._rows[self.active], (width, size), stream=START)
         return drawn.to(self.x.dtype).mT
 
-    def first(self, start: Tensor | None, width: int) -> Tensor:
-        """Orthonormal start vectors, the given ones first."""
-        block: Tensor = self.random(self.n, width)
-        if start is not None:
-            block = torch.cat([start.detach(), block], 2)[:, :, : max(width, start.shape[2])]
-        Q: Tensor = torch.linalg.qr(block)[0]
+    def first(self, width: int) -> Tensor:
+        """Orthonormal start vectors."""
+        Q: Tensor = torch.linalg.qr(self.random(self.n, width))[0]
         return Q
 
     def settle(self, vectors: Tensor, values: Tensor, residual: Tensor, change: Tensor | None) -> Tensor:
@@ -221,10 +211,10 @@ def _dense(search: _Search) -> None:
         search.settle(V.to(dtype), values.to(dtype), residual.to(dtype), torch.zeros_like(residual, dtype=dtype))
 
 
-def _iterate(search: _Search, start: Tensor | None, width: int) -> None:
+def _iterate(search: _Search, width: int) -> None:
     """V <- the right singular vectors of U^T J with U = orth(J V)."""
     k = search.k
-    V = search.first(start, width)[:, :, : max(width, k)]
+    V = search.first(width)
     while len(V):
         U, R = torch.linalg.qr(search.forward(V))
         W = search.backward(U)  # J^T U; J^T J V = W R
@@ -240,11 +230,11 @@ def _iterate(search: _Search, start: Tensor | None, width: int) -> None:
             break
 
 
-def _krylov(search: _Search, start: Tensor | None, oversample: int) -> None:
+def _krylov(search: _Search, oversample: int) -> None:
     """J V = U H and J^T U = V H^T + (rest S in the last columns), V and U orthonormal, wider by a block each time."""
     k, n, m = search.k, search.n, search.m
     widest = _BASIS * (k + oversample)
-    rest = search.first(start, min(_block(k), n, m))
+    rest = search.first(min(_block(k), n, m))
     V, U = rest[:, :, :0], search.x.new_zeros(len(rest), m, 0)
     H = search.x.new_zeros(len(rest), 0, 0)
     before: Tensor | None = None  # the last k right vectors, in the basis V

@@ -83,17 +83,6 @@ def test_any_split_of_the_batch() -> None:
     assert not torch.equal(other.vectors, whole.vectors)
 
 
-def test_a_start_that_is_right() -> None:
-    W = spectrum(0.9 ** torch.arange(60, dtype=torch.float64), 60, 60)
-    right = torch.linalg.svd(W)[2][:4].mT.expand(1, 60, 4)
-    for method in ("krylov", "subspace"):
-        cold, warm = (
-            top_subspace(lambda x: x @ W.T, rows(1, 60), 4, method=method, start=start)  # type: ignore[arg-type]
-            for start in (None, right)
-        )
-        assert warm.settled.all() and warm.products.jvp < cold.products.jvp
-
-
 def test_flat_spectra_and_singular_ones() -> None:
     """What does not settle is said, with sigma_(k+1) / sigma_k; a Jacobian of low rank, or 0, is no trouble."""
     flat = spectrum(1 - 1e-5 * torch.arange(50, dtype=torch.float64), 50, 50)
@@ -124,7 +113,6 @@ def test_wrong_arguments() -> None:
         ({"tolerance": 0}, "tolerance: expected a sine between 0 and 1"),
         ({"oversample": -1}, "oversample: expected a whole number from 0"),
         ({"max_products": 0}, "max_products: expected a whole number from 1"),
-        ({"start": x}, r"start: expected vectors \[2, 9, any\]"),
         ({"rows": torch.arange(3)}, r"rows: expected row numbers \[2\]"),
     ):
         with pytest.raises(InputError, match=message):

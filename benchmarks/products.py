@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many products the top directions of a Jacobian take, by method: ``python -m benchmarks.products``.
+
+Each method goes on until the sine of the largest angle to the exact directions is at most 0.01. The Jacobians are those
+of the digits teacher and of a U-Net with random weights; they are formed once, so that products cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.models.jacobian import jvp, share, vjp
+from fastdistill.models.subspace import Subspace, top_subspace
+
+SINE = 1e-2
+
+
+def deflation(f: Any, x: Tensor, k: int, tolerance: float, most: int = 500) -> tuple[Tensor, Tensor]:
+    """One right singular vector after another by power iteration on J^T J, orthogonal to those before, each until it
+    moves by less than the tolerance: vectors [B, n, k] and products [B]."""
+    found = x.new_zeros(len(x), x[0].numel(), 0)
+    products = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    for number in range(k):
+        v = torch.randn(found.shape[:2], generator=torch.Generator().manual_seed(number)).to(x)[:, :, None]
+        for _ in range(most):
+            v = v - found @ (found.mT @ v)
+            v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True)
+            after = vjp(f, x, jvp(f, x, v))
+            products += 2
+            after = after - found @ (found.mT @ after)
+            after = after / torch.linalg.vector_norm(after, dim=1, keepdim=True)
+            moved = torch.linalg.vector_norm(after - v * (v.mT @ after), dim=1).max()
+            v = after
+            if moved <= tolerance:
+                break
+        found = torch.cat([found, v], 2)
+    return found, products
+
+
+def least(find: Callable[[int], Subspace], exact: Tensor, step: int, most: int) -> tuple[int, float]:
+    """The fewest products with which the largest angle is small enough, and its sine; -1: more than ``most``."""
+    for limit in range(step, most + 1, step):
+        found = find(limit)
+        if (error := sine(found.vectors, exact)) <= SINE:
+            return int((found.products.jvp + found.products.vjp).max()), error
+    return -1, error
+
+
+def sine(V: Tensor, exact: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(exact - V @ (V.mT @ exact), ord=2).max())
+
+
+def report(name: str, tap: str, k: int) -> None:
+    from benchmarks.ops.jacobian import setup
+
+    f, _, x = setup(name, 1, torch.device("cpu"), tap)
+    n = x[0].numel()
+    J = jvp(f, x, torch.eye(n)[None])[0]
+    flat = x.flatten(1)
+
+    def g(z: Tensor) -> Tensor:
+        return z @ J.T
+
+    best = top_subspace(g, flat, k, method="krylov", tolerance=1e-5,
+                        max_products=40_000)  # fmt: skip
+    exact = best.vectors
+    head = f"{name} {tap}, k = {k}, n = {n}, m = {len(J)}, share {share(f, x):.2f}"
+    print(f"{head}, sigma_(k+1) / sigma_k = {float(best.gap):.3f}, sigma_k / sigma_1 = "
+          f"{float(best.values[0, -1] / best.values[0, 0]):.3f}")  # fmt: skip
+    counts = {}
+    for method in ("krylov", "subspace"):
+        find = lambda most, method=method: top_subspace(g, flat, k, method=method, max_products=most)  # noqa: E731
+        counts[method], error = least(find, exact, 2, 4000)
+        settled = top_subspace(g, flat, k, method=method, max_products=4000)  # type: ignore[arg-type]
+        took = int((settled.products.jvp + settled.products.vjp).max())
+        print(f"  {method}: {counts[method]} products to sine {error:.4f}; settles after {took}, at sine "
+              f"{sine(settled.vectors, exact):.4f}")  # fmt: skip
+    for tolerance in (1e-2, 3e-3, 1e-3, 3e-4, 1e-4):
+        vectors, products = deflation(g, flat, k, tolerance)
+        if (error := sine(vectors, exact)) <= SINE:
+            break
+    counts["one vector at a time"] = int(products.max())
+    print(f"  one vector at a time: {int(products.max())} products, sine {error:.4f}, each moving < {tolerance:g}")
+    for method in ("subspace", "one vector at a time"):
+        print(f"  {method} / krylov: {counts[method] / counts['krylov']:.2f}")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--model", nargs="+", default=["digits 3x8x8", "U-Net 4x32x32"])
+    p.add_argument("--tap", nargs="+", default=["mid_block", "up_blocks.0"])
+    p.add_argument("--k", nargs="+", type=int, default=[4, 10])
+    options = p.parse_args()
+    for name in options.model:
+        for tap in options.tap:
+            for k in options.k:
+                report(name, tap, k)
+
+
+if __name__ == "__main__":
+    main()
