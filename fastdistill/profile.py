@@ -55,13 +55,24 @@ class ReplayConfig:
 
 
 def profile_digits(config: ProfileConfig, console: Console) -> None:
-    from fastdistill.tasks.digits.trainer import noise_trainer
-    from fastdistill.train.devices import usable
+    from fastdistill.data.latent_cache import LatentCache
+    from fastdistill.runs import PromptSettings, RunConfig, StudentSettings, opened, trainer_of
+    from fastdistill.train.config import TrainSettings
 
-    device = _device(config.device)
-    usable(device)
     torch.set_num_threads(config.threads)
-    trainer = noise_trainer(config.batch, device)
+    run = opened(
+        RunConfig(
+            teacher="task:digits",
+            teacher_dtype="float32",
+            device=config.device,
+            prompts=PromptSettings(seen=48),
+            student=StudentSettings(spec="bk_small"),
+            train=TrainSettings(steps=10_000, batch=config.batch, lr=1e-5),
+        )
+    )
+    noise = torch.randn(512, *run.pipeline.latent_shape(), generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    latents = LatentCache(noise, torch.arange(len(noise)) % run.pool.seen)
+    trainer = trainer_of(run, (run.pipeline.encode(run.pool.texts), [latents]))
     models = {"teacher": trainer.teacher, "student": trainer.student}
     found = profile_steps(
         trainer.step, config.output, steps=config.steps, warm_up=config.warm_up, models=models, nsight=config.nsight

@@ -49,16 +49,18 @@ def _workload(
 
 def digits(device: torch.device) -> Setup:
     """The shipped teacher and its student without a mid block, on noise."""
+    from fastdistill import LatentCache
     from fastdistill.models import make_student
-    from fastdistill.tasks.digits.sampling import SCHEDULE
-    from fastdistill.tasks.digits.teacher import load_teacher
-    from fastdistill.tasks.digits.text_encoder import prompt_bank
-    from fastdistill.tasks.digits.trainer import STUDENT, noise_cache
+    from fastdistill.tasks import open_task
 
-    teacher = load_teacher().to(device)
-    made = make_student(teacher, STUDENT)
+    pipeline = open_task("task:digits")
+    teacher = pipeline.model(device=device)
+    made = make_student(teacher, "bk_small")
     taps = tuple(zip(made.teacher_taps, made.student_taps, strict=True))
-    return Setup(teacher, made.model, taps, noise_cache(), prompt_bank(), SCHEDULE, 64, device)
+    noise = torch.randn(512, *pipeline.latent_shape(), generator=generator(torch.device("cpu"))).clamp(-1, 1)
+    prompts = pipeline.own_prompts() or []
+    cache = LatentCache(noise, torch.arange(len(noise)) % len(prompts))
+    return Setup(teacher, made.model, taps, cache, pipeline.encode(prompts), pipeline.schedule(), 64, device)
 
 
 def sd15(batch: int, device: torch.device, **changes: Any) -> Setup:

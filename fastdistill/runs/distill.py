@@ -92,17 +92,16 @@ def _far_from(free: int, run: Run) -> bool:
     return 100 * size * run.config.train.batch < free
 
 
-def trainer_of(run: Run) -> DistillTrainer:
+def trainer_of(run: Run, sources: tuple[PromptBank, Sequence[LatentCache]] | None = None) -> DistillTrainer:
     """The trainer of a run, on the stored prompts and latents.
+
+    Args:
+        sources: others in their place, latents of each of the run's sizes.
 
     Raises:
         StorageError, InputError: they are not there or belong to another run; whatever ``DistillTrainer`` refuses.
     """
-    bank = run.bank()
-    latents = [run.latents(size, bank) for size in run.sizes]
-    if in_memory(run, bank, latents):
-        bank = run.bank(load=True)
-        latents = [run.latents(size, bank, load=True) for size in run.sizes]
+    bank, latents = stored_sources(run) if sources is None else sources
     teacher, student = teacher_and_student(run)
     previews = run.config.preview.every is not None
     return DistillTrainer(
@@ -120,6 +119,16 @@ def trainer_of(run: Run) -> DistillTrainer:
         preview_prompts=_preview_prompts(run, bank) if previews else None,
         shard=sharded_blocks if run.config.shard else None,
     )
+
+
+def stored_sources(run: Run) -> tuple[PromptBank, Sequence[LatentCache]]:
+    """The stored prompts and the latents of each size, in memory or left on the disk."""
+    bank = run.bank()
+    latents = [run.latents(size, bank) for size in run.sizes]
+    if in_memory(run, bank, latents):
+        bank = run.bank(load=True)
+        latents = [run.latents(size, bank, load=True) for size in run.sizes]
+    return bank, latents
 
 
 def train_config(run: Run, bank: PromptBank) -> TrainConfig:

@@ -31,8 +31,8 @@ SMALL: dict[str, Any] = {
     "cache_images": 48,
     "images_per_prompt": 1,
     "channels": [8, 16],
-    "train": {"steps": 60, "batch": 8, "warmup": 2, "checkpoint_every": 4, "log_every": 2},
-    "sampling": {"steps": 2},
+    "train": {"steps": 30, "batch": 4, "warmup": 2, "checkpoint_every": 3, "log_every": 3},
+    "sampling": {"steps": 1},
 }
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
@@ -44,8 +44,8 @@ def arguments(output: Path, changes: dict[str, Any]) -> list[str]:
     return ["demo", "digits", "--config", str(config), "--output", str(output)]
 
 
-def start(output: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fastdistill", *arguments(output, {})]
+def start(output: Path, workers: int = 1) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fastdistill", *arguments(output, {"workers": workers})]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -64,11 +64,11 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.fixture
 def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts for the models run in this process, which has imported everything: the results are the same."""
+    monkeypatch.setattr(workers, "run_process", here)
 
-    def work(job: Job, *_: object) -> None:
-        worker.run(job.directory / "job.json", lambda **fields: None)
 
-    monkeypatch.setattr(workers, "run_process", work)
+def here(job: Job, *_: object) -> None:
+    worker.run(job.directory / "job.json", lambda **fields: None)
 
 
 def figures(output: Path) -> dict[str, Any]:
@@ -89,9 +89,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = place / "digits" / "whole"
     with FileLock(place / "digits.lock"):
         if not (output / "report.html").exists():
-            code, out, error = finish(start(output))
-            assert code == 0, error
-            assert f"Report: {output}/report.html" in out
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(workers, "run_process", here)
+                assert main(arguments(output, {"workers": 1})) == 0
     return output
 
 
@@ -114,6 +114,24 @@ def test_report(whole: Path) -> None:
     page = (whole / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 3
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page) and "<script" not in page
+
+
+def test_each_student_is_a_run(whole: Path, tmp_path: Path) -> None:
+    """That the commands of a run file know, with the cache that the students share."""
+    file = whole / "models" / "paired-0" / "training" / "run.yaml"
+    assert main(["export", str(file), "--to", str(tmp_path / "student")]) == 0
+    weights = "diffusion_pytorch_model.safetensors"
+    exported = (whole / "models" / "paired-0" / "student" / weights).read_bytes()
+    assert (tmp_path / "student" / weights).read_bytes() == exported
+    assert {place.name for place in (whole / "cache").iterdir() if place.is_dir()} == {"prompts", "latents"}
+
+
+def test_a_part_in_a_process_of_its_own(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = figures(copy)
+    (copy / "models" / "teacher" / "result.json").unlink()
+    assert main(arguments(copy, {})) == 0
+    assert f"Report: {copy}/report.html" in capfd.readouterr().out
+    assert figures(copy) == before
 
 
 def test_again_reuses_everything(copy: Path) -> None:
@@ -139,7 +157,7 @@ def test_stopped_while_students_train(signals: Sequence[signal.Signals], whole: 
     for done in ("cache", "models/teacher"):
         shutil.copytree(whole / done, output / done)
     for number in signals:
-        process, before, deadline = start(output), set(checkpoints(output)), time.monotonic() + 120
+        process, before, deadline = start(output, len(signals)), set(checkpoints(output)), time.monotonic() + 120
         while before.issuperset(checkpoints(output)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(number)
@@ -179,6 +197,20 @@ def test_stopped_at_once(tmp_path: Path) -> None:
     assert error.strip() == "fastdistill: stopped; run the same command again to go on"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str)
+def test_memory_that_is_not_there_is_told(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["worker", "job.json"])
+    assert workers.serve(run, "lower --train.batch") == 2
+    assert json.loads(capsys.readouterr().out) == {"error": "not enough memory: lower --train.batch"}
+
+
+@pytest.mark.slow
 def test_memory_that_is_not_there_is_one_line(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,26 +238,26 @@ def test_places_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.usefixtures("workers_here")
 def test_a_damaged_shard_is_made_anew(whole: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (shard,) = (copy / "cache").glob("*.safetensors")
+    (shard,) = (copy / "cache" / "latents").glob("*.safetensors")
     content = bytearray(shard.read_bytes())
     content[-9] ^= 1
     shard.write_bytes(content)
     (student,) = copy.glob("models/random_conditioning-0")
     shutil.rmtree(student)
     assert main(arguments(copy, {"workers": 1})) == 0
-    assert re.match(rf"fastdistill: {copy}/cache/\S+\.safetensors: ", one_line(capsys))
+    assert re.match(rf"fastdistill: {copy}/cache/latents/\S+\.safetensors: ", one_line(capsys))
     # the damaged shard was made anew, and everything after it is the same
     assert figures(copy) == figures(whole) and weights(copy) == weights(whole)
 
 
 def test_a_cache_of_another_teacher_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = copy / "cache" / "manifest.json"
+    manifest = copy / "cache" / "latents" / "manifest.json"
     content = json.loads(manifest.read_text())
-    content["fingerprint"]["teacher"] = "0" * 64
+    content["fingerprint"]["model"] = "0" * 64
     content["fingerprint_sha256"] = sha256_of_json(content["fingerprint"])
     manifest.write_text(json.dumps(content))
     assert main(arguments(copy, {})) == 2
-    assert re.search(r"copy/cache: .*teacher: expected '\w{64}', got '0{64}'", one_line(capsys))
+    assert re.search(r"copy/cache/latents: .*model: expected '\w{64}', got '0{64}'", one_line(capsys))
 
 
 def test_two_at_once(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

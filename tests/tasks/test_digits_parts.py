@@ -13,8 +13,8 @@ import torch
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.distill import RandomConditioning
 from fastdistill.errors import InputError, StorageError
-from fastdistill.models import make_student
-from fastdistill.tasks.digits import data, text_encoder
+from fastdistill.models import StudentSpec, make_student
+from fastdistill.tasks.digits import data, teacher, text_encoder
 from fastdistill.tasks.digits.config import DigitsConfig
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, sample
@@ -29,6 +29,7 @@ from fastdistill.tasks.digits.teacher import (
 from fastdistill.tasks.digits.text_encoder import encode, prompt_bank, tokenize
 from fastdistill.tasks.digits.worker import fingerprint
 from fastdistill.train import DistillTrainer, TrainConfig
+from fastdistill.train.config import PreviewConfig
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_the_shipped_teacher_is_what_it_says(judge: Judge) -> None:
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert made["metrics"]["right"] >= 0.95 and made["metrics"]["images"] >= 1280
     assert made["recipe"]["train"]["steps"] == TeacherConfig().train.steps  # the recipe as it stands
-    rows = torch.arange(3, 80, 4)
+    rows = torch.arange(3, 80, 7)
     images = sample(teacher, prompt_bank(), rows, rows, 123, Sampling())
     assert judge.right(images, rows).double().mean() >= 0.9
 
@@ -138,9 +139,9 @@ def test_bfloat16_weights_with_float32_masters() -> None:
     cache = LatentCache(torch.randn(256, 3, 8, 8, generator=g), rows, {})
     losses = {}
     for precision in ("float32", "bfloat16"):
-        student = make_student(teacher, DigitsConfig().spec(), init="random", seed=1)
+        student = make_student(teacher, StudentSpec(block_out_channels=(8, 16)), init="random", seed=1)
         taps = tuple(zip(student.teacher_taps, student.student_taps, strict=True))
-        config = TrainConfig(steps=30, batch=8, lr=4e-3, log_every=10, warmup=5, precision=precision)
+        config = TrainConfig(steps=16, batch=4, lr=1e-2, log_every=4, precision=precision)
         trainer = DistillTrainer(teacher, student.model, SCHEDULE, cache, bank, RandomConditioning(taps=taps), config)
         losses[precision] = [m["loss"] for m in trainer.fit().history]
         exported = trainer.ema_student()
@@ -153,7 +154,7 @@ def test_bfloat16_weights_with_float32_masters() -> None:
             assert q.dtype == torch.float32 and torch.equal(q, optimizer.state[p]["ema"])
     for one, two in zip(losses["float32"], losses["bfloat16"], strict=True):
         assert two == pytest.approx(one, rel=0.05)
-    assert losses["bfloat16"][-1] < 0.7 * losses["bfloat16"][0]
+    assert losses["bfloat16"][-1] < 0.9 * losses["bfloat16"][0]
 
 
 def test_a_recipe_is_compared_by_its_inputs() -> None:
@@ -171,7 +172,25 @@ def test_a_recipe_is_compared_by_its_inputs() -> None:
 
 def test_a_result_is_that_of_any_device() -> None:
     gpu, cpu = (dataclasses.replace(DigitsConfig(), device=device) for device in ("cuda", "cpu"))
-    assert fingerprint(gpu, "paired", 0, "a", "b") == fingerprint(cpu, "paired", 0, "a", "b")
+    assert fingerprint(gpu, "paired", 0) == fingerprint(cpu, "paired", 0)
+
+
+def test_the_run_of_a_student() -> None:
+    config = DigitsConfig(train=TrainConfig(seed=3, trackers=("wandb",), preview=PreviewConfig(prompts=(7, "seven"))))
+    run = config.run_file("paired", 2)
+    assert run.seed == 5 and run.cache.seed == 0 and run.log == ("jsonl", "wandb")
+    assert run.preview.prompts == ("a red seven", "seven")
+    assert run.objective.random_conditioning.probability == "const"
+    assert dataclasses.replace(config, cache_images=100).run_file("paired", 0).cache.images_per_prompt == 3
+    for changes, message in (
+        ({"sampling": Sampling(clip_sample=1.0)}, "sampling.clip_sample: expected 1.2, that of the task, got 1.0"),
+        (
+            {"train": TrainConfig(preview=PreviewConfig(prompts=(80,)))},
+            "train.preview.prompts: expected rows 0 to 79, or texts, got 80",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(config, **changes).run_file("paired", 0)
 
 
 def test_settings_that_the_teacher_does_not_have(tmp_path: Path) -> None:
@@ -195,9 +214,9 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
         load_teacher(tmp_path / "nothing.safetensors")
 
 
-def test_the_recipe_runs_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+def test_the_recipe_runs_and_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = TeacherConfig(images_per_prompt=1, sampling=Sampling(steps=1))
-    train = dataclasses.replace(recipe.train, steps=4, batch=8, checkpoint_every=2, log_every=2)
+    train = dataclasses.replace(recipe.train, steps=4, batch=4, checkpoint_every=2, log_every=2)
     recipe = dataclasses.replace(recipe, train=train)
     whole = train_teacher(dataclasses.replace(recipe, output=str(tmp_path / "whole")))
 
@@ -205,6 +224,7 @@ def test_the_recipe_runs_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
         if done == 3:
             raise InterruptedError
 
+    monkeypatch.setattr(teacher, "judged", lambda *_: {})  # which takes most of the time, once is enough
     halved = dataclasses.replace(recipe, output=str(tmp_path / "halved"))
     with pytest.raises(InterruptedError):
         train_teacher(halved, stop)

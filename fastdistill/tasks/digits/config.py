@@ -6,15 +6,30 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fastdistill.documented import documented
-from fastdistill.models import StudentSpec
+from fastdistill.errors import InputError
 from fastdistill.ops.feature_match import Distance
+from fastdistill.runs.config import (
+    CacheSettings,
+    LossSettings,
+    ObjectiveSettings,
+    PreviewSettings,
+    PromptSettings,
+    RandomConditioningSettings,
+    RunConfig,
+    StudentSettings,
+)
+from fastdistill.tasks.digits import data
+from fastdistill.tasks.digits.pipeline import EXPERIMENT
 from fastdistill.tasks.digits.sampling import Sampling
-from fastdistill.train.config import PreviewConfig, TrainConfig
+from fastdistill.train.config import PreviewConfig, TrainConfig, TrainSettings
+
+CACHE_SEED = 0  # of the latents, which students of all seeds share
 
 #: The students to compare: name -> p(t) and its parameters. Everything else is the same for all.
 STUDENTS: dict[str, tuple[str, dict[str, float]]] = {
@@ -36,10 +51,10 @@ class DigitsConfig:
     """Students to train of each kind; with several, results are mean and standard deviation."""
     student: Literal["narrow", "blocks"] = "narrow"
     """narrow: fewer channels, from scratch, 1x1 adapters at the taps. blocks: no mid block, the teacher's weights."""
-    channels: tuple[int, int] = (24, 48)
+    channels: tuple[int, int] = EXPERIMENT["student"]["channels"]
     """Channels per stage of the narrow student (the teacher has 32, 64)."""
     cache_images: Annotated[int, Field(ge=48, le=1_000_000)] = 1536
-    """Latents that the teacher generates, distributed over the 48 seen prompts."""
+    """Latents that the teacher generates, as many of each of the 48 seen prompts; rounded up."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 16
     """Images per prompt (there are 80) to evaluate each model."""
     feature_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -50,15 +65,7 @@ class DigitsConfig:
     """Fraction of prompts that are replaced by the null prompt."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=1500,
-            batch=64,
-            lr=4e-3,
-            lr_schedule="cosine",
-            warmup=50,
-            ema_decay=0.995,
-            log_every=25,
-            checkpoint_every=100,
-            preview=PreviewConfig(guidance_scale=2.5, clip_sample=1.2),
+            **EXPERIMENT["train"], preview=PreviewConfig(guidance_scale=Sampling().guidance_scale)
         )
     )
     sampling: Sampling = Sampling()
@@ -82,7 +89,61 @@ class DigitsConfig:
             config = dataclasses.replace(config, output=output, train=train, cache_images=384, images_per_prompt=3)
         return config
 
-    def spec(self) -> StudentSpec:
-        if self.student == "narrow":
-            return StudentSpec(block_out_channels=self.channels)
-        return StudentSpec(remove_mid=True)
+    def run_file(self, name: str, seed: int) -> RunConfig:
+        """The run of the student ``name`` (of ``STUDENTS``) and seed, in ``output``; all of them share a cache.
+
+        Raises:
+            InputError: another limit of the samples than the task's; a preview of a prompt that there is not.
+        """
+        limit, preview, output = Sampling().clip_sample, self.train.preview, Path(self.output)
+        for place, given in (
+            ("sampling", self.sampling.clip_sample),
+            ("train.preview", preview.clip_sample),
+        ):
+            if given not in (None, limit):
+                raise InputError.of(f"{place}.clip_sample", f"{limit}, that of the task", given)
+        probability, parameters = STUDENTS[name]
+        narrow = StudentSettings(channels=self.channels, init="random")
+        cache = {
+            "directory": str(output / "cache"),
+            "images_per_prompt": -(-self.cache_images // len(data.SEEN)),
+            "steps": self.sampling.steps,
+            "guidance_scale": self.sampling.guidance_scale,
+            "seed": CACHE_SEED,
+        }
+        return RunConfig(
+            directory=str(output / "models" / f"{name}-{seed}" / "training"),
+            device=self.device,
+            seed=self.train.seed + seed,
+            teacher="task:digits",
+            teacher_dtype=EXPERIMENT["teacher_dtype"],
+            log=("jsonl", *self.train.trackers),
+            prompts=PromptSettings(**EXPERIMENT["prompts"]),
+            cache=CacheSettings(**EXPERIMENT["cache"] | cache),
+            student=narrow if self.student == "narrow" else StudentSettings(spec="bk_small"),
+            objective=ObjectiveSettings(
+                random_conditioning=RandomConditioningSettings(
+                    probability=probability, parameters=parameters, null=self.null_probability
+                ),
+                weights=LossSettings(feature=self.feature_weight),
+                feature_distance=self.feature_distance,
+            ),
+            train=TrainSettings(**{f.name: getattr(self.train, f.name) for f in dataclasses.fields(TrainSettings)}),
+            preview=PreviewSettings(
+                every=preview.every,
+                prompts=_texts(preview.prompts),
+                seeds=preview.seeds,
+                steps=preview.steps,
+                guidance_scale=preview.guidance_scale,
+            ),
+        )
+
+
+def _texts(prompts: int | tuple[int | str, ...]) -> int | tuple[str, ...]:
+    """The prompts of previews, rows of ``PROMPTS`` by their texts."""
+    if isinstance(prompts, int):
+        return prompts
+    for row in prompts:
+        if isinstance(row, int) and not 0 <= row < len(data.PROMPTS):
+            raise InputError.of("train.preview.prompts", f"rows 0 to {len(data.PROMPTS) - 1}, or texts", row)
+    return tuple(row if isinstance(row, str) else data.PROMPTS[row].text for row in prompts)

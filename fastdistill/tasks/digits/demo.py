@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole experiment (``fastdistill demo digits``): cache, training of the students, evaluation, report."""
+"""The whole experiment (``fastdistill demo digits``): cache, training of the students, evaluation, report.
+
+Each student is a run (``DigitsConfig.run_file``), with which every command of a run file works, too.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from fastdistill import runs
 from fastdistill.data.fingerprint import plain
-from fastdistill.data.latent_cache import generate_latent_cache
-from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.errors import FastdistillError
 from fastdistill.files import located, locked, make_directory, require_space
-from fastdistill.models.specs import student_config
-from fastdistill.models.weights import weights_hash
 from fastdistill.tasks import workers
-from fastdistill.tasks.digits import data, worker
+from fastdistill.tasks.digits import worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.report import write
-from fastdistill.tasks.digits.sampling import sample
-from fastdistill.tasks.digits.teacher import load_teacher
-from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.tasks.workers import Job
 from fastdistill.train.config import validated
 from fastdistill.train.devices import usable
 
-CACHE_SEED = 0
 _SPACE = 200_000_000  # bytes, more than the cache, checkpoints and exports of a run need
 
 
@@ -54,8 +49,8 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(output))
         progress = stack.enter_context(workers.bars(console))
-        made_from, prepared = _prepare(config, output, progress)
-        results = _models(config, output, made_from, progress)
+        prepared = _prepare(config, progress)
+        results = _models(config, output, progress)
     seconds = {"total": time.perf_counter() - start, "cache": prepared}
     path = write(config, output, results, seconds, workers.versions())
     console.print(_summary(results))
@@ -63,60 +58,37 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
     return path
 
 
-def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> tuple[dict[str, str], float]:
-    """Write the prompt bank and the latent cache. Returns the checksums of teacher and prompts, and the seconds spent
-    on the cache in this call."""
-    bank, teacher = prompt_bank(), load_teacher().to(config.device)
-    student_config(teacher.config, config.spec())  # raises before anything is written if it cannot be built
-    if not (output / "prompts" / "manifest.json").exists():
-        bank.save(output / "prompts")
-    elif PromptBank.load(output / "prompts").identity != bank.identity:
-        raise FastdistillError(f"{output / 'prompts'}: holds other prompts; use another directory or delete it")
-    bank = bank.to(config.device)
-    made_from = {"teacher": weights_hash(teacher), "prompts": bank.identity}
-    task = progress.add_task("teacher: cache of seen prompts", total=config.cache_images)
-
-    def generate(rows: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        return sample(teacher, bank, prompt, rows, CACHE_SEED, config.sampling)
-
+def _prepare(config: DigitsConfig, progress: Progress) -> float:
+    """Encode the prompts and sample the teacher. Returns the seconds that this call spent on it."""
+    task = progress.add_task("teacher: cache of seen prompts", total=None)
     start = time.perf_counter()
-    generate_latent_cache(
-        output / "cache",
-        generate,
-        torch.tensor(data.SEEN).repeat(-(-config.cache_images // len(data.SEEN)))[: config.cache_images],
-        data.SHAPE,
-        torch.float32,
-        {
-            **made_from,
-            "sampling": config.sampling.describe(),
-            "seed": CACHE_SEED,
-        },
-        rows_per_shard=256,
-        progress=lambda done, total: progress.update(task, completed=done),
-    )
-    return made_from, time.perf_counter() - start
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage == "latents":
+            progress.update(task, completed=done, total=total)
+
+    runs.cache(config.run_file(next(iter(STUDENTS)), 0), progress=show)
+    return time.perf_counter() - start
 
 
-def _models(
-    config: DigitsConfig, output: Path, made_from: dict[str, str], progress: Progress
-) -> dict[str, list[dict[str, Any]]]:
+def _models(config: DigitsConfig, output: Path, progress: Progress) -> dict[str, list[dict[str, Any]]]:
     """Results by model name, one entry per seed."""
     jobs = []
     for seed in range(config.seeds):
         for name in STUDENTS:
             title = name.replace("_", " ") + (f", seed {seed}" if config.seeds > 1 else "")
-            jobs.append(_job(config, output, made_from, title, name, seed))
-    jobs.append(_job(config, output, made_from, "teacher", "teacher", 0))
+            jobs.append(_job(config, output, title, name, seed))
+    jobs.append(_job(config, output, "teacher", "teacher", 0))
     by_model: dict[str, list[dict[str, Any]]] = {}
     for result in workers.results(jobs, config.workers, progress):
         by_model.setdefault(result["model"], []).append(result)
     return by_model
 
 
-def _job(config: DigitsConfig, output: Path, made_from: dict[str, str], title: str, name: str, seed: int) -> Job:
+def _job(config: DigitsConfig, output: Path, title: str, name: str, seed: int) -> Job:
     directory = output / "models" / (name if name == "teacher" else f"{name}-{seed}")
     content = {"model": name, "seed": seed, "config": plain(dataclasses.asdict(config))}
-    finished = worker.finished(directory, worker.fingerprint(config, name, seed, **made_from))
+    finished = worker.finished(directory, worker.fingerprint(config, name, seed))
     return Job(title, worker.MODULE, directory, content, finished)
 
 

@@ -25,6 +25,32 @@ from fastdistill.tasks.digits import data, text_encoder
 from fastdistill.tasks.digits.sampling import Sampling, scheduler
 from fastdistill.tasks.digits.teacher import ARCHITECTURE, WEIGHTS, load_teacher
 
+#: Sections of the run file of a student of the experiment (``fastdistill demo digits``).
+EXPERIMENT: dict[str, Any] = {
+    "teacher_dtype": "float32",
+    "prompts": {"seen": len(data.SEEN)},
+    "cache": {
+        "images_per_prompt": 32,
+        "steps": Sampling().steps,
+        "guidance_scale": Sampling().guidance_scale,
+        "dtype": "float32",
+        "batch": 64,
+        "rows_per_shard": 256,
+    },
+    "student": {"channels": (24, 48), "init": "random"},
+    "train": {
+        "steps": 1500,
+        "batch": 64,
+        "lr": 4e-3,
+        "lr_schedule": "cosine",
+        "warmup": 50,
+        "ema_decay": 0.995,
+        "log_every": 25,
+        "checkpoint_every": 100,
+    },
+    "evaluate": {"prompts": len(data.UNSEEN)},
+}
+
 
 def open_pipeline() -> DigitsPipeline:
     """The shipped teacher with what it samples by; no weights are read."""
@@ -90,32 +116,8 @@ class DigitsPipeline(PipelineFolder):
         return shipped.get(name, [])
 
     def usual(self) -> dict[str, Any]:
-        """The settings of the experiment (``fastdistill demo digits``)."""
-        sampling = Sampling()
-        return {
-            "teacher_dtype": "float32",
-            "prompts": {"seen": len(data.SEEN)},
-            "cache": {
-                "images_per_prompt": 32,
-                "steps": sampling.steps,
-                "guidance_scale": sampling.guidance_scale,
-                "dtype": "float32",
-                "batch": 64,
-                "rows_per_shard": 256,
-            },
-            "student": {"channels": [24, 48], "init": "random"},
-            "train": {
-                "steps": 1500,
-                "batch": 64,
-                "lr": 4e-3,
-                "lr_schedule": "cosine",
-                "warmup": 50,
-                "ema_decay": 0.995,
-                "log_every": 25,
-                "checkpoint_every": 100,
-            },
-            "evaluate": {"prompts": len(data.UNSEEN)},
-        }
+        """The settings of the experiment."""
+        return EXPERIMENT
 
     def loads(self, base: str | None = None) -> list[str]:
         if base is None:

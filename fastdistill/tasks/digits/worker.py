@@ -20,27 +20,22 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from fastdistill import ops
+from fastdistill import ops, runs
 from fastdistill.data.fingerprint import plain, sha256_of_json
-from fastdistill.data.latent_cache import LatentCache
-from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.distill import RandomConditioning, Weights
-from fastdistill.files import atomic_directory, atomic_write, located
-from fastdistill.models import make_student
-from fastdistill.models.export import save_model
-from fastdistill.models.weights import weights_hash
+from fastdistill.files import atomic_write
+from fastdistill.runs import Run
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.judge import Judge
-from fastdistill.tasks.digits.sampling import SCHEDULE, sample
-from fastdistill.tasks.digits.teacher import load_teacher
+from fastdistill.tasks.digits.teacher import provenance
+from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.tasks.workers import Report, result_in, serve
-from fastdistill.train import DistillTrainer
 from fastdistill.train.config import from_mapping
 
 MODULE = "fastdistill.tasks.digits.worker"
 EXPORTED = ("config.json", "diffusion_pytorch_model.safetensors")
 EVALUATION_SEED = 2**31  # initial noise of the evaluated images, other than that of the cache
+_BATCH = 64  # images that are sampled at once
 
 
 def run(job: Path, report: Report) -> None:
@@ -48,29 +43,37 @@ def run(job: Path, report: Report) -> None:
     described = json.loads(job.read_text(encoding="utf-8"))
     config = from_mapping(DigitsConfig, described["config"])
     torch.set_num_threads(config.threads)
-    teacher = load_teacher().to(config.device)
-    bank = PromptBank.load(located(config.output) / "prompts").to(config.device)
     name, seed = described["model"], described["seed"]
-    made_from = fingerprint(config, name, seed, weights_hash(teacher), bank.identity)
-    result: dict[str, Any] = {"model": name, "seed": seed, "fingerprint": made_from}
-    model: nn.Module = teacher
-    if name != "teacher":
-        model, training = _train(config, name, seed, teacher, bank, job.parent, report)
-        result |= training
+    result: dict[str, Any] = {"model": name, "seed": seed, "fingerprint": fingerprint(config, name, seed)}
+    own = config.run_file(name if name in STUDENTS else next(iter(STUDENTS)), seed)
+    opened = runs.opened(own)
+    if name == "teacher":
+        model = opened.pipeline.model(device=opened.config.device, dtype=opened.teacher_dtype)
+    else:
+        total = own.train.steps
+
+        def progress(done: int, metrics: dict[str, float] | None) -> None:
+            report(phase="training", done=done, total=total, loss=metrics and metrics["loss"])
+
+        fitted = runs.distill(own, progress=progress)
+        runs.export(own, job.parent / "student", overwrite=True)
+        model = runs.trained_student(opened)
+        result |= {"seconds": fitted.seconds, "history": fitted.history}
     result["parameters"] = sum(p.numel() for p in model.parameters())
-    result |= _evaluate(config, model, bank, job.parent, report)
+    result |= _evaluate(config, opened, model, job.parent, report)
     result["backend"] = ops.used()
     atomic_write(job.parent / "result.json", json.dumps(result, indent=1).encode())
 
 
-def fingerprint(config: DigitsConfig, model: str, seed: int, teacher: str, prompts: str) -> str:
-    """What a result depends on, whichever machine made it; ``teacher`` and ``prompts`` by what identifies them."""
+def fingerprint(config: DigitsConfig, model: str, seed: int) -> str:
+    """What a result depends on, whichever machine made it."""
     settings = plain(dataclasses.asdict(config))
     for free in ("output", "seeds", "workers", "threads", "quick", "device"):
         del settings[free]
     for shown in ("preview", "trackers"):
         del settings["train"][shown]
-    return sha256_of_json({**settings, "model": model, "seed": seed, "prompts": prompts, "teacher": teacher})
+    made_from = {"prompts": prompt_bank().identity, "teacher": provenance()["sha256"]}
+    return sha256_of_json({**settings, "model": model, "seed": seed, **made_from})
 
 
 def finished(directory: Path, fingerprint: str) -> bool:
@@ -85,55 +88,24 @@ def finished(directory: Path, fingerprint: str) -> bool:
     return result["model"] == "teacher" or all((directory / "student" / name).exists() for name in EXPORTED)
 
 
-def _export(model: Any, directory: Path) -> None:
-    """``model.save_pretrained``, atomically."""
-    with atomic_directory(directory, replace=True) as temporary:
-        save_model(model, temporary)
-
-
-def _train(
-    config: DigitsConfig, name: str, seed: int, teacher: Any, bank: PromptBank, directory: Path, report: Report
-) -> tuple[nn.Module, dict[str, Any]]:
-    cache = LatentCache.load(located(config.output) / "cache", device=config.device)
-    student = make_student(
-        teacher, config.spec(), init="random" if config.student == "narrow" else "teacher", seed=seed
-    )
-    probability, parameters = STUDENTS[name]
-    objective = RandomConditioning(
-        probability=probability,
-        parameters=parameters,
-        null_probability=config.null_probability,
-        weights=Weights(feature=config.feature_weight),
-        feature_distance=config.feature_distance,
-        taps=tuple(zip(student.teacher_taps, student.student_taps, strict=True)) if config.feature_weight else (),
-    )
-    train = dataclasses.replace(config.train, seed=config.train.seed + seed)
-    trainer = DistillTrainer(teacher, student.model, SCHEDULE, cache, bank, objective, train, device=config.device)
-
-    def progress(done: int, metrics: dict[str, float] | None) -> None:
-        report(phase="training", done=done, total=train.steps, loss=metrics and metrics["loss"])
-
-    fitted = trainer.fit(directory / "training", progress=progress)
-    model = trainer.ema_student()
-    _export(model, directory / "student")
-    return model, {"seconds": fitted.seconds, "history": fitted.history}
-
-
-def _evaluate(
-    config: DigitsConfig, model: nn.Module, bank: PromptBank, directory: Path, report: Report
-) -> dict[str, Any]:
-    judge = Judge()
+def _evaluate(config: DigitsConfig, run: Run, model: nn.Module, directory: Path, report: Report) -> dict[str, Any]:
+    judge, bank, sampling = Judge(), prompt_bank(), config.sampling
     prompt = torch.arange(len(data.PROMPTS)).repeat_interleave(config.images_per_prompt)
     start = time.perf_counter()
-    images = sample(
-        model,
-        bank,
-        prompt,
-        torch.arange(len(prompt)),
-        EVALUATION_SEED,
-        config.sampling,
-        progress=lambda done: report(phase="judging", done=done, total=len(prompt)),
-    )
+    parts = []
+    for part in torch.split(torch.arange(len(prompt)), _BATCH):
+        made = run.pipeline.sample(
+            model,
+            bank,
+            prompt[part],
+            part,
+            steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            seed=EVALUATION_SEED,
+        )
+        parts.append(made.cpu())
+        report(phase="judging", done=sum(map(len, parts)), total=len(prompt))
+    images = torch.cat(parts)
     seconds = time.perf_counter() - start
     right = judge.right(images, prompt)
     first = torch.arange(0, len(prompt), config.images_per_prompt)
