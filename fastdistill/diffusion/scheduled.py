@@ -75,7 +75,7 @@ def sample_with(
         _check.dtype(rows, "rows", torch.int64)
         _check.shape(rows, "rows", (len(x_T),), f"row numbers [{len(x_T)}]")
     scheduler = copy.deepcopy(scheduler)
-    _set_timesteps(scheduler, steps, x_T, model)
+    set_timesteps(scheduler, steps, tuple(x_T.shape[1:]), model, x_T.device)
     index = torch.arange(len(x_T), device=x_T.device) if rows is None else rows
     if isinstance(weights, Guidance):
         kind = _prediction_type(scheduler)
@@ -130,15 +130,18 @@ def scheduler_of(schedule: Schedule, prediction_type: PredictionType, clip_sampl
     return scheduler
 
 
-def _set_timesteps(scheduler: Any, steps: int, x: Tensor, model: nn.Module) -> None:
+def set_timesteps(
+    scheduler: Any, steps: int, shape: tuple[int, ...], model: nn.Module, device: torch.device | str = "cpu"
+) -> None:
+    """As the pipelines of the model's family do it, for states [B, *shape]."""
     options: dict[str, Any] = {}
-    if (mu := mu_of(scheduler, families.tokens_of(model, tuple(x.shape[1:])))) is not None:
+    if (mu := mu_of(scheduler, families.tokens_of(model, shape))) is not None:
         options["mu"] = mu
     family = families.find(model)
     sigmas = None if family is None else family.sigmas(steps)
     if sigmas is not None and "sigmas" in _takes(scheduler.set_timesteps):
         options["sigmas"] = sigmas
-    scheduler.set_timesteps(steps, device=x.device, **options)
+    scheduler.set_timesteps(steps, device=device, **options)
 
 
 def _options(scheduler: Any, seed: int, rows: Tensor) -> dict[str, Any]:

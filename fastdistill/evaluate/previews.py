@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, cast
@@ -36,6 +36,7 @@ class Previews:
     Args:
         scheduler: of diffusers (``sample_with``). shape: of a latent.
         wanted: how many prompts, from the first, or a list of rows and texts of the bank. seeds: of the initial noise.
+        guidance: the argument ``guidance_scale`` or ``guidance`` of ``sample_with``.
         guided: whether the student's own pass is guided already, so that it is sampled without guidance.
         batch: samples that a model makes at once. call: how models are called (``Predictor``).
         decode: latents [b, *shape] float32 -> images [b, 1 or 3, H, W] in [0, 1]; None: ``pictured``.
@@ -51,7 +52,7 @@ class Previews:
     device: torch.device
     wanted: int | Sequence[int | str]
     steps: int
-    guidance_scale: float
+    guidance: Mapping[str, Any]
     seeds: Sequence[int]
     batch: int
     call: Call | None = None
@@ -65,7 +66,7 @@ class Previews:
     def __call__(self, student: nn.Module, done: int) -> bytes:
         if self._taught is None:
             self._taught = self._samples(self.teacher)
-        taught, learnt = self._taught, self._samples(student, 1.0 if self.guided else None)
+        taught, learnt = self._taught, self._samples(student, {} if self.guided else None)
         if self.decode is None:
             limits = (-1.0, 1.0) if self.shape[0] in (1, 3) else (float(taught.min()), float(taught.max()))
             images = [pictured(latents, limits) for latents in (taught, learnt)]
@@ -77,13 +78,13 @@ class Previews:
         return png(figure, transparent=False, dpi=150)
 
     @torch.no_grad()
-    def _samples(self, model: nn.Module, scale: float | None = None) -> Tensor:
-        """Latents, or images where there is ``decode``, of each prompt by every seed, on the CPU; ``scale``: of
-        guidance, None: that of the previews."""
-        scale = self.guidance_scale if scale is None else scale
-        return torch.stack([self._of_seed(model, seed, scale) for seed in self.seeds], 1).flatten(0, 1)
+    def _samples(self, model: nn.Module, guidance: Mapping[str, Any] | None = None) -> Tensor:
+        """Latents, or images where there is ``decode``, of each prompt by every seed, on the CPU; ``guidance`` None:
+        that of the previews."""
+        given = self.guidance if guidance is None else guidance
+        return torch.stack([self._of_seed(model, seed, given) for seed in self.seeds], 1).flatten(0, 1)
 
-    def _of_seed(self, model: nn.Module, seed: int, scale: float) -> Tensor:
+    def _of_seed(self, model: nn.Module, seed: int, guidance: Mapping[str, Any]) -> Tensor:
         made = []
         for first in range(0, len(self._rows), self.batch):
             rows = torch.tensor(self._rows[first : first + self.batch], device="cpu")
@@ -95,7 +96,7 @@ class Previews:
                 self._conditions(model, rows),
                 self._conditions(model, slice(-1, None)),
                 steps=self.steps,
-                guidance_scale=scale,
+                **guidance,
                 seed=seed,
                 rows=own,
                 call=self.call,
@@ -113,7 +114,9 @@ class Previews:
         return cast(Tensor, images)
 
     def _conditions(self, model: nn.Module, rows: Tensor | slice) -> Any:
-        return with_guidance(model, rows_of(self.prompts.rows, rows, self.device), self.guidance_scale - 1)
+        return with_guidance(
+            model, rows_of(self.prompts.rows, rows, self.device), (self.guidance.get("guidance_scale") or 1.0) - 1
+        )
 
 
 def previews_of(
@@ -136,6 +139,8 @@ def previews_of(
     if config.clip_sample is not None and (scheduler is not None or not isinstance(setting.schedule, NoiseSchedule)):
         rule = "none but for a NoiseSchedule (a scheduler of diffusers has it in its own settings)"
         raise InputError.of("config.preview.clip_sample", rule, config.clip_sample)
+    if config.guidance is not None and config.guidance_scale is not None:
+        raise InputError.of("config.preview.guidance", "none beside guidance_scale", config.guidance)
     scheduler = scheduler or scheduler_of(setting.schedule, setting.prediction_type, config.clip_sample)
     check_scheduler(scheduler)
     return Previews(
@@ -146,7 +151,7 @@ def previews_of(
         setting.device,
         wanted=config.prompts,
         steps=config.steps,
-        guidance_scale=config.guidance_scale,
+        guidance={"guidance_scale": config.guidance_scale, "guidance": config.guidance},
         seeds=config.seeds,
         batch=setting.micro_batch or setting.batch,
         call=setting.call,

@@ -24,9 +24,11 @@ from fastdistill.data.fingerprint import listed as some
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.texts import listed
 from fastdistill.diffusion.flow import schedule_of
+from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.sampler import initial_noise
 from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type
-from fastdistill.diffusion.scheduled import sample_with
+from fastdistill.diffusion.scheduled import sample_with, set_timesteps
 from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
 from fastdistill.models import families
 from fastdistill.models.calling import Call, with_guidance
@@ -262,7 +264,8 @@ class PipelineFolder:
         rows: Tensor | None = None,
         *,
         steps: int,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
+        guidance: Guidance | float | str | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         call: Call | None = None,
@@ -275,7 +278,9 @@ class PipelineFolder:
             model: teacher or student, in eval mode. prompt_index: [b] int64, rows of the bank.
             rows: [b] int64, numbers of the initial noise; None: 0..b-1.
             guidance_scale: a model that reads it itself (LCM, Flux) is given that of the bank, where the bank holds
-                one, else this, and is evaluated once a step. Others as ``sample_with``.
+                one, else this, and is evaluated once a step. None: 1, or by ``guidance``.
+            guidance: in place of guidance_scale a schedule of w = g - 1, which models that read the scale do not take.
+                Others as ``sample_with``.
         """
         if prompt_index.ndim != 1 or prompt_index.dtype != torch.int64:
             raise InputError.of("prompt_index", "int64 rows [b]", f"{prompt_index.dtype} {tuple(prompt_index.shape)}")
@@ -287,11 +292,22 @@ class PipelineFolder:
         noise = initial_noise(seed, rows, self.latent_shape(size))
         given = rows_of(prompts.banks, prompt_index, device)
         null = {name: rows[0] for name, rows in rows_of(prompts.banks, slice(-1, None), device).items()}
-        given, null = (with_guidance(model, banks, guidance_scale - 1) for banks in (given, null))
         config = families.unwrapped(model).config if families.find(model) else self.config
-        scale = self.family.guided(config, guidance_scale)
-        options: dict[str, Any] = {"steps": steps, "guidance_scale": scale, "seed": seed, "rows": rows, "call": call}
+        options: dict[str, Any] = {"steps": steps, "seed": seed, "rows": rows, "call": call, "guidance": guidance}
+        if guidance is not None and self.family.reads_guidance(config):
+            raise InputError.of("guidance", "None for a model that reads the guidance scale itself", str(guidance))
+        if guidance is None:
+            guidance_scale = 1.0 if guidance_scale is None else guidance_scale
+            given, null = (with_guidance(model, banks, guidance_scale - 1) for banks in (given, null))
+        if guidance_scale is not None:
+            options["guidance_scale"] = self.family.guided(config, guidance_scale)
         return sample_with(self.scheduler(), model, noise, given, null, **options)
+
+    def check_guidance(self, guidance: Guidance | float | str, steps: int) -> None:
+        """InputError unless ``sample`` can use this schedule at the levels that the scheduler visits in these steps."""
+        scheduler = self.scheduler()
+        set_timesteps(scheduler, steps, self.latent_shape(), self.model(device="meta"))
+        Guidance.parse(guidance).passes(Grid.visited(scheduler))
 
     def export(
         self,

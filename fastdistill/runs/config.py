@@ -58,8 +58,10 @@ class CacheSettings:
     """How the teacher samples: by the scheduler of its folder, with all its settings."""
     steps: Count = 25
     """Number of sampling steps."""
-    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 7.5
-    """Guidance scale g of diffusers, 1 + w; 1 is no guidance."""
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Guidance scale g of diffusers, 1 + w; 1 is no guidance; none: 7.5, or by guidance."""
+    guidance: str | float | None = None
+    """In place of guidance_scale a schedule of the weight w = g - 1, such as 8@10,-1@2,0 (docs/guidance.md)."""
     seed: Seed | None = None
     """Seed of the initial noise; none: that of the run. With one, runs of several seeds share a cache."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float16"

@@ -134,13 +134,15 @@ def stored_sources(run: Run) -> tuple[PromptBank, Sequence[LatentCache]]:
 def train_config(run: Run, bank: PromptBank) -> TrainConfig:
     """The settings of the trainer."""
     config, preview = run.config, run.config.preview
-    guidance = run.pipeline.family.guided(run.pipeline.config, _preview_guidance(run))
+    guidance = run.guidance(preview.guidance_scale)
+    if "guidance_scale" in guidance:
+        guidance["guidance_scale"] = run.pipeline.family.guided(run.pipeline.config, guidance["guidance_scale"])
     texts = preview.prompts if isinstance(preview.prompts, int) else tuple(preview.prompts)
     return TrainConfig(
         **dataclasses.asdict(config.train),
         seed=config.seed,
         trackers=tuple(name for name in config.log if name == "tensorboard" or name == "wandb"),
-        preview=PreviewConfig(preview.every, texts, preview.seeds, preview.steps, guidance),
+        preview=PreviewConfig(preview.every, texts, preview.seeds, preview.steps, **guidance),
     )
 
 
@@ -160,18 +162,14 @@ def _decoder(run: Run) -> Callable[[Tensor], Tensor]:
     return lambda latents: run.pipeline.family.decode(vae, latents)
 
 
-def _preview_guidance(run: Run) -> float:
-    own = run.config.preview.guidance_scale
-    return run.config.cache.guidance_scale if own is None else own
-
-
 def _preview_prompts(run: Run, bank: PromptBank) -> PromptBank | None:
     """Encodings of the prompts of previews, where the pool does not have all of them."""
     wanted = run.config.preview.prompts
     if isinstance(wanted, int) or set(wanted) <= set(bank.texts):
         return None
     encoders = run.pipeline.encoders(device=run.config.device, dtype=run.teacher_dtype)
-    made = run.pipeline.encode(list(wanted), encoders, size=run.sizes[0], guidance_scale=_preview_guidance(run))
+    scale = run.guidance(run.config.preview.guidance_scale).get("guidance_scale")
+    made = run.pipeline.encode(list(wanted), encoders, size=run.sizes[0], guidance_scale=scale)
     return dataclasses.replace(made, encoder=bank.encoder)  # that of the same folder, by its files
 
 

@@ -89,16 +89,16 @@ def evaluate(
     models = run.pipeline.model(device=device, dtype=run.teacher_dtype), own.model
     vae = run.pipeline.autoencoder(device=device, dtype=run.teacher_dtype)
     steps = run.config.cache.steps if settings.steps is None else settings.steps
-    scale = _guidance(run)
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": scale, "seed": settings.seed, "size": size}
+    guidance = run.guidance(settings.guidance_scale)
+    options: dict[str, Any] = {"steps": steps, "seed": settings.seed, "size": size}
 
-    def made(model: Any, scale: float) -> Callable[[Tensor, Tensor], Tensor]:
-        own = {**options, "guidance_scale": scale}
+    def made(model: Any, guidance: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+        own = {**options, **guidance}
         return lambda rows, noise: run.pipeline.sample(model, prompts.bank, rows, noise, call=run.call, **own)
 
     rows = torch.arange(len(prompts.texts)).repeat(images)
     samples = compared(
-        made(models[0], scale), made(models[1], run.student_guidance(scale)),
+        made(models[0], guidance), made(models[1], run.student_guidance(guidance)),
         lambda latents: run.pipeline.family.decode(vae, latents), rows,
         batch=settings.batch, extractors=extractors, shown=min(_SHOWN, len(prompts.texts)), progress=progress,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def evaluate(
     measures = _measures(run, extractors, samples, losses, prompts, reference)
     seconds["measures"] = time.perf_counter() - start - sum(seconds.values())
     seconds["total"] = time.perf_counter() - start
-    report = _report(run, models, samples, measures, prompts, options, seconds, _named(run, features))
+    report = _report(run, models, samples, measures, prompts, options | guidance, seconds, _named(run, features))
     _write(run.directory / FOLDER, config, report, samples, losses, prompts.texts)
     return report
 
@@ -156,7 +156,8 @@ def _prompts(run: Run) -> _Prompts:
     texts = run.pool.texts[first:]
     seen = [row < run.pool.seen for row in range(first, len(run.pool.texts))]
     cache = run.config.cache
-    stored = cache.encodings == "stored" and _guidance(run) == cache.guidance_scale  # which some families encode
+    same = run.guidance(run.config.evaluate.guidance_scale) == run.guidance()  # which some families encode
+    stored = cache.encodings == "stored" and same
     if not stored or not (run.prompts_place / "manifest.json").exists():
         return _Prompts(texts, _encoded(run, texts), seen)
     bank = run.bank()
@@ -167,12 +168,8 @@ def _prompts(run: Run) -> _Prompts:
 
 def _encoded(run: Run, texts: list[str]) -> PromptBank:
     encoders = run.pipeline.encoders(device=run.config.device, dtype=run.teacher_dtype)
-    return run.pipeline.encode(texts, encoders, size=run.sizes[0], guidance_scale=_guidance(run))
-
-
-def _guidance(run: Run) -> float:
-    own = run.config.evaluate.guidance_scale
-    return run.config.cache.guidance_scale if own is None else own
+    scale = run.guidance(run.config.evaluate.guidance_scale).get("guidance_scale")
+    return run.pipeline.encode(texts, encoders, size=run.sizes[0], guidance_scale=scale)
 
 
 class _Compared(NamedTuple):
@@ -287,7 +284,7 @@ def _report(
         for name, model in zip(MODELS, models, strict=True)
     }
     height, width = run.pipeline.size(run.sizes[0])
-    told = {
+    told: dict[str, Any] = {
         "prompts": len(prompts.texts),
         "seen_prompts": sum(prompts.seen),
         "images_per_prompt": settings.images_per_prompt,
@@ -299,7 +296,7 @@ def _report(
     return {
         "title": f"Student and teacher of {run.directory.name}",
         **of_models,
-        "sampling": told | {name: options[name] for name in ("steps", "guidance_scale", "seed")},
+        "sampling": told | {name: value for name, value in options.items() if name != "size"},
         "features": features,
         "reference": "the teacher's images" if settings.reference is None else settings.reference,
         "left_out": measures.left_out,

@@ -141,7 +141,7 @@ def _facts(run: Run, made_by: Mapping[str, Any]) -> dict[str, object]:
     return {
         "teacher's weights (SHA-256)": made_by["teacher"]["weights"],
         "prompts": f"{len(run.pool.texts):,}, of which {run.pool.seen:,} with latents",
-        "sampling of the latents": f"{config.cache.steps} steps, guidance scale {config.cache.guidance_scale}",
+        "sampling of the latents": f"{config.cache.steps} steps, guidance w = {run.guidance_text}",
         "random conditioning": f"p(t) {objective.random_conditioning.probability}",
         "batch": config.train.batch,
         "learning rate": config.train.lr,

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastdistill.data.fingerprint import differences, listed, plain, sha256_of_j
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
+from fastdistill.diffusion.guidance import Guidance, shown
 from fastdistill.errors import InputError, StorageError, described, quoted
 from fastdistill.files import located
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, Student, StudentSpec, make_student
@@ -66,6 +68,8 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         rule = f"auto, or {pipeline.family.name}, which {config.teacher} holds"
         known = "" if config.family in FAMILIES else f" (families: {', '.join(FAMILIES)}; others: call)"
         raise InputError.of("family", rule, config.family + known)
+    if config.cache.guidance is not None:
+        _check_guidance(config, pipeline)
     run = Run(dataclasses.replace(config, device=device), pipeline, call)
     for size in run.sizes:
         pipeline.latent_shape(size)
@@ -78,6 +82,19 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
         raise InputError.of("objective.weights.task", rule, config.objective.weights.task)
     return run
+
+
+def _check_guidance(config: RunConfig, pipeline: PipelineFolder) -> None:
+    """InputError unless the samples of the cache can go by its schedule."""
+    given, rule = config.cache.guidance, None
+    assert given is not None
+    if config.cache.guidance_scale is not None:
+        rule = "none beside cache.guidance_scale (g = 1 + w)"
+    elif pipeline.family.reads_guidance(pipeline.config) or config.objective.guidance.scale is not None:
+        rule = "none for models that read the guidance scale themselves (cache.guidance_scale)"
+    if rule is not None:
+        raise InputError.of("cache.guidance", rule, given)
+    pipeline.check_guidance(given, config.cache.steps)
 
 
 def open_teacher(teacher: str, call: str | None = None, allow_code: bool = False) -> tuple[PipelineFolder, Call | None]:
@@ -171,11 +188,28 @@ class Run:
         init = self.config.student.init
         return make_student(teacher, self.student_spec, init=init, seed=seed, guidance_embedding=reads)
 
-    def student_guidance(self, guidance_scale: float) -> float:
-        """The guidance scale at which the student is sampled where the teacher is at this one: 1, no guidance, of one
-        that was distilled with guidance and does not read the scale."""
+    def guidance(self, own: float | None = None) -> dict[str, Any]:
+        """The guidance of samples as ``PipelineFolder.sample`` takes it: a scale of their own, or that of the cache."""
+        cache = self.config.cache
+        if own is None and cache.guidance is not None:
+            return {"guidance": cache.guidance}
+        scale = cache.guidance_scale if own is None else own
+        return {"guidance_scale": 7.5 if scale is None else scale}
+
+    def student_guidance(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The guidance with which the student is sampled where the teacher is with this one: none of one that was
+        distilled with guidance and does not read the scale."""
         guidance = self.config.objective.guidance
-        return 1.0 if guidance.schedule is not None and guidance.scale is None else guidance_scale
+        return {"guidance_scale": 1.0} if guidance.schedule is not None and guidance.scale is None else given
+
+    @property
+    def guidance_text(self) -> str:
+        """w of the cache's samples, as the text of a schedule."""
+        given, family = self.guidance(), self.pipeline.family
+        if "guidance" in given:
+            return str(Guidance.parse(given["guidance"]))
+        scale, config = given["guidance_scale"], self.pipeline.config
+        return shown(Decimal(repr(scale if family.reads_guidance(config) else family.guided(config, scale))) - 1)
 
     @cached_property
     def pool(self) -> Pool:
@@ -201,7 +235,7 @@ class Run:
         settings = {n: v for n, v in self.pipeline.index.items() if not isinstance(v, list) and not n.startswith("_")}
         options: dict[str, Any] = {}
         if family.reads_guidance(config):
-            options["guidance_scale"] = self.config.cache.guidance_scale
+            options["guidance_scale"] = self.guidance()["guidance_scale"]
         if family.of_size(config, size := self.pipeline.size(self.sizes[0])):
             options["size"] = size
         parts = [name for name in self.pipeline.components() if name.startswith(("text_encoder", "tokenizer"))]
@@ -223,7 +257,7 @@ class Run:
         given: dict[str, Any] = {
             "config": self.pipeline.config,
             "size": self.pipeline.size(self.sizes[0]),
-            "guidance_scale": self.config.cache.guidance_scale,
+            "guidance_scale": self.guidance().get("guidance_scale"),
         }
         return partial(family.encode, pipeline, **given), partial(family.encode_null, pipeline, **given)
 
@@ -327,7 +361,7 @@ class Run:
                     "scheduler": type(scheduler).__name__,
                     "settings": settings,
                     "steps": cache.steps,
-                    "guidance_scale": cache.guidance_scale,
+                    "guidance": self.guidance_text,
                     "images_per_prompt": cache.images_per_prompt,
                     "seen": self.pool.seen,
                 },

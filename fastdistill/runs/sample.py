@@ -54,7 +54,6 @@ def sample(
     to = located(to, "to")
     texts, own = list(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
     steps = config.cache.steps if steps is None else steps
-    asked = guidance_scale
     for name, wrong, rule in (("prompts", not texts, "at least one"), ("seeds", not own, "at least one")):
         if wrong:
             raise InputError.of(name, rule, "none")
@@ -63,13 +62,14 @@ def sample(
     if to.exists():
         raise StorageError(f"{to}: expected a new folder, got one that is there already")
     run = opened(config, allow_code=allow_code)
-    guidance_scale = config.cache.guidance_scale if asked is None else asked
-    if not teacher and asked is None:
-        guidance_scale = run.student_guidance(guidance_scale)
+    guidance = run.guidance(guidance_scale)
+    if not teacher and guidance_scale is None:
+        guidance = dict(run.student_guidance(guidance))
     if not teacher:
         last_checkpoint(run, step)
     device, size = run.config.device, run.sizes[0]
-    bank = run.pipeline.encode(texts, run.pipeline.encoders(device=device), size=size, guidance_scale=guidance_scale)
+    encoders, scale = run.pipeline.encoders(device=device), guidance.get("guidance_scale")
+    bank = run.pipeline.encode(texts, encoders, size=size, guidance_scale=scale)
     model = run.pipeline.model(device=device, dtype=run.teacher_dtype) if teacher else trained_student(run, step=step)
     vae = run.pipeline.autoencoder(device=device)
     total = len(texts) * len(own)
@@ -85,7 +85,7 @@ def sample(
                     part,
                     torch.zeros_like(part),  # the first noise of the seed, whichever prompts are beside it
                     steps=steps,
-                    guidance_scale=guidance_scale,
+                    **guidance,
                     seed=seed,
                     size=size,
                     call=run.call,

@@ -42,8 +42,10 @@ class PreviewConfig:
     """Seeds of the initial noise: an image of each prompt for each."""
     steps: Annotated[int, Field(ge=1)] = 20
     """Number of sampling steps."""
-    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Guidance scale as in diffusers; 1 is no guidance."""
+    guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Guidance scale as in diffusers; 1, or none, is no guidance."""
+    guidance: str | float | None = None
+    """In place of guidance_scale a schedule of the weight w = guidance_scale - 1 (docs/guidance.md)."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Limit of the magnitude of the predicted clean sample, for images in [-1, 1] and a NoiseSchedule."""
 

@@ -185,7 +185,8 @@ def test_a_cache_of_something_else_is_refused(saved: Saved, tmp_path: Path) -> N
         (other(config, prompts=other(prompts, file=str(tmp_path / "other.txt"))), "prompts: .*prompt 0 is the first"),
         (other(config, prompts=other(prompts, seen=4)), "sampling.seen: expected 4, got 3"),
         (other(config, cache=other(cache, steps=3)), "sampling.steps: expected 3, got 2"),
-        (other(config, cache=other(cache, guidance_scale=3.0)), "sampling.guidance_scale: expected 3.0, got 2.0"),
+        (other(config, cache=other(cache, guidance_scale=3.0)), "sampling.guidance: expected '2', got '1'"),
+        (other(config, cache=other(cache, guidance_scale=None, guidance="3@1,0")), "guidance: expected '3@1,0', got"),
         (other(config, seed=1), "seed: expected 1, got 0"),
     ):
         with pytest.raises(StorageError, match=message):

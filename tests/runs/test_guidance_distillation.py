@@ -66,7 +66,7 @@ def test_settings_become_the_objective(saved: Saved, tmp_path: Path) -> None:
         made = objective_of(run.config.objective, run.student(run.pipeline.model(device="meta")))
         assert isinstance(made, GuidanceDistillation) is guided and isinstance(made, RandomConditioning)
         assert made.loss_weighting == (None if guided else "uniform") and made.probability == "exp"
-        assert run.student_guidance(7.5) == (1.0 if guided else 7.5)
+        assert run.student_guidance({"guidance_scale": 7.5}) == {"guidance_scale": 1.0 if guided else 7.5}
 
 
 @pytest.mark.slow

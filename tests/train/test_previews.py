@@ -65,7 +65,7 @@ def test_models_of_every_family(name: str) -> None:
     settings: dict[str, Any] = {
         "wanted": [2, "prompt 0"],
         "steps": 2,
-        "guidance_scale": 2.0,
+        "guidance": {"guidance_scale": 2.0},
         "seeds": [7, 1],
         "batch": 1,
     }
