@@ -307,7 +307,7 @@ def test_folders_that_are_none(pipelines: Folders, tmp_path: Path) -> None:
     index = (folder / "model_index.json").read_text()
     for changes, message in (
         ({"_class_name": "KandinskyPipeline"}, "_class_name: expected one of StableDiffusionPipeline, "),
-        ({"_class_name": "KandinskyPipeline"}, "got 'KandinskyPipeline' (a model of another kind is trained with Dist"),
+        ({"_class_name": "KandinskyPipeline"}, "got 'KandinskyPipeline' (a model of another kind is called by"),
         (
             {"transformer": ["diffusers", "UNet"]},
             "transformer: expected DiTTransformer2DModel or Transformer2DModel, got",
