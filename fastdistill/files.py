@@ -9,6 +9,8 @@ import fcntl
 import os
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -195,6 +197,22 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False) -> int | None:
             raise StorageError(f"{path.parent}: could not be locked: {reason(error)}") from error
         raise
     return descriptor
+
+
+def sign(descriptor: int) -> None:
+    """Write into a locked file whose process holds it, for ``holder``."""
+    with contextlib.suppress(OSError):  # a disk too full for it must not stop anything
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} of {socket.gethostname()}\n".encode(), 0)
+
+
+def holder(path: Path) -> str:
+    """Who has signed a lock file, and when."""
+    try:
+        who = path.read_text(errors="replace").strip() or "another process"
+        return f"{who} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(path.stat().st_mtime))}"
+    except OSError:
+        return "another process"
 
 
 def sweep(directory: Path) -> None:

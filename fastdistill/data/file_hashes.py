@@ -37,7 +37,21 @@ class FileHashes:
         Raises:
             StorageError: a file cannot be read.
         """
-        return sha256_of_json({path.name: self._of(path) for path in paths})
+        given = list(paths)
+        return sha256_of_json(dict(zip((path.name for path in given), self.each(given), strict=True)))
+
+    def each(self, paths: Iterable[Path]) -> list[str]:
+        """The hash of each file; those that were read are remembered, also where a later one cannot be.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
+        before = len(self._known)
+        try:
+            return [self._of(path) for path in paths]
+        finally:
+            if len(self._known) > before:
+                self._remember()
 
     def _of(self, path: Path) -> str:
         try:
@@ -45,7 +59,6 @@ class FileHashes:
             key = f"{path.resolve()} {status.st_size} {status.st_ino} {status.st_mtime_ns}"
             if key not in self._known:
                 self._known[key] = _content(path)
-                self._remember()
         except OSError as error:
             raise StorageError(f"{path}: could not be read: {files.reason(error)}") from error
         return self._known[key]

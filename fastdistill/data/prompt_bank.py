@@ -167,23 +167,9 @@ class PromptBank:
         that of the bank that ``build`` makes with it. ``dtype``: of floating-point rows (None: as encoded). ``save``
         encodes everything. Other arguments and errors as ``build``; those of an encoding come when it is read.
         """
-        pool = checked_pool(texts, null_text, encode, encode_null, batch)
-        if not (fingerprint := checked_encoder(encoder)):
-            raise InputError.of("encoder", "what identifies the text encoder, as no values do", "nothing")
-        if dtype is not None:
-            values.require_dtype(dtype, "dtype")
-        if message := prompt_texts.warning(pool):
-            warnings.warn(message, stacklevel=2)
-        with torch.no_grad():
-            null = encode([null_text]) if encode_null is None else encode_null(null_text)
-        source = "encode(texts)" if encode_null is None else "encode_null(text)"
-        like = encodings(null, [null_text], {}, source)
-
-        def encoded(part: list[str]) -> dict[str, Tensor]:
-            return encodings(encode(list(part)), part, like, "encode(texts)", dtype)
-
-        rows = Encodings(pool, encoded, encodings(null, [null_text], {}, source, dtype), batch=batch)
-        return cls(rows.banks(), pool, null_text, fingerprint)
+        begun = Begun.of(texts, encode, encoder, null_text, encode_null, batch, dtype)
+        rows = Encodings(begun.pool, begun.encoded, begun.stored_null, batch=batch)
+        return cls(rows.banks(), begun.pool, null_text, begun.fingerprint)
 
     def indices_of(self, texts: Iterable[str]) -> Tensor:
         """Row of each text, int64 [len(texts)] (its first row where the bank has it twice); InputError for others."""
@@ -328,6 +314,47 @@ def checked_encoder(encoder: Mapping[str, Any]) -> dict[str, Any]:
 def _label(name: str) -> str:
     """How a bank is called in a message."""
     return "embeddings" if name == EMBEDDINGS else f"banks[{name!r}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A bank that is encoded part by part: its arguments, checked, and its null prompt, as encoded and as stored."""
+
+    pool: list[str]
+    fingerprint: dict[str, Any]
+    encode: Encode
+    dtype: torch.dtype | None
+    null: dict[str, Tensor]
+    stored_null: dict[str, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        texts: Iterable[str],
+        encode: Encode,
+        encoder: Mapping[str, Any],
+        null_text: str,
+        encode_null: Callable[[str], Tensor | Mapping[str, Tensor]] | None,
+        batch: int,
+        dtype: torch.dtype | None,
+    ) -> Begun:
+        pool = checked_pool(texts, null_text, encode, encode_null, batch)
+        if not (fingerprint := checked_encoder(encoder)):
+            raise InputError.of("encoder", "what identifies the text encoder, as no values do", "nothing")
+        if dtype is not None:
+            values.require_dtype(dtype, "dtype")
+        if message := prompt_texts.warning(pool):
+            warnings.warn(message, stacklevel=3)
+        with torch.no_grad():
+            null = encode([null_text]) if encode_null is None else encode_null(null_text)
+        source = "encode(texts)" if encode_null is None else "encode_null(text)"
+        own, stored = (encodings(null, [null_text], {}, source, kind) for kind in (None, dtype))
+        return cls(pool, fingerprint, encode, dtype, own, stored)
+
+    def encoded(self, part: Sequence[str]) -> dict[str, Tensor]:
+        """The rows of some texts, as stored."""
+        with torch.no_grad():
+            return encodings(self.encode(list(part)), list(part), self.null, "encode(texts)", self.dtype)
 
 
 def stored_name(name: str) -> str:

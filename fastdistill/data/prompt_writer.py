@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor
 
 from fastdistill.data import prompt_bank as banks
-from fastdistill.data import texts as prompt_texts
-from fastdistill.data import values
-from fastdistill.data.encoded import Encode, encodings
+from fastdistill.data.encoded import Encode
 from fastdistill.data.manifest import TensorSpec
 from fastdistill.data.shards import RowWriter
-from fastdistill.errors import InputError
 
 _SHARD = 2**27  # bytes of a shard, if the number of its rows is not given
 
@@ -52,19 +48,8 @@ def build_prompt_bank(
         InputError: what ``PromptBank.build`` refuses; no ``encoder``; an encoding beyond the range of ``dtype``.
         StorageError: those of RowWriter, before anything is written; a full disk.
     """
-    pool = banks.checked_pool(texts, null_text, encode, encode_null, batch)
-    fingerprint = banks.checked_encoder(encoder)
-    if not fingerprint:
-        raise InputError.of("encoder", "a fingerprint of the text encoder", encoder)
-    if dtype is not None:
-        values.require_dtype(dtype, "dtype")
-    if message := prompt_texts.warning(pool):
-        warnings.warn(message, stacklevel=2)
-    with torch.no_grad():
-        made = encode([null_text]) if encode_null is None else encode_null(null_text)
-    source = "encode(texts)" if encode_null is None else "encode_null(text)"
-    null = encodings(made, [null_text], {}, source)
-    last = encodings(made, [null_text], {}, source, dtype)
+    begun = banks.Begun.of(texts, encode, encoder, null_text, encode_null, batch, dtype)
+    pool, fingerprint, last = begun.pool, begun.fingerprint, begun.stored_null
     specs = {banks.stored_name(name): TensorSpec(tuple(row.shape[1:]), row.dtype) for name, row in last.items()}
     if rows_per_shard is None:
         rows_per_shard = min(4096, max(1, _SHARD // max(1, sum(spec.row_bytes for spec in specs.values()))))
@@ -88,10 +73,8 @@ def build_prompt_bank(
             }
             for start in range(span.start, min(span.stop, len(pool)), batch):
                 part = pool[start : min(start + batch, span.stop)]
-                with torch.no_grad():
-                    encoded = encodings(encode(list(part)), part, null, "encode(texts)", dtype)
                 at = start - span.start
-                for name, bank in encoded.items():
+                for name, bank in begun.encoded(part).items():
                     shard[name][at : at + len(part)] = bank
                 if start + len(part) < min(span.stop, len(pool)):
                     report(done + at + len(part), total)

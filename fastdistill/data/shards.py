@@ -14,7 +14,7 @@ import fcntl
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,7 @@ from fastdistill.errors import InputError, StorageError
 
 _WRITERS = ".writers"
 _PATIENCE = 0.2  # seconds between two looks at what the others do
+_LONG = 60.0  # seconds without a new shard after which it is said who makes those that are missing
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class RowWriter:
         What a writer that fails or is killed leaves goes to the others. ``waiting`` is called some times a second while
         others write the last ones.
         """
+        told, progressed = set[int](), time.monotonic()
         while missing := self.missing:
             mine = False
             for span in missing:
@@ -149,7 +151,24 @@ class RowWriter:
             if not mine:
                 time.sleep(_PATIENCE)
                 waiting()
+                if time.monotonic() - progressed > _LONG:
+                    self._tell(span.index for span in missing if span.index not in told)
+                    told |= {span.index for span in missing}
             self._refresh()
+            if len(self.missing) < len(missing):
+                progressed = time.monotonic()
+
+    def _tell(self, shards: Iterable[int]) -> None:
+        """Warns of shards that others make, with who does."""
+        for index in shards:
+            who = files.holder(self._lock(index))
+            told = (
+                f"waiting for {shard_name(index)}, which {who} makes; end that process if it hangs, and it is made here"
+            )
+            warnings.warn(f"{self.path}: {told}", stacklevel=4)
+
+    def _lock(self, index: int) -> Path:
+        return self.path / f".{shard_name(index)}.lock"
 
     def write(self, span: Span, tensors: Mapping[str, Tensor]) -> None:
         """Adds one shard: every tensor of the manifest, as [span.stop - span.start, *row shape] of its dtype."""
@@ -171,10 +190,11 @@ class RowWriter:
 
     def _claim(self, span: Span) -> bool:
         """Whether this writer may write the shard: nobody else does, or has."""
-        path = self.path / f".{shard_name(span.index)}.lock"
+        path = self._lock(span.index)
         descriptor = files.lock(path)
         if descriptor is None:
             return False
+        files.sign(descriptor)
         self._claimed = (span.index, path, descriptor)
         self._refresh()
         if span.index in self._manifest.shards:

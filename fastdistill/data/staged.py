@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fastdistill.data.encoded import EncodedRows, rows_of
 from fastdistill.data.stored import StoredRows
-from fastdistill.data.values import has_values
-from fastdistill.errors import InputError
-from fastdistill.ops import Draw, NoiseGather, Task, empty_draw, noise_gather, use
+from fastdistill.data.values import has_values, require_dtype
+from fastdistill.errors import InputError, described
+from fastdistill.ops import Draw, NoiseGather, Task, _check, empty_draw, noise_gather, use
 from fastdistill.ops.noise_gather.banks import cast, listed, mapped
 
 Rows = Tensor | StoredRows | EncodedRows
@@ -62,9 +62,18 @@ class Batches:
         in_parts: bool = False,
         **options: Any,
     ) -> None:
-        if ahead < 1:
-            raise InputError.of("ahead", "at least 1 step", ahead)
-        banks = listed(prompts)
+        _check.tensors(latent_prompts=latent_prompts, coefficients=coefficients, replace=replace)
+        for name, number, low in (("batch", batch, 1), ("null_index", null_index, 0), ("ahead", ahead, 1)):
+            _check.integers(**{name: number})
+            _check.require(number >= low, name, f"at least {low}", number)
+        for name, switch in (("target", target), ("task", task), ("in_parts", in_parts)):
+            _check.flag(switch, name)
+        if dtype is not None:
+            require_dtype(dtype, "dtype")
+        banks = [prompts] if not isinstance(prompts, Sequence | Mapping) else listed(prompts)
+        for name, bank in {"latents": latents, **{f"prompts[{i}]": bank for i, bank in enumerate(banks)}}.items():
+            known = isinstance(bank, Tensor | StoredRows | EncodedRows)
+            _check.require(known, name, "rows: a tensor, StoredRows or EncodedRows", described(bank))
         if len({len(bank) for bank in banks}) != 1:
             raise InputError.of("prompts", "banks of as many rows", [len(bank) for bank in banks])
         _check_rows(latent_prompts, len(banks[0]))

@@ -179,13 +179,18 @@ def schedule_of(scheduler: Any, tokens: int | None = None) -> Schedule:
     Raises:
         InputError: a scheduler whose noise is neither; a dynamic shift without ``tokens``.
     """
+    return named_schedule_of(scheduler, tokens, "scheduler")
+
+
+def named_schedule_of(scheduler: Any, tokens: int | None, argument: str) -> Schedule:
+    """``schedule_of``, for errors that name this argument."""
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping) or not flow_matching(type(scheduler).__name__, config):
-        return NoiseSchedule.from_diffusers(scheduler)
+        return NoiseSchedule._of(scheduler, argument)
     kind = type(scheduler).__name__
     if config.get("invert_sigmas") or not (kind.startswith("FlowMatch") or config.get("use_flow_sigmas")):
         rule = "a scheduler of rectified flow, such as FlowMatchEulerDiscreteScheduler"
-        raise InputError.of("scheduler", rule, kind + " with invert_sigmas" * bool(config.get("invert_sigmas")))
+        raise InputError.of(argument, rule, kind + " with invert_sigmas" * bool(config.get("invert_sigmas")))
     T, mu = int(config["num_train_timesteps"]), mu_of(scheduler, tokens)
     shift = config.get("flow_shift") if config.get("use_flow_sigmas") else config.get("shift")
     if mu is not None:

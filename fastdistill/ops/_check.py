@@ -83,6 +83,13 @@ def whole(value: Any, argument: str, rule: str) -> None:
     require(is_one and not isinstance(value, bool) and value > 0, argument, rule, described(value))
 
 
+def integers(**given: object) -> None:
+    """InputError for an argument that is not an integer."""
+    for name, value in given.items():
+        is_one = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
+        require(is_one, name, "a whole number", described(value))
+
+
 def constants(**given: object) -> None:
     """None of the values is to be differentiated: the ops would leave the gradient out."""
     tangents = forward_ad._current_level >= 0

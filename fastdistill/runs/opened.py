@@ -348,10 +348,9 @@ class Run:
         """What decides the latents of a size, besides teacher and prompts."""
         cache = self.config.cache
         if cache.images is not None:
-            folder = files.located(cache.images)
-            names = [[path.relative_to(folder).as_posix(), path.stat().st_size] for path, _ in self.pool.images]
+            images = self.hashes.each(path for path, _ in self.pool.images)
             vae = self.hashes.of(self.pipeline.files("vae"))
-            return plain({"images": sha256_of_json(names), "vae": vae, "size": self.pipeline.size(size)})
+            return plain({"images": sha256_of_json(images), "vae": vae, "size": self.pipeline.size(size)})
         scheduler = self.pipeline.scheduler()
         settings = {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
         return plain(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastdistill.data.fingerprint import differences, dtype_name, listed, plain
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import EMBEDDINGS, PromptBank
-from fastdistill.diffusion.flow import schedule_of
+from fastdistill.diffusion.flow import named_schedule_of
 from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type
 from fastdistill.errors import InputError, described
 from fastdistill.models import families, peft
@@ -160,7 +160,7 @@ def schedule(value: Any, prediction_type: Any, teacher: nn.Module, sources: Sour
             rule = f"None, or {own}, as the scheduler's configuration has it"
             raise InputError.of("prediction_type", rule, described(prediction_type))
         shapes = [tuple(cache.latents.shape[1:]) for cache, _ in sources]
-        made = [schedule_of(value, families.tokens_of(teacher, shape)) for shape in shapes]
+        made = [named_schedule_of(value, families.tokens_of(teacher, shape), "schedule") for shape in shapes]
         if any(one.to_config() != made[0].to_config() for one in made[1:]):
             rule = "shapes of as many tokens, by which the shift of this scheduler goes (a FlowSchedule is one for all)"
             raise InputError.of("latents", rule, ", ".join(map(str, shapes)))

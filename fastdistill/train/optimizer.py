@@ -90,6 +90,13 @@ class AdamWEMA(torch.optim.AdamW):
         one = [given] if isinstance(given, Tensor) else given
         param_group |= {"params": _entries(one, f"{name}['params']")} | _options(param_group, f"{name}['{{}}']")
         _check.flag(param_group.setdefault("ema", self._averaged), f"{name}['ema']")
+        there = {id(p) for group in self.param_groups for p in group["params"]}
+        for i, entry in enumerate(param_group["params"]):
+            p = entry[1] if isinstance(entry, tuple) else entry
+            if id(p) in there:
+                got = "one that is there already"
+                raise InputError.of(f"{name}['params'][{i}]", "each parameter once, in one group", got)
+            there.add(id(p))
         super().add_param_group(param_group)
         parameters = self._parameters()
         try:

@@ -117,7 +117,7 @@ def test_memory_holds_a_shard_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder": {}}, "encoder: expected a fingerprint of the text encoder, got {}"),
+        ({"encoder": {}}, "encoder: expected what identifies the text encoder, as no values do, got nothing"),
         ({"encoder": "clip"}, "encoder: expected a mapping of JSON values, got str"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
         ({"dtype": torch.int64}, "dtype: expected a floating-point type, got torch.int64"),

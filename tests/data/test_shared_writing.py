@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
@@ -15,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdistill import files
+from fastdistill.data import shards
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import read_manifest
 from fastdistill.errors import InputError, StorageError
@@ -121,3 +125,23 @@ def test_others_do_not_write_what_is_made_differently(tmp_path: Path) -> None:
             LatentCache.load(tmp_path)
     finally:
         process.kill()
+
+
+def test_who_keeps_a_shard_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each that takes long, with the process and since when; when it lets go, the shard is made here."""
+    monkeypatch.setattr(shards, "_LONG", 0.0)
+    monkeypatch.setattr(shards, "_PATIENCE", 0.01)
+    make(tmp_path, rows_per_shard=3)
+    lock = tmp_path / ".shard-00001.safetensors.lock"
+    (tmp_path / "shard-00001.safetensors").unlink()
+    descriptor = files.lock(lock)
+    assert descriptor is not None
+    files.sign(descriptor)
+    release = threading.Timer(0.3, os.close, [descriptor])
+    release.start()
+    with pytest.warns(UserWarning) as caught:
+        make(tmp_path, rows_per_shard=3)
+    told = [str(warning.message) for warning in caught if "waiting" in str(warning.message)]
+    who = rf"process {os.getpid()} of \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert len(told) == 1 and re.search(rf"waiting for shard-00001.safetensors, which {who} makes; end that", told[0])
+    assert read_manifest(tmp_path).complete and (tmp_path / "shard-00001.safetensors").exists()

@@ -273,8 +273,19 @@ def test_memmap(tmp_path: Path) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     given = stage(banks(), tmp_path, "latents")
-    with pytest.raises(InputError, match="ahead: expected at least 1 step, got 0"):
+    with pytest.raises(InputError, match="ahead: expected at least 1, got 0"):
         batches(given, ahead=0)
+    wrong: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"latents": [1.0]}, {}, r"latents: expected rows: a tensor, .*, got \[1.0\]"),
+        ({"prompts": None}, {}, r"prompts\[0\]: expected rows"),
+        ({}, {"batch": 2.5}, r"batch: expected a whole number, got 2.5"),
+        ({}, {"ahead": True}, r"ahead: expected a whole number, got True"),
+        ({}, {"target": "no"}, r"target: expected True or False, got 'no'"),
+        ({}, {"dtype": torch.int32}, r"dtype: expected "),
+    ]
+    for tables, options, message in wrong:
+        with pytest.raises(InputError, match=message):
+            batches(given | tables, **options)
     with pytest.raises(InputError, match=r"prompts: expected banks of as many rows, got \[9, 8\]"):
         batches(given | {"prompts": [torch.ones(9), torch.ones(8)]})
     for banks_ in (given, banks()):  # on the disk, in memory

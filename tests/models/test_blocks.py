@@ -61,7 +61,7 @@ def test_a_list_a_prefix_and_odd_depths() -> None:
     ("dit", {"width": "half"}, r"spec.width: expected a number or none, got 'half'"),
     ("sd", {"remove_mid": 1}, r"spec.remove_mid: expected true or false, got 1"),
     ("sd", {"layers_per_block": True}, r"spec.layers_per_block: expected a whole number or none, got True"),
-    ("dit", {"every": 1}, r"spec: expected a part to remove"),
+    ("dit", {"first": 4}, r"spec: expected a part to remove"),
     ("dit", {"first": 5}, r"spec.first: expected 1 to 4"),
     ("dit", {"single_blocks": [0]}, r"spec.single_blocks: expected None"),
     ("sd", BlockSpec(every=2), r"spec: expected a StudentSpec, for a U-Net"),

@@ -290,6 +290,20 @@ def pictures(directory: Path, captions: list[str]) -> Path:
     return directory
 
 
+def test_images_count_by_their_content(saved: Saved, tmp_path: Path) -> None:
+    """Another image of the same name and size is another; the names themselves say nothing."""
+    images = pictures(tmp_path / "images", ["a tree", "the sea"])
+    changes: dict[str, Any] = {"cache": {"images": str(images), "images_per_prompt": 1}, "prompts": {"seen": None}}
+    config = run_config(saved("sd"), tmp_path, **changes)
+    before = runs.opened(config).sampling(None)["images"]
+    for ending in ("png", "txt"):
+        (images / f"1.{ending}").rename(images / f"1b.{ending}")
+    assert runs.opened(config).sampling(None)["images"] == before
+    content = (images / "0.png").read_bytes()
+    (images / "0.png").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert runs.opened(config).sampling(None)["images"] != before
+
+
 def test_images_in_place_of_samples(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = pictures(tmp_path / "images", ["a tree", " the sea", "a tree", "\n", "a house"])
     changes: dict[str, Any] = {"cache": {"images": str(images), "images_per_prompt": 1}, "prompts": {"seen": None}}

@@ -77,3 +77,17 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
         found.append((p.detach(), optimizer.state[p]["ema"]))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=4 * torch.finfo(torch.float32).eps, atol=0)
+
+
+def test_a_parameter_belongs_to_one_group() -> None:
+    p, q = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    rule = "expected each parameter once, in one group"
+    for params, place in (([p, p], "param_groups[0]['params'][1]"),
+                          ([{"params": [p]}, {"params": [q, p]}], "param_groups[1]['params'][1]"),
+                          ([("a", p), ("b", p)], "param_groups[0]['params'][1]")):  # fmt: skip
+        with pytest.raises(InputError, match=re.escape(f"{place}: {rule}")):
+            AdamWEMA(params)
+    optimizer = AdamWEMA([p])
+    with pytest.raises(InputError, match=re.escape("param_groups[1]['params'][0]")):
+        optimizer.add_param_group({"params": p})
+    assert len(optimizer.param_groups) == 1

@@ -202,6 +202,13 @@ def _prepared(
     named = {"latents": latents} | {f"prompts{name}": bank for name, bank in zip(names, given, strict=True)}
     _check.tensors(latent_prompts=latent_prompts, coefficients=coefficients, replace=replace, counter=counter, **named)
     _check.constants(coefficients=coefficients, **named)
+    optional = {"pool": pool, "global_batch": global_batch, "batch": batch}
+    _check.integers(
+        null_index=null_index, first_sample=first_sample, latent_rows=latent_rows, prompt_rows=prompt_rows,
+        **{name: number for name, number in optional.items() if number is not None},
+    )  # fmt: skip
+    for name, switch in {"with_replacement": with_replacement, "target": target}.items():
+        _check.flag(switch, name)
     if out is None:
         _check.require(batch is not None and batch >= 0, "batch", "a number of samples >= 0 (or out=)", batch)
         out = empty_draw(latents, prompts, batch, target=target, device=counter.device)  # type: ignore[arg-type]
