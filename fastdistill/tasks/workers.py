@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -62,6 +64,23 @@ def versions() -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
     }
+
+
+@contextlib.contextmanager
+def timed(file: Path) -> Iterator[Callable[[], float]]:
+    """A function that tells the seconds since the experiment began, all calls that it took together, which the file
+    keeps."""
+    start, before = time.perf_counter(), 0.0
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        before = float(json.loads(file.read_text(encoding="utf-8")))
+
+    def spent() -> float:
+        return before + time.perf_counter() - start
+
+    try:
+        yield spent
+    finally:
+        atomic_write(file, json.dumps(spent()).encode())
 
 
 def device(name: str, threads: int, processes: int) -> str:

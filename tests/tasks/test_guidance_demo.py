@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shlex
@@ -12,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fastdistill.cli import main
+from fastdistill.diffusion.guidance import Guidance
 from fastdistill.files import locked
 from fastdistill.tasks import workers
+from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.tasks.guidance import worker
 from fastdistill.tasks.guidance.demo_config import DemoConfig
 from fastdistill.tasks.guidance.diagnose import DigitsDiagnosis
 from fastdistill.tasks.guidance.report import band, student_row
+from fastdistill.tasks.guidance.students import sampler, students, trained
 from fastdistill.tasks.shades import data
+from fastdistill.tasks.shades.teacher import load_teacher
 from fastdistill.tasks.workers import Job
 from fastdistill.train.config import from_yaml
 
@@ -37,7 +43,7 @@ SMALL: dict[str, Any] = {
     "quick": True,
     "train": {"steps": 2, "batch": 4, "warmup": 1, "checkpoint_every": 2, "log_every": 1},
 }
-PARTS = {"shades", "digits", "worlds", "scale-0", "window-0"}
+PARTS = {"shades", "digits", "worlds", "scale-0", "window-0", "speed"}
 
 
 def arguments(output: Path, changes: dict[str, Any]) -> list[str]:
@@ -99,19 +105,44 @@ def test_parts_that_are_there_are_not_done_again(whole: Path, in_this_process: l
     assert set(in_this_process) == PARTS
     (whole / "parts" / "shades" / "samples.safetensors").write_bytes(b"")
     in_this_process.clear()
+    seconds = json.loads((whole / "report.json").read_text())["seconds"]["total"]
     assert main(arguments(whole, {"workers": 1})) == 0
     assert in_this_process == ["shades"]
+    assert json.loads((whole / "report.json").read_text())["seconds"]["total"] > seconds
 
 
 @pytest.mark.slow
 def test_further_seeds_and_students(whole: Path, in_this_process: list[str]) -> None:
     in_this_process.clear()
     assert main(arguments(whole, {"workers": 1, "seeds": 2, "full": True})) == 0
-    names = {f"{name}-{seed}" for name in ("cache_constant", "cache_window") for seed in (0, 1)}
-    assert set(in_this_process) == {"shades", "digits", "worlds", "scale-1", "window-1"} | names
+    more = "window_trajectory", "cache_constant", "cache_window"
+    names = {f"{name}-{seed}" for name in more for seed in (0, 1)}
+    assert set(in_this_process) == {"shades", "digits", "worlds", "scale-1", "window-1", "speed"} | names
     students = json.loads((whole / "report.json").read_text())["students"]
     assert students["window"]["seeds"] == 2 and students["window"]["right_std"] >= 0
     assert students["cache_window"]["evaluations_per_image"] > students["window"]["evaluations_per_image"]
+
+
+def report(told: list[dict[str, Any]], **fields: Any) -> None:
+    told.append(fields)
+
+
+def test_a_student_of_each_kind_learns(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL | {"full": True, "output": str(tmp_path)}))
+    config = from_yaml(DemoConfig, tmp_path / "small.yaml").resolved()
+    teacher, bank = load_teacher(), prompt_bank()
+    for name, student in students(dataclasses.replace(config, device="cpu")).items():
+        told: list[dict[str, Any]] = []
+        model, fitted = trained(config, name, 0, teacher, bank, tmp_path / name, functools.partial(report, told))
+        assert fitted.steps == (6 if student.conditioned else 2)
+        assert {fields["phase"] for fields in told} == {"cache", "training"}
+        whole = sum(p.numel() for p in teacher.parameters())
+        own = sum(p.numel() for p in model.parameters())
+        assert own < whole if student.conditioned else own == whole + 256 * 32 * bool(student.scales)
+        make = sampler(config, student, model, bank, 1.0)
+        images = make(Guidance.parse(config.student), torch.tensor([0, 7]), torch.tensor([3, 4]), 1)
+        assert images.shape == (2, 3, 8, 8) and images.isfinite().all()
+    assert len(list((tmp_path / "cache").iterdir())) == 5
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import datetime
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,30 @@ Results = dict[str, list[dict[str, Any]]]
 _DECIDED = 0.8  # share of what constant guidance takes of the logarithm of the variance, in the band of the figure
 
 
-def write(config: DemoConfig, output: Path, results: Results, seconds: float) -> tuple[dict[str, Any], Path]:
-    """Write the report of the results. Returns it and the path of the HTML page."""
+def write(
+    config: DemoConfig, output: Path, results: Results, spent: Callable[[], float]
+) -> tuple[dict[str, Any], Path]:
+    """Write the report of the results; ``spent`` tells the seconds so far. Returns it and the path of the page."""
     worlds = results["worlds"][0]["worlds"]
-    taught = [row for part, runs in results.items() if "parameters" in runs[0] for row in _named(runs)]
-    spent = {part.replace("_", " "): sum(run["all_seconds"] for run in runs) for part, runs in results.items()}
+    taught = [row for runs in results.values() for row in _named(runs)]
+    speed = results["speed"][0]["images_per_second"]
+    parts = {part.replace("_", " "): sum(run["all_seconds"] for run in runs) for part, runs in results.items()}
     report: dict[str, Any] = {
         "title": "Schedules of guidance on shades, digits and exact worlds",
         "worlds": {name: {"rows": world["rows"], "fits": world["fits"]} for name, world in worlds.items()},
         "models": {task: {name: results[task][0][name] for name in ("rows", "recovered")} for task in worker.TEACHERS},
         "students": {name: student_row(runs) for name, runs in taught},
-        "seconds": {"total": seconds, **spent},
+        "seconds": {"total": spent(), **parts},
         "versions": workers.versions(),
         "backend": workers.backend(run for runs in results.values() for run in runs),
         "device": workers.device(config.device, config.threads, config.workers),
         "date": datetime.date.today().isoformat(),
         "reproduce": [workers.command("demo guidance", config, DemoConfig(quick=config.quick).resolved())],
     }
+    for row in report["models"]["shades"]["rows"]:
+        row["images_per_second"] = speed[row["schedule"]]
+    for name, part in ((name, part) for part, runs in results.items() for name in _names(runs)):
+        report["students"][name]["images_per_second"] = speed[f"student {part}"]
     report["finding"] = found(report)
     figures = {
         "samples": _samples(config, output / "parts" / "shades" / "samples.safetensors", results["shades"][0]["shown"]),
@@ -124,10 +131,15 @@ def student_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return row | {"seeds": len(runs), "images": sum(run["images"] for run in runs)}
 
 
+def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names in the report of the rows of a student; none of another part."""
+    return list(runs[0]["rows"]) if "parameters" in runs[0] else []
+
+
 def _named(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Rows of a student of each seed by the name that they have in the report."""
-    more = [{name: run[name] for name in ("parameters", "seconds")} for run in runs]
-    return [(name, [run["rows"][name] | own for run, own in zip(runs, more, strict=True)]) for name in runs[0]["rows"]]
+    more = [{name: run.get(name) for name in ("parameters", "seconds")} for run in runs]
+    return [(name, [run["rows"][name] | own for run, own in zip(runs, more, strict=True)]) for name in _names(runs)]
 
 
 def _samples(config: DemoConfig, file: Path, schedules: Sequence[str]) -> Any:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,12 @@ from fastdistill.diffusion.guided import sample as sample_on
 from fastdistill.diffusion.sampler import initial_noise
 from fastdistill.distill import GuidanceDistillation, RandomConditioning, Weights
 from fastdistill.distill.objective import Objective
+from fastdistill.distill.trajectory import TrajectoryCache, generate_trajectory_cache
 from fastdistill.evaluate.diagnosis import Sample
 from fastdistill.files import located
 from fastdistill.models import families, make_student
 from fastdistill.models.specs import StudentSpec
+from fastdistill.models.students import Student as Made
 from fastdistill.models.weights import weights_hash
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.sampling import SCHEDULE
@@ -37,10 +41,12 @@ _SEED = 0  # of the images in a cache
 @dataclass(frozen=True)
 class Student:
     """weights: schedules of its cache, which the images take in turn. scales: weights at which it is measured; none: it
-    does not read the weight. conditioned: it learns by random conditioning, and is sampled with the schedule."""
+    does not read the weight. trajectory: it learns on the states of guided sampling. conditioned: it learns by random
+    conditioning, and is sampled with the schedule."""
 
     weights: tuple[str, ...]
     scales: tuple[float, ...] = ()
+    trajectory: bool = False
     conditioned: bool = False
 
 
@@ -49,6 +55,7 @@ def students(config: DemoConfig) -> dict[str, Student]:
     scales = tuple(f"{w:g}" for w in config.scales)
     found = {"scale": Student(scales, config.scales), "window": Student((config.student,))}
     if config.full:
+        found["window_trajectory"] = Student((config.student,), trajectory=True)
         found["cache_constant"] = Student(("1",), conditioned=True)
         found["cache_window"] = Student((config.student,), conditioned=True)
     return found
@@ -59,15 +66,8 @@ def trained(
 ) -> tuple[nn.Module, FitResult]:
     """A student by name, from a checkpoint where there is one."""
     student = students(config)[name]
-    latents = _cache(config, student, teacher, bank, report)
-    spec = StudentSpec(block_out_channels=_NARROW) if student.conditioned else StudentSpec()
-    made = make_student(
-        teacher,
-        spec,
-        init="random" if student.conditioned else "teacher",
-        seed=seed,
-        guidance_embedding=bool(student.scales),
-    )
+    latents = (_trajectories if student.trajectory else _cache)(config, student, teacher, bank, report)
+    made = initial(student, teacher, seed)
     train = dataclasses.replace(config.train, seed=config.train.seed + seed)
     objective: Objective
     if student.conditioned:
@@ -76,7 +76,9 @@ def trained(
     else:
         scale = (min(student.scales), max(student.scales)) if student.scales else None
         schedule = "1" if student.scales else config.student
-        objective = GuidanceDistillation(schedule, scale=scale, grid=config.grid, weights=Weights(feature=0.0))
+        states: Literal["noised", "trajectory"] = "trajectory" if student.trajectory else "noised"
+        weights = Weights(feature=0.0)
+        objective = GuidanceDistillation(schedule, scale=scale, grid=config.grid, states=states, weights=weights)
     trainer = DistillTrainer(teacher, made.model, SCHEDULE, latents, bank, objective, train, device=config.device)
 
     def progress(done: int, metrics: dict[str, float] | None) -> None:
@@ -84,6 +86,13 @@ def trained(
 
     fitted = trainer.fit(directory / "training", progress=progress)
     return trainer.ema_student(), fitted
+
+
+def initial(student: Student, teacher: nn.Module, seed: int = 0) -> Made:
+    """A student before its training: of the teacher's size, or narrower and from scratch."""
+    if student.conditioned:
+        return make_student(teacher, StudentSpec(block_out_channels=_NARROW), init="random", seed=seed)
+    return make_student(teacher, StudentSpec(), seed=seed, guidance_embedding=bool(student.scales))
 
 
 def sampler(config: DemoConfig, student: Student, model: nn.Module, bank: PromptBank, scale: float) -> Sample:
@@ -107,12 +116,23 @@ def sampler(config: DemoConfig, student: Student, model: nn.Module, bank: Prompt
     return images
 
 
+def _trajectories(
+    config: DemoConfig, student: Student, teacher: nn.Module, bank: PromptBank, report: Report
+) -> LatentCache:
+    """The states of the sampler that the student's schedule guides; processes that need the same make it together."""
+    grid, (schedule,) = Grid.parse(config.grid, SCHEDULE), student.weights
+    path = located(config.output) / "cache" / f"trajectories-{_named(student)}"
+    progress = _told(report)
+    generate_trajectory_cache(
+        path, teacher, bank, _prompts(config, student), data.SHAPE, grid, schedule, seed=_SEED, progress=progress
+    )
+    return TrajectoryCache.load(path, device=config.device)
+
+
 def _cache(config: DemoConfig, student: Student, teacher: nn.Module, bank: PromptBank, report: Report) -> LatentCache:
     """The teacher's images that a student learns from; processes that need the same make it together."""
-    number = config.cache_images
-    rows = data.SEEN if student.conditioned else range(len(data.PROMPTS))
-    prompts = torch.tensor(list(rows)).repeat(-(-number // len(rows)))[:number]
-    kinds = student.weights
+    prompts, kinds = _prompts(config, student), student.weights
+    turn = len(set(prompts.tolist()))
     made_from = {
         "teacher": weights_hash(teacher),
         "prompts": bank.identity,
@@ -124,12 +144,11 @@ def _cache(config: DemoConfig, student: Student, teacher: nn.Module, bank: Promp
     def generate(numbers: Tensor, wanted: Tensor) -> Tensor:
         images = torch.empty(len(numbers), *data.SHAPE)
         for place, kind in enumerate(kinds):
-            own = (numbers // len(rows)) % len(kinds) == place
+            own = numbers // turn % len(kinds) == place
             images[own] = sample(teacher, bank, wanted[own], numbers[own], _SEED, config.grid, kind)
         return images
 
-    name = "-".join(kinds).replace("@", "_").replace(",", "_") + ("-seen" if student.conditioned else "")
-    path = located(config.output) / "cache" / name
+    path = located(config.output) / "cache" / _named(student)
     generate_latent_cache(
         path,
         generate,
@@ -138,6 +157,21 @@ def _cache(config: DemoConfig, student: Student, teacher: nn.Module, bank: Promp
         torch.float32,
         made_from,
         rows_per_shard=256,
-        progress=lambda done, total: report(phase="cache", done=done, total=total),
+        progress=_told(report),
     )
     return LatentCache.load(path, device=config.device)
+
+
+def _prompts(config: DemoConfig, student: Student) -> Tensor:
+    """The prompts of a cache, in turn; of random conditioning those that the digits' experiment has in its own."""
+    rows = data.SEEN if student.conditioned else range(len(data.PROMPTS))
+    return torch.tensor(list(rows)).repeat(-(-config.cache_images // len(rows)))[: config.cache_images]
+
+
+def _named(student: Student) -> str:
+    """The folder of a cache."""
+    return "-".join(student.weights).replace("@", "_").replace(",", "_") + ("-seen" if student.conditioned else "")
+
+
+def _told(report: Report) -> Callable[[int, int], object]:
+    return lambda done, total: report(phase="cache", done=done, total=total)

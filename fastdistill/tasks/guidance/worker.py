@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of the guidance experiment, each in a separate process (``fastdistill.tasks.workers``): the teachers of the
-shades and the digits, the exact worlds, and each student.
+shades and the digits, the exact worlds, each student, and how fast all of them sample.
 
 ``python -m fastdistill.tasks.guidance.worker JOB.json`` writes ``result.json`` next to the job file, and
 ``samples.safetensors`` of the shades' teacher.
@@ -9,7 +9,9 @@ shades and the digits, the exact worlds, and each student.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ import torch
 from fastdistill import ops
 from fastdistill.data.fingerprint import plain, sha256_of_json
 from fastdistill.diffusion.grid import Grid
+from fastdistill.diffusion.guidance import Guidance
 from fastdistill.evaluate.diagnosis import diagnose
 from fastdistill.files import atomic_write
 from fastdistill.tasks.digits import data
@@ -33,7 +36,7 @@ from fastdistill.tasks.guidance import lab
 from fastdistill.tasks.guidance.config import LabConfig
 from fastdistill.tasks.guidance.demo_config import DemoConfig
 from fastdistill.tasks.guidance.diagnose import SEED, measured, subject
-from fastdistill.tasks.guidance.students import Student, sampler, students, trained
+from fastdistill.tasks.guidance.students import Student, initial, sampler, students, trained
 from fastdistill.tasks.shades.sampling import sample
 from fastdistill.tasks.workers import Report, result_in, serve
 from fastdistill.train.config import from_mapping
@@ -42,6 +45,7 @@ MODULE = "fastdistill.tasks.guidance.worker"
 TEACHERS = ("shades", "digits")
 SHOWN = ("a red seven", "a blue three")  # prompts of the samples in the report
 _COLUMNS = 12
+_BATCH, _TURNS = 64, 2  # of the measurement of speed
 
 
 def run(job: Path, report: Report) -> None:
@@ -60,6 +64,8 @@ def run(job: Path, report: Report) -> None:
     elif part == "shades":
         result = dict(measured(part, config.shades(), keep=job.parent / "kept", progress=told).to_json())
         result["shown"] = _shown(config, result, job.parent / "samples.safetensors")
+    elif part == "speed":
+        result = {"images_per_second": _speed(config, report)}
     else:
         result = _student(config, part, seed, job.parent, report)
     result |= {"part": part, "seed": seed, "all_seconds": time.perf_counter() - start, "backend": ops.used()}
@@ -76,7 +82,7 @@ def fingerprint(config: DemoConfig, part: str, seed: int, made_from: Any) -> str
         del settings["train"][shown]
     if part not in TEACHERS:
         del settings["seeds"]
-    if part != "worlds":
+    if part not in ("worlds", "speed"):
         del settings["full"]
     return sha256_of_json({**settings, "part": part, "seed": seed, "made_from": made_from})
 
@@ -140,6 +146,31 @@ def _student(config: DemoConfig, part: str, seed: int, directory: Path, report: 
             rows[name]["evaluations_per_image"] = len(Grid.parse(config.grid, SCHEDULE))
     parameters = sum(p.numel() for p in model.parameters())
     return {"rows": rows, "parameters": parameters, "seconds": fitted.seconds, "history": fitted.history}
+
+
+def _speed(config: DemoConfig, report: Report) -> dict[str, float]:
+    """Images per second by the teacher with each schedule and by each student (``student <name>``), in turns in one
+    process: the best of two batches each. It depends on no weights, so that students are as before their training."""
+    task, bank = subject("shades"), prompt_bank().to(config.device)
+    teacher, grid = task.model.to(config.device), Grid.parse(config.grid, SCHEDULE)
+    prompts = torch.arange(_BATCH) % len(data.PROMPTS)
+    contestants: dict[str, Callable[[], Any]] = {
+        schedule: functools.partial(sample, teacher, bank, prompts, prompts, SEED, grid, schedule)
+        for schedule in config.shades().schedules
+    }
+    for name, student in students(config).items():
+        model = initial(student, teacher).model.eval().requires_grad_(False)
+        make = sampler(config, student, model, bank, 1.0)
+        schedule = Guidance.parse(config.student)
+        contestants[f"student {name}"] = functools.partial(make, schedule, prompts, prompts, SEED)
+    best = dict.fromkeys(contestants, math.inf)
+    for turn in range(_TURNS):
+        for place, (name, call) in enumerate(contestants.items()):
+            report(phase="images", done=turn * len(contestants) + place, total=_TURNS * len(contestants))
+            start = time.perf_counter()
+            call()  # its images are on the CPU
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: _BATCH / seconds for name, seconds in best.items()}
 
 
 def measured_at(config: DemoConfig, part: str, student: Student) -> list[tuple[str, str, float]]:
