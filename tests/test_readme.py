@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import fastdistill
+from fastdistill.cli import main
 from fastdistill.train.loop import read_metrics
 from tests import tiny
 from tests.models import tiny_pipelines
@@ -71,6 +73,16 @@ def test_the_code_of_guidance_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert names["neutral"].reachable and names["on_grid"].reachable
     assert round(float(names["limit"].mean), 2) == 1.82 and round(float(names["limit"].variance), 3) == 0.016
     assert round(names["neutral"].w, 2) == -0.63
+
+
+def test_the_commands_of_guidance_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/guidance.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    fastdistill (guidance (?:lab|solve) .*)$", text, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        assert main([*shlex.split(line, comments=True), "--dry-run"]) == 0
+    assert main(shlex.split(next(line for line in lines if "--c " in line))) == 0
 
 
 def test_the_code_of_adapters_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

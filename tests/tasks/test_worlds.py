@@ -13,6 +13,7 @@ from fastdistill.diffusion.flow import FlowSchedule
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guided import sample
 from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.diffusion.spectrum import Spectrum, variance_neutral
 from fastdistill.errors import InputError
 from fastdistill.tasks.guidance.measure import measure
 from fastdistill.tasks.guidance.worlds import Gaussian, Hypercube, RandomCentres, TwoClass
@@ -158,6 +159,18 @@ def test_the_known_numbers_of_two_classes_on_the_shades_grid():
     assert early[0] == pytest.approx(0.60, abs=0.01) and half[0] == pytest.approx(0.60, abs=0.01)
     assert 0.26 < early[1] < 0.31 and 0.26 < half[1] < 0.31
     assert early[0] >= 0.55
+
+
+def test_the_window_solved_for_gaussians_is_a_good_one_for_classes():
+    """Solved for variances c and u of a coordinate as if all were Gaussian: of classes it keeps less than all of the
+    variance, but is as far above the constants as the windows found by trial."""
+    solved = variance_neutral(Spectrum.of(0.49 * INK**2, 1.49 * INK**2), SHADES, 4.0)
+    assert solved.reachable and abs(solved.ratio - 1) < 1e-9
+    separation, variance, _ = quadrature(solved.schedule)
+    constants = np.array([quadrature(w) for w in (0.0, 0.5, 1.0, 1.5, 2.0)])
+    constant = np.interp(separation, constants[:, 0], constants[:, 1])
+    assert separation > 1.5 * constants[0, 0] and variance > 0.7 * constants[0, 1]
+    assert (variance - constant) / (constants[0, 1] - constant) > 0.5
 
 
 def test_samples_of_a_hypercube_are_those_of_one_coordinate():

@@ -39,7 +39,7 @@ Progress = Callable[[int, int, str], object]
 _SCHEDULE = NoiseSchedule.cosine()
 _SHADES = "karras:30@30..0.09"  # the grid of the task shades
 _INK = 3.87  # root mean square norm of its digits: there a tint of 1 is this long, and sigma acts on it as sigma / 3.87
-_CONSTANTS = ("0", "0.1", "0.25", "0.5", "0.75", "1", "1.5", "2", "3", "4")
+_CONSTANTS = ("0", "0.1", "0.25", "0.5", "0.75", "1", "1.5", "2", "3", "4", "6")
 _WINDOWS = ("4@8,-1@2,0", "4@10,-0.5@2,0", "8@10,-1@2,0", "8@8,-1@2,0", "8@7,-1@3,0")
 _SWEEP = tuple(f"{w}@{switch},-1@{stop},0" for w in (4, 6, 8, 12) for switch in (7, 8, 10, 12) for stop in (1, 2, 3))
 _DRAWS = 400  # of an interval of what is recovered
@@ -125,13 +125,14 @@ def points(kind: World, quick: bool) -> list[Point]:
         methods: tuple[Method, ...] = ("ddim", "heun", "ancestral")
         found = [Point(s, grid, method) for s in schedules for grid in (_SHADES, "flow:28@3") for method in methods]
         found += [Point(s, _SHADES, method, dimension=3) for s in schedules[1:] for method in methods]
-        steps = 500 if quick else 3000
+        steps = 500 if quick else 1500
         limits: tuple[tuple[int, Method], ...] = ((steps // 5, "heun"), (steps, "ancestral"))
-        return found + [Point(w, f"flow:{n}", method, limit=True) for w in ("0", "2") for n, method in limits]
+        ended = [Point(w, f"flow:{n}", method, limit=True, samples=2048) for w in ("0", "2") for n, method in limits]
+        return found + ended
     if kind == "random_centres":
-        dimensions, alphas = ((6, 8, 10), (0.0, 0.15, 0.3, 0.45, 0.6)) if quick else ((8, 10, 12), _alphas(14))
+        dimensions, alphas = ((6, 8, 10), (0.0, 0.15, 0.3, 0.45, 0.6)) if quick else ((8, 10, 12), _alphas(10))
         counts = [(d, max(1, round(math.exp(alpha * d)))) for d in dimensions for alpha in alphas]
-        most = 1024 if quick else 4096
+        most = 1024 if quick else 2048
         return [_phase(d, classes=k, samples=most) for d, k in dict.fromkeys(counts)]
     shades = [Point(s, dimension=1 if kind == "two_class" else 3, m=_INK) for s in (*_CONSTANTS, *_WINDOWS)]
     if kind == "two_class":

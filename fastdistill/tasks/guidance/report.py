@@ -26,6 +26,7 @@ from fastdistill.tasks.shades import data
 
 #: By part, one entry per seed.
 Results = dict[str, list[dict[str, Any]]]
+_WORLD = ("rows", "fits", "recovered")
 _DECIDED = 0.8  # share of what constant guidance takes of the logarithm of the variance, in the band of the figure
 
 
@@ -39,7 +40,7 @@ def write(
     parts = {part.replace("_", " "): sum(run["all_seconds"] for run in runs) for part, runs in results.items()}
     report: dict[str, Any] = {
         "title": "Schedules of guidance on shades, digits and exact worlds",
-        "worlds": {name: {"rows": world["rows"], "fits": world["fits"]} for name, world in worlds.items()},
+        "worlds": {name: {key: world[key] for key in _WORLD if key in world} for name, world in worlds.items()},
         "models": {task: {name: results[task][0][name] for name in ("rows", "recovered")} for task in worker.TEACHERS},
         "students": {name: student_row(runs) for name, runs in taught},
         "seconds": {"total": spent(), **parts},
