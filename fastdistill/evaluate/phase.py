@@ -62,7 +62,8 @@ def phase_picture(worlds: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                     place = (0.04, 0.95 - 0.09 * (dimensions[::-1].index(dimension)))
                     axes.annotate(f"d = {dimension}", place, xycoords="axes fraction", color=color, va="top", **_NAME)
             if name == "two_class" and line == 0:
-                axes.plot(x, y[0] * np.sqrt(x[0] / x), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
+                fine = np.geomspace(x[0], x[-1], 60)
+                axes.plot(fine, y[0] * np.sqrt(x[0] / fine), color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
                 axes.annotate("1 / √d", (x[-1], y[0] * math.sqrt(x[0] / x[-1])), (-4, 8), textcoords="offset points",
                               color=MUTED, fontsize=8.5, ha="right")  # fmt: skip
             if not over_alpha:
