@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fastdistill.data.latent_cache import LatentCache
+from fastdistill.diffusion.sampler import ddim, initial_noise
 from fastdistill.distill import RandomConditioning
 from fastdistill.errors import InputError, StorageError
 from fastdistill.models import StudentSpec, make_student
@@ -230,3 +232,18 @@ def test_the_recipe_runs_and_resumes_to_the_same_bits(tmp_path: Path, monkeypatc
         train_teacher(halved, stop)
     assert train_teacher(halved)["sha256"] == whole["sha256"]
     assert load_teacher(tmp_path / "halved" / "teacher.safetensors") is not None
+
+
+def test_a_schedule_of_guidance_samples_the_task() -> None:
+    """In the run of a student, and where models are sampled; not beside a scale."""
+    window = dataclasses.replace(DigitsConfig(), sampling=Sampling(steps=4, guidance="2@1,-1@0.3,0"))
+    cache = window.run_file("paired", 0).cache
+    assert (cache.guidance, cache.guidance_scale) == ("2@1,-1@0.3,0", None)
+    model, bank, rows = load_teacher(), prompt_bank(), torch.arange(2)
+    made = sample(model, bank, rows, rows, 0, window.sampling)
+    noise = initial_noise(0, rows, data.SHAPE)
+    options: dict[str, Any] = {"steps": 4, "guidance": "2@1,-1@0.3,0", "clip_sample": 1.2}
+    assert made.equal(ddim(model, noise, bank.embeddings[rows], bank.null, SCHEDULE, **options))
+    both = dataclasses.replace(window, sampling=Sampling(guidance_scale=3.0, guidance="2"))
+    with pytest.raises(InputError, match=r"sampling.guidance_scale: expected its default 2.5 beside sampling.guidance"):
+        both.run_file("paired", 0)

@@ -108,7 +108,8 @@ class DigitsConfig:
             "directory": str(output / "cache"),
             "images_per_prompt": -(-self.cache_images // len(data.SEEN)),
             "steps": self.sampling.steps,
-            "guidance_scale": self.sampling.guidance_scale,
+            "guidance_scale": None,
+            **self.sampling.guided(),
             "seed": CACHE_SEED,
         }
         return RunConfig(

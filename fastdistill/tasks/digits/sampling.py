@@ -16,6 +16,7 @@ from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.sampler import ddim, initial_noise
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.documented import documented
+from fastdistill.errors import InputError
 from fastdistill.tasks.digits.data import SHAPE
 
 SCHEDULE = NoiseSchedule.cosine()
@@ -44,8 +45,23 @@ class Sampling:
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] = 2.5
     """Guidance scale as in diffusers; 1 is no guidance."""
+    guidance: str | float | None = None
+    """In place of guidance_scale a schedule of the weight w = guidance_scale - 1, such as 4@3,-1@0.5,0."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.2
     """Limit of the magnitude of the predicted clean sample; images are in [-1, 1]."""
+
+    def guided(self) -> dict[str, Any]:
+        """The argument ``guidance_scale`` or ``guidance`` of samplers.
+
+        Raises:
+            InputError: a schedule beside another scale than the default.
+        """
+        if self.guidance is None:
+            return {"guidance_scale": self.guidance_scale}
+        if self.guidance_scale != Sampling.guidance_scale:
+            rule = f"its default {Sampling.guidance_scale} beside sampling.guidance"
+            raise InputError.of("sampling.guidance_scale", rule, self.guidance_scale)
+        return {"guidance": self.guidance}
 
     def describe(self) -> dict[str, object]:
         return asdict(self) | {"sampler": "ddim", "schedule": SCHEDULE.to_config()}
@@ -82,7 +98,7 @@ def sample(
                 bank.null,
                 SCHEDULE,
                 steps=sampling.steps,
-                guidance_scale=sampling.guidance_scale,
+                **sampling.guided(),
                 clip_sample=sampling.clip_sample,
             ).cpu()
         )

@@ -100,7 +100,7 @@ def _evaluate(config: DigitsConfig, run: Run, model: nn.Module, directory: Path,
             prompt[part],
             part,
             steps=sampling.steps,
-            guidance_scale=sampling.guidance_scale,
+            **sampling.guided(),
             seed=EVALUATION_SEED,
         )
         parts.append(made.cpu())

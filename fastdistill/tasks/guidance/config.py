@@ -45,6 +45,23 @@ class LabConfig:
 
 @documented
 @dataclass(frozen=True)
+class ShowConfig:
+    """Print a schedule of guidance over the steps of a sampler, with its evaluations, and draw it."""
+
+    schedule: str | None = None
+    """Such as 8@10,-1@2,0 (docs/guidance.md). Also as the first argument."""
+    grid: str = "karras:30"
+    """Steps of the sampler: karras:30, karras:30@30..0.09, trailing:20, flow:28 or flow:28@3."""
+    noise: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
+    """Noise of the model (scaled_linear: Stable Diffusion); flow grids need none."""
+    method: Literal["ddim", "euler", "heun", "ancestral"] = "ddim"
+    """The sampler, by which the evaluations are counted."""
+    png: str | None = "runs/guidance-show.png"
+    """File of the picture; none: no picture."""
+
+
+@documented
+@dataclass(frozen=True)
 class SolveConfig:
     """Solve the weight below a switch that gives back the variance which guidance takes above it.
 
