@@ -239,7 +239,7 @@ def test_a_diffusers_scheduler_will_do() -> None:
 def test_what_is_no_scheduler_is_refused() -> None:
     own = small.teacher()
     made = small.student(model=own)
-    with pytest.raises(InputError, match="^schedule: expected a diffusers scheduler with alphas_cumprod, got a str"):
+    with pytest.raises(InputError, match=r"^schedule: expected a diffusers scheduler with alphas_cumprod, got a str"):
         DistillTrainer(own, made.model, "folder", small.cache(), small.bank(), small.objective(made), small.config())
 
 
