@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.models.jacobian import jvp, share, vjp
-from fastdistill.models.subspace import Subspace, top_subspace
+from fastdistill.models.subspace import Subspace, block, top_subspace
 
 SINE = 1e-2
 
@@ -42,13 +42,22 @@ def deflation(f: Any, x: Tensor, k: int, tolerance: float, most: int = 500) -> t
     return found, products
 
 
-def least(find: Callable[[int], Subspace], exact: Tensor, step: int, most: int) -> tuple[int, float]:
-    """The fewest products with which the largest angle is small enough, and its sine; -1: more than ``most``."""
-    for limit in range(step, most + 1, step):
-        found = find(limit)
-        if (error := sine(found.vectors, exact)) <= SINE:
-            return int((found.products.jvp + found.products.vjp).max()), error
-    return -1, error
+def least(find: Callable[[int], Subspace], exact: Tensor, step: int, most: int = 1024) -> tuple[int, float]:
+    """The fewest products, in iterations of ``step``, with which the largest angle is small enough, and its sine; as
+    many as ``most`` iterations where that is not enough."""
+
+    def error(iterations: int) -> float:
+        return sine(find(iterations * step).vectors, exact)
+
+    high = 1
+    while high < most and error(high) > SINE:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if error(middle) <= SINE else (middle, high)
+    found = find(high * step)
+    return int((found.products.jvp + found.products.vjp).max()), sine(found.vectors, exact)
 
 
 def sine(V: Tensor, exact: Tensor) -> float:
@@ -73,9 +82,9 @@ def report(name: str, tap: str, k: int) -> None:
     print(f"{head}, sigma_(k+1) / sigma_k = {float(best.gap):.3f}, sigma_k / sigma_1 = "
           f"{float(best.values[0, -1] / best.values[0, 0]):.3f}")  # fmt: skip
     counts = {}
-    for method in ("krylov", "subspace"):
+    for method, step in (("krylov", 2 * block(k)), ("subspace", 2 * (k + 4))):
         find = lambda most, method=method: top_subspace(g, flat, k, method=method, max_products=most)  # noqa: E731
-        counts[method], error = least(find, exact, 2, 4000)
+        counts[method], error = least(find, exact, step)
         settled = top_subspace(g, flat, k, method=method, max_products=4000)  # type: ignore[arg-type]
         took = int((settled.products.jvp + settled.products.vjp).max())
         print(f"  {method}: {counts[method]} products to sine {error:.4f}; settles after {took}, at sine "

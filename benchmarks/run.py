@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--op", nargs="+", choices=ops(), default=ops(), metavar="OP", help=f"of {', '.join(ops())}")
     p.add_argument("--rival", nargs="+", help="these rivals alone, by the names in the table")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: fp32 on a CPU, bf16 on a GPU")
+    p.add_argument(
+        "--dtype", nargs="+", choices=list(DTYPES), help="default: fp32 on a CPU, bf16 on a GPU where an op has it"
+    )
     p.add_argument("--shape", default="", help="shapes that contain this")
     p.add_argument(
         "--headline", action=argparse.BooleanOptionalAction, help="the shapes of the first part on a GPU, or the others"
@@ -110,7 +112,8 @@ def _chosen(p: argparse.ArgumentParser, options: argparse.Namespace) -> list[Cas
 
     dtypes = options.dtype or (["bf16"] if options.device == "cuda" else ["fp32"])
     of_ops = list(cases(options.device, options.op))
-    chosen = [c for c in of_ops if c.dtype in dtypes]
+    others = set() if options.dtype else {c.op for c in of_ops} - {c.op for c in of_ops if c.dtype in dtypes}
+    chosen = [c for c in of_ops if c.dtype in dtypes or c.op in others]
     if not chosen:
         wrong("dtype", "one of", dict.fromkeys(c.dtype for c in of_ops), dtypes)
     shapes = dict.fromkeys(c.shape for c in chosen)

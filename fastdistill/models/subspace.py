@@ -234,7 +234,7 @@ def _krylov(search: _Search, oversample: int) -> None:
     """J V = U H and J^T U = V H^T + (rest S in the last columns), V and U orthonormal, wider by a block each time."""
     k, n, m = search.k, search.n, search.m
     widest = _BASIS * (k + oversample)
-    rest = search.first(min(_block(k), n, m))
+    rest = search.first(min(block(k), n, m))
     V, U = rest[:, :, :0], search.x.new_zeros(len(rest), m, 0)
     H = search.x.new_zeros(len(rest), 0, 0)
     before: Tensor | None = None  # the last k right vectors, in the basis V
@@ -268,8 +268,8 @@ def _krylov(search: _Search, oversample: int) -> None:
             before = torch.eye(p, k, dtype=V.dtype, device=V.device).expand(len(V), p, k)
 
 
-def _block(k: int) -> int:
-    """Vectors of a block: narrow ones need fewer products, wide ones find equal singular values."""
+def block(k: int) -> int:
+    """Vectors of a block of ``krylov``: narrow ones need fewer products, wide ones find equal singular values."""
     return min(k, max(2, -(-k // 4)))
 
 
