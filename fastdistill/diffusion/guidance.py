@@ -67,12 +67,21 @@ class Guidance(ABC):
 
     @staticmethod
     def window(
-        w_plus: float, w_minus: float, switch: float, stop: float = 0.0, tail: float = 0.0, *, by: By = "sigma"
+        w_plus: float,
+        w_minus: float,
+        switch: float,
+        stop: float = 0.0,
+        tail: float = 0.0,
+        *,
+        by: By = "sigma",
+        floor: float = -math.inf,
     ) -> Guidance:
         """w_plus while sigma > switch, w_minus while sigma > stop, then tail. Text: ``8@10,-1@2,0``.
 
-        Of ``by="step"`` with stop = 0: w_minus to the end.
+        Of ``by="step"`` with stop = 0: w_minus to the end. A w_minus below ``floor`` is refused.
         """
+        lowest, w_minus = _check.real(floor, "floor"), finite(w_minus)
+        _check.require(w_minus >= lowest, "w_minus", f"a weight of at least the floor, {lowest:g}", w_minus)
         if by == "step" and stop == 0:
             return Piecewise(((switch, w_plus),), w_minus, by)
         return Piecewise(((switch, w_plus), (stop, w_minus)), tail, by)

@@ -145,6 +145,10 @@ def test_the_table_of_a_training_schedule():
         (lambda: Guidance.constant("2"), "w: expected a finite weight, got '2'"),
         (lambda: Guidance.constant(True), "w: expected a finite weight, got True"),
         (lambda: Guidance.window(2, math.inf, 3), "w: expected a finite weight, got inf"),
+        (
+            lambda: Guidance.window(2, -1.5, 3, floor=-1),
+            "w_minus: expected a weight of at least the floor, -1, got -1.5",
+        ),
         (lambda: Guidance.window(2, -1, 3, 4), "thresholds: expected values of sigma that decrease, got 3, then 4"),
         (lambda: Guidance.window(2, -1, 3, 3), "thresholds: expected values of sigma that decrease, got 3, then 3"),
         (lambda: Guidance.window(2, -1, 0.5, 0.2, by="step"), "thresholds: expected values of step that increase"),
