@@ -86,7 +86,7 @@ class Digits(UNet):
 class DigitsPipeline(PipelineFolder):
     """What a run asks of a pipeline folder, of the task; ``path`` holds its weights."""
 
-    name = "digits"
+    name = "task-digits"  # not the folder of the demo
 
     @cached_property
     def vae(self) -> dict[str, Any]:
