@@ -6,7 +6,6 @@ Each student is a run (``DigitsConfig.run_file``), with which every command of a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -45,14 +44,11 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
     output = located(config.output, "output")
     make_directory(output)
     require_space(output, _SPACE)
-    start = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(output))
-        progress = stack.enter_context(workers.bars(console))
-        prepared = _prepare(config, progress)
-        results = _models(config, output, progress)
-    seconds = {"total": time.perf_counter() - start, "cache": prepared}
-    path = write(config, output, results, seconds, workers.versions())
+    with locked(output), workers.timed(output / "seconds.json") as spent:
+        with workers.bars(console) as progress:
+            prepared = _prepare(config, progress)
+            results = _models(config, output, progress)
+        path = write(config, output, results, {"total": spent(), "cache": prepared})
     console.print(_summary(results))
     console.print(f"\nReport: [bold]{path}[/bold]", soft_wrap=True)
     return path

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import datetime
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fastdistill.evaluate.figures import loss_curves, png, probability_curve, sa
 from fastdistill.evaluate.metrics import mean_spread, wilson_interval
 from fastdistill.evaluate.report import write_report
 from fastdistill.files import atomic_write
+from fastdistill.tasks import workers
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.sampling import SCHEDULE
@@ -24,24 +24,20 @@ Results = dict[str, list[dict[str, Any]]]
 _SHOWN_SEEN, _SHOWN_UNSEEN = 8, 8
 
 
-def write(
-    config: DigitsConfig, output: Path, results: Results, seconds: dict[str, float], versions: dict[str, str]
-) -> Path:
+def write(config: DigitsConfig, output: Path, results: Results, seconds: dict[str, float]) -> Path:
     """Write the report of the results (one entry per seed). Returns the path of the HTML page."""
     report: dict[str, Any] = {
         "title": "Random conditioning on handwritten digits",
         "teacher": _model(results["teacher"]),
         "students": {name: _model(results[name]) for name in STUDENTS},
         "seconds": seconds,
-        "versions": versions,
-        "backend": _backend(results),
+        "versions": workers.versions(),
+        "backend": workers.backend(run for runs in results.values() for run in runs),
         "judge": _judge(results["teacher"][0]),
         "prompts": {"seen": len(data.SEEN), "unseen": len(data.UNSEEN)},
-        "device": config.device
-        if config.device != "cpu"
-        else f"{platform.machine()} CPU, {config.threads} thread per process",
+        "device": workers.device(config.device, config.threads, config.workers),
         "date": datetime.date.today().isoformat(),
-        "reproduce": [_command(config)],
+        "reproduce": [workers.command("demo digits", config, DigitsConfig(quick=config.quick).resolved())],
     }
     figures = {
         "samples": _samples(output),
@@ -83,15 +79,6 @@ def _judge(run: dict[str, Any]) -> dict[str, Any]:
     return {"accuracy": accuracy, "interval": wilson_interval(round(accuracy * n), n), "n": n}
 
 
-def _backend(results: Results) -> dict[str, str]:
-    """The kernels that each op used, over all processes."""
-    used: dict[str, set[str]] = {}
-    for run in (run for runs in results.values() for run in runs):
-        for op, kernels in run["backend"].items():
-            used.setdefault(op, set()).update(kernels)
-    return {op: ", ".join(sorted(kernels)) for op, kernels in sorted(used.items())}
-
-
 def _losses(run: dict[str, Any]) -> tuple[list[float], list[float]]:
     return [m["step"] for m in run["history"]], [m["loss"] for m in run["history"]]
 
@@ -110,10 +97,3 @@ def _samples(output: Path) -> Any:
         right[name] = stored["right"][chosen].tolist()
     prompts = [data.PROMPTS[row].text.removeprefix("a ") for row in chosen]
     return sample_grid(images, prompts, correct=right, seen=[data.PROMPTS[row].seen for row in chosen])
-
-
-def _command(config: DigitsConfig) -> str:
-    flags = " --quick" if config.quick else ""
-    flags += f" --seeds {config.seeds}" if config.seeds > 1 else ""
-    flags += " --student blocks" if config.student == "blocks" else ""
-    return f"fastdistill demo digits{flags}"
