@@ -67,6 +67,7 @@ def test_the_code_of_guidance_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for code in blocks:
         exec(code, names)
     assert names["images"].isfinite().all() and names["images"].shape == (2, 4, 8, 8)
+    assert names["guided"].isfinite().all() and names["guider"].config.schedule == "4@3,-1@0.5,0"
     without, constant, windowed = (names[name] for name in ("without", "constant", "windowed"))
     assert constant.variance < without.variance / 2 and without.mean < windowed.mean
     assert float(windowed.variance) == pytest.approx(float(without.variance), rel=1e-6)
@@ -78,8 +79,8 @@ def test_the_code_of_guidance_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_commands_of_guidance_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs/guidance.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^    fastdistill (guidance (?:lab|solve) .*)$", text, re.MULTILINE)
-    assert len(lines) == 3
+    lines = re.findall(r"^    fastdistill (guidance (?:lab|solve|show) .*)$", text, re.MULTILINE)
+    assert len(lines) == 4
     for line in lines:
         assert main([*shlex.split(line, comments=True), "--dry-run"]) == 0
     assert main(shlex.split(next(line for line in lines if "--c " in line))) == 0
