@@ -26,6 +26,12 @@ SHAPES = [  # label, latent, batch, device, among the first
     ("SDXL", SDXL_SAMPLE[0], 32, "cuda", False),
     ("PixArt-XL/2", PIXART_SAMPLE[0], 32, "cuda", False),
 ]
+GUIDED = [  # the target of guidance distillation, with a weight of each sample
+    ("SD-1.5", SD15_SAMPLE[0], 4, "cpu"),
+    ("SD-1.5", SD15_SAMPLE[0], 8, "cuda"),
+    ("SD-1.5", SD15_SAMPLE[0], 32, "cuda"),
+    ("PixArt-XL/2", PIXART_SAMPLE[0], 32, "cuda"),
+]
 STEPS = 1000
 
 
@@ -38,6 +44,12 @@ def cases() -> Iterator[Case]:
                 yield Case(
                     "output_match", shape, dtype, device, make, ("literal", COMPILED), headline and dtype == "bf16"
                 )
+    for label, latent, batch, device in GUIDED:
+        for dtype in DTYPES:
+            for kind in ("per-sample w", "per-sample w, eps -> v"):
+                shape = f"{label} {'x'.join(map(str, latent))} {kind} B={batch}"
+                make = functools.partial(_of_each_sample, kind.endswith("v"), latent, batch, DTYPES[dtype])
+                yield Case("output_match", shape, dtype, device, make, ("literal", COMPILED), False)
 
 
 def _tensors(latent: Sizes, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -96,3 +108,39 @@ def _guided(latent: Sizes, batch: int, dtype: torch.dtype, device: torch.device)
     w, weights, mask = torch.full_like(table[time, 0], 7.5), table[time, 3], (choice != 1).float()
     inputs = (student, teacher, unconditional, target, w.to(dtype), weights, mask)
     return _workload(ours, literal_guided, inputs, 5, student)
+
+
+def literal_scaled(
+    student: Tensor, teacher: Tensor, unconditional: Tensor, x_t: Tensor, w: Tensor, of_x: Tensor, of_teacher: Tensor
+) -> Tensor:
+    """Meng et al.'s target with a drawn weight, where x_t is used as the student's kind of prediction."""
+    guided = teacher + w.view(-1, 1, 1, 1) * (teacher - unconditional)
+    target = of_x.view(-1, 1, 1, 1) * x_t + of_teacher.view(-1, 1, 1, 1) * guided
+    return F.mse_loss(student.float(), target.float())
+
+
+def literal_scaled_alike(student: Tensor, teacher: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
+    """The same where teacher and student predict one thing."""
+    guided = teacher + w.view(-1, 1, 1, 1) * (teacher - unconditional)
+    return F.mse_loss(student.float(), guided.float())
+
+
+def _of_each_sample(converted: bool, latent: Sizes, batch: int, dtype: torch.dtype, device: torch.device) -> Workload:
+    """``guidance`` [B] beside the teacher's two predictions; with conversion of epsilon to v by x_t."""
+    student, teacher, unconditional, x_t, time = _tensors(latent, batch, dtype, device)
+    noise = NoiseSchedule.scaled_linear(STEPS)
+    own = noise.coefficients("v_prediction" if converted else "epsilon")
+    table = match_table(own, teacher=noise.coefficients() if converted else None, guidance=1.0).to(device)
+    w = torch.linspace(0, 8, batch, device=device)
+    grad = torch.empty_like(student, requires_grad=False)
+
+    def match(s: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        given = {"x_t": x_t} if converted else {}
+        return output_match(s, t, time, table, unconditional=u, guidance=w, grad=grad, **given).loss
+
+    ours = forward_backward(match, student, teacher, unconditional)
+    if not converted:
+        return _workload(ours, literal_scaled_alike, (student, teacher, unconditional, w.to(dtype)), 4, student)
+    of_x, of_teacher = (table[time, column].to(dtype) for column in (1, 2))
+    inputs = (student, teacher, unconditional, x_t, w.to(dtype), of_x, of_teacher)
+    return _workload(ours, literal_scaled, inputs, 5, student)
