@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ from tests.models import tiny_pipelines as tiny
 
 #: A student that is smaller than each of the tiny teachers.
 STUDENTS = {"unet": {"width": 0.5}, "transformer": {"every": 2}}
+
+
+def quickly(names: Iterable[str], *quick: str) -> list[Any]:
+    """Parameters of which the others are slow tests."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ from fastdistill.errors import InputError, StorageError
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec
 from fastdistill.runs.opened import student_spec_of
 from tests.models import tiny_pipelines as tiny
-from tests.runs.conftest import run_config
+from tests.runs.conftest import quickly, run_config
 
 
-@pytest.mark.parametrize("name", tiny.PIPELINES)
+@pytest.mark.parametrize("name", quickly(tiny.PIPELINES, "sd", "dit"))
 def test_every_family_opens(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     run = runs.opened(run_config(saved(name), tmp_path))
     assert run.config.device == "cpu" and run.teacher_dtype == torch.float32
