@@ -79,6 +79,14 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         told = {"schedule": schedule_text(config.schedule), "grid": config.grid and grid_text(config.grid)}
         return RandomConditioning.describe(dataclasses.replace(config, **told))
 
+    def guiding(self, setting: Setting) -> tuple[Setting, Guiding]:
+        """The setting at the levels of the grid, where there is one, and the weights at these."""
+        config = self._checked()
+        if config.grid is not None:
+            grid = Grid.parse(config.grid, setting.schedule) if isinstance(config.grid, str) else config.grid
+            setting = dataclasses.replace(setting, schedule=GridSchedule(grid, setting.schedule))
+        return setting, Guiding(config.schedule, setting)
+
     def _checked(self) -> GuidanceDistillation:
         """The same, with a ``Guidance`` for its schedule."""
         if self.grid is not None and not isinstance(self.grid, Grid | str):
@@ -89,6 +97,35 @@ class GuidanceDistillation(RandomConditioning, _Guided):
             rule = "a schedule without cads, whose prompts are noised anew in every step: no function to learn"
             raise InputError.of("schedule", rule, repr(str(schedule)))
         return dataclasses.replace(config, schedule=schedule, grid=self.grid)
+
+
+class Guiding:
+    """The guidance weights of samples at the timesteps of a setting's schedule.
+
+    positive, negative: [T] float32, the weights of the schedule above and below 0 (of a power law, omega).
+    """
+
+    def __init__(self, guidance: Guidance, setting: Setting) -> None:
+        schedule, device = setting.schedule, setting.device
+        self._law = guidance if isinstance(guidance, PowerLaw) else None
+        self._channels = setting.latents.shape[1]  # a learned variance beside them is left alone
+        if self._law is not None:
+            weights = torch.full((len(schedule),), self._law.omega, device="cpu")
+            coefficients = schedule.coefficients(setting.prediction_type).double()
+            self._scores = score_scale(*coefficients.unbind(1)).to(device)
+        elif isinstance(schedule, GridSchedule):
+            weights = guidance.weights(schedule.grid)
+        else:
+            weights = guidance.table(schedule)
+        self.positive = weights.clamp(min=0).to(device, torch.float32)
+        self.negative = weights.clamp(max=0).to(device, torch.float32)
+
+    def __call__(self, conditional: Tensor, unconditional: Tensor, timestep: Tensor, v: Tensor) -> Tensor:
+        """w [B] float32 of the teacher's two outputs [B, ...] at ``timestep`` [B], with v [B]."""
+        if self._law is None:
+            return self.positive[timestep] * v + self.negative[timestep]
+        difference = conditional[:, : self._channels].float() - unconditional[:, : self._channels].float()
+        return self._law.sample_weights(difference, self._scores[timestep]) * v
 
 
 class GuidedDraw(NamedTuple):
@@ -108,30 +145,17 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
     guided = True  # the student's own pass is: previews add no guidance
 
     def __init__(self, config: GuidanceDistillation, setting: Setting) -> None:
-        device, guidance = setting.device, config.schedule
-        if config.grid is not None:
-            grid = Grid.parse(config.grid, setting.schedule) if isinstance(config.grid, str) else config.grid
-            setting = dataclasses.replace(setting, schedule=GridSchedule(grid, setting.schedule))
-        else:
-            grid = None
+        device, (setting, self._guiding) = setting.device, config.guiding(setting)
         coefficients = setting.schedule.coefficients(setting.prediction_type)
-        self._law = guidance if isinstance(guidance, PowerLaw) else None
-        if self._law is not None:
-            weights = torch.tensor([self._law.omega], device="cpu")
-            self._scores = score_scale(*coefficients.double().unbind(1)).to(device)
-        else:
-            weights = guidance.table(setting.schedule) if grid is None else guidance.weights(grid)
-        drawn = None if config.states == "noised" else _check_trajectory(config, setting, grid)
+        drawn = None if config.states == "noised" else _check_trajectory(config, setting)
         self._step = {
             tuple(bucket.latents.shape[1:]): bucket.trajectory.step for bucket in setting.buckets if bucket.trajectory
         }
-        self._positive = weights.clamp(min=0).to(device, torch.float32)
-        self._negative = weights.clamp(max=0).to(device, torch.float32)
         self._scale, self._embed = config.scale, None
         self._samples = setting.first_sample + torch.arange(setting.batch, device=device)
         self._ones = torch.ones(setting.batch, device=device)
         if config.scale is not None:
-            self._embed = _embedding(config, setting, bool((weights > 0).any()))
+            self._embed = _embedding(config, setting, bool((self._guiding.positive > 0).any()))
         self._null_row = {
             tuple(bucket.latents.shape[1:]): len(listed(bucket.prompts)[0]) - 1 for bucket in setting.buckets
         }
@@ -167,26 +191,21 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
         without = batch.prompt_index == self._null_row[tuple(batch.x_t.shape[1:])]
 
         def weights(conditional: Tensor, unconditional: Tensor) -> Tensor:
-            if self._law is None:
-                w = self._positive[batch.timestep] * scale + self._negative[batch.timestep]
-            else:
-                channels = batch.x_t.shape[1]  # a learned variance beside them is left alone
-                difference = conditional[:, :channels].float() - unconditional[:, :channels].float()
-                w = self._law.sample_weights(difference, self._scores[batch.timestep]) * scale
-            return torch.where(without, 0.0, w)
+            return torch.where(without, 0.0, self._guiding(conditional, unconditional, batch.timestep, scale))
 
         task = self._batches.task(batch, counter) if self._weights.task else None
         return self._knowledge(batch, task, weights, None if self._embed is None else self._embed(scale))
 
 
-def _check_trajectory(config: GuidanceDistillation, setting: Setting, grid: Grid | None) -> Tensor:
+def _check_trajectory(config: GuidanceDistillation, setting: Setting) -> Tensor:
     """Coefficients [T, 4] at which a state is drawn as it is stored.
 
     Raises:
         InputError: latents that are no states of this sampler; options that need noised samples.
     """
-    if grid is None:
+    if not isinstance(setting.schedule, GridSchedule):
         raise InputError.of("grid", "that of the trajectories (states='trajectory')", None)
+    grid = setting.schedule.grid
     for bucket in setting.buckets:
         if bucket.trajectory is None:
             raise InputError.of("latents", "a TrajectoryCache (states='trajectory')", "samples")

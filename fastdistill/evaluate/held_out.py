@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdistill.data.encoded import rows_of
+from fastdistill.diffusion.prompts import null_rows
+from fastdistill.distill.guidance import Guiding
 from fastdistill.distill.objective import Setting
 from fastdistill.errors import InputError
+from fastdistill.models.calling import with_guidance
 from fastdistill.models.taps import Taps
 from fastdistill.ops import noise_gather
 from fastdistill.ops.noise_gather.banks import listed
@@ -43,6 +47,7 @@ def held_out_losses(
     seed: int,
     rounds: int = 8,
     adapters: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None,
+    guided: tuple[Guiding, float] | None = None,
 ) -> HeldOut:
     """Output and feature loss (arXiv 2504.02011) of ``setting.student`` for each latent with its own prompt.
 
@@ -52,6 +57,8 @@ def held_out_losses(
     Args:
         setting: models in eval mode; latents [N, *S], prompts and the schedule. Latents and prompts are in memory.
         taps: pairs (teacher module, student module). adapters: of features of other channels (``Adapters``).
+        guided: of a student that was distilled with guidance: the weights of the teacher's prediction, and their v,
+            which the student is told where it reads it (``GuidanceDistillation``).
 
     Raises:
         InputError: no rounds; modules that a model does not have.
@@ -75,10 +82,19 @@ def held_out_losses(
                     batch=min(setting.batch, len(latents) - first), first_sample=first, global_batch=len(latents),
                     null_index=len(listed(prompts)[0]) - 1, null_probability=0.0,
                 )  # fmt: skip
-                models = setting.teacher, setting.student
-                theirs, own = (setting.predict(m, draw.x_t, draw.timestep, draw.prompt) for m in models)
                 channels = latents.shape[1]  # a learned variance beside them is left alone
-                output = _squares(own[:, :channels], theirs[:, :channels])
+                asked: Any = draw.prompt
+                if guided is not None:  # before the prompts, whose features are the last
+                    null = null_rows(asked, rows_of(prompts, slice(-1, None), setting.device))
+                    without = setting.predict(setting.teacher, draw.x_t, draw.timestep, null)[:, :channels].float()
+                    asked = with_guidance(setting.student, asked, guided[1])
+                theirs = setting.predict(setting.teacher, draw.x_t, draw.timestep, draw.prompt)[:, :channels]
+                if guided is not None:
+                    v = torch.full((len(theirs),), guided[1], device=theirs.device)
+                    w = guided[0](theirs, without, draw.timestep, v)
+                    theirs = theirs.float() + w.view(-1, *[1] * (theirs.ndim - 1)) * (theirs.float() - without)
+                own = setting.predict(setting.student, draw.x_t, draw.timestep, asked)[:, :channels]
+                output = _squares(own, theirs)
                 parts.append((output, draw.timestep, draw.latent_index))
                 features = _features(tapped[0].features(), tapped[1].features(), adapters) if tapped else None
                 known += [] if features is None else [features]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import platform
 import time
@@ -19,6 +20,7 @@ import fastdistill
 from fastdistill.data.images import image_files, load_image
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.texts import read_prompts
+from fastdistill.distill import GuidanceDistillation
 from fastdistill.distill.objective import Setting
 from fastdistill.errors import InputError, described
 from fastdistill.evaluate._optional import require
@@ -223,7 +225,13 @@ def _losses(run: Run, teacher: Any, student: _Compared, samples: Samples, rows: 
         run.pipeline.prediction_type,
         call=run.call,
     )
-    return held_out_losses(setting, student.taps, seed=run.config.evaluate.seed, adapters=student.adapters)
+    settings, guided = run.config.objective.guidance, None
+    if settings.schedule is not None:
+        setting, guiding = GuidanceDistillation(**dataclasses.asdict(settings)).guiding(setting)
+        asked = run.guidance(run.config.evaluate.guidance_scale)
+        guided = guiding, 1.0 if settings.scale is None else float(asked["guidance_scale"]) - 1
+    seed = run.config.evaluate.seed
+    return held_out_losses(setting, student.taps, seed=seed, adapters=student.adapters, guided=guided)
 
 
 def _measures(

@@ -151,7 +151,8 @@ def test_samples_of_a_grid_are_its_levels() -> None:
     seen.clear()
     bound(COUNTER)
     assert set(seen[0].tolist()) == set(grid.times.tolist())
-    assert bound._positive.tolist() == [6.5] * 4 + [0] * 4 and bound._negative.tolist() == [0] * 4 + [-1] * 4
+    assert bound._guiding.positive.tolist() == [6.5] * 4 + [0] * 4
+    assert bound._guiding.negative.tolist() == [0] * 4 + [-1] * 4
 
 
 def test_a_model_that_reads_the_guidance_scale_is_given_the_drawn_one() -> None:

@@ -5,13 +5,13 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.distill import GuidanceDistillation, RandomConditioning, Weights
 from fastdistill.distill.objective import Setting
 from fastdistill.errors import InputError
 from fastdistill.evaluate.held_out import held_out_losses
-from fastdistill.models import Student
+from fastdistill.models import Student, make_student
 from tests import small
 from tests.harness import EPS
 
@@ -42,6 +42,28 @@ def test_losses_are_those_of_the_objective() -> None:
     for own, loss in zip([found.output, *found.features.unbind(1)], wanted, strict=True):
         assert abs(float(own.mean()) - float(loss)) <= 64 * EPS * float(loss) and loss > 0
     assert found.feature is not None and torch.equal(found.feature, found.features.sum(1))
+
+
+def test_of_a_guided_student_against_the_guided_teacher() -> None:
+    """At the v that it is told: as an objective whose range is less than a rounding."""
+    given, _ = setting()
+    made = make_student(given.teacher, "bk_base", guidance_embedding=True)
+    nn.init.normal_(made.model.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(1))
+    given = dataclasses.replace(given, student=made.model.eval())
+    config = GuidanceDistillation(
+        "1@2,-1@0.5,0", (3.0, 3.0 + 1e-7), null_probability=0.0, loss_weighting="uniform", taps=tuple(pairs(made))
+    )
+    here, guiding = config.guiding(given)
+    found = held_out_losses(here, pairs(made), seed=5, rounds=1, guided=(guiding, 3.0))
+    bound = config.bind(given)
+    bound.prepare(5, 0)
+    values = dict(zip(bound.metric_names, bound(torch.tensor([5, 0]))[1], strict=True))
+    bound.close()
+    assert found.feature is not None
+    for own, name in ((found.output, "output"), (found.feature, "feature")):
+        assert float(own.mean()) == pytest.approx(float(values[name]), rel=1e-4)
+    plain = held_out_losses(given, seed=5, rounds=1).output.mean()
+    assert abs(float(plain) - float(values["output"])) > 1e-2 * float(plain)
 
 
 def test_losses_do_not_depend_on_the_batch() -> None:

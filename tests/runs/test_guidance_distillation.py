@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastdistill.errors import InputError
 from fastdistill.models.calling import Predictor
 from fastdistill.models.families import family_named
 from fastdistill.models.pipelines import open_pipeline
+from fastdistill.runs.config import EvaluateSettings
 from fastdistill.runs.models import trained_student
 from fastdistill.runs.objective import objective_of
 from tests.runs.conftest import cached, run_config
@@ -45,9 +47,9 @@ def test_from_the_file_to_the_exported_student(
     seen: list[tuple[int, Any]] = []
     call = Predictor.__call__
 
-    def spied(self: Any, x: Any, time: Any, rows: Any) -> Any:
+    def spied(self: Any, x: Any, time: Any, rows: Any, *others: Any) -> Any:
         seen.append((len(x), rows.get("timestep_cond")))
-        return call(self, x, time, rows)
+        return call(self, x, time, rows, *others)
 
     monkeypatch.setattr(Predictor, "__call__", spied)
     runs.sample(config, ["a cat"], tmp_path / "images", steps=2)  # where the teacher's scale is 2
@@ -56,6 +58,11 @@ def test_from_the_file_to_the_exported_student(
         told = family_named("unet").guidance_rows(student.config, torch.tensor([1.0, 5.0]))
         assert torch.equal(torch.cat([seen[0][1], seen[-1][1]]), told)
     assert {count for count, _ in seen} == {1}
+    monkeypatch.undo()
+    if not reads:
+        report = runs.evaluate(dataclasses.replace(config, evaluate=EvaluateSettings(prompts=2, batch=2)))
+        loss = report["student"]["measures"]["output_loss"]
+        assert loss["value"] > 0
     runs.export(config, tmp_path / "student")
     assert open_pipeline(tmp_path / "student").family.reads_guidance(student.config) is reads
 
