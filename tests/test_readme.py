@@ -86,6 +86,21 @@ def test_the_commands_of_guidance_are_accepted(tmp_path: Path, monkeypatch: pyte
     assert main(shlex.split(next(line for line in lines if "--c " in line))) == 0
 
 
+def test_the_commands_of_guidance_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are written, but that they only check their options."""
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^    (fastdistill .*)$", (ROOT / "docs/guidance.md").read_text(encoding="utf-8"), re.MULTILINE)
+    commands = [shlex.split(line, comments=True)[1:] for line in lines]
+    assert {tuple(command[:2]) for command in commands} >= {
+        ("demo", "guidance"),
+        ("guidance", "lab"),
+        ("guidance", "show"),
+    }
+    for command in commands:
+        assert main([*command, "--dry-run"]) == 0, command
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_code_of_adapters_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/lora.md").read_text(encoding="utf-8"), re.DOTALL)
