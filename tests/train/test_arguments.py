@@ -201,7 +201,7 @@ def test_teachers_in_other_dtypes(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = teacher(*inputs)
     handle.remove()
-    found, (feature,) = objective._knowledge._teacher(draw, None)
+    found, _, (feature,) = objective._knowledge._teacher(draw, None)
     assert torch.equal(found, expected) and torch.equal(feature, kept[0]) and feature.dtype == dtype
     run.fit(tmp_path)
     again = tiny.trainer(teacher, objective=tiny.features(), steps=3)

@@ -206,10 +206,12 @@ def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
     differ: each processor rounds in its own way, and training amplifies that."""
 
     def inputs(provenance: dict[str, Any]) -> dict[str, Any]:
-        recipe = provenance["recipe"]
-        train = asdict(TrainConfig()) | recipe["train"]  # settings that are newer than the file had their defaults
+        recipe = dict(provenance["recipe"])
+        for name, defaults in (("train", TrainConfig()), ("sampling", Sampling())):
+            if name in recipe:
+                recipe[name] = asdict(defaults) | recipe[name]  # settings newer than the file had their defaults
         others = {name: provenance[name] for name in ("data", "architecture", "start") if name in provenance}
-        return plain(recipe | {"train": train} | others)
+        return plain(recipe | others)
 
     return differences(inputs(made), inputs(shipped))
 
