@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from fastdistill.cli import main
 from fastdistill.diffusion.guidance import Guidance
@@ -30,6 +33,7 @@ from fastdistill.tasks.shades import data
 from fastdistill.tasks.shades.teacher import load_teacher
 from fastdistill.tasks.workers import Job
 from fastdistill.train.config import from_yaml
+from tests.processes import shared
 
 SMALL: dict[str, Any] = {
     "constants": [0, 1],
@@ -52,7 +56,7 @@ def arguments(output: Path, changes: dict[str, Any]) -> list[str]:
     return ["demo", "guidance", "--config", str(config), "--output", str(output)]
 
 
-@pytest.fixture(scope="module")
+@contextlib.contextmanager
 def in_this_process() -> Iterator[list[str]]:
     """Parts run here, which has imported everything; their names as they begin."""
     begun: list[str] = []
@@ -68,11 +72,23 @@ def in_this_process() -> Iterator[list[str]]:
         yield begun
 
 
-@pytest.fixture(scope="module")
-def whole(in_this_process: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("guidance") / "whole"
-    assert main(arguments(output, {"workers": 1})) == 0
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. The processes of a parallel test run share it, so tests change copies of it."""
+    place = shared(tmp_path_factory)
+    output = place / "guidance" / "whole"
+    output.parent.mkdir(exist_ok=True)
+    with FileLock(place / "guidance.lock"):
+        if not (output / "report.html").exists():
+            with in_this_process() as begun:
+                assert main(arguments(output, {"workers": 1})) == 0
+            assert set(begun) == PARTS
     return output
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "copy")
 
 
 def test_report(whole: Path) -> None:
@@ -101,24 +117,23 @@ def test_the_command_of_a_report_gives_its_configuration(
     assert given == wanted
 
 
-def test_parts_that_are_there_are_not_done_again(whole: Path, in_this_process: list[str]) -> None:
-    assert set(in_this_process) == PARTS
-    (whole / "parts" / "shades" / "samples.safetensors").write_bytes(b"")
-    in_this_process.clear()
-    seconds = json.loads((whole / "report.json").read_text())["seconds"]["total"]
-    assert main(arguments(whole, {"workers": 1})) == 0
-    assert in_this_process == ["shades"]
-    assert json.loads((whole / "report.json").read_text())["seconds"]["total"] > seconds
+def test_parts_that_are_there_are_not_done_again(copy: Path) -> None:
+    (copy / "parts" / "shades" / "samples.safetensors").write_bytes(b"")
+    seconds = json.loads((copy / "report.json").read_text())["seconds"]["total"]
+    with in_this_process() as begun:
+        assert main(arguments(copy, {"workers": 1})) == 0
+    assert begun == ["shades"]
+    assert json.loads((copy / "report.json").read_text())["seconds"]["total"] > seconds
 
 
 @pytest.mark.slow
-def test_further_seeds_and_students(whole: Path, in_this_process: list[str]) -> None:
-    in_this_process.clear()
-    assert main(arguments(whole, {"workers": 1, "seeds": 2, "full": True})) == 0
+def test_further_seeds_and_students(copy: Path) -> None:
+    with in_this_process() as begun:
+        assert main(arguments(copy, {"workers": 1, "seeds": 2, "full": True})) == 0
     more = "window_trajectory", "cache_constant", "cache_window"
     names = {f"{name}-{seed}" for name in more for seed in (0, 1)}
-    assert set(in_this_process) == {"shades", "digits", "worlds", "scale-1", "window-1", "speed"} | names
-    students = json.loads((whole / "report.json").read_text())["students"]
+    assert set(begun) == {"shades", "digits", "worlds", "scale-1", "window-1", "speed"} | names
+    students = json.loads((copy / "report.json").read_text())["students"]
     assert students["window"]["seeds"] == 2 and students["window"]["right_std"] >= 0
     assert students["cache_window"]["evaluations_per_image"] > students["window"]["evaluations_per_image"]
 
@@ -127,6 +142,7 @@ def report(told: list[dict[str, Any]], **fields: Any) -> None:
     told.append(fields)
 
 
+@pytest.mark.slow
 def test_a_student_of_each_kind_learns(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL | {"full": True, "output": str(tmp_path)}))
     config = from_yaml(DemoConfig, tmp_path / "small.yaml").resolved()

@@ -57,7 +57,7 @@ class Interrupted(BaseException):  # as a kill: nothing is saved
     pass
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4])
+@pytest.mark.parametrize("stop_after", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_resume_is_exact_and_from_memory_or_the_disk(
     directories: tuple[Path, Path], tmp_path: Path, stop_after: int
 ) -> None:

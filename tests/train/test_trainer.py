@@ -44,8 +44,10 @@ class Interrupted(BaseException):  # as a kill: nothing is saved
     pass
 
 
-@pytest.mark.parametrize("kind", ["bk_base", "channel_base"])
-@pytest.mark.parametrize("stop_after", [1, 3, 4])
+ALL_STOPS = [pytest.param(*of, marks=pytest.mark.slow) for of in ((1, "channel_base"), (3, "bk_base"), (4, "bk_base"))]
+
+
+@pytest.mark.parametrize(("stop_after", "kind"), [(1, "bk_base"), (3, "channel_base"), (4, "channel_base"), *ALL_STOPS])
 def test_resume_is_exact(tmp_path: Path, kind: str, stop_after: int) -> None:
     """Stopped anywhere, even between checkpoints, a run ends with the bits of one that never stopped."""
     whole = small.trainer(kind)
@@ -64,7 +66,7 @@ def test_resume_is_exact(tmp_path: Path, kind: str, stop_after: int) -> None:
     assert losses[0] == losses[1] == [m["loss"] for m in read_metrics(tmp_path / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_resume_is_exact_in_low_precision(tmp_path: Path, precision: str) -> None:
     whole = small.trainer("channel_base", precision=precision)
     whole.fit()
