@@ -163,10 +163,23 @@ def evaluate(
     return [o.detach() for o in outputs], list(gradients)
 
 
+def nudged(value: Tensor, eps: float = EPS) -> Tensor:
+    """The same where each element differs by up to 4 eps of itself, by torch's generator: what float numbers of a
+    computation cannot tell. How far a result moves by it is its condition."""
+    return value * (1 + 4 * eps * (2 * torch.rand_like(value) - 1))
+
+
 def assert_close(
-    name: str, got: Tensor, truth: Tensor, eager: Tensor, factor: float, terms: tuple[int, float] | None = None
+    name: str,
+    got: Tensor,
+    truth: Tensor,
+    eager: Tensor,
+    factor: float,
+    terms: tuple[int, float] | None = None,
+    moved: Tensor | None = None,
 ) -> None:
-    """The rule of equality; see the head of this file."""
+    """The rule of equality; see the head of this file. ``moved``: the truth of inputs that are ``nudged``; what it is
+    off by is allowed too."""
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, should be {tuple(truth.shape)}"
     if not got.is_floating_point():
         assert torch.equal(got, truth), f"{name}: integers differ at {(got != truth).nonzero()[:4].tolist()}"
@@ -180,17 +193,22 @@ def assert_close(
     floor = 4 * eps * truth.abs().max().item()
     if terms is not None:
         floor = max(floor, eps * math.sqrt(terms[0]) * terms[1])
+    if moved is not None:
+        floor = max(floor, (moved - truth).abs().max().item())
     bound = max(factor * eager_error, floor)
     assert error <= bound, f"{name}: error {error:.3e} against float64, allowed {bound:.3e} (eager {eager_error:.3e})"
 
 
-def assert_alike(got: Any, eager: Any, truth: Any, factor: float = 2.0, name: str = "result") -> None:
+def assert_alike(
+    got: Any, eager: Any, truth: Any, factor: float = 2.0, name: str = "result", moved: Any = None
+) -> None:
     """The rule of equality for trees of tensors: ``got`` is as near to ``truth`` (float64) as ``eager``, the same
-    computation in the same precision by other means, times ``factor``."""
-    leaves_of = [tree_flatten(tree)[0] for tree in (got, truth, eager)]
+    computation in the same precision by other means, times ``factor``, or as ``moved`` (see ``assert_close``)."""
+    leaves_of = [tree_flatten(tree)[0] for tree in (got, truth, eager, truth if moved is None else moved)]
     assert len({len(some) for some in leaves_of}) == 1, f"{name}: {[len(some) for some in leaves_of]} tensors"
-    for i, (one, exact, other) in enumerate(zip(*leaves_of, strict=True)):
-        assert_close(f"{name} {i}", one.detach(), exact.detach(), other.detach(), factor)
+    for i, leaves in enumerate(zip(*leaves_of, strict=True)):
+        one, exact, other, near = (leaf.detach() for leaf in leaves)
+        assert_close(f"{name} {i}", one, exact, other, factor, moved=near)
 
 
 def check_values(case: Case, kernel: str, repeat: bool = True) -> None:

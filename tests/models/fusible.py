@@ -19,6 +19,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from fastdistill.models.families.flux import positions
+from tests.harness import nudged
 
 Inputs = dict[str, Any]
 
@@ -180,9 +181,9 @@ def moved(model: nn.Module, inputs: list[Inputs], eps: float) -> tuple[Tensor, d
         model = copy.deepcopy(model).double()
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(1 + 4 * eps * (2 * torch.rand_like(p) - 1))
+                p.copy_(nudged(p, eps))
         changed = [
-            {k: v * (1 + 4 * eps * (2 * torch.rand_like(v) - 1)) if k in _ROUNDED else v for k, v in given.items()}
+            {k: nudged(v, eps) if k in _ROUNDED else v for k, v in given.items()}
             for given in (cast(i, torch.float64) for i in inputs)
         ]
     return run(model, changed)
