@@ -85,23 +85,32 @@ def sample(
         rows: [n] int64, numbers of the initial noise for ``seed``; image i depends only on (seed, rows[i], prompt[i]).
         progress: called after each batch with the number of finished images.
     """
+    options = {"steps": sampling.steps, "clip_sample": sampling.clip_sample, **sampling.guided()}
+
+    def make(noise: Tensor, prompts: Tensor, rows: Tensor) -> Tensor:
+        return ddim(model, noise, prompts, bank.null, SCHEDULE, **options)
+
+    return in_batches(make, model, bank, prompt, rows, seed, batch, progress)
+
+
+def in_batches(
+    make: Callable[[Tensor, Tensor, Tensor], Tensor],
+    model: nn.Module,
+    bank: PromptBank,
+    prompt: Tensor,
+    rows: Tensor,
+    seed: int,
+    batch: int,
+    progress: Callable[[int], object] | None,
+) -> Tensor:
+    """The images of ``make``, called with noise [b, 3, 8, 8], embeddings [b, ...] and rows [b] on the device."""
     if not len(rows):
         return torch.empty(0, *SHAPE)
     device = next(model.parameters()).device
     images = []
     for numbers, wanted in zip(torch.split(rows, batch), torch.split(prompt, batch), strict=True):
-        images.append(
-            ddim(
-                model,
-                initial_noise(seed, numbers.to(device), SHAPE),
-                bank.embeddings[wanted.to(device)],
-                bank.null,
-                SCHEDULE,
-                steps=sampling.steps,
-                **sampling.guided(),
-                clip_sample=sampling.clip_sample,
-            ).cpu()
-        )
+        own = numbers.to(device)
+        images.append(make(initial_noise(seed, own, SHAPE), bank.embeddings[wanted.to(device)], own).cpu())
         if progress is not None:
             progress(sum(map(len, images)))
     return torch.cat(images)

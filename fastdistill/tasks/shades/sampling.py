@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.guided import sample as guided
-from fastdistill.diffusion.sampler import initial_noise
-from fastdistill.tasks.digits.data import SHAPE
-from fastdistill.tasks.digits.sampling import SCHEDULE
+from fastdistill.tasks.digits.sampling import SCHEDULE, in_batches
 
 GRID = "karras:30@30..0.09"  # from where an epsilon prediction says something, so that nothing has to be clipped
 
@@ -39,25 +37,10 @@ def sample(
         rows: [n] int64, numbers of the initial noise for ``seed``; image i depends only on (seed, rows[i], prompt[i]).
         progress: called after each batch with the number of finished images.
     """
-    if not len(rows):
-        return torch.empty(0, *SHAPE)
     levels = Grid.parse(grid, SCHEDULE) if isinstance(grid, str) else grid
-    device = next(model.parameters()).device
-    images = []
-    for numbers, wanted in zip(torch.split(rows, batch), torch.split(prompt, batch), strict=True):
-        noise = initial_noise(seed, numbers.to(device), SHAPE)
-        made = guided(
-            model,
-            noise,
-            bank.embeddings[wanted.to(device)],
-            bank.null,
-            levels,
-            guidance=guidance,
-            clip_sample=clip_sample,
-            seed=seed,
-            rows=numbers.to(device),
-        )
-        images.append(made.cpu())
-        if progress is not None:
-            progress(sum(map(len, images)))
-    return torch.cat(images)
+
+    def make(noise: Tensor, prompts: Tensor, rows: Tensor) -> Tensor:
+        options: dict[str, Any] = {"guidance": guidance, "clip_sample": clip_sample, "seed": seed, "rows": rows}
+        return guided(model, noise, prompts, bank.null, levels, **options)
+
+    return in_batches(make, model, bank, prompt, rows, seed, batch, progress)
