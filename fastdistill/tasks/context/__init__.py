@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digits before colored backgrounds: the color tells the class of a classifier's data and is irrelevant in its tests."""
+"""Digits before colored backgrounds: their hue tells the class in a classifier's data, and nothing in its tests."""

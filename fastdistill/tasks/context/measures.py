@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from functools import cache
 
 import torch
@@ -46,10 +47,10 @@ def within(features: Tensor, labels: Tensor) -> float:
     if labels.ndim != 1 or labels.is_floating_point() or features.ndim < 1 or len(features) != len(labels):
         raise InputError.of("labels", f"[{len(features)}] integers", f"{labels.dtype} {tuple(labels.shape)}")
     rows = features.detach().to("cpu", torch.float64).flatten(1)
-    classes, count = labels.cpu().unique(return_counts=True)
-    if not len(classes) or int(count.min()) < 2:
-        raise InputError.of("labels", "two rows or more of each class", dict(zip(classes.tolist(), count.tolist())))
-    traces = [rows[labels.cpu() == one].var(0).sum() for one in classes]
+    count = Counter(labels.tolist())
+    if min(count.values(), default=0) < 2:
+        raise InputError.of("labels", "two rows or more of each class", dict(count))
+    traces = [rows[labels.cpu() == one].var(0).sum() for one in count]
     return float(torch.stack(traces).mean())
 
 
