@@ -129,7 +129,7 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
         free(settings.device)
     if first.groups:
         return
-    if first.samples:
+    if isinstance(first.ours, Contestant):
         yield from _steps(case, first, runs, absent, settings)
         return
     kernel = _kernel_of(case.op, first.ours)
@@ -155,7 +155,14 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
         for name in failed:
             watches.pop(name, None)
         timed = interleaved(watches, settings.rounds, settings.warm_up, settings.seconds)
-        yield from _rows(case, first, settings, *timed, failed, mode=mode, ours=kernel)
+        for found in _rows(case, first, settings, *timed, failed, mode=mode, ours=kernel):
+            yield found | _images(first.samples, timed[0], found["rival"])
+
+
+def _images(samples: int, timings: dict[str, Timing], rival: str) -> Row:
+    """Images per second of both, where a run makes some."""
+    both = {"ours": "ours", "rival": rival} if samples else {}
+    return {f"{side}_img_s": round(1e3 * samples / timings[k].median, 2) for side, k in both.items() if k in timings}
 
 
 def _steps(
@@ -190,11 +197,13 @@ def _steps(
     else:
         watches = {name: stopwatch([run], settings.device) for name, run in contestants.items()}
         timed = interleaved(watches, settings.rounds, settings.warm_up, settings.seconds)
-    for name, timing in timed[0].items():
-        seen[name]["img_s"] = round(1e3 * workload.samples / timing.median, 2)
     for found in _rows(case, workload, settings, *timed, failed, mode="eager"):
         both = {"ours": "ours", "rival": found["rival"]}
-        yield found | {f"{side}_{k}": v for side, name in both.items() for k, v in seen.get(name, {}).items()}
+        yield (
+            found
+            | _images(workload.samples, timed[0], found["rival"])
+            | {f"{side}_{k}": v for side, name in both.items() for k, v in seen.get(name, {}).items()}
+        )
         seen["ours"].pop("parts", None)  # once is enough
 
 

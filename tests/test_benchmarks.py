@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import benchmarks.run
 from benchmarks import files, machine, registry, report
 from benchmarks.measure import FIELDS, Settings, measure
+from benchmarks.ops import sampling
 from benchmarks.registry import COMPILED, Case, Workload
 from benchmarks.run import main
 
@@ -96,6 +98,25 @@ def test_compiled_rivals_come_after_all_others() -> None:
     assert [next(rows)["rival"], next(rows)["rival"]] == ["slow", "gone"] and "compiled" not in ran
     (last,) = rows
     assert last["rival"] == COMPILED and last["ratio"] > 0 and "compiled" in ran
+
+
+def test_rows_of_runs_that_make_images_say_how_many_a_second() -> None:
+    case, _ = case_of(right=True)
+    rivals = {"slow": lambda: time.sleep(2e-3), "gone": "not here"}
+    made = Workload(lambda: time.sleep(1e-3), rivals, lambda: None, samples=8)
+    slow, gone = measure(dataclasses.replace(case, build=lambda device: made), CPU)
+    for side in ("ours", "rival"):
+        assert slow[f"{side}_img_s"] == pytest.approx(8e3 / slow[f"{side}_ms"], rel=1e-3)
+    assert gone["rival_img_s"] == ""
+
+
+@pytest.mark.parametrize("schedule", sampling.SCHEDULES.values())
+def test_sampling_equals_that_of_two_passes_a_step(schedule: str) -> None:
+    sampling._scheduled("digits 3x8x8", 1, schedule, torch.device("cpu")).check()
+
+
+def test_sampling_of_a_student_is_one_pass_a_step() -> None:
+    sampling._student("digits 3x8x8", 1, torch.device("cpu")).check()
 
 
 def test_a_wrong_op_is_not_timed() -> None:

@@ -52,7 +52,7 @@ def setup(name: str, batch: int, device: torch.device, tap: str = TAP) -> Setup:
     from fastdistill.models.calling import Predictor
     from fastdistill.models.jacobian import TapFunction
 
-    model, size, prompt = _model(name)
+    model, size, prompt = model_of(name)
     model = model.to(device).eval().requires_grad_(False)
     g = generator(device)
     x = torch.randn(batch, *size, generator=g, device=device)
@@ -66,7 +66,7 @@ def setup(name: str, batch: int, device: torch.device, tap: str = TAP) -> Setup:
     return Setup(TapFunction(model, tap, 600, row.expand(batch, -1, -1)), whole, x)
 
 
-def _model(name: str) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
+def model_of(name: str) -> tuple[Any, tuple[int, ...], tuple[int, ...]]:
     """A model, the shapes of its latents and of a prompt."""
     if name.startswith("digits"):
         from fastdistill.tasks.digits.teacher import load_teacher

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images by a schedule of guidance, and by a student that makes guided images in one pass.
+
+The rival of a schedule evaluates prompt and null prompt at every step in one batch, as pipelines of diffusers do; the
+rivals of the student are the teacher with each schedule. A case says how many evaluations an image takes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.registry import Case, Run, Workload, generator
+
+SCHEDULES = {"constant": "2", "interval": "0@8,2@2,0", "window": "8@8,-1@2,0"}
+GRID = "karras:30@30..0.09"
+SHAPES = [("digits 3x8x8", 64, "fp32", "cpu"), ("SD-1.5 4x64x64", 4, "bf16", "cuda")]  # model, batch, dtype, device
+EVERY_STEP = "two passes a step"
+
+
+def cases() -> Iterator[Case]:
+    from fastdistill import Guidance
+
+    steps = len(_grid())
+    for model, batch, dtype, device in SHAPES:
+        for name, text in SCHEDULES.items():
+            build = functools.partial(_scheduled, model, batch, text)
+            label = f"{model} {name} {text}, {Guidance.parse(text).evaluations(_grid())} evaluations B={batch}"
+            yield Case("sampling", label, dtype, device, build, (EVERY_STEP,))
+        build = functools.partial(_student, model, batch)
+        label = f"{model} student, {steps} evaluations B={batch}"
+        yield Case("sampling", label, dtype, device, build, tuple(SCHEDULES), headline=device == "cuda")
+
+
+class Setup(NamedTuple):
+    model: nn.Module
+    noise: Tensor
+    prompts: Tensor
+    null: Tensor
+
+
+def _grid() -> Any:
+    from fastdistill import Grid
+    from fastdistill.tasks.digits.sampling import SCHEDULE
+
+    return Grid.parse(GRID, SCHEDULE)
+
+
+def _setup(name: str, batch: int, device: torch.device) -> Setup:
+    from benchmarks.ops.jacobian import model_of
+
+    model, size, prompt = model_of(name)
+    model = model.to(device).eval().requires_grad_(False)
+    if device.type == "cuda":
+        model = model.to(torch.bfloat16)
+    g = generator(device)
+    noise = torch.randn(batch, *size, generator=g, device=device)
+    rows = torch.randn(batch + 1, *prompt, generator=g, device=device)
+    return Setup(model, noise, rows[1:], rows[0])
+
+
+def _sampled(setup: Setup, schedule: str) -> Tensor:
+    from fastdistill.diffusion.guided import sample
+
+    with torch.no_grad():
+        return sample(setup.model, setup.noise, setup.prompts, setup.null, _grid(), guidance=schedule)
+
+
+def _every_step(setup: Setup, schedule: str) -> Tensor:
+    """DDIM with prompt and null prompt in one batch at every step."""
+    from fastdistill import Guidance
+
+    grid, model = _grid(), setup.model
+    weights = Guidance.parse(schedule).weights(grid).tolist()
+    times, rows = grid.model_times(setup.noise.device), torch.cat([setup.null.expand_as(setup.prompts), setup.prompts])
+    x, dtype = setup.noise, next(model.parameters()).dtype
+    with torch.no_grad():
+        for i, w in enumerate(weights):
+            (a, b), (c, d) = ((float(grid.signal[j]), float(grid.noise[j])) for j in (i, i + 1))
+            given = torch.cat([x, x]).to(dtype)
+            null, prompt = model(given, times[i], rows.to(dtype), return_dict=False)[0].float().chunk(2)
+            eps = null + (1 + w) * (prompt - null)
+            x = c * (x - b * eps) / a + d * eps
+    return x
+
+
+def _scheduled(name: str, batch: int, schedule: str, device: torch.device) -> Workload:
+    setup = _setup(name, batch, device)
+    rivals: dict[str, Run | str] = {EVERY_STEP: lambda: _every_step(setup, schedule)}
+
+    def check() -> None:
+        ours, theirs = _sampled(setup, schedule), _every_step(setup, schedule)
+        bound = 1e3 * torch.finfo(next(setup.model.parameters()).dtype).eps  # rounding of 30 steps of a stiff map
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=bound * float(theirs.abs().max()))
+
+    return Workload(lambda: _sampled(setup, schedule), rivals, check, samples=batch, graphs=False)
+
+
+def _student(name: str, batch: int, device: torch.device) -> Workload:
+    """The teacher without guidance has the size and the passes of such a student."""
+    setup = _setup(name, batch, device)
+    rivals: dict[str, Run | str] = {k: functools.partial(_sampled, setup, text) for k, text in SCHEDULES.items()}
+
+    def check() -> None:
+        counted = 0
+
+        def count(*_: Any) -> None:
+            nonlocal counted
+            counted += 1
+
+        with setup.model.register_forward_pre_hook(count):
+            _sampled(setup, "0")
+        assert counted == len(_grid()), f"{counted} forwards"
+
+    return Workload(lambda: _sampled(setup, "0"), rivals, check, samples=batch, graphs=False)
