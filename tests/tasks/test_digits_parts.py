@@ -165,6 +165,8 @@ def test_a_recipe_is_compared_by_its_inputs() -> None:
     recipe = dataclasses.asdict(TeacherConfig())
     made = shipped | {"recipe": {k: recipe[k] for k in shipped["recipe"]}, "sha256": "0" * 64, "prompts": "1" * 64}
     assert not other_recipe(made, shipped)
+    made["recipe"]["train"]["preview"]["guidance_scale"] = 7.0
+    assert not other_recipe(made, shipped)
     made["recipe"]["train"]["lr"], made["data"] = 1e-2, "2" * 64
     assert other_recipe(made, shipped) == [
         f"data: expected '{'2' * 64}', got '{shipped['data']}'",

@@ -32,7 +32,7 @@ from fastdistill.tasks.guidance.students import sampler, students, trained
 from fastdistill.tasks.shades import data
 from fastdistill.tasks.shades.teacher import load_teacher
 from fastdistill.tasks.workers import Job
-from fastdistill.train.config import from_yaml
+from fastdistill.train.config import from_mapping, from_yaml
 from tests.processes import shared
 
 SMALL: dict[str, Any] = {
@@ -132,10 +132,27 @@ def test_further_seeds_and_students(copy: Path) -> None:
         assert main(arguments(copy, {"workers": 1, "seeds": 2, "full": True})) == 0
     more = "window_trajectory", "cache_constant", "cache_window"
     names = {f"{name}-{seed}" for name in more for seed in (0, 1)}
-    assert set(begun) == {"shades", "digits", "worlds", "scale-1", "window-1", "speed"} | names
+    assert set(begun) == {"shades", "digits", "scale-1", "window-1", "speed"} | names
     students = json.loads((copy / "report.json").read_text())["students"]
     assert students["window"]["seeds"] == 2 and students["window"]["right_std"] >= 0
     assert students["cache_window"]["evaluations_per_image"] > students["window"]["evaluations_per_image"]
+
+
+def test_a_part_depends_on_its_own_settings() -> None:
+    config = from_mapping(DemoConfig, SMALL).resolved()
+    parts = ("shades", "digits", "worlds", "speed", "scale", "window")
+
+    def changed(**settings: Any) -> set[str]:
+        other = dataclasses.replace(config, **settings)
+        return {part for part in parts if len({worker.fingerprint(c, part, 0, {}) for c in (config, other)}) == 2}
+
+    assert changed(output="elsewhere", workers=1, threads=2) == set()
+    assert changed(train=dataclasses.replace(config.train, lr=2e-3)) == {"scale", "window"}
+    assert changed(constants=(0.0, 2.0)) == {"shades", "speed"}
+    assert changed(scales=(0.0, 2.0)) == {"speed", "scale"}
+    assert changed(worlds=("two_class",)) == {"worlds"}
+    assert changed(seeds=2) == {"shades", "digits"}
+    assert changed(images_per_prompt=2) == {"shades", "digits", "scale", "window"}
 
 
 def report(told: list[dict[str, Any]], **fields: Any) -> None:

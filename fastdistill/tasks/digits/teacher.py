@@ -209,11 +209,20 @@ def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
         recipe = dict(provenance["recipe"])
         for name, defaults in (("train", TrainConfig()), ("sampling", Sampling())):
             if name in recipe:
-                recipe[name] = asdict(defaults) | recipe[name]  # settings newer than the file had their defaults
+                recipe[name] = _completed(recipe[name], asdict(defaults))  # newer than the file: had their defaults
+        for shown in ("preview", "trackers"):
+            recipe["train"].pop(shown, None)
         others = {name: provenance[name] for name in ("data", "architecture", "start") if name in provenance}
         return plain(recipe | others)
 
     return differences(inputs(made), inputs(shipped))
+
+
+def _completed(settings: Any, defaults: Any) -> Any:
+    """Settings with the defaults of those that they lack, at any depth."""
+    if not isinstance(settings, dict) or not isinstance(defaults, dict):
+        return settings
+    return defaults | {name: _completed(value, defaults.get(name)) for name, value in settings.items()}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

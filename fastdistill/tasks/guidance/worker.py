@@ -74,17 +74,27 @@ def run(job: Path, report: Report) -> None:
 
 
 def fingerprint(config: DemoConfig, part: str, seed: int, made_from: Any) -> str:
-    """What the result of a part depends on, whichever machine made it. ``made_from``: the teachers and the prompts."""
-    settings = plain(dataclasses.asdict(config))
-    for free in ("output", "workers", "threads", "device", "quick"):
-        del settings[free]
-    for shown in ("preview", "trackers"):
-        del settings["train"][shown]
-    if part not in TEACHERS:
-        del settings["seeds"]
-    if part not in ("worlds", "speed"):
-        del settings["full"]
-    return sha256_of_json({**settings, "part": part, "seed": seed, "made_from": made_from})
+    """What the result of a part depends on, whichever machine made it: a part is kept where only others' settings
+    change. ``made_from``: the teachers and the prompts."""
+    settings: dict[str, Any]
+    if part in TEACHERS:
+        settings = dataclasses.asdict(config.shades() if part == "shades" else config.digits())
+        for free in ("output", "threads", "device", "quick"):
+            del settings[free]
+        if part == "shades":
+            settings["shown"] = config.student
+    elif part == "worlds":
+        settings = {"quick": not config.full or config.quick, "worlds": config.worlds}
+    elif part == "speed":
+        settings = {"grid": config.grid, "schedules": config.shades().schedules}
+        settings["students"] = {name: dataclasses.asdict(each) for name, each in students(config).items()}
+    else:
+        names = ("student", "grid", "images_per_prompt", "cache_images", "train")
+        settings = {name: getattr(config, name) for name in names} | dataclasses.asdict(students(config)[part])
+        settings["train"] = dataclasses.asdict(config.train)
+        for shown in ("preview", "trackers"):
+            del settings["train"][shown]
+    return sha256_of_json({**plain(settings), "part": part, "seed": seed, "made_from": made_from})
 
 
 def finished(directory: Path, wanted: str) -> bool:
