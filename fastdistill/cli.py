@@ -80,7 +80,9 @@ def _run(arguments: list[str]) -> None:
         return
     if first in groups:
         got = arguments[1] if len(arguments) > 1 else "none"
-        raise FastdistillError(f"{first}: expected {' or '.join(groups[first])}, got {got}")
+        *others, last = groups[first]
+        known = f"{', '.join(others)} or {last}" if others else last
+        raise FastdistillError(f"{first}: expected {known}, got {got}")
     near = get_close_matches(first, groups, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise FastdistillError(f"command: expected {', '.join(groups)}, got {first!r} ({hint}fastdistill --help)")

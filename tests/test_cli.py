@@ -53,6 +53,7 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) ->
         ("demo", "digits"),
         ("teacher", "digits"),
         ("teacher", "shades"),
+        ("teacher", "context"),
         ("doctor",),
         ("profile", "digits"),
         ("profile", "replay"),
@@ -87,7 +88,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ("profile", "replay", "none.pt"),
             "fastdistill: call: expected a file that a profile left, got none.pt, which is not there",
         ),
-        (("teacher", "cats"), "fastdistill: teacher: expected digits or shades, got cats"),
+        (("teacher", "cats"), "fastdistill: teacher: expected context, digits or shades, got cats"),
         (("demo", "digits", "--config"), "fastdistill: --config: expected a YAML file, got nothing"),
     ],
 )

@@ -12,7 +12,7 @@ def train(task: str, arguments: list[str]) -> None:
     """Trains the teacher of ``fastdistill.tasks.<task>`` and compares it with the shipped one."""
     import_pydantic()
     from fastdistill.data.fingerprint import listed
-    from fastdistill.tasks.digits.teacher import other_recipe
+    from fastdistill.tasks.digits.teacher import other_recipe, provenance
 
     teacher = importlib.import_module(f"fastdistill.tasks.{task}.teacher")
     config = configured(teacher.TeacherConfig, arguments, f"teacher {task}")
@@ -31,7 +31,7 @@ def train(task: str, arguments: list[str]) -> None:
                 progress.update(bar, description=f"{task} teacher: loss {metrics['loss']:.3f}")
 
         made = teacher.train_teacher(config, show)
-    shipped = teacher.provenance()
+    shipped = provenance(config.shipped)
     changed = other_recipe(made, shipped)
     recipe = (
         f"another recipe than the shipped weights' ({listed(changed)})" if changed else "the shipped weights' recipe"

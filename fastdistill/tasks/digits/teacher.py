@@ -20,6 +20,7 @@ from torch import Tensor
 
 import fastdistill
 from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
+from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Setting
 from fastdistill.documented import documented
@@ -54,7 +55,7 @@ ARCHITECTURE: dict[str, Any] = {
 @documented
 @dataclass(frozen=True)
 class Recipe:
-    """How a teacher is trained and evaluated, of this task or of one with the same prompts."""
+    """How a teacher is trained and evaluated, of this task or of another with the same model."""
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -74,6 +75,11 @@ class Recipe:
     output: str = "runs/digits-teacher"
     """Directory for checkpoints, metrics.jsonl and teacher.safetensors."""
 
+    @property
+    def shipped(self) -> Path:
+        """The weights of the package that were trained so."""
+        return WEIGHTS
+
 
 @documented
 @dataclass(frozen=True)
@@ -88,13 +94,14 @@ class Lesson:
     """What a teacher learns.
 
     start: the model before training, of a seed. made_from: what that and the data depend on, for the provenance.
-    images: [n, 3, 8, 8] and their rows of PROMPTS. judged: measures a trained model, in eval mode.
+    images: [n, 3, 8, 8] and their rows of the prompts. judged: measures a trained model, in eval mode.
     """
 
     start: Callable[[int], UNet2DConditionModel]
     made_from: Mapping[str, Any]
     images: Callable[[], tuple[Tensor, Tensor]]
     judged: Callable[[UNet2DConditionModel], dict[str, float]]
+    prompts: Callable[[], PromptBank] = prompt_bank
 
 
 def build(seed: int) -> UNet2DConditionModel:
@@ -127,7 +134,7 @@ def trained(config: Recipe, lesson: Lesson, progress: Progress | None = None) ->
     output = located(config.output, "output")
     make_directory(output)
     model = lesson.start(config.train.seed).to(config.device).train().requires_grad_(True)
-    bank = prompt_bank().to(config.device)
+    bank = lesson.prompts().to(config.device)
     images, rows = (t.to(config.device) for t in lesson.images())
     batch, part = config.train.batch, config.train.micro_batch
     setting = Setting(model, model, SCHEDULE, images, rows, bank.embeddings, batch, micro_batch=part)

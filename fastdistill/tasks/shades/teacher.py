@@ -46,6 +46,10 @@ class TeacherConfig(digits.Recipe):
     output: str = "runs/shades-teacher"
     """Directory for checkpoints, metrics.jsonl and teacher.safetensors."""
 
+    @property
+    def shipped(self) -> Path:
+        return WEIGHTS
+
 
 def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> dict[str, Any]:
     """As ``digits.teacher.train_teacher``."""
