@@ -38,7 +38,7 @@ MEASURES = {
     "clip": ("CLIP score", "100 times the cosine of image and prompt."),
 }
 
-CAPTIONS = {
+_CAPTIONS = {
     "samples": ("Samples", "One column per prompt: the same prompt and noise for teacher and student."),
     "losses": (
         "Held-out loss over timesteps",
@@ -56,18 +56,21 @@ def write_comparison(
         report: plain JSON values. ``teacher`` and ``student``: ``parameters``, ``images_per_second`` and ``measures``,
             name (``MEASURES``) -> {value, interval: [low, high] or None}. ``sampling``: settings by name.
             ``reference``: what precision, FID and so on compare with. ``left_out``: name -> reason. ``prompts``: a
-            list of {text, seen, images_distance}. Others as ``write_page``. Optional: ``title``, ``finding``.
-        figures: ``samples``, ``losses`` and any others, in the order of the page.
+            list of {text, seen, images_distance}. Others as ``write_page``. Optional: ``title``, ``finding``, and
+            ``sizes``: of other sizes of images, by name, ``teacher``, ``student`` (without parameters) and
+            ``left_out``; then ``sampling.pixels`` lists the sizes, first the one that all else is of.
+        figures: ``samples``, ``losses`` (with a size, ``samples 64 x 48``) and any others, in the order of the page.
 
     Raises:
         InputError: a missing or impossible entry; nothing is written. StorageError: the directory cannot be written.
     """
     _check(report)
-    rows = [
-        {"heading": heading, "note": note, "cells": [_cell(report[model]["measures"].get(name)) for model in MODELS]}
-        for name, (heading, note) in MEASURES.items()
-        if any(name in report[model]["measures"] for model in MODELS)
-    ]
+    captions = {}
+    for name in figures or {}:
+        kind, _, size = name.partition(" ")
+        if kind in _CAPTIONS:
+            heading, caption = _CAPTIONS[kind]
+            captions[name] = f"{heading}, {size}" if size else heading, caption
     return write_page(
         directory,
         "comparison.html.j2",
@@ -76,10 +79,30 @@ def write_comparison(
         title=report.get("title", "Student and teacher"),
         finding=report.get("finding") or finding(report),
         tiles=_tiles(report),
-        captions=CAPTIONS,
-        rows=rows,
-        left_out=[(MEASURES.get(name, (name,))[0], reason) for name, reason in report.get("left_out", {}).items()],
+        captions=captions,
+        tables=[_table(name, of) for name, of in {_first_size(report): report, **report.get("sizes", {})}.items()],
     )
+
+
+def pixels(size: tuple[int, int]) -> str:
+    """The name of a size of images: height and width."""
+    return f"{size[0]} x {size[1]}"
+
+
+def _first_size(report: Mapping[str, Any]) -> str:
+    """The name of the size that a report of several is of; empty of one."""
+    return str(report["sampling"]["pixels"]).partition(",")[0] if report.get("sizes") else ""
+
+
+def _table(size: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The measures of a size of images."""
+    rows = [
+        {"heading": heading, "note": note, "cells": [_cell(report[model]["measures"].get(name)) for model in MODELS]}
+        for name, (heading, note) in MEASURES.items()
+        if any(name in report[model]["measures"] for model in MODELS)
+    ]
+    left_out = [(MEASURES.get(name, (name,))[0], reason) for name, reason in report.get("left_out", {}).items()]
+    return {"size": size, "rows": rows, "left_out": left_out, **{model: report[model] for model in MODELS}}
 
 
 def finding(report: Mapping[str, Any]) -> str:
@@ -90,7 +113,8 @@ def finding(report: Mapping[str, Any]) -> str:
     )
     distance = report["student"]["measures"].get("images_distance")
     if distance is not None:
-        text += f" Its images differ from the teacher's of the same noise by {number(distance['value'])} (RMS)"
+        size = f" of {first}" if (first := _first_size(report)) else ""
+        text += f" Its images{size} differ from the teacher's of the same noise by {number(distance['value'])} (RMS)"
         other = report["teacher"]["measures"].get("images_distance")
         if other is not None and other["value"] > 0:
             text += f", {percent(distance['value'] / other['value'], 0)} of the difference between unrelated images"
@@ -128,12 +152,14 @@ def _cell(measure: Mapping[str, Any] | None) -> dict[str, str]:
 
 def _check(report: Mapping[str, Any]) -> None:
     for model in MODELS:
-        for name in ("parameters", "images_per_second"):
-            positive(report, f"{model}.{name}")
-        for name, measure in entry(report, f"{model}.measures").items():
-            if name not in MEASURES:
-                raise InputError.of(f"report.{model}.measures", f"of {', '.join(MEASURES)}", name)
-            entry(report, f"{model}.measures.{name}.value")
-            check_interval(measure.get("interval"), f"{model}.measures.{name}.interval")
-    for path in ("seconds.total", "sampling", "prompts"):
+        positive(report, f"{model}.parameters")
+    for place in ("", *(f"sizes.{size}." for size in report.get("sizes", {}))):
+        for model in (f"{place}{model}" for model in MODELS):
+            positive(report, f"{model}.images_per_second")
+            for name, measure in entry(report, f"{model}.measures").items():
+                if name not in MEASURES:
+                    raise InputError.of(f"report.{model}.measures", f"of {', '.join(MEASURES)}", name)
+                entry(report, f"{model}.measures.{name}.value")
+                check_interval(measure.get("interval"), f"{model}.measures.{name}.interval")
+    for path in ("seconds.total", "sampling", "prompts", *(["sampling.pixels"] if report.get("sizes") else [])):
         entry(report, path)

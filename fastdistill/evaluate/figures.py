@@ -306,16 +306,26 @@ def _images(name: str, value: Any, count: int) -> np.ndarray:
 
 
 def _cell(axes: Any, image: np.ndarray, x: float, y: float, size: float, *, wrong: bool) -> None:
+    """An image in the middle of a square, in its proportions; a signal of a few lines fills it."""
     patches = require("matplotlib.patches")
+    longest = max(image.shape[:2])
+    height, width = (size * side / longest if 4 * min(image.shape[:2]) >= longest else size for side in image.shape[:2])
+    x, y = x + (size - width) / 2, y + (size - height) / 2
     rounded = patches.BoxStyle.Round(pad=0, rounding_size=0.07)
     frame = patches.FancyBboxPatch(
-        (x, y), size, size, rounded, facecolor="none", edgecolor=RED if wrong else GRID, linewidth=1.8 if wrong else 0.8
+        (x, y),
+        width,
+        height,
+        rounded,
+        facecolor="none",
+        edgecolor=RED if wrong else GRID,
+        linewidth=1.8 if wrong else 0.8,
     )
     axes.add_patch(frame)
-    shown = axes.imshow(image, extent=(x, x + size, y + size, y), interpolation="nearest", aspect="auto", zorder=0.5)
+    shown = axes.imshow(image, extent=(x, x + width, y + height, y), interpolation="nearest", aspect="auto", zorder=0.5)
     shown.set_clip_path(frame)
     if wrong:
-        at = (x + size - 0.11, y + 0.11)
+        at = (x + width - 0.11, y + 0.11)
         axes.add_patch(patches.Circle(at, 0.095, facecolor=RED, edgecolor=PAGE, linewidth=1, zorder=4))
         axes.plot(*at, marker="x", markersize=4.2, markeredgewidth=1.4, color=PAGE, zorder=5)
 

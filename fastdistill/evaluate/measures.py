@@ -20,8 +20,9 @@ from fastdistill.evaluate.diversity import (
     vendi_score,
 )
 from fastdistill.evaluate.held_out import HeldOut
+from fastdistill.evaluate.metrics import frechet_distance
 from fastdistill.evaluate.samples import MODELS, Samples
-from fastdistill.evaluate.scores import clip_scores, fid, kid
+from fastdistill.evaluate.scores import KID_SIZE, clip_scores, kid
 
 _RESAMPLES = 200  # fewer of many images
 
@@ -99,9 +100,16 @@ class Measures:
         self._each("student", ("variance_ratio", "class_separation"), spread)
 
     def scores(self, extractor: str, names: Sequence[str], reference: Tensor | None = None) -> None:
-        """FID and KID against the features of real images, else the teacher's."""
+        """FID and KID against the features of real images, else the teacher's.
+
+        Both are smooth functions of means over images, so the delete-half jackknife has their spread. The bias of the
+        FID, about c / N, stays in its value: halves have twice as much, which taking the deviations from their mean
+        removes, so the interval is that of so many images. The KID of more images than it is computed of at once has
+        none.
+        """
         by = self._by_prompt(extractor)
-        functions: dict[str, Callable[[Tensor, Tensor], float]] = {"fid": fid, "kid": kid}
+        functions: dict[str, Callable[[Tensor, Tensor], float]] = {"fid": frechet_distance, "kid": kid}
+        few = by["teacher"].shape[:2].numel() <= KID_SIZE
         for name in names:
             for model in MODELS if reference is not None else ("student",):
 
@@ -109,7 +117,7 @@ class Measures:
                     real = _of(by["teacher"], rows) if reference is None else reference
                     return [functions[name](real, _of(by[model], rows))]
 
-                self._each(model, (name,), score, interval=False)
+                self._each(model, (name,), score, interval=few or name == "fid")
 
     def clip(self, extractor: str, texts: Tensor) -> None:
         """The CLIP score of each model; ``texts``: [P, D], embeddings of the prompts."""

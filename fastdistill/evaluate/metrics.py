@@ -40,17 +40,22 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features [N, D] and [M, D], computed in float64.
 
     |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1^1/2 C_2 C_1^1/2)^1/2), the FID for Inception features (Heusel et al. 2017,
-    eq. 6). Use more samples than features (N, M > D); otherwise the covariances are singular.
+    eq. 6). It is too large by about c (1 / N + 1 / M) on average, so compare distances of equal N and M only; of fewer
+    samples than features the covariances are singular, and it is too large by more than that.
     """
     for name, features in (("first", first), ("second", second)):
         if features.ndim != 2 or len(features) < 2:
             raise InputError.of(name, "features [N, D] with N >= 2", tuple(features.shape))
     if first.shape[1] != second.shape[1]:
         raise InputError.of("second", f"{first.shape[1]} features per sample, as in first", second.shape[1])
-    one, two = first.double(), second.double()
-    covariances = [torch.cov(x.T).reshape(x.shape[1], x.shape[1]) for x in (one, two)]
-    values, vectors = torch.linalg.eigh(covariances[0])
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
+    one, two = first.double(), second.double().to(first.device)
+    roots = [_root(x) for x in (one, two)]
     means = (one.mean(0) - two.mean(0)).square().sum()
-    return float(means + covariances[0].trace() + covariances[1].trace() - 2 * cross)
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()  # the trace of the root of C_1 C_2
+    return float(means + roots[0].square().sum() + roots[1].square().sum() - 2 * cross)
+
+
+def _root(x: Tensor) -> Tensor:
+    """R [at most D, D] with R^T R the covariance of x [N, D]."""
+    centered = (x - x.mean(0)) / math.sqrt(len(x) - 1)
+    return torch.linalg.qr(centered, mode="r").R if len(x) > x.shape[1] else centered

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FID and KID, by torchmetrics, and the CLIP score, of features that are given."""
+"""KID, by torchmetrics, and the CLIP score, of features that are given; the FID is their ``frechet_distance``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
+
+KID_SIZE = 1000  # images of a subset
 
 
 class _Given(nn.Module):
@@ -24,15 +26,7 @@ class _Given(nn.Module):
         return features
 
 
-def fid(real: Tensor, fake: Tensor) -> float:
-    """Fréchet distance of features [N, D] and [M, D] (Heusel et al. 2017, eq. 6): the FID, where they are Inception's.
-
-    It is biased by about 1 / N: compare values of equal numbers of images only.
-    """
-    return float(_metric("fid", "FrechetInceptionDistance", real, fake))
-
-
-def kid(real: Tensor, fake: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0) -> float:
+def kid(real: Tensor, fake: Tensor, *, subsets: int = 100, size: int = KID_SIZE, seed: int = 0) -> float:
     """Squared maximum mean discrepancy of features under (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401):
     the KID, where they are Inception's. Unbiased, and below 0 by chance.
 
@@ -44,7 +38,7 @@ def kid(real: Tensor, fake: Tensor, *, subsets: int = 100, size: int = 1000, see
         real, fake, subsets, size = real[:least], fake[:least], 1, least
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return float(_metric("kid", "KernelInceptionDistance", real, fake, subsets=subsets, subset_size=size)[0])
+        return float(_metric(real, fake, subsets=subsets, subset_size=size)[0])
 
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
@@ -55,7 +49,7 @@ def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
     return 100 * nn.functional.cosine_similarity(images.double(), texts.double()).clamp(min=0)
 
 
-def _metric(module: str, name: str, real: Tensor, fake: Tensor, **options: Any) -> Any:
+def _metric(real: Tensor, fake: Tensor, **options: Any) -> Any:
     for argument, features in (("real", real), ("fake", fake)):
         if features.ndim != 2 or len(features) < 2:
             raise InputError.of(argument, "features [N, D] of at least 2 images", tuple(features.shape))
@@ -63,7 +57,7 @@ def _metric(module: str, name: str, real: Tensor, fake: Tensor, **options: Any) 
         raise InputError.of("fake", f"{real.shape[1]} values per feature, as real has", fake.shape[1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that all features are kept in memory
-        make = getattr(require(f"torchmetrics.image.{module}", "metrics"), name)
+        make = require("torchmetrics.image.kid", "metrics").KernelInceptionDistance
         metric = make(feature=_Given(real.shape[1]), **options).to(real.device)
         metric.update(real.double(), real=True)
         metric.update(fake.to(real.device).double(), real=False)

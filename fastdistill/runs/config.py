@@ -207,7 +207,7 @@ class EvaluateSettings:
     batch: Count = 16
     """Images that a model makes at once."""
     metrics: tuple[Literal["fid", "kid", "clip"], ...] = ()
-    """Scores to add; FID and KID by torchmetrics. All with weights that are on this machine."""
+    """Scores to add, with weights that are on this machine; KID and Inception's features by torchmetrics."""
     features: str | None = None
     """Folder of a CLIP or DINO model, the features for diversity; none: fixed features of the pixels."""
     inception: str | None = None

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastdistill import plan as plans
 from fastdistill.data.latent_cache import LatentCache
+from fastdistill.data.manifest import MANIFEST_NAME, read_manifest
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import InputError
 from fastdistill.files import atomic_write
@@ -123,12 +123,9 @@ def trainer_of(run: Run, sources: tuple[PromptBank, Sequence[LatentCache]] | Non
 
 def stored_sources(run: Run) -> tuple[PromptBank, Sequence[LatentCache]]:
     """The stored prompts and the latents of each size, in memory or left on the disk."""
-    bank = run.bank()
-    latents = [run.latents(size, bank) for size in run.sizes]
-    if in_memory(run, bank, latents):
-        bank = run.bank(load=True)
-        latents = [run.latents(size, bank, load=True) for size in run.sizes]
-    return bank, latents
+    load = in_memory(run)
+    bank = run.bank(load=load)
+    return bank, [run.latents(size, bank, load=load) for size in run.sizes]
 
 
 def train_config(run: Run, bank: PromptBank) -> TrainConfig:
@@ -146,14 +143,16 @@ def train_config(run: Run, bank: PromptBank) -> TrainConfig:
     )
 
 
-def in_memory(run: Run, bank: PromptBank, latents: Sequence[LatentCache]) -> bool:
+def in_memory(run: Run) -> bool:
     """Whether prompts and latents are read into memory at the start, by ``cache.read``: auto where they take at most a
     quarter of what is free."""
     if run.config.cache.read != "auto":
         return run.config.cache.read == "memory"
     free = plans.available(run.config.device if run.config.train.banks == "device" else "cpu")
-    rows = (*bank.banks.values(), *(cache.latents for cache in latents))
-    size: int = sum(math.prod(bank.shape) * bank.dtype.itemsize for bank in rows)
+    places = [run.latents_place(size) for size in run.sizes]
+    places += [run.prompts_place] if run.config.cache.encodings == "stored" else []
+    stored = [read_manifest(place) for place in places if (place / MANIFEST_NAME).exists()]
+    size: int = sum(each.rows * tensor.row_bytes for each in stored for tensor in each.tensors.values())
     return size <= free // 4
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import datetime
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from fastdistill.distill import GuidanceDistillation
 from fastdistill.distill.objective import Setting
 from fastdistill.errors import InputError, described
 from fastdistill.evaluate._optional import require
-from fastdistill.evaluate.comparison import write_comparison
+from fastdistill.evaluate.comparison import pixels, write_comparison
 from fastdistill.evaluate.features import Extractor, FolderFeatures, inception_features, pixel_features
 from fastdistill.evaluate.figures import losses_over_time, png, sample_grid
 from fastdistill.evaluate.held_out import HeldOut, held_out_losses
@@ -34,8 +34,9 @@ from fastdistill.files import atomic_write, located, make_directory
 from fastdistill.models import Adapters, Student
 from fastdistill.models.calling import kept_in_float32
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.models import trained_adapters, trained_student
-from fastdistill.runs.opened import Run, opened
+from fastdistill.runs.models import adapters_in, last_checkpoint, student_in
+from fastdistill.runs.opened import Run, Size, opened
+from fastdistill.train import checkpoint
 from fastdistill.train.config import to_yaml
 
 FOLDER = "evaluation"  # in the directory of the run
@@ -43,11 +44,20 @@ _SHOWN = 12
 
 
 class _Prompts(NamedTuple):
-    """texts: P. bank: of them. seen: whether the student was trained on latents of each."""
+    """texts: P. bank: of them, for the first size. seen: whether the student was trained on latents of each."""
 
     texts: list[str]
     bank: PromptBank
     seen: list[bool]
+
+
+class _OfSize(NamedTuple):
+    """What was found of images of a size, which ``pixels`` names."""
+
+    pixels: str
+    samples: Samples
+    losses: HeldOut
+    measures: Measures
 
 
 def evaluate(
@@ -60,17 +70,17 @@ def evaluate(
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, Any]:
     """Compare the averaged student of a run with its teacher by the settings ``config.evaluate``; both compute in the
-    teacher's dtype.
+    teacher's dtype. Of several sizes of images, each is compared by itself.
 
-    Writes ``evaluation/`` in the run's directory: ``report.html``, ``report.json``, ``samples.png`` and ``run.yaml``,
-    with which the same comparison is made again.
+    Writes ``evaluation/`` in the run's directory: ``report.html``, ``report.json``, ``samples.png`` (of several sizes
+    ``samples-HEIGHTxWIDTH.png``) and ``run.yaml``, with which the same comparison is made again.
 
     Args:
         student: a model, or a ``Student``, to compare instead of the run's; it is left as it is.
         step: of the student's checkpoint; None: the newest.
         features: images [b, 3, H, W] in [0, 1] -> features [b, D] for all figures that need some, in place of those
             that ``config.evaluate`` names.
-        progress: called with (samples made by both models, all).
+        progress: called with (samples made by both models, all), of all sizes.
 
     Returns:
         The report, as in ``report.json`` (``fastdistill.evaluate.comparison.write_comparison``).
@@ -82,36 +92,50 @@ def evaluate(
     """
     start = time.perf_counter()
     run = opened(config, allow_code=allow_code)
-    settings, size, device = run.config.evaluate, run.sizes[0], run.config.device
+    settings, device = run.config.evaluate, run.config.device
     extractors = _extractors(run, features)
     reference = [] if settings.reference is None else image_files(located(settings.reference, "evaluate.reference"))
     prompts = _prompts(run)
-    images = settings.images_per_prompt
     own = _student(run, student, step)
     models = run.pipeline.model(device=device, dtype=run.teacher_dtype), own.model
     vae = run.pipeline.autoencoder(device=device, dtype=run.teacher_dtype)
     steps = run.config.cache.steps if settings.steps is None else settings.steps
     guidance = run.guidance(settings.guidance_scale)
-    options: dict[str, Any] = {"steps": steps, "seed": settings.seed, "size": size}
+    options: dict[str, Any] = {"steps": steps, "seed": settings.seed}
+    rows = torch.arange(len(prompts.texts)).repeat(settings.images_per_prompt)
+    seconds = dict.fromkeys(("samples", "held_out_losses", "measures"), 0.0)
+    found: list[_OfSize] = []
 
-    def made(model: Any, guidance: Mapping[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-        own = {**options, **guidance}
-        return lambda rows, noise: run.pipeline.sample(model, prompts.bank, rows, noise, call=run.call, **own)
+    def lap(part: str) -> None:
+        seconds[part] += time.perf_counter() - start - sum(seconds.values())
 
-    rows = torch.arange(len(prompts.texts)).repeat(images)
-    samples = compared(
-        made(models[0], guidance), made(models[1], run.student_guidance(guidance)),
-        lambda latents: run.pipeline.family.decode(vae, latents), rows,
-        batch=settings.batch, extractors=extractors, shown=min(_SHOWN, len(prompts.texts)), progress=progress,
-    )  # fmt: skip
-    seconds = {"samples": time.perf_counter() - start}
-    losses = _losses(run, models[0], own, samples, rows, prompts)
-    seconds["held_out_losses"] = time.perf_counter() - start - sum(seconds.values())
-    measures = _measures(run, extractors, samples, losses, prompts, reference)
-    seconds["measures"] = time.perf_counter() - start - sum(seconds.values())
+    for place, size in enumerate(run.sizes):
+        bank = run.pipeline.sized(prompts.bank, size)
+
+        def made(
+            model: Any, guidance: Mapping[str, Any], size: Size = size, bank: PromptBank = bank
+        ) -> Callable[[Tensor, Tensor], Tensor]:
+            own = {**options, **guidance, "size": size}
+            return lambda rows, noise: run.pipeline.sample(model, bank, rows, noise, call=run.call, **own)
+
+        def told(done: int, total: int, place: int = place) -> None:
+            if progress is not None:
+                progress(place * total + done, len(run.sizes) * total)
+
+        samples = compared(
+            made(models[0], guidance), made(models[1], run.student_guidance(guidance)),
+            lambda latents: run.pipeline.family.decode(vae, latents), rows,
+            batch=settings.batch, extractors=extractors, shown=min(_SHOWN, len(prompts.texts)), progress=told,
+        )  # fmt: skip
+        lap("samples")
+        losses = _losses(run, size, models[0], own, samples, rows, bank)
+        lap("held_out_losses")
+        measures = _measures(run, size, extractors, samples, losses, prompts, reference)
+        lap("measures")
+        found.append(_OfSize(pixels(run.pipeline.size(size)), samples, losses, measures))
     seconds["total"] = time.perf_counter() - start
-    report = _report(run, models, samples, measures, prompts, options | guidance, seconds, _named(run, features))
-    _write(run.directory / FOLDER, config, report, samples, losses, prompts.texts)
+    report = _report(run, models, found, prompts, options | guidance, seconds, _named(run, features))
+    _write(run.directory / FOLDER, config, report, found, prompts.texts)
     return report
 
 
@@ -127,8 +151,9 @@ def _extractors(run: Run, features: Extractor | None) -> dict[str, Extractor]:
         found["features"] = pixel_features
     else:
         found["features"] = FolderFeatures(settings.features, device)
-    if {"fid", "kid"} & set(settings.metrics):
+    if "kid" in settings.metrics:
         require("torchmetrics", "metrics")
+    if {"fid", "kid"} & set(settings.metrics):
         found["inception"] = features or inception_features(settings.inception, device)
     if "clip" in settings.metrics:
         if settings.clip is None:
@@ -184,11 +209,12 @@ class _Compared(NamedTuple):
 
 def _student(run: Run, student: Any, step: int | None) -> _Compared:
     if student is None:
-        model = _cast(trained_student(run, step=step), run.teacher_dtype)
+        saved, _ = checkpoint.read(path := last_checkpoint(run, step))
+        model = _cast(student_in(run, path, saved, averaged=True), run.teacher_dtype)
         planned = run.student(run.pipeline.model(device="meta"))
         if not run.config.objective.weights.feature:
             return _Compared(model, _taps(planned) if not planned.needs_adapters else [])
-        adapters = trained_adapters(run, planned.channels, step=step) if planned.needs_adapters else None
+        adapters = adapters_in(run, path, saved, planned.channels) if planned.needs_adapters else None
         return _Compared(model, _taps(planned), adapters)
     taps = _taps(student) if isinstance(student, Student) else []
     model = student.model if isinstance(student, Student) else student
@@ -211,16 +237,18 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _losses(run: Run, teacher: Any, student: _Compared, samples: Samples, rows: Tensor, prompts: _Prompts) -> HeldOut:
+def _losses(
+    run: Run, size: Size, teacher: Any, student: _Compared, samples: Samples, rows: Tensor, bank: PromptBank
+) -> HeldOut:
     """On the teacher's samples of this comparison."""
     device = torch.device(run.config.device)
     setting = Setting(
         teacher,
         student.model,
-        run.pipeline.schedule(run.sizes[0]),
+        run.pipeline.schedule(size),
         samples.latents["teacher"].to(device),
         rows.to(device),
-        prompts.bank.to(device).rows,
+        bank.to(device).rows,
         min(run.config.evaluate.batch, len(rows)),
         run.pipeline.prediction_type,
         call=run.call,
@@ -236,6 +264,7 @@ def _losses(run: Run, teacher: Any, student: _Compared, samples: Samples, rows: 
 
 def _measures(
     run: Run,
+    size: Size,
     extractors: Mapping[str, Extractor],
     samples: Samples,
     losses: HeldOut,
@@ -248,7 +277,7 @@ def _measures(
     measures.losses(losses)
     real: dict[str, Tensor] = {}
     if reference:
-        real = _features(reference, run.pipeline.size(run.sizes[0]), settings.batch, extractors)
+        real = _features(reference, run.pipeline.size(size), settings.batch, extractors)
     measures.diversity("features", real.get("features"))
     if names := [name for name in settings.metrics if name != "clip"]:
         measures.scores("inception", names, real.get("inception"))
@@ -274,40 +303,35 @@ def _features(
 def _report(
     run: Run,
     models: tuple[Any, Any],
-    samples: Samples,
-    measures: Measures,
+    found: Sequence[_OfSize],
     prompts: _Prompts,
     options: Mapping[str, Any],
     seconds: Mapping[str, float],
     features: str,
 ) -> dict[str, Any]:
-    settings = run.config.evaluate
-    each = samples.distances["images"].each.view(-1, len(prompts.texts)).mean(0).tolist()
-    of_models = {
-        name: {
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "images_per_second": samples.images_per_second[name],
-            "measures": measures.values[name],
-        }
+    settings, first = run.config.evaluate, found[0]
+    each = first.samples.distances["images"].each.view(-1, len(prompts.texts)).mean(0).tolist()
+    parameters = {
+        name: {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         for name, model in zip(MODELS, models, strict=True)
     }
-    height, width = run.pipeline.size(run.sizes[0])
     told: dict[str, Any] = {
         "prompts": len(prompts.texts),
         "seen_prompts": sum(prompts.seen),
         "images_per_prompt": settings.images_per_prompt,
-        "pixels": f"{height} x {width}",
+        "pixels": ", ".join(each.pixels for each in found),
         "dtype": str(run.teacher_dtype).removeprefix("torch."),
-        "resamples": measures.resamples,
+        "resamples": first.measures.resamples,
     }
     device = run.config.device
     return {
         "title": f"Student and teacher of {run.directory.name}",
-        **of_models,
-        "sampling": told | {name: value for name, value in options.items() if name != "size"},
+        **{name: parameters[name] | own for name, own in _values(first).items()},
+        "left_out": first.measures.left_out,
+        "sizes": {each.pixels: _values(each) | {"left_out": each.measures.left_out} for each in found[1:]},
+        "sampling": {**told, **options},
         "features": features,
         "reference": "the teacher's images" if settings.reference is None else settings.reference,
-        "left_out": measures.left_out,
         "prompts": [
             {"text": text, "seen": seen, "images_distance": distance}
             for text, seen, distance in zip(prompts.texts, prompts.seen, each, strict=True)
@@ -325,15 +349,28 @@ def _report(
     }
 
 
+def _values(found: _OfSize) -> dict[str, dict[str, Any]]:
+    """By model."""
+    speed, values = found.samples.images_per_second, found.measures.values
+    return {name: {"images_per_second": speed[name], "measures": values[name]} for name in MODELS}
+
+
 def _write(
-    folder: Path, config: RunConfig, report: Mapping[str, Any], samples: Samples, losses: HeldOut, texts: list[str]
+    folder: Path, config: RunConfig, report: Mapping[str, Any], found: Sequence[_OfSize], texts: list[str]
 ) -> None:
-    terms = {"output": losses.output} | ({} if losses.feature is None else {"feature": losses.feature})
-    figures = {
-        "samples": sample_grid(samples.shown, texts[: len(samples.shown["teacher"])]),
-        "losses": losses_over_time(losses.timestep.tolist(), {name: term.tolist() for name, term in terms.items()}),
-    }
+    figures = {}
+    for each in found:
+        own = f" {each.pixels}" if len(found) > 1 else ""
+        losses = each.losses
+        terms = {"output": losses.output} | ({} if losses.feature is None else {"feature": losses.feature})
+        shown = each.samples.shown
+        figures[f"samples{own}"] = sample_grid(shown, texts[: len(shown["teacher"])])
+        lines = {name: term.tolist() for name, term in terms.items()}
+        figures[f"losses{own}"] = losses_over_time(losses.timestep.tolist(), lines)
     make_directory(folder)
-    atomic_write(folder / "samples.png", png(figures["samples"], transparent=False))
+    for name, figure in figures.items():
+        if name.startswith("samples"):
+            file = name.replace(" x ", "x").replace(" ", "-")
+            atomic_write(folder / f"{file}.png", png(figure, transparent=False))
     atomic_write(folder / "run.yaml", to_yaml(config).encode())
     write_comparison(folder, report, figures)

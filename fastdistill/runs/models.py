@@ -78,15 +78,13 @@ def student_in(run: Run, path: Path, saved: checkpoint.Checkpoint, averaged: boo
     return model.to(run.config.device).float().eval().requires_grad_(False)
 
 
-def trained_adapters(run: Run, channels: Sequence[tuple[int, int]], *, step: int | None = None) -> Adapters:
-    """The averaged adapters of a checkpoint, for features of these (student channels, teacher channels), float32 on the
-    run's device.
+def adapters_in(run: Run, path: Path, saved: checkpoint.Checkpoint, channels: Sequence[tuple[int, int]]) -> Adapters:
+    """The averaged adapters of a checkpoint that was read from ``path``, for features of these (student channels,
+    teacher channels), float32 on the run's device.
 
     Raises:
-        StorageError: as ``trained_student``, or the run has no adapters of these channels.
+        StorageError: the run has no adapters of these channels.
     """
-    path = last_checkpoint(run, step)
-    saved, _ = checkpoint.read(path)
     adapters = Adapters(channels)
     values = _values(adapters, saved.state, "trained.0", averaged=True)
     if {name: _shape(tensor) for name, tensor in values.items()} != {

@@ -20,7 +20,7 @@ from fastdistill.evaluate.figures import losses_over_time
 from fastdistill.evaluate.held_out import HeldOut
 from fastdistill.evaluate.measures import Measures
 from fastdistill.evaluate.page import number
-from fastdistill.evaluate.samples import Samples, compared
+from fastdistill.evaluate.samples import MODELS, Samples, compared
 from tests.evaluate.test_report import Page
 from tests.harness import EPS, generator
 
@@ -99,6 +99,9 @@ def test_scores_by_features() -> None:
     pytest.importorskip("torchmetrics")
     measures = Measures(made(far=3.0), PROMPTS)
     measures.scores("features", ["fid", "kid"])
+    for name in ("fid", "kid"):
+        low, high = measures.values["student"][name]["interval"]
+        assert low < measures.values["student"][name]["value"] < high
     assert measures.values["student"]["fid"]["value"] > 1 and "fid" not in measures.values["teacher"]
     measures.clip("features", torch.ones(PROMPTS, 12))
     assert 0 < measures.values["teacher"]["clip"]["value"] < measures.values["student"]["clip"]["value"] <= 100
@@ -156,6 +159,23 @@ def test_page(tmp_path: Path, report: dict[str, Any]) -> None:
     words = finding(report)
     assert "makes 1.55 times as many images a second" in words
     assert re.search(r"by 0\.100 \(RMS\), 25.% of the difference", words)
+
+
+def test_a_page_of_several_sizes(tmp_path: Path, report: dict[str, Any]) -> None:
+    """A table and the figures of each, by its name; the finding says of which it speaks."""
+    values = {model: {name: report[model][name] for name in ("images_per_second", "measures")} for model in MODELS}
+    report["sampling"]["pixels"] = "32 x 48, 64 x 24"
+    report["sizes"] = {"64 x 24": copy.deepcopy(values) | {"left_out": {"coverage": "too few of them"}}}
+    report["sizes"]["64 x 24"]["student"]["measures"]["fid"]["value"] = 98.76
+    grid = sample_grid({"teacher": torch.zeros(1, 3, 4, 6)}, ["near"])
+    page = Page(write_comparison(tmp_path, report, {"samples 32 x 48": grid, "samples 64 x 24": grid}).read_text())
+    parts = ["Measures, 32 x 48", "Recall left out", "Measures, 64 x 24", "98.8", "Coverage left out: too few of them.",
+             "Samples, 32 x 48", "Samples, 64 x 24"]  # fmt: skip
+    assert sorted(parts, key=page.text.index) == parts and page.open == []
+    assert "Its images of 32 x 48 differ" in finding(report)
+    del report["sizes"]["64 x 24"]["student"]["images_per_second"]
+    with pytest.raises(InputError, match=r"an entry sizes.64 x 24.student.images_per_second"):
+        write_comparison(tmp_path / "new", report)
 
 
 def test_numbers_have_three_digits() -> None:

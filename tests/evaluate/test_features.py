@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.evaluate.features import INCEPTION, FolderFeatures, inception_features, pixel_features
 from fastdistill.evaluate.metrics import frechet_distance
-from fastdistill.evaluate.scores import clip_scores, fid, kid
+from fastdistill.evaluate.scores import _Given, clip_scores, kid
 from tests.harness import EPS, EPS64, generator
 from tests.models import tiny_pipelines as tiny
 
@@ -197,12 +197,18 @@ def test_inception_gets_the_images_of_8_bits(tmp_path: Path, monkeypatch: pytest
 
 
 def test_fid_is_the_frechet_distance() -> None:
-    pytest.importorskip("torchmetrics")
-    real = torch.randn(60, 5, generator=generator(4), dtype=torch.float64)
-    fake = 1.3 * torch.randn(50, 5, generator=generator(5), dtype=torch.float64) + 0.2
-    # moments are sums of 60 terms; the root of a product of covariances loses half of the digits at most
-    assert abs(fid(real, fake) - frechet_distance(real, fake)) <= 60 * EPS64**0.5
-    assert abs(fid(real, fake) - fid(real.float(), fake.float())) <= 60 * EPS
+    """As torchmetrics has it, also of fewer samples than features."""
+    made: Any = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance
+    for number, width in ((60, 5), (8, 12)):
+        real = torch.randn(number, width, generator=generator(4), dtype=torch.float64)
+        fake = 1.3 * torch.randn(number - 2, width, generator=generator(5), dtype=torch.float64) + 0.2
+        metric = made(feature=_Given(width)).set_dtype(torch.float64)
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+        found = frechet_distance(real, fake)
+        # moments are sums of 60 terms; the root of a product of covariances loses half of the digits at most
+        assert abs(found - float(metric.compute())) <= 60 * EPS64**0.5
+        assert abs(found - frechet_distance(real.float(), fake.float())) <= 60 * EPS
 
 
 def test_kid_is_its_sum_over_pairs() -> None:
@@ -222,11 +228,11 @@ def test_kid_is_its_sum_over_pairs() -> None:
 def test_scores_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
     some = torch.ones(4, 3)
     with pytest.raises(InputError, match=r"^real: expected features \[N, D\] of at least 2 images, got \(1, 3\)"):
-        fid(some[:1], some)
+        kid(some[:1], some)
     with pytest.raises(InputError, match=r"^fake: expected 3 values per feature, as real has, got 2"):
         kid(some, some[:, :2])
     with pytest.raises(InputError, match=r"^texts: expected embeddings like those of the images"):
         clip_scores(some, some[:3])
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.kid", None)
     with pytest.raises(FastdistillError, match=re.escape("pip install 'fastdistill[metrics]'")):
-        fid(some, some)
+        kid(some, some)

@@ -50,6 +50,19 @@ def test_images_are_clipped_and_put_where_they_belong() -> None:
     assert [float(array.max()) for array in shown] == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize(("shape", "sides"), [((4, 6), (2, 3)), ((6, 4), (3, 2)), ((1, 9), (1, 1))])
+def test_images_keep_their_proportions(shape: tuple[int, int], sides: tuple[int, int]) -> None:
+    """In the middle of a square; signals of a few lines fill it."""
+    plain, found = (
+        sample_grid({"teacher": torch.zeros(1, 3, *size)}, ["a"]).axes[0].get_images()[0].get_extent()
+        for size in ((4, 4), shape)
+    )
+    left, right, bottom, top = found
+    assert (bottom - top) / (right - left) == pytest.approx(sides[0] / sides[1])
+    assert max(right - left, bottom - top) == pytest.approx(plain[1] - plain[0])
+    assert (left + right, bottom + top) == pytest.approx((plain[0] + plain[1], plain[2] + plain[3]))
+
+
 def test_dark_exchanges_the_colors_and_puts_them_back() -> None:
     figure = probability_curve(np.linspace(0, 1, 50))
     light = pixels(figure, transparent=False)

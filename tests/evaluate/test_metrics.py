@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdistill.errors import FastdistillError, InputError
-from fastdistill.evaluate import frechet_distance, mean_spread, wilson_interval
+from fastdistill.evaluate import bootstrap, frechet_distance, mean_spread, wilson_interval
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (7, 10), (450, 512)])
@@ -40,6 +40,25 @@ def test_mean_spread() -> None:
     for values in ([1.0], [], [1.0, math.nan]):
         with pytest.raises(InputError, match="values"):
             mean_spread(values)
+
+
+def test_its_interval_holds_what_so_many_samples_have_on_average() -> None:
+    """Halves are further apart by their bias, which is no part of the interval; the spread is that of new samples."""
+
+    def sampled(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        random = torch.Generator().manual_seed(seed)
+        one, noise = torch.randn(2, 80, 4, generator=random, dtype=torch.float64)
+        return one, 0.8 * one + 0.3 * noise  # of the same noise, as a student's
+
+    drawn = torch.tensor([frechet_distance(*sampled(seed)) for seed in range(200)])
+    pair = sampled(0)
+    rows = torch.arange(80)
+    found = bootstrap(lambda i: frechet_distance(pair[0][i], pair[1][i]), rows, replace=False)
+    halves = torch.stack([torch.randperm(80, generator=torch.Generator().manual_seed(k))[:40] for k in range(100)])
+    biased = sum(frechet_distance(pair[0][i], pair[1][i]) for i in halves) / 100
+    assert found.low < drawn.mean() < found.high and biased > found.value
+    spread = (found.high - found.low) / (2 * 1.96 * float(drawn.std()))
+    assert 0.5 < spread < 2  # a standard deviation of 80 samples is known within some 10 %
 
 
 def test_frechet_distance_of_known_gaussians() -> None:

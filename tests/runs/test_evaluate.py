@@ -17,10 +17,11 @@ from fastdistill import runs
 from fastdistill.cli import main
 from fastdistill.errors import InputError, StorageError
 from fastdistill.models import Student, make_student
+from fastdistill.train import checkpoint
 from fastdistill.train.config import to_yaml
 from tests.harness import EPS, EPS64
 from tests.models import tiny_pipelines as tiny
-from tests.runs.conftest import cached, run_config
+from tests.runs.conftest import cached, quickly, run_config
 
 Folders = Callable[[str], Path]
 QUICK = ("sd", "dit")
@@ -200,10 +201,13 @@ def test_the_student_of_a_run(
     given = cached(config(saved("sd"), tmp_path, cache={"sizes": [[32, 32]]}, **changes))
     runs.distill(given)
     (tmp_path / "run.yaml").write_text(to_yaml(given))
+    read, whole = [], checkpoint.read
+    monkeypatch.setattr(checkpoint, "read", lambda path: (read.append(path), whole(path))[1])
     main(["evaluate", str(tmp_path / "run.yaml"), "--json", "--evaluate.steps", "1"])
     report = json.loads(capsys.readouterr().out)
     assert report["sampling"]["steps"] == 1 and report["student"]["measures"]["feature_loss"]["value"] > 0
     assert json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text()) == report
+    assert read == [tmp_path / "run" / "step-00000003.safetensors"]  # once, also where the features have adapters
     again = runs.load(tmp_path / "run" / "evaluation" / "run.yaml")
     assert again.evaluate.steps == 1
     monkeypatch.setattr(sys.modules["fastdistill.runs.evaluate"], "evaluate", lambda *_, **__: report)
@@ -214,6 +218,27 @@ def test_the_student_of_a_run(
     assert before["output_loss"] != last["output_loss"] and before["feature_loss"] != last["feature_loss"]
     with pytest.raises(InputError, match=r"^step: expected a checkpoint of .*: 2, 3, got 1"):
         runs.evaluate(given, step=1)
+
+
+@pytest.mark.parametrize("name", quickly(("sd", "sdxl"), "sd"))
+def test_each_of_several_sizes(name: str, saved: Folders, tmp_path: Path) -> None:
+    """As if it were the only one, whatever the first is; in the report, and in pictures, by its name."""
+    few = {"prompts": 2, "images_per_prompt": 1, "steps": 1}
+    both, alone = (
+        config(saved(name), tmp_path, cache={"sizes": sizes}, evaluate=few)
+        for sizes in ([[32, 32], [48, 32]], [[48, 32]])
+    )
+    student, done = student_of(runs.opened(both)), list[tuple[int, int]]()
+    report = runs.evaluate(both, student=student, progress=lambda *n: done.append(n))
+    names = {file.name for file in (tmp_path / "run" / "evaluation").iterdir()}
+    assert names == {"report.html", "report.json", "run.yaml", "samples-32x32.png", "samples-48x32.png"}
+    assert report["sampling"]["pixels"] == "32 x 32, 48 x 32" and [*report["sizes"]] == ["48 x 32"]
+    assert done == [(2, 8), (4, 8), (6, 8), (8, 8)]
+    other, wanted = report["sizes"]["48 x 32"], runs.evaluate(alone, student=student)
+    for key in ("images_distance", "latents_distance", "output_loss"):
+        found, first = (each["student"]["measures"][key]["value"] for each in (other, report))
+        assert abs(found - wanted["student"]["measures"][key]["value"]) <= 1024 * EPS * found and found != first
+    assert wanted["sizes"] == {} and other["left_out"] == wanted["left_out"]
 
 
 def test_students_that_are_none(saved: Folders, tmp_path: Path) -> None:

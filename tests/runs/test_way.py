@@ -89,6 +89,26 @@ def test_the_averages_are_what_is_sampled_and_exported(ended: tuple[RunConfig, P
         runs.trained_student(run, step=7)
 
 
+@pytest.mark.parametrize("read", ["memory", "disk"])
+def test_what_is_stored_is_read_once(ended: tuple[RunConfig, Path], read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(ended[0], cache=dataclasses.replace(ended[0].cache, read=read))
+    files: list[Path] = []
+
+    def counted(place: str, name: str) -> None:
+        module: Any = importlib.import_module(f"fastdistill.data.{place}")
+        whole = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda file, *rest, **more: (files.append(file), whole(file, *rest, **more))[1]
+        )
+
+    counted("prompt_bank", "load_attachment")
+    counted("shards", "read_shard")
+    counted("stored", "read_shard")
+    bank, (latents,) = distilling.stored_sources(runs.opened(config))
+    assert all(isinstance(rows, torch.Tensor) == (read == "memory") for rows in (bank.embeddings, latents.latents))
+    assert len(files) == len(set(files)) == (3 if read == "memory" else 2)  # prompts on the disk are not read at all
+
+
 def test_a_run_goes_on(saved: Callable[[str], Path], tmp_path: Path, ended: tuple[RunConfig, Path]) -> None:
     """To the last bit as without the interruption; with other settings it is refused."""
     whole = ended[0]
