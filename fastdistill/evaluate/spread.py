@@ -57,7 +57,7 @@ class Spread:
             weights.scatter_add_(1, picked, torch.ones_like(picked, dtype=torch.float64))
             weights = torch.cat([torch.ones(1, n, dtype=torch.float64), weights])  # first the samples themselves
             own = x[chosen].double() - self.center
-            mean, variance = _moments(weights, own)
+            mean, variance = moments(weights, own)
             direction = self.directions[place]
             length = direction.square().sum()
             # The square of a draw's shift has that error twice: its own, and that of the samples it is drawn from.
@@ -69,7 +69,7 @@ class Spread:
                 values += [torch.full((draws + 1,), math.nan, dtype=torch.float64)] * 2
             else:
                 judged = right[chosen].double()
-                among = _moments(weights * judged, own)[1]
+                among = moments(weights * judged, own)[1]
                 values += [weights @ judged / n, among / self.variances[place]]
             totals += torch.stack(values, 1)
         totals /= len(self.classes)
@@ -79,7 +79,7 @@ class Spread:
         return value, drawn
 
 
-def _moments(weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def moments(weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Means [n, D] and traces of the covariances [n] (with count - 1) of rows x [N, D] counted weights [n, N] times;
     NaN for fewer than two."""
     count = weights.sum(1)

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -43,9 +43,6 @@ _bytes_of: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
 
 class _Left(BaseException):
     """Ends a forward at its tap; no ``Exception``, which a model might catch."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
 
 
 class TapFunction:
@@ -121,38 +118,74 @@ class TapFunction:
 
     def feature(self, x: Tensor) -> Tensor:
         """[B, *shape], not flattened."""
+        value = self._features(x, [self])[0]
+        self.shape = tuple(value.shape[1:])
+        return value
+
+    def _features(self, x: Tensor, taps: Sequence[TapFunction]) -> list[Tensor]:
+        """Of each tap of this model, from one forward, which ends where the last of them is known."""
         if self.model.training:
             raise InputError.of("model", "eval mode (model.eval())", "training mode")
         if len(x) != len(self):
             raise InputError.of("x", f"a batch of {len(self)}, as the prompt's", tuple(x.shape))
-        value = self._output(x) if self._module is None else self._until_tap(x, self._module)
-        if value.ndim < 1 or len(value) != len(x):
-            raise InputError.of("name", f"a feature [{len(x)}, ...] at {self.name}", tuple(value.shape))
-        self.shape = tuple(value.shape[1:])
-        return value
+        thread = threading.get_ident()
+        found: dict[str, Tensor] = {}
+        modules = {tap.name: tap._module for tap in taps}
+        early = None not in modules.values()
 
-    def _output(self, x: Tensor) -> Tensor:
-        out = prediction_like(x, self._predict(x, self._timestep, self._prompt))
-        if self.name == OUTPUT:
+        def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+            if threading.get_ident() == thread and name not in found:
+                found[name] = feature(name, output, args, kwargs)
+                if early and len(found) == len(modules):
+                    raise _Left
+
+        handles = [
+            module.register_forward_hook(
+                lambda _, args, kwargs, output, name=name: keep(name, args, kwargs, output), with_kwargs=True
+            )
+            for name, module in modules.items()
+            if module is not None
+        ]
+        try:
+            out = self._predict(x, self._timestep, self._prompt)
+            for name in modules.keys() & {OUTPUT, CLEAN}:
+                found[name] = self._prediction(name, x, out)
+        except _Left:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in modules:
+            if name not in found:
+                raise InputError.of("name", "a module that runs in a forward of the model", name)
+            if found[name].ndim < 1 or len(found[name]) != len(x):
+                raise InputError.of("name", f"a feature [{len(x)}, ...] at {name}", tuple(found[name].shape))
+        return [found[tap.name] for tap in taps]
+
+    def _prediction(self, name: str, x: Tensor, out: object) -> Tensor:
+        out = prediction_like(x, out)
+        if name == OUTPUT:
             return out
         assert self.level is not None
         return clean_and_noise(x, out, *self.level, self.prediction_type)[0]
 
-    def _until_tap(self, x: Tensor, module: nn.Module) -> Tensor:
-        thread = threading.get_ident()
 
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-            if threading.get_ident() == thread:
-                raise _Left(feature(self.name, output, args, kwargs))
+class TapFunctions(TapFunction):
+    """x [B, *S] -> the features of several taps one after another, [B, m_1 + m_2 + ...], from one forward.
 
-        handle = module.register_forward_hook(leave, with_kwargs=True)
-        try:
-            self._predict(x, self._timestep, self._prompt)
-        except _Left as left:
-            return left.value
-        finally:
-            handle.remove()
-        raise InputError.of("name", "a module that runs in a forward of the model", self.name)
+    taps: functions of the same model, time, prompt and level.
+    """
+
+    def __init__(self, taps: Sequence[TapFunction]) -> None:
+        vars(self).update(vars(taps[0]))
+        self.taps, self.name = tuple(taps), ", ".join(tap.name for tap in taps)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Of each tap, [B, *shape]."""
+        return self._features(x, self.taps)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([value.flatten(1) for value in self.features(x)], 1)
 
 
 def share(f: Function, x: Tensor) -> float:

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError, described
-from fastdistill.models.jacobian import Function, at, check_input, jvp, share, vjp
+from fastdistill.models.jacobian import Function, TapFunction, TapFunctions, at, check_input, jvp, share, vjp
 from fastdistill.ops import _check
 from fastdistill.ops.philox import START, normal
 
@@ -84,7 +84,39 @@ def top_subspace(
     Raises:
         InputError: arguments out of range or of other shapes, and what ``jvp`` refuses.
     """
-    check_input(f, x)
+    return _found(
+        [f], x, k, method=method, oversample=oversample, tolerance=tolerance, max_products=max_products, seed=seed,
+        rows=rows, chunk=chunk,
+    )[0]  # fmt: skip
+
+
+def top_subspaces(taps: Sequence[TapFunction], x: Tensor, k: int, **options: Any) -> list[Subspace]:
+    """``top_subspace`` of several taps of a model. Where it is dense, one Jacobian of one forward serves all of them.
+
+    Args:
+        taps: functions of the same model, time, prompt and level.
+        options: of ``top_subspace``.
+    """
+    if not taps:
+        raise InputError.of("taps", "at least one TapFunction", "none")
+    return _found(taps, x, k, **options)
+
+
+def _found(
+    functions: Sequence[Function],
+    x: Tensor,
+    k: int,
+    *,
+    method: Method = "auto",
+    oversample: int = 4,
+    tolerance: float = 1e-2,
+    max_products: int | None = None,
+    seed: int = 0,
+    rows: Tensor | None = None,
+    chunk: int | None = None,
+) -> list[Subspace]:
+    for f in functions:
+        check_input(f, x)
     n = x[0].numel()
     if method not in get_args(Method):
         raise InputError.of("method", f"one of {', '.join(get_args(Method))}", described(method))
@@ -99,21 +131,26 @@ def top_subspace(
     _check.dtype(rows, "rows", torch.int64)
     _check.shape(rows, "rows", (len(x),), f"row numbers [{len(x)}]")
     x = x.detach()
-    with torch.no_grad():
-        m = at(f, torch.zeros(1, dtype=torch.int64, device=x.device))(x[:1]).shape[1]
-    _check.require(k <= m, "k", f"at most {m}, the elements of the feature", k)
-    search = _Search(f, x, int(k), m, tolerance, _check.seed(seed), rows, chunk)
-    search.most = _PATIENCE * (k + oversample) if max_products is None else int(max_products)
     if method == "auto":
         method = "dense" if n <= _BASIS * (k + oversample) else "krylov"
+    searches = []
+    one = torch.zeros(1, dtype=torch.int64, device=x.device)
+    for f in functions:
+        with torch.no_grad():
+            m = at(f, one)(x[:1]).shape[1]
+        _check.require(k <= m, "k", f"at most {m}, the elements of the feature", k)
+        searches.append(_Search(f, x, int(k), m, tolerance, _check.seed(seed), rows, chunk))
+        searches[-1].most = _PATIENCE * (k + oversample) if max_products is None else int(max_products)
     with torch.no_grad():
         if method == "dense":
-            _dense(search)
-        elif method == "krylov":
-            _krylov(search, oversample)
-        else:
-            _iterate(search, min(k + oversample, n, m))
-    return search.found(share(f, x))
+            taps = [f for f in functions if isinstance(f, TapFunction)]
+            _dense(searches, TapFunctions(taps) if len(taps) > 1 else functions[0])
+        for search in searches:
+            if method == "krylov":
+                _krylov(search, oversample)
+            elif method == "subspace":
+                _iterate(search, min(k + oversample, n, search.m))
+    return [search.found(share(search.f, x)) for search in searches]
 
 
 def project(x: Tensor, vectors: Tensor) -> Tensor:
@@ -142,6 +179,11 @@ class _Search:
         self._residual, self._gap = x.new_zeros(B), x.new_zeros(B)
         self._settled = torch.zeros(B, dtype=torch.bool, device=x.device)
         self._jvp, self._vjp = (torch.zeros(B, dtype=torch.int64, device=x.device) for _ in range(2))
+
+    def begin(self, rows: Tensor, products: int) -> None:
+        """These samples are the active ones, of which so many J v are known."""
+        self.active = rows
+        self._jvp[rows] += products
 
     def forward(self, V: Tensor) -> Tensor:
         """J V of the active samples."""
@@ -194,21 +236,24 @@ class _Search:
         return Subspace(self._vectors, self._values, self._residual, self._settled, self._gap, products)
 
 
-def _dense(search: _Search) -> None:
-    """Some samples after others, so that memory holds few Jacobians at a time."""
-    every, k = search.active, search.k
-    identity = torch.eye(search.n, dtype=search.x.dtype, device=search.x.device)
-    group = max(1, _TOGETHER // search.n)
+def _dense(searches: Sequence[_Search], f: Function) -> None:
+    """Some samples after others, so that memory holds few Jacobians at a time; ``f`` gives what each search's function
+    gives, one after another."""
+    x, k, n = searches[0].x, searches[0].k, searches[0].n
+    every = searches[0].active
+    identity = torch.eye(n, dtype=x.dtype, device=x.device)
+    group = max(1, _TOGETHER // n)
     for start in range(0, len(every), group):
-        search.active = every[start : start + group]
-        J = search.forward(identity.expand(len(search.active), -1, -1))
-        R = torch.linalg.qr(J, mode="r")[1].double()  # J^T J = R^T R
-        _, values, Vh = torch.linalg.svd(R, full_matrices=False)
-        V = Vh[:, :k].mT
-        error = R.mT @ (R @ V) - V * values[:, None, :k] ** 2
-        residual = _relative(torch.linalg.vector_norm(error, dim=1), values)
-        dtype = search.x.dtype
-        search.settle(V.to(dtype), values.to(dtype), residual.to(dtype), torch.zeros_like(residual, dtype=dtype))
+        rows = every[start : start + group]
+        whole = jvp(at(f, rows), x[rows], identity.expand(len(rows), -1, -1), chunk=searches[0].chunk)
+        for search, J in zip(searches, whole.split([search.m for search in searches], 1), strict=True):
+            search.begin(rows, n)
+            R = torch.linalg.qr(J, mode="r")[1].double()  # J^T J = R^T R
+            _, values, Vh = torch.linalg.svd(R, full_matrices=False)
+            V = Vh[:, :k].mT
+            error = R.mT @ (R @ V) - V * values[:, None, :k] ** 2
+            residual = _relative(torch.linalg.vector_norm(error, dim=1), values)
+            search.settle(V.to(x.dtype), values.to(x.dtype), residual.to(x.dtype), torch.zeros_like(residual).to(x))
 
 
 def _iterate(search: _Search, width: int) -> None:
