@@ -96,6 +96,35 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
     assert said(capsys, *arguments) == (2, "", message + "\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--train.step", "3"), "--train.step: no such option (did you mean --train.steps?)"),
+        (("--train.lr", "x"), "--train.lr: expected FLOAT, got x"),
+        (("--train.lr=x",), "--train.lr: expected FLOAT, got x"),
+        (("--train.lr",), "--train.lr: expected 1 value, got nothing"),
+        (("--train.betas", "0.9"), "--train.betas: expected 2 values, got 0.9"),
+        (("--train.micro_batch", "two"), "--train.micro-batch: expected null or INT, got two"),
+        (("--train.fuse", "true"), "--train.fuse: expected --train.fuse or --train.no-fuse without a value, got true"),
+        (
+            ("--train.precision", "int8"),
+            "--train.precision: expected one of 'auto', 'float32', 'bfloat16', 'float16', got 'int8'",
+        ),
+        (("extra",), "demo digits: expected options (--...), got extra"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert said(capsys, "demo", "digits", *arguments, "--dry-run") == (2, "", f"fastdistill: {message}\n")
+
+
+@pytest.mark.parametrize("spelled", [("--train.micro-batch", "null"), ("--train.micro_batch=none",)])
+def test_null_as_in_the_file(capsys: pytest.CaptureFixture[str], spelled: tuple[str, ...]) -> None:
+    code, out, error = said(capsys, "demo", "digits", "--train.micro-batch", "2", *spelled, "--dry-run")
+    assert (code, error) == (0, "") and "micro_batch: null" in out
+
+
 def test_all_mistakes_of_a_configuration_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, error = said(capsys, "demo", "digits", "--train.steps", "-3", "--cache-images", "2", "--dry-run")
     assert code == 2 and not out

@@ -10,6 +10,7 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from fastdistill.commands._arguments import parsed
 from fastdistill.errors import FastdistillError
 
 if TYPE_CHECKING:
@@ -22,14 +23,12 @@ Own = TypeVar("Own")
 def configured(kind: type[Config], arguments: list[str], program: str) -> Config | None:
     """The validated configuration of a command; None after a dry run."""
     import_pydantic()
-    import tyro
-
     from fastdistill.train.config import from_yaml, to_yaml, validated
 
     arguments, dry = taken(arguments, "--dry-run")
     file, rest = _config_file(arguments)
     default = from_yaml(kind, file) if file is not None else kind()
-    config = validated(tyro.cli(kind, args=rest, default=default, prog=f"fastdistill {program}"), program)
+    config = validated(parsed([kind], rest, f"fastdistill {program}", default=default), program)
     if dry:
         print(to_yaml(config), end="")
         return None
@@ -76,8 +75,8 @@ def run_file(kind: type[Own], arguments: list[str], program: str, *, ranks: bool
     arguments, as_json = taken(arguments, "--json")
     arguments, allow_code = taken(arguments, "--allow-code")
     default = from_yaml(RunConfig, arguments[0])
-    own, rest = tyro.cli(kind, args=arguments[1:], prog=name, return_unknown_args=True)
-    config = validated(tyro.cli(RunConfig, args=rest, default=default, prog=name), program)
+    own, rest = parsed([kind, RunConfig], arguments[1:], name, own=kind)
+    config = validated(parsed([RunConfig], rest, name, default=default), program)
     first = os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ
     if dry and first:
         print(to_yaml(config), end="")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastdistill.commands._arguments import parsed
 from fastdistill.documented import documented
 
 
@@ -18,10 +19,9 @@ class DoctorConfig:
 
 
 def run(arguments: list[str]) -> None:
-    import tyro
     from rich.console import Console
 
     from fastdistill.doctor import doctor
 
-    options = tyro.cli(DoctorConfig, args=arguments, prog="fastdistill doctor")
+    options = parsed([DoctorConfig], arguments, "fastdistill doctor")
     doctor(Console(), as_json=options.json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastdistill.commands._arguments import parsed
 from fastdistill.commands._options import import_pydantic, quiet
 from fastdistill.documented import documented
 from fastdistill.errors import FastdistillError
@@ -27,11 +28,9 @@ class InitOptions:
 
 def run(arguments: list[str]) -> None:
     import_pydantic()
-    import tyro
-
     folder = arguments[0] if arguments and not arguments[0].startswith("-") else None
     rest = arguments if folder is None else arguments[1:]
-    options = tyro.cli(InitOptions, args=rest, prog="fastdistill init FOLDER")
+    options = parsed([InitOptions], rest, "fastdistill init FOLDER")
     quiet()
     from fastdistill import runs
 

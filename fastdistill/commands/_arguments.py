@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines as fields of dataclasses: tyro parses them and prints the help; a mistake is one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from typing import Any, get_args, get_type_hints
+
+from fastdistill.errors import FastdistillError
+
+
+def parsed(kinds: list[Any], arguments: list[str], name: str, *, own: Any = None, **options: Any) -> Any:
+    """What ``tyro.cli`` makes of the arguments.
+
+    Args:
+        kinds: the dataclasses whose fields are options of this command; of two with the same option the first has it.
+        name: the command, as the usage line names it.
+        own: the one of them to parse, if there are several; what is another's is returned, too.
+        options: of ``tyro.cli``.
+
+    Raises:
+        FastdistillError: an option that no dataclass has, or a value that its field does not take.
+    """
+    import tyro
+
+    types: dict[str, Any] = {}
+    for kind in reversed(kinds):
+        types |= _options(kind)
+    arguments = _checked(arguments, types, name)
+    more = {"return_unknown_args": True} if own else {}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(own or kinds[0], args=arguments, prog=name, **more, **options)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise FastdistillError(_line(said.getvalue(), arguments, name)) from None
+
+
+def _options(kind: Any, prefix: str = "--") -> dict[str, Any]:
+    """The options of a dataclass and those nested in it, with their types; without ``--x.no-y`` of switches."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        option = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= _options(hints[field.name], f"{option}.")
+        else:
+            found[option] = hints[field.name]
+    return found
+
+
+def _checked(arguments: list[str], types: dict[str, Any], name: str) -> list[str]:
+    """The arguments, with the ``null`` of YAML as ``None`` where a field may be None."""
+    names = {*types, *(_negated(option) for option, kind in types.items() if kind is bool), "--help"}
+    result = []
+    option = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            option = option.replace("_", "-")
+            if option not in names:
+                near = difflib.get_close_matches(option, names, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"{name} --help lists them"
+                raise FastdistillError(f"{option}: no such option ({hint})")
+            result.append(f"{option}=None" if equals and _null(value, types.get(option)) else argument)
+        elif (
+            option
+            and types.get(option, bool) is bool
+            and argument.lower() in ("true", "false", "yes", "no", "on", "off")
+        ):
+            switch = option if option in types else option.replace(".no-", ".").replace("--no-", "--")
+            raise FastdistillError(f"{option}: expected {switch} or {_negated(switch)} without a value, got {argument}")
+        else:
+            result.append("None" if option and _null(argument, types.get(option)) else argument)
+    return result
+
+
+def _negated(option: str) -> str:
+    place, dot, last = option.rpartition(".")
+    return f"{place}.no-{last}" if dot else f"--no-{last[2:]}"
+
+
+def _null(value: str, kind: Any) -> bool:
+    return value in ("null", "none", "~") and type(None) in get_args(kind)
+
+
+def _line(text: str, arguments: list[str], name: str) -> str:
+    """One line of an error that tyro prints in a box."""
+    parts = re.split(
+        r"\n\W*(?:-{9,}|─{9,})\W*\n", text.strip()
+    )  # title, message, the option's help, where to find help
+    message = " ".join(re.sub(r"[│╭╮╰╯]", " ", parts[1] if len(parts) > 1 else text).split())
+    if found := re.match(r"Error parsing (--\S+):", message):
+        option = found[1]
+        kind = re.search(rf"{re.escape(option)} (.+)", "\n".join(parts[2:]))
+        expected = kind[1].strip(" │").replace("{None}|", "null or ") if kind else "another value"
+        return f"{option}: expected {expected}, got {_given(option, arguments)}"
+    if found := re.match(r"[Ii]nvalid choice (.+) for argument '(--\S+)'\. Expected one of \((.+)\)", message):
+        return f"{found[2]}: expected one of {found[3]}, got {found[1]}"
+    if found := re.match(r"Missing value for argument '(--\S+)'\. Expected (\d+) value", message):
+        return f"{found[1]}: expected {found[2]} value{'s' * (found[2] != '1')}, got {_given(found[1], arguments)}"
+    if found := re.match(r"Unrecognized options: (.+)", message):
+        return f"{name.removeprefix('fastdistill ')}: expected options (--...), got {found[1]}"
+    return f"{name.removeprefix('fastdistill ')}: {message}"
+
+
+def _given(option: str, arguments: list[str]) -> str:
+    """The values that follow an option."""
+    values: list[str] = []
+    taking = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            here, equals, value = argument.partition("=")
+            taking = here.replace("_", "-") == option
+            values = ([value] if equals else []) if taking else values
+        elif taking:
+            values.append(argument)
+    return " ".join(values) or "nothing"
