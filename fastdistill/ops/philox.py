@@ -21,6 +21,7 @@ stream     use: counter = (block low 32, stream << 16 | block high 16, sample, s
 8          start vectors of subspaces: elements as in stream 1, *sample* is the row number, *step* counts the draws
 10         centers of clusters: word 0 of block c places center c, *sample* is the number of the start
 11         what canonical latents are compared with: as stream 8, step 0 noise, step 1 directions
+12         noise and places of corruptions: elements as in stream 1, *sample* is the row number, *step* the corruption
 =========  =====================================================================================================
 """
 
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 CHOICE, NOISE, PERMUTATION, INITIAL_NOISE, SAMPLING, ANCESTRAL, GUIDANCE, CONDITION, START = range(9)
-CLUSTERS, CONTROL = 10, 11
+CLUSTERS, CONTROL, CORRUPTION = 10, 11, 12
 
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
