@@ -28,7 +28,7 @@ def configured(kind: type[Config], arguments: list[str], program: str) -> Config
     arguments, dry = taken(arguments, "--dry-run")
     file, rest = _config_file(arguments)
     default = from_yaml(kind, file) if file is not None else kind()
-    config = validated(parsed([kind], rest, f"fastdistill {program}", default=default), program)
+    config: Config = validated(parsed([kind], rest, f"fastdistill {program}", default=default), program)
     if dry:
         print(to_yaml(config), end="")
         return None
