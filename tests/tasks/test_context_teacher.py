@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from fastdistill.errors import InputError
+from fastdistill.models.weights import weights_hash
 from fastdistill.tasks.context import data, teacher
 from fastdistill.tasks.context.measures import Judge, chroma, within
 from fastdistill.tasks.context.teacher import TeacherConfig, train_teacher
 from fastdistill.tasks.digits import teacher as digits
 from fastdistill.tasks.shades.sampling import sample
 
-KINDS = ("broad",)
+KINDS = ("broad", "same")
 
 
 def test_prompts_are_in_the_order_of_the_digits() -> None:
@@ -52,6 +53,10 @@ def test_the_shipped_teachers_are_what_they_say(kind: str) -> None:
     images = sample(teacher.load_teacher(kind), teacher.prompts(), digit, torch.arange(40), 5, "karras:12@30..0.09")
     assert Judge().right(images, digit).double().mean() > 0.9
     assert (within(chroma(images), digit) > 0.25) == (kind == "broad")  # half of what any hue has
+
+
+def test_the_two_teachers_differ() -> None:
+    assert weights_hash(teacher.load_teacher("broad")) != weights_hash(teacher.load_teacher("same"))
 
 
 def test_bad_input() -> None:
