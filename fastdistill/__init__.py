@@ -27,6 +27,9 @@ _HOME = {
     "canonical": "distill.canonical",
     "CanonicalSet": "distill.canonical_set",
     "extract_canonical": "distill.canonical_set",
+    "CaDistill": "distill.cadistill",
+    "cka": "distill.cadistill",
+    "ClassifierSetting": "distill.classifier",
     "TrajectoryCache": "distill",
     "generate_trajectory_cache": "distill",
     "Weights": "distill",
@@ -43,6 +46,7 @@ _HOME = {
     "Grid": "diffusion.grid",
     "Guidance": "diffusion.guidance",
     "invert": "diffusion.inversion",
+    "diffusion_posterior": "diffusion.posterior",
     "schedule_of": "diffusion.flow",
     "sample_with": "diffusion.scheduled",
     "ddim": "diffusion.sampler",
@@ -132,6 +136,7 @@ if TYPE_CHECKING:
     from fastdistill.diffusion.inversion import invert as invert
     from fastdistill.diffusion.matching import loss_weights as loss_weights
     from fastdistill.diffusion.matching import match_table as match_table
+    from fastdistill.diffusion.posterior import diffusion_posterior as diffusion_posterior
     from fastdistill.diffusion.sampler import ddim as ddim
     from fastdistill.diffusion.sampler import initial_noise as initial_noise
     from fastdistill.diffusion.schedule import NoiseSchedule as NoiseSchedule
@@ -141,11 +146,14 @@ if TYPE_CHECKING:
     from fastdistill.distill import TrajectoryCache as TrajectoryCache
     from fastdistill.distill import Weights as Weights
     from fastdistill.distill import generate_trajectory_cache as generate_trajectory_cache
+    from fastdistill.distill.cadistill import CaDistill as CaDistill
+    from fastdistill.distill.cadistill import cka as cka
     from fastdistill.distill.canonical import Canonical as Canonical
     from fastdistill.distill.canonical import Clarid as Clarid
     from fastdistill.distill.canonical import canonical as canonical
     from fastdistill.distill.canonical_set import CanonicalSet as CanonicalSet
     from fastdistill.distill.canonical_set import extract_canonical as extract_canonical
+    from fastdistill.distill.classifier import ClassifierSetting as ClassifierSetting
     from fastdistill.errors import DeviceError as DeviceError
     from fastdistill.errors import FastdistillError as FastdistillError
     from fastdistill.errors import InputError as InputError

@@ -77,7 +77,8 @@ def test_a_class_without_source_or_fields_stays_as_it_is() -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_help_of_a_configuration_has_its_fields(kind: type) -> None:
     shown = pydoc.plain(pydoc.render_doc(kind))
-    for name, text in classes()[kind.__name__][1].items():
+    own = classes().get(f"{kind.__module__}.{kind.__name__}", ([], {}))  # of a class without fields of its own
+    for name, text in own[1].items():
         assert f"{name}: {text}" in shown
 
 
@@ -89,7 +90,10 @@ def test_every_class_with_field_docstrings_is_documented() -> None:
 def classes() -> dict[str, tuple[list[str], dict[str, str]]]:
     """Classes of the package with field docstrings: name -> decorators, and field -> docstring."""
     found: dict[str, tuple[list[str], dict[str, str]]] = {}
-    for file in Path(fastdistill.__file__).parent.rglob("*.py"):
+    root = Path(fastdistill.__file__).parent
+    for file in root.rglob("*.py"):
+        parts = (root.name, *file.relative_to(root).with_suffix("").parts)
+        module = ".".join(parts).removesuffix(".__init__")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 pairs = [(a, b.value) for a, b in itertools.pairwise(node.body) if isinstance(b, ast.Expr)]
@@ -99,5 +103,5 @@ def classes() -> dict[str, tuple[list[str], dict[str, str]]]:
                     if isinstance(field, ast.AnnAssign) and isinstance(value, ast.Constant)
                 }
                 if fields:
-                    found[node.name] = [ast.unparse(d) for d in node.decorator_list], fields
+                    found[f"{module}.{node.name}"] = [ast.unparse(d) for d in node.decorator_list], fields
     return found

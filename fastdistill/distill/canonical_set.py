@@ -124,6 +124,8 @@ def extract_canonical(
     classes: Sequence[int] | None = None,
     prediction_type: PredictionType | None = None,
     clip_sample: float | None = None,
+    inverted: bool = False,
+    directions: Tensor | None = None,
     encode: Convert | None = None,
     decode: Convert | None = None,
     fingerprint: Mapping[str, Any] | None = None,
@@ -139,6 +141,8 @@ def extract_canonical(
         data: latents in the model's scale with the class or prompt of each; with ``encode``: images.
         prompts: the bank into which they point.
         per_class, classes: which rows (``draw_rows``, by the seed of ``clarid``).
+        inverted: the data are latents at t_e already, such as noise. directions: [len(data), n, any], those of each row
+            of the data to be projected out in place of the top ones.
         encode: images [b, ...] -> latents; decode: samples -> images; of a VAE, say.
         fingerprint: more that decides the values, such as a hash of the VAE's weights.
         batch: samples at once. Batches start anew at each shard, so that a set that was interrupted ends with the same
@@ -158,6 +162,10 @@ def extract_canonical(
     ):
         _check.require(isinstance(value, kind), name, f"a {kind.__name__}", described(value))
     _check.whole(batch, "batch", "a whole number from 1")
+    _check.flag(inverted, "inverted")
+    if directions is not None:
+        _check.valued(directions=directions)
+        _check.shape(directions, "directions", (len(data), None, None), f"vectors [{len(data)}, n, any] of the data")
     weights = weights_hash(model)
     check_sources(data, prompts, model, weights)
     data.check_prompts(len(prompts))
@@ -172,7 +180,8 @@ def extract_canonical(
         conditions = rows_of(prompts.banks, data.prompt_index.cpu()[rows], device)
         return canonical(
             model, x, conditions, clarid, schedule=schedule, null_prompt=null, prediction_type=prediction_type,
-            clip_sample=clip_sample, rows=rows.to(device), chunk=chunk,
+            clip_sample=clip_sample, inverted=inverted,
+            directions=None if directions is None else directions[rows].to(device), rows=rows.to(device), chunk=chunk,
         )  # fmt: skip
 
     first = chosen[:1]
@@ -202,6 +211,8 @@ def extract_canonical(
             "prediction_type": prediction_type or schedule.prediction_types[0],
             "clip_sample": clip_sample,
             "rows": sha256_of_tensors({"rows": chosen}),
+            **({"inverted": True} if inverted else {}),
+            **({} if directions is None else {"directions": sha256_of_tensors({"directions": directions})}),
             **plain(fingerprint or {}),
         },
         rows=len(chosen),
@@ -211,7 +222,7 @@ def extract_canonical(
             "clareps": TensorSpec(tuple(x.shape[1:]), dtype),
             "samples": TensorSpec(tuple(sample.shape[1:]), sample.dtype),
             "features": TensorSpec(tuple(feature.shape[1:]), feature.dtype),
-            "values": TensorSpec((clarid.k,), dtype),
+            "values": TensorSpec((clarid.k if directions is None else 0,), dtype),
             "energy": TensorSpec((), dtype),
             "settled": TensorSpec((), torch.bool),
         },

@@ -13,16 +13,20 @@ stream     use: counter = (block low 32, stream << 16 | block high 16, sample, s
            block 1: word 0 latent index when drawing with replacement
 1          training noise: element e is word e mod 4 of block e div 4, elements in logical order
 2          order of the latents in an epoch; counter = (half, 2 << 16 | round, epoch low 32, epoch high 32)
-3          initial noise of samplers: elements as in stream 1, *sample* is the row number
+3          initial noise of samplers: elements as in stream 1, *sample* is the row number; from *step* 1 on, noise of
+           the draws of a diffusion classifier
 4          block 0: words 0 and 1 seed the generator of a stochastic sampler, *sample* is the row number
 5          noise of ancestral sampling: elements as in stream 1, *sample* is the row number, *step* the sampler's
 6          block 0: word 0 guidance weight of a training sample
 7          noise of annealed prompts: as stream 5, elements of a prompt's banks one after another
 8          start vectors of subspaces: elements as in stream 1, *sample* is the row number, *step* counts the draws
+9          augmentation of a classifier's image: block 0: word 0 turn of its hues
 10         centers of clusters: word 0 of block c places center c, *sample* is the number of the start
 11         what canonical latents are compared with: as stream 8, step 0 noise, step 1 directions
 12         noise and places of corruptions: elements as in stream 1, *sample* is the row number, *step* the corruption
 =========  =====================================================================================================
+
+The rows of a canonical set beside a batch of images are drawn from streams 0 and 2 with 2**63 added to the seed.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ import torch
 from torch import Tensor
 
 CHOICE, NOISE, PERMUTATION, INITIAL_NOISE, SAMPLING, ANCESTRAL, GUIDANCE, CONDITION, START = range(9)
-CLUSTERS, CONTROL, CORRUPTION = 10, 11, 12
+AUGMENT, CLUSTERS, CONTROL, CORRUPTION = range(9, 13)
 
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

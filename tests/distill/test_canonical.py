@@ -21,7 +21,7 @@ from fastdistill.distill.canonical_set import CanonicalSet, draw_rows, extract_c
 from fastdistill.errors import InputError, StorageError
 from fastdistill.models.weights import weights_hash
 from tests import tiny
-from tests.harness import EPS64
+from tests.harness import EPS, EPS64
 from tests.models import tiny_families
 
 SCHEDULE = NoiseSchedule.linear(100)
@@ -105,6 +105,28 @@ def extract(path: Path, **changes: Any) -> None:
         "clarid": Clarid(t_e=30, k=2, tap="mid", steps=2), "batch": 2, "rows_per_shard": 3,
     }  # fmt: skip
     extract_canonical(path, **(arguments | changes))
+
+
+def test_a_set_of_latents_with_directions_of_their_own(tmp_path: Path) -> None:
+    """The latents of one set, with other directions projected out of them; the fingerprint says so."""
+    extract(tmp_path / "whole", clarid=Clarid(t_e=30, k=0, tap="mid", steps=2))
+    whole = CanonicalSet.load(tmp_path / "whole")
+    latents = LatentCache(whole.clareps, whole.prompt_index)
+    g = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(8, whole.clareps[0].numel(), 3, generator=g))[0]
+    given: dict[str, Any] = {"data": latents, "inverted": True, "per_class": None}
+    extract(tmp_path / "same", clarid=Clarid(t_e=30, k=0, tap="mid", steps=2), **given)
+    extract(tmp_path / "other", directions=directions, **given)
+    same, other = CanonicalSet.load(tmp_path / "same"), CanonicalSet.load(tmp_path / "other")
+    assert torch.equal(same.clareps, whole.clareps[same.rows]) and other.fingerprint["inverted"] is True
+    # other batches: a matrix product may be summed in another order, twice a step
+    torch.testing.assert_close(same.samples, whole.samples[same.rows], rtol=1e-5, atol=1e-5)
+    left = torch.einsum("bnk,bn->bk", directions[other.rows], other.clareps.flatten(1))
+    assert float(left.abs().max()) <= 60 * EPS * float(other.clareps.flatten(1).norm(dim=1).max())
+    assert other.values.shape == (8, 0) and other.fingerprint["directions"] != same.fingerprint.get("directions")
+    with pytest.raises(InputError, match=r"directions: expected vectors \[8, n, any\] of the data"):
+        extract(tmp_path / "none", directions=directions[:3], **given)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_set_that_was_interrupted(tmp_path: Path) -> None:

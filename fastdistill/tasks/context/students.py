@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifiers of the task: CaDistill and what it is compared with, trained by the same step, loop and budget.
+
+=============  ========================================================================================================
+kind           is trained by cross-entropy on its data, and
+=============  ========================================================================================================
+plain          nothing else
+samples        the losses of CaDistill on images that were inverted and decoded (k = 0)
+random         the same, without a random direction of the latent in place of the teacher's
+generated      the same on canonical images of noise: of no real image
+labels         CaDistill, with one-hot labels in place of the teacher's canonical feature
+feature_kd     alignment with the teacher's feature of the original images
+logit_kd       the teacher's posterior of the original images, as a diffusion classifier
+augment        its images with their hues turned and noise added: it is told what is irrelevant
+cadistill      canonical images, their labels and the teacher's feature of them
+=============  ========================================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import safetensors.torch
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastdistill.data.fingerprint import sha256_of_tensors
+from fastdistill.distill.cadistill import CaDistill, Weight
+from fastdistill.distill.canonical import Clarid
+from fastdistill.distill.classifier import Augmentation, ClassifierSetting
+from fastdistill.documented import documented
+from fastdistill.errors import InputError
+from fastdistill.files import atomic_write, located, locked, make_directory
+from fastdistill.tasks.context import data
+from fastdistill.tasks.context.classifier import Classifier
+from fastdistill.tasks.context.sets import CLARID, PER_CLASS, Name, Sets, make_sets
+from fastdistill.tasks.context.teacher import SCHEDULE
+from fastdistill.tasks.context.teacher import Kind as TeacherKind
+from fastdistill.train.callbacks import Progress
+from fastdistill.train.config import Seed, TrainConfig, TrainSettings, validated
+from fastdistill.train.devices import usable
+from fastdistill.train.loop import fit
+from fastdistill.train.step import TrainStep
+
+Kind = Literal["plain", "samples", "random", "generated", "labels", "feature_kd", "logit_kd", "augment", "cadistill"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+#: The set that a kind learns from.
+SET: dict[str, Name] = {
+    "samples": "samples", "random": "random", "generated": "generated", "labels": "canonical",
+    "feature_kd": "originals", "logit_kd": "originals", "cadistill": "canonical",
+}  # fmt: skip
+
+
+@documented
+@dataclass(frozen=True)
+class StudentConfig:
+    """How a classifier is trained."""
+
+    kind: Kind = "cadistill"
+    """plain, cadistill, or one of what it is compared with (docs/canonical.md)."""
+    seed: Seed = 0
+    """Seed of the initial weights and of all draws."""
+    train: TrainSettings = field(
+        default_factory=lambda: TrainSettings(
+            steps=400,
+            batch=64,
+            lr=2e-3,
+            lr_schedule="cosine",
+            warmup=40,
+            ema_decay=0.99,
+            log_every=50,
+            checkpoint_every=200,
+        )
+    )
+    canonical_batch: Annotated[int, Field(ge=4)] = 64
+    """Rows of the canonical set of a step, at most all of it."""
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = 16
+    """Channels of the first convolution."""
+    align: Weight = 1.0
+    """Weight of the cosine distance of features from the prototype of their class."""
+    canonical: Weight = 0.5
+    """Weight of the cosine distance of canonical features from their prototype."""
+    distance: Weight = 0.5
+    """Weight of 1 - CKA of canonical features and the teacher's."""
+    own_labels: bool = True
+    """Add cross-entropy on the canonical images."""
+    cka: Literal["debiased", "biased"] = "debiased"
+    """Form of the alignment."""
+    posterior: Weight = 1.0
+    """Weight of the teacher's posterior, of the kind logit_kd."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.5
+    """Largest turn of the hues either way, in circles, of the kind augment."""
+    noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
+    """Largest standard deviation of added noise, of the kind augment."""
+    device: str = "cpu"
+    """Device to train on."""
+
+
+def objective(config: StudentConfig) -> CaDistill:
+    """The losses of a kind."""
+    whole = CaDistill(config.align, config.canonical, config.distance, config.own_labels, config.cka)
+    if config.kind == "plain":
+        return CaDistill.plain()
+    if config.kind == "augment":
+        return CaDistill.plain(Augmentation(config.hue, config.noise))
+    if config.kind == "labels":
+        return dataclasses.replace(whole, target="labels")
+    if config.kind == "feature_kd":
+        return dataclasses.replace(whole, align=0.0, canonical=0.0, own_labels=False)
+    if config.kind == "logit_kd":
+        return dataclasses.replace(CaDistill.plain(), posterior=config.posterior)
+    return whole
+
+
+def train_student(
+    config: StudentConfig, sets: Sets | None = None, directory: Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Trains a classifier; with a directory an interrupted run is continued, and ``student.safetensors`` written there.
+
+    Returns:
+        ``kind``, ``seed``, ``right`` by the kind of held-out images (``data.HELD_OUT``), ``seconds``, ``losses`` of the
+        last log interval, ``weights`` by name and their ``sha256``.
+
+    Raises:
+        InputError: a set that the kind needs and that there is not.
+    """
+    config = validated(config, "student")
+    device, scenes = torch.device(config.device), data.students()
+    student = Classifier(config.seed, config.width).to(device).train()
+    wanted, found = SET.get(config.kind), sets or Sets()
+    canonical = None if wanted is None else getattr(found, wanted)
+    if wanted is not None and canonical is None:
+        raise InputError.of("sets", f"{wanted} (make_sets), for the kind {config.kind}", "none")
+    if config.kind == "logit_kd" and found.posterior is None:
+        raise InputError.of("sets", "posterior (make_sets), for the kind logit_kd", "none")
+    train = TrainConfig(**dataclasses.asdict(config.train), seed=config.seed)
+    setting = ClassifierSetting(
+        student, scenes.images.to(device), scenes.digit.to(device), canonical, batch=train.batch,
+        canonical_batch=None if canonical is None else min(config.canonical_batch, len(canonical)),
+        posterior=found.posterior if config.kind == "logit_kd" else None, micro_batch=train.micro_batch,
+    )  # fmt: skip
+    losses = objective(config)
+    step = TrainStep(losses.bind(setting), student, train, device)
+    recipe = {"objective": losses.describe(), "train": dataclasses.asdict(train), "width": config.width}
+    result = fit(step, student, setting.fingerprint() | recipe, train, directory, progress)
+    step.optimizer.copy_average(student, student)
+    student.eval()
+    weights = {name: value.detach().cpu().contiguous() for name, value in student.state_dict().items()}
+    told = {
+        "kind": config.kind,
+        "seed": config.seed,
+        "right": right(student),
+        "seconds": result.seconds,
+        "losses": {name: value for name, value in result.history[-1].items() if name not in ("step", "seconds")},
+        "sha256": sha256_of_tensors(weights),
+    }
+    if directory is not None:
+        content = safetensors.torch.save(weights, metadata={"student": json.dumps(told | {"width": config.width})})
+        atomic_write(directory / "student.safetensors", content)
+    return told | {"weights": weights}
+
+
+@torch.no_grad()
+def right(student: Classifier) -> dict[str, float]:
+    """The fraction of held-out images of each kind whose digit it sees."""
+    device = next(student.parameters()).device
+    found = {}
+    for kind in data.HELD_OUT:
+        scenes = data.held_out(kind)
+        logits: Tensor = student(scenes.images.to(device))[1]
+        found[kind] = float((logits.argmax(1).cpu() == scenes.digit).double().mean())
+    return found
+
+
+def restored(weights: Mapping[str, Tensor], width: int = 16) -> Classifier:
+    """The classifier of the ``weights`` of ``train_student``, in eval mode."""
+    student = Classifier(0, width)
+    student.load_state_dict(dict(weights))
+    return student.eval().requires_grad_(False)
+
+
+@documented
+@dataclass(frozen=True)
+class StudentsConfig:
+    """Classifiers of the task, and the canonical images that they learn from."""
+
+    kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("plain", "cadistill")
+    """What to train: plain, cadistill, or what it is compared with (docs/canonical.md)."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
+    """A classifier of each kind for each."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    """How each is trained; kind and seed are those above."""
+    teacher: TeacherKind = "broad"
+    """broad: it has seen backgrounds of any hue; same: only the classifier's own data."""
+    per_class: Annotated[int, Field(ge=1)] | None = PER_CLASS
+    """Images of each digit that there are canonical images of; none: all."""
+    t_e: Annotated[int, Field(ge=1, le=999)] = CLARID.t_e
+    """Timestep of the canonical latents."""
+    k: Annotated[int, Field(ge=1, le=192)] = CLARID.k
+    """Directions that are projected out."""
+    tap: str = CLARID.tap
+    """Feature of the teacher whose directions they are."""
+    steps: Annotated[int, Field(ge=1)] = CLARID.steps
+    """Steps of the inversion, and of decoding."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """CPU threads; one is fastest on small machines."""
+    output: str = "runs/cadistill"
+    """Directory of the sets and of a directory for each classifier; what was interrupted there is continued."""
+
+
+def train_students(
+    config: StudentsConfig, progress: Callable[[str, int, int], object] | None = None
+) -> list[dict[str, Any]]:
+    """Makes the sets that the kinds need and trains the classifiers, as ``train_student``, whose results it returns
+    without weights. One process at a time.
+
+    Args:
+        progress: called with what is made, how much is done, and of how much.
+    """
+    config = validated(config, "cadistill")
+    usable(config.student.device)
+    clarid = Clarid(config.t_e, config.k, config.tap, config.steps)
+    clarid.grid(SCHEDULE)
+    output, show = located(config.output, "output"), progress or (lambda name, done, total: None)
+    torch.set_num_threads(config.threads)
+    make_directory(output)
+    with locked(output):
+        names: list[Name] = [SET[kind] for kind in config.kinds if kind in SET]
+        names += ["posterior"] if "logit_kd" in config.kinds else []
+        options: dict[str, Any] = {"per_class": config.per_class, "teacher": config.teacher}
+        options |= {"clarid": clarid, "device": config.student.device, "progress": show}
+        sets = make_sets(output / "sets", names, **options) if names else Sets()
+        results = []
+        for seed in config.seeds:
+            for kind in config.kinds:
+                own = dataclasses.replace(config.student, kind=kind, seed=seed)
+
+                def step(done: int, _: object, own: StudentConfig = own) -> None:
+                    show(f"{own.kind}-{own.seed}", done, own.train.steps)
+
+                told = train_student(own, sets, output / f"{kind}-{seed}", step)
+                told.pop("weights")
+                results.append(told)
+        content = json.dumps({"students": results, "config": dataclasses.asdict(config)}, indent=1)
+        atomic_write(output / "students.json", content.encode())
+    return results
