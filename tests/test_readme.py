@@ -174,6 +174,25 @@ def test_its_figures_are_the_committed_measurements() -> None:
     assert "random conditioning" in tables.digits()
 
 
+def test_the_table_of_canonical_latents_has_four_students() -> None:
+    from tests.evaluate.test_context_report import made_up
+
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import tables
+    finally:
+        sys.path.pop(0)
+    report = made_up()
+    lines = tables.context(report).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == [f"| {name}" for name in tables.CONTEXT.values()]
+    assert lines[5].startswith("| CaDistill | 98.0 ± 0.6 | 92.0 ± 0.6 | 82.0 ± 0.6 | 34.0 ± 0.6 |")
+    assert (
+        lines[7].startswith("5 seeds (mean ± standard deviation), 360 held-out images") and "at most 0.1 " in lines[7]
+    )
+    report["masking"]["plain"]["failed"] = ["seed 0: the loss falls"]
+    assert "| gradients are masked |" in tables.context(report)
+
+
 def test_the_public_names_are_there() -> None:
     assert all(getattr(fastdistill, name) is not None for name in fastdistill.__all__)
     differentiable = {"attention", "cross_attention", "feature_match", "geglu", "group_norm_silu", "output_match"}

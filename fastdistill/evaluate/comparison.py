@@ -75,9 +75,9 @@ def write_comparison(
         directory,
         "comparison.html.j2",
         report,
-        figures or {},
-        title=report.get("title", "Student and teacher"),
-        finding=report.get("finding") or finding(report),
+        figures,
+        title="Student and teacher",
+        finding=finding,
         tiles=_tiles(report),
         captions=captions,
         tables=[_table(name, of) for name, of in {_first_size(report): report, **report.get("sizes", {})}.items()],
@@ -161,5 +161,5 @@ def _check(report: Mapping[str, Any]) -> None:
                     raise InputError.of(f"report.{model}.measures", f"of {', '.join(MEASURES)}", name)
                 entry(report, f"{model}.measures.{name}.value")
                 check_interval(measure.get("interval"), f"{model}.measures.{name}.interval")
-    for path in ("seconds.total", "sampling", "prompts", *(["sampling.pixels"] if report.get("sizes") else [])):
+    for path in ("sampling", "prompts", *(["sampling.pixels"] if report.get("sizes") else [])):
         entry(report, path)

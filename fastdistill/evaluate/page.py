@@ -34,21 +34,25 @@ def write_page(
     directory: str | os.PathLike[str],
     template: str,
     report: Mapping[str, Any],
-    figures: Mapping[str, Figure],
+    figures: Mapping[str, Figure] | None,
     *,
     title: str,
-    finding: str,
+    finding: Callable[[Mapping[str, Any]], str],
     tiles: Iterable[Mapping[str, str]],
     captions: Captions,
+    lead: Sequence[str] = (),
     **context: Any,
 ) -> Path:
     """Write ``report.json`` and ``report.html`` into ``directory``, which is created. Each file is written atomically.
 
     Args:
         template: file beside this one that extends ``page.html.j2``; it gets ``context`` and what is named here.
-        report: plain JSON values, with ``versions`` (package -> version) and ``seconds`` (part -> seconds), and
-            optionally ``backend`` (op -> kernel), ``device``, ``date`` and ``reproduce`` (a list of commands).
-        finding: the result in a sentence. tiles: ``value`` and ``text``, and as ``key`` the model whose color it has.
+        report: plain JSON values, with ``versions`` (package -> version) and ``seconds`` (part -> seconds, ``total``
+            among them), and optionally ``title``, ``finding``, ``backend`` (op -> kernel), ``device``, ``date`` and
+            ``reproduce`` (a list of commands).
+        title, finding: of a report without: the title, and the report -> its result in a sentence.
+        tiles: ``value`` and ``text``, and as ``key`` the model whose color it has.
+        lead: names of figures that stand above the tables.
 
     Returns:
         The path of the HTML file.
@@ -57,8 +61,9 @@ def write_page(
         InputError: an entry that is missing or is no JSON; nothing is written.
         StorageError: the directory cannot be written.
     """
-    for name in ("versions", "seconds"):
+    for name in ("versions", "seconds.total"):
         entry(report, name)
+    title, said = report.get("title", title), report.get("finding") or finding(report)
     try:
         data = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as error:
@@ -68,9 +73,9 @@ def write_page(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(percent=percent, duration=duration, count=count, number=number)
-    drawn = [_figure(name, figure, captions) for name, figure in figures.items()]
-    given = {"report": report, "title": title, "finding": finding, "tiles": list(tiles), "figures": drawn, **context}
-    page = str(environment.get_template(template).render(**given)).translate(_CONTROLS)
+    drawn = [{"id": f"figure-{i}"} | _figure(*item, captions) for i, item in enumerate((figures or {}).items(), 1)]
+    given = {"report": report, "title": title, "finding": said, "tiles": list(tiles), "figures": drawn, "lead": lead}
+    page = str(environment.get_template(template).render(**given, **context)).translate(_CONTROLS)
     folder = located(directory, "directory")
     make_directory(folder)
     # A lone surrogate, which UTF-8 does not have, becomes its escape; in JSON that is the same text.

@@ -56,9 +56,9 @@ def write_report(
         directory,
         "report.html.j2",
         report,
-        figures or {},
-        title=report.get("title", "Distillation report"),
-        finding=report.get("finding") or finding(report),
+        figures,
+        title="Distillation report",
+        finding=finding,
         tiles=_tiles(report),
         captions=CAPTIONS,
         models=[_row("teacher", report["teacher"]), *(_row(*item) for item in report["students"].items())],
@@ -129,5 +129,4 @@ def _check(report: Mapping[str, Any]) -> None:
         for kind in ("seen", "unseen"):
             share(report, f"{model}.{kind}", "an accuracy from 0 to 1")
         positive(report, f"{model}.parameters")
-    for path in ("seconds.total", "backend"):
-        entry(report, path)
+    entry(report, "backend")
