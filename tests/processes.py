@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 METHOD = "forkserver"
 _context = multiprocessing.get_context(METHOD)
@@ -41,3 +43,17 @@ def shared(factory: pytest.TempPathFactory) -> Path:
     """A directory that all processes of a parallel test run share."""
     base = factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The directory ``name`` that ``make(directory)`` makes, once for all processes of a parallel test run: tests that
+    change it change a copy."""
+    place = shared(factory) / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(f"{place}.made")
+    with FileLock(f"{place}.lock"):
+        if not made.exists():
+            shutil.rmtree(place, ignore_errors=True)  # of one that failed in another process
+            make(place)
+            made.touch()
+    return place

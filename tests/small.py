@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch import Tensor, nn
 
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
@@ -33,6 +36,16 @@ def teacher() -> UNet2DConditionModel:
             attention_head_dim=2,
             norm_num_groups=4,
         )
+
+
+def copied(model: nn.Module, dtype: torch.dtype, near: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of the model in ``dtype`` without gradients, its parameters moved to what ``near`` makes of them."""
+    made = copy.deepcopy(model).to(dtype)
+    made.zero_grad()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(near(parameter))
+    return made
 
 
 def cache(rows: int = 20) -> LatentCache:

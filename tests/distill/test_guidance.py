@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -87,11 +86,7 @@ def test_loss_and_gradients_are_the_literal_recipe(name: str) -> None:
     def literal(
         dtype: torch.dtype, near: Callable[[Tensor], Tensor] = lambda x: x
     ) -> tuple[list[Tensor], list[Tensor]]:
-        teacher, twin = (copy.deepcopy(model).to(dtype) for model in (where.teacher, where.student))
-        twin.zero_grad()
-        with torch.no_grad():
-            for p in (*teacher.parameters(), *twin.parameters()):
-                p.copy_(near(p))
+        teacher, twin = (small.copied(model, dtype, near) for model in (where.teacher, where.student))
         own_draw = draw._replace(x_t=near(draw.x_t.to(dtype)), prompt=near(draw.prompt.to(dtype)), timestep=time)
         with torch.no_grad():
             null = near(where.prompts[8:].to(dtype)).expand(12, -1, -1)

@@ -67,11 +67,7 @@ def test_loss_and_gradients_are_the_literal_recipe(kind: str, weights: Weights) 
     def literal(
         dtype: torch.dtype, near: Callable[[Tensor], Tensor] = lambda x: x
     ) -> tuple[list[Tensor], list[Tensor]]:
-        teacher, twin = (copy.deepcopy(model).to(dtype) for model in (where.teacher, where.student))
-        twin.zero_grad()
-        with torch.no_grad():
-            for p in (*teacher.parameters(), *twin.parameters()):
-                p.copy_(near(p))
+        teacher, twin = (small.copied(model, dtype, near) for model in (where.teacher, where.student))
         draw = Draw(
             *(t.to(dtype) if t is not None and t.is_floating_point() else t for t in drawn(where, config, counter))
         )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,12 +77,11 @@ def inputs(model: UNet2DConditionModel, size: int = 8, batch: int = 2, length: i
 def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a tiny pipeline, by its name in ``tiny_pipelines``."""
 
-    @functools.cache
     def folder(name: str) -> Path:
         from tests.models import tiny_pipelines
 
         if name != "dit":
             pytest.importorskip("transformers")
-        return tiny_pipelines.save(name, tmp_path_factory.mktemp("pipelines") / name)
+        return tiny_pipelines.saver(tmp_path_factory)(name)
 
     return folder

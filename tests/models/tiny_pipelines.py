@@ -6,16 +6,19 @@ from __future__ import annotations
 import inspect
 import json
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from torch import nn
 
 from fastdistill.models.families import family_named
 from fastdistill.models.families.flux import packed
 from tests.models import tiny_families as small
+from tests.processes import once
 
 SIZE = (32, 32)  # pixels of the images, with 16 x 16 latents
 NOISE = 3  # seed of ``noise``
@@ -42,6 +45,12 @@ PIPELINES: dict[str, tuple[str, str, dict[str, Any], list[tuple[str, int]], Any]
              diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)),
     "sana": ("SanaPipeline", "sana", {}, [("Gemma2Model", 12)], diffusers.DPMSolverMultistepScheduler(**_FLOW)),
 }  # fmt: skip
+
+
+def saver(factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that gives the folder of the pipeline of a name, which is made when it is first asked for; tests
+    change copies of it."""
+    return lambda name: once(factory, f"pipelines/{name}", lambda folder: save(name, folder))
 
 
 def save(name: str, folder: Path) -> Path:

@@ -23,25 +23,20 @@ def quickly(names: Iterable[str], *quick: str) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of the tiny pipeline of a name, made when it is first asked for."""
-    folders: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in folders:
-            folders[name] = tiny.save(name, tmp_path_factory.mktemp("pipelines") / name)
-        return folders[name]
-
-    return folder
+    """The folder of the tiny pipeline of a name."""
+    return tiny.saver(tmp_path_factory)
 
 
 def run_config(folder: Path, directory: Path, **changes: Any) -> RunConfig:
     """A run of a few steps with this teacher, everything in ``directory``; ``changes`` are laid over it by section."""
-    (directory / "prompts.txt").write_text("a cat\na dog\ntwo cats\na red bird\nthe sea\n")
+    file, texts = directory / "prompts.txt", "a cat\na dog\ntwo cats\na red bird\nthe sea\n"
+    if not file.exists() or file.read_text() != texts:  # another process may be reading it
+        file.write_text(texts)
     values: dict[str, Any] = {
         "directory": str(directory / "run"),
         "teacher": str(folder),
         "device": "cpu",
-        "prompts": {"file": str(directory / "prompts.txt"), "seen": 3},
+        "prompts": {"file": str(file), "seen": 3},
         "cache": {"directory": str(directory / "cache"), "steps": 2, "guidance_scale": 2.0, "images_per_prompt": 2,
                   "dtype": "float32", "batch": 4},
         "student": STUDENTS["unet" if (folder / "unet").exists() else "transformer"],

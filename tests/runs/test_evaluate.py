@@ -214,6 +214,7 @@ def test_the_student_of_a_run(
     main(["evaluate", str(tmp_path / "run.yaml")])
     shown = capsys.readouterr().out
     assert "Distance of images" in shown and "evaluation/report.html" in shown
+    monkeypatch.setattr(sys.modules["fastdistill.runs.evaluate"], "_write", lambda *_: None)
     last, before = report["student"]["measures"], runs.evaluate(again, step=2)["student"]["measures"]
     assert before["output_loss"] != last["output_loss"] and before["feature_loss"] != last["feature_loss"]
     with pytest.raises(InputError, match=r"^step: expected a checkpoint of .*: 2, 3, got 1"):
@@ -221,7 +222,7 @@ def test_the_student_of_a_run(
 
 
 @pytest.mark.parametrize("name", quickly(("sd", "sdxl"), "sd"))
-def test_each_of_several_sizes(name: str, saved: Folders, tmp_path: Path) -> None:
+def test_each_of_several_sizes(name: str, saved: Folders, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """As if it were the only one, whatever the first is; in the report, and in pictures, by its name."""
     few = {"prompts": 2, "images_per_prompt": 1, "steps": 1}
     both, alone = (
@@ -234,6 +235,7 @@ def test_each_of_several_sizes(name: str, saved: Folders, tmp_path: Path) -> Non
     assert names == {"report.html", "report.json", "run.yaml", "samples-32x32.png", "samples-48x32.png"}
     assert report["sampling"]["pixels"] == "32 x 32, 48 x 32" and [*report["sizes"]] == ["48 x 32"]
     assert done == [(2, 8), (4, 8), (6, 8), (8, 8)]
+    request.getfixturevalue("unwritten")
     other, wanted = report["sizes"]["48 x 32"], runs.evaluate(alone, student=student)
     for key in ("images_distance", "latents_distance", "output_loss"):
         found, first = (each["student"]["measures"][key]["value"] for each in (other, report))

@@ -19,6 +19,7 @@ from fastdistill.errors import FastdistillError, InputError
 from fastdistill.models.families import Other, find
 from fastdistill.models.pipelines import open_pipeline
 from tests.models import tiny_pipelines as tiny
+from tests.processes import once
 from tests.runs.conftest import run_config
 
 FLOW = """
@@ -40,7 +41,7 @@ def call(model, x_t, timestep, rows):
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_other(tmp_path_factory.mktemp("other") / "aura")
+    return once(tmp_path_factory, "pipelines/aura", tiny.save_other)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from fastdistill.train import checkpoint
 from fastdistill.train.config import to_yaml
 from fastdistill.train.loop import read_metrics
 from tests.models import tiny_pipelines as tiny
+from tests.processes import once
 from tests.runs.conftest import cached, run_config
 
 distilling: Any = importlib.import_module("fastdistill.runs.distill")
@@ -38,11 +39,25 @@ SMALL = {"cache": {"sizes": [[32, 32]]}}
 @pytest.fixture(scope="module")
 def ended(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
     """A run of Stable Diffusion that has ended, and its run file."""
-    place = tmp_path_factory.mktemp("run")
-    config = cached(run_config(saved("sd"), place, preview={"every": 2, "prompts": ["a cat", "no prompt of the pool"]}))
-    runs.distill(config)
-    (place / "run.yaml").write_text(to_yaml(config))
-    return config, place / "run.yaml"
+
+    def make(place: Path) -> None:
+        place.mkdir()
+        preview = {"every": 2, "prompts": ["a cat", "no prompt of the pool"]}
+        config = cached(run_config(saved("sd"), place, preview=preview))
+        runs.distill(config)
+        (place / "run.yaml").write_text(to_yaml(config))
+
+    place = once(tmp_path_factory, "ended", make)
+    return runs.load(place / "run.yaml"), place / "run.yaml"
+
+
+@pytest.fixture
+def again(ended: tuple[RunConfig, Path], tmp_path: Path) -> Path:
+    """The run file of a copy of that run, for tests that go on with it: a process at a time may."""
+    config = dataclasses.replace(ended[0], directory=str(tmp_path / "again"))
+    shutil.copytree(ended[0].directory, config.directory)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    return tmp_path / "run.yaml"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -286,13 +301,13 @@ def said(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int
 
 
 def test_commands(
-    ended: tuple[RunConfig, Path],
+    again: Path,
     said: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     saved: Callable[[str], Path],
 ) -> None:
-    file = str(ended[1])
+    file = str(again)
     code, out, error = said("init", str(saved("sd")))
     assert code == 0 and out == runs.init(saved("sd")) and not error
     code, out, error = said("distill", file, "--json")
@@ -336,7 +351,7 @@ def test_mistakes(
     assert error.startswith("fastdistill: ") and re.search(message, error), error
 
 
-def test_the_documentation(ended: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documentation(again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run file that docs/runs.md shows is one, and its Python runs."""
     text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
     (shown,), (_, code) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("yaml", "python"))
@@ -344,8 +359,7 @@ def test_the_documentation(ended: tuple[RunConfig, Path], tmp_path: Path, monkey
     config = runs.load(tmp_path / "shown.yaml")
     assert config.objective.random_conditioning.null == 0.1 and config.preview.prompts == ("a cat",)
     assert config.prompts.seen == 200_000 and config.train.gradient_checkpointing
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(ended[1], tmp_path / "run.yaml")
+    monkeypatch.chdir(again.parent)
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["result"].steps == 3 and len(names["files"]) == 2

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import yaml
-from filelock import FileLock
 
 from fastdistill.cli import main
 from fastdistill.data.fingerprint import sha256_of_json
@@ -24,7 +23,7 @@ from fastdistill.files import locked
 from fastdistill.tasks import workers
 from fastdistill.tasks.digits import worker
 from fastdistill.tasks.workers import Job
-from tests.processes import shared
+from tests.processes import once
 
 SMALL: dict[str, Any] = {
     "cache_images": 48,
@@ -83,15 +82,14 @@ def weights(output: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run. The processes of a parallel test run share it, so tests change copies of it."""
-    place = shared(tmp_path_factory)
-    output = place / "digits" / "whole"
-    with FileLock(place / "digits.lock"):
-        if not (output / "report.html").exists():
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(workers, "run_process", here)
-                assert main(arguments(output, {"workers": 1})) == 0
-    return output
+    """A finished run."""
+
+    def make(output: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(workers, "run_process", here)
+            assert main(arguments(output, {"workers": 1})) == 0
+
+    return once(tmp_path_factory, "digits/whole", make)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling
 from fastdistill.tasks.digits.text_encoder import encode, prompt_bank
 from fastdistill.train.config import from_mapping, parsed
 from tests.harness import EPS
+from tests.processes import once
 
 
 def run_config(place: Path, **changes: Any) -> RunConfig:
@@ -44,10 +45,12 @@ def run_config(place: Path, **changes: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    config = run_config(tmp_path_factory.mktemp("digits"))
-    runs.cache(config)
-    runs.distill(config)
-    return config
+    def make(place: Path) -> None:
+        config = run_config(place)
+        runs.cache(config)
+        runs.distill(config)
+
+    return run_config(once(tmp_path_factory, "digits-run", make))
 
 
 def test_the_run_file() -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 
 from fastdistill.cli import main
 from fastdistill.diffusion.guidance import Guidance
@@ -33,7 +32,7 @@ from fastdistill.tasks.shades import data
 from fastdistill.tasks.shades.teacher import load_teacher
 from fastdistill.tasks.workers import Job
 from fastdistill.train.config import from_mapping, from_yaml
-from tests.processes import shared
+from tests.processes import once
 
 SMALL: dict[str, Any] = {
     "constants": [0, 1],
@@ -74,16 +73,14 @@ def in_this_process() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run. The processes of a parallel test run share it, so tests change copies of it."""
-    place = shared(tmp_path_factory)
-    output = place / "guidance" / "whole"
-    output.parent.mkdir(exist_ok=True)
-    with FileLock(place / "guidance.lock"):
-        if not (output / "report.html").exists():
-            with in_this_process() as begun:
-                assert main(arguments(output, {"workers": 1})) == 0
-            assert set(begun) == PARTS
-    return output
+    """A finished run."""
+
+    def make(output: Path) -> None:
+        with in_this_process() as begun:
+            assert main(arguments(output, {"workers": 1})) == 0
+        assert set(begun) == PARTS
+
+    return once(tmp_path_factory, "guidance/whole", make)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from filelock import FileLock
 
 from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.train import distributed
@@ -23,14 +21,13 @@ Found = dict[str, tuple[Any, Any]]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the scenarios have run on both ranks; the processes of a parallel test run share it."""
-    directory = processes.shared(tmp_path_factory) / "ranks"
-    with FileLock(f"{directory}.lock"):
-        if not (directory / "1.pt").exists():
-            shutil.rmtree(directory, ignore_errors=True)  # of one that failed in another process
-            directory.mkdir()
-            processes.as_ranks(ranks.work, str(directory))
-    return directory
+    """Where the scenarios have run on both ranks."""
+
+    def make(directory: Path) -> None:
+        directory.mkdir()
+        processes.as_ranks(ranks.work, str(directory))
+
+    return processes.once(tmp_path_factory, "ranks", make)
 
 
 @pytest.fixture(scope="module")
