@@ -181,7 +181,8 @@ def others(labels: Tensor) -> Tensor:
     """Another class for each label [N]; the images of a class have all others in turn."""
     classes, place = torch.unique(labels, return_inverse=True)
     turn = 1 + numbers(labels) % (len(classes) - 1)
-    return classes[(place + turn) % len(classes)]
+    found: Tensor = classes[(place + turn) % len(classes)]
+    return found
 
 
 def _drawn(latents: Tensor, seed: int, step: int) -> Tensor:

@@ -192,14 +192,15 @@ class Level:
             for at in self._batches()
         ]  # fmt: skip
         names = ("latents", "clareps", "samples", "features", "energy")
-        return Canonical(*(torch.cat([getattr(part, name) for part in parts]) for name in names), subspace=None)
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return Canonical(**joined, subspace=None)
 
     def _searched(self, prompts: Rows, latents: Tensor, taps: Sequence[str], tick: Tick) -> dict[str, _Directions]:
         """The top directions of each tap, as many as any of its settings has."""
         found: dict[str, list[Subspace]] = {tap: [] for tap in taps}
         every = torch.arange(len(latents), device=latents.device)
         functions = self._functions(prompts, taps)
-        for rows in every.split(_TOGETHER):
+        for rows in torch.split(every, _TOGETHER):
             for k in sorted(set(self.most.values()) - {0}):
                 some = [f.of_rows(rows) for f in functions if self.most[f.name] == k]
                 made = top_subspaces(some, latents[rows], k, rows=rows, **self._options()) if some else []
@@ -247,7 +248,7 @@ def _changes(
     """[1 + groups] each: shares that were removed of what was there before, and what the judge sees."""
     if not before:
         return {}
-    found = {}
+    found: dict[str, Tensor] = {}
     for suffix, now in (("", after), ("_random", random)):
         gone = {name: 1 - now[name] / before[name] for name in ("irrelevant", "relevant")}
         gone = {name: torch.where(before[name] > 0, value, math.nan) for name, value in gone.items()}

@@ -100,7 +100,8 @@ def _coordinates(features: Tensor) -> Tensor:
     if flat.shape[1] <= len(flat):
         return flat
     values, vectors = torch.linalg.eigh(flat @ flat.T)
-    return vectors * values.clamp(min=0).sqrt()
+    coordinates: Tensor = vectors * values.clamp(min=0).sqrt()
+    return coordinates
 
 
 def _uniform(seed: int, starts: int, clusters: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -100,7 +100,7 @@ class TapFunction:
         self.shape: tuple[int, ...] | None = None
         check_prompts(self._timestep[:, None], prompt, None, 1)
 
-    def of_rows(self, index: Tensor) -> TapFunction:
+    def of_rows(self, index: Tensor) -> Self:
         """The function of these rows [b] int64 of the prompt, for as many samples."""
         made = copy.copy(self)
         made._timestep = self._timestep[index]

@@ -246,7 +246,7 @@ def _dense(searches: Sequence[_Search], f: Function) -> None:
     for start in range(0, len(every), group):
         rows = every[start : start + group]
         whole = jvp(at(f, rows), x[rows], identity.expand(len(rows), -1, -1), chunk=searches[0].chunk)
-        for search, J in zip(searches, whole.split([search.m for search in searches], 1), strict=True):
+        for search, J in zip(searches, torch.split(whole, [search.m for search in searches], 1), strict=True):
             search.begin(rows, n)
             R = torch.linalg.qr(J, mode="r")[1].double()  # J^T J = R^T R
             _, values, Vh = torch.linalg.svd(R, full_matrices=False)
