@@ -64,6 +64,7 @@ def _spectrum(figure: Figure, values: Sequence[float], box: tuple[float, float, 
     shares = [value / values[0] if values[0] else 0.0 for value in values]
     axes.bar(range(1, len(shares) + 1), shares, color=BLUE, width=0.8)
     axes.set(ylim=(0, 1.02), xlim=(0.4, len(shares) + 0.6))
+    axes.set_xticks([1, *range(5, len(shares) + 1, 5)] if len(shares) > 4 else range(1, len(shares) + 1))
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_edgecolor(GRID)
