@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole experiment (``fastdistill demo context``): a setting of CLARID, canonical images, classifiers, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastdistill.data.fingerprint import plain, sha256_of_json
+from fastdistill.distill.canonical import Clarid
+from fastdistill.distill.selection import chosen
+from fastdistill.errors import InputError
+from fastdistill.evaluate._optional import require
+from fastdistill.files import located, locked, make_directory, require_space
+from fastdistill.tasks import workers
+from fastdistill.tasks.context import data, worker
+from fastdistill.tasks.context.demo_config import DemoConfig
+from fastdistill.tasks.context.report import Results, write
+from fastdistill.tasks.context.students import SET
+from fastdistill.tasks.context.teacher import SCHEDULE, provenance
+from fastdistill.tasks.workers import Job
+from fastdistill.train.config import validated
+from fastdistill.train.devices import usable
+
+_SPACE = 200_000_000  # bytes, more than the canonical images and checkpoints of a run need
+_ATTACKS = ("epsilon", "steps", "queries", "square_images")
+
+
+def run(config: DemoConfig, console: Console | None = None) -> Path:
+    """Run the experiment, or continue an interrupted one. Returns the path of ``report.html``.
+
+    Raises:
+        InputError: settings that do not fit each other; nothing is written.
+        FastdistillError: something cannot be read, written or computed; finished parts are kept.
+        KeyboardInterrupt: after Ctrl-C, when every process has written its checkpoint.
+    """
+    config = validated(config, "demo context").resolved()
+    _check(config)
+    usable(config.device)
+    console = console or Console()
+    torch.set_num_threads(config.threads)
+    output = located(config.output, "output")
+    make_directory(output)
+    require_space(output, _SPACE)
+    results: Results = {}
+    free = [kind for kind in config.kinds if kind not in SET]  # they need no canonical images
+    with locked(output), workers.timed(output / "seconds.json") as spent:
+        with workers.bars(console) as progress:
+
+            def do(jobs: Sequence[Job]) -> None:
+                for result in workers.results(jobs, config.workers, progress):
+                    results.setdefault(result["part"], []).append(result)
+
+            do([*_sweeps(config, output), *_classifiers(config, output, free, None)])
+            choice = chosen([row for found in results["sweep"] for row in found["rows"]])
+            setting = Clarid(choice["t_e"], choice["k"], choice["tap"])
+            do(_images(config, output, setting))
+            do(_classifiers(config, output, [kind for kind in config.kinds if kind in SET], setting))
+        report, path = write(config, output, results, choice, spent)
+    console.print(_summary(report))
+    console.print(report["finding"], soft_wrap=True)
+    console.print(f"\nReport: [bold]{path}[/bold]", soft_wrap=True)
+    return path
+
+
+def _check(config: DemoConfig) -> None:
+    require("art.attacks.evasion", "robustness")
+    if "plain" not in config.kinds:
+        raise InputError.of("kinds", "some with plain among them, which the others are compared with", config.kinds)
+    for name in ("kinds", "t_e", "k", "taps", "shares", "epsilon"):
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            raise InputError.of(name, "each once", values)
+    if (least := worker.per_class(config.share)) is not None and least < 2:
+        raise InputError.of("share", "one that gives two images of each digit or more", config.share)
+    if list(config.epsilon) != sorted(config.epsilon):
+        raise InputError.of("epsilon", "ascending radii", config.epsilon)
+    for setting in worker.settings(config):
+        setting.grid(SCHEDULE)
+
+
+def _sweeps(config: DemoConfig, output: Path) -> list[Job]:
+    depends = {"k": config.k, "taps": config.taps, "images": config.images, **_teacher(config.teacher)}
+    return [
+        _job(config, output, f"settings at t = {t}", "sweep", f"sweep-{t}", depends | {"t_e": t}, t_e=t)
+        for t in config.t_e
+    ]
+
+
+def _images(config: DemoConfig, output: Path, setting: Clarid) -> list[Job]:
+    """The slowest sets in processes of their own."""
+    given = {"setting": dataclasses.asdict(setting)}
+    depends = given | _teacher(config.teacher)
+    needed = list(dict.fromkeys(["canonical", *worker.needed(config.kinds)]))  # the report shows some
+    apart = {"generated": "generated images", "posterior": "the teacher as a classifier"}
+    groups = {"canonical images": [name for name in needed if name not in apart]}
+    groups |= {title: [name] for name, title in apart.items() if name in needed}
+    shares = [(config.share, title, names) for title, names in groups.items()]
+    if "cadistill" in config.kinds and (most := max(config.shares, default=0)) > config.share:
+        shares.append((most, f"canonical images of {most:.0%}", ["canonical"]))
+    jobs = []
+    for share, title, names in shares:
+        more = {"names": names, "share": share}
+        name = f"sets-{names[0]}-{share:g}"
+        jobs.append(_job(config, output, title, "sets", name, depends | more, **more, **given))
+    other = {"images": config.images, **given} | _teacher("same" if config.teacher == "broad" else "broad")
+    return [*jobs, _job(config, output, "the other teacher", "other", "other", other, **given)]
+
+
+def _classifiers(config: DemoConfig, output: Path, kinds: Sequence[str], setting: Clarid | None) -> list[Job]:
+    """All seeds of these kinds; of CaDistill the curve over shares of the data too."""
+    student = plain(dataclasses.asdict(config.student))
+    for own in ("kind", "seed", "device"):
+        student.pop(own)
+    depends = {"data": data.fingerprint(), "student": student, **{name: getattr(config, name) for name in _ATTACKS}}
+    jobs = []
+    for seed in range(config.seeds):
+        for kind in kinds:
+            shares = [share for share in config.shares if share != config.share] if kind == "cadistill" else []
+            for share in (config.share, *shares):
+                on_curve = share != config.share
+                part = f"{worker.CURVE}{share:g}" if on_curve else kind
+                title = (f"{kind} of {share:.0%}" if on_curve else kind).replace("_", " ")
+                given: dict[str, Any] = {}
+                if setting is not None:
+                    given = {"setting": dataclasses.asdict(setting), "share": share}
+                wanted = depends | {"kind": kind, "seed": seed, **given}
+                if setting is not None:
+                    wanted |= _teacher(config.teacher)
+                title += f", seed {seed}" if config.seeds > 1 else ""
+                name = f"{part.replace(' ', '-')}-{seed}"
+                jobs.append(_job(config, output, title, kind, name, wanted, part=part, seed=seed, **given))
+    return jobs
+
+
+@cache
+def _teacher(kind: str) -> dict[str, str]:
+    return {"teacher": provenance(kind)["sha256"]}
+
+
+def _job(
+    config: DemoConfig, output: Path, title: str, work: str, name: str, depends: Mapping[str, Any], **content: Any
+) -> Job:
+    """A job of the directory ``parts/<name>``; ``depends``: what its result does."""
+    directory, wanted = output / "parts" / name, sha256_of_json({"work": work, **plain(depends)})
+    described = {"part": work, "seed": 0, **content, "work": work, "config": plain(dataclasses.asdict(config))}
+    return Job(title, worker.MODULE, directory, described | {"fingerprint": wanted}, worker.finished(directory, wanted))
+
+
+def _summary(report: Mapping[str, Any]) -> Table:
+    """The table that is printed at the end."""
+    table = Table(title="Classifiers: right on held-out images, by the background's hue, and under attack")
+    columns = ("classifier", "own", "any", "other", "clutter", "pgd", "apgd", "square")
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
+    for kind, row in report["students"].items():
+        fields = ("clean", "independent", "swapped", "clutter", "pgd", "apgd", "square")
+        table.add_row(kind.replace("_", " "), *(f"{row[name]['mean']:.1%}" for name in fields))
+    return table

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the context experiment, from which the command line options and YAML fields are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from fastdistill.documented import documented
+from fastdistill.tasks.context.students import KINDS, StudentConfig
+from fastdistill.tasks.context.students import Kind as Student
+from fastdistill.tasks.context.teacher import Kind
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Radius = Annotated[float, Field(gt=0, le=2)]
+#: What ``quick`` changes.
+_QUICK: dict[str, Any] = {
+    "output": "runs/context-quick",
+    "t_e": (500,),
+    "k": (5, 15),
+    "taps": ("up_blocks.0",),
+    "images": 30,
+    "share": 0.04,
+    "shares": (),
+    "kinds": ("plain", "cadistill"),
+    "queries": 50,
+    "square_images": 20,
+}
+#: What ``full`` changes: the attacks of a published table, and all shares of the data.
+_FULL: dict[str, Any] = {
+    "shares": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "epsilon": (0.05, 0.1, 0.2),
+    "steps": 100,
+    "queries": 5000,
+}
+
+
+@documented
+@dataclass(frozen=True)
+class DemoConfig:
+    """Canonical latents of a diffusion teacher, and classifiers that learn from them not to look at the background."""
+
+    output: str = "runs/context"
+    """Directory of the experiment; an interrupted experiment in it is continued."""
+    quick: bool = False
+    """Short version, two minutes (default output runs/context-quick)."""
+    full: bool = False
+    """Longer attacks, and canonical images of up to all of the data: an hour."""
+    seeds: Annotated[int, Field(ge=1, le=100)] = 1
+    """Classifiers to train of each kind."""
+    teacher: Kind = "broad"
+    """broad: it has seen backgrounds of any hue; same: only the classifier's own data."""
+    t_e: Annotated[tuple[Annotated[int, Field(ge=1, le=999)], ...], Field(min_length=1)] = (500, 650, 800)
+    """Timesteps of the latents, to choose from."""
+    k: Annotated[tuple[Annotated[int, Field(ge=1, le=192)], ...], Field(min_length=1)] = (5, 15, 40)
+    """Numbers of directions, to choose from."""
+    taps: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "down_blocks.1",
+        "mid_block",
+        "up_blocks.0",
+        "up_blocks.1",
+        "x0",
+    )
+    """Features, to choose from."""
+    images: Annotated[int, Field(ge=30, le=360)] = 60
+    """Images on which a setting is chosen, as many of each digit."""
+    share: Share = 0.1
+    """Share of the classifier's data of which there are canonical images."""
+    shares: tuple[Share, ...] = (0.01, 0.03, 0.1)
+    """Shares for the curve over them."""
+    kinds: Annotated[tuple[Student, ...], Field(min_length=1)] = KINDS
+    """Classifiers, plain among them."""
+    epsilon: Annotated[tuple[Radius, ...], Field(min_length=1)] = (0.1,)
+    """Radii of the attacks, ascending, in units of the images, which are in [-1, 1]; the middle one counts."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Steps of APGD; PGD has 20."""
+    queries: Annotated[int, Field(ge=1, le=100_000)] = 500
+    """Queries of Square."""
+    square_images: Annotated[int, Field(ge=1, le=360)] = 100
+    """Images that Square attacks; the others attack 360."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    """How a classifier is trained; its kind and seed are those of the experiment."""
+    workers: Annotated[int, Field(ge=1, le=64)] = field(default_factory=lambda: min(2, os.cpu_count() or 1))
+    """Processes to run at the same time."""
+    threads: Annotated[int, Field(ge=1, le=os.cpu_count() or 1)] = 1
+    """CPU threads per process; more than one was slower on small machines."""
+    device: str = "auto"
+    """Device to run on; auto: a GPU if there is one, else the CPU."""
+
+    def resolved(self) -> DemoConfig:
+        """The configuration with ``quick`` and ``full`` applied and ``device`` resolved."""
+        import torch
+
+        config, default = self, DemoConfig()
+        changes = (_FULL if config.full else {}) | (_QUICK if config.quick else {})
+        given = {name: value for name, value in changes.items() if getattr(config, name) == getattr(default, name)}
+        config = dataclasses.replace(config, **given)
+        if config.device == "auto":
+            config = dataclasses.replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
+        return config

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a classifier of the task is measured by: held-out images of each kind, attacks, corruptions, where it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastdistill.evaluate.classification import accuracy, calibration, logits_of, reliance, saliency_on
+from fastdistill.evaluate.corruptions import corruptions
+from fastdistill.evaluate.robustness import robustness
+from fastdistill.tasks.context import data
+from fastdistill.tasks.context.classifier import Classifier
+from fastdistill.tasks.context.demo_config import DemoConfig
+
+Progress = Callable[[str, int, int], object]
+_SEED = 1  # of the attacks' starts and the corruptions
+
+
+def measured(
+    config: DemoConfig, model: Classifier, transfer_from: Classifier | None, progress: Progress
+) -> dict[str, Any]:
+    """Figures of a classifier, in eval mode.
+
+    ``clean``, ``independent``, ``swapped``, ``clutter``: shares right of the kinds of held-out images, own hues first.
+    ``attacks``: of ``robustness``, on images of any hue; so are ``ece``, ``nll`` and ``saliency``, the share of the
+    gradient that is on the ink. ``corruptions`` of images of their own hues; ``reliance``: what those lose before the
+    hue of another digit.
+    """
+    scenes = {kind: data.held_out(kind) for kind in data.HELD_OUT}
+    own, any_hue, other = scenes["same"], scenes["independent"], scenes["swapped"]
+    found: dict[str, Any] = {
+        "clean" if kind == "same" else kind: accuracy(model, one.images, one.digit) for kind, one in scenes.items()
+    }
+    attacks = robustness(
+        model, any_hue.images, any_hue.digit, epsilon=config.epsilon, steps=config.steps, queries=config.queries,
+        queried=config.square_images, seed=_SEED, transfer_from=transfer_from,
+        progress=lambda done, total: progress("attacks", done, total),
+    )  # fmt: skip
+    towards: dict[str, Tensor] = {"background_swap": other.images, "clutter": scenes["clutter"].images}
+    damaged = corruptions(
+        model, own.images, own.digit, towards=towards, seed=_SEED,
+        progress=lambda done, total: progress("corruptions", done, total),
+    )  # fmt: skip
+    ece, nll = calibration(logits_of(model, any_hue.images), any_hue.digit)
+    return found | {
+        "attacks": attacks,
+        "corruptions": damaged,
+        "ece": ece,
+        "nll": nll,
+        "reliance": reliance(model, own.images, other.images, own.digit),
+        "saliency": saliency_on(model, any_hue.images, any_hue.digit, any_hue.ink),
+    }
