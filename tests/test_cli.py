@@ -50,6 +50,7 @@ def test_help(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) ->
 @pytest.mark.parametrize(
     "command",
     [
+        ("demo", "context"),
         ("demo", "digits"),
         ("teacher", "digits"),
         ("teacher", "shades"),
@@ -81,7 +82,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             ("docter",),
             f"fastdistill: command: expected {NAMES}, got 'docter' (did you mean doctor? fastdistill --help)",
         ),
-        (("demo",), "fastdistill: demo: expected digits or guidance, got none"),
+        (("demo",), "fastdistill: demo: expected context, digits or guidance, got none"),
         (("profile",), "fastdistill: profile: expected digits or replay, got none"),
         (("profile", "replay"), "fastdistill: profile replay: expected a file that a profile left, got nothing"),
         (
