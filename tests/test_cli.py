@@ -68,7 +68,7 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str], command: tuple[st
     assert f"usage: fastdistill {' '.join(command)}" in out
     assert "``" not in out
     if command[0] in ("demo", "teacher"):
-        assert "--train.lr FLOAT" in out and "Learning rate" in out
+        assert "train.lr FLOAT" in out and "Learning rate" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
