@@ -23,9 +23,8 @@ CONTEXT = {
 }
 
 
-def digits() -> str:
+def digits(report: Mapping[str, Any]) -> str:
     """The table of ``docs/digits/report.json``."""
-    report = json.loads((ROOT / "docs" / "digits" / "report.json").read_text())
     lines = [
         "| | correct, prompts in the cache | correct, prompts not in the cache | parameters | images/s |",
         "|---|---|---|---|---|",
@@ -71,13 +70,41 @@ def context(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def guidance(report: Mapping[str, Any]) -> str:
+    """The table of ``docs/guidance/report.json``: of the shades without guidance, of the window that the student
+    learns, of the constant weight whose separation is nearest to the window's, and of the student."""
+    student = report["students"]["window"]
+    rows = {row["schedule"]: row for row in report["models"]["shades"]["rows"]}
+    window = rows[student["schedule"]]
+    constants = [row for text, row in rows.items() if "@" not in text and text != "0"]
+    nearest = min(constants, key=lambda row: abs(row["separation"] - window["separation"]))
+    named = {
+        "no guidance, w = 0": rows["0"],
+        f"constant w = {nearest['schedule']}": nearest,
+        f"window {window['schedule']}": window,
+        "student of the window": student,
+    }
+    lines = ["| | right | separation | variance | evaluations an image | images/s |", "|---|---|---|---|---|---|"]
+    for name, row in named.items():
+        counted = f"{row['evaluations_per_image']:.0f} | {row['images_per_second']:.0f}"
+        figures = f"{row['separation']:.2f} | {row['variance_ratio']:.2f} | {counted}"
+        lines.append(f"| {name} | {100 * row['right']:.1f} % | {figures} |")
+    images = f"{window['seeds']} seeds, {window['images']} images of each"
+    lines += ["", f"{images}; separation and variance within a class are relative to the real images."]
+    return "\n".join(lines)
+
+
+#: The table of each ``docs/<name>/report.json``, between the marks of that name in the README.
+TABLES = {"digits": digits, "guidance": guidance, "context": context}
+
+
 def readme_filled(readme: str) -> str:
-    """The README with its tables filled in; that of canonical latents where it was measured."""
-    readme = filled(filled(readme, "results", digits()), "benchmarks", summary())
-    measured = ROOT / "docs" / "context" / "report.json"
-    if measured.exists():
-        readme = filled(readme, "context", context(json.loads(measured.read_text(encoding="utf-8"))))
-    return readme
+    """The README with the tables of what was measured filled in."""
+    for name, table in TABLES.items():
+        report = ROOT / "docs" / name / "report.json"
+        if report.exists():
+            readme = filled(readme, name, table(json.loads(report.read_text(encoding="utf-8"))))
+    return filled(readme, "benchmarks", summary())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import shlex
@@ -64,6 +65,20 @@ def versions() -> dict[str, str]:
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),
     }
+
+
+def images_per_second(
+    contestants: Mapping[str, Callable[[], object]], images: int, report: Report, turns: int = 2
+) -> dict[str, float]:
+    """Of calls that sample ``images`` images each, in turns in this process: the best of ``turns``."""
+    best = dict.fromkeys(contestants, math.inf)
+    for turn in range(turns):
+        for place, (name, call) in enumerate(contestants.items()):
+            report(phase="speed", done=turn * len(contestants) + place, total=turns * len(contestants))
+            start = time.perf_counter()
+            call()  # its images are on the CPU
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: images / seconds for name, seconds in best.items()}
 
 
 @contextlib.contextmanager

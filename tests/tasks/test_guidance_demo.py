@@ -127,7 +127,7 @@ def test_parts_that_are_there_are_not_done_again(copy: Path) -> None:
 def test_further_seeds_and_students(copy: Path) -> None:
     with in_this_process() as begun:
         assert main(arguments(copy, {"workers": 1, "seeds": 2, "full": True})) == 0
-    more = "window_trajectory", "cache_constant", "cache_window"
+    more = "window_noised", "cache_constant", "cache_window"
     names = {f"{name}-{seed}" for name in more for seed in (0, 1)}
     assert set(begun) == {"shades", "digits", "scale-1", "window-1", "speed"} | names
     students = json.loads((copy / "report.json").read_text())["students"]

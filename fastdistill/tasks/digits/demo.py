@@ -76,13 +76,15 @@ def _models(config: DigitsConfig, output: Path, progress: Progress) -> dict[str,
             jobs.append(_job(config, output, title, name, seed))
     jobs.append(_job(config, output, "teacher", "teacher", 0))
     by_model: dict[str, list[dict[str, Any]]] = {}
-    for result in workers.results(jobs, config.workers, progress):
+    found = workers.results(jobs, config.workers, progress)
+    found += workers.results([_job(config, output, "speed", worker.SPEED, 0)], 1, progress)  # when nothing else runs
+    for result in found:
         by_model.setdefault(result["model"], []).append(result)
     return by_model
 
 
 def _job(config: DigitsConfig, output: Path, title: str, name: str, seed: int) -> Job:
-    directory = output / "models" / (name if name == "teacher" else f"{name}-{seed}")
+    directory = output / "models" / (f"{name}-{seed}" if name in STUDENTS else name)
     content = {"model": name, "seed": seed, "config": plain(dataclasses.asdict(config))}
     finished = worker.finished(directory, worker.fingerprint(config, name, seed))
     return Job(title, worker.MODULE, directory, content, finished)
@@ -105,6 +107,6 @@ def _summary(results: dict[str, list[dict[str, Any]]]) -> Table:
             *(f"{share:.1%}" for share in shares),
             f"{runs[0]['parameters']:,}",
             f"{seconds:.0f} s" if seconds else "-",
-            f"{sum(r['images_per_second'] for r in runs) / len(runs):.0f}",
+            f"{results[worker.SPEED][0]['images_per_second'][name]:.0f}",
         )
     return table

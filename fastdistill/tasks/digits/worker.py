@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of the experiment for one model, in a separate process: train a student (or load the teacher), sample and
-evaluate.
+evaluate; and the part that measures how fast all of them sample.
 
 ``python -m fastdistill.tasks.digits.worker JOB.json`` prints its progress as JSON lines and writes ``result.json`` and
 ``samples.safetensors`` next to the job file (``fastdistill.tasks.workers``).
@@ -9,16 +9,16 @@ evaluate.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdistill import ops, runs
 from fastdistill.data.fingerprint import plain, sha256_of_json
@@ -29,10 +29,11 @@ from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.teacher import provenance
 from fastdistill.tasks.digits.text_encoder import prompt_bank
-from fastdistill.tasks.workers import Report, result_in, serve
+from fastdistill.tasks.workers import Report, images_per_second, result_in, serve
 from fastdistill.train.config import from_mapping
 
 MODULE = "fastdistill.tasks.digits.worker"
+SPEED = "speed"  # the part that measures how fast the models sample
 EXPORTED = ("config.json", "diffusion_pytorch_model.safetensors")
 EVALUATION_SEED = 2**31  # initial noise of the evaluated images, other than that of the cache
 _BATCH = 64  # images that are sampled at once
@@ -44,7 +45,17 @@ def run(job: Path, report: Report) -> None:
     config = from_mapping(DigitsConfig, described["config"])
     torch.set_num_threads(config.threads)
     name, seed = described["model"], described["seed"]
-    result: dict[str, Any] = {"model": name, "seed": seed, "fingerprint": fingerprint(config, name, seed)}
+    if name == SPEED:
+        result: dict[str, Any] = {"images_per_second": _speed(config, report)}
+    else:
+        result = _model(config, name, seed, job.parent, report)
+    result |= {"model": name, "seed": seed, "fingerprint": fingerprint(config, name, seed), "backend": ops.used()}
+    atomic_write(job.parent / "result.json", json.dumps(result, indent=1).encode())
+
+
+def _model(config: DigitsConfig, name: str, seed: int, directory: Path, report: Report) -> dict[str, Any]:
+    """Train a student, or load the teacher, and evaluate it."""
+    result: dict[str, Any] = {}
     own = config.run_file(name if name in STUDENTS else next(iter(STUDENTS)), seed)
     opened = runs.opened(own)
     if name == "teacher":
@@ -56,13 +67,25 @@ def run(job: Path, report: Report) -> None:
             report(phase="training", done=done, total=total, loss=metrics and metrics["loss"])
 
         fitted = runs.distill(own, progress=progress)
-        runs.export(own, job.parent / "student", overwrite=True)
+        runs.export(own, directory / "student", overwrite=True)
         model = runs.trained_student(opened)
         result |= {"seconds": fitted.seconds, "history": fitted.history}
     result["parameters"] = sum(p.numel() for p in model.parameters())
-    result |= _evaluate(config, opened, model, job.parent, report)
-    result["backend"] = ops.used()
-    atomic_write(job.parent / "result.json", json.dumps(result, indent=1).encode())
+    return result | _evaluate(config, opened, model, directory, report)
+
+
+def _speed(config: DigitsConfig, report: Report) -> dict[str, float]:
+    """Images per second by the teacher and by the trained student of each kind."""
+    prompts = torch.arange(_BATCH)
+    contestants = {}
+    for name in ("teacher", *STUDENTS):
+        opened = runs.opened(config.run_file(name if name in STUDENTS else next(iter(STUDENTS)), 0))
+        if name == "teacher":
+            model = opened.pipeline.model(device=opened.config.device, dtype=opened.teacher_dtype)
+        else:
+            model = runs.trained_student(opened)
+        contestants[name] = functools.partial(_sampled, config, opened, model, prompts, prompts)
+    return images_per_second(contestants, _BATCH, report)
 
 
 def fingerprint(config: DigitsConfig, model: str, seed: int) -> str:
@@ -79,6 +102,8 @@ def fingerprint(config: DigitsConfig, model: str, seed: int) -> str:
 def finished(directory: Path, fingerprint: str) -> bool:
     """Whether the directory has a complete result with this fingerprint; a damaged one does not count."""
     result = result_in(directory, fingerprint)
+    if result is not None and result["model"] == SPEED:
+        return True
     try:
         safetensors.torch.load_file(directory / "samples.safetensors")
     except (OSError, safetensors.SafetensorError):
@@ -88,25 +113,20 @@ def finished(directory: Path, fingerprint: str) -> bool:
     return result["model"] == "teacher" or all((directory / "student" / name).exists() for name in EXPORTED)
 
 
+def _sampled(config: DigitsConfig, run: Run, model: nn.Module, prompt: Tensor, rows: Tensor) -> Tensor:
+    options = {"steps": config.sampling.steps, **config.sampling.guided(), "seed": EVALUATION_SEED}
+    images: Tensor = run.pipeline.sample(model, prompt_bank(), prompt, rows, **options).cpu()
+    return images
+
+
 def _evaluate(config: DigitsConfig, run: Run, model: nn.Module, directory: Path, report: Report) -> dict[str, Any]:
-    judge, bank, sampling = Judge(), prompt_bank(), config.sampling
+    judge = Judge()
     prompt = torch.arange(len(data.PROMPTS)).repeat_interleave(config.images_per_prompt)
-    start = time.perf_counter()
-    parts = []
+    parts: list[Tensor] = []
     for part in torch.split(torch.arange(len(prompt)), _BATCH):
-        made = run.pipeline.sample(
-            model,
-            bank,
-            prompt[part],
-            part,
-            steps=sampling.steps,
-            **sampling.guided(),
-            seed=EVALUATION_SEED,
-        )
-        parts.append(made.cpu())
+        parts.append(_sampled(config, run, model, prompt[part], part))
         report(phase="judging", done=sum(map(len, parts)), total=len(prompt))
     images = torch.cat(parts)
-    seconds = time.perf_counter() - start
     right = judge.right(images, prompt)
     first = torch.arange(0, len(prompt), config.images_per_prompt)
     shown = {"images": images[first], "right": right[first]}
@@ -117,7 +137,6 @@ def _evaluate(config: DigitsConfig, run: Run, model: nn.Module, directory: Path,
         counts[kind] = {"right": int(right[among].sum()), "n": int(among.sum())}
     return {
         "counts": counts,
-        "images_per_second": len(prompt) / seconds,
         "judge_accuracy": judge.accuracy_on_real,
         "judge_n": data.HELD_OUT,
     }

@@ -36,6 +36,7 @@ from fastdistill.train import DistillTrainer, FitResult
 
 _NARROW = (24, 48)  # channels of the students from caches, as of the digits
 _SEED = 0  # of the images in a cache
+_WEIGHT_LIMIT = 50.0  # where windows act, at sigma = 2 to 10, 1 / abar is 5 to 101
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ class Student:
 def students(config: DemoConfig) -> dict[str, Student]:
     """The students of a configuration by name."""
     scales = tuple(f"{w:g}" for w in config.scales)
-    found = {"scale": Student(scales, config.scales), "window": Student((config.student,))}
+    found = {"scale": Student(scales, config.scales), "window": Student((config.student,), trajectory=True)}
     if config.full:
-        found["window_trajectory"] = Student((config.student,), trajectory=True)
+        found["window_noised"] = Student((config.student,))
         found["cache_constant"] = Student(("1",), conditioned=True)
         found["cache_window"] = Student((config.student,), conditioned=True)
     return found
@@ -78,7 +79,8 @@ def trained(
         schedule = "1" if student.scales else config.student
         states: Literal["noised", "trajectory"] = "trajectory" if student.trajectory else "noised"
         weights = Weights(feature=0.0)
-        objective = GuidanceDistillation(schedule, scale=scale, grid=config.grid, states=states, weights=weights)
+        options = {"grid": config.grid, "states": states, "weights": weights, "weight_limit": _WEIGHT_LIMIT}
+        objective = GuidanceDistillation(schedule, scale=scale, **options)  # type: ignore[arg-type]
     trainer = DistillTrainer(teacher, made.model, SCHEDULE, latents, bank, objective, train, device=config.device)
 
     def progress(done: int, metrics: dict[str, float] | None) -> None:

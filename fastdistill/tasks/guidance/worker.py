@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -38,14 +37,14 @@ from fastdistill.tasks.guidance.demo_config import DemoConfig
 from fastdistill.tasks.guidance.diagnose import SEED, measured, subject
 from fastdistill.tasks.guidance.students import Student, initial, sampler, students, trained
 from fastdistill.tasks.shades.sampling import sample
-from fastdistill.tasks.workers import Report, result_in, serve
+from fastdistill.tasks.workers import Report, images_per_second, result_in, serve
 from fastdistill.train.config import from_mapping
 
 MODULE = "fastdistill.tasks.guidance.worker"
 TEACHERS = ("shades", "digits")
 SHOWN = ("a red seven", "a blue three")  # prompts of the samples in the report
 _COLUMNS = 12
-_BATCH, _TURNS = 64, 2  # of the measurement of speed
+_BATCH = 64  # of the measurement of speed
 
 
 def run(job: Path, report: Report) -> None:
@@ -160,7 +159,7 @@ def _student(config: DemoConfig, part: str, seed: int, directory: Path, report: 
 
 def _speed(config: DemoConfig, report: Report) -> dict[str, float]:
     """Images per second by the teacher with each schedule and by each student (``student <name>``), in turns in one
-    process: the best of two batches each. It depends on no weights, so that students are as before their training."""
+    process. It depends on no weights, so that students are as before their training."""
     task, bank = subject("shades"), prompt_bank().to(config.device)
     teacher, grid = task.model.to(config.device), Grid.parse(config.grid, SCHEDULE)
     prompts = torch.arange(_BATCH) % len(data.PROMPTS)
@@ -173,14 +172,7 @@ def _speed(config: DemoConfig, report: Report) -> dict[str, float]:
         make = sampler(config, student, model, bank, 1.0)
         schedule = Guidance.parse(config.student)
         contestants[f"student {name}"] = functools.partial(make, schedule, prompts, prompts, SEED)
-    best = dict.fromkeys(contestants, math.inf)
-    for turn in range(_TURNS):
-        for place, (name, call) in enumerate(contestants.items()):
-            report(phase="images", done=turn * len(contestants) + place, total=_TURNS * len(contestants))
-            start = time.perf_counter()
-            call()  # its images are on the CPU
-            best[name] = min(best[name], time.perf_counter() - start)
-    return {name: _BATCH / seconds for name, seconds in best.items()}
+    return images_per_second(contestants, _BATCH, report)
 
 
 def measured_at(config: DemoConfig, part: str, student: Student) -> list[tuple[str, str, float]]:
