@@ -31,7 +31,7 @@ def parsed(kinds: list[Any], arguments: list[str], name: str, *, own: Any = None
     for kind in reversed(kinds):
         types |= _options(kind)
     arguments = _checked(arguments, types, name)
-    more = {"return_unknown_args": True} if own else {}
+    more: dict[str, Any] = {"return_unknown_args": True} if own else {}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
