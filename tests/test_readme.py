@@ -51,13 +51,19 @@ def test_the_code_of_the_families_runs() -> None:
     assert names["images"].isfinite().all() and names["images"].shape == (2, 4, 8, 8)  # type: ignore[attr-defined]
 
 
-def test_the_code_of_canonical_latents_runs() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/canonical.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_code_of_canonical_latents_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/canonical.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
-    exec(code, names)
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, names)
     made, plain, found = (names[name] for name in ("made", "plain", "found"))
     assert made.samples.shape == (2, 4, 8, 8) and (made.energy > 0).all() and not plain.energy.any()
-    assert made.subspace.settled.all() and found.settled.all() and names["error"].shape == (2,)
+    assert made.subspace.settled.all() and names["error"].shape == (2,)
+    assert len(found) == 8 and names["feature"] is None and names["logits"].shape == (2, 2)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["distance"] > 0
+    (command,) = re.findall(r"^ {4}fastdistill (cadistill .*)$", text, re.MULTILINE)
+    assert main([*shlex.split(command), "--dry-run"]) == 0
 
 
 def test_the_code_of_guidance_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
