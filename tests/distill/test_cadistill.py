@@ -397,3 +397,13 @@ def test_a_setting_says_what_a_run_depends_on() -> None:
         {"posterior": None},
     ):
         assert ClassifierSetting(**vars(setting()) | changed).fingerprint() != one
+
+
+def test_the_step_that_is_measured_is_the_scripts() -> None:
+    """Loss and gradients of the benchmark's two contestants."""
+    from benchmarks.ops import cadistill
+
+    model, tables = cadistill.Net(8, 8), cadistill.Tables(8, torch.device("cpu"))
+    cadistill._check(model, tables, 16)
+    cadistill.ours(model, tables, 16)()
+    cadistill.script(model, tables, 16, cadistill.losses, torch.Generator().manual_seed(0))()

@@ -86,12 +86,14 @@ class StudentConfig:
     """Weight of the cosine distance of features from the prototype of their class."""
     canonical: Weight = 0.5
     """Weight of the cosine distance of canonical features from their prototype."""
-    distance: Weight = 0.5
-    """Weight of 1 - CKA of canonical features and the teacher's."""
+    distance: Weight = 0.05
+    """Weight of 1 - CKA of canonical features and the teacher's, which know some of the hue."""
     own_labels: bool = True
     """Add cross-entropy on the canonical images."""
     cka: Literal["debiased", "biased"] = "debiased"
     """Form of the alignment."""
+    feature_kd: Weight = 0.5
+    """Weight of 1 - CKA, of the kind feature_kd."""
     posterior: Weight = 1.0
     """Weight of the teacher's posterior, of the kind logit_kd."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.5
@@ -112,7 +114,7 @@ def objective(config: StudentConfig) -> CaDistill:
     if config.kind == "labels":
         return dataclasses.replace(whole, target="labels")
     if config.kind == "feature_kd":
-        return dataclasses.replace(whole, align=0.0, canonical=0.0, own_labels=False)
+        return dataclasses.replace(whole, align=0.0, canonical=0.0, own_labels=False, distance=config.feature_kd)
     if config.kind == "logit_kd":
         return dataclasses.replace(CaDistill.plain(), posterior=config.posterior)
     return whole
