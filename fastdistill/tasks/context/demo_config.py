@@ -49,7 +49,7 @@ class DemoConfig:
     quick: bool = False
     """Short version, two minutes (default output runs/context-quick)."""
     full: bool = False
-    """Longer attacks, and canonical images of up to all of the data: an hour."""
+    """Longer attacks, and canonical images of up to all of the data."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Classifiers to train of each kind."""
     teacher: Kind = "broad"
