@@ -113,7 +113,12 @@ class CaDistill:
         return cls(0.0, 0.0, 0.0, own_labels=False, augment=augment)
 
     def bind(self, setting: ClassifierSetting) -> BoundCaDistill:
-        return BoundCaDistill(validated(self, "objective"), setting)
+        config, call = validated(self, "objective"), setting.call
+        try:
+            return BoundCaDistill(config, setting)
+        except BaseException:
+            call.close()
+            raise
 
     def describe(self) -> dict[str, object]:
         return dataclasses.asdict(validated(self, "objective"))

@@ -159,6 +159,19 @@ def test_each_term_is_left_out_where_its_weight_is_0() -> None:
     assert not any(found[name] for name in ("own_labels", "align", "canonical", "distance", "posterior"))
 
 
+@torch.no_grad()
+def test_the_teachers_feature_place_by_place() -> None:
+    own = setting()
+    bound = CaDistill(pooled=False).bind(own)
+    draw = bound.draw(torch.tensor([0, 1]))
+    found = dict(zip(bound.metric_names, bound.loss(draw, torch.tensor([0, 1]))[1], strict=True))
+    assert draw.canonical is not None and own.canonical is not None
+    flat = own.canonical.features[draw.canonical.latent_index].flatten(1)
+    wanted = 1 - float(cka(own.student(draw.canonical.x_t)[0], flat))
+    assert float(found["distance"]) == pytest.approx(wanted, abs=100 * EPS)
+
+
+@torch.no_grad()
 def test_labels_in_place_of_the_teachers_feature() -> None:
     own = setting()
     bound = CaDistill(target="labels").bind(own)
@@ -182,6 +195,10 @@ def test_a_named_module_gives_the_feature() -> None:
         assert not named.student._forward_pre_hooks and not named.student.body._forward_hooks  # type: ignore[union-attr]
     with pytest.raises(InputError, match="prepared"):
         bound(counter)
+    refused = setting(student=Net(alone=True), feature="body", canonical=None)
+    with pytest.raises(InputError, match="CanonicalSet"):
+        OBJECTIVE.bind(refused)
+    assert not refused.student._forward_pre_hooks
 
 
 def test_maps_and_tokens_are_averaged_over_their_positions() -> None:

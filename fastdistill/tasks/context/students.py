@@ -92,8 +92,6 @@ class StudentConfig:
     """Add cross-entropy on the canonical images."""
     cka: Literal["debiased", "biased"] = "debiased"
     """Form of the alignment."""
-    feature_kd: Weight = 0.5
-    """Weight of 1 - CKA, of the kind feature_kd."""
     posterior: Weight = 1.0
     """Weight of the teacher's posterior, of the kind logit_kd."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.5
@@ -114,7 +112,7 @@ def objective(config: StudentConfig) -> CaDistill:
     if config.kind == "labels":
         return dataclasses.replace(whole, target="labels")
     if config.kind == "feature_kd":
-        return dataclasses.replace(whole, align=0.0, canonical=0.0, own_labels=False, distance=config.feature_kd)
+        return dataclasses.replace(whole, align=0.0, canonical=0.0, own_labels=False)
     if config.kind == "logit_kd":
         return dataclasses.replace(CaDistill.plain(), posterior=config.posterior)
     return whole
