@@ -15,7 +15,7 @@ from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.figures import label
 from fastdistill.evaluate.metrics import mean_spread, wilson_interval
-from fastdistill.evaluate.page import check_interval, duration, entry, percent, positive, share, write_page
+from fastdistill.evaluate.page import check_interval, entry, percent, positive, share, write_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,7 +135,7 @@ def write_context_report(
     _check(report)
     students = [
         {
-            "name": label(kind),
+            "name": named(kind),
             "cells": [
                 {"heading": heading, "figure": student[name], "void": name in _WHITE and _masked(report, kind)}
                 for name, heading in ACCURACIES.items()
@@ -193,6 +193,11 @@ def finding(report: Mapping[str, Any]) -> str:
         told = [f"{_against(students, kind, 'independent')} against {_CAUSES[kind]}" for kind in others]
         parts.append(f"With any hue that is {_listed(told)}.")
     return " ".join(parts) or "No setting was measured."
+
+
+def named(kind: str) -> str:
+    """The name of a student on the page."""
+    return {"cadistill": "CaDistill", "feature_kd": "Feature KD", "logit_kd": "Logit KD"}.get(kind, label(kind))
 
 
 def shown(row: Mapping[str, Any]) -> str:
@@ -271,7 +276,6 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         if kind in students:
             text = f"{'CaDistill' if kind == 'cadistill' else 'Plain training'}: right where the hue tells nothing"
             yield {"key": key, "value": percent(students[kind]["independent"]["mean"]), "text": text}
-    yield {"key": "", "value": duration(report["seconds"]["total"]), "text": "for the whole experiment"}
 
 
 def _check(report: Mapping[str, Any]) -> None:

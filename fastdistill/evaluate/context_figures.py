@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdistill.errors import InputError
+from fastdistill.evaluate._optional import require
+from fastdistill.evaluate.context import named
 from fastdistill.evaluate.figures import (
     BLUE,
     GREEN,
@@ -138,9 +140,12 @@ def attack_curves(students: Mapping[str, Mapping[str, Any]], masking: Mapping[st
         if kind in STUDENTS:
             ends.append((y[0], kind, color, 0.0))
         told = ", ".join(f"{100 * value:.0f} % at {radius:g}" for radius, value in zip(x, y, strict=True))
-        texts.append(f"{label(kind)}: {told}")
+        texts.append(f"{named(kind)}: {told}")
     if not texts:
         raise InputError.of("masking", "a student with epsilon and apgd", "none")
+    radii = sorted({radius for found in masking.values() for radius in found.get("epsilon", [])})
+    axes.set_xticks([0, *radii], [f"{radius:g}" for radius in (0, *radii)])
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("epsilon", color=MUTED, fontsize=9)
     axes.set_ylabel("right, hue of any class, %", color=MUTED, fontsize=9)
     axes.legend(handles=_names(axes, [name for _, name, *_ in ends]), frameon=False, fontsize=8.5, labelcolor=INK)
@@ -158,7 +163,7 @@ def fraction_curve(fraction: Sequence[Mapping[str, Any]]) -> Figure:
     ends, texts = [], []
     for name, color, words in (("independent", BLUE, "hue of any class"), ("apgd", ORANGE, "under APGD")):
         y = _banded(axes, x, [row[name] for row in rows], color)
-        ends.append((y[-1], words, color, x[-1]))
+        ends.append((100 * y[-1], words, color, x[-1]))
         texts.append(f"{words}: " + ", ".join(f"{value:.3f} at {at:g} %" for at, value in zip(x, y, strict=True)))
     axes.set_xscale("log")
     axes.set_xticks(x, [f"{at:g}" for at in x])
@@ -174,7 +179,7 @@ def saliency_grid(images: Any, maps: Mapping[str, Any]) -> Figure:
     """Images [n, C, H, W] in [0, 1] above the saliency [n, H, W] of each student, each over its largest value."""
     count = len(images)
     shown = {"images": _images("images", images, count)}
-    lettering = Lettering([*map(label, maps)])
+    lettering = Lettering([*map(named, maps)])
     cell, gap, left = 0.6, 0.06, 1.25
     names = ["images", *maps]
     width, height = left + count * (cell + gap), 0.04 + len(names) * (cell + gap)
@@ -184,7 +189,7 @@ def saliency_grid(images: Any, maps: Mapping[str, Any]) -> Figure:
     axes.axis("off")
     for line, name in enumerate(names):
         y = 0.02 + line * (cell + gap)
-        axes.text(0.02, y + cell / 2, label(name), color=INK, va="center", **{"fontsize": 9.5, **lettering.style})
+        axes.text(0.02, y + cell / 2, named(name), color=INK, va="center", **{"fontsize": 9.5, **lettering.style})
         if name == "images":
             for place, image in enumerate(shown["images"]):
                 _cell(axes, image, left + place * (cell + gap), y, cell, wrong=False)
@@ -194,7 +199,7 @@ def saliency_grid(images: Any, maps: Mapping[str, Any]) -> Figure:
             raise InputError.of(f"maps[{name!r}]", f"[{count}, H, W], one of each image", values.shape)
         for place, value in enumerate(values / values.max((1, 2), keepdims=True).clip(1e-30)):
             _saliency(axes, value, left + place * (cell + gap), y, cell)
-    figure.set_label(f"Saliency of {', '.join(map(label, maps))} for {count} images.")
+    figure.set_label(f"Saliency of {', '.join(map(named, maps))} for {count} images.")
     return figure
 
 
@@ -257,16 +262,16 @@ def _banded(
 
 
 def _names(axes: Any, kinds: Sequence[str]) -> list[Any]:
-    return [axes.plot([], [], color=STUDENTS[kind], linewidth=2, label=label(kind))[0] for kind in kinds]
+    return [axes.plot([], [], color=STUDENTS[kind], linewidth=2, label=named(kind))[0] for kind in kinds]
 
 
 def _saliency(axes: Any, values: np.ndarray, x: float, y: float, size: float) -> None:
     """A map as squares of ink of this opacity, so that it follows the colors of the page."""
-    from fastdistill.evaluate._optional import require
-
-    patches = require("matplotlib.patches")
     high, wide = size / values.shape[0], size / values.shape[1]
-    for (row, column), value in np.ndenumerate(values):
-        at = (x + column * wide, y + row * high)
-        axes.add_patch(patches.Rectangle(at, wide, high, facecolor=INK, alpha=float(value), linewidth=0, zorder=1))
-    axes.add_patch(patches.Rectangle((x, y), size, size, facecolor="none", edgecolor=GRID, linewidth=0.8, zorder=2))
+    corners = np.array([(0, 0), (wide, 0), (wide, high), (0, high)])
+    places = np.array([(x + column * wide, y + row * high) for row, column in np.ndindex(*values.shape)])
+    colors = [require("matplotlib.colors").to_rgba(INK, float(value)) for value in values.flat]
+    squares = require("matplotlib.collections").PolyCollection
+    axes.add_collection(squares(places[:, None] + corners, facecolors=colors, edgecolors="none"), autolim=False)
+    frame = require("matplotlib.patches").Rectangle
+    axes.add_patch(frame((x, y), size, size, facecolor="none", edgecolor=GRID, linewidth=0.8))

@@ -129,10 +129,10 @@ def test_the_page_shows_the_numbers(tmp_path: Path, report: dict[str, Any]) -> N
     text = re.sub(r"\s+", " ", page.text)
     for told in (
         "mean over 5 seeds",
-        "Attacks may change a value by 0.1",
+        "Attacks may change a value by 0.1 (images",
         "92.0",
         "the highest selectivity of 27 settings",
-        "Logit kd masks its gradients: seed 0: Square beat apgd by 3.0 points at epsilon 0.1.",
+        "Logit KD masks its gradients: seed 0: Square beat apgd by 3.0 points at epsilon 0.1.",
         "Projected noise, which has no image in it, clusters by class as well (0.96)",
     ):
         assert told in text, told
@@ -257,9 +257,11 @@ def test_the_plane_has_a_point_for_each_setting_and_a_ring_around_the_chosen(rep
 
 def test_curves_have_the_means(report: dict[str, Any]) -> None:
     drawn = attack_curves(report["students"], report["masking"])
-    assert "; Cadistill: 92 % at 0, 64 % at 0.05, 34 % at 0.1" in drawn.get_label()
+    assert "; CaDistill: 92 % at 0, 64 % at 0.05, 34 % at 0.1" in drawn.get_label()
     dashed = [line for line in drawn.axes[0].lines if line.get_linestyle() == "--"]
     assert len(dashed) == 1  # the student that masks its gradients
     line = fraction_curve(report["fraction"][::-1]).axes[0].lines[0]
     assert list(line.get_xdata()) == [1, 3, 10, 30, 100]
     assert list(line.get_ydata()) == pytest.approx([82, 84, 86, 88, 90])
+    ends = {text.get_text(): text.xy for text in line.axes.texts}
+    assert ends == {"Hue of any class": (100, pytest.approx(90)), "Under APGD": (100, pytest.approx(33))}
