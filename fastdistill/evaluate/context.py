@@ -36,11 +36,11 @@ CAPTIONS = {
     "attacks": (
         "Accuracy under attack",
         "APGD, the worse of its two losses, over the largest change of a value, images from \u22121 to 1. Bands: "
-        "95\u202f% intervals over seeds. Dashed: the gradients of the student fail a check of masking.",
+        "95\u202f% intervals. Dashed: the gradients of the student fail a check of masking.",
     ),
     "fraction": (
         "How much of the data needs canonical images",
-        "CaDistill, with canonical images of this share of the data. Bands: 95\u202f% intervals over seeds.",
+        "CaDistill, with canonical images of this share of the data. Bands: 95\u202f% intervals.",
     ),
     "saliency": (
         "Where a student looks",
@@ -177,8 +177,8 @@ def finding(report: Mapping[str, Any]) -> str:
             f"{chosen['selectivity_random']:.2f})"
         )  # fmt: skip
         parts.append(
-            f"The chosen setting removes {percent(chosen['irrelevant_removed'], 0)} of the variance of the "
-            f"background's hue with {percent(chosen['relevant_removed'], 0)} of the ink's{random}."
+            f"The chosen setting removes {_part(chosen['irrelevant_removed'])} of the variance of the "
+            f"background's hue with {_part(chosen['relevant_removed'])} of the ink's{random}."
         )
     if {"plain", "cadistill"} <= students.keys():
         told = []
@@ -226,6 +226,10 @@ def _against(students: Mapping[str, Any], kind: str, name: str) -> str:
     if None in ends or ends[0][0] > ends[1][1] or ends[0][1] < ends[1][0]:
         return points
     return f"{points} (intervals overlap)"
+
+
+def _part(value: float) -> str:
+    return percent(value, 0).replace("-", "\u2212")
 
 
 def _listed(parts: Sequence[str]) -> str:
