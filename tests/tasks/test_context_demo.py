@@ -109,13 +109,19 @@ def test_the_command_of_a_report_gives_its_configuration(
 def test_parts_that_are_there_are_not_done_again(whole: Path, tmp_path: Path) -> None:
     """Nor are others where attacks change: those are of the classifiers, which are not trained again."""
     copy = shutil.copytree(whole, tmp_path / "copy")
-    (copy / "parts" / "plain-0" / "training" / "student.safetensors").unlink()
+    (weights,) = (copy / "parts" / "plain-0").glob("training-*/student.safetensors")
+    weights.unlink()
     seconds = json.loads((copy / "report.json").read_text())["seconds"]["total"]
     with in_this_process() as begun:
         assert main(arguments(copy, {"workers": 1})) == 0
     assert begun == ["plain-0"] and json.loads((copy / "report.json").read_text())["seconds"]["total"] > seconds
     with in_this_process() as begun:
         assert main(arguments(copy, {"workers": 1, "queries": 6})) == 0
+    assert set(begun) == {"plain-0", "cadistill-0", "cadistill-at-0.01-0"}
+    assert len(list(copy.glob("parts/*/training-*"))) == 3
+    wider = {"student": SMALL["student"] | {"width": 24}}
+    with in_this_process() as begun:
+        assert main(arguments(copy, {"workers": 1, "queries": 6} | wider)) == 0
     assert set(begun) == {"plain-0", "cadistill-0", "cadistill-at-0.01-0"}
 
 

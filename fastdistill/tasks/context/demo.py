@@ -119,7 +119,8 @@ def _classifiers(config: DemoConfig, output: Path, kinds: Sequence[str], setting
     student = plain(dataclasses.asdict(config.student))
     for own in ("kind", "seed", "device"):
         student.pop(own)
-    depends = {"data": data.fingerprint(), "student": student, **{name: getattr(config, name) for name in _ATTACKS}}
+    common = {"data": data.fingerprint(), "student": student}
+    attacks = {name: getattr(config, name) for name in _ATTACKS}
     jobs = []
     for seed in range(config.seeds):
         for kind in kinds:
@@ -128,16 +129,23 @@ def _classifiers(config: DemoConfig, output: Path, kinds: Sequence[str], setting
                 on_curve = share != config.share
                 part = f"{worker.CURVE}{share:g}" if on_curve else kind
                 title = (f"{kind} of {share:.0%}" if on_curve else kind).replace("_", " ")
-                given: dict[str, Any] = {}
-                if setting is not None:
-                    given = {"setting": dataclasses.asdict(setting), "share": share}
-                wanted = depends | {"kind": kind, "seed": seed, **given}
-                if setting is not None:
-                    wanted |= _teacher(config.teacher)
                 title += f", seed {seed}" if config.seeds > 1 else ""
+                trained = common | {"kind": kind, "seed": seed}
+                rival = f"plain-{seed}/{_training(common | {'kind': 'plain', 'seed': seed})}"
+                given: dict[str, Any] = {"transfer": None if kind == "plain" else rival}
+                if setting is not None:
+                    made = {"setting": dataclasses.asdict(setting), "share": share}
+                    trained |= made | _teacher(config.teacher)
+                    given |= made
                 name = f"{part.replace(' ', '-')}-{seed}"
-                jobs.append(_job(config, output, title, kind, name, wanted, part=part, seed=seed, **given))
+                content = given | {"training": _training(trained), "part": part, "seed": seed}
+                jobs.append(_job(config, output, title, kind, name, trained | attacks | given, **content))
     return jobs
+
+
+def _training(depends: Mapping[str, Any]) -> str:
+    """The folder of a training in that of its part: another one where what it depends on is another."""
+    return f"training-{sha256_of_json(plain(depends))[:12]}"
 
 
 @cache

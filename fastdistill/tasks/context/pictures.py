@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from fastdistill.tasks.context.students import restored
 _LOOKED_AT = ("plain", "augment", "feature_kd", "cadistill")
 
 
-def pictures(config: DemoConfig, output: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """By name, in the order of the page."""
+def pictures(
+    config: DemoConfig, output: Path, report: Mapping[str, Any], results: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """By name, in the order of the page. results: of the parts, by seed."""
     choice = report["chosen"]
     setting = Clarid(choice["t_e"], choice["k"], choice["tap"])
     found = worker.sets_of(config, ["canonical"], setting, config.share).canonical
@@ -47,17 +49,14 @@ def pictures(config: DemoConfig, output: Path, report: Mapping[str, Any]) -> dic
         figures["fraction"] = fraction_curve(report["fraction"])
     scenes = data.held_out("independent")
     one = _first(scenes.digit, 1)
-    looked_at = [str(kind) for kind in _LOOKED_AT if kind in config.kinds]
-    maps = {kind: _saliency(config, output, kind, one) for kind in looked_at}
+    maps = {}
+    for kind in (kind for kind in _LOOKED_AT if kind in config.kinds):
+        weights = output / "parts" / f"{kind}-0" / results[kind][0]["training"] / worker.WEIGHTS
+        student = restored(safetensors.torch.load_file(weights), config.student.width)
+        maps[str(kind)] = saliency(student, scenes.images[one], scenes.digit[one])
     figures["saliency"] = saliency_grid(_shown(scenes.images[one]), maps)
     figures["spectrum"] = spectrum(found.values, {f"k = {row['k']}": row["products"] for row in beside})
     return figures
-
-
-def _saliency(config: DemoConfig, output: Path, kind: str, rows: Tensor) -> Tensor:
-    weights = safetensors.torch.load_file(output / "parts" / f"{kind}-0" / "training" / worker.WEIGHTS)
-    scenes = data.held_out("independent")
-    return saliency(restored(weights, config.student.width), scenes.images[rows], scenes.digit[rows])
 
 
 def _first(labels: Tensor, many: int) -> Tensor:

@@ -52,7 +52,7 @@ def write(
         "reproduce": [workers.command("demo context", config, DemoConfig(quick=config.quick).resolved())],
     }
     report["finding"] = finding(report)
-    figures = pictures(config, output, report)
+    figures = pictures(config, output, report, results)
     page = write_context_report(output, report, figures)
     for name, drawn in figures.items():
         atomic_write(output / f"{name}.png", png(drawn, transparent=False))

@@ -83,7 +83,7 @@ def sets_of(
 def finished(directory: Path, wanted: str) -> bool:
     """Whether the directory has the whole result of a part with this fingerprint."""
     result = result_in(directory, wanted)
-    return result is not None and ("figures" not in result or (directory / "training" / WEIGHTS).exists())
+    return result is not None and ("training" not in result or (directory / result["training"] / WEIGHTS).exists())
 
 
 def _sweep(config: DemoConfig, described: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
@@ -131,15 +131,18 @@ def _classifier(config: DemoConfig, described: Mapping[str, Any], directory: Pat
     def told(done: int, metrics: dict[str, float] | None) -> None:
         report(phase="training", done=done, total=student.train.steps, loss=metrics and metrics["loss"])
 
-    made = train_student(student, sets, directory / "training", told)
-    plain = located(config.output) / "parts" / f"plain-{seed}" / "training" / WEIGHTS
+    made = train_student(student, sets, directory / described["training"], told)
+    rival = None
+    if (place := described["transfer"]) is not None:
+        weights = safetensors.torch.load_file(located(config.output) / "parts" / place / WEIGHTS)
+        rival = restored(weights, student.width)
     found = measured(
         config,
         restored(made["weights"], student.width),
-        None if kind == "plain" else restored(safetensors.torch.load_file(plain), student.width),
+        rival,
         lambda name, done, total: report(phase=name, done=done, total=total),
     )
-    return {"figures": found | {"seconds": made["seconds"]}, "sha256": made["sha256"]}
+    return {"figures": found | {"seconds": made["seconds"]}, "training": described["training"]}
 
 
 def main() -> int:
