@@ -62,8 +62,20 @@ def test_the_code_of_canonical_latents_runs(tmp_path: Path, monkeypatch: pytest.
     assert made.subspace.settled.all() and names["error"].shape == (2,)
     assert len(found) == 8 and names["feature"] is None and names["logits"].shape == (2, 2)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["distance"] > 0
-    (command,) = re.findall(r"^ {4}fastdistill (cadistill .*)$", text, re.MULTILINE)
-    assert main([*shlex.split(command), "--dry-run"]) == 0
+    assert len(names["rows"]) == 4 and names["best"]["k"] == 2
+    assert names["best"]["reason"].startswith("selectivity") and len(names["best"]["neighbours"]) == 1
+
+
+def test_the_commands_of_canonical_latents_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are written, but that they only check their options."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/canonical.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^    fastdistill (.*)$", text, re.MULTILINE)]
+    assert {command[1] for command in commands if command[0] == "canonical"} == {"sweep", "show", "extract"}
+    assert "cadistill" in {command[0] for command in commands}
+    for command in commands:
+        assert main([*command, "--dry-run"]) == 0, command
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_code_of_guidance_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
