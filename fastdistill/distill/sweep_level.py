@@ -280,6 +280,10 @@ def _row(
     row = named | {name: value(name) for name in (*nmis, "judge_right", "irrelevant_removed", "relevant_removed")}
     row |= {"energy": energy, "selectivity": value("selectivity"), "selectivity_random": value("selectivity_random")}
     ends = {name: interval(found) for name, found in values.items()}
+    for name in (*nmis, "judge_right", "judge_right_before", "judge_right_random"):
+        if name in ends:  # between 0 and 1, as they are; NaN stays
+            low, high = ends[name]
+            ends[name] = (low if math.isnan(low) else max(low, 0.0), high if math.isnan(high) else min(high, 1.0))
     return row | cost | {
         "details": {
             "intervals": {name: None if math.isnan(low) else [low, high] for name, (low, high) in ends.items()},

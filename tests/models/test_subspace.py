@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError
-from fastdistill.models.jacobian import jvp
-from fastdistill.models.subspace import Method, project, top_subspace
+from fastdistill.models.jacobian import TapFunctions, jvp
+from fastdistill.models.subspace import Method, project, top_subspace, top_subspaces
 from tests.harness import EPS64
 from tests.models.test_jacobian import of_net, rows
 
@@ -60,6 +60,31 @@ def test_a_model(method: Any, dtype: torch.dtype) -> None:
     exact = torch.linalg.svd(J)[2][:, :3].mT
     assert found.settled.all()
     assert sine(found.vectors.double(), exact) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["dense", "krylov"])
+def test_several_taps_at_once(method: Any) -> None:
+    """One forward gives each tap what it has alone, and each its own directions, from one Jacobian where it is dense;
+    the forward ends at the last tap, unless the output is among them, and no hook is left."""
+    model, x = of_net().model, rows(2, 4, 5, 3)
+    level = {"level": (0.6, 0.8), "model": model}
+    taps = [of_net(name, **level) for name in ("mid", "first")]
+    ran: list[str] = []
+    model.last.register_forward_hook(lambda *_: ran.append("last"))
+    assert all(map(torch.equal, TapFunctions(taps).features(x), [f.feature(x) for f in taps])) and not ran
+    taps.append(of_net("x0", **level))
+    together = TapFunctions(taps)
+    assert torch.equal(together(x), torch.cat([f(x) for f in taps], 1)) and len(ran) == 2
+    assert len(model.mid._forward_hooks) == 0 and len(model.last._forward_hooks) == 1
+    whole = together(x)
+    one = together.of_rows(torch.tensor([1]))(x[1:])
+    assert (one - whole[1:]).abs().max() <= 64 * EPS64 * float(whole.abs().max())
+    for f, found in zip(taps, top_subspaces(taps, x, 3, method=method, tolerance=1e-6, seed=2), strict=True):
+        alone = top_subspace(f, x, 3, method=method, tolerance=1e-6, seed=2)
+        assert (found.values - alone.values).abs().max() <= 1e-9 * float(alone.values.max())
+        assert torch.equal(found.products.jvp, alone.products.jvp) and found.products.share == alone.products.share
+    with pytest.raises(InputError, match="taps: expected at least one TapFunction"):
+        top_subspaces([], x, 3)
 
 
 def test_any_split_of_the_batch() -> None:

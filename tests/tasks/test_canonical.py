@@ -62,7 +62,7 @@ def test_extract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert rows["prompt_index"].tolist() == list(range(10))
     assert report["energy"] == pytest.approx(float(rows["energy"].mean()))
     assert main(["canonical", "extract", *options, "--t-e", "500"]) == 2
-    assert "clarid.t_e: expected 500, got 650" in capsys.readouterr().err
+    assert "clarid.t_e: expected 500, got 400" in capsys.readouterr().err
     assert main(["canonical", "extract", "none.yaml", *options]) == 2
     assert "none.yaml" in capsys.readouterr().err
 

@@ -63,7 +63,7 @@ class Options:
 class SweepConfig(Options):
     """Measure settings of canonical latents, and choose one by its selectivity."""
 
-    t_e: Annotated[tuple[Timestep, ...], Field(min_length=1)] = (500, 650, 800)
+    t_e: Annotated[tuple[Timestep, ...], Field(min_length=1)] = (400, 500, 650)
     """Timesteps to which images are inverted."""
     k: Annotated[tuple[Directions, ...], Field(min_length=1)] = (0, 5, 15, 40)
     """Directions that are projected out."""
@@ -83,7 +83,7 @@ class SweepConfig(Options):
 class Setting(Options):
     """One setting of canonical latents."""
 
-    t_e: Timestep = 650
+    t_e: Timestep = 400
     """Timestep to which images are inverted."""
     k: Directions = 15
     """Directions that are projected out; 0: none."""
