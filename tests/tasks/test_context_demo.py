@@ -146,7 +146,7 @@ def test_a_result_depends_on_its_own_settings_alone(tmp_path: Path) -> None:
     classifiers = {name for name in jobs if not name.startswith(("sweep", "sets", "other"))}
     assert again(output="elsewhere", workers=1, threads=1, seeds=3) == set()
     assert again(queries=7) == classifiers
-    assert again(images=90) == {"sweep-500", "sweep-650", "sweep-800", "other"}
+    assert again(images=90) == {"sweep-400", "sweep-500", "sweep-650", "other"}
     own = {name for name in classifiers if not name.startswith(("plain", "augment", "cadistill-at"))}
     assert {name for name in own if name not in again(teacher="same")} == set()
     assert again(teacher="same").isdisjoint({"plain-0", "augment-1"})

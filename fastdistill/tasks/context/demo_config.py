@@ -54,7 +54,7 @@ class DemoConfig:
     """Classifiers to train of each kind."""
     teacher: Kind = "broad"
     """broad: it has seen backgrounds of any hue; same: only the classifier's own data."""
-    t_e: Annotated[tuple[Annotated[int, Field(ge=1, le=999)], ...], Field(min_length=1)] = (500, 650, 800)
+    t_e: Annotated[tuple[Annotated[int, Field(ge=1, le=999)], ...], Field(min_length=1)] = (400, 500, 650)
     """Timesteps of the latents, to choose from."""
     k: Annotated[tuple[Annotated[int, Field(ge=1, le=192)], ...], Field(min_length=1)] = (5, 15, 40)
     """Numbers of directions, to choose from."""
