@@ -20,7 +20,7 @@ Radius = Annotated[float, Field(gt=0, le=2)]
 #: What ``quick`` changes.
 _QUICK: dict[str, Any] = {
     "output": "runs/context-quick",
-    "t_e": (500,),
+    "t_e": (400,),
     "k": (5, 15),
     "taps": ("up_blocks.0",),
     "images": 30,
