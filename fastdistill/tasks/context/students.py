@@ -87,7 +87,7 @@ class StudentConfig:
     canonical: Weight = 0.5
     """Weight of the cosine distance of canonical features from their prototype."""
     distance: Weight = 0.05
-    """Weight of 1 - CKA of canonical features and the teacher's, which know some of the hue."""
+    """Weight of 1 - CKA of canonical features and the teacher's (docs/canonical.md says why it is low)."""
     own_labels: bool = True
     """Add cross-entropy on the canonical images."""
     cka: Literal["debiased", "biased"] = "debiased"
