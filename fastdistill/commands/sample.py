@@ -33,6 +33,8 @@ class SampleOptions:
     """Number of sampling steps; none: that of the cache."""
     guidance_scale: float | None = None
     """Guidance scale as in diffusers; none: that of the cache."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images; none: the first of cache.sizes."""
 
 
 def run(arguments: list[str]) -> None:
@@ -59,6 +61,7 @@ def run(arguments: list[str]) -> None:
             seeds=own.seeds,
             steps=own.steps,
             guidance_scale=own.guidance_scale,
+            size=own.size,
             allow_code=given.allow_code,
             progress=lambda done, total: bars.show(task, done, "sample", total=total),
         )

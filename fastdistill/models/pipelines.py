@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,10 +27,11 @@ from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.sampler import initial_noise
 from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type
 from fastdistill.diffusion.scheduled import sample_with, set_timesteps
-from fastdistill.errors import FastdistillError, InputError, StorageError, described, quoted
+from fastdistill.errors import FastdistillError, InputError, StorageError, quoted
 from fastdistill.models import families
 from fastdistill.models.calling import Call, with_guidance
 from fastdistill.models.export import INDEX, export
+from fastdistill.models.folder_files import WEIGHTS, deciding, read_json, variant_in
 from fastdistill.models.weights import weights_hash
 
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # by what samples from texts
@@ -54,7 +53,7 @@ def open_pipeline(folder: str | os.PathLike[str], *, any_model: bool = False) ->
     if not path.is_dir():
         hint = " (download a model of the Hub first: huggingface_hub.snapshot_download)" if not path.exists() else ""
         raise StorageError(f"{path}: expected a pipeline folder of diffusers, got no folder{hint}")
-    index = _json(path / INDEX)
+    index = read_json(path / INDEX)
     kind = index.get("_class_name")
     family = next((family for family in families.FAMILIES.values() if kind in family.pipelines), None)
     if family is None and not any_model:
@@ -64,7 +63,7 @@ def open_pipeline(folder: str | os.PathLike[str], *, any_model: bool = False) ->
     part = families.other.denoiser(str(path / INDEX), index) if family is None else family.part
     entry = index.get(part)
     library, name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    config = _json(path / part / "config.json") if name is not None else {}
+    config = read_json(path / part / "config.json") if name is not None else {}
     if family is None or name not in (family.kind.__name__, *family.aliases):
         if not any_model or name is None:
             rule = "a model" if family is None else " or ".join((family.kind.__name__, *family.aliases))
@@ -97,13 +96,13 @@ class PipelineFolder:
     @cached_property
     def vae(self) -> dict[str, Any]:
         """Configuration of the VAE."""
-        return _json(self.path / "vae" / "config.json")
+        return read_json(self.path / "vae" / "config.json")
 
     @cached_property
     def variant(self) -> str | None:
         """With which ``variant`` of its weights the folder is loaded: ``fp16``, where a component has no others."""
         folders = [self.path / name for name in self.components()]
-        return next(filter(None, (_variant(folder) for folder in folders if folder.is_dir())), None)
+        return next(filter(None, (variant_in(folder) for folder in folders if folder.is_dir())), None)
 
     def size(self, size: tuple[int, int] | None = None) -> tuple[int, int]:
         """Height and width in pixels of the images that belong to ``latent_shape(size)``."""
@@ -232,15 +231,8 @@ class PipelineFolder:
         return [*lines, own, 'pipeline.load_lora_weights("this folder")']
 
     def files(self, name: str) -> list[Path]:
-        """The files of a component that decide what it computes: configurations, vocabularies, and of the weights those
-        that are loaded."""
-        folder = self._folder(name)
-        found = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
-        weights = [file for file in found if file.suffix in (".safetensors", ".bin")]
-        suffix = ".safetensors" if any(file.suffix == ".safetensors" for file in weights) else ".bin"
-        used = [file for file in weights if file.suffix == suffix and _variant_of(file) == (_variant(folder) or "")]
-        others = [file for file in found if file.suffix not in (".safetensors", ".bin", ".md")]
-        return used + [file for file in others if not file.name.endswith(".index.json")]
+        """The files of a component that decide what it computes."""
+        return deciding(self._folder(name))
 
     def row(self) -> dict[str, Tensor]:
         """A row of each bank that ``encode`` makes, without values: on the meta device."""
@@ -253,7 +245,7 @@ class PipelineFolder:
                 raise InputError.of("prompts", rule, quoted(error)) from error
             return {name: rows[0].to("meta") for name, rows in found.items()}
         place = self.path / "tokenizer" / "tokenizer_config.json"
-        longest = _json(place).get("model_max_length", 77) if place.exists() else 77
+        longest = read_json(place).get("model_max_length", 77) if place.exists() else 77
         return self.family.row(self.config, self.kind, int(longest))
 
     def sample(
@@ -364,9 +356,9 @@ class PipelineFolder:
 
     def _loaded(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
         folder = self._folder(name)
-        if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
             raise StorageError(f"{folder}: expected weights (diffusion_pytorch_model.safetensors), got none")
-        options = {"local_files_only": True, "variant": _variant(folder), **_as(dtype)}
+        options = {"local_files_only": True, "variant": variant_in(folder), **_as(dtype)}
         try:
             model, found = kind.from_pretrained(str(self.path), subfolder=name, output_loading_info=True, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -390,29 +382,3 @@ def _as(dtype: torch.dtype) -> dict[str, torch.dtype]:
     from diffusers.utils import deprecation_utils
 
     return {"dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype": dtype}
-
-
-def _variant(folder: Path) -> str | None:
-    """The variant of the weights in a folder (``model.fp16.safetensors``), where there are none without."""
-    variants = sorted({found for file in folder.iterdir() if (found := _variant_of(file)) is not None})
-    return variants[0] if variants and variants[0] else None
-
-
-def _variant_of(file: Path) -> str | None:
-    """The variant of a file of weights, ``""`` for none; None for other files."""
-    found = re.fullmatch(r"\w+(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", file.name)
-    return None if found is None else found[1] or ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StorageError(f"{path}: expected a file of a pipeline folder, got none") from None
-    except OSError as error:
-        raise StorageError(f"{path}: could not be read: {files.reason(error)}") from error
-    except ValueError as error:
-        raise StorageError(f"{path}: expected JSON, got other text ({quoted(error)})") from error
-    if not isinstance(value, dict):
-        raise StorageError(f"{path}: expected a JSON object, got {described(value)}")
-    return value

@@ -25,14 +25,15 @@ from fastdistill.data.prompt_bank import PromptBank, attachments
 from fastdistill.diffusion.guidance import Guidance, shown
 from fastdistill.errors import InputError, StorageError, described, quoted
 from fastdistill.files import located
-from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, Student, StudentSpec, make_student
+from fastdistill.models import BlockSpec, Student, StudentSpec, make_student
 from fastdistill.models.calling import Call
 from fastdistill.models.families import FAMILIES
 from fastdistill.models.pipelines import PipelineFolder, open_pipeline
 from fastdistill.own_code import imported
-from fastdistill.runs.config import GuidanceSettings, RunConfig, StudentSettings
+from fastdistill.runs.config import GuidanceSettings, RunConfig
 from fastdistill.runs.objective import objective_of
 from fastdistill.runs.pool import Pool, pool_of
+from fastdistill.runs.student import student_spec_of
 from fastdistill.tasks import PREFIX, open_task
 from fastdistill.train.config import validated
 from fastdistill.train.devices import usable
@@ -373,43 +374,6 @@ class Run:
         """StorageError where what is in a directory was made otherwise than this run wants it."""
         if changed := differences(plain(wanted), plain(found)):
             raise StorageError(f"{place}: made differently ({listed(changed)}); use another directory or delete it")
-
-
-def student_spec_of(student: StudentSettings, transformer: bool) -> StudentSpec | BlockSpec | Mapping[str, Any]:
-    """The spec that the settings of a student mean, for a transformer or a U-Net.
-
-    Raises:
-        InputError: settings that say nothing, or two things.
-    """
-    kinds = ("spec", "every", "first", "blocks", "channels")
-    given = [name for name in kinds if getattr(student, name) is not None]
-    if student.lora.rank is not None:
-        given.append("lora.rank")
-    alone = student.width is not None and (not given or given[0] in ("every", "first", "blocks"))
-    if len(given) > 1 or (student.width is not None and not alone) or not (given or alone):
-        rule = "one of spec, every, first, blocks, width, channels and lora.rank (width goes with the blocks too)"
-        raise InputError.of("student", rule, " and ".join([*given, *(["width"] if student.width else [])]) or "none")
-    if student.lora.rank is not None:
-        alpha = student.lora.rank if student.lora.alpha is None else student.lora.alpha
-        return {
-            "peft_type": "LORA",
-            "r": student.lora.rank,
-            "lora_alpha": alpha,
-            "target_modules": list(student.lora.targets),
-        }
-    if student.spec is not None:
-        named: Mapping[str, StudentSpec | BlockSpec] = BLOCK_SPECS if transformer else SPECS
-        if student.spec not in named:
-            raise InputError.of("student.spec", f"one of {', '.join(named)}", repr(student.spec))
-        return named[student.spec]
-    if transformer:
-        if student.channels is not None:
-            raise InputError.of("student.channels", "none, as the teacher is a transformer (width)", student.channels)
-        return BlockSpec(student.every, student.first, student.blocks, width=student.width)
-    for name in ("every", "first", "blocks"):
-        if getattr(student, name) is not None:
-            raise InputError.of(f"student.{name}", "none, as the teacher is a U-Net (spec)", getattr(student, name))
-    return StudentSpec(width=student.width, block_out_channels=student.channels)
 
 
 def _call(name: str, allow_code: bool) -> Call:

@@ -29,6 +29,7 @@ def sample(
     seeds: Sequence[int] = (0,),
     steps: int | None = None,
     guidance_scale: float | None = None,
+    size: tuple[int, int] | None = None,
     allow_code: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Path]:
@@ -41,7 +42,7 @@ def sample(
         prompts: texts, encoded by the pipeline of the teacher.
         teacher: of the teacher instead of the student. step: of the student's checkpoint; None: the newest.
         seeds: of the initial noise. steps, guidance_scale: None: those of the cache (of a student that was distilled
-            with guidance and does not read the scale: 1).
+            with guidance and does not read the scale: 1). size: height and width; None: the first of ``cache.sizes``.
         progress: called with (images done, all).
 
     Returns:
@@ -62,12 +63,14 @@ def sample(
     if to.exists():
         raise StorageError(f"{to}: expected a new folder, got one that is there already")
     run = opened(config, allow_code=allow_code)
+    if size is not None:
+        run.pipeline.latent_shape(size)
     guidance = run.guidance(guidance_scale)
     if not teacher and guidance_scale is None:
         guidance = dict(run.student_guidance(guidance))
     if not teacher:
         last_checkpoint(run, step)
-    device, size = run.config.device, run.sizes[0]
+    device, size = run.config.device, run.sizes[0] if size is None else size
     encoders, scale = run.pipeline.encoders(device=device), guidance.get("guidance_scale")
     bank = run.pipeline.encode(texts, encoders, size=size, guidance_scale=scale)
     model = run.pipeline.model(device=device, dtype=run.teacher_dtype) if teacher else trained_student(run, step=step)

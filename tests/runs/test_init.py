@@ -14,7 +14,7 @@ from fastdistill.errors import InputError
 from fastdistill.models import make_student
 from fastdistill.models.families import family_named
 from fastdistill.runs.init import RECIPES
-from fastdistill.runs.opened import student_spec_of
+from fastdistill.runs.student import student_spec_of
 from fastdistill.train.config import from_mapping, parsed
 from tests.models import tiny_pipelines as tiny
 from tests.models.real import teacher

@@ -15,7 +15,7 @@ import torch
 from fastdistill import runs
 from fastdistill.errors import InputError, StorageError
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec
-from fastdistill.runs.opened import student_spec_of
+from fastdistill.runs.student import student_spec_of
 from tests.models import tiny_pipelines as tiny
 from tests.runs.conftest import quickly, run_config
 

@@ -193,6 +193,7 @@ def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], 
         ({"prompts": []}, "prompts: expected at least one, got none"),
         ({"seeds": ()}, "seeds: expected at least one, got none"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"size": (16, 33)}, "width: expected a multiple of 2 pixels, got 33"),
     ):
         arguments: dict[str, Any] = {"prompts": ["a"], "to": tmp_path / "never", **options}
         with pytest.raises(InputError, match=message):
@@ -312,8 +313,9 @@ def test_commands(
     assert code == 0 and out == runs.init(saved("sd")) and not error
     code, out, error = said("distill", file, "--json")
     assert code == 0 and json.loads(out)["steps"] == 3
-    code, out, error = said("sample", file, "--prompt", "a cat", "a dog", "--to", str(tmp_path / "images"), "--json")
-    assert code == 0 and len(json.loads(out)) == 2
+    given = ("--prompt", "a cat", "a dog", "--to", str(tmp_path / "images"), "--size", "16", "32", "--json")
+    code, out, error = said("sample", file, *given)
+    assert code == 0 and [Image.open(file).size for file in json.loads(out)] == [(32, 16)] * 2
     code, out, error = said("export", file, "--to", str(tmp_path / "exported"), "--dtype", "bfloat16")
     assert code == 0 and out.startswith(f"{tmp_path / 'exported'}: ") and (tmp_path / "exported" / "README.md").exists()
     with monkeypatch.context() as ranks:  # another of torchrun's processes has nothing to do

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The student that the settings of a run mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastdistill.errors import InputError
+from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec
+from fastdistill.runs.config import StudentSettings
+
+
+def student_spec_of(student: StudentSettings, transformer: bool) -> StudentSpec | BlockSpec | Mapping[str, Any]:
+    """The spec that the settings of a student mean, for a transformer or a U-Net.
+
+    Raises:
+        InputError: settings that say nothing, or two things.
+    """
+    kinds = ("spec", "every", "first", "blocks", "channels")
+    given = [name for name in kinds if getattr(student, name) is not None]
+    if student.lora.rank is not None:
+        given.append("lora.rank")
+    alone = student.width is not None and (not given or given[0] in ("every", "first", "blocks"))
+    if len(given) > 1 or (student.width is not None and not alone) or not (given or alone):
+        rule = "one of spec, every, first, blocks, width, channels and lora.rank (width goes with the blocks too)"
+        raise InputError.of("student", rule, " and ".join([*given, *(["width"] if student.width else [])]) or "none")
+    if student.lora.rank is not None:
+        alpha = student.lora.rank if student.lora.alpha is None else student.lora.alpha
+        return {
+            "peft_type": "LORA",
+            "r": student.lora.rank,
+            "lora_alpha": alpha,
+            "target_modules": list(student.lora.targets),
+        }
+    if student.spec is not None:
+        named: Mapping[str, StudentSpec | BlockSpec] = BLOCK_SPECS if transformer else SPECS
+        if student.spec not in named:
+            raise InputError.of("student.spec", f"one of {', '.join(named)}", repr(student.spec))
+        return named[student.spec]
+    if transformer:
+        if student.channels is not None:
+            raise InputError.of("student.channels", "none, as the teacher is a transformer (width)", student.channels)
+        return BlockSpec(student.every, student.first, student.blocks, width=student.width)
+    for name in ("every", "first", "blocks"):
+        if getattr(student, name) is not None:
+            raise InputError.of(f"student.{name}", "none, as the teacher is a U-Net (spec)", getattr(student, name))
+    return StudentSpec(width=student.width, block_out_channels=student.channels)
