@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is as clean as Ctrl-C
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn
+            told: set[str] = set()
+            warnings.showwarning = lambda message, *_, **__: _warn(message, told)
             _run(arguments)
             sys.stdout.flush()
             return 0
@@ -55,9 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    """Print a warning without its source line."""
-    print(f"fastdistill: {message}", file=sys.stderr)
+def _warn(message: Warning | str, told: set[str]) -> None:
+    """Print a warning without its source line, once."""
+    if str(message) not in told:
+        told.add(str(message))
+        print(f"fastdistill: {message}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> None:

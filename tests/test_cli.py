@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import yaml
 import fastdistill
 from fastdistill import commands
 from fastdistill.cli import main
+from fastdistill.commands._bars import Bars
 from fastdistill.errors import Stopped
 from fastdistill.ops import OPS, feature_match, use, used
 from fastdistill.tasks.digits import teacher
@@ -213,3 +215,23 @@ def test_a_reader_that_has_gone() -> None:
     """As of ``| head``."""
     done = subprocess.run(f"{sys.executable} -m fastdistill --help | true", shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_same_warning_comes_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(*_: object) -> None:
+        warnings.simplefilter("always")
+        for text in ("one", "two", "one"):
+            warnings.warn(text, stacklevel=1)
+
+    monkeypatch.setattr("fastdistill.cli._run", warned)
+    assert said(capsys, "doctor") == (0, "", "fastdistill: one\nfastdistill: two\n")
+
+
+def test_a_bar_that_shows_nothing_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistake that is found before the first step is its own line alone."""
+    with Bars() as bars:
+        bars.begin("samples")
+    assert capsys.readouterr().err == ""
+    with Bars() as bars:
+        bars.show(bars.begin("samples"), 1, "samples", total=2)
+    assert "samples" in capsys.readouterr().err

@@ -22,7 +22,17 @@ class Bars(Progress):
         )
         console = Console(stderr=True)
         super().__init__(*columns, TimeRemainingColumn(), console=console, refresh_per_second=2, disable=not shown)
+        self._lazy = not console.is_interactive
         self._began: dict[TaskID, tuple[float, int]] = {}
+
+    def start(self) -> None:
+        """In a log, which gets the last state alone, not before there is something to show."""
+        if not self._lazy:
+            super().start()
+
+    def stop(self) -> None:
+        if self.live.is_started:
+            super().stop()
 
     def begin(self, description: str, total: int | None = None) -> TaskID:
         """A new bar."""
@@ -32,6 +42,9 @@ class Bars(Progress):
         self, task: TaskID, done: int, description: str, images: int | None = None, *, total: int | None = None
     ) -> None:
         """``done`` of ``total`` (None: as before) items, each of so many ``images``; None: each is one."""
+        if self._lazy and done:
+            self._lazy = False
+            self.start()
         began, first = self._began.setdefault(task, (time.perf_counter(), done))
         rate, seconds = "", time.perf_counter() - began
         if done > first and seconds > 0:

@@ -53,7 +53,8 @@ def _print(report: dict[str, Any], page: str) -> None:
 
     table = Table("measure", *MODELS, "95 %", box=None)
     for name in ("parameters", "images_per_second"):
-        table.add_row(name.replace("_", " "), *(f"{report[model][name]:,.6g}" for model in MODELS), "")
+        digits = ",.0f" if name == "parameters" else ",.3g"
+        table.add_row(name.replace("_", " "), *(f"{report[model][name]:{digits}}" for model in MODELS), "")
     for name, (heading, _) in MEASURES.items():
         cells = [report[model]["measures"].get(name) for model in MODELS]
         if any(cells):

@@ -62,21 +62,27 @@ def show(found: Plan, console: Console) -> None:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for part, size in found.memory.items():
         if size:
-            table.add_row(part, f"{size / GIB:.2f}", PARTS[part] + " (model)" * (part in MODELLED), end_section=False)
-    table.add_row("all", f"{found.total / GIB:.2f}", f"of {card.memory / GIB:.1f} on the card")
+            table.add_row(part, _amount(size / GIB), PARTS[part] + " (model)" * (part in MODELLED), end_section=False)
+    table.add_row("all", f"{found.total / GIB:.2f}", f"of {card.memory / GIB:.1f} on {card.name}")
     console.print(table)
     largest = "none fits" if found.largest_micro_batch is None else str(found.largest_micro_batch)
     trained, images = found.parameters["trained"], found.images_per_second
-    phases = ", ".join(f"{name} {operations / 1e9:,.0f}" for name, operations in found.flops.items())
+    phases = ", ".join(f"{name} {_amount(operations / 1e9)}" for name, operations in found.flops.items())
+    speed = f"{images:,.1f} images/s, {found.step_seconds:.3g} s a step"
     lines = {
         "largest micro-batch": f"{largest} (divisors of {found.batch})",
         "parameters": f"teacher {found.parameters['teacher']:,}, student {found.parameters['student']:,}"
         + ("" if trained == found.parameters["student"] else f", {trained:,} trained"),
-        "GFLOP an image": f"{sum(found.flops.values()) / 1e9:,.0f} ({phases}; counted)",
-        "speed": f"{images:,.1f} images/s, {found.step_seconds:.3g} s a step, {found.hours:,.1f} hours ({card.source})",
-        "disk": ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in found.disk.items()),
+        "GFLOP an image": f"{_amount(sum(found.flops.values()) / 1e9)} ({phases}; counted)",
+        "speed": f"{speed}, {_amount(found.hours)} hours ({card.source})",
+        "disk": ", ".join(f"{name} {_amount(size / GIB)} GiB" for name, size in found.disk.items()),
     }
     for name, text in lines.items():
         console.print(f"  {name:20} {text}", highlight=False, soft_wrap=True)
     for remedy in fits(found, card.memory) or ():
         console.print(f"  {'would help':20} {remedy}", highlight=False, soft_wrap=True)
+
+
+def _amount(value: float) -> str:
+    """Two decimals; what is less is told from nothing."""
+    return f"{value:,.0f}" if value >= 100 or not value else f"{value:,.2f}" if value >= 0.01 else "<0.01"

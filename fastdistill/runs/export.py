@@ -17,10 +17,11 @@ from fastdistill.errors import InputError, StorageError
 from fastdistill.files import atomic_directory, located
 from fastdistill.models import peft
 from fastdistill.runs.config import RunConfig
+from fastdistill.runs.distill import RUN_FILE
 from fastdistill.runs.models import last_checkpoint, student_in
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train import checkpoint
-from fastdistill.train.config import parsed, to_yaml
+from fastdistill.train.config import from_yaml, parsed, to_yaml
 
 CARD = "README.md"
 
@@ -82,7 +83,7 @@ def export(
 
 def model_card(run: Run, saved: checkpoint.Checkpoint, made_by: Mapping[str, Any], model: nn.Module) -> str:
     """Markdown with the metadata of the Hub: what the student is, of which teacher, how it was trained."""
-    pipeline, config = run.pipeline, run.config
+    pipeline, config = run.pipeline, _trained(run)
     adapted = config.student.lora.rank is not None
     teacher = sum(p.numel() for p in pipeline.model(device="meta").parameters())
     own = sum(p.numel() for name, p in model.named_parameters() if not adapted or "lora_" in name)
@@ -112,7 +113,7 @@ def model_card(run: Run, saved: checkpoint.Checkpoint, made_by: Mapping[str, Any
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _facts(run, made_by).items()),
+        *(f"| {name} | {value} |" for name, value in _facts(run, config, made_by).items()),
         "",
         "Its settings, but for paths:",
         "",
@@ -122,6 +123,12 @@ def model_card(run: Run, saved: checkpoint.Checkpoint, made_by: Mapping[str, Any
         "",
     ]
     return "\n".join(lines)
+
+
+def _trained(run: Run) -> RunConfig:
+    """The settings of the run's last sitting, which the command line of ``distill`` may have changed."""
+    file = run.directory / RUN_FILE
+    return from_yaml(RunConfig, file) if file.exists() else run.config
 
 
 def _settings(config: RunConfig) -> str:
@@ -135,8 +142,7 @@ def _settings(config: RunConfig) -> str:
     return told.rstrip()
 
 
-def _facts(run: Run, made_by: Mapping[str, Any]) -> dict[str, object]:
-    config = run.config
+def _facts(run: Run, config: RunConfig, made_by: Mapping[str, Any]) -> dict[str, object]:
     objective = config.objective
     return {
         "teacher's weights (SHA-256)": made_by["teacher"]["weights"],

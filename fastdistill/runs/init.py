@@ -65,7 +65,7 @@ def init(
         "prompts": {"file": "prompts.txt" if pipeline.own_prompts() is None else None},
         "cache": {"directory": f"caches/{name}"},
         "student": {},
-        "train": {"fuse": True},
+        "train": {"fuse": pipeline.family.name != "other"},
         "preview": {"every": 500},
     }
     values = _laid(values, pipeline.usual())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdistill import plan as plans
 from fastdistill.data.prompt_bank import stored_name
+from fastdistill.errors import InputError, described
 from fastdistill.plan import Job, Plan
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.objective import objective_of
@@ -35,6 +36,8 @@ def plan(config: RunConfig, *, card: str | None = None, ranks: int = 1, allow_co
         InputError: what ``opened`` refuses; a card that is not known; a batch that the ranks cannot share.
         StorageError: what ``opened`` refuses.
     """
+    if not isinstance(ranks, int) or ranks < 1:
+        raise InputError.of("ranks", "a whole number of at least 1", described(ranks))
     named = None if card is None else plans.card_named(card)
     if named is not None:
         config = dataclasses.replace(config, device="cpu")  # any that is there

@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -60,7 +61,7 @@ class TrainSettings:
     batch: Annotated[int, Field(ge=1, le=2**20)] = 256
     """Samples per step, over all ranks."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Samples that go through the models at once on each rank, the gradient being the whole batch's; none: all."""
+    """Samples in the models at once on each rank, the gradient being the batch's; none: all (in runs: what fits)."""
     gradient_checkpointing: bool = False
     """Compute the student's activations again in the backward, which saves memory (diffusers models)."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
@@ -135,14 +136,29 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
     try:
         config = pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
+        rules: dict[tuple[str, str], list[str]] = {}  # by place and value: of a union each kind has its own
         for e in error.errors():
             if e["type"] != "unexpected_keyword_argument":
-                place, rule = ".".join(map(str, e["loc"])), e["msg"][0].lower() + e["msg"][1:]
-                problems.append(f"{place}: {rule}, got {described(e['input'])}")
+                place, rule = _place(kind, e["loc"]), e["msg"][0].lower() + e["msg"][1:]
+                rules.setdefault((place, described(e["input"])), []).append(rule)
+        problems += [f"{place}: {', or '.join(rule)}, got {value}" for (place, value), rule in rules.items()]
     if problems:
         plural = "" if len(problems) == 1 else "s"
         raise InputError(f"{name}: {len(problems)} problem{plural}\n" + "\n".join(f"  {p}" for p in problems))
     return config
+
+
+def _place(kind: Any, parts: tuple[int | str, ...]) -> str:
+    """The name of a field by where pydantic found a problem, which includes the kind that it tried of a union."""
+    place: list[int | str] = []
+    union = False
+    for part in parts:
+        if not union or isinstance(part, int):
+            place.append(part)
+        kind = get_type_hints(kind).get(str(part)) if dataclasses.is_dataclass(kind) else None
+        one_of = get_origin(kind) in (Union, types.UnionType)
+        union |= one_of and not any(dataclasses.is_dataclass(option) for option in get_args(kind))
+    return ".".join(map(str, place))
 
 
 class _Loader(yaml.SafeLoader):
@@ -173,11 +189,20 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         values = parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError.of("config", "a readable YAML file", f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError.of("config", "YAML", f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError.of("config", "YAML in UTF-8", f"{path}: {error.reason} at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise InputError.of("config", "YAML", f"{path}: {_told(error)}") from error
     if not isinstance(values, dict | None):
         raise InputError.of(str(path), "a mapping of fields", type(values).__name__)
     return from_mapping(kind, values or {}, str(path))
+
+
+def _told(error: yaml.YAMLError) -> str:
+    """What is wrong and where, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return " ".join(str(error).split())
 
 
 def to_yaml(config: object) -> str:

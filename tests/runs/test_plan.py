@@ -73,6 +73,8 @@ def test_a_named_card_needs_none(saved: Callable[[str], Path], tmp_path: Path) -
         runs.plan(config, card="h101")
     with pytest.raises(InputError, match=r"train.batch: expected a multiple of the 3 ranks that share it, got 4"):
         runs.plan(config, card="h100", ranks=3)
+    with pytest.raises(InputError, match=r"ranks: expected a whole number of at least 1, got 0"):
+        runs.plan(config, card="h100", ranks=0)
 
 
 def test_remedies_are_computed(saved: Callable[[str], Path], tmp_path: Path) -> None:

@@ -204,11 +204,13 @@ def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], 
 
 
 def test_the_card_says_what_it_is(ended: tuple[RunConfig, Path], tmp_path: Path) -> None:
-    folder = runs.export(ended[0], tmp_path / "exported", link=True)
+    longer = dataclasses.replace(ended[0], train=dataclasses.replace(ended[0].train, steps=99))  # the file of today
+    folder = runs.export(longer, tmp_path / "exported", link=True)
     card = (folder / "README.md").read_text()
     head = card.split("---\n")[1]
     assert 'library_name: "diffusers"' in head and 'base_model: "sd"' in head
     assert "trained for 3 steps by fastdistill" in card and "| batch | 4 |" in card and "width: 0.5" in card
+    assert "steps: 3\n" in card
     assert ended[0].directory not in card and ended[0].teacher not in card
     assert (folder / "vae").is_symlink()
     with pytest.raises(InputError, match="target: expected a folder that is not there"):

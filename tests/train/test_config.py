@@ -89,8 +89,21 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a mapping of fields, got list"):
         from_yaml(TrainConfig, tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
-    with pytest.raises(InputError, match="config: expected YAML"):
+    with pytest.raises(InputError, match=r"config: expected YAML, got .*broken.yaml: expected .* in line 2, column 1$"):
         from_yaml(TrainConfig, tmp_path / "broken.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"a: \xf9")
+    with pytest.raises(InputError, match=r"expected YAML in UTF-8, got .*bytes.yaml: invalid start byte at byte 3$"):
+        from_yaml(TrainConfig, tmp_path / "bytes.yaml")
+
+
+def test_a_field_of_several_kinds_is_one_line() -> None:
+    """As the file has it, without pydantic's names of the kinds."""
+    with pytest.raises(InputError, match=r"1 problem\n  preview.prompts: .* integer, .*, or .* tuple, got 'x'$"):
+        from_mapping(TrainConfig, {"preview": {"prompts": "x"}})
+    with pytest.raises(InputError, match=r"1 problem\n  micro_batch: .* greater than or equal to 1, got 0$"):
+        from_mapping(TrainConfig, {"micro_batch": 0})
+    with pytest.raises(InputError, match=r"1 problem\n  betas.1: input should be less than 1, got 2$"):
+        from_mapping(TrainConfig, {"betas": [0, 2]})
 
 
 def test_out_of_range_values_in_code() -> None:
