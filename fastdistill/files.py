@@ -223,7 +223,9 @@ def sweep(directory: Path) -> None:
 
 
 def reason(error: OSError) -> str:
-    """The operating system's words, without the number and the path."""
+    """The operating system's words, without the number and the path; of a copied folder those of the first file."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        return str(error.args[0][0][-1])
     return error.strerror or str(error)
 
 

@@ -4,6 +4,7 @@
 import errno
 import os
 import resource
+import shutil
 import signal
 
 import pytest
@@ -158,3 +159,9 @@ def test_an_interrupted_directory_keeps_what_was_there(tmp_path, monkeypatch, er
     monkeypatch.undo()
     whole = "new" if call == 5 else "old"  # the last one only brings the new name to the disk
     assert (target / "part" / "file").read_text() == whole and os.listdir(tmp_path) == ["pipeline"]
+
+
+def test_the_reason_of_a_folder_that_could_not_be_copied_is_that_of_its_first_file() -> None:
+    both = [(name, f"to/{name}", f"[Errno 28] No space left on device: '{name}'") for name in "ab"]
+    assert files.reason(shutil.Error(both)) == "[Errno 28] No space left on device: 'a'"
+    assert files.reason(OSError(28, "No space left on device", "a")) == "No space left on device"
