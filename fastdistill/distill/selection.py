@@ -116,10 +116,12 @@ def sweep(
 
 
 def chosen(rows: Sequence[Mapping[str, Any]], *, least_right: float = 0.95) -> dict[str, Any]:
-    """The row of the highest selectivity, with ``reason`` and ``neighbours``, those next to it in t_e, k or tap.
+    """The row that removes most of the irrelevant variance among those whose selectivity is within the interval of the
+    highest; with ``reason`` and ``neighbours``, the rows next to it in t_e, k or tap.
 
-    The judge has to be right on a share ``least_right`` of what it is right on among the images; where there is no
-    judge, that is not asked.
+    Fewer directions are often the more selective and leave much in place, hence the second criterion. The judge has to
+    be right on a share ``least_right`` of what it is right on among the images; where there is no judge, that is not
+    asked.
 
     Raises:
         InputError: no row with directions and a selectivity, or none that is judged right.
@@ -135,14 +137,16 @@ def chosen(rows: Sequence[Mapping[str, Any]], *, least_right: float = 0.95) -> d
     _check.require(
         bool(judged), "rows", f"one whose samples are judged right on {least_right:.0%} of the images'", "none"
     )
-    best = max(judged, key=lambda row: float(row["selectivity"]))
-    low, high = best["details"]["intervals"]["selectivity"]
-    close = sum(row is not best and row["selectivity"] >= low for row in judged)
-    gone, lost = (f"{best[f'{name}_removed']:.0%}" for name in ("irrelevant", "relevant"))
+    highest = max(judged, key=lambda row: float(row["selectivity"]))
+    low, high = highest["details"]["intervals"]["selectivity"]
+    close = [row for row in judged if row is highest or row["selectivity"] >= low]
+    best = max(close, key=lambda row: float(row["irrelevant_removed"]))
+    gone, lost = (f"{round(best[f'{name}_removed'], 2) + 0.0:.0%}" for name in ("irrelevant", "relevant"))  # no -0%
     reason = (
-        f"selectivity {best['selectivity']:.2f} [{low:.2f}, {high:.2f}], the highest of {len(judged)} settings: "
-        f"{gone} of the irrelevant variance is removed with {lost} of the relevant (random directions of equal energy: "
-        f"{best['selectivity_random']:.2f}); {close} others lie within its interval"
+        f"{gone} of the irrelevant variance is removed with {lost} of the relevant, selectivity "
+        f"{best['selectivity']:.2f} (random directions of equal energy: {best['selectivity_random']:.2f}); of "
+        f"{len(judged)} settings the highest selectivity is {highest['selectivity']:.2f} [{low:.2f}, {high:.2f}], and "
+        f"of the {len(close)} within that interval this one removes most of the irrelevant"
     )
     beside = [row for row in rows if row["k"] and _beside(row, best, rows)]
     fields = ("t_e", "k", "tap", "selectivity", "irrelevant_removed", "relevant_removed", "judge_right")
