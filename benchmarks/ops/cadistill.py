@@ -23,7 +23,9 @@ _LR, _DECAY, _CLIP = 2e-3, 0.99, 1.0
 def cases() -> Iterator[Case]:
     for name, size, width, batch, device in SHAPES:
         build = functools.partial(_workload, size, width, batch)
-        yield Case("cadistill", f"{name} B={batch}", "fp32", device, build, (SCRIPT, COMPILED))
+        yield Case(
+            "cadistill", f"{name} B={batch}", "fp32", device, build, (SCRIPT, COMPILED), headline=device == "cuda"
+        )
 
 
 class Net(nn.Module):

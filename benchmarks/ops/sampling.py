@@ -17,22 +17,21 @@ from torch import Tensor, nn
 from benchmarks.registry import Case, Run, Workload, generator
 
 SCHEDULES = {"constant": "2", "interval": "0@8,2@2,0", "window": "8@8,-1@2,0"}
-GRID = "karras:30@30..0.09"
+EVALUATIONS = {"constant": 60, "interval": 38, "window": 39}
+STEPS = 30
+GRID = f"karras:{STEPS}@30..0.09"
 SHAPES = [("digits 3x8x8", 64, "fp32", "cpu"), ("SD-1.5 4x64x64", 4, "bf16", "cuda")]  # model, batch, dtype, device
 EVERY_STEP = "two passes a step"
 
 
 def cases() -> Iterator[Case]:
-    from fastdistill import Guidance
-
-    steps = len(_grid())
     for model, batch, dtype, device in SHAPES:
         for name, text in SCHEDULES.items():
             build = functools.partial(_scheduled, model, batch, text)
-            label = f"{model} {name} {text}, {Guidance.parse(text).evaluations(_grid())} evaluations B={batch}"
+            label = f"{model} {name} {text}, {EVALUATIONS[name]} evaluations B={batch}"
             yield Case("sampling", label, dtype, device, build, (EVERY_STEP,))
         build = functools.partial(_student, model, batch)
-        label = f"{model} student, {steps} evaluations B={batch}"
+        label = f"{model} student, {STEPS} evaluations B={batch}"
         yield Case("sampling", label, dtype, device, build, tuple(SCHEDULES), headline=device == "cuda")
 
 
@@ -44,10 +43,9 @@ class Setup(NamedTuple):
 
 
 def _grid() -> Any:
-    from fastdistill import Grid
-    from fastdistill.tasks.digits.sampling import SCHEDULE
+    from fastdistill import Grid, NoiseSchedule
 
-    return Grid.parse(GRID, SCHEDULE)
+    return Grid.parse(GRID, NoiseSchedule.cosine())  # the schedule of the digits
 
 
 def _setup(name: str, batch: int, device: torch.device) -> Setup:
@@ -93,6 +91,10 @@ def _scheduled(name: str, batch: int, schedule: str, device: torch.device) -> Wo
     rivals: dict[str, Run | str] = {EVERY_STEP: lambda: _every_step(setup, schedule)}
 
     def check() -> None:
+        from fastdistill import Guidance
+
+        (name,) = (name for name, text in SCHEDULES.items() if text == schedule)
+        assert Guidance.parse(schedule).evaluations(_grid()) == EVALUATIONS[name]
         ours, theirs = _sampled(setup, schedule), _every_step(setup, schedule)
         bound = 1e3 * torch.finfo(next(setup.model.parameters()).dtype).eps  # rounding of 30 steps of a stiff map
         torch.testing.assert_close(ours, theirs, rtol=0, atol=bound * float(theirs.abs().max()))
@@ -114,6 +116,6 @@ def _student(name: str, batch: int, device: torch.device) -> Workload:
 
         with setup.model.register_forward_pre_hook(count):
             _sampled(setup, "0")
-        assert counted == len(_grid()), f"{counted} forwards"
+        assert counted == len(_grid()) == STEPS, f"{counted} forwards"
 
     return Workload(lambda: _sampled(setup, "0"), rivals, check, samples=batch, graphs=False)
