@@ -279,6 +279,7 @@ def test_a_step_waits_for_nothing() -> None:
         loss.backward()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_bit_after_a_kill(tmp_path: Path) -> None:
     process = processes.begin(classifiers.killed, tmp_path)
     process.join(60)

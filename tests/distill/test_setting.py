@@ -222,7 +222,7 @@ def test_maps_of_other_sizes_are_refused() -> None:
         ({"null_probability": 1.5}, r"null_probability: input should be less than or equal to 1, got 1\.5"),
         ({"feature_distance": "l2"}, r"feature_distance: input should be 'mse', 'normalized_mse'.*got 'l2'"),
         ({"taps": ("mid", "mid")}, r"2 problems\n  taps\.0: input should be a valid tuple, got 'mid'\n"),
-        ({"probability": None}, r"probability\.str: .*got None"),
+        ({"probability": None}, r"probability: .*got None"),
         ({"parameters": [1.0]}, r"parameters: input should be a valid dictionary, got \[1\.0\]"),
     ],
 )

@@ -123,6 +123,7 @@ def test_each_student_is_a_run(whole: Path, tmp_path: Path) -> None:
     assert {place.name for place in (whole / "cache").iterdir() if place.is_dir()} == {"prompts", "latents"}
 
 
+@pytest.mark.slow
 def test_a_part_in_a_process_of_its_own(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = figures(copy)
     (copy / "models" / "paired-0" / "result.json").unlink()
