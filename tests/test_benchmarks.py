@@ -110,9 +110,9 @@ def test_rows_of_runs_that_make_images_say_how_many_a_second() -> None:
     assert gone["rival_img_s"] == ""
 
 
-@pytest.mark.parametrize("schedule", sampling.SCHEDULES.values())
-def test_sampling_equals_that_of_two_passes_a_step(schedule: str) -> None:
-    sampling._scheduled("digits 3x8x8", 1, schedule, torch.device("cpu")).check()
+@pytest.mark.parametrize(("schedule", "evaluations"), sampling.SCHEDULES.values())
+def test_sampling_equals_that_of_two_passes_a_step(schedule: str, evaluations: int) -> None:
+    sampling._scheduled("digits 3x8x8", 1, schedule, evaluations, torch.device("cpu")).check()
 
 
 def test_sampling_of_a_student_is_one_pass_a_step() -> None:

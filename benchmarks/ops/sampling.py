@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.registry import Case, Run, Workload, generator
 
-SCHEDULES = {"constant": "2", "interval": "0@8,2@2,0", "window": "8@8,-1@2,0"}
-EVALUATIONS = {"constant": 60, "interval": 38, "window": 39}
+#: Text of a schedule, and the evaluations that an image takes.
+SCHEDULES = {"constant": ("2", 60), "interval": ("0@8,2@2,0", 38), "window": ("8@8,-1@2,0", 39)}
 STEPS = 30
 GRID = f"karras:{STEPS}@30..0.09"
 SHAPES = [("digits 3x8x8", 64, "fp32", "cpu"), ("SD-1.5 4x64x64", 4, "bf16", "cuda")]  # model, batch, dtype, device
@@ -26,9 +26,9 @@ EVERY_STEP = "two passes a step"
 
 def cases() -> Iterator[Case]:
     for model, batch, dtype, device in SHAPES:
-        for name, text in SCHEDULES.items():
-            build = functools.partial(_scheduled, model, batch, text)
-            label = f"{model} {name} {text}, {EVALUATIONS[name]} evaluations B={batch}"
+        for name, (text, evaluations) in SCHEDULES.items():
+            build = functools.partial(_scheduled, model, batch, text, evaluations)
+            label = f"{model} {name} {text}, {evaluations} evaluations B={batch}"
             yield Case("sampling", label, dtype, device, build, (EVERY_STEP,))
         build = functools.partial(_student, model, batch)
         label = f"{model} student, {STEPS} evaluations B={batch}"
@@ -86,15 +86,14 @@ def _every_step(setup: Setup, schedule: str) -> Tensor:
     return x
 
 
-def _scheduled(name: str, batch: int, schedule: str, device: torch.device) -> Workload:
+def _scheduled(name: str, batch: int, schedule: str, evaluations: int, device: torch.device) -> Workload:
     setup = _setup(name, batch, device)
     rivals: dict[str, Run | str] = {EVERY_STEP: lambda: _every_step(setup, schedule)}
 
     def check() -> None:
         from fastdistill import Guidance
 
-        (name,) = (name for name, text in SCHEDULES.items() if text == schedule)
-        assert Guidance.parse(schedule).evaluations(_grid()) == EVALUATIONS[name]
+        assert Guidance.parse(schedule).evaluations(_grid()) == evaluations
         ours, theirs = _sampled(setup, schedule), _every_step(setup, schedule)
         bound = 1e3 * torch.finfo(next(setup.model.parameters()).dtype).eps  # rounding of 30 steps of a stiff map
         torch.testing.assert_close(ours, theirs, rtol=0, atol=bound * float(theirs.abs().max()))
@@ -105,7 +104,7 @@ def _scheduled(name: str, batch: int, schedule: str, device: torch.device) -> Wo
 def _student(name: str, batch: int, device: torch.device) -> Workload:
     """The teacher without guidance has the size and the passes of such a student."""
     setup = _setup(name, batch, device)
-    rivals: dict[str, Run | str] = {k: functools.partial(_sampled, setup, text) for k, text in SCHEDULES.items()}
+    rivals: dict[str, Run | str] = {k: functools.partial(_sampled, setup, text) for k, (text, _) in SCHEDULES.items()}
 
     def check() -> None:
         counted = 0

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdistill.errors import InputError
-from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.figures import label
+from fastdistill.evaluate.jackknife import quantile
 from fastdistill.evaluate.metrics import mean_spread, wilson_interval
 from fastdistill.evaluate.page import check_interval, entry, percent, positive, share, write_page
 
@@ -102,7 +102,7 @@ def figure(values: Sequence[float], n: int, *, successes: bool = True) -> dict[s
         interval = list(wilson_interval(round(each[0] * n), n)) if successes else None
         return {"mean": each[0], "std": None, "each": each, "n": n, "interval": interval}
     mean, std = mean_spread(each)
-    reach = float(require("scipy.stats").t.ppf(0.975, len(each) - 1)) * std / math.sqrt(len(each))
+    reach = quantile(len(each) - 1) * std / math.sqrt(len(each))
     return {"mean": mean, "std": std, "each": each, "n": n, "interval": [mean - reach, mean + reach]}
 
 

@@ -8,9 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastdistill.evaluate._optional import require
 from fastdistill.ops import _check
-
-_NORMAL = 1.959963984540054  # 97.5 % quantile
 
 
 def left_out(labels: Tensor, groups: int) -> Tensor:
@@ -49,15 +48,5 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 
 def quantile(freedom: int) -> float:
-    """97.5 % of Student's t, exact for 1 and 2 degrees of freedom, else by the expansion around the normal distribution
-    (Abramowitz and Stegun 26.7.5), within .3 %."""
-    if freedom < 3:
-        return math.tan(0.475 * math.pi) if freedom == 1 else 0.95 / math.sqrt(2 * 0.025 * 0.975)
-    z = _NORMAL
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + float(sum(term / freedom ** (power + 1) for power, term in enumerate(terms)))
+    """97.5 % of Student's t. Needs scipy."""
+    return float(require("scipy.stats").t.ppf(0.975, freedom))

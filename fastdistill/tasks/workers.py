@@ -33,10 +33,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import fastdistill
 from fastdistill.errors import FastdistillError, StorageError
-from fastdistill.files import atomic_write, make_directory, reason
+from fastdistill.files import atomic_write, located, locked, make_directory, reason, require_space
+from fastdistill.train.devices import usable
 
 #: Called by a part with ``phase``, ``done``, ``total`` and perhaps ``loss``.
 Report = Callable[..., None]
+_SPACE = 200_000_000  # bytes, more than the data, checkpoints and exports of an experiment need
 _PATIENCE = 20.0  # seconds for a process to write its checkpoint after Ctrl-C
 
 
@@ -79,6 +81,21 @@ def images_per_second(
             call()  # its images are on the CPU
             best[name] = min(best[name], time.perf_counter() - start)
     return {name: images / seconds for name, seconds in best.items()}
+
+
+@contextlib.contextmanager
+def experiment(config: Any) -> Iterator[tuple[Path, Callable[[], float]]]:
+    """The directory of an experiment, kept from other processes, and what tells the seconds since it began.
+
+    ``config`` has ``output``, ``device`` and ``threads``.
+    """
+    usable(config.device)
+    torch.set_num_threads(config.threads)
+    output = located(config.output, "output")
+    make_directory(output)
+    require_space(output, _SPACE)
+    with locked(output), timed(output / "seconds.json") as spent:
+        yield output, spent
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -24,6 +23,7 @@ from fastdistill.evaluate.context_figures import (
 )
 from fastdistill.evaluate.figures import png
 from fastdistill.tasks.context.data import DIGITS
+from tests.evaluate.faulty import refused
 
 RADII = [0.05, 0.1, 0.2]
 
@@ -211,18 +211,7 @@ def test_a_figure_over_seeds() -> None:
     ],
 )
 def test_bad_reports_write_nothing(tmp_path: Path, report: dict[str, Any], path: str, value: Any, message: str) -> None:
-    bad: Any = copy.deepcopy(report)
-    *parents, last = (int(key) if key.isdecimal() else key for key in path.split("."))
-    place = bad
-    for key in parents:
-        place = place[key]
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    with pytest.raises(InputError, match="^" + re.escape(message)):
-        write_context_report(tmp_path / "new", bad)
-    assert not (tmp_path / "new").exists()
+    refused(write_context_report, tmp_path, report, path, value, message)
 
 
 def test_pairs_stand_above_each_other() -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -17,6 +16,7 @@ from fastdistill.errors import InputError
 from fastdistill.evaluate import write_guidance_report
 from fastdistill.evaluate.guidance import finding
 from fastdistill.evaluate.guidance_figures import diversity_plane, prompt_samples
+from tests.evaluate.faulty import refused
 from tests.evaluate.test_report import Page
 
 WINDOW = "4@8,-1@2,0"
@@ -134,18 +134,7 @@ def test_the_finding_is_worded_from_the_numbers(report: dict[str, Any]) -> None:
     ],
 )
 def test_bad_reports_write_nothing(tmp_path: Path, report: dict[str, Any], path: str, value: Any, message: str) -> None:
-    bad: Any = copy.deepcopy(report)
-    *parents, last = (int(key) if key.isdecimal() else key for key in path.split("."))
-    place = bad
-    for key in parents:
-        place = place[key]
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    with pytest.raises(InputError, match=re.escape(message)):
-        write_guidance_report(tmp_path / "new", bad)
-    assert not (tmp_path / "new").exists()
+    refused(write_guidance_report, tmp_path, report, path, value, message)
 
 
 def test_samples_have_a_panel_for_each_prompt() -> None:

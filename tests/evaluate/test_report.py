@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import copy
 import json
 import math
 import re
@@ -11,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from fastdistill.errors import InputError, StorageError
+from fastdistill.errors import StorageError
 from fastdistill.evaluate import page as module
 from fastdistill.evaluate import probability_curve, write_report
 from fastdistill.evaluate.page import count, duration, percent
 from fastdistill.evaluate.report import finding
+from tests.evaluate.faulty import refused
 
 
 def model(seen: float, unseen: float, parameters: int, **more: Any) -> dict[str, Any]:
@@ -144,18 +144,7 @@ def test_finding_is_worded_from_the_numbers(report: dict[str, Any]) -> None:
     ],
 )
 def test_bad_reports_write_nothing(tmp_path: Path, report: dict[str, Any], path: str, value: Any, message: str) -> None:
-    bad: Any = copy.deepcopy(report)
-    *parents, last = path.split(".")
-    place = bad
-    for key in parents:
-        place = place[key]
-    if value is None:
-        del place[last]
-    else:
-        place[last] = value
-    with pytest.raises(InputError, match=re.escape(message)):
-        write_report(tmp_path / "digits", bad)
-    assert not (tmp_path / "digits").exists()
+    refused(write_report, tmp_path, report, path, value, message)
 
 
 def test_a_failing_figure_leaves_the_old_report(tmp_path: Path, report: dict[str, Any], monkeypatch: Any) -> None:

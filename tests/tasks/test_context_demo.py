@@ -23,7 +23,7 @@ from fastdistill.tasks import workers
 from fastdistill.tasks.context import demo, worker
 from fastdistill.tasks.context.demo_config import DemoConfig
 from fastdistill.tasks.context.report import masking, student
-from fastdistill.tasks.context.students import KINDS
+from fastdistill.tasks.context.students import KINDS, needed
 from fastdistill.tasks.workers import Job
 from fastdistill.train.config import from_yaml
 from tests.processes import shared
@@ -154,8 +154,8 @@ def test_a_result_depends_on_its_own_settings_alone(tmp_path: Path) -> None:
 
 def test_shares_and_sets() -> None:
     assert [worker.per_class(share) for share in (0.01, 0.03, 0.1, 0.3, 1.0, 0.001)] == [1, 4, 14, 43, None, 1]
-    assert worker.needed(["plain", "augment"]) == []
-    assert worker.needed(["logit_kd", "cadistill", "labels"]) == ["originals", "canonical", "posterior"]
+    assert needed(["plain", "augment"]) == []
+    assert needed(["logit_kd", "cadistill", "labels"]) == ["originals", "canonical", "posterior"]
 
 
 def _figures(right: float) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,18 +17,15 @@ from fastdistill.distill.canonical import Clarid
 from fastdistill.distill.selection import chosen
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
-from fastdistill.files import located, locked, make_directory, require_space
 from fastdistill.tasks import workers
 from fastdistill.tasks.context import data, worker
 from fastdistill.tasks.context.demo_config import DemoConfig
 from fastdistill.tasks.context.report import Results, write
-from fastdistill.tasks.context.students import SET
+from fastdistill.tasks.context.students import SET, needed
 from fastdistill.tasks.context.teacher import SCHEDULE, provenance
 from fastdistill.tasks.workers import Job
 from fastdistill.train.config import validated
-from fastdistill.train.devices import usable
 
-_SPACE = 200_000_000  # bytes, more than the canonical images and checkpoints of a run need
 _ATTACKS = ("epsilon", "steps", "queries", "square_images")
 
 
@@ -43,15 +39,10 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
     """
     config = validated(config, "demo context").resolved()
     _check(config)
-    usable(config.device)
     console = console or Console()
-    torch.set_num_threads(config.threads)
-    output = located(config.output, "output")
-    make_directory(output)
-    require_space(output, _SPACE)
     results: Results = {}
     free = [kind for kind in config.kinds if kind not in SET]  # they need no canonical images
-    with locked(output), workers.timed(output / "seconds.json") as spent:
+    with workers.experiment(config) as (output, spent):
         with workers.bars(console) as progress:
 
             def do(jobs: Sequence[Job]) -> None:
@@ -98,10 +89,10 @@ def _images(config: DemoConfig, output: Path, setting: Clarid) -> list[Job]:
     """The slowest sets in processes of their own."""
     given = {"setting": dataclasses.asdict(setting)}
     depends = given | _teacher(config.teacher)
-    needed = list(dict.fromkeys(["canonical", *worker.needed(config.kinds)]))  # the report shows some
+    every = list(dict.fromkeys(["canonical", *needed(config.kinds)]))  # the report shows some canonical ones
     apart = {"generated": "generated images", "posterior": "the teacher as a classifier"}
-    groups = {"canonical images": [name for name in needed if name not in apart]}
-    groups |= {title: [name] for name, title in apart.items() if name in needed}
+    groups = {"canonical images": [name for name in every if name not in apart]}
+    groups |= {title: [name] for name, title in apart.items() if name in every}
     shares = [(config.share, title, names) for title, names in groups.items()]
     if "cadistill" in config.kinds and (most := max(config.shares, default=0)) > config.share:
         shares.append((most, f"canonical images of {most:.0%}", ["canonical"]))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -55,6 +55,11 @@ SET: dict[str, Name] = {
     "samples": "samples", "random": "random", "generated": "generated", "labels": "canonical",
     "feature_kd": "originals", "logit_kd": "originals", "cadistill": "canonical",
 }  # fmt: skip
+
+
+def needed(kinds: Sequence[str]) -> list[Name]:
+    """The sets that kinds of classifiers learn from."""
+    return list(dict.fromkeys([SET[kind] for kind in kinds if kind in SET] + ["posterior"] * ("logit_kd" in kinds)))
 
 
 @documented
@@ -231,8 +236,7 @@ def train_students(
     torch.set_num_threads(config.threads)
     make_directory(output)
     with locked(output):
-        names: list[Name] = [SET[kind] for kind in config.kinds if kind in SET]
-        names += ["posterior"] if "logit_kd" in config.kinds else []
+        names = needed(config.kinds)
         options: dict[str, Any] = {"per_class": config.per_class, "teacher": config.teacher}
         options |= {"clarid": clarid, "device": config.student.device, "progress": show}
         sets = make_sets(output / "sets", names, **options) if names else Sets()

@@ -26,7 +26,7 @@ from fastdistill.tasks.context.demo_config import DemoConfig
 from fastdistill.tasks.context.measure import measured
 from fastdistill.tasks.context.selecting import SweepConfig, run_sweep
 from fastdistill.tasks.context.sets import Name, Sets, make_sets
-from fastdistill.tasks.context.students import SET, restored, train_student
+from fastdistill.tasks.context.students import needed, restored, train_student
 from fastdistill.tasks.context.teacher import Kind
 from fastdistill.tasks.workers import Report, result_in, serve
 from fastdistill.train.config import from_mapping
@@ -59,11 +59,6 @@ def per_class(share: float) -> int | None:
     """Images of each digit in a share of the classifier's data; None for all of them."""
     count = round(share * len(data.students().digit) / len(data.DIGITS))
     return None if share == 1 else max(1, count)
-
-
-def needed(kinds: Sequence[str]) -> list[Name]:
-    """The sets that kinds of classifiers learn from."""
-    return list(dict.fromkeys([SET[kind] for kind in kinds if kind in SET] + ["posterior"] * ("logit_kd" in kinds)))
 
 
 def sets_of(

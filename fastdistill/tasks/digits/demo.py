@@ -7,27 +7,21 @@ Each student is a run (``DigitsConfig.run_file``), with which every command of a
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from fastdistill import runs
 from fastdistill.data.fingerprint import plain
-from fastdistill.files import located, locked, make_directory, require_space
 from fastdistill.tasks import workers
 from fastdistill.tasks.digits import worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.report import write
 from fastdistill.tasks.workers import Job
 from fastdistill.train.config import validated
-from fastdistill.train.devices import usable
-
-_SPACE = 200_000_000  # bytes, more than the cache, checkpoints and exports of a run need
 
 
 def run(config: DigitsConfig, console: Console | None = None) -> Path:
@@ -38,15 +32,10 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
         KeyboardInterrupt: after Ctrl-C, when every process has written its checkpoint.
     """
     config = validated(config, "digits").resolved()
-    usable(config.device)
     console = console or Console()
-    torch.set_num_threads(config.threads)
-    output = located(config.output, "output")
-    make_directory(output)
-    require_space(output, _SPACE)
-    with locked(output), workers.timed(output / "seconds.json") as spent:
+    with workers.experiment(config) as (output, spent):
         with workers.bars(console) as progress:
-            prepared = _prepare(config, progress)
+            prepared = _prepare(config, output, progress)
             results = _models(config, output, progress)
         path = write(config, output, results, {"total": spent(), "cache": prepared})
     console.print(_summary(results))
@@ -54,17 +43,17 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
     return path
 
 
-def _prepare(config: DigitsConfig, progress: Progress) -> float:
-    """Encode the prompts and sample the teacher. Returns the seconds that this call spent on it."""
+def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> float:
+    """Encode the prompts and sample the teacher. Returns the seconds that all calls spent on it."""
     task = progress.add_task("teacher: cache of seen prompts", total=None)
-    start = time.perf_counter()
 
     def show(stage: str, done: int, total: int) -> None:
         if stage == "latents":
             progress.update(task, completed=done, total=total)
 
-    runs.cache(config.run_file(next(iter(STUDENTS)), 0), progress=show)
-    return time.perf_counter() - start
+    with workers.timed(output / "cache-seconds.json") as spent:
+        runs.cache(config.run_file(next(iter(STUDENTS)), 0), progress=show)
+        return spent()
 
 
 def _models(config: DigitsConfig, output: Path, progress: Progress) -> dict[str, list[dict[str, Any]]]:

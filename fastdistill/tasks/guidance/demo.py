@@ -7,7 +7,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +14,6 @@ from fastdistill.data.fingerprint import plain
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.errors import InputError
-from fastdistill.files import located, locked, make_directory, require_space
 from fastdistill.models.weights import weights_hash
 from fastdistill.tasks import workers
 from fastdistill.tasks.digits import teacher as digits
@@ -28,9 +26,6 @@ from fastdistill.tasks.guidance.students import students
 from fastdistill.tasks.shades import teacher as shades
 from fastdistill.tasks.workers import Job
 from fastdistill.train.config import validated
-from fastdistill.train.devices import usable
-
-_SPACE = 200_000_000  # bytes, more than the caches and checkpoints of a run need
 
 
 def run(config: DemoConfig, console: Console | None = None) -> Path:
@@ -43,14 +38,9 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
     """
     config = validated(config, "demo guidance").resolved()
     _check(config)
-    usable(config.device)
     console = console or Console()
-    torch.set_num_threads(config.threads)
-    output = located(config.output, "output")
-    make_directory(output)
-    require_space(output, _SPACE)
     results: Results = {}
-    with locked(output), workers.timed(output / "seconds.json") as spent:
+    with workers.experiment(config) as (output, spent):
         with workers.bars(console) as progress:
             *jobs, speed = _jobs(config, output)
             found = workers.results(jobs, config.workers, progress)
