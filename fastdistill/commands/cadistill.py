@@ -16,8 +16,8 @@ from fastdistill.commands._options import configured, import_pydantic, taken
 def run(arguments: list[str]) -> None:
     import_pydantic()
     from rich.console import Console
-    from rich.table import Table
 
+    from fastdistill.tables import print_table
     from fastdistill.tasks.context.students import StudentsConfig
 
     arguments, as_json = taken(arguments, "--json")
@@ -39,12 +39,11 @@ def run(arguments: list[str]) -> None:
     if as_json:
         print(json.dumps({"students": results, "output": config.output}, allow_nan=False))
         return
-    table = Table(title="Right on held-out images, by the hue of the background")
-    for column in ("classifier", "seed", *HELD_OUT, "seconds"):
-        table.add_column(column, justify="left" if column == "classifier" else "right", no_wrap=True)
-    for row in results:
-        found = (f"{row['right'][kind]:.1%}" for kind in HELD_OUT)
-        table.add_row(row["kind"], str(row["seed"]), *found, f"{row['seconds']:.1f}")
     console = Console()
-    console.print(table)
+    rows = [
+        (row["kind"], str(row["seed"]), *(f"{row['right'][kind]:.1%}" for kind in HELD_OUT), f"{row['seconds']:.1f}")
+        for row in results
+    ]
+    title = "Right on held-out images, by the hue of the background"
+    print_table(console, ("classifier", "seed", *HELD_OUT, "seconds"), rows, title=title)
     console.print(f"Weights and students.json: {config.output}", soft_wrap=True)

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fastdistill.commands._bars import Bars
 from fastdistill.commands._options import configured, import_pydantic, quiet
@@ -27,8 +25,11 @@ def run(arguments: list[str]) -> None:
         return
     from rich.console import Console
 
+    from fastdistill.tables import print_table
+
     console = Console()
-    console.print(table(found["sweep"]))
+    rows = [[_text(row[name]) for name in _COLUMNS] for row in found["sweep"]]
+    print_table(console, list(_COLUMNS.values()), rows, left=["tap"])
     console.print(_WORDS, soft_wrap=True)
     if (best := found["chosen"]) is not None:
         console.print(f"\nchosen: t_e {best['t_e']}, k {best['k']}, {best['tap']}: {best['reason']}", soft_wrap=True)
@@ -40,22 +41,12 @@ removed: shares of the variance within classes; random: selectivity of random di
 and of noise projected is what the prompt alone gives: only what is above it is of the images."""
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """The rows as a table of rich."""
-    from rich.table import Table
-
-    columns = {
-        "t_e": "t_e", "k": "k", "tap": "tap", "irrelevant_removed": "irrelevant", "relevant_removed": "relevant",
-        "selectivity": "selectivity", "selectivity_random": "random", "judge_right": "right", "energy": "energy",
-        "nmi_raw": "NMI raw", "nmi": "canonical", "nmi_noise": "noise", "nmi_noise_projected": "projected",
-        "nmi_shuffled_prompt": "shuffled", "nmi_null": "null", "products": "products", "seconds_per_image": "s/image",
-    }  # fmt: skip
-    made = Table()
-    for title in columns.values():
-        made.add_column(title, justify="left" if title == "tap" else "right")
-    for row in rows:
-        made.add_row(*(_text(row[name]) for name in columns))
-    return made
+_COLUMNS = {
+    "t_e": "t_e", "k": "k", "tap": "tap", "irrelevant_removed": "irrelevant", "relevant_removed": "relevant",
+    "selectivity": "selectivity", "selectivity_random": "random", "judge_right": "right", "energy": "energy",
+    "nmi_raw": "NMI raw", "nmi": "canonical", "nmi_noise": "noise", "nmi_noise_projected": "projected",
+    "nmi_shuffled_prompt": "shuffled", "nmi_null": "null", "products": "products", "seconds_per_image": "s/image",
+}  # fmt: skip
 
 
 def _text(value: float | str | None) -> str:

@@ -35,6 +35,6 @@ def run(arguments: list[str]) -> None:
         print(json.dumps(report, allow_nan=False))
         return
     console = Console()
-    console.print(diagnose.table(found.rows, found.recovered))
+    diagnose.summarize(console, found.rows, found.recovered)
     console.print(report["finding"], soft_wrap=True)
     console.print(f"\nReport: {config.resolved().output}/report.html", soft_wrap=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fastdistill.data.fingerprint import plain, sha256_of_json
 from fastdistill.distill.canonical import Clarid
 from fastdistill.distill.selection import chosen
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
+from fastdistill.tables import print_table
 from fastdistill.tasks import workers
 from fastdistill.tasks.context import data, worker
 from fastdistill.tasks.context.demo_config import DemoConfig
@@ -55,7 +55,7 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
             do(_images(config, output, setting))
             do(_classifiers(config, output, [kind for kind in config.kinds if kind in SET], setting))
         report, path = write(config, output, results, choice, spent)
-    console.print(_summary(report))
+    _summarize(console, report)
     console.print(report["finding"], soft_wrap=True)
     console.print(f"\nReport: [bold]{path}[/bold]", soft_wrap=True)
     return path
@@ -153,13 +153,13 @@ def _job(
     return Job(title, worker.MODULE, directory, described | {"fingerprint": wanted}, worker.finished(directory, wanted))
 
 
-def _summary(report: Mapping[str, Any]) -> Table:
-    """The table that is printed at the end."""
-    table = Table(title="Classifiers: right on held-out images, by the background's hue, and under attack")
+def _summarize(console: Console, report: Mapping[str, Any]) -> None:
+    """Print the table at the end."""
     columns = ("classifier", "own", "any", "other", "clutter", "pgd", "apgd", "square")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=True)
-    for kind, row in report["students"].items():
-        fields = ("clean", "independent", "swapped", "clutter", "pgd", "apgd", "square")
-        table.add_row(kind.replace("_", " "), *(f"{row[name]['mean']:.1%}" for name in fields))
-    return table
+    fields = ("clean", "independent", "swapped", "clutter", "pgd", "apgd", "square")
+    rows = [
+        [kind.replace("_", " "), *(f"{row[name]['mean']:.1%}" for name in fields)]
+        for kind, row in report["students"].items()
+    ]
+    title = "Classifiers: right on held-out images, by the background's hue, and under attack"
+    print_table(console, columns, rows, title=title)

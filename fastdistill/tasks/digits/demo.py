@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from fastdistill import runs
 from fastdistill.data.fingerprint import plain
+from fastdistill.tables import print_table
 from fastdistill.tasks import workers
 from fastdistill.tasks.digits import worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
@@ -38,7 +38,7 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
             prepared = _prepare(config, output, progress)
             results = _models(config, output, progress)
         path = write(config, output, results, {"total": spent(), "cache": prepared})
-    console.print(_summary(results))
+    _summarize(console, results)
     console.print(f"\nReport: [bold]{path}[/bold]", soft_wrap=True)
     return path
 
@@ -79,11 +79,9 @@ def _job(config: DigitsConfig, output: Path, title: str, name: str, seed: int) -
     return Job(title, worker.MODULE, directory, content, finished)
 
 
-def _summary(results: dict[str, list[dict[str, Any]]]) -> Table:
-    """The table that is printed at the end."""
-    table = Table(title="Images that match their prompt")
-    for column in ("model", "seen prompts", "unseen prompts", "parameters", "training", "images/s"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+def _summarize(console: Console, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Print the table at the end."""
+    rows = []
     for name in ("teacher", *STUDENTS):
         runs = results[name]
         shares = [
@@ -91,11 +89,13 @@ def _summary(results: dict[str, list[dict[str, Any]]]) -> Table:
             for kind in ("seen", "unseen")
         ]
         seconds = sum(r.get("seconds", 0.0) for r in runs) / len(runs)
-        table.add_row(
+        row = (
             name.replace("_", " "),
             *(f"{share:.1%}" for share in shares),
             f"{runs[0]['parameters']:,}",
             f"{seconds:.0f} s" if seconds else "-",
             f"{results[worker.SPEED][0]['images_per_second'][name]:.0f}",
         )
-    return table
+        rows.append(row)
+    columns = ("model", "seen prompts", "unseen prompts", "parameters", "training", "images/s")
+    print_table(console, columns, rows, title="Images that match their prompt")

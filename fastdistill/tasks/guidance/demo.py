@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fastdistill.data.fingerprint import plain
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.errors import InputError
 from fastdistill.models.weights import weights_hash
+from fastdistill.tables import print_table
 from fastdistill.tasks import workers
 from fastdistill.tasks.digits import teacher as digits
 from fastdistill.tasks.digits.sampling import SCHEDULE
@@ -48,7 +48,7 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
         for result in found:
             results.setdefault(result["part"], []).append(result)
         report, path = write(config, output, results, spent)
-    console.print(_summary(report))
+    _summarize(console, report)
     console.print(report["finding"], soft_wrap=True)
     console.print(f"\nReport: [bold]{path}[/bold]", soft_wrap=True)
     return path
@@ -86,25 +86,24 @@ def _jobs(config: DemoConfig, output: Path) -> list[Job]:
     return [*teachers[:1], *jobs, *teachers[1:], job("worlds", 0, "exact worlds"), job("speed", 0, "speed")]
 
 
-def _summary(report: dict[str, Any]) -> Table:
-    """The table that is printed at the end."""
+def _summarize(console: Console, report: dict[str, Any]) -> None:
+    """Print the table at the end."""
     task = report["models"]["shades"]
     back = {given["schedule"]: given["value"] for given in task["recovered"] if given["at"] == "separation"}
-    table = Table(title="Shades: right images, separation of the classes, variance within them")
     columns = ("guidance", "right", "separation", "variance", "given back", "evaluations", "images/s")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "guidance" else "right", no_wrap=True)
     named = [(row["schedule"], row) for row in task["rows"]]
     named += [(f"student {name}".replace("_", " "), row) for name, row in report["students"].items()]
-    for name, row in named:
-        value = back.get(name)
-        table.add_row(
+    rows = [
+        (
             name,
             f"{row['right']:.1%}",
             f"{row['separation']:.3f}",
             f"{row['variance_ratio']:.3f}",
-            "" if value is None else f"{value:.0%}",
+            "" if (value := back.get(name)) is None else f"{value:.0%}",
             str(row["evaluations_per_image"]),
             f"{row['images_per_second']:.1f}",
         )
-    return table
+        for name, row in named
+    ]
+    title = "Shades: right images, separation of the classes, variance within them"
+    print_table(console, columns, rows, title=title)

@@ -28,6 +28,8 @@ _QUICK: dict[str, Any] = {
     "cache_images": 160,
 }
 _QUICK_STEPS = 60
+#: What ``full`` changes: between two constants their line is straight, which takes from what a window gives back.
+_FULL: dict[str, Any] = {"constants": (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)}
 
 
 @documented
@@ -40,7 +42,8 @@ class DemoConfig:
     quick: bool = False
     """Short version, a minute (default output runs/guidance-quick)."""
     full: bool = False
-    """Train also a student of the window on noised images, and students from caches by random conditioning."""
+    """One more constant; train also a student of the window on noised images, and students from caches by random
+    conditioning."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Seeds of the images, and students to train of each kind."""
     constants: Annotated[tuple[Weight, ...], Field(min_length=2)] = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -48,8 +51,8 @@ class DemoConfig:
     windows: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "4@8,-1@2,0",
         "8@10,-1@2,0",
+        "12@12,-1@1.5,0",
         "8@8,-1@2,0",
-        "8@7,-1@3,0",
     )
     """Schedules of the shades' teacher beside the constants."""
     student: str = "8@8,-1@2,0"
@@ -102,12 +105,13 @@ class DemoConfig:
         """The configuration with ``quick`` applied and ``device`` resolved."""
         import torch
 
-        config = self
+        config, default = self, DemoConfig()
+        changes = (_FULL if config.full else {}) | (_QUICK if config.quick else {})
+        given = {name: value for name, value in changes.items() if getattr(config, name) == getattr(default, name)}
+        config = dataclasses.replace(config, **given)
         if config.device == "auto":
             config = dataclasses.replace(config, device="cuda" if torch.cuda.is_available() else "cpu")
         if config.quick:
-            default = DemoConfig()
-            short = {name: value for name, value in _QUICK.items() if getattr(config, name) == getattr(default, name)}
             train = dataclasses.replace(config.train, steps=min(config.train.steps, _QUICK_STEPS), warmup=5)
-            config = dataclasses.replace(config, train=train, **short)
+            config = dataclasses.replace(config, train=train)
         return config

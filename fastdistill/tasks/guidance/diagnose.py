@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from rich.console import Console
 from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import plain
@@ -26,6 +27,7 @@ from fastdistill.evaluate.guidance import write_guidance_report
 from fastdistill.evaluate.page import percent
 from fastdistill.files import located, locked, make_directory
 from fastdistill.models.weights import weights_hash
+from fastdistill.tables import print_table
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.sampling import SCHEDULE
@@ -49,8 +51,8 @@ class ShadesDiagnosis:
     """Sample the shipped teacher with schedules of guidance, and compare variance and accuracy with constants."""
 
     schedules: tuple[str, ...] = (
-        *("0", "0.5", "1", "2", "3"),
-        *("4@8,-1@2,0", "8@10,-1@2,0", "8@8,-1@2,0", "8@7,-1@3,0"),
+        *("0", "0.5", "1", "1.5", "2", "3"),
+        *("4@8,-1@2,0", "8@10,-1@2,0", "12@12,-1@1.5,0", "8@8,-1@2,0"),
     )
     """Schedules of w; windows are compared with the constants among them, of which 0 has to be one."""
     grid: str = GRID
@@ -242,20 +244,25 @@ def finding(diagnosis: Diagnosis) -> str:
     return " ".join(parts)
 
 
-def table(rows: Sequence[Row], recovered: Sequence[Recovered]) -> Any:
-    """The diagnosis as a table of rich."""
-    from rich.table import Table
-
-    table = Table()
-    names = ("right", "separation", "variance_ratio", "right_variance_ratio", "recall", "vendi")
-    head = ("schedule", "right", "separation", "variance", "of right", "recall", "Vendi")
-    for column in (*head, "passes", "images/s", "back: separation", "accuracy"):
-        table.add_column(column, justify="left" if column == "schedule" else "right")
+def summarize(console: Console, rows: Sequence[Row], recovered: Sequence[Recovered]) -> None:
+    """Print the main figures of a diagnosis."""
+    names = ("right", "separation", "variance_ratio", "recall", "vendi")
+    columns = (
+        "schedule",
+        "right",
+        "separation",
+        "variance",
+        "recall",
+        "Vendi",
+        "passes",
+        "given back",
+        "at equal right",
+    )
     back = {(given.schedule, given.at): given for given in recovered}
+    cells = []
     for row in rows:
         values = [f"{getattr(row, name).value:.3f}" for name in names]
         shares = [back.get((row.schedule, at)) for at in ("separation", "accuracy")]
         texts = [f"{s.value:.2f} [{s.interval[0]:.2f}, {s.interval[1]:.2f}]" if s else "" for s in shares]
-        rate = f"{row.images_per_second:.0f}"
-        table.add_row(row.schedule, *values, str(row.evaluations_per_image), rate, *texts)
-    return table
+        cells.append((row.schedule, *values, str(row.evaluations_per_image), *texts))
+    print_table(console, columns, cells)

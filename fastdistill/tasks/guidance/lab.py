@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.diffusion.distortion import Method
@@ -27,6 +26,7 @@ from fastdistill.evaluate.figures import label, png
 from fastdistill.evaluate.frontier import MEASURED, Row, frontier
 from fastdistill.evaluate.phase import phase_picture
 from fastdistill.files import atomic_write, located, locked, make_directory
+from fastdistill.tables import print_table
 from fastdistill.tasks import workers
 from fastdistill.tasks.guidance.config import LabConfig, World
 from fastdistill.tasks.guidance.measure import Measured, measure
@@ -79,7 +79,7 @@ def run(config: LabConfig, console: Console | None = None) -> Path:
             "reproduce": [" ".join(["fastdistill guidance lab", *options, *config.world])],
         }
         atomic_write(output / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
-    console.print(_summary(worlds))
+    _summarize(console, worlds)
     console.print(f"\nReport: [bold]{output / 'report.json'}[/bold]", soft_wrap=True)
     return output / "report.json"
 
@@ -188,12 +188,9 @@ def pictures(worlds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"phase": phase_picture(phase)} if phase else {}
 
 
-def _summary(worlds: Mapping[str, Mapping[str, Any]]) -> Table:
-    """The table that is printed at the end."""
-    table = Table(title="Exact worlds")
-    columns = ("world", "rows", "known exactly", "furthest from that", "phase picture")
-    for column in columns:
-        table.add_column(column, justify="right" if column in columns[1:4] else "left")
+def _summarize(console: Console, worlds: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the table at the end."""
+    rows = []
     for name, world in worlds.items():
         exact = [row for row in world["rows"] if row["source"] is not None]
         apart = [
@@ -204,8 +201,9 @@ def _summary(worlds: Mapping[str, Mapping[str, Any]]) -> Table:
         ]
         fits = "\n".join(_words(key, value) for key, value in world["fits"].items())
         furthest = f"{max(apart):.1f} standard errors" if apart else "-"
-        table.add_row(label(name), str(len(world["rows"])), str(len(exact)), furthest, fits or "-")
-    return table
+        rows.append((label(name), str(len(world["rows"])), str(len(exact)), furthest, fits or "-"))
+    columns = ("world", "rows", "known exactly", "furthest from that", "phase picture")
+    print_table(console, columns, rows, title="Exact worlds", left=["phase picture"])
 
 
 def _words(key: str, fit: Mapping[str, float]) -> str:
