@@ -247,17 +247,8 @@ def finding(diagnosis: Diagnosis) -> str:
 def summarize(console: Console, rows: Sequence[Row], recovered: Sequence[Recovered]) -> None:
     """Print the main figures of a diagnosis."""
     names = ("right", "separation", "variance_ratio", "recall", "vendi")
-    columns = (
-        "schedule",
-        "right",
-        "separation",
-        "variance",
-        "recall",
-        "Vendi",
-        "passes",
-        "given back",
-        "at equal right",
-    )
+    measures = ("right", "separation", "variance", "recall", "Vendi")
+    columns = ("schedule", *measures, "passes", "given back", "at equal right")
     back = {(given.schedule, given.at): given for given in recovered}
     cells = []
     for row in rows:
