@@ -91,8 +91,8 @@ class CaDistill:
     align, canonical, distance: weights of L_align, L_cano and L_dist; 0 leaves a term out. own_labels: adds
     cross-entropy on the canonical samples. cka: the form of the alignment; ``biased`` asks for a batch of at least 4
     rows for each dimension of a feature, and warns below. target: H' is the teacher's canonical feature, or the one-hot
-    ``labels``. pooled: H' is averaged over its positions. posterior: weight of the divergence from the ``posterior`` of
-    the setting. augment: of the images, not of the canonical samples.
+    ``labels``. pooled: H' is averaged over its positions, else every position counts. posterior: weight of the
+    divergence from the ``posterior`` of the setting. augment: of the images, not of the canonical samples.
 
     Without any of the weights it is plain cross-entropy. All but L = L_CE + ... is our own choice.
     """
@@ -103,7 +103,7 @@ class CaDistill:
     own_labels: bool = True
     cka: Literal["debiased", "biased"] = "debiased"
     target: Literal["feature", "labels"] = "feature"
-    pooled: bool = True
+    pooled: bool = False
     posterior: Weight = 0.0
     augment: Augmentation | None = None
 

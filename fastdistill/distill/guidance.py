@@ -41,6 +41,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 class _Guided:
     schedule: Any
     scale: tuple[Finite, Finite] | None = None
+    lowest: Annotated[float, Field(ge=0, lt=1)] = 0.0
     grid: Any = None
     states: Literal["noised", "trajectory"] = "noised"
     weight_limit: Annotated[float, Field(gt=0)] = 5.0
@@ -56,6 +57,8 @@ class GuidanceDistillation(RandomConditioning, _Guided):
     scale: (v_min, v_max): the student reads v, drawn for each sample by counter, by which the positive weights of the
         schedule are multiplied (1 is the plain guidance weight); ``make_student(..., guidance_embedding=True)`` makes
         one. None: it reads nothing.
+    lowest: share of the samples whose v is v_min itself. An embedding of sines and cosines is furthest from all others
+        at 0, where its cosines are all 1: what the student does there, it learns from v = 0 alone.
     grid: the sampler's steps (a ``Grid`` or its text), of which the timesteps are drawn; schedules by step need one.
         None: all timesteps of training.
     states: ``noised`` samples, or the states of a ``trajectory`` that the guided sampler visits, stored by
@@ -92,6 +95,8 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         if self.grid is not None and not isinstance(self.grid, Grid | str):
             raise InputError.of("grid", "a Grid, its text or None", described(self.grid))
         config = validated(dataclasses.replace(self, schedule=None, grid=None), "objective")
+        if config.lowest and config.scale is None:
+            raise InputError.of("lowest", "0 without a scale", config.lowest)
         schedule = Guidance.parse(self.schedule)
         if isinstance(schedule, Cads):
             rule = "a schedule without cads, whose prompts are noised anew in every step: no function to learn"
@@ -151,7 +156,7 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
         self._step = {
             tuple(bucket.latents.shape[1:]): bucket.trajectory.step for bucket in setting.buckets if bucket.trajectory
         }
-        self._scale, self._embed = config.scale, None
+        self._scale, self._lowest, self._embed = config.scale, config.lowest, None
         self._samples = setting.first_sample + torch.arange(setting.batch, device=device)
         self._ones = torch.ones(setting.batch, device=device)
         if config.scale is not None:
@@ -179,7 +184,8 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
         if self._scale is not None:
             low, high = self._scale
             word = philox.words(counter[0], counter[1], self._samples, torch.zeros_like(counter[0]), philox.GUIDANCE)[0]
-            scale = low + (high - low) * philox.uniform(word)
+            share = (philox.uniform(word) - self._lowest) / (1 - self._lowest)
+            scale = low + (high - low) * share.clamp_min(0)
         batch = super().draw(counter)
         if self._step:
             step = self._step[tuple(batch.x_t.shape[1:])]

@@ -150,6 +150,8 @@ class GuidanceSettings:
     """Guidance weight w = g - 1: 6.5, or 8@10,-1@2,0 (8 while sigma > 10, -1 while sigma > 2, then 0)."""
     scale: tuple[Finite, Finite] | None = None
     """Range of the factor of the positive weights that the student reads (guidance_scale - 1); none: it reads none."""
+    lowest: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the samples with the lowest factor of that range itself, which is hard to learn at 0."""
     grid: str | None = None
     """Sampler whose steps are drawn, trailing:20, karras:30@30..0.09 or flow:28@3; none: all timesteps of training."""
     weight_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0

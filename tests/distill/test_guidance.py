@@ -151,6 +151,20 @@ def test_the_drawn_weights_are_uniform_and_the_same_in_any_split() -> None:
     assert torch.equal(bound.draw(torch.tensor([1, 7])).part(8, 24).scale, drawn[7].scale[8:24])
 
 
+def test_a_share_of_the_samples_has_the_lowest_weight_itself() -> None:
+    where, made = setting(reads=True, batch=64)
+    config = objective(made, 1.0, scale=(0.0, 4.0), lowest=0.25, weights=Weights(1, 0, 0), taps=())
+    bound = config.bind(where)
+    v = torch.cat([bound.draw(torch.tensor([1, step])).scale for step in range(60)])
+    lowest, others = int((v == 0).sum()), v[v > 0].sort().values
+    n, p = len(v), 0.25
+    assert abs(lowest - n * p) < 3.3 * math.sqrt(n * p * (1 - p))  # p = 1e-3 of the normal distribution
+    ranks = torch.arange(1, len(others) + 1) / len(others)
+    assert (others / 4 - ranks).abs().max() < 1.95 / math.sqrt(len(others))
+    with pytest.raises(InputError, match=r"lowest: expected 0 without a scale, got 0\.25"):
+        objective(made, 1.0, lowest=0.25, weights=Weights(1, 0, 0), taps=()).bind(where)
+
+
 def test_samples_of_a_grid_are_its_levels() -> None:
     where, made = setting(batch=64)
     grid = Grid.karras(small.SCHEDULE, 8, 30, 0.1)

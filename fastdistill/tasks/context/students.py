@@ -75,7 +75,7 @@ class StudentConfig:
         default_factory=lambda: TrainSettings(
             steps=400,
             batch=64,
-            lr=2e-3,
+            lr=3e-3,
             lr_schedule="cosine",
             warmup=40,
             ema_decay=0.99,
@@ -85,18 +85,20 @@ class StudentConfig:
     )
     canonical_batch: Annotated[int, Field(ge=4)] = 64
     """Rows of the canonical set of a step, at most all of it."""
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = 16
+    width: Annotated[int, Field(ge=8)] = 32
     """Channels of the first convolution."""
     align: Weight = 1.0
     """Weight of the cosine distance of features from the prototype of their class."""
     canonical: Weight = 0.5
     """Weight of the cosine distance of canonical features from their prototype."""
-    distance: Weight = 0.05
-    """Weight of 1 - CKA of canonical features and the teacher's (docs/canonical.md says why it is low)."""
+    distance: Weight = 0.5
+    """Weight of 1 - CKA of canonical features and the teacher's."""
     own_labels: bool = True
     """Add cross-entropy on the canonical images."""
     cka: Literal["debiased", "biased"] = "debiased"
     """Form of the alignment."""
+    pooled: bool = False
+    """Align with the teacher's feature averaged over its positions, in place of all of it."""
     posterior: Weight = 1.0
     """Weight of the teacher's posterior, of the kind logit_kd."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.5
@@ -109,7 +111,8 @@ class StudentConfig:
 
 def objective(config: StudentConfig) -> CaDistill:
     """The losses of a kind."""
-    whole = CaDistill(config.align, config.canonical, config.distance, config.own_labels, config.cka)
+    names = ("align", "canonical", "distance", "own_labels", "cka", "pooled")
+    whole = CaDistill(**{name: getattr(config, name) for name in names})
     if config.kind == "plain":
         return CaDistill.plain()
     if config.kind == "augment":
@@ -183,7 +186,7 @@ def right(student: Classifier) -> dict[str, float]:
     return found
 
 
-def restored(weights: Mapping[str, Tensor], width: int = 16) -> Classifier:
+def restored(weights: Mapping[str, Tensor], width: int = 32) -> Classifier:
     """The classifier of the ``weights`` of ``train_student``, in eval mode."""
     student = Classifier(0, width)
     student.load_state_dict(dict(weights))

@@ -36,25 +36,26 @@ from fastdistill.train import DistillTrainer, FitResult
 
 _NARROW = (24, 48)  # channels of the students from caches, as of the digits
 _SEED = 0  # of the images in a cache
-_WEIGHT_LIMIT = 50.0  # where windows act, at sigma = 2 to 10, 1 / abar is 5 to 101
 
 
 @dataclass(frozen=True)
 class Student:
     """weights: schedules of its cache, which the images take in turn. scales: weights at which it is measured; none: it
-    does not read the weight. trajectory: it learns on the states of guided sampling. conditioned: it learns by random
+    does not read the weight; lowest: share of its samples that have the lowest. trajectory: it learns on the states of guided sampling. conditioned: it learns by random
     conditioning, and is sampled with the schedule."""
 
     weights: tuple[str, ...]
     scales: tuple[float, ...] = ()
     trajectory: bool = False
     conditioned: bool = False
+    lowest: float = 0.0
+    weight_limit: float = 50.0  # where windows act, at sigma = 2 to 10, 1 / abar is 5 to 101
 
 
 def students(config: DemoConfig) -> dict[str, Student]:
     """The students of a configuration by name."""
     scales = tuple(f"{w:g}" for w in config.scales)
-    found = {"scale": Student(scales, config.scales), "window": Student((config.student,), trajectory=True)}
+    found = {"scale": Student(scales, config.scales, lowest=0.2), "window": Student((config.student,), trajectory=True)}
     if config.full:
         found["window_noised"] = Student((config.student,))
         found["cache_constant"] = Student(("1",), conditioned=True)
@@ -79,7 +80,8 @@ def trained(
         schedule = "1" if student.scales else config.student
         states: Literal["noised", "trajectory"] = "trajectory" if student.trajectory else "noised"
         weights = Weights(feature=0.0)
-        options = {"grid": config.grid, "states": states, "weights": weights, "weight_limit": _WEIGHT_LIMIT}
+        options = {"grid": config.grid, "states": states, "weights": weights, "weight_limit": student.weight_limit}
+        options["lowest"] = student.lowest
         objective = GuidanceDistillation(schedule, scale=scale, **options)  # type: ignore[arg-type]
     trainer = DistillTrainer(teacher, made.model, SCHEDULE, latents, bank, objective, train, device=config.device)
 
