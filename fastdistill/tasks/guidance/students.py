@@ -41,8 +41,8 @@ _SEED = 0  # of the images in a cache
 @dataclass(frozen=True)
 class Student:
     """weights: schedules of its cache, which the images take in turn. scales: weights at which it is measured; none: it
-    does not read the weight; lowest: share of its samples that have the lowest. trajectory: it learns on the states of guided sampling. conditioned: it learns by random
-    conditioning, and is sampled with the schedule."""
+    does not read the weight; lowest: share of its samples that have the lowest. trajectory: it learns on the states of
+    guided sampling. conditioned: it learns by random conditioning, and is sampled with the schedule."""
 
     weights: tuple[str, ...]
     scales: tuple[float, ...] = ()
