@@ -19,6 +19,16 @@ Progress = Callable[[str, int, int], object]
 _SEED = 1  # of the attacks' starts and the corruptions
 
 
+def on_curve(config: DemoConfig, model: Classifier, progress: Progress) -> dict[str, Any]:
+    """``independent``, and ``attacks`` of APGD at the middle epsilon, of a classifier in eval mode."""
+    any_hue, middle = data.held_out("independent"), config.epsilon[len(config.epsilon) // 2]
+    attacks = robustness(
+        model, any_hue.images, any_hue.digit, epsilon=[middle], attacks=["apgd"], steps=config.steps, seed=_SEED,
+        progress=lambda done, total: progress("attacks", done, total),
+    )  # fmt: skip
+    return {"independent": accuracy(model, any_hue.images, any_hue.digit), "attacks": attacks}
+
+
 def measured(
     config: DemoConfig, model: Classifier, transfer_from: Classifier | None, progress: Progress
 ) -> dict[str, Any]:

@@ -88,5 +88,8 @@ def masking(runs: Sequence[Mapping[str, Any]], config: DemoConfig) -> dict[str, 
 
 
 def _on_curve(runs: Sequence[Mapping[str, Any]], config: DemoConfig) -> dict[str, Any]:
-    found = student(runs, config)
-    return {name: found[name] for name in ("independent", "apgd")}
+    attacks = [run["attacks"] for run in runs]
+    middle = attacks[0]["epsilon"].index(config.epsilon[len(config.epsilon) // 2])
+    apgd = figure([found["apgd"][middle] for found in attacks], attacks[0]["n"])
+    count = len(data.held_out("independent").digit)
+    return {"independent": figure([run["independent"] for run in runs], count), "apgd": apgd}

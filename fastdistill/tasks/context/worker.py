@@ -23,7 +23,7 @@ from fastdistill.distill.canonical import Clarid
 from fastdistill.files import atomic_write, located
 from fastdistill.tasks.context import data
 from fastdistill.tasks.context.demo_config import DemoConfig
-from fastdistill.tasks.context.measure import measured
+from fastdistill.tasks.context.measure import measured, on_curve
 from fastdistill.tasks.context.selecting import SweepConfig, run_sweep
 from fastdistill.tasks.context.sets import Name, Sets, make_sets
 from fastdistill.tasks.context.students import needed, restored, train_student
@@ -127,16 +127,18 @@ def _classifier(config: DemoConfig, described: Mapping[str, Any], directory: Pat
         report(phase="training", done=done, total=student.train.steps, loss=metrics and metrics["loss"])
 
     made = train_student(student, sets, directory / described["training"], told)
+    model = restored(made["weights"], student.width)
+
+    def attacking(name: str, done: int, total: int) -> None:
+        report(phase=name, done=done, total=total)
+
+    if described["part"].startswith(CURVE):
+        return {"figures": on_curve(config, model, attacking), "training": described["training"]}
     rival = None
     if (place := described["transfer"]) is not None:
         weights = safetensors.torch.load_file(located(config.output) / "parts" / place / WEIGHTS)
         rival = restored(weights, student.width)
-    found = measured(
-        config,
-        restored(made["weights"], student.width),
-        rival,
-        lambda name, done, total: report(phase=name, done=done, total=total),
-    )
+    found = measured(config, model, rival, attacking)
     return {"figures": found | {"seconds": made["seconds"]}, "training": described["training"]}
 
 
