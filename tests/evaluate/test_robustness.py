@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastdistill.errors import FastdistillError, InputError
 from fastdistill.evaluate import accuracy, attacked, calibration, logits_of, reliance, robustness, saliency_on
 from fastdistill.evaluate.classification import margins
+from fastdistill.evaluate.robustness import Remembered
 from tests.harness import EPS
 
 EPSILON = 0.05
@@ -37,8 +38,10 @@ class Linear(nn.Module):
     def __init__(self, classes: int = 3, pair: bool = False) -> None:
         super().__init__()
         self.linear, self.pair = nn.Linear(18, classes), pair
+        random = torch.Generator().manual_seed(1)
         with torch.no_grad():
-            self.linear.weight.copy_(torch.randn(classes, 18, generator=torch.Generator().manual_seed(1)))
+            self.linear.weight.copy_(torch.randn(classes, 18, generator=random))
+            self.linear.bias.copy_(torch.randn(classes, generator=random) / 5)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         logits = self.linear(x.flatten(1))
@@ -232,3 +235,13 @@ def test_the_code_of_the_page_runs() -> None:
     attacked = names["attacked"]
     assert attacked["n"] == 30 and attacked["square_n"] == 10 and len(attacked["apgd"]) == 2
     assert attacked["apgd"][0] <= attacked["clean"] and attacked["masking"]["beyond"] == 0
+
+
+def test_an_image_is_evaluated_once() -> None:
+    model, asked = Linear(3), []
+    model.register_forward_pre_hook(lambda _m, args: asked.append(len(args[0])))
+    images, seen = data(model, 12)[0], Remembered(model)
+    asked.clear()
+    for part in (images[:8], images[4:], images[:8].flip(0), images[:4]):
+        torch.testing.assert_close(seen(part), model(part), rtol=0, atol=64 * EPS)
+    assert asked == [8, 8, 4, 8, 8, 4]
