@@ -116,8 +116,8 @@ def sweep(
 
 
 def chosen(rows: Sequence[Mapping[str, Any]], *, least_right: float = 0.95) -> dict[str, Any]:
-    """The row that removes most of the irrelevant variance among those whose selectivity is within the interval of the
-    highest; with ``reason`` and ``neighbours``, the rows next to it in t_e, k or tap.
+    """The row that removes most of the irrelevant variance among those whose selectivity has an interval that overlaps
+    that of the highest; with ``reason`` and ``neighbours``, the rows next to it in t_e, k or tap.
 
     Fewer directions are often the more selective and leave much in place, hence the second criterion. The judge has to
     be right on a share ``least_right`` of what it is right on among the images; where there is no judge, that is not
@@ -139,14 +139,14 @@ def chosen(rows: Sequence[Mapping[str, Any]], *, least_right: float = 0.95) -> d
     )
     highest = max(judged, key=lambda row: float(row["selectivity"]))
     low, high = highest["details"]["intervals"]["selectivity"]
-    close = [row for row in judged if row is highest or row["selectivity"] >= low]
+    close = [row for row in judged if row is highest or row["details"]["intervals"]["selectivity"][1] >= low]
     best = max(close, key=lambda row: float(row["irrelevant_removed"]))
     gone, lost = (f"{round(best[f'{name}_removed'], 2) + 0.0:.0%}" for name in ("irrelevant", "relevant"))  # no -0%
     reason = (
         f"{gone} of the irrelevant variance is removed with {lost} of the relevant, selectivity "
         f"{best['selectivity']:.2f} (random directions of equal energy: {best['selectivity_random']:.2f}); of "
         f"{len(judged)} settings the highest selectivity is {highest['selectivity']:.2f} [{low:.2f}, {high:.2f}], and "
-        f"of the {len(close)} within that interval this one removes most of the irrelevant"
+        f"of the {len(close)} whose intervals overlap that one it removes most of the irrelevant"
     )
     beside = [row for row in rows if row["k"] and _beside(row, best, rows)]
     fields = ("t_e", "k", "tap", "selectivity", "irrelevant_removed", "relevant_removed", "judge_right")

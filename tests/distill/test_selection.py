@@ -75,9 +75,9 @@ def test_the_choice(rows: list[dict[str, Any]]) -> None:
     assert found["tap"] == "x0" and found["k"] in (1, 2) and found["selectivity"] == pytest.approx(1)
     assert found["reason"].startswith("100% of the irrelevant variance is removed with 0% of the relevant, selectivity")
     few, many, worse = (next(row for row in rows if row["k"] == k and row["tap"] == "x0") for k in (1, 2, 3))
-    three = [given(few, 0.8, 0.7, 0.1), given(many, 0.75, 0.85, 0.1), given(worse, 0.6, 0.95, 0.1)]
+    three = [given(few, 0.8, 0.7, 0.1), given(many, 0.75, 0.85, 0.1), given(worse, 0.55, 0.95, 0.1)]
     assert chosen(three)["k"] == 2
-    assert "of the 2 within that interval" in chosen(three)["reason"]
+    assert "of the 2 whose intervals overlap that one" in chosen(three)["reason"]
     found = chosen([given(row, float(row is few), 0.5, 0.0) for row in rows])
     beside = {(row["t_e"], row["k"], row["tap"]) for row in found["neighbours"]}
     assert beside == {(40, 1, "x0"), (60, 1, "output"), (60, 2, "x0")}
