@@ -150,16 +150,22 @@ def sample_grid(
 
 
 def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
-    """Training losses over optimizer steps, logarithmic: logged values in a light color, their running mean in full.
+    """``curves`` of training losses."""
+    return curves(runs, "loss")
 
-    runs: name -> (steps [n], losses [n] or [seeds, n]). With several seeds, the mean is over seeds too. Values above 0.
+
+def curves(runs: Mapping[str, tuple[Sequence[float], Any]], what: str, *, linear: bool = False) -> Figure:
+    """Values over optimizer steps: logged values in a light color, their running mean in full. One run has no name.
+
+    runs: name -> (steps [n], values [n] or [seeds, n]). With several seeds, the mean is over seeds too. Values above 0.
+    what: the name of the values. linear: from 0, in place of logarithmic.
     """
     figure, axes = _axes(9.0, 3.9)
     ends, texts = [], []
     for index, (name, (steps, losses)) in enumerate(runs.items()):
         x, y = np.asarray(steps, dtype=float), np.atleast_2d(np.asarray(losses, dtype=float))
         if x.ndim != 1 or not len(x) or y.ndim != 2 or y.shape[1] != len(x):
-            raise InputError.of(f"runs[{name!r}]", "steps [n] and losses [n] or [seeds, n]", (x.shape, y.shape))
+            raise InputError.of(f"runs[{name!r}]", "steps [n] and values [n] or [seeds, n]", (x.shape, y.shape))
         color = ROLE.get(name, _MORE[index % len(_MORE)])
         for row in y:
             axes.plot(x, row, color=color, alpha=0.22, linewidth=0.9)
@@ -167,13 +173,17 @@ def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
         axes.plot(x, mean, color=color, linewidth=2, solid_capstyle="round")
         ends.append((mean[-1], name, color, x[-1]))
         texts.append(f"{label(name)}: from {mean[0]:.3g} to {mean[-1]:.3g} at step {x[-1]:.0f}")
-    axes.set_yscale("log")
     axes.set_xlabel("optimizer step", color=MUTED, fontsize=9)
-    axes.set_ylabel("loss", color=MUTED, fontsize=9)
+    axes.set_ylabel(what, color=MUTED, fontsize=9)
     axes.margins(x=0.01)
-    _log_ticks(axes)
-    _end_labels(figure, axes, ends)
-    figure.set_label("Loss over training steps. " + "; ".join(texts) + ".")
+    if linear:
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_yscale("log")
+        _log_ticks(axes)
+    if len(ends) > 1:
+        _end_labels(figure, axes, ends)
+    figure.set_label(f"{label(what)} over training steps. " + "; ".join(texts) + ".")
     return figure
 
 

@@ -24,6 +24,7 @@ from fastdistill.runs.models import trained_student
 from fastdistill.runs.opened import Run, opened
 from fastdistill.runs.plan import plan
 from fastdistill.runs.pool import Pool
+from fastdistill.runs.report import report
 from fastdistill.runs.sample import sample
 from fastdistill.train.config import from_yaml
 
@@ -59,6 +60,7 @@ __all__ = [
     "opened",
     "plan",
     "recipes",
+    "report",
     "sample",
     "trained_student",
     "trainer_of",

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from fastdistill.data.fingerprint import plain
 from fastdistill.errors import FastdistillError, Stopped, StorageError
 from fastdistill.files import atomic_write, locked, make_directory, reason, require_space, sweep
-from fastdistill.train import checkpoint, distributed
+from fastdistill.train import checkpoint, distributed, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
 from fastdistill.train.step import TrainStep
 from fastdistill.train.trackers import Trackers, check_installed
 
+METRICS = "metrics.jsonl"  # file of a run
 PREVIEWS = "previews"  # folder of a run
 
 
@@ -142,6 +143,7 @@ class _Run:
         self.trackers = Trackers((), Path(), {}, 0)
         self._before, self._start = 0.0, time.perf_counter()
         self._logged = self._skipped = self._saved = 0
+        self._told: set[str] = set()
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._start
@@ -157,7 +159,7 @@ class _Run:
             if found is None:
                 return None
             tensors.update({name: value for name, value in found.state.items() if isinstance(value, Tensor)})
-            path = directory / "metrics.jsonl"
+            path = directory / METRICS
             history = [m for m in read_metrics(path) if m["step"] <= found.step]
             atomic_write(path, "".join(json.dumps(m) + "\n" for m in history).encode())
             return found.seconds, history, found.state | {name: t.to("meta") for name, t in tensors.items()}
@@ -198,8 +200,12 @@ class _Run:
                 f"({self._explain()})"
             )
         self.history.append(metrics)
+        for term, text in health.concerns(self.history).items():
+            if term not in self._told and distributed.rank() == 0:
+                warnings.warn(f"step {done}: {text}", stacklevel=2)
+            self._told.add(term)
         if self.directory is not None:
-            path = self.directory / "metrics.jsonl"
+            path = self.directory / METRICS
             distributed.first(lambda: _append(path, metrics))
             self.trackers.scalars(done, {name: value for name, value in metrics.items() if name != "step"})
         return metrics
