@@ -42,7 +42,7 @@ class DemoConfig:
     quick: bool = False
     """Short version, a minute (default output runs/guidance-quick)."""
     full: bool = False
-    """Also: one more constant, a student of the window on noised images, students from caches by random conditioning."""
+    """Also one more constant, a student of the window on noised images, students from caches by random conditioning."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     """Seeds of the images, and students to train of each kind."""
     constants: Annotated[tuple[Weight, ...], Field(min_length=2)] = (0.0, 0.5, 1.0, 2.0, 4.0)
