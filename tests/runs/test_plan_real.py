@@ -85,3 +85,19 @@ def test_operations_of_stable_diffusion(tmp_path: Path) -> None:
         "student": 523,
         "backward": 1082,
     }
+
+
+@pytest.mark.slow
+def test_figures_of_a_large_run(tmp_path: Path) -> None:
+    """Those of docs/scale.md."""
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    found = runs.plan(
+        run_config("sd15", tmp_path, batch=256, precision="bfloat16", micro_batch=32), card="h100", ranks=8
+    )
+    assert found.batch == found.micro_batch == 32
+    memory = {name: f"{size / 1e9:.1f}" for name, size in found.memory.items()}
+    parts = ("teacher", "student", "gradients", "masters", "moments", "averages", "activations")
+    assert f"{found.total / 1e9:.1f} GB: {', '.join(f'{name} {memory[name]}' for name in parts)}" in page
+    assert f"a step of 32 images | {found.step_seconds:.3f} s" in page
+    assert ", ".join(f"{name} {count / 1e12:.2f}" for name, count in found.flops.items()) in page
+    assert f"| 8 | 256 | {int(found.images_per_second)} | {400_000 * found.step_seconds / 3600:.1f} hours" in page
