@@ -37,7 +37,11 @@ def run(arguments: list[str]) -> None:
                 loss = f", loss {metrics['loss']:.4g}"
             bars.show(task, done, f"distill{loss}", config.train.batch)
 
-        result = runs.distill(config, allow_code=given.allow_code, progress=show)
+        def tell(line: str) -> None:
+            bars.console.print(line, highlight=False, soft_wrap=True)
+
+        shown = tell if "bar" in config.log and not given.json else None
+        result = runs.distill(config, allow_code=given.allow_code, progress=show, tell=shown)
     if distributed.started_as() != 0:
         return
     found = runs.metrics_of(result)

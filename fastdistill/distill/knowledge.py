@@ -97,6 +97,8 @@ class Knowledge:
         self._names = list(zip(*taps, strict=True)) if weights.feature else []
         tapped = self._names[1] if self._names else ()
         self.metric_names = ("loss", "output", "feature", "task", *(f"feature/{name}" for name in tapped))
+        #: Names of each pair of taps, teacher's first, and the shapes of their features.
+        self.tapped: list[tuple[tuple[str, str], tuple[int, ...], tuple[int, ...]]] = []
         self._taps: tuple[Taps, Taps] | None = None
         self._predict_teacher, self._predict_student = setting.predictors
         with contextlib.ExitStack() as failed:  # where something does not fit
@@ -107,6 +109,7 @@ class Knowledge:
             setting.check("student", timestep_cond)
             if self._taps:
                 theirs, own = ([tuple(f.shape) for f in tapped.features()] for tapped in self._taps)
+                self.tapped = list(zip(taps, theirs, own, strict=True))
                 signals = setting.latents.ndim == 3
                 pairs = [_channels(*each, signals) for each in zip(taps, theirs, own, strict=True)]
                 self.adapters: Adapters = Adapters(pairs, seed=adapter_seed).to(

@@ -80,7 +80,7 @@ class BoundRandomConditioning:
             **{"loss_weighting": config.loss_weighting} | guided,
         )
         self.whole = "the normalized distance of features" if config.feature_distance == "normalized_mse" else ""
-        self.metric_names = self._knowledge.metric_names
+        self.metric_names, self.tapped = self._knowledge.metric_names, self._knowledge.tapped
         self.trained: tuple[nn.Module, ...] = self._knowledge.trained
         self._batches = setting.batches(
             thresholds(config.p(setting.schedule.clock)),

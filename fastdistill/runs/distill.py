@@ -17,7 +17,9 @@ from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import InputError
 from fastdistill.files import atomic_write
 from fastdistill.models.families import FAMILIES
+from fastdistill.plan import Plan
 from fastdistill.plan.memory import CONTEXT
+from fastdistill.runs import beginning
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import teacher_and_student
 from fastdistill.runs.objective import objective_of
@@ -31,7 +33,12 @@ RUN_FILE = "run.yaml"
 
 
 def distill(
-    config: RunConfig, *, allow_code: bool = False, progress: Progress | None = None, callbacks: Callbacks = ()
+    config: RunConfig,
+    *,
+    allow_code: bool = False,
+    progress: Progress | None = None,
+    callbacks: Callbacks = (),
+    tell: Callable[[str], object] | None = None,
 ) -> FitResult:
     """Train the student of a run to its last step, or go on with a run that is in ``config.directory``.
 
@@ -40,23 +47,32 @@ def distill(
 
     Args:
         allow_code: whether ``config.call``, code of the user's own, may be imported.
+        tell: called on rank 0 with lines on the models, the taps and the memory before the first step, and with one on
+            execution, kernels and memory after it.
     """
     with distributed.launched(config.device) as device:
-        run = fitted(opened(dataclasses.replace(config, device=device), allow_code=allow_code))
+        run, planned = fitted(opened(dataclasses.replace(config, device=device), allow_code=allow_code))
         with trainer_of(run) as trainer:
-            missing = [RUN_FILE] if distributed.rank() == 0 else []
+            calls = 0
 
             def started(done: int, metrics: dict[str, float] | None) -> object:
-                if missing:  # the directory is this run's by now
+                nonlocal calls
+                calls += 1
+                first = distributed.rank() == 0
+                if first and calls == 1:  # the directory is this run's by now
                     kept = dataclasses.replace(config, train=run.config.train)
-                    atomic_write(run.directory / missing.pop(), to_yaml(kept).encode())
+                    atomic_write(run.directory / RUN_FILE, to_yaml(kept).encode())
+                if first and tell is not None and calls <= 2:
+                    for line in beginning.before(trainer, planned) if calls == 1 else beginning.after(trainer):
+                        tell(line)
                 return None if progress is None else progress(done, metrics)
 
             return trainer.fit(run.directory, progress=started, callbacks=callbacks)
 
 
-def fitted(run: Run) -> Run:
-    """The run with its micro-batch: that of the sitting before, or the largest that fits, where the file has none.
+def fitted(run: Run) -> tuple[Run, Plan | None]:
+    """The run with its micro-batch: that of the sitting before, or the largest that fits, where the file has none. And
+    its plan; None where it is so small that none was made.
 
     Raises:
         InputError: the run does not fit into the memory of its device, with what would make it fit.
@@ -73,7 +89,7 @@ def fitted(run: Run) -> Run:
         micro_batch = before if before is None or part % before == 0 else None
     if micro_batch is None:
         if _far_from(free, run):
-            return run
+            return run, None
         micro_batch = default_micro_batch(run, free, ranks=ranks)
     train = dataclasses.replace(run.config.train, micro_batch=None if micro_batch == part else micro_batch)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
@@ -82,7 +98,7 @@ def fitted(run: Run) -> Run:
         advice = "; ".join(map(str, remedies)) or "nothing that is known"
         rule = f"a run that fits into the {free / 2**30:.1f} GiB that are free on {run.config.device}"
         raise InputError.of("train", rule, f"one of {found.total / 2**30:.1f} GiB (what would help: {advice})")
-    return run
+    return run, found
 
 
 def _far_from(free: int, run: Run) -> bool:

@@ -48,6 +48,7 @@ class GraphedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         self._step, self._student, self._strict = step, student, strict
         self._stream = step.stream or torch.cuda.Stream(step.counter.device)
+        step.execution = "CUDA graph"
         self._next: Callable[[], None] = self._eager
         self._warm, self._until = 0, WARM_UP if distributed.size() == 1 else DDP_WARM_UP
 
@@ -157,6 +158,7 @@ def refuse_compiled(step: TrainStep, student: nn.Module) -> str | None:
 
 def _eager(step: TrainStep) -> Callable[[], None]:
     """The step, with the random numbers that the student itself draws seeded in each."""
+    step.execution = "eager"
 
     def advance() -> None:
         with step.randomness():
@@ -170,6 +172,7 @@ def _compiled(step: TrainStep) -> Callable[[], None]:
     call draw random numbers of a generator with a state (compiling may do so once)."""
     from torch._dynamo.exc import TorchDynamoException
 
+    step.execution = "compiled"
     logger.info("compiling the training step: the first call takes minutes for a large model")
     step.compile()
     calls = drawn = 0

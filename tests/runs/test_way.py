@@ -66,7 +66,11 @@ def test_from_a_folder_to_a_pipeline(name: str, saved: Callable[[str], Path], tm
     if name == "dit":
         Path(str(config.prompts.file)).write_text("dog\n3\n5\n2\n9\n")
     cached(config)
-    result = runs.distill(config)
+    told: list[str] = []
+    result = runs.distill(config, tell=told.append)
+    assert told[0].startswith("teacher: ") and told[-1].startswith("first step: eager; kernels ")
+    taps = [line for line in told if line.startswith("tap: ")]
+    assert len(taps) == sum("/" in name for name in result.history[0]) and f"{len(taps)} taps carry" in told[-1]
     assert result.steps == 3 and all(entry["loss"] > 0 for entry in result.history)
     files = runs.sample(config, ["3"] if name == "dit" else ["a cat"], tmp_path / "images", seeds=(0, 1))
     assert [Image.open(file).size for file in files] == [(32, 32)] * 2
@@ -245,7 +249,7 @@ def test_the_micro_batch_is_what_fits(
     kept = runs.load(Path(config.directory) / "run.yaml").train.micro_batch
     assert kept in (1, 2)
     monkeypatch.undo()
-    assert distilling.fitted(runs.opened(config)).config.train.micro_batch == kept
+    assert distilling.fitted(runs.opened(config))[0].config.train.micro_batch == kept
 
 
 @pytest.mark.slow

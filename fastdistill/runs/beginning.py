@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says of itself before its first step and after it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+from torch import nn
+
+from fastdistill import ops
+from fastdistill.data.fingerprint import dtype_name
+from fastdistill.files import readable
+from fastdistill.plan import Plan
+from fastdistill.train import DistillTrainer
+
+
+def before(trainer: DistillTrainer, planned: Plan | None) -> list[str]:
+    """Lines on the models, the taps with the shapes of their features (the batch first), and the memory that the plan
+    expects where one was made."""
+    student = trainer.student
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in student.parameters())
+    lines = [f"teacher: {_size(trainer.teacher)}; student: {_size(student)}, {_share(trained, count)} trained"]
+    for (theirs, own), wide, narrow in getattr(trainer.step.objective, "tapped", ()):
+        adapter = "" if wide == narrow else " by an adapter"
+        lines.append(f"tap: student {own} {list(narrow)} to teacher {theirs} {list(wide)}{adapter}")
+    if planned is not None:
+        lines.append(f"memory: {readable(planned.total)} planned")
+    return lines
+
+
+def after(trainer: DistillTrainer) -> list[str]:
+    """Lines on what the first step used. It has refused a tap whose feature carries no gradient."""
+    device = trainer.step.counter.device
+    kernels = ", ".join(f"{op} {found[0]}" for op, found in sorted(ops.used().items()))
+    if device.type == "cuda":
+        peak = f"{readable(torch.cuda.max_memory_allocated(device))} allocated at the peak"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = f"{readable(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of memory in the process"
+    taps = getattr(trainer.step.objective, "tapped", ())
+    gradient = [f"{'the tap carries' if len(taps) == 1 else f'all {len(taps)} taps carry'} a gradient"] if taps else []
+    return ["; ".join([f"first step: {trainer.step.execution}", f"kernels {kernels}", *gradient, peak])]
+
+
+def _size(model: nn.Module) -> str:
+    dtypes = sorted({dtype_name(p.dtype) for p in model.parameters()})
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters in {' and '.join(dtypes)}"
+
+
+def _share(trained: int, count: int) -> str:
+    return "all" if trained == count else f"{trained:,}"
