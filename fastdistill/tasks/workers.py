@@ -40,6 +40,8 @@ from fastdistill.train.devices import usable
 Report = Callable[..., None]
 _SPACE = 200_000_000  # bytes, more than the data, checkpoints and exports of an experiment need
 _PATIENCE = 20.0  # seconds for a process to write its checkpoint after Ctrl-C
+#: Options that stand for changes of others.
+_SIZES = ("quick", "full")
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,10 @@ def backend(found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def command(name: str, config: Any, default: Any) -> str:
-    """The shortest command that gives this configuration; fields that change no result are left out."""
+    """The shortest command that gives this configuration; fields that change no result are left out. ``default``: what
+    there is without any other option than the ``quick`` and ``full`` of the configuration."""
     words = ["fastdistill", name]
-    if config.quick:
-        words.append("--quick")
+    words += [f"--{name}" for name in _SIZES if getattr(config, name, False)]
     for option, value in _changed(dataclasses.asdict(config), dataclasses.asdict(default)):
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
@@ -147,7 +149,7 @@ def _changed(config: Mapping[str, Any], default: Mapping[str, Any], within: str 
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _changed(value, default[name], f"{within}{name}.")
-        elif name not in ("output", "quick", "workers", "threads", "device") and value != default[name]:
+        elif name not in ("output", *_SIZES, "workers", "threads", "device") and value != default[name]:
             yield within + name.replace("_", "-"), value
 
 

@@ -6,13 +6,16 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from fastdistill.cli import main
 from fastdistill.tasks import workers
+from fastdistill.tasks.context import demo_config as context
 from fastdistill.tasks.digits.config import DigitsConfig
+from fastdistill.tasks.guidance import demo_config as guidance
 from fastdistill.train.config import from_yaml
 
 
@@ -49,3 +52,12 @@ def test_seconds_are_those_of_all_sittings(tmp_path: Path, before: str | None) -
 def test_kernels_of_all_processes() -> None:
     results = [{"backend": {"a": ["cpp"], "b": ["reference"]}}, {"backend": {"a": ["cpp", "reference"]}}]
     assert workers.backend(results) == {"a": "cpp, reference", "b": "reference"}
+
+
+@pytest.mark.parametrize("kind", [guidance.DemoConfig, context.DemoConfig])
+def test_the_command_of_a_full_experiment_is_short(kind: Any) -> None:
+    name = kind.__module__.split(".")[-2]
+    config = kind(full=True, seeds=3).resolved()
+    assert workers.command(f"demo {name}", config, kind(full=True).resolved()) == (
+        f"fastdistill demo {name} --full --seeds 3"
+    )

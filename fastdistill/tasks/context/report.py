@@ -35,6 +35,7 @@ def write(
     curve |= {float(p.removeprefix(CURVE)): [r["figures"] for r in runs] for p, runs in results.items() if CURVE in p}
     other = results["other"][0]
     parts = {part: sum(run["all_seconds"] for run in runs) for part, runs in results.items()}
+    default = DemoConfig(quick=config.quick, full=config.full).resolved()
     report: dict[str, Any] = {
         "title": "Canonical latents, and classifiers that learn from them not to look at the background",
         "teacher": {"kind": config.teacher, "right": made["right"], "round_trip": made["round_trip"]},
@@ -49,7 +50,9 @@ def write(
         "backend": workers.backend(run for runs in results.values() for run in runs),
         "device": workers.device(config.device, config.threads, config.workers),
         "date": datetime.date.today().isoformat(),
-        "reproduce": [workers.command("demo context", config, DemoConfig(quick=config.quick).resolved())],
+        "reproduce": [
+            workers.command("demo context", config, DemoConfig(quick=config.quick, full=config.full).resolved())
+        ],
     }
     report["finding"] = finding(report)
     figures = pictures(config, output, report, results)

@@ -38,6 +38,7 @@ def write(
     taught = [row for runs in results.values() for row in _named(runs)]
     speed = results["speed"][0]["images_per_second"]
     parts = {part.replace("_", " "): sum(run["all_seconds"] for run in runs) for part, runs in results.items()}
+    default = DemoConfig(quick=config.quick, full=config.full).resolved()
     report: dict[str, Any] = {
         "title": "Schedules of guidance on shades, digits and exact worlds",
         "worlds": {name: {key: world[key] for key in _WORLD if key in world} for name, world in worlds.items()},
@@ -48,7 +49,9 @@ def write(
         "backend": workers.backend(run for runs in results.values() for run in runs),
         "device": workers.device(config.device, config.threads, config.workers),
         "date": datetime.date.today().isoformat(),
-        "reproduce": [workers.command("demo guidance", config, DemoConfig(quick=config.quick).resolved())],
+        "reproduce": [
+            workers.command("demo guidance", config, DemoConfig(quick=config.quick, full=config.full).resolved())
+        ],
     }
     for row in report["models"]["shades"]["rows"]:
         row["images_per_second"] = speed[row["schedule"]]
