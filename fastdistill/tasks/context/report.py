@@ -50,9 +50,7 @@ def write(
         "backend": workers.backend(run for runs in results.values() for run in runs),
         "device": workers.device(config.device, config.threads, config.workers),
         "date": datetime.date.today().isoformat(),
-        "reproduce": [
-            workers.command("demo context", config, DemoConfig(quick=config.quick, full=config.full).resolved())
-        ],
+        "reproduce": [workers.command("demo context", config, default)],
     }
     report["finding"] = finding(report)
     figures = pictures(config, output, report, results)

@@ -49,9 +49,7 @@ def write(
         "backend": workers.backend(run for runs in results.values() for run in runs),
         "device": workers.device(config.device, config.threads, config.workers),
         "date": datetime.date.today().isoformat(),
-        "reproduce": [
-            workers.command("demo guidance", config, DemoConfig(quick=config.quick, full=config.full).resolved())
-        ],
+        "reproduce": [workers.command("demo guidance", config, default)],
     }
     for row in report["models"]["shades"]["rows"]:
         row["images_per_second"] = speed[row["schedule"]]
