@@ -35,6 +35,8 @@ def run(arguments: list[str]) -> None:
             nonlocal loss
             if metrics is not None:
                 loss = f", loss {metrics['loss']:.4g}"
+                if metrics["skipped"]:
+                    loss += f", {metrics['skipped']:.0f} updates skipped"
             bars.show(task, done, f"distill{loss}", config.train.batch)
 
         def tell(line: str) -> None:
