@@ -50,7 +50,7 @@ class DemoConfig:
     windows: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "4@8,-1@2,0",
         "8@10,-1@2,0",
-        "12@12,-1@1.5,0",
+        "11.2@12,-1@1.5,0",
         "8@8,-1@2,0",
     )
     """Schedules of the shades' teacher beside the constants."""

@@ -52,7 +52,7 @@ class ShadesDiagnosis:
 
     schedules: tuple[str, ...] = (
         *("0", "0.5", "1", "1.5", "2", "3"),
-        *("4@8,-1@2,0", "8@10,-1@2,0", "12@12,-1@1.5,0", "8@8,-1@2,0"),
+        *("4@8,-1@2,0", "8@10,-1@2,0", "11.2@12,-1@1.5,0", "8@8,-1@2,0"),
     )
     """Schedules of w; windows are compared with the constants among them, of which 0 has to be one."""
     grid: str = GRID
