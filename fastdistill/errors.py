@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class FastdistillError(Exception):
     """Base class of all exceptions that the package raises. The command line prints only the message."""
@@ -33,6 +36,15 @@ def quoted(error: BaseException) -> str:
 
 class StorageError(FastdistillError, OSError):
     """A file or directory that cannot be read or written, or whose content does not match its manifest."""
+
+
+@contextlib.contextmanager
+def named(field: str) -> Iterator[None]:
+    """Names, in a StorageError about a path, the field that holds this path."""
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(f"{field}: {error}") from error
 
 
 class KernelError(FastdistillError, RuntimeError):

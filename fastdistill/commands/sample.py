@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastdistill.commands._bars import Bars
 from fastdistill.commands._options import quiet, run_file
 from fastdistill.documented import documented
-from fastdistill.errors import FastdistillError
+from fastdistill.errors import FastdistillError, named
 
 
 @documented
@@ -48,7 +48,8 @@ def run(arguments: list[str]) -> None:
     from fastdistill import runs
     from fastdistill.data.texts import read_prompts
 
-    prompts = own.prompt if own.prompts is None else read_prompts(own.prompts).texts
+    with named("--prompts"):
+        prompts = own.prompt if own.prompts is None else read_prompts(own.prompts).texts
     to = own.to or f"{given.config.directory}/samples{'-teacher' if own.teacher else ''}"
     with Bars(not given.json) as bars:
         task = bars.begin("sample")

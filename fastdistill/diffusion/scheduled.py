@@ -20,7 +20,7 @@ from fastdistill.diffusion.passes import Passes
 from fastdistill.diffusion.prompts import Rows
 from fastdistill.diffusion.sampler import one_guidance
 from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type, flow_matching
-from fastdistill.errors import InputError, described
+from fastdistill.errors import InputError, described, quoted
 from fastdistill.models import families
 from fastdistill.models.calling import Call, Predictor
 from fastdistill.ops import _check, philox
@@ -61,8 +61,9 @@ def sample_with(
         x_0 in the dtype of x_T; the state between the steps is at least float32.
 
     Raises:
-        InputError: an object that is no scheduler, one that learns its variance, prompts of another batch, no steps,
-            a guidance scale that is not finite, or beside a schedule; thresholds outside of the levels.
+        InputError: an object that is no scheduler, one that learns its variance, prompts of another batch, no steps
+            or more than it can make, a guidance scale that is not finite, or beside a schedule; thresholds outside of
+            the levels.
     """
     check_scheduler(scheduler)
     _check.tensors(x_T=x_T)
@@ -131,9 +132,19 @@ def scheduler_of(schedule: Schedule, prediction_type: PredictionType, clip_sampl
 
 
 def set_timesteps(
-    scheduler: Any, steps: int, shape: tuple[int, ...], model: nn.Module, device: torch.device | str = "cpu"
+    scheduler: Any,
+    steps: int,
+    shape: tuple[int, ...],
+    model: nn.Module,
+    device: torch.device | str = "cpu",
+    *,
+    argument: str = "steps",
 ) -> None:
-    """As the pipelines of the model's family do it, for states [B, *shape]."""
+    """As the pipelines of the model's family do it, for states [B, *shape].
+
+    Raises:
+        InputError: more steps, by the name ``argument``, than the scheduler has timesteps, or than it takes.
+    """
     options: dict[str, Any] = {}
     if (mu := mu_of(scheduler, families.tokens_of(model, shape))) is not None:
         options["mu"] = mu
@@ -141,7 +152,16 @@ def set_timesteps(
     sigmas = None if family is None else family.sigmas(steps)
     if sigmas is not None and "sigmas" in _takes(scheduler.set_timesteps):
         options["sigmas"] = sigmas
-    scheduler.set_timesteps(steps, device=device, **options)
+    kind, last = type(scheduler).__name__, scheduler.config.get("num_train_timesteps", steps)
+    if steps > last:
+        raise InputError.of(argument, f"at most the {last} timesteps of the scheduler ({kind})", steps)
+    try:
+        scheduler.set_timesteps(steps, device=device, **options)
+    except ValueError as error:
+        raise InputError.of(argument, f"steps that {kind} can make", f"{steps} ({quoted(error)})") from error
+    if hasattr(scheduler, "alphas_cumprod") and (t := float(max(scheduler.timesteps))) > last - 1:
+        got = f"{steps}, with the first at {t:g} (steps_offset {scheduler.config.get('steps_offset')})"
+        raise InputError.of(argument, f"steps that {kind} makes at timesteps up to {last - 1}", got)
 
 
 def _options(scheduler: Any, seed: int, rows: Tensor) -> dict[str, Any]:

@@ -295,11 +295,19 @@ class PipelineFolder:
             options["guidance_scale"] = self.family.guided(config, guidance_scale)
         return sample_with(self.scheduler(), model, noise, given, null, **options)
 
-    def check_guidance(self, guidance: Guidance | float | str, steps: int) -> None:
-        """InputError unless ``sample`` can use this schedule at the levels that the scheduler visits in these steps."""
+    def check_steps(
+        self, model: Any, steps: int, guidance: Guidance | float | str | None = None, *, argument: str = "steps"
+    ) -> None:
+        """InputError unless ``sample`` can make so many steps, and use the schedule ``guidance`` at the levels of noise
+        that the scheduler visits in them.
+
+        Args:
+            model: on any device, also meta. argument: what the message calls the steps.
+        """
         scheduler = self.scheduler()
-        set_timesteps(scheduler, steps, self.latent_shape(), self.model(device="meta"))
-        Guidance.parse(guidance).passes(Grid.visited(scheduler))
+        set_timesteps(scheduler, steps, self.latent_shape(), model, argument=argument)
+        if guidance is not None:
+            Guidance.parse(guidance).passes(Grid.visited(scheduler))
 
     def export(
         self,

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 import fastdistill
 from fastdistill.data.images import image_files, load_image
 from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.data.texts import read_prompts
 from fastdistill.distill import GuidanceDistillation
 from fastdistill.distill.objective import Setting
-from fastdistill.errors import InputError, described
+from fastdistill.errors import InputError, described, named
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.comparison import pixels, write_comparison
 from fastdistill.evaluate.features import Extractor, FolderFeatures, inception_features, pixel_features
@@ -36,6 +35,7 @@ from fastdistill.models.calling import kept_in_float32
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import adapters_in, last_checkpoint, student_in
 from fastdistill.runs.opened import Run, Size, opened
+from fastdistill.runs.pool import prompts_in
 from fastdistill.train import checkpoint
 from fastdistill.train.config import to_yaml
 
@@ -94,7 +94,9 @@ def evaluate(
     run = opened(config, allow_code=allow_code)
     settings, device = run.config.evaluate, run.config.device
     extractors = _extractors(run, features)
-    reference = [] if settings.reference is None else image_files(located(settings.reference, "evaluate.reference"))
+    with named("evaluate.reference"):
+        real = settings.reference
+        reference = [] if real is None else image_files(located(real, "evaluate.reference"))
     prompts = _prompts(run)
     own = _student(run, student, step)
     models = run.pipeline.model(device=device, dtype=run.teacher_dtype), own.model
@@ -150,15 +152,18 @@ def _extractors(run: Run, features: Extractor | None) -> dict[str, Extractor]:
     elif settings.features is None:
         found["features"] = pixel_features
     else:
-        found["features"] = FolderFeatures(settings.features, device)
+        with named("evaluate.features"):
+            found["features"] = FolderFeatures(settings.features, device)
     if "kid" in settings.metrics:
         require("torchmetrics", "metrics")
     if {"fid", "kid"} & set(settings.metrics):
-        found["inception"] = features or inception_features(settings.inception, device)
+        with named("evaluate.inception"):
+            found["inception"] = features or inception_features(settings.inception, device)
     if "clip" in settings.metrics:
         if settings.clip is None:
             raise InputError.of("evaluate.clip", "the folder of a CLIP model, for the CLIP score", "none")
-        clip = FolderFeatures(settings.clip, device)
+        with named("evaluate.clip"):
+            clip = FolderFeatures(settings.clip, device)
         clip.texts(["a"])
         found["clip"] = clip
     return found
@@ -174,10 +179,8 @@ def _prompts(run: Run) -> _Prompts:
     """The last prompts of the pool, or those of a file, by the run's text encoders."""
     wanted = run.config.evaluate.prompts
     if isinstance(wanted, str):
-        given = run.config.prompts
-        options = {"strip": given.strip, "unique": given.unique, "skip_empty": given.skip_empty}
-        texts = read_prompts(wanted, column=given.column, **options).texts
-        trained = set(run.pool.texts[: run.pool.seen]) if given.file is not None else set()
+        texts = prompts_in(run.config, wanted, "evaluate.prompts").texts
+        trained = set(run.pool.texts[: run.pool.seen]) if run.config.prompts.file is not None else set()
         return _Prompts(texts, _encoded(run, texts), [text in trained for text in texts])
     first = max(0, len(run.pool.texts) - wanted)
     texts = run.pool.texts[first:]

@@ -23,7 +23,7 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
 from fastdistill.diffusion.guidance import Guidance, shown
-from fastdistill.errors import InputError, StorageError, described, quoted
+from fastdistill.errors import InputError, StorageError, described, named, quoted
 from fastdistill.files import located
 from fastdistill.models import BlockSpec, Student, StudentSpec, make_student
 from fastdistill.models.calling import Call
@@ -64,7 +64,8 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     usable(device)
     if not config.teacher:
         raise InputError.of("teacher", "a pipeline folder of diffusers", "none")
-    pipeline, call = open_teacher(config.teacher, config.call, allow_code)
+    with named("teacher"):
+        pipeline, call = open_teacher(config.teacher, config.call, allow_code)
     if config.family not in ("auto", pipeline.family.name):
         rule = f"auto, or {pipeline.family.name}, which {config.teacher} holds"
         known = "" if config.family in FAMILIES else f" (families: {', '.join(FAMILIES)}; others: call)"
@@ -74,10 +75,16 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     run = Run(dataclasses.replace(config, device=device), pipeline, call)
     for size in run.sizes:
         pipeline.latent_shape(size)
+    teacher = pipeline.model(device="meta")
+    for name, part in (("cache", config.cache), ("preview", config.preview), ("evaluate", config.evaluate)):
+        if part.steps is None or (name == "preview" and config.preview.every is None):
+            continue
+        schedule = run.guidance(None if name == "cache" else part.guidance_scale).get("guidance")
+        pipeline.check_steps(teacher, part.steps, schedule, argument=f"{name}.steps")
     guidance = config.objective.guidance
     if guidance.schedule is None and dataclasses.replace(guidance, weight_limit=5.0) != GuidanceSettings():
         raise InputError.of("objective.guidance.schedule", "one, beside scale or grid", None)
-    made = run.student(pipeline.model(device="meta"))  # whether it fits
+    made = run.student(teacher)  # whether it fits
     objective_of(config.objective, made).describe()
     if config.student.lora.rank is not None and not config.objective.weights.task and guidance.schedule is None:
         rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
@@ -86,16 +93,15 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
 
 
 def _check_guidance(config: RunConfig, pipeline: PipelineFolder) -> None:
-    """InputError unless the samples of the cache can go by its schedule."""
-    given, rule = config.cache.guidance, None
-    assert given is not None
-    if config.cache.guidance_scale is not None:
-        rule = "none beside cache.guidance_scale (g = 1 + w)"
+    """InputError where the samples of the cache cannot go by a schedule."""
+    given, scale, rule = config.cache.guidance, config.cache.guidance_scale, None
+    if scale is not None:
+        way = "--cache.guidance-scale null, or --cache.guidance null"
+        rule = f"none beside cache.guidance_scale {scale:g} = 1 + w ({way})"
     elif pipeline.family.reads_guidance(pipeline.config) or config.objective.guidance.scale is not None:
         rule = "none for models that read the guidance scale themselves (cache.guidance_scale)"
     if rule is not None:
         raise InputError.of("cache.guidance", rule, given)
-    pipeline.check_guidance(given, config.cache.steps)
 
 
 def open_teacher(teacher: str, call: str | None = None, allow_code: bool = False) -> tuple[PipelineFolder, Call | None]:

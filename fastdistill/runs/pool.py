@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastdistill.data.images import captioned_images
 from fastdistill.data.texts import PromptFile, read_prompts
-from fastdistill.errors import InputError, StorageError
+from fastdistill.errors import InputError, StorageError, named
 from fastdistill.files import located
 from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import RunConfig
@@ -35,13 +35,7 @@ def pool_of(config: RunConfig, pipeline: PipelineFolder) -> Pool:
     """
     given = config.prompts
     if given.file is not None:
-        found = read_prompts(
-            given.file,
-            column=given.column,
-            strip=given.strip,
-            unique=given.unique,
-            skip_empty=given.skip_empty,
-        )
+        found = prompts_in(config, given.file, "prompts.file")
     elif config.cache.images is None:
         if (texts := pipeline.own_prompts()) is None:
             raise InputError.of("prompts.file", "a file of prompts", "none")
@@ -56,6 +50,23 @@ def pool_of(config: RunConfig, pipeline: PipelineFolder) -> Pool:
     return Pool(found.texts, seen, found.empty, found.duplicates)
 
 
+def prompts_in(config: RunConfig, file: str, field: str) -> PromptFile:
+    """The prompts of a file that ``field`` names, cleaned as those of the run.
+
+    Raises:
+        InputError, StorageError: as ``read_prompts``.
+    """
+    given = config.prompts
+    path = located(file, field)
+    try:
+        with named(field):
+            return read_prompts(
+                path, column=given.column, strip=given.strip, unique=given.unique, skip_empty=given.skip_empty
+            )
+    except InputError as error:  # of the column, which has a field of its own
+        raise InputError(f"prompts.{error}") from error
+
+
 def _captions(config: RunConfig, folder: str, others: PromptFile) -> Pool:
     """The captions of the images, which are the seen prompts, and other prompts."""
     given = config.prompts
@@ -68,14 +79,16 @@ def _captions(config: RunConfig, folder: str, others: PromptFile) -> Pool:
             raise InputError.of(name, rule, value)
     rows: dict[str, int] = {}
     images, empty = [], others.empty
-    for path, text in captioned_images(located(folder, "cache.images")):
+    with named("cache.images"):
+        captioned = captioned_images(located(folder, "cache.images"))
+    for path, text in captioned:
         text = text.strip() if given.strip else text
         if given.skip_empty and not text.strip():
             empty += 1
         else:
             images.append((path, rows.setdefault(text, len(rows))))
     if not images:
-        raise StorageError(f"{folder}: expected images with captions, got only empty captions")
+        raise StorageError(f"cache.images: {folder}: expected images with captions, got only empty captions")
     rest = [text for text in others.texts if not given.unique or text not in rows]
     twice = others.duplicates + len(others.texts) - len(rest)
     return Pool([*rows, *rest], len(rows), empty, twice, tuple(images))

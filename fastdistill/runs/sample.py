@@ -66,6 +66,7 @@ def sample(
     if size is not None:
         run.pipeline.latent_shape(size)
     guidance = run.guidance(guidance_scale)
+    run.pipeline.check_steps(run.pipeline.model(device="meta"), steps, guidance.get("guidance"))
     if not teacher and guidance_scale is None:
         guidance = dict(run.student_guidance(guidance))
     if not teacher:

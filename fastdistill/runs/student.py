@@ -24,7 +24,9 @@ def student_spec_of(student: StudentSettings, transformer: bool) -> StudentSpec 
     alone = student.width is not None and (not given or given[0] in ("every", "first", "blocks"))
     if len(given) > 1 or (student.width is not None and not alone) or not (given or alone):
         rule = "one of spec, every, first, blocks, width, channels and lora.rank (width goes with the blocks too)"
-        raise InputError.of("student", rule, " and ".join([*given, *(["width"] if student.width else [])]) or "none")
+        given += ["width"] if student.width is not None else []
+        hint = f" (--student.{given[0]} null takes the first away)" if given else ""
+        raise InputError.of("student", rule, (" and ".join(given) or "none") + hint)
     if student.lora.rank is not None:
         alpha = student.lora.rank if student.lora.alpha is None else student.lora.alpha
         return {

@@ -12,8 +12,9 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -142,10 +143,31 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
                 place, rule = _place(kind, e["loc"]), e["msg"][0].lower() + e["msg"][1:]
                 rules.setdefault((place, described(e["input"])), []).append(rule)
         problems += [f"{place}: {', or '.join(rule)}, got {value}" for (place, value), rule in rules.items()]
+    else:
+        problems += _converted(values, config, "")
     if problems:
         plural = "" if len(problems) == 1 else "s"
         raise InputError(f"{name}: {len(problems)} problem{plural}\n" + "\n".join(f"  {p}" for p in problems))
     return config
+
+
+def _converted(given: Any, made: Any, place: str) -> Iterator[str]:
+    """Lines for the values that pydantic made numbers and switches of, though they are none: true as 1, 2.0 as 2."""
+    if dataclasses.is_dataclass(made) and isinstance(given, Mapping):
+        names = [field.name for field in dataclasses.fields(made) if field.name in given]
+        pairs = [(name, given[name], getattr(made, name)) for name in names]
+    elif isinstance(made, Mapping) and isinstance(given, Mapping):
+        pairs = [(name, given[name], made[name]) for name in given]
+    elif isinstance(made, tuple) and isinstance(given, list | tuple):
+        pairs = [(str(at), given[at], value) for at, value in enumerate(made)]
+    else:
+        kinds = {bool: (bool, "boolean"), int: (Integral, "integer"), float: (Real, "number")}
+        kind, name = kinds.get(type(made), (object, ""))
+        if not isinstance(given, kind) or (isinstance(given, bool) and kind is not bool and name):
+            yield f"{place}: input should be a valid {name}, got {described(given)}"
+        return
+    for key, own, result in pairs:
+        yield from _converted(own, result, f"{place}.{key}".lstrip("."))
 
 
 def _place(kind: Any, parts: tuple[int | str, ...]) -> str:
@@ -162,8 +184,8 @@ def _place(kind: Any, parts: tuple[int | str, ...]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as YAML 1.2 does; to PyYAML, which follows YAML 1.1, it is a string. Names of fields are
-    what is written: to YAML, null and on are not strings."""
+    """Reads numbers as YAML 1.2 does. To PyYAML, which follows YAML 1.1, 1e-4 is a string, 010 is 8, and 1:30 is 90.
+    Names of fields are what is written: to YAML, null and on are not strings."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         for key, _ in node.value:
@@ -172,9 +194,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$",
+    "tag:yaml.org,2002:float": r"[-+]?(([\d_]+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)$|\.nan$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag not in _NUMBERS]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _rule in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_rule, re.IGNORECASE), list("-+.0123456789"))
 
 
 def parsed(text: str) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from fastdistill import runs
-from fastdistill.errors import InputError, StorageError
+from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec
 from fastdistill.runs.student import student_spec_of
 from tests.models import tiny_pipelines as tiny
@@ -39,7 +40,11 @@ def test_every_family_opens(name: str, saved: Callable[[str], Path], tmp_path: P
         ({"call": "my_model"}, "call: expected module:function, got 'my_model'"),
         ({"cache": {"sizes": [[32, 31]]}}, "width: expected a multiple of 2 pixels, got 31"),
         ({"student": {}}, "student: expected one of spec, .*, got none"),
-        ({"student": {"spec": "bk_small", "lora": {"rank": 4}}}, "student: .*, got spec and lora.rank"),
+        ({"student": {"spec": "bk_small", "lora": {"rank": 4}}}, "student: .*, got spec and lora.rank .*spec null"),
+        ({"cache": {"steps": 1001}}, r"cache.steps: expected at most the 1000 timesteps of the scheduler .*, got 1001"),
+        ({"cache": {"steps": 1000}}, r"cache.steps: .* timesteps up to 999, got 1000, .* 1000 \(steps_offset 1\)"),
+        ({"preview": {"every": 1, "steps": 5000}}, "preview.steps: expected at most the 1000 timesteps .*, got 5000"),
+        ({"evaluate": {"steps": 5000}}, "evaluate.steps: expected at most the 1000 timesteps of .*, got 5000"),
         ({"student": {"lora": {"rank": 4}}}, "objective.weights.task: expected above 0 for a student with adapters"),
         ({"student": {"spec": "bk_smal"}}, "student.spec: expected one of bk_base, bk_small, .*, got 'bk_smal'"),
         ({"student": {"every": 2}}, r"student.every: expected none, as the teacher is a U-Net \(spec\), got 2"),
@@ -62,6 +67,41 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         runs.opened(run_config(tmp_path / "nothing", tmp_path))
     with pytest.raises(InputError, match=r"config: expected a RunConfig \(fastdistill.runs.load reads"):
         runs.opened({"teacher": "x"})  # type: ignore[arg-type]
+
+
+def test_paths_are_named_by_their_field(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing, table = tmp_path / "nothing", tmp_path / "p.csv"
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(StorageError, match=r"^teacher: .*nothing: expected a pipeline folder"):
+        runs.opened(run_config(nothing, tmp_path))
+    once = runs.opened(run_config(saved("sd"), tmp_path))
+
+    def opened(config: runs.RunConfig, **options: Any) -> runs.Run:
+        return dataclasses.replace(once, config=config)
+
+    for field, rule, changes in (
+        ("prompts.file", "could not be read", {"prompts": {"file": str(nothing)}}),
+        ("prompts.column", "expected the name of", {"prompts": {"file": str(table)}}),
+        (
+            "cache.images",
+            "expected a folder",
+            {"prompts": {"seen": None}, "cache": {"images_per_prompt": 1, "images": str(nothing)}},
+        ),
+    ):
+        with pytest.raises(FastdistillError, match=rf"^{field}: .*{rule}"):
+            _ = opened(run_config(saved("sd"), tmp_path, **changes)).pool
+    monkeypatch.setattr(importlib.import_module("fastdistill.runs.evaluate"), "opened", opened)
+    for field, others in (
+        ("features", {}),
+        ("reference", {}),
+        ("prompts", {}),
+        ("clip", {"metrics": ["clip"]}),
+        ("inception", {"metrics": ["fid"]}),
+    ):
+        with pytest.raises(StorageError, match=rf"^evaluate\.{field}: .*nothing: "):
+            runs.evaluate(run_config(saved("sd"), tmp_path, evaluate={field: str(nothing), **others}))
 
 
 def test_a_model_of_the_hub(saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

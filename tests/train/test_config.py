@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -62,7 +63,6 @@ def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("lr: 1e-4\neps: 1.E-8\nclip: 2e0\nweight_decay: .5e-1\nbatch: 3\n")
     config = from_yaml(TrainConfig, tmp_path / "c.yaml")
     assert (config.lr, config.eps, config.clip, config.weight_decay, config.batch) == (1e-4, 1e-8, 2.0, 0.05, 3)
-    assert validated(TrainConfig(lr="1e-4", batch="8")) == TrainConfig(lr=1e-4, batch=8)  # type: ignore[arg-type]
     (tmp_path / "c.yaml").write_text("objective: {value: 1e-4, name: '1e-4', other: 1e-4x}\n")
 
     @dataclass(frozen=True)
@@ -70,6 +70,44 @@ def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
         objective: dict[str, Any] = field(default_factory=dict)
 
     assert from_yaml(Free, tmp_path / "c.yaml").objective == {"value": 1e-4, "name": "1e-4", "other": "1e-4x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("train: {steps: true}", r"train.steps: input should be a valid integer, got True"),
+        ("train: {steps: 20.0}", r"train.steps: input should be a valid integer, got 20.0"),
+        ("train: {steps: 4e5}", r"train.steps: input should be a valid integer, got 400000.0"),
+        ("train: {lr: '1e-4'}", r"train.lr: input should be a valid number, got '1e-4'"),
+        ("train: {lr: true}", r"train.lr: input should be a valid number, got True"),
+        ("train: {betas: [0, false]}", r"train.betas.1: input should be a valid number, got False"),
+        ("train: {fuse: 1}", r"train.fuse: input should be a valid boolean, got 1"),
+        ("train: {fuse: 'yes'}", r"train.fuse: input should be a valid boolean, got 'yes'"),
+        ("seed: 010", r"seed: input should be a valid integer.*, got '010'"),
+        ("preview: {prompts: true}", r"preview.prompts: input should be a valid integer, got True"),
+        ("cache: {guidance: true}", r"cache.guidance: input should be a valid number, got True"),
+        ("cache: {sizes: [[32, 1:04]]}", r"cache.sizes.0.1: input should be a valid integer.*, got '1:04'"),
+        (
+            "objective: {random_conditioning: {parameters: {lambda: true}}}",
+            r"objective.random_conditioning.parameters.lambda: input should be a valid number, got True",
+        ),
+    ],
+)
+def test_numbers_and_switches_are_what_is_written(text: str, got: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError, match=rf"1 problem\n  {got}$"):
+        from_yaml(RunConfig, tmp_path / "c.yaml")
+
+
+def test_numbers_in_code() -> None:
+    """Those of numpy too; a whole number is a number, and 6.5 the text of a schedule."""
+    made = validated(TrainConfig(lr=np.float64(0.5), clip=1, seed=2**63 - 1))
+    assert (made.lr, made.clip, made.seed) == (0.5, 1.0, 2**63 - 1)
+    assert from_mapping(RunConfig, {"objective": {"guidance": {"schedule": 6.5}}}).objective.guidance.schedule == "6.5"
+    with pytest.raises(
+        InputError, match=r"2 problems\n  steps: .* integer, got True\n  gradient_checkpointing: .*got 0"
+    ):
+        validated(TrainConfig(steps=True, gradient_checkpointing=0))  # type: ignore[arg-type]
 
 
 def test_what_is_no_mapping_or_path() -> None:
