@@ -120,8 +120,8 @@ def write_context_report(
             ``square``, ``ece``, ``reliance``, ``saliency``, ``seconds``; ``corruptions.<name>``: five figures.
             ``fraction[]``: ``share`` of the data, figures ``independent`` and ``apgd``.
             ``masking.<kind>``: ``failed`` (sentences), ``epsilon`` (numbers) and for attacks a figure for each.
-            ``seconds.total``, ``versions``; optional ``title``, ``finding`` (default: made from the numbers),
-            ``device``, ``date``, ``backend``, ``reproduce`` (a list of commands).
+            ``seconds.total``, ``versions``; optional ``ink`` (share of the area that it covers), ``title``, ``finding``
+            (default: made from the numbers), ``device``, ``date``, ``backend``, ``reproduce`` (a list of commands).
         figures: ``canonical``, ``plane``, ``attacks``, ``fraction``, ``saliency``, ``spectrum`` and any others, in the
             order of the page; ``canonical`` stands above the tables.
 

@@ -44,6 +44,7 @@ def write(
         "other_teacher": {"kind": other["kind"], **other["rows"][0]},
         "students": {kind: student(runs, config) for kind, runs in taught.items()},
         "fraction": [{"share": share, **_on_curve(curve[share], config)} for share in sorted(curve)],
+        "ink": float(data.held_out("independent").ink.double().mean()),
         "masking": {kind: masking(runs, config) for kind, runs in taught.items()},
         "seconds": {"total": spent(), **parts},
         "versions": workers.versions(),
