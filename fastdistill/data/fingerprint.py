@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,13 @@ def sha256_of_tensors(tensors: Mapping[str, Any]) -> str:
     (``StoredRows``) are read block by block. InputError for tensors without values (meta device).
     """
     digest = hashlib.sha256()
+    for _ in hashed_blocks(tensors, digest):
+        pass
+    return digest.hexdigest()
+
+
+def hashed_blocks(tensors: Mapping[str, Any], digest: Any) -> Iterator[tuple[str, memoryview]]:
+    """The bytes of named tensors, by name and block by block, once each is in the digest of ``sha256_of_tensors``."""
     for name in sorted(tensors):
         tensor = tensors[name]
         if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -41,8 +48,9 @@ def sha256_of_tensors(tensors: Mapping[str, Any]) -> str:
         digest.update(f"{len(header)}:{header}".encode())  # the length keeps header and values apart
         for _, block in blocks(tensor.reshape(1) if tensor.ndim == 0 else tensor):
             flat = block.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+            data = flat.view(torch.uint8).numpy().data
+            digest.update(data)
+            yield name, data
 
 
 def sha256_of_json(value: object) -> str:

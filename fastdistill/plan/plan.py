@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from fastdistill.plan import cost
 from fastdistill.plan.cards import GIB, Card
 from fastdistill.plan.memory import Layout, memory, total
 from fastdistill.plan.step import Job, Traced
+from fastdistill.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def planned(
         memory=_memory(job, traced, micro_batch, batch, ranks, sharded),
         flops=cost.flops(traced.trace),
         seconds=cost.seconds(traced.trace, micro_batch, batch, card),
-        disk={**(disk or {}), "checkpoints": _checkpoints(traced, config.keep_checkpoints)},
+        disk={**(disk or {}), "checkpoints": _checkpoints(traced, config)},
         parameters=traced.parameters,
         job=job,
     )
@@ -231,8 +233,11 @@ def _memory(job: Job, traced: Traced, micro_batch: int, batch: int, ranks: int, 
     return memory(traced.trace, micro_batch, batch, layout) | {"encoders": job.encoders}
 
 
-def _checkpoints(traced: Traced, keep: int) -> int:
+def _checkpoints(traced: Traced, config: TrainConfig) -> int:
     """Bytes of the checkpoints that are kept, and of the one that is written before the oldest goes."""
     kinds = ("student", "masters", "moments", "averages", "adapters")
     held = zip(traced.trace.sizes, traced.trace.labels, strict=True)
-    return (keep + 1) * sum(size for size, label in held if label in kinds)
+    kept = config.keep_checkpoints + 1 + (config.keep_best is not None)
+    if config.keep_every is not None:
+        kept += config.steps // math.lcm(config.keep_every, config.checkpoint_every)
+    return kept * sum(size for size, label in held if label in kinds)

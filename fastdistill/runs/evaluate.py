@@ -33,10 +33,9 @@ from fastdistill.files import atomic_write, located, make_directory
 from fastdistill.models import Adapters, Student
 from fastdistill.models.calling import kept_in_float32
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.models import adapters_in, last_checkpoint, student_in
+from fastdistill.runs.models import adapters_in, checkpoint_of, student_in
 from fastdistill.runs.opened import Run, Size, opened
 from fastdistill.runs.pool import prompts_in
-from fastdistill.train import checkpoint
 from fastdistill.train.config import to_yaml
 
 FOLDER = "evaluation"  # in the directory of the run
@@ -212,7 +211,7 @@ class _Compared(NamedTuple):
 
 def _student(run: Run, student: Any, step: int | None) -> _Compared:
     if student is None:
-        saved, _ = checkpoint.read(path := last_checkpoint(run, step))
+        path, saved, _ = checkpoint_of(run, step)
         model = _cast(student_in(run, path, saved, averaged=True), run.teacher_dtype)
         planned = run.student(run.pipeline.model(device="meta"))
         if not run.config.objective.weights.feature:

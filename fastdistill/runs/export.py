@@ -18,7 +18,7 @@ from fastdistill.files import atomic_directory, located
 from fastdistill.models import peft
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.distill import RUN_FILE
-from fastdistill.runs.models import last_checkpoint, student_in
+from fastdistill.runs.models import checkpoint_of, student_in
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train import checkpoint
 from fastdistill.train.config import from_yaml, parsed, to_yaml
@@ -62,8 +62,7 @@ def export(
             raise InputError.of(name, "False for adapters, which are a file alone", given)
     if adapted and to.exists():
         raise StorageError(f"{to}: expected a new folder, got one that is there already")
-    path = last_checkpoint(run, step)
-    saved, made_by = checkpoint.read(path)
+    path, saved, made_by = checkpoint_of(run, step)
     model = student_in(run, path, saved, averaged)
     target = None if dtype is None else getattr(torch, dtype)
     card = model_card(run, saved, made_by, model)

@@ -32,18 +32,29 @@ def teacher_and_student(run: Run) -> tuple[Any, Student]:
     return run.pipeline.model(device=run.config.device, dtype=dtype), student
 
 
-def last_checkpoint(run: Run, step: int | None = None) -> Path:
-    """The file of the newest checkpoint of a run, or of that of a step.
-
-    Raises:
-        StorageError: there is none.
-    """
+def require_checkpoint(run: Run, step: int | None = None) -> None:
+    """StorageError where the run has no checkpoint, InputError where it has none of this step."""
     found = checkpoint.steps(run.directory)
     if not found:
         raise StorageError(f"{run.directory}: expected a checkpoint of the run (fastdistill distill), got none")
     if step is not None and step not in found:
         raise InputError.of("step", f"a checkpoint of {run.directory}: {', '.join(map(str, found))}", step)
-    return found[max(found) if step is None else step]
+
+
+def checkpoint_of(run: Run, step: int | None = None) -> tuple[Path, checkpoint.Checkpoint, dict[str, Any]]:
+    """The newest whole checkpoint of a run, or that of a step: its file, itself, and the fingerprint of its run.
+
+    Raises:
+        StorageError: none, or a damaged one.
+        InputError: none of this step.
+    """
+    require_checkpoint(run, step)
+    if step is not None:
+        path = checkpoint.steps(run.directory)[step]
+        return path, *checkpoint.read(path)
+    found = checkpoint.newest(run.directory)
+    assert found is not None
+    return found
 
 
 def trained_student(run: Run, *, step: int | None = None, averaged: bool = True) -> Any:
@@ -57,8 +68,8 @@ def trained_student(run: Run, *, step: int | None = None, averaged: bool = True)
         StorageError: no checkpoint, a damaged one, or one of another student.
         InputError: no checkpoint of this step.
     """
-    path = last_checkpoint(run, step)
-    return student_in(run, path, checkpoint.read(path)[0], averaged)
+    path, saved, _ = checkpoint_of(run, step)
+    return student_in(run, path, saved, averaged)
 
 
 def student_in(run: Run, path: Path, saved: checkpoint.Checkpoint, averaged: bool) -> Any:

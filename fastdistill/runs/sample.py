@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdistill.errors import InputError, StorageError
 from fastdistill.files import atomic_directory, located
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.models import last_checkpoint, trained_student
+from fastdistill.runs.models import require_checkpoint, trained_student
 from fastdistill.runs.opened import opened
 
 
@@ -70,7 +70,7 @@ def sample(
     if not teacher and guidance_scale is None:
         guidance = dict(run.student_guidance(guidance))
     if not teacher:
-        last_checkpoint(run, step)
+        require_checkpoint(run, step)
     device, size = run.config.device, run.sizes[0] if size is None else size
     encoders, scale = run.pipeline.encoders(device=device), guidance.get("guidance_scale")
     bank = run.pipeline.encode(texts, encoders, size=size, guidance_scale=scale)

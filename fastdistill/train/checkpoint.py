@@ -11,23 +11,24 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import differences, dtype_name, listed, plain, sha256_of_tensors
 from fastdistill.data.values import spelled
 from fastdistill.errors import InputError, StorageError
-from fastdistill.files import atomic_write, reason
+from fastdistill.files import reason
 from fastdistill.models import peft
 from fastdistill.train import distributed
 from fastdistill.train.step import TrainStep
+from fastdistill.train.writing import Going, write
 
 SCHEMA = 5
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
@@ -44,21 +45,24 @@ class Checkpoint:
     state: State
 
 
-def save(
-    directory: Path,
-    state: Mapping[str, Any],
-    step: int,
-    seconds: float,
-    fingerprint: Mapping[str, Any],
-    trained: list[str],
-) -> Path:
-    """Write ``step-<step>.safetensors``; StorageError when it cannot be written, and nothing is left of the attempt."""
-    tensors = {name: t.contiguous() for name, t in state.items() if isinstance(t, Tensor)}
-    values = plain({name: value for name, value in state.items() if name not in tensors}, "state_dict")
-    head = {"schema": SCHEMA, "step": step, "seconds": seconds, "fingerprint": plain(fingerprint), "trained": trained}
-    head |= {"values": values, "sha256": sha256_of_tensors(tensors)}
-    path = directory / f"step-{step:08d}.safetensors"
-    atomic_write(path, safetensors.torch.save(tensors, metadata={"fastdistill": json.dumps(head)}))
+class DamagedError(StorageError):
+    """A checkpoint that is not what was written."""
+
+
+def head(
+    state: Mapping[str, Any], step: int, seconds: float, fingerprint: Mapping[str, Any], trained: list[str]
+) -> dict[str, Any]:
+    """The metadata of a checkpoint but for the hash, with the values of the state that are no tensors."""
+    values = plain({name: value for name, value in state.items() if not isinstance(value, Tensor)}, "state_dict")
+    made = {"schema": SCHEMA, "step": step, "seconds": seconds, "fingerprint": plain(fingerprint), "trained": trained}
+    return made | {"values": values}
+
+
+def save(directory: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], going: Going = lambda: None) -> Path:
+    """Write ``step-<step>.safetensors``, of tensors on the CPU; StorageError when it cannot be written, and nothing is
+    left of the attempt. ``going``: see ``writing.write``."""
+    path = directory / f"step-{head['step']:08d}.safetensors"
+    write(path, tensors, head, going)
     return path
 
 
@@ -68,29 +72,54 @@ def steps(directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Remove all but the newest ``keep``."""
-    for path in list(steps(directory).values())[:-keep]:
-        path.unlink(missing_ok=True)
+def prune(directory: Path, keep: int, every: int | None = None, best: int | None = None) -> None:
+    """Remove all but the newest ``keep``, those whose step is a multiple of ``every``, and that of step ``best``."""
+    for step, path in list(steps(directory).items())[:-keep]:
+        if step != best and (every is None or step % every):
+            path.unlink(missing_ok=True)
+
+
+def newest(directory: Path) -> tuple[Path, Checkpoint, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with its file and the fingerprint of its run; None where there is none at
+    all. Damaged ones are named in a warning and passed over.
+
+    Raises:
+        StorageError: all are damaged, or one could not be read or is of another schema.
+    """
+    damaged = None
+    for path in reversed(steps(directory).values()):
+        try:
+            saved, made_by = read(path)
+        except DamagedError as error:
+            warnings.warn(f"{error}; the one before is taken", stacklevel=2)
+            damaged = damaged or error
+        else:
+            return path, saved, made_by
+    if damaged is not None:
+        raise StorageError(f"{damaged}; no other one is whole: delete them to begin anew") from damaged
+    return None
 
 
 def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, student: nn.Module) -> Checkpoint | None:
-    """The newest checkpoint, or None where there is none.
+    """The newest checkpoint that is whole, to go on from, or None where there is none at all. Damaged ones after it get
+    names that end in ``.damaged``.
 
     Raises:
-        StorageError: it is damaged, of another schema, or of a run with other settings, another student or other
-            frozen parameters; with what to do about it.
+        StorageError: all are damaged, or it is of another schema, or of a run with other settings, another student or
+            other frozen parameters; with what to do about it.
     """
-    found = steps(directory)
-    if not found:
+    found = newest(directory)
+    if found is None:
         return None
-    path = list(found.values())[-1]
-    saved, made_by = read(path)
+    path, saved, made_by = found
     advice = "use another directory or delete it"
     if changed := differences(plain(fingerprint), made_by):
         raise StorageError(f"{path}: this run was started differently ({listed(changed)}); {advice}")
     if changed := _unlike(saved, step, student):
         raise StorageError(f"{path}: this run trains something else ({listed(changed)}); {advice}")
+    for number, later in steps(directory).items():
+        if number > saved.step:  # it would count as one of the newest
+            later.replace(later.with_name(f"{later.name}.damaged"))
     return saved
 
 
@@ -105,8 +134,11 @@ def whole(state: Mapping[str, Any]) -> State:
 
 
 def read(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """A checkpoint, and the fingerprint of its run; StorageError where it cannot be read or is damaged."""
-    advice = "delete it to go on from the one before"
+    """A checkpoint, and the fingerprint of its run.
+
+    Raises:
+        StorageError: it cannot be read or is of another schema; DamagedError where it is not whole.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             head = json.loads((file.metadata() or {})["fastdistill"])
@@ -115,12 +147,12 @@ def read(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"{path}: damaged, not a checkpoint ({error}); {advice}") from error
+        raise DamagedError(f"{path}: damaged, not a checkpoint ({error})") from error
     if schema != SCHEMA:
         other = "of another version of fastdistill, which can go on with it; use another directory or delete it"
         raise StorageError(f"{path}: expected a checkpoint of schema {SCHEMA}, got {schema}, {other}")
     if sha256_of_tensors(tensors) != head["sha256"]:
-        raise StorageError(f"{path}: damaged, its tensors do not have the hash it states; {advice}")
+        raise DamagedError(f"{path}: damaged, its tensors do not have the hash it states")
     return Checkpoint(head["step"], head["seconds"], head["trained"], tensors | head["values"]), head["fingerprint"]
 
 

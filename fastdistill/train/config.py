@@ -97,6 +97,12 @@ class TrainSettings:
     """Steps between two checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Number of most recent checkpoints to keep."""
+    keep_every: Annotated[int, Field(ge=1)] | None = None
+    """Keep the checkpoints of every so many steps, too."""
+    keep_best: str | None = None
+    """Keep the checkpoint of the best value, too, by this name, that a callback returned right after it."""
+    best: Literal["lowest", "highest"] = "lowest"
+    """Which value of keep_best is the best."""
 
 
 @documented

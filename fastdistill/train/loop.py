@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
+import numbers
+import os
 import signal
 import sys
 import threading
@@ -16,14 +19,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import plain
-from fastdistill.errors import FastdistillError, Stopped, StorageError
+from fastdistill.errors import FastdistillError, InputError, Stopped, StorageError, described
 from fastdistill.files import atomic_write, locked, make_directory, reason, require_space, sweep
 from fastdistill.train import checkpoint, distributed, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
@@ -31,9 +34,11 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
 from fastdistill.train.step import TrainStep
 from fastdistill.train.trackers import Trackers, check_installed
+from fastdistill.train.writing import Going, Writer
 
 METRICS = "metrics.jsonl"  # file of a run
 PREVIEWS = "previews"  # folder of a run
+SCORES = "scores.json"  # values of keep_best by step
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def fit(
             run.open(directory)
             run.track(directory)
             stack.callback(run.trackers.close)
+        stack.push(run.close)
         stopped = stack.enter_context(_signals())
         stack.callback(step.objective.close)
         done = int(step.counter[1])
@@ -89,6 +95,7 @@ def fit(
                     raise
                 if isinstance(values, Mapping):
                     run.trackers.scalars(done, values)
+                    run.score(done, values)
 
         always = [] if progress is None else [progress]
         periodic = list(callbacks)
@@ -102,6 +109,7 @@ def fit(
             step.prepare(done)
             advance()
             done += 1
+            run.warn()
             metrics = run.log(done) if done % config.log_every == 0 or done == config.steps else None
             if done % config.checkpoint_every == 0 or done == config.steps:
                 run.save(done)
@@ -109,8 +117,8 @@ def fit(
             call(always + due, metrics)
             if metrics is not None or distributed.size() == 1:  # ranks agree where they wait for each other anyway
                 stop = distributed.largest(stopped.number, step.counter.device)
+        run.finish(done)
         if stop and done < config.steps:
-            run.save(done)
             error = Stopped(f"stopped after step {done} of {config.steps}; {run.saved()}", stop)
             if distributed.rank() == 0:
                 print(f"\nfastdistill: {error}", file=sys.stderr, flush=True)
@@ -142,7 +150,11 @@ class _Run:
         self.directory: Path | None = None
         self.trackers = Trackers((), Path(), {}, 0)
         self._before, self._start = 0.0, time.perf_counter()
-        self._logged = self._skipped = self._saved = 0
+        self._logged = self._skipped = 0
+        self._saved = 0  # steps done at the last checkpoint that was begun, or read
+        self._writer = Writer()
+        self._lines: list[str] = []  # of metrics that could not be written yet
+        self._scores: dict[int, float] = {}  # of the checkpoints, by step
         self._told: set[str] = set()
 
     def seconds(self) -> float:
@@ -151,6 +163,7 @@ class _Run:
     def open(self, directory: Path) -> None:
         """Go on with the run of this directory, if it holds one. What a checkpoint needs is tried first."""
         self.directory = directory
+        self._scores = _read_scores(directory / SCORES, self.config.keep_best)
         tensors: dict[str, Tensor] = {}
 
         def read() -> tuple[float, list[Metrics], checkpoint.State] | None:
@@ -206,23 +219,100 @@ class _Run:
             self._told.add(term)
         if self.directory is not None:
             path = self.directory / METRICS
-            distributed.first(lambda: _append(path, metrics))
+            if distributed.rank() == 0:
+                self._lines.append(json.dumps(metrics) + "\n")
+                try:
+                    self._write_lines(path)
+                except StorageError as error:
+                    warnings.warn(f"{error}; training goes on, lines that wait: {len(self._lines)}", stacklevel=2)
             self.trackers.scalars(done, {name: value for name, value in metrics.items() if name != "step"})
         return metrics
 
+    def _write_lines(self, path: Path) -> None:
+        """Append the lines that wait to a file, all or none of them."""
+        try:
+            with open(path, "ab", buffering=0) as file:
+                end = file.seek(0, os.SEEK_END)
+                data = "".join(self._lines).encode()
+                try:
+                    written = file.write(data)
+                    if written != len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            raise StorageError(f"{path}: could not be written: {reason(error)}") from error
+        self._lines.clear()
+
     def save(self, done: int) -> None:
+        """Begin to write a checkpoint; the one before is there first."""
         directory = self.directory
         if directory is None:
             return
-        state = checkpoint.whole(checkpoint.state_of(self.step, self.student))
-
-        def write() -> None:
-            trained = list(self.step.parameters_by_name)
-            checkpoint.save(directory, state, done, self.seconds(), self.fingerprint, trained)
-            checkpoint.prune(directory, self.config.keep_checkpoints)
-
-        distributed.first(write)
+        self._writer.wait()
+        self.warn()
+        state = checkpoint.state_of(self.step, self.student)
+        head = checkpoint.head(state, done, self.seconds(), self.fingerprint, list(self.step.parameters_by_name))
+        tensors = self._writer.staging.hold({name: t for name, t in state.items() if isinstance(t, Tensor)})
         self._saved = done
+
+        def write(going: Going) -> None:
+            checkpoint.save(directory, tensors, head, going)
+            keep = self.config
+            checkpoint.prune(directory, keep.keep_checkpoints, keep.keep_every, self._best(directory))
+
+        if distributed.rank() == 0:
+            self._writer.begin(write)
+
+    def warn(self) -> None:
+        """One line where a checkpoint could not be written: the run goes on, with the one before to resume from."""
+        if (error := self._writer.failure()) is not None:
+            found = [] if self.directory is None else list(checkpoint.steps(self.directory))
+            last = f"the last one is of step {found[-1]}" if found else "there is none yet"
+            warnings.warn(f"checkpoint: {error}; training goes on, {last}", stacklevel=3)
+
+    def score(self, done: int, values: Mapping[str, Any]) -> None:
+        """Note the value of ``keep_best`` for the checkpoint of this step, also for later sittings."""
+        value = values.get(self.config.keep_best or "")
+        if self.directory is None or distributed.rank() or done != self._saved or value is None:
+            return
+        if not isinstance(value, numbers.Real | Tensor):
+            raise InputError.of(f"{self.config.keep_best} of a callback", "a number", described(value))
+        self._scores = {step: was for step, was in self._scores.items() if step <= done} | {done: float(value)}
+        try:
+            atomic_write(self.directory / SCORES, json.dumps({self.config.keep_best: self._scores}).encode())
+        except StorageError as error:
+            warnings.warn(f"{error}; the value of step {done} is lost with this process", stacklevel=2)
+
+    def _best(self, directory: Path) -> int | None:
+        """The step of the best of the checkpoints that are there."""
+        sign = 1 if self.config.best == "lowest" else -1
+        there = checkpoint.steps(directory)
+        scores = {step: sign * v for step, v in dict(self._scores).items() if step in there and not math.isnan(v)}
+        return min(scores, key=lambda step: (scores[step], step), default=None)
+
+    def finish(self, done: int) -> None:
+        """A checkpoint of this moment, complete; what keeps it from being written is raised, on every rank."""
+        if done != self._saved:
+            self.save(done)
+
+        def wait() -> None:
+            self._writer.wait()
+            if (error := self._writer.failure()) is not None:
+                raise error
+            if self._lines and self.directory is not None:
+                self._write_lines(self.directory / METRICS)
+
+        distributed.first(wait)
+
+    def close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """End the thread that writes: a checkpoint under way is completed, but for Ctrl-C."""
+        if isinstance(error, KeyboardInterrupt):
+            self._writer.cancel()
+        self._writer.wait()
+        self.warn()
+        self._writer.staging.close()
 
     def preview(self, make: Callable[[int], bytes], done: int, _: object) -> None:
         """Write ``previews/step-<done>.png``; where the device has no room for the samples, warn and go on."""
@@ -248,17 +338,8 @@ class _Run:
         """Save before an error ends the run, and say so; several ranks cannot, as the others may have none."""
         if distributed.size() > 1:
             return "the last checkpoint is intact"
-        if done != self._saved:
-            self.save(done)
+        self.finish(done)
         return self.saved()
-
-
-def _append(path: Path, metrics: Metrics) -> None:
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-    except OSError as error:
-        raise StorageError(f"{path}: could not be written: {reason(error)}") from error
 
 
 def read_metrics(path: Path) -> list[Metrics]:
@@ -268,6 +349,14 @@ def read_metrics(path: Path) -> list[Metrics]:
         with contextlib.suppress(json.JSONDecodeError):
             metrics.append(json.loads(line))
     return metrics
+
+
+def _read_scores(path: Path, name: str | None) -> dict[int, float]:
+    """The values of that name; none where the file is not there or not what was written."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        found = json.loads(path.read_bytes())
+        return {int(step): float(value) for step, value in found.get(name, {}).items()}
+    return {}
 
 
 class _Signal:

@@ -58,9 +58,12 @@ def fingerprint(setting: Setting, sources: Sources, objective: Objective, config
     free = {
         "ahead",
         "banks",
+        "best",
         "checkpoint_every",
         "execution",
+        "keep_best",
         "keep_checkpoints",
+        "keep_every",
         "log_every",
         "precision",
         "preview",

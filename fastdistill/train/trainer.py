@@ -150,9 +150,8 @@ class DistillTrainer:
                 self._fingerprint["call"] = "a function"
             for cache, bank in sources:
                 check_sources(cache, bank, self.teacher, self._fingerprint["teacher"]["weights"])
-            each = {
-                k: v for k, v in dataclasses.asdict(config).items() if k not in ("ahead", "banks", "keep_checkpoints")
-            }
+            own = ("ahead", "banks", "keep_checkpoints", "keep_every", "keep_best", "best")
+            each = {k: v for k, v in dataclasses.asdict(config).items() if k not in own}
             layout = {name: [list(p.shape), p.requires_grad] for name, p in self.student.named_parameters()}
             given = {"config": each, "shard": "none" if shard is None else "given", "student": layout}
             distributed.check_same(self._fingerprint | given)
@@ -184,9 +183,10 @@ class DistillTrainer:
         """Train to the last step of the configuration.
 
         With a directory, checkpoints and ``metrics.jsonl`` go there, and a run found in it is continued: the result is
-        the same to the last bit as without the interruption. It may be continued on another machine, in another
-        precision (the float32 masters carry over) and by another number of ranks; with other data, settings or frozen
-        parameters it is refused.
+        the same to the last bit as without the interruption. A thread writes the checkpoints while the training goes
+        on; one that cannot be written is a warning, unless it is the last. The run may be continued on another machine,
+        in another precision (the float32 masters carry over) and by another number of ranks; with other data, settings
+        or frozen parameters it is refused.
 
         Ctrl-C or SIGTERM ends the step under way (on several ranks, the log interval) and writes a checkpoint; then
         ``Stopped`` is raised, after a line on stderr. A script that does not catch it ends there without a traceback,
@@ -207,8 +207,8 @@ class DistillTrainer:
                 closed; a call under autocast; a student whose weights were cast, frozen or renamed since the trainer
                 was made, or with state that no checkpoint can hold; an objective of your own that calls a model
                 with inputs of another dtype.
-            StorageError: the directory cannot be written, has no room for a checkpoint, or holds a run of other
-                settings or a damaged checkpoint.
+            StorageError: the directory has no room for a checkpoint, or holds a run of other settings or no checkpoint
+                that is whole; the last checkpoint or the metrics could not be written.
             FastdistillError: the loss is not finite; the message names the likely cause.
             Stopped: a KeyboardInterrupt, on Ctrl-C or SIGTERM.
             Exception: what a callback raises, with a note on where it did, after a checkpoint (of one process; several

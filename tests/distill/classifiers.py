@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,15 @@ def run(directory: Path | None = None, progress: Any = None, objective: CaDistil
 
 
 def killed(directory: Path) -> None:
-    """Killed in the midst of a run."""
-    run(directory, lambda done, _: os.kill(os.getpid(), signal.SIGKILL) if done == 3 else None)
+    """Killed in the midst of a run, once it has a checkpoint."""
+
+    def kill(done: int, _: object) -> None:
+        while done == 3:
+            if (directory / "step-00000002.safetensors").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
+
+    run(directory, kill)
 
 
 def ranks(rank: int, directory: str) -> None:

@@ -169,7 +169,7 @@ def test_shards_in_another_precision(found: Found) -> None:
     ("name", "kind", "message"),
     [
         ("nowhere", StorageError, "/proc/fastdistill: the directory could not be created"),
-        ("full", StorageError, r"step-00000004.safetensors: could not be written: No such file"),
+        ("full", StorageError, r"step-00000006.safetensors: could not be written: No such file"),
         ("uneven", InputError, "config.batch: expected a multiple of the 2 ranks that share it, got 5"),
         ("unlike", InputError, r"rank 1: expected what rank 0 .*config.lr: expected 0\.001, got 0\.002"),
         ("unlike_logs", InputError, r"rank 1: expected what rank 0 .*config.log_every: expected 1, got 2"),
