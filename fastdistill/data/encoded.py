@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of prompts that are encoded when they are read: for a pool whose encodings are too large to store."""
+"""Prompts that are encoded part by part: to be stored, or when they are read, of a pool too large to store."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdistill.data import texts as prompt_texts
 from fastdistill.data import values
+from fastdistill.data.fingerprint import plain
 from fastdistill.data.indexing import split
 from fastdistill.errors import InputError
 from fastdistill.ops.noise_gather.banks import mapped
@@ -135,3 +139,64 @@ def _encoding(
         rule = "finite values" + ("" if dtype is None else f" within {values.range_of(dtype)}")
         raise InputError.of(argument, rule, f"others for {texts[row]!r}")
     return tensor.to(dtype or tensor.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A bank that is encoded part by part: its arguments, checked, and its null prompt, as encoded and as stored."""
+
+    pool: list[str]
+    fingerprint: dict[str, Any]
+    encode: Encode
+    dtype: torch.dtype | None
+    null: dict[str, Tensor]
+    stored_null: dict[str, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        texts: Iterable[str],
+        encode: Encode,
+        encoder: Mapping[str, Any],
+        null_text: str,
+        encode_null: Callable[[str], Tensor | Mapping[str, Tensor]] | None,
+        batch: int,
+        dtype: torch.dtype | None,
+    ) -> Begun:
+        pool = checked_pool(texts, null_text, encode, encode_null, batch)
+        if not (fingerprint := checked_encoder(encoder)):
+            raise InputError.of("encoder", "what identifies the text encoder, as no values do", "nothing")
+        if dtype is not None:
+            values.require_dtype(dtype, "dtype")
+        if message := prompt_texts.warning(pool):
+            warnings.warn(message, stacklevel=3)
+        with torch.no_grad():
+            null = encode([null_text]) if encode_null is None else encode_null(null_text)
+        source = "encode(texts)" if encode_null is None else "encode_null(text)"
+        own, stored = (encodings(null, [null_text], {}, source, kind) for kind in (None, dtype))
+        return cls(pool, fingerprint, encode, dtype, own, stored)
+
+    def encoded(self, part: Sequence[str]) -> dict[str, Tensor]:
+        """The rows of some texts, as stored."""
+        with torch.no_grad():
+            return encodings(self.encode(list(part)), list(part), self.null, "encode(texts)", self.dtype)
+
+
+def checked_pool(texts: Iterable[str], null_text: str, encode: Any, encode_null: Any, batch: int) -> list[str]:
+    """The texts of a bank that is to be built; InputError for arguments that ``build`` refuses."""
+    pool = prompt_texts.listed(texts)
+    prompt_texts.checked(null_text, "null_text")
+    if not pool:
+        raise InputError.of("texts", "a list of at least one text", "[]")
+    for name, function in {"encode": encode, "encode_null": encode_null or encode}.items():
+        if not callable(function):
+            raise InputError.of(name, "a function of texts", type(function).__name__)
+    if batch < 1:
+        raise InputError.of("batch", "at least 1", batch)
+    return pool
+
+
+def checked_encoder(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(encoder, Mapping):
+        raise InputError.of("encoder", "a mapping of JSON values", type(encoder).__name__)
+    return plain(encoder, "encoder")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.data import prompt_bank as banks
-from fastdistill.data.encoded import Encode
+from fastdistill.data.encoded import Begun, Encode
 from fastdistill.data.manifest import TensorSpec
 from fastdistill.data.shards import RowWriter
 
@@ -48,7 +48,7 @@ def build_prompt_bank(
         InputError: what ``PromptBank.build`` refuses; no ``encoder``; an encoding beyond the range of ``dtype``.
         StorageError: those of RowWriter, before anything is written; a full disk.
     """
-    begun = banks.Begun.of(texts, encode, encoder, null_text, encode_null, batch, dtype)
+    begun = Begun.of(texts, encode, encoder, null_text, encode_null, batch, dtype)
     pool, fingerprint, last = begun.pool, begun.fingerprint, begun.stored_null
     specs = {banks.stored_name(name): TensorSpec(tuple(row.shape[1:]), row.dtype) for name, row in last.items()}
     if rows_per_shard is None:
