@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -18,11 +20,12 @@ from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import differences, listed, plain
 from fastdistill.distill.objective import BoundObjective
-from fastdistill.errors import FastdistillError, InputError
+from fastdistill.errors import FastdistillError, InputError, quoted
 from fastdistill.models.sharding import sharded
 
 NCCL = (2, 9, 6)  # the first whose collectives a CUDA graph can hold
 ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+ANSWER = 10.0  # seconds in which a rank says what it met
 T = TypeVar("T")
 Evaluate = Callable[..., tuple[Tensor, list[Tensor]]]
 
@@ -113,6 +116,44 @@ def first(act: Callable[[], T]) -> T:
         raise failure or outcome[1]
     result: T = outcome[0]
     return result
+
+
+@contextlib.contextmanager
+def naming_the_silent() -> Iterator[None]:
+    """In which a collective that fails, as after the timeout of the process group, names the ranks that caused it: with
+    their errors those that ended by one of their own, and those that do not say within seconds what they met.
+
+    Raises:
+        FastdistillError: from the error of the collective.
+    """
+    if size() == 1:
+        yield
+        return
+    block = first(lambda: f"fastdistill/{secrets.token_hex(8)}")
+    try:
+        yield
+    except Exception as error:
+        told: dict[int, str] = {}
+        failed = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        with contextlib.suppress(RuntimeError):  # the store may be gone with a rank
+            from torch.distributed.distributed_c10d import _get_default_store
+
+            store = _get_default_store()
+            store.set(f"{block}/{rank()}", "" if failed else quoted(error))
+            deadline = time.monotonic() + ANSWER
+            others = set(range(size())) - {rank()}
+            while failed and others - told.keys() and time.monotonic() < deadline:
+                for other in others - told.keys():
+                    if store.check([f"{block}/{other}"]):
+                        told[other] = store.get(f"{block}/{other}").decode()
+                time.sleep(0.05)
+        if not failed:
+            raise
+        silent = [f"rank {n} has died or hangs" for n in range(size()) if n != rank() and n not in told]
+        ended = [f"rank {n} ended with {why}" for n, why in sorted(told.items()) if why]
+        if not silent + ended:
+            raise
+        raise FastdistillError(f"{'; '.join(ended + silent)}; the last checkpoint is intact") from error
 
 
 def check_same(fingerprint: Mapping[str, Any]) -> None:

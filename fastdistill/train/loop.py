@@ -73,6 +73,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         run = _Run(step, student, fingerprint, config, explain)
         distributed.check_same({"directory": "none" if directory is None else "given"})
+        stack.enter_context(distributed.naming_the_silent())
         if directory is not None:
             distributed.first(lambda: _enter(directory, stack))
             run.open(directory)

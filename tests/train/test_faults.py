@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults while a run writes or waits: each ends as docs/reliability.md says, and the run goes on from there."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdistill.errors import StorageError
+from fastdistill.train import checkpoint, distributed
+from fastdistill.train.checkpoint import read, steps
+from fastdistill.train.loop import read_metrics
+from tests import processes
+from tests.train.ranks import make
+
+
+def state(directory: Path) -> dict[str, Any]:
+    return read(list(steps(directory).values())[-1])[0].state
+
+
+def killed_in_a_write(directory: Path) -> None:
+    """SIGKILL with half of the second checkpoint in its temporary file, and half a line of metrics."""
+    write = checkpoint.save
+
+    def save(place: Path, tensors: Any, head: Any, going: Callable[[], None]) -> Path:
+        blocks = iter(range(100))
+
+        def dies() -> None:
+            if head["step"] == 4 and next(blocks) == 10:
+                with open(place / "metrics.jsonl", "a") as file:
+                    file.write('{"step": 4, "lo')
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return write(place, tensors, head, dies)
+
+    pytest.MonkeyPatch().setattr(checkpoint, "save", save)
+    make(steps=6, log_every=1).fit(directory)
+
+
+def test_killed_while_it_writes_a_run_goes_on_to_the_bit(tmp_path: Path) -> None:
+    process = processes.begin(killed_in_a_write, tmp_path / "killed")
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL and list(steps(tmp_path / "killed")) == [2]
+    assert len(list((tmp_path / "killed").glob(".step-00000004*.tmp"))) == 1
+    for place in ("killed", "whole"):
+        make(steps=6, log_every=1).fit(tmp_path / place)
+    one, two = state(tmp_path / "killed"), state(tmp_path / "whole")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert [m["step"] for m in read_metrics(tmp_path / "killed" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
+
+
+def test_a_directory_that_vanishes_is_warned_of_and_an_error_at_the_end(tmp_path: Path) -> None:
+    def vanish(done: int, _: object) -> None:
+        if done == 1:
+            shutil.rmtree(tmp_path / "run")
+
+    said = r"step-00000002.safetensors: could not be written: No such file.*; training goes on, there is none yet"
+    with pytest.warns(UserWarning, match=said), pytest.raises(StorageError, match=r"step-00000004.*: No such file"):
+        make(steps=4).fit(tmp_path / "run", progress=vanish)
+
+
+def test_clocks_that_go_backwards_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither which checkpoint is the newest, nor which ones are kept."""
+    now = iter(range(10**9, 0, -(10**5)))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    make(steps=4).fit(tmp_path)
+    for age, path in enumerate(steps(tmp_path).values()):
+        os.utime(path, (10**9 - age, 10**9 - age))
+    assert make(steps=8).fit(tmp_path).steps == 8 and list(steps(tmp_path)) == [6, 8]
+
+
+def rank_of_two(rank: int, directory: Path, fault: str) -> None:
+    """Rank 1 fails after step 2; what rank 0 says of it is left in a file."""
+    torch.set_num_threads(1)
+    distributed.ANSWER = 1.0
+    wait = datetime.timedelta(seconds=4)
+    torch.distributed.init_process_group("gloo", f"file://{directory}/store", wait, 2, rank)
+
+    def fail(done: int, _: object) -> None:
+        if done == 2 and rank == 1 and fault == "dies":
+            os._exit(1)
+
+    try:
+        make(steps=4).fit(directory / "run", progress=fail)
+    except Exception as error:
+        (directory / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+    os._exit(0)
+
+
+FAULTS = {
+    "dies": "FastdistillError: rank 1 has died or hangs; the last checkpoint is intact",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rank_that_fails_is_named_and_the_run_goes_on(tmp_path: Path, fault: str) -> None:
+    ranks = [processes.begin(rank_of_two, rank, tmp_path, fault) for rank in (0, 1)]
+    ranks[0].join(60)
+    ranks[1].kill()
+    assert (tmp_path / "0.txt").read_text() == FAULTS[fault]
+    assert list(steps(tmp_path / "run")) == [2] and make(steps=4).fit(tmp_path / "run").steps == 4
