@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +73,19 @@ def _settings(folder: Path) -> tuple[RunConfig | None, TrainConfig | None]:
     if file.exists():
         run = from_yaml(RunConfig, file)
         return run, TrainConfig(**dataclasses.asdict(run.train), seed=run.seed)
-    if not (found := checkpoint.steps(folder)):
-        return None, None
-    known: Mapping[str, Any] = _head(list(found.values())[-1])["fingerprint"]["config"]
-    steps = {} if "steps" in known else {"steps": max(found)}
-    return None, from_mapping(TrainConfig, {**json.loads(json.dumps(known)), **steps})
+    for step, path in reversed(checkpoint.steps(folder).items()):
+        if (known := _trained_with(path)) is not None:
+            return None, from_mapping(TrainConfig, {"steps": step, **known})
+    return None, None
 
 
-def _head(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself; its tensors are not read."""
+def _trained_with(path: Path) -> dict[str, Any] | None:
+    """Settings that a checkpoint states, of which its tensors are not read; None where it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return dict(json.loads(file.metadata()["fastdistill"]))
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else str(error)
-        raise StorageError(f"{path}: could not be read as a checkpoint: {why}") from error
+            return dict(json.loads(file.metadata()["fastdistill"])["fingerprint"]["config"])
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _previews(folder: Path) -> dict[int, bytes]:

@@ -59,6 +59,7 @@ def test_of_a_directory_without_a_run_file(tmp_path: Path) -> None:
     head = {"fingerprint": {"config": {"batch": 4, "lr": 0.1, "lr_schedule": "cosine", "warmup": 0, "steps": 60}}}
     content = safetensors.torch.save({"a": torch.ones(1)}, metadata={"fastdistill": json.dumps(head)})
     (tmp_path / "fit" / "step-00000060.safetensors").write_bytes(content)
+    (tmp_path / "fit" / "step-00000070.safetensors").write_bytes(content[:50])  # damaged
     found = runs.report(tmp_path / "fit")
     assert found["batch"] == 4 and found["rates"][0] > found["rates"][-1] > 0
 
