@@ -117,6 +117,12 @@ class TrainConfig(TrainSettings):
     preview: PreviewConfig = PreviewConfig()
 
 
+#: Fields that change no result: what is kept and shown, and how data are read.
+APART = frozenset({
+    "ahead", "banks", "best", "checkpoint_every", "keep_best", "keep_checkpoints", "keep_every", "preview", "trackers",
+})  # fmt: skip
+
+
 def validated(config: Config, name: str = "config") -> Config:
     """The configuration itself, after a check of all constraints.
 

@@ -21,7 +21,7 @@ from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError
 from fastdistill.models.weights import weights_hash
 from fastdistill.ops.noise_gather.banks import labels, listed
-from fastdistill.train.config import TrainConfig
+from fastdistill.train.config import APART, TrainConfig
 
 Sources = list[tuple[LatentCache, PromptBank]]  # a pair for every shape of latents
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,22 +55,7 @@ def fingerprint(setting: Setting, sources: Sources, objective: Objective, config
     The student's parameters are compared by name (``checkpoint.latest``). What a machine computes may differ in its
     last bits from what another did, so nothing here is a hash of it.
     """
-    free = {
-        "ahead",
-        "banks",
-        "best",
-        "checkpoint_every",
-        "execution",
-        "keep_best",
-        "keep_checkpoints",
-        "keep_every",
-        "log_every",
-        "precision",
-        "preview",
-        "trackers",
-        "micro_batch",
-        "gradient_checkpointing",
-    }
+    free = {*APART, "execution", "log_every", "precision", "micro_batch", "gradient_checkpointing"}
     if config.lr_schedule == "constant":
         free.add("steps")  # a constant rate can simply go on
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}

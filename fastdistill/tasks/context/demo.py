@@ -24,7 +24,7 @@ from fastdistill.tasks.context.report import Results, write
 from fastdistill.tasks.context.students import SET, needed
 from fastdistill.tasks.context.teacher import SCHEDULE, provenance
 from fastdistill.tasks.workers import Job
-from fastdistill.train.config import validated
+from fastdistill.train.config import APART, validated
 
 _ATTACKS = ("epsilon", "steps", "queries", "square_images")
 
@@ -110,6 +110,7 @@ def _classifiers(config: DemoConfig, output: Path, kinds: Sequence[str], setting
     student = plain(dataclasses.asdict(config.student))
     for own in ("kind", "seed", "device"):
         student.pop(own)
+    student["train"] = {name: value for name, value in student["train"].items() if name not in APART}
     common = {"data": data.fingerprint(), "student": student}
     attacks = {name: getattr(config, name) for name in _ATTACKS}
     jobs = []

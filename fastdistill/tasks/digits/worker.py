@@ -30,7 +30,7 @@ from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.teacher import provenance
 from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.tasks.workers import Report, images_per_second, result_in, serve
-from fastdistill.train.config import from_mapping
+from fastdistill.train.config import APART, from_mapping
 
 MODULE = "fastdistill.tasks.digits.worker"
 SPEED = "speed"  # the part that measures how fast the models sample
@@ -93,8 +93,7 @@ def fingerprint(config: DigitsConfig, model: str, seed: int) -> str:
     settings = plain(dataclasses.asdict(config))
     for free in ("output", "seeds", "workers", "threads", "quick", "device"):
         del settings[free]
-    for shown in ("preview", "trackers"):
-        del settings["train"][shown]
+    settings["train"] = {name: value for name, value in settings["train"].items() if name not in APART}
     made_from = {"prompts": prompt_bank().identity, "teacher": provenance()["sha256"]}
     return sha256_of_json({**settings, "model": model, "seed": seed, **made_from})
 

@@ -38,7 +38,7 @@ from fastdistill.tasks.guidance.diagnose import SEED, measured, subject
 from fastdistill.tasks.guidance.students import Student, initial, sampler, students, trained
 from fastdistill.tasks.shades.sampling import sample
 from fastdistill.tasks.workers import Report, images_per_second, result_in, serve
-from fastdistill.train.config import from_mapping
+from fastdistill.train.config import APART, from_mapping
 
 MODULE = "fastdistill.tasks.guidance.worker"
 TEACHERS = ("shades", "digits")
@@ -90,9 +90,8 @@ def fingerprint(config: DemoConfig, part: str, seed: int, made_from: Any) -> str
     else:
         names = ("student", "grid", "images_per_prompt", "cache_images", "train")
         settings = {name: getattr(config, name) for name in names} | dataclasses.asdict(students(config)[part])
-        settings["train"] = dataclasses.asdict(config.train)
-        for shown in ("preview", "trackers"):
-            del settings["train"][shown]
+        train = dataclasses.asdict(config.train)
+        settings["train"] = {name: value for name, value in train.items() if name not in APART}
     return sha256_of_json({**plain(settings), "part": part, "seed": seed, "made_from": made_from})
 
 
