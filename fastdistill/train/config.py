@@ -175,6 +175,8 @@ def _converted(given: Any, made: Any, place: str) -> Iterator[str]:
     else:
         kinds = {bool: (bool, "boolean"), int: (Integral, "integer"), float: (Real, "number")}
         kind, name = kinds.get(type(made), (object, ""))
+        if name and callable(getattr(given, "item", None)):  # a scalar of NumPy or torch
+            given = given.item()
         if not isinstance(given, kind) or (isinstance(given, bool) and kind is not bool and name):
             yield f"{place}: input should be a valid {name}, got {described(given)}"
         return
@@ -261,6 +263,9 @@ def _onto(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     return laid
 
 
+_MOST = 16  # fields that a message names
+
+
 def _unknown(kind: type, values: Mapping[str, Any], prefix: str) -> list[str]:
     """Lines for the fields that a (nested) dataclass does not have."""
     hints = get_type_hints(kind)
@@ -269,7 +274,8 @@ def _unknown(kind: type, values: Mapping[str, Any], prefix: str) -> list[str]:
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else f" (its fields: {', '.join(known)})"
+            fields = ", ".join(known[:_MOST]) + (f" and {len(known) - _MOST} more" if len(known) > _MOST else "")
+            hint = f" (did you mean {near[0]}?)" if near else f" (its fields: {fields})"
             lines.append(f"{prefix}{key}: no such field{hint}")
         elif isinstance(value, Mapping) and dataclasses.is_dataclass(hints[key]):
             lines += _unknown(hints[key], value, f"{prefix}{key}.")
