@@ -57,8 +57,8 @@ class GuidanceDistillation(RandomConditioning, _Guided):
     scale: (v_min, v_max): the student reads v, drawn for each sample by counter, by which the positive weights of the
         schedule are multiplied (1 is the plain guidance weight); ``make_student(..., guidance_embedding=True)`` makes
         one. None: it reads nothing.
-    lowest: share of the samples whose v is v_min itself. An embedding of sines and cosines is furthest from all others
-        at 0, where its cosines are all 1: what the student does there, it learns from v = 0 alone.
+    lowest: share of the samples whose v is v_min itself. Without such samples a student that read v from 0 on was far
+        from its teacher at v = 0 (docs/guidance.md).
     grid: the sampler's steps (a ``Grid`` or its text), of which the timesteps are drawn; schedules by step need one.
         None: all timesteps of training.
     states: ``noised`` samples, or the states of a ``trajectory`` that the guided sampler visits, stored by

@@ -226,15 +226,8 @@ def probability_curve(probability: Sequence[float]) -> Figure:
     axes.fill_between(t, p, color=BLUE, alpha=0.14, linewidth=0)
     axes.plot(t, p, color=BLUE, linewidth=2)
     axes.axhline(p.mean(), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"mean {p.mean():.3f}",
-        (0, p.mean()),
-        (4, 4),
-        textcoords="offset points",
-        color=MUTED,
-        fontsize=8.5,
-        va="bottom",
-    )
+    style = {"textcoords": "offset points", "color": MUTED, "fontsize": 8.5, "va": "bottom"}
+    axes.annotate(f"mean {p.mean():.3f}", (0, p.mean()), (4, 4), **style)
     axes.set(xlim=(0, max(len(p) - 1, 1)), ylim=(0, 1.02))
     axes.set_xlabel("timestep t (0: the clean latent, right: pure noise)", color=MUTED, fontsize=9)
     axes.set_ylabel("p(t)", color=MUTED, fontsize=9)
