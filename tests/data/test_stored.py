@@ -228,7 +228,7 @@ class Large(TorchDispatchMode):
 def test_no_bank_on_the_disk_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashed, checked, opened: block by block. Saved: shard by shard. Loaded and moved: the result and a block."""
     monkeypatch.setattr(values, "BLOCK", 2**14)
-    embeddings = torch.randn(257, 8, 128, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.randn(257, 8, 512, generator=torch.Generator().manual_seed(0))
     bank = PromptBank(embeddings, [f"prompt {i}" for i in range(256)])
     bank.save(tmp_path / "saved")
     np.save(tmp_path / "bank.npy", embeddings.numpy())
@@ -252,7 +252,7 @@ def test_no_bank_on_the_disk_is_read_whole(tmp_path: Path, monkeypatch: pytest.M
         with Large() as large:
             memmapped.save(tmp_path / "again", rows_per_shard=32)  # only checks what is there
         assert not large.found
-        assert tracemalloc.get_traced_memory()[1] < 2**19 < embeddings.nbytes
+        assert tracemalloc.get_traced_memory()[1] < embeddings.nbytes / 2
     finally:
         tracemalloc.stop()
     for make_bank, dtype in (
