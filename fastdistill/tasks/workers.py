@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of an experiment in processes of their own: started, shown, stopped and continued.
-
-``python -m MODULE job.json`` does a part: its ``main`` is ``serve(run)``, which prints progress as JSON lines, and its
-``run`` writes ``result.json`` beside the job. Ctrl-C and SIGTERM end it after the current step.
-"""
+"""What experiments share: their directory, the results of their parts, and what their reports say of how they ran."""
 
 from __future__ import annotations
 
@@ -12,19 +8,14 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import platform
 import shlex
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import diffusers
 import torch
@@ -32,28 +23,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fastdistill
-from fastdistill.errors import FastdistillError, StorageError
-from fastdistill.files import atomic_write, located, locked, make_directory, reason, require_space
+from fastdistill.files import atomic_write, located, locked, make_directory, require_space
+from fastdistill.tasks.processes import JOB, Job, Processes, Report
 from fastdistill.train.devices import usable
 
-#: Called by a part with ``phase``, ``done``, ``total`` and perhaps ``loss``.
-Report = Callable[..., None]
 _SPACE = 200_000_000  # bytes, more than the data, checkpoints and exports of an experiment need
-_PATIENCE = 20.0  # seconds for a process to write its checkpoint after Ctrl-C
 #: Options that stand for changes of others.
 _SIZES = ("quick", "full")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A part of an experiment: ``title`` in the progress, the module that does it, its directory, the content of
-    ``job.json`` there, and whether the directory has its result already."""
-
-    title: str
-    module: str
-    directory: Path
-    content: Mapping[str, Any]
-    finished: bool
 
 
 def bars(console: Console) -> Progress:
@@ -153,16 +129,16 @@ def _changed(config: Mapping[str, Any], default: Mapping[str, Any], within: str 
             yield within + name.replace("_", "-"), value
 
 
-def results(jobs: Sequence[Job], processes: int, progress: Progress) -> list[dict[str, Any]]:
-    """The result of each job, in their order; those that are not finished are done, so many at a time.
+def results(jobs: Sequence[Job], processes: Processes, progress: Progress) -> list[dict[str, Any]]:
+    """The result of each job, in their order; those that are not finished are done.
 
     Raises:
         FastdistillError: a part failed; the others are stopped, and what is finished is kept.
         KeyboardInterrupt: after Ctrl-C, when every process has written its checkpoint.
     """
     stop = threading.Event()
-    with ThreadPoolExecutor(processes) as pool:
-        futures = [pool.submit(_result, job, progress, stop) for job in jobs]
+    with ThreadPoolExecutor(processes.count) as pool:
+        futures = [pool.submit(_result, job, processes, progress, stop) for job in jobs]
         try:
             pending = set(futures)
             while pending:
@@ -186,87 +162,13 @@ def result_in(directory: Path, fingerprint: str) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get("fingerprint") == fingerprint else None
 
 
-def serve(run: Callable[[Path, Report], None], remedy: str) -> int:
-    """Do the job of the command line by ``run(job file, report)``; returns the exit status.
-
-    remedy: what helps where memory is not enough.
-    """
-    parent = os.getppid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also if the parent runs in the background of a shell
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def report(**fields: Any) -> None:
-        if os.getppid() != parent:  # the parent has ended: stop as for Ctrl-C
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-        print(json.dumps(fields), flush=True)
-
-    try:
-        run(Path(sys.argv[1]), report)
-    except FastdistillError as error:
-        print(json.dumps({"error": str(error)}), flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
-            raise
-        print(json.dumps({"error": f"not enough memory: {remedy}"}), flush=True)
-        return 2
-    return 0
-
-
-def _result(job: Job, progress: Progress, stop: threading.Event) -> dict[str, Any]:
+def _result(job: Job, processes: Processes, progress: Progress, stop: threading.Event) -> dict[str, Any]:
     """Read from the job's directory, or computed by a process whose progress is shown."""
     task = progress.add_task(job.title, total=None)
     if not job.finished:
         make_directory(job.directory)
-        atomic_write(job.directory / "job.json", json.dumps(job.content).encode())
-        run_process(job, stop, functools.partial(progress.update, task))
+        atomic_write(job.directory / JOB, json.dumps(job.content).encode())
+        processes.run(job, stop, functools.partial(progress.update, task))
     progress.update(task, description=job.title, completed=1, total=1)
     result: dict[str, Any] = json.loads((job.directory / "result.json").read_text(encoding="utf-8"))
     return result
-
-
-def run_process(job: Job, stop: threading.Event, show: Callable[..., None]) -> None:
-    """Do a job in a separate process until it ends or ``stop`` is set."""
-    command = [sys.executable, "-m", job.module, str(job.directory / "job.json")]
-    with _opened(job.directory / "log.txt") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
-        ended = threading.Event()
-
-        def end() -> None:  # in its own session the process gets no Ctrl-C of the terminal; it is sent from here
-            while not ended.wait(0.1):
-                if stop.is_set():
-                    process.send_signal(signal.SIGINT)
-                    if not ended.wait(_PATIENCE):
-                        process.kill()  # its last checkpoint is complete
-                    return
-
-        threading.Thread(target=end, daemon=True).start()
-        assert process.stdout is not None
-        error = None
-        for line in process.stdout:
-            fields = json.loads(line)
-            error = fields.get("error", error)
-            if "phase" in fields:
-                loss = f", loss {fields['loss']:.3f}" if fields.get("loss") else ""
-                if loss or fields["phase"] != "training":
-                    show(description=f"{job.title}: {fields['phase']}{loss}")
-                show(completed=fields["done"], total=fields["total"])
-        code = process.wait()
-        ended.set()
-    if stop.is_set() or code in (130, -signal.SIGINT):
-        raise KeyboardInterrupt
-    if error is not None:
-        raise FastdistillError(f"{job.title}: {error}")
-    if code != 0:
-        how = "was killed (out of memory?)" if code == -signal.SIGKILL else f"ended with {code}"
-        raise FastdistillError(f"{job.title}: the process {how}; see {job.directory / 'log.txt'}")
-
-
-def _opened(path: Path) -> TextIO:
-    try:
-        return path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path}: could not be written: {reason(error)}") from error

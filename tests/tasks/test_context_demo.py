@@ -19,12 +19,11 @@ from filelock import FileLock
 from fastdistill.cli import main
 from fastdistill.distill.canonical import Clarid
 from fastdistill.files import locked
-from fastdistill.tasks import workers
 from fastdistill.tasks.context import demo, worker
 from fastdistill.tasks.context.demo_config import DemoConfig
 from fastdistill.tasks.context.report import masking, student
 from fastdistill.tasks.context.students import KINDS, needed
-from fastdistill.tasks.workers import Job
+from fastdistill.tasks.processes import Job, Processes
 from fastdistill.train.config import from_yaml
 from tests.processes import shared
 
@@ -56,12 +55,12 @@ def in_this_process() -> Iterator[list[str]]:
     """Parts run here, which has imported everything; their names as they begin."""
     begun: list[str] = []
 
-    def work(job: Job, *_: object) -> None:
+    def work(_: Processes, job: Job, *__: object) -> None:
         begun.append(job.directory.name)
         worker.run(job.directory / "job.json", lambda **fields: None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "run_process", work)
+        patch.setattr(Processes, "run", work)
         yield begun
 
 

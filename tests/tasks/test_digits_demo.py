@@ -20,9 +20,9 @@ import yaml
 from fastdistill.cli import main
 from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.files import locked
-from fastdistill.tasks import workers
+from fastdistill.tasks import processes
 from fastdistill.tasks.digits import worker
-from fastdistill.tasks.workers import Job
+from fastdistill.tasks.processes import Job, Processes
 from tests.processes import once
 
 SMALL: dict[str, Any] = {
@@ -49,7 +49,7 @@ def start(output: Path, workers: int = 1) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"STARTED_FOR": str(output)},
         start_new_session=True,
     )
 
@@ -62,10 +62,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.fixture
 def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts for the models run in this process, which has imported everything: the results are the same."""
-    monkeypatch.setattr(workers, "run_process", here)
+    monkeypatch.setattr(Processes, "run", here)
 
 
-def here(job: Job, *_: object) -> None:
+def here(_: Processes, job: Job, *__: object) -> None:
     worker.run(job.directory / "job.json", lambda **fields: None)
 
 
@@ -86,7 +86,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(output: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(workers, "run_process", here)
+            patch.setattr(Processes, "run", here)
             assert main(arguments(output, {"workers": 1})) == 0
 
     return once(tmp_path_factory, "digits/whole", make)
@@ -166,12 +166,18 @@ def test_stopped_while_students_train(whole: Path, tmp_path: Path) -> None:
     assert figures(output) == figures(whole) and weights(output) == weights(whole)
 
 
+def environment(process: Path) -> bytes:
+    try:
+        return (process / "environ").read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
 def wait_for_orphans(output: Path) -> None:
     """Until no worker of the stopped run is left: each notices that its parent is gone after a step."""
-    deadline = time.monotonic() + 60
+    deadline, wanted = time.monotonic() + 60, f"STARTED_FOR={output}\0".encode()
     while time.monotonic() < deadline:
-        found = subprocess.run(["pgrep", "-f", str(output / "models")], capture_output=True, text=True)
-        if not found.stdout.strip():
+        if not any(wanted in environment(process) for process in Path("/proc").glob("[0-9]*")):
             return
         time.sleep(0.1)
     raise AssertionError("a worker outlived its parent")
@@ -201,7 +207,7 @@ def test_memory_that_is_not_there_is_told(
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["worker", "job.json"])
-    assert workers.serve(run, "lower --train.batch") == 2
+    assert processes.serve(run, "lower --train.batch") == 2
     assert json.loads(capsys.readouterr().out) == {"error": "not enough memory: lower --train.batch"}
 
 

@@ -21,16 +21,15 @@ import yaml
 from fastdistill.cli import main
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.files import locked
-from fastdistill.tasks import workers
 from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.tasks.guidance import worker
 from fastdistill.tasks.guidance.demo_config import DemoConfig
 from fastdistill.tasks.guidance.diagnose import DigitsDiagnosis
 from fastdistill.tasks.guidance.report import band, student_row
 from fastdistill.tasks.guidance.students import sampler, students, trained
+from fastdistill.tasks.processes import Job, Processes
 from fastdistill.tasks.shades import data
 from fastdistill.tasks.shades.teacher import load_teacher
-from fastdistill.tasks.workers import Job
 from fastdistill.train.config import from_mapping, from_yaml
 from tests.processes import once
 
@@ -60,13 +59,13 @@ def in_this_process() -> Iterator[list[str]]:
     """Parts run here, which has imported everything; their names as they begin."""
     begun: list[str] = []
 
-    def work(job: Job, *_: object) -> None:
+    def work(_: Processes, job: Job, *__: object) -> None:
         begun.append(job.directory.name)
         worker.run(job.directory / "job.json", lambda **fields: None)
 
     few = DigitsDiagnosis(schedules=("0", "1"), grid="trailing:4", images_per_prompt=1, seeds=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "run_process", work)
+        patch.setattr(Processes, "run", work)
         patch.setattr(DemoConfig, "digits", lambda self: dataclasses.replace(few, seeds=self.seeds))
         yield begun
 

@@ -23,7 +23,7 @@ from fastdistill.tasks.context.demo_config import DemoConfig
 from fastdistill.tasks.context.report import Results, write
 from fastdistill.tasks.context.students import SET, needed
 from fastdistill.tasks.context.teacher import SCHEDULE, provenance
-from fastdistill.tasks.workers import Job
+from fastdistill.tasks.processes import Job, Processes
 from fastdistill.train.config import APART, validated
 
 _ATTACKS = ("epsilon", "steps", "queries", "square_images")
@@ -43,10 +43,10 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
     results: Results = {}
     free = [kind for kind in config.kinds if kind not in SET]  # they need no canonical images
     with workers.experiment(config) as (output, spent):
-        with workers.bars(console) as progress:
+        with workers.bars(console) as progress, Processes(worker.MODULE, config.workers) as processes:
 
             def do(jobs: Sequence[Job]) -> None:
-                for result in workers.results(jobs, config.workers, progress):
+                for result in workers.results(jobs, processes, progress):
                     results.setdefault(result["part"], []).append(result)
 
             do([*_sweeps(config, output), *_classifiers(config, output, free, None)])
@@ -151,7 +151,7 @@ def _job(
     """A job of the directory ``parts/<name>``; ``depends``: what its result does."""
     directory, wanted = output / "parts" / name, sha256_of_json({"work": work, **plain(depends)})
     described = {"part": work, "seed": 0, **content, "work": work, "config": plain(dataclasses.asdict(config))}
-    return Job(title, worker.MODULE, directory, described | {"fingerprint": wanted}, worker.finished(directory, wanted))
+    return Job(title, directory, described | {"fingerprint": wanted}, worker.finished(directory, wanted))
 
 
 def _summarize(console: Console, report: Mapping[str, Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the context experiment, each in a separate process (``fastdistill.tasks.workers``): the sweep of a
+"""The parts of the context experiment, each in a separate process (``fastdistill.tasks.processes``): the sweep of a
 timestep, the canonical images and their rivals, what the other teacher removes, and each classifier.
 
 ``python -m fastdistill.tasks.context.worker JOB.json`` writes ``result.json`` next to the job file.
@@ -28,7 +28,8 @@ from fastdistill.tasks.context.selecting import SweepConfig, run_sweep
 from fastdistill.tasks.context.sets import Name, Sets, make_sets
 from fastdistill.tasks.context.students import needed, restored, train_student
 from fastdistill.tasks.context.teacher import Kind
-from fastdistill.tasks.workers import Report, result_in, serve
+from fastdistill.tasks.processes import Report, serve
+from fastdistill.tasks.workers import result_in
 from fastdistill.train.config import from_mapping
 
 MODULE = "fastdistill.tasks.context.worker"

@@ -20,7 +20,7 @@ from fastdistill.tasks import workers
 from fastdistill.tasks.digits import worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.report import write
-from fastdistill.tasks.workers import Job
+from fastdistill.tasks.processes import Job, Processes
 from fastdistill.train.config import validated
 
 
@@ -65,8 +65,10 @@ def _models(config: DigitsConfig, output: Path, progress: Progress) -> dict[str,
             jobs.append(_job(config, output, title, name, seed))
     jobs.append(_job(config, output, "teacher", "teacher", 0))
     by_model: dict[str, list[dict[str, Any]]] = {}
-    found = workers.results(jobs, config.workers, progress)
-    found += workers.results([_job(config, output, "speed", worker.SPEED, 0)], 1, progress)  # when nothing else runs
+    with Processes(worker.MODULE, config.workers) as processes:
+        found = workers.results(jobs, processes, progress)
+        speed = _job(config, output, "speed", worker.SPEED, 0)
+        found += workers.results([speed], processes, progress)  # when nothing else runs
     for result in found:
         by_model.setdefault(result["model"], []).append(result)
     return by_model
@@ -76,7 +78,7 @@ def _job(config: DigitsConfig, output: Path, title: str, name: str, seed: int) -
     directory = output / "models" / (f"{name}-{seed}" if name in STUDENTS else name)
     content = {"model": name, "seed": seed, "config": plain(dataclasses.asdict(config))}
     finished = worker.finished(directory, worker.fingerprint(config, name, seed))
-    return Job(title, worker.MODULE, directory, content, finished)
+    return Job(title, directory, content, finished)
 
 
 def _summarize(console: Console, results: dict[str, list[dict[str, Any]]]) -> None:

@@ -3,7 +3,7 @@
 evaluate; and the part that measures how fast all of them sample.
 
 ``python -m fastdistill.tasks.digits.worker JOB.json`` prints its progress as JSON lines and writes ``result.json`` and
-``samples.safetensors`` next to the job file (``fastdistill.tasks.workers``).
+``samples.safetensors`` next to the job file (``fastdistill.tasks.processes``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.teacher import provenance
 from fastdistill.tasks.digits.text_encoder import prompt_bank
-from fastdistill.tasks.workers import Report, images_per_second, result_in, serve
+from fastdistill.tasks.processes import Report, serve
+from fastdistill.tasks.workers import images_per_second, result_in
 from fastdistill.train.config import APART, from_mapping
 
 MODULE = "fastdistill.tasks.digits.worker"

@@ -23,8 +23,8 @@ from fastdistill.tasks.guidance import worker
 from fastdistill.tasks.guidance.demo_config import DemoConfig
 from fastdistill.tasks.guidance.report import Results, write
 from fastdistill.tasks.guidance.students import students
+from fastdistill.tasks.processes import Job, Processes
 from fastdistill.tasks.shades import teacher as shades
-from fastdistill.tasks.workers import Job
 from fastdistill.train.config import validated
 
 
@@ -41,10 +41,10 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
     console = console or Console()
     results: Results = {}
     with workers.experiment(config) as (output, spent):
-        with workers.bars(console) as progress:
+        with workers.bars(console) as progress, Processes(worker.MODULE, config.workers) as processes:
             *jobs, speed = _jobs(config, output)
-            found = workers.results(jobs, config.workers, progress)
-            found += workers.results([speed], 1, progress)  # when nothing else runs
+            found = workers.results(jobs, processes, progress)
+            found += workers.results([speed], processes, progress)  # when nothing else runs
         for result in found:
             results.setdefault(result["part"], []).append(result)
         report, path = write(config, output, results, spent)
@@ -75,7 +75,7 @@ def _jobs(config: DemoConfig, output: Path) -> list[Job]:
         wanted = worker.fingerprint(config, part, seed, made_from)
         directory = output / "parts" / (f"{part}-{seed}" if part in students(config) else part)
         described = {"part": part, "seed": seed, "config": content, "fingerprint": wanted}
-        return Job(title, worker.MODULE, directory, described, worker.finished(directory, wanted))
+        return Job(title, directory, described, worker.finished(directory, wanted))
 
     jobs = [
         job(name, seed, f"student {name}".replace("_", " ") + (f", seed {seed}" if config.seeds > 1 else ""))

@@ -30,8 +30,8 @@ from fastdistill.models.weights import weights_hash
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.sampling import SCHEDULE
 from fastdistill.tasks.guidance.demo_config import DemoConfig
+from fastdistill.tasks.processes import Report
 from fastdistill.tasks.shades.sampling import sample
-from fastdistill.tasks.workers import Report
 from fastdistill.train import DistillTrainer, FitResult
 
 _NARROW = (24, 48)  # channels of the students from caches, as of the digits

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the guidance experiment, each in a separate process (``fastdistill.tasks.workers``): the teachers of the
-shades and the digits, the exact worlds, each student, and how fast all of them sample.
+"""The parts of the guidance experiment, each in a separate process (``fastdistill.tasks.processes``): the teachers of
+the shades and the digits, the exact worlds, each student, and how fast all of them sample.
 
 ``python -m fastdistill.tasks.guidance.worker JOB.json`` writes ``result.json`` next to the job file, and
 ``samples.safetensors`` of the shades' teacher.
@@ -36,8 +36,9 @@ from fastdistill.tasks.guidance.config import LabConfig
 from fastdistill.tasks.guidance.demo_config import DemoConfig
 from fastdistill.tasks.guidance.diagnose import SEED, measured, subject
 from fastdistill.tasks.guidance.students import Student, initial, sampler, students, trained
+from fastdistill.tasks.processes import Report, serve
 from fastdistill.tasks.shades.sampling import sample
-from fastdistill.tasks.workers import Report, images_per_second, result_in, serve
+from fastdistill.tasks.workers import images_per_second, result_in
 from fastdistill.train.config import APART, from_mapping
 
 MODULE = "fastdistill.tasks.guidance.worker"

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that each do a part of an experiment.
+
+``python -m MODULE``, whose ``main`` is ``serve(run)``, imports what the parts need, which takes seconds, and then forks
+a process for every job file that it reads from its input. ``python -m MODULE job.json`` does one part. It prints its
+progress as JSON lines and writes ``result.json`` beside the job. Ctrl-C and SIGTERM end it after the current step, and
+so does the end of the process that reads its progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from fastdistill.errors import FastdistillError, StorageError
+from fastdistill.files import reason
+
+#: Called by a part with ``phase``, ``done``, ``total`` and perhaps ``loss``.
+Report = Callable[..., None]
+_PATIENCE = 20.0  # seconds for a process to write its checkpoint after Ctrl-C
+JOB = "job.json"
+_LOG = "log.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part of an experiment: ``title`` in the progress, its directory, the content of ``job.json`` there, and whether
+    the directory has its result already."""
+
+    title: str
+    directory: Path
+    content: Mapping[str, Any]
+    finished: bool
+
+
+class Processes:
+    """Does jobs of a module, up to ``count`` at a time. ``with`` ends the processes that have imported it."""
+
+    def __init__(self, module: str, count: int) -> None:
+        self.count = count
+        self._module = module
+        self._idle: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._idle:
+            _end(process)
+
+    def run(self, job: Job, stop: threading.Event, show: Callable[..., None]) -> None:
+        """Do a job until it ends or ``stop`` is set. ``show`` gets the fields of its progress.
+
+        Raises:
+            FastdistillError: it failed.
+            KeyboardInterrupt: it was stopped.
+        """
+        with self._ready(job.directory / _LOG) as process, _stopping(process, stop):
+            error, code = None, None
+            for fields in _told(process, job):
+                error = fields.get("error", error)
+                code = fields.get("ended", code)
+                if "phase" in fields:
+                    loss = f", loss {fields['loss']:.3f}" if fields.get("loss") else ""
+                    if loss or fields["phase"] != "training":
+                        show(description=f"{job.title}: {fields['phase']}{loss}")
+                    show(completed=fields["done"], total=fields["total"])
+            if code is None:
+                code = process.wait()
+            if stop.is_set() or code in (130, -signal.SIGINT):
+                raise KeyboardInterrupt
+            if error is not None:
+                raise FastdistillError(f"{job.title}: {error}")
+            if code != 0:
+                how = "was killed (out of memory?)" if code == -signal.SIGKILL else f"ended with {code}"
+                raise FastdistillError(f"{job.title}: the process {how}; see {job.directory / _LOG}")
+
+    @contextlib.contextmanager
+    def _ready(self, log: Path) -> Iterator[subprocess.Popen[str]]:
+        """A process to give a job to. It is kept for the next one, unless that job fails."""
+        try:
+            with log.open("w", encoding="utf-8") as errors:
+                process = self._idle.pop() if self._idle else self._started(errors)
+        except OSError as error:
+            raise StorageError(f"{log}: could not be written: {reason(error)}") from error
+        try:
+            yield process
+        except BaseException:
+            _end(process)
+            raise
+        self._idle.append(process)
+
+    def _started(self, errors: TextIO) -> subprocess.Popen[str]:
+        """In a session of its own, so that it gets no Ctrl-C of the terminal."""
+        command, pipe = [sys.executable, "-m", self._module], subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, start_new_session=True)
+
+
+def _told(process: subprocess.Popen[str], job: Job) -> Iterator[dict[str, Any]]:
+    """What a process tells while it does a job."""
+    assert process.stdin is not None and process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):  # the process has ended
+        print(job.directory / JOB, file=process.stdin, flush=True)
+    for line in process.stdout:
+        fields = json.loads(line)
+        yield fields
+        if "ended" in fields:
+            return
+
+
+@contextlib.contextmanager
+def _stopping(process: subprocess.Popen[str], stop: threading.Event) -> Iterator[None]:
+    """Interrupts the process and what it forked once ``stop`` is set."""
+    over = threading.Event()
+
+    def send(number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            if stop.is_set():
+                send(signal.SIGINT)
+                if not over.wait(_PATIENCE):
+                    send(signal.SIGKILL)  # the last checkpoint is complete
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """By the end of its input; a job that it still does ends when it tells its progress."""
+    assert process.stdin is not None and process.stdout is not None
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+    try:
+        process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def serve(run: Callable[[Path, Report], None], remedy: str) -> int:
+    """The ``main`` of a module: do the job of the command line, or those that the input names, by
+    ``run(job file, report)``. Returns the exit status.
+
+    remedy: what helps where memory is not enough.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also if the parent runs in the background of a shell
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if len(sys.argv) > 1:
+        return _do(Path(sys.argv[1]), run, remedy)
+    for line in sys.stdin:
+        job = Path(line.rstrip("\n"))
+        child = os.fork()
+        if child == 0:
+            with (job.parent / _LOG).open("a", encoding="utf-8") as errors:
+                os.dup2(errors.fileno(), sys.stderr.fileno())
+            return _do(job, run, remedy)
+        _tell(ended=_status(child))
+    return 0
+
+
+def _status(child: int) -> int:
+    """How a process ended, once it has; what interrupts this one interrupts it too."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _do(job: Path, run: Callable[[Path, Report], None], remedy: str) -> int:
+    try:
+        run(job, _tell)
+    except FastdistillError as error:
+        _tell(error=str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        _tell(error=f"not enough memory: {remedy}")
+        return 2
+    return 0
+
+
+def _tell(**fields: Any) -> None:
+    try:
+        print(json.dumps(fields), flush=True)
+    except BrokenPipeError:  # nobody reads it any more: stop as for Ctrl-C
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)
