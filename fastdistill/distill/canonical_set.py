@@ -169,28 +169,28 @@ def extract_canonical(
     weights = weights_hash(model)
     check_sources(data, prompts, model, weights)
     data.check_prompts(len(prompts))
-    chosen = draw_rows(data.prompt_index, per_class, classes=classes, seed=clarid.seed)
+    prompt_index = data.prompt_index.cpu()
+    chosen = draw_rows(prompt_index, per_class, classes=classes, seed=clarid.seed)
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     dtype = compute_dtype(model)
     null = rows_of(prompts.banks, torch.tensor([prompts.null_index]), device) if clarid.guidance != "0" else None
 
-    def made(rows: Tensor) -> Canonical:
+    def read(rows: Tensor) -> tuple[Tensor, Any]:
         x = data.latents[rows].to(device)
-        x = (encode(x) if encode else x).to(dtype)
-        conditions = rows_of(prompts.banks, data.prompt_index.cpu()[rows], device)
+        return (encode(x) if encode else x).to(dtype), rows_of(prompts.banks, prompt_index[rows], device)
+
+    def made(rows: Tensor) -> Canonical:
+        x, conditions = read(rows)
         return canonical(
             model, x, conditions, clarid, schedule=schedule, null_prompt=null, prediction_type=prediction_type,
             clip_sample=clip_sample, inverted=inverted,
             directions=None if directions is None else directions[rows].to(device), rows=rows.to(device), chunk=chunk,
         )  # fmt: skip
 
-    first = chosen[:1]
-    x = data.latents[first].to(device)
-    x = (encode(x) if encode else x).to(dtype)
+    x, conditions = read(chosen[:1])
     if (family := families.find(model)) is not None:
         family.check("teacher", model, (len(data), *x.shape[1:]), prompts.banks)
     grid = clarid.grid(schedule)
-    conditions = rows_of(prompts.banks, data.prompt_index.cpu()[first], device)
     f = TapFunction(model, clarid.tap, grid.model_times(device)[0], conditions,
                     level=(float(grid.signal[0]), float(grid.noise[0])),
                     prediction_type=prediction_type or schedule.prediction_types[0])  # fmt: skip
@@ -235,7 +235,7 @@ def extract_canonical(
             parts = []
             for start in range(span.start, span.stop, batch):
                 rows = chosen[start : min(start + batch, span.stop)]
-                parts.append(_columns(made(rows), rows, data.prompt_index.cpu()[rows], decode))
+                parts.append(_columns(made(rows), rows, prompt_index[rows], decode))
                 if start + len(rows) < span.stop:
                     report(done + start + len(rows) - span.start, len(chosen))
             writer.write(span, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})

@@ -2,9 +2,9 @@
 """Processes that each do a part of an experiment.
 
 ``python -m MODULE``, whose ``main`` is ``serve(run)``, imports what the parts need, which takes seconds, and then forks
-a process for every job file that it reads from its input. ``python -m MODULE job.json`` does one part. It prints its
-progress as JSON lines and writes ``result.json`` beside the job. Ctrl-C and SIGTERM end it after the current step, and
-so does the end of the process that reads its progress.
+a process for every job file that its input names, a JSON string in each line. ``python -m MODULE job.json`` does one.
+A part prints its progress as JSON lines and writes ``result.json`` beside the job. Ctrl-C and SIGTERM end it after the
+current step, and so does the end of the process that reads its progress.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ class Processes:
         """A process to give a job to. It is kept for the next one, unless that job fails."""
         try:
             with log.open("w", encoding="utf-8") as errors:
-                process = self._idle.pop() if self._idle else self._started(errors)
+                try:
+                    process = self._idle.pop()
+                except IndexError:
+                    process = self._started(errors)
         except OSError as error:
             raise StorageError(f"{log}: could not be written: {reason(error)}") from error
         try:
@@ -111,7 +114,7 @@ def _told(process: subprocess.Popen[str], job: Job) -> Iterator[dict[str, Any]]:
     """What a process tells while it does a job."""
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(BrokenPipeError):  # the process has ended
-        print(job.directory / JOB, file=process.stdin, flush=True)
+        print(json.dumps(str(job.directory / JOB)), file=process.stdin, flush=True)
     for line in process.stdout:
         fields = json.loads(line)
         yield fields
@@ -124,16 +127,12 @@ def _stopping(process: subprocess.Popen[str], stop: threading.Event) -> Iterator
     """Interrupts the process and what it forked once ``stop`` is set."""
     over = threading.Event()
 
-    def send(number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-
     def watch() -> None:
         while not over.wait(0.1):
             if stop.is_set():
-                send(signal.SIGINT)
+                _send(process, signal.SIGINT)
                 if not over.wait(_PATIENCE):
-                    send(signal.SIGKILL)  # the last checkpoint is complete
+                    _send(process, signal.SIGKILL)  # the last checkpoint is complete
                 return
 
     threading.Thread(target=watch, daemon=True).start()
@@ -152,8 +151,14 @@ def _end(process: subprocess.Popen[str]) -> None:
     try:
         process.wait(_PATIENCE)
     except subprocess.TimeoutExpired:
-        process.kill()
+        _send(process, signal.SIGKILL)
         process.wait()
+
+
+def _send(process: subprocess.Popen[str], number: int) -> None:
+    """To the process and what it forked, which have a session of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def serve(run: Callable[[Path, Report], None], remedy: str) -> int:
@@ -167,7 +172,7 @@ def serve(run: Callable[[Path, Report], None], remedy: str) -> int:
     if len(sys.argv) > 1:
         return _do(Path(sys.argv[1]), run, remedy)
     for line in sys.stdin:
-        job = Path(line.rstrip("\n"))
+        job = Path(json.loads(line))
         child = os.fork()
         if child == 0:
             with (job.parent / _LOG).open("a", encoding="utf-8") as errors:
