@@ -23,6 +23,7 @@ from tests.harness import (
     detached,
     emulated,
     evaluate,
+    generator,
     kernels_of,
     layouts,
 )
@@ -74,7 +75,7 @@ def make(
     mean: float = 0.5,
     grad: bool = True,
 ) -> Case:
-    g = torch.Generator().manual_seed(sum(shape) + groups)
+    g = generator(sum(shape) + groups)
     x = (mean + torch.randn(shape, generator=g)).to(dtype).requires_grad_(grad)
     given = []
     for name in NAMES:

@@ -22,6 +22,7 @@ from tests.harness import (
     detached,
     emulated,
     evaluate,
+    generator,
     kernels_of,
     layouts,
 )
@@ -65,7 +66,7 @@ def make(
     residual: bool = True,
     grad: bool = True,
 ) -> Case:
-    g = torch.Generator().manual_seed(sum(shape))
+    g = generator(sum(shape))
     x = (mean + torch.randn(shape, generator=g)).to(dtype).requires_grad_(grad)
     h = torch.randn(shape, generator=g).to(dtype).requires_grad_(grad) if residual else None
     given = []

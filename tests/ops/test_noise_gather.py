@@ -117,6 +117,7 @@ def test_targets_by_table(kernel: str) -> None:
     schedule = NoiseSchedule.cosine(T)
     tables = {t: schedule.coefficients(t) for t in schedule.prediction_types} | {"flow": flow_coefficients(T, 3.0)}
     for name, table in tables.items():
+        table = table.to(latents.device)
         with use(kernel):
             draw = noise_gather(latents, own, prompts, table, replace, counter, batch=4, null_index=8, target=True)
         x, signal, noise = latents[draw.latent_index], *table[draw.timestep, :2].view(4, 2, 1, 1).unbind(1)

@@ -43,7 +43,8 @@ DELTA = 0.7
 
 
 def coefficients(kind: str) -> Tensor:
-    return flow_coefficients(T) if kind == "flow" else NoiseSchedule.cosine(T).coefficients(kind)  # type: ignore[arg-type]
+    table = flow_coefficients(T) if kind == "flow" else NoiseSchedule.cosine(T).coefficients(kind)  # type: ignore[arg-type]
+    return table.to(torch.get_default_device())
 
 
 @dataclasses.dataclass(frozen=True)
