@@ -2,13 +2,13 @@
 """``make gpu`` or ``python -m benchmarks.gpu``: build, test and measure on a machine with a GPU, offline, the most
 valuable and the cheapest first.
 
-    1/3  a small step of every kernel, the headline benchmarks of the ops
-    2/3  the ops' tests on the GPU, the headline of whole training steps, memcheck of the CUDA kernels
-    3/3  compute-sanitizer's other tools, the headline kernels under Nsight Compute, the other shapes and steps
+    1/3  the tests on the GPU, compute-sanitizer's among them, and the headline benchmarks of the ops
+    2/3  the headline of whole training steps
+    3/3  the headline kernels under Nsight Compute, the other shapes and steps
 
 It needs torch, Triton, NumPy and pytest; from the wheels that ``make gpu-wheels`` has put into build/gpu-wheels it
-installs what else is missing, into build/gpu-packages. What is not there is said, not required. Each op has a process
-of its own, so that a crash costs one op.
+installs what else is missing, into build/gpu-packages. What is not there is said, not required. A crash costs one op:
+the ops behind it are measured by another process.
 
 What is known is written to a folder at once: the output of all stages to stages.log, how each ended to stages.jsonl,
 rows to <device>.csv and .steps.jsonl (as always to benchmarks/results too), at the end a plot. A stage that takes too
@@ -23,6 +23,7 @@ import datetime
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +45,8 @@ _LEAST = 5.0  # seconds that a stage is worth beginning for
 _GRACE = 10.0  # seconds from the interrupt to the end of a stage
 TESTS = "-m pytest -v --tell --tb=short -rfE --maxfail=20 --continue-on-collection-errors -p no:cacheprovider".split()
 TESTS += ["-o", "faulthandler_timeout=60"]  # where a test hangs
+PLACES = "tests/gpu tests/ops tests/train/test_step.py tests/train/test_graph.py tests/data/test_staged.py".split()
+_CASE = re.compile(r"\[\d+/\d+\] (\w+), ")  # of an op, as benchmarks.run begins it
 
 
 @dataclass
@@ -65,13 +68,14 @@ class Purse:
 
 @dataclass
 class Stage:
-    """A command and how it ended; ``seconds`` is first its limit, then what it took."""
+    """A command and how it ended; ``seconds`` is first its limit, then what it took, ``begun`` the last op."""
 
     name: str
     command: list[str]
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
     purse: Purse | None = None
+    begun: str = ""
     ended: str = "not begun: no time left"
 
     def run(self, left: float, log: TextIO | None = None) -> None:
@@ -89,7 +93,7 @@ class Stage:
             self.command, cwd=ROOT, env=environment, text=True, errors="replace", process_group=0,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        reader = threading.Thread(target=_pass_on, args=(process.stdout, log), daemon=True)
+        reader = threading.Thread(target=self._pass_on, args=(process.stdout, log), daemon=True)
         reader.start()
         self.ended = "interrupted"
         try:
@@ -111,10 +115,11 @@ class Stage:
             self.purse.pay(self.seconds)
         tell(f"== {self.name}: {self.ended} ({self.seconds:.0f} s)\n", log)
 
-
-def _pass_on(lines: Iterable[str], log: TextIO | None) -> None:
-    for line in lines:
-        tell(line, log)
+    def _pass_on(self, lines: Iterable[str], log: TextIO | None) -> None:
+        for line in lines:
+            if found := _CASE.match(line):
+                self.begun = found[1]
+            tell(line, log)
 
 
 def tell(line: str, log: TextIO | None) -> None:
@@ -139,29 +144,24 @@ def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> It
         return python(name, seconds, *its, *arguments)
 
     def each_op(name: str, seconds: float, *arguments: str) -> Iterator[Stage]:
+        """All in one process, as imports take seconds; where an op ends it, those behind are left to another."""
         names = ops(without="step")
-        purse = Purse(scale * seconds, len(names))
-        for op in names:
-            stage = benchmark(f"{name} {op}", 120, "--op", op, *arguments)
-            stage.purse = purse
+        while names:
+            stage = benchmark(
+                f"{name} {names[0]} to {names[-1]}", seconds, "--op", *names, "--seconds", "0.7", *arguments
+            )
             yield stage
-
-    def sanitizer(tool: str) -> Stage:
-        chosen = f"cuda and {tool} or planted" if tool == "memcheck" else f"cuda and {tool}"
-        watched = *TESTS, "-s", "-m", "gpu and slow", "-k", chosen, "tests/gpu/test_sanitizers.py"
-        return python(f"compute-sanitizer {tool}", 45, *watched)
+            names = names[names.index(stage.begun) + 1 :] if stage.begun and stage.ended.startswith("with") else []
+            seconds -= stage.seconds / scale
 
     if part == "1/3":
-        yield python("smoke", 60, "-m", "tests.gpu.smoke", device)
-        yield from each_op("headline", 200, "--headline")
+        many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+        yield python("tests", 150, *TESTS, "-m", "gpu or not slow", "-k", "cuda or gpu", *PLACES, *many)
+        yield from each_op("headline", 180, "--headline")
         yield python("machine", 30, "-m", "torch.utils.collect_env")
     elif part == "2/3":
-        many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-        yield python("tests", 120, *TESTS, "-m", "not slow", "tests/gpu", "tests/ops", *many)
-        yield benchmark("headline step", 180, "--op", "step", "--headline")
-        yield sanitizer("memcheck")
+        yield benchmark("headline step", 240, "--op", "step", "--headline")
     else:
-        yield sanitizer("racecheck")
         if ncu := shutil.which("ncu"):
             flags = "--clock-control none --profile-from-start off --set detailed".split()
             heavy_last = sorted(ops(without="step"), key="adamw_ema".__eq__)  # it is run again for each set of counters
@@ -173,8 +173,6 @@ def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> It
                 yield stage
         else:
             yield Stage("ncu", [], 0, ended="left out: ncu is not installed")
-        yield sanitizer("initcheck")
-        yield sanitizer("synccheck")
         yield from each_op("other shapes", 120, "--no-headline")
         yield benchmark("other steps", 120, "--op", "step", "--no-headline")
 

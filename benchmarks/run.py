@@ -35,9 +35,8 @@ def parser() -> argparse.ArgumentParser:
         "--headline", action=argparse.BooleanOptionalAction, help="the shapes of the first part on a GPU, or the others"
     )
     p.add_argument("--threads", type=int, default=1, help="CPU threads, the rivals' too (%(default)s)")
-    p.add_argument(
-        "--rounds", type=int, help="counted at least, 41 on a CPU, 100 on a GPU; short ones fill two seconds"
-    )
+    p.add_argument("--rounds", type=int, help="counted at least, 41 on a CPU, 100 on a GPU; short ones fill --seconds")
+    p.add_argument("--seconds", type=float, default=2.0, help="of counted rounds at least (%(default)s)")
     p.add_argument("--minutes", type=float, default=float("inf"), help="after these no further case is begun")
     p.add_argument(
         "--compiled",
@@ -57,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     p = parser()
     options = p.parse_args(arguments)
-    if options.threads < 1 or (options.rounds or 4) < 4:
-        p.error("--threads takes 1 or more, --rounds 4 or more")
+    if options.threads < 1 or (options.rounds or 4) < 4 or not 0 <= options.seconds <= 3600:
+        p.error("--threads takes 1 or more, --rounds 4 or more, --seconds 0 to 3600")
     base_commit = machine.commit(options.base) if options.base else ""
     if options.base and not base_commit:
         p.error(f"--base: git knows no commit {options.base!r}")
@@ -71,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         threads=options.threads,
         rounds=options.rounds or (100 if gpu else 41),
         warm_up=25 if gpu else 5,
+        seconds=options.seconds,
         rivals=options.rival,
         compiled=options.compiled,
     )
