@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from fastdistill.data.prompt_bank import PromptBank
     from fastdistill.diffusion.schedule import NoiseSchedule
     from fastdistill.train import DistillTrainer
+    from fastdistill.train.config import Execution
 
 LITERAL, TUNED, BEST_SDPA, UNFUSED = "literal", "tuned", f"{COMPILED}, best SDPA", "ours, unfused"
+OURS_COMPILED = "ours, compiled graph"
 PRODUCTS, REDUCED = f"{BEST_SDPA}, 1x1 convolutions as products", f"{COMPILED}, reduce-overhead"
 _BEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -54,9 +56,10 @@ class Setup:
     guidance: float | None = None
 
 
-def rivals(batch: int) -> tuple[str, ...]:
+def rivals(batch: int, gpu: bool = True) -> tuple[str, ...]:
     """Who competes; CUDA graphs of the compiler's are strong where launches take most of the time, at small batches."""
-    return (COMPILED, BEST_SDPA, PRODUCTS, *((REDUCED,) if batch <= 4 else ()), UNFUSED, TUNED, LITERAL)
+    others = (*((REDUCED,) if batch <= 4 else ()), *((OURS_COMPILED,) if gpu else ()))
+    return (COMPILED, BEST_SDPA, PRODUCTS, *others, UNFUSED, TUNED, LITERAL)
 
 
 def workload(build: Callable[[torch.device], Setup], device: torch.device, sustained: float = 0.0) -> Workload:
@@ -85,16 +88,18 @@ def workload(build: Callable[[torch.device], Setup], device: torch.device, susta
         PRODUCTS: script(functools.partial(torch.compile, backend=_and_with_products, dynamic=False)),
         REDUCED: script(functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)),
         UNFUSED: Contestant(lambda: _Trained(_trainer(setup, fuse=False))),
+        OURS_COMPILED: Contestant(lambda: _Trained(_trainer(setup, fuse=True, execution="compiled_graph"))),
         TUNED: script(),
         LITERAL: script(literal=True),
     }
     groups: tuple[Group, ...] = ()
     if device.type == "cuda":
-        order = sorted(rivals(setup.batch), key=(TUNED, UNFUSED, LITERAL, REDUCED, COMPILED, BEST_SDPA, PRODUCTS).index)
+        turns = TUNED, UNFUSED, LITERAL, REDUCED, COMPILED, BEST_SDPA, PRODUCTS, OURS_COMPILED
+        order = sorted(rivals(setup.batch), key=turns.index)
         groups = tuple(Group((n,), max(sustained, 15.0) if n.startswith(COMPILED) else 10.0) for n in order)
     return Workload(
         Contestant(lambda: _Trained(trainer)),
-        {name: known[name] for name in rivals(setup.batch)},
+        {name: known[name] for name in rivals(setup.batch, device.type == "cuda")},
         functools.partial(_check, trainer),
         flops=flops(build),
         samples=setup.batch,
@@ -111,7 +116,7 @@ def flops(build: Callable[[torch.device], Setup]) -> int:
     return int(counter.get_total_flops())
 
 
-def _trainer(setup: Setup, fuse: bool) -> DistillTrainer:
+def _trainer(setup: Setup, fuse: bool, execution: Execution = "auto") -> DistillTrainer:
     from fastdistill import DistillTrainer, GuidanceDistillation, RandomConditioning
     from fastdistill.train import TrainConfig
 
@@ -127,7 +132,7 @@ def _trainer(setup: Setup, fuse: bool) -> DistillTrainer:
         setup.cache,
         setup.bank,
         objective,
-        TrainConfig(steps=10_000, batch=setup.batch, lr=1e-5, fuse=fuse),
+        TrainConfig(steps=10_000, batch=setup.batch, lr=1e-5, fuse=fuse, execution=execution),
         device=setup.device,
     )
 

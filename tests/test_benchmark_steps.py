@@ -49,7 +49,7 @@ def small_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_contestant_takes_the_step_of_a_model(model: str) -> None:
     workload = step.workload(TINY[model], CPU)
     workload.check()
-    assert tuple(workload.rivals) == step.rivals(2) and workload.flops > 0 and workload.samples == 2
+    assert tuple(workload.rivals) == step.rivals(2, gpu=False) and workload.flops > 0 and workload.samples == 2
     for name, run in {"ours": workload.ours, **workload.rivals}.items():
         if name.startswith(COMPILED):
             continue

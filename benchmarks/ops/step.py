@@ -23,9 +23,9 @@ _ROWS, _PROMPTS, _NO_CLASS = 256, 600, 1000
 
 
 def cases() -> Iterator[Case]:
-    yield Case("step", "digits U-Net B=64", "fp32", "cpu", functools.partial(workload, digits), rivals(64))
+    yield Case("step", "digits U-Net B=64", "fp32", "cpu", functools.partial(workload, digits), rivals(64, gpu=False))
     make: Callable[[torch.device], Workload] = functools.partial(workload, functools.partial(_guided, digits))
-    yield Case("step", "digits U-Net guided B=64", "fp32", "cpu", make, rivals(64))
+    yield Case("step", "digits U-Net guided B=64", "fp32", "cpu", make, rivals(64, gpu=False))
     for batch in BATCHES:
         for name, build in MODELS.items():
             headline = name == "SD-1.5 to bk_base 512x512" and batch == 32

@@ -202,7 +202,7 @@ def _changes(plan: Plan, available: int) -> Iterator[tuple[dict[str, Any], dict[
         if config.banks == "device" and plan.card.device == "cuda":
             yield {"train.banks": "pinned"}, {"banks": "pinned"}
         yield {"cache.read": "disk"}, {"stored": True}
-    if plan.execution == "graph":
+    if plan.execution in ("graph", "compiled_graph"):
         yield {"train.execution": "eager"}, {"execution": "eager"}
     if not plan.sharded:
         most = next((n for n in (plan.ranks, 2, 4, 8) if n > 1 and plan.batch * plan.ranks % n == 0), None)
@@ -223,7 +223,7 @@ def _execution(job: Job, sharded: bool) -> str:
 
 def _memory(job: Job, traced: Traced, micro_batch: int, batch: int, ranks: int, sharded: bool) -> dict[str, int]:
     layout = Layout(
-        graph=_execution(job, sharded) == "graph",
+        graph=_execution(job, sharded) == "graph",  # of a compiled one, teacher and student are one branch
         banks=job.config.banks == "device" and not job.stored,
         ranks=ranks,
         sharded=sharded,

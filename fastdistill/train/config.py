@@ -28,7 +28,7 @@ from fastdistill.files import located
 
 Config = TypeVar("Config")
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Execution = Literal["auto", "eager", "compiled", "graph"]
+Execution = Literal["auto", "eager", "compiled", "graph", "compiled_graph"]
 
 
 @documented
@@ -86,7 +86,8 @@ class TrainSettings:
     fuse: bool = False
     """Use fused ops inside the teacher and the student (fastdistill.fuse)."""
     execution: Execution = "auto"
-    """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU eager."""
+    """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU eager.
+    compiled_graph: one CUDA graph of the compiled step."""
     banks: Literal["device", "pinned"] = "device"
     """Where banks that were loaded are kept: on the device, or in pinned host memory that a GPU reads in place."""
     ahead: Annotated[int, Field(ge=1)] = 3

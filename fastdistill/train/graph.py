@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a step runs: eagerly, compiled, or as one CUDA graph with everything in it, the draw too."""
+"""How a step runs: eagerly, compiled, or, compiled or not, as one CUDA graph with everything in it, the draw too."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from fastdistill.train.step import TrainStep
 
 logger = logging.getLogger(__name__)
 WARM_UP = 3  # steps of a run before it is captured: buffers, optimizer state and tuned kernels come to be in them
+_COMPILING = "compiling the training step: the first call takes minutes for a large model"
 DDP_WARM_UP = 11  # torch's notes on CUDA ask for as many; DDP orders its buckets and takes its times in them
 _UNSEEDED = "which a resumed run could not draw again; use 'eager', or switch that off"
 
@@ -39,16 +40,22 @@ class GraphedStep:
     rate and EMA decay come from device memory, so between log intervals the host does nothing but launch the graph. On
     several ranks the graph holds DDP's collectives too, as torch's notes on CUDA describe: not run on GPUs yet.
 
+    Of a compiled step (``compiled``) the calls before the capture compile and tune. They run without ``NoHostSync``,
+    under which torch would trace it anew; the capture itself refuses what waits for the device.
+
     Where a step cannot be captured, ``strict`` raises KernelError with the reason; otherwise a warning gives it and the
     step runs again from its beginning, and every later one, compiled. Too little memory for the capture, or an error
     after which the device runs nothing more, ends the run in either case.
     """
 
-    def __init__(self, step: TrainStep, student: nn.Module, *, strict: bool) -> None:
+    def __init__(self, step: TrainStep, student: nn.Module, *, strict: bool, compiled: bool = False) -> None:
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._step, self._student, self._strict = step, student, strict
+        self._step, self._student, self._strict, self._compiled = step, student, strict, compiled
         self._stream = step.stream or torch.cuda.Stream(step.counter.device)
-        step.execution = "CUDA graph"
+        step.execution = "compiled CUDA graph" if compiled else "CUDA graph"
+        if compiled:
+            logger.info(_COMPILING)
+            step.compile()
         self._next: Callable[[], None] = self._eager
         self._warm, self._until = 0, WARM_UP if distributed.size() == 1 else DDP_WARM_UP
 
@@ -73,10 +80,13 @@ class GraphedStep:
         self._warm += 1
         last = self._warm == self._until
         with self._step.randomness(), torch.cuda.stream(self._stream), contextlib.ExitStack() as stack:
-            if last:  # after what is tuned at first calls
+            if last and self._compiled:
+                stack.enter_context(_drawing_nothing(self._step.counter.device))
+            elif last:  # after what is tuned at first calls
                 stack.enter_context(NoHostSync())
                 stack.enter_context(as_captured())
-            self._step()
+            with _compiler_errors() if self._compiled else contextlib.nullcontext():
+                self._step()
         current.wait_stream(self._stream)
         if last:
             self._next = self._captured
@@ -156,6 +166,11 @@ def refuse_compiled(step: TrainStep, student: nn.Module) -> str | None:
     return None
 
 
+def _of_ranks() -> str | None:
+    """Why the ranks of this run cannot capture a compiled step."""
+    return None if distributed.size() == 1 else f"there are {distributed.size()} ranks, whose DDP torch compiles apart"
+
+
 def _eager(step: TrainStep) -> Callable[[], None]:
     """The step, with the random numbers that the student itself draws seeded in each."""
     step.execution = "eager"
@@ -167,13 +182,34 @@ def _eager(step: TrainStep) -> Callable[[], None]:
     return advance
 
 
+@contextlib.contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """FastdistillError where torch cannot compile what runs inside."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        why = f"step: torch.compile failed: {_first(getattr(error, 'inner_exception', error))}"
+        raise FastdistillError(f"{why}; config.execution 'eager' does without it") from error
+
+
+@contextlib.contextmanager
+def _drawing_nothing(device: torch.device) -> Iterator[None]:
+    """RandomnessError after a step that has drawn random numbers of a generator with a state."""
+    before = generator_states(device)
+    yield
+    if before != generator_states(device):
+        error = RandomnessError(f"step: the student draws random numbers itself, {_UNSEEDED}")
+        error.finished = True
+        raise error
+
+
 def _compiled(step: TrainStep) -> Callable[[], None]:
     """The step, compiled by its first call; FastdistillError where that fails, and where both the second and the third
     call draw random numbers of a generator with a state (compiling may do so once)."""
-    from torch._dynamo.exc import TorchDynamoException
-
     step.execution = "compiled"
-    logger.info("compiling the training step: the first call takes minutes for a large model")
+    logger.info(_COMPILING)
     step.compile()
     calls = drawn = 0
 
@@ -181,11 +217,8 @@ def _compiled(step: TrainStep) -> Callable[[], None]:
         nonlocal calls, drawn
         calls += 1
         before = generator_states(step.counter.device) if calls in (2, 3) else None
-        try:
+        with _compiler_errors():
             step()
-        except TorchDynamoException as error:
-            why = f"step: torch.compile failed: {_first(getattr(error, 'inner_exception', error))}"
-            raise FastdistillError(f"{why}; config.execution 'eager' does without it") from error
         drawn += before is not None and before != generator_states(step.counter.device)
         if drawn == 2:
             raise FastdistillError(f"step: the student draws random numbers itself, {_UNSEEDED}")
@@ -197,13 +230,14 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
     """What the loop calls every step.
 
     ``eager``: the step itself. ``compiled``: draw, models and losses through ``torch.compile``. ``graph``: everything
-    in one CUDA graph. ``auto``: on a GPU a graph, compiled with a warning that says why if there can be none; on a CPU
-    eagerly. A student that draws random numbers itself (dropout) runs eagerly: there they are seeded by the step.
+    in one CUDA graph. ``compiled_graph``: the compiled step in one. ``auto``: on a GPU a graph, compiled with a warning
+    that says why if there can be none; on a CPU eagerly. A student that draws random numbers itself (dropout) runs
+    eagerly: there they are seeded by the step.
 
     Raises:
-        FastdistillError: ``graph`` where it cannot be, with the reason; ``graph`` and ``compiled`` for a student that
-            draws random numbers; ``compiled`` for a sharded student before torch 2.13; from the first three steps, what
-            cannot be compiled.
+        FastdistillError: ``graph`` where it cannot be, with the reason; all but ``eager`` and ``auto`` for a student
+            that draws random numbers; ``compiled`` for a sharded student before torch 2.13; ``compiled_graph`` on
+            several ranks; from the first three steps, what cannot be compiled.
     """
     reason = None if execution in ("eager", "compiled") else refuse_graph(step, student)
     if execution == "eager" or (reason is not None and execution == "auto" and step.counter.device.type != "cuda"):
@@ -219,10 +253,13 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
         if why_not is not None:
             raise FastdistillError(f"execution 'compiled': {why_not}; use 'eager'")
         return _compiled(step)
+    if execution == "compiled_graph" and (reason := reason or why_not or _of_ranks()) is None:
+        return GraphedStep(step, student, strict=True, compiled=True)
     if reason is None:
         return GraphedStep(step, student, strict=execution == "graph")
-    if execution == "graph":
-        raise FastdistillError(f"execution 'graph': {reason}; use '{'compiled' if why_not is None else 'eager'}'")
+    if execution in ("graph", "compiled_graph"):
+        instead = "compiled" if why_not is None else "eager"
+        raise FastdistillError(f"execution '{execution}': {reason}; use '{instead}'")
     if why_not is not None:
         warnings.warn(f"step: neither a CUDA graph nor compiled, as {why_not}; it runs eagerly", stacklevel=2)
         return _eager(step)

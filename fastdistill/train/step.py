@@ -76,7 +76,7 @@ class TrainStep:
         self._seed, self._student, self._checked = config.seed, student, distributed.size() == 1
         self.execution = "eager"  # what runs it (``graph.runner``)
         self.stream: torch.cuda.Stream | None = None  # on which the step may be captured
-        if device.type == "cuda" and config.execution in ("auto", "graph"):
+        if device.type == "cuda" and config.execution in ("auto", "graph", "compiled_graph"):
             self.stream = torch.cuda.Stream(device)
         self._part, self._parts = _parts(objective, config)
         self._loss: distributed.Evaluate = objective if self._parts == 1 else objective.loss  # type: ignore[attr-defined]

@@ -34,6 +34,8 @@ def test_where_there_can_be_no_graph() -> None:
     message = "execution 'graph': it runs on cpu: a CUDA graph needs a CUDA device; use 'compiled'"
     with pytest.raises(FastdistillError, match=message):
         runner(step, nn.Module(), "graph")
+    with pytest.raises(FastdistillError, match=message.replace("graph'", "compiled_graph'", 1)):
+        runner(step, nn.Module(), "compiled_graph")
 
 
 class OnGPU:
@@ -210,6 +212,27 @@ def test_every_step_of_a_graphed_run_counts_once(ranks: int, warm_up: int, monke
     assert advance.graph.replays == 4
     # In the last step before the capture the teacher has a stream of its own, as in the graph.
     assert step.on_streams[:warm_up] == [False] * (warm_up - 1) + [True]
+
+
+@pytest.mark.usefixtures("fake_cuda")
+@pytest.mark.parametrize("sin", [None, "item", "dropout"])
+def test_every_step_of_a_compiled_graph_counts_once(sin: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the device only its capture refuses."""
+    drawn = sin == "dropout"
+    step: Any = Counting(sin)
+    FakeGraph.step = step
+    advance: Any = runner(step, nn.Module(), "compiled_graph")
+    assert step.compiled and step.execution == "compiled CUDA graph"
+    told = pytest.raises(KernelError, match="draws random numbers itself")
+    with told if drawn else contextlib.nullcontext():
+        for expected in range(1, WARM_UP + 5):
+            advance()
+            assert step.done == expected
+    if not drawn:
+        assert advance.graph.replays == 4 and step.on_streams[:WARM_UP] == [False] * WARM_UP
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    with pytest.raises(FastdistillError, match=r"'compiled_graph': there are 2 ranks, .*; use 'compiled'"):
+        runner(step, nn.Module(), "compiled_graph")
 
 
 @pytest.mark.usefixtures("fake_cuda")

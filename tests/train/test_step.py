@@ -204,6 +204,17 @@ def test_a_graph_is_eager(precision: Any) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+def test_a_graph_of_compiled_steps_is_compiled_steps() -> None:
+    """The same kernels, so the same bits."""
+    steps = WARM_UP + 4
+    for one, two in zip(
+        weights_after("compiled_graph", steps, "cuda"), weights_after("compiled", steps, "cuda"), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_a_graph_holds_what_ddp_does(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one rank that takes itself for one of two: the same bits as its eager steps."""
     monkeypatch.setenv(distributed.ERROR_HANDLING, "0")
