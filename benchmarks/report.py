@@ -7,6 +7,7 @@ Another folder of results (``--results``) is plotted into itself, and the README
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from benchmarks.files import RESULTS, latest, latest_parts, read
 from benchmarks.measure import Row
 from benchmarks.plots import plot
-from benchmarks.registry import cases
+from benchmarks.registry import Case, cases
 from fastdistill.errors import InputError
 from fastdistill.files import located
 
@@ -54,12 +55,8 @@ def summary(results: Path = RESULTS) -> str:
             told = " · ".join(f"{rival} **{_range(some)}**" for rival, some in ratios.items())
             lines.append(f"| {' | '.join(key)} | {told} |")
         lines.append("")
-    if not _has_gpu(results):
-        waiting = list(dict.fromkeys(case.op for case in cases("cuda")))
-        lines += [
-            f"**GPU**: unmeasured ({', '.join(waiting)}); `make gpu` measures on a machine that has one.",
-            "",
-        ]
+    if waiting := list(dict.fromkeys(case.op for case in _waiting(results))):
+        lines += [f"**GPU**: unmeasured ({', '.join(waiting)}); `make gpu` measures on a machine that has one.", ""]
     return "\n".join(lines) + f"\nEvery shape and a plot: [docs/benchmarks.md]({FULL.relative_to(ROOT)})."
 
 
@@ -68,8 +65,11 @@ def _range(ratios: list[float]) -> str:
     return low if low == high else f"{low}–{high}"
 
 
-def _has_gpu(results: Path) -> bool:
-    return any(results.glob("gpu*.csv"))
+def _waiting(results: Path) -> list[Case]:
+    """The headline cases that no GPU has measured."""
+    rows = itertools.chain.from_iterable(r for path in results.glob("gpu*.csv") for r in current(path))
+    measured = {(row["op"], row["shape"], row["dtype"]) for row in rows if row["ratio"]}
+    return [c for c in cases("cuda") if c.headline and (c.op, c.shape, c.dtype) not in measured]
 
 
 def _measured(results: Path) -> Iterator[tuple[Path, list[list[Row]]]]:
@@ -79,7 +79,7 @@ def _measured(results: Path) -> Iterator[tuple[Path, list[list[Row]]]]:
 
 
 def table(results: Path = RESULTS) -> str:
-    """Per device the last measurement of every case, a GPU that nobody measured on with the cases that wait for it."""
+    """Per device the last measurement of every case, and the headline cases that wait for a GPU."""
     lines = []
     for path, measured in _measured(results):
         gpu = path.stem.startswith("gpu")
@@ -92,10 +92,9 @@ def table(results: Path = RESULTS) -> str:
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(_cells(rows, columns))} |" for rows in measured]
         lines += [*_where(path, gpu), ""]
-    if not _has_gpu(results):
-        lines += ["## GPU", "", "`make gpu` on a machine that has one.", ""]
+    if waiting := _waiting(results):
+        lines += ["## GPU: unmeasured", "", "`make gpu` on a machine that has one.", ""]
         lines += ["| op | shape | dtype | times faster than |", "|---|---|---|---|"]
-        waiting = [case for case in cases("cuda") if case.headline]
         lines += [f"| {c.op} | {c.shape} | {c.dtype} | {' · '.join(c.rivals)}: unmeasured |" for c in waiting]
     return "\n".join(lines).strip()
 

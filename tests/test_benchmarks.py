@@ -242,6 +242,10 @@ def test_the_table_shows_the_last_measurement(tmp_path: Path, monkeypatch: pytes
     assert "| eager **3.25** |" in report.table(tmp_path), "the last run's rivals alone, those that are known"
     assert "| eager **3.25** |" in report.summary(tmp_path) and "unmeasured" not in report.summary(tmp_path)
     assert "1.50" not in report.table(tmp_path) and "unmeasured" not in report.table(tmp_path)
+    knows(monkeypatch, case, dataclasses.replace(case, op="other_op"))
+    assert "| other_op | small | bf16 | eager · new: unmeasured |" in report.table(tmp_path)
+    assert "unmeasured (other_op)" in report.summary(tmp_path)
+    knows(monkeypatch, case)
     path.unlink()
     assert "unmeasured" in report.table(tmp_path) and "unmeasured (some_op)" in report.summary(tmp_path)
 
