@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib
 import sys
@@ -55,10 +56,24 @@ def use(kernel: str | None) -> Iterator[None]:
     if kernel is not None and kernel not in names:
         raise InputError.of("kernel", f"one of {', '.join(names)}", repr(kernel))
     token = _forced.set(kernel)
+    _show()
     try:
         yield
     finally:
         _forced.reset(token)
+        _show()
+
+
+_BY_TORCH = torch.__version__ >= (2, 12)  # type: ignore[operator]  # is compared with tuples too
+
+
+def _show() -> None:
+    """To autograd's threads, in which the backwards of a GPU run, what is asked for in this one. From 2.12 on torch
+    stashes the context itself, around each backward; before, tasks of one thread whose blocks overlap share it."""
+    if not _BY_TORCH:
+        context = contextvars.copy_context()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(context))  # torch takes a reference over and did not count it
+        torch._C._stash_obj_in_tls("context", context)
 
 
 def constant(function: Function) -> Function:

@@ -141,6 +141,36 @@ def test_the_threads_of_autograd_see_the_block_around_backward() -> None:
     assert in_a_thread(forced) is None
 
 
+def test_a_thread_of_autograd_sees_the_block_around_backward() -> None:
+    """A GPU's backwards run in one; on a CPU one that is called inside of 60 others does."""
+    here, seen = threading.get_ident(), []
+
+    class Within(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, depth: int) -> Tensor:
+            ctx.depth = depth
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+            if threading.get_ident() != here:
+                seen.append(forced())
+            elif ctx.depth:
+                differentiate(ctx.depth - 1)
+            return grad, None
+
+    def differentiate(depth: int) -> None:
+        with torch.enable_grad():
+            x = torch.ones(1, requires_grad=True)
+            torch.autograd.grad(Within.apply(x, depth), x)
+
+    for kernel in ("reference", None):
+        with use(kernel):
+            differentiate(100)
+    differentiate(100)
+    assert seen == ["reference", None, None]
+
+
 def test_a_compiled_function_uses_the_kernel_that_is_asked_for_when_it_runs() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: geglu(x).square().sum(), fullgraph=True, backend="aot_eager")

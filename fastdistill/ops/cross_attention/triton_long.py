@@ -23,6 +23,7 @@ from fastdistill.ops.cross_attention.triton_tiles import (
     product,
     put,
     start,
+    terms,
     times,
     zeros,
 )
@@ -83,7 +84,8 @@ def backward_long_q(
         shrunk = tl.exp2(top - finite(higher))
         w = tl.exp2(s - finite(higher)[:, None])
         total = total * shrunk + tl.sum(w, 1)
-        delta = delta * shrunk + tl.sum(w * product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS), 1)
+        p = product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS)
+        delta = delta * shrunk + tl.sum(terms(w, p, q.dtype.element_ty == tl.float32), 1)
         top = higher
     top, share = finite(top), inverse(total)
     delta *= share
