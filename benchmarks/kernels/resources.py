@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers, spills and shared memory of a cubin, and the occupancy that they allow."""
+"""Registers, spills and shared memory of a cubin, the occupancy that they allow, and what PTX must not have."""
 
 from __future__ import annotations
 
@@ -67,3 +67,18 @@ def occupancy(arch: int, registers: int, shared: int, threads: int) -> float:
     by_shared = most_shared // (shared + SYSTEM_SHARED)
     blocks = min(by_registers, by_shared, most_threads // threads, most_blocks)
     return blocks * warps / (most_threads // 32)
+
+
+def unequal_copies(ptx: str) -> list[str]:
+    """Instructions after which threads hold unequal copies of what they have added up together: each fuses a product of
+    its own into the addition of a neighbour's, which was rounded before it was sent. Which copy is written is open."""
+    sent: set[str] = set()
+    found = []
+    for line in ptx.splitlines():
+        if match := re.match(r"\s*(?:@!?%\w+\s+)?([a-z]+)\.\S+\s+(.+);", line):
+            to, *operands = re.findall(r"[%\w.-]+", match[2])
+            if match[1] == "fma" and operands[-1] in sent:
+                found.append(line.strip())
+            brings = match[1] == "shfl" or (match[1] == "mov" and not sent.isdisjoint(operands))
+            (sent.add if brings else sent.discard)(to)
+    return found

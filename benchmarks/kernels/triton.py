@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks.kernels.launches import LAUNCHES
-from benchmarks.kernels.resources import Row, occupancy, usage
+from benchmarks.kernels.resources import Row, occupancy, unequal_copies, usage
 from fastdistill.ops._triton import target
 
 # Triton 3.6's assembler keeps one register of feature_match in memory on sm_100; it is there for Hopper.
@@ -98,6 +98,8 @@ def rows(launches: dict[str, Callable[[], None]] = LAUNCHES, archs: tuple[int, .
             for kernel, signature, constants, attributes, options in recorder.launched.values():
                 source = ASTSource(kernel, signature, constants, attributes)
                 compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                if unequal := unequal_copies(compiled.asm["ptx"]):
+                    raise RuntimeError(f"{name}: {kernel.__name__}, sm_{arch}: unequal copies of a sum by {unequal}")
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                     Path(file.name).write_bytes(compiled.asm["cubin"])
                     ((_, _, used),) = usage(file.name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel for a GPU compiles for GPUs that are not here, and spills nothing."""
+"""Every kernel for a GPU compiles for GPUs that are not here, spills nothing and keeps copies of sums equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kernels import cuda
-from benchmarks.kernels.resources import occupancy
+from benchmarks.kernels.resources import occupancy, unequal_copies
 from fastdistill.ops import OPS, _native
 
 ROOT = Path(__file__).parents[2]
@@ -65,3 +65,25 @@ def test_cuda_as_built() -> None:
 def test_occupancy(arch: int, registers: int, shared: int, threads: int, expected: float) -> None:
     """The figures of the occupancy calculator."""
     assert occupancy(arch, registers, shared, threads) == pytest.approx(expected)
+
+
+def test_unequal_copies_of_a_sum() -> None:
+    """As Triton 3.6 and 3.9 write what is summed over threads: a product, in float32 and in float64; and what may be."""
+    fused = "fma.rn.f32 \t%r391, %r236, %r388, %r390;"
+    wide = "fma.rn.f64 \t%rd5, %rd1, %rd2, %rd4;"
+    ptx = f"""
+        mul.f32 \t%r389, %r236, %r388;
+        shfl.sync.bfly.b32 \t%r390, %r389, 8, 31, -1;
+        {fused}
+        shfl.sync.bfly.b32 \t%r392, %r391, 4, 31, -1;
+        add.f32 \t%r393, %r391, %r392;
+        fma.rn.f32 \t%r394, %r7, %r8, %r393;
+        mov.b64 \t{{%r1, %r2}}, %rd3;
+        shfl.sync.bfly.b32 \t%r3|%p1, %r1, 8, 31, -1;
+        @%p2 shfl.sync.bfly.b32 \t%r4|%p1, %r2, 8, 31, -1;
+        mov.b64 \t%rd4, {{%r3, %r4}};
+        {wide}
+        fma.rn.f32 \t%r392, %r392, %r7, 0f00000000;
+        fma.rn.f32 \t%r396, %r7, %r8, %r392;
+    """
+    assert unequal_copies(ptx) == [fused, wide]
