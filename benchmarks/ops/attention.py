@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ops.cross_attention import BACKENDS, MODELS, XFORMERS, sdpa, works
+from benchmarks.ops.cross_attention import BACKENDS, MODELS, XFORMERS, missing, sdpa, works
 from benchmarks.registry import DTYPES, Case, Run, Workload, agrees, forward_backward, generator, optional
 from benchmarks.shapes import SD15_ATTENTION
 from fastdistill.ops import attention
@@ -45,7 +45,7 @@ def _build(
 
     def of(name: str) -> Run | str:
         if name == XFORMERS:
-            return optional("xformers.ops", xformers)
+            return missing(name) or optional("xformers.ops", xformers)
         return works(functools.partial(sdpa, BACKENDS[name]), *inputs)
 
     factor = math.sqrt(tokens * dim) if dtype == torch.float32 else 8.0  # sums in two orders; weights rounded

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.registry import DTYPES, Case, Run, Workload, agrees, forward_backward, generator, optional
 from benchmarks.shapes import PIXART_ATTENTION, SD15_ATTENTION, SDXL_ATTENTION
-from fastdistill.ops import cross_attention
+from fastdistill.ops import OPS, cross_attention
 
 MODELS = {"SD-1.5": SD15_ATTENTION, "SDXL": SDXL_ATTENTION, "PixArt-XL/2": PIXART_ATTENTION}
 BACKENDS = {
@@ -58,6 +58,12 @@ def works(function: Callable[..., Tensor], *inputs: Tensor) -> Run | str:
     return run
 
 
+def missing(backend: str) -> str | None:
+    """Why a backend of ``attention`` cannot run on a GPU here."""
+    (kernel,) = (k for k in OPS["attention"].kernels if (k.name, k.device) == (backend, "cuda"))
+    return kernel.available()
+
+
 def _build(
     sizes: tuple[int, int, int, int, int], dtype: torch.dtype, rivals: tuple[str, ...], device: torch.device
 ) -> Workload:
@@ -78,7 +84,7 @@ def _build(
     others: dict[str, Run | str] = {}
     for name in rivals:
         if name == XFORMERS:
-            others[name] = optional("xformers.ops", xformers)
+            others[name] = missing(name) or optional("xformers.ops", xformers)
         else:
             others[name] = works(functools.partial(sdpa, BACKENDS[name]), q, k, v)
     moved = (5 * q.numel() + 6 * k.numel()) * q.element_size()  # q, out; q, its gradient and the output's; K, V

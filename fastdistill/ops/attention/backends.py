@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from fastdistill.errors import quoted
 from fastdistill.ops._backward import is_differentiated
 from fastdistill.ops._dispatch import quiet
 from fastdistill.ops._sdpa import sdpa
@@ -99,6 +100,23 @@ def _installed(module: str, device: str) -> str | None:
     return _missing(module) or _always(device)
 
 
+@functools.cache
+def _xformers_unbuilt() -> str | None:
+    """xformers is imported without its kernels too, where they were built for another torch or not for CUDA."""
+    try:
+        library = importlib.import_module("xformers._cpp_lib")
+    except Exception as error:
+        return f"xformers does not load: {quoted(error)}"
+    error = getattr(library, "_cpp_library_load_exception", None)
+    if error is not None:
+        return " ".join(" ".join(str(error).splitlines()[:2]).split())
+    return None if getattr(library, "_built_with_cuda", True) else "xformers was built without CUDA"
+
+
+def _xformers_here(device: str) -> str | None:
+    return _installed("xformers", device) or _xformers_unbuilt()
+
+
 def _fa3_here(device: str) -> str | None:
     reason = _installed("flash_attn_interface", device)
     if reason is None and torch.cuda.get_device_capability()[0] != 9:
@@ -124,7 +142,7 @@ BACKENDS = {
         Backend("efficient", ("cuda",), functools.partial(_sdpa, "efficient"), _always, _switched),
         Backend("math", ("cuda", "cpu"), functools.partial(_sdpa, "math")),
         Backend("cudnn", ("cuda",), functools.partial(_sdpa, "cudnn"), _always, _never),
-        Backend("xformers", ("cuda",), _xformers, functools.partial(_installed, "xformers"), _never),
+        Backend("xformers", ("cuda",), _xformers, _xformers_here, _never),
         Backend("fa3", ("cuda",), _fa3, _fa3_here),
     )
 }
