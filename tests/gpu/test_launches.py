@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastdistill.ops import OPS, _dispatch, _native, cross_attention, feature_match, grad_square_sum, noise_gather, use
 from fastdistill.ops._dispatch import Kernel, Op
@@ -234,6 +233,16 @@ def test_a_backward_in_another_thread_takes_the_forced_kernel(kernel: str) -> No
     assert calls[kernel] == before + 1 and torch.equal(s.grad, torch.full_like(s, 6 / 5))
 
 
+class Elsewhere(Tensor):
+    """What says that it is on a GPU, which need not be there; a fake tensor asks for it where there is another."""
+
+    __torch_dispatch__ = None
+
+    @staticmethod
+    def __new__(cls, device: str) -> Elsewhere:
+        return Tensor._make_wrapper_subclass(cls, (1,), device=device)
+
+
 def test_the_guard_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """With several GPUs a kernel runs with that of the tensors as the current one; with one nothing is asked."""
     entered: list[int] = []
@@ -249,17 +258,16 @@ def test_the_guard_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     op = Op("fake", "", lambda *args: None, [kernel])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with FakeTensorMode():
-        host, first, second = torch.empty(1), torch.empty(1, device="cuda:0"), torch.empty(1, device="cuda:1")
-        for count, args, during in [
-            (1, (second,), []),
-            (2, (first,), []),
-            (2, (second,), [1]),
-            (2, (3, [], [second, second], first), [1]),
-            (2, (host, None, second), [1]),
-            (2, (), []),
-        ]:
-            monkeypatch.setattr(_dispatch, "_several_gpus", lambda count=count: count > 1)
-            entered.clear()
-            op.run_on_gpu(*args)
-            assert seen.pop() == during and entered == during + [-1] * len(during)
+    host, first, second = torch.empty(1), Elsewhere("cuda:0"), Elsewhere("cuda:1")
+    for count, args, during in [
+        (1, (second,), []),
+        (2, (first,), []),
+        (2, (second,), [1]),
+        (2, (3, [], [second, second], first), [1]),
+        (2, (host, None, second), [1]),
+        (2, (), []),
+    ]:
+        monkeypatch.setattr(_dispatch, "_several_gpus", lambda count=count: count > 1)
+        entered.clear()
+        op.run_on_gpu(*args)
+        assert seen.pop() == during and entered == during + [-1] * len(during)
