@@ -68,7 +68,7 @@ def test_occupancy(arch: int, registers: int, shared: int, threads: int, expecte
 
 
 def test_unequal_copies_of_a_sum() -> None:
-    """As Triton 3.6 and 3.9 write what is summed over threads: a product, in float32 and in float64; and what may be."""
+    """Sums of products over threads in float32 and float64 as Triton writes them, and what is none."""
     fused = "fma.rn.f32 \t%r391, %r236, %r388, %r390;"
     wide = "fma.rn.f64 \t%rd5, %rd1, %rd2, %rd4;"
     ptx = f"""

@@ -107,9 +107,9 @@ def _xformers_unbuilt() -> str | None:
         library = importlib.import_module("xformers._cpp_lib")
     except Exception as error:
         return f"xformers does not load: {quoted(error)}"
-    error = getattr(library, "_cpp_library_load_exception", None)
-    if error is not None:
-        return " ".join(" ".join(str(error).splitlines()[:2]).split())
+    failure = getattr(library, "_cpp_library_load_exception", None)
+    if failure is not None:
+        return " ".join(" ".join(str(failure).splitlines()[:2]).split())
     return None if getattr(library, "_built_with_cuda", True) else "xformers was built without CUDA"
 
 
