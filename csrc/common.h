@@ -94,7 +94,15 @@ FD_HD double power(double x, double y) {
 #endif
 }
 
-FD_HD uint64_t multiply(uint32_t a, uint32_t b) { return uint64_t(a) * b; }
+FD_HD uint64_t multiply(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;  // nvcc widens the factors first in larger kernels, and adds zeros to the upper halves
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t(a) * b;
+#endif
+}
 FD_HD uint32_t upper(uint64_t product) { return uint32_t(product >> 32); }
 FD_HD uint32_t lower(uint64_t product) { return uint32_t(product); }
 

@@ -104,7 +104,7 @@ void copy_part(const NoiseGather& a, const Bank& bank, int64_t b, int64_t piece,
 int64_t noise_gather(const NoiseGather& a) {
   int64_t outside = -1;
   for (int64_t b = 0; b < a.batch; ++b) {
-    const Draw d = draw_row(a, b);
+    const Draw d = draw_row(a, b, choice_words(a, b));
     if (outside < 0 && (d.prompt < 0 || d.prompt >= a.prompt_count)) outside = b;
     a.timestep[b] = d.timestep;
     a.latent_index[b] = d.latent;

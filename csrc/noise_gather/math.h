@@ -44,29 +44,46 @@ struct NoiseGather {
 
 namespace FD_ISA {
 
+// a = quotient n + rest with 0 <= rest < n, n > 0, as Python divides.
+struct Quotient {
+  int64_t quotient, rest;
+};
+FD_HD Quotient divide(int64_t a, int64_t n) {
+  if (uint64_t(a | n) >> 32 == 0) {  // the wide division is many times slower
+    const uint32_t quotient = uint32_t(a) / uint32_t(n);
+    return {quotient, uint32_t(a) - quotient * uint32_t(n)};
+  }
+  const int64_t quotient = a / n, rest = a - quotient * n;
+  return rest < 0 ? Quotient{quotient - 1, rest + n} : Quotient{quotient, rest};
+}
+
 // Binary digits of half of the numbers below n, at least 1.
 FD_HD int half_bits(int64_t n) {
+#ifdef __CUDA_ARCH__
+  const int bits = 64 - __clzll(n - 1);
+#else
   int bits = 0;
   for (uint64_t v = uint64_t(n - 1); v != 0; v >>= 1) ++bits;
+#endif
   return bits < 2 ? 1 : (bits + 1) / 2;
 }
 
-// A permutation of [0, n) for every (seed, epoch): six Feistel rounds, repeated until the value is below n again.
-FD_HD int64_t permute(int64_t v, int64_t n, uint64_t seed, uint64_t epoch) {
+// A permutation of [0, n), n <= 2^32, for every (seed, epoch): six Feistel rounds, repeated until the value is below n again.
+FD_HD int64_t permute(int64_t at, int64_t n, uint64_t seed, uint64_t epoch) {
   const int half = half_bits(n);
-  const uint64_t mask = (uint64_t(1) << half) - 1;
+  const uint32_t mask = (1u << half) - 1, last = uint32_t(n - 1);
+  uint32_t v = uint32_t(at);
   do {
-    uint64_t left = uint64_t(v) >> half, right = uint64_t(v) & mask;
+    uint32_t left = v >> half, right = v & mask;
     for (uint32_t round = 0; round < 6; ++round) {
-      const Words w =
-          philox4x32(Words{uint32_t(right), stream_permutation << 16 | round, uint32_t(epoch), uint32_t(epoch >> 32)},
-                     uint32_t(seed), uint32_t(seed >> 32));
-      const uint64_t next = left ^ (w.x & mask);
+      const Words w = philox4x32(Words{right, stream_permutation << 16 | round, uint32_t(epoch), uint32_t(epoch >> 32)},
+                                 uint32_t(seed), uint32_t(seed >> 32));
+      const uint32_t next = left ^ (w.x & mask);
       left = right;
       right = next;
     }
-    v = int64_t(left << half | right);
-  } while (v >= n);
+    v = left << half | right;
+  } while (v > last);
   return v;
 }
 
@@ -74,24 +91,27 @@ struct Draw {
   int64_t timestep, latent, prompt, choice;
 };
 
-FD_HD Draw draw_row(const NoiseGather& a, int64_t b) {
+// The words of block 0 of stream 0.
+FD_HD Words choice_words(const NoiseGather& a, int64_t b) {
+  return draw(uint64_t(a.counter[0]), stream_choice, 0, uint32_t(a.first_sample + b), uint64_t(a.counter[1]));
+}
+
+FD_HD Draw draw_row(const NoiseGather& a, int64_t b, const Words& w) {
   const uint64_t seed = uint64_t(a.counter[0]), step = uint64_t(a.counter[1]);
   const int64_t sample = a.first_sample + b;
-  const Words w = draw(seed, stream_choice, 0, uint32_t(sample), step);
   Draw d;
   d.timestep = below(w.x, a.steps);
+  const int64_t replace = a.replace[d.timestep];  // on its way while the latent is drawn
   if (a.with_replacement) {
     d.latent = below(draw(seed, stream_choice, 1, uint32_t(sample), step).x, a.latent_count);
   } else {
-    const int64_t position = int64_t(step) * a.global_batch + sample;
-    int64_t epoch = position / a.latent_count, at = position % a.latent_count;
-    if (at < 0) at += a.latent_count, --epoch;  // floor, as Python divides
-    d.latent = permute(at, a.latent_count, seed, uint64_t(epoch));
+    const Quotient q = divide(int64_t(step) * a.global_batch + sample, a.latent_count);
+    d.latent = permute(q.rest, a.latent_count, seed, uint64_t(q.quotient));
   }
   if (int64_t(w.w) < a.null_threshold) {
     d.choice = choice_null;
     d.prompt = a.null_index;
-  } else if (int64_t(w.y) < a.replace[d.timestep]) {
+  } else if (int64_t(w.y) < replace) {
     d.choice = choice_random;
     d.prompt = below(w.z, a.pool);
   } else {
@@ -104,8 +124,7 @@ FD_HD Draw draw_row(const NoiseGather& a, int64_t b) {
 // The row to read for sample b: the drawn one, or its place in the ring.
 FD_HD int64_t place(const NoiseGather& a, int64_t drawn, int64_t ring, int64_t b) {
   if (ring == 0) return drawn;
-  const int64_t turn = a.counter[1] % ring;
-  return (turn < 0 ? turn + ring : turn) * a.batch + b;
+  return divide(a.counter[1], ring).rest * a.batch + b;
 }
 
 template <typename F> FD_HD F mix(F x, F z, F signal, F noise) { return muladd(signal, x, noise * z); }

@@ -119,7 +119,9 @@ template <typename T> T atomicMax(T* at, T value) {
 }
 inline void __threadfence() { fd_emulation::fence(); }
 template <typename T> T __ldg(const T* at) { return *at; }
+template <typename T> T __ldcs(const T* at) { return *at; }
 template <typename T> void __stcs(T* at, T value) { *at = value; }
+template <typename T> void __stwb(T* at, T value) { *at = value; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 
 inline cudaError_t cudaGetLastError() { return 1; }
