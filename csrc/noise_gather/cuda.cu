@@ -10,7 +10,7 @@
 //           read leaves the cache first; the noise is never in memory. Banks may lie in pinned host memory: each byte then
 //           crosses the bus once
 // Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents
-// Limits    rows of any size; below 2^31 pieces; contiguous banks and outputs; fp32/bf16/fp16 latents; prompts are bytes, and
+// Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 latents; prompts are bytes, and
 //           a row outside of the bank comes out with all bits set (NaN, -1)
 #include "common.cuh"
 #include "noise_gather/math.h"
@@ -21,14 +21,13 @@ namespace {
 using namespace FD_ISA;
 
 constexpr int copying_threads = threads_per_block / 2, noise_threads = threads_per_block - copying_threads;
-constexpr int64_t noise_piece = 16 * noise_threads;     // elements of a latent in a piece at most
-constexpr int64_t most_copied = 32 << 10;               // bytes of the largest bank's row in a piece at most
-constexpr int64_t least_copied = 16 * copying_threads;  // of any bank's, but for the last piece that has some of it
-constexpr int loads = 8;                                // of a thread under way at once
+constexpr int loads = 8;                                       // of a thread under way at once
+constexpr int64_t noise_piece = 16 * noise_threads;            // elements of a latent in a piece at most
+constexpr int64_t most_copied = loads * 16 * copying_threads;  // bytes of the largest bank's row in a piece at most
+constexpr int64_t least_copied = 16 * copying_threads;         // of any bank's, but for the last piece that has some of it
 
 struct Pieces {
-  uint32_t count;                       // of a sample
-  int64_t elements, bytes[most_banks];  // of a latent and of each bank's row in a piece
+  int64_t count, elements, bytes[most_banks];  // pieces of a sample; of a latent and of each bank's row in each
 };
 
 // What the drawing warp tells the others: rows to read, the prompt's -1 if the bank has no such row.
@@ -70,11 +69,11 @@ template <> __device__ void two_from_floats<f16>(f16* to, float first, float sec
 }
 #endif
 
-// Elements [i, i + 8) of a row, those before ``end``.
-template <typename T> __device__ Eight<T> read(const T* row, int64_t i, int64_t end, bool vector) {
+// Elements [i, i + 8) of a row, those of the first n.
+template <typename T> __device__ Eight<T> read(const T* row, int i, int n, bool vector) {
   constexpr int words = sizeof(Eight<T>) / sizeof(uint4);
   Eight<T> x = {};
-  if (vector && i + 8 <= end) {
+  if (vector && i + 8 <= n) {
     uint4 word[words];
     FD_UNROLL
     for (int k = 0; k < words; ++k) word[k] = __ldcs(reinterpret_cast<const uint4*>(row + i) + k);
@@ -82,20 +81,20 @@ template <typename T> __device__ Eight<T> read(const T* row, int64_t i, int64_t 
   } else {
     FD_UNROLL
     for (int k = 0; k < 8; ++k)
-      if (i + k < end) x.x[k] = row[i + k];
+      if (i + k < n) x.x[k] = row[i + k];
   }
   return x;
 }
 
-template <typename T> __device__ void write_mixed(T* row, int64_t i, int64_t end, bool vector, const Eight<T>& x,
-                                                  const float (&z)[8], float signal, float noise) {
+template <typename T> __device__ void write_mixed(T* row, int i, int n, bool vector, const Eight<T>& x, const float (&z)[8],
+                                                  float signal, float noise) {
   constexpr int words = sizeof(Eight<T>) / sizeof(uint4);
   Eight<T> mixed;
   FD_UNROLL
   for (int k = 0; k < 8; k += 2)
     two_from_floats(mixed.x + k, mix(to_float(x.x[k]), z[k], signal, noise),
                     mix(to_float(x.x[k + 1]), z[k + 1], signal, noise));
-  if (vector && i + 8 <= end) {
+  if (vector && i + 8 <= n) {
     uint4 word[words];
     memcpy(word, &mixed, sizeof mixed);
     FD_UNROLL
@@ -103,7 +102,7 @@ template <typename T> __device__ void write_mixed(T* row, int64_t i, int64_t end
   } else {
     FD_UNROLL
     for (int k = 0; k < 8; ++k)
-      if (i + k < end) row[i + k] = mixed.x[k];
+      if (i + k < n) row[i + k] = mixed.x[k];
   }
 }
 
@@ -124,7 +123,7 @@ template <typename Word> __device__ void copy_words(const char* from, char* to, 
 }
 
 // Piece ``piece`` of a bank's row; all bits set (NaN, -1) where there is none.
-__device__ void copy_part(const Bank& bank, int64_t bytes, int64_t prompt, int64_t b, uint32_t piece) {
+__device__ void copy_part(const Bank& bank, int64_t bytes, int64_t prompt, int64_t b, int64_t piece) {
   const int64_t first = piece * bytes, rest = smaller(bank.bytes - first, bytes);
   if (rest <= 0) return;
   const int n = int(rest);
@@ -143,35 +142,35 @@ __device__ void copy_part(const Bank& bank, int64_t bytes, int64_t prompt, int64
 template <typename T> __global__ void __launch_bounds__(threads_per_block, 4)
     gather(const __grid_constant__ NoiseGather a, const __grid_constant__ Pieces pieces) {
   __shared__ Drawn drawn;
-  const uint32_t b = blockIdx.x / pieces.count, piece = blockIdx.x - b * pieces.count;
+  const int64_t b = int64_t(blockIdx.z) * gridDim.y + blockIdx.y, piece = blockIdx.x;
+  if (b >= a.batch) return;
   const bool copies = threadIdx.x < copying_threads;
-  const int64_t first = piece * pieces.elements, end = smaller(first + pieces.elements, a.row);
-  const int64_t i = first + 8 * (int64_t(threadIdx.x) - copying_threads), j = i + 8 * noise_threads;
-  float z[8];
-  if (!copies) {
-    if (i < end) eight_normals(uint64_t(a.counter[0]), uint64_t(a.counter[1]), uint32_t(a.first_sample + b), i, z);
-  } else if (threadIdx.x < 32) {
-    draw_piece(a, b, piece == 0, drawn);
-  }
+  const int64_t first = piece * pieces.elements;
+  const int n = int(smaller(pieces.elements, a.row - first));  // none of a small latent in its last pieces
+  const int i = 8 * (int(threadIdx.x) - copying_threads), j = i + 8 * noise_threads;
+  const uint64_t seed = uint64_t(a.counter[0]), step = uint64_t(a.counter[1]);
+  const uint32_t sample = uint32_t(a.first_sample + b);
+  float z[8], w[8] = {};
+  if (threadIdx.x < 32) draw_piece(a, b, piece == 0, drawn);
+  if (!copies && i < n) eight_normals(seed, step, sample, first + i, z);
   __syncthreads();
   if (copies) {
     for (int k = 0; k < a.bank_count; ++k) copy_part(a.banks[k], pieces.bytes[k], drawn.prompt, b, piece);
     return;
   }
-  if (i >= end) return;
-  const T* latent = static_cast<const T*>(a.latents) + drawn.latent * a.row;
-  T* x_t = static_cast<T*>(a.x_t) + b * a.row;
-  T* target = a.target ? static_cast<T*>(a.target) + b * a.row : nullptr;
-  const float signal = drawn.coefficients[0], noise = drawn.coefficients[1];
-  const float target_signal = drawn.coefficients[2], target_noise = drawn.coefficients[3];
+  if (i >= n) return;
+  const T* latent = static_cast<const T*>(a.latents) + drawn.latent * a.row + first;
+  T* x_t = static_cast<T*>(a.x_t) + b * a.row + first;
+  T* target = a.target ? static_cast<T*>(a.target) + b * a.row + first : nullptr;
   const bool vector = starts_vector(latent) && starts_vector(x_t) && starts_vector(target);
-  const Eight<T> x = read(latent, i, end, vector), y = read(latent, j, end, vector);
-  write_mixed(x_t, i, end, vector, x, z, signal, noise);
-  if (target) write_mixed(target, i, end, vector, x, z, target_signal, target_noise);
-  if (j >= end) return;
-  eight_normals(uint64_t(a.counter[0]), uint64_t(a.counter[1]), uint32_t(a.first_sample + b), j, z);
-  write_mixed(x_t, j, end, vector, y, z, signal, noise);
-  if (target) write_mixed(target, j, end, vector, y, z, target_signal, target_noise);
+  const Eight<T> x = read(latent, i, n, vector), y = read(latent, j, n, vector);
+  if (j < n) eight_normals(seed, step, sample, first + j, w);
+  for (int k = 0; k < (target ? 2 : 1); ++k) {
+    T* out = k == 0 ? x_t : target;
+    const float signal = drawn.coefficients[2 * k], noise = drawn.coefficients[2 * k + 1];
+    write_mixed(out, i, n, vector, x, z, signal, noise);
+    write_mixed(out, j, n, vector, y, w, signal, noise);
+  }
 }
 
 }  // namespace
@@ -181,13 +180,12 @@ const char* noise_gather_cuda(const fd::NoiseGather& a, const fd::Queue& queue) 
   using namespace fd;
   if (a.batch == 0) return nullptr;
   Pieces p = {};
-  const int64_t count = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(a.banks[0].bytes, most_copied)));
-  if (a.batch > 0x7FFFFFFF / count) return "the batch has more than 2^31 - 1 pieces";
-  p.count = uint32_t(count);
-  p.elements = larger(1, ceil_div(ceil_div(a.row, count), 8)) * 8;
+  p.count = larger(1, larger(ceil_div(a.row, noise_piece), ceil_div(a.banks[0].bytes, most_copied)));
+  p.elements = larger(1, ceil_div(ceil_div(a.row, p.count), 8)) * 8;
   for (int i = 0; i < a.bank_count; ++i)
-    p.bytes[i] = larger(least_copied, ceil_div(ceil_div(a.banks[i].bytes, count), 16) * 16);
-  const unsigned grid = unsigned(a.batch * count);
+    p.bytes[i] = larger(least_copied, ceil_div(ceil_div(a.banks[i].bytes, p.count), 16) * 16);
+  const int64_t samples = smaller(a.batch, 1 << 15);
+  const dim3 grid{unsigned(p.count), unsigned(samples), unsigned(ceil_div(a.batch, samples))};
   switch (a.dtype) {
     case Dtype::f32: FD_LAUNCH(gather<float>, grid, threads_per_block, 0, queue.stream, a, p); break;
     case Dtype::bf16: FD_LAUNCH(gather<bf16>, grid, threads_per_block, 0, queue.stream, a, p); break;
