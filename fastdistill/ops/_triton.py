@@ -128,21 +128,24 @@ def normals(seed, step, sample, first, BLOCK: tl.constexpr):
 
 @triton.jit
 def _feistel(value, half, seed, epoch):
-    mask = (tl.full((), 1, tl.int64) << half) - 1
+    zero = value ^ value
+    mask = ((zero + 1) << half) - 1
     left, right = value >> half, value & mask
     for round in tl.static_range(6):
-        word, _, _, _ = philox_words(seed, epoch >> 32, epoch, right + (round << 32), PERMUTATION)
-        left, right = right, left ^ (word.to(tl.int64) & mask)
+        high = zero + ((PERMUTATION << 16) + round)
+        word, _, _, _ = tl.philox(seed, right, high, zero + epoch.to(tl.uint32), zero + (epoch >> 32).to(tl.uint32))
+        left, right = right, left ^ (word & mask)
     return (left << half) | right
 
 
 @triton.jit
 def permute(at, n, half, seed, epoch):
-    """A keyed permutation of [0, n): six Feistel rounds on ``half`` bits a side, repeated until below n."""
-    value = _feistel(at, half, seed, epoch)
-    while value >= n:
+    """A keyed permutation of [0, n), n <= 2**32: six Feistel rounds on ``half`` bits a side, repeated until below n."""
+    last = tl.cast(n - 1, tl.uint32)
+    value = _feistel(at.to(tl.uint32), half, seed, epoch)
+    while value > last:
         value = _feistel(value, half, seed, epoch)
-    return value
+    return value.to(tl.int64)
 
 
 @triton.jit

@@ -72,10 +72,11 @@ def _draw(
         e = first + tl.arange(0, ELEMENTS)
         inside = e < row
         from_row = _place(latent, latent_ring, step, batch, b)
+        c = coefficients + 4 * t
+        signal, noise = tl.load(c), tl.load(c + 1)
         x = tl.load(latents + from_row * row + e, mask=inside, other=0.0).to(tl.float32)
         z = normals(seed, step, sample, first, ELEMENTS)
-        c = coefficients + 4 * t
-        mixed = tl.fma(tl.load(c), x, tl.load(c + 1) * z)
+        mixed = tl.fma(signal, x, noise * z)
         tl.store(x_t + b * row + e, mixed.to(x_t.dtype.element_ty), mask=inside)
         if TARGET:
             wanted = tl.fma(tl.load(c + 2), x, tl.load(c + 3) * z)
