@@ -9,7 +9,8 @@ Traffic   forward: q read, out written; backward: q and grad_out read, grad_q wr
           gradients of K and V: an fp32 partial sum a chunk, written and read once (none where one chunk is all)
 Precision scores, softmax and sums in fp32; weights rounded to the dtype for the products; fp32 products exact (no TF32)
 Limits    1..512 keys, head dim 1..256, any strides where a head's elements are contiguous (else one copy); 64-bit
-          offsets; chunks depend on the shape alone and are added in order, over samples too: the same bits every run
+          offsets; chunks depend on the shape, whether there is a mask, and the alignment, and are added in order, over
+          samples too: the same bits every run
 """
 
 # ruff: noqa: RUF005 (Triton has no unpacking)
@@ -25,6 +26,7 @@ from torch import Tensor
 from fastdistill.ops._triton import FUSED, capability
 from fastdistill.ops.cross_attention.triton_long import backward_long_kv, backward_long_q, forward_long
 from fastdistill.ops.cross_attention.triton_tiles import (
+    add_across,
     add_product,
     finite,
     get,
@@ -33,8 +35,12 @@ from fastdistill.ops.cross_attention.triton_tiles import (
     place,
     product,
     put,
+    put_across,
+    rounded,
     start,
+    times,
     zeros,
+    zeros_across,
 )
 
 LOG2E = 1.4426950408889634
@@ -52,7 +58,10 @@ def _keys_and_values(
         at = i * KEYS[0] + tl.arange(0, KEYS[i])
         keys = keys + (get(k, at, L, k_step, D, DIMS, UNIT),)
         values = values + (get(v, at, L, v_step, D, DIMS, UNIT),)
-        biases = biases + (key_bias(mask, at, L, MASK),)
+        if MASK == 0 and i + 1 < len(KEYS):  # full
+            biases = biases + (tl.zeros((tl.constexpr(KEYS[i]),), tl.float32),)
+        else:
+            biases = biases + (key_bias(mask, at, L, MASK),)
     return keys, values, biases
 
 
@@ -142,6 +151,57 @@ def _backward(
 
 
 @triton.jit
+def _backward_rows(
+    q, k, v, mask, rows, grad_out, grad_q, grad_k, grad_v, N, L, R, H, scale, factor, chunks, span,
+    q_strides, k_strides, v_strides, g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
+    M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_KV: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """``_backward`` with queries as rows: a warp has whole rows, whose sums cost a few shuffles. dK and dV are summed
+    as their transposes, for which tensor cores read Q and dO transposed from shared memory, as Hopper's can."""
+    h, chunk, b, row, scale = place(rows, R, scale, H, chunks, ROWS)
+    q += start(q_strides, b, h, UNIT)
+    grad_out += start(g_strides, b, h, UNIT)
+    grad_q += start(dq_strides, b, h, UNIT)
+    k += start(k_strides, row, h, UNIT)
+    v += start(v_strides, row, h, UNIT)
+    keys, values, biases = _keys_and_values(
+        k, v, mask + b * L, L, k_strides[1], v_strides[1], D, KEYS, DIMS, MASK, UNIT
+    )  # fmt: skip
+    key_sums, value_sums = zeros_across(DIMS, KEYS), zeros_across(DIMS, KEYS)
+    first = chunk * span
+    for begin in range(first, tl.minimum(first + span, N), M):
+        query = begin + tl.arange(0, M)
+        x = get(q, query, N, q_strides[1], D, DIMS, UNIT)
+        g = get(grad_out, query, N, g_strides[1], D, DIMS, UNIT)
+        weights, share = _softmax(x, keys, biases, scale, M, KEYS, DIMS)
+        weights = times(weights, share[:, None], KEYS)
+        if GRAD_KV:  # before dP is there, which takes as many registers as the weights
+            value_sums = add_across(value_sums, g, rounded(weights, q, KEYS), DIMS, KEYS)
+        products, changes = (), ()
+        delta = tl.zeros((M,), tl.float32)
+        for i in tl.static_range(len(KEYS)):
+            p = product(g, values[i], DIMS)
+            delta += tl.sum(weights[i] * p, 1)
+            products = products + (p,)
+        for i in tl.static_range(len(KEYS)):
+            changes = changes + (weights[i] * (products[i] - delta[:, None]),)
+        changes = rounded(changes, q, KEYS)
+        if GRAD_KV:
+            key_sums = add_across(key_sums, x, changes, DIMS, KEYS)
+        if GRAD_Q:
+            sums = zeros(M, DIMS)
+            for i in tl.static_range(len(KEYS)):
+                sums = add_product(sums, changes[i], keys[i], DIMS)
+            query = begin | tl.arange(0, M)  # again: kept from the loads it takes registers
+            put(grad_q, query, N, dq_strides[1], sums, factor, D, DIMS, UNIT)
+    if GRAD_KV:
+        slot = ((b * chunks + chunk) * L * H + h) * D
+        put_across(grad_k + slot, L, H, key_sums, factor, D, DIMS, KEYS)
+        put_across(grad_v + slot, L, H, value_sums, 1.0, D, DIMS, KEYS)
+
+
+@triton.jit
 def _add(partials, grad_k, grad_v, rows, samples, chunks, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One row's gradient of K or V: its samples' chunks in order."""
     row = tl.program_id(0).to(tl.int64)
@@ -165,13 +225,15 @@ def _add(partials, grad_k, grad_v, rows, samples, chunks, size, ROWS: tl.constex
 
 class _Plan(NamedTuple):
     """How a call is cut: pieces of the head dim; pieces of the keys, or one block of them that is taken in a loop;
-    queries of a tile; warps."""
+    queries of a tile; warps; tiles of queries in shared memory; whether the backward has queries as rows."""
 
     dims: tuple[int, ...]
     keys: tuple[int, ...]
     loop: bool
     M: int
     warps: int
+    stages: int = 2
+    rows: bool = False
 
 
 def pieces(n: int) -> tuple[int, ...]:
@@ -181,10 +243,14 @@ def pieces(n: int) -> tuple[int, ...]:
     return (one // 2, rest) if one > 16 and one // 2 + rest < one else (one,)
 
 
-def _plan(L: int, D: int, dtype: torch.dtype, backward: bool, capability: int) -> _Plan:
+def _plan(
+    L: int, D: int, dtype: torch.dtype, capability: int, backward: bool = False, masked: bool = False, unit: int = 8
+) -> _Plan:  # fmt: skip
     """The largest tiles that leave registers over (``make kernels-report``), by the GPU's major compute capability.
 
-    Where products read their operands from shared memory (9, 10) tiles are larger; elsewhere warps hold copies.
+    Where products read their operands from shared memory (9, 10) tiles are larger; elsewhere warps hold copies. On
+    Hopper (9) several blocks of four warps are better than one of eight, as each waits for its own products only; a
+    backward with queries as rows needs registers that a mask (more than 64 keys) or narrow accesses would take.
     """
     dims, shared = pieces(D), capability in (9, 10)
     wide = sum(dims)
@@ -193,10 +259,18 @@ def _plan(L: int, D: int, dtype: torch.dtype, backward: bool, capability: int) -
     if not backward:
         keys = pieces(L)
         if wide <= 160 and sum(keys) <= 128 and wide * sum(keys) <= 12800:
-            return _Plan(dims, keys, False, 128 if shared else 64, 8 if shared else 4)
+            return _Plan(dims, keys, False, 128, 8) if capability == 10 else _Plan(dims, keys, False, 64, 4)
         if shared:
             return _Plan(dims, (64,), True, 64, 8)
         return _Plan(dims, (64,), True, 64, 4) if wide <= 128 else _Plan(dims, (32,), True, 32, 4)
+    if capability == 9 and unit == 8:
+        keys, one = pieces(L), max(16, triton.next_power_of_2(L))
+        if D <= 64 and sum(keys) <= (64 if masked else 80):
+            return _Plan((64,), keys, False, 64, 4, 3, True)  # a transposed product has 64 rows at least
+        if D <= 64 and sum(keys) <= 96:
+            return _Plan((64,), keys, False, 128, 8, 3, True)
+        if 64 < D <= 128 and one <= 64:
+            return _Plan((128,), (one,), False, 128, 8, 2, True)
     if L <= 128 and wide <= (96 if shared else 64):  # fewer rows of keys would be copies in several warps
         return _Plan(dims, (128,), False, 64 if shared else 32, 8)
     if shared and wide <= 160:
@@ -207,8 +281,9 @@ def _plan(L: int, D: int, dtype: torch.dtype, backward: bool, capability: int) -
 
 
 def _unit(D: int, *tensors: Tensor) -> int:
-    """Elements of the widest access, at most 16 bytes, of which every stride and the head dim are multiples."""
-    unit = 16 // tensors[0].itemsize
+    """Elements of the widest access, at most 16 bytes, of which every stride and the head dim are multiples; 1 where a
+    stride is so long that it is counted in int64."""
+    unit = 16 // tensors[0].itemsize if all(t.stride(1) < 2**31 for t in tensors) else 1
     while any(n % unit for n in (D, *(s for t in tensors for s in t.stride()[:3]))):
         unit //= 2
     return unit
@@ -223,7 +298,7 @@ def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
 
 
 def _spans(B: int, N: int, H: int, M: int) -> tuple[int, int]:
-    """Queries of a chunk and chunks of a sample: of the shape alone, as sums are cut by them."""
+    """Queries of a chunk and chunks of a sample: of the shape and the plan, as sums are cut by them."""
     tiles = triton.cdiv(N, M)
     span = max(1, min(tiles, B * H * tiles // PROGRAMS)) * M
     return span, triton.cdiv(N, span)
@@ -242,13 +317,13 @@ def cross_attention(
     if not q.numel():
         return
     q, k, v = _contiguous_heads(q, k, v)
-    plan, unit = _plan(L, D, q.dtype, False, capability(q)), _unit(D, q, k, v, out)
+    plan, unit = _plan(L, D, q.dtype, capability(q)), _unit(D, q, k, v, out)
     masked, indexed, kind = _masking(mask, rows, q)
     span, chunks = (plan.M, triton.cdiv(N, plan.M)) if plan.loop else _spans(B, N, H, plan.M)
     strides = [_strides(t, unit) for t in (q, k, v, out)]
     common = q, k, v, masked, indexed, out, N, L, len(k), H, scale * LOG2E, chunks
     grid, constants = (B * H * chunks,), (plan.M, kind, rows is not None, unit)
-    options = {"num_warps": plan.warps, "num_stages": 2, **FUSED}
+    options = {"num_warps": plan.warps, "num_stages": plan.stages, **FUSED}
     if plan.loop:
         forward_long[grid](*common, *strides, D, plan.dims, plan.keys[0], *constants, **options)
     else:
@@ -269,7 +344,8 @@ def cross_attention_backward(
         return
     q, k, v, grad_out = _contiguous_heads(q, k, v, grad_out)
     dq = grad_q if of_q else q
-    plan, unit = _plan(L, D, q.dtype, True, capability(q)), _unit(D, q, k, v, grad_out, dq)
+    unit = _unit(D, q, k, v, grad_out, dq)
+    plan = _plan(L, D, q.dtype, capability(q), True, mask is not None, unit)
     masked, indexed, kind = _masking(mask, rows, q)
     span, chunks = _spans(B, N, H, plan.M)
     partial = of_kv and (chunks > 1 or rows is not None)
@@ -278,11 +354,12 @@ def cross_attention_backward(
     strides = [_strides(t, unit) for t in (q, k, v, grad_out)]
     sizes = N, L, R, H, scale * LOG2E, scale
     constants = plan.M, kind, rows is not None
-    options = {"num_warps": plan.warps, "num_stages": 2, **FUSED}
+    options = {"num_warps": plan.warps, "num_stages": plan.stages, **FUSED}
     if not plan.loop:
-        _backward[(B * H * chunks,)](
+        kernel, keys = (_backward_rows, plan.keys) if plan.rows else (_backward, plan.keys[0])
+        kernel[(B * H * chunks,)](
             q, k, v, masked, indexed, grad_out, dq, *sums, *sizes, chunks, span, *strides, _strides(dq, unit), D,
-            plan.dims, plan.keys[0], *constants, of_q, of_kv, unit, **options,
+            plan.dims, keys, *constants, of_q, of_kv, unit, **options,
         )  # fmt: skip
     else:
         tiles, blocks, block = triton.cdiv(N, plan.M), triton.cdiv(L, plan.keys[0]), plan.keys[0]

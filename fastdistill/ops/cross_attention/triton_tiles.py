@@ -27,7 +27,7 @@ def get(base, at, end, step, D: tl.constexpr, PIECES: tl.constexpr, UNIT: tl.con
     for i in tl.static_range(len(PIECES)):
         column = i * PIECES[0] + tl.arange(0, PIECES[i])
         inside = (at < end)[:, None] & (column < D)[None, :]
-        pointers = base + (at.to(tl.int64) * step * UNIT)[:, None] + column[None, :]
+        pointers = base + (at.to(tl.int64) * (step * UNIT))[:, None] + column[None, :]
         tiles = tiles + (tl.load(pointers, mask=inside, other=0.0),)
     return tiles
 
@@ -38,7 +38,7 @@ def put(base, at, end, step, tiles, factor, D: tl.constexpr, PIECES: tl.constexp
     for i in tl.static_range(len(PIECES)):
         column = i * PIECES[0] + tl.arange(0, PIECES[i])
         inside = (at < end)[:, None] & (column < D)[None, :]
-        pointers = base + (at.to(tl.int64) * step * UNIT)[:, None] + column[None, :]
+        pointers = base + (at.to(tl.int64) * (step * UNIT))[:, None] + column[None, :]
         tl.store(pointers, (tiles[i] * factor).to(base.dtype.element_ty), mask=inside)
 
 
@@ -61,6 +61,39 @@ def add_product(sums, weights, tiles, PIECES: tl.constexpr):
 
 
 @triton.jit
+def zeros_across(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A matrix in fp32 in pieces of its rows and columns, row by row."""
+    tiles = ()
+    for i in tl.static_range(len(ROWS)):
+        for j in tl.static_range(len(COLUMNS)):
+            tiles = tiles + (tl.zeros((tl.constexpr(ROWS[i]), tl.constexpr(COLUMNS[j])), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def add_across(sums, tiles, weights, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """sums + tiles^T weights, where both come in pieces of their columns."""
+    added = ()
+    for i in tl.static_range(len(ROWS)):
+        for j in tl.static_range(len(COLUMNS)):
+            x = tl.dot(tl.trans(tiles[i]), weights[j], sums[i * len(COLUMNS) + j], input_precision="ieee")
+            added = added + (x,)
+    return added
+
+
+@triton.jit
+def put_across(base, end, step, tiles, factor, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The transpose of ``tiles`` times ``factor`` into rows of D elements, ``step`` times D apart, below ``end``."""
+    for i in tl.static_range(len(ROWS)):
+        for j in tl.static_range(len(COLUMNS)):
+            column = i * ROWS[0] + tl.arange(0, ROWS[i])
+            at = j * COLUMNS[0] + tl.arange(0, COLUMNS[j])
+            pointers = base + column[:, None] + (at.to(tl.int64) * step * D)[None, :]
+            x = tiles[i * len(COLUMNS) + j] * factor
+            tl.store(pointers, x.to(base.dtype.element_ty), mask=(column < D)[:, None] & (at < end)[None, :])
+
+
+@triton.jit
 def times(tiles, factor, PIECES: tl.constexpr):
     scaled = ()
     for i in tl.static_range(len(PIECES)):
@@ -74,6 +107,15 @@ def terms(a, b, WHOLE: tl.constexpr):
     product must not be fused into the first addition, for each thread would round its neighbour's and not its own, and
     what should be copies of one sum would differ."""
     return tl.fma(a, b, 0.0) if WHOLE else a * b
+
+
+@triton.jit
+def rounded(tiles, like, PIECES: tl.constexpr):
+    """``tiles`` in the dtype of what ``like`` points at."""
+    x = ()
+    for i in tl.static_range(len(PIECES)):
+        x = x + (tiles[i].to(like.dtype.element_ty),)
+    return x
 
 
 @triton.jit
