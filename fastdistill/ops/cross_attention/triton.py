@@ -281,9 +281,8 @@ def _plan(
 
 
 def _unit(D: int, *tensors: Tensor) -> int:
-    """Elements of the widest access, at most 16 bytes, of which every stride and the head dim are multiples; 1 where a
-    stride is so long that it is counted in int64."""
-    unit = 16 // tensors[0].itemsize if all(t.stride(1) < 2**31 for t in tensors) else 1
+    """Elements of the widest access, at most 16 bytes, of which every stride and the head dim are multiples."""
+    unit = 16 // tensors[0].itemsize
     while any(n % unit for n in (D, *(s for t in tensors for s in t.stride()[:3]))):
         unit //= 2
     return unit

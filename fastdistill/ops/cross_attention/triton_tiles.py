@@ -27,7 +27,7 @@ def get(base, at, end, step, D: tl.constexpr, PIECES: tl.constexpr, UNIT: tl.con
     for i in tl.static_range(len(PIECES)):
         column = i * PIECES[0] + tl.arange(0, PIECES[i])
         inside = (at < end)[:, None] & (column < D)[None, :]
-        pointers = base + (at.to(tl.int64) * (step * UNIT))[:, None] + column[None, :]
+        pointers = base + (at.to(tl.int64) * step * UNIT)[:, None] + column[None, :]
         tiles = tiles + (tl.load(pointers, mask=inside, other=0.0),)
     return tiles
 
@@ -38,7 +38,7 @@ def put(base, at, end, step, tiles, factor, D: tl.constexpr, PIECES: tl.constexp
     for i in tl.static_range(len(PIECES)):
         column = i * PIECES[0] + tl.arange(0, PIECES[i])
         inside = (at < end)[:, None] & (column < D)[None, :]
-        pointers = base + (at.to(tl.int64) * (step * UNIT))[:, None] + column[None, :]
+        pointers = base + (at.to(tl.int64) * step * UNIT)[:, None] + column[None, :]
         tl.store(pointers, (tiles[i] * factor).to(base.dtype.element_ty), mask=inside)
 
 
