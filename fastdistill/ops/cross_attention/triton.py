@@ -254,8 +254,10 @@ def _plan(
     """
     dims, shared = pieces(D), capability in (9, 10)
     wide = sum(dims)
-    if dtype == torch.float32:
-        return _Plan(dims, (16,), True, 16, 8)  # without tensor cores
+    if dtype == torch.float32:  # without tensor cores
+        if backward:
+            return _Plan(dims, (16,), True, 16, 8)
+        return _Plan((16,) * triton.cdiv(D, 16), (16,), True, 16, 4 if D <= 96 else 8)
     if not backward:
         keys = pieces(L)
         if wide <= 160 and sum(keys) <= 128 and wide * sum(keys) <= 12800:

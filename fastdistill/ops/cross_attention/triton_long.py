@@ -4,7 +4,8 @@
 Grid      forward, gradient of Q: a head a tile of queries a sample; gradients of K and V: a head a block of keys a
           chunk of queries a sample
 Traffic   as where they fit, and K and V once a tile of queries (from L2), q and grad_out once more a block of keys
-Precision as where they fit; the softmax is rescaled as its maximum grows
+Precision as where they fit; the softmax is rescaled as its maximum grows; a forward in fp32 adds what pieces of 16
+          dimensions or keys give apart, as the errors of one long chain of additions would add up
 Limits    as where they fit
 """
 
@@ -22,9 +23,11 @@ from fastdistill.ops.cross_attention.triton_tiles import (
     place,
     product,
     put,
+    scaled_product,
     start,
     terms,
     times,
+    times_and_product,
     zeros,
 )
 
@@ -46,16 +49,26 @@ def forward_long(
     sums = zeros(M, DIMS)
     for first in range(0, L, KEYS):
         at = first + tl.arange(0, KEYS)
-        s = product(x, get(k, at, L, k_strides[1], D, DIMS, UNIT), DIMS) * scale + key_bias(mask, at, L, MASK)[None, :]
+        keys, bias = get(k, at, L, k_strides[1], D, DIMS, UNIT), key_bias(mask, at, L, MASK)[None, :]
+        if q.dtype.element_ty == tl.float32:
+            s = scaled_product(x, keys, scale, tl.broadcast_to(bias, (M, KEYS)), DIMS)
+        else:
+            s = product(x, keys, DIMS) * scale + bias
         higher = tl.maximum(top, tl.max(s, 1))
         shrunk = tl.exp2(top - finite(higher))
         w = tl.exp2(s - finite(higher)[:, None])
         total = total * shrunk + tl.sum(w, 1)
         values = get(v, at, L, v_strides[1], D, DIMS, UNIT)
-        sums = add_product(times(sums, shrunk[:, None], DIMS), w.to(q.dtype.element_ty), values, DIMS)
+        if q.dtype.element_ty == tl.float32:
+            sums = times_and_product(sums, shrunk[:, None], w, values, DIMS)
+        else:
+            sums = add_product(times(sums, shrunk[:, None], DIMS), w.to(q.dtype.element_ty), values, DIMS)
         top = higher
+    share = inverse(total)
+    if q.dtype.element_ty == tl.float32:
+        share = tl.fma(share, tl.fma(-total, share, tl.full((M,), 1.0, tl.float32)), share)  # division errs by two ulp
     put(
-        out + start(out_strides, b, h, UNIT), query, N, out_strides[1], sums, inverse(total)[:, None], D, DIMS, UNIT
+        out + start(out_strides, b, h, UNIT), query, N, out_strides[1], sums, share[:, None], D, DIMS, UNIT
     )  # fmt: skip
 
 

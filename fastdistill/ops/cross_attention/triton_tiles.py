@@ -52,6 +52,14 @@ def product(a, b, PIECES: tl.constexpr):
 
 
 @triton.jit
+def scaled_product(a, b, scale, x, PIECES: tl.constexpr):
+    """scale a b^T + x, rounded at each piece of the columns; products of pieces are not one chain of additions."""
+    for i in tl.static_range(len(PIECES)):
+        x += tl.dot(a[i], tl.trans(b[i]), input_precision="ieee") * scale
+    return x
+
+
+@triton.jit
 def add_product(sums, weights, tiles, PIECES: tl.constexpr):
     """sums + weights tiles, a piece of columns at a time."""
     added = ()
@@ -91,6 +99,16 @@ def put_across(base, end, step, tiles, factor, D: tl.constexpr, ROWS: tl.constex
             pointers = base + column[:, None] + (at.to(tl.int64) * step * D)[None, :]
             x = tiles[i * len(COLUMNS) + j] * factor
             tl.store(pointers, x.to(base.dtype.element_ty), mask=(column < D)[:, None] & (at < end)[None, :])
+
+
+@triton.jit
+def times_and_product(sums, factor, weights, tiles, PIECES: tl.constexpr):
+    """sums * factor + weights tiles, where the product is a sum of its own."""
+    added = ()
+    for i in tl.static_range(len(PIECES)):
+        x = tl.dot(weights, tiles[i], input_precision="ieee")
+        added = added + (tl.fma(sums[i], tl.broadcast_to(factor, x.shape), x),)
+    return added
 
 
 @triton.jit
