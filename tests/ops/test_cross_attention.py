@@ -142,7 +142,9 @@ def test_head_dims(kernel: str, D: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(("L", "D"), [(1, 8), (16, 24), (120, 72), (300, 72), (512, 16), (77, 256)])
+@pytest.mark.parametrize(
+    ("L", "D"), [(1, 8), (16, 24), (50, 72), (90, 24), (120, 24), (120, 72), (300, 72), (512, 16), (77, 256)]
+)
 def test_numbers_of_keys(kernel: str, L: int, D: int) -> None:
     check_values(make(1, 33, 1, D, L, torch.float16, mask="-inf"), kernel)
 
