@@ -61,11 +61,13 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 
 def commit(name: str = "") -> str:
-    """The commit of this tree ("-dirty" where it was changed; FASTDISTILL_COMMIT without git), or of ``name``."""
+    """The commit of this tree (FASTDISTILL_COMMIT, or git's, with "-dirty" where it was changed), or of ``name``."""
+    if not name and (told := os.environ.get("FASTDISTILL_COMMIT")):
+        return told
     described = "git describe --always --dirty".split()
     wanted = ["git", "rev-parse", "--short", "--verify", f"{name}^{{commit}}"] if name else described
     done = subprocess.run(wanted, capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() or ("" if name else os.environ.get("FASTDISTILL_COMMIT", "unknown"))
+    return done.stdout.strip() or ("" if name else "unknown")
 
 
 def load(device: torch.device) -> dict[str, str]:

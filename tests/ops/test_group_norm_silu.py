@@ -216,27 +216,27 @@ def test_only_what_is_wanted(kernel: str) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups that do not fit into a program of the Triton kernel, in several tiles and slices."""
+    """Groups that do not fit into a program of the Triton kernel, in several tiles."""
     module = importlib.import_module("fastdistill.ops.group_norm_silu.triton")
-    for name, value in {"WHOLE": 0, "FORWARD": 128, "BACKWARD": 64, "SLICE": 2 * 4 * 12 * 35, "SUMS": 16}.items():
+    for name, value in {"WHOLE": 0, "TILE": 64, "SUMS": 16}.items():
         monkeypatch.setattr(module, name, value)
 
 
-@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k == "triton"])
 @pytest.mark.usefixtures("small_tiles")
 @crossed("last, dtype", [False, True], FLOATS)
-def test_tiles_and_slices_of_the_triton_kernel(last: bool, dtype: torch.dtype) -> None:
+def test_tiles_of_the_triton_kernel(kernel: str, last: bool, dtype: torch.dtype) -> None:
     x, *rest = make((3, 12, 5, 7), 2, dtype, small=torch.float32).inputs
     if last:
         x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
-    check_op(Case("group_norm_silu", (x, *rest), call, eager, eager), "triton", compiled=(), registration=False)
+    check_op(Case("group_norm_silu", (x, *rest), call, eager, eager), kernel, compiled=(), registration=False)
 
 
-@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k == "triton"])
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("options", [{"mean": 3000.0}, {"names": (), "silu": False}], ids=["far from zero", "plain"])
-def test_tiles_and_slices_with_options(options: dict[str, Any]) -> None:
-    check_op(make((2, 12, 5, 7), 2, **options), "triton", compiled=(), registration=False)
+def test_tiles_with_options(kernel: str, options: dict[str, Any]) -> None:
+    check_op(make((2, 12, 5, 7), 2, **options), kernel, compiled=(), registration=False)
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference" and not emulated(k)])

@@ -47,6 +47,11 @@ def coefficients(kind: str) -> Tensor:
     return table.to(torch.get_default_device())
 
 
+def table_of(*given: Any, **options: Any) -> Tensor:
+    """``match_table`` on the device of the test."""
+    return match_table(*given, **options).to(torch.get_default_device())
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """One call: which tensors there are, of which channels and dtypes."""
@@ -76,7 +81,7 @@ def case_of(setting: Setting) -> Case:
     batch, (of_student, of_teacher, of_x_t, of_latents) = setting.batch, setting.dtypes
     own, theirs = coefficients(setting.student_kind), coefficients(setting.teacher_kind)
     converted = setting.student_kind != setting.teacher_kind
-    table = match_table(
+    table = table_of(
         own, teacher=theirs if converted else None, guidance=lambda u: 2.0 - 3.0 * u, weights=setting.weights
     )  # type: ignore[arg-type]
     task = None
@@ -213,7 +218,7 @@ def test_any_layout(kernel: str) -> None:
 def test_samples_without_elements(kernel: str, shape: tuple[int, ...]) -> None:
     s, t, time = torch.empty(shape, requires_grad=True), torch.empty(shape), torch.tensor([0, 1])
     with use(kernel):
-        loss, _, samples = output_match(s, t, time, match_table(coefficients("epsilon")))
+        loss, _, samples = output_match(s, t, time, table_of(coefficients("epsilon")))
         loss.backward()
     assert loss == 0 and samples.eq(0).all() and s.grad is not None
 
@@ -223,7 +228,7 @@ def test_what_is_not_finite_spreads_no_further_than_its_use(kernel: str) -> None
     """An infinite teacher without guidance is an infinite difference; latents that no target holds are not read."""
     s, t, time = torch.zeros(2, 4, 5, requires_grad=True), torch.zeros(2, 4, 5), torch.tensor([0, 1])
     t[0, 0, 0] = math.inf
-    table = match_table(coefficients("epsilon"), guidance=2.0)
+    table = table_of(coefficients("epsilon"), guidance=2.0)
     task = Task(torch.full((3, 4, 5), math.nan), time, time * 0, coefficients("epsilon"), torch.tensor([SEED, STEP]))
     with use(kernel):
         loss = output_match(s, t, time, table, distance="huber").loss
@@ -240,7 +245,7 @@ def test_what_is_not_finite_spreads_no_further_than_its_use(kernel: str) -> None
 def test_no_samples(kernel: str) -> None:
     empty = torch.empty(0, 4, 5, requires_grad=True)
     with use(kernel):
-        table = match_table(coefficients("epsilon"))
+        table = table_of(coefficients("epsilon"))
         loss, parts, samples = output_match(empty, empty.detach(), torch.empty(0, dtype=torch.int64), table)
         loss.backward()
     assert loss == 0 and parts.tolist() == [0, 0] and samples.shape == (0, 2) and empty.grad is not None
@@ -258,7 +263,7 @@ def test_the_noise_made_again_is_the_draws(kernel: str, kind: str) -> None:
             target=True,
         )  # fmt: skip
         task = Task.of(draw, latents, table, counter, first_sample=2)
-        loss, parts, samples = output_match(draw.x_t, None, draw.timestep, match_table(table), task=task)
+        loss, parts, samples = output_match(draw.x_t, None, draw.timestep, table_of(table), task=task)
     each = (draw.x_t - draw.target).square().flatten(1).mean(1)
     # The stored target is rounded once more than the one made again, by EPS |target| at most.
     bound = 8 * EPS * float((draw.x_t - draw.target).abs().max() * draw.target.abs().max())
@@ -274,7 +279,7 @@ def test_guidance_of_the_conditional_and_the_unconditional_model(kernel: str) ->
     time = torch.tensor([0, 9])
     with use(kernel):
         for w, output in ((0.0, c), (-1.0, u), (6.5, u + 7.5 * (c - u))):
-            table = match_table(coefficients("epsilon"), guidance=w)
+            table = table_of(coefficients("epsilon"), guidance=w)
             rounding = 4 * EPS * float((1 + abs(w)) * (c.abs() + u.abs()).max())
             assert output_match(output, c, time, table, unconditional=u).loss <= rounding**2
 
@@ -282,7 +287,7 @@ def test_guidance_of_the_conditional_and_the_unconditional_model(kernel: str) ->
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_float16_gradients_survive_under_a_loss_scale(kernel: str) -> None:
     s = torch.full((1, 4, 2**12), 2.0**-12, dtype=torch.float16, requires_grad=True)
-    t, time, table = torch.zeros(1, 4, 2**12), torch.tensor([0]), match_table(coefficients("epsilon"))
+    t, time, table = torch.zeros(1, 4, 2**12), torch.tensor([0]), table_of(coefficients("epsilon"))
     scale = torch.tensor(2.0**12)
     with use(kernel):
         (plain,) = torch.autograd.grad(output_match(s, t, time, table).loss, s)
@@ -295,7 +300,7 @@ def test_float16_gradients_survive_under_a_loss_scale(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_backward_again_and_buffers(kernel: str) -> None:
     s, t = torch.randn(2, 4, 5, requires_grad=True), torch.randn(2, 4, 5)
-    arguments = (t, torch.tensor([0, 1]), match_table(coefficients("epsilon")))
+    arguments = (t, torch.tensor([0, 1]), table_of(coefficients("epsilon")))
     buffer = torch.empty(2, 4, 5)
     with use(kernel):
         loss = output_match(s, *arguments).loss
