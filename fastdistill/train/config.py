@@ -23,7 +23,7 @@ import yaml
 from pydantic import Field
 
 from fastdistill.documented import documented
-from fastdistill.errors import InputError, described
+from fastdistill.errors import InputError, described, quoted
 from fastdistill.files import located
 
 Config = TypeVar("Config")
@@ -200,13 +200,19 @@ def _place(kind: Any, parts: tuple[int | str, ...]) -> str:
 
 class _Loader(yaml.SafeLoader):
     """Reads numbers as YAML 1.2 does. To PyYAML, which follows YAML 1.1, 1e-4 is a string, 010 is 8, and 1:30 is 90.
-    Names of fields are what is written: to YAML, null and on are not strings."""
+    Names of fields are what is written: to YAML, null and on are not strings. A field that is there twice is refused,
+    of which PyYAML takes the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        names = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 key.tag = "tag:yaml.org,2002:str"
-        return super().construct_mapping(node, deep)
+                if key.value in names:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value} is there a second time", key.start_mark)
+                names.add(key.value)
+        return node
 
 
 _NUMBERS = {
@@ -237,6 +243,8 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         raise InputError.of("config", "YAML in UTF-8", f"{path}: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise InputError.of("config", "YAML", f"{path}: {_told(error)}") from error
+    except (ValueError, RecursionError) as error:  # a date or a number that there is not, lists in lists in lists
+        raise InputError.of("config", "YAML", f"{path}: {quoted(error)}") from error
     if not isinstance(values, dict | None):
         raise InputError.of(str(path), "a mapping of fields", type(values).__name__)
     return from_mapping(kind, values or {}, str(path))

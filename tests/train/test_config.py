@@ -58,6 +58,18 @@ def test_names_of_fields_are_what_is_written(tmp_path: Path) -> None:
         from_yaml(TrainConfig, tmp_path / "c.yaml")
 
 
+def test_a_merged_field_may_be_given_anew(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("a: {b: {c: &c {x: 1, y: 2}, d: &d {<<: *c, x: 3}}}\ne: {<<: *d, y: 4}\n")
+
+    @dataclass(frozen=True)
+    class Free:
+        a: dict[str, Any] = field(default_factory=dict)
+        e: dict[str, int] = field(default_factory=dict)
+
+    found = from_yaml(Free, tmp_path / "c.yaml")
+    assert found.a["b"]["d"] == {"x": 3, "y": 2} and found.e == {"x": 3, "y": 4}
+
+
 def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
     """As YAML 1.2 has them; PyYAML alone reads 1e-4 as a string."""
     (tmp_path / "c.yaml").write_text("lr: 1e-4\neps: 1.E-8\nclip: 2e0\nweight_decay: .5e-1\nbatch: 3\n")
@@ -129,6 +141,17 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(InputError, match=r"config: expected YAML, got .*broken.yaml: expected .* in line 2, column 1$"):
         from_yaml(TrainConfig, tmp_path / "broken.yaml")
+    for text, got in (
+        ("steps: 3\nlr: 1\nsteps: 4\n", "steps is there a second time in line 3, column 1"),
+        ("preview: {every: 3, every: 3}\n", "every is there a second time in line 1, column 21"),
+        ("a: &a {b: 1}\nc: {<<: *a, b: 2, b: 3}\n", "b is there a second time in line 2, column 19"),
+        ("seed: " + "9" * 5000, "ValueError: Exceeds the limit .*"),
+        ("seed: 2026-13-45", "ValueError: month must be in 1..12.*"),
+        ("a: " + "[" * 3000, "RecursionError: .*"),
+    ):
+        (tmp_path / "broken.yaml").write_text(text)
+        with pytest.raises(InputError, match=rf"config: expected YAML, got .*broken.yaml: {got}$"):
+            from_yaml(TrainConfig, tmp_path / "broken.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xf9")
     with pytest.raises(InputError, match=r"expected YAML in UTF-8, got .*bytes.yaml: invalid start byte at byte 3$"):
         from_yaml(TrainConfig, tmp_path / "bytes.yaml")
