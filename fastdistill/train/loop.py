@@ -170,10 +170,12 @@ class _Run:
         def read() -> tuple[float, list[Metrics], checkpoint.State] | None:
             require_space(directory, checkpoint.check_storable(self.step, self.student, self.fingerprint))
             found = checkpoint.latest(directory, self.fingerprint, self.step, self.student)
+            path = directory / METRICS
             if found is None:
+                if path.exists():  # of steps that are done again
+                    atomic_write(path, b"")
                 return None
             tensors.update({name: value for name, value in found.state.items() if isinstance(value, Tensor)})
-            path = directory / METRICS
             history = [m for m in read_metrics(path) if m["step"] <= found.step]
             atomic_write(path, "".join(json.dumps(m) + "\n" for m in history).encode())
             return found.seconds, history, found.state | {name: t.to("meta") for name, t in tensors.items()}
@@ -326,8 +328,12 @@ class _Run:
             except torch.OutOfMemoryError as error:
                 warnings.warn(f"preview of step {done}: left out, {error}", stacklevel=2)
                 return
-            make_directory(place)
-            atomic_write(place / f"step-{done:08d}.png", image)
+            try:
+                make_directory(place)
+                atomic_write(place / f"step-{done:08d}.png", image)
+            except StorageError as error:
+                warnings.warn(f"{error}; training goes on without the preview of step {done}", stacklevel=2)
+                return
             self.trackers.image(done, place / f"step-{done:08d}.png")
 
         distributed.first(write)
@@ -344,11 +350,21 @@ class _Run:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
-    metrics = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            metrics.append(json.loads(line))
+    """The lines of a ``metrics.jsonl``; what a kill or the disk has left of others is left out.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise StorageError(f"{path}: could not be read: {reason(error)}") from error
+    metrics: list[Metrics] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
+            found = json.loads(line)
+            if isinstance(found, dict) and isinstance(found.get("step"), int):
+                metrics.append(found)
     return metrics
 
 

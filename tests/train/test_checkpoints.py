@@ -160,6 +160,21 @@ def test_metrics_that_cannot_be_written_wait(tmp_path: Path) -> None:
     assert [m["step"] for m in read_metrics(file)] == [1, 2, 3, 4]
 
 
+def test_metrics_of_steps_that_are_done_again_go(tmp_path: Path) -> None:
+    """Those of a process that was killed before its first checkpoint, and what is none."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    make(**DAY, steps=2).fit(tmp_path)
+    assert [m["step"] for m in read_metrics(file)] == [1, 2] == [json.loads(m)["step"] for m in file.open()]
+    with file.open("ab") as more:
+        more.write(b'\xff\n3\n[1]\n{}\n{"step": "a"}\n{"st')
+    assert [m["step"] for m in make(**DAY, steps=3).fit(tmp_path).history] == [1, 2, 3]
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(StorageError, match=r"metrics.jsonl: could not be read: Is a directory"):
+        make(**DAY, steps=4).fit(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("keep", "left"),
     [((2,), [50, 60]), ((1, 20), [20, 40, 60]), ((1, None, 10), [10, 60]), ((2, 30, 10), [10, 30, 50, 60])],

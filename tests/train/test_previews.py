@@ -148,6 +148,14 @@ def test_no_room_for_a_preview_is_a_warning(tmp_path: Path) -> None:
         assert tiny.trainer(preview={"every": 2}, decode=decode).fit(tmp_path).steps == 2
 
 
+def test_no_place_for_a_preview_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "previews").touch()
+    said = "previews: expected a directory, got a file .*; training goes on without the preview of step 2"
+    with pytest.warns(UserWarning, match=said):
+        run = tiny.trainer(preview={"every": 2, "steps": 1}, decode=lambda latents: latents[:, :3])
+        assert run.fit(tmp_path).steps == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
