@@ -47,6 +47,18 @@ def named(field: str) -> Iterator[None]:
         raise StorageError(f"{field}: {error}") from error
 
 
+@contextlib.contextmanager
+def called(field: str, argument: str | None = None) -> Iterator[None]:
+    """Names, in an InputError about ``argument`` (None: about whichever), the field that holds it."""
+    try:
+        yield
+    except InputError as error:
+        name, _, rule = str(error).partition(": ")
+        if argument not in (None, name):
+            raise
+        raise InputError(f"{field}: {rule}") from error
+
+
 class KernelError(FastdistillError, RuntimeError):
     """A kernel selected by name cannot run here; the message contains the reason."""
 

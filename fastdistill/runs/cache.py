@@ -81,13 +81,13 @@ def cache(
     run = opened(config, allow_code=allow_code)
     report = progress or (lambda stage, done, total: None)
     check_scheduler(run.pipeline.scheduler())
-    index = run.prompt_index
     sizes = () if only == "prompts" else run.sizes
     on_demand = run.config.cache.encodings == "on_demand"
     stored = None if on_demand else run.stored_prompts()
-    missing = _missing(run, sizes, len(index), None if stored is None else stored.fingerprint["identity"], verify)
+    missing = _missing(run, sizes, run.samples, None if stored is None else stored.fingerprint["identity"], verify)
     room = sum(rows * _row_bytes(run, size) for size, rows in missing.items())
     files.require_space(run.prompts_place, room)
+    index = run.prompt_index
     for size, rows in missing.items():
         if rows:
             check_images((path for path, _ in run.pool.images), run.pipeline.size(size))

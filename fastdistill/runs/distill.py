@@ -59,6 +59,9 @@ def distill(
                 nonlocal calls
                 calls += 1
                 first = distributed.rank() == 0
+                if calls == 1 and done > config.train.steps:
+                    rule = f"at least the {done} that the run in {run.directory} has done"
+                    raise InputError.of("train.steps", rule, config.train.steps)
                 if first and calls == 1:  # the directory is this run's by now
                     kept = dataclasses.replace(config, train=run.config.train)
                     atomic_write(run.directory / RUN_FILE, to_yaml(kept).encode())

@@ -18,12 +18,14 @@ import torch
 from fastdistill import files
 from fastdistill.data.encoded import Encode
 from fastdistill.data.file_hashes import FileHashes
-from fastdistill.data.fingerprint import differences, listed, plain, sha256_of_json
+from fastdistill.data.fingerprint import differences, dtype_name, listed, plain, sha256_of_json
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
+from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance, shown
-from fastdistill.errors import InputError, StorageError, described, named, quoted
+from fastdistill.diffusion.hooks import Cads, PowerLaw
+from fastdistill.errors import InputError, StorageError, called, described, named, quoted
 from fastdistill.files import located
 from fastdistill.models import BlockSpec, Student, StudentSpec, make_student
 from fastdistill.models.calling import Call
@@ -71,10 +73,15 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         known = "" if config.family in FAMILIES else f" (families: {', '.join(FAMILIES)}; others: call)"
         raise InputError.of("family", rule, config.family + known)
     if config.cache.guidance is not None:
-        _check_guidance(config, pipeline)
+        _check_guidance(config, config.cache.guidance, pipeline)
     run = Run(dataclasses.replace(config, device=device), pipeline, call)
     for size in run.sizes:
-        pipeline.latent_shape(size)
+        try:
+            pipeline.latent_shape(size)
+        except InputError as error:
+            raise InputError(f"cache.sizes: {error}") from error
+    if len(set(run.sizes)) < len(run.sizes):
+        raise InputError.of("cache.sizes", "different sizes, each of which has a cache", described(run.sizes))
     teacher = pipeline.model(device="meta")
     for name, part in (("cache", config.cache), ("preview", config.preview), ("evaluate", config.evaluate)):
         if part.steps is None or (name == "preview" and config.preview.every is None):
@@ -82,7 +89,9 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         schedule = run.guidance(None if name == "cache" else part.guidance_scale).get("guidance")
         pipeline.check_steps(teacher, part.steps, schedule, argument=f"{name}.steps")
     guidance = config.objective.guidance
-    if guidance.schedule is None and dataclasses.replace(guidance, weight_limit=5.0) != GuidanceSettings():
+    if guidance.schedule is not None:
+        _check_distilled(guidance, guidance.schedule, pipeline, run.sizes)
+    elif dataclasses.replace(guidance, weight_limit=5.0) != GuidanceSettings():
         raise InputError.of("objective.guidance.schedule", "one, beside scale or grid", None)
     made = run.student(teacher)  # whether it fits
     objective_of(config.objective, made).describe()
@@ -92,9 +101,9 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     return run
 
 
-def _check_guidance(config: RunConfig, pipeline: PipelineFolder) -> None:
+def _check_guidance(config: RunConfig, given: str | float, pipeline: PipelineFolder) -> None:
     """InputError where the samples of the cache cannot go by a schedule."""
-    given, scale, rule = config.cache.guidance, config.cache.guidance_scale, None
+    scale, rule = config.cache.guidance_scale, None
     if scale is not None:
         way = "--cache.guidance-scale null, or --cache.guidance null"
         rule = f"none beside cache.guidance_scale {scale:g} = 1 + w ({way})"
@@ -102,6 +111,23 @@ def _check_guidance(config: RunConfig, pipeline: PipelineFolder) -> None:
         rule = "none for models that read the guidance scale themselves (cache.guidance_scale)"
     if rule is not None:
         raise InputError.of("cache.guidance", rule, given)
+    with called("cache.guidance"):
+        Guidance.parse(given)
+
+
+def _check_distilled(guidance: GuidanceSettings, text: str, pipeline: PipelineFolder, sizes: tuple[Size, ...]) -> None:
+    """InputError where the levels that are drawn have no weights of this schedule: before the latents are made."""
+    if guidance.scale is not None and not guidance.scale[0] < guidance.scale[1]:
+        raise InputError.of("objective.guidance.scale", "the lowest factor and the highest", guidance.scale)
+    with called("objective.guidance.schedule"):
+        weights = Guidance.parse(text)
+    for size in sizes:
+        schedule = pipeline.schedule(size)
+        with called("objective.guidance.grid"):
+            grid = None if guidance.grid is None else Grid.parse(guidance.grid, schedule)
+        if not isinstance(weights, PowerLaw | Cads):  # whose weights are those of samples
+            with called("objective.guidance.schedule"):
+                _ = weights.table(schedule) if grid is None else weights.weights(grid)
 
 
 def open_teacher(teacher: str, call: str | None = None, allow_code: bool = False) -> tuple[PipelineFolder, Call | None]:
@@ -230,6 +256,12 @@ class Run:
             return torch.tensor([row for _, row in self.pool.images], device="cpu")
         return torch.arange(self.pool.seen, device="cpu").repeat_interleave(self.config.cache.images_per_prompt)
 
+    @property
+    def samples(self) -> int:
+        """How many latents of each size there are: N of ``prompt_index``."""
+        images = self.pool.images if self.config.cache.images is not None else None
+        return self.pool.seen * self.config.cache.images_per_prompt if images is None else len(images)
+
     @cached_property
     def hashes(self) -> FileHashes:
         """Of files of the teacher's folder, remembered in the cache's."""
@@ -299,6 +331,7 @@ class Run:
             got = f"{len(self.pool.texts):,}, of which prompt {row} is the first that differs"
             raise StorageError(f"{place}: expected {rule}, got {got}; use another cache.directory")
         self.check_same(place, {"encoder": self.encoder}, {"encoder": manifest.fingerprint.get("encoder", {})})
+        self._check_dtype(place, manifest)
         return manifest
 
     def mend_texts(self) -> None:
@@ -337,6 +370,7 @@ class Run:
         manifest = read_manifest(place)
         expected = plain(self.sampling(size) | ({} if prompts is None else {"prompts": prompts}))
         self.check_same(place, expected, {key: manifest.fingerprint.get(key) for key in expected})
+        self._check_dtype(place, manifest)
         return manifest
 
     def latents(self, size: Size, bank: PromptBank, *, load: bool = False) -> LatentCache:
@@ -375,6 +409,13 @@ class Run:
                 "seed": self.cache_seed,
             }
         )
+
+    def _check_dtype(self, place: Path, manifest: Manifest) -> None:
+        """StorageError where what is stored is not in ``cache.dtype``."""
+        for name, tensor in manifest.tensors.items():
+            if tensor.dtype.is_floating_point and tensor.dtype != self.cache_dtype:
+                dtypes = [dtype_name(dtype) for dtype in (self.cache_dtype, tensor.dtype)]
+                self.check_same(place, {f"cache.dtype of {name}": dtypes[0]}, {f"cache.dtype of {name}": dtypes[1]})
 
     def check_same(self, place: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         """StorageError where what is in a directory was made otherwise than this run wants it."""

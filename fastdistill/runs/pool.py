@@ -13,6 +13,8 @@ from fastdistill.files import located
 from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import RunConfig
 
+_MOST = 2**32  # latents of a cache, which draws number
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -47,6 +49,9 @@ def pool_of(config: RunConfig, pipeline: PipelineFolder) -> Pool:
     seen = len(found.texts) if given.seen is None else given.seen
     if seen > len(found.texts):
         raise InputError.of("prompts.seen", f"at most the {len(found.texts)} prompts that there are", seen)
+    most, each = _MOST // max(seen, 1), config.cache.images_per_prompt
+    if each > most:
+        raise InputError.of("cache.images_per_prompt", f"at most {most:,} of each of the {seen:,} seen prompts", each)
     return Pool(found.texts, seen, found.empty, found.duplicates)
 
 

@@ -188,6 +188,7 @@ def test_a_cache_of_something_else_is_refused(saved: Saved, tmp_path: Path) -> N
         (other(config, cache=other(cache, guidance_scale=3.0)), "sampling.guidance: expected '2', got '1'"),
         (other(config, cache=other(cache, guidance_scale=None, guidance="3@1,0")), "guidance: expected '3@1,0', got"),
         (other(config, seed=1), "seed: expected 1, got 0"),
+        (other(config, cache=other(cache, dtype="bfloat16")), "prompts: .*dtype of .*: expected 'bfloat16', got 'flo"),
     ):
         with pytest.raises(StorageError, match=message):
             run = runs.opened(different)

@@ -88,7 +88,11 @@ def test_a_plan_counts_both_passes_of_the_teacher(saved: Saved, tmp_path: Path) 
 def test_bad_input(saved: Saved, tmp_path: Path) -> None:
     for objective, message in (
         ({"guidance": {"scale": [0, 4]}}, r"objective\.guidance\.schedule: expected one, beside scale or grid"),
-        ({"guidance": {"schedule": "2@x"}}, "guidance: expected a schedule such as"),
+        ({"guidance": {"schedule": "2@x"}}, "^objective.guidance.schedule: expected a schedule such as"),
+        ({"guidance": {"schedule": "2@50%,0"}}, "^objective.guidance.schedule: expected thresholds as sigma or t"),
+        ({"guidance": {"schedule": "2", "grid": "leading:4"}}, "^objective.guidance.grid: .*, got 'leading:4'"),
+        ({"guidance": {"schedule": "2", "grid": "trailing:9999"}}, "^objective.guidance.grid: .*, got 9999"),
+        ({"guidance": {"schedule": "2", "scale": [4, 1]}}, r"^objective.guidance.scale: .*, got \(4.0, 1.0\)"),
     ):
         with pytest.raises(InputError, match=message):
             runs.opened(run_config(saved("sd"), tmp_path, objective=objective))

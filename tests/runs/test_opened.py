@@ -38,7 +38,9 @@ def test_every_family_opens(name: str, saved: Callable[[str], Path], tmp_path: P
         ({"family": "sd3"}, "family: expected auto, or unet, which .* holds, got sd3$"),
         ({"call": "my_model:call"}, "call: expected no code of your own unless .*--allow-code.*, got call of my_model"),
         ({"call": "my_model"}, "call: expected module:function, got 'my_model'"),
-        ({"cache": {"sizes": [[32, 31]]}}, "width: expected a multiple of 2 pixels, got 31"),
+        ({"cache": {"sizes": [[32, 31]]}}, "^cache.sizes: width: expected a multiple of 2 pixels, got 31"),
+        ({"cache": {"sizes": [[16, 16], [32, 16], [16, 16]]}}, r"cache.sizes: expected different sizes, .* got \(\("),
+        ({"cache": {"sizes": [[2**40, 16]]}}, "cache.sizes: height: expected at most 65,536 pixels, got 1099511627776"),
         ({"student": {}}, "student: expected one of spec, .*, got none"),
         ({"student": {"spec": "bk_small", "lora": {"rank": 4}}}, "student: .*, got spec and lora.rank .*spec null"),
         ({"cache": {"steps": 1001}}, r"cache.steps: expected at most the 1000 timesteps of the scheduler .*, got 1001"),
@@ -125,6 +127,15 @@ def test_more_seen_prompts_than_there_are(saved: Callable[[str], Path], tmp_path
     run = runs.opened(run_config(saved("sd"), tmp_path, prompts={"seen": 6}))
     with pytest.raises(InputError, match=r"prompts\.seen: expected at most the 5 prompts that there are, got 6"):
         _ = run.pool
+
+
+def test_more_latents_than_draws_can_number(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    message = r"cache\.images_per_prompt: expected at most 1,431,655,765 of each of the 3 seen prompts, got 1431655766"
+    with pytest.raises(InputError, match=message):
+        runs.cache(run_config(saved("sd"), tmp_path, cache={"images_per_prompt": 2**32 // 3 + 1}))
+    with pytest.raises(StorageError, match="free disk space"):
+        runs.cache(run_config(saved("sd"), tmp_path, cache={"images_per_prompt": 2**32 // 3}))
+    assert not (tmp_path / "cache" / "latents").exists()
 
 
 def test_classes_need_no_file(saved: Callable[[str], Path], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fastdistill.errors import InputError, described
 
 _GUIDANCE = {"guidance", "timestep_cond"}  # banks that say the guidance scale to a model
 _OWN = {"prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "negative_prompt", "self", "kwargs"}
+_LARGEST = 2**16  # pixels of a side of an image
 
 
 class OfPipelines:
@@ -227,6 +228,8 @@ class OfPipelines:
         for name, length in (("height", height), ("width", width)):
             if length < unit or length % unit:
                 raise InputError.of(name, f"a multiple of {unit} pixels", length)
+            if length > _LARGEST:
+                raise InputError.of(name, f"at most {_LARGEST:,} pixels", length)
             if most is not None and length > most * unit:
                 raise InputError.of(name, f"at most {most * unit} pixels (pos_embed_max_size {most})", length)
         if size is not None:
