@@ -105,6 +105,14 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
         (("--train.step", "3"), "--train.step: no such option (did you mean --train.steps?)"),
         (("--train.lr", "x"), "--train.lr: expected FLOAT, got x"),
         (("--train.lr=x",), "--train.lr: expected FLOAT, got x"),
+        (("--train.lr", "true"), "--train.lr: expected FLOAT, got true"),
+        *(
+            (("--train.steps", v), f"--train.steps: expected INT, got {v}")
+            for v in ("true", "1.0", '"1"', "1e3", "null")
+        ),
+        (("--train.steps=1.0",), "--train.steps: expected INT, got 1.0"),
+        (("--train.micro-batch", "1.0"), "--train.micro-batch: expected null or INT, got 1.0"),
+        (("--train.betas", "0.9", "false"), "--train.betas: expected FLOAT FLOAT, got 0.9 false"),
         (("--train.lr",), "--train.lr: expected 1 value, got nothing"),
         (("--train.betas", "0.9"), "--train.betas: expected 2 values, got 0.9"),
         (("--train.micro_batch", "two"), "--train.micro-batch: expected null or INT, got two"),

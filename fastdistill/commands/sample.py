@@ -47,10 +47,11 @@ def run(arguments: list[str]) -> None:
     quiet()
     from fastdistill import runs
     from fastdistill.data.texts import read_prompts
+    from fastdistill.files import located
 
     with named("--prompts"):
-        prompts = own.prompt if own.prompts is None else read_prompts(own.prompts).texts
-    to = own.to or f"{given.config.directory}/samples{'-teacher' if own.teacher else ''}"
+        prompts = own.prompt if own.prompts is None else read_prompts(located(own.prompts, "--prompts")).texts
+    to = own.to if own.to is not None else f"{given.config.directory}/samples{'-teacher' if own.teacher else ''}"
     with Bars(not given.json) as bars:
         task = bars.begin("sample")
         files = runs.sample(

@@ -198,7 +198,7 @@ class EvaluateSettings:
 
     prompts: Count | str = 64
     """How many prompts of the pool, from the last (the unseen ones), or a file of prompts."""
-    images_per_prompt: Count = 1
+    images_per_prompt: Annotated[int, Field(ge=1, le=2**20)] = 1
     """Images of each prompt."""
     steps: Count | None = None
     """Number of sampling steps; none: that of the cache."""

@@ -98,6 +98,7 @@ def evaluate(
         reference = [] if real is None else image_files(located(real, "evaluate.reference"))
     prompts = _prompts(run)
     own = _student(run, student, step)
+    make_directory(run.directory / FOLDER)
     models = run.pipeline.model(device=device, dtype=run.teacher_dtype), own.model
     vae = run.pipeline.autoencoder(device=device, dtype=run.teacher_dtype)
     steps = run.config.cache.steps if settings.steps is None else settings.steps
@@ -152,17 +153,18 @@ def _extractors(run: Run, features: Extractor | None) -> dict[str, Extractor]:
         found["features"] = pixel_features
     else:
         with named("evaluate.features"):
-            found["features"] = FolderFeatures(settings.features, device)
+            found["features"] = FolderFeatures(located(settings.features, "evaluate.features"), device)
     if "kid" in settings.metrics:
         require("torchmetrics", "metrics")
     if {"fid", "kid"} & set(settings.metrics):
         with named("evaluate.inception"):
-            found["inception"] = features or inception_features(settings.inception, device)
+            own = None if settings.inception is None else located(settings.inception, "evaluate.inception")
+            found["inception"] = features or inception_features(own, device)
     if "clip" in settings.metrics:
         if settings.clip is None:
             raise InputError.of("evaluate.clip", "the folder of a CLIP model, for the CLIP score", "none")
         with named("evaluate.clip"):
-            clip = FolderFeatures(settings.clip, device)
+            clip = FolderFeatures(located(settings.clip, "evaluate.clip"), device)
         clip.texts(["a"])
         found["clip"] = clip
     return found
@@ -369,7 +371,6 @@ def _write(
         figures[f"samples{own}"] = sample_grid(shown, texts[: len(shown["teacher"])])
         lines = {name: term.tolist() for name, term in terms.items()}
         figures[f"losses{own}"] = losses_over_time(losses.timestep.tolist(), lines)
-    make_directory(folder)
     for name, figure in figures.items():
         if name.startswith("samples"):
             file = name.replace(" x ", "x").replace(" ", "-")

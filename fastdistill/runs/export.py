@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 import fastdistill
-from fastdistill.errors import InputError, StorageError
+from fastdistill.errors import InputError, StorageError, called
 from fastdistill.files import atomic_directory, located
 from fastdistill.models import peft
 from fastdistill.runs.config import RunConfig
@@ -67,7 +67,8 @@ def export(
     target = None if dtype is None else getattr(torch, dtype)
     card = model_card(run, saved, made_by, model)
     if not adapted:
-        run.pipeline.export(model, to, dtype=target, link=link, overwrite=overwrite, texts={CARD: card})
+        with called("to", "target"):
+            run.pipeline.export(model, to, dtype=target, link=link, overwrite=overwrite, texts={CARD: card})
         return to
     for key, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in key)  # what was trained

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,11 +56,15 @@ def sample(
     to = located(to, "to")
     texts, own = list(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
     steps = config.cache.steps if steps is None else steps
-    for name, wrong, rule in (("prompts", not texts, "at least one"), ("seeds", not own, "at least one")):
-        if wrong:
-            raise InputError.of(name, rule, "none")
+    for name, given in (("prompts", texts), ("seeds", own)):
+        if not given:
+            raise InputError.of(name, "at least one", "none")
     if steps < 1:
         raise InputError.of("steps", "at least 1", steps)
+    if wrong := [seed for seed in own if not 0 <= seed < 2**63]:
+        raise InputError.of("seeds", "numbers in [0, 2**63)", wrong[0])
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise InputError.of("guidance_scale", "a finite number", guidance_scale)
     if to.exists():
         raise StorageError(f"{to}: expected a new folder, got one that is there already")
     run = opened(config, allow_code=allow_code)

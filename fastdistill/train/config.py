@@ -57,7 +57,7 @@ class PreviewConfig:
 class TrainSettings:
     """How a student is trained. The defaults are those of random conditioning (arXiv 2504.02011, SD-1.4)."""
 
-    steps: Annotated[int, Field(ge=1)] = 1000
+    steps: Annotated[int, Field(ge=1, le=10**7)] = 1000
     """Number of optimizer steps."""
     batch: Annotated[int, Field(ge=1, le=2**20)] = 256
     """Samples per step, over all ranks."""
@@ -90,7 +90,7 @@ class TrainSettings:
     compiled_graph: one CUDA graph of the compiled step."""
     banks: Literal["device", "pinned"] = "device"
     """Where banks that were loaded are kept: on the device, or in pinned host memory that a GPU reads in place."""
-    ahead: Annotated[int, Field(ge=1)] = 3
+    ahead: Annotated[int, Field(ge=1, le=1024)] = 3
     """Number of steps whose rows are read in advance from banks on disk."""
     log_every: Annotated[int, Field(ge=1)] = 50
     """Steps between two lines of metrics; only there does the host wait for the device."""

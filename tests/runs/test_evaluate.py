@@ -187,6 +187,17 @@ def test_what_is_missing_is_said_before_anything_is_sampled(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_in_its_place_is_said_before_anything_is_sampled(
+    saved: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["fastdistill.runs.evaluate"], "compared", lambda *_, **__: pytest.fail("sampled"))
+    given = config(saved("sd"), tmp_path)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "evaluation").touch()
+    with pytest.raises(StorageError, match="evaluation: expected a directory, got a file"):
+        runs.evaluate(given, student=student_of(runs.opened(given)))
+
+
 @pytest.mark.parametrize("changes", [{}, pytest.param(ADAPTED, marks=pytest.mark.slow)])
 def test_the_student_of_a_run(
     changes: dict[str, Any],

@@ -148,7 +148,9 @@ def test_a_run_goes_on(saved: Callable[[str], Path], tmp_path: Path, ended: tupl
     other = run_config(saved("sd"), tmp_path, cache={"directory": whole.cache.directory}, train={"lr": 0.5})
     with pytest.raises(StorageError, match="this run was started differently"):
         runs.distill(other)
-    assert runs.load(Path(parts.directory) / "run.yaml") == parts  # not of the refused one
+    with pytest.raises(InputError, match=r"train.steps: expected at least the 3 that the run in .* has done, got 2"):
+        runs.distill(dataclasses.replace(parts, train=dataclasses.replace(parts.train, steps=2)))
+    assert runs.load(Path(parts.directory) / "run.yaml") == parts  # not of the refused ones
 
 
 def test_adapters_are_exported_alone(
@@ -217,7 +219,7 @@ def test_the_card_says_what_it_is(ended: tuple[RunConfig, Path], tmp_path: Path)
     assert "steps: 3\n" in card
     assert ended[0].directory not in card and ended[0].teacher not in card
     assert (folder / "vae").is_symlink()
-    with pytest.raises(InputError, match="target: expected a folder that is not there"):
+    with pytest.raises(InputError, match="to: expected a folder that is not there"):
         runs.export(ended[0], tmp_path / "exported")
 
 
@@ -344,6 +346,24 @@ def test_commands(
         (("init",), "init: expected a pipeline folder of diffusers, got nothing"),
         (("init", "nothing"), "nothing: expected a pipeline folder of diffusers, got no folder"),
         (("sample", "RUN"), "sample: expected one of --prompts FILE and --prompt TEXT"),
+        (("sample", "RUN", "--prompts", "nothing.txt"), r"--prompts: nothing.txt: could not be read: No such file"),
+        (("sample", "RUN", "--prompts", "."), r"--prompts: \.: could not be read: Is a directory"),
+        (("sample", "RUN", "--prompts", ""), r"--prompts: expected the path of a file or directory, got ''"),
+        (("sample", "RUN", "--prompt", "a", "--to", ""), r"to: expected the path of a file or directory, got ''"),
+        (
+            ("sample", "RUN", "--prompt", "a", "--seeds", "0", "-1"),
+            r"seeds: expected numbers in \[0, .*\), got -1",
+        ),
+        (
+            ("sample", "RUN", "--prompt", "a", "--guidance-scale", "nan"),
+            "guidance_scale: expected a finite .* nan",
+        ),
+        (
+            ("sample", "RUN", "--prompt", "a", "--size", "16", "65538"),
+            "width: expected at most 65,536 pixels",
+        ),
+        (("evaluate", "RUN", "--evaluate.features", ""), r"evaluate.features: expected the path of .*, got ''"),
+        (("export", "RUN", "--to", "x", "--dtype", "float17"), r"--dtype: expected one of .*, got 'float17'"),
         (("export", "RUN"), r"export: expected a new folder \(--to FOLDER\), got none"),
         (("export", "RUN", "--to", "x", "--train.lr", "-3"), r"export: 1 problem"),
     ],

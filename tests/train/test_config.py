@@ -167,6 +167,17 @@ def test_a_field_of_several_kinds_is_one_line() -> None:
         from_mapping(TrainConfig, {"betas": [0, 2]})
 
 
+def test_counts_that_no_run_has() -> None:
+    """Tables and rows of so many would take all memory."""
+    many = 10**20
+    values = {"train": {"steps": many, "ahead": many}, "evaluate": {"images_per_prompt": many}}
+    fields = (
+        r"\n  train.steps: .*\n  train.ahead: .*\n  evaluate.images_per_prompt: .* less than or equal to 1048576, got"
+    )
+    with pytest.raises(InputError, match="3 problems" + fields):
+        from_mapping(RunConfig, values)
+
+
 def test_out_of_range_values_in_code() -> None:
     with pytest.raises(InputError, match=r"config: 2 problems\n  steps: .*\n  ema_decay: "):
         validated(TrainConfig(steps=0, ema_decay=1.0))
