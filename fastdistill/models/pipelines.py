@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,7 +112,8 @@ class PipelineFolder:
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """[C, H, W] of the latents of images of this size; InputError for a size that the model does not have."""
-        return self.family.latent_shape(self.config, self.vae, size)
+        with _read(self.path, "used", f"the configurations of {self.family.part} and vae "):
+            return self.family.latent_shape(self.config, self.vae, size)
 
     def scheduler(self) -> Any:
         """The scheduler of diffusers, set as the pipeline sets it: for ``sample_with``, or a trainer's schedule."""
@@ -132,7 +133,7 @@ class PipelineFolder:
         """The denoiser in eval mode. On the meta device it has no values, and no weights are read."""
         kind: Any = self.family.kind
         if torch.device(device).type == "meta":
-            with torch.device("meta"):
+            with torch.device("meta"), _read(self.path / self.family.part / "config.json", "used"):
                 model = kind.from_config(dict(self.config)).eval()
             return model if dtype == torch.float32 else model.to(dtype)
         return self._loaded(kind, self.family.part, dtype).to(device).eval()
@@ -152,17 +153,16 @@ class PipelineFolder:
         if "safety_checker" in left_out:
             options["requires_safety_checker"] = False
         try:
-            kind = getattr(diffusers, self.kind)
-            if torch.device(device).type == "meta":
-                options |= self._encoders_without_values()
-            pipeline = kind.from_pretrained(str(self.path), local_files_only=True, **left_out, **options)
+            with _read(self.path, "loaded", "the text encoders "):
+                kind = getattr(diffusers, self.kind)
+                if torch.device(device).type == "meta":
+                    options |= self._encoders_without_values()
+                pipeline = kind.from_pretrained(str(self.path), local_files_only=True, **left_out, **options)
         except ImportError as error:
             message = (
                 "transformers: expected to be installed for text encoders; run: pip install 'fastdistill[pipelines]'"
             )
             raise FastdistillError(f"{message} ({quoted(error)})") from error
-        except (OSError, ValueError) as error:
-            raise StorageError(f"{self.path}: the text encoders could not be loaded: {quoted(error)}") from error
         return pipeline.to(device)
 
     def encode(
@@ -357,23 +357,30 @@ class PipelineFolder:
 
     def _part(self, name: str) -> Any:
         kind = self._class(name)
-        try:
+        with _read(self.path / name):
             return kind.from_pretrained(str(self.path), subfolder=name, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise StorageError(f"{self.path / name}: could not be loaded: {quoted(error)}") from error
 
     def _loaded(self, kind: Any, name: str, dtype: torch.dtype) -> Any:
         folder = self._folder(name)
         if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
             raise StorageError(f"{folder}: expected weights (diffusion_pytorch_model.safetensors), got none")
         options = {"local_files_only": True, "variant": variant_in(folder), **_as(dtype)}
-        try:
+        with _read(folder):
             model, found = kind.from_pretrained(str(self.path), subfolder=name, output_loading_info=True, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise StorageError(f"{folder}: could not be loaded: {quoted(error)}") from error
         if missing := sorted(found["missing_keys"]):
             raise StorageError(f"{folder}: expected all weights of its config.json, got none for {some(missing)}")
         return model
+
+
+@contextmanager
+def _read(place: Path, how: str = "loaded", what: str = "") -> Iterator[None]:
+    """StorageError about ``place`` for whatever other libraries make of its values, each with errors of its own."""
+    try:
+        yield
+    except (FastdistillError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise StorageError(f"{place}: {what}could not be {how}: {quoted(error)}") from error
 
 
 class _Unread(TorchDispatchMode):  # type: ignore[no-untyped-call]

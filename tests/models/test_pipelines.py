@@ -326,6 +326,29 @@ def test_folders_that_are_none(pipelines: Folders, tmp_path: Path) -> None:
         open_pipeline(folder)
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet/config.json", {"cross_attention_dim": "x"}, "unet/config.json: could not be used: TypeError: "),
+        ("unet/config.json", {"norm_num_groups": 7}, "unet/config.json: could not be used: ValueError: "),
+        ("unet/config.json", {"sample_size": "big"}, "the configurations of unet and vae could not be used: ValueE"),
+        ("scheduler/scheduler_config.json", {"beta_start": "x"}, "scheduler: could not be loaded: TypeError: "),
+        ("text_encoder/config.json", {"hidden_size": "x"}, "the text encoders could not be loaded: "),
+    ],
+)
+def test_configurations_that_no_part_can_be_made_of(
+    part: str, changes: dict[str, Any], message: str, pipelines: Folders, tmp_path: Path
+) -> None:
+    place = _copy(pipelines("sd"), tmp_path / "sd")
+    change(place / part, **changes)
+    with pytest.raises(StorageError, match=message):
+        folder = open_pipeline(place)
+        folder.latent_shape()
+        folder.model(device="meta")
+        folder.schedule()
+        folder.encoders()
+
+
 def test_parts_that_are_missing_or_damaged(pipelines: Folders, tmp_path: Path) -> None:
     folder = open_pipeline(_copy(pipelines("dit"), tmp_path / "dit"))
     weights = folder.path / "transformer" / "diffusion_pytorch_model.safetensors"
