@@ -382,6 +382,7 @@ def test_mistakes(
 def test_the_documentation(again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run file that docs/runs.md shows is one, and its Python runs."""
     text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
+    assert re.findall(r"init models/(\w+) .*\n|report runs/(\w+) ", text)[:2] == [("sd15", ""), ("", "sd15")]
     (shown,), (_, code) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("yaml", "python"))
     (tmp_path / "shown.yaml").write_text(shown)
     config = runs.load(tmp_path / "shown.yaml")
