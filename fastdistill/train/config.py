@@ -151,8 +151,10 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
         config = pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         rules: dict[tuple[str, str], list[str]] = {}  # by place and value: of a union each kind has its own
-        for e in error.errors():
-            if e["type"] != "unexpected_keyword_argument":
+        found = error.errors()
+        wrong = {e["loc"][:-1] for e in found}  # places with a wrong item, which pydantic then counts as too few
+        for e in found:
+            if e["type"] != "unexpected_keyword_argument" and not (e["type"] == "too_short" and e["loc"] in wrong):
                 place, rule = _place(kind, e["loc"]), e["msg"][0].lower() + e["msg"][1:]
                 rules.setdefault((place, described(e["input"])), []).append(rule)
         problems += [f"{place}: {', or '.join(rule)}, got {value}" for (place, value), rule in rules.items()]

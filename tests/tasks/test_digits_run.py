@@ -75,7 +75,7 @@ def test_from_the_task_to_a_model(ended: RunConfig, tmp_path: Path) -> None:
     runs.export(ended, folder, overwrite=True)
     with pytest.raises(InputError, match="link: expected False, as of the digits task a model alone is exported"):
         runs.export(ended, tmp_path / "linked", link=True)
-    with pytest.raises(InputError, match=r"target: expected a model folder to overwrite, got .* without config.json"):
+    with pytest.raises(InputError, match=r"to: expected a model folder to overwrite, got .* without config.json"):
         runs.export(ended, tmp_path / "images", overwrite=True)
     with pytest.raises(InputError, match="words of a, red"):
         runs.sample(ended, ["a red cat"], tmp_path / "cats")

@@ -163,6 +163,8 @@ def test_a_field_of_several_kinds_is_one_line() -> None:
         from_mapping(TrainConfig, {"preview": {"prompts": "x"}})
     with pytest.raises(InputError, match=r"1 problem\n  micro_batch: .* greater than or equal to 1, got 0$"):
         from_mapping(TrainConfig, {"micro_batch": 0})
+    with pytest.raises(InputError, match=r"1 problem\n  preview.seeds.0: input should be greater than .* 0, got -1$"):
+        from_mapping(TrainConfig, {"preview": {"seeds": [-1]}})
     with pytest.raises(InputError, match=r"1 problem\n  betas.1: input should be less than 1, got 2$"):
         from_mapping(TrainConfig, {"betas": [0, 2]})
 
