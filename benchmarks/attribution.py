@@ -22,7 +22,8 @@ OTHER = "other"
 # The first whose pattern is in the name of a kernel, an op or a range.
 GROUPS = {
     "optimizer": r"adam|grad_square_sum|foreach_(lerp|copy|mul|add|norm)|multi_tensor|clip_grad|optimizer",
-    "loss": r"feature_match|output_match|scale_gradients|mse_loss|mseloss",
+    "loss": r"feature_match|output_match|scale_gradients|mse_loss|mseloss"
+    r"|match<|finish<|add_samples|(match|finish)_output",
     "attention": r"attention|flash|fmha|sdpa|softmax",
     "norms+activations": r"norm|silu|sigmoid|gelu|geglu|modulate|welford|tanh",
     "conv+matmul": r"conv|gemm|gemv|(^|[^a-z])(add|b|badd)?mm(_|$|[^a-z])|addmm|bmm|linear|cutlass|cublas|xmma|wgrad"

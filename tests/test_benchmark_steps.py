@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import functools
 import json
 import time
@@ -26,6 +27,7 @@ from benchmarks.ops import step as models
 from benchmarks.ops.step import dit, pixart, sd15
 from benchmarks.registry import COMPILED, Case, Contestant, Group, Workload
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 QUICK = Settings(CPU, rounds=4, warm_up=1, seconds=0.0)
 HEADS = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
@@ -176,6 +178,24 @@ def test_memory_is_counted_once_and_not_on_a_cpu() -> None:
 )
 def test_groups(names: list[str], group: str) -> None:
     assert attribution.group(names) == group
+
+
+def test_names_of_our_kernels_say_what_they_are_for() -> None:
+    """In a CUDA graph there is nothing else to go by."""
+    of = {
+        "adamw_ema": "optimizer",
+        "grad_square_sum": "optimizer",
+        "cross_attention": "attention",
+        "noise_gather": "other",
+    }
+    of |= dict.fromkeys(("feature_match", "output_match", "scale_gradients"), "loss")
+    of |= dict.fromkeys(("group_norm_silu", "layer_norm_modulate", "geglu"), "norms+activations")
+    with (ROOT / "benchmarks" / "kernels" / "report.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["backend"] == "triton"]
+    assert len(rows) > 50
+    for row in rows:
+        op = row["op"].split()[0].removesuffix("_backward")
+        assert attribution.group([row["kernel"]]) == of[op], (row["op"], row["kernel"])
 
 
 def test_attribution_of_a_run_is_all_of_its_time() -> None:

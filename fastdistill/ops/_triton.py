@@ -159,7 +159,7 @@ def optional(pointer, at, inside, GIVEN: tl.constexpr, DEFAULT: tl.constexpr):
 
 
 @triton.jit
-def over_samples(
+def norm_over_samples(
     sums, dweight, dbias, C, batch, WEIGHT: tl.constexpr, BIAS: tl.constexpr, LANES: tl.constexpr, BC: tl.constexpr
 ):
     """The gradients of weight and bias: what each sample gives, in order."""

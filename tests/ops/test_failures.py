@@ -199,7 +199,7 @@ def test_what_writes_over_its_inputs_is_compiled_whole_before_it_begins(monkeypa
         def __getitem__(self, grid: Any) -> None:
             raise UNCOMPILABLE
 
-    monkeypatch.setattr(adamw, "_update", Uncompilable())
+    monkeypatch.setattr(adamw, "_adamw_ema_update", Uncompilable())
     monkeypatch.setattr(OPS["grad_square_sum"], "kernels", [])
     monkeypatch.setattr(OPS["adamw_ema"], "kernels", [Kernel("triton", "cpu", adamw.adamw_ema, lambda: None)])
     monkeypatch.setattr(OPS["adamw_ema"], "failures", {})

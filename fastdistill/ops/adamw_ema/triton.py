@@ -70,7 +70,7 @@ def _chunk_square_sum(grad, left, MASKED: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _square_sum(
+def _adamw_ema_square_sum(
     rows, owners, partials, TYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr
 ):
     chunk = tl.program_id(0)
@@ -86,7 +86,7 @@ def _square_sum(
 
 
 @triton.jit
-def _finish(partials, count, total, LANES: tl.constexpr):
+def _adamw_ema_finish(partials, count, total, LANES: tl.constexpr):
     lane = tl.arange(0, LANES)
     sums = tl.full((LANES,), 0.0, tl.float64)
     for start in range(0, count, LANES):
@@ -96,7 +96,7 @@ def _finish(partials, count, total, LANES: tl.constexpr):
 
 
 @triton.jit
-def _prepare(
+def _adamw_ema_prepare(
     rows, count, square_sum, grad_scale, found_inf, ema_weight, skipped, max_norm, constants, FIRST: tl.constexpr,
     SCALED: tl.constexpr, FOUND: tl.constexpr, AVERAGE: tl.constexpr, WARMUP: tl.constexpr, LANES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -170,7 +170,7 @@ def _update_chunk(
 
 
 @triton.jit
-def _update(
+def _adamw_ema_update(
     rows, owners, constants, GRAD: tl.constexpr, COPY: tl.constexpr, WITH_COPY: tl.constexpr, AVERAGE: tl.constexpr,
     ALIGNED: tl.constexpr, ZERO: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -233,9 +233,9 @@ def grad_square_sum(grads: Sequence[Tensor], total: Tensor) -> None:
     for (kind, rows), count in zip(tables, counts, strict=True):
         if count:
             words = table.on_device(rows, total.device)
-            _square_sum[(count,)](*words, partials[first:], *kind, CHUNK, STEP, num_warps=WARPS, **FUSED)
+            _adamw_ema_square_sum[(count,)](*words, partials[first:], *kind, CHUNK, STEP, num_warps=WARPS, **FUSED)
         first += count
-    _finish[(1,)](partials, len(partials), total, 1024, num_warps=WARPS, **FUSED)
+    _adamw_ema_finish[(1,)](partials, len(partials), total, 1024, num_warps=WARPS, **FUSED)
 
 
 def _tables(
@@ -295,10 +295,10 @@ def adamw_ema(
             words, len(rows), square_sum, *scalars, skipped, max_norm, constants, number == 0, *given, kind[3],
             ema_warmup, ROWS, CONSTANTS,
         )  # fmt: skip
-        launches.append((_prepare, (triton.cdiv(len(rows), ROWS),), args, {"num_warps": 4, **FUSED}))
+        launches.append((_adamw_ema_prepare, (triton.cdiv(len(rows), ROWS),), args, {"num_warps": 4, **FUSED}))
         if count := table.chunks(rows):
             args = words, owners, constants, *kind, zero_grads, CHUNK, UPDATED, CONSTANTS
-            launches.append((_update, (count,), args, {"num_warps": WARPS, **FUSED}))
+            launches.append((_adamw_ema_update, (count,), args, {"num_warps": WARPS, **FUSED}))
     launch_all(launches, in_place=True)
 
 

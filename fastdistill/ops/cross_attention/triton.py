@@ -24,7 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdistill.ops._triton import FUSED, capability
-from fastdistill.ops.cross_attention.triton_long import backward_long_kv, backward_long_q, forward_long
+from fastdistill.ops.cross_attention.triton_long import (
+    cross_attention_backward_long_kv,
+    cross_attention_backward_long_q,
+    cross_attention_forward_long,
+)
 from fastdistill.ops.cross_attention.triton_tiles import (
     add_across,
     add_product,
@@ -85,7 +89,7 @@ def _softmax(x, keys, biases, scale, M: tl.constexpr, KEYS: tl.constexpr, DIMS: 
 
 
 @triton.jit
-def _forward(
+def _cross_attention_forward(
     q, k, v, mask, rows, out, N, L, R, H, scale, chunks, span, q_strides, k_strides, v_strides, out_strides,
     D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr,
     ROWS: tl.constexpr, UNIT: tl.constexpr,
@@ -110,7 +114,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _cross_attention_backward(
     q, k, v, mask, rows, grad_out, grad_q, grad_k, grad_v, N, L, R, H, scale, factor, chunks, span,
     q_strides, k_strides, v_strides, g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
     M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_KV: tl.constexpr,
@@ -151,14 +155,14 @@ def _backward(
 
 
 @triton.jit
-def _backward_rows(
+def _cross_attention_backward_rows(
     q, k, v, mask, rows, grad_out, grad_q, grad_k, grad_v, N, L, R, H, scale, factor, chunks, span,
     q_strides, k_strides, v_strides, g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
     M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_KV: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """``_backward`` with queries as rows: a warp has whole rows, whose sums cost a few shuffles. dK and dV are summed
-    as their transposes, for which tensor cores read Q and dO transposed from shared memory, as Hopper's can."""
+    """The backward with queries as rows: a warp has whole rows, whose sums cost a few shuffles. dK and dV are summed as
+    their transposes, for which tensor cores read Q and dO transposed from shared memory, as Hopper's can."""
     h, chunk, b, row, scale = place(rows, R, scale, H, chunks, ROWS)
     q += start(q_strides, b, h, UNIT)
     grad_out += start(g_strides, b, h, UNIT)
@@ -202,7 +206,9 @@ def _backward_rows(
 
 
 @triton.jit
-def _add(partials, grad_k, grad_v, rows, samples, chunks, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_attention_add(
+    partials, grad_k, grad_v, rows, samples, chunks, size, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row's gradient of K or V: its samples' chunks in order."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -326,9 +332,9 @@ def cross_attention(
     grid, constants = (B * H * chunks,), (plan.M, kind, rows is not None, unit)
     options = {"num_warps": plan.warps, "num_stages": plan.stages, **FUSED}
     if plan.loop:
-        forward_long[grid](*common, *strides, D, plan.dims, plan.keys[0], *constants, **options)
+        cross_attention_forward_long[grid](*common, *strides, D, plan.dims, plan.keys[0], *constants, **options)
     else:
-        _forward[grid](*common, span, *strides, D, plan.dims, plan.keys, *constants, **options)
+        _cross_attention_forward[grid](*common, span, *strides, D, plan.dims, plan.keys, *constants, **options)
 
 
 def cross_attention_backward(
@@ -357,7 +363,8 @@ def cross_attention_backward(
     constants = plan.M, kind, rows is not None
     options = {"num_warps": plan.warps, "num_stages": plan.stages, **FUSED}
     if not plan.loop:
-        kernel, keys = (_backward_rows, plan.keys) if plan.rows else (_backward, plan.keys[0])
+        kernel = _cross_attention_backward_rows if plan.rows else _cross_attention_backward
+        keys = plan.keys if plan.rows else plan.keys[0]
         kernel[(B * H * chunks,)](
             q, k, v, masked, indexed, grad_out, dq, *sums, *sizes, chunks, span, *strides, _strides(dq, unit), D,
             plan.dims, keys, *constants, of_q, of_kv, unit, **options,
@@ -365,17 +372,17 @@ def cross_attention_backward(
     else:
         tiles, blocks, block = triton.cdiv(N, plan.M), triton.cdiv(L, plan.keys[0]), plan.keys[0]
         statistics = torch.empty((B, H, N, 3), dtype=torch.float32, device=q.device)
-        backward_long_q[(B * H * tiles,)](
+        cross_attention_backward_long_q[(B * H * tiles,)](
             q, k, v, masked, indexed, grad_out, dq, statistics, *sizes, tiles, *strides, _strides(dq, unit), D,
             plan.dims, block, *constants, of_q, unit, **options,
         )  # fmt: skip
         if of_kv:
-            backward_long_kv[(B * H * chunks * blocks,)](
+            cross_attention_backward_long_kv[(B * H * chunks * blocks,)](
                 q, k, v, masked, indexed, grad_out, *sums, statistics, *sizes, chunks, span, blocks, *strides, D,
                 plan.dims, block, *constants, unit, **options,
             )  # fmt: skip
     if partial:
         size = L * H * D
-        _add[(R, triton.cdiv(size, ADDED), 2)](
+        _cross_attention_add[(R, triton.cdiv(size, ADDED), 2)](
             partials, grad_k, grad_v, indexed, B, chunks, size, rows is not None, ADDED, **FUSED
         )

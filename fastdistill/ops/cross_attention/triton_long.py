@@ -33,7 +33,7 @@ from fastdistill.ops.cross_attention.triton_tiles import (
 
 
 @triton.jit
-def forward_long(
+def cross_attention_forward_long(
     q, k, v, mask, rows, out, N, L, R, H, scale, tiles, q_strides, k_strides, v_strides, out_strides,
     D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -73,7 +73,7 @@ def forward_long(
 
 
 @triton.jit
-def backward_long_q(
+def cross_attention_backward_long_q(
     q, k, v, mask, rows, grad_out, grad_q, statistics, N, L, R, H, scale, factor, tiles,
     q_strides, k_strides, v_strides, g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
     M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, UNIT: tl.constexpr,
@@ -120,7 +120,7 @@ def backward_long_q(
 
 
 @triton.jit
-def backward_long_kv(
+def cross_attention_backward_long_kv(
     q, k, v, mask, rows, grad_out, grad_k, grad_v, statistics, N, L, R, H, scale, factor, chunks, span, blocks,
     q_strides, k_strides, v_strides, g_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
     M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,

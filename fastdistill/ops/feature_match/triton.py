@@ -112,7 +112,7 @@ def _chunk(
 
 
 @triton.jit
-def _match(
+def _feature_match(
     students, teachers, gradients, sizes, samples, weights, grad_scale, found, partials, parameter,
     COUNT: tl.constexpr, SUM: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr, STEP: tl.constexpr,
@@ -156,7 +156,9 @@ def _match(
 
 
 @triton.jit
-def _cosine(partials, sizes, samples, eps, found, COUNT: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr):
+def _feature_match_cosine(
+    partials, sizes, samples, eps, found, COUNT: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr
+):
     """A sample's 1 - c, c = s.t / (S T), S = max(|s|, eps), T likewise, and its gradient's factors c / S^2 of s and
     -1 / (S T) of t, from its chunks in order."""
     sample = tl.program_id(0).to(tl.int64)
@@ -187,7 +189,7 @@ def _cosine(partials, sizes, samples, eps, found, COUNT: tl.constexpr, CHUNK: tl
 
 
 @triton.jit
-def _finish(
+def _feature_match_finish(
     partials, sizes, weights, parameter, loss, taps, denominators, COUNT: tl.constexpr, NORM: tl.constexpr,
     FIRST: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -264,21 +266,25 @@ def feature_match(
         tables: tuple[Any, ...] = (s, t, g or s, sizes, samples, w, grad_scale, found, partials, parameter, count)
         if chunks:
             args = *tables, True, bool(g) and not two_passes, distance, aligned, chunk, STEP
-            launches.append((_match, (chunks,), args, options))
+            launches.append((_feature_match, (chunks,), args, options))
         if chunks and cosine:
             args = partials, sizes, samples, parameter, found, count, chunk, 128
-            launches.append((_cosine, (sum(samples),), args, {"num_warps": 1, **FUSED}))
+            launches.append((_feature_match_cosine, (sum(samples),), args, {"num_warps": 1, **FUSED}))
         terms, many, each = (found, samples, 1) if cosine else (partials, sizes, chunk)
         args = terms, many, w, parameter, loss, counted, found, count, norm, first == 0, each, 1024
-        launches.append((_finish, (1,), args, options))
+        launches.append((_feature_match_finish, (1,), args, options))
         if chunks and g and two_passes:
-            launches.append((_match, (chunks,), (*tables, False, True, distance, aligned, chunk, STEP), options))
+            launches.append(
+                (_feature_match, (chunks,), (*tables, False, True, distance, aligned, chunk, STEP), options)
+            )
     written_over = {t.data_ptr() for t in teacher} & {g.data_ptr() for g in grads}
     launch_all(launches, in_place=bool(written_over))
 
 
 @triton.jit
-def _scale(gradients, sizes, samples, factor, COUNT: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+def _feature_match_scale(
+    gradients, sizes, samples, factor, COUNT: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+):
     by = tl.load(factor)
     if by != 1.0:
         chunk = tl.program_id(0).to(tl.int64)
@@ -299,5 +305,5 @@ def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
         if chunks := sum(triton.cdiv(n, STEP) for n in sizes):
             aligned = all(x.data_ptr() % 16 == 0 for x in g)
             args = g, sizes, (1,) * len(g), factor, len(g), aligned, STEP
-            launches.append((_scale, (chunks,), args, {"num_warps": WARPS, **FUSED}))
+            launches.append((_feature_match_scale, (chunks,), args, {"num_warps": WARPS, **FUSED}))
     launch_all(launches, in_place=True)

@@ -44,7 +44,7 @@ def _place(width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward(x, y, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _geglu_forward(x, y, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
     first, columns, inside = _place(width, BLOCK)
     a = tl.load(x + 2 * first + columns, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(x + 2 * first + width + columns, mask=inside, other=0.0).to(tl.float32)
@@ -53,7 +53,7 @@ def _forward(x, y, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(grad, x, dx, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _geglu_backward(grad, x, dx, width, TANH: tl.constexpr, BLOCK: tl.constexpr):
     first, columns, inside = _place(width, BLOCK)
     d = tl.load(grad + first + columns, mask=inside, other=0.0).to(tl.float32)
     a = tl.load(x + 2 * first + columns, mask=inside, other=0.0).to(tl.float32)
@@ -72,10 +72,10 @@ def _grid(x: Tensor) -> tuple[tuple[int], int]:
 def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
     """One launch; arguments as the reference's."""
     grid, width = _grid(x)
-    _forward[grid](x, y, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
+    _geglu_forward[grid](x, y, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
 
 
 def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor) -> None:
     """One launch; arguments as the reference's."""
     grid, width = _grid(x)
-    _backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
+    _geglu_backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS, **FUSED)

@@ -2,7 +2,7 @@
 """Group norm, affine maps and SiLU in Triton, over tiles of channels by positions, in either layout.
 
 Grid      one program a tile of one sample; between the passes one program a sample and group merges the tiles' sums in
-          their order. A group that fits into one program takes one launch in all (``_whole``)
+          their order. A group that fits into one program takes one launch in all (``_group_norm_whole``)
 Traffic   forward x read twice, y written; backward x and grad read twice, dx written: in bf16 6 and 10 bytes an
           element. (Slices of the batch that stay in the L2 cache between the reads were slower on an H200: 511 us
           against 356 for 32 x 320 x 64 x 64, forward and backward)
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, optional, over_samples
+from fastdistill.ops._triton import FUSED, norm_over_samples, optional
 from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
 from fastdistill.ops.group_norm_silu.triton_tiles import affine, output, slopes, tile, whole_group
@@ -31,7 +31,7 @@ WARPS = 8
 
 
 @triton.jit
-def _tile_moments(x, partials, C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+def _group_norm_moments(x, partials, C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
     """Mean of each channel over the tile, and the sum of squares about it."""
     sample, chunk, c, p, at = tile(C, P, chunks, LAST, BC, BP)
     inside = (c < C)[:, None] & (p < P)[None, :]
@@ -44,7 +44,7 @@ def _tile_moments(x, partials, C, P, chunks, LAST: tl.constexpr, BC: tl.constexp
 
 
 @triton.jit
-def _merge_moments(
+def _group_norm_merge_moments(
     partials, mean, rstd, time_bias, stride, eps, C, P, G, chunks, TIME: tl.constexpr, BP: tl.constexpr,
     CHANNELS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _merge_moments(
 
 
 @triton.jit
-def _tile_output(
+def _group_norm_output(
     x, y, mean, rstd, given, strides, C, P, G, chunks, GIVEN: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _tile_output(
 
 
 @triton.jit
-def _whole(
+def _group_norm_whole(
     x, y, mean, rstd, given, strides, eps, C, P, G, GIVEN: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def _group_gradients(
 
 
 @triton.jit
-def _tile_sums(
+def _group_norm_sums(
     x, grad, partials, mean, rstd, given, strides, C, P, G, chunks, GIVEN: tl.constexpr, SILU: tl.constexpr,
     LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def _tile_sums(
 
 
 @triton.jit
-def _merge_sums(
+def _group_norm_merge_sums(
     partials, means, rstd, given, strides, sums, outs, C, P, G, chunks, batch, GIVEN: tl.constexpr,
     WANTED: tl.constexpr, CHANNELS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -180,7 +180,7 @@ def _merge_sums(
 
 
 @triton.jit
-def _tile_gradient(
+def _group_norm_gradient(
     x, grad, dx, means, mean, rstd, given, strides, C, P, G, chunks, GIVEN: tl.constexpr, SILU: tl.constexpr,
     LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +199,7 @@ def _tile_gradient(
 
 
 @triton.jit
-def _whole_backward(
+def _group_norm_whole_backward(
     x, grad, dx, mean, rstd, given, strides, sums, outs, C, P, G, batch, GIVEN: tl.constexpr, WANTED: tl.constexpr,
     SILU: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -271,18 +271,18 @@ def group_norm_silu(
     tensors, strides, given = _given(x, weight, bias, time_bias, scale, shift)
     size = cut.channels, cut.positions
     if cut.whole:
-        _whole[(cut.batch * groups,)](
+        _group_norm_whole[(cut.batch * groups,)](
             x, y, mean, rstd, tensors, strides, eps, *size, groups, given, silu, cut.last, cut.bc, cut.bp,
             num_warps=WARPS, **FUSED,
         )  # fmt: skip
         return
     partials = torch.empty((cut.batch, cut.chunks, 2, cut.channels), dtype=torch.float32, device=x.device)
-    _tile_moments[cut.tiles](x, partials, *size, cut.chunks, cut.last, cut.bc, cut.bp, num_warps=WARPS, **FUSED)
-    _merge_moments[cut.merges](
+    _group_norm_moments[cut.tiles](x, partials, *size, cut.chunks, cut.last, cut.bc, cut.bp, num_warps=WARPS, **FUSED)
+    _group_norm_merge_moments[cut.merges](
         partials, mean, rstd, tensors[2], strides[0], eps, *size, groups, cut.chunks, bool(given & 4), cut.bp,
         cut.group, cut.lanes, num_warps=4, **FUSED,
     )  # fmt: skip
-    _tile_output[cut.tiles](
+    _group_norm_output[cut.tiles](
         x, y, mean, rstd, tensors, strides, *size, groups, cut.chunks, given, silu, cut.last, cut.bc, cut.bp,
         num_warps=WARPS, **FUSED,
     )  # fmt: skip
@@ -313,7 +313,7 @@ def group_norm_silu_backward(
     size = cut.channels, cut.positions
     shared = torch.empty((2, cut.batch, cut.channels), dtype=torch.float32, device=x.device) if wanted & 1 else x[None]
     if cut.whole:
-        _whole_backward[(cut.batch * groups,)](
+        _group_norm_whole_backward[(cut.batch * groups,)](
             x, grad, dx, mean, rstd, tensors, strides, shared, outs[2:], *size, groups, cut.batch, given, wanted, silu,
             cut.last, cut.bc, cut.bp, num_warps=WARPS, **FUSED,
         )  # fmt: skip
@@ -321,15 +321,17 @@ def group_norm_silu_backward(
         partials = torch.empty((cut.batch, cut.chunks, 3, cut.channels), dtype=torch.float32, device=x.device)
         means = torch.empty((cut.batch, groups, 2), dtype=torch.float32, device=x.device)
         common, kind = (mean, rstd, tensors, strides), (given, silu, cut.last, cut.bc, cut.bp)
-        _tile_sums[cut.tiles](x, grad, partials, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS, **FUSED)
-        _merge_sums[cut.merges](
+        _group_norm_sums[cut.tiles](
+            x, grad, partials, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS, **FUSED
+        )
+        _group_norm_merge_sums[cut.merges](
             partials, means, rstd, tensors, strides, shared, outs[2:], *size, groups, cut.chunks, cut.batch, given,
             wanted, cut.group, cut.lanes, num_warps=4, **FUSED,
         )  # fmt: skip
-        _tile_gradient[cut.tiles](
+        _group_norm_gradient[cut.tiles](
             x, grad, dx, means, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS, **FUSED
         )
     if wanted & 1:
-        over_samples[(triton.cdiv(cut.channels, 64),)](
+        norm_over_samples[(triton.cdiv(cut.channels, 64),)](
             shared, outs[0], outs[1], cut.channels, cut.batch, weights, biases, 16, 64, num_warps=4, **FUSED
         )

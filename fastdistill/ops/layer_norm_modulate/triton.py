@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, optional, over_samples
+from fastdistill.ops._triton import FUSED, norm_over_samples, optional
 from fastdistill.ops.layer_norm_modulate.reference import spread
 
 ROWS, FEW = 32, 8  # rows of a chunk; where there would be fewer than PROGRAMS chunks, chunks are shorter
@@ -38,7 +38,7 @@ def _affine(sample, c, inside, given, strides, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _layer_norm_forward(
     x, h, y, s, mean, rstd, given, strides, eps, rows, D, GIVEN: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _layer_norm_backward(
     grad, grad_s, s, h, dx, dh, mean, rstd, given, strides, partials, rows, D, chunks, GIVEN: tl.constexpr,
     RESIDUAL: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _backward(
 
 
 @triton.jit
-def _merge(
+def _layer_norm_merge(
     partials, given, strides, sums, outs, D, chunks, batch, GIVEN: tl.constexpr, WANTED: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +162,7 @@ def layer_norm_modulate(
     batch, rows, width, block, warps = _cut(x)
     tensors, strides, given = _given(x, gate, scale, shift, weight, bias)
     residual = h is not None
-    _forward[(batch * rows,)](
+    _layer_norm_forward[(batch * rows,)](
         x, h if residual else x, y, s[0] if residual else y, mean, rstd, tensors, strides, eps, rows, width, given,
         residual, block, num_warps=warps, **FUSED,
     )  # fmt: skip
@@ -192,7 +192,7 @@ def layer_norm_modulate_backward(
     chunks = triton.cdiv(rows, length)
     partials = torch.empty((batch, chunks, 3, width), dtype=torch.float32, device=s.device)
     residual, more = h is not None, grad_s is not None
-    _backward[(batch * chunks,)](
+    _layer_norm_backward[(batch * chunks,)](
         grad, grad_s if more else grad, s, h if residual else s, dx, dh[0] if residual else dx, mean, rstd, tensors,
         strides, partials, rows, width, chunks, given, residual, more, length, block, num_warps=warps, **FUSED,
     )  # fmt: skip
@@ -201,10 +201,10 @@ def layer_norm_modulate_backward(
     weights, biases = wanted & 8, wanted & 16
     wanted |= wanted >> 1 & 8  # from here on the bit of weight stands for bias too
     shared = torch.empty((2, batch, width), dtype=torch.float32, device=s.device) if wanted & 8 else partials
-    _merge[(batch * triton.cdiv(width, 64),)](
+    _layer_norm_merge[(batch * triton.cdiv(width, 64),)](
         partials, tensors, strides, shared, outs[:3], width, chunks, batch, given, wanted, 8, 64, num_warps=4, **FUSED
     )
     if wanted & 8:
-        over_samples[(triton.cdiv(width, 64),)](
+        norm_over_samples[(triton.cdiv(width, 64),)](
             shared, outs[3], outs[4], width, batch, weights, biases, 16, 64, num_warps=4, **FUSED
         )

@@ -37,7 +37,7 @@ def _place(drawn, ring, step, batch, b):
 
 
 @triton.jit
-def _draw(
+def _noise_gather(
     latents, latent_prompts, prompts, coefficients, replace, counter, x_t, timestep, prompt, target, latent_index,
     prompt_index, choice, rows, texts, steps, row, prompt_row, first_sample, global_batch, pool, null_index,
     null_threshold, half, latent_ring, prompt_ring, batch, chunks, share, BANKS: tl.constexpr,
@@ -131,7 +131,7 @@ def noise_gather(
     copied = tuple(min(COPIED, triton.next_power_of_2(max(n, 1))) for n in share)
     half = max(1, (((latent_rows or rows) - 1).bit_length() + 1) // 2)
     wants_target = target.numel() > 0
-    _draw[(batch * chunks,)](
+    _noise_gather[(batch * chunks,)](
         latents, latent_prompts, banks, coefficients, replace, counter, x_t, timestep, outputs,
         target if wants_target else x_t, latent_index, prompt_index, choice, latent_rows or rows, prompt_rows or texts,
         replace.size(0), row, prompt_row, first_sample, global_batch, pool, null_index, null_threshold, half,

@@ -58,7 +58,7 @@ def _term(d, delta, HUBER: tl.constexpr):
 
 
 @triton.jit
-def _match(
+def _output_match(
     student, teacher, unconditional, timestep, table, guidance, weights, x_t, latents, latent_index, choice,
     coefficients, counter, gradient, partials, grad_scale, batch, n, student_row, teacher_row, steps, latent_count,
     first_sample, output_weight, task_weight, delta, chunks, TEACHER: tl.constexpr, GUIDED: tl.constexpr,
@@ -112,7 +112,7 @@ def _match(
 
 
 @triton.jit
-def _finish(
+def _output_match_finish(
     partials, timestep, table, weights, latent_index, choice, loss, parts, samples, batch, n, steps, latent_count,
     output_weight, task_weight, chunks, OWN: tl.constexpr, TASK: tl.constexpr, RANDOM: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -176,14 +176,14 @@ def output_match(
     has_task, own = counter.numel() > 0, weights.numel() > 0
     partials = torch.empty(max(2 * batch * chunks, 1), dtype=torch.float32, device=loss.device)
     if batch:
-        _match[(batch * chunks,)](
+        _output_match[(batch * chunks,)](
             student, teacher, unconditional, timestep, table, guidance, weights, x_t, latents, latent_index, choice,
             coefficients, counter, grad, partials, grad_scale, batch, n, student_row, teacher.numel() // batch,
             table.size(0), latents.size(0), first_sample, output_weight, task_weight, delta, chunks,
             teacher.numel() > 0, unconditional.numel() > 0, guidance.numel() > 0, own, x_t.numel() > 0, has_task,
             grad.numel() > 0, huber, RANDOM, CHUNK, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-    _finish[(1,)](
+    _output_match_finish[(1,)](
         partials, timestep, table, weights, latent_index, choice, loss, parts, samples, batch, n, table.size(0),
         latents.size(0), output_weight, task_weight, chunks, own, has_task, RANDOM, 128, num_warps=WARPS, **FUSED,
     )  # fmt: skip
