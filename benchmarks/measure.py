@@ -116,6 +116,8 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
     for group in first.groups:
         wanted = {name: runs[name] for name in ("ours", *group.rivals) if name in runs}
         missing = {name: absent[name] for name in group.rivals if name in absent}
+        if wanted.keys() <= {"ours"} and not missing:  # none of these rivals was asked for
+            continue
         try:
             yield from _steps(case, first, wanted, missing, settings, group.seconds)
         except torch.OutOfMemoryError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import json
 import time
@@ -140,6 +141,13 @@ def test_rows_of_steps(grouped: bool, capsys: pytest.CaptureFixture[str]) -> Non
     assert [s.rests > 0 for s in made] == [grouped, grouped]
     turns = capsys.readouterr().err.count("a turn of slow: ")
     assert (turns > 0) == grouped, "the clocks of each turn are told"
+
+
+def test_groups_of_rivals_that_nobody_asked_for_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    case, _ = planted(grouped=True)
+    (row,) = measure(case, dataclasses.replace(QUICK, rivals=["slow"]))
+    told = capsys.readouterr().err
+    assert row["rival"] == "slow" and told.count("a turn of ours: ") == told.count("a turn of slow: ") > 0
 
 
 def test_memory_is_counted_once_and_not_on_a_cpu() -> None:
