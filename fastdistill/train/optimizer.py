@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from fastdistill.data.fingerprint import listed
 from fastdistill.errors import InputError, described
 from fastdistill.ops import AdamWGroup, _check, _native, adamw_ema, grad_square_sum
+from fastdistill.ops.adamw_ema import table
+from fastdistill.train import prepared
+from fastdistill.train.prepared import Prepared
 
 # Options of torch's groups that change the result, or say how it is computed: the values that are not offered here.
 _REFUSED = {"amsgrad": True, "maximize": True, "differentiable": True, "foreach": True, "fused": False}
@@ -54,6 +58,8 @@ class AdamWEMA(torch.optim.AdamW):
     """
 
     grad_scale: Tensor  # of the step that comes, where there is a loss scale; torch.amp.GradScaler sets and deletes it
+    _again: Prepared | None = None  # the step before, to be made again; copies begin without
+    _before: Sequence[Counter[str]] = ()  # calls of the ops' kernels before a step's first
     _step_supports_amp_scaling = True  # of copies too, which torch's fused optimizers forget
 
     def __init__(
@@ -145,6 +151,9 @@ class AdamWEMA(torch.optim.AdamW):
         Sums over the shards of DTensors are all-reduced. Who shards without DTensor does that with the result and goes
         on with ``update``.
         """
+        if self._again is not None and self._again.fits(self):
+            return self._again.square_sum()
+        self._before = prepared.calls()
         parts: dict[Any, list[Tensor]] = {}
         for p in self._parameters():
             if p.grad is not None:
@@ -168,6 +177,14 @@ class AdamWEMA(torch.optim.AdamW):
     def update(self, square_sum: Tensor) -> None:
         """Clip by this sum of squares, update and average; what ``step`` does after ``square_sum``."""
         self._check_options()
+        groups = [AdamWGroup(self._rate(g["lr"]), g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
+        scalars = self._scalar("grad_scale"), self._scalar("found_inf"), self.ema_weight
+        options = self.max_norm, self.ema_warmup, self.zero_grads
+        if self._again is not None and self._again.holds(self):
+            self._again.update(groups, square_sum, *scalars, self.skipped, *options)
+            return
+        self._again = None
+        trained: list[Tensor] = []
         rows: list[tuple[Tensor, ...]] = []
         group: list[int] = []
         unwanted, no_copy = self.ema_weight.new_empty(0), self.ema_weight.new_empty(0, dtype=torch.bfloat16)
@@ -183,19 +200,21 @@ class AdamWEMA(torch.optim.AdamW):
                 copy = p.detach() if "master" in state else no_copy
                 moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
                 tensors = (weights.detach(), p.grad, *moments, average, copy)
+                trained.append(p)
                 rows.append(tuple(map(_local, tensors)))
                 group.append(index)
         if not rows:
             return
         params, grads, exp_avgs, exp_avg_sqs, steps, averages, copies = map(list, zip(*rows, strict=True))
-        settings = self.param_groups
         adamw_ema(
-            params, grads, exp_avgs, exp_avg_sqs, steps, averages=averages, copies=copies,
-            groups=[AdamWGroup(self._rate(g["lr"]), g["betas"], g["eps"], g["weight_decay"]) for g in settings],
-            group=group, square_sum=square_sum, skipped=self.skipped, max_norm=self.max_norm,
-            grad_scale=self._scalar("grad_scale"), found_inf=self._scalar("found_inf"), ema_weight=self.ema_weight,
-            ema_warmup=self.ema_warmup, zero_grads=self.zero_grads,
+            params, grads, exp_avgs, exp_avg_sqs, steps, averages=averages, copies=copies, groups=groups, group=group,
+            square_sum=square_sum, skipped=self.skipped, max_norm=self.max_norm, grad_scale=scalars[0],
+            found_inf=scalars[1], ema_weight=self.ema_weight, ema_warmup=self.ema_warmup, zero_grads=self.zero_grads,
         )  # fmt: skip
+        rates, hyper = [g.lr for g in groups], table.hyper(groups)
+        lists = params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps
+        args = *lists, rates, square_sum, *scalars, self.skipped, group, hyper, *options
+        self._again = Prepared.of(trained, self, args, self._before)
 
     def weights(self, module: nn.Module, averaged: bool) -> dict[str, Tensor]:
         """The trained parameters of a module by name: averages, or where there are masters, these."""

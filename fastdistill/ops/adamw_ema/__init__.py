@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastdistill.ops import _check, _native
 from fastdistill.ops._dispatch import Kernel, later, register
-from fastdistill.ops.adamw_ema import cpp, cuda, reference
+from fastdistill.ops.adamw_ema import cpp, cuda, reference, table
 
 _triton = functools.partial(later, f"{__name__}.triton")
 _grad_square_sum = register(
@@ -146,8 +146,7 @@ def adamw_ema(
     flat = [t for tensors in lists for t in tensors] + scalars + [t for t in optional if t is not None]
     sizes = (*map(len, lists), len(groups))
     _check.once(_check_update, tuple(flat), (sizes, tuple(group), given))
-    hyper = [float(x) for g in groups for x in (*g.betas, g.eps, g.weight_decay)]
-    rates = [g.lr for g in groups]
+    rates, hyper = [g.lr for g in groups], table.hyper(groups)
     _adamw_ema(None, *lists, rates, square_sum, *optional, skipped, group, hyper, max_norm, ema_warmup, zero_grads)
 
 

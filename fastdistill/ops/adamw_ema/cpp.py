@@ -14,7 +14,10 @@ from fastdistill.ops.adamw_ema import table
 
 def grad_square_sum(grads: Sequence[Tensor], total: Tensor) -> None:
     """One parallel loop over all gradients."""
-    rows = table.gradients(grads)
+    launch_square_sum(table.gradients(grads), total)
+
+
+def launch_square_sum(rows: table.Table, total: Tensor) -> None:
     _native.cpu().grad_square_sum(
         rows.ctypes.data, len(rows), table.CHUNK, table.chunks(rows), total.data_ptr(), torch.get_num_threads()
     )
@@ -50,6 +53,13 @@ def adamw_ema(
 ) -> None:
     """One parallel loop over all parameters; arguments as the reference's."""
     rows = table.parameters(params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps, lr, group, hyper)
+    launch(rows, square_sum, grad_scale, found_inf, ema_weight, skipped, max_norm, ema_warmup, zero_grads)
+
+
+def launch(
+    rows: table.Table, square_sum: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None,
+    ema_weight: Tensor | None, skipped: Tensor, max_norm: float, ema_warmup: bool, zero_grads: bool,
+) -> None:  # fmt: skip
     _native.cpu().adamw_ema(
         rows.ctypes.data, len(rows), table.CHUNK,
         square_sum.data_ptr(), address(grad_scale), address(found_inf), address(ema_weight), skipped.data_ptr(),

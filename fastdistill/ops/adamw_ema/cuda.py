@@ -14,7 +14,10 @@ from fastdistill.ops.adamw_ema import cpp, table
 
 def grad_square_sum(grads: Sequence[Tensor], total: Tensor) -> None:
     """One launch for every 1000 gradients, and one that adds the sums of chunks in order."""
-    rows = table.gradients(grads)
+    launch_square_sum(table.gradients(grads), total)
+
+
+def launch_square_sum(rows: table.Table, total: Tensor) -> None:
     partials = torch.empty(table.chunks(rows), dtype=torch.float64, device=total.device)
     _native.cuda().grad_square_sum(
         rows.ctypes.data, len(rows), table.CHUNK, partials.data_ptr(), total.data_ptr(), _native.queue(total)
@@ -43,6 +46,13 @@ def adamw_ema(
 ) -> None:
     """Two launches for every 250 parameters; arguments as the reference's."""
     rows = table.parameters(params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps, lr, group, hyper)
+    launch(rows, square_sum, grad_scale, found_inf, ema_weight, skipped, max_norm, ema_warmup, zero_grads)
+
+
+def launch(
+    rows: table.Table, square_sum: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None,
+    ema_weight: Tensor | None, skipped: Tensor, max_norm: float, ema_warmup: bool, zero_grads: bool,
+) -> None:  # fmt: skip
     cuda = _native.cuda()
     workspace = torch.empty(len(rows), cuda.adamw_ema_workspace(), dtype=torch.float32, device=square_sum.device)
     cuda.adamw_ema(

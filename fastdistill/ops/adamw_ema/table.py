@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,10 +60,20 @@ def parameters(
         table[:, column] = addresses(tensors)
     table[:, 9] = [_native.DTYPES[c.dtype] for c in copies] if copies else 0
     table[:, 10] = addresses(steps)
+    set_groups(table, lr, group, hyper)
+    return table
+
+
+def set_groups(table: Table, lr: Sequence[Tensor], group: Sequence[int], hyper: Sequence[float]) -> None:
+    """Write each parameter's learning rate and hyper-parameters, those of its group, into its row."""
     index = np.array(group, np.int64)
     table[:, 11] = np.array([t.data_ptr() for t in lr], np.int64)[index]
     table[:, 12:] = np.array(hyper, np.float64).reshape(-1, 4)[index].view(np.int64)
-    return table
+
+
+def hyper(groups: Sequence[Any]) -> list[float]:
+    """Both betas, eps and weight decay of each group."""
+    return [float(x) for g in groups for x in (*g.betas, g.eps, g.weight_decay)]
 
 
 def selected(table: Table, rows: Sequence[int]) -> Table:
