@@ -157,8 +157,11 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
         for name in failed:
             watches.pop(name, None)
         timed = interleaved(watches, settings.rounds, settings.warm_up, settings.seconds)
+        peaks = {name: allocated_gb(runs[name][0], settings.device) for name in watches} if first.memory else {}
         for found in _rows(case, first, settings, *timed, failed, mode=mode, ours=kernel):
-            yield found | _images(first.samples, timed[0], found["rival"])
+            both = {"ours": "ours", "rival": found["rival"]}
+            memory = {f"{side}_peak_gb": peaks[name] for side, name in both.items() if name in peaks}
+            yield found | _images(first.samples, timed[0], found["rival"]) | memory
 
 
 def _images(samples: int, timings: dict[str, Timing], rival: str) -> Row:
@@ -230,6 +233,22 @@ def peak_gb(run: Contestant, device: torch.device) -> float | str:
     run()
     torch.cuda.synchronize(device)
     return round((torch.cuda.max_memory_allocated(device) - before + run.held()) / 1e9, 3)
+
+
+def allocated_gb(run: Run, device: torch.device) -> float:
+    """Most memory, in 10^9 bytes, that a run has allocated at once by torch, beside what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return round((torch.cuda.max_memory_allocated(device) - before) / 1e9, 6)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return round(max(itertools.accumulate(size for _, size in changes), default=0) / 1e9, 6)
 
 
 def _rows(

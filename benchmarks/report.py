@@ -135,8 +135,11 @@ def _cells(rows: list[Row], columns: list[str]) -> list[str]:
 
 
 def _memory(row: Row) -> str:
-    """Of a training step: the peak beside the rival's."""
-    return f" ({row['ours_peak_gb']} of {row['rival_peak_gb']} GB)" if row["rival_peak_gb"] else ""
+    """The peak beside the rival's, where it was measured."""
+    if not row["rival_peak_gb"]:
+        return ""
+    ours, rival = (f"{float(row[f'{side}_peak_gb']):.3g}" for side in ("ours", "rival"))
+    return f" ({ours} of {rival} GB)"
 
 
 def plots(results: Path, into: Path) -> Iterator[Path]:

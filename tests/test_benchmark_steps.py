@@ -23,7 +23,7 @@ from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend
 
 from benchmarks import attribution, files, report, step, timing
-from benchmarks.measure import Settings, measure, peak_gb
+from benchmarks.measure import Settings, allocated_gb, measure, peak_gb
 from benchmarks.ops import step as models
 from benchmarks.ops.step import dit, pixart, sd15
 from benchmarks.registry import COMPILED, Case, Contestant, Group, Workload
@@ -154,6 +154,21 @@ def test_memory_is_counted_once_and_not_on_a_cpu() -> None:
     run = Contestant(lambda: Slow(0.0))
     assert run.held() == 40
     assert peak_gb(run, CPU) == ""
+
+
+def test_memory_of_a_run_is_the_most_at_once() -> None:
+    there = torch.ones(10**6)
+
+    def run() -> torch.Tensor:
+        first = torch.empty(10**6)
+        second = torch.empty(500_000)
+        del first
+        return torch.stack([second, second + there[0]]).sum()  # 2, 2 and 4 MB
+
+    assert allocated_gb(run, CPU) == pytest.approx(8e-3, rel=1e-3)
+    build = Workload(run, {"rival": lambda: torch.empty(10**6)}, lambda: None, memory=True)
+    (row,) = measure(Case("some", "shape", "fp32", "cpu", lambda device: build, ("rival",)), QUICK)
+    assert row["ours_peak_gb"] == pytest.approx(8e-3, rel=1e-3) and row["rival_peak_gb"] == pytest.approx(4e-3)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def _product(name: str, batch: int, product: str, device: torch.device) -> Workl
             assert callable(rival)
             torch.testing.assert_close(rival(), ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
 
-    return Workload(lambda: compute(f, x, vectors), rivals, check, graphs=False)
+    return Workload(lambda: compute(f, x, vectors), rivals, check, memory=True, graphs=False)
 
 
 def _functorch(f: Callable[[Tensor], Tensor], x: Tensor, vectors: Tensor, product: str) -> Tensor:
@@ -151,4 +151,6 @@ def _top(name: str, batch: int, methods: tuple[str, ...], device: torch.device) 
             sine = torch.linalg.matrix_norm(theirs - ours @ (ours.mT @ theirs), ord=2).max()
             assert sine <= 0.05, f"{method}: sine {sine:.3f} of an angle between two of error 0.01 each"
 
-    return Workload(lambda: find("krylov"), {m: functools.partial(find, m) for m in methods}, check, graphs=False)
+    return Workload(
+        lambda: find("krylov"), {m: functools.partial(find, m) for m in methods}, check, memory=True, graphs=False
+    )
