@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import itertools
 import statistics
 import sys
@@ -236,7 +237,8 @@ def peak_gb(run: Contestant, device: torch.device) -> float | str:
 
 
 def allocated_gb(run: Run, device: torch.device) -> float:
-    """Most memory, in 10^9 bytes, that a run has allocated at once by torch, beside what was there before."""
+    """Most memory, in 10^9 bytes, that a run has allocated at once beside what was there before: on a GPU by torch's
+    allocator, on a CPU in tensors."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -244,11 +246,17 @@ def allocated_gb(run: Run, device: torch.device) -> float:
         run()
         torch.cuda.synchronize(device)
         return round((torch.cuda.max_memory_allocated(device) - before) / 1e9, 6)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    from fastdistill.plan.trace import Trace
+
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    trace = Trace()
+    trace.hold("before", [t for t in tensors if t.layout == torch.strided and t.device == device])
+    there = len(trace.events)
+    with trace:
         run()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return round(max(itertools.accumulate(size for _, size in changes), default=0) / 1e9, 6)
+    trace.end()
+    live = [0, *trace.live()]
+    return round(float(max(live[there:]) - live[there]) / 1e9, 6)
 
 
 def _rows(
