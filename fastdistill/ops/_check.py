@@ -29,6 +29,13 @@ def require(condition: bool, argument: str, rule: object, value: object) -> None
         raise InputError.of(argument, rule, value)
 
 
+def _describe_unless(condition: bool, argument: str, rule: str, value: object) -> None:
+    """``require`` of a value of any kind. Its text is made where it is wrong alone: that of a tensor waits for its
+    device, that of a symbolic size cannot be traced."""
+    if not condition:
+        raise InputError.of(argument, rule, described(value))
+
+
 def tensors(**given: object) -> None:
     """Each is a dense tensor: not None, an array or a number."""
     for argument, value in given.items():
@@ -50,7 +57,7 @@ def real(value: Any, argument: str, rule: str = "a number") -> float:
         one = isinstance(value, (Real, Tensor, torch.SymInt, torch.SymFloat))
         if isinstance(value, Tensor):
             one = value.numel() == 1 and not value.is_meta and not value.is_complex()
-        require(one, argument, rule, described(value))
+        _describe_unless(one, argument, rule, value)
     try:
         return float(value)
     except OverflowError:
@@ -66,28 +73,28 @@ def within(value: Any, argument: str, low: float, high: float, rule: str) -> flo
 
 def flag(value: Any, argument: str) -> bool:
     """True or False, and nothing else that counts as one of them."""
-    require(isinstance(value, bool), argument, "True or False", described(value))
+    _describe_unless(isinstance(value, bool), argument, "True or False", value)
     return bool(value)
 
 
 def seed(value: Any, argument: str = "seed") -> int:
     """A whole number that fits int64, as an int."""
     is_one = isinstance(value, Integral) and not isinstance(value, bool)
-    require(is_one and -(2**63) <= value < 2**63, argument, "an int64", described(value))
+    _describe_unless(is_one and -(2**63) <= value < 2**63, argument, "an int64", value)
     return int(value)
 
 
 def whole(value: Any, argument: str, rule: str) -> None:
     """A whole number above 0."""
     is_one = isinstance(value, (int, torch.SymInt, Integral))
-    require(is_one and not isinstance(value, bool) and value > 0, argument, rule, described(value))
+    _describe_unless(is_one and not isinstance(value, bool) and value > 0, argument, rule, value)
 
 
 def integers(**given: object) -> None:
     """InputError for an argument that is not an integer."""
     for name, value in given.items():
         is_one = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
-        require(is_one, name, "a whole number", described(value))
+        _describe_unless(is_one, name, "a whole number", value)
 
 
 def constants(**given: object) -> None:
