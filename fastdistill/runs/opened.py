@@ -22,10 +22,8 @@ from fastdistill.data.fingerprint import differences, dtype_name, listed, plain,
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
-from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance, shown
-from fastdistill.diffusion.hooks import Cads, PowerLaw
-from fastdistill.errors import InputError, StorageError, called, described, named, quoted
+from fastdistill.errors import InputError, StorageError, described, named, quoted
 from fastdistill.files import located
 from fastdistill.models import BlockSpec, Student, StudentSpec, make_student
 from fastdistill.models.calling import Call
@@ -33,6 +31,7 @@ from fastdistill.models.families import FAMILIES
 from fastdistill.models.pipelines import PipelineFolder, open_pipeline
 from fastdistill.own_code import imported
 from fastdistill.runs.config import GuidanceSettings, RunConfig
+from fastdistill.runs.guidance import check_cache, check_distilled
 from fastdistill.runs.objective import objective_of
 from fastdistill.runs.pool import Pool, pool_of
 from fastdistill.runs.student import student_spec_of
@@ -73,7 +72,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         known = "" if config.family in FAMILIES else f" (families: {', '.join(FAMILIES)}; others: call)"
         raise InputError.of("family", rule, config.family + known)
     if config.cache.guidance is not None:
-        _check_guidance(config, config.cache.guidance, pipeline)
+        check_cache(config, config.cache.guidance, pipeline)
     run = Run(dataclasses.replace(config, device=device), pipeline, call)
     for size in run.sizes:
         try:
@@ -90,7 +89,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         pipeline.check_steps(teacher, part.steps, schedule, argument=f"{name}.steps")
     guidance = config.objective.guidance
     if guidance.schedule is not None:
-        _check_distilled(guidance, guidance.schedule, pipeline, run.sizes)
+        check_distilled(guidance, guidance.schedule, pipeline, run.sizes)
     elif dataclasses.replace(guidance, weight_limit=5.0) != GuidanceSettings():
         raise InputError.of("objective.guidance.schedule", "one, beside scale or grid", None)
     made = run.student(teacher)  # whether it fits
@@ -99,35 +98,6 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
         raise InputError.of("objective.weights.task", rule, config.objective.weights.task)
     return run
-
-
-def _check_guidance(config: RunConfig, given: str | float, pipeline: PipelineFolder) -> None:
-    """InputError where the samples of the cache cannot go by a schedule."""
-    scale, rule = config.cache.guidance_scale, None
-    if scale is not None:
-        way = "--cache.guidance-scale null, or --cache.guidance null"
-        rule = f"none beside cache.guidance_scale {scale:g} = 1 + w ({way})"
-    elif pipeline.family.reads_guidance(pipeline.config) or config.objective.guidance.scale is not None:
-        rule = "none for models that read the guidance scale themselves (cache.guidance_scale)"
-    if rule is not None:
-        raise InputError.of("cache.guidance", rule, given)
-    with called("cache.guidance"):
-        Guidance.parse(given)
-
-
-def _check_distilled(guidance: GuidanceSettings, text: str, pipeline: PipelineFolder, sizes: tuple[Size, ...]) -> None:
-    """InputError where the levels that are drawn have no weights of this schedule: before the latents are made."""
-    if guidance.scale is not None and not guidance.scale[0] < guidance.scale[1]:
-        raise InputError.of("objective.guidance.scale", "the lowest factor and the highest", guidance.scale)
-    with called("objective.guidance.schedule"):
-        weights = Guidance.parse(text)
-    for size in sizes:
-        schedule = pipeline.schedule(size)
-        with called("objective.guidance.grid"):
-            grid = None if guidance.grid is None else Grid.parse(guidance.grid, schedule)
-        if not isinstance(weights, PowerLaw | Cads):  # whose weights are those of samples
-            with called("objective.guidance.schedule"):
-                _ = weights.table(schedule) if grid is None else weights.weights(grid)
 
 
 def open_teacher(teacher: str, call: str | None = None, allow_code: bool = False) -> tuple[PipelineFolder, Call | None]:

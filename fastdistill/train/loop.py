@@ -11,15 +11,13 @@ import json
 import math
 import numbers
 import os
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from fastdistill.train import checkpoint, distributed, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
+from fastdistill.train.signals import signals
 from fastdistill.train.step import TrainStep
 from fastdistill.train.trackers import Trackers, check_installed
 from fastdistill.train.writing import Going, Writer
@@ -80,7 +79,7 @@ def fit(
             run.track(directory)
             stack.callback(run.trackers.close)
         stack.push(run.close)
-        stopped = stack.enter_context(_signals())
+        stopped = stack.enter_context(signals())
         stack.callback(step.objective.close)
         done = int(step.counter[1])
         advance = runner(step, student, config.execution)
@@ -374,38 +373,3 @@ def _read_scores(path: Path, name: str | None) -> dict[int, float]:
         found = json.loads(path.read_bytes())
         return {int(step): float(value) for step, value in found.get(name, {}).items()}
     return {}
-
-
-class _Signal:
-    """The number of the signal that asked for the end; 0 before one did."""
-
-    number = 0
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Signal]:
-    """Notes Ctrl-C or SIGTERM, so that a step is never cut in half; a second one interrupts at once.
-
-    A handler of the program's own is called too. A signal that is ignored stays so.
-    """
-    stopped = _Signal()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.number = number
-        signal.signal(number, signal.default_int_handler)
-        own = before[signal.Signals(number)]
-        if callable(own) and own is not signal.default_int_handler:
-            own(number, frame)
-
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

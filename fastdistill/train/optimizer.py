@@ -242,6 +242,7 @@ class AdamWEMA(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of this optimizer or of torch's; state stays float32, in the memory layout of the parameters. ``foreach`` and
         ``fused``, which say how torch computes, stay what they are here."""
+        self._again = None  # it holds the state that goes
         averaged = [group["ema"] for group in self.param_groups]
         saved: dict[str, Any] = {}
 

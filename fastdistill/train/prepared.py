@@ -3,13 +3,14 @@
 addresses, once.
 
 A step of ``AdamWEMA`` hands seven tensors a parameter to its ops. To find and check them and to read their addresses
-takes ten times as long as to see that they are those of the step before.
+takes thirty times as long as to see that they are those of the step before (22 ms and .7 ms, 686 parameters).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from operator import is_
@@ -38,9 +39,7 @@ class Prepared:
     addresses, and gradients, which may be new ones, of the same shapes, strides and dtypes.
     """
 
-    def __init__(
-        self, kernel: str, parameters: Sequence[Tensor], optimizer: Optimizer, args: Sequence[Any]
-    ) -> None:  # fmt: skip
+    def __init__(self, kernel: str, parameters: Sequence[Tensor], optimizer: Optimizer, args: Sequence[Any]) -> None:
         self._kernel, self._forced, self._failures = kernel, _dispatch.forced(), _failures()
         self._module = importlib.import_module(f"fastdistill.ops.adamw_ema.{kernel}")
         self._parameters, self._device = list(parameters), parameters[0].device
@@ -56,7 +55,8 @@ class Prepared:
         self._group: Sequence[int] = args[_GROUP]
         self._rows = table.parameters(*args[: _RATES + 1], *args[_GROUP : _GROUP + 2])
         self._gradients = np.ascontiguousarray(self._rows[:, :4])
-        self._found: list[Any] | None = None  # gradients between ``square_sum`` and ``update``
+        # Gradients between ``square_sum`` and ``update``, which nothing here keeps alive.
+        self._found: list[weakref.ref[Tensor]] | None = None
 
     @staticmethod
     def of(
@@ -92,13 +92,17 @@ class Prepared:
         if not same or [t.data_ptr() for t in self._fixed] != self._places:
             return False
         self._rows[:, _ADDRESS] = self._gradients[:, _ADDRESS] = [g.data_ptr() for g in grads]
-        self._found = grads
+        self._found = [weakref.ref(g) for g in grads]
         return True
 
     def holds(self, optimizer: Optimizer) -> bool:
         """``fits``, and quick where it was true a moment ago."""
+        if self._found is None:
+            return self.fits(optimizer)
         grads = [p.grad for p in self._parameters]
-        return (self._found is not None and all(map(is_, grads, self._found))) or self.fits(optimizer)
+        found = [g() for g in self._found]
+        there = not any(g is None for g in found)  # None are gradients that are gone
+        return (there and all(map(is_, grads, found))) or self.fits(optimizer)
 
     def square_sum(self) -> Tensor:
         """Of the gradients that ``fits`` has found: 0-dim float64."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -163,6 +164,27 @@ def test_what_is_prepared_is_not_gathered_again(monkeypatch: pytest.MonkeyPatch)
     calls = OPS["adamw_ema"].calls["cpp"]
     steps(net, opt, range(1, 4))
     assert OPS["adamw_ema"].calls["cpp"] == calls + 3 and not any(map(torch.equal, before, net.parameters()))
+
+
+def test_gradients_that_go_between_the_norm_and_the_update() -> None:
+    net, opt = made()
+    steps(net, opt, range(2))
+    before = [t.clone() for t in everything(net, opt)]
+    backward(net, 2)
+    norm = opt.square_sum()
+    gone = weakref.ref(next(net.parameters()).grad)  # type: ignore[arg-type]
+    opt.zero_grad()
+    assert gone() is None, "nothing keeps them"
+    opt.update(norm)
+    assert all(map(torch.equal, before, everything(net, opt)))
+
+
+def test_loading_lets_go_of_the_state_before() -> None:
+    net, opt = made()
+    steps(net, opt, range(2))
+    gone = weakref.ref(opt.state[next(net.parameters())]["exp_avg"])
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert gone() is None
 
 
 def test_a_copy_steps_alone() -> None:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fastdistill.ops._triton import FUSED
 
-BLOCK = 512  # divides 1280, 2560 and 5120, or nearly
-WARPS = 2
+BLOCK, WARPS = 512, 2  # of five pairs the fastest for rows of 1280 on an H200
 
 
 @triton.jit
