@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine
 from benchmarks.attribution import attribution
@@ -246,17 +247,13 @@ def allocated_gb(run: Run, device: torch.device) -> float:
         run()
         torch.cuda.synchronize(device)
         return round((torch.cuda.max_memory_allocated(device) - before) / 1e9, 6)
-    from fastdistill.plan.trace import Trace
-
-    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
-    trace = Trace()
-    trace.hold("before", [t for t in tensors if t.layout == torch.strided and t.device == device])
-    there = len(trace.events)
-    with trace:
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    trace.end()
-    live = [0, *trace.live()]
-    return round(float(max(live[there:]) - live[there]) / 1e9, 6)
+    results: Any = recorded.profiler
+    changes = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    live = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    return round(max(live, default=0) / 1e9, 6)
 
 
 def _rows(

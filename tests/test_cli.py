@@ -119,7 +119,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
         (("--train.fuse", "true"), "--train.fuse: expected --train.fuse or --train.no-fuse without a value, got true"),
         (
             ("--train.precision", "int8"),
-            "--train.precision: expected one of 'auto', 'float32', 'bfloat16', 'float16', got 'int8'",
+            "--train.precision: expected one of auto, float32, bfloat16, float16, got int8",
         ),
         (("extra",), "demo digits: expected options (--...), got extra"),
     ],
@@ -128,6 +128,35 @@ def test_a_wrong_option_is_one_line(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
     assert said(capsys, "demo", "digits", *arguments, "--dry-run") == (2, "", f"fastdistill: {message}\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dtype", "int8"), "--dtype: expected one of float32, bfloat16, float16, null, got int8"),
+        (("--step", "x"), "--step: expected null or INT, got x"),
+        (("--step",), "--step: expected 1 value, got nothing"),
+        (
+            ("--train.precision", "int8"),
+            "--train.precision: expected one of auto, float32, bfloat16, float16, got int8",
+        ),
+        (("extra",), "export: expected options (--...), got extra"),
+    ],
+)
+def test_a_wrong_option_is_one_line_in_every_encoding(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    encoding: str,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    """The library that parses options draws boxes around its errors, with characters that the encoding has."""
+    (tmp_path / "run.yaml").write_text("teacher: folder")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    assert main(["export", str(tmp_path / "run.yaml"), *options]) == 2
+    assert capsys.readouterr().err == f"fastdistill: {message}\n"
 
 
 @pytest.mark.parametrize("spelled", [("--train.micro-batch", "null"), ("--train.micro_batch=none",)])

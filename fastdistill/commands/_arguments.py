@@ -39,7 +39,7 @@ def parsed(kinds: list[Any], arguments: list[str], name: str, *, own: Any = None
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        raise FastdistillError(_line(said.getvalue(), arguments, name)) from None
+        raise FastdistillError(_line(said.getvalue(), arguments, types, name)) from None
 
 
 def _options(kind: Any, prefix: str = "--") -> dict[str, Any]:
@@ -90,24 +90,33 @@ def _null(value: str, kind: Any) -> bool:
     return value in ("null", "none", "~") and type(None) in get_args(kind)
 
 
-def _line(text: str, arguments: list[str], name: str) -> str:
-    """One line of an error that tyro prints in a box."""
-    parts = re.split(
-        r"\n\W*(?:-{9,}|─{9,})\W*\n", text.strip()
-    )  # title, message, the option's help, where to find help
-    message = " ".join(re.sub(r"[│╭╮╰╯]", " ", parts[1] if len(parts) > 1 else text).split())
+def _line(text: str, arguments: list[str], types: dict[str, Any], name: str) -> str:
+    """One line of an error of tyro's: a title, the message, the option's help and where to find help, with lines of
+    dashes between them; or, where the encoding has such characters, a box with the title in its upper edge."""
+    text = re.sub(r"^╭─ (.+?) ─*╮$", r"\1\n─────────", text.strip(), flags=re.MULTILINE)
+    text = re.sub(r"[│╭╮╰╯]", " ", text)
+    parts = re.split(r"\n\W*(?:-{9,}|─{9,})\W*(?:\n|$)", text)
+    message = " ".join((parts[1] if len(parts) > 1 else text).split())
     if found := re.match(r"Error parsing (--\S+):", message):
         option = found[1]
         kind = re.search(rf"{re.escape(option)} (.+)", "\n".join(parts[2:]))
-        expected = kind[1].strip(" │").replace("{None}|", "null or ") if kind else "another value"
+        expected = kind[1].strip().replace("{None}|", "null or ") if kind else "another value"
         return f"{option}: expected {expected}, got {_given(option, arguments)}"
-    if found := re.match(r"[Ii]nvalid choice (.+) for argument '(--\S+)'\. Expected one of \((.+)\)", message):
-        return f"{found[2]}: expected one of {found[3]}, got {found[1]}"
+    if found := re.match(r"[Ii]nvalid choice .+ for argument '(--\S+)'", message):
+        option = found[1].replace("_", "-")
+        return f"{option}: expected one of {_choices(types[option])}, got {_given(option, arguments)}"
     if found := re.match(r"Missing value for argument '(--\S+)'\. Expected (\d+) value", message):
         return f"{found[1]}: expected {found[2]} value{'s' * (found[2] != '1')}, got {_given(found[1], arguments)}"
     if found := re.match(r"Unrecognized options: (.+)", message):
         return f"{name.removeprefix('fastdistill ')}: expected options (--...), got {found[1]}"
     return f"{name.removeprefix('fastdistill ')}: {message}"
+
+
+def _choices(kind: Any) -> str:
+    """The values of a type of literals, in their order."""
+    literals = [value for value in get_args(kind) if isinstance(value, str)]
+    literals += [value for inner in get_args(kind) for value in get_args(inner) if isinstance(value, str)]
+    return ", ".join(literals + ["null"] * (type(None) in get_args(kind)))
 
 
 def _given(option: str, arguments: list[str]) -> str:

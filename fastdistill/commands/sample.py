@@ -23,7 +23,7 @@ class SampleOptions:
     """Prompts themselves."""
     to: str | None = None
     """New folder for the images; none: samples/ of the run."""
-    teacher: bool = False
+    of_teacher: bool = False
     """Of the teacher instead of the student."""
     step: int | None = None
     """Step of the student's checkpoint; none: the newest."""
@@ -51,14 +51,14 @@ def run(arguments: list[str]) -> None:
 
     with named("--prompts"):
         prompts = own.prompt if own.prompts is None else read_prompts(located(own.prompts, "--prompts")).texts
-    to = own.to if own.to is not None else f"{given.config.directory}/samples{'-teacher' if own.teacher else ''}"
+    to = own.to if own.to is not None else f"{given.config.directory}/samples{'-teacher' if own.of_teacher else ''}"
     with Bars(not given.json) as bars:
         task = bars.begin("sample")
         files = runs.sample(
             given.config,
             prompts,
             to,
-            teacher=own.teacher,
+            teacher=own.of_teacher,
             step=own.step,
             seeds=own.seeds,
             steps=own.steps,

@@ -19,8 +19,8 @@ from fastdistill.errors import InputError
 from fastdistill.models import BLOCK_SPECS, SPECS, make_student
 from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.opened import open_teacher
 from fastdistill.runs.student import student_spec_of
+from fastdistill.runs.teacher import open_teacher
 from fastdistill.train.config import from_mapping, parsed
 
 RECIPES = Path(__file__).parent / "recipes"

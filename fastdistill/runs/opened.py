@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -23,25 +22,23 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
 from fastdistill.diffusion.guidance import Guidance, shown
-from fastdistill.errors import InputError, StorageError, described, named, quoted
+from fastdistill.errors import InputError, StorageError, described, named
 from fastdistill.files import located
 from fastdistill.models import BlockSpec, Student, StudentSpec, make_student
 from fastdistill.models.calling import Call
 from fastdistill.models.families import FAMILIES
-from fastdistill.models.pipelines import PipelineFolder, open_pipeline
-from fastdistill.own_code import imported
+from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import GuidanceSettings, RunConfig
 from fastdistill.runs.guidance import check_cache, check_distilled
 from fastdistill.runs.objective import objective_of
 from fastdistill.runs.pool import Pool, pool_of
 from fastdistill.runs.student import student_spec_of
-from fastdistill.tasks import PREFIX, open_task
+from fastdistill.runs.teacher import open_teacher
 from fastdistill.train.config import validated
 from fastdistill.train.devices import usable
 from fastdistill.train.distributed import own_device
 
 Size = tuple[int, int] | None
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -98,42 +95,6 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
         raise InputError.of("objective.weights.task", rule, config.objective.weights.task)
     return run
-
-
-def open_teacher(teacher: str, call: str | None = None, allow_code: bool = False) -> tuple[PipelineFolder, Call | None]:
-    """The pipeline of ``teacher``: a folder, a model of the Hub, or an embedded task (``task:NAME``); and the function
-    that ``call`` names, with which the model of a folder may be of no family.
-
-    Raises:
-        InputError, StorageError: as ``open_pipeline``, ``teacher_folder`` and ``open_task``.
-    """
-    function = None if call is None else _call(call, allow_code)
-    if teacher.startswith(PREFIX):
-        return open_task(teacher), function
-    return open_pipeline(teacher_folder(teacher), any_model=function is not None), function
-
-
-def teacher_folder(teacher: str) -> Path:
-    """The folder of a teacher: itself, or the copy of a model of the Hub (``owner/name``), downloaded where there is
-    none.
-
-    Raises:
-        StorageError: neither is there; without a connection, or with ``HF_HUB_OFFLINE=1``, the Hub is not asked.
-    """
-    folder = files.located(teacher, "teacher")
-    if folder.exists() or not _HUB_ID.fullmatch(teacher):
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "LICENSE*", "README.md"]
-    try:
-        with contextlib.suppress(LocalEntryNotFoundError):
-            return Path(snapshot_download(teacher, allow_patterns=wanted, local_files_only=True))
-        return Path(snapshot_download(teacher, allow_patterns=wanted))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        got = f"neither (the Hub: {quoted(error)})"
-        raise StorageError(f"{teacher}: expected a pipeline folder, or a model of the Hub, got {got}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,17 +352,3 @@ class Run:
         """StorageError where what is in a directory was made otherwise than this run wants it."""
         if changed := differences(plain(wanted), plain(found)):
             raise StorageError(f"{place}: made differently ({listed(changed)}); use another directory or delete it")
-
-
-def _call(name: str, allow_code: bool) -> Call:
-    """The function that ``module:function`` names."""
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise InputError.of("call", "module:function", repr(name))
-    if not allow_code:
-        rule = "no code of your own unless the command line has --allow-code (allow_code=True)"
-        raise InputError.of("call", rule, f"{function} of {module}")
-    found = imported(module, function, "call")
-    if not callable(found):
-        raise InputError.of("call", f"a function {function} of {module}", described(found))
-    return found  # type: ignore[no-any-return]
