@@ -34,9 +34,9 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def as_ranks(function: Callable[..., object], *arguments: Any) -> None:
-    """``function(rank, *arguments)`` in two processes at once, until both have ended."""
-    torch.multiprocessing.start_processes(function, arguments, nprocs=2, start_method=METHOD)
+def as_ranks(function: Callable[..., object], *arguments: Any, count: int = 2) -> None:
+    """``function(rank, *arguments)`` in two processes or more at once, until all have ended."""
+    torch.multiprocessing.start_processes(function, arguments, nprocs=count, start_method=METHOD)
 
 
 def shared(factory: pytest.TempPathFactory) -> Path:

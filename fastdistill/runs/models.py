@@ -79,13 +79,12 @@ def student_in(run: Run, path: Path, saved: checkpoint.Checkpoint, averaged: boo
     if not adapted:  # with the buffers that no file has
         with torch.random.fork_rng(devices=[]):
             model = type(model).from_config(dict(model.config))
-    values = _values(model, saved.state, "student", averaged)
+    places = _places(model, saved.outline, "student", averaged)
     own = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out(model)}
-    wrong = [name for name in own.keys() | values.keys() if _shape(own.get(name)) != _shape(values.get(name))]
-    if wrong:
+    if wrong := _unlike(own, places, saved):
         rule = f"the student of the run file ({run.student_spec})"
         raise StorageError(f"{path}: expected {rule}, got another one (in {listed(sorted(wrong), 3)})")
-    model.load_state_dict(values, strict=not adapted)
+    _load(model, places, saved)
     return model.to(run.config.device).float().eval().requires_grad_(False)
 
 
@@ -97,30 +96,45 @@ def adapters_in(run: Run, path: Path, saved: checkpoint.Checkpoint, channels: Se
         StorageError: the run has no adapters of these channels.
     """
     adapters = Adapters(channels)
-    values = _values(adapters, saved.state, "trained.0", averaged=True)
-    if {name: _shape(tensor) for name, tensor in values.items()} != {
-        name: _shape(tensor) for name, tensor in adapters.state_dict().items()
-    }:
+    places = _places(adapters, saved.outline, "trained.0", averaged=True)
+    if _unlike(adapters.state_dict(), places, saved):
         raise StorageError(f"{path}: expected adapters of the student's features, got others or none")
-    adapters.load_state_dict(values)
+    _load(adapters, places, saved)
     return adapters.to(run.config.device).float().eval().requires_grad_(False)
 
 
-def _values(model: nn.Module, state: Mapping[str, Any], kind: str, averaged: bool) -> dict[str, Any]:
-    """The weights and buffers of a trained module (``student``, ``trained.0``) in a checkpoint, by their names in its
-    ``state_dict``."""
+def _places(model: nn.Module, outline: Mapping[str, Any], kind: str, averaged: bool) -> dict[str, str]:
+    """Names in a checkpoint of the weights and buffers of a trained module (``student``, ``trained.0``), by those in
+    its ``state_dict``."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # of tied weights the first
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         trained = f"optimizer.{kind}.{names.get(id(tensor))}"
         values = ("ema", "master") if averaged else ("master",)
         places = [*(f"{trained}.{value}" for value in values), f"{kind}.{key}"]
-        value = next((state[place] for place in places if place in state), None)
-        if value is not None:
-            found[key] = value
-    extra = {name.removeprefix(f"{kind}.") for name in state if name.startswith(f"{kind}.")} - found.keys()
-    return found | {name: state[f"{kind}.{name}"] for name in extra}
+        if (place := next((place for place in places if place in outline), None)) is not None:
+            found[key] = place
+    extra = {name.removeprefix(f"{kind}.") for name in outline if name.startswith(f"{kind}.")} - found.keys()
+    return found | {name: f"{kind}.{name}" for name in extra}
 
 
-def _shape(tensor: Tensor | None) -> object:
-    return None if tensor is None else tuple(tensor.shape)
+def _unlike(own: Mapping[str, Any], places: Mapping[str, str], saved: checkpoint.Checkpoint) -> list[str]:
+    """Names of what one of a module and a checkpoint lacks, or has of another shape."""
+    theirs = {name: saved.outline[place] for name, place in places.items()}
+    return [name for name in own.keys() | theirs.keys() if _shape(own.get(name)) != _shape(theirs.get(name))]
+
+
+def _load(model: nn.Module, places: Mapping[str, str], saved: checkpoint.Checkpoint) -> None:
+    """Fill the module, tensor by tensor: of those that are in several files one is in memory beside it."""
+    own, others = model.state_dict(), {}
+    for name, place in places.items():
+        value = saved.state[place]
+        if isinstance(value, Tensor) and not name.endswith("_extra_state"):
+            own[name].copy_(value)
+        else:
+            others[name] = value
+    model.load_state_dict(others, strict=False)
+
+
+def _shape(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value)

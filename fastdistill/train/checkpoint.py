@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: one safetensors file per moment, whole or not there, enough to go on to the last bit.
+"""Checkpoints: one safetensors file per moment, of a sharded student one per rank (``stored``), whole or not there,
+enough to go on to the last bit.
 
 Everything is stored by name: weights and buffers of the student (``student.<key>``) and of other trained modules
 (``trained.<i>.<key>``), and for each trained parameter the state of the optimizer (``optimizer.<parameter>.<kind>``).
@@ -9,7 +10,7 @@ that is no tensor, and the hash of the tensors.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,20 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
-from fastdistill.data.fingerprint import differences, dtype_name, listed, plain, sha256_of_tensors
+from fastdistill.data.fingerprint import differences, dtype_name, listed, plain
 from fastdistill.data.values import spelled
 from fastdistill.errors import InputError, StorageError
-from fastdistill.files import reason
 from fastdistill.models import peft
+from fastdistill.models.sharding import sharded
 from fastdistill.train import distributed
 from fastdistill.train.step import TrainStep
-from fastdistill.train.writing import Going, write
+from fastdistill.train.stored import SCHEMA, DamagedError, Stored, rank_files
+from fastdistill.train.writing import Going, write, write_together
 
-SCHEMA = 5
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "ema", "master")  # float32, of the shape of their parameter; and the 0-dim "step"
 
@@ -39,14 +39,14 @@ State = dict[str, Any]  # tensors, and JSON values
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """``trained``: names of the trained parameters. ``state`` by name, read when it is asked for; ``outline``: the same
+    with tensors on the meta device."""
+
     step: int
     seconds: float
     trained: list[str]
-    state: State
-
-
-class DamagedError(StorageError):
-    """A checkpoint that is not what was written."""
+    state: Mapping[str, Any]
+    outline: State
 
 
 def head(
@@ -61,9 +61,44 @@ def head(
 def save(directory: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], going: Going = lambda: None) -> Path:
     """Write ``step-<step>.safetensors``, of tensors on the CPU; StorageError when it cannot be written, and nothing is
     left of the attempt. ``going``: see ``writing.write``."""
-    path = directory / f"step-{head['step']:08d}.safetensors"
+    path = _place(directory, head)
     write(path, tensors, head, going)
     return path
+
+
+def save_together(
+    directory: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], going: Going, group: Any
+) -> None:
+    """As ``save``, of what ``cut`` gave to each rank of a process group; the StorageError is rank 0's alone."""
+    write_together(_place(directory, head), tensors, head, going, group)
+
+
+def _place(directory: Path, head: Mapping[str, Any]) -> Path:
+    return directory / f"step-{head['step']:08d}.safetensors"
+
+
+def shared(student: nn.Module) -> bool:
+    """Whether each rank writes its part of the checkpoints, and reads what it needs."""
+    return distributed.size() > 1 and sharded(student) is not None
+
+
+def cut(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a state that this rank writes, and for those that are parts where they belong: ``shape`` of the
+    whole and ``offset``, lists by the tensor's name. What is not cut is rank 0's; nothing is copied."""
+    tensors: dict[str, Tensor] = {}
+    parts: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        here = distributed.part_of(value.detach())
+        if not value.numel():
+            if distributed.rank() == 0:
+                tensors[name] = here.local.new_empty(value.shape)
+        elif here.own and here.local.numel():
+            tensors[name] = here.local
+            if here.local.shape != value.shape:
+                parts[name] = {"shape": list(value.shape), "offset": list(here.offset)}
+    return tensors, parts
 
 
 def steps(directory: Path) -> dict[int, Path]:
@@ -73,25 +108,39 @@ def steps(directory: Path) -> dict[int, Path]:
 
 
 def prune(directory: Path, keep: int, every: int | None = None, best: int | None = None) -> None:
-    """Remove all but the newest ``keep``, those whose step is a multiple of ``every``, and that of step ``best``."""
+    """Remove all but the newest ``keep``, those whose step is a multiple of ``every``, and that of step ``best``; not
+    while another rank writes."""
     for step, path in list(steps(directory).items())[:-keep]:
         if step != best and (every is None or step % every):
             path.unlink(missing_ok=True)
+    sweep(directory)
 
 
-def newest(directory: Path) -> tuple[Path, Checkpoint, dict[str, Any]] | None:
+def sweep(directory: Path) -> None:
+    """Remove the files of other ranks that belong to no checkpoint: of one that is removed, or was not completed."""
+    for file, path in rank_files(directory):
+        if not path.exists():
+            file.unlink(missing_ok=True)
+
+
+def newest(directory: Path, *, together: bool = False) -> tuple[Path, Checkpoint, dict[str, Any]] | None:
     """The newest checkpoint that is whole, with its file and the fingerprint of its run; None where there is none at
-    all. Damaged ones are named in a warning and passed over.
+    all. Damaged ones are named in a warning and passed over. ``together``: see ``read``.
 
     Raises:
         StorageError: all are damaged, or one could not be read or is of another schema.
     """
+
+    def there() -> list[Path]:
+        return list(steps(directory).values())
+
     damaged = None
-    for path in reversed(steps(directory).values()):
+    for path in reversed(distributed.first(there) if together else there()):
         try:
-            saved, made_by = read(path)
+            saved, made_by = read(path, together=True) if together else read(path)
         except DamagedError as error:
-            warnings.warn(f"{error}; the one before is taken", stacklevel=2)
+            if not together or distributed.rank() == 0:
+                warnings.warn(f"{error}; the one before is taken", stacklevel=2)
             damaged = damaged or error
         else:
             return path, saved, made_by
@@ -101,26 +150,52 @@ def newest(directory: Path) -> tuple[Path, Checkpoint, dict[str, Any]] | None:
 
 
 def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, student: nn.Module) -> Checkpoint | None:
-    """The newest checkpoint that is whole, to go on from, or None where there is none at all. Damaged ones after it get
-    names that end in ``.damaged``.
+    """The newest checkpoint that is whole, to go on from, or None where there is none at all; every rank has to ask.
+    Damaged ones after it get names that end in ``.damaged``.
+
+    Where the student is sharded, each rank reads what it needs when it asks for it; else rank 0 reads, for all.
 
     Raises:
         StorageError: all are damaged, or it is of another schema, or of a run with other settings, another student or
             other frozen parameters; with what to do about it.
     """
-    found = newest(directory)
-    if found is None:
+
+    def find() -> Checkpoint | None:
+        found = newest(directory, together=shared(student))
+        if found is None:
+            return None
+        path, saved, made_by = found
+        advice = "use another directory or delete it"
+        if changed := differences(plain(fingerprint), made_by):
+            raise StorageError(f"{path}: this run was started differently ({listed(changed)}); {advice}")
+        if changed := _unlike(saved, step, student):
+            raise StorageError(f"{path}: this run trains something else ({listed(changed)}); {advice}")
+        if distributed.rank() == 0:
+            _set_aside(directory, saved.step)
+        return saved
+
+    if distributed.size() == 1 or shared(student):
+        return find()
+    read_here: list[Checkpoint] = []
+
+    def tell() -> Checkpoint | None:
+        read_here.extend(found for found in [find()] if found is not None)
+        return dataclasses.replace(read_here[0], state={}) if read_here else None
+
+    told = distributed.first(tell)
+    if told is None:
         return None
-    path, saved, made_by = found
-    advice = "use another directory or delete it"
-    if changed := differences(plain(fingerprint), made_by):
-        raise StorageError(f"{path}: this run was started differently ({listed(changed)}); {advice}")
-    if changed := _unlike(saved, step, student):
-        raise StorageError(f"{path}: this run trains something else ({listed(changed)}); {advice}")
-    for number, later in steps(directory).items():
-        if number > saved.step:  # it would count as one of the newest
-            later.replace(later.with_name(f"{later.name}.damaged"))
-    return saved
+    tensors = {name: value for name, value in told.outline.items() if isinstance(value, Tensor)}
+    received = distributed.broadcast(tensors, lambda name: read_here[0].state[name], step.counter.device)
+    return dataclasses.replace(told, state=told.outline | received)
+
+
+def _set_aside(directory: Path, newest: int) -> None:
+    """Rename the damaged checkpoints after the newest whole one, which would count as newer."""
+    for number, path in steps(directory).items():
+        if number > newest:
+            for file in (path, *(file for file, of in rank_files(directory) if of == path)):
+                file.replace(file.with_name(f"{file.name}.damaged"))
 
 
 def whole(state: Mapping[str, Any]) -> State:
@@ -133,27 +208,24 @@ def whole(state: Mapping[str, Any]) -> State:
     return copies
 
 
-def read(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """A checkpoint, and the fingerprint of its run.
+def read(path: Path, *, together: bool = False) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint, and the fingerprint of its run. All of its files are read once, for their hashes, block by block.
+
+    Args:
+        together: every rank asks for it, and reads some of the files for their hashes.
 
     Raises:
-        StorageError: it cannot be read or is of another schema; DamagedError where it is not whole.
+        StorageError: it cannot be read or is of another schema; DamagedError where it is not whole. On every rank.
     """
+    each: Any = distributed.everywhere if together else (lambda act: act())
+    stored: Stored = each(lambda: Stored(path))
+    each(lambda: stored.verify(*(distributed.rank(), distributed.size()) if together else (0, 1)))
+    head = stored.head
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {})["fastdistill"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        schema = head["schema"]
-    except OSError as error:
-        raise StorageError(f"{path}: could not be read: {reason(error)}") from error
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        saved = Checkpoint(head["step"], head["seconds"], head["trained"], stored, stored.outline())
+        return saved, head["fingerprint"]
+    except KeyError as error:
         raise DamagedError(f"{path}: damaged, not a checkpoint ({error})") from error
-    if schema != SCHEMA:
-        other = "of another version of fastdistill, which can go on with it; use another directory or delete it"
-        raise StorageError(f"{path}: expected a checkpoint of schema {SCHEMA}, got {schema}, {other}")
-    if sha256_of_tensors(tensors) != head["sha256"]:
-        raise DamagedError(f"{path}: damaged, its tensors do not have the hash it states")
-    return Checkpoint(head["step"], head["seconds"], head["trained"], tensors | head["values"]), head["fingerprint"]
 
 
 def _modules(step: TrainStep, student: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -215,6 +287,8 @@ def _unstorable(value: Any) -> str | None:
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             return f"{value.layout} {dtype_name(value.dtype)} on {value.device}"
+        if (found := distributed.uncommon(value)) is not None:
+            return found
         return None if spelled(value.dtype) else f"{dtype_name(value.dtype)}, which safetensors does not have"
     try:
         same = plain({"value": value})["value"] == value
@@ -229,7 +303,7 @@ def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]
     Floating-point tensors may have another precision (``restore`` converts them); nothing else may differ.
     """
     own, parameters = _weights(step, student), step.parameters_by_name
-    theirs = {name: v for name, v in saved.state.items() if name.startswith(("student.", "trained."))}
+    theirs = {name: v for name, v in saved.outline.items() if name.startswith(("student.", "trained."))}
     wanted, found = ({name: _kind(name, v) for name, v in values.items()} for values in (own, theirs))
     if lines := differences(wanted, found):
         return lines
@@ -242,10 +316,10 @@ def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]
     shapes = {f"optimizer.{name}.{kind}": p.shape for name, p in parameters.items() for kind in _MOMENTS}
     shapes |= {f"optimizer.{name}.step": torch.Size() for name in parameters}
     shapes |= {name: value.shape for name, value in _progress(step).items()}
-    wanted = {k: str(list(v)) for k, v in shapes.items() if k in saved.state or k in ("counter", "totals", "skipped")}
+    wanted = {k: str(list(v)) for k, v in shapes.items() if k in saved.outline or k in ("counter", "totals", "skipped")}
     found = {}
-    for name in saved.state.keys() - theirs.keys():
-        shape = saved.state[name].shape
+    for name in saved.outline.keys() - theirs.keys():
+        shape = saved.outline[name].shape
         found[name] = str(list(shape[1:] if name == "totals" else shape))  # a row per rank
     for name in {"loss_scale", "good_steps"} - wanted.keys():  # of float16 weights, which these are not
         found.pop(name, None)
@@ -262,9 +336,9 @@ def _kind(name: str, value: Any) -> str:
 
 
 @torch.no_grad()
-def restore(state: Mapping[str, Any], step: TrainStep, student: nn.Module) -> None:
+def restore(saved: Checkpoint, step: TrainStep, student: nn.Module) -> None:
     """Put the state of a checkpoint that ``latest`` returned back in place, each tensor in the layout and on the device
-    that the run uses, and cut over the ranks as there.
+    that the run uses, and as cut over the ranks as there.
 
     What may differ is the precision of the weights. Weights that are trained in float32 now are the masters of the
     checkpoint; of weights that are float32 in the checkpoint, bfloat16 and float16 ones are rounded, with the saved
@@ -274,38 +348,52 @@ def restore(state: Mapping[str, Any], step: TrainStep, student: nn.Module) -> No
     for prefix, module in _modules(step, student):
         values = {}
         for key, own in module.state_dict(keep_vars=True).items():
-            if prefix + key not in state:
+            name = prefix + key
+            if name not in saved.outline:
                 continue  # frozen, below adapters: ``latest`` has found that nothing else is missing
-            value = state[prefix + key]
-            if isinstance(value, Tensor) and isinstance(own, Tensor):
-                if own.dtype != value.dtype:  # tied weights have one name here, and one master
-                    value = state.get(f"optimizer.{names.get(id(own))}.master", value)
-                value = distributed.placed(value, own)
-            values[key] = value
+            like = saved.outline[name]
+            if isinstance(like, Tensor) and isinstance(own, Tensor):
+                master = f"optimizer.{names.get(id(own))}.master"
+                if (
+                    own.dtype != like.dtype and master in saved.outline
+                ):  # tied weights have one name here, and one master
+                    name = master
+            values[key] = _placed(saved, name, own)
         module.load_state_dict(values, strict=False)
     for name, parameter in step.parameters_by_name.items():
         step.optimizer.state[parameter] = {
-            kind: value.to(parameter.device)
+            kind: saved.state[source].to(parameter.device, copy=True)
             if kind == "step"
-            else torch.empty_like(parameter, dtype=torch.float32).copy_(distributed.placed(value, parameter))
-            for kind, value in _moments(name, parameter, state)
+            else torch.empty_like(parameter, dtype=torch.float32).copy_(_placed(saved, source, parameter))
+            for kind, source in _moments(name, parameter, saved.outline)
         }
     for name, value in _progress(step).items():
         if name == "totals":
-            rows = state[name].reshape(-1, len(value))
+            rows = saved.state[name].reshape(-1, len(value))
             same = len(rows) == distributed.size()
             value.copy_(rows[distributed.rank()] if same else rows.mean(0))
-        elif name in state:
-            value.copy_(state[name])
+        elif name in saved.outline:
+            value.copy_(saved.state[name])
 
 
-def _moments(name: str, parameter: Tensor, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The optimizer's state of a parameter in a checkpoint, for the dtype that the parameter has now."""
+def _placed(saved: Checkpoint, name: str, like: Any) -> Any:
+    """A value of a checkpoint; where ``like`` is cut over the ranks, a tensor that is cut so, of which no more is read
+    than this rank has of it."""
+    if not hasattr(like, "device_mesh"):
+        return saved.state[name]
+    assert isinstance(saved.state, Stored)
+    placed = torch.empty_like(like, dtype=saved.outline[name].dtype)
+    distributed.part_of(placed).local.copy_(saved.state.part(name, like))
+    return placed
+
+
+def _moments(name: str, parameter: Tensor, outline: State) -> Iterator[tuple[str, str]]:
+    """The optimizer's state of a parameter by its name in a checkpoint, for the dtype that the parameter has now."""
     for kind in ("step", *_MOMENTS):
-        value = state.get(f"optimizer.{name}.{kind}")
+        source = f"optimizer.{name}.{kind}"
         if kind == "master" and parameter.dtype == torch.float32:
             continue
-        if kind == "master" and value is None and isinstance(saved := state.get(name), Tensor):
-            value = saved if saved.dtype == torch.float32 else None
-        if value is not None:
-            yield kind, value
+        if kind == "master" and source not in outline and isinstance(outline.get(name), Tensor):
+            source = name if outline[name].dtype == torch.float32 else source
+        if source in outline:
+            yield kind, source

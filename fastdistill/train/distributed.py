@@ -2,7 +2,8 @@
 """A run over several processes (``torchrun``), one a device: the ranks of torch's default process group.
 
 Each draws its part of every batch; gradients are averaged by ``DistributedDataParallel``, or by FSDP2 where the student
-is sharded, so that all ranks make the same update. Rank 0 alone touches files. Without a process group there is one.
+is sharded, so that all ranks make the same update. Rank 0 alone touches files, but for the checkpoints of a sharded
+student, of which each rank writes its part and reads what it needs. Without a process group there is one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +23,8 @@ from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import differences, listed, plain
 from fastdistill.distill.objective import BoundObjective
-from fastdistill.errors import FastdistillError, InputError, quoted
+from fastdistill.errors import FastdistillError, InputError, StorageError, quoted
+from fastdistill.files import atomic_write
 from fastdistill.models.sharding import sharded
 
 NCCL = (2, 9, 6)  # the first whose collectives a CUDA graph can hold
@@ -106,16 +110,41 @@ def first(act: Callable[[], T]) -> T:
     outcome: list[Any] = [None, None]
     failure: Exception | None = None
     if rank() == 0:
-        try:
-            outcome[0] = act()
-        except Exception as error:
-            failure = error
-            outcome[1] = error if isinstance(error, FastdistillError) else FastdistillError(f"rank 0: {error!r}")
+        outcome[0], failure = _tried(act)
+        outcome[1] = _told(failure)
     dist.broadcast_object_list(outcome, src=0)
     if failure is not None or outcome[1] is not None:
         raise failure or outcome[1]
     result: T = outcome[0]
     return result
+
+
+def everywhere(act: Callable[[], T]) -> T:
+    """What ``act``, which every rank runs, returns here. Where it raises on some, all raise what the first of them met:
+    those that met something themselves that."""
+    if size() == 1:
+        return act()
+    result, failure = _tried(act)
+    outcomes: list[Any] = [None] * size()
+    dist.all_gather_object(outcomes, _told(failure))
+    for other in outcomes:
+        if other is not None:
+            raise failure or other
+    return result  # type: ignore[return-value]
+
+
+def _tried(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return act(), None
+    except Exception as error:
+        return None, error
+
+
+def _told(failure: Exception | None) -> FastdistillError | None:
+    """An error as other ranks have it."""
+    if failure is None or isinstance(failure, FastdistillError):
+        return failure
+    return FastdistillError(f"rank {rank()}: {failure!r}")
 
 
 @contextlib.contextmanager
@@ -191,16 +220,38 @@ def rows(value: Tensor) -> Tensor:
     return table
 
 
-def broadcast(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Rank 0's tensors, on the CPU; on other ranks any of these shapes and dtypes stand for them."""
-    if size() == 1:
-        return dict(tensors)
+def broadcast(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What ``read`` gives on rank 0 for each name, on the CPU; ``tensors`` are of these shapes and dtypes."""
     received = {}
-    for name, tensor in tensors.items():
-        here = tensor.to(device) if rank() == 0 else torch.empty_like(tensor, device=device)
+    for name, like in tensors.items():
+        here = read(name).to(device) if rank() == 0 else torch.empty_like(like, device=device)
         dist.broadcast(here, 0)
         received[name] = here.cpu()
     return received
+
+
+def require_seen(directory: Path) -> None:
+    """StorageError, on every rank, unless all ranks see what rank 0 writes into the directory."""
+    mark = directory / f".seen-{first(lambda: secrets.token_hex(8))}.tmp"  # which a sweep takes with it
+
+    def look() -> None:
+        if not mark.exists():
+            rule = "a directory that all ranks see, as each writes its part of a sharded student"
+            raise StorageError(f"{directory}: expected {rule}; rank {rank()} does not see what rank 0 writes there")
+
+    first(lambda: atomic_write(mark, b""))
+    try:
+        everywhere(look)
+    finally:
+        if rank() == 0:
+            mark.unlink(missing_ok=True)
+
+
+def beside() -> Any:
+    """A process group for threads that run beside the training, with the timeout of the default one; all ranks ask."""
+    world: Any = dist.group.WORLD
+    device = dist.get_backend_config().split(":")[0]  # "cuda:nccl", of several the first
+    return dist.new_group(timeout=world._get_backend(torch.device(device)).options._timeout, backend="gloo")
 
 
 class _Trained(nn.Module):
@@ -259,13 +310,39 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def placed(value: Tensor, like: Any) -> Tensor:
-    """A whole tensor as ``like`` is cut; itself where that is no DTensor."""
-    if not hasattr(like, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
+@dataclass(frozen=True)
+class Part:
+    """What a rank has of a tensor: ``local``, whose first value is at the index ``offset`` of the whole. ``own``:
+    whether it is this rank that writes it, of several that have the same."""
 
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    local: Tensor
+    offset: tuple[int, ...]
+    own: bool
+
+
+def part_of(tensor: Tensor) -> Part:
+    """The part of a DTensor that is here; of other tensors all."""
+    offset, own = [0] * tensor.ndim, rank() == 0
+    if not hasattr(tensor, "device_mesh"):
+        return Part(tensor, tuple(offset), own)
+    mesh: Any = tensor.device_mesh
+    place = mesh.get_coordinate()
+    own = place is not None
+    for i, placement in enumerate(tensor.placements if own else ()):  # type: ignore[attr-defined]
+        if placement.is_shard():  # in chunks of one size, as far as they go
+            length = tensor.shape[placement.dim]
+            offset[placement.dim] = min(place[i] * -(-length // mesh.size(i)), length)
+        else:
+            own = own and place[i] == 0
+    return Part(tensor.to_local(), tuple(offset), own)  # type: ignore[attr-defined]
+
+
+def uncommon(tensor: Any) -> str | None:
+    """Why a rank's part of a DTensor is not one piece of it along one dimension; None where it is."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    cuts = [p for p in getattr(tensor, "placements", ()) if type(p) is not Replicate]
+    return None if [type(p) for p in cuts] in ([], [Shard]) else f"a DTensor placed as {tuple(tensor.placements)}"
 
 
 def refuse_capture() -> str | None:

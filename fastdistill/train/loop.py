@@ -131,6 +131,7 @@ def _enter(directory: Path, stack: contextlib.ExitStack) -> None:
     stack.enter_context(locked(directory))
     for place in (directory, directory / PREVIEWS):
         sweep(place)
+    checkpoint.sweep(directory)
 
 
 class _Run:
@@ -153,6 +154,7 @@ class _Run:
         self._logged = self._skipped = 0
         self._saved = 0  # steps done at the last checkpoint that was begun, or read
         self._writer = Writer()
+        self._group: Any = None  # of the threads that write a sharded student
         self._lines: list[str] = []  # of metrics that could not be written yet
         self._scores: dict[int, float] = {}  # of the checkpoints, by step
         self._told: set[str] = set()
@@ -164,28 +166,28 @@ class _Run:
         """Go on with the run of this directory, if it holds one. What a checkpoint needs is tried first."""
         self.directory = directory
         self._scores = _read_scores(directory / SCORES, self.config.keep_best)
-        tensors: dict[str, Tensor] = {}
+        needed = functools.partial(checkpoint.check_storable, self.step, self.student, self.fingerprint)
+        distributed.first(lambda: require_space(directory, needed()))
+        if checkpoint.shared(self.student):
+            distributed.require_seen(directory)
+            self._group = distributed.beside()
+        saved = checkpoint.latest(directory, self.fingerprint, self.step, self.student)
 
-        def read() -> tuple[float, list[Metrics], checkpoint.State] | None:
-            require_space(directory, checkpoint.check_storable(self.step, self.student, self.fingerprint))
-            found = checkpoint.latest(directory, self.fingerprint, self.step, self.student)
+        def read() -> list[Metrics]:
             path = directory / METRICS
-            if found is None:
+            if saved is None:
                 if path.exists():  # of steps that are done again
                     atomic_write(path, b"")
-                return None
-            tensors.update({name: value for name, value in found.state.items() if isinstance(value, Tensor)})
-            history = [m for m in read_metrics(path) if m["step"] <= found.step]
+                return []
+            history = [m for m in read_metrics(path) if m["step"] <= saved.step]
             atomic_write(path, "".join(json.dumps(m) + "\n" for m in history).encode())
-            return found.seconds, history, found.state | {name: t.to("meta") for name, t in tensors.items()}
+            return history
 
-        told = distributed.first(read)
-        if told is None:
+        self.history = distributed.first(read)
+        if saved is None:
             return
-        self._before, self.history, state = told
-        shapes = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        received = distributed.broadcast(tensors or shapes, self.step.counter.device)
-        checkpoint.restore(state | received, self.step, self.student)
+        self._before = saved.seconds
+        checkpoint.restore(saved, self.step, self.student)
         if self.history:
             self._logged, self._skipped = int(self.history[-1]["step"]), int(self.history[-1]["skipped"])
         self._saved = int(self.step.counter[1])
@@ -256,16 +258,23 @@ class _Run:
         self.warn()
         state = checkpoint.state_of(self.step, self.student)
         head = checkpoint.head(state, done, self.seconds(), self.fingerprint, list(self.step.parameters_by_name))
-        tensors = self._writer.staging.hold({name: t for name, t in state.items() if isinstance(t, Tensor)})
         self._saved = done
+        first, group = distributed.rank() == 0, self._group
+        if not first and group is None:
+            return
+        own, parts = checkpoint.cut(state)
+        tensors = self._writer.staging.hold(own)
 
         def write(going: Going) -> None:
-            checkpoint.save(directory, tensors, head, going)
-            keep = self.config
-            checkpoint.prune(directory, keep.keep_checkpoints, keep.keep_every, self._best(directory))
+            if group is None:
+                checkpoint.save(directory, tensors, head, going)
+            else:
+                checkpoint.save_together(directory, tensors, head | {"parts": parts}, going, group)
+            if first:  # the others write again when they have met this rank, which waits for the end of this
+                keep = self.config
+                checkpoint.prune(directory, keep.keep_checkpoints, keep.keep_every, self._best(directory))
 
-        if distributed.rank() == 0:
-            self._writer.begin(write)
+        self._writer.begin(write)
 
     def warn(self) -> None:
         """One line where a checkpoint could not be written: the run goes on, with the one before to resume from."""
@@ -315,6 +324,8 @@ class _Run:
         self._writer.wait()
         self.warn()
         self._writer.staging.close()
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
 
     def preview(self, make: Callable[[int], bytes], done: int, _: object) -> None:
         """Write ``previews/step-<done>.png``; where the device has no room for the samples, warn and go on."""

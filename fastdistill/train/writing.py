@@ -4,6 +4,9 @@
     loop:    wait for the write before -> copy the state                    -> next step
     thread:                                write, hash, sync, rename, prune
 
+Of a sharded student each rank does so with its own part; rank 0 gives its file the name, by which there is a
+checkpoint, once it knows the hashes of the files of all others.
+
 The copy is made in the loop, so that no step changes what is written. Of a state on a GPU it goes to page-locked memory
 and is waited for: what an event could hide is a fraction of a second per checkpoint.
 """
@@ -19,12 +22,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastdistill.data.fingerprint import hashed_blocks
 from fastdistill.data.values import spelled
+from fastdistill.errors import StorageError
 from fastdistill.files import atomic_write
-from fastdistill.train import distributed
+from fastdistill.train.stored import rank_file
 
 ALIGNMENT = 64  # bytes, of a tensor in the copy
 Going = Callable[[], None]
@@ -33,13 +38,23 @@ Going = Callable[[], None]
 class Cancelled(Exception):
     """The end of a write that is no longer wanted."""
 
+    def __str__(self) -> str:
+        return "the write was cancelled"
 
-def write(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], going: Going = lambda: None) -> None:
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    head: Mapping[str, Any],
+    going: Going = lambda: None,
+    fill: Callable[[str], Mapping[str, str]] = lambda sha256: {},
+) -> str:
     """A safetensors file of tensors on the CPU, written from where they are, ``head`` and their ``sha256`` in its
-    metadata. ``going`` is called before each block of 64 MB; what it raises ends the write.
+    metadata; the hash. ``going`` is called before each block of 64 MB; what it raises ends the write.
 
     The hash is that of ``sha256_of_tensors``, computed on the way: until the end other digits hold its place in the
-    header of the temporary file.
+    header of the temporary file. So may others in ``head``: by ``fill``, which is called with the hash once the tensors
+    are written, texts in the header are replaced by ones as long.
     """
     place = secrets.token_hex(32)
     entries: dict[str, Any] = {"__metadata__": {"fastdistill": json.dumps({**head, "sha256": place})}}
@@ -50,20 +65,71 @@ def write(path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], go
         entries[name] = {"dtype": spelled(tensor.dtype), "shape": list(tensor.shape), "data_offsets": offsets}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
 
     def content(file: BinaryIO) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
-        digest, current = hashlib.sha256(), ""
+        current = ""
         for name, block in hashed_blocks(tensors, digest):
             going()
             if name != current:
                 file.seek(8 + len(header) + entries[name]["data_offsets"][0])
                 current = name
             file.write(block)
-        file.seek(8 + header.index(place.encode()))
-        file.write(digest.hexdigest().encode())
+        for held, text in {place: digest.hexdigest(), **fill(digest.hexdigest())}.items():
+            file.seek(8 + header.index(held.encode()))
+            file.write(text.encode())
 
     atomic_write(path, content)
+    return digest.hexdigest()
+
+
+def write_together(
+    path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], going: Going, group: dist.ProcessGroup
+) -> None:
+    """As ``write``, by all ranks of a group, each a file of its own tensors: that of rank 0, ``path``, states the
+    hashes of the others (``files``) and is there only if they are. What ends the write of one is raised on rank 0, and
+    nothing is left of the checkpoint."""
+    number, count = dist.get_rank(group), dist.get_world_size(group)
+    if number:
+        own = rank_file(path, number, count)
+        short = {name: head[name] for name in ("schema", "step", "parts")}
+        try:
+            outcome: str | Exception = write(own, tensors, short, going)
+        except Exception as error:
+            outcome = error
+        if _failures(_outcomes(outcome, group)):
+            own.unlink(missing_ok=True)
+        return
+    places = [secrets.token_hex(32) for _ in range(1, count)]
+    asked = False
+
+    def fill(sha256: str) -> dict[str, str]:
+        nonlocal asked
+        asked = True
+        outcomes = _outcomes(sha256, group)
+        if failures := _failures(outcomes):
+            raise StorageError(failures[0])
+        return {place: found for place, (found, _) in zip(places, outcomes[1:], strict=True)}
+
+    try:
+        write(path, tensors, {**head, "files": places}, going, fill)
+    except Exception as error:
+        if not asked:  # the others wait for it
+            _outcomes(error, group)
+        raise
+
+
+def _outcomes(own: str | Exception, group: dist.ProcessGroup) -> list[tuple[str, str]]:
+    """The hash that each rank has written, and the error that it met instead."""
+    failed = isinstance(own, Exception)
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, ("", str(own) or type(own).__name__) if failed else (own, ""), group=group)
+    return found
+
+
+def _failures(outcomes: list[tuple[str, str]]) -> list[str]:
+    return [f"rank {number}: {error}" for number, (_, error) in enumerate(outcomes) if error]
 
 
 class Staging:
@@ -76,19 +142,15 @@ class Staging:
         self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # where the copies are
 
     def hold(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Copies on the CPU, on rank 0, of tensors that may be cut over the ranks; every rank has to ask for them. The
-        next call overwrites them."""
-        first = distributed.rank() == 0
+        """Copies of these tensors on the CPU. The next call overwrites them."""
         layout = [(name, tensor.dtype, tuple(tensor.shape), _strides(tensor)) for name, tensor in state.items()]
         device = next((tensor.device for tensor in state.values() if tensor.is_cuda), None)
-        if first and layout != self._layout:
+        if layout != self._layout:
             self.close()
             self._lay(layout, pinned=device is not None)
         for name, tensor in state.items():
-            full = distributed.whole(tensor.detach())
-            if first:
-                self._copies[name].copy_(full, non_blocking=True)
-        if first and device is not None:
+            self._copies[name].copy_(tensor.detach(), non_blocking=True)
+        if device is not None:
             torch.cuda.current_stream(device).synchronize()
         return self._copies
 
@@ -113,8 +175,7 @@ class Staging:
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
     """Those of a copy of the tensor: its own where they leave no gaps, so that a copy is one of memory."""
-    whole = hasattr(tensor, "full_tensor")
-    return torch.empty_like(torch.empty(tensor.shape, device="meta") if whole else tensor, device="meta").stride()
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 class Writer:

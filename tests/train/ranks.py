@@ -66,6 +66,7 @@ def shard(student: nn.Module) -> None:
 
 def make(
     *,
+    teacher: nn.Module | None = None,
     student: nn.Module | None = None,
     latents: LatentCache | list[LatentCache] | None = None,
     prompts: PromptBank | None = None,
@@ -76,7 +77,7 @@ def make(
     objective = RandomConditioning(taps=(("inner", "inner"),), weights=Weights(output))
     data = small.SCHEDULE, latents or small.cache(), prompts or small.bank(), objective
     config = small.config(**(OPTIONS | options))
-    return DistillTrainer(Tiny(12), student or Tiny(6), *data, config, shard=shard)
+    return DistillTrainer(teacher or Tiny(12), student or Tiny(6), *data, config, shard=shard)
 
 
 def finished(trainer: DistillTrainer, directory: Path | None = None) -> dict[str, Any]:
@@ -359,17 +360,17 @@ SCENARIOS: dict[str, Scenario] = {scenario.__name__: scenario for scenario in _A
 SCENARIOS |= {precision: lower(precision) for precision in ("float16", "bfloat16")}
 
 
-def work(rank: int, directory: str, names: tuple[str, ...] = tuple(SCENARIOS)) -> None:
-    """One process of two: run the scenarios, leave what they returned or raised in ``<directory>/<rank>.pt``."""
+def work(rank: int, directory: str, scenarios: dict[str, Scenario] = SCENARIOS, size: int = 2) -> None:
+    """One process of ``size``: run the scenarios, leave what they returned or raised in ``<directory>/<rank>.pt``."""
     torch.set_num_threads(1)
     store, wait = f"file://{directory}/store", datetime.timedelta(seconds=60)
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=wait)
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=wait)
     found = {}
-    for name in names:
+    for name, scenario in scenarios.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                found[name] = SCENARIOS[name](rank, Path(directory) / name)
+                found[name] = scenario(rank, Path(directory) / name)
             except Exception as error:
                 found[name] = error
     torch.save(found, Path(directory) / f"{rank}.pt")

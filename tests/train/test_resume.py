@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill import files
+from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import InputError, StorageError
 from fastdistill.train import AdamWEMA, DistillTrainer, checkpoint
@@ -98,7 +99,7 @@ def edited(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any]]
         head = json.loads(file.metadata()["fastdistill"])
     tensors = safetensors.torch.load_file(path)
     change(tensors, head)
-    head["sha256"] = checkpoint.sha256_of_tensors(tensors)
+    head["sha256"] = sha256_of_tensors(tensors)
     path.write_bytes(safetensors.torch.save(tensors, metadata={"fastdistill": json.dumps(head)}))
 
 

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a sharded student: a file per rank, one checkpoint; read by any number of ranks, cut or whole."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.fingerprint import sha256_of_tensors
+from fastdistill.errors import StorageError
+from fastdistill.train import checkpoint, distributed, writing
+from fastdistill.train.checkpoint import newest, prune, read, steps, sweep
+from fastdistill.train.stored import DamagedError, Stored
+from fastdistill.train.writing import write
+from tests import processes
+from tests.train.ranks import Interrupted, Tiny, finished, make, shard, stop_after, work
+
+OPTIONS = {"batch": 6, "keep_checkpoints": 9}
+NEWEST = "step-00000004.safetensors"
+OTHER = "step-00000004.rank-1-of-2.safetensors"
+
+
+class Uneven(Tiny):
+    """Tensors that ranks have unequal parts of, or some none, and a buffer that all have."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__(width)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.register_buffer("mean", torch.rand(3))
+
+    def forward(self, *given: Any, **named: Any) -> Tensor:
+        output: Tensor = super().forward(*given, **named) * self.gain
+        return output
+
+
+def run(directory: Path, *, cut: bool = True, steps: int = 4, **options: Any) -> dict[str, Any]:
+    """Train to that step, or restore it only; the whole state."""
+    return finished(make(student=Uneven(), shard=shard if cut else None, steps=steps, **OPTIONS | options), directory)
+
+
+def first(rank: int, place: Path) -> Any:
+    return run(place)
+
+
+def interrupted(rank: int, place: Path) -> Any:
+    try:
+        make(student=Uneven(), shard=shard, **OPTIONS).fit(place, progress=stop_after(3))
+    except Interrupted:
+        return run(place)
+
+
+def from_one(rank: int, place: Path) -> Any:
+    """What one process wrote, with no tensor read but the rank's part of it."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Stored.__getitem__
+        patch.setattr(Stored, "__getitem__", lambda stored, name: (asked.append(name), whole(stored, name))[1])
+        return run(place.parent.parent / "from_one", steps=2) | {"asked": asked}
+
+
+def sizes(rank: int, place: Path) -> Any:
+    """Bytes of the memory that stages a checkpoint, and of the rank's shards of weights, moments and averages."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        close = writing.Staging.close
+        patch.setattr(writing.Staging, "close", lambda own: (found.append(len(own.memory)), close(own))[1])
+        trainer = make(teacher=Tiny(128), student=Tiny(128), shard=shard, steps=2)
+        trainer.fit(place)
+    return max(found), 4 * sum(distributed.part_of(p.detach()).local.nbytes for p in trainer.step.parameters[:8])
+
+
+def failing(rank: int, place: Path) -> Any:
+    """Rank 1 cannot write the first checkpoint, nor rank 0 the third, which is the last."""
+    written, told = writing.write, []
+
+    def fails(path: Path, tensors: Any, head: Any, *rest: Any) -> str:
+        if (head["step"], rank) in ((2, 1), (6, 0)):
+            raise StorageError(f"{path}: could not be written: no room")
+        return written(path, tensors, head, *rest)
+
+    def look(done: int, _: object) -> None:
+        if done == 3:
+            while list(steps(place)) != [] or list(place.glob("step-*")):  # the other files go once all have told
+                time.sleep(0.01)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(writing, "write", fails)
+        try:
+            make(student=Uneven(), shard=shard, steps=6, **OPTIONS).fit(place, progress=look)
+        except StorageError as error:
+            told = [str(error)]
+    return (
+        told,
+        [str(w.message) for w in caught if "checkpoint" in str(w.message)],
+        [p.name for p in place.glob("step-*")],
+    )
+
+
+def elsewhere(rank: int, place: Path) -> Any:
+    return run(place / str(rank))
+
+
+def damaged(rank: int, place: Path) -> Any:
+    """The last value of rank 1's newest file is another, which one of the ranks finds."""
+    return run(place.parent.parent / "damaged", steps=2)
+
+
+def again(rank: int, place: Path) -> Any:
+    """As many ranks as there are go on with what two wrote: restored, and trained on."""
+    restored = run(place.parent.parent / "again")
+    return {"restored": restored, "later": run(place.parent.parent / "again", steps=6)}
+
+
+def uncut(rank: int, place: Path) -> Any:
+    return run(place.parent.parent / "uncut", cut=False)
+
+
+LAUNCHES = {2: (first, interrupted, from_one, sizes, failing, elsewhere), 3: (again, uncut, damaged)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process wrote goes on on two ranks, and what two wrote on three."""
+
+    def make_all(directory: Path) -> None:
+        run(directory / "one", cut=False, steps=2)
+        shutil.copytree(directory / "one", directory / "from_one")
+        for count, scenarios in LAUNCHES.items():
+            (directory / str(count)).mkdir()
+            named = {scenario.__name__: scenario for scenario in scenarios}
+            processes.as_ranks(work, str(directory / str(count)), named, count, count=count)
+            if count == 2:
+                for name in ("again", "uncut", "damaged"):
+                    shutil.copytree(directory / "2" / "first", directory / name)
+                change(directory / "damaged" / OTHER)
+
+    return processes.once(tmp_path_factory, "sharded", make_all)
+
+
+@pytest.fixture(scope="module")
+def found(place: Path) -> dict[str, list[Any]]:
+    """What the scenarios gave on each rank."""
+    told: dict[str, list[Any]] = {}
+    for count in LAUNCHES:
+        for rank in range(count):
+            for name, value in torch.load(place / str(count) / f"{rank}.pt", weights_only=False).items():
+                told.setdefault(name, []).append(value)
+    return told
+
+
+@pytest.fixture
+def kept(place: Path, tmp_path: Path) -> Path:
+    """A copy of a run of two ranks: checkpoints 2 and 4."""
+    return shutil.copytree(place / "2" / "first", tmp_path / "run")
+
+
+def change(file: Path) -> None:
+    """Another last value; a new file, as the old one may be mapped."""
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any], *apart: str) -> None:
+    assert one["state"].keys() == two["state"].keys()
+    assert [k for k in one["state"] if k not in apart and not torch.equal(one["state"][k], two["state"][k])] == []
+
+
+def test_each_rank_has_a_file_of_its_part(place: Path, found: dict[str, list[Any]]) -> None:
+    kept = place / "2" / "first"
+    names = sorted(path.name for path in kept.glob("step-*"))
+    assert names == sorted(f"step-0000000{n}.{end}safetensors" for n in (2, 4) for end in ("", "rank-1-of-2."))
+    stored = Stored(kept / NEWEST)
+    state = found["first"][0]["state"]
+    assert {*stored} == {*state} and all(torch.equal(stored[name], state[name]) for name in state)
+    sizes = [{name: list(t.shape) for name, t in loaded(kept / name).items()} for name in (NEWEST, OTHER)]
+    assert sizes[0]["student.outer.weight"] == [2, 6, 3, 3] and sizes[1]["student.outer.weight"] == [1, 6, 3, 3]
+    assert {"student.gain", "student.mean", "counter"} <= sizes[0].keys() - sizes[1].keys()
+
+
+def loaded(file: Path) -> dict[str, Tensor]:
+    import safetensors.torch
+
+    return safetensors.torch.load_file(file)
+
+
+def test_resume_is_exact(found: dict[str, list[Any]]) -> None:
+    for outcome in found["interrupted"]:
+        assert_same(outcome, found["first"][0])
+        assert outcome["history"] == found["first"][0]["history"]
+
+
+def test_one_process_goes_on_with_what_two_wrote(kept: Path, found: dict[str, list[Any]]) -> None:
+    assert_same(run(kept, cut=False), found["first"][0], "totals")
+    run(kept, cut=False, steps=6)
+    assert list(steps(kept)) == [2, 4, 6]
+
+
+def test_two_ranks_go_on_with_what_one_wrote(place: Path, found: dict[str, list[Any]]) -> None:
+    """Each reads its own part."""
+    for outcome in found["from_one"]:
+        assert_same(outcome, {"state": dict(Stored(place / "one" / "step-00000002.safetensors"))}, "totals")
+        cut = [name for name in outcome["asked"] if "student." in name and not name.endswith((".step", ".mean"))]
+        assert outcome["asked"] and not cut
+
+
+def test_three_ranks_go_on_with_what_two_wrote(place: Path, found: dict[str, list[Any]]) -> None:
+    """Cut, or whole on each; and they write on."""
+    for again, uncut in zip(found["again"], found["uncut"], strict=True):
+        assert_same(again["restored"], found["first"][0], "totals")
+        assert_same(uncut, found["first"][0], "totals")
+    saved = read(place / "again" / "step-00000006.safetensors")[0]
+    later = found["again"][2]["later"]["state"]
+    assert all(torch.equal(saved.state[name], later[name]) for name in later) and saved.step == 6
+    assert len(list((place / "again").glob("step-00000006.rank-*-of-3.*"))) == 2
+
+
+def test_a_rank_stages_no_more_than_its_part(found: dict[str, list[Any]]) -> None:
+    for staged, own in found["sizes"]:
+        assert own < staged < 1.1 * own
+    assert sum(own for _, own in found["sizes"]) == 4 * sum(p.nbytes for p in Tiny(128).parameters())
+
+
+def test_a_write_that_fails_on_one_rank_fails_on_all(found: dict[str, list[Any]]) -> None:
+    """One warning, and nothing left of it; an error on every rank at the end of the run."""
+    for rank, (told, warned, left) in enumerate(found["failing"]):
+        assert len(told) == 1 and told[0].endswith("step-00000006.safetensors: could not be written: no room")
+        assert sorted(left) == ["step-00000004.rank-1-of-2.safetensors", "step-00000004.safetensors"]
+        assert len(warned) == (rank == 0)
+    assert "rank 1: " in warned[0] if (warned := found["failing"][0][1]) else False
+    assert "of-2.safetensors: could not be written: no room; training goes on, there is none yet" in warned[0]
+
+
+def test_a_directory_that_a_rank_does_not_see(found: dict[str, list[Any]]) -> None:
+    for outcome in found["elsewhere"]:
+        with pytest.raises(StorageError, match=r"expected a directory that all ranks see, .*rank 1 does not see"):
+            raise outcome
+
+
+def test_ranks_take_the_checkpoint_before_a_damaged_one(place: Path, found: dict[str, list[Any]]) -> None:
+    for outcome in found["damaged"]:
+        assert outcome["state"]["counter"].tolist() == [0, 2]
+    assert sorted(path.name for path in (place / "damaged").glob("*.damaged")) == [
+        f"{OTHER}.damaged",
+        f"{NEWEST}.damaged",
+    ]
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, f"{OTHER}: damaged, not there"),
+    "short": (lambda file: file.write_bytes(file.read_bytes()[:100]), f"{OTHER}: damaged, not a checkpoint"),
+    "changed": (change, f"{OTHER}: damaged, its tensors do not have the hash {NEWEST} states"),
+    "of another step": (
+        lambda file: shutil.copy(file.with_name(OTHER.replace("4", "2")), file),
+        f"{OTHER}: damaged, of another",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_file_of_a_rank_that_is_not_whole(kept: Path, fault: str) -> None:
+    """The checkpoint is damaged: the file is named, and the one before taken."""
+    FAULTS[fault][0](kept / OTHER)
+    with pytest.warns(UserWarning, match=rf"{FAULTS[fault][1]}.*; the one before is taken"):
+        found = newest(kept)
+    assert found is not None and found[1].step == 2
+
+
+def test_files_of_ranks_go_with_their_checkpoint(kept: Path) -> None:
+    prune(kept, 1)
+    assert sorted(path.name for path in (kept).glob("step-*")) == [OTHER, NEWEST]
+    (kept / NEWEST).unlink()  # as where a process was killed before it was complete
+    sweep(kept)
+    assert not list((kept).glob("step-*"))
+
+
+def pieces(directory: Path, *parts: tuple[Tensor, list[int], list[int]]) -> Path:
+    """A checkpoint whose files have these parts of one tensor: values, shape, offset."""
+    head = {"schema": 5, "step": 7, "seconds": 0.0, "trained": [], "fingerprint": {}, "values": {"told": 1}}
+    hashes = [sha256_of_tensors({"a": tensor}) for tensor, *_ in parts[1:]]
+    path = directory / "step-00000007.safetensors"
+    for number, (tensor, shape, offset) in enumerate(parts):
+        stated = {"a": {"shape": shape, "offset": offset}}
+        file = path if number == 0 else path.with_name(f"{path.stem}.rank-{number}-of-{len(parts)}.safetensors")
+        write(file, {"a": tensor}, head | {"parts": stated} | ({} if number else {"files": hashes}))
+    return path
+
+
+def test_parts_along_any_dimension(tmp_path: Path) -> None:
+    whole = torch.randn(2, 5)
+    path = pieces(tmp_path, (whole[:, 3:], [2, 5], [0, 3]), (whole[:, :3], [2, 5], [0, 0]))
+    saved = read(path)[0]
+    assert torch.equal(saved.state["a"], whole) and saved.state["told"] == 1 and saved.outline["a"].is_meta
+
+
+@pytest.mark.parametrize(
+    ("shape", "first", "second"),
+    [
+        ([2, 5], [0, 0], [0, 2]),  # values twice
+        ([2, 6], [0, 0], [0, 3]),  # values that none has
+        ([2, 5], [0, 0], [1, 3]),
+        ([2, 10**15], [0, 0], [0, 3]),  # more than could be allocated
+        ([3, 5], [0, 0], [0, 3]),
+        ([2, 5, 1], [0, 0, 0], [0, 3, 0]),
+        ([2, -5], [0, 0], [0, 3]),
+    ],
+)
+def test_parts_that_are_no_whole_are_refused(
+    tmp_path: Path, shape: list[int], first: list[int], second: list[int]
+) -> None:
+    path = pieces(tmp_path, (torch.ones(2, 3), shape, first), (torch.ones(2, 2), shape, second))
+    with pytest.raises(DamagedError, match=r"damaged, (the parts of a do not make up|not a checkpoint)"):
+        read(path)
+
+
+def test_only_ranks_of_a_sharded_student_write_together() -> None:
+    trainer = make(student=Uneven())
+    assert not checkpoint.shared(trainer.student) and distributed.uncommon(trainer.student.gain) is None  # type: ignore[attr-defined]
+    tensors, parts = checkpoint.cut(checkpoint.state_of(trainer.step, trainer.student))
+    assert not parts and "student.gain" in tensors
