@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.models import Student, make_student
 from fastdistill.train import DistillTrainer, TrainConfig
+from fastdistill.train.stored import Stored, rank_file
+from fastdistill.train.writing import write
 
 SCHEDULE = NoiseSchedule.cosine()
 
@@ -78,3 +81,19 @@ def trainer(kind: str = "bk_base", changes: dict[str, Any] | None = None, **opti
     return DistillTrainer(
         own, made.model, SCHEDULE, cache(), bank(), objective(made, **(changes or {})), config(**options)
     )
+
+
+def recut(path: Path, ranks: int) -> None:
+    """Write a checkpoint again as that many ranks of a sharded student do: what has rows in chunks of them."""
+    stored, hashes = Stored(path), []
+    for rank in reversed(range(ranks)):
+        tensors, parts = {}, {}
+        for name in (name for name, value in stored.outline().items() if isinstance(value, Tensor)):
+            whole = stored[name]
+            chunks = whole.split(-(-len(whole) // ranks)) if whole.ndim and "student." in name else [whole]
+            if rank < len(chunks):
+                tensors[name] = chunks[rank].clone()
+                offset = [rank * len(chunks[0])] + [0] * (whole.ndim - 1) if whole.ndim else []
+                parts[name] = {"shape": list(whole.shape), "offset": offset}
+        head = {**stored.head, "parts": parts} | ({} if rank else {"files": hashes[::-1]})
+        hashes.append(write(rank_file(path, rank, ranks), tensors, head))

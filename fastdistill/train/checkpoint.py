@@ -221,11 +221,11 @@ def read(path: Path, *, together: bool = False) -> tuple[Checkpoint, dict[str, A
     stored: Stored = each(lambda: Stored(path))
     each(lambda: stored.verify(*(distributed.rank(), distributed.size()) if together else (0, 1)))
     head = stored.head
-    try:
-        saved = Checkpoint(head["step"], head["seconds"], head["trained"], stored, stored.outline())
-        return saved, head["fingerprint"]
-    except KeyError as error:
-        raise DamagedError(f"{path}: damaged, not a checkpoint ({error})") from error
+    for name, kind in {"step": int, "seconds": float, "trained": list, "fingerprint": dict}.items():
+        if not isinstance(head.get(name), kind):
+            raise DamagedError(f"{path}: damaged, not a checkpoint (of no {name})")
+    saved = Checkpoint(head["step"], head["seconds"], head["trained"], stored, stored.outline())
+    return saved, head["fingerprint"]
 
 
 def _modules(step: TrainStep, student: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -120,16 +120,16 @@ def first(act: Callable[[], T]) -> T:
 
 
 def everywhere(act: Callable[[], T]) -> T:
-    """What ``act``, which every rank runs, returns here. Where it raises on some, all raise what the first of them met:
-    those that met something themselves that."""
+    """What ``act``, which every rank runs, returns here. Where it raises on some, all raise what the first of them met,
+    so that all go the same way."""
     if size() == 1:
         return act()
     result, failure = _tried(act)
     outcomes: list[Any] = [None] * size()
     dist.all_gather_object(outcomes, _told(failure))
-    for other in outcomes:
+    for number, other in enumerate(outcomes):
         if other is not None:
-            raise failure or other
+            raise failure if failure is not None and number == rank() else other
     return result  # type: ignore[return-value]
 
 
@@ -251,7 +251,8 @@ def beside() -> Any:
     """A process group for threads that run beside the training, with the timeout of the default one; all ranks ask."""
     world: Any = dist.group.WORLD
     device = dist.get_backend_config().split(":")[0]  # "cuda:nccl", of several the first
-    return dist.new_group(timeout=world._get_backend(torch.device(device)).options._timeout, backend="gloo")
+    options = getattr(world._get_backend(torch.device(device)), "options", None)
+    return dist.new_group(timeout=getattr(options, "_timeout", None), backend="gloo")
 
 
 class _Trained(nn.Module):

@@ -170,7 +170,6 @@ class _Run:
         distributed.first(lambda: require_space(directory, needed()))
         if checkpoint.shared(self.student):
             distributed.require_seen(directory)
-            self._group = distributed.beside()
         saved = checkpoint.latest(directory, self.fingerprint, self.step, self.student)
 
         def read() -> list[Metrics]:
@@ -259,9 +258,10 @@ class _Run:
         state = checkpoint.state_of(self.step, self.student)
         head = checkpoint.head(state, done, self.seconds(), self.fingerprint, list(self.step.parameters_by_name))
         self._saved = done
-        first, group = distributed.rank() == 0, self._group
-        if not first and group is None:
+        first, together = distributed.rank() == 0, checkpoint.shared(self.student)
+        if not first and not together:
             return
+        group = self._group = self._group or (distributed.beside() if together else None)
         own, parts = checkpoint.cut(state)
         tensors = self._writer.staging.hold(own)
 

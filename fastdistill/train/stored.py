@@ -24,6 +24,7 @@ from fastdistill.files import reason
 from fastdistill.train import distributed
 
 SCHEMA = 5
+_NO_CHECKPOINT = (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
 Region = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size
 
 
@@ -122,7 +123,7 @@ class Stored(Mapping[str, Any]):
                     raise ValueError(f"{name} is of another kind than in other files")
                 self._shapes[name] = shape
                 pieces.append(_Piece(offset, tensor))
-        except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except _NO_CHECKPOINT as error:
             raise DamagedError(f"{place}: damaged, not a checkpoint ({error})") from error
 
     def _read(self, name: str, region: Region) -> Tensor:
@@ -154,12 +155,12 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
         schema, values = head["schema"], head.setdefault("values", {})
         stated = head["sha256"], *head.get("files", [])
         if not isinstance(values, dict) or not all(isinstance(each, str) for each in stated):
-            raise ValueError("of no such metadata")
+            raise ValueError("other metadata")
     except FileNotFoundError as error:
         raise DamagedError(f"{path}: damaged, not there") from error
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
-    except (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except _NO_CHECKPOINT as error:
         raise DamagedError(f"{path}: damaged, not a checkpoint ({error})") from error
     if schema != SCHEMA:
         other = "of another version of fastdistill, which can go on with it; use another directory or delete it"

@@ -43,9 +43,10 @@ class DistillTrainer:
     """Distil a teacher into a student.
 
     In a process group of torch's (``torchrun``), every rank builds the same trainer and calls the same methods: the
-    ranks share each batch and average its gradients, rank 0 writes. The run is that of one process, but for the order
-    in which the gradients are summed, and for random numbers that the student draws itself (dropout, stochastic depth):
-    these depend on seed, step and the rank's first sample, so on how the batch is split.
+    ranks share each batch and average its gradients, rank 0 writes (of a sharded student's checkpoints each rank its
+    part). The run is that of one process, but for the order in which the gradients are summed, and for random numbers
+    that the student draws itself (dropout, stochastic depth): these depend on seed, step and the rank's first sample,
+    so on how the batch is split.
 
     While it lives, a trainer has hooks on the modules it taps, and holds the teacher frozen in eval mode. ``close``, or
     leaving a ``with`` statement, ends both; the end of ``fit`` takes the hooks off, too.
@@ -193,7 +194,7 @@ class DistillTrainer:
         with exit status 130 or 143.
 
         Args:
-            directory: where the run lives; one process at a time.
+            directory: where the run lives; one process at a time. Of a sharded student all ranks have to see it.
             progress: called at the start and after every step, with the steps done and, at log intervals, the metrics
                 (else None).
             callbacks: pairs (every, function): such functions too, called after every so many steps and the last.
@@ -207,8 +208,9 @@ class DistillTrainer:
                 closed; a call under autocast; a student whose weights were cast, frozen or renamed since the trainer
                 was made, or with state that no checkpoint can hold; an objective of your own that calls a model
                 with inputs of another dtype.
-            StorageError: the directory has no room for a checkpoint, or holds a run of other settings or no checkpoint
-                that is whole; the last checkpoint or the metrics could not be written.
+            StorageError: the directory has no room for a checkpoint, is not seen by all ranks of a sharded student, or
+                holds a run of other settings or no checkpoint that is whole; the last checkpoint or the metrics could
+                not be written.
             FastdistillError: the loss is not finite; the message names the likely cause.
             Stopped: a KeyboardInterrupt, on Ctrl-C or SIGTERM.
             Exception: what a callback raises, with a note on where it did, after a checkpoint (of one process; several

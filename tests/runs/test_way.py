@@ -26,6 +26,7 @@ from fastdistill.runs import RunConfig
 from fastdistill.train import checkpoint
 from fastdistill.train.config import to_yaml
 from fastdistill.train.loop import read_metrics
+from tests import small
 from tests.models import tiny_pipelines as tiny
 from tests.processes import once
 from tests.runs.conftest import cached, run_config
@@ -263,6 +264,47 @@ def test_a_run_that_does_not_fit(
     with pytest.raises(InputError, match=r"train: expected a run that fits into the .* free on cpu, got one of .*help"):
         runs.distill(config)
     assert not Path(config.directory).exists()
+
+
+def test_the_student_of_a_sharded_checkpoint(again: Path, tmp_path: Path) -> None:
+    """The same, from the files of three ranks: exported by one command, sampled."""
+    config = runs.load(again)
+    whole = runs.export(config, tmp_path / "whole")
+    path = Path(config.directory) / "step-00000003.safetensors"
+    small.recut(path, 3)
+    assert len(list(path.parent.glob("step-00000003.rank-*"))) == 2 and checkpoint.read(path)[0].step == 3
+    assert main(["export", str(again), "--to", str(tmp_path / "parts")]) == 0
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "parts" / name).read_bytes() == (whole / name).read_bytes()
+    assert (tmp_path / "parts" / "README.md").read_text() == (whole / "README.md").read_text()
+    assert [file.suffix for file in runs.sample(config, ["a cat"], tmp_path / "images")] == [".png"]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_of_two_processes_is_exported(
+    ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """And goes on in one process."""
+    config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory}, shard=True)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastdistill")
+    done = subprocess.run(
+        [sys.executable, *launch, "distill", str(tmp_path / "run.yaml"), "--json"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert {file.name for file in Path(config.directory).glob("step-00000003*")} == {
+        "step-00000003.safetensors", "step-00000003.rank-1-of-2.safetensors"
+    }  # fmt: skip
+    assert main(["export", str(tmp_path / "run.yaml"), "--to", str(tmp_path / "exported")]) == 0
+    model = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "exported", subfolder="unet").state_dict()
+    student = runs.trained_student(runs.opened(config)).state_dict()
+    assert model.keys() == student.keys() and all(torch.equal(model[key], value) for key, value in student.items())
+    wanted = runs.trained_student(runs.opened(ended[0])).state_dict()
+    for key, value in student.items():  # AdamW's updates are at most lr, of whatever sign where a gradient is rounding
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=2 * 3 * config.train.lr)
+    longer = dataclasses.replace(config, shard=False, train=dataclasses.replace(config.train, steps=4))
+    assert runs.distill(longer).steps == 4
 
 
 @pytest.mark.slow

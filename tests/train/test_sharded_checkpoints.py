@@ -4,127 +4,34 @@
 from __future__ import annotations
 
 import shutil
-import time
-import warnings
+import signal
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import Replicate, Shard
 
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.errors import StorageError
-from fastdistill.train import checkpoint, distributed, writing
+from fastdistill.train import checkpoint, distributed
 from fastdistill.train.checkpoint import newest, prune, read, steps, sweep
 from fastdistill.train.stored import DamagedError, Stored
 from fastdistill.train.writing import write
 from tests import processes
-from tests.train.ranks import Interrupted, Tiny, finished, make, shard, stop_after, work
+from tests.train import sharded
+from tests.train.ranks import Tiny, make, work
+from tests.train.sharded import Uneven, loaded, run
 
-OPTIONS = {"batch": 6, "keep_checkpoints": 9}
 NEWEST = "step-00000004.safetensors"
 OTHER = "step-00000004.rank-1-of-2.safetensors"
-
-
-class Uneven(Tiny):
-    """Tensors that ranks have unequal parts of, or some none, and a buffer that all have."""
-
-    def __init__(self, width: int = 6) -> None:
-        super().__init__(width)
-        self.gain = nn.Parameter(torch.ones(1))
-        self.register_buffer("mean", torch.rand(3))
-
-    def forward(self, *given: Any, **named: Any) -> Tensor:
-        output: Tensor = super().forward(*given, **named) * self.gain
-        return output
-
-
-def run(directory: Path, *, cut: bool = True, steps: int = 4, **options: Any) -> dict[str, Any]:
-    """Train to that step, or restore it only; the whole state."""
-    return finished(make(student=Uneven(), shard=shard if cut else None, steps=steps, **OPTIONS | options), directory)
-
-
-def first(rank: int, place: Path) -> Any:
-    return run(place)
-
-
-def interrupted(rank: int, place: Path) -> Any:
-    try:
-        make(student=Uneven(), shard=shard, **OPTIONS).fit(place, progress=stop_after(3))
-    except Interrupted:
-        return run(place)
-
-
-def from_one(rank: int, place: Path) -> Any:
-    """What one process wrote, with no tensor read but the rank's part of it."""
-    asked = []
-    with pytest.MonkeyPatch.context() as patch:
-        whole = Stored.__getitem__
-        patch.setattr(Stored, "__getitem__", lambda stored, name: (asked.append(name), whole(stored, name))[1])
-        return run(place.parent.parent / "from_one", steps=2) | {"asked": asked}
-
-
-def sizes(rank: int, place: Path) -> Any:
-    """Bytes of the memory that stages a checkpoint, and of the rank's shards of weights, moments and averages."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        close = writing.Staging.close
-        patch.setattr(writing.Staging, "close", lambda own: (found.append(len(own.memory)), close(own))[1])
-        trainer = make(teacher=Tiny(128), student=Tiny(128), shard=shard, steps=2)
-        trainer.fit(place)
-    return max(found), 4 * sum(distributed.part_of(p.detach()).local.nbytes for p in trainer.step.parameters[:8])
-
-
-def failing(rank: int, place: Path) -> Any:
-    """Rank 1 cannot write the first checkpoint, nor rank 0 the third, which is the last."""
-    written, told = writing.write, []
-
-    def fails(path: Path, tensors: Any, head: Any, *rest: Any) -> str:
-        if (head["step"], rank) in ((2, 1), (6, 0)):
-            raise StorageError(f"{path}: could not be written: no room")
-        return written(path, tensors, head, *rest)
-
-    def look(done: int, _: object) -> None:
-        if done == 3:
-            while list(steps(place)) != [] or list(place.glob("step-*")):  # the other files go once all have told
-                time.sleep(0.01)
-
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        patch.setattr(writing, "write", fails)
-        try:
-            make(student=Uneven(), shard=shard, steps=6, **OPTIONS).fit(place, progress=look)
-        except StorageError as error:
-            told = [str(error)]
-    return (
-        told,
-        [str(w.message) for w in caught if "checkpoint" in str(w.message)],
-        [p.name for p in place.glob("step-*")],
-    )
-
-
-def elsewhere(rank: int, place: Path) -> Any:
-    return run(place / str(rank))
-
-
-def damaged(rank: int, place: Path) -> Any:
-    """The last value of rank 1's newest file is another, which one of the ranks finds."""
-    return run(place.parent.parent / "damaged", steps=2)
-
-
-def again(rank: int, place: Path) -> Any:
-    """As many ranks as there are go on with what two wrote: restored, and trained on."""
-    restored = run(place.parent.parent / "again")
-    return {"restored": restored, "later": run(place.parent.parent / "again", steps=6)}
-
-
-def uncut(rank: int, place: Path) -> Any:
-    return run(place.parent.parent / "uncut", cut=False)
-
-
-LAUNCHES = {2: (first, interrupted, from_one, sizes, failing, elsewhere), 3: (again, uncut, damaged)}
+LAUNCHES = {
+    2: (sharded.first, sharded.interrupted, sharded.from_one, sharded.sizes, sharded.failing, sharded.elsewhere),
+    3: (sharded.again, sharded.uncut, sharded.damaged),
+}
 
 
 @pytest.fixture(scope="module")
@@ -188,12 +95,6 @@ def test_each_rank_has_a_file_of_its_part(place: Path, found: dict[str, list[Any
     assert {"student.gain", "student.mean", "counter"} <= sizes[0].keys() - sizes[1].keys()
 
 
-def loaded(file: Path) -> dict[str, Tensor]:
-    import safetensors.torch
-
-    return safetensors.torch.load_file(file)
-
-
 def test_resume_is_exact(found: dict[str, list[Any]]) -> None:
     for outcome in found["interrupted"]:
         assert_same(outcome, found["first"][0])
@@ -237,8 +138,9 @@ def test_a_write_that_fails_on_one_rank_fails_on_all(found: dict[str, list[Any]]
         assert len(told) == 1 and told[0].endswith("step-00000006.safetensors: could not be written: no room")
         assert sorted(left) == ["step-00000004.rank-1-of-2.safetensors", "step-00000004.safetensors"]
         assert len(warned) == (rank == 0)
-    assert "rank 1: " in warned[0] if (warned := found["failing"][0][1]) else False
-    assert "of-2.safetensors: could not be written: no room; training goes on, there is none yet" in warned[0]
+    warned = found["failing"][0][1][0]
+    assert warned.startswith("checkpoint: rank 1: ") and "step-00000002.rank-1-of-2.safetensors: could not" in warned
+    assert warned.endswith("no room; training goes on, there is none yet")
 
 
 def test_a_directory_that_a_rank_does_not_see(found: dict[str, list[Any]]) -> None:
@@ -278,10 +180,10 @@ def test_a_file_of_a_rank_that_is_not_whole(kept: Path, fault: str) -> None:
 
 def test_files_of_ranks_go_with_their_checkpoint(kept: Path) -> None:
     prune(kept, 1)
-    assert sorted(path.name for path in (kept).glob("step-*")) == [OTHER, NEWEST]
+    assert sorted(path.name for path in kept.glob("step-*")) == [OTHER, NEWEST]
     (kept / NEWEST).unlink()  # as where a process was killed before it was complete
     sweep(kept)
-    assert not list((kept).glob("step-*"))
+    assert not list(kept.glob("step-*"))
 
 
 def pieces(directory: Path, *parts: tuple[Tensor, list[int], list[int]]) -> Path:
@@ -323,8 +225,50 @@ def test_parts_that_are_no_whole_are_refused(
         read(path)
 
 
+@pytest.mark.slow
+def test_meshes(place: Path, tmp_path: Path) -> None:
+    """Copies of the shards, columns, and one process: what is written once is what is read back."""
+    (tmp_path / "2").symlink_to(place / "2")
+    for count, scenario in ((4, sharded.hybrid), (2, sharded.columns), (1, sharded.on_one)):
+        (tmp_path / "of").mkdir()
+        processes.as_ranks(work, str(tmp_path / "of"), {"found": scenario}, count, count=count)
+        told = [torch.load(tmp_path / "of" / f"{rank}.pt", weights_only=False)["found"] for rank in range(count)]
+        shutil.rmtree(tmp_path / "of")
+        for outcome in told:
+            if isinstance(outcome, Exception):
+                raise outcome
+            assert_same(outcome[0], told[0][0])
+            if scenario is sharded.on_one:
+                assert outcome[1] == 4 and outcome[3] == 5
+            else:
+                assert_same(outcome[1], outcome[0])
+        if scenario is sharded.hybrid:
+            assert len(told[0][2:]) == 4 and [len(names) for names in told[0][2:]].count(0) == 2
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_while_it_writes(tmp_path: Path) -> None:
+    """There is no such checkpoint: the run goes on from the one before."""
+    ranks = [processes.begin(sharded.killed, rank, tmp_path) for rank in (0, 1)]
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
+    assert (tmp_path / "told.txt").read_text().startswith("FastdistillError: rank 1 has died or hangs")
+    assert list(steps(tmp_path / "run")) == [2]
+    assert list((tmp_path / "run").glob(".step-00000004.rank-1*.tmp"))
+    run(tmp_path / "run", cut=False)
+    assert list(steps(tmp_path / "run")) == [2, 4] and not list((tmp_path / "run").glob(".step*"))
+
+
 def test_only_ranks_of_a_sharded_student_write_together() -> None:
     trainer = make(student=Uneven())
     assert not checkpoint.shared(trainer.student) and distributed.uncommon(trainer.student.gain) is None  # type: ignore[attr-defined]
     tensors, parts = checkpoint.cut(checkpoint.state_of(trainer.step, trainer.student))
     assert not parts and "student.gain" in tensors
+
+
+def test_parts_along_several_dimensions_are_refused() -> None:
+    twice = types.SimpleNamespace(placements=(Shard(0), Shard(1)))
+    copied = types.SimpleNamespace(placements=(Replicate(), Shard(1)))
+    assert distributed.uncommon(twice) == "a DTensor placed as (Shard(dim=0), Shard(dim=1))"
+    assert distributed.uncommon(copied) is None
