@@ -11,6 +11,7 @@ that is no tensor, and the hash of the tensors.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -160,8 +161,10 @@ def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, stu
             other frozen parameters; with what to do about it.
     """
 
+    together = shared(student)
+
     def find() -> Checkpoint | None:
-        found = newest(directory, together=shared(student))
+        found = newest(directory, together=together)
         if found is None:
             return None
         path, saved, made_by = found
@@ -170,11 +173,11 @@ def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, stu
             raise StorageError(f"{path}: this run was started differently ({listed(changed)}); {advice}")
         if changed := _unlike(saved, step, student):
             raise StorageError(f"{path}: this run trains something else ({listed(changed)}); {advice}")
-        if distributed.rank() == 0:
-            _set_aside(directory, saved.step)
+        aside = functools.partial(_set_aside, directory, saved.step)
+        distributed.first(aside) if together else aside()
         return saved
 
-    if distributed.size() == 1 or shared(student):
+    if distributed.size() == 1 or together:
         return find()
     read_here: list[Checkpoint] = []
 

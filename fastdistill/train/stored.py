@@ -24,7 +24,9 @@ from fastdistill.files import reason
 from fastdistill.train import distributed
 
 SCHEMA = 5
-_NO_CHECKPOINT = (safetensors.SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError)
+_NO_CHECKPOINT = (
+    safetensors.SafetensorError, AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError
+)  # fmt: skip
 Region = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size
 
 

@@ -270,5 +270,5 @@ def test_only_ranks_of_a_sharded_student_write_together() -> None:
 def test_parts_along_several_dimensions_are_refused() -> None:
     twice = types.SimpleNamespace(placements=(Shard(0), Shard(1)))
     copied = types.SimpleNamespace(placements=(Replicate(), Shard(1)))
-    assert distributed.uncommon(twice) == "a DTensor placed as (Shard(dim=0), Shard(dim=1))"
+    assert distributed.uncommon(twice) == "a DTensor cut as (Shard(dim=0), Shard(dim=1)), not along one dimension"
     assert distributed.uncommon(copied) is None
