@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import shutil
@@ -104,6 +105,28 @@ def failing(rank: int, place: Path) -> Any:
         [str(w.message) for w in caught if "checkpoint" in str(w.message)],
         [p.name for p in place.glob("step-*")],
     )
+
+
+def pressed(rank: int, place: Path) -> Any:
+    """A second Ctrl-C while rank 1 writes: what is left."""
+    written = writing.write
+
+    def slow(path: Path, tensors: Any, head: Any, going: Callable[[], None], *rest: Any) -> str:
+        while rank == 1:
+            going()
+            time.sleep(0.01)
+        return written(path, tensors, head, going, *rest)
+
+    def press(done: int, _: object) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "write", slow)
+        with contextlib.suppress(KeyboardInterrupt):
+            make(student=Uneven(), shard=shard, **OPTIONS).fit(place, progress=press)
+    torch.distributed.barrier()
+    return [path.name for path in place.iterdir()]
 
 
 def elsewhere(rank: int, place: Path) -> Any:

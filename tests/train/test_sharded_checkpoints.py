@@ -29,7 +29,15 @@ from tests.train.sharded import Uneven, loaded, run
 NEWEST = "step-00000004.safetensors"
 OTHER = "step-00000004.rank-1-of-2.safetensors"
 LAUNCHES = {
-    2: (sharded.first, sharded.interrupted, sharded.from_one, sharded.sizes, sharded.failing, sharded.elsewhere),
+    2: (
+        sharded.first,
+        sharded.interrupted,
+        sharded.from_one,
+        sharded.sizes,
+        sharded.failing,
+        sharded.pressed,
+        sharded.elsewhere,
+    ),
     3: (sharded.again, sharded.uncut, sharded.damaged),
 }
 
@@ -92,7 +100,7 @@ def test_each_rank_has_a_file_of_its_part(place: Path, found: dict[str, list[Any
     assert {*stored} == {*state} and all(torch.equal(stored[name], state[name]) for name in state)
     sizes = [{name: list(t.shape) for name, t in loaded(kept / name).items()} for name in (NEWEST, OTHER)]
     assert sizes[0]["student.outer.weight"] == [2, 6, 3, 3] and sizes[1]["student.outer.weight"] == [1, 6, 3, 3]
-    assert {"student.gain", "student.mean", "counter"} <= sizes[0].keys() - sizes[1].keys()
+    assert {"student.gain", "student.mean", "trained.0.0.weight", "counter"} <= sizes[0].keys() - sizes[1].keys()
 
 
 def test_resume_is_exact(found: dict[str, list[Any]]) -> None:
@@ -141,6 +149,11 @@ def test_a_write_that_fails_on_one_rank_fails_on_all(found: dict[str, list[Any]]
     warned = found["failing"][0][1][0]
     assert warned.startswith("checkpoint: rank 1: ") and "step-00000002.rank-1-of-2.safetensors: could not" in warned
     assert warned.endswith("no room; training goes on, there is none yet")
+
+
+def test_ctrl_c_ends_the_writes_of_all(found: dict[str, list[Any]]) -> None:
+    for left in found["pressed"]:
+        assert sorted(left) == [".lock", "metrics.jsonl"]
 
 
 def test_a_directory_that_a_rank_does_not_see(found: dict[str, list[Any]]) -> None:
