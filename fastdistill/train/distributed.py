@@ -343,11 +343,9 @@ def uncommon(tensor: Any) -> str | None:
     from torch.distributed.tensor import Replicate, Shard
 
     cuts = [p for p in getattr(tensor, "placements", ()) if type(p) is not Replicate]
-    return (
-        None
-        if [type(p) for p in cuts] in ([], [Shard])
-        else f"a DTensor cut as {tuple(tensor.placements)}, not along one dimension"
-    )
+    if [type(p) for p in cuts] in ([], [Shard]):
+        return None
+    return f"a DTensor cut as {tuple(tensor.placements)}, not along one dimension"
 
 
 def refuse_capture() -> str | None:
