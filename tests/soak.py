@@ -135,12 +135,14 @@ def ended(sitting: Sitting) -> int:
     return status
 
 
-def strike(sitting: Sitting, directory: Path, moment: str, target: int, ranks: int, draw: random.Random) -> Kill:
+def strike(
+    sitting: Sitting, directory: Path, moment: str, target: int, ranks: int, early: float, draw: random.Random
+) -> Kill:
     """Kill a sitting once it has a new checkpoint and has got to the target; while it starts, at any time."""
     begun = newest(directory)
     if moment == "start":
         until(lambda: len(sitting.ranks()) == ranks, sitting)
-        time.sleep(draw.uniform(0.0, 4.0))
+        time.sleep(draw.uniform(0.0, early))
     else:
         until(lambda: newest(directory) >= max(target, begun + 1), sitting)
         time.sleep(draw.uniform(0.0, 0.3))
@@ -157,8 +159,11 @@ def strike(sitting: Sitting, directory: Path, moment: str, target: int, ranks: i
     return Kill(moment, "all" if victim == "all" else f"rank {victim}", begun, newest(directory), half)
 
 
-def soak(place: Path, ranks: int, steps: int, kills: int, seed: int, start: Start, **train: Any) -> Outcome:
-    """A run that is killed so often, and one that is left alone, in folders of ``place``."""
+def soak(
+    place: Path, ranks: int, steps: int, kills: int, seed: int, start: Start, early: float = 8.0, **train: Any
+) -> Outcome:
+    """A run that is killed so often, and one that is left alone, in folders of ``place``. ``early``: seconds that a
+    sitting takes to its first step."""
     began, draw, outcome = time.monotonic(), random.Random(seed), Outcome(ranks)
     settings = {"steps": steps, "execution": "eager", **train}
     files = {}
@@ -174,7 +179,7 @@ def soak(place: Path, ranks: int, steps: int, kills: int, seed: int, start: Star
     targets = sorted(draw.sample(range(1, steps * 9 // 10), kills))
     for moment, target in zip(moments, targets, strict=True):
         sitting = start(files["killed"], ranks)
-        outcome.kills.append(strike(sitting, killed, moment, target, ranks, draw))
+        outcome.kills.append(strike(sitting, killed, moment, target, ranks, early, draw))
         print(f"soak: {ranks} rank(s), {outcome.kills[-1]}", flush=True)
     if ended(start(files["killed"], ranks)) != 0:
         raise SystemExit(f"soak: the last sitting failed; see {place}")
