@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -42,24 +43,32 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
 
     ``content`` is the bytes, or a function that writes them into the open binary file it is given. The bytes go to a
     temporary file of the same directory, reach the disk (fsync), take the name (``os.replace``), and the directory
-    reaches the disk. On any failure, Ctrl-C included, the temporary file is removed. A full disk, a read-only place and
-    other I/O errors are raised as StorageError.
+    reaches the disk. On any failure, Ctrl-C included, the temporary file is removed; what a process that was killed
+    leaves is, by the next write of this file. A full disk, a read-only place and other I/O errors are raised as
+    StorageError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
+    sweep(path.parent, path.name)
+    temporary = path
     try:
-        with open(temporary, "xb") as file:
-            if isinstance(content, bytes):
-                file.write(content)
-            else:
-                content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        while True:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
+            with open(temporary, "xb") as file:
+                if not _kept(file, temporary):
+                    continue
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+                break
         _sync_directory(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary != path:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         # torch.save hides the OSError of a full disk behind a RuntimeError about file positions.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError) and not isinstance(cause, StorageError):
@@ -215,11 +224,23 @@ def holder(path: Path) -> str:
         return "another process"
 
 
-def sweep(directory: Path) -> None:
-    """Removes the temporary files that a killed ``atomic_write`` left; call it only where no other writes."""
-    for leftover in directory.glob(f".*{_TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+def sweep(directory: Path, name: str = "") -> None:
+    """Removes the temporary files of ``atomic_write``, of the file ``name`` or of all in a directory, whose processes
+    were killed: those that nobody holds."""
+    with contextlib.suppress(OSError):
+        for leftover in directory.glob(f".{glob.escape(name)}*{_TEMPORARY_SUFFIX}"):
+            with contextlib.suppress(OSError), open(leftover, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+
+
+def _kept(file: BinaryIO, path: Path) -> bool:
+    """Locks a temporary file for as long as it is open, against ``sweep``; False where that was faster."""
+    with contextlib.suppress(OSError):  # where a file system has no locks, nothing is swept
+        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    return False
 
 
 def reason(error: OSError) -> str:

@@ -34,7 +34,8 @@ from tests.tasks.test_digits_run import run_config
 
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "docs" / "evidence" / "soak.md"
-PATIENCE = 180.0  # seconds in which a sitting gets anywhere, or ends
+PATIENCE = 600.0  # seconds in which a sitting gets to the next kill, or ends after it
+WHOLE = 3600.0  # seconds in which one that is left alone ends
 MOMENTS = {"step": 9, "write": 9, "start": 2}  # when a sitting is killed, and how often of 20
 
 
@@ -125,12 +126,12 @@ def until(condition: Callable[[], object], sitting: Sitting) -> None:
         time.sleep(0.0005)
 
 
-def ended(sitting: Sitting) -> int:
+def ended(sitting: Sitting, seconds: float) -> int:
     """Its exit status, once there is one; an error where it hangs."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + seconds
     while (status := sitting.status()) is None:
         if time.monotonic() > end:
-            raise SystemExit(f"soak: a sitting did not end in {PATIENCE:.0f} seconds")
+            raise SystemExit(f"soak: a sitting did not end in {seconds:.0f} seconds")
         time.sleep(0.01)
     return status
 
@@ -153,7 +154,7 @@ def strike(
     for pid in [*sitting.others(), *victims] if victim == "all" else [victims[int(victim)]]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    if ended(sitting) == 0:
+    if ended(sitting, PATIENCE) == 0:
         raise SystemExit("soak: a sitting ended before it was killed")
     half = bool(half_written(directory))
     return Kill(moment, "all" if victim == "all" else f"rank {victim}", begun, newest(directory), half)
@@ -172,7 +173,7 @@ def soak(
         files[name] = place / f"{name}.yaml"
         atomic_write(files[name], to_yaml(config).encode())
     runs.cache(config)
-    if ended(start(files["alone"], ranks)) != 0:
+    if ended(start(files["alone"], ranks), WHOLE) != 0:
         raise SystemExit(f"soak: the run that was left alone failed; see {place}")
     killed = place / "killed"
     moments = draw.sample(list(MOMENTS), kills, counts=[-(-count * kills // 20) for count in MOMENTS.values()])
@@ -181,7 +182,7 @@ def soak(
         sitting = start(files["killed"], ranks)
         outcome.kills.append(strike(sitting, killed, moment, target, ranks, early, draw))
         print(f"soak: {ranks} rank(s), {outcome.kills[-1]}", flush=True)
-    if ended(start(files["killed"], ranks)) != 0:
+    if ended(start(files["killed"], ranks), WHOLE) != 0:
         raise SystemExit(f"soak: the last sitting failed; see {place}")
     outcome.unlike = unlike(place / "alone", killed, steps)
     outcome.seconds = time.monotonic() - began

@@ -23,6 +23,42 @@ def test_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path):
     assert os.listdir(tmp_path) == ["report.json"]
 
 
+def killed_as_it_writes(path):
+    files.atomic_write(path, lambda file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), signal.SIGKILL)))
+
+
+def test_what_a_killed_write_leaves_goes_with_the_next_of_that_file(tmp_path):
+    """What another process is writing stays, whoever sweeps."""
+    for name in ("a.json", "b.json"):
+        processes.begin(killed_as_it_writes, tmp_path / name).join(60)
+    assert len(list(tmp_path.glob(".*.tmp"))) == 2
+    files.atomic_write(tmp_path / "a.json", b"whole")
+    (left,) = tmp_path.glob(".*.tmp")
+    assert left.name.startswith(".b.json.")
+
+    def meanwhile(file):
+        file.write(b"one")
+        files.sweep(tmp_path)
+        files.atomic_write(tmp_path / "c.json", b"two")
+
+    files.atomic_write(tmp_path / "c.json", meanwhile)
+    assert (tmp_path / "c.json").read_bytes() == b"one" and sorted(os.listdir(tmp_path)) == ["a.json", "c.json"]
+
+
+def test_a_write_is_not_lost_where_a_sweep_was_faster_than_its_lock(tmp_path, monkeypatch):
+    real = files._kept
+
+    def late(file, path):
+        if not (tmp_path / "swept").exists():
+            (tmp_path / "swept").touch()
+            files.sweep(tmp_path)
+        return real(file, path)
+
+    monkeypatch.setattr(files, "_kept", late)
+    files.atomic_write(tmp_path / "a", b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole" and sorted(os.listdir(tmp_path)) == ["a", "swept"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("where", ["writer", "fsync", "replace"])
 def test_interrupted_write_keeps_what_was_there(tmp_path, monkeypatch, error, where):
