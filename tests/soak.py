@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -115,14 +115,26 @@ def half_written(directory: Path) -> list[Path]:
     return list(directory.glob(".step-*.tmp"))
 
 
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def give_up(sitting: Sitting, why: str) -> NoReturn:
+    if sitting.status() is None:
+        kill([*sitting.others(), *sitting.ranks()])
+    raise SystemExit(f"soak: {why}")
+
+
 def until(condition: Callable[[], object], sitting: Sitting) -> None:
     """Wait for it; an error where the sitting ends before, or gets nowhere."""
     end = time.monotonic() + PATIENCE
     while not condition():
         if sitting.status() is not None:
-            raise SystemExit(f"soak: a sitting ended by itself (status {sitting.status()})")
+            give_up(sitting, f"a sitting ended by itself (status {sitting.status()})")
         if time.monotonic() > end:
-            raise SystemExit(f"soak: a sitting got nowhere in {PATIENCE:.0f} seconds")
+            give_up(sitting, f"a sitting got nowhere in {PATIENCE:.0f} seconds")
         time.sleep(0.0005)
 
 
@@ -131,7 +143,7 @@ def ended(sitting: Sitting, seconds: float) -> int:
     end = time.monotonic() + seconds
     while (status := sitting.status()) is None:
         if time.monotonic() > end:
-            raise SystemExit(f"soak: a sitting did not end in {seconds:.0f} seconds")
+            give_up(sitting, f"a sitting did not end in {seconds:.0f} seconds")
         time.sleep(0.01)
     return status
 
@@ -151,11 +163,9 @@ def strike(
         until(lambda: half_written(directory), sitting)
     victims = sitting.ranks()
     victim = draw.choice(["all", *range(ranks)]) if ranks > 1 else "all"
-    for pid in [*sitting.others(), *victims] if victim == "all" else [victims[int(victim)]]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    kill([*sitting.others(), *victims] if victim == "all" else [victims[int(victim)]])
     if ended(sitting, PATIENCE) == 0:
-        raise SystemExit("soak: a sitting ended before it was killed")
+        give_up(sitting, "a sitting ended before it was killed")
     half = bool(half_written(directory))
     return Kill(moment, "all" if victim == "all" else f"rank {victim}", begun, newest(directory), half)
 
@@ -239,7 +249,9 @@ def described(outcomes: list[Outcome], steps: int, seed: int) -> str:
     for outcome in outcomes:
         for kill in outcome.kills:
             half = "yes" if kill.half else "no"
-            lines.append(f"| {outcome.ranks} | {kill.victim} | {kill.moment} | {kill.begun} | {kill.reached} | {half} |")
+            lines.append(
+                f"| {outcome.ranks} | {kill.victim} | {kill.moment} | {kill.begun} | {kill.reached} | {half} |"
+            )
     return "\n".join([*lines, ""])
 
 
@@ -258,7 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
     for ranks in options.ranks:
         place = options.place / f"{seed}-{ranks}"
         place.mkdir(parents=True)
-        outcomes.append(soak(place, ranks, options.steps, options.kills, seed, Command, log_every=5, checkpoint_every=10))
+        outcomes.append(
+            soak(place, ranks, options.steps, options.kills, seed, Command, log_every=5, checkpoint_every=10)
+        )
     options.to.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(options.to, described(outcomes, options.steps, seed).encode())
     print(options.to.read_text())
