@@ -2,9 +2,9 @@
 """``make soak``: the students of the digits, killed at random moments, end with the bits of a run that was left alone.
 
 Each sitting is the command of a user, ``fastdistill distill``, on one process and under ``torchrun`` on two. Some are
-killed between steps, some while a checkpoint is being written, some while they start; of two processes one is killed, or
-all with ``torchrun``. The final checkpoint and the metrics (but for the seconds) are compared with those of a run of the
-same command that nothing interrupted.
+killed between steps, some while a checkpoint is being written, some while they start; of two processes one is killed,
+or all with ``torchrun``. The final checkpoint and the metrics (but for the seconds) are compared with those of a run of
+the same command that nothing interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import platform
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,9 +28,11 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from fastdistill import runs
+from fastdistill.cli import main as fastdistill
 from fastdistill.files import atomic_write
-from fastdistill.train import checkpoint
+from fastdistill.train import checkpoint, distributed
 from fastdistill.train.config import to_yaml
+from tests import processes
 from tests.tasks.test_digits_run import run_config
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +40,27 @@ EVIDENCE = ROOT / "docs" / "evidence" / "soak.md"
 PATIENCE = 600.0  # seconds in which a sitting gets to the next kill, or ends after it
 WHOLE = 3600.0  # seconds in which one that is left alone ends
 MOMENTS = {"step": 9, "write": 9, "start": 2}  # when a sitting is killed, and how often of 20
+
+
+PAGE = """\
+# Killed at random moments: the digits
+
+Written by `make soak` (`tests/soak.py`). `fastdistill distill` on the digits was ended by SIGKILL at random moments and
+begun again by the same command, on one process and under `torchrun` on two. All tensors and values of the last
+checkpoint, and the metrics but for their seconds, are compared with those of the same command that nothing interrupted.
+
+- date: {date}; commit: {commit}; seed: {seed}
+- processor: {processor}
+- Python {python}, torch {torch}, eager steps, one thread a process
+
+| processes | steps | kills | which left half a checkpoint | while it started | minutes | outcome |
+|---|---|---|---|---|---|---|
+{runs}
+
+| processes | killed | moment | from the checkpoint of step | newest checkpoint after it | half of another |
+|---|---|---|---|---|---|
+{kills}
+"""
 
 
 class Sitting(Protocol):
@@ -58,11 +82,12 @@ Start = Callable[[Path, int], Sitting]
 class Command:
     """A sitting of one process, or of several under ``torchrun``; what it prints is in a file beside the run file."""
 
-    def __init__(self, file: Path, ranks: int) -> None:
+    def __init__(self, file: Path, ranks: int, command: str = "distill") -> None:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-        command = [sys.executable, "-m", *torchrun, "fastdistill", "distill", str(file)]
         with file.with_suffix(".log").open("ab") as log:
-            self._process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *torchrun, "fastdistill", command, str(file)], cwd=ROOT, stdout=log, stderr=log
+            )
         self._single, self._started = ranks == 1, list[int]()  # by torchrun, whom they may outlive
 
     def ranks(self) -> list[int]:
@@ -78,6 +103,46 @@ class Command:
 
     def status(self) -> int | None:
         return None if any(map(running, self._started)) else self._process.poll()
+
+
+def _forked(rank: int, ranks: int, port: int, command: str, file: Path) -> None:
+    """What ``torchrun`` starts, or a single command."""
+    torch.set_num_threads(1)
+    distributed.ANSWER = 1.0
+    if ranks > 1:
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "soak"} | {k: str(v) for k, v in own.items()}
+    sys.exit(fastdistill([command, str(file)]))
+
+
+class Forked:
+    """A sitting without torchrun, whose processes have imported everything. Where one has died the others are ended, as
+    torchrun does: by SIGTERM, and by SIGKILL where that is not enough."""
+
+    def __init__(self, file: Path, ranks: int, command: str = "distill") -> None:
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        self._processes = [processes.begin(_forked, rank, ranks, port, command, file) for rank in range(ranks)]
+        self._told: float | None = None
+
+    def ranks(self) -> list[int]:
+        return [process.pid or 0 for process in self._processes]
+
+    def others(self) -> list[int]:
+        return []
+
+    def status(self) -> int | None:
+        codes = [process.exitcode for process in self._processes]
+        if None not in codes:
+            return max(map(abs, codes))
+        if any(codes) and self._told is None:
+            self._told = time.monotonic()
+            for process in self._processes:
+                process.terminate()
+        elif self._told is not None and time.monotonic() - self._told > 3.0:
+            for process in self._processes:
+                process.kill()
+        return None
 
 
 @dataclass(frozen=True)
@@ -221,38 +286,27 @@ def content(value: Any) -> Any:
 def described(outcomes: list[Outcome], steps: int, seed: int) -> str:
     """The evidence: what ran where, and how it ended."""
     told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    info = Path("/proc/cpuinfo")
-    models = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-    lines = [
-        "# Killed at random moments: the digits",
-        "",
-        "Written by `make soak` (`tests/soak.py`). A run of `fastdistill distill` on the digits was ended by SIGKILL at random moments and begun",
-        "again by the same command, on one process and under `torchrun` on two; all tensors and values of its last checkpoint and its metrics, but",
-        "for the seconds, are compared with those of the same command that nothing interrupted.",
-        "",
-        f"- date: {time.strftime('%Y-%m-%d', time.gmtime())}; commit: {told.stdout.strip() or 'unknown'}; seed: {seed}",
-        f"- processor: {models[0] if models else platform.processor() or 'unknown'}, {os.cpu_count()} cores, {platform.machine()}",
-        f"- Python {platform.python_version()}, torch {torch.__version__}, eager steps, one thread per process",
-        "",
-        "| processes | steps | kills | of which left half a checkpoint | while it started | minutes | outcome |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    models = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
+    runs_, kills = [], []
     for outcome in outcomes:
-        kills = outcome.kills
+        half, early = sum(k.half for k in outcome.kills), sum(k.moment == "start" for k in outcome.kills)
         result = f"differs: {', '.join(outcome.unlike)}" if outcome.unlike else "equal to the bit"
-        half, early = sum(kill.half for kill in kills), sum(kill.moment == "start" for kill in kills)
-        lines.append(
-            f"| {outcome.ranks} | {steps:,} | {len(kills)} | {half} | {early} | {outcome.seconds / 60:.1f} | {result} |"
-        )
-    lines += ["", "| processes | killed | moment | from the checkpoint of step | newest checkpoint | half of another |"]
-    lines.append("|---|---|---|---|---|---|")
-    for outcome in outcomes:
-        for kill in outcome.kills:
-            half = "yes" if kill.half else "no"
-            lines.append(
-                f"| {outcome.ranks} | {kill.victim} | {kill.moment} | {kill.begun} | {kill.reached} | {half} |"
-            )
-    return "\n".join([*lines, ""])
+        counts = f"{steps:,} | {len(outcome.kills)} | {half} | {early} | {outcome.seconds / 60:.0f}"
+        runs_.append(f"| {outcome.ranks} | {counts} | {result} |")
+        for k in outcome.kills:
+            half_written = "yes" if k.half else "no"
+            kills.append(f"| {outcome.ranks} | {k.victim} | {k.moment} | {k.begun} | {k.reached} | {half_written} |")
+    return PAGE.format(
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+        commit=told.stdout.strip() or "unknown",
+        seed=seed,
+        processor=f"{models[0] if models else 'unknown'}, {os.cpu_count()} cores, {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        runs="\n".join(runs_),
+        kills="\n".join(kills),
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,66 +3,56 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
-import time
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastdistill.cli import main
-from fastdistill.train import distributed
-from tests import processes, soak
+from fastdistill.train import checkpoint
+from tests import soak
 
 
-def distill(rank: int, ranks: int, port: int, file: Path) -> None:
-    """What ``torchrun`` starts, or a single command."""
-    torch.set_num_threads(1)
-    distributed.ANSWER = 1.0
-    if ranks > 1:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-        os.environ |= {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "soak"} | {k: str(v) for k, v in own.items()}
-    sys.exit(main(["distill", str(file)]))
-
-
-class Forked:
-    """A sitting without torchrun, whose processes have imported everything. Where one has died the others are ended, as
-    torchrun does: by SIGTERM, and by SIGKILL where that is not enough."""
-
-    def __init__(self, file: Path, ranks: int) -> None:
-        with socket.create_server(("localhost", 0)) as free:
-            port = free.getsockname()[1]
-        self._processes = [processes.begin(distill, rank, ranks, port, file) for rank in range(ranks)]
-        self._told: float | None = None
-
-    def ranks(self) -> list[int]:
-        return [process.pid or 0 for process in self._processes]
-
-    def others(self) -> list[int]:
-        return []
-
-    def status(self) -> int | None:
-        codes = [process.exitcode for process in self._processes]
-        if None not in codes:
-            return max(map(abs, codes))
-        if any(codes) and self._told is None:
-            self._told = time.monotonic()
-            for process in self._processes:
-                process.terminate()
-        elif self._told is not None and time.monotonic() - self._told > 3.0:
-            for process in self._processes:
-                process.kill()
-        return None
-
-
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 3), (2, 2)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 2), (2, 2)])
 def test_killed_at_random_a_run_ends_with_the_same_bits(tmp_path: Path, ranks: int, kills: int) -> None:
-    outcome = soak.soak(tmp_path, ranks, 24, kills, 0, Forked, early=1.0, log_every=3, checkpoint_every=2)
+    often = {"log_every": 3, "checkpoint_every": 2}
+    outcome = soak.soak(tmp_path, ranks, 16, kills, 4, soak.Forked, early=1.0, **often)
     assert not outcome.unlike and len(outcome.kills) == kills
-    assert [kill.begun <= kill.reached < 24 for kill in outcome.kills] == [True] * kills
+    assert [kill.begun <= kill.reached < 16 for kill in outcome.kills] == [True] * kills
+
+
+@pytest.mark.slow
+def test_of_the_command_under_torchrun(tmp_path: Path) -> None:
+    assert not soak.soak(tmp_path, 2, 24, 2, 0, soak.Command, checkpoint_every=2).unlike
 
 
 def test_a_run_that_ends_otherwise_is_seen(tmp_path: Path) -> None:
-    """A single bit of the weights, of a value, of the metrics; a file that is left."""
+    """A bit of a tensor, a value, a line of the metrics, a file that is left."""
+    state = {"weights": torch.ones(3), "none": torch.zeros(())}
+    head = {
+        "schema": checkpoint.SCHEMA,
+        "step": 2,
+        "seconds": 1.0,
+        "fingerprint": {},
+        "trained": [],
+        "values": {"a": 1},
+    }
+    lines = [{"step": 2, "loss": 0.5, "seconds": 1.0}]
+
+    def made(name: str, state=state, head=head, lines=lines) -> Path:  # type: ignore[no-untyped-def]
+        place = tmp_path / name
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        checkpoint.save(place, state, head)
+        (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return place
+
+    alone = made("alone")
+    assert soak.unlike(alone, made("b", head={**head, "seconds": 7.0}, lines=[{**lines[0], "seconds": 9.0}]), 2) == []
+    assert soak.unlike(alone, made("b", state={**state, "none": torch.tensor(-0.0)}), 2) == ["none"]
+    assert soak.unlike(alone, made("b", head={**head, "values": {"a": 2}}), 2) == ["a"]
+    assert soak.unlike(alone, made("b", lines=[{**lines[0], "loss": 0.6}]), 2) == ["metrics.jsonl"]
+    assert soak.unlike(alone, made("b", lines=lines * 2), 2) == ["metrics.jsonl"]
+    (made("b") / ".left.tmp").touch()
+    assert soak.unlike(alone, tmp_path / "b", 2) == [".left.tmp"]
