@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -57,14 +55,11 @@ def killed(file: Path, place: str, call: int) -> None:
     main(["cache", str(file)])
 
 
-#: With what is left: of the hashes of the models, a first manifest, a shard, the manifest after it; and, with all of a
-#: shard written, its lock alone.
+#: With what is left: of the hashes of the models, a shard with its lock, the manifest after it.
 KILLS: dict[tuple[str, int], tuple[str, ...]] = {
     ("cache/..hashes", 1): ("..hashes.json.",),
-    ("prompts", 1): (".texts.json.",),
     ("latents", 3): (".shard-00000.safetensors.",) * 2,
     ("latents", 9): (".manifest.json.", ".shard-00001.safetensors.lock"),
-    ("latents", 10): (".shard-00001.safetensors.lock",),
 }
 
 
