@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastdistill import runs
 from fastdistill.train import checkpoint
+from fastdistill.train.config import to_yaml
 from tests import soak
+from tests.tasks.test_digits_run import run_config
 
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 2), (2, 2)])
@@ -20,6 +24,20 @@ def test_killed_at_random_a_run_ends_with_the_same_bits(tmp_path: Path, ranks: i
     outcome = soak.soak(tmp_path, ranks, 16, kills, 4, soak.Forked, early=1.0, **often)
     assert not outcome.unlike and len(outcome.kills) == kills
     assert [kill.begun <= kill.reached < 16 for kill in outcome.kills] == [True] * kills
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_under_torchrun_is_named_by_the_other(tmp_path: Path) -> None:
+    """Though torchrun ends that one by SIGTERM."""
+    config = run_config(tmp_path, train={"steps": 10**6, "checkpoint_every": 2, "execution": "eager"}, log=["jsonl"])
+    (file := tmp_path / "run.yaml").write_text(to_yaml(config))
+    runs.cache(config)
+    sitting = soak.Command(file, 2)
+    soak.until(lambda: soak.newest(tmp_path / "run") >= 4, sitting)
+    soak.kill(sitting.ranks()[:1])
+    assert soak.ended(sitting, soak.PATIENCE) != 0
+    said = r"^fastdistill: rank [01] has died or hangs; the last checkpoint is intact$"
+    assert re.search(said, file.with_suffix(".log").read_text(), re.MULTILINE)
 
 
 @pytest.mark.slow
