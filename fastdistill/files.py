@@ -49,26 +49,20 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
     """
     path = Path(path)
     sweep(path.parent, path.name)
-    temporary = path
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
     try:
-        while True:
-            temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
-            with open(temporary, "xb") as file:
-                if not _kept(file, temporary):
-                    continue
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    content(file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
-                break
+        with _temporary(temporary) as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
         _sync_directory(path.parent)
     except BaseException as error:
-        if temporary != path:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         # torch.save hides the OSError of a full disk behind a RuntimeError about file positions.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if isinstance(cause, OSError) and not isinstance(cause, StorageError):
@@ -234,13 +228,19 @@ def sweep(directory: Path, name: str = "") -> None:
                 leftover.unlink()
 
 
-def _kept(file: BinaryIO, path: Path) -> bool:
-    """Locks a temporary file for as long as it is open, against ``sweep``; False where that was faster."""
-    with contextlib.suppress(OSError):  # where a file system has no locks, nothing is swept
-        fcntl.flock(file, fcntl.LOCK_EX)
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    return False
+def _temporary(path: Path) -> BinaryIO:
+    """A new file, locked for as long as it is open, against ``sweep``."""
+    while True:
+        file = open(path, "xb")  # noqa: SIM115
+        try:
+            with contextlib.suppress(OSError):  # where a file system has no locks, nothing is swept
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists():
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # it was swept before it was locked
 
 
 def reason(error: OSError) -> str:

@@ -176,8 +176,8 @@ def newest(directory: Path) -> int:
     return max(checkpoint.steps(directory), default=0)
 
 
-def half_written(directory: Path) -> list[Path]:
-    return list(directory.glob(".step-*.tmp"))
+def half_written(directory: Path) -> set[Path]:
+    return set(directory.glob(".step-*.tmp"))
 
 
 def kill(pids: list[int]) -> None:
@@ -217,21 +217,21 @@ def strike(
     sitting: Sitting, directory: Path, moment: str, target: int, ranks: int, early: float, draw: random.Random
 ) -> Kill:
     """Kill a sitting once it has a new checkpoint and has got to the target; while it starts, at any time."""
-    begun = newest(directory)
+    begun, before = newest(directory), half_written(directory)
     if moment == "start":
         until(lambda: len(sitting.ranks()) == ranks, sitting)
         time.sleep(draw.uniform(0.0, early))
     else:
         until(lambda: newest(directory) >= max(target, begun + 1), sitting)
-        time.sleep(draw.uniform(0.0, 0.3))
+        time.sleep(draw.uniform(0.0, 0.04 * early))
     if moment == "write":
-        until(lambda: half_written(directory), sitting)
+        until(lambda: half_written(directory) - before, sitting)
     victims = sitting.ranks()
     victim = draw.choice(["all", *range(ranks)]) if ranks > 1 else "all"
     kill([*sitting.others(), *victims] if victim == "all" else [victims[int(victim)]])
     if ended(sitting, PATIENCE) == 0:
         give_up(sitting, "a sitting ended before it was killed")
-    half = bool(half_written(directory))
+    half = bool(half_written(directory) - before)
     return Kill(moment, "all" if victim == "all" else f"rank {victim}", begun, newest(directory), half)
 
 
@@ -252,7 +252,7 @@ def soak(
         raise SystemExit(f"soak: the run that was left alone failed; see {place}")
     killed = place / "killed"
     moments = draw.sample(list(MOMENTS), kills, counts=[-(-count * kills // 20) for count in MOMENTS.values()])
-    targets = sorted(draw.sample(range(1, steps * 9 // 10), kills))
+    targets = sorted(draw.sample(range(1, steps - max(20, steps // 10)), kills))
     for moment, target in zip(moments, targets, strict=True):
         sitting = start(files["killed"], ranks)
         outcome.kills.append(strike(sitting, killed, moment, target, ranks, early, draw))
@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     options.to.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(options.to, described(outcomes, options.steps, seed).encode())
-    print(options.to.read_text())
+    print(options.to.read_text(encoding="utf-8"))
     return int(any(outcome.unlike for outcome in outcomes))
 
 

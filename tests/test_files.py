@@ -2,6 +2,7 @@
 """Atomic writes, the lock, and free space."""
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -46,17 +47,17 @@ def test_what_a_killed_write_leaves_goes_with_the_next_of_that_file(tmp_path):
 
 
 def test_a_write_is_not_lost_where_a_sweep_was_faster_than_its_lock(tmp_path, monkeypatch):
-    real = files._kept
+    real, swept = fcntl.flock, []
 
-    def late(file, path):
-        if not (tmp_path / "swept").exists():
-            (tmp_path / "swept").touch()
+    def late(file, operation):
+        if not swept:
+            swept.append(operation)
             files.sweep(tmp_path)
-        return real(file, path)
+        real(file, operation)
 
-    monkeypatch.setattr(files, "_kept", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     files.atomic_write(tmp_path / "a", b"whole")
-    assert (tmp_path / "a").read_bytes() == b"whole" and sorted(os.listdir(tmp_path)) == ["a", "swept"]
+    assert swept == [fcntl.LOCK_EX] and (tmp_path / "a").read_bytes() == b"whole" and os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(errno.ENOSPC, "No space left on device")])

@@ -152,8 +152,7 @@ def test_what_killed_writers_leave_goes(tmp_path: Path, whole: dict[str, bytes])
     make(tmp_path)
     for name in (".shard-00001.safetensors.lock", ".shard-00002.safetensors.1-ab.tmp", ".manifest.json.1-ab.tmp"):
         (tmp_path / name).touch()
-    with open(tmp_path / ".shard-00003.safetensors.2-cd.tmp", "xb") as other:
-        assert files._kept(other, Path(other.name))
+    with files._temporary(tmp_path / ".shard-00003.safetensors.2-cd.tmp") as other:
         make(tmp_path)
         assert sorted(path.name for path in tmp_path.glob(".*")) == [".lock", Path(other.name).name, ".writers"]
     shards.tidy(tmp_path)

@@ -21,9 +21,9 @@ from tests.tasks.test_digits_run import run_config
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 2), (2, 2)])
 def test_killed_at_random_a_run_ends_with_the_same_bits(tmp_path: Path, ranks: int, kills: int) -> None:
     often = {"log_every": 3, "checkpoint_every": 2}
-    outcome = soak.soak(tmp_path, ranks, 16, kills, 4, soak.Forked, early=1.0, **often)
+    outcome = soak.soak(tmp_path, ranks, 40, kills, 4, soak.Forked, early=1.0, **often)
     assert not outcome.unlike and len(outcome.kills) == kills
-    assert [kill.begun <= kill.reached < 16 for kill in outcome.kills] == [True] * kills
+    assert [kill.begun <= kill.reached < 40 for kill in outcome.kills] == [True] * kills
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_a_rank_that_is_killed_under_torchrun_is_named_by_the_other(tmp_path: Pa
 
 @pytest.mark.slow
 def test_of_the_command_under_torchrun(tmp_path: Path) -> None:
-    assert not soak.soak(tmp_path, 2, 24, 2, 0, soak.Command, checkpoint_every=2).unlike
+    assert not soak.soak(tmp_path, 2, 60, 2, 0, soak.Command, checkpoint_every=2).unlike
 
 
 def test_a_run_that_ends_otherwise_is_seen(tmp_path: Path) -> None:
