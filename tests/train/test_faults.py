@@ -133,6 +133,8 @@ def rank_of_two(rank: int, directory: Path, fault: str) -> None:
     def fail(done: int, _: object) -> None:
         if done == 2:  # both are there by now, on however busy a machine
             distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3))
+        if done == 2 and rank == 1 and fault == "fails":
+            raise ValueError("no data")
         if done == 2 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL if fault == "dies" else signal.SIGSTOP)
 
@@ -143,12 +145,12 @@ def rank_of_two(rank: int, directory: Path, fault: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("fault", ["dies", "hangs"])
+@pytest.mark.parametrize("fault", ["dies", "hangs", "fails"])
 def test_a_rank_that_fails_is_named_and_the_run_goes_on(tmp_path: Path, fault: str) -> None:
-    """One that hangs after the timeout of the process group."""
+    """One that hangs after the timeout of the process group; one that fails with its own error."""
     ranks = [processes.begin(rank_of_two, rank, tmp_path, fault) for rank in (0, 1)]
     ranks[0].join(60)
     ranks[1].kill()
-    said = "FastdistillError: rank 1 has died or hangs; the last checkpoint is intact"
-    assert (tmp_path / "0.txt").read_text() == said
+    met = "ended with ValueError: no data" if fault == "fails" else "has died or hangs"
+    assert (tmp_path / "0.txt").read_text() == f"FastdistillError: rank 1 {met}; the last checkpoint is intact"
     assert list(steps(tmp_path / "run")) == [2] and make(steps=4).fit(tmp_path / "run").steps == 4
