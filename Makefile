@@ -1,4 +1,4 @@
-# make setup | demo | test | test-isa | test-torch | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | lint: each calls what it needs. Variables: TASK=guidance QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
+# make setup | demo | test | test-isa | test-torch | soak | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | lint: each calls what it needs. Variables: TASK=guidance QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
 # PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ OLDEST_TRITON := build/triton-3.6.0
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-isa test-torch sanitizers gpu-sanitizers bench gpu gpu-wheels kernels-report lint format build-matrix clean
+.PHONY: setup demo test test-slow test-isa test-torch soak sanitizers gpu-sanitizers bench gpu gpu-wheels kernels-report lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -34,6 +34,10 @@ test-slow: setup
 # The tests that compute with models, under every instruction set of this processor.
 test-isa: setup
 	$(BIN)/python -m tests.isa $(ARGS)
+
+# Runs of the digits, killed at random moments; the outcome is docs/evidence/soak.md.
+soak: setup
+	$(BIN)/python -m tests.soak $(ARGS)
 
 # Under another torch, in a virtual environment of its own (4.6 GB): make test-torch TORCH=2.11.0
 test-torch: build/torch-$(TORCH)/.installed

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -42,20 +43,22 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
 
     ``content`` is the bytes, or a function that writes them into the open binary file it is given. The bytes go to a
     temporary file of the same directory, reach the disk (fsync), take the name (``os.replace``), and the directory
-    reaches the disk. On any failure, Ctrl-C included, the temporary file is removed. A full disk, a read-only place and
-    other I/O errors are raised as StorageError.
+    reaches the disk. On any failure, Ctrl-C included, the temporary file is removed; what a process that was killed
+    leaves is, by the next write of this file. A full disk, a read-only place and other I/O errors are raised as
+    StorageError.
     """
     path = Path(path)
+    sweep(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, "xb") as file:
+        with _temporary(temporary) as file:
             if isinstance(content, bytes):
                 file.write(content)
             else:
                 content(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
         _sync_directory(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -215,11 +218,29 @@ def holder(path: Path) -> str:
         return "another process"
 
 
-def sweep(directory: Path) -> None:
-    """Removes the temporary files that a killed ``atomic_write`` left; call it only where no other writes."""
-    for leftover in directory.glob(f".*{_TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+def sweep(directory: Path, name: str = "") -> None:
+    """Removes the temporary files of ``atomic_write``, of the file ``name`` or of all in a directory, whose processes
+    were killed: those that nobody holds."""
+    with contextlib.suppress(OSError):
+        for leftover in directory.glob(f".{glob.escape(name)}*{_TEMPORARY_SUFFIX}"):
+            with contextlib.suppress(OSError), open(leftover, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                leftover.unlink()
+
+
+def _temporary(path: Path) -> BinaryIO:
+    """A new file, locked for as long as it is open, against ``sweep``."""
+    while True:
+        file = open(path, "xb")  # noqa: SIM115
+        try:
+            with contextlib.suppress(OSError):  # where a file system has no locks, nothing is swept
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if path.exists():
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # it was swept before it was locked
 
 
 def reason(error: OSError) -> str:

@@ -2,6 +2,7 @@
 """Atomic writes, the lock, and free space."""
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -21,6 +22,42 @@ def test_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path):
     files.atomic_write(target, lambda file: file.write(b"two"))
     assert target.read_bytes() == b"two"
     assert os.listdir(tmp_path) == ["report.json"]
+
+
+def killed_as_it_writes(path):
+    files.atomic_write(path, lambda file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), signal.SIGKILL)))
+
+
+def test_what_a_killed_write_leaves_goes_with_the_next_of_that_file(tmp_path):
+    """What another process is writing stays, whoever sweeps."""
+    for name in ("a.json", "b.json"):
+        processes.begin(killed_as_it_writes, tmp_path / name).join(60)
+    assert len(list(tmp_path.glob(".*.tmp"))) == 2
+    files.atomic_write(tmp_path / "a.json", b"whole")
+    (left,) = tmp_path.glob(".*.tmp")
+    assert left.name.startswith(".b.json.")
+
+    def meanwhile(file):
+        file.write(b"one")
+        files.sweep(tmp_path)
+        files.atomic_write(tmp_path / "c.json", b"two")
+
+    files.atomic_write(tmp_path / "c.json", meanwhile)
+    assert (tmp_path / "c.json").read_bytes() == b"one" and sorted(os.listdir(tmp_path)) == ["a.json", "c.json"]
+
+
+def test_a_write_is_not_lost_where_a_sweep_was_faster_than_its_lock(tmp_path, monkeypatch):
+    real, swept = fcntl.flock, []
+
+    def late(file, operation):
+        if not swept:
+            swept.append(operation)
+            files.sweep(tmp_path)
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    files.atomic_write(tmp_path / "a", b"whole")
+    assert swept == [fcntl.LOCK_EX] and (tmp_path / "a").read_bytes() == b"whole" and os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError(errno.ENOSPC, "No space left on device")])

@@ -168,7 +168,7 @@ class RowWriter:
             warnings.warn(f"{self.path}: {told}", stacklevel=4)
 
     def _lock(self, index: int) -> Path:
-        return self.path / f".{shard_name(index)}.lock"
+        return self.path / _lock_name(index)
 
     def write(self, span: Span, tensors: Mapping[str, Tensor]) -> None:
         """Adds one shard: every tensor of the manifest, as [span.stop - span.start, *row shape] of its dtype."""
@@ -219,6 +219,7 @@ class RowWriter:
         for name, data in self._attachments.items():
             files.atomic_write(self.path / name, data)
         self._write_manifest()  # last, so that a manifest never lists an attachment that is not there
+        tidy(self.path)
 
     def _refresh(self) -> None:
         """The manifest as it is on the disk, where other writers have added shards."""
@@ -270,6 +271,21 @@ class RowWriter:
         for error in damaged.values():
             warnings.warn(f"{error} (being made anew)", stacklevel=5)
         return {index: stored for index, stored in found.shards.items() if index not in damaged}
+
+
+def tidy(path: Path) -> None:
+    """Removes what killed writers left in a directory of rows: temporary files that nobody writes, and the locks of
+    shards that are there. At any time; where nothing can be removed, nothing is."""
+    files.sweep(path)
+    with contextlib.suppress(OSError):
+        done = {_lock_name(index) for index in read_manifest(path).shards}
+        for lock in path.glob(".*.lock"):
+            if lock.name in done:
+                lock.unlink(missing_ok=True)
+
+
+def _lock_name(index: int) -> str:
+    return f".{shard_name(index)}.lock"
 
 
 def damaged_shards(path: Path, manifest: Manifest) -> dict[int, StorageError]:

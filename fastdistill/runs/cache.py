@@ -22,7 +22,7 @@ from fastdistill.data.latent_cache import generate_latent_cache
 from fastdistill.data.manifest import Manifest
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.prompt_writer import build_prompt_bank
-from fastdistill.data.shards import damaged_shards
+from fastdistill.data.shards import damaged_shards, tidy
 from fastdistill.diffusion.scheduled import check_scheduler
 from fastdistill.errors import InputError
 from fastdistill.models.weights import weights_hash
@@ -106,6 +106,9 @@ def cache(
             _free()  # of the text encoders
             _sample(run, bank, index, [size for size in sizes if missing[size]], report)
         made += sum(missing.values())
+    places = [run.latents_place(size) for size in sizes] + [run.prompts_place]
+    for place in places:
+        tidy(place)
     return Cached(
         prompts=run.prompts_place,
         latents=tuple(run.latents_place(size) for size in sizes),

@@ -71,6 +71,7 @@ def fit(
     check_installed(config.trackers)
     with contextlib.ExitStack() as stack:
         run = _Run(step, student, fingerprint, config, explain)
+        stopped = stack.enter_context(signals())  # to the end: torchrun sends one where another rank has failed
         distributed.check_same({"directory": "none" if directory is None else "given"})
         stack.enter_context(distributed.naming_the_silent())
         if directory is not None:
@@ -79,7 +80,6 @@ def fit(
             run.track(directory)
             stack.callback(run.trackers.close)
         stack.push(run.close)
-        stopped = stack.enter_context(signals())
         stack.callback(step.objective.close)
         done = int(step.counter[1])
         advance = runner(step, student, config.execution)

@@ -351,7 +351,8 @@ def _entries(params: Any, argument: str) -> list[Any]:
     """Parameters, named ones or groups, at least one of them; the groups are checked as they are added."""
     rule = "an iterable of parameters"
     ordered = isinstance(params, Iterable) and not isinstance(params, Tensor | str | Mapping | Set)
-    _check.require(ordered, argument, rule, described(params))
+    if not ordered:  # only then: the text of all weights takes a while
+        raise InputError.of(argument, rule, described(params))
     entries = list(params)
     _check.require(len(entries) > 0, argument, "at least one parameter", "an empty group")
     for i, entry in enumerate(entries):

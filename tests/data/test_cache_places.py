@@ -3,6 +3,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fastdistill.data import shards
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import read_manifest
 from fastdistill.errors import StorageError
-from tests.data.caches import content, make
+from tests.data.caches import content, make, teacher
 from tests.processes import call
 
 
@@ -38,6 +39,20 @@ def test_full_disk_in_the_middle(tmp_path, monkeypatch, whole):
     assert not list(tmp_path.glob(".*.tmp"))
     make(tmp_path)
     assert content(tmp_path) == whole
+
+
+def test_a_directory_that_vanishes(tmp_path, whole):
+    """Whatever was in it is made again."""
+
+    def vanish(rows, prompt_index):
+        if rows[0] == 6:
+            shutil.rmtree(tmp_path / "cache")
+        return teacher(rows, prompt_index)
+
+    with pytest.raises(StorageError, match=r"cache/shard-00001.safetensors: could not be written: No such file"):
+        make(tmp_path / "cache", vanish)
+    make(tmp_path / "cache")
+    assert content(tmp_path / "cache") == whole
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -145,3 +145,15 @@ def test_who_keeps_a_shard_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     who = rf"process {os.getpid()} of \S+ since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert len(told) == 1 and re.search(rf"waiting for shard-00001.safetensors, which {who} makes; end that", told[0])
     assert read_manifest(tmp_path).complete and (tmp_path / "shard-00001.safetensors").exists()
+
+
+def test_what_killed_writers_leave_goes(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """Also where all shards are there: a kill after the last one leaves its lock."""
+    make(tmp_path)
+    for name in (".shard-00001.safetensors.lock", ".shard-00002.safetensors.1-ab.tmp", ".manifest.json.1-ab.tmp"):
+        (tmp_path / name).touch()
+    with files._temporary(tmp_path / ".shard-00003.safetensors.2-cd.tmp") as other:
+        make(tmp_path)
+        assert sorted(path.name for path in tmp_path.glob(".*")) == [".lock", Path(other.name).name, ".writers"]
+    shards.tidy(tmp_path)
+    assert content(tmp_path) == whole and sorted(path.name for path in tmp_path.glob(".*")) == [".lock", ".writers"]

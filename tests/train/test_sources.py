@@ -19,6 +19,7 @@ from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.models.weights import weights_hash
 from fastdistill.train import DistillTrainer
+from fastdistill.train.checkpoint import steps
 from fastdistill.train.sources import explain
 from tests import small
 from tests.train.ranks import Tiny
@@ -163,6 +164,16 @@ def test_a_loss_that_is_not_finite_names_its_cause() -> None:
     message = r"got loss nan, output nan by step 2; the last checkpoint is intact \(row 17 of latents is not finite\)$"
     with pytest.raises(FastdistillError, match=message):
         make(latents=broken, config=small.config(steps=2, batch=20)).fit()
+
+
+def test_a_teacher_that_is_not_finite_is_named_by_its_weight(tmp_path: Path) -> None:
+    broken = Tiny(12)
+    with torch.no_grad():
+        broken.outer.bias[1] = torch.nan
+    message = r"got loss nan, .* by step 2; the last checkpoint is intact \(the teacher's outer.bias is not finite\)$"
+    with pytest.raises(FastdistillError, match=message):
+        make(teacher=broken).fit(tmp_path)
+    assert not steps(tmp_path)
 
 
 def test_the_causes_of_a_loss_that_is_not_finite() -> None:
