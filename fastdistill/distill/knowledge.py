@@ -29,6 +29,9 @@ from fastdistill.ops import Draw, FeatureMatch, Task, feature_match, output_matc
 from fastdistill.ops.feature_match import Distance, gradient_buffer
 
 
+_WIDEST = 1e6  # of a spread, where the teacher's feature hardly differs
+
+
 @dataclass(frozen=True)
 class Weights:
     """Weights of the three losses; 0 leaves one out, and with it what only it needs."""
@@ -50,7 +53,8 @@ class Knowledge:
     ``taps`` pairs (teacher module, student module). Where their channels differ, a linear adapter projects the
     student's feature; adapters are trained with the student (``trained``) and belong to no export.
 
-    ``metric_names``: the loss, its parts, and the distance at each tap as ``feature/<student module>``.
+    ``metric_names``: the loss, its parts, the distance at each tap as ``feature/<student module>``, and as
+    ``spread/<student module>`` how much its feature differs between two samples, in the teacher's own (``_spread``).
 
     The hooks of the taps are on the models from the start until ``close``, and again from ``attach`` on; they go with
     the last reference to this object, too.
@@ -96,7 +100,8 @@ class Knowledge:
         self._gradients: list[Tensor] | None = None
         self._names = list(zip(*taps, strict=True)) if weights.feature else []
         tapped = self._names[1] if self._names else ()
-        self.metric_names = ("loss", "output", "feature", "task", *(f"feature/{name}" for name in tapped))
+        by_tap = [f"{kind}/{name}" for kind in ("feature", "spread") for name in tapped]
+        self.metric_names = ("loss", "output", "feature", "task", *by_tap)
         #: Names of each pair of taps, teacher's first, and the shapes of their features.
         self.tapped: list[tuple[tuple[str, str], tuple[int, ...], tuple[int, ...]]] = []
         self._taps: tuple[Taps, Taps] | None = None
@@ -156,8 +161,8 @@ class Knowledge:
             )
         taps: tuple[Tensor, ...] = ()
         if self.weights.feature:
-            matched = self._match_features(theirs)
-            parts["feature"], taps = matched.loss, matched.taps.unbind()
+            matched, spread = self._match_features(theirs)
+            parts["feature"], taps = matched.loss, (*matched.taps.unbind(), *spread.unbind())
             loss = loss + self.weights.feature * parts["feature"]
         return loss, [loss.detach(), *(part.detach() for part in parts.values()), *taps]
 
@@ -229,19 +234,41 @@ class Knowledge:
             features = self._taps[0].features() if self._taps else []
             return output, unconditional, [feature.chunk(2)[1] for feature in features]
 
-    def _match_features(self, theirs: list[Tensor]) -> FeatureMatch:
+    def _match_features(self, theirs: list[Tensor]) -> tuple[FeatureMatch, Tensor]:
         if self._taps is None:
             raise InputError("step: expected one that was prepared, got none since the objective was closed")
         own = self._taps[1].features()
         self._taps[1].check_gradients(own)
+        spread = _spread(own, theirs)
         own = self.adapters(own)
-        return feature_match(
+        matched = feature_match(
             own,
             theirs,
             distance=self.feature_distance,
             grad_scale=self._grad_scale,
             grads=self._feature_gradients(own),
         )
+        return matched, spread
+
+
+@torch.no_grad()
+def _spread(own: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """[taps] float32: the mean square by which the student's feature differs between the first two samples, over the
+    teacher's; 1 where neither differs. A feature that has collapsed, so that it says nothing of the sample, has 0."""
+    norms = []
+    for features in (own, theirs):
+        one, other = ([pair[i] for pair in map(_two, features)] for i in (0, 1))
+        differences = torch._foreach_sub(one, other)
+        scale = [tensor.numel() ** -0.5 for tensor in one]
+        norms.append(torch._foreach_mul(torch._foreach_norm(differences, 2, dtype=torch.float32), scale))
+    ratio = torch.stack(norms[0]) / torch.stack(norms[1])
+    return ratio.square().nan_to_num(nan=1.0, posinf=_WIDEST).clamp(max=_WIDEST)
+
+
+def _two(feature: Tensor) -> tuple[Tensor, Tensor]:
+    """The features of two samples; of a batch of one, its feature and its mirror image over the positions."""
+    first = feature[0]
+    return first, feature[1] if len(feature) > 1 else first.flip(-min(2, first.dim()))
 
 
 def _channels(names: tuple[str, str], theirs: tuple[int, ...], own: tuple[int, ...], signals: bool) -> tuple[int, int]:

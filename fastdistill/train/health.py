@@ -6,22 +6,36 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from fastdistill.train.waits import WAITED
+
 GROWTH = 10.0  # times the median of the lines before
+COLLAPSED = 1e-3  # of what a feature's spread was, and of the teacher's
 _LINES = 20  # that the median is of
 _FEWEST = 3
 _SKIPPED = 0.1  # share of the updates of an interval
-_OTHER = ("step", "seconds", "skipped", "gradient_norm", "right")
+_OTHER = ("step", "seconds", "skipped", "gradient_norm", "right", *WAITED.values())
+_SPREAD = "spread/"
 
 
 def terms(metrics: Mapping[str, float]) -> list[str]:
     """The names of the loss and its parts in a line of the metrics."""
-    return [name for name in metrics if name not in _OTHER]
+    return [name for name in metrics if name not in _OTHER and not name.startswith(_SPREAD)]
+
+
+def spreads(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The spread of the student's feature at each tap, by its module (``fastdistill.distill.knowledge``)."""
+    return {name.removeprefix(_SPREAD): value for name, value in metrics.items() if name.startswith(_SPREAD)}
 
 
 def concerns(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """What is wrong in the last line of a run's metrics, by the term that shows it: a part of the loss (of a tap,
-    ``feature/<module>``) that is more than ten times its median over the 20 lines before, or ``skipped`` where a tenth
-    of the updates since the line before were skipped."""
+    ``feature/<module>``) that is more than ten times its median over the 20 lines before, ``spread/<module>`` where the
+    student's feature at a tap has collapsed, or ``skipped`` where a tenth of the updates since the line before were
+    skipped.
+
+    A feature has collapsed where its spread is below a thousandth of what it was (in the first line, or at most in the
+    20 before), and of the teacher's; below a millionth of the teacher's in any case.
+    """
     if len(history) <= _FEWEST:
         return {}
     last, before = history[-1], history[-1 - _LINES : -1]
@@ -31,6 +45,11 @@ def concerns(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
         usual = statistics.median(known) if len(known) >= _FEWEST else 0.0
         if usual > 0 and last[name] > GROWTH * usual:
             found[name] = f"{name} is {last[name]:.3g}, {last[name] / usual:.0f} times its median of {usual:.3g}"
+    for tap, spread in spreads(last).items():
+        was = max(line.get(_SPREAD + tap, 0.0) for line in (history[0], *before))
+        if spread < COLLAPSED * min(max(was, COLLAPSED), 1.0):
+            text = f"{spread:.2g} of the teacher's, at most {was:.2g} before"
+            found[_SPREAD + tap] = f"the student's feature at {tap} has collapsed: between samples it differs by {text}"
     steps, skipped = (last[name] - before[-1][name] for name in ("step", "skipped"))
     if skipped > _SKIPPED * steps:
         found["skipped"] = f"{skipped:.0f} of {steps:.0f} updates were skipped, as their gradients were not finite"

@@ -33,6 +33,7 @@ from fastdistill.train.graph import runner
 from fastdistill.train.signals import signals
 from fastdistill.train.step import TrainStep
 from fastdistill.train.trackers import Trackers, check_installed
+from fastdistill.train.waits import Waits
 from fastdistill.train.writing import Going, Writer
 
 METRICS = "metrics.jsonl"  # file of a run
@@ -106,13 +107,15 @@ def fit(
         call(always, None)
         stop = 0
         while done < config.steps and not stop:
-            step.prepare(done)
+            with run.waits("data"):
+                step.prepare(done)
             advance()
             done += 1
             run.warn()
             metrics = run.log(done) if done % config.log_every == 0 or done == config.steps else None
             if done % config.checkpoint_every == 0 or done == config.steps:
-                run.save(done)
+                with run.waits("checkpoint"):
+                    run.save(done)
             due = [function for every, function in periodic if done % every == 0 or done == config.steps]
             call(always + due, metrics)
             if metrics is not None or distributed.size() == 1:  # ranks agree where they wait for each other anyway
@@ -153,7 +156,7 @@ class _Run:
         self._before, self._start = 0.0, time.perf_counter()
         self._logged = self._skipped = 0
         self._saved = 0  # steps done at the last checkpoint that was begun, or read
-        self._writer = Writer()
+        self._writer, self.waits = Writer(), Waits(step.counter.device)
         self._group: Any = None  # of the threads that write a sharded student
         self._lines: list[str] = []  # of metrics that could not be written yet
         self._scores: dict[int, float] = {}  # of the checkpoints, by step
@@ -208,7 +211,7 @@ class _Run:
         self._logged, self._skipped = done, int(skipped)
         means = [total / max(steps, 1) for total in sums[:-1]] + [sums[-1] / max(updates, 1)]
         metrics: Metrics = {"step": done, **dict(zip(self.step.metric_names, means, strict=True))}
-        metrics |= {"skipped": self._skipped, "seconds": self.seconds()}
+        metrics |= {"skipped": self._skipped, "seconds": self.seconds(), **self.waits.taken()}
         if not all(math.isfinite(value) for value in metrics.values()):
             values = ", ".join(f"{k} {v:g}" for k, v in metrics.items() if not math.isfinite(v))
             raise FastdistillError(
