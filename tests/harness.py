@@ -30,7 +30,14 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from fastdistill.ops import OPS, use
 from fastdistill.ops._dispatch import REFERENCE
 
+#: What depends on the clock in a line of metrics.
+TIMED = ("seconds", "waited_data", "waited_checkpoint")
 EPS, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+
+
+def untimed(history: Iterable[dict[str, float]]) -> list[dict[str, float]]:
+    """Lines of metrics, without what depends on the clock."""
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in history]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from fastdistill.models.taps import Taps, channels
 from fastdistill.ops import Draw, FeatureMatch, Task, feature_match, output_match
 from fastdistill.ops.feature_match import Distance, gradient_buffer
 
-
 _WIDEST = 1e6  # of a spread, where the teacher's feature hardly differs
 
 

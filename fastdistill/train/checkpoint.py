@@ -320,10 +320,9 @@ def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]
     shapes |= {f"optimizer.{name}.step": torch.Size() for name in parameters}
     shapes |= {name: value.shape for name, value in _progress(step).items()}
     wanted = {k: str(list(v)) for k, v in shapes.items() if k in saved.outline or k in ("counter", "totals", "skipped")}
-    found = {}
-    for name in saved.outline.keys() - theirs.keys():
-        shape = saved.outline[name].shape
-        found[name] = str(list(shape[1:] if name == "totals" else shape))  # a row per rank
+    found = {name: str(list(saved.outline[name].shape)) for name in saved.outline.keys() - theirs.keys()}
+    if "totals" in found:  # a row a rank, of the metrics that a version logs
+        found["totals"] = wanted["totals"]
     for name in {"loss_scale", "good_steps"} - wanted.keys():  # of float16 weights, which these are not
         found.pop(name, None)
     return differences(wanted, found)
@@ -372,9 +371,10 @@ def restore(saved: Checkpoint, step: TrainStep, student: nn.Module) -> None:
         }
     for name, value in _progress(step).items():
         if name == "totals":
-            rows = saved.state[name].reshape(-1, len(value))
+            rows = saved.state[name].reshape(-1, saved.outline[name].shape[-1])
             same = len(rows) == distributed.size()
-            value.copy_(rows[distributed.rank()] if same else rows.mean(0))
+            if rows.shape[1] == len(value):  # a version that logged other metrics left others
+                value.copy_(rows[distributed.rank()] if same else rows.mean(0))
         elif name in saved.outline:
             value.copy_(saved.state[name])
 

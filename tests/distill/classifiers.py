@@ -19,6 +19,7 @@ from fastdistill.train import TrainConfig, distributed
 from fastdistill.train.checkpoint import state_of
 from fastdistill.train.loop import fit
 from fastdistill.train.step import TrainStep
+from tests.harness import untimed
 
 CLASSES, ROWS, OF_SET = 3, 30, 12
 OBJECTIVE = CaDistill(posterior=0.25, augment=Augmentation(hue=0.25, noise=0.1))
@@ -73,7 +74,7 @@ def run(directory: Path | None = None, progress: Any = None, objective: CaDistil
     step = TrainStep(objective.bind(own), own.student, config, torch.device("cpu"))
     history = fit(step, own.student, own.fingerprint() | objective.describe(), config, directory, progress).history
     state = {name: value.detach().clone() for name, value in state_of(step, own.student).items()}
-    return {"state": state, "history": [{k: v for k, v in m.items() if k != "seconds"} for m in history]}
+    return {"state": state, "history": untimed(history)}
 
 
 def killed(directory: Path) -> None:

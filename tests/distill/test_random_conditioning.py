@@ -74,6 +74,7 @@ def test_loss_and_gradients_are_the_literal_recipe(kind: str, weights: Weights) 
         with torch.no_grad():
             target, theirs = outputs_of(teacher, list(made.teacher_taps), draw)
         output, own = outputs_of(twin, list(made.student_taps), draw)
+        apart = [[(f[0] - f[1]).square().mean() for f in features] for features in (own, theirs)]
         if bound.trained:
             own = copy.deepcopy(bound.trained[0]).to(dtype)(own)
         mse = nn.functional.mse_loss
@@ -84,6 +85,7 @@ def test_loss_and_gradients_are_the_literal_recipe(kind: str, weights: Weights) 
             sum(taps),
             ((output - draw.target).square().mean((1, 2, 3)) * paired).mean() if weights.task else output.new_zeros(()),
             *taps,
+            *(s / t for s, t in zip(*apart, strict=True)),
         ]
         expected = weights.output * parts[0] + weights.feature * parts[1] + weights.task * parts[2]
         expected.backward()
@@ -117,7 +119,7 @@ def test_each_loss_can_be_left_out() -> None:
         loss, metrics = bound(torch.tensor([1, 1]))
         values = dict(zip(bound.metric_names, metrics, strict=True))
         assert loss > 0 and values[name] == values["loss"]
-        taps = [f"feature/{tap}" for tap in made.student_taps]
+        taps = [f"{kind}/{tap}" for kind in ("feature", "spread") for tap in made.student_taps]
         assert [n for n in values if "/" in n] == (taps if name == "feature" else [])
         assert all(values[n] == 0 for n in ("output", "feature", "task") if n != name)
 

@@ -26,6 +26,7 @@ from fastdistill.train.checkpoint import state_of, steps
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.step import TrainStep
 from tests import small
+from tests.harness import untimed
 
 SMOOTH = {"clip": 0.5, "eps": 1e-2}  # so that an update is no sign of gradients that are rounding errors
 OPTIONS = SMOOTH | {"steps": 4}
@@ -84,8 +85,7 @@ def finished(trainer: DistillTrainer, directory: Path | None = None) -> dict[str
     """Run it to the end; on every rank the whole state, and what was logged but for the time."""
     history = trainer.fit(directory).history
     state = {k: getattr(v, "full_tensor", lambda v=v: v)() for k, v in state_of(trainer.step, trainer.student).items()}
-    logged = [{k: v for k, v in m.items() if k != "seconds"} for m in history]
-    return {"state": {k: v.detach().clone() for k, v in state.items()}, "history": logged}
+    return {"state": {k: v.detach().clone() for k, v in state.items()}, "history": untimed(history)}
 
 
 def draws(rank: int, directory: Path) -> Any:

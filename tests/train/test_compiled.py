@@ -18,8 +18,9 @@ from fastdistill.distill import GuidanceDistillation
 from fastdistill.train.step import TrainStep
 from tests import tiny
 from tests.distill.test_setting import Own
+from tests.harness import TIMED
 
-UNTIMED = ("step", "seconds", "skipped", "gradient_norm")
+UNTIMED = ("step", "skipped", "gradient_norm", *TIMED)
 
 
 class Counting:

@@ -6,8 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from fastdistill.train.health import concerns
+from tests import tiny
 
 
 def lines(**last: float) -> list[dict[str, Any]]:
@@ -32,3 +34,55 @@ def test_a_term_that_grows_is_named(name: str) -> None:
 def test_skipped_updates_are_told() -> None:
     found = concerns(lines(skipped=32))
     assert found == {"skipped": "30 of 100 updates were skipped, as their gradients were not finite"}
+
+
+def test_a_feature_that_collapses_is_named() -> None:
+    """Against what it was, against the teacher's where it was larger, and where it never was anything."""
+    spread = "spread/mid_block"
+    quiet = [line | {spread: 0.5} for line in lines()]
+    assert concerns([*quiet, quiet[-1] | {spread: 0.002}]) == {}
+    found = concerns([*quiet, quiet[-1] | {spread: 4e-4}])
+    text = "between samples it differs by 0.0004 of the teacher's, at most 0.5 before"
+    assert found == {spread: f"the student's feature at mid_block has collapsed: {text}"}
+    wide = [line | {spread: 400.0} for line in lines()]
+    assert concerns([*wide, wide[-1] | {spread: 0.002}]) == {} and concerns([*wide, wide[-1] | {spread: 9e-4}])
+    small = [line | {spread: 1e-4} for line in lines()]  # before an adapter any scale will do
+    assert concerns(small) == {} and concerns([*small, small[-1] | {spread: 0.9e-7}])
+    assert spread in concerns([line | {spread: 0.0} for line in lines()])
+    slow = [line | {spread: 0.99**i} for i, line in enumerate(lines() * 200)]
+    assert spread in concerns(slow)  # by its beginning, not by the lines just before
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_a_planted_collapse_is_told_once(micro_batch: int | None) -> None:
+    """What is before the tap becomes constant; the losses that hold the taps together are those of a quiet run."""
+    run = tiny.trainer(steps=9, lr=1e-6, micro_batch=micro_batch)
+
+    def plant(done: int, _: object) -> None:
+        if done == 6:
+            with torch.no_grad():
+                for layer in (run.student.first, run.student.time, run.student.prompt):
+                    layer.weight.zero_()
+                    layer.bias.fill_(0.3)
+
+    with pytest.warns(UserWarning, match="^step 7: the student's feature at mid has collapsed: between sam") as told:
+        history = run.fit(progress=plant).history
+    assert [str(w.message) for w in told if "collapsed" in str(w.message)] == [str(told[0].message)]
+    assert all(line["spread/mid"] > 1e-2 for line in history[:6]) and history[6]["spread/mid"] < 1e-6
+
+
+def test_a_quiet_run_tells_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    tiny.trainer(steps=9).fit()
+    assert not recwarn.list
+
+
+def test_a_teacher_whose_feature_is_constant() -> None:
+    """It asks for one: nothing has collapsed, and the metrics are finite."""
+    teacher = tiny.Net()
+    with torch.no_grad():
+        teacher.mid.weight.zero_()
+    assert [line["spread/mid"] for line in tiny.trainer(teacher).fit().history] == [1e6, 1e6]
+    student = tiny.Net(seed=1)
+    with torch.no_grad():
+        student.mid.weight.zero_()
+    assert tiny.trainer(teacher, student, lr=1e-30).fit().history[0]["spread/mid"] == 1

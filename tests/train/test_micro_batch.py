@@ -62,8 +62,9 @@ def test_the_gradient_is_that_of_the_whole_batch(name: str) -> None:
         assert wanted.keys() == found.keys() and len(wanted) >= 10
         for key, value in wanted.items():
             assert (found[key] - value).abs().max() <= 60 * EPS * sizes[key].max(), key
-        for a, b in zip(whole.metrics, parts.metrics, strict=True):
-            assert (a - b).abs() <= 60 * EPS * a.abs()
+        for name, a, b in zip(whole.step.metric_names[:-1], whole.metrics, parts.metrics, strict=True):
+            if not name.startswith("spread/"):  # of two samples of each part
+                assert (a - b).abs() <= 60 * EPS * a.abs()
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -22,6 +22,7 @@ from fastdistill.errors import InputError, StorageError
 from fastdistill.train import AdamWEMA, DistillTrainer, checkpoint
 from fastdistill.train.checkpoint import state_of, steps
 from tests import small
+from tests.harness import untimed
 from tests.train.ranks import Interrupted, Tiny, make, stop_after
 
 
@@ -383,3 +384,20 @@ def test_draws_differ_from_step_to_step_and_from_part_to_part_of_a_batch() -> No
         with trainer.step.randomness():
             seen.append(torch.rand(2).tolist())
     assert seen[0] == seen[3] and len({tuple(pair) for pair in seen}) == 3
+
+
+def test_a_run_of_a_version_that_logged_other_metrics_goes_on(tmp_path: Path) -> None:
+    """The weights to the last bit; the metrics of the interval are those of the steps that follow."""
+    options: dict[str, Any] = {"steps": 6, "log_every": 4, "checkpoint_every": 3}
+    older = make(**options)
+    gradients, step = older.step._gradients, older.step
+    place = step.metric_names.index("spread/inner")
+    del step.metric_names[place]
+    step.totals = step.totals[:-1].clone()
+    step._gradients = lambda: [v for i, v in enumerate(gradients()) if i != place]  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        older.fit(tmp_path, progress=stop_after(4))
+    newer, whole = make(**options), make(**options)
+    history = newer.fit(tmp_path).history
+    assert [line["step"] for line in history] == [4, 6] and all(line["spread/inner"] > 0 for line in history)
+    assert untimed(history[1:]) == untimed(whole.fit().history[1:]) and same(state(newer), state(whole))
