@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_PERIOD = 600.0  # seconds of the last steps, a thousand at most, by which speed and time left go
 
 
 class Bars(Progress):
@@ -21,9 +22,15 @@ class Bars(Progress):
             TextColumn("{task.fields[rate]}"),
         )
         console = Console(stderr=True)
-        super().__init__(*columns, TimeRemainingColumn(), console=console, refresh_per_second=2, disable=not shown)
+        super().__init__(
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=2,
+            speed_estimate_period=_PERIOD,
+            disable=not shown,
+        )
         self._lazy = not console.is_interactive
-        self._began: dict[TaskID, tuple[float, int]] = {}
 
     def start(self) -> None:
         """In a log, which gets the last state alone, not before there is something to show."""
@@ -45,10 +52,12 @@ class Bars(Progress):
         if self._lazy and done:
             self._lazy = False
             self.start()
-        began, first = self._began.setdefault(task, (time.perf_counter(), done))
-        rate, seconds = "", time.perf_counter() - began
-        if done > first and seconds > 0:
-            speed = (done - first) / seconds
-            rate = f"{speed:.3g}/s" if images is None else f"{speed:.3g} it/s, {speed * images:.3g} img/s"
         fields: dict[str, Any] = {} if total is None else {"total": total}
-        self.update(task, completed=done, description=description, rate=rate, **fields)
+        self.update(task, completed=done, description=description, **fields)
+        if speed := self._tasks[task].speed:
+            self.update(task, rate=f"{speed:.3g}/s" if images is None else rate(speed, images))
+
+
+def rate(speed: float, images: int) -> str:
+    """Of so many steps a second of ``images`` each."""
+    return f"{speed:.3g} it/s, {speed * images:.3g} img/s"

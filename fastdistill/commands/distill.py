@@ -24,26 +24,18 @@ def run(arguments: list[str]) -> None:
         return
     quiet()
     from fastdistill import runs
+    from fastdistill.commands._training import Course
     from fastdistill.train import distributed
 
     config = given.config
     with Bars("bar" in config.log and not given.json and distributed.started_as() == 0) as bars:
-        task = bars.begin("distill", config.train.steps)
-        loss = ""
-
-        def show(done: int, metrics: dict[str, float] | None) -> None:
-            nonlocal loss
-            if metrics is not None:
-                loss = f", loss {metrics['loss']:.4g}"
-                if metrics["skipped"]:
-                    loss += f", {metrics['skipped']:.0f} updates skipped"
-            bars.show(task, done, f"distill{loss}", config.train.batch)
+        course = Course(bars, config.train.steps, config.train.batch)
 
         def tell(line: str) -> None:
             bars.console.print(line, highlight=False, soft_wrap=True)
 
         shown = tell if "bar" in config.log and not given.json else None
-        result = runs.distill(config, allow_code=given.allow_code, progress=show, tell=shown)
+        result = runs.distill(config, allow_code=given.allow_code, progress=course.show, tell=shown)
     if distributed.started_as() != 0:
         return
     found = runs.metrics_of(result)

@@ -18,7 +18,7 @@ from fastdistill.train import DistillTrainer
 
 def before(trainer: DistillTrainer, planned: Plan | None) -> list[str]:
     """Lines on the models, the taps with the shapes of their features (the batch first), and the memory that the plan
-    expects where one was made."""
+    expects."""
     student = trainer.student
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     count = sum(p.numel() for p in student.parameters())
@@ -26,9 +26,11 @@ def before(trainer: DistillTrainer, planned: Plan | None) -> list[str]:
     for (theirs, own), wide, narrow in getattr(trainer.step.objective, "tapped", ()):
         adapter = "" if wide == narrow else " by an adapter"
         lines.append(f"tap: student {own} {list(narrow)} to teacher {theirs} {list(wide)}{adapter}")
-    if planned is not None:
-        lines.append(f"memory: {readable(planned.total)} planned")
-    return lines
+    if planned is None:
+        return [*lines, "memory: no plan, as models this small need far less than is free"]
+    gflop, card = sum(planned.flops.values()) / 1e9, planned.card
+    ceiling = f"{card.name} reaches {card.matmul / 1e12:.3g} TFLOP/s ({card.source})"
+    return [*lines, f"memory: {readable(planned.total)} planned", f"{gflop:,.3g} GFLOP an image; {ceiling}"]
 
 
 def after(trainer: DistillTrainer) -> list[str]:
@@ -42,7 +44,8 @@ def after(trainer: DistillTrainer) -> list[str]:
         peak = f"{readable(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)} of memory in the process"
     taps = getattr(trainer.step.objective, "tapped", ())
     gradient = [f"{'the tap carries' if len(taps) == 1 else f'all {len(taps)} taps carry'} a gradient"] if taps else []
-    return ["; ".join([f"first step: {trainer.step.execution}", f"kernels {kernels}", *gradient, peak])]
+    execution = f"{trainer.step.execution} ({trainer.step.why})"
+    return ["; ".join([f"first step: {execution}", f"kernels {kernels}", *gradient, peak])]
 
 
 def _size(model: nn.Module) -> str:

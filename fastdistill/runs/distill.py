@@ -20,6 +20,7 @@ from fastdistill.models.families import FAMILIES
 from fastdistill.plan import Plan
 from fastdistill.plan.memory import CONTEXT
 from fastdistill.runs import beginning
+from fastdistill.runs.about import About
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import teacher_and_student
 from fastdistill.runs.objective import objective_of
@@ -47,13 +48,15 @@ def distill(
 
     Args:
         allow_code: whether ``config.call``, code of the user's own, may be imported.
+        progress: as of ``DistillTrainer.fit``; the metrics have ``mfu`` too, where the run has a plan: its operations
+            since the last line, of those that the device reaches (docs/monitoring.md).
         tell: called on rank 0 with lines on the models, the taps and the memory before the first step, and with one on
             execution, kernels and memory after it.
     """
     with distributed.launched(config.device) as device:
         run, planned = fitted(opened(dataclasses.replace(config, device=device), allow_code=allow_code))
         with trainer_of(run) as trainer:
-            calls = 0
+            calls, about = 0, About(run.directory, trainer.device, planned)
 
             def started(done: int, metrics: dict[str, float] | None) -> object:
                 nonlocal calls
@@ -65,12 +68,24 @@ def distill(
                 if first and calls == 1:  # the directory is this run's by now
                     kept = dataclasses.replace(config, train=run.config.train)
                     atomic_write(run.directory / RUN_FILE, to_yaml(kept).encode())
-                if first and tell is not None and calls <= 2:
-                    for line in beginning.before(trainer, planned) if calls == 1 else beginning.after(trainer):
-                        tell(line)
-                return None if progress is None else progress(done, metrics)
+                if first and calls <= 2:
+                    lines = beginning.before(trainer, planned) if calls == 1 else beginning.after(trainer)
+                    about.add(lines)
+                    if tell is not None:
+                        for line in lines:
+                            tell(line)
+                if calls == 1:
+                    about.begin(done)
+                if progress is None:
+                    return None
+                return progress(done, None if metrics is None else metrics | about.utilization(done))
 
-            return trainer.fit(run.directory, progress=started, callbacks=callbacks)
+            try:
+                return trainer.fit(run.directory, progress=started, callbacks=callbacks)
+            except BaseException as error:
+                if calls and distributed.rank() == 0:  # the directory is this run's
+                    about.end(error)
+                raise
 
 
 def fitted(run: Run) -> tuple[Run, Plan | None]:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 WARM_UP = 3  # steps of a run before it is captured: buffers, optimizer state and tuned kernels come to be in them
 _COMPILING = "compiling the training step: the first call takes minutes for a large model"
 DDP_WARM_UP = 11  # torch's notes on CUDA ask for as many; DDP orders its buckets and takes its times in them
+_AS_SET = "as set"
 _UNSEEDED = "which a resumed run could not draw again; use 'eager', or switch that off"
 
 
@@ -53,6 +54,7 @@ class GraphedStep:
         self._step, self._student, self._strict, self._compiled = step, student, strict, compiled
         self._stream = step.stream or torch.cuda.Stream(step.counter.device)
         step.execution = "compiled CUDA graph" if compiled else "CUDA graph"
+        step.why = _AS_SET if strict else "auto, and nothing is in its way"
         if compiled:
             logger.info(_COMPILING)
             step.compile()
@@ -69,7 +71,7 @@ class GraphedStep:
             draws = isinstance(error, RandomnessError)
             warnings.warn(f"{error}; going on {'eagerly' if draws else 'compiled'}, without a graph", stacklevel=2)
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
-            self._next = (_eager if draws else _compiled)(self._step)
+            self._next = (_eager if draws else _compiled)(self._step, str(error))
             if not getattr(error, "finished", False):
                 self._step.optimizer.zero_grad(set_to_none=True)  # nothing else of the step has been done
                 self._next()
@@ -171,9 +173,9 @@ def _of_ranks() -> str | None:
     return None if distributed.size() == 1 else f"there are {distributed.size()} ranks, whose DDP torch compiles apart"
 
 
-def _eager(step: TrainStep) -> Callable[[], None]:
+def _eager(step: TrainStep, why: str) -> Callable[[], None]:
     """The step, with the random numbers that the student itself draws seeded in each."""
-    step.execution = "eager"
+    step.execution, step.why = "eager", why
 
     def advance() -> None:
         with step.randomness():
@@ -205,10 +207,10 @@ def _drawing_nothing(device: torch.device) -> Iterator[None]:
         raise error
 
 
-def _compiled(step: TrainStep) -> Callable[[], None]:
+def _compiled(step: TrainStep, why: str) -> Callable[[], None]:
     """The step, compiled by its first call; FastdistillError where that fails, and where both the second and the third
     call draw random numbers of a generator with a state (compiling may do so once)."""
-    step.execution = "compiled"
+    step.execution, step.why = "compiled", why
     logger.info(_COMPILING)
     step.compile()
     calls = drawn = 0
@@ -241,18 +243,18 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
     """
     reason = None if execution in ("eager", "compiled") else refuse_graph(step, student)
     if execution == "eager" or (reason is not None and execution == "auto" and step.counter.device.type != "cuda"):
-        return _eager(step)
+        return _eager(step, _AS_SET if execution == "eager" else f"auto: {reason}")
     if draws := drawing([student, *step.objective.trained]):
         why = f"the student draws random numbers itself ({listed(draws)})"
         if execution != "auto":
             raise FastdistillError(f"execution '{execution}': {why}, {_UNSEEDED}")
         warnings.warn(f"step: no CUDA graph, as {why}; it runs eagerly", stacklevel=2)
-        return _eager(step)
+        return _eager(step, why)
     why_not = refuse_compiled(step, student)
     if execution == "compiled":
         if why_not is not None:
             raise FastdistillError(f"execution 'compiled': {why_not}; use 'eager'")
-        return _compiled(step)
+        return _compiled(step, _AS_SET)
     if execution == "compiled_graph" and (reason := reason or why_not or _of_ranks()) is None:
         return GraphedStep(step, student, strict=True, compiled=True)
     if reason is None:
@@ -262,6 +264,6 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
         raise FastdistillError(f"execution '{execution}': {reason}; use '{instead}'")
     if why_not is not None:
         warnings.warn(f"step: neither a CUDA graph nor compiled, as {why_not}; it runs eagerly", stacklevel=2)
-        return _eager(step)
+        return _eager(step, why_not)
     warnings.warn(f"step: no CUDA graph, as {reason}; it is compiled", stacklevel=2)
-    return _compiled(step)
+    return _compiled(step, reason)

@@ -74,7 +74,7 @@ class TrainStep:
             raise InputError.of("student", "a parameter to train (requires_grad)", got)
         self.objective, self.scaling, self.shapes = objective, scaling, shapes
         self._seed, self._student, self._checked = config.seed, student, distributed.size() == 1
-        self.execution = "eager"  # what runs it (``graph.runner``)
+        self.execution, self.why = "eager", ""  # what runs it, and why (``graph.runner``)
         self.stream: torch.cuda.Stream | None = None  # on which the step may be captured
         if device.type == "cuda" and config.execution in ("auto", "graph", "compiled_graph"):
             self.stream = torch.cuda.Stream(device)

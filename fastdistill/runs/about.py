@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says of itself, in its directory for whoever looks at it later; and how much of its device it uses."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdistill.errors import Stopped, StorageError, quoted
+from fastdistill.files import atomic_write
+from fastdistill.plan import Plan
+from fastdistill.tasks.workers import versions
+from fastdistill.train import distributed
+
+ABOUT = "about.json"  # in the directory of a run, of its last sitting
+
+
+class About:
+    """``about.json``: ``command``, ``versions``, ``device``, the ``lines`` of the beginning, and as ``ended`` why the
+    training ended before its last step, where it did and could say so. Of a run with a plan ``flops``: the operations
+    of a step on a rank, as the plan counts them, and ``ceiling``: those that the card reaches in a second in a large
+    product, with the ``source`` of that figure.
+    """
+
+    def __init__(self, directory: Path, device: torch.device, planned: Plan | None) -> None:
+        self._path = directory / ABOUT
+        self._since = 0, 0.0
+        self.values: dict[str, Any] = {
+            "command": _command(),
+            "versions": versions(),
+            "device": _device(device),
+            "lines": [],
+            "ended": None,
+        }
+        if planned is not None:
+            flops, card = sum(planned.flops.values()) * planned.batch, planned.card
+            self.values |= {"flops": flops, "ceiling": card.matmul, "source": card.source}
+
+    def begin(self, done: int) -> None:
+        """The time of the steps counts from now on."""
+        self._since = done, time.perf_counter()
+
+    def add(self, lines: Sequence[str]) -> None:
+        """Add lines of the beginning, and write them."""
+        self.values["lines"] += lines
+        self._write()
+
+    def end(self, error: BaseException) -> None:
+        """Write what has ended the training."""
+        text = str(error) if isinstance(error, Stopped) else f"{type(error).__name__}: {quoted(error)}"
+        self.values["ended"] = text
+        self._write()
+
+    def utilization(self, done: int) -> dict[str, float]:
+        """``mfu``: operations of the steps since the last call, of those that the card reaches; nothing without a
+        plan."""
+        (before, start), self._since = self._since, (done, time.perf_counter())
+        seconds = self._since[1] - start
+        return {} if seconds <= 0 else utilization(self.values, (done - before) / seconds)
+
+    def _write(self) -> None:
+        try:
+            atomic_write(self._path, json.dumps(self.values, indent=2).encode())
+        except StorageError as error:
+            warnings.warn(f"{error}; the report of the run will lack it", stacklevel=3)
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """What a run says of itself; nothing where it does not, or not in a way that can be read."""
+    try:
+        found = json.loads((directory / ABOUT).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def utilization(about: dict[str, Any], rate: float) -> dict[str, float]:
+    """``mfu`` of so many steps a second."""
+    flops, ceiling = about.get("flops"), about.get("ceiling")
+    return {"mfu": rate * flops / ceiling} if flops and ceiling else {}
+
+
+def _command() -> str:
+    """The command line of this process."""
+    program, *rest = sys.argv or [""]
+    name = "fastdistill" if Path(program).name in ("fastdistill", "__main__.py") else program
+    return shlex.join([name, *rest])
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return name if distributed.size() == 1 else f"{distributed.size()} ranks, this one on {name}"
