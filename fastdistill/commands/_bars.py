@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 _PERIOD = 600.0  # seconds of the last steps, a thousand at most, by which speed and time left go
 
@@ -18,13 +19,13 @@ class Bars(Progress):
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[rate]}"),
         )
         console = Console(stderr=True)
         super().__init__(
             *columns,
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),  # so that the bar alone gives way
             console=console,
             refresh_per_second=2,
             speed_estimate_period=_PERIOD,
@@ -55,9 +56,13 @@ class Bars(Progress):
         fields: dict[str, Any] = {} if total is None else {"total": total}
         self.update(task, completed=done, description=description, **fields)
         if speed := self._tasks[task].speed:
-            self.update(task, rate=f"{speed:.3g}/s" if images is None else rate(speed, images))
+            self.update(task, rate=f"{_figure(speed)}/s" if images is None else rate(speed, images))
 
 
 def rate(speed: float, images: int) -> str:
     """Of so many steps a second of ``images`` each."""
-    return f"{speed:.3g} it/s, {speed * images:.3g} img/s"
+    return f"{_figure(speed)} it/s {_figure(speed * images)} img/s"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

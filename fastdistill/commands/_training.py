@@ -45,7 +45,7 @@ class Course:
 
 def said(metrics: dict[str, float], seconds: float) -> str:
     """A line of metrics in some words; ``seconds``: since the line before."""
-    text = f"loss {metrics['loss']:.4g}"
+    text = f"loss {metrics['loss']:.3g}"
     if "mfu" in metrics:
         text += f", MFU {100 * metrics['mfu']:.2g}%"
     if metrics["skipped"]:

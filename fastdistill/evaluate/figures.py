@@ -37,6 +37,7 @@ THEME = {
 INK, MUTED, GRID, PAGE, BLUE, ORANGE, GREEN, PURPLE, RED = THEME
 ROLE = {"teacher": MUTED, "random_conditioning": BLUE, "paired": ORANGE}
 _MORE = (GREEN, PURPLE, RED, INK)
+_SERIES = (*_MORE, BLUE, ORANGE, MUTED)
 
 
 def label(name: str) -> str:
@@ -166,7 +167,7 @@ def curves(runs: Mapping[str, tuple[Sequence[float], Any]], what: str, *, linear
         x, y = np.asarray(steps, dtype=float), np.atleast_2d(np.asarray(losses, dtype=float))
         if x.ndim != 1 or not len(x) or y.ndim != 2 or y.shape[1] != len(x):
             raise InputError.of(f"runs[{name!r}]", "steps [n] and values [n] or [seeds, n]", (x.shape, y.shape))
-        color = ROLE.get(name, _MORE[index % len(_MORE)])
+        color = ROLE.get(name, _SERIES[index % len(_SERIES)])
         for row in y:
             axes.plot(x, row, color=color, alpha=0.22, linewidth=0.9)
         mean = _smooth(y.mean(0))

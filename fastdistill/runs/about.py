@@ -100,5 +100,5 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
+        name = f"{device.type.upper()} ({platform.machine()}, threads: {torch.get_num_threads()})"
     return name if distributed.size() == 1 else f"{distributed.size()} ranks, this one on {name}"

@@ -6,14 +6,19 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import re
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
 
+from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.errors import InputError, StorageError
-from fastdistill.files import located, reason
+from fastdistill.files import LOCK_NAME, located, lock, reason
+from fastdistill.runs.about import read_about, utilization
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.distill import RUN_FILE
 from fastdistill.tasks.workers import versions
@@ -21,6 +26,7 @@ from fastdistill.train import checkpoint, health
 from fastdistill.train.config import TrainConfig, from_mapping, from_yaml, to_yaml
 from fastdistill.train.loop import METRICS, PREVIEWS, read_metrics
 from fastdistill.train.step import learning_rates
+from fastdistill.train.waits import WAITED
 
 FOLDER = "report"  # in the directory of the run
 _PREVIEW = re.compile(r"step-(\d{8})\.png")
@@ -28,8 +34,10 @@ _PREVIEWS = 5  # on the page, the first and the last among them
 
 
 def report(directory: str | Path, output: str | Path | None = None) -> dict[str, Any]:
-    """Write ``report.html`` and ``report.json`` of a training: losses, also of each tap, norm of the gradient, learning
-    rate and images per second over the steps, previews, settings. Nothing of the run is changed, so it may be running.
+    """Write ``report.html`` and ``report.json`` of a training: losses, also of each tap, spread of features, norm of
+    the gradient, learning rate, images per second and waits over the steps, previews, what the run said of itself
+    (``runs.about``), settings, and how to reproduce it. Nothing of the run is changed, so it may be running; how one
+    ended that does not is told.
 
     Args:
         directory: of a run, or of ``DistillTrainer.fit``. output: folder of the report; None: ``report`` in it.
@@ -47,7 +55,8 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
     if not lines:
         rule = f"the directory of a training ({METRICS} with a line or more)"
         raise InputError.of("directory", rule, str(directory))
-    run, config = _settings(folder)
+    run, config, made = _settings(folder)
+    about = read_about(folder)
     steps = int(lines[-1]["step"])
     rates = [float(rate) for rate in learning_rates(config)] if config is not None else []
     found: dict[str, Any] = {
@@ -58,34 +67,72 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
         "rates": [rates[int(line["step"]) - 1] if line["step"] <= len(rates) else None for line in lines],
         "settings": None if run is None else to_yaml(run),
         "concerns": [f"{text}." for text in health.concerns(lines).values()],
-        "seconds": {"total": lines[-1]["seconds"]},
-        "versions": versions(),
+        "seconds": {"total": lines[-1]["seconds"]} | _waited(lines),
+        "versions": about.get("versions") or versions(),
         "date": datetime.date.today().isoformat(),
-        "reproduce": [] if run is None else [f"fastdistill distill {folder / RUN_FILE}"],
+        "about": about,
+        "fingerprint": made,
+        "identity": None if made is None else sha256_of_json(made),
+        "seed": None if config is None else config.seed,
+        "reproduce": [] if run is None else _commands(folder / RUN_FILE, directory),
     }
+    if device := about.get("device"):
+        found["device"] = device
+    if steps < found["steps"]:
+        found["ended"] = about.get("ended") or _silence(folder)
+    before = {"step": 0, "seconds": 0.0} if len(lines) == 1 else lines[-2]
+    if (seconds := lines[-1]["seconds"] - before["seconds"]) > 0:
+        found |= utilization(about, (steps - before["step"]) / seconds)
     write_training(folder / FOLDER if output is None else located(output, "output"), found, _previews(folder))
     return found
 
 
-def _settings(folder: Path) -> tuple[RunConfig | None, TrainConfig | None]:
-    """What the run file says; without one, the settings of the training in its newest checkpoint."""
+def _settings(folder: Path) -> tuple[RunConfig | None, TrainConfig | None, dict[str, Any] | None]:
+    """What the run file says; without one, the settings of the training in its newest checkpoint. And the fingerprint
+    there."""
+    checkpoints = reversed(checkpoint.steps(folder).items())
+    step, made = next(((step, found) for step, path in checkpoints if (found := _made_by(path))), (0, None))
     file = folder / RUN_FILE
     if file.exists():
         run = from_yaml(RunConfig, file)
-        return run, TrainConfig(**dataclasses.asdict(run.train), seed=run.seed)
-    for step, path in reversed(checkpoint.steps(folder).items()):
-        if (known := _trained_with(path)) is not None:
-            return None, from_mapping(TrainConfig, {"steps": step, **known})
-    return None, None
+        return run, TrainConfig(**dataclasses.asdict(run.train), seed=run.seed), made
+    if made is not None and isinstance(known := made.get("config"), dict):
+        return None, from_mapping(TrainConfig, {"steps": step, **known}), made
+    return None, None, made
 
 
-def _trained_with(path: Path) -> dict[str, Any] | None:
-    """Settings that a checkpoint states, of which its tensors are not read; None where it is damaged."""
+def _made_by(path: Path) -> dict[str, Any] | None:
+    """The fingerprint of a checkpoint, of which its tensors are not read; None where it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return dict(json.loads(file.metadata()["fastdistill"])["fingerprint"]["config"])
+            return dict(json.loads(file.metadata()["fastdistill"])["fingerprint"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
         return None
+
+
+def _waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of all waits, of lines that have them."""
+    names = [name for name in WAITED.values() if any(name in line for line in lines)]
+    return {name.replace("waited", "waiting_for"): sum(line.get(name, 0.0) for line in lines) for name in names}
+
+
+def _silence(folder: Path) -> str | None:
+    """What is known of a training that has not said how it ended; None where it goes on, or nobody can tell."""
+    place = folder / LOCK_NAME
+    try:
+        held = lock(place, shared=True) if place.exists() else None
+    except StorageError:
+        held = None
+    if held is None:
+        return None
+    os.close(held)
+    return "without a word: killed, or with its machine"
+
+
+def _commands(file: Path, directory: str | Path) -> list[str]:
+    """That make the run anew, beside the one that is there."""
+    own, other = shlex.quote(str(file)), shlex.quote(f"{directory}-again")
+    return [f"fastdistill cache {own}", f"fastdistill distill {own} --directory {other}"]
 
 
 def _previews(folder: Path) -> dict[int, bytes]:

@@ -14,17 +14,17 @@ _LINES = 20  # that the median is of
 _FEWEST = 3
 _SKIPPED = 0.1  # share of the updates of an interval
 _OTHER = ("step", "seconds", "skipped", "gradient_norm", "right", *WAITED.values())
-_SPREAD = "spread/"
+SPREAD = "spread/"
 
 
 def terms(metrics: Mapping[str, float]) -> list[str]:
     """The names of the loss and its parts in a line of the metrics."""
-    return [name for name in metrics if name not in _OTHER and not name.startswith(_SPREAD)]
+    return [name for name in metrics if name not in _OTHER and not name.startswith(SPREAD)]
 
 
 def spreads(metrics: Mapping[str, float]) -> dict[str, float]:
     """The spread of the student's feature at each tap, by its module (``fastdistill.distill.knowledge``)."""
-    return {name.removeprefix(_SPREAD): value for name, value in metrics.items() if name.startswith(_SPREAD)}
+    return {name.removeprefix(SPREAD): value for name, value in metrics.items() if name.startswith(SPREAD)}
 
 
 def concerns(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
@@ -46,10 +46,10 @@ def concerns(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
         if usual > 0 and last[name] > GROWTH * usual:
             found[name] = f"{name} is {last[name]:.3g}, {last[name] / usual:.0f} times its median of {usual:.3g}"
     for tap, spread in spreads(last).items():
-        was = max(line.get(_SPREAD + tap, 0.0) for line in (history[0], *before))
+        was = max(line.get(SPREAD + tap, 0.0) for line in (history[0], *before))
         if spread < COLLAPSED * min(max(was, COLLAPSED), 1.0):
             text = f"{spread:.2g} of the teacher's, at most {was:.2g} before"
-            found[_SPREAD + tap] = f"the student's feature at {tap} has collapsed: between samples it differs by {text}"
+            found[SPREAD + tap] = f"the student's feature at {tap} has collapsed: between samples it differs by {text}"
     steps, skipped = (last[name] - before[-1][name] for name in ("step", "skipped"))
     if skipped > _SKIPPED * steps:
         found["skipped"] = f"{skipped:.0f} of {steps:.0f} updates were skipped, as their gradients were not finite"
