@@ -73,7 +73,7 @@ def finding(report: Mapping[str, Any]) -> str:
     ended = report.get("ended")
     far = "The training is " + ("finished" if last["step"] >= report["steps"] else "over" if ended else "on its way")
     text = f"{far}: step {count(last['step'])} of {count(report['steps'])}, loss from {number(first['loss'])} to "
-    how = [f"It ended early: {ended}."] if ended else []
+    how = [f"It ended early ({ended})."] if ended else []
     return " ".join([text + f"{number(last['loss'])}.", *how, *report.get("concerns", ())])
 
 

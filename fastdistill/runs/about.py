@@ -56,8 +56,7 @@ class About:
 
     def end(self, error: BaseException) -> None:
         """Write what has ended the training."""
-        text = str(error) if isinstance(error, Stopped) else f"{type(error).__name__}: {quoted(error)}"
-        self.values["ended"] = text
+        self.values["ended"] = str(error) if isinstance(error, Stopped) else quoted(error)
         self._write()
 
     def utilization(self, done: int) -> dict[str, float]:

@@ -52,11 +52,12 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
 
     folder = located(directory, "directory")
     lines = read_metrics(folder / METRICS) if folder.is_dir() else []
+    about = read_about(folder)
     if not lines:
         rule = f"the directory of a training ({METRICS} with a line or more)"
-        raise InputError.of("directory", rule, str(directory))
+        how = f", whose training ended before it ({ended})" if (ended := about.get("ended")) else ""
+        raise InputError.of("directory", rule, f"{directory}{how}")
     run, config, made = _settings(folder)
-    about = read_about(folder)
     steps = int(lines[-1]["step"])
     rates = [float(rate) for rate in learning_rates(config)] if config is not None else []
     found: dict[str, Any] = {

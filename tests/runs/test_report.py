@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ import torch
 from fastdistill import cli, runs
 from fastdistill.errors import InputError
 from fastdistill.evaluate.figures import curves, png
+from fastdistill.evaluate.training import _shortened, finding
+from fastdistill.files import locked
 from fastdistill.runs import RunConfig
 from fastdistill.train.config import TrainSettings, to_yaml
 
 LINE = {"output": 0.5, "feature": 0.2, "feature/mid_block": 0.2, "gradient_norm": 1.0, "skipped": 0}
+WAITS = {"waited_data": 0.5, "waited_checkpoint": 0.25}
+ABOUT = {"command": "fastdistill distill my.yaml", "versions": {"torch": "2.12.0"}, "device": "a card", "ended": None,
+         "lines": ["teacher: of some size"], "flops": 3e12, "ceiling": 5e13, "source": "measured"}  # fmt: skip
 
 
 def training(folder: Path, lines: int = 6, **last: float) -> list[dict[str, Any]]:
@@ -27,6 +33,12 @@ def training(folder: Path, lines: int = 6, **last: float) -> list[dict[str, Any]
     found[-1] |= last
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found) + '{"step": 7')
     return found
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take seconds."""
+    monkeypatch.setattr("fastdistill.evaluate.training.write_training", lambda *_: None)
 
 
 def test_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,6 +62,63 @@ def test_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert heading in page
     assert "teacher: task:digits" in page and "4\u202fimages" not in page and ">4.00</strong>" not in page
     assert "40.0</strong> <span>images per second" in page  # 8 a step, 10 steps in 2 s
+    assert "Waiting" not in page and "Spread" not in page  # a version that did not log them
+    assert "on its way" in page and report["seed"] == 0 and "waiting_for_data" not in report["seconds"]
+
+
+def test_of_what_a_run_says_of_itself(tmp_path: Path) -> None:
+    """Waits and spreads where a later version has logged them; the versions are those of the training."""
+    lines = training(tmp_path / "run", **WAITS, **{"spread/mid_block": 0.0})
+    lines[4] |= WAITS | {"spread/mid_block": 0.5}
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run" / "about.json").write_text(json.dumps(ABOUT))
+    (tmp_path / "run" / "run.yaml").write_text(to_yaml(RunConfig(seed=17, train=TrainSettings(steps=100, batch=8))))
+    found = runs.report(tmp_path / "run")
+    assert found["seconds"] == {"total": 12.0, "waiting_for_data": 1.0, "waiting_for_checkpoint": 0.5}
+    assert found["mfu"] == pytest.approx(0.3)  # 5 steps of 3 TFLOP in a second, of 50
+    assert found["versions"] == ABOUT["versions"] and found["device"] == "a card" and found["seed"] == 17
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    for words in ("my.yaml", "of some size", "30.0\u202f%", "12.5\u202f%", "Waiting", "Spread of the student", "seed"):
+        assert words in page
+    again = f"fastdistill distill {tmp_path}/run/run.yaml --directory {tmp_path}/run-again"
+    assert again in page
+    assert "the student&#39;s feature at mid_block has collapsed" in page
+
+
+@pytest.mark.parametrize(
+    ("ended", "held", "said"),
+    [
+        (None, True, "is on its way: step 60 of 100, loss from 1.00 to 0.167."),
+        (None, False, "is over: step 60 of 100, loss from 1.00 to 0.167. It ended early (without a word: killed, or"),
+        ("stopped after step 61 of 100", True, "It ended early (stopped after step 61 of 100)."),
+    ],
+)
+@pytest.mark.usefixtures("undrawn")
+def test_how_a_training_ended(tmp_path: Path, ended: str | None, held: bool, said: str) -> None:
+    """One that goes on holds its directory, and its report leaves it so."""
+    folder = tmp_path / "run"
+    training(folder)
+    (folder / "run.yaml").write_text(to_yaml(RunConfig(train=TrainSettings(steps=100))))
+    (folder / "about.json").write_text(json.dumps(ABOUT | {"ended": ended}))
+    with locked(folder) if held else contextlib.nullcontext():
+        (folder / ".lock").touch()
+        assert said in finding(runs.report(folder))
+    with locked(folder):
+        pass
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_cannot_be_read_of_itself_is_left_out(tmp_path: Path) -> None:
+    training(tmp_path / "run")
+    for content in ("[1]", '{"lines', ""):
+        (tmp_path / "run" / "about.json").write_text(content)
+        assert runs.report(tmp_path / "run")["about"] == {}
+
+
+def test_modules_are_told_apart_by_as_few_parts_as_do() -> None:
+    names = ["down_blocks.0.conv", "down_blocks.1.resnets.0", "down_blocks.1.resnets.1", "mid.out", "up", "up.1"]
+    short = ["down_blocks.0", "down_blocks.1.resnets.0", "down_blocks.1.resnets.1", "mid", "up", "up.1"]
+    assert list(_shortened(names).items()) == list(zip(names, short, strict=True))
 
 
 def test_of_a_directory_without_a_run_file(tmp_path: Path) -> None:
@@ -65,6 +134,10 @@ def test_of_a_directory_without_a_run_file(tmp_path: Path) -> None:
 
 
 def test_what_is_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "about.json").write_text(json.dumps(ABOUT | {"ended": "FastdistillError: a tap is nan"}))
+    with pytest.raises(InputError, match=r"early, whose training ended before it \(FastdistillError: a tap is nan\)"):
+        runs.report(tmp_path / "early")
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match=r"directory: expected the directory of a training \(metrics.jsonl with"):
             runs.report(folder)
