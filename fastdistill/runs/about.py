@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import fastdistill
 from fastdistill.errors import Stopped, StorageError, quoted
 from fastdistill.files import atomic_write
 from fastdistill.plan import Plan
@@ -89,10 +90,13 @@ def utilization(about: dict[str, Any], rate: float) -> dict[str, float]:
 
 
 def _command() -> str:
-    """The command line of this process."""
+    """The command line of this process; nothing of one that another command began."""
     program, *rest = sys.argv or [""]
-    name = "fastdistill" if Path(program).name in ("fastdistill", "__main__.py") else program
-    return shlex.join([name, *rest])
+    if Path(program).name in ("fastdistill", "__main__.py"):
+        program = "fastdistill"
+    elif Path(fastdistill.__file__).parent in Path(program).absolute().parents:
+        return ""
+    return shlex.join([program, *rest])
 
 
 def _device(device: torch.device) -> str:

@@ -71,7 +71,10 @@ def test_from_a_folder_to_a_pipeline(name: str, saved: Callable[[str], Path], tm
     result = runs.distill(config, tell=told.append)
     assert told[0].startswith("teacher: ") and told[-1].startswith("first step: eager (auto: it runs on cpu")
     taps = [line for line in told if line.startswith("tap: ")]
-    assert len(taps) == sum("/" in name for name in result.history[0]) and f"{len(taps)} taps carry" in told[-1]
+    assert (
+        len(taps) == sum(name.startswith("feature/") for name in result.history[0])
+        and f"{len(taps)} taps carry" in told[-1]
+    )
     assert result.steps == 3 and all(entry["loss"] > 0 for entry in result.history)
     files = runs.sample(config, ["3"] if name == "dit" else ["a cat"], tmp_path / "images", seeds=(0, 1))
     assert [Image.open(file).size for file in files] == [(32, 32)] * 2

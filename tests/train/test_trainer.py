@@ -147,7 +147,8 @@ def test_the_loss_of_each_tap_is_logged(tmp_path: Path, options: dict[str, Any])
         taps = [entry[f"feature/{name}"] for name in made.student_taps]
         assert len(taps) > 2 and len(set(taps)) == len(taps) and min(taps) > 0
         assert sum(taps) == pytest.approx(entry["feature"], rel=4 * EPS)
-        assert not [key for key in entry if "/" in key and key.removeprefix("feature/") not in made.student_taps]
+        named = [key.partition("/") for key in entry if "/" in key]
+        assert sorted(named) == sorted((kind, "/", tap) for kind in ("feature", "spread") for tap in made.student_taps)
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
