@@ -31,6 +31,9 @@ def test_where_there_can_be_no_graph() -> None:
     step = step_on("cpu")
     runner(step, nn.Module(), "auto")()  # eagerly
     assert step.counter.tolist() == [0, 1]
+    assert (step.execution, step.why) == ("eager", "auto: it runs on cpu: a CUDA graph needs a CUDA device")
+    runner(step, nn.Module(), "eager")
+    assert (step.execution, step.why) == ("eager", "as set")
     message = "execution 'graph': it runs on cpu: a CUDA graph needs a CUDA device; use 'compiled'"
     with pytest.raises(FastdistillError, match=message):
         runner(step, nn.Module(), "graph")
@@ -76,7 +79,8 @@ def test_a_sharded_model_is_not_captured_but_compiled(
         assert len(caught) == 1
         if way == "compiled":
             advance()
-        assert step.compiled == (way == "compiled")
+        assert step.compiled == (way == "compiled") and step.execution == way
+        assert step.why.startswith("0 is sharded by FSDPLinear")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -222,7 +226,7 @@ def test_every_step_of_a_compiled_graph_counts_once(sin: str | None, monkeypatch
     step: Any = Counting(sin)
     FakeGraph.step = step
     advance: Any = runner(step, nn.Module(), "compiled_graph")
-    assert step.compiled and step.execution == "compiled CUDA graph"
+    assert step.compiled and (step.execution, step.why) == ("compiled CUDA graph", "as set")
     told = pytest.raises(KernelError, match="draws random numbers itself")
     with told if drawn else contextlib.nullcontext():
         for expected in range(1, WARM_UP + 5):
