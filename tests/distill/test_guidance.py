@@ -111,7 +111,9 @@ def test_loss_and_gradients_are_the_literal_recipe(name: str) -> None:
         if weights.task:
             eps = philox.normal(COUNTER[0], COUNTER[1], torch.arange(12), (3, 8, 8)).to(dtype)
             task = ((output - eps).square().mean((1, 2, 3)) * weight).mean()
-        parts = [((output - target).square().mean((1, 2, 3)) * weight).mean(), sum(taps), task, *taps]
+        apart = [[(f[0] - f[1]).square().mean() for f in features] for features in (own, theirs)]
+        spread = [s / t for s, t in zip(*apart, strict=True)]
+        parts = [((output - target).square().mean((1, 2, 3)) * weight).mean(), sum(taps), task, *taps, *spread]
         expected = weights.output * parts[0] + weights.feature * parts[1] + weights.task * parts[2]
         expected.backward()
         return [expected.detach(), *(p.detach() for p in parts)], [p.grad for p in twin.parameters()]
