@@ -97,8 +97,10 @@ def entry(report: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def positive(report: Mapping[str, Any], path: str) -> float:
-    """The number above 0 at ``a.b.c``; InputError for anything else."""
+def positive(report: Mapping[str, Any], path: str, *, zero: bool = False) -> float:
+    """The number above 0, or from 0 with ``zero``, at ``a.b.c``; InputError for anything else."""
+    if zero:
+        return _number(report, path, "a number from 0", lambda value: 0 <= value < math.inf)
     return _number(report, path, "a positive number", lambda value: 0 < value < math.inf)
 
 

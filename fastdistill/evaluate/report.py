@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from fastdistill.errors import InputError
 from fastdistill.evaluate.figures import label
-from fastdistill.evaluate.page import count, duration, entry, percent, positive, share, write_page
+from fastdistill.evaluate.page import (
+    check_interval,
+    count,
+    duration,
+    entry,
+    number,
+    percent,
+    positive,
+    share,
+    write_page,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +49,9 @@ def write_report(
         report: plain JSON values. Required: ``teacher`` and ``students.<name>``, each with ``seen`` and ``unseen``
             (accuracies from 0 to 1) and ``parameters``; ``seconds.total``; ``versions``; ``backend`` (op -> kernel).
             Optional for a model: ``seen_interval`` [low, high] and ``seen_n``; for several ``seeds`` also ``seen_mean``
-            and ``seen_std`` (the same for ``unseen``); ``seconds``; ``images_per_second``. Optional at the top level:
+            and ``seen_std`` (the same for ``unseen``); ``seconds``; ``images_per_second``; for a student ``likeness``
+            {seen, unseen}, of each ``distance`` and ``frechet`` {value, interval, each}: root mean square difference
+            from the teacher's samples of the same noise, and Fréchet distance of both. Optional at the top level:
             ``title``, ``finding`` (default: made from the numbers), ``judge`` {accuracy, interval, n}, ``prompts``
             {seen, unseen}, ``device``, ``date``, ``reproduce`` (a list of commands).
         figures: ``samples``, ``loss``, ``probability`` and any others, in the order of the page.
@@ -77,8 +89,27 @@ def finding(report: Mapping[str, Any]) -> str:
     size = next(iter(report["students"].values()))["parameters"] / teacher["parameters"]
     return (
         f"On prompts that are not in the cache, a student with {percent(size, 0)} of the parameters "
-        f"keeps {', against '.join(parts)}."
+        f"keeps {', against '.join(parts)}.{_farther(report)}"
     )
+
+
+def _farther(report: Mapping[str, Any]) -> str:
+    """How much farther from the teacher's samples the best student's unseen ones are than its seen ones."""
+    students = report["students"]
+    best = max(students, key=lambda name: _accuracy(students[name], "unseen"))
+    if (ratio := _ratio(students[best])) is None:
+        return ""
+    subject = f"{label(best)}'s" if len(students) > 1 else "Its"
+    far = f"{number(ratio)} times as far from the teacher's as those of cached ones"
+    return f" {subject} samples of these prompts are {far}."
+
+
+def _ratio(student: Mapping[str, Any]) -> float | None:
+    """The distance of unseen samples in units of that of seen ones."""
+    if "likeness" not in student:
+        return None
+    seen, unseen = (student["likeness"][kind]["distance"]["value"] for kind in ("seen", "unseen"))
+    return float(unseen / seen) if seen else None
 
 
 def _kept(student: Mapping[str, Any], whole: float) -> str:
@@ -97,6 +128,10 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     for name, student in report["students"].items():
         text = f"{label(name)}: share of the teacher's accuracy kept on unseen prompts"
         yield {"key": name, "value": _kept(student, whole), "text": text}
+    for name, student in report["students"].items():
+        if (ratio := _ratio(student)) is not None:
+            text = f"{label(name)}: distance of unseen samples from the teacher's, of that of seen ones"
+            yield {"key": name, "value": f"{number(ratio)}\u202f×", "text": text}
     first = next(iter(report["students"].values()))
     size = percent(first["parameters"] / teacher["parameters"], 0)
     yield {"key": "", "value": size, "text": f"of the teacher's {count(teacher['parameters'])} parameters in a student"}
@@ -118,7 +153,7 @@ def _row(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
         if f"{kind}_n" in model:
             notes.append(f"n = {count(model[f'{kind}_n'])}")
         cells.append({"kind": kind, "value": value, "interval": interval, "notes": notes})
-    return {"key": name, "name": label(name), "cells": cells, "model": model}
+    return {"key": name, "name": label(name), "cells": cells, "model": model, "ratio": _ratio(model)}
 
 
 def _check(report: Mapping[str, Any]) -> None:
@@ -128,5 +163,9 @@ def _check(report: Mapping[str, Any]) -> None:
     for model in ("teacher", *(f"students.{name}" for name in report["students"])):
         for kind in ("seen", "unseen"):
             share(report, f"{model}.{kind}", "an accuracy from 0 to 1")
+            for measure in ("distance", "frechet") if "likeness" in entry(report, model) else ():
+                place = f"{model}.likeness.{kind}.{measure}"
+                positive(report, f"{place}.value", zero=True)
+                check_interval(entry(report, f"{place}.interval"), f"{place}.interval")
         positive(report, f"{model}.parameters")
     entry(report, "backend")

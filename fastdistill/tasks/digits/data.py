@@ -47,6 +47,7 @@ class Prompt:
 PROMPTS = tuple(Prompt(f"a {color} {digit}", c, d) for c, color in enumerate(COLORS) for d, digit in enumerate(DIGITS))
 SEEN = tuple(i for i, p in enumerate(PROMPTS) if p.seen)  # 6 colors x 8 digits = 48 prompts
 UNSEEN = tuple(i for i, p in enumerate(PROMPTS) if not p.seen)  # the other 32
+KINDS = {"seen": SEEN, "unseen": UNSEEN}
 
 
 @dataclass(frozen=True)

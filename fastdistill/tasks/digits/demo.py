@@ -7,6 +7,7 @@ Each student is a run (``DigitsConfig.run_file``), with which every command of a
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from rich.progress import Progress
 
 from fastdistill import runs
 from fastdistill.data.fingerprint import plain
+from fastdistill.evaluate.page import number
 from fastdistill.tables import print_table
 from fastdistill.tasks import workers
-from fastdistill.tasks.digits import worker
+from fastdistill.tasks.digits import data, worker
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.report import write
 from fastdistill.tasks.processes import Job, Processes
@@ -38,7 +40,7 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
             prepared = _prepare(config, output, progress)
             results = _models(config, output, progress)
         path = write(config, output, results, {"total": spent(), "cache": prepared})
-    _summarize(console, results)
+    _summarize(console, json.loads((path.parent / "report.json").read_text(encoding="utf-8")))
     console.print(f"\nReport: [bold]{path}[/bold]", soft_wrap=True)
     return path
 
@@ -81,23 +83,28 @@ def _job(config: DigitsConfig, output: Path, title: str, name: str, seed: int) -
     return Job(title, directory, content, finished)
 
 
-def _summarize(console: Console, results: dict[str, list[dict[str, Any]]]) -> None:
+def _summarize(console: Console, report: dict[str, Any]) -> None:
     """Print the table at the end."""
     rows = []
-    for name in ("teacher", *STUDENTS):
-        runs = results[name]
-        shares = [
-            sum(r["counts"][kind]["right"] for r in runs) / sum(r["counts"][kind]["n"] for r in runs)
-            for kind in ("seen", "unseen")
-        ]
-        seconds = sum(r.get("seconds", 0.0) for r in runs) / len(runs)
+    for name, model in {"teacher": report["teacher"], **report["students"]}.items():
+        found = model.get("likeness")
         row = (
             name.replace("_", " "),
-            *(f"{share:.1%}" for share in shares),
-            f"{runs[0]['parameters']:,}",
-            f"{seconds:.0f} s" if seconds else "-",
-            f"{results[worker.SPEED][0]['images_per_second'][name]:.0f}",
+            *(f"{model[kind]:.1%}" for kind in data.KINDS),
+            *(number(found[kind]["distance"]["value"]) if found else "-" for kind in data.KINDS),
+            f"{model['parameters']:,}",
+            f"{model['seconds']:.0f} s" if "seconds" in model else "-",
+            f"{model['images_per_second']:.0f}",
         )
         rows.append(row)
-    columns = ("model", "seen prompts", "unseen prompts", "parameters", "training", "images/s")
-    print_table(console, columns, rows, title="Images that match their prompt")
+    columns = (
+        "model",
+        "right, seen",
+        "right, unseen",
+        "distance, seen",
+        "unseen",
+        "parameters",
+        "training",
+        "images/s",
+    )
+    print_table(console, columns, rows, title="Images that match their prompt, and their distance from the teacher's")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,9 +40,15 @@ class Judge:
         color, ink = self.unmixed(images)
         return color * len(DIGITS) + self.digits(ink)
 
+    def features(self, images: Tensor) -> Tensor:
+        """[n, 72] float32, what the judge decides by: the ink in the color that it reads [64], and the root mean square
+        of what each color leaves unexplained [8], of images [n, 3, 8, 8] in [-1, 1]."""
+        _, ink, residual = _unmixed(images.detach().float().cpu())
+        return torch.cat([ink.flatten(1), (residual / math.prod(SHAPE)).sqrt()], 1)
+
     def unmixed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Colors [n] int64 and the ink in them [n, 8, 8] float32 of images [n, 3, 8, 8]."""
-        return _unmixed(images.detach().float().cpu())
+        return _unmixed(images.detach().float().cpu())[:2]
 
     def digits(self, ink: Tensor) -> Tensor:
         """Predicted digits [n] int64 of ink [n, 8, 8] in [0, 1], on the CPU."""
@@ -51,12 +59,13 @@ class Judge:
         return self(images) == prompt.cpu()
 
 
-def _unmixed(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The best color [n] and the ink in it [n, 8, 8]: the least-squares ink in [0, 1] for each tint, then the best."""
+def _unmixed(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best color [n], the ink in it [n, 8, 8], and the sum of squares that each color leaves [n, 8]: the
+    least-squares ink in [0, 1] for each tint, then the best."""
     tint = tints() / SHAPE[0] ** 0.5  # unit vectors
     ink = torch.einsum("nchw,kc->nkhw", images, tint).div(SHAPE[0] ** 0.5).clamp(0, 1)
     explained = ink[:, :, None] * tints()[None, :, :, None, None]
     residual = (images[:, None] - explained).square().sum((2, 3, 4))
     color = residual.argmin(1)
     assert residual.shape[1] == len(COLORS)
-    return color, ink[torch.arange(len(images)), color]
+    return color, ink[torch.arange(len(images)), color], residual

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fastdistill.diffusion.conditioning import replacement_probability
@@ -18,8 +19,10 @@ from fastdistill.files import atomic_write
 from fastdistill.tasks import workers
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
+from fastdistill.tasks.digits.judge import Judge
+from fastdistill.tasks.digits.likeness import likeness
 from fastdistill.tasks.digits.sampling import SCHEDULE
-from fastdistill.tasks.digits.worker import SPEED
+from fastdistill.tasks.digits.worker import SAMPLES, SPEED
 
 Results = dict[str, list[dict[str, Any]]]
 _SHOWN_SEEN, _SHOWN_UNSEEN = 8, 8
@@ -28,10 +31,11 @@ _SHOWN_SEEN, _SHOWN_UNSEEN = 8, 8
 def write(config: DigitsConfig, output: Path, results: Results, seconds: dict[str, float]) -> Path:
     """Write the report of the results (one entry per seed). Returns the path of the HTML page."""
     speed = results[SPEED][0]["images_per_second"]
+    likeness = _likeness(output, results)
     report: dict[str, Any] = {
         "title": "Random conditioning on handwritten digits",
         "teacher": _model(results["teacher"], speed["teacher"]),
-        "students": {name: _model(results[name], speed[name]) for name in STUDENTS},
+        "students": {name: _model(results[name], speed[name]) | {"likeness": likeness[name]} for name in STUDENTS},
         "seconds": seconds,
         "versions": workers.versions(),
         "backend": workers.backend(run for runs in results.values() for run in runs),
@@ -76,6 +80,18 @@ def _model(runs: list[dict[str, Any]], images_per_second: float) -> dict[str, An
     return model
 
 
+def _likeness(output: Path, results: Results) -> dict[str, Any]:
+    """Of each kind of student, over its seeds."""
+    judge, teacher = Judge(), _images(output, "teacher")
+    students = {name: [_images(output, f"{name}-{run['seed']}") for run in results[name]] for name in STUDENTS}
+    return {name: likeness(judge, teacher, images) for name, images in students.items()}
+
+
+def _images(output: Path, model: str) -> Tensor:
+    """All samples of a model, [80 * I, 3, 8, 8]."""
+    return safetensors.torch.load_file(output / "models" / model / SAMPLES)["images"]
+
+
 def _judge(run: dict[str, Any]) -> dict[str, Any]:
     accuracy, n = run["judge_accuracy"], run["judge_n"]
     return {"accuracy": accuracy, "interval": wilson_interval(round(accuracy * n), n), "n": n}
@@ -94,8 +110,9 @@ def _samples(output: Path) -> Any:
     ]
     images, right = {}, {}
     for name, directory in {"teacher": "teacher", **{name: f"{name}-0" for name in STUDENTS}}.items():
-        stored = safetensors.torch.load_file(output / "models" / directory / "samples.safetensors")
-        images[name] = (stored["images"][chosen].clamp(-1, 1) + 1) / 2
-        right[name] = stored["right"][chosen].tolist()
+        stored = safetensors.torch.load_file(output / "models" / directory / SAMPLES)
+        first = torch.tensor(chosen) * (len(stored["images"]) // len(data.PROMPTS))
+        images[name] = (stored["images"][first].clamp(-1, 1) + 1) / 2
+        right[name] = stored["right"][first].tolist()
     prompts = [data.PROMPTS[row].text.removeprefix("a ") for row in chosen]
     return sample_grid(images, prompts, correct=right, seen=[data.PROMPTS[row].seen for row in chosen])

@@ -35,6 +35,7 @@ from fastdistill.train.config import APART, from_mapping
 
 MODULE = "fastdistill.tasks.digits.worker"
 SPEED = "speed"  # the part that measures how fast the models sample
+SAMPLES = "samples.safetensors"  # all images [80 * I, 3, 8, 8], I in a row of each prompt, and whether they are right
 EXPORTED = ("config.json", "diffusion_pytorch_model.safetensors")
 EVALUATION_SEED = 2**31  # initial noise of the evaluated images, other than that of the cache
 _BATCH = 64  # images that are sampled at once
@@ -105,10 +106,10 @@ def finished(directory: Path, fingerprint: str) -> bool:
     if result is not None and result["model"] == SPEED:
         return True
     try:
-        safetensors.torch.load_file(directory / "samples.safetensors")
-    except (OSError, safetensors.SafetensorError):
+        images = safetensors.torch.load_file(directory / SAMPLES)["images"]
+    except (OSError, KeyError, safetensors.SafetensorError):
         return False
-    if result is None:
+    if result is None or len(images) != sum(count["n"] for count in result["counts"].values()):
         return False
     return result["model"] == "teacher" or all((directory / "student" / name).exists() for name in EXPORTED)
 
@@ -128,11 +129,9 @@ def _evaluate(config: DigitsConfig, run: Run, model: nn.Module, directory: Path,
         report(phase="judging", done=sum(map(len, parts)), total=len(prompt))
     images = torch.cat(parts)
     right = judge.right(images, prompt)
-    first = torch.arange(0, len(prompt), config.images_per_prompt)
-    shown = {"images": images[first], "right": right[first]}
-    atomic_write(directory / "samples.safetensors", safetensors.torch.save(shown))
+    atomic_write(directory / SAMPLES, safetensors.torch.save({"images": images, "right": right}))
     counts = {}
-    for kind, rows in {"seen": data.SEEN, "unseen": data.UNSEEN}.items():
+    for kind, rows in data.KINDS.items():
         among = torch.isin(prompt, torch.tensor(rows))
         counts[kind] = {"right": int(right[among].sum()), "n": int(among.sum())}
     return {
