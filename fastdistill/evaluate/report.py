@@ -95,13 +95,17 @@ def finding(report: Mapping[str, Any]) -> str:
 
 def _farther(report: Mapping[str, Any]) -> str:
     """How much farther from the teacher's samples the best student's unseen ones are than its seen ones."""
-    students = report["students"]
-    best = max(students, key=lambda name: _accuracy(students[name], "unseen"))
+    students, best = report["students"], _best(report)
     if (ratio := _ratio(students[best])) is None:
         return ""
     subject = f"{label(best)}'s" if len(students) > 1 else "Its"
     far = f"{number(ratio)} times as far from the teacher's as those of cached ones"
     return f" {subject} samples of these prompts are {far}."
+
+
+def _best(report: Mapping[str, Any]) -> str:
+    """The name of the student that is best at unseen prompts."""
+    return max(report["students"], key=lambda name: _accuracy(report["students"][name], "unseen"))
 
 
 def _ratio(student: Mapping[str, Any]) -> float | None:
@@ -128,10 +132,10 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     for name, student in report["students"].items():
         text = f"{label(name)}: share of the teacher's accuracy kept on unseen prompts"
         yield {"key": name, "value": _kept(student, whole), "text": text}
-    for name, student in report["students"].items():
-        if (ratio := _ratio(student)) is not None:
-            text = f"{label(name)}: distance of unseen samples from the teacher's, of that of seen ones"
-            yield {"key": name, "value": f"{number(ratio)}\u202f×", "text": text}
+    best = _best(report)
+    if (ratio := _ratio(report["students"][best])) is not None:
+        text = f"{label(best)}: distance of unseen samples from the teacher's, of that of seen ones"
+        yield {"key": best, "value": f"{number(ratio)}\u202f×", "text": text}
     first = next(iter(report["students"].values()))
     size = percent(first["parameters"] / teacher["parameters"], 0)
     yield {"key": "", "value": size, "text": f"of the teacher's {count(teacher['parameters'])} parameters in a student"}

@@ -102,6 +102,31 @@ def test_report(tmp_path: Path, report: dict[str, Any]) -> None:
     assert len(identifiers) == len(set(identifiers))
 
 
+def likeness(seen: float, unseen: float) -> dict[str, Any]:
+    each = {"interval": [0.01, 0.9], "each": [0.1, 0.2]}
+    kinds = {"seen": seen, "unseen": unseen}
+    return {
+        kind: {"distance": {"value": value, "unrelated": 0.4, **each}, "frechet": {"value": 3 * value, **each}}
+        for kind, value in kinds.items()
+    }
+
+
+def test_how_far_samples_are_from_the_teachers(tmp_path: Path, report: dict[str, Any]) -> None:
+    report["students"]["random_conditioning"]["likeness"] = likeness(0.2, 0.31)
+    report["students"]["paired"]["likeness"] = likeness(0.2, 0.62)
+    page = Page(write_report(tmp_path, report).read_text())
+    assert page.open == []
+    for words in ("1.55 ×", "0.310", "0.620", "0.930", "3.10", "95 %: 0.010–0.900", "seeds: 0.100, 0.200"):
+        assert words in page.text, words
+    assert "Random conditioning's samples of these prompts are 1.55 times as far from the teacher's" in page.text
+    for part, value, message in (
+        ("frechet.value", -1.0, "expected a number from 0, got -1.0"),
+        ("distance.interval", [0.2, 0.1], "expected [low, high], got [0.2, 0.1]"),
+        ("distance", None, "expected an entry students.paired.likeness.seen.distance.value, got none"),
+    ):
+        refused(write_report, tmp_path / "new", report, f"students.paired.likeness.seen.{part}", value, message)
+
+
 def test_texts_of_a_report_are_escaped(tmp_path: Path, report: dict[str, Any]) -> None:
     hard = '<script>alert("x")</script> \' &amp; {{ 1 }} 红 \ud800 \x00\x07'
     report |= {"title": hard, "finding": hard, "device": hard, "date": hard, "reproduce": [hard]}
