@@ -5,6 +5,7 @@ from fastdistill.distill.guidance import GuidanceDistillation
 from fastdistill.distill.knowledge import Weights
 from fastdistill.distill.objective import BoundObjective, Objective, Setting
 from fastdistill.distill.random_conditioning import RandomConditioning
+from fastdistill.distill.rolling import Rolling
 from fastdistill.distill.trajectory import TrajectoryCache, generate_trajectory_cache
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "GuidanceDistillation",
     "Objective",
     "RandomConditioning",
+    "Rolling",
     "Setting",
     "TrajectoryCache",
     "Weights",

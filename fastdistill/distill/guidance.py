@@ -97,6 +97,9 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         config = validated(dataclasses.replace(self, schedule=None, grid=None), "objective")
         if config.lowest and config.scale is None:
             raise InputError.of("lowest", "0 without a scale", config.lowest)
+        if config.rolling.every is not None:
+            rule = "None, as a step has no guided output of the sampler's states to move them by"
+            raise InputError.of("rolling.every", rule, config.rolling.every)
         schedule = Guidance.parse(self.schedule)
         if isinstance(schedule, Cads):
             rule = "a schedule without cads, whose prompts are noised anew in every step: no function to learn"

@@ -144,15 +144,18 @@ class Knowledge:
         task: Task | None = None,
         guidance: Callable[[Tensor, Tensor], Tensor] | None = None,
         timestep_cond: Tensor | None = None,
+        outputs: Callable[[Tensor | None, Tensor], object] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss and ``metric_names`` (unweighted, but the first); the task loss needs ``task``, and where there is
-        ``null`` the output loss ``guidance``."""
+        ``null`` the output loss ``guidance``. ``outputs`` is called with those of teacher and student."""
         branch = self._branch if has_streams(draw.x_t) else None
         taught = self._teacher(draw, branch) if self.weights.output or self.weights.feature else (None, None, [])
         target, unconditional, theirs = taught
         output = self._predict_student(draw.x_t, draw.timestep, draw.prompt, timestep_cond)
         if branch is not None:
             torch.cuda.current_stream(branch.device).wait_stream(branch)
+        if outputs is not None:
+            outputs(target, output)
         loss, parts = self._zero, {"output": self._zero, "feature": self._zero, "task": self._zero}
         if (target is not None and self.weights.output) or task is not None:
             loss, (parts["output"], parts["task"]) = self._match(

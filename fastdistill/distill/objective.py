@@ -233,6 +233,8 @@ class BoundObjective(Protocol):
     ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter)`` of a part of it, with the result of a call. The
     loss is a mean over samples; where it is not, ``whole`` is a text that says why.
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
+    ``state``, where it has one, holds tensors by name that the steps change and a checkpoint keeps; their second axis
+    goes over the samples of the processes.
     """
 
     @property

@@ -21,6 +21,7 @@ from fastdistill.diffusion.conditioning import replacement_probability, threshol
 from fastdistill.diffusion.matching import GAMMA, LossWeighting
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.objective import Setting
+from fastdistill.distill.rolling import Rolling, RollingStates
 from fastdistill.ops import Draw
 from fastdistill.ops.feature_match import Distance
 from fastdistill.train.config import validated
@@ -37,6 +38,7 @@ class RandomConditioning:
         teacher feature's, Huber's or the cosine's (``fastdistill.feature_match``, whose eps and delta are the
         defaults). loss_weighting: of the output and the task loss at each timestep (``fastdistill.loss_weights``), with
         min_snr_gamma. taps: pairs (teacher module, student module), as ``make_student`` returns them.
+    rolling: samples of each batch that are states of a sampler that runs along (``Rolling``); by default none.
     """
 
     probability: str | Callable[[float], float] = "exp"
@@ -48,6 +50,7 @@ class RandomConditioning:
     with_replacement: bool = False
     loss_weighting: LossWeighting = "uniform"
     min_snr_gamma: Annotated[float, Field(gt=0)] = GAMMA
+    rolling: Rolling = Rolling()
 
     def p(self, T: int | Tensor) -> Tensor:
         """[T] float64: the probability of a random prompt at each timestep."""
@@ -58,10 +61,11 @@ class RandomConditioning:
 
     def describe(self) -> dict[str, object]:
         config = validated(self, "objective")
-        if isinstance(config.probability, str):
-            return dataclasses.asdict(config)
-        fields = dataclasses.asdict(dataclasses.replace(config, probability="a function"))
-        return fields | {"probability": up_to_rounding(config.p(1000))}
+        named = config if isinstance(config.probability, str) else dataclasses.replace(config, probability="a function")
+        fields = dataclasses.asdict(named)
+        if config.rolling.every is None:
+            del fields["rolling"]
+        return fields if named is config else fields | {"probability": up_to_rounding(config.p(1000))}
 
 
 class BoundRandomConditioning:
@@ -89,21 +93,40 @@ class BoundRandomConditioning:
             with_replacement=config.with_replacement,
             task=config.weights.task > 0,
         )
+        self._rolling: RollingStates | None = None
+        if config.rolling.every is not None:
+            self._rolling = RollingStates(config.rolling, setting, task=config.weights.task > 0)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._rolling is None else self._rolling.state
 
     def prepare(self, seed: int, step: int) -> None:
         self._knowledge.attach()
         self._batches.prepare(seed, step)
+        if self._rolling is not None:
+            self._rolling.prepare(seed, step)
 
     def close(self) -> None:
         self._knowledge.close()
         self._batches.close()
+        if self._rolling is not None:
+            self._rolling.close()
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self.loss(self.draw(counter), counter)
 
     @torch.no_grad()
     def draw(self, counter: Tensor) -> Draw[Any]:
-        return self._batches(counter)
+        drawn = self._batches(counter)
+        return drawn if self._rolling is None else self._rolling.put(drawn, counter)
 
     def loss(self, draw: Draw[Any], counter: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self._knowledge(draw, self._batches.task(draw, counter) if self._weights.task else None)
+        task = self._batches.task(draw, counter) if self._weights.task else None
+        if (rolling := self._rolling) is None:
+            return self._knowledge(draw, task)
+
+        def move(theirs: Tensor | None, own: Tensor) -> None:
+            rolling.move(draw, own if theirs is None or rolling.config.by == "student" else theirs, counter)
+
+        return self._knowledge(draw, task, outputs=move)

@@ -105,7 +105,8 @@ def _farther(report: Mapping[str, Any]) -> str:
 
 def _best(report: Mapping[str, Any]) -> str:
     """The name of the student that is best at unseen prompts."""
-    return max(report["students"], key=lambda name: _accuracy(report["students"][name], "unseen"))
+    students: Mapping[str, Any] = report["students"]
+    return max(students, key=lambda name: _accuracy(students[name], "unseen"))
 
 
 def _ratio(student: Mapping[str, Any]) -> float | None:

@@ -88,6 +88,8 @@ class Job:
         counts["trained"] = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
         weights = [p.numel() for model in models.values() for p in model.parameters()]
         unit = next((unit for unit in _UNITS if all(size % unit for size in weights)), _UNITS[0])
+        rolling = getattr(self.objective(made), "rolling", None)
+        unit *= (rolling and rolling.every) or 1
         with attention_as(self.device), _step(self, teacher, made, unit, parts) as (step, setting):
             step.optimizer.allocate()
             found = trace(step, setting, unit, parts)
@@ -158,7 +160,8 @@ def _buffers(step: TrainStep) -> list[Tensor]:
     """Gradients of the losses, which stay where they are made once, and the tensors of the step itself."""
     knowledge = getattr(step.objective, "_knowledge", None)
     own = [getattr(knowledge, name, None) for name in ("_gradient", "_gradients")]
-    return _leaves([*own, step.counter, step.totals, step._rates])
+    kept = getattr(step.objective, "state", {}).values()
+    return _leaves([*own, *kept, step.counter, step.totals, step._rates])
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -115,6 +115,23 @@ class StudentSettings:
 
 @documented
 @dataclass(frozen=True)
+class RollingSettings:
+    """Samples that are states of a sampler that runs along with the training."""
+
+    every: Annotated[int, Field(ge=2)] | None = None
+    """Every so many-th sample of a batch is a state; none: none is."""
+    by: Literal["teacher", "student"] = "teacher"
+    """Whose output moves the states."""
+    steps: Count = 20
+    """Number of steps of a trajectory."""
+    groups: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Groups of states that take turns, one a step."""
+    clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Limit of the magnitude of the predicted clean sample; none: none."""
+
+
+@documented
+@dataclass(frozen=True)
 class RandomConditioningSettings:
     """Random conditioning (arXiv 2504.02011)."""
 
@@ -126,6 +143,7 @@ class RandomConditioningSettings:
     """How often the null prompt replaces whichever was chosen."""
     with_replacement: bool = False
     """Draw the latents of an epoch with replacement."""
+    rolling: RollingSettings = RollingSettings()
 
 
 @documented

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastdistill.distill import GuidanceDistillation, RandomConditioning, Weights
+from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rolling, Weights
 from fastdistill.models import Student
 from fastdistill.runs.config import ObjectiveSettings
 
@@ -28,5 +28,6 @@ def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditi
         taps=tuple(zip(student.teacher_taps, student.student_taps, strict=True)) if weights.feature else (),
         with_replacement=given.with_replacement,
         min_snr_gamma=settings.min_snr_gamma,
+        rolling=Rolling(**dataclasses.asdict(given.rolling)),
     )
     return made

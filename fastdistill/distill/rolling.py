@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of a sampler that runs along with the training, as noised latents: for prompts that the cache has none of.
+
+Random conditioning shows other prompts mostly at large t, where a noised latent says little about its own. What a
+student sees at small t of a prompt that is not in the cache, it has never learned. Here some samples of each batch are
+states of trajectories of random prompts instead, and the output of the training step itself, of teacher or student,
+takes each of them one DDIM step on (Song et al. 2021, 2010.02502, eq. 12): no forward is added, no image is stored.
+
+    x_0 = (b x - n y) / (s b - n a),   eps = (s y - a x) / (s b - n a),   x' = s' x_0 + n' eps,   t' = t - T / steps
+
+where a model that sees x = s x_0 + n eps puts out y = a x_0 + b eps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastdistill.distill.objective import Setting
+from fastdistill.errors import InputError
+from fastdistill.ops import Draw
+from fastdistill.ops.noise_gather.banks import listed, mapped
+
+ROLLING = 3  # ``Draw.choice`` of a state
+
+
+@dataclass(frozen=True)
+class Rolling:
+    """Which samples are states, and how these move.
+
+    every: every so many-th sample of a batch is a state; None: none is. by: whose output moves them. steps: of a
+    trajectory. groups: so many groups of states take turns, a group a step, so that two states of one trajectory are
+    as many steps apart. clip_sample: limit of the magnitude of x_0, as the sampler of the models has it; None: none.
+    """
+
+    every: Annotated[int, Field(ge=2)] | None = None
+    by: Literal["teacher", "student"] = "teacher"
+    steps: Annotated[int, Field(ge=1)] = 20
+    groups: Annotated[int, Field(ge=1, le=1024)] = 8
+    clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
+class RollingStates:
+    """The states of one process: its part of those of all.
+
+    state: x [groups, K, *S] float32, timestep [groups, K] int64 (below 0: the trajectory is over), and the rows of the
+    prompts [groups, K, *P] of each bank, K states being in a batch.
+
+    Raises:
+        InputError: fewer timesteps than steps; a batch (of a process, or its parts) that cannot be cut; latents of
+            several shapes; a task loss, as a state is of no latent.
+    """
+
+    def __init__(self, config: Rolling, setting: Setting, *, task: bool) -> None:
+        every, T = config.every or 0, len(setting.schedule)
+        for name, size in (("batch of a process", setting.batch), ("config.micro_batch", setting.micro_batch)):
+            if size is not None and size % every:
+                raise InputError.of("rolling.every", f"a divisor of the {name}, {size}", every)
+        if config.steps > T:
+            raise InputError.of("rolling.steps", f"at most the {T} timesteps of the schedule", config.steps)
+        if setting.others:
+            raise InputError.of("rolling.every", "None for latents of several shapes", every)
+        if task:
+            raise InputError.of("weights.task", "0 with rolling states, which are of no latent", "a weight above 0")
+        self.config, self.every, self._stride = config, every, T // config.steps
+        device, count = setting.device, setting.batch // every
+        self._coefficients = setting.schedule.coefficients(setting.prediction_type).to(device, torch.float32)
+        self._first = T - self._stride  # trajectories begin at one of the timesteps from here on
+        whole = setting.global_batch or setting.batch
+        begun = dataclasses.replace(
+            setting,
+            batch=count,
+            micro_batch=None,
+            global_batch=whole + whole // every,
+            first_sample=whole + setting.first_sample // every,  # other numbers than those of the samples
+            trajectory=None,
+        )
+        certain = torch.full((self._stride,), 2**32, dtype=torch.int64)
+        coefficients = setting.schedule.coefficients(setting.prediction_type)[self._first :]
+        self._begun = begun.batches(certain, coefficients, null_probability=0.0, with_replacement=True)
+        self._rows = torch.arange(count, device=device)
+        shape = (config.groups, count)
+        self.x = torch.zeros(*shape, *setting.latents.shape[1:], device=device)
+        self.timestep = torch.full(shape, -1, dtype=torch.int64, device=device)
+        dtypes = {predictor.dtype for predictor in setting.predictors}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+
+        def rows(bank: Any) -> Tensor:
+            floating = bank.dtype.is_floating_point
+            kept = dtype if dtype is not None and floating else bank.dtype
+            return torch.zeros(*shape, *bank.shape[1:], dtype=kept, device=device)
+
+        banks: Any = setting.prompts
+        self.prompts: Any = mapped(rows, banks)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; the second axis of each tensor is cut over the processes."""
+        banks = {f"prompt.{i}": rows for i, rows in enumerate(listed(self.prompts))}
+        return {"x": self.x, "timestep": self.timestep, **banks}
+
+    def prepare(self, seed: int, step: int) -> None:
+        self._begun.prepare(seed, step)
+
+    def close(self) -> None:
+        self._begun.close()
+
+    def put(self, draw: Draw[Any], counter: Tensor) -> Draw[Any]:
+        """The batch with the states of this step's group in their places.
+
+        A trajectory that is over begins anew: from the sample in whose place it is, in the first round of the groups,
+        so that states of all noise levels are under way; then from noise and a random prompt.
+        """
+        group = counter[1] % self.config.groups
+        places = slice(None, None, self.every)
+        begun = self._begun(counter)
+        over = _of(self.timestep, group) < 0
+        early = over & (counter[1] < self.config.groups)
+
+        def chosen(kept: Tensor, new: Tensor, drawn: Tensor) -> Tensor:
+            shape = (-1, *[1] * (kept.dim() - 2))
+            now = torch.where(over.view(shape), new.to(kept.dtype), _of(kept, group))
+            now = torch.where(early.view(shape), drawn[places].to(kept.dtype), now)
+            kept.index_copy_(0, group.view(1), now[None])
+            drawn[places] = now.to(drawn.dtype)
+            return now
+
+        chosen(self.x, begun.x_t, draw.x_t)
+        chosen(self.timestep, begun.timestep + self._first, draw.timestep)
+        for kept, new, drawn in zip(*map(listed, (self.prompts, begun.prompt, draw.prompt)), strict=True):
+            chosen(kept, new, drawn)
+        draw.choice[places] = torch.where(early, draw.choice[places], ROLLING)
+        draw.latent_index[places] = self._rows
+        draw.prompt_index[places] = torch.where(over, begun.prompt_index, -1)
+        return draw
+
+    @torch.no_grad()
+    def move(self, draw: Draw[Any], output: Tensor, counter: Tensor) -> None:
+        """Take the states of a batch, or of a part of it, one step on by what a model has put out for it."""
+        group = counter[1] % self.config.groups
+        places = slice(None, None, self.every)
+        rows = draw.latent_index[places]
+        x, t = (_of(kept, group).index_select(0, rows) for kept in (self.x, self.timestep))
+        y = output.detach()[places, : x.shape[1]].float()
+        later = t - self._stride
+
+        def levels(timestep: Tensor) -> tuple[Tensor, ...]:
+            return self._coefficients[timestep].view(-1, 4, *[1] * (x.dim() - 1)).unbind(1)
+
+        s, n, a, b = levels(t)
+        determinant = s * b - n * a
+        clean = (b * x - n * y) / determinant
+        noise = (s * y - a * x) / determinant
+        if self.config.clip_sample is not None:
+            clean = clean.clamp(-self.config.clip_sample, self.config.clip_sample)
+            noise = (x - s * clean) / n
+        s, n, _, _ = levels(later.clamp_min(0))
+        moved = s * clean + n * noise
+        fine = moved.flatten(1).isfinite().all(1)
+        where = group.expand_as(rows), rows
+        self.x.index_put_(where, torch.where(fine.view(-1, *[1] * (x.dim() - 1)), moved, 0.0))
+        self.timestep.index_put_(where, torch.where(fine, later, -1))
+
+
+def _of(kept: Tensor, group: Tensor) -> Tensor:
+    """[K, ...] of kept [groups, K, ...], without waiting for the device."""
+    return kept.index_select(0, group.view(1)).squeeze(0)
