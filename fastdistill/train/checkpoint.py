@@ -3,7 +3,8 @@
 enough to go on to the last bit.
 
 Everything is stored by name: weights and buffers of the student (``student.<key>``) and of other trained modules
-(``trained.<i>.<key>``), and for each trained parameter the state of the optimizer (``optimizer.<parameter>.<kind>``).
+(``trained.<i>.<key>``), for each trained parameter the state of the optimizer (``optimizer.<parameter>.<kind>``), and
+what else the objective changes (``objective.<name>``).
 Metadata of the file: schema, step, seconds trained, what made it (fingerprint), names of the trained parameters, state
 that is no tensor, and the hash of the tensors.
 """
@@ -23,19 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import differences, dtype_name, listed, plain
-from fastdistill.data.values import spelled
-from fastdistill.errors import InputError, StorageError
-from fastdistill.models import peft
+from fastdistill.errors import StorageError
 from fastdistill.models.sharding import sharded
 from fastdistill.train import distributed
+from fastdistill.train.kept import State, modules, objective_state, progress, weights
 from fastdistill.train.step import TrainStep
 from fastdistill.train.stored import SCHEMA, DamagedError, Stored, rank_files
 from fastdistill.train.writing import Going, write, write_together
 
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "ema", "master")  # float32, of the shape of their parameter; and the 0-dim "step"
-
-State = dict[str, Any]  # tensors, and JSON values
 
 
 @dataclass(frozen=True)
@@ -231,81 +229,12 @@ def read(path: Path, *, together: bool = False) -> tuple[Checkpoint, dict[str, A
     return saved, head["fingerprint"]
 
 
-def _modules(step: TrainStep, student: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield "student.", student
-    for i, module in enumerate(step.objective.trained):
-        yield f"trained.{i}.", module
-
-
-def _weights(step: TrainStep, student: nn.Module) -> State:
-    """What the state_dicts of all trained modules hold, by its name in a checkpoint; not the frozen weights below
-    adapters of PEFT."""
-    found = {p + k: v for p, module in _modules(step, student) for k, v in module.state_dict(keep_vars=True).items()}
-    for name in peft.left_out(student):
-        found.pop(f"student.{name}", None)
-    return found
-
-
-def _progress(step: TrainStep) -> dict[str, Tensor]:
-    """The tensors of a step that belong to no parameter; ``totals`` are this rank's own."""
-    scaling = {} if step.scaling is None else {"loss_scale": step.scaling.value, "good_steps": step.scaling.good}
-    return scaling | {"counter": step.counter, "totals": step.totals, "skipped": step.optimizer.skipped}
-
-
-def state_of(step: TrainStep, student: nn.Module) -> State:
-    """Everything a run consists of: weights, adapters, moments and averages of the optimizer, counter and metrics.
-
-    Every rank has to ask for it. Where the student is sharded, so are its tensors here; ``totals`` are all ranks'.
-    """
-    state = {k: v.detach() if isinstance(v, Tensor) else v for k, v in _weights(step, student).items()}
-    for name, parameter in step.parameters_by_name.items():
-        moments = step.optimizer.state.get(parameter, {})
-        state |= {f"optimizer.{name}.{kind}": value for kind, value in moments.items()}
-    return state | _progress(step) | {"totals": distributed.rows(step.totals)}
-
-
-def check_storable(step: TrainStep, student: nn.Module, fingerprint: Mapping[str, Any]) -> int:
-    """Bytes of a checkpoint of this run. Tries whatever makes one but the writing.
-
-    Raises:
-        InputError: the state_dict of a trained module holds something that is neither a dense tensor nor a JSON value,
-            or the fingerprint holds something that is no JSON value.
-    """
-    plain(fingerprint)
-    state = _weights(step, student)
-    for name, value in state.items():
-        if (found := _unstorable(value)) is not None:
-            raise InputError.of(name, "a dense tensor or a JSON value in a state_dict", found)
-    tensors = [value for value in state.values() if isinstance(value, Tensor)]
-    averaged = {id(p) for group in step.optimizer.param_groups if group["ema"] for p in group["params"]}
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    for parameter in step.parameters_by_name.values():
-        copies = 2 + (id(parameter) in averaged) + (parameter.dtype != torch.float32)
-        size += parameter.numel() * copies * torch.float32.itemsize
-    return size
-
-
-def _unstorable(value: Any) -> str | None:
-    """Why a value of a state_dict cannot be in a checkpoint."""
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            return f"{value.layout} {dtype_name(value.dtype)} on {value.device}"
-        if (found := distributed.uncommon(value)) is not None:
-            return found
-        return None if spelled(value.dtype) else f"{dtype_name(value.dtype)}, which safetensors does not have"
-    try:
-        same = plain({"value": value})["value"] == value
-    except InputError:
-        same = False
-    return None if same else f"a {type(value).__name__} that JSON does not keep"
-
-
 def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]:
     """One line per name whose saved state has no place in this run, or the other way round.
 
     Floating-point tensors may have another precision (``restore`` converts them); nothing else may differ.
     """
-    own, parameters = _weights(step, student), step.parameters_by_name
+    own, parameters = weights(step, student), step.parameters_by_name
     theirs = {name: v for name, v in saved.outline.items() if name.startswith(("student.", "trained."))}
     wanted, found = ({name: _kind(name, v) for name, v in values.items()} for values in (own, theirs))
     if lines := differences(wanted, found):
@@ -318,7 +247,10 @@ def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]
         return lines
     shapes = {f"optimizer.{name}.{kind}": p.shape for name, p in parameters.items() for kind in _MOMENTS}
     shapes |= {f"optimizer.{name}.step": torch.Size() for name in parameters}
-    shapes |= {name: value.shape for name, value in _progress(step).items()}
+    shapes |= {name: value.shape for name, value in progress(step).items()}
+    for name, value in objective_state(step).items():
+        first, second, *rest = value.shape
+        shapes[name] = torch.Size([first, distributed.size() * second, *rest])
     wanted = {k: str(list(v)) for k, v in shapes.items() if k in saved.outline or k in ("counter", "totals", "skipped")}
     found = {name: str(list(saved.outline[name].shape)) for name in saved.outline.keys() - theirs.keys()}
     if "totals" in found:  # a row a rank, of the metrics that a version logs
@@ -347,7 +279,7 @@ def restore(saved: Checkpoint, step: TrainStep, student: nn.Module) -> None:
     ones as masters. Other tensors are cast. A loss scale that the checkpoint lacks begins anew.
     """
     names = {id(parameter): name for name, parameter in step.parameters_by_name.items()}
-    for prefix, module in _modules(step, student):
+    for prefix, module in modules(step, student):
         values = {}
         for key, own in module.state_dict(keep_vars=True).items():
             name = prefix + key
@@ -369,7 +301,7 @@ def restore(saved: Checkpoint, step: TrainStep, student: nn.Module) -> None:
             else torch.empty_like(parameter, dtype=torch.float32).copy_(_placed(saved, source, parameter))
             for kind, source in _moments(name, parameter, saved.outline)
         }
-    for name, value in _progress(step).items():
+    for name, value in progress(step).items():
         if name == "totals":
             rows = saved.state[name].reshape(-1, saved.outline[name].shape[-1])
             same = len(rows) == distributed.size()
@@ -377,6 +309,9 @@ def restore(saved: Checkpoint, step: TrainStep, student: nn.Module) -> None:
                 value.copy_(rows[distributed.rank()] if same else rows.mean(0))
         elif name in saved.outline:
             value.copy_(saved.state[name])
+    for name, value in objective_state(step).items():
+        if name in saved.outline:
+            value.copy_(saved.state[name].narrow(1, distributed.rank() * value.shape[1], value.shape[1]))
 
 
 def _placed(saved: Checkpoint, name: str, like: Any) -> Any:

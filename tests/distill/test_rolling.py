@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rollin
 from fastdistill.distill.rolling import ROLLING
 from fastdistill.errors import InputError
 from fastdistill.train import DistillTrainer
+from fastdistill.train.graph import runner
+from fastdistill.train.kept import state_of
 from tests import tiny
+from tests.train.ranks import Interrupted, stop_after
 
 STEPS, GROUPS = 5, 2  # of the 50 timesteps every tenth
 ROUNDS = GROUPS * (STEPS + 1)
@@ -64,8 +68,9 @@ def test_a_trajectory_is_that_of_the_sampler(by: str, prediction: str) -> None:
         assert timesteps == list(range(timesteps[0], -1, -10))
         path: list[Tensor] = []
         options: dict[str, Any] = {"steps": STEPS, "timesteps": timesteps, "clip_sample": 2.0}
-        ddim(model, visits[0].x_t[:1], visits[0].prompt[:1], None, tiny.SCHEDULE, guidance_scale=1.0,
-            prediction_type=prediction, callback=lambda i, t, x, path=path: path.append(x.clone()), **options)  # fmt: skip
+        options |= {"guidance_scale": 1.0, "prediction_type": prediction}
+        options["callback"] = lambda i, t, x, path=path: path.append(x.clone())
+        ddim(model, visits[0].x_t[:1], visits[0].prompt[:1], None, tiny.SCHEDULE, **options)
         for draw, expected in zip(visits[1:], path, strict=False):
             torch.testing.assert_close(draw.x_t[:1], expected, rtol=1e-4, atol=1e-4)
             assert torch.equal(draw.prompt[0], visits[0].prompt[0]) and int(draw.choice[0]) == ROLLING
@@ -124,6 +129,29 @@ def test_parts_of_a_batch_move_as_the_whole(micro_batch: int) -> None:
             run.step()
         for name, value in whole.step.objective.state.items():
             torch.testing.assert_close(parts.step.objective.state[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_goes_on_with_its_states(tmp_path: Path) -> None:
+    whole = made(lr=1e-3, steps=12)
+    whole.fit(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        made(lr=1e-3, steps=12, checkpoint_every=5).fit(tmp_path / "run", progress=stop_after(8))
+    again = made(lr=1e-3, steps=12, checkpoint_every=5)
+    again.fit(tmp_path / "run")
+    for name, value in state_of(whole.step, whole.student).items():
+        assert torch.equal(state_of(again.step, again.student)[name], value), name
+
+
+def test_a_compiled_step_moves_the_same_states() -> None:
+    eager, compiled = made(), made(execution="compiled")
+    advance = runner(compiled.step, compiled.student, "compiled")
+    for done in range(4):
+        eager.step.prepare(done)
+        eager.step()
+        compiled.step.prepare(done)
+        advance()
+        for name, value in eager.step.objective.state.items():
+            torch.testing.assert_close(compiled.step.objective.state[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_state_that_is_not_finite_begins_anew() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
@@ -18,12 +19,13 @@ from torch.distributed.fsdp import fully_shard
 
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.distill import GuidanceDistillation, RandomConditioning, Weights
+from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rolling, Weights
 from fastdistill.errors import Stopped
 from fastdistill.models import make_student
 from fastdistill.train import DistillTrainer, distributed
-from fastdistill.train.checkpoint import state_of, steps
+from fastdistill.train.checkpoint import steps
 from fastdistill.train.guard import NoHostSync
+from fastdistill.train.kept import state_of
 from fastdistill.train.step import TrainStep
 from tests import small
 from tests.harness import untimed
@@ -73,9 +75,10 @@ def make(
     prompts: PromptBank | None = None,
     shard: Callable[[nn.Module], object] | None = None,
     output: float = 1.0,
+    rolling: Rolling | None = None,
     **options: Any,
 ) -> DistillTrainer:
-    objective = RandomConditioning(taps=(("inner", "inner"),), weights=Weights(output))
+    objective = RandomConditioning(taps=(("inner", "inner"),), weights=Weights(output), rolling=rolling or Rolling())
     data = small.SCHEDULE, latents or small.cache(), prompts or small.bank(), objective
     config = small.config(**(OPTIONS | options))
     return DistillTrainer(teacher or Tiny(12), student or Tiny(6), *data, config, shard=shard)
@@ -151,6 +154,20 @@ def parts(rank: int, directory: Path) -> Any:
 
 def shards_parts(rank: int, directory: Path) -> Any:
     return finished(make(shard=shard, micro_batch=1))
+
+
+ROLLING = Rolling(every=2, groups=1, by="student")  # with states that move in every step
+
+
+def rolling(rank: int, directory: Path) -> Any:
+    return finished(make(rolling=ROLLING, steps=5))
+
+
+def rolling_interrupted(rank: int, directory: Path) -> Any:
+    options: dict[str, Any] = {"rolling": ROLLING, "steps": 5, "checkpoint_every": 3, "log_every": 1}
+    with contextlib.suppress(Interrupted):
+        make(**options).fit(directory / "rolling", progress=stop_after(4))
+    return finished(make(**options), directory / "rolling")
 
 
 def interrupted(rank: int, directory: Path) -> Any:
@@ -354,7 +371,7 @@ _ALL: tuple[Any, ...] = (
     fused, guided, compiled, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
     shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded, adapters,
-    shards_adapters,
+    shards_adapters, rolling, rolling_interrupted,
 )  # fmt: skip
 SCENARIOS: dict[str, Scenario] = {scenario.__name__: scenario for scenario in _ALL}
 SCENARIOS |= {precision: lower(precision) for precision in ("float16", "bfloat16")}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.errors import InputError
-from fastdistill.train.checkpoint import state_of, steps
+from fastdistill.train.checkpoint import steps
+from fastdistill.train.kept import state_of
 from tests.train.ranks import make
 from tests.train.test_resume import Dropping
 

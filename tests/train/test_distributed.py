@@ -85,6 +85,17 @@ def test_a_run_is_that_of_one_process(found: Found, alone: dict[str, Any], name:
     assert one["history"][-1]["gradient_norm"] > 0.5  # which clips
 
 
+def test_rolling_states_are_those_of_one_process(found: Found) -> None:
+    """Each rank has its part of them; a checkpoint has all, with which a run goes on."""
+    one, two = map(done, found["rolling"])
+    assert same(one, two) and one["state"]["objective.timestep"].shape == (1, 2)
+    assert_close(one, ranks.finished(ranks.make(rolling=ranks.ROLLING, steps=5)))
+    again, other = map(done, found["rolling_interrupted"])
+    assert same(again, other)
+    for name, value in one["state"].items():
+        assert name == "totals" or torch.equal(again["state"][name], value), name
+
+
 def test_ranks_draw_from_the_same_of_several_caches(found: Found) -> None:
     one, two = map(done, found["buckets"])
     assert same(one, two)

@@ -19,8 +19,9 @@ from fastdistill import files
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import InputError, StorageError
-from fastdistill.train import AdamWEMA, DistillTrainer, checkpoint
-from fastdistill.train.checkpoint import state_of, steps
+from fastdistill.train import AdamWEMA, DistillTrainer
+from fastdistill.train.checkpoint import steps
+from fastdistill.train.kept import state_of
 from tests import small
 from tests.harness import untimed
 from tests.train.ranks import Interrupted, Tiny, make, stop_after
@@ -243,7 +244,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(precision="bfloat16")
-    needed = checkpoint.check_storable(trainer.step, trainer.student, {})
+    needed = kept.check_storable(trainer.step, trainer.student, {})
     trainer.fit(tmp_path / "kept")
     tensors = safetensors.torch.load_file(list(steps(tmp_path / "kept").values())[-1])
     assert needed == pytest.approx(sum(t.nbytes for t in tensors.values()), abs=300)  # counters

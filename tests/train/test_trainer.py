@@ -23,7 +23,8 @@ from fastdistill.distill import Weights
 from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.models import make_student
 from fastdistill.train import DistillTrainer
-from fastdistill.train.checkpoint import state_of, steps
+from fastdistill.train.checkpoint import steps
+from fastdistill.train.kept import state_of
 from fastdistill.train.loop import _Run, read_metrics
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.step import learning_rates

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run consists of, by its names in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.data.fingerprint import dtype_name, plain
+from fastdistill.data.values import spelled
+from fastdistill.errors import InputError
+from fastdistill.models import peft
+from fastdistill.train import distributed
+from fastdistill.train.step import TrainStep
+
+State = dict[str, Any]  # tensors, and JSON values
+
+
+def modules(step: TrainStep, student: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield "student.", student
+    for i, module in enumerate(step.objective.trained):
+        yield f"trained.{i}.", module
+
+
+def weights(step: TrainStep, student: nn.Module) -> State:
+    """What the state_dicts of all trained modules hold, by its name in a checkpoint; not the frozen weights below
+    adapters of PEFT."""
+    found = {p + k: v for p, module in modules(step, student) for k, v in module.state_dict(keep_vars=True).items()}
+    for name in peft.left_out(student):
+        found.pop(f"student.{name}", None)
+    return found
+
+
+def progress(step: TrainStep) -> dict[str, Tensor]:
+    """The tensors of a step that belong to no parameter; ``totals`` are this rank's own."""
+    scaling = {} if step.scaling is None else {"loss_scale": step.scaling.value, "good_steps": step.scaling.good}
+    return scaling | {"counter": step.counter, "totals": step.totals, "skipped": step.optimizer.skipped}
+
+
+def state_of(step: TrainStep, student: nn.Module) -> State:
+    """Everything a run consists of: weights, adapters, moments and averages of the optimizer, counter and metrics.
+
+    Every rank has to ask for it. Where the student is sharded, so are its tensors here; ``totals`` are all ranks'.
+    """
+    state = {k: v.detach() if isinstance(v, Tensor) else v for k, v in weights(step, student).items()}
+    for name, parameter in step.parameters_by_name.items():
+        moments = step.optimizer.state.get(parameter, {})
+        state |= {f"optimizer.{name}.{kind}": value for kind, value in moments.items()}
+    return state | progress(step) | {"totals": distributed.rows(step.totals)} | _of_objective(step)
+
+
+def objective_state(step: TrainStep) -> dict[str, Tensor]:
+    """The tensors that the objective changes, by their name in a checkpoint: this rank's part of the second axis."""
+    return {f"objective.{name}": value for name, value in getattr(step.objective, "state", {}).items()}
+
+
+def _of_objective(step: TrainStep) -> dict[str, Tensor]:
+    """The same, of all ranks."""
+    found = objective_state(step)
+    if distributed.size() == 1:
+        return found
+    return {name: distributed.rows(value).transpose(0, 1).flatten(1, 2) for name, value in found.items()}
+
+
+def check_storable(step: TrainStep, student: nn.Module, fingerprint: Mapping[str, Any]) -> int:
+    """Bytes of a checkpoint of this run. Tries whatever makes one but the writing.
+
+    Raises:
+        InputError: the state_dict of a trained module holds something that is neither a dense tensor nor a JSON value,
+            or the fingerprint holds something that is no JSON value.
+    """
+    plain(fingerprint)
+    state = weights(step, student)
+    for name, value in state.items():
+        if (found := _unstorable(value)) is not None:
+            raise InputError.of(name, "a dense tensor or a JSON value in a state_dict", found)
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    averaged = {id(p) for group in step.optimizer.param_groups if group["ema"] for p in group["params"]}
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    for parameter in step.parameters_by_name.values():
+        copies = 2 + (id(parameter) in averaged) + (parameter.dtype != torch.float32)
+        size += parameter.numel() * copies * torch.float32.itemsize
+    return size + distributed.size() * sum(value.nbytes for value in objective_state(step).values())
+
+
+def _unstorable(value: Any) -> str | None:
+    """Why a value of a state_dict cannot be in a checkpoint."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            return f"{value.layout} {dtype_name(value.dtype)} on {value.device}"
+        if (found := distributed.uncommon(value)) is not None:
+            return found
+        return None if spelled(value.dtype) else f"{dtype_name(value.dtype)}, which safetensors does not have"
+    try:
+        same = plain({"value": value})["value"] == value
+    except InputError:
+        same = False
+    return None if same else f"a {type(value).__name__} that JSON does not keep"
