@@ -19,7 +19,7 @@ from fastdistill import files
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import InputError, StorageError
-from fastdistill.train import AdamWEMA, DistillTrainer
+from fastdistill.train import AdamWEMA, DistillTrainer, kept
 from fastdistill.train.checkpoint import steps
 from fastdistill.train.kept import state_of
 from tests import small
