@@ -3,7 +3,7 @@
 
 Each sitting is the command of a user, ``fastdistill distill``, on one process and under ``torchrun`` on two. Some are
 killed between steps, some while a checkpoint is being written, some while they start; of two processes one is killed,
-or all with ``torchrun``. The final checkpoint and the metrics (but for the seconds) are compared with those of a run of
+or all with ``torchrun``. The final checkpoint and the metrics (but for what is timed) are compared with those of a run of
 the same command that nothing interrupted.
 """
 
@@ -33,6 +33,7 @@ from fastdistill.files import atomic_write
 from fastdistill.train import checkpoint, distributed
 from fastdistill.train.config import to_yaml
 from tests import processes
+from tests.harness import untimed
 from tests.tasks.test_digits_run import run_config
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ PAGE = """\
 
 Written by `make soak` (`tests/soak.py`). `fastdistill distill` on the digits was ended by SIGKILL at random moments and
 begun again by the same command, on one process and under `torchrun` on two. All tensors and values of the last
-checkpoint, and the metrics but for their seconds, are compared with those of the same command that nothing interrupted.
+checkpoint, and the metrics but for what is timed, are compared with those of the same command that nothing interrupted.
 
 - date: {date}; commit: {commit}; seed: {seed}
 - processor: {processor}
@@ -270,9 +271,7 @@ def unlike(alone: Path, killed: Path, steps: int) -> list[str]:
     one, two = (checkpoint.read(place / f"step-{steps:08d}.safetensors")[0].state for place in (alone, killed))
     found = sorted(one.keys() ^ two.keys())
     found += [name for name in one.keys() & two.keys() if content(one[name]) != content(two[name])]
-    lines = [[json.loads(line) for line in (place / "metrics.jsonl").open()] for place in (alone, killed)]
-    for line in [*lines[0], *lines[1]]:
-        del line["seconds"]
+    lines = [untimed(json.loads(line) for line in (place / "metrics.jsonl").open()) for place in (alone, killed)]
     if lines[0] != lines[1] or not lines[0]:
         found.append("metrics.jsonl")
     names = [{path.name for path in place.iterdir()} for place in (alone, killed)]

@@ -408,7 +408,7 @@ def test_commands(
             "width: expected at most 65,536 pixels",
         ),
         (("evaluate", "RUN", "--evaluate.features", ""), r"evaluate.features: expected the path of .*, got ''"),
-        (("export", "RUN", "--to", "x", "--dtype", "float17"), r"--dtype: expected one of .*, got 'float17'"),
+        (("export", "RUN", "--to", "x", "--dtype", "float17"), r"--dtype: expected one of .*, got float17"),
         (("export", "RUN"), r"export: expected a new folder \(--to FOLDER\), got none"),
         (("export", "RUN", "--to", "x", "--train.lr", "-3"), r"export: 1 problem"),
     ],

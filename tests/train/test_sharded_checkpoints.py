@@ -19,6 +19,7 @@ from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.errors import StorageError
 from fastdistill.train import checkpoint, distributed
 from fastdistill.train.checkpoint import newest, prune, read, steps, sweep
+from fastdistill.train.kept import state_of
 from fastdistill.train.stored import DamagedError, Stored
 from fastdistill.train.writing import write
 from tests import processes
@@ -276,7 +277,7 @@ def test_a_rank_that_is_killed_while_it_writes(tmp_path: Path) -> None:
 def test_only_ranks_of_a_sharded_student_write_together() -> None:
     trainer = make(student=Uneven())
     assert not checkpoint.shared(trainer.student) and distributed.uncommon(trainer.student.gain) is None  # type: ignore[attr-defined]
-    tensors, parts = checkpoint.cut(kept.state_of(trainer.step, trainer.student))
+    tensors, parts = checkpoint.cut(state_of(trainer.step, trainer.student))
     assert not parts and "student.gain" in tensors
 
 
