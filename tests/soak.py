@@ -3,8 +3,8 @@
 
 Each sitting is the command of a user, ``fastdistill distill``, on one process and under ``torchrun`` on two. Some are
 killed between steps, some while a checkpoint is being written, some while they start; of two processes one is killed,
-or all with ``torchrun``. The final checkpoint and the metrics (but for what is timed) are compared with those of a run of
-the same command that nothing interrupted.
+or all with ``torchrun``. The final checkpoint and the metrics (but for what is timed) are compared with those of a run
+of the same command that nothing interrupted.
 """
 
 from __future__ import annotations

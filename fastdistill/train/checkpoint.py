@@ -27,7 +27,7 @@ from fastdistill.data.fingerprint import differences, dtype_name, listed, plain
 from fastdistill.errors import StorageError
 from fastdistill.models.sharding import sharded
 from fastdistill.train import distributed
-from fastdistill.train.kept import State, modules, objective_state, progress, weights
+from fastdistill.train.state import State, modules, objective_state, progress, weights
 from fastdistill.train.step import TrainStep
 from fastdistill.train.stored import SCHEMA, DamagedError, Stored, rank_files
 from fastdistill.train.writing import Going, write, write_together

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from fastdistill.data.fingerprint import plain
 from fastdistill.errors import FastdistillError, InputError, Stopped, StorageError, described
 from fastdistill.files import atomic_write, locked, make_directory, reason, require_space, sweep
-from fastdistill.train import checkpoint, distributed, health, kept
+from fastdistill.train import checkpoint, distributed, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
 from fastdistill.train.signals import signals
+from fastdistill.train.state import check_storable, state_of
 from fastdistill.train.step import TrainStep
 from fastdistill.train.trackers import Trackers, check_installed
 from fastdistill.train.waits import Waits
@@ -169,7 +170,7 @@ class _Run:
         """Go on with the run of this directory, if it holds one. What a checkpoint needs is tried first."""
         self.directory = directory
         self._scores = _read_scores(directory / SCORES, self.config.keep_best)
-        needed = functools.partial(kept.check_storable, self.step, self.student, self.fingerprint)
+        needed = functools.partial(check_storable, self.step, self.student, self.fingerprint)
         distributed.first(lambda: require_space(directory, needed()))
         if checkpoint.shared(self.student):
             distributed.require_seen(directory)
@@ -258,7 +259,7 @@ class _Run:
             return
         self._writer.wait()
         self.warn()
-        state = kept.state_of(self.step, self.student)
+        state = state_of(self.step, self.student)
         head = checkpoint.head(state, done, self.seconds(), self.fingerprint, list(self.step.parameters_by_name))
         self._saved = done
         first, together = distributed.rank() == 0, checkpoint.shared(self.student)

@@ -16,8 +16,8 @@ from fastdistill.distill.cadistill import CaDistill
 from fastdistill.distill.canonical_set import CanonicalSet
 from fastdistill.distill.classifier import Augmentation, ClassifierSetting
 from fastdistill.train import TrainConfig, distributed
-from fastdistill.train.kept import state_of
 from fastdistill.train.loop import fit
+from fastdistill.train.state import state_of
 from fastdistill.train.step import TrainStep
 from tests.harness import untimed
 

@@ -18,7 +18,7 @@ from fastdistill.distill.rolling import ROLLING
 from fastdistill.errors import InputError
 from fastdistill.train import DistillTrainer
 from fastdistill.train.graph import runner
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import state_of
 from tests import tiny
 from tests.train.ranks import Interrupted, stop_after
 

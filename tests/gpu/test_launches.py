@@ -108,7 +108,7 @@ def test_a_graph_of_a_whole_training_step() -> None:
     for name in ("diffusers", "pydantic", "safetensors", "yaml"):
         pytest.importorskip(name)
     from fastdistill.train import DistillTrainer
-    from fastdistill.train.kept import state_of
+    from fastdistill.train.state import state_of
     from tests import small
 
     own = small.teacher()

@@ -25,7 +25,7 @@ from fastdistill.models import make_student
 from fastdistill.train import DistillTrainer, distributed
 from fastdistill.train.checkpoint import steps
 from fastdistill.train.guard import NoHostSync
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import state_of
 from fastdistill.train.step import TrainStep
 from tests import small
 from tests.harness import untimed

@@ -18,7 +18,7 @@ from fastdistill.distill import Weights
 from fastdistill.distill.denoising import Denoising
 from fastdistill.errors import InputError, StorageError
 from fastdistill.train import DistillTrainer
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import state_of
 from tests import small
 
 

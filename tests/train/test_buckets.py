@@ -18,7 +18,7 @@ from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.flow import FlowSchedule
 from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.train import graph
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import state_of
 from fastdistill.train.step import TrainStep
 from tests import tiny
 from tests.models import tiny_families

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.train.checkpoint import steps
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import state_of
 from tests.train.ranks import make
 from tests.train.test_resume import Dropping
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.errors import InputError
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import state_of
 from tests import tiny
 
 ROWS = torch.randn(9, 5, 6, generator=torch.Generator().manual_seed(4))

@@ -22,7 +22,7 @@ from fastdistill.models.families import family_of
 from fastdistill.models.weights import storage, weights_hash
 from fastdistill.train import DistillTrainer
 from fastdistill.train.guard import NoHostSync
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import state_of
 from tests import tiny
 from tests.models import tiny_families as small
 from tests.models.test_peft import assert_equal, lora, output

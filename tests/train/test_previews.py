@@ -20,7 +20,7 @@ from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.diffusion.scheduled import sample_with, scheduler_of
 from fastdistill.errors import InputError
 from fastdistill.evaluate.previews import Previews, pictured
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import state_of
 from tests import tiny
 from tests.harness import EPS
 from tests.models import tiny_families

@@ -19,9 +19,9 @@ from fastdistill import files
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import InputError, StorageError
-from fastdistill.train import AdamWEMA, DistillTrainer, kept
+from fastdistill.train import AdamWEMA, DistillTrainer
 from fastdistill.train.checkpoint import steps
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import check_storable, state_of
 from tests import small
 from tests.harness import untimed
 from tests.train.ranks import Interrupted, Tiny, make, stop_after
@@ -244,7 +244,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(precision="bfloat16")
-    needed = kept.check_storable(trainer.step, trainer.student, {})
+    needed = check_storable(trainer.step, trainer.student, {})
     trainer.fit(tmp_path / "kept")
     tensors = safetensors.torch.load_file(list(steps(tmp_path / "kept").values())[-1])
     assert needed == pytest.approx(sum(t.nbytes for t in tensors.values()), abs=300)  # counters

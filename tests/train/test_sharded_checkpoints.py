@@ -19,7 +19,7 @@ from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.errors import StorageError
 from fastdistill.train import checkpoint, distributed
 from fastdistill.train.checkpoint import newest, prune, read, steps, sweep
-from fastdistill.train.kept import state_of
+from fastdistill.train.state import state_of
 from fastdistill.train.stored import DamagedError, Stored
 from fastdistill.train.writing import write
 from tests import processes

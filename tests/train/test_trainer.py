@@ -24,9 +24,9 @@ from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.models import make_student
 from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import steps
-from fastdistill.train.kept import state_of
 from fastdistill.train.loop import _Run, read_metrics
 from fastdistill.train.scaling import LossScale
+from fastdistill.train.state import state_of
 from fastdistill.train.step import learning_rates
 from tests import small
 from tests.harness import EPS
