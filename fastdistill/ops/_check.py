@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastdistill.errors import InputError, described
+from fastdistill.ops import _native
 from fastdistill.ops._dispatch import Kind, quiet
 
 _passed: dict[object, Any] = {}  # a Kind or None
@@ -64,6 +65,27 @@ def real(value: Any, argument: str, rule: str = "a number") -> float:
         raise InputError.of(argument, f"{rule} within float64", type(value).__name__) from None
 
 
+def one_of(value: Any, argument: str, names: Sequence[str]) -> None:
+    """One of these texts."""
+    known = isinstance(value, str) and value in names  # an array would compare item by item
+    _describe_unless(known, argument, f"one of {', '.join(names)}", value)
+
+
+def listed(values: Any, argument: str, rule: str = "a list of tensors") -> list[Tensor]:
+    """Dense tensors, as a list; a single tensor would be taken apart into its rows."""
+    several = isinstance(values, Iterable) and not isinstance(values, (Tensor, str, Mapping))
+    require(several, argument, rule, type(values).__name__)
+    found = list(values)
+    tensors(**{f"{argument}[{i}]": one for i, one in enumerate(found)})
+    return found
+
+
+def own_memory(tensor: Tensor, argument: str) -> None:
+    """No two elements share their memory, as those of an expanded tensor do: it is to be written to."""
+    if _native.overlaps(tensor):
+        require(False, argument, "memory of its own for each element", f"strides {tensor.stride()}")
+
+
 def within(value: Any, argument: str, low: float, high: float, rule: str) -> float:
     """A number from ``low`` to ``high`` as a float."""
     number = real(value, argument, rule)
@@ -95,6 +117,15 @@ def integers(**given: object) -> None:
     for name, value in given.items():
         is_one = isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
         _describe_unless(is_one, name, "a whole number", value)
+
+
+def numbers(values: Any, argument: str) -> list[int]:
+    """Whole numbers, as a list."""
+    several = isinstance(values, Iterable) and not isinstance(values, (Tensor, str, Mapping))
+    require(several, argument, "a list of whole numbers", type(values).__name__)
+    found = list(values)
+    integers(**{f"{argument}[{i}]": one for i, one in enumerate(found)})
+    return found
 
 
 def constants(**given: object) -> None:

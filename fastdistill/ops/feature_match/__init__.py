@@ -50,6 +50,8 @@ register(
     ],
 )
 
+TAPS = "a list of tensors, one a tap"
+
 
 class FeatureMatch(NamedTuple):
     """``loss``: 0-dim float32, differentiable with respect to the student. ``taps``: [L] float32, unweighted, for
@@ -103,9 +105,9 @@ def feature_match(
     Raises:
         InputError: mismatched counts, shapes, devices or dtypes, or a teacher that requires gradient.
     """
-    student, teacher = _taps(student, "student"), _taps(teacher, "teacher")
+    student, teacher = (_check.listed(t, name, TAPS) for t, name in ((student, "student"), (teacher, "teacher")))
     factors = weights if isinstance(weights, Tensor) else None
-    buffers = None if grads is None else list(grads)
+    buffers = None if grads is None else _check.listed(grads, "grads", "a list of buffers, one a tap")
     kind = _check.once(
         _checked,
         (factors, grad_scale, *student, *teacher, *(buffers or ())),
@@ -154,15 +156,6 @@ def gradient_buffer(student: Tensor, distance: Distance = "mse") -> Tensor:
     return torch.empty_like(student, memory_format=layout, requires_grad=False)
 
 
-def _taps(features: Iterable[Tensor], argument: str) -> list[Tensor]:
-    """The taps; a single tensor would be taken apart into one a sample."""
-    several = isinstance(features, Iterable) and not isinstance(features, Tensor)
-    _check.require(several, argument, "a list of tensors, one a tap", type(features).__name__)
-    taps = list(features)
-    _check.tensors(**{f"{argument}[{i}]": tap for i, tap in enumerate(taps)})
-    return taps
-
-
 def _checked(tensors: tuple[Any, ...], values: tuple[int, int, int | None, str, float, float]) -> None:
     require = _check.require
     taps, others, buffers, distance, eps, delta = values
@@ -170,12 +163,7 @@ def _checked(tensors: tuple[Any, ...], values: tuple[int, int, int | None, str, 
     student, teacher, grads = features[:taps], features[taps : taps + others], features[taps + others :]
     require(taps > 0, "student", "at least one tap", "none")
     require(others == taps, "teacher", f"as many taps as student ({taps})", others)
-    require(
-        isinstance(distance, str) and distance in DISTANCES,
-        "distance",
-        f"one of {', '.join(DISTANCES)}",
-        repr(distance),
-    )
+    _check.one_of(distance, "distance", list(DISTANCES))
     require(0 < _check.real(delta, "delta") < math.inf, "delta", "a number > 0", delta)
     require(_check.real(eps, "eps") > 0 or distance != "cosine", "eps", "a number > 0", eps)
     device = student[0].device

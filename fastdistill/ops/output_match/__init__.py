@@ -220,7 +220,7 @@ def _like(student: Tensor) -> str:
 
 def _checked(tensors: tuple[Tensor | None, ...], values: tuple[int | None, int, str, float]) -> None:
     channels, first_sample, distance, delta = values
-    _check.require(distance in ("mse", "huber"), "distance", "one of mse, huber", repr(distance))
+    _check.one_of(distance, "distance", ("mse", "huber"))
     _check.require(0 < _check.real(delta, "delta") < math.inf, "delta", "a number > 0", delta)
     given = {name: t for name, t in zip(_NAMES, tensors, strict=True) if t is not None}
     _check.require("teacher" in given or "task.counter" in given, "teacher", "an output, or a task beside it", None)
