@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
@@ -21,6 +22,7 @@ _passed: dict[object, Any] = {}  # a Kind or None
 _MOST_PASSED = 4096
 _is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 _look = operator.attrgetter("__class__", "shape", "dtype", "device", "layout")
+LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -86,6 +88,18 @@ def own_memory(tensor: Tensor, argument: str) -> None:
         require(False, argument, "memory of its own for each element", f"strides {tensor.stride()}")
 
 
+def single(value: Any, argument: str, rule: str = "a number") -> float:
+    """A number that is one in float32 too, in which the ops compute, as a float."""
+    number = real(value, argument, rule)
+    require(not LARGEST < abs(number) < math.inf, argument, f"{rule} within float32", number)
+    return number
+
+
+def positive(value: Any, argument: str) -> None:
+    """A number above 0, finite in float32."""
+    require(0 < single(value, argument) < math.inf, argument, "a number > 0", value)
+
+
 def within(value: Any, argument: str, low: float, high: float, rule: str) -> float:
     """A number from ``low`` to ``high`` as a float."""
     number = real(value, argument, rule)
@@ -146,7 +160,7 @@ def constants(**given: object) -> None:
 def scale(value: float | None, dim: int) -> float:
     """Of attention's scores: a number, or 1 / sqrt(dim)."""
     constants(scale=value)
-    return float(max(dim, 1) ** -0.5) if value is None else real(value, "scale", "a number, or None")
+    return float(max(dim, 1) ** -0.5) if value is None else single(value, "scale", "a number, or None")
 
 
 def rows(index: Tensor, argument: str, count: int, of: str) -> None:

@@ -11,7 +11,7 @@ rule and value, a result that is not the reference's: each is a *fault*, kept wi
 ===================  ==================================================================================================
 ``tensors.py``       tensors of any strides over memory with margins, of values of several kinds
 ``calls.py``         what a call of an op is, and what it has to give
-``norms.py`` ...     the arguments of each op: ``norms.py``, ``attentions.py``, ``losses.py``, ``draws.py``, ``updates.py``
+``norms.py`` ...     the arguments of each op; also ``attentions.py``, ``losses.py``, ``draws.py``, ``updates.py``
 ``emulated.py``      the same calls with kernels for a GPU, interpreted and emulated
 ``configurations.py`` run files and settings: random types, nesting, numbers, texts
 ``stored.py``        manifests, shards, banks, checkpoints, kept calls: bytes and headers that lie

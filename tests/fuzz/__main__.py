@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m tests.fuzz``: rounds of all targets in child processes until the wanted counts are reached.
 
-``--replay TARGET ROUND`` runs one round again, here; ``--report`` writes docs/evidence/fuzz.md and .json from the state.
+``--replay TARGET ROUND`` runs one round again, here; ``--report`` writes docs/evidence/fuzz.md and .json.
 """
 
 from __future__ import annotations

@@ -78,6 +78,23 @@ def _qkv(draw: Any) -> tuple[dict[str, Any], int]:
     return arguments, batch
 
 
+class _Softmax(torch.autograd.Function):
+    """0 where every score is -inf. In its gradient the two numbers that nearly cancel are rounded apart, as they are
+    computed apart."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        nothing = scores.amax(-1, keepdim=True) == -torch.inf
+        weights = torch.where(nothing, 0.0, torch.where(nothing, 0.0, scores).softmax(-1))
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        return weights * (rounded(grad) - rounded((weights * grad).sum(-1, keepdim=True)))
+
+
 def _truth(q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, mask: Any, rows: Any) -> tuple[Tensor]:
     flat = q.dim() == 3
     if flat:
@@ -87,11 +104,10 @@ def _truth(q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, mask: Any, r
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     scores = rounded(factor * rounded(torch.einsum("bnhd,blhd->bhnl", q, k)))
     if mask is not None:
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        bias = (
+            torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        )
         scores = scores + bias[:, None, None].to(q.dtype)
-    top = scores.detach().amax(-1, keepdim=True)
-    weights = (scores - top.masked_fill(top == -torch.inf, 0)).exp()
-    total = weights.sum(-1, keepdim=True)
-    weights = rounded(weights / torch.where(total == 0, 1, total))
+    weights = rounded(_Softmax.apply(scores))
     out = rounded(torch.einsum("bhnl,blhd->bnhd", weights, v))
     return (out.flatten(2) if flat else out,)

@@ -16,18 +16,17 @@ import hypothesis.strategies as st
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fastdistill.errors import FastdistillError, InputError, KernelError
 from fastdistill.ops import use
 from fastdistill.ops._dispatch import REFERENCE
-from tests.fuzz.tensors import VALUES, Spec, described, line_of, seeds
+from tests.fuzz.tensors import VALUES, Spec, described, leaves, line_of, mapped, seeds
 from tests.harness import EPS, assert_close, nudged
 
 NAMED = re.compile(r"^[\w.\[\]']+: expected .+, got .*", re.DOTALL)
 LEAST = 1e-27  # an error below is none: the kernels' least exponential, of what should be 0, is 1.6e-38 before products
 AUTOMATIC = "automatic"  # the op's own choice
-REPEATS = 4  # with other values
+REPEATS = len(VALUES)  # with other values
 Outputs = tuple[Tensor, ...]
 
 
@@ -47,11 +46,11 @@ class _Rounded(torch.autograd.Function):
 _near = contextvars.ContextVar("near", default=0.0)
 
 
-def rounded(value: Tensor) -> Tensor:
-    """What a truth says of a value that is computed in ``Call.eps``: itself, or, where it is asked how far results move
-    by that, a value near it, with a gradient near its gradient."""
+def rounded(value: Tensor, terms: int = 1) -> Tensor:
+    """What a truth says of a value that is computed in ``Call.eps``, a sum of so many terms of one sign: itself, or,
+    where it is asked how far results move by that, a value near it, with a gradient near its gradient."""
     eps = _near.get()
-    return _Rounded.apply(value, eps) if eps else value
+    return _Rounded.apply(value, eps * max(1.0, terms**0.5 / 4)) if eps else value
 
 
 class Fault(AssertionError):
@@ -79,7 +78,7 @@ class Call:
     def made(self, seed: int, values: str) -> dict[str, Any]:
         """The arguments with tensors of these values."""
         g = torch.Generator().manual_seed(seed)
-        made = tree_map_only(Spec, lambda spec: spec.made(g, values), self.arguments)
+        made = mapped(lambda one: one.made(g, values) if isinstance(one, Spec) else one, self.arguments)
         if self.wrong is not None:
             name, kind = self.wrong
             value = made[name]
@@ -176,7 +175,7 @@ def _check(call: Call, seed: int, values: str, counts: Counter[str]) -> None:
         given = call.made(seed, values) if call.written and results else made
         result = _result(call, kernel, given, seed)
         if call.written and not call.hidden and result.error is None:
-            result.outputs += [t.detach() for name in sorted(call.written) for t in tree_leaves(given[name])]
+            result.outputs += [t.detach() for name in sorted(call.written) for t in leaves(given[name])]
         results.append(result)
         by_kernel = isinstance(result.error, KernelError)
         outcome = "accepted" if result.error is None else "passed" if by_kernel else "refused"
@@ -198,7 +197,7 @@ def _check(call: Call, seed: int, values: str, counts: Counter[str]) -> None:
 
 def _plain(made: Any, written: frozenset[str]) -> Iterator[Tensor]:
     for name, value in made.items():
-        for leaf in tree_leaves(value):
+        for leaf in leaves(value):
             if name not in written and isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_meta:
                 yield leaf
 
@@ -224,7 +223,7 @@ def _evaluate(
     function: Callable[..., Outputs], made: dict[str, Any], seed: int
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     outputs = list(function(**made))
-    wrt = [t for t in tree_leaves(made) if isinstance(t, Tensor) and t.requires_grad]
+    wrt = [t for t in leaves(made) if isinstance(t, Tensor) and t.requires_grad]
     of = [o for o in outputs if o.requires_grad]
     if not (wrt and of) or any(o.is_meta for o in of):
         return [o.detach() for o in outputs], []
@@ -250,7 +249,11 @@ def _compare(call: Call, accepted: list[Result], made: dict[str, Any], seed: int
             )
             known = _all(first)[at]
             assert got.shape == known.shape and got.dtype == known.dtype, f"{name}: {described(got)}"
-            if (values == "nan" and made.get("eps") != 0 and result.kernel != AUTOMATIC) or not got.is_floating_point() or call.exact:
+            if (
+                (values == "nan" and made.get("eps") != 0 and result.kernel != AUTOMATIC)
+                or not got.is_floating_point()
+                or call.exact
+            ):
                 _alike(name, got, known, call.exact)
             if truth is not None and got.is_floating_point():
                 truth.check(name, at, got, 2.0 if at < len(result.outputs) else 3.0)
@@ -284,10 +287,10 @@ class _Truth:
     def __init__(self, call: Call, made: dict[str, Any], seed: int, huge: bool) -> None:
         self._call, self._made, self._seed, self._huge = call, made, seed, huge
         # e^-87 is the least exponential of the kernels: of huge factors the product with it is not small.
-        largest = [t.abs().max().item() for t in tree_leaves(made) if _is_float(t) and huge and t.numel()]
+        largest = [t.abs().max().item() for t in leaves(made) if _is_float(t) and huge and t.numel()]
         largest = [one for one in largest if math.isfinite(one)]
         self._floor = max([LEAST, *(4 * EPS * one for one in largest)])
-        self._exact = self._values(call.truth, tree_map(_doubled, made))
+        self._exact = self._values(call.truth, mapped(_doubled, made))
         self._other: tuple[list[Tensor], list[Tensor]] | None = None
 
     def _values(self, function: Any, made: dict[str, Any]) -> list[Tensor]:
@@ -311,16 +314,18 @@ class _Truth:
         known &= eager[at].isfinite() & moved[at].isfinite()
         if known.any():
             exact = exact[known]
-            assert_close(name, got[known], exact, eager[at][known], factor, moved=exact + factor * moved[at][known] + self._floor)
+            assert_close(
+                name, got[known], exact, eager[at][known], factor, moved=exact + factor * moved[at][known] + self._floor
+            )
 
     def _others(self) -> tuple[list[Tensor], list[Tensor]]:
         if self._other is None:
-            eager = self._values(self._call.eager or self._call.truth, tree_map(_leaf, self._made))
+            eager = self._values(self._call.eager or self._call.truth, mapped(_leaf, self._made))
             torch.manual_seed(self._seed)
             apart = [torch.zeros_like(t) for t in self._exact]
             token = _near.set(self._call.eps)
             for _ in range(4):
-                near = self._values(self._call.truth, tree_map(lambda t: _doubled(t, self._call.eps), self._made))
+                near = self._values(self._call.truth, mapped(lambda t: _doubled(t, self._call.eps), self._made))
                 apart = [torch.maximum(a, (n - t).abs()) for a, n, t in zip(apart, near, self._exact, strict=True)]
             _near.reset(token)
             self._other = eager, apart

@@ -70,9 +70,9 @@ def _distance(s: Tensor, t: Tensor, distance: str, eps: float, delta: float) -> 
         return (1 - rounded(rounded(s * t).sum(1) / norms)).mean()
     d = rounded(s - t)
     if distance == "huber":
-        return torch.nn.functional.huber_loss(d, torch.zeros_like(d), delta=delta)
-    value = rounded(d.square()).mean()
-    return value if distance == "mse" else value / (t.square().mean() + eps)
+        return rounded(torch.nn.functional.huber_loss(d, torch.zeros_like(d), delta=delta), d.numel())
+    value = rounded(rounded(d.square()).mean(), d.numel())
+    return value if distance == "mse" else value / rounded(t.square().mean() + eps, t.numel())
 
 
 def output_match_call(draw: Any) -> Call:
@@ -144,7 +144,7 @@ def _output_truth(
             each = torch.nn.functional.huber_loss(d, torch.zeros_like(d), delta=delta, reduction="none")
         else:
             each = d.square()
-        return rounded(each.mean(axes)) if d.numel() else each.sum(axes)
+        return rounded(each.mean(axes), d[0].numel()) if d.numel() else each.sum(axes)
 
     guide, from_x_t, from_teacher, *weight = (column for column in table[timestep].to(wide).unbind(1))
     zero = torch.zeros(len(student), dtype=wide)

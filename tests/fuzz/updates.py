@@ -22,7 +22,7 @@ def square_sum_call(draw: Any) -> Call:
 
     def truth(grads: Any) -> tuple[Tensor]:
         zero = torch.zeros((), dtype=torch.float64)
-        return (sum((rounded(g.double().square()).sum() for g in grads), zero).double(),)
+        return (sum((rounded(g.double().square().sum(), g.numel()) for g in grads), zero).double(),)
 
     def function(grads: Any) -> tuple[Tensor]:
         return (grad_square_sum(grads).float(),)  # it is as precise as that

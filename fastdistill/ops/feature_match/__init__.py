@@ -9,7 +9,6 @@ Random Conditioning (arXiv 2504.02011) and BK-SDM (arXiv 2305.15798) use the pla
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +116,7 @@ def feature_match(
         if t.requires_grad:
             rule = "a tensor without gradient (run the teacher under no_grad)"
             raise InputError.of(f"teacher[{i}]", rule, "requires_grad=True")
+    _check.flag(overwrite_teacher, "overwrite_teacher")
     _check.constants(weights=weights, grad_scale=grad_scale, grads=buffers, eps=eps, delta=delta)
     device = student[0].device
     if weights is None:
@@ -164,8 +164,8 @@ def _checked(tensors: tuple[Any, ...], values: tuple[int, int, int | None, str, 
     require(taps > 0, "student", "at least one tap", "none")
     require(others == taps, "teacher", f"as many taps as student ({taps})", others)
     _check.one_of(distance, "distance", list(DISTANCES))
-    require(0 < _check.real(delta, "delta") < math.inf, "delta", "a number > 0", delta)
-    require(_check.real(eps, "eps") > 0 or distance != "cosine", "eps", "a number > 0", eps)
+    _check.positive(delta, "delta")
+    require(_check.single(eps, "eps") > 0 or distance != "cosine", "eps", "a number > 0", eps)
     device = student[0].device
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         require(s.dim() > 1 or distance != "cosine", f"student[{i}]", "samples of features, [B, ...]", tuple(s.shape))
