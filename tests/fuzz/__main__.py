@@ -101,7 +101,7 @@ def sit(state: State, target: Target, seconds: float) -> None:
                 at += 1
         status = child.wait()
         told.seek(0)
-        words = told.read()[-3000:]
+        words = told.read()[:2000]
     if status:
         reason = f"a hang: no round in {PATIENCE:.0f} s" if hangs else f"a crash: status {status}"
         state.add(target, {"round": at, "seconds": 0.0, "counts": {}, "fault": f"{reason}\n{words}"})

@@ -62,10 +62,9 @@ def group_norm_call(draw: Any) -> Call:
         z = rounded(rounded(n * weight + bias) * (1 + scale) + shift)
         return (F.silu(z) if silu else z,)
 
-    def eager(x: Tensor, groups: int, eps: float, silu: bool, **given: Any) -> tuple[Tensor]:
-        if x.numel() == groups:  # torch refuses that
-            return truth(x, groups, eps, silu, **given)
-        return test_group_norm_silu.eager(x, tuple(map(given.get, test_group_norm_silu.NAMES)), groups, eps, silu)
+    def eager(x: Tensor, **given: Any) -> tuple[Tensor]:
+        """In float32, by the same formula: torch's own group norm can crash in its backward."""
+        return (truth(x.float(), **given)[0].to(x.dtype),)
 
     return Call("group_norm_silu", function, arguments, None if 0 in x.shape else truth, eager)
 

@@ -100,12 +100,11 @@ def named(name: str) -> Target:
 def calls_of(counts: Counter[str], target: Target) -> int:
     """How many of the counted outcomes count for the target: calls that were accepted or refused; of emulated kernels
     those that ran."""
-    emulated = target.group == "emulated"
     total = 0
     for outcome, count in counts.items():
         *_, kernel, kind = outcome.rsplit(" ", 2)
-        counts_here = (
-            kernel in ("triton", "cuda") and kind == "accepted" if emulated else kind in ("accepted", "refused")
-        )
-        total += count * counts_here
+        if target.group == "emulated":
+            total += count * (kernel in ("triton", "cuda") and kind == "accepted")
+        else:
+            total += count * (kind in ("accepted", "refused"))
     return total
