@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import secrets
 import shutil
@@ -220,6 +221,14 @@ def sweep(directory: Path) -> None:
     for leftover in directory.glob(f".*{_TEMPORARY_SUFFIX}"):
         with contextlib.suppress(OSError):
             leftover.unlink()
+
+
+def json_value(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError for any other text, one that nests deeper than Python reads too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
 
 
 def reason(error: OSError) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import safetensors
 
 from fastdistill.errors import InputError, StorageError
-from fastdistill.files import located, reason
+from fastdistill.files import json_value, located, reason
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.distill import RUN_FILE
 from fastdistill.tasks.workers import versions
@@ -83,7 +82,7 @@ def _trained_with(path: Path) -> dict[str, Any] | None:
     """Settings that a checkpoint states, of which its tensors are not read; None where it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return dict(json.loads(file.metadata()["fastdistill"])["fingerprint"]["config"])
+            return dict(json_value(file.metadata()["fastdistill"])["fingerprint"]["config"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
         return None
 

@@ -9,7 +9,6 @@ that is no tensor, and the hash of the tensors.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import differences, dtype_name, listed, plain, sha256_of_tensors
 from fastdistill.data.values import spelled
-from fastdistill.errors import InputError, StorageError
-from fastdistill.files import reason
+from fastdistill.errors import InputError, StorageError, described, quoted
+from fastdistill.files import json_value, reason
 from fastdistill.models import peft
 from fastdistill.train import distributed
 from fastdistill.train.step import TrainStep
@@ -141,19 +140,31 @@ def read(path: Path) -> tuple[Checkpoint, dict[str, Any]]:
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {})["fastdistill"])
+            head = json_value((file.metadata() or {})["fastdistill"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         schema = head["schema"]
+        if schema == SCHEMA:
+            found = Checkpoint(
+                _typed(head, "step", int), float(_typed(head, "seconds", int | float)), _typed(head, "trained", list),
+                tensors | _typed(head, "values", dict),
+            ), _typed(head, "fingerprint", dict)  # fmt: skip
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"{path}: damaged, not a checkpoint ({error})") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DamagedError(f"{path}: damaged, not a checkpoint ({quoted(error)})") from error
     if schema != SCHEMA:
         other = "of another version of fastdistill, which can go on with it; use another directory or delete it"
-        raise StorageError(f"{path}: expected a checkpoint of schema {SCHEMA}, got {schema}, {other}")
-    if sha256_of_tensors(tensors) != head["sha256"]:
+        raise StorageError(f"{path}: expected a checkpoint of schema {SCHEMA}, got {described(schema)}, {other}")
+    if sha256_of_tensors(tensors) != head.get("sha256"):
         raise DamagedError(f"{path}: damaged, its tensors do not have the hash it states")
-    return Checkpoint(head["step"], head["seconds"], head["trained"], tensors | head["values"]), head["fingerprint"]
+    return found
+
+
+def _typed(head: Mapping[str, Any], name: str, kind: Any) -> Any:
+    """A value of the metadata; TypeError where it is of another type."""
+    if not isinstance(head[name], kind) or isinstance(head[name], bool):
+        raise TypeError(f"{name} is {described(head[name])}")
+    return head[name]
 
 
 def _modules(step: TrainStep, student: nn.Module) -> Iterator[tuple[str, nn.Module]]:

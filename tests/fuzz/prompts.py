@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt files: what is read is text that UTF-8 can write, in the order of the file; else it is refused with its line."""
+"""Prompt files: what is read is text that UTF-8 can write, in the order of the file; else the line is refused."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 from fastdistill.cli import main
 from fastdistill.errors import InputError
 from fastdistill.ops import OPS, feature_match
+from fastdistill.train import kept
 from fastdistill.train.profiling import profile_steps, replay
 
 
@@ -44,9 +45,8 @@ def test_a_trace_has_ranges_named_like_the_ops_and_models(tmp_path: Path) -> Non
 def test_a_call_is_kept_as_it_was_and_replayed(tmp_path: Path) -> None:
     model, (x, target) = step_of()
     found = profile_steps(lambda: feature_match([model(x)], [target]).loss.backward(), tmp_path, steps=1)
-    call = torch.load(found.calls["feature_match"])
-    assert call["op"] == "feature_match"
-    assert torch.equal(call["arguments"][0][0], model(x)) and torch.equal(call["arguments"][1][0], target)
+    op, arguments = kept.load(found.calls["feature_match"], "cpu")
+    assert op == "feature_match" and torch.equal(arguments[0][0], model(x)) and torch.equal(arguments[1][0], target)
     before = OPS["feature_match"].calls.copy()
     assert len(replay(found.calls["feature_match"], kernel="reference", device="cpu", repeats=4)) == 4
     assert OPS["feature_match"].calls["reference"] - before["reference"] == 4 + 3
@@ -73,7 +73,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     names = {event.get("name") for event in events}
     assert {"noise_gather", "feature_match", "adamw_ema", "teacher", "student", "step 0"} <= names
     for op in ("noise_gather", "adamw_ema"):
-        assert main(["profile", "replay", str(output / f"{op}.pt"), "--device", "cpu", "--repeats", "2"]) == 0
+        assert main(["profile", "replay", str(output / f"{op}.safetensors"), "--device", "cpu", "--repeats", "2"]) == 0
     assert "2 runs, median" in capsys.readouterr().out
-    code = main(["profile", "replay", str(output / "noise_gather.pt"), "--device", "cpu", "--kernel", "magic"])
+    code = main(["profile", "replay", str(output / "noise_gather.safetensors"), "--device", "cpu", "--kernel", "magic"])
     assert code == 2 and "kernel: expected one of" in capsys.readouterr().err

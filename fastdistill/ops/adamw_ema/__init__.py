@@ -78,6 +78,7 @@ def grad_square_sum(grads: Sequence[Tensor], *, out: Tensor | None = None) -> Te
     _check.constants(grads=grads)
     if out is not None:
         _check.tensors(out=out)
+        _check.constants(out=out)
     else:
         out = torch.empty((), dtype=torch.float64, device=grads[0].device if grads else "cpu")
     _check.once(_check_gradients, (out, *grads), None)
@@ -159,7 +160,8 @@ def adamw_ema(
             if name != "grads" or zero_grads:
                 _check.own_memory(tensor, f"{name}[{i}]")
     rates, hyper = [g.lr for g in groups], table.hyper(groups)
-    _adamw_ema(None, *lists, rates, square_sum, *optional, skipped, group, hyper, max_norm, ema_warmup, zero_grads)
+    with torch.no_grad():  # parameters may require gradients
+        _adamw_ema(None, *lists, rates, square_sum, *optional, skipped, group, hyper, max_norm, ema_warmup, zero_grads)
 
 
 _LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages", "copies", "steps")

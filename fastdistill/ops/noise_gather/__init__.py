@@ -226,6 +226,7 @@ def _prepared(
         for label, one in zip(banks.labels(buffer), banks.listed(buffer), strict=True):
             _check.tensors(**{f"out.{name}{label}": one})
             _check.own_memory(one, f"out.{name}{label}")
+            _check.constants(**{f"out.{name}{label}": one})
     numbers = null_index, pool, first_sample, batch, global_batch, latent_rows, prompt_rows
     outputs = x_t, timestep, wanted, latent_index, prompt_index, choice
     _check.once(banks.check, (*tables, *outputs, *given, *copied), (names, numbers))
