@@ -128,14 +128,17 @@ def main(arguments: list[str] | None = None) -> int:
     state.begin()
     end = time.monotonic() + 60 * options.minutes
     chosen = [target for target in TARGETS if target.name.startswith(options.only)]
-    while time.monotonic() < end:
-        left = [target for target in chosen if state.of(target)["calls"] < target.wanted]
-        if not left:
-            break
-        target = min(left, key=lambda one: state.of(one)["calls"] / one.wanted)
-        sit(state, target, min(options.slice, end - time.monotonic()))
-        mine = state.of(target)
-        print(f"{target.name}: {mine['calls']:,} of {target.wanted:,} calls, {mine['seconds']:.0f} s", flush=True)
+    try:
+        while time.monotonic() < end:
+            left = [target for target in chosen if state.of(target)["calls"] < target.wanted]
+            if not left:
+                break
+            target = min(left, key=lambda one: state.of(one)["calls"] / one.wanted)
+            sit(state, target, min(options.slice, end - time.monotonic()))
+            mine = state.of(target)
+            print(f"{target.name}: {mine['calls']:,} of {target.wanted:,} calls, {mine['seconds']:.0f} s", flush=True)
+    finally:
+        state.save()
     faults = len(state.value["faults"])
     print(f"{sum(state.of(target)['calls'] for target in chosen):,} calls, {faults} faults; {state.path}")
     return int(faults > 0)

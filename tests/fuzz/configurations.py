@@ -65,7 +65,8 @@ def _kept(kind: Any, made: Any) -> None:
 PIECES = st.sampled_from((
     "a: 1\n", "train:\n", "  steps: 3\n", "  steps: 1e3\n", "- x\n", "? [a]\n", ": b\n", "&a ", "*a", "<<: *a\n",
     "!!python/object:os.system", "!!binary aGk=", "!!timestamp 2020-13-45", "2020-01-01", "0x1F", ".inf", "-.nan",
-    "1_000", "0o7", "1:30", "{", "}", "[", "]", ",", '"', "'", "|\n", ">\n", "#", "%YAML 1.1\n", "---\n", "...\n", "\t", "\r\n",
+    "1_000", "0o7", "1:30", "{", "}", "[", "]", ",", '"', "'", "|\n", ">\n", "#", "%YAML 1.1\n",
+    "---\n", "...\n", "\t", "\r\n",
     "\ufeff", "\0", "é", "\U0001f600", "lr: ", "seed: ", "prompts: ", "cache: ", "student: ", "null", "~", "yes",
     "on", "9" * 30, "1e400", "\x85", "\u2028",
 ))  # fmt: skip

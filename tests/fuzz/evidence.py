@@ -35,10 +35,10 @@ def _text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:
     commits = list(dict.fromkeys(sitting["commit"] for sitting in state["sittings"]))
     lines = [
         "# Fuzzing", "",
-        "`make fuzz` (`tests/fuzz/`): hypothesis draws calls, files and configurations; a child process runs them within"
-        " limits of memory and time. Each round of a target is a run of hypothesis with the seed of its number, so any can"
-        " be repeated: `python -m tests.fuzz --replay TARGET ROUND`. Here is what was done and what was found; `fuzz.json`"
-        " has all counts and the rounds of each commit.", "",
+        "`make fuzz` (`tests/fuzz/`): hypothesis draws calls, files and configurations; a child process runs them"
+        " within limits of memory and time. Each round of a target is a run of hypothesis with the seed of its number,"
+        " so any can be repeated: `python -m tests.fuzz --replay TARGET ROUND`. Here is what was done and what was"
+        " found; `fuzz.json` has all counts and the rounds of each commit.", "",
         f"Seed {state['seed']}, commits {', '.join(commits)}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items()) + f"; {sys.platform}.", "",
     ]  # fmt: skip
