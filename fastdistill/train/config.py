@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -145,10 +146,16 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "con
     return _checked(kind, laid, name, _unknown(kind, values, ""))
 
 
+@functools.cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    """Made once a kind, which takes a hundred times as long as a check."""
+    return pydantic.TypeAdapter(kind)
+
+
 def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems: list[str]) -> Config:
     """The configuration of these values; InputError for the problems so far and all that pydantic finds."""
     try:
-        config = pydantic.TypeAdapter(kind).validate_python(values)
+        config: Config = _adapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         rules: dict[tuple[str, str], list[str]] = {}  # by place and value: of a union each kind has its own
         found = error.errors()
@@ -229,9 +236,29 @@ for _tag, _rule in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_rule, re.IGNORECASE), list("-+.0123456789"))
 
 
+_MOST_VALUES = 10**5
+
+
 def parsed(text: str) -> Any:
-    """The values of a YAML text."""
-    return yaml.load(text, _Loader)
+    """The values of a YAML text; ValueError where aliases make a few lines of it into more than a message could hold,
+    or a value a part of itself."""
+    values = yaml.load(text, _Loader)
+    if _count(values, {}) > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES} values, those of aliases counted")
+    return values
+
+
+def _count(value: Any, known: dict[int, int | None]) -> int:
+    """How many values it holds, those that are there several times counted as often."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = None
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    if (count := known[id(value)]) is None:
+        raise ValueError("a value that is a part of itself")
+    return count
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
@@ -261,7 +288,8 @@ def _told(error: yaml.YAMLError) -> str:
 
 def to_yaml(config: object) -> str:
     """A configuration as YAML that ``from_yaml`` reads back."""
-    values = pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    kind: Any = type(config)
+    values = _adapter(kind).dump_python(config, mode="json")
     return yaml.safe_dump(values, sort_keys=False)
 
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -73,7 +74,7 @@ def again(fault: dict[str, Any]) -> str:
     return f"python -m tests.fuzz --replay '{fault['target']}' {fault['round']}"
 
 
-def sit(state: State, target: Target, seconds: float) -> None:
+def sit(state: State, target: Target, seconds: float, patience: float = PATIENCE) -> None:
     """A child with rounds of a target for some seconds."""
     first = state.of(target)["next"]
     command = [sys.executable, "-m", "tests.fuzz.rounds", target.name, str(state.value["seed"]), str(first)]
@@ -88,22 +89,26 @@ def sit(state: State, target: Target, seconds: float) -> None:
     ):
         assert child.stdout is not None
         at, waiting, hangs = first, b"", False
-        while True:
-            if not select.select([child.stdout], [], [], PATIENCE)[0]:
-                hangs = True
-                child.kill()
-            data = os.read(child.stdout.fileno(), 2**20)
-            if not data:
-                break
-            *lines, waiting = (waiting + data).split(b"\n")
-            for line in lines:
-                state.add(target, json.loads(line))
-                at += 1
+        try:
+            while True:
+                if not select.select([child.stdout], [], [], patience)[0]:
+                    hangs = True
+                    child.kill()
+                data = os.read(child.stdout.fileno(), 2**20)
+                if not data:
+                    break
+                *lines, waiting = (waiting + data).split(b"\n")
+                for line in lines:
+                    state.add(target, json.loads(line))
+                    at += 1
+        except BaseException:
+            child.kill()
+            raise
         status = child.wait()
         told.seek(0)
         words = told.read()[:2000]
     if status:
-        reason = f"a hang: no round in {PATIENCE:.0f} s" if hangs else f"a crash: status {status}"
+        reason = f"a hang: no round in {patience:.0f} s" if hangs else f"a crash: status {status}"
         state.add(target, {"round": at, "seconds": 0.0, "counts": {}, "fault": f"{reason}\n{words}"})
     state.save()
 
@@ -125,6 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         from tests.fuzz.evidence import write
 
         return write(state.value)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     state.begin()
     end = time.monotonic() + 60 * options.minutes
     chosen = [target for target in TARGETS if target.name.startswith(options.only)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,12 @@ def write(state: dict[str, Any]) -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     versions = {name: metadata.version(name) for name in PACKAGES} | {"Python": platform.python_version()}
     (FOLDER / "fuzz.json").write_text(json.dumps({"versions": versions} | state, indent=1) + "\n", encoding="utf-8")
-    (FOLDER / "fuzz.md").write_text("\n".join(_text(state, versions)) + "\n", encoding="utf-8")
+    (FOLDER / "fuzz.md").write_text("\n".join(text(state, versions)) + "\n", encoding="utf-8")
     return int(any(state["targets"].get(t.name, {"calls": 0})["calls"] < t.wanted for t in TARGETS))
 
 
-def _text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:
+def text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:
+    """The lines of ``fuzz.md``."""
     done = state["targets"]
     commits = list(dict.fromkeys(sitting["commit"] for sitting in state["sittings"]))
     lines = [
@@ -40,7 +40,7 @@ def _text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:
         " so any can be repeated: `python -m tests.fuzz --replay TARGET ROUND`. Here is what was done and what was"
         " found; `fuzz.json` has all counts and the rounds of each commit.", "",
         f"Seed {state['seed']}, commits {', '.join(commits)}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items()) + f"; {sys.platform}.", "",
+        + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",
     ]  # fmt: skip
     for group, what in GROUPS.items():
         targets = [target for target in TARGETS if target.group == group]

@@ -33,9 +33,6 @@ class Target:
 
     def prepare(self) -> None:
         """Imports, before memory is limited."""
-        import torch
-
-        torch.set_num_threads(1)
         self._parts()
 
     def strategy(self) -> st.SearchStrategy[Any]:
@@ -47,7 +44,7 @@ class Target:
     @functools.cache  # noqa: B019  the targets live as long as the process
     def _parts(self) -> tuple[st.SearchStrategy[Any], Callable[[Any, Counter[str]], None]]:
         function = getattr(importlib.import_module(f"tests.fuzz.{self.module}"), self.function)
-        if self.group == "others":
+        if self.group in ("others", "planted"):
             return function()
         calls = importlib.import_module("tests.fuzz.emulated" if self.group == "emulated" else "tests.fuzz.calls")
         return calls.calls(function), calls.check
@@ -89,9 +86,15 @@ TARGETS = [
 ]
 
 
+#: Faults, each in its third example: what the parent has to find.
+PLANTED = [
+    Target(f"planted.{name}", 1, "planted", name, 10, GIB // 4) for name in ("crash", "hang", "memory", "unclear")
+]
+
+
 def named(name: str) -> Target:
     """The target of this name."""
-    found = [target for target in TARGETS if target.name == name]
+    found = [target for target in (*TARGETS, *PLANTED) if target.name == name]
     if not found:
         raise SystemExit(f"tests.fuzz: no target {name!r}; there are {', '.join(t.name for t in TARGETS)}")
     return found[0]
