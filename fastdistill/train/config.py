@@ -155,7 +155,8 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
 def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems: list[str]) -> Config:
     """The configuration of these values; InputError for the problems so far and all that pydantic finds."""
     try:
-        config: Config = _adapter(kind).validate_python(values)
+        any_kind: Any = kind
+        config: Config = _adapter(any_kind).validate_python(values)
     except pydantic.ValidationError as error:
         rules: dict[tuple[str, str], list[str]] = {}  # by place and value: of a union each kind has its own
         found = error.errors()

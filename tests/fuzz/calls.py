@@ -24,6 +24,7 @@ from tests.fuzz.tensors import VALUES, Spec, described, leaves, line_of, mapped,
 from tests.harness import EPS, assert_close, nudged
 
 NAMED = re.compile(r"^[\w.\[\]']+: expected .+, got .*", re.DOTALL)
+GPU = ("triton", "cuda")
 LEAST = 1e-27  # an error below is none: the kernels' least exponential, of what should be 0, is 1.6e-38 before products
 AUTOMATIC = "automatic"  # the op's own choice
 REPEATS = len(VALUES)  # with other values
@@ -46,11 +47,12 @@ class _Rounded(torch.autograd.Function):
 _near = contextvars.ContextVar("near", default=0.0)
 
 
-def rounded(value: Tensor, terms: int = 1) -> Tensor:
+def rounded(value: Tensor, terms: int = 1, least: float = 0.0) -> Tensor:
     """What a truth says of a value that is computed in ``Call.eps``, a sum of so many terms of one sign: itself, or,
-    where it is asked how far results move by that, a value near it, with a gradient near its gradient."""
+    where it is asked how far results move by that, a value near it, with a gradient near its gradient. ``least``: the
+    precision that it is stored in, where that is less."""
     eps = _near.get()
-    return _Rounded.apply(value, eps * max(1.0, terms**0.5 / 4)) if eps else value
+    return _Rounded.apply(value, max(least / 4, eps * max(1.0, terms**0.5 / 4))) if eps else value
 
 
 class Fault(AssertionError):
@@ -188,10 +190,12 @@ def _check(call: Call, seed: int, values: str, counts: Counter[str]) -> None:
     for other in rest:
         if isinstance(other.error, KernelError):
             continue
+        if other.kernel in GPU and other.error is None and "expected a row of" in str(first.error):
+            continue  # nothing is read back from a GPU: its result is NaN
         if (first.error is None) != (other.error is None) or str(first.error) != str(other.error):
             raise Fault(f"{first.kernel}: {first.error or 'accepts'}; {other.kernel}: {other.error or 'accepts'}")
     accepted = [r for r in results if r.error is None]
-    if accepted and not any(t.is_meta for t in _all(accepted[0])):
+    if first.error is None and not any(t.is_meta for t in _all(accepted[0])):
         _compare(call, accepted, call.made(seed, values) if call.written else made, seed, values)
 
 

@@ -98,12 +98,14 @@ def _layer_norm(draw: Any, residual: bool) -> Call:
     def function(**given: Any) -> tuple[Tensor, ...]:
         return residual_layer_norm_modulate(**given) if residual else (layer_norm_modulate(**given),)
 
+    stored = torch.finfo(x.dtype).eps
+
     def truth(x: Tensor, eps: float, h: Any = None, **given: Any) -> tuple[Tensor, ...]:
         gate, scale, shift, weight, bias = (
             test_layer_norm_modulate.over(given.get(name), x, float(name in ("gate", "weight")))
             for name in test_layer_norm_modulate.NAMES
         )
-        s = x if h is None else rounded(x + gate * h)
+        s = x if h is None else rounded(x + gate * h, least=stored)
         n = normalized(s, eps, (-1,))
         y = rounded(rounded(n * weight + bias) * (1 + scale) + shift)
         return (y,) if h is None else (y, s)

@@ -83,17 +83,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 2 and "kernel: expected one of" in capsys.readouterr().err
 
 
-def _change(
-    path: Path, change: Callable[[dict[str, Any]], Any], tensors: dict[str, torch.Tensor] | None = None
-) -> None:
+Change = Callable[[dict[str, Any]], Any]
+
+
+def _change(path: Path, change: Change, tensors: dict[str, torch.Tensor]) -> None:
     with safetensors.safe_open(path, "pt") as file:
         call = json.loads(file.metadata()["fastdistill"])
         held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(call)
-    safetensors.torch.save_file(held | (tensors or {}), path, {"fastdistill": json.dumps(call)})
+    safetensors.torch.save_file(held | tensors, path, {"fastdistill": json.dumps(call)})
 
 
-LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, torch.Tensor]]] = {
+LIES: dict[str, tuple[Change, dict[str, torch.Tensor]]] = {
     "a shorter result": (lambda call: None, {"1": torch.ones(2)}),
     "another dtype": (lambda call: None, {"0": torch.ones(3, 8, dtype=torch.float64)}),
     "an argument less": (lambda call: call["arguments"].pop(), {}),
@@ -115,7 +116,7 @@ def test_a_kept_call_that_lies_reaches_no_kernel(tmp_path: Path, lie: str) -> No
     assert len(replay(path, device="cpu", repeats=1)) == 1
     _change(path, *LIES[lie])
     before = OPS["geglu"].calls.copy()
-    with pytest.raises(InputError, match=": expected .*, got "):
+    with pytest.raises(InputError, match=r": expected .*, got "):
         replay(path, device="cpu", repeats=1)
     assert OPS["geglu"].calls == before
 
