@@ -57,12 +57,7 @@ fuzz: setup
 sanitizers: setup
 	$(BIN)/python -m tests.sanitizers $(ARGS)
 
-gpu-# Random arguments, files and configurations until the wanted counts are reached; what was interrupted goes on.
-fuzz: setup
-	$(BIN)/python -m tests.fuzz $(ARGS)
-	$(BIN)/python -m tests.fuzz --report
-
-sanitizers: setup
+gpu-sanitizers: setup
 	$(BIN)/python -m pytest tests/gpu -m 'gpu and slow' $(ARGS)
 
 bench: setup

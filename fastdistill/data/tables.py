@@ -169,7 +169,8 @@ def _undecodable(file: Path) -> tuple[int, str]:
 
 
 def _once(file: Path, names: list[str]) -> None:
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
         raise StorageError(f"{file}: expected columns of different names, got {twice!r} twice")
 
 

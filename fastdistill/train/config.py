@@ -237,6 +237,17 @@ for _tag, _rule in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_rule, re.IGNORECASE), list("-+.0123456789"))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that either reader of YAML would take for a number."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *rules]
+    for first, rules in ({**yaml.SafeDumper.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}).items()
+}
 _MOST_VALUES = 10**5
 
 
@@ -273,7 +284,8 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         raise InputError.of("config", "YAML in UTF-8", f"{path}: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise InputError.of("config", "YAML", f"{path}: {_told(error)}") from error
-    except (ValueError, RecursionError) as error:  # a date or a number that there is not, lists in lists in lists
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
+        # A date, a number or a switch that there is not, by its value or by its tag; lists in lists in lists.
         raise InputError.of("config", "YAML", f"{path}: {quoted(error)}") from error
     if not isinstance(values, dict | None):
         raise InputError.of(str(path), "a mapping of fields", type(values).__name__)
@@ -291,7 +303,7 @@ def to_yaml(config: object) -> str:
     """A configuration as YAML that ``from_yaml`` reads back."""
     kind: Any = type(config)
     values = _adapter(kind).dump_python(config, mode="json")
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def _onto(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

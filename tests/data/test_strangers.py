@@ -14,6 +14,7 @@ import torch
 
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import read_manifest
+from fastdistill.data.texts import read_prompts
 from fastdistill.errors import StorageError
 from fastdistill.files import json_value
 from fastdistill.train import checkpoint
@@ -83,3 +84,13 @@ def test_a_checkpoint_without_a_part_or_with_another_in_its_place(tmp_path: Path
         write(path, tensors, {key: value for key, value in HEAD.items() if key != name} | other)
         with pytest.raises(checkpoint.DamagedError, match=r"step-00000003\.safetensors: damaged, not a checkpoint"):
             checkpoint.read(path)
+
+
+def test_a_table_of_columns_without_names(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path = tmp_path / "prompts.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["", ""]), path)
+    with pytest.raises(StorageError, match=r"prompts\.parquet: expected columns of different names, got '' twice"):
+        read_prompts(path, column="")

@@ -70,8 +70,9 @@ def _change(value: Any, places: list[int], kind: str, new: Any) -> Any:
     elif kind == "drop":
         del value[key]
     elif kind == "add":
-        value |= {str(new): new} if isinstance(value, dict) else {} if isinstance(value, dict) else value
-        if isinstance(value, list):
+        if isinstance(value, dict):
+            value[repr(new)[:20]] = new
+        else:
             value.append(new)
     elif kind == "swap":
         other = keys[(places[0] + 1) % len(keys)]
