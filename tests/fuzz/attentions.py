@@ -80,19 +80,21 @@ def _qkv(draw: Any) -> tuple[dict[str, Any], int]:
 
 class _Softmax(torch.autograd.Function):
     """0 where every score is -inf. In its gradient the two numbers that nearly cancel are rounded apart, as they are
-    computed apart."""
+    computed apart, by what is to be expected of sums over the head dim, whose terms' magnitudes are ``size``."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, size: Tensor) -> Tensor:
         nothing = scores.amax(-1, keepdim=True) == -torch.inf
         weights = torch.where(nothing, 0.0, torch.where(nothing, 0.0, scores).softmax(-1))
-        ctx.save_for_backward(weights)
+        ctx.save_for_backward(weights, size)
         return weights
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (weights,) = ctx.saved_tensors
-        return weights * (rounded(grad) - rounded((weights * grad).sum(-1, keepdim=True)))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weights, size = ctx.saved_tensors
+        own = grad + (rounded(size) - size)
+        of_all = (weights * (grad + (rounded(size) - size))).sum(-1, keepdim=True)
+        return weights * (rounded(own) - rounded(of_all)), None
 
 
 def _truth(q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, mask: Any, rows: Any) -> tuple[Tensor]:
@@ -108,6 +110,7 @@ def _truth(q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, mask: Any, r
             torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
         )
         scores = scores + bias[:, None, None].to(q.dtype)
-    weights = rounded(_Softmax.apply(scores))
+    size = 2 * v.detach().abs().sum(-1).transpose(1, 2)[:, :, None]  # cotangents are at most 2
+    weights = rounded(_Softmax.apply(scores, size.expand_as(scores)))
     out = rounded(torch.einsum("bhnl,blhd->bnhd", weights, v))
     return (out.flatten(2) if flat else out,)

@@ -246,6 +246,7 @@ def _compare(call: Call, accepted: list[Result], made: dict[str, Any], seed: int
         except Exception:
             if call.wrong is None:
                 raise
+    alike = values == "nan" and made.get("eps") != 0 and made.get("rows") is None  # whose reference adds 0 times NaN
     for result in accepted:
         for at, got in enumerate(_all(result)):
             name = f"{call.op}[{result.kernel}] " + (
@@ -253,11 +254,7 @@ def _compare(call: Call, accepted: list[Result], made: dict[str, Any], seed: int
             )
             known = _all(first)[at]
             assert got.shape == known.shape and got.dtype == known.dtype, f"{name}: {described(got)}"
-            if (
-                (values == "nan" and made.get("eps") != 0 and result.kernel != AUTOMATIC)
-                or not got.is_floating_point()
-                or call.exact
-            ):
+            if (alike and result.kernel != AUTOMATIC) or not got.is_floating_point() or call.exact:
                 _alike(name, got, known, call.exact)
             if truth is not None and got.is_floating_point():
                 truth.check(name, at, got, 2.0 if at < len(result.outputs) else 3.0)
