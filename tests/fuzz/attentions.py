@@ -112,5 +112,9 @@ def _truth(q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, mask: Any, r
         scores = scores + bias[:, None, None].to(q.dtype)
     size = 2 * v.detach().abs().sum(-1).transpose(1, 2)[:, :, None]  # cotangents are at most 2
     weights = rounded(_Softmax.apply(scores, size.expand_as(scores)))
+    # A backward makes them again from the logarithm of their sum, which is as precise as it is large: beside a score of
+    # 10,000 in float32 they are off by a thousandth, in every attention that keeps no more.
+    top = scores.detach().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) + 1
+    weights = weights * (1 + (rounded(top) - top) / 2)
     out = rounded(torch.einsum("bhnl,blhd->bnhd", weights, v))
     return (out.flatten(2) if flat else out,)
