@@ -1,4 +1,4 @@
-# make setup | demo | test | test-isa | test-torch | soak | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | lint: each calls what it needs. Variables: TASK=guidance QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
+# make setup | demo | test | test-isa | test-torch | fuzz | soak | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | lint: each calls what it needs. Variables: TASK=guidance QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
 # PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ OLDEST_TRITON := build/triton-3.6.0
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-isa test-torch soak sanitizers gpu-sanitizers bench gpu gpu-wheels kernels-report lint format build-matrix clean
+.PHONY: setup demo test test-slow test-isa test-torch fuzz soak sanitizers gpu-sanitizers bench gpu gpu-wheels kernels-report lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -52,6 +52,11 @@ build/torch-%/.installed: pyproject.toml constraints.txt
 	PIP_CONSTRAINT=$(@D)/constraints.txt $(@D)/bin/pip install --quiet torch==$*
 	PIP_CONSTRAINT=$(@D)/constraints.txt FASTDISTILL_CUDA=0 $(@D)/bin/pip install --quiet --editable '.[demo,dev]'
 	@touch $@
+
+# Random arguments, files and configurations until the wanted counts are reached; what was interrupted goes on.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(ARGS)
+	$(BIN)/python -m tests.fuzz --report
 
 sanitizers: setup
 	$(BIN)/python -m tests.sanitizers $(ARGS)

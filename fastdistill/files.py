@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import glob
+import json
 import os
 import secrets
 import shutil
@@ -241,6 +242,14 @@ def _temporary(path: Path) -> BinaryIO:
             file.close()
             raise
         file.close()  # it was swept before it was locked
+
+
+def json_value(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError for any other text, one that nests deeper than Python reads too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
 
 
 def reason(error: OSError) -> str:

@@ -28,7 +28,7 @@ class FileHashes:
         self._known: dict[str, str] = {}
         if memo is not None:
             with contextlib.suppress(OSError, ValueError):
-                known = json.loads(memo.read_text(encoding="utf-8"))
+                known = files.json_value(memo.read_text(encoding="utf-8"))
                 self._known = {str(key): str(value) for key, value in known.items()}
 
     def of(self, paths: Iterable[Path]) -> str:
@@ -72,7 +72,7 @@ class FileHashes:
 def _content(path: Path) -> str:
     if path.suffix == ".json":
         with contextlib.suppress(ValueError):
-            value = json.loads(path.read_bytes())
+            value = files.json_value(path.read_bytes())
             if isinstance(value, dict):
                 value = {key: v for key, v in value.items() if not key.startswith("_") and key not in _NOTES}
             return sha256_of_json(value)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 
 from fastdistill import files
 from fastdistill.data.fingerprint import dtype_name, sha256_of_json
-from fastdistill.errors import StorageError
+from fastdistill.data.values import spelled
+from fastdistill.errors import StorageError, described
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
+_MOST = 2**48  # rows, elements of a row and bytes: more than there are, less than counts overflow at
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def read_manifest(path: str | Path) -> Manifest:
     """The manifest of the directory ``path``; StorageError when there is none, or none that this version can read."""
     file = files.located(path) / MANIFEST_NAME
     try:
-        value = json.loads(file.read_bytes())
+        value = files.json_value(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise StorageError(f"{path}: expected a directory with {MANIFEST_NAME}, got none") from None
     except OSError as error:
@@ -126,7 +129,7 @@ def read_manifest(path: str | Path) -> Manifest:
         )
     try:
         return _parse(value)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StorageError(
             f"{file}: damaged: {type(error).__name__} {error}; delete {path} and make it anew"
         ) from error
@@ -143,9 +146,10 @@ def _parse(value: Mapping[str, Any]) -> Manifest:
     )
     if value["fingerprint_sha256"] != sha256_of_json(manifest.fingerprint):
         raise ValueError("fingerprint does not have the hash in fingerprint_sha256")
-    indices = {shard_name(index): index for index in range(manifest.shard_count)}
     for entry in value["shards"]:
-        index = indices[entry["file"]]
+        index = _index(entry["file"])
+        if index >= manifest.shard_count:
+            raise ValueError(f"{entry['file']} is none of {manifest.shard_count} shards")
         if entry["rows"] != manifest.shard_rows(index):
             raise ValueError(f"{entry['file']} has {entry['rows']} rows instead of {manifest.shard_rows(index)}")
         manifest.shards[index] = _stored_from_json(entry)
@@ -158,9 +162,9 @@ def _spec_to_json(spec: TensorSpec) -> dict[str, Any]:
 
 def _spec_from_json(value: Mapping[str, Any]) -> TensorSpec:
     dtype = getattr(torch, value["dtype"], None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype {value['dtype']!r} is not one of torch's")
-    return TensorSpec(tuple(int(size) for size in value["shape"]), dtype)
+    if not isinstance(dtype, torch.dtype) or spelled(dtype) is None:
+        raise ValueError(f"dtype {value['dtype']!r} is not one that safetensors stores")
+    return TensorSpec(tuple(_count(size) for size in value["shape"]), dtype)
 
 
 def _stored_to_json(name: str, stored: StoredFile) -> dict[str, Any]:
@@ -168,13 +172,24 @@ def _stored_to_json(name: str, stored: StoredFile) -> dict[str, Any]:
 
 
 def _stored_from_json(value: Mapping[str, Any]) -> StoredFile:
-    return StoredFile(int(value["bytes"]), str(value["sha256"]))
+    return StoredFile(_count(value["bytes"]), str(value["sha256"]))
 
 
 def _positive(value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r} is not a positive whole number")
+    return _count(value, 1)
+
+
+def _count(value: object, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= _MOST:
+        raise ValueError(f"{described(value)} is not a whole number from {least} to {_MOST}")
     return value
+
+
+def _index(name: str) -> int:
+    found = re.fullmatch(r"shard-(\d{5,15})\.safetensors", name)
+    if found is None or shard_name(int(found[1])) != name:
+        raise ValueError(f"{described(name)} is not the name of a shard")
+    return int(found[1])
 
 
 def _plain_name(name: str) -> str:

@@ -24,6 +24,7 @@ from fastdistill.data.manifest import Manifest, TensorSpec
 from fastdistill.data.shards import RowWriter, load_attachment, load_rows
 from fastdistill.data.stored import open_rows
 from fastdistill.errors import InputError, StorageError
+from fastdistill.files import json_value
 
 KIND = "prompt_bank"
 _TEXTS = "texts.json"
@@ -331,7 +332,7 @@ def _as_wide(width: int | None) -> Callable[[Manifest], None]:
 def _texts(path: str | Path, manifest: Manifest) -> tuple[list[str], str, Mapping[str, Any]]:
     """Texts, null text and encoder."""
     try:
-        stored = json.loads(load_attachment(path, manifest, _TEXTS))
+        stored = json_value(load_attachment(path, manifest, _TEXTS))
         return list(stored["texts"]), str(stored["null_text"]), manifest.fingerprint.get("encoder", {})
     except (KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{Path(path) / _TEXTS}: damaged: {error}") from error

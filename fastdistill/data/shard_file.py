@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,7 +125,7 @@ def _layout(descriptor: int, file: Path, stored: StoredFile, manifest: Manifest,
     header = bytearray(length)
     fill(descriptor, file, 8, memoryview(header))
     try:
-        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        entries = {name: entry for name, entry in files.json_value(bytes(header)).items() if name != "__metadata__"}
         if entries.keys() != manifest.tensors.keys():
             raise StorageError(f"{file}: expected the tensors {sorted(manifest.tensors)}, got {sorted(entries)}")
         end, offsets = 0, {}

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastdistill import files
 from fastdistill.data.fingerprint import differences, plain
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, TensorSpec, read_manifest, shard_name
-from fastdistill.data.shard_file import REMEDY, read_shard
+from fastdistill.data.shard_file import REMEDY, layout, read_shard
 from fastdistill.data.values import cast, require_dtype, spelled
 from fastdistill.errors import InputError, StorageError
 
@@ -323,6 +323,8 @@ def load_rows(
     if dtype is not None:
         require_dtype(dtype, "dtype")
     manifest = complete_manifest(path, kind, check)
+    for index in range(manifest.shard_count):  # before there is memory for what they do not hold
+        layout(path / shard_name(index), manifest.shards[index], manifest, manifest.shard_rows(index))
     out = {
         name: torch.empty(
             (manifest.rows, *spec.shape),

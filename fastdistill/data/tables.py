@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -80,8 +79,8 @@ def _json_lines(file: Path, pick: Pick) -> Iterator[tuple[str, list[str]]]:
             continue
         where, row = f"line {number}", None
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = files.json_value(line)
+        except ValueError as error:
             _refuse(file, where, "a JSON value", error)
         if not isinstance(row, dict | str):
             _refuse(file, where, "a JSON object or string", described(row))
@@ -170,7 +169,8 @@ def _undecodable(file: Path) -> tuple[int, str]:
 
 
 def _once(file: Path, names: list[str]) -> None:
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
         raise StorageError(f"{file}: expected columns of different names, got {twice!r} twice")
 
 

@@ -19,8 +19,8 @@ BLOCK = 64 * 2**20  # bytes that are read at once where all of a bank is read
 
 
 def block_rows(row_bytes: int) -> int:
-    """Rows in a block, at least one."""
-    return max(1, BLOCK // max(row_bytes, 1))
+    """Rows in a block, at least one; of rows without bytes all."""
+    return max(1, BLOCK // row_bytes) if row_bytes else 2**62
 
 
 def blocks(rows: Any) -> Iterator[tuple[int, Tensor]]:

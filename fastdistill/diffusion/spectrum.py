@@ -21,7 +21,7 @@ from fastdistill.diffusion.distortion import Method, Start, directions, recursio
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.errors import InputError, StorageError, described
-from fastdistill.files import atomic_write, located, reason
+from fastdistill.files import atomic_write, json_value, located, reason
 from fastdistill.ops import _check
 
 #: Called with (rows read, rows to read in all passes so far).
@@ -138,7 +138,7 @@ class Spectrum:
         """
         file = located(path)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json_value(file.read_text(encoding="utf-8"))
             if content["kind"] != "spectrum" or content["version"] != 1:
                 raise ValueError(f"{content['kind']} {content['version']}")
             c, u, many = (torch.tensor(content[name], dtype=torch.float64) for name in ("c", "u", "multiplicity"))

@@ -6,7 +6,6 @@ An extractor maps images [b, 1 or 3, H, W] in [0, 1] to features [b, D]; any suc
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from fastdistill.errors import InputError, StorageError, quoted
 from fastdistill.evaluate._optional import require
-from fastdistill.files import located
+from fastdistill.files import json_value, located
 
 Extractor = Callable[[Tensor], Tensor]
 
@@ -154,7 +153,7 @@ def _resized(images: Tensor, size: Any, mode: str) -> Tensor:
 def _settings(path: Path) -> dict[str, Any]:
     """How a model takes images."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json_value(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StorageError(f"{path}: expected how the model takes images (JSON): {quoted(error)}") from error
     missing = [name for name in ("image_mean", "image_std") if name not in settings]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def variant_of(file: Path) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = files.json_value(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StorageError(f"{path}: expected a file of a pipeline folder, got none") from None
     except OSError as error:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastdistill.errors import InputError, described
+from fastdistill.ops import _native
 from fastdistill.ops._dispatch import Kind, quiet
 
 _passed: dict[object, Any] = {}  # a Kind or None
 _MOST_PASSED = 4096
 _is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 _look = operator.attrgetter("__class__", "shape", "dtype", "device", "layout")
+LARGEST = torch.finfo(torch.float32).max
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,6 +67,39 @@ def real(value: Any, argument: str, rule: str = "a number") -> float:
         raise InputError.of(argument, f"{rule} within float64", type(value).__name__) from None
 
 
+def one_of(value: Any, argument: str, names: Sequence[str]) -> None:
+    """One of these texts."""
+    known = isinstance(value, str) and value in names  # an array would compare item by item
+    _describe_unless(known, argument, f"one of {', '.join(names)}", value)
+
+
+def listed(values: Any, argument: str, rule: str = "a list of tensors") -> list[Tensor]:
+    """Dense tensors, as a list; a single tensor would be taken apart into its rows."""
+    several = isinstance(values, Iterable) and not isinstance(values, (Tensor, str, Mapping))
+    require(several, argument, rule, type(values).__name__)
+    found = list(values)
+    tensors(**{f"{argument}[{i}]": one for i, one in enumerate(found)})
+    return found
+
+
+def own_memory(tensor: Tensor, argument: str) -> None:
+    """No two elements share their memory, as those of an expanded tensor do: it is to be written to."""
+    if _native.overlaps(tensor):
+        require(False, argument, "memory of its own for each element", f"strides {tensor.stride()}")
+
+
+def single(value: Any, argument: str, rule: str = "a number") -> float:
+    """A number that is one in float32 too, in which the ops compute, as a float."""
+    number = real(value, argument, rule)
+    require(not LARGEST < abs(number) < math.inf, argument, f"{rule} within float32", number)
+    return number
+
+
+def positive(value: Any, argument: str) -> None:
+    """A number above 0, finite in float32."""
+    require(0 < single(value, argument) < math.inf, argument, "a number > 0", value)
+
+
 def within(value: Any, argument: str, low: float, high: float, rule: str) -> float:
     """A number from ``low`` to ``high`` as a float."""
     number = real(value, argument, rule)
@@ -97,6 +133,15 @@ def integers(**given: object) -> None:
         _describe_unless(is_one, name, "a whole number", value)
 
 
+def numbers(values: Any, argument: str) -> list[int]:
+    """Whole numbers, as a list."""
+    several = isinstance(values, Iterable) and not isinstance(values, (Tensor, str, Mapping))
+    require(several, argument, "a list of whole numbers", type(values).__name__)
+    found = list(values)
+    integers(**{f"{argument}[{i}]": one for i, one in enumerate(found)})
+    return found
+
+
 def constants(**given: object) -> None:
     """None of the values is to be differentiated: the ops would leave the gradient out."""
     tangents = forward_ad._current_level >= 0
@@ -115,7 +160,7 @@ def constants(**given: object) -> None:
 def scale(value: float | None, dim: int) -> float:
     """Of attention's scores: a number, or 1 / sqrt(dim)."""
     constants(scale=value)
-    return float(max(dim, 1) ** -0.5) if value is None else real(value, "scale", "a number, or None")
+    return float(max(dim, 1) ** -0.5) if value is None else single(value, "scale", "a number, or None")
 
 
 def rows(index: Tensor, argument: str, count: int, of: str) -> None:

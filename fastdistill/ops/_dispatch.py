@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
-from fastdistill.errors import DeviceError, InputError, KernelError
+from fastdistill.errors import DeviceError, InputError, KernelError, described
 from fastdistill.ops import _failures
 from fastdistill.ops._inductor import keep_order
 
@@ -53,8 +53,8 @@ def use(kernel: str | None) -> Iterator[None]:
             cannot be compiled; with the reason.
     """
     names = sorted({name for op in OPS.values() for name in op.kernel_names()})
-    if kernel is not None and kernel not in names:
-        raise InputError.of("kernel", f"one of {', '.join(names)}", repr(kernel))
+    if kernel is not None and not (isinstance(kernel, str) and kernel in names):
+        raise InputError.of("kernel", f"one of {', '.join(names)}", described(kernel))
     token = _forced.set(kernel)
     _show()
     try:

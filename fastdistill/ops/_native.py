@@ -107,6 +107,18 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share their memory, as those of an expanded tensor do."""
+    if tensor.is_contiguous():
+        return False
+    end = 0  # of the part of the dimensions so far
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride <= end:
+            return tensor.numel() > 0
+        end += stride * (size - 1)
+    return False
+
+
 def same_order(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape have their elements in the same order in memory."""
     steps = zip(one.shape, one.stride(), other.stride(), strict=True)

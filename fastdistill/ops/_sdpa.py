@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastdistill.ops import _native
+
 _switches = threading.RLock()
 
 
@@ -27,6 +29,8 @@ def sdpa(
 
     On a GPU calls take turns, as they only launch; on a CPU, where they compute, those with ``backends`` do.
     """
+    if not torch.compiler.is_compiling() and _native.overlaps(q):  # the result of some would have its strides
+        q = q.contiguous()
     if list(backends) == [SDPBackend.MATH]:  # is an operator of its own, which needs no switch
         out: Tensor = torch.ops.aten._scaled_dot_product_attention_math.default(q, k, v, mask, scale=scale)[0]
         return out

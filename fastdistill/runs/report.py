@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 import re
 import shlex
@@ -17,7 +16,7 @@ import safetensors
 
 from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.errors import InputError, StorageError
-from fastdistill.files import LOCK_NAME, located, lock, reason
+from fastdistill.files import LOCK_NAME, json_value, located, lock, reason
 from fastdistill.runs.about import read_about, utilization
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.distill import RUN_FILE
@@ -106,7 +105,7 @@ def _made_by(path: Path) -> dict[str, Any] | None:
     """The fingerprint of a checkpoint, of which its tensors are not read; None where it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return dict(json.loads(file.metadata()["fastdistill"])["fingerprint"])
+            return dict(json_value(file.metadata()["fastdistill"])["fingerprint"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
         return None
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import differences, dtype_name, listed, plain
-from fastdistill.errors import StorageError
+from fastdistill.errors import StorageError, described
 from fastdistill.models.sharding import sharded
 from fastdistill.train import distributed
 from fastdistill.train.state import State, modules, objective_state, progress, weights
@@ -223,8 +223,8 @@ def read(path: Path, *, together: bool = False) -> tuple[Checkpoint, dict[str, A
     each(lambda: stored.verify(*(distributed.rank(), distributed.size()) if together else (0, 1)))
     head = stored.head
     for name, kind in {"step": int, "seconds": float, "trained": list, "fingerprint": dict}.items():
-        if not isinstance(head.get(name), kind):
-            raise DamagedError(f"{path}: damaged, not a checkpoint (of no {name})")
+        if type(head.get(name)) is not kind:
+            raise DamagedError(f"{path}: damaged, not a checkpoint ({name} is {described(head.get(name))})")
     saved = Checkpoint(head["step"], head["seconds"], head["trained"], stored, stored.outline())
     return saved, head["fingerprint"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -145,10 +146,17 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "con
     return _checked(kind, laid, name, _unknown(kind, values, ""))
 
 
+@functools.cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    """Made once a kind, which takes ten times as long as a check."""
+    return pydantic.TypeAdapter(kind)
+
+
 def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems: list[str]) -> Config:
     """The configuration of these values; InputError for the problems so far and all that pydantic finds."""
     try:
-        config = pydantic.TypeAdapter(kind).validate_python(values)
+        any_kind: Any = kind
+        config: Config = _adapter(any_kind).validate_python(values)
     except pydantic.ValidationError as error:
         rules: dict[tuple[str, str], list[str]] = {}  # by place and value: of a union each kind has its own
         found = error.errors()
@@ -229,9 +237,40 @@ for _tag, _rule in _NUMBERS.items():
     _Loader.add_implicit_resolver(_tag, re.compile(_rule, re.IGNORECASE), list("-+.0123456789"))
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that either reader of YAML would take for a number."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *rules]
+    for first, rules in ({**yaml.SafeDumper.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}).items()
+}
+_MOST_VALUES = 10**5
+
+
 def parsed(text: str) -> Any:
-    """The values of a YAML text."""
-    return yaml.load(text, _Loader)
+    """The values of a YAML text; ValueError where aliases make a few lines of it into more than a message could hold,
+    or a value a part of itself."""
+    values = yaml.load(text, _Loader)
+    if _count(values, {}) > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES} values, those of aliases counted")
+    return values
+
+
+def _count(value: Any, known: dict[int, int | None]) -> int:
+    """How many values it holds, those that are there several times counted as often."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = None
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
+    if (count := known[id(value)]) is None:
+        raise ValueError("a value that is a part of itself")
+    return count
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
@@ -245,7 +284,8 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         raise InputError.of("config", "YAML in UTF-8", f"{path}: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise InputError.of("config", "YAML", f"{path}: {_told(error)}") from error
-    except (ValueError, RecursionError) as error:  # a date or a number that there is not, lists in lists in lists
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
+        # A date, a number or a switch that there is not, by its value or by its tag; lists in lists in lists.
         raise InputError.of("config", "YAML", f"{path}: {quoted(error)}") from error
     if not isinstance(values, dict | None):
         raise InputError.of(str(path), "a mapping of fields", type(values).__name__)
@@ -261,8 +301,9 @@ def _told(error: yaml.YAMLError) -> str:
 
 def to_yaml(config: object) -> str:
     """A configuration as YAML that ``from_yaml`` reads back."""
-    values = pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
-    return yaml.safe_dump(values, sort_keys=False)
+    kind: Any = type(config)
+    values = _adapter(kind).dump_python(config, mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
 
 
 def _onto(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastdistill.data.fingerprint import plain
 from fastdistill.errors import FastdistillError, InputError, Stopped, StorageError, described
-from fastdistill.files import atomic_write, locked, make_directory, reason, require_space, sweep
+from fastdistill.files import atomic_write, json_value, locked, make_directory, reason, require_space, sweep
 from fastdistill.train import checkpoint, distributed, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
 from fastdistill.train.config import TrainConfig
@@ -376,7 +376,7 @@ def read_metrics(path: Path) -> list[Metrics]:
     metrics: list[Metrics] = []
     for line in lines:
         with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
-            found = json.loads(line)
+            found = json_value(line)
             if isinstance(found, dict) and isinstance(found.get("step"), int):
                 metrics.append(found)
     return metrics
@@ -385,6 +385,6 @@ def read_metrics(path: Path) -> list[Metrics]:
 def _read_scores(path: Path, name: str | None) -> dict[int, float]:
     """The values of that name; none where the file is not there or not what was written."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        found = json.loads(path.read_bytes())
+        found = json_value(path.read_bytes())
         return {int(step): float(value) for step, value in found.get(name, {}).items()}
     return {}

@@ -21,8 +21,9 @@ from torch.profiler import ProfilerActivity
 from torch.utils._pytree import tree_map_only
 
 from fastdistill.errors import InputError, StorageError
-from fastdistill.files import located, make_directory, reason
+from fastdistill.files import located, make_directory
 from fastdistill.ops import OPS, use
+from fastdistill.train import kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def profile_steps(
     Args:
         step: one eager training step, such as ``DistillTrainer.step``. (A captured graph runs no Python and has no
             ranges.)
-        directory: where ``trace.json`` and the calls ``<op>.pt`` go.
+        directory: where ``trace.json`` and the calls ``<op>.safetensors`` go.
         models: modules whose forward gets a range of the name given here.
         nsight: mark the steps for Nsight Systems or Nsight Compute, with cudaProfilerStart and Stop around them and
             NVTX ranges, in place of a trace of torch's own profiler, which cannot run beside them.
@@ -80,7 +81,9 @@ def profile_steps(
         if gpu:
             torch.cuda.synchronize()
         milliseconds = 1e3 * (time.perf_counter() - start)
-    saved = {op: _save(directory / f"{op}.pt", op, *call) for op, call in calls.items()}
+    saved = {op: directory / f"{op}{kept.SUFFIX}" for op in calls}
+    for op, call in calls.items():
+        kept.save(saved[op], op, *call)
     if profiler is None:
         return Profile(None, saved, milliseconds, {})
     trace = directory / "trace.json"
@@ -98,11 +101,12 @@ def replay(
     """Run one kept call again and again; milliseconds of each. With ``nsight`` between cudaProfilerStart and Stop.
 
     Args:
-        call: a file that ``profile_steps`` left, of any machine.
+        call: a file that ``profile_steps`` left, of any machine; it need not be trusted.
         kernel: force this kernel. device: where to run (None: a GPU if there is one).
 
     Raises:
-        InputError: not such a file, or no such kernel. KernelError: the kernel cannot run this call.
+        InputError: not such a file, arguments that do not fit the op, or no such kernel. StorageError: it cannot be
+            read. KernelError: the kernel cannot run this call.
     """
     gpu = torch.cuda.is_available()
     device = device or ("cuda" if gpu else "cpu")
@@ -110,7 +114,7 @@ def replay(
         raise InputError.of("nsight", "a CUDA device", "none")
     if repeats < 1:
         raise InputError.of("repeats", "at least one", repeats)
-    op, arguments = _load(located(call, "call"), device)
+    op, arguments = kept.load(located(call, "call"), device)
     launch = getattr(torch.ops.fastdistill, op).default
 
     def timed() -> float:
@@ -201,25 +205,3 @@ def _around_forward(name: str, model: nn.Module, nvtx: bool) -> list[Any]:
         opened.pop().__exit__(None, None, None)
 
     return [model.register_forward_pre_hook(enter, prepend=True), model.register_forward_hook(leave, always_call=True)]
-
-
-def _save(path: Path, op: str, kernel: str, arguments: tuple[Any, ...]) -> Path:
-    try:
-        torch.save({"op": op, "kernel": kernel, "arguments": list(arguments)}, path)
-    except (OSError, RuntimeError) as error:
-        why = reason(error) if isinstance(error, OSError) else error
-        raise StorageError(f"{path}: could not be written: {why}") from error
-    return path
-
-
-def _load(path: Path, device: str) -> tuple[str, list[Any]]:
-    try:
-        call = torch.load(path, map_location=device, weights_only=True)
-        op, arguments = call["op"], call["arguments"]
-    except FileNotFoundError as error:
-        raise InputError.of("call", "a file that a profile left", f"{path}, which is not there") from error
-    except Exception as error:
-        raise InputError.of("call", "a file that a profile left", path) from error
-    if op not in OPS:
-        raise InputError.of("call", f"an op of this version ({', '.join(OPS)})", op)
-    return op, arguments

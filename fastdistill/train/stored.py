@@ -8,7 +8,6 @@ the ``shape`` of the whole and the ``offset`` of the part, an index in each dime
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.data.fingerprint import sha256_of_tensors
-from fastdistill.errors import StorageError
-from fastdistill.files import reason
+from fastdistill.errors import StorageError, described
+from fastdistill.files import json_value, reason
 from fastdistill.train import distributed
 
 SCHEMA = 5
@@ -153,7 +152,7 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     """A file and its metadata; the values of its tensors are not read."""
     try:
         file = safetensors.safe_open(path, framework="pt")
-        head = json.loads((file.metadata() or {})["fastdistill"])
+        head = json_value((file.metadata() or {})["fastdistill"])
         schema, values = head["schema"], head.setdefault("values", {})
         stated = head["sha256"], *head.get("files", [])
         if not isinstance(values, dict) or not all(isinstance(each, str) for each in stated):
@@ -166,7 +165,7 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
         raise DamagedError(f"{path}: damaged, not a checkpoint ({error})") from error
     if schema != SCHEMA:
         other = "of another version of fastdistill, which can go on with it; use another directory or delete it"
-        raise StorageError(f"{path}: expected a checkpoint of schema {SCHEMA}, got {schema}, {other}")
+        raise StorageError(f"{path}: expected a checkpoint of schema {SCHEMA}, got {described(schema)}, {other}")
     return file, head
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -34,11 +35,8 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 LOWEST = torch.finfo(torch.float32).min
 
 
-@pytest.fixture(autouse=True)
-def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter multiplies the bits of bfloat16 numbers; here it multiplies the numbers."""
-    if not emulated("triton"):
-        return
+def multiply_numbers(patch: Callable[..., None] = setattr) -> None:
+    """Triton's interpreter multiplies the bits of bfloat16 numbers; then it multiplies the numbers."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
     product = InterpreterBuilder.create_dot
@@ -48,9 +46,13 @@ def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: product(self, wide(a), wide(b), *rest)
-    )
+    patch(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: product(self, wide(a), wide(b), *rest))
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    if emulated("triton"):
+        multiply_numbers(monkeypatch.setattr)
 
 
 def eager(

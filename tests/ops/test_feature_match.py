@@ -260,7 +260,7 @@ def test_without_gradient_no_buffer_is_written() -> None:
             r"teacher\[0\]: expected the device of student\[0\] \(cpu\), got meta",
         ),
         ((torch.ones(2, 3), torch.ones(2, 3)), "student: expected a list of tensors, one a tap, got Tensor"),
-        (([torch.ones(2)], {"mid": torch.ones(2)}), r"teacher\[0\]: expected a tensor, got str"),
+        (([torch.ones(2)], {"mid": torch.ones(2)}), r"teacher: expected a list of tensors, one a tap, got dict"),
         (([torch.ones(2)], [torch.ones(2, requires_grad=True)]), r"teacher\[0\]: expected a tensor without gradient"),
     ],
 )

@@ -183,3 +183,30 @@ def test_counts_that_no_run_has() -> None:
 def test_out_of_range_values_in_code() -> None:
     with pytest.raises(InputError, match=r"config: 2 problems\n  steps: .*\n  ema_decay: "):
         validated(TrainConfig(steps=0, ema_decay=1.0))
+
+
+@pytest.mark.parametrize("text", ["1e-3", "010", "1:30", "null", "on", "0x1F", ".inf", "2020-01-01", "1_000", "é"])
+def test_a_text_that_looks_like_something_else_stays_a_text(tmp_path: Path, text: str) -> None:
+    path, config = tmp_path / "run.yaml", RunConfig(directory=text, device="cpu")
+    path.write_text(to_yaml(config))
+    assert from_yaml(RunConfig, path) == config
+
+
+@pytest.mark.parametrize("text", ["!!timestamp x", "!!bool x", "!!int x", "!!binary x", "!!float x", "2020-13-45"])
+def test_a_value_that_is_none_of_its_tag(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"directory: {text}\n")
+    with pytest.raises(InputError, match=r"^config: expected YAML, got .*run\.yaml: "):
+        from_yaml(RunConfig, path)
+
+
+def test_aliases_stand_for_no_more_than_a_message_holds(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 20)]
+    for text, words in (("\n".join(lines), "more than 100000 values"), ("lr: &a [*a]", "a part of itself")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=words):
+            from_yaml(TrainConfig, path)
+    path.write_text("preview: &a {every: 3}\n")
+    assert from_yaml(TrainConfig, path).preview.every == 3

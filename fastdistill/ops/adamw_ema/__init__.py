@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdistill.errors import described
 from fastdistill.ops import _check, _native
 from fastdistill.ops._dispatch import Kernel, later, register
 from fastdistill.ops.adamw_ema import cpp, cuda, reference, table
@@ -73,9 +74,12 @@ def grad_square_sum(grads: Sequence[Tensor], *, out: Tensor | None = None) -> Te
     Raises:
         InputError: other dtypes or devices.
     """
-    grads = list(grads)
+    grads = _check.listed(grads, "grads")
     _check.constants(grads=grads)
-    if out is None:
+    if out is not None:
+        _check.tensors(out=out)
+        _check.constants(out=out)
+    else:
         out = torch.empty((), dtype=torch.float64, device=grads[0].device if grads else "cpu")
     _check.once(_check_gradients, (out, *grads), None)
     _grad_square_sum(None, grads, out)
@@ -136,9 +140,14 @@ def adamw_ema(
     Raises:
         InputError: counts, shapes, dtypes or devices that do not fit.
     """
-    _check.require(max_norm >= 0, "max_norm", "a number >= 0", max_norm)
-    lists = [list(x) for x in (params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps)]
-    group = [0] * len(params) if group is None else list(group)
+    max_norm = _check.within(max_norm, "max_norm", 0, math.inf, "a number >= 0")
+    for name, switch in {"ema_warmup": ema_warmup, "zero_grads": zero_grads}.items():
+        _check.flag(switch, name)
+    given_lists = (params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps)
+    lists = [_check.listed(values, name) for values, name in zip(given_lists, _LISTS, strict=True)]
+    groups = _groups(groups)
+    group = [0] * len(lists[0]) if group is None else _check.numbers(group, "group")
+    _check.tensors(square_sum=square_sum, skipped=skipped)
     _check.constants(grads=lists[1], square_sum=square_sum, lr=[g.lr for g in groups])
     scalars = [square_sum, skipped, *[g.lr for g in groups]]
     optional = (grad_scale, found_inf, ema_weight)
@@ -146,16 +155,37 @@ def adamw_ema(
     flat = [t for tensors in lists for t in tensors] + scalars + [t for t in optional if t is not None]
     sizes = (*map(len, lists), len(groups))
     _check.once(_check_update, tuple(flat), (sizes, tuple(group), given))
+    for name, tensors in zip(_LISTS, lists, strict=True):
+        for i, tensor in enumerate(tensors):
+            if name != "grads" or zero_grads:
+                _check.own_memory(tensor, f"{name}[{i}]")
     rates, hyper = [g.lr for g in groups], table.hyper(groups)
-    _adamw_ema(None, *lists, rates, square_sum, *optional, skipped, group, hyper, max_norm, ema_warmup, zero_grads)
+    with torch.no_grad():  # parameters may require gradients
+        _adamw_ema(None, *lists, rates, square_sum, *optional, skipped, group, hyper, max_norm, ema_warmup, zero_grads)
+
+
+_LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages", "copies", "steps")
+
+
+def _groups(groups: Any) -> list[AdamWGroup]:
+    """The groups, with hyper-parameters that are numbers."""
+    several, rule = isinstance(groups, Sequence) and not isinstance(groups, str), "a list of AdamWGroup"
+    _check.require(several, "groups", rule, type(groups).__name__)
+    for i, one in enumerate(groups):
+        _check.require(isinstance(one, AdamWGroup), f"groups[{i}]", "an AdamWGroup", type(one).__name__)
+        _check.tensors(**{f"groups[{i}].lr": one.lr})
+        betas = one.betas if isinstance(one.betas, Sequence) and not isinstance(one.betas, str) else ()
+        _check.require(len(betas) == 2, f"groups[{i}].betas", "two numbers", described(one.betas))
+        for name, value in zip(("betas[0]", "betas[1]", "eps", "weight_decay"), (*betas, *one[2:]), strict=True):
+            _check.real(value, f"groups[{i}].{name}")
+    return list(groups)
 
 
 def _check_update(tensors: tuple[Tensor, ...], values: Any) -> None:
     require = _check.require
     (*lengths, group_count), group, given = values
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages", "copies", "steps")
     rest = iter(tensors)
-    named = {name: [next(rest) for _ in range(length)] for name, length in zip(names, lengths, strict=True)}
+    named = {name: [next(rest) for _ in range(length)] for name, length in zip(_LISTS, lengths, strict=True)}
     scalars = {"square_sum": torch.float64, "skipped": torch.int64}
     scalars |= {f"groups[{i}].lr": torch.float32 for i in range(group_count)}
     optional = ("grad_scale", "found_inf", "ema_weight")
@@ -164,6 +194,7 @@ def _check_update(tensors: tuple[Tensor, ...], values: Any) -> None:
     device = tensors[sum(lengths)].device
     for name, dtype in scalars.items():
         scalar = next(rest)
+        _check.tensors(**{name: scalar})
         _check.shape(scalar, name, (), "a 0-dim tensor")
         _check.dtype(scalar, name, dtype)
         _check.device(scalar, name, device, "square_sum")

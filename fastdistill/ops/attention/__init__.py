@@ -89,7 +89,10 @@ def attention(
             _check.require(fits, argument, f"[B, tokens, a multiple of {heads} heads]", tuple(tensor.shape))
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
     _check.once(_checked, (q, k, v), None)
-    _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
+    if heads is not None:
+        rule = f"the {q.shape[2]} heads of q, or None"
+        _check.whole(heads, "heads", rule)
+        _check.require(heads == q.shape[2], "heads", rule, heads)
     scale = _check.scale(scale, q.shape[3])
     name = _asked(backend)
     out = _choose(q, k, v, scale) if name is None else _run(name, q, k, v, scale)
@@ -146,12 +149,12 @@ def _checked(tensors: tuple[Tensor, ...], _: Any = None) -> None:
 def _asked(backend: str | None) -> str | None:
     """The backend that the caller, ``ops.use`` or the environment names; kernels of other ops say nothing here."""
     if backend is not None:
-        _check.require(backend in NAMES, "backend", f"one of {', '.join(NAMES)}", repr(backend))
+        _check.one_of(backend, "backend", NAMES)
         return backend
     if (name := forced()) in (*BACKENDS, REFERENCE):
         return name
     if name := os.environ.get(VARIABLE):
-        _check.require(name in NAMES, VARIABLE, f"one of {', '.join(NAMES)}", repr(name))
+        _check.one_of(name, VARIABLE, NAMES)
         return name
     return None
 

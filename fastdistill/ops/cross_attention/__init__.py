@@ -105,7 +105,10 @@ def cross_attention(
         q, k, v = (_split(t, name, heads) for t, name in ((q, "q"), (k, "k"), (v, "v")))
     _check.once(_checked, (q, k, v, mask, rows), None)
     _check.constants(mask=mask)
-    _check.require(heads in (None, q.shape[2]), "heads", f"the {q.shape[2]} heads of q, or None", heads)
+    if heads is not None:
+        rule = f"the {q.shape[2]} heads of q, or None"
+        _check.whole(heads, "heads", rule)
+        _check.require(heads == q.shape[2], "heads", rule, heads)
     scale = _check.scale(scale, q.shape[3])
     if rows is not None:
         _check.rows(rows, "rows", len(k), "k")

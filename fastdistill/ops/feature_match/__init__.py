@@ -9,7 +9,6 @@ Random Conditioning (arXiv 2504.02011) and BK-SDM (arXiv 2305.15798) use the pla
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +48,8 @@ register(
         Kernel("cpp", "cpu", cpp.scale_gradients, _native.cpu_reason, cpp.refuse_scale),
     ],
 )
+
+TAPS = "a list of tensors, one a tap"
 
 
 class FeatureMatch(NamedTuple):
@@ -103,9 +104,9 @@ def feature_match(
     Raises:
         InputError: mismatched counts, shapes, devices or dtypes, or a teacher that requires gradient.
     """
-    student, teacher = _taps(student, "student"), _taps(teacher, "teacher")
+    student, teacher = (_check.listed(t, name, TAPS) for t, name in ((student, "student"), (teacher, "teacher")))
     factors = weights if isinstance(weights, Tensor) else None
-    buffers = None if grads is None else list(grads)
+    buffers = None if grads is None else _check.listed(grads, "grads", "a list of buffers, one a tap")
     kind = _check.once(
         _checked,
         (factors, grad_scale, *student, *teacher, *(buffers or ())),
@@ -115,6 +116,7 @@ def feature_match(
         if t.requires_grad:
             rule = "a tensor without gradient (run the teacher under no_grad)"
             raise InputError.of(f"teacher[{i}]", rule, "requires_grad=True")
+    _check.flag(overwrite_teacher, "overwrite_teacher")
     _check.constants(weights=weights, grad_scale=grad_scale, grads=buffers, eps=eps, delta=delta)
     device = student[0].device
     if weights is None:
@@ -154,15 +156,6 @@ def gradient_buffer(student: Tensor, distance: Distance = "mse") -> Tensor:
     return torch.empty_like(student, memory_format=layout, requires_grad=False)
 
 
-def _taps(features: Iterable[Tensor], argument: str) -> list[Tensor]:
-    """The taps; a single tensor would be taken apart into one a sample."""
-    several = isinstance(features, Iterable) and not isinstance(features, Tensor)
-    _check.require(several, argument, "a list of tensors, one a tap", type(features).__name__)
-    taps = list(features)
-    _check.tensors(**{f"{argument}[{i}]": tap for i, tap in enumerate(taps)})
-    return taps
-
-
 def _checked(tensors: tuple[Any, ...], values: tuple[int, int, int | None, str, float, float]) -> None:
     require = _check.require
     taps, others, buffers, distance, eps, delta = values
@@ -170,14 +163,9 @@ def _checked(tensors: tuple[Any, ...], values: tuple[int, int, int | None, str, 
     student, teacher, grads = features[:taps], features[taps : taps + others], features[taps + others :]
     require(taps > 0, "student", "at least one tap", "none")
     require(others == taps, "teacher", f"as many taps as student ({taps})", others)
-    require(
-        isinstance(distance, str) and distance in DISTANCES,
-        "distance",
-        f"one of {', '.join(DISTANCES)}",
-        repr(distance),
-    )
-    require(0 < _check.real(delta, "delta") < math.inf, "delta", "a number > 0", delta)
-    require(_check.real(eps, "eps") > 0 or distance != "cosine", "eps", "a number > 0", eps)
+    _check.one_of(distance, "distance", list(DISTANCES))
+    _check.positive(delta, "delta")
+    require(_check.single(eps, "eps") > 0 or distance != "cosine", "eps", "a number > 0", eps)
     device = student[0].device
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         require(s.dim() > 1 or distance != "cosine", f"student[{i}]", "samples of features, [B, ...]", tuple(s.shape))

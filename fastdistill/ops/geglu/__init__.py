@@ -67,7 +67,7 @@ def _checked(tensors: tuple[Tensor], approximate: str) -> None:
     (x,) = tensors
     _check.dtype(x, "x", *_check.FLOATS)
     _check.require(x.dim() > 0 and x.shape[-1] % 2 == 0, "x", "an even last dimension", tuple(x.shape))
-    _check.require(approximate in APPROXIMATE, "approximate", f"one of {', '.join(APPROXIMATE)}", repr(approximate))
+    _check.one_of(approximate, "approximate", APPROXIMATE)
 
 
 def _forward(kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:

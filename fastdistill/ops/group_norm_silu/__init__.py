@@ -112,8 +112,8 @@ def _checked(tensors: tuple[Any, ...], values: tuple[int, float, bool]) -> None:
     batch, channels = x.shape[:2]
     divides = f"a divisor of the {channels} channels of x"
     _check.whole(groups, "groups", divides)
-    require(channels % groups == 0, "groups", divides, groups)
-    require(_check.real(eps, "eps") >= 0, "eps", "a number >= 0", eps)
+    require(channels % groups == 0 and groups <= max(channels, 1), "groups", divides, groups)
+    require(_check.single(eps, "eps") >= 0, "eps", "a number >= 0", eps)
     require(isinstance(silu, bool), "silu", "True or False", silu)
     for name, tensor in zip(_NAMES, given, strict=True):
         if tensor is None:

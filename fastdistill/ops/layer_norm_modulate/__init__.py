@@ -138,7 +138,7 @@ def _checked(tensors: tuple[Any, ...], eps: float) -> None:
     x, *rest = tensors
     _check.dtype(x, "x", *_check.FLOATS)
     _check.require(x.dim() >= 2, "x", "[batch, ..., channels]", tuple(x.shape))
-    _check.require(_check.real(eps, "eps") >= 0, "eps", "a number >= 0", eps)
+    _check.require(_check.single(eps, "eps") >= 0, "eps", "a number >= 0", eps)
     batch, channels = x.shape[0], x.shape[-1]
     for name, tensor in zip(_NAMES, rest, strict=True):
         if tensor is None:

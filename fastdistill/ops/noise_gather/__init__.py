@@ -222,6 +222,11 @@ def _prepared(
     if pool is None:
         pool = null_index if null_index > 0 else prompt_rows or len(given[0])
     null_threshold = threshold(null_probability, "null_probability")
+    for name, buffer in zip(Draw._fields, out, strict=True):
+        for label, one in zip(banks.labels(buffer), banks.listed(buffer), strict=True):
+            _check.tensors(**{f"out.{name}{label}": one})
+            _check.own_memory(one, f"out.{name}{label}")
+            _check.constants(**{f"out.{name}{label}": one})
     numbers = null_index, pool, first_sample, batch, global_batch, latent_rows, prompt_rows
     outputs = x_t, timestep, wanted, latent_index, prompt_index, choice
     _check.once(banks.check, (*tables, *outputs, *given, *copied), (names, numbers))
@@ -236,5 +241,4 @@ def _prepared(
 
 def threshold(probability: float, argument: str) -> int:
     """An event of this probability is a 32-bit word below floor(probability * 2**32)."""
-    _check.require(0.0 <= probability <= 1.0, argument, "a probability, 0 to 1", probability)
-    return int(probability * 2**32)
+    return int(_check.within(probability, argument, 0.0, 1.0, "a probability, 0 to 1") * 2**32)

@@ -12,7 +12,6 @@ the target of guidance distillation (Meng et al., arXiv 2210.03142, eq. 1 in the
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -140,8 +139,8 @@ def output_match(
     arguments = (
         *[floats if t is None else t.contiguous() for t in given],
         *([t.contiguous() for t in own] if task else (floats, ints, ints, floats, ints)),
-        first_sample, _channels(student, teacher, x_t, task, channels), _check.real(output_weight, "output_weight"),
-        _check.real(task_weight, "task_weight"),
+        first_sample, _channels(student, teacher, x_t, task, channels), _check.single(output_weight, "output_weight"),
+        _check.single(task_weight, "task_weight"),
     )  # fmt: skip
     options = grad_scale, distance == "huber", float(delta)
     if wanted((student,)):
@@ -220,8 +219,8 @@ def _like(student: Tensor) -> str:
 
 def _checked(tensors: tuple[Tensor | None, ...], values: tuple[int | None, int, str, float]) -> None:
     channels, first_sample, distance, delta = values
-    _check.require(distance in ("mse", "huber"), "distance", "one of mse, huber", repr(distance))
-    _check.require(0 < _check.real(delta, "delta") < math.inf, "delta", "a number > 0", delta)
+    _check.one_of(distance, "distance", ("mse", "huber"))
+    _check.positive(delta, "delta")
     given = {name: t for name, t in zip(_NAMES, tensors, strict=True) if t is not None}
     _check.require("teacher" in given or "task.counter" in given, "teacher", "an output, or a task beside it", None)
     _check.tensors(**dict(zip(_NAMES[:3], tensors[:3], strict=True)) | given)

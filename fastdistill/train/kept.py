@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call of an op in a file, with its arguments: safetensors, with what is no tensor as JSON in the metadata.
+
+The file may be a stranger's: nothing in it runs, what it states is checked before memory is taken, and a call that the
+op could not have got from this package is refused before a kernel, which trusts shapes, sees it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastdistill.errors import InputError, StorageError, described, quoted
+from fastdistill.files import atomic_write, json_value, reason
+from fastdistill.ops import _native
+from fastdistill.ops._calls import CHECKS, check
+
+SUFFIX = ".safetensors"
+_KEY, _SCHEMA, _RULE = "fastdistill", 1, "a file that a profile left"
+
+
+def save(path: Path, op: str, kernel: str, arguments: Sequence[Any]) -> None:
+    """Write a call; StorageError where that cannot be."""
+    tensors: dict[str, Tensor] = {}
+
+    def spelled(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = str(len(tensors))
+            dense = value.detach() if _native.is_dense(value) else value.detach().contiguous()
+            tensors[name] = dense.cpu().contiguous()
+            return {"tensor": name, "strides": list(dense.stride())}
+        return [spelled(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    call = {"schema": _SCHEMA, "op": op, "kernel": kernel, "arguments": [spelled(one) for one in arguments]}
+    atomic_write(path, safetensors.torch.save(tensors, {_KEY: json.dumps(call)}))
+
+
+def load(path: Path, device: str) -> tuple[str, list[Any]]:
+    """The op of a file and its arguments, on a device.
+
+    Raises:
+        InputError: no such file, not such a call, or none of an op of this version. StorageError: it cannot be read.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            call = json_value((file.metadata() or {})[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        op, schema, stated = call["op"], call["schema"], call["arguments"]
+        if schema != _SCHEMA or not isinstance(stated, list):
+            raise ValueError(f"of schema {described(schema)}")
+        arguments = [_argument(one, tensors, device) for one in stated]
+    except FileNotFoundError as error:
+        raise InputError.of("call", _RULE, f"{path}, which is not there") from error
+    except OSError as error:
+        raise StorageError(f"{path}: could not be read: {reason(error)}") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError.of("call", _RULE, f"{path} ({quoted(error)})") from error
+    if not isinstance(op, str) or op not in CHECKS:
+        raise InputError.of("call", f"an op of this version ({', '.join(CHECKS)})", described(op))
+    check(op, arguments)
+    return op, arguments
+
+
+def _argument(value: Any, tensors: dict[str, Tensor], device: str) -> Any:
+    if isinstance(value, dict):
+        tensor, strides = tensors[value["tensor"]], value["strides"]
+        shape, listed = tensor.shape, isinstance(strides, list) and all(type(step) is int for step in strides)
+        if not listed or len(strides) != len(shape) or not _is_dense(shape, strides):
+            raise ValueError(f"strides {described(strides)} of a tensor of shape {tuple(shape)}")
+        return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=device).copy_(tensor)
+    return [_argument(one, tensors, device) for one in value] if isinstance(value, list) else value
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor of these strides takes no more memory than its elements: checked before there is one."""
+    steps = sorted((step, n) for step, n in zip(strides, shape, strict=True) if n != 1)
+    sizes = [0, *(math.prod(n for _, n in steps[:i]) for i in range(len(steps)))][1:]
+    largest = all(0 <= step <= 2**48 for step in strides)
+    return largest and (0 in shape or [step for step, _ in steps] == sizes)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``docs/evidence/fuzz.md`` and ``.json`` from what was done."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tests.fuzz.targets import TARGETS
+
+FOLDER = Path(__file__).parents[2] / "docs" / "evidence"
+PACKAGES = ("torch", "numpy", "triton", "safetensors", "pydantic", "PyYAML", "pyarrow", "hypothesis")
+GROUPS = {
+    "ops": "Calls of the ops' functions, each with the reference and the C++ kernel (attention: torch's)",
+    "emulated": "Accepted calls of the Triton kernels in the interpreter and of the CUDA kernels in the emulation",
+    "others": "Configurations and files read",
+}
+
+
+def write(state: dict[str, Any]) -> int:
+    """Both files; 1 where a target lacks calls."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    versions = {name: metadata.version(name) for name in PACKAGES} | {"Python": platform.python_version()}
+    (FOLDER / "fuzz.json").write_text(json.dumps({"versions": versions} | state, indent=1) + "\n", encoding="utf-8")
+    (FOLDER / "fuzz.md").write_text("\n".join(text(state, versions)) + "\n", encoding="utf-8")
+    return int(any(state["targets"].get(t.name, {"calls": 0})["calls"] < t.wanted for t in TARGETS))
+
+
+def text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:
+    """The lines of ``fuzz.md``."""
+    done = state["targets"]
+    commits = list(dict.fromkeys(sitting["commit"] for sitting in state["sittings"]))
+    lines = [
+        "# Fuzzing", "",
+        "`make fuzz` (`tests/fuzz/`): hypothesis draws calls, files and configurations; a child process runs them"
+        " within limits of memory and time. Each round of a target is a run of hypothesis with the seed of its number,"
+        " so any can be repeated: `python -m tests.fuzz --replay TARGET ROUND`. Here is what was done and what was"
+        " found; `fuzz.json` has all counts and the rounds of each commit.", "",
+        f"Seed {state['seed']}, commits {', '.join(commits)}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",
+    ]  # fmt: skip
+    for group, what in GROUPS.items():
+        targets = [target for target in TARGETS if target.group == group]
+        calls = sum(done.get(target.name, {"calls": 0})["calls"] for target in targets)
+        lines += [f"## {what}: {calls:,}", "", "| target | rounds | calls | wanted | outcomes | seconds |"]
+        lines += ["| --- | ---: | ---: | ---: | --- | ---: |"]
+        for target in targets:
+            mine = done.get(target.name, {"next": 0, "calls": 0, "counts": {}, "seconds": 0.0})
+            outcomes = ", ".join(f"{key.split(' ', 1)[1]} {count:,}" for key, count in mine["counts"].items())
+            name = target.name.partition(".")[2]
+            lines.append(
+                f"| {name} | {mine['next']:,} | {mine['calls']:,} | {target.wanted:,} | {outcomes}"
+                f" | {mine['seconds']:.0f} |"
+            )
+        lines.append("")
+    lines += ["## Faults", "", f"{len(state['faults'])} rounds with a fault, the first line of each:", ""]
+    for fault in state["faults"]:
+        first = fault["fault"].splitlines()[0].replace("|", "\\|")[:300]
+        lines.append(f"- `{fault['target']}`, round {fault['round']}, at {fault['commit']}: {first}")
+    return lines
