@@ -159,6 +159,14 @@ def optional(pointer, at, inside, GIVEN: tl.constexpr, DEFAULT: tl.constexpr):
 
 
 @triton.jit
+def terms(a, b, ALONE: tl.constexpr):
+    """a b, to be summed over threads. ALONE: a thread may hold one term of a sum, as it may without tensor cores and in
+    small blocks; such a product must not be fused into the first addition, for each thread would round its neighbour's
+    and not its own, and what should be copies of one sum would differ."""
+    return tl.fma(a, b, 0.0) if ALONE else a * b
+
+
+@triton.jit
 def norm_over_samples(
     sums, dweight, dbias, C, batch, WEIGHT: tl.constexpr, BIAS: tl.constexpr, LANES: tl.constexpr, BC: tl.constexpr
 ):

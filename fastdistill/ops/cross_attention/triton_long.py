@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastdistill.ops._triton import terms
 from fastdistill.ops.cross_attention.triton_tiles import (
     add_product,
     finite,
@@ -25,7 +26,6 @@ from fastdistill.ops.cross_attention.triton_tiles import (
     put,
     scaled_product,
     start,
-    terms,
     times,
     times_and_product,
     zeros,

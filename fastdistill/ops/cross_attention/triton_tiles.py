@@ -120,14 +120,6 @@ def times(tiles, factor, PIECES: tl.constexpr):
 
 
 @triton.jit
-def terms(a, b, WHOLE: tl.constexpr):
-    """a b, to be summed over rows. WHOLE: a thread may hold one term of a sum, as it may without tensor cores; such a
-    product must not be fused into the first addition, for each thread would round its neighbour's and not its own, and
-    what should be copies of one sum would differ."""
-    return tl.fma(a, b, 0.0) if WHOLE else a * b
-
-
-@triton.jit
 def rounded(tiles, like, PIECES: tl.constexpr):
     """``tiles`` in the dtype of what ``like`` points at."""
     x = ()

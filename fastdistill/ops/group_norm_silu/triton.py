@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, norm_over_samples, optional
+from fastdistill.ops._triton import FUSED, norm_over_samples, optional, terms
 from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
 from fastdistill.ops.group_norm_silu.triton_tiles import affine, output, slopes, tile, whole_group
@@ -31,7 +31,9 @@ WARPS = 8
 
 
 @triton.jit
-def _group_norm_moments(x, partials, C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+def _group_norm_moments(
+    x, partials, C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ALONE: tl.constexpr
+):  # fmt: skip
     """Mean of each channel over the tile, and the sum of squares about it."""
     sample, chunk, c, p, at = tile(C, P, chunks, LAST, BC, BP)
     inside = (c < C)[:, None] & (p < P)[None, :]
@@ -40,7 +42,7 @@ def _group_norm_moments(x, partials, C, P, chunks, LAST: tl.constexpr, BC: tl.co
     d = tl.where(inside, v - mean[:, None], 0.0)
     to = partials + (sample * chunks + chunk) * 2 * C + c
     tl.store(to, mean, mask=c < C)
-    tl.store(to + C, tl.sum(d * d, 1), mask=c < C)
+    tl.store(to + C, tl.sum(terms(d, d, ALONE), 1), mask=c < C)
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def _group_norm_output(
 @triton.jit
 def _group_norm_whole(
     x, y, mean, rstd, given, strides, eps, C, P, G, GIVEN: tl.constexpr, SILU: tl.constexpr, LAST: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """A group from x to y in one program."""
     sample, c, of_group, at, inside = whole_group(C, P, G, LAST, BC, BP)
@@ -102,7 +104,7 @@ def _group_norm_whole(
     d = tl.where(inside, v - (middle - t)[:, None], 0.0)
     middle += tl.sum(d) / n  # what the rounding of the first sum has left
     d = tl.where(inside, v - (middle - t)[:, None], 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(d * d) / n + eps)
+    r = 1.0 / tl.sqrt(tl.sum(terms(d, d, ALONE)) / n + eps)
     tl.store(mean + tl.program_id(0), middle)
     tl.store(rstd + tl.program_id(0), r)
     z = output(v, middle - t, tl.full((BC,), 0.0, tl.float32) + r, w, b, s, h, SILU)
@@ -135,7 +137,7 @@ def _group_gradients(
 @triton.jit
 def _group_norm_sums(
     x, grad, partials, mean, rstd, given, strides, C, P, G, chunks, GIVEN: tl.constexpr, SILU: tl.constexpr,
-    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """The sums of dz, dz n and n of each channel over the tile."""
     sample, chunk, c, p, at = tile(C, P, chunks, LAST, BC, BP)
@@ -145,10 +147,10 @@ def _group_norm_sums(
     r = tl.load(rstd + group, mask=c < C, other=0.0)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-    n, dz = slopes(v, g, middle, r, w, b, s, h, SILU)
+    n, dz = slopes(v, g, middle, r, w, b, s, h, SILU, ALONE)
     to = partials + (sample * chunks + chunk) * 3 * C + c
     tl.store(to, tl.sum(dz, 1), mask=c < C)
-    tl.store(to + C, tl.sum(dz * n, 1), mask=c < C)
+    tl.store(to + C, tl.sum(terms(dz, n, ALONE), 1), mask=c < C)
     tl.store(to + 2 * C, tl.sum(tl.where(inside, n, 0.0), 1), mask=c < C)
 
 
@@ -193,7 +195,7 @@ def _group_norm_gradient(
     second = tl.load(means + 2 * group + 1, mask=c < C, other=0.0)
     v = tl.load(x + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
     g = tl.load(grad + at, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    n, dz = slopes(v, g, middle, r, w, b, s, h, SILU)
+    n, dz = slopes(v, g, middle, r, w, b, s, h, SILU, False)
     d = r[:, None] * (dz * (w * s)[:, None] - first[:, None] - n * second[:, None])
     tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
@@ -201,7 +203,7 @@ def _group_norm_gradient(
 @triton.jit
 def _group_norm_whole_backward(
     x, grad, dx, mean, rstd, given, strides, sums, outs, C, P, G, batch, GIVEN: tl.constexpr, WANTED: tl.constexpr,
-    SILU: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    SILU: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a group in one program, but those that samples share."""
     sample, c, of_group, at, inside = whole_group(C, P, G, LAST, BC, BP)
@@ -210,8 +212,9 @@ def _group_norm_whole_backward(
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     rs = tl.full((BC,), 0.0, tl.float32) + r
-    n, dz = slopes(v, g, tl.load(mean + tl.program_id(0)) - t, rs, w, b, s, h, SILU)
-    ones, products = tl.sum(dz, 1).to(tl.float64), tl.sum(dz * n, 1).to(tl.float64)
+    n, dz = slopes(v, g, tl.load(mean + tl.program_id(0)) - t, rs, w, b, s, h, SILU, ALONE)
+    ones = tl.sum(dz, 1).to(tl.float64)
+    products = tl.sum(terms(dz, n, ALONE), 1).to(tl.float64)
     normals = tl.sum(tl.where(inside, n, 0.0), 1).to(tl.float64)
     count = tl.cast(C // G, tl.float64) * tl.cast(P, tl.float64)
     first, second = _group_gradients(
@@ -239,6 +242,8 @@ class _Shape:
         else:
             self.bp = min(power(self.positions), 1024)
             self.bc = min(power(self.channels), TILE // self.bp) if self.positions < 1 << 27 else 1
+        # Whether a thread may hold one position of a channel: 256 are side by side, or as many rows of 8 channels.
+        self.alone = self.bc * self.bp <= 2048 if self.last else self.bp <= 256
         self.chunks = triton.cdiv(self.positions, self.bp)
         self.lanes = min(power(self.chunks), max(SUMS // self.group, 1))
         self.tiles = (self.batch * triton.cdiv(self.channels, self.bc) * self.chunks,)
@@ -273,11 +278,13 @@ def group_norm_silu(
     if cut.whole:
         _group_norm_whole[(cut.batch * groups,)](
             x, y, mean, rstd, tensors, strides, eps, *size, groups, given, silu, cut.last, cut.bc, cut.bp,
-            num_warps=WARPS, **FUSED,
+            cut.alone, num_warps=WARPS, **FUSED,
         )  # fmt: skip
         return
     partials = torch.empty((cut.batch, cut.chunks, 2, cut.channels), dtype=torch.float32, device=x.device)
-    _group_norm_moments[cut.tiles](x, partials, *size, cut.chunks, cut.last, cut.bc, cut.bp, num_warps=WARPS, **FUSED)
+    _group_norm_moments[cut.tiles](
+        x, partials, *size, cut.chunks, cut.last, cut.bc, cut.bp, cut.alone, num_warps=WARPS, **FUSED
+    )
     _group_norm_merge_moments[cut.merges](
         partials, mean, rstd, tensors[2], strides[0], eps, *size, groups, cut.chunks, bool(given & 4), cut.bp,
         cut.group, cut.lanes, num_warps=4, **FUSED,
@@ -315,14 +322,14 @@ def group_norm_silu_backward(
     if cut.whole:
         _group_norm_whole_backward[(cut.batch * groups,)](
             x, grad, dx, mean, rstd, tensors, strides, shared, outs[2:], *size, groups, cut.batch, given, wanted, silu,
-            cut.last, cut.bc, cut.bp, num_warps=WARPS, **FUSED,
+            cut.last, cut.bc, cut.bp, cut.alone, num_warps=WARPS, **FUSED,
         )  # fmt: skip
     else:
         partials = torch.empty((cut.batch, cut.chunks, 3, cut.channels), dtype=torch.float32, device=x.device)
         means = torch.empty((cut.batch, groups, 2), dtype=torch.float32, device=x.device)
         common, kind = (mean, rstd, tensors, strides), (given, silu, cut.last, cut.bc, cut.bp)
         _group_norm_sums[cut.tiles](
-            x, grad, partials, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS, **FUSED
+            x, grad, partials, *common, *size, groups, cut.chunks, *kind, cut.alone, num_warps=WARPS, **FUSED
         )
         _group_norm_merge_sums[cut.merges](
             partials, means, rstd, tensors, strides, shared, outs[2:], *size, groups, cut.chunks, cut.batch, given,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdistill.ops._triton import optional
+from fastdistill.ops._triton import optional, terms
 
 
 @triton.jit
@@ -66,11 +66,11 @@ def output(v, middle, r, w, b, s, h, SILU: tl.constexpr):
 
 
 @triton.jit
-def slopes(v, g, middle, r, w, b, s, h, SILU: tl.constexpr):
-    """n and dz of a tile."""
+def slopes(v, g, middle, r, w, b, s, h, SILU: tl.constexpr, ALONE: tl.constexpr):
+    """n and dz of a tile; ``ALONE`` as for ``terms``."""
     n = (v - middle[:, None]) * r[:, None]
     if SILU:
         z = n * (w * s)[:, None] + (b * s + h)[:, None]
         gate = 1.0 / (1.0 + tl.exp(-z))
-        g = g * gate * (1.0 + z * (1.0 - gate))
+        g = terms(g * gate, 1.0 + z * (1.0 - gate), ALONE)
     return n, g

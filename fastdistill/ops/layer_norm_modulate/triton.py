@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, norm_over_samples, optional
+from fastdistill.ops._triton import FUSED, norm_over_samples, optional, terms
 from fastdistill.ops.layer_norm_modulate.reference import spread
 
 ROWS, FEW = 32, 8  # rows of a chunk; where there would be fewer than PROGRAMS chunks, chunks are shorter
 PROGRAMS = 512
+THREADS = tl.constexpr(128)  # of a program, at least
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _layer_norm_forward(
     middle = tl.sum(v) / n
     middle += tl.sum(tl.where(inside, v - middle, 0.0)) / n  # what the rounding of the first sum has left
     d = tl.where(inside, v - middle, 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(d * d) / n + eps)
+    r = 1.0 / tl.sqrt(tl.sum(terms(d, d, BLOCK <= THREADS)) / n + eps)
     tl.store(mean + row, middle)
     tl.store(rstd + row, r)
     tl.store(y + at, (d * r * (w * scale) + (b * scale + shift)).to(y.dtype.element_ty), mask=inside)
@@ -80,8 +81,8 @@ def _layer_norm_backward(
         v = tl.load(s + at, mask=inside, other=0.0).to(tl.float32)
         r = tl.load(rstd + row)
         v = tl.where(inside, (v - tl.load(mean + row)) * r, 0.0)
-        dn = dy * factor
-        ds = r * (dn - tl.sum(dn) / n - v * (tl.sum(dn * v) / n))
+        dn = terms(dy, factor, BLOCK <= THREADS)
+        ds = r * (dn - tl.sum(dn) / n - v * (tl.sum(terms(dn, v, BLOCK <= THREADS)) / n))
         if MORE:
             ds += tl.load(grad_s + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + at, ds.to(dx.dtype.element_ty), mask=inside)
