@@ -28,7 +28,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --durations 25 $(ARGS)
 
-test-slow: setup
+test-slow: setup $(OLDEST_TRITON)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # The tests that compute with models, under every instruction set of this processor.
@@ -88,12 +88,12 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.c*')
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.c*' 'tests/gpu_simulated/*.c')
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.c*')
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.c*' 'tests/gpu_simulated/*.c')
 
 build-matrix: setup
 	$(BIN)/python -m pytest tests/build -m slow $(ARGS)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's own compiler and launcher on CPU tensors, up to the launch itself."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+HERE = Path(__file__).parent
+BUILT = HERE.parents[1] / "build" / "gpu_simulated"
+_HOOK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_uint,
+    ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+#: ``(compiled kernel, grid, threads, bytes of shared memory, addresses of the arguments)``
+Launched = Callable[[Any, tuple[int, ...], int, int, Any], None]
+
+_loaded: dict[int, Any] = {}  # compiled kernels by the driver's number of the function
+
+
+def _cuda_h() -> Path:
+    """The folder of cuda.h, which Triton brings; found without importing it."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "backends" / "nvidia" / "include"
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """``driver.c``, as the process's libcuda.so.1."""
+    path = BUILT / "libcuda.so.1"
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILT / "lock"):
+        if not path.exists() or path.stat().st_mtime < (HERE / "driver.c").stat().st_mtime:
+            options = "-std=gnu11 -O2 -Wall -Werror -Wno-attribute-alias -shared -fPIC -Wl,-soname,libcuda.so.1".split()
+            command = ["gcc", *options, f"-I{_cuda_h()}", str(HERE / "driver.c"), "-o", f"{path}.new"]
+            subprocess.run(command, check=True)
+            os.replace(f"{path}.new", path)
+        link = BUILT / "libcuda.so"  # for the linker
+        if not link.is_symlink():
+            link.symlink_to(path.name)
+    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+@contextmanager
+def simulated(launched: Launched, arch: int = 90) -> Iterator[None]:
+    """Inside, Triton launches what it compiled for ``arch`` by calling ``launched``. It needs a process in which Triton
+    does not interpret and has launched nothing."""
+    os.environ["TRITON_LIBCUDA_PATH"] = str(BUILT)
+    loaded = library()
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia import driver as nvidia
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    class Simulated(nvidia.CudaDriver):
+        def __init__(self) -> None:  # without the base class's, which asks torch for a device
+            self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+            self.get_current_device = lambda: 0
+            self.set_current_device = lambda device: None
+            self.get_current_stream = lambda device: 0
+            self.get_device_capability = lambda device=0: divmod(arch, 10)
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+    errors: list[BaseException] = []
+    load = CompiledKernel._init_handles
+
+    def remember(kernel: Any) -> None:
+        fresh = kernel.module is None
+        load(kernel)
+        if fresh:
+            _loaded[kernel.function] = kernel
+
+    @_HOOK
+    def hook(function: int, grid: Any, threads: int, shared: int, arguments: Any) -> int:
+        try:
+            launched(_loaded[function], tuple(grid[:3]), threads, shared, arguments)
+        except BaseException as error:
+            errors.append(error)
+            return 1
+        return 0
+
+    loaded.simulated_device(arch // 10, hook)
+    driver.set_active(Simulated())
+    CompiledKernel._init_handles = remember
+    try:
+        yield
+    except Exception as error:  # Triton's, of a launch that failed
+        if errors:
+            raise errors[0] from error
+        raise
+    finally:
+        CompiledKernel._init_handles = load
+        loaded.simulated_device(arch // 10, _HOOK())

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel, as compiled for a GPU, computes what the reference does and does nothing that it must not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import processes
+from tests.gpu_simulated import block, memory
+
+ROOT = Path(__file__).parents[2]
+OLDEST = ROOT / "build" / "triton-3.6.0"  # make kernels-report
+EPS = torch.finfo(torch.float32).eps
+QUICK = ["geglu", "layer_norm_modulate", "group_norm_silu", "cross_attention"]
+#: Taken out of every kernel of a step (``works.PLANTS``), and what of it is found.
+PLANTED = {
+    "bar.sync": {
+        memory.READ_AFTER_WRITE, memory.WRITE_AFTER_WRITE, memory.WRITE_AFTER_READ, memory.NO_BARRIER
+    },
+    "fence.proxy.async": {memory.NO_FENCE},
+    "wgmma.wait_group": {block.ACCUMULATOR_READ, memory.READ_BY_WGMMA, memory.NOT_AWAITED},
+    "cp.async.wait_group": {memory.COPY_UNDER_WAY, memory.UNWRITTEN, memory.NOT_AWAITED},
+}  # fmt: skip
+#: Triton 3.6 lets a wgmma read what a cp.async or a store wrote without a fence between; 3.9 mended that.
+KNOWN = {"3.6": {memory.NO_FENCE}}
+
+
+def simulate(*arguments: str, triton: Path | None = None) -> dict[str, Any]:
+    """What ``works`` prints, in a process of its own, with the installed Triton or that of a folder."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if triton is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(triton), *filter(None, [environment.get("PYTHONPATH")])])
+    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu_simulated.works", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout)
+
+
+def check(made: dict[str, Any], names: list[str] | None = None) -> None:
+    """Equal within 8 eps of the largest, as each of the two may be off by 4, and 4 of float32: what is left where terms
+    of size 1 cancel."""
+    known = KNOWN.get(".".join(made["triton"].split(".")[:2]), set())
+    for name in names or made["works"]:
+        work = made["works"][name]
+        assert not work["fault"], f"{name}: {work['fault']}"
+        found = [tuple(row) for row in work["found"] if row[1] not in known]
+        assert not found, f"{name}: {found[:8]}"
+        assert work["errors"] and work["ran"], name
+        for dtype, error, largest in work["errors"]:
+            number = getattr(torch, dtype)
+            allowed = 8 * torch.finfo(number).eps * largest + 4 * EPS if number.is_floating_point else 0
+            assert error <= allowed, f"{name}: off by {error} of {largest} in {dtype}, allowed {allowed}"
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "made.json").write_text(json.dumps(simulate(*QUICK, "--plant")))
+
+    return json.loads((processes.once(tmp_path_factory, "simulated", make) / "made.json").read_text())
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_kernels(quick: dict[str, Any], name: str) -> None:
+    check(quick, [name])
+
+
+@pytest.mark.parametrize("pattern", PLANTED)
+def test_an_instruction_that_a_kernel_lacks_is_found(quick: dict[str, Any], pattern: str) -> None:
+    made = quick["planted"][pattern]
+    assert PLANTED[pattern] <= {what for _, what, *_ in made["found"]}, made
+
+
+def kernels() -> set[str]:
+    """The names of all Triton kernels, of the committed report."""
+    with (ROOT / "benchmarks" / "kernels" / "report.csv").open(encoding="utf-8") as file:
+        return {row["kernel"] for row in csv.DictReader(file) if row["backend"] == "triton"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["90", "80"])
+def test_every_kernel(arch: str) -> None:
+    made = simulate("--arch", arch)
+    check(made)
+    if arch == "90":
+        assert {kernel for work in made["works"].values() for kernel in work["ran"]} == kernels()
+
+
+@pytest.mark.slow
+def test_every_kernel_of_the_oldest_triton() -> None:
+    if not OLDEST.is_dir():
+        pytest.skip("no build/triton-3.6.0 (make kernels-report)")
+    made = simulate(triton=OLDEST)
+    assert made["triton"] == "3.6.0"
+    check(made)
