@@ -9,7 +9,8 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from benchmarks.kernels.resources import SYSTEM_SHARED, Row, occupancy, usage
+from benchmarks.kernels import lint
+from benchmarks.kernels.resources import SYSTEM_SHARED, Row, cuobjdump, occupancy, usage
 
 ARCHS = (80, 90, 100)
 THREADS = {"add_squares": 1024, "finish": 1024, "prepare": 128}  # of a block; 256 everywhere else
@@ -25,10 +26,30 @@ def rows() -> Iterator[Row]:
     Raises:
         RuntimeError: the extension was not built, or holds a kernel that this table does not know.
     """
+    return (row for row, _ in _kernels())
+
+
+def figures() -> Iterator[lint.Figures]:
+    """What costs time in each kernel; see ``rows`` for errors."""
+    path, code = _extension(), lint.code_of(_extension())
+    listed = subprocess.run([cuobjdump(), "-elf", "-arch", f"sm_{lint.ARCH}", path], capture_output=True, text=True)
+    version = re.search(r"toolkit=([\d.]+)", listed.stdout)
+    compiler = f"cuda {version[1] if version else 'unknown'}"
+    for row, mangled in _kernels():
+        if row.arch == f"sm_{lint.ARCH}":
+            yield lint.figures(row.op, row.kernel, compiler, code[mangled], row.threads, row.occupancy)
+
+
+def _extension() -> str:
     spec = importlib.util.find_spec("fastdistill._cuda")
     if spec is None or spec.origin is None:
         raise RuntimeError("the extension fastdistill._cuda was not built (no nvcc when it was installed?)")
-    for arch, mangled, used in usage(spec.origin):
+    return spec.origin
+
+
+def _kernels() -> Iterator[tuple[Row, str]]:
+    """Rows with mangled names."""
+    for arch, mangled, used in usage(_extension()):
         if arch not in ARCHS:
             continue
         name = _demangled(mangled)
@@ -38,10 +59,11 @@ def rows() -> Iterator[Row]:
         threads, shared = THREADS.get(base, 256), used["SHARED"]
         if arch >= 90 and shared:
             shared -= SYSTEM_SHARED  # counted by the compiler there
-        yield Row(
+        row = Row(
             _OPS[base], name, "cuda", "", f"sm_{arch}", used["REG"], used["STACK"] + used["LOCAL"], shared, threads,
             occupancy(arch, used["REG"], shared, threads),
         )  # fmt: skip
+        yield row, mangled
 
 
 def _demangled(name: str) -> str:

@@ -2,7 +2,8 @@
 """``python -m benchmarks.kernels.report``: registers, spills, shared memory and occupancy of every kernel for a GPU.
 
 Writes benchmarks/kernels/report.csv and fails where a kernel spills or does not compile. ``--triton`` adds the kernels
-as another Triton compiles them, one of a folder that ``pip install --no-deps --target`` made.
+as another Triton compiles them, one of a folder that ``pip install --no-deps --target`` made. Beside it lint.csv gets
+what costs time in each (see ``lint``).
 """
 
 from __future__ import annotations
@@ -17,40 +18,53 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.kernels import cuda
+from benchmarks.kernels import cuda, lint
 from benchmarks.kernels.resources import Row
 
 ROOT = Path(__file__).parents[2]
 PATH = Path(__file__).parent / "report.csv"
 
 
-def triton_rows(folders: Iterable[Path]) -> list[Row]:
-    """As the installed Triton, and then those of the folders, compile them, each in a process of its own, in which
-    Triton compiles whatever this one does; all at once.
+def by_tritons(folders: Iterable[Path], *options: str) -> list[dict[str, Any]]:
+    """What ``benchmarks.kernels.triton`` prints with the installed Triton, and then with those of the folders, each in
+    a process of its own, in which Triton compiles whatever this one does; all at once.
 
     Raises:
         RuntimeError: a kernel does not compile.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels.triton"]
-    found: list[Row] = []
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels.triton", *options]
+    found: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         processes = {}
         for path in (None, *folders):
             places = [str(path), *filter(None, [environment.get("PYTHONPATH")])]
             own = {"PYTHONPATH": os.pathsep.join(places)} if path else {}
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment | own)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment | own)
             processes[path] = stack.enter_context(process)
             stack.callback(process.kill)  # before it is waited for
         for path, process in processes.items():
             printed, _ = process.communicate()
             if process.returncode:
                 raise RuntimeError(f"Triton{f' of {path}' if path else ''} did not compile every kernel (see above)")
-            found += (Row(**row) for row in json.loads(printed))
+            found += json.loads(printed)
+    return found
+
+
+def linted(folders: Iterable[Path]) -> list[lint.Figures]:
+    """What costs time in every kernel: Triton's, and those of the built extension if there is one.
+
+    Raises:
+        RuntimeError: a kernel does not compile.
+    """
+    found = [lint.Figures(**row) for row in by_tritons(folders, "--lint")]
+    with contextlib.suppress(RuntimeError):  # not built
+        found += cuda.figures()
     return found
 
 
@@ -61,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if wrong := [path for path in options.triton if not (path / "triton" / "__init__.py").is_file()]:
         parser.error(f"--triton: expected a folder with the package triton, got {wrong[0]}")
-    rows = triton_rows(path.resolve() for path in options.triton)
+    folders = [path.resolve() for path in options.triton]
+    rows = [Row(**row) for row in by_tritons(folders)]
     try:
         rows += cuda.rows()
     except RuntimeError as error:
@@ -70,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(dataclasses.asdict(row) | {"occupancy": f"{row.occupancy:.3f}"} for row in rows)
+    lint.write(linted(folders), options.csv.with_name(lint.PATH.name))
     table = Table(title=f"{len(rows)} kernels")
     columns = "op kernel backend triton arch registers spill_bytes shared_bytes threads occupancy".split()
     for column in columns:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Triton kernel compiled ahead of time for GPUs that are not here: ``python -m benchmarks.kernels.triton`` prints
-rows as JSON.
+rows as JSON, ``--lint`` the figures of ``lint``.
 
 The ops' own launch functions run on tensors that are never touched; in place of a launch, what would be launched is
 compiled. It needs a process in which Triton does not interpret.
@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.kernels import lint
 from benchmarks.kernels.launches import LAUNCHES
 from benchmarks.kernels.resources import Row, occupancy, unequal_copies, usage
 from fastdistill.ops._triton import target
@@ -87,8 +89,20 @@ def _specialized(value: Any, path: tuple[int, ...], constants: dict[Any, Any], a
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def rows(launches: dict[str, Callable[[], None]] = LAUNCHES, archs: tuple[int, ...] = ARCHS) -> Iterator[Row]:
-    """One row a kernel, specialization and architecture."""
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's specialization for an architecture; ``op`` is the name of the launch, ``cubin`` a file that is there
+    until the next one is made."""
+
+    op: str
+    kernel: str
+    arch: int
+    threads: int
+    shared: int
+    cubin: Path
+
+
+def compiled(launches: dict[str, Callable[[], None]], archs: tuple[int, ...]) -> Iterator[Compiled]:
     for name, launch in launches.items():
         for arch in archs:
             with Recorder() as recorder, target(arch // 10):
@@ -97,18 +111,35 @@ def rows(launches: dict[str, Callable[[], None]] = LAUNCHES, archs: tuple[int, .
                 raise RuntimeError(f"{name}: launched no Triton kernel")
             for kernel, signature, constants, attributes, options in recorder.launched.values():
                 source = ASTSource(kernel, signature, constants, attributes)
-                compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-                if unequal := unequal_copies(compiled.asm["ptx"]):
+                made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+                if unequal := unequal_copies(made.asm["ptx"]):
                     raise RuntimeError(f"{name}: {kernel.__name__}, sm_{arch}: unequal copies of a sum by {unequal}")
+                threads = 32 * options.get("num_warps", 4)
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                    Path(file.name).write_bytes(compiled.asm["cubin"])
-                    ((_, _, used),) = usage(file.name)
-                threads, shared = 32 * options.get("num_warps", 4), compiled.metadata.shared
-                yield Row(
-                    name, kernel.__name__, "triton", triton.__version__, f"sm_{arch}", used["REG"],
-                    used["STACK"] + used["LOCAL"], shared, threads, occupancy(arch, used["REG"], shared, threads),
-                )  # fmt: skip
+                    Path(file.name).write_bytes(made.asm["cubin"])
+                    yield Compiled(name, kernel.__name__, arch, threads, made.metadata.shared, Path(file.name))
+
+
+def rows(launches: dict[str, Callable[[], None]] = LAUNCHES, archs: tuple[int, ...] = ARCHS) -> Iterator[Row]:
+    """One row a kernel, specialization and architecture."""
+    for one in compiled(launches, archs):
+        ((_, _, used),) = usage(one.cubin)
+        yield Row(
+            one.op, one.kernel, "triton", triton.__version__, f"sm_{one.arch}", used["REG"],
+            used["STACK"] + used["LOCAL"], one.shared, one.threads,
+            occupancy(one.arch, used["REG"], one.shared, one.threads),
+        )  # fmt: skip
+
+
+def figures(launches: dict[str, Callable[[], None]] = LAUNCHES) -> Iterator[lint.Figures]:
+    """What costs time in each kernel and specialization."""
+    for one in compiled(launches, (lint.ARCH,)):
+        ((_, _, used),) = usage(one.cubin)
+        (code,) = lint.code_of(one.cubin).values()
+        resident = occupancy(one.arch, used["REG"], one.shared, one.threads)
+        yield lint.figures(one.op, one.kernel, f"triton {triton.__version__}", code, one.threads, resident)
 
 
 if __name__ == "__main__":
-    json.dump([dataclasses.asdict(row) for row in rows()], sys.stdout, indent=1)
+    made = figures() if "--lint" in sys.argv[1:] else rows()
+    json.dump([dataclasses.asdict(row) for row in made], sys.stdout, indent=1)

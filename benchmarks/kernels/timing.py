@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of one multiprocessor of Hopper that runs a loop of SASS again and again: warps issue in order, with the
+compiler's stalls and scoreboards, into pipes of published rates; memory has a latency and no bandwidth.
+
+It is good for what limits a loop, and to compare two. It was compared with published rates of FlashAttention-2 of
+Triton (forward: 396 TFLOP/s for 396 to 403 at head dim 64, 365 to 485 for 389 to 477 at 128) before partitions took
+turns at the pipe to memory, and with no device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.kernels.sass import Instruction
+
+PARTITIONS = 4
+MEMORY, BARRIER, TENSOR = 700, 22, 34  # clocks: of a cp.async, a barrier, and a wgmma beside its multiplications
+SHARED_QUEUE = 8  # clocks by which the pipe to memory may be behind
+_NEVER = 1 << 60
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """``pipe`` of a partition and clocks that it is taken for; clocks until the result; clocks of the pipe to memory,
+    which the partitions share."""
+
+    pipe: str
+    taken: int
+    latency: int
+    memory: int = 0
+
+
+_ALU = _Cost("alu", 2, 5)
+_COSTS = {
+    **dict.fromkeys(("FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2"), _Cost("fma", 1, 4)),
+    **dict.fromkeys(("DADD", "DMUL", "DFMA", "DSETP"), _Cost("double", 2, 10)),
+    **dict.fromkeys("BRA S2R S2UR R2UR NOP WARPSYNC EXIT BSSY BSYNC".split(), _Cost("uniform", 2, 10)),
+    "IMAD": _Cost("imad", 2, 5), "MUFU": _Cost("mufu", 8, 18), "SHFL": _Cost("memory", 2, 24, 1),
+    "LDG": _Cost("memory", 2, 500, 2), "HGMMA": _Cost("tensor", 0, 0),
+}  # fmt: skip
+
+
+def _cost(i: Instruction) -> _Cost:
+    words = max(i.bytes // 4, 1)
+    if i.name in ("LDS", "STS"):
+        return _Cost("memory", 2, 24 + words, words)
+    if i.name in ("LDSM", "STSM"):
+        return _Cost("memory", 2, 28, next((n for n in (4, 2) if f".{n}" in i.operation), 1))
+    if i.name == "LDGSTS":
+        return _Cost("memory", 2, 10, max(words, 2))
+    if i.name == "STG":
+        return _Cost("memory", 2, 10, max(words, 2))
+    if i.name.startswith("U") and i.name != "UTMALDG":
+        return _Cost("uniform", 2, 10)
+    return _COSTS.get(i.name, _ALU)
+
+
+@dataclass
+class _Warp:
+    block: int
+    number: int
+    at: int = 0
+    turn: int = 0
+    ready: int = 0
+    scoreboards: list[int] = field(default_factory=lambda: [0] * 6)
+    products: list[int] = field(default_factory=list)  # when each group of wgmmas ends; _NEVER: not all have begun
+    copies: int = 0  # when those that were committed are there
+    copying: int = 0
+
+
+class Multiprocessor:
+    """``body`` is run by ``warps`` of each of ``blocks``."""
+
+    def __init__(self, body: Sequence[Instruction], warps: int, blocks: int) -> None:
+        self.body, self.costs, self.size = body, [_cost(i) for i in body], warps
+        self.warps = [_Warp(b, w) for b in range(blocks) for w in range(warps)]
+        self.blocks = blocks
+        self._of = [[w for w in self.warps if w.number % PARTITIONS == p] for p in range(PARTITIONS)]
+        self._pipes: list[dict[str, int]] = [{} for _ in range(PARTITIONS)]
+        self._tensor = [0] * PARTITIONS
+        self._memory = 0
+        self._arrived: dict[int, list[_Warp]] = {}
+        self._together: dict[tuple[int, int, int, int], list[_Warp]] = {}
+
+    def clocks(self, turns: int = 5) -> float:
+        """Of a turn of one block, in the steady state: the second turn is the first that counts.
+
+        Raises:
+            RuntimeError: warps wait for each other.
+        """
+        now, last, left = 0, [0] * PARTITIONS, len(self.warps)
+        ends: dict[tuple[int, int], int] = {}
+        while left:
+            soonest = _NEVER
+            for p in range(now, now + PARTITIONS):  # they take turns at what they share
+                p %= PARTITIONS
+                own = self._of[p]
+                for k in range(len(own)):
+                    warp = own[(last[p] + 1 + k) % len(own)]
+                    when = self._when(warp, p, now) if warp.turn < turns else _NEVER
+                    if when > now:
+                        soonest = min(soonest, when)
+                        continue
+                    self._issue(warp, p, now)
+                    last[p] = (last[p] + 1 + k) % len(own)
+                    soonest = now + 1
+                    if warp.at == len(self.body):
+                        warp.at, warp.turn = 0, warp.turn + 1
+                        ends[warp.block, warp.turn] = now  # the block's last warp comes last
+                        left -= warp.turn == turns
+                    break
+            if soonest == _NEVER and left:
+                raise RuntimeError("the warps of the modelled loop wait for each other")
+            now = max(now + 1, soonest)
+        each = [(ends[b, turns] - ends[b, 2]) / (turns - 2) for b in range(self.blocks)]
+        return sum(each) / len(each) / self.blocks
+
+    def _when(self, warp: _Warp, p: int, now: int) -> int:
+        """The first clock at which a warp may issue, as far as is known."""
+        if warp.ready > now:
+            return warp.ready
+        i, cost = self.body[warp.at], self.costs[warp.at]
+        when = now
+        if i.waits:
+            when = max(board for n, board in enumerate(warp.scoreboards) if i.waits >> n & 1)
+        if i.name == "DEPBAR":
+            when = max(when, warp.copies)
+        elif i.name == "WARPGROUP" and "DEPBAR" in i.operation:
+            when = max([when, *warp.products[: len(warp.products) - _kept(i)]])
+        if cost.taken:
+            when = max(when, self._pipes[p].get(cost.pipe, 0))
+        if cost.memory:
+            when = max(when, self._memory - SHARED_QUEUE)
+        return when
+
+    def _issue(self, warp: _Warp, p: int, now: int) -> None:
+        i, cost = self.body[warp.at], self.costs[warp.at]
+        done = now + cost.latency
+        if cost.taken:
+            self._pipes[p][cost.pipe] = now + cost.taken
+        if cost.memory:
+            self._memory = max(self._memory, now) + cost.memory
+            done = max(done, self._memory + cost.latency - cost.memory)
+        if i.sets != 7:
+            warp.scoreboards[i.sets] = max(warp.scoreboards[i.sets], done)
+        if i.frees != 7:
+            held = now + (12 if cost.memory else 8)
+            warp.scoreboards[i.frees] = max(warp.scoreboards[i.frees], held)
+        warp.ready = now + max(i.stall, 1)
+        if i.name == "HGMMA":
+            self._multiply(warp, i, now)
+        elif i.name == "WARPGROUP" and "DEPBAR" in i.operation:
+            warp.products = warp.products[len(warp.products) - _kept(i) :]
+        elif i.name == "LDGSTS":
+            warp.copying = now + MEMORY
+        elif i.name == "LDGDEPBAR":
+            warp.copies = warp.copying
+        elif i.operation.startswith("BAR.SYNC"):
+            self._arrive(warp, now)
+        warp.at += 1
+
+    def _arrive(self, warp: _Warp, now: int) -> None:
+        waiting = self._arrived.setdefault(warp.block, [])
+        waiting.append(warp)
+        warp.ready = _NEVER
+        if len(waiting) == self.size:
+            for one in waiting:
+                one.ready = now + BARRIER
+            waiting.clear()
+
+    def _multiply(self, warp: _Warp, i: Instruction, now: int) -> None:
+        """A wgmma begins with the last warp of four."""
+        commits = "gsb0" in i.text
+        if commits:
+            warp.products.append(_NEVER)
+        four = self._together.setdefault((warp.block, warp.number // 4, warp.turn, warp.at), [])
+        four.append(warp)
+        if len(four) < 4:
+            return
+        columns = re.search(r"64x(\d+)x", i.operation)
+        assert columns is not None, i.text
+        takes = max(int(columns[1]) // 2, 16 if i.operands[1].startswith("gdesc") else 8)
+        end = 0
+        for one in four:
+            part = one.number % PARTITIONS
+            self._tensor[part] = max(self._tensor[part], now) + takes
+            end = max(end, self._tensor[part])
+        if commits:
+            for one in four:
+                one.products[one.products.index(_NEVER)] = end + TENSOR
+
+
+def _kept(i: Instruction) -> int:
+    """Groups of wgmmas that a wait leaves under way."""
+    found = re.search(r"gsb0,\s*0x([0-9a-f]+)", i.text)
+    return int(found[1], 16) if found else 0

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m tests.gpu_simulated.wgmmas``: of every kernel with wgmmas a line: launch, kernel, how many take A from
+registers, hazards."""
+
+from __future__ import annotations
+
+from benchmarks.kernels import lint
+from benchmarks.kernels.launches import LAUNCHES
+from benchmarks.kernels.triton import compiled
+from tests.gpu_simulated.hazards import hazards
+
+
+def main() -> None:
+    launches = {name: launch for name, launch in LAUNCHES.items() if name.startswith("cross_attention")}
+    for one in compiled(launches, (lint.ARCH,)):
+        (code,) = lint.code_of(one.cubin).values()
+        products = [i for i in code if i.name == "HGMMA"]
+        if products:
+            found = ", ".join(f"{what} at {address:#x}" for address, what in sorted(hazards(code)))
+            print(one.op, one.kernel, sum(i.operands[1].startswith("R") for i in products), found, sep="\t")
+
+
+if __name__ == "__main__":
+    main()
