@@ -81,6 +81,7 @@ class Multiprocessor:
         self._pipes: list[dict[str, int]] = [{} for _ in range(PARTITIONS)]
         self._tensor = [0] * PARTITIONS
         self._memory = 0
+        self._soonest = [0] * PARTITIONS  # when one of a partition's warps may issue, as far as is known
         self._arrived: dict[int, list[_Warp]] = {}
         self._together: dict[tuple[int, int, int, int], list[_Warp]] = {}
 
@@ -92,15 +93,17 @@ class Multiprocessor:
         """
         now, last, left = 0, [0] * PARTITIONS, len(self.warps)
         ends: dict[tuple[int, int], int] = {}
-        while left:
-            soonest = _NEVER
+        while left > 0:
             for p in range(now, now + PARTITIONS):  # they take turns at what they share
                 p %= PARTITIONS
-                own = self._of[p]
+                if self._soonest[p] > now:
+                    continue
+                own, soonest = self._of[p], _NEVER
                 for k in range(len(own)):
                     warp = own[(last[p] + 1 + k) % len(own)]
-                    when = self._when(warp, p, now) if warp.turn < turns else _NEVER
+                    when = warp.ready if warp.ready > now else self._when(warp, p, now)
                     if when > now:
+                        warp.ready = max(warp.ready, when) if when < _NEVER else warp.ready
                         soonest = min(soonest, when)
                         continue
                     self._issue(warp, p, now)
@@ -109,8 +112,12 @@ class Multiprocessor:
                     if warp.at == len(self.body):
                         warp.at, warp.turn = 0, warp.turn + 1
                         ends[warp.block, warp.turn] = now  # the block's last warp comes last
-                        left -= warp.turn == turns
+                        if warp.turn == turns:
+                            warp.ready = _NEVER
+                            left -= 1
                     break
+                self._soonest[p] = max(soonest, now + 1)
+            soonest = min(self._soonest)
             if soonest == _NEVER and left:
                 raise RuntimeError("the warps of the modelled loop wait for each other")
             now = max(now + 1, soonest)
@@ -169,6 +176,7 @@ class Multiprocessor:
             for one in waiting:
                 one.ready = now + BARRIER
             waiting.clear()
+            self._soonest = [now + 1] * PARTITIONS
 
     def _multiply(self, warp: _Warp, i: Instruction, now: int) -> None:
         """A wgmma begins with the last warp of four."""
@@ -190,6 +198,7 @@ class Multiprocessor:
         if commits:
             for one in four:
                 one.products[one.products.index(_NEVER)] = end + TENSOR
+            self._soonest = [now + 1] * PARTITIONS
 
 
 def _kept(i: Instruction) -> int:
