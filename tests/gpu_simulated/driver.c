@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // libcuda.so.1 where there is no GPU: what Triton's launcher calls, of which only a launch does anything (it calls
-// ``launched``); and accesses of an interpreted block to memory, which is the host's.
+// ``launched``).
 #include <cuda.h>
 #include <stdint.h>
-#include <string.h>
 
 typedef int (*Launched)(void* function, const unsigned* grid, unsigned threads, unsigned shared, void** arguments);
 static Launched launched = 0;
@@ -102,50 +101,3 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
 static CUresult never(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 extern __typeof__(cuTensorMapEncodeTiled) cuTensorMapEncodeTiled __attribute__((alias("never")));
 extern __typeof__(cuTensorMapEncodeIm2col) cuTensorMapEncodeIm2col __attribute__((alias("never")));
-
-// Memory that a kernel may touch, with the block of this launch that wrote each byte (-1: none) and the one that read
-// it (-2: several).
-typedef struct {
-  uint64_t begin, end;
-  int32_t *writer, *reader;
-} Region;
-
-enum { IN_ORDER, OUTSIDE, MISALIGNED, RACE, UNEQUAL };
-
-static int access(uint64_t address, int bytes, int write, int block, const Region* regions, int count) {
-  if (address % bytes) return MISALIGNED;
-  for (const Region* r = regions; r < regions + count; ++r) {
-    if (address < r->begin || address + bytes > r->end) continue;
-    for (uint64_t i = address - r->begin; i < address - r->begin + bytes; ++i) {
-      if (r->writer[i] >= 0 && r->writer[i] != block) return RACE;
-      if (write && r->reader[i] != -1 && r->reader[i] != block) return RACE;
-      if (write) r->writer[i] = block;
-      else r->reader[i] = r->reader[i] == -1 || r->reader[i] == block ? block : -2;
-    }
-    return IN_ORDER;
-  }
-  return OUTSIDE;
-}
-
-// Each thread whose mask is set moves ``bytes`` between its address and its row of ``data``. Returns what was wrong, with
-// the thread in ``*thread``.
-int simulated_access(int threads, const uint64_t* address, const uint8_t* mask, int bytes, int write, uint8_t* data, int block,
-                     const Region* regions, int count, int* thread) {
-  for (int i = 0; i < threads; ++i) {
-    if (!mask[i]) continue;
-    const int wrong = access(address[i], bytes, write, block, regions, count);
-    if (wrong) {
-      *thread = i;
-      return wrong;
-    }
-    uint8_t* row = data + (size_t)i * bytes;
-    if (write) memcpy((void*)address[i], row, bytes);
-    else memcpy(row, (const void*)address[i], bytes);
-  }
-  for (int i = 0; write && i < threads; ++i)
-    if (mask[i] && memcmp((const void*)address[i], data + (size_t)i * bytes, bytes)) {
-      *thread = i;
-      return UNEQUAL;
-    }
-  return IN_ORDER;
-}

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from filelock import FileLock
 
 HERE = Path(__file__).parent
 BUILT = HERE.parents[1] / "build" / "gpu_simulated"
+FLAGS = "-std=gnu11 -O2 -Wall -Werror -Wno-attribute-alias -shared -fPIC".split()
 _HOOK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_uint,
     ctypes.POINTER(ctypes.c_void_p),
@@ -26,29 +29,35 @@ Launched = Callable[[Any, tuple[int, ...], int, int, Any], None]
 _loaded: dict[int, Any] = {}  # compiled kernels by the driver's number of the function
 
 
-def _cuda_h() -> Path:
-    """The folder of cuda.h, which Triton brings; found without importing it."""
-    import importlib.util
+def missing() -> str | None:
+    """Why kernels cannot be simulated here."""
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton"
+    return None if shutil.which("gcc") else "no gcc"
 
-    spec = importlib.util.find_spec("triton")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent / "backends" / "nvidia" / "include"
+
+def built(source: str, name: str, *options: str) -> Path:
+    """A library of a C file of this folder, made anew when that has changed."""
+    path = BUILT / name
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILT / "lock"):
+        if not path.exists() or path.stat().st_mtime < (HERE / source).stat().st_mtime:
+            command = ["gcc", *FLAGS, *options, str(HERE / source), "-o", f"{path}.new"]
+            subprocess.run(command, check=True)
+            os.replace(f"{path}.new", path)
+    return path
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """``driver.c``, as the process's libcuda.so.1."""
-    path = BUILT / "libcuda.so.1"
-    BUILT.mkdir(parents=True, exist_ok=True)
-    with FileLock(BUILT / "lock"):
-        if not path.exists() or path.stat().st_mtime < (HERE / "driver.c").stat().st_mtime:
-            options = "-std=gnu11 -O2 -Wall -Werror -Wno-attribute-alias -shared -fPIC -Wl,-soname,libcuda.so.1".split()
-            command = ["gcc", *options, f"-I{_cuda_h()}", str(HERE / "driver.c"), "-o", f"{path}.new"]
-            subprocess.run(command, check=True)
-            os.replace(f"{path}.new", path)
-        link = BUILT / "libcuda.so"  # for the linker
-        if not link.is_symlink():
-            link.symlink_to(path.name)
+def _driver() -> ctypes.CDLL:
+    """``driver.c``, as the process's libcuda.so.1 from now on."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    headers = Path(spec.origin).parent / "backends" / "nvidia" / "include"
+    path = built("driver.c", "libcuda.so.1", "-Wl,-soname,libcuda.so.1", f"-I{headers}")
+    link = BUILT / "libcuda.so"  # for the linker
+    if not link.is_symlink():
+        link.symlink_to(path.name)
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
@@ -57,7 +66,7 @@ def simulated(launched: Launched, arch: int = 90) -> Iterator[None]:
     """Inside, Triton launches what it compiled for ``arch`` by calling ``launched``. It needs a process in which Triton
     does not interpret and has launched nothing."""
     os.environ["TRITON_LIBCUDA_PATH"] = str(BUILT)
-    loaded = library()
+    loaded = _driver()
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
     from triton.compiler.compiler import CompiledKernel

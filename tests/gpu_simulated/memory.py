@@ -6,11 +6,12 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.gpu_simulated.driver import library
+from tests.gpu_simulated.driver import built
 
 # What is watched, in the words of a report.
 OUTSIDE, MISALIGNED = "global memory touched outside of every tensor", "misaligned access to global memory"
@@ -27,6 +28,11 @@ NO_BARRIER = "wgmma reads shared memory that was written since the last barrier"
 NO_FENCE = "wgmma reads shared memory that was written without fence.proxy.async since"
 
 _NOBODY, _SEVERAL = -1, -2
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(built("memory.c", "memory.so")))
 
 
 class Fault(Exception):
@@ -62,7 +68,7 @@ class Global:
         moved = np.zeros((len(address), n), np.uint8) if data is None else np.ascontiguousarray(data)
         address, on, thread = np.ascontiguousarray(address), np.ascontiguousarray(mask, np.uint8), ctypes.c_int()
         arrays = [ctypes.c_void_p(a.ctypes.data) for a in (address, on, moved, self._regions)]
-        wrong = library().simulated_access(
+        wrong = _library().simulated_access(
             len(address), arrays[0], arrays[1], n, data is not None, arrays[2], block, arrays[3], len(self._regions),
             ctypes.byref(thread),
         )  # fmt: skip

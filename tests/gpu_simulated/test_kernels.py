@@ -16,7 +16,10 @@ import torch
 
 from tests import processes
 from tests.gpu_simulated import block, memory
+from tests.gpu_simulated.driver import missing
 
+REASON = "there is a GPU" if torch.cuda.is_available() else missing()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ROOT = Path(__file__).parents[2]
 OLDEST = ROOT / "build" / "triton-3.6.0"  # make kernels-report
 EPS = torch.finfo(torch.float32).eps

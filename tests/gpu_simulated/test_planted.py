@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from tests.gpu_simulated import block, memory
+from tests.gpu_simulated.driver import missing
 from tests.gpu_simulated.launch import run
 from tests.gpu_simulated.memory import Fault, Report
 from tests.gpu_simulated.ptx import parse
 
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 THREADS = 128
 #: Each thread's number times two goes through shared memory to the thread 32 (mod 128) further on, which stores it.
 PASSED_ON = """
