@@ -100,20 +100,24 @@ def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
 
 
 def main_loop(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
-    """The innermost loop that loads from global memory, of several the one with the most bytes in 16-byte loads (then
-    the longest); without one the whole kernel, which then is a tile."""
-    loading = [(a, b) for a, b in loops(instructions) if any(i.name in _LOADS for i in instructions[a : b + 1])]
+    """The innermost loop that loads from global memory, of several the one with the most 16-byte loads (then the
+    longest). Where only what is outside of loops has such (a loop was unrolled, and another takes a rest), or without
+    loops, all of the kernel is a tile."""
+    loading = [(a, b) for a, b in loops(instructions) if any(map(is_load, instructions[a : b + 1]))]
     inner = [one for one in loading if not any(one[0] <= a and b <= one[1] and (a, b) != one for a, b in loading)]
-    if not inner:
-        last = max((i for i, one in enumerate(instructions) if one.name == "EXIT"), default=len(instructions) - 1)
-        return instructions[: last + 1]
 
     def size(loop: tuple[int, int]) -> tuple[int, int]:
         body = instructions[loop[0] : loop[1] + 1]
-        return sum(i.name in _LOADS and i.bytes == 16 for i in body), len(body)
+        return _wide(body), len(body)
 
-    first, last = max(inner, key=size)
+    first, last = max(inner, key=size, default=(0, -1))
+    if last < 0 or (not size((first, last))[0] and _wide(instructions)):
+        first, last = 0, max((i for i, one in enumerate(instructions) if one.name == "EXIT"), default=len(instructions))
     return instructions[first : last + 1]
+
+
+def _wide(instructions: Sequence[Instruction]) -> int:
+    return sum(is_load(i) and i.bytes == 16 for i in instructions)
 
 
 def is_load(instruction: Instruction) -> bool:

@@ -21,6 +21,7 @@ Array = NDArray[Any]
 ACCUMULATOR_READ = "accumulator read while its wgmma is under way"
 ACCUMULATOR_WRITTEN = "accumulator written while its wgmma is under way"
 OPERAND_WRITTEN = "register operand written while its wgmma is under way"
+NOT_FENCED = "wgmma uses a register that was written since the last wgmma.fence"
 _CONVERGED = {"shfl", "ldmatrix", "stmatrix", "wgmma", "mma", "bar", "barrier"}
 _NOTHING = {"nop", "membar", "prefetch"}
 
@@ -56,6 +57,7 @@ class Block:
         self._products: list[_Wgmma] = []
         self._product_groups: list[list[_Wgmma]] = []
         self._multiplying = False
+        self._unfenced: set[str] = set()  # registers that were written since the last wgmma.fence
 
     def run(self) -> None:
         """Where threads part, those that are furthest behind go first, until all are at one place again.
@@ -151,6 +153,8 @@ class Block:
     def _touch(self, register: str, write: bool) -> None:
         if self._multiplying:
             return
+        if write:
+            self._unfenced.add(register)
         for one in self._under_way():
             if register in one.accumulators:
                 self.report.add(ACCUMULATOR_WRITTEN if write else ACCUMULATOR_READ)
@@ -331,7 +335,12 @@ class Block:
                 for one in self._product_groups.pop(0):
                     self.shared.read_by_wgmma[one.places] -= 1
                     self.shared.wgmma_ended(one.places)
+        elif parts[1] == "fence":
+            self._unfenced.clear()
         elif parts[1] == "mma_async":
+            used = {register for operand in operands[:2] if isinstance(operand, tuple) for register in operand}
+            if used & self._unfenced:
+                self.report.add(NOT_FENCED)
             self._multiplying = True
             self._multiply(parts, operands)
             self._multiplying = False

@@ -146,8 +146,7 @@ class Shared:
             self.report.add(READ_AFTER_WRITE)
         if self.arriving[at].any():
             self.report.add(COPY_UNDER_WAY)
-        order = np.argsort(warp[:, 0], kind="stable")  # of two warps that read a byte at once, both are seen
-        for one in np.unique(warp[order, 0]):
+        for one in np.unique(warp):  # of two warps that read a byte at once, both are seen
             own = at[warp[:, 0] == one]
             known = (self.read_time[own] == self.barriers) & (self.reader[own] != one)
             self.reader[own] = np.where(known, _SEVERAL, one)

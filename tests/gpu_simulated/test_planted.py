@@ -115,6 +115,10 @@ BUGS = {
         "multiplied", "wgmma.wait_group.sync", "mov.f32 %f2, 0f00000000; wgmma.wait_group.sync",
         block.ACCUMULATOR_WRITTEN,
     ),
+    "a fence of registers": (
+        "multiplied", "wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned; mov.f32 %f2, 0f00000000;",
+        block.NOT_FENCED,
+    ),
     "shared memory of a wgmma": (
         "multiplied", "wgmma.wait_group.sync", "st.shared.b16 [%r2+2048], %r3; wgmma.wait_group.sync",
         memory.READ_BY_WGMMA,
