@@ -70,5 +70,6 @@ def test_every_kernel_with_wgmmas(folder: Path | None) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [line.split("\t") for line in done.stdout.splitlines()]
     assert len(kernels) >= 10
-    assert any(int(from_registers) for _, _, from_registers, _ in kernels)
+    assert any(int(from_registers) for _, _, from_registers, *_ in kernels)
     assert not [kernel for kernel in kernels if kernel[3]], kernels
+    assert all(int(kernel[4]) for kernel in kernels), kernels

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m tests.gpu_simulated.wgmmas``: of every kernel with wgmmas a line: launch, kernel, how many take A from
-registers, hazards."""
+registers, hazards, and the number of those that there are if nothing waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def main() -> None:
         products = [i for i in code if i.name == "HGMMA"]
         if products:
             found = ", ".join(f"{what} at {address:#x}" for address, what in sorted(hazards(code)))
-            print(one.op, one.kernel, sum(i.operands[1].startswith("R") for i in products), found, sep="\t")
+            planted = hazards([i for i in code if not i.operation.startswith("WARPGROUP.DEPBAR")])
+            from_registers = sum(i.operands[1].startswith("R") for i in products)
+            print(one.op, one.kernel, from_registers, found, len(planted), sep="\t")
 
 
 if __name__ == "__main__":
