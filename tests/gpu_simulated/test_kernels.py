@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -33,6 +34,7 @@ PLANTED = {
     "wgmma.wait_group": {block.ACCUMULATOR_READ, memory.READ_BY_WGMMA, memory.NOT_AWAITED},
     "cp.async.wait_group": {memory.COPY_UNDER_WAY, memory.UNWRITTEN, memory.NOT_AWAITED},
 }  # fmt: skip
+SUMS = {"cross_attention-77-fp32": 80}  # its head dim: a score's terms
 #: Triton 3.6 lets a wgmma read what a cp.async or a store wrote without a fence between; 3.9 mended that.
 KNOWN = {"3.6": {memory.NO_FENCE}}
 
@@ -50,7 +52,8 @@ def simulate(*arguments: str, triton: Path | None = None) -> dict[str, Any]:
 
 def check(made: dict[str, Any], names: list[str] | None = None) -> None:
     """Equal within 8 eps of the largest, as each of the two may be off by 4, and 4 of float32: what is left where terms
-    of size 1 cancel."""
+    of size 1 cancel. Sums in float64 are of float32's terms. ``SUMS``: two sums of n terms, each off by eps sqrt(n) of
+    the terms' magnitudes, which add up to more than the largest result."""
     known = KNOWN.get(".".join(made["triton"].split(".")[:2]), set())
     for name in names or made["works"]:
         work = made["works"][name]
@@ -60,7 +63,9 @@ def check(made: dict[str, Any], names: list[str] | None = None) -> None:
         assert work["errors"] and work["ran"], name
         for dtype, error, largest in work["errors"]:
             number = getattr(torch, dtype)
-            allowed = 8 * torch.finfo(number).eps * largest + 4 * EPS if number.is_floating_point else 0
+            eps = max(torch.finfo(number).eps, EPS) if number.is_floating_point else 0.0
+            factor = max(8.0, 2 * math.sqrt(SUMS.get(name, 1)))
+            allowed = factor * eps * largest + (4 * EPS if eps else 0)
             assert error <= allowed, f"{name}: off by {error} of {largest} in {dtype}, allowed {allowed}"
 
 
