@@ -152,6 +152,14 @@ def test_numbers_of_keys(kernel: str, L: int, D: int) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@crossed("L, dtype", [5, 130], [torch.float32, torch.float16])
+def test_a_mask_that_adds_much_to_all_keys(kernel: str, L: int, dtype: torch.dtype) -> None:
+    """Whose exponential overflows: places of a tile that no query has must not have weights either."""
+    q, k, v, mask, rows, scale = make(1, 19, 1, 8, L, dtype, mask="bias").inputs
+    check_values(Case("cross_attention", (q, k, v, mask + 300, rows, scale), call, eager, eager), kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("L", "D"), [(77, 40), (300, 40)])
 def test_bfloat16(kernel: str, L: int, D: int) -> None:
     """The interpreter cuts to bfloat16 where a GPU rounds: an ulp an operation, and two are made in a row."""

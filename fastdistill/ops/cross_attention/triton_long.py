@@ -142,7 +142,7 @@ def cross_attention_backward_long_kv(
         g = get(grad_out, query, N, g_strides[1], D, DIMS, UNIT)
         delta = tl.load(statistics + query * 3 + 2, mask=query < N, other=0.0)
         s = product(values, g, DIMS) - delta[None, :]
-        top = tl.load(statistics + query * 3, mask=query < N, other=0.0)
+        top = tl.load(statistics + query * 3, mask=query < N, other=float("inf"))  # no weights, whatever the mask adds
         w = tl.exp2(product(keys, x, DIMS) * scale + bias[:, None] - top[None, :])
         w *= tl.load(statistics + query * 3 + 1, mask=query < N, other=0.0)[None, :]
         value_sums = add_product(value_sums, w.to(q.dtype.element_ty), g, DIMS)
