@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -29,6 +27,8 @@ _KEY, _SCHEMA, _RULE = "fastdistill", 1, "a file that a profile left"
 
 def save(path: Path, op: str, kernel: str, arguments: Sequence[Any]) -> None:
     """Write a call; StorageError where that cannot be."""
+    import safetensors.torch  # here, as the ops are measured without it
+
     tensors: dict[str, Tensor] = {}
 
     def spelled(value: Any) -> Any:
@@ -49,6 +49,8 @@ def load(path: Path, device: str) -> tuple[str, list[Any]]:
     Raises:
         InputError: no such file, not such a call, or none of an op of this version. StorageError: it cannot be read.
     """
+    import safetensors
+
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             call = json_value((file.metadata() or {})[_KEY])

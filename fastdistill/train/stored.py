@@ -62,6 +62,8 @@ class Stored(Mapping[str, Any]):
 
     def __init__(self, path: Path) -> None:
         file, self.head = _opened(path)
+        if not isinstance(self.head.get("values"), dict):
+            raise DamagedError(f"{path}: damaged, not a checkpoint (values is {described(self.head.get('values'))})")
         hashes = self.head.get("files", [])
         self._files = {path: (file, self.head["sha256"])}
         self._pieces: dict[str, list[_Piece]] = {}
@@ -153,9 +155,8 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         file = safetensors.safe_open(path, framework="pt")
         head = json_value((file.metadata() or {})["fastdistill"])
-        schema, values = head["schema"], head.setdefault("values", {})
-        stated = head["sha256"], *head.get("files", [])
-        if not isinstance(values, dict) or not all(isinstance(each, str) for each in stated):
+        schema, stated = head["schema"], (head["sha256"], *head.get("files", []))
+        if not all(isinstance(each, str) for each in stated):
             raise ValueError("other metadata")
     except FileNotFoundError as error:
         raise DamagedError(f"{path}: damaged, not there") from error
