@@ -232,8 +232,9 @@ def _evaluate(
     if not (wrt and of) or any(o.is_meta for o in of):
         return [o.detach() for o in outputs], []
     g = torch.Generator().manual_seed(seed)
-    # In the dtype of the output, which the truth has in float64.
-    along = [torch.randint(-8, 9, o.shape, generator=g).to(o.dtype) / 4 for o in of]
+    # In the dtype of the output, which the truth has in float64; not 0, by which a stored gradient that has overflown
+    # is multiplied.
+    along = [torch.randint(-8, 8, o.shape, generator=g).to(o.dtype).add(0.5) / 4 for o in of]
     gradients = torch.autograd.grad(of, wrt, along, allow_unused=True)
     return [o.detach() for o in outputs], list(gradients)
 

@@ -80,7 +80,7 @@ def test_planned_memory_is_that_of_a_real_step(
     before = living()
     run = trained.make(name, execution=execution, **OPTIONS[options])
     advance = runner(run.step, run.student, run.config.execution)
-    for done in range(2):  # a compiled one is as it stays from its second step on
+    for done in range(3):  # a compiled one is compiled anew while there are no gradients yet
         run.step.prepare(done)
         advance()
     gc.collect()
