@@ -14,6 +14,7 @@ from fastdistill.errors import FastdistillError, InputError, StorageError, descr
 
 Pick = Callable[[list[str]], list[str]]
 _ABSENT = object()
+_LONGEST = 60  # characters of a name in a message
 _ARCHIVES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
 
 
@@ -39,11 +40,11 @@ def read_rows(file: Path, pick: Pick) -> Iterator[tuple[str, list[str]]]:
 def named(file: Path, column: str, names: list[str]) -> str:
     """``column``, which is among the ``names``; InputError for others."""
     if not names:
-        raise InputError.of("column", f"none, as {file} is no table", repr(column))
+        raise InputError.of("column", f"none, as {file} is no table", spelled([column]))
     if column not in names:
         near = difflib.get_close_matches(column, names, n=1)
-        hint = f" (near: {near[0]!r})" if near else ""
-        raise InputError.of("column", f"one of {spelled(names)} in {file}{hint}", repr(column))
+        hint = f" (near: {spelled(near)})" if near else ""
+        raise InputError.of("column", f"one of {spelled(names)} in {file}{hint}", spelled([column]))
     return column
 
 
@@ -91,7 +92,7 @@ def _json_lines(file: Path, pick: Pick) -> Iterator[tuple[str, list[str]]]:
         cells = {name: row.get(name, _ABSENT) for name in columns} if isinstance(row, dict) else {"": row}
         for name, cell in cells.items():
             if cell is _ABSENT:
-                _refuse(file, where, f"a value for {name!r}", f"only {spelled(row)}")
+                _refuse(file, where, f"a value for {spelled([name])}", f"only {spelled(row)}")
         yield where, [_text(file, where, name, cell) for name, cell in cells.items()]
 
 
@@ -175,7 +176,8 @@ def _once(file: Path, names: list[str]) -> None:
 
 
 def spelled(names: Iterable[str]) -> str:
-    shown = list(names)
+    """At most twenty names, of long ones the beginning, for a message."""
+    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names]
     return ", ".join(map(repr, shown[:20])) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 
 

@@ -7,8 +7,9 @@ import dataclasses
 from typing import Any
 
 from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rolling, Weights
+from fastdistill.errors import InputError
 from fastdistill.models import Student
-from fastdistill.runs.config import ObjectiveSettings
+from fastdistill.runs.config import ObjectiveSettings, RunConfig
 
 
 def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditioning:
@@ -31,3 +32,22 @@ def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditi
         rolling=Rolling(**dataclasses.asdict(given.rolling)),
     )
     return made
+
+
+def check_rolling(config: RunConfig) -> None:
+    """InputError for rolling states that the rest of a run file leaves no room for."""
+    objective, every = config.objective, config.objective.random_conditioning.rolling.every
+    if every is None:
+        return
+    name = "objective.random_conditioning.rolling.every"
+    for other, size in (("train.batch", config.train.batch), ("train.micro_batch", config.train.micro_batch)):
+        if size is not None and size % every:
+            raise InputError.of(name, f"a divisor of {other}, {size}", every)
+    if config.cache.sizes is not None and len(config.cache.sizes) > 1:
+        raise InputError.of(name, "none for latents of several sizes (cache.sizes)", every)
+    if objective.guidance.schedule is not None:
+        raise InputError.of(name, "none with objective.guidance.schedule", every)
+    if objective.weights.task:
+        raise InputError.of(
+            "objective.weights.task", "0 with rolling states, which are of no latent", objective.weights.task
+        )

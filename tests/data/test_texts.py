@@ -178,6 +178,15 @@ def test_tables_of_prompts(tmp_path: Path, suffix: str) -> None:
         read_prompts(file, column="promt")
 
 
+def test_long_names_of_columns_are_cut_in_messages(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.csv"
+    file.write_text(f"{'x' * 9000},b\n1,2\n")
+    for column in (None, "y", "x" * 8000):
+        with pytest.raises(InputError, match=r"column: expected .*'x{60}\.\.\.', 'b'") as refused:
+            read_prompts(file, column=column)
+        assert len(str(refused.value)) < 500 + len(str(file))
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_the_column_of_prompts_is_found_or_asked_for(tmp_path: Path, suffix: str) -> None:
     for names, found in ((["words"], "words"), (["id", "Caption"], "Caption"), (["text", "url"], "text")):

@@ -21,6 +21,7 @@ from fastdistill.runs.config import (
     PreviewSettings,
     PromptSettings,
     RandomConditioningSettings,
+    RollingSettings,
     RunConfig,
     StudentSettings,
 )
@@ -63,6 +64,8 @@ class DigitsConfig:
     """normalized_mse: divided by the teacher's mean square; huber: linear above 1; cosine: per sample."""
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Fraction of prompts that are replaced by the null prompt."""
+    rolling: Annotated[int, Field(ge=2)] | None = None
+    """Every so many-th sample is a state of a sampler that runs along (of random conditioning); none: none is."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             **EXPERIMENT["train"], preview=PreviewConfig(guidance_scale=Sampling().guidance_scale)
@@ -103,6 +106,7 @@ class DigitsConfig:
             if given not in (None, limit):
                 raise InputError.of(f"{place}.clip_sample", f"{limit}, that of the task", given)
         probability, parameters = STUDENTS[name]
+        every = self.rolling if name == "random_conditioning" else None
         narrow = StudentSettings(channels=self.channels, init="random")
         cache = {
             "directory": str(output / "cache"),
@@ -124,7 +128,10 @@ class DigitsConfig:
             student=narrow if self.student == "narrow" else StudentSettings(spec="bk_small"),
             objective=ObjectiveSettings(
                 random_conditioning=RandomConditioningSettings(
-                    probability=probability, parameters=parameters, null=self.null_probability
+                    probability=probability,
+                    parameters=parameters,
+                    null=self.null_probability,
+                    rolling=RollingSettings(every=every, clip_sample=None if every is None else limit),
                 ),
                 weights=LossSettings(feature=self.feature_weight),
                 feature_distance=self.feature_distance,
