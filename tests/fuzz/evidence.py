@@ -59,5 +59,6 @@ def text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:
     lines += ["## Faults", "", f"{len(state['faults'])} rounds with a fault, the first line of each:", ""]
     for fault in state["faults"]:
         first = fault["fault"].splitlines()[0].replace("|", "\\|")[:300]
-        lines.append(f"- `{fault['target']}`, round {fault['round']}, at {fault['commit']}: {first}")
+        since = fault.get("mended", "open")  # in words, by whoever mended it
+        lines.append(f"- `{fault['target']}`, round {fault['round']}, at {fault['commit']}: {first} ({since})")
     return lines
