@@ -82,11 +82,12 @@ def output_match(
     loss.copy_(output_weight * parts[0] + task_weight * parts[1])
     if grad.numel():
         factor = grad_scale * weight * ((1.0 if huber else 2.0) / max(s.numel(), 1))
+        gradient = torch.zeros_like(s)
+        for i, own, given in ((0, output_weight, teacher), (1, task_weight, counter)):
+            if given.numel():  # a weight that is not finite weighs nothing that is not there
+                gradient += (own * factor[:, i]).view(shape) * slopes[i]
         grad.zero_()
-        grad[:, :channels].copy_(
-            (output_weight * factor[:, 0]).view(shape) * slopes[0]
-            + (task_weight * factor[:, 1]).view(shape) * slopes[1]
-        )
+        grad[:, :channels].copy_(gradient)
 
 
 def refuse(sample: int, timestep: Tensor, table: Tensor, latents: Tensor, latent_index: Tensor) -> None:
