@@ -25,8 +25,9 @@ def attention_call(draw: Any) -> Call:
         return (attention(**given),)
 
     def truth(q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, backend: Any) -> tuple[Tensor]:
-        return _truth(q, k, v, heads, scale, None, None)
+        return _truth(q, k, v, heads, scale, None, None, largest)
 
+    largest = torch.finfo(torch.float16).max if arguments["q"].dtype == torch.float16 else torch.inf
     known = 0 not in arguments["q"].shape and 0 not in arguments["k"].shape
     return Call("attention", function, arguments, truth if known else None, kernels=(AUTOMATIC,), eps=_eps(arguments))
 
@@ -97,7 +98,10 @@ class _Softmax(torch.autograd.Function):
         return weights * (rounded(own) - rounded(of_all)), None
 
 
-def _truth(q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, mask: Any, rows: Any) -> tuple[Tensor]:
+def _truth(
+    q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, mask: Any, rows: Any, largest: float = torch.inf
+) -> tuple[Tensor]:
+    """``largest``: of the scores that are known; torch's own attention may hold them in the dtype of its tensors."""
     flat = q.dim() == 3
     if flat:
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
@@ -116,5 +120,7 @@ def _truth(q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, mask: Any, r
     # 10,000 in float32 they are off by a thousandth, in every attention that keeps no more.
     top = scores.detach().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) + 1
     weights = weights * (1 + (rounded(top) - top) / 2)
+    fits = scores.detach().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) < largest
+    weights = weights * torch.ones_like(weights).where(fits, torch.nan)
     out = rounded(torch.einsum("bhnl,blhd->bnhd", weights, v))
     return (out.flatten(2) if flat else out,)

@@ -83,9 +83,9 @@ def output_match(
     if grad.numel():
         factor = grad_scale * weight * ((1.0 if huber else 2.0) / max(s.numel(), 1))
         gradient = torch.zeros_like(s)
-        for i, own, given in ((0, output_weight, teacher), (1, task_weight, counter)):
+        for i, scale, given in ((0, output_weight, teacher), (1, task_weight, counter)):
             if given.numel():  # a weight that is not finite weighs nothing that is not there
-                gradient += (own * factor[:, i]).view(shape) * slopes[i]
+                gradient += (scale * factor[:, i]).view(shape) * slopes[i]
         grad.zero_()
         grad[:, :channels].copy_(gradient)
 
