@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from dataclasses import dataclass
 from typing import Annotated
@@ -29,7 +30,7 @@ class ProfileConfig:
     """Samples per step."""
     device: str = "auto"
     """Device to run on; auto: a GPU if there is one, else the CPU."""
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1, le=os.cpu_count() or 1)] = 1
     """CPU threads."""
     output: str = "runs/profile"
     """Directory for trace.json and for one saved call of every op."""
@@ -48,7 +49,7 @@ class ReplayConfig:
     """Device to run on; auto: a GPU if there is one, else the CPU."""
     repeats: Annotated[int, Field(ge=1)] = 20
     """Number of timed runs, after three warm-up runs."""
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1, le=os.cpu_count() or 1)] = 1
     """CPU threads."""
     nsight: bool = False
     """Call cudaProfilerStart before the runs and cudaProfilerStop after them."""

@@ -112,7 +112,7 @@ def planned(
 ) -> Plan:
     """What a job needs on a card.
 
-    A ``micro_batch`` of None is the largest one that fits, or 1 where none does.
+    A ``micro_batch`` of None is the largest one that fits, or the smallest where none does.
 
     Args:
         ranks: processes that share the batch, each on such a card. sharded: whether the student is cut over them.
@@ -130,7 +130,7 @@ def planned(
     if config.micro_batch is not None and batch % config.micro_batch:
         raise InputError.of("train.micro_batch", f"a divisor of the {batch} samples of each rank", config.micro_batch)
     job = dataclasses.replace(job, device=card.device)
-    micro_batch = config.micro_batch or default_micro_batch(job, card.memory, ranks=ranks, sharded=sharded) or 1
+    micro_batch = config.micro_batch or _largest(job, card.memory, ranks, sharded)
     traced = job.traced(micro_batch < batch)
     return Plan(
         card=card,
@@ -150,9 +150,10 @@ def planned(
 
 
 def default_micro_batch(job: Job, available: int, *, ranks: int = 1, sharded: bool = False) -> int | None:
-    """The largest divisor of a rank's part of the batch that fits in ``available`` bytes; None: not even 1 does."""
-    batch = job.config.batch // ranks
-    for size in (size for size in range(batch, 0, -1) if batch % size == 0):
+    """The largest divisor of a rank's part of the batch that fits in ``available`` bytes; None: not even the smallest
+    that the objective takes does, which is 1 for most."""
+    batch, multiple = job.config.batch // ranks, job.traced(True).multiple
+    for size in (size for size in range(batch, 0, -1) if batch % size == 0 == size % multiple):
         parts = _memory(job, job.traced(True), size, batch, ranks, sharded)
         spared = 2 * parts["gradients"] if size == batch else 0  # at the most, where no parts are accumulated
         if available < total(parts) <= available + spared:
@@ -160,6 +161,12 @@ def default_micro_batch(job: Job, available: int, *, ranks: int = 1, sharded: bo
         if total(parts) <= available:
             return size
     return None
+
+
+def _largest(job: Job, available: int, ranks: int, sharded: bool) -> int:
+    """The micro-batch by default, or the smallest where that does not fit either."""
+    found = default_micro_batch(job, available, ranks=ranks, sharded=sharded)
+    return job.traced(True).multiple if found is None else found
 
 
 def fits(plan: Plan, available: int) -> list[Remedy] | None:
@@ -189,7 +196,7 @@ def fits(plan: Plan, available: int) -> list[Remedy] | None:
 def _changes(plan: Plan, available: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """What could make a plan smaller: settings by their names in a run file, and the arguments of ``Plan.changed``."""
     config = plan.job.config
-    smaller = default_micro_batch(plan.job, available, ranks=plan.ranks, sharded=plan.sharded) or 1
+    smaller = _largest(plan.job, available, plan.ranks, plan.sharded)
     if smaller < plan.micro_batch:
         yield {"train.micro_batch": smaller}, {"micro_batch": smaller}
     if not config.gradient_checkpointing:
@@ -211,7 +218,7 @@ def _changes(plan: Plan, available: int) -> Iterator[tuple[dict[str, Any], dict[
         elif most is not None and plan.card.device == "cuda":
             changes = {"sharded": True, "ranks": most}
             micro = min(plan.micro_batch, plan.batch // most)
-            if (plan.batch // most) % micro == 0:
+            if (plan.batch // most) % micro == 0 == (plan.batch // most) % plan.job.traced(True).multiple:
                 yield {"shard": True, "ranks": most}, changes | {"micro_batch": micro}
 
 

@@ -35,12 +35,13 @@ _UNITS = (61, 59, 53, 47, 43, 41, 37, 31)
 
 @dataclass(frozen=True)
 class Traced:
-    """A trace, the numbers of parameters of teacher and student (and of those that are trained), and the bytes of the
-    weights of the student's largest block."""
+    """A trace, the numbers of parameters of teacher and student (and of those that are trained), the bytes of the
+    weights of the student's largest block, and what the samples of a part are a multiple of."""
 
     trace: Trace
     parameters: dict[str, int]
     block: int
+    multiple: int
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ class Job:
         weights = [p.numel() for model in models.values() for p in model.parameters()]
         unit = next((unit for unit in _UNITS if all(size % unit for size in weights)), _UNITS[0])
         rolling = getattr(self.objective(made), "rolling", None)
-        unit *= (rolling and rolling.every) or 1
+        unit *= (multiple := (rolling and rolling.every) or 1)
         with attention_as(self.device), _step(self, teacher, made, unit, parts) as (step, setting):
             step.optimizer.allocate()
             found = trace(step, setting, unit, parts)
-            return Traced(found, counts, _largest_block(made.model))
+            return Traced(found, counts, _largest_block(made.model), multiple)
 
 
 def _largest_block(model: nn.Module) -> int:

@@ -11,9 +11,10 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 import fastdistill
 from fastdistill.errors import Stopped, StorageError, quoted
@@ -23,6 +24,20 @@ from fastdistill.tasks.workers import versions
 from fastdistill.train import distributed
 
 ABOUT = "about.json"  # in the directory of a run, of its last sitting
+
+
+class _Values(BaseModel):
+    """Of which any may be missing, as a version may not write it."""
+
+    model_config = ConfigDict(strict=True)
+    command: str = ""
+    versions: dict[str, str] = {}
+    device: str = ""
+    lines: list[str] = []
+    ended: str | None = None
+    flops: Annotated[float, Field(gt=0, le=1e30)] = 1.0
+    ceiling: Annotated[float, Field(ge=1, le=1e30)] = 1.0
+    source: str = ""
 
 
 class About:
@@ -77,10 +92,9 @@ class About:
 def read_about(directory: Path) -> dict[str, Any]:
     """What a run says of itself; nothing where it does not, or not in a way that can be read."""
     try:
-        found = json.loads((directory / ABOUT).read_bytes())
+        return _Values.model_validate_json((directory / ABOUT).read_bytes()).model_dump(exclude_unset=True)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def utilization(about: dict[str, Any], rate: float) -> dict[str, float]:

@@ -34,15 +34,21 @@ def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditi
     return made
 
 
-def check_rolling(config: RunConfig) -> None:
-    """InputError for rolling states that the rest of a run file leaves no room for."""
-    objective, every = config.objective, config.objective.random_conditioning.rolling.every
+def check_rolling(config: RunConfig, timesteps: int, ranks: int) -> None:
+    """InputError for rolling states that the rest of a run file, or its ranks, leave no room for."""
+    objective, rolling = config.objective, config.objective.random_conditioning.rolling
+    every, name = rolling.every, "objective.random_conditioning.rolling.every"
     if every is None:
         return
-    name = "objective.random_conditioning.rolling.every"
-    for other, size in (("train.batch", config.train.batch), ("train.micro_batch", config.train.micro_batch)):
+    sizes = {"train.batch": config.train.batch, "train.micro_batch": config.train.micro_batch}
+    if ranks > 1 and config.train.batch % ranks == 0:
+        sizes[f"the part that each of {ranks} ranks has of train.batch"] = config.train.batch // ranks
+    for other, size in sizes.items():
         if size is not None and size % every:
             raise InputError.of(name, f"a divisor of {other}, {size}", every)
+    if rolling.steps > timesteps:
+        where = "objective.random_conditioning.rolling.steps"
+        raise InputError.of(where, f"at most the {timesteps} timesteps of the schedule", rolling.steps)
     if config.cache.sizes is not None and len(config.cache.sizes) > 1:
         raise InputError.of(name, "none for latents of several sizes (cache.sizes)", every)
     if objective.guidance.schedule is not None:

@@ -34,9 +34,9 @@ from fastdistill.runs.objective import check_rolling, objective_of
 from fastdistill.runs.pool import Pool, pool_of
 from fastdistill.runs.student import student_spec_of
 from fastdistill.runs.teacher import open_teacher
+from fastdistill.train import distributed
 from fastdistill.train.config import validated
 from fastdistill.train.devices import usable
-from fastdistill.train.distributed import own_device
 
 Size = tuple[int, int] | None
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,7 +56,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     if not isinstance(config, RunConfig):
         raise InputError.of("config", "a RunConfig (fastdistill.runs.load reads one from a file)", described(config))
     config = validated(config, "run")
-    device = own_device(config.device)
+    device = distributed.own_device(config.device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     usable(device)
@@ -89,7 +89,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         check_distilled(guidance, guidance.schedule, pipeline, run.sizes)
     elif dataclasses.replace(guidance, weight_limit=5.0) != GuidanceSettings():
         raise InputError.of("objective.guidance.schedule", "one, beside scale or grid", None)
-    check_rolling(config)
+    check_rolling(config, len(pipeline.schedule(run.sizes[0])), distributed.size())
     made = run.student(teacher)  # whether it fits
     objective_of(config.objective, made).describe()
     if config.student.lora.rank is not None and not config.objective.weights.task and guidance.schedule is None:

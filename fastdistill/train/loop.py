@@ -38,6 +38,7 @@ from fastdistill.train.waits import Waits
 from fastdistill.train.writing import Going, Writer
 
 METRICS = "metrics.jsonl"  # file of a run
+_NEEDED = {"step", "loss", "seconds", "skipped"}  # in each of its lines
 PREVIEWS = "previews"  # folder of a run
 SCORES = "scores.json"  # values of keep_best by step
 
@@ -364,7 +365,7 @@ class _Run:
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a ``metrics.jsonl``; what a kill or the disk has left of others is left out.
+    """The lines of a ``metrics.jsonl``; what a kill, the disk or an editor has left of others is left out.
 
     Raises:
         StorageError: it cannot be read.
@@ -377,9 +378,21 @@ def read_metrics(path: Path) -> list[Metrics]:
     for line in lines:
         with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
             found = json_value(line)
-            if isinstance(found, dict) and isinstance(found.get("step"), int):
+            if isinstance(found, dict) and _is_line(found):
                 metrics.append(found)
     return metrics
+
+
+def _is_line(found: dict[str, Any]) -> bool:
+    if not found.keys() >= _NEEDED or not all(map(_is_finite, found.values())):
+        return False
+    return isinstance(found["step"], int) and found["step"] > 0
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # False of NaN
 
 
 def _read_scores(path: Path, name: str | None) -> dict[int, float]:

@@ -24,6 +24,7 @@ from fastdistill.errors import InputError, StorageError
 from fastdistill.files import located, make_directory
 from fastdistill.ops import OPS, use
 from fastdistill.train import kept
+from fastdistill.train.devices import usable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +106,11 @@ def replay(
         kernel: force this kernel. device: where to run (None: a GPU if there is one).
 
     Raises:
-        InputError: not such a file, arguments that do not fit the op, or no such kernel. StorageError: it cannot be
-            read. KernelError: the kernel cannot run this call.
+        InputError: not such a file, arguments that do not fit the op, no such kernel or device. StorageError: it cannot
+            be read. KernelError: the kernel cannot run this call.
     """
     gpu = torch.cuda.is_available()
-    device = device or ("cuda" if gpu else "cpu")
+    device = str(usable(device or ("cuda" if gpu else "cpu")))
     if nsight and not gpu:
         raise InputError.of("nsight", "a CUDA device", "none")
     if repeats < 1:

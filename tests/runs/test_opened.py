@@ -30,8 +30,8 @@ def test_every_family_opens(name: str, saved: Callable[[str], Path], tmp_path: P
     assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
 
 
-def rolling(every: int, **objective: Any) -> dict[str, Any]:
-    return {"objective": {"random_conditioning": {"rolling": {"every": every}}, **objective}}
+def rolling(every: int, steps: int = 20, **objective: Any) -> dict[str, Any]:
+    return {"objective": {"random_conditioning": {"rolling": {"every": every, "steps": steps}}, **objective}}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,7 @@ def rolling(every: int, **objective: Any) -> dict[str, Any]:
         ({"student": {"channels": [4, 4, 4, 4, 4]}}, "block_out_channels"),
         (rolling(3), r"rolling.every: expected a divisor of train.batch, 4, got 3"),
         (rolling(4) | {"train": {"micro_batch": 2}}, "a divisor of train.micro_batch, 2, got 4"),
+        (rolling(2, steps=1001), "random_conditioning.rolling.steps: expected at most the 1000 timesteps .*, got 1001"),
         (rolling(2) | {"cache": {"sizes": [[16, 16], [32, 16]]}}, "expected none for latents of several sizes"),
         (rolling(2, weights={"task": 1.0}), "objective.weights.task: expected 0 with rolling states, .*, got 1.0"),
         (rolling(2, guidance={"schedule": "4"}), "expected none with objective.guidance.schedule"),

@@ -56,6 +56,16 @@ def test_a_plan_of_a_run_file(saved: Callable[[str], Path], tmp_path: Path) -> N
     assert runs.plan(config).memory == found.memory  # the stored bank has the sizes that were expected
 
 
+def test_a_micro_batch_by_default_has_room_for_rolling_states(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    rolling = {"random_conditioning": {"rolling": {"every": 4}}}
+    config = run_config(saved("sd"), tmp_path, objective=rolling, train={"batch": 12})
+    found = runs.plan(config)
+    assert (found.micro_batch, found.changed(micro_batch=6).total < found.total) == (12, True)
+    assert default_micro_batch(runs.opened(config), found.total - 1) == 4
+    with pytest.raises(InputError, match=r"every: expected a divisor of the part that each of 2 ranks .*, 6, got 4"):
+        runs.plan(config, ranks=2)
+
+
 def test_prompts_encoded_on_demand_are_those_of_the_coming_steps(saved: Callable[[str], Path], tmp_path: Path) -> None:
     run = runs.opened(
         run_config(saved("sd"), tmp_path, cache={"encodings": "on_demand"}, train={"ahead": 2, "batch": 6})

@@ -110,9 +110,21 @@ def test_how_a_training_ended(tmp_path: Path, ended: str | None, held: bool, sai
 @pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_read_of_itself_is_left_out(tmp_path: Path) -> None:
     training(tmp_path / "run")
-    for content in ("[1]", '{"lines', ""):
+    damaged = ({"lines": 3}, {"versions": ["a"]}, {"flops": "x"}, {"ceiling": -1.0}, {"flops": float("nan")})
+    for content in ("[1]", '{"lines', "", "[" * 10**5, *(json.dumps(ABOUT | each) for each in damaged)):
         (tmp_path / "run" / "about.json").write_text(content)
         assert runs.report(tmp_path / "run")["about"] == {}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_lines_that_no_training_has_written_are_left_out(tmp_path: Path) -> None:
+    lines = training(tmp_path / "run")
+    odd: list[dict[str, Any]] = [{"loss": None}, {"loss": float("nan")}, {"seconds": "2"}, {"skipped": [0]}]
+    odd += [{"step": step} for step in (0, -10, True, 5.5, 10**400)]
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        for each in [*(lines[-1] | each for each in odd), *({"step": 9, name: 1.0} for name in ("loss", "skipped"))]:
+            file.write("\n" + json.dumps(each))
+    assert runs.report(tmp_path / "run")["metrics"] == lines
 
 
 def test_modules_are_told_apart_by_as_few_parts_as_do() -> None:

@@ -56,6 +56,8 @@ def test_a_call_is_kept_as_it_was_and_replayed(tmp_path: Path) -> None:
     assert OPS["feature_match"].calls["reference"] - before["reference"] == 4 + 3
     with pytest.raises(InputError, match="kernel: expected one of"):
         replay(found.calls["feature_match"], kernel="none", device="cpu")
+    with pytest.raises(InputError, match=r"device: expected a device that torch can use here, .* got 'magic'"):
+        replay(found.calls["feature_match"], device="magic")
 
 
 def test_what_cannot_be_profiled_is_told(tmp_path: Path) -> None:
