@@ -288,6 +288,18 @@ def averaged(
     return wrapped
 
 
+def release(evaluate: Evaluate) -> None:
+    """Let go of the process group of what ``averaged`` returned, which cannot be called any more.
+
+    As long as the group is initialized: at the end of the process DDP's reducer would be its last owner, and wait for
+    gloo's thread with Python's lock in its hand, which that thread may be waiting for.
+    """
+    wrapped: Any = getattr(evaluate, "_orig_mod", evaluate)  # inside of torch.compile
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        for name in ("logger", "reducer", "process_group"):
+            wrapped.__dict__.pop(name, None)
+
+
 def shard(student: nn.Module, objective: BoundObjective, how: Callable[[nn.Module], object]) -> None:
     """Let ``how`` shard the student, from rank 0's weights; its adapters stay whole, their gradients averaged."""
     if size() > 1:

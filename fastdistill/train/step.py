@@ -120,6 +120,10 @@ class TrainStep:
             self._evaluate = distributed.averaged(self.objective, self._student, None, self._loss)
         self._evaluate = torch.compile(self._evaluate, dynamic=False, backend=backend)
 
+    def close(self) -> None:
+        """Nothing is called any more: the process group, if any, is free to end."""
+        distributed.release(self._evaluate)
+
     def __call__(self) -> None:
         step = self.counter[1:]
         metrics = self._gradients()

@@ -161,6 +161,7 @@ class DistillTrainer:
             if shard is not None:
                 distributed.shard(self.student, bound, shard)
             self.step = TrainStep(bound, self.student, config, self.device, scaling, shapes=len(sources))
+            undo.callback(self.step.close)
             for model in (teacher, student):
                 if family := families.find(model):
                     undo.callback(devices.held(model, family.prepare))

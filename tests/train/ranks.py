@@ -9,6 +9,7 @@ import os
 import signal
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,14 @@ def shards_adapters(rank: int, directory: Path) -> Any:
     return adapters(rank, directory, shard=shard_inside)
 
 
+def released(rank: int, directory: Path) -> Any:
+    trainer = make()
+    reducer = weakref.ref(trainer.step._evaluate.reducer)  # type: ignore[attr-defined]
+    trainer.fit()
+    trainer.close()
+    return reducer() is None and trainer.ema_student() is not None
+
+
 def shards_copied(rank: int, directory: Path) -> Any:
     return make(shard=shard).ema_student()
 
@@ -371,7 +380,7 @@ _ALL: tuple[Any, ...] = (
     fused, guided, compiled, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
     shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded, adapters,
-    shards_adapters, rolling, rolling_interrupted,
+    shards_adapters, rolling, rolling_interrupted, released,
 )  # fmt: skip
 SCENARIOS: dict[str, Scenario] = {scenario.__name__: scenario for scenario in _ALL}
 SCENARIOS |= {precision: lower(precision) for precision in ("float16", "bfloat16")}

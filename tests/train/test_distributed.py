@@ -96,6 +96,11 @@ def test_rolling_states_are_those_of_one_process(found: Found) -> None:
         assert name == "totals" or torch.equal(again["state"][name], value), name
 
 
+def test_a_closed_trainer_lets_go_of_the_process_group(found: Found) -> None:
+    """Whose end would wait for a thread of gloo's otherwise, at the end of the process and now and then for ever."""
+    assert found["released"] == (True, True)
+
+
 def test_ranks_draw_from_the_same_of_several_caches(found: Found) -> None:
     one, two = map(done, found["buckets"])
     assert same(one, two)
