@@ -24,7 +24,6 @@ from fastdistill.errors import InputError, StorageError
 from fastdistill.files import located, make_directory
 from fastdistill.ops import OPS, use
 from fastdistill.train import kept
-from fastdistill.train.devices import usable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +108,8 @@ def replay(
         InputError: not such a file, arguments that do not fit the op, no such kernel or device. StorageError: it cannot
             be read. KernelError: the kernel cannot run this call.
     """
+    from fastdistill.train.devices import usable  # here, as the ops are measured without diffusers
+
     gpu = torch.cuda.is_available()
     device = str(usable(device or ("cuda" if gpu else "cpu")))
     if nsight and not gpu:
