@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 
 import fastdistill
 from fastdistill.cli import main
-from fastdistill.train.loop import read_metrics
+from fastdistill.train.metrics import read_metrics
 from tests import tiny
 from tests.models import tiny_pipelines
 from tests.processes import as_ranks

@@ -69,7 +69,8 @@ class RollingStates:
             raise InputError.of("weights.task", "0 with rolling states, which are of no latent", "a weight above 0")
         self.config, self.every, self._stride = config, every, T // config.steps
         device, count = setting.device, setting.batch // every
-        self._coefficients = setting.schedule.coefficients(setting.prediction_type).to(device, torch.float32)
+        coefficients = setting.schedule.coefficients(setting.prediction_type)
+        self._coefficients = coefficients.to(device, torch.float32)
         self._first = T - self._stride  # trajectories begin at one of the timesteps from here on
         whole = setting.global_batch or setting.batch
         begun = dataclasses.replace(
@@ -81,8 +82,7 @@ class RollingStates:
             trajectory=None,
         )
         certain = torch.full((self._stride,), 2**32, dtype=torch.int64)
-        coefficients = setting.schedule.coefficients(setting.prediction_type)[self._first :]
-        self._begun = begun.batches(certain, coefficients, null_probability=0.0, with_replacement=True)
+        self._begun = begun.batches(certain, coefficients[self._first :], null_probability=0.0, with_replacement=True)
         self._rows = torch.arange(count, device=device)
         shape = (config.groups, count)
         self.x = torch.zeros(*shape, *setting.latents.shape[1:], device=device)
@@ -136,7 +136,8 @@ class RollingStates:
             chosen(kept, new, drawn)
         draw.choice[places] = torch.where(early, draw.choice[places], ROLLING)
         draw.latent_index[places] = self._rows
-        draw.prompt_index[places] = torch.where(over, begun.prompt_index, -1)
+        new = torch.where(over, begun.prompt_index, -1)
+        draw.prompt_index[places] = torch.where(early, draw.prompt_index[places], new)
         return draw
 
     @torch.no_grad()

@@ -23,7 +23,8 @@ from fastdistill.runs.distill import RUN_FILE
 from fastdistill.tasks.workers import versions
 from fastdistill.train import checkpoint, health
 from fastdistill.train.config import TrainConfig, from_mapping, from_yaml, to_yaml
-from fastdistill.train.loop import METRICS, PREVIEWS, read_metrics
+from fastdistill.train.loop import PREVIEWS
+from fastdistill.train.metrics import METRICS, read_metrics
 from fastdistill.train.step import learning_rates
 from fastdistill.train.waits import WAITED
 

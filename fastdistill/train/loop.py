@@ -30,6 +30,7 @@ from fastdistill.train import checkpoint, distributed, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
+from fastdistill.train.metrics import METRICS, read_metrics
 from fastdistill.train.signals import signals
 from fastdistill.train.state import check_storable, state_of
 from fastdistill.train.step import TrainStep
@@ -37,8 +38,6 @@ from fastdistill.train.trackers import Trackers, check_installed
 from fastdistill.train.waits import Waits
 from fastdistill.train.writing import Going, Writer
 
-METRICS = "metrics.jsonl"  # file of a run
-_NEEDED = {"step", "loss", "seconds", "skipped"}  # in each of its lines
 PREVIEWS = "previews"  # folder of a run
 SCORES = "scores.json"  # values of keep_best by step
 
@@ -362,37 +361,6 @@ class _Run:
             return "the last checkpoint is intact"
         self.finish(done)
         return self.saved()
-
-
-def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a ``metrics.jsonl``; what a kill, the disk or an editor has left of others is left out.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise StorageError(f"{path}: could not be read: {reason(error)}") from error
-    metrics: list[Metrics] = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
-            found = json_value(line)
-            if isinstance(found, dict) and _is_line(found):
-                metrics.append(found)
-    return metrics
-
-
-def _is_line(found: dict[str, Any]) -> bool:
-    if not found.keys() >= _NEEDED or not all(map(_is_finite, found.values())):
-        return False
-    return isinstance(found["step"], int) and found["step"] > 0
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # False of NaN
 
 
 def _read_scores(path: Path, name: str | None) -> dict[int, float]:

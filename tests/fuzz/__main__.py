@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fastdistill.files import locked
 from tests.fuzz.targets import TARGETS, Target, calls_of, named
 
 ROOT = Path(__file__).parents[2]
@@ -125,12 +126,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.replay:
         return _replay(named(options.replay[0]), options.seed, int(options.replay[1]))
-    state = State(options.state, options.seed)
     if options.report:
         from tests.fuzz.evidence import write
 
-        return write(state.value)
+        return write(State(options.state, options.seed).value)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options.state.parent.mkdir(parents=True, exist_ok=True)
+    with locked(options.state.parent):  # of two, each would write over what the other has counted
+        return _go_on(State(options.state, options.seed), options)
+
+
+def _go_on(state: State, options: argparse.Namespace) -> int:
+    """Rounds until the wanted counts are reached or the time is over; 1 where there are faults."""
     state.begin()
     end = time.monotonic() + 60 * options.minutes
     chosen = [target for target in TARGETS if target.name.startswith(options.only)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,18 @@ GROUPS = {
 def write(state: dict[str, Any]) -> int:
     """Both files; 1 where a target lacks calls."""
     FOLDER.mkdir(parents=True, exist_ok=True)
+    state = state | {"faults": [fault | {"fault": _nowhere(fault["fault"])} for fault in state["faults"]]}
     versions = {name: metadata.version(name) for name in PACKAGES} | {"Python": platform.python_version()}
     (FOLDER / "fuzz.json").write_text(json.dumps({"versions": versions} | state, indent=1) + "\n", encoding="utf-8")
     (FOLDER / "fuzz.md").write_text("\n".join(text(state, versions)) + "\n", encoding="utf-8")
     return int(any(state["targets"].get(t.name, {"calls": 0})["calls"] < t.wanted for t in TARGETS))
+
+
+def _nowhere(fault: str) -> str:
+    """A fault without the places of this machine."""
+    for place in (FOLDER.parents[1], sys.prefix, sys.base_prefix):
+        fault = fault.replace(f"{place}/", "")
+    return fault
 
 
 def text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:

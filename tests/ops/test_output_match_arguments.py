@@ -42,6 +42,7 @@ TASK = Task(torch.ones(5, 4, 3), TIME, TIME, coefficients("epsilon"), TIME)
         ((S, S, TIME, TABLE), {"guidance": 3.0}, "guidance: expected a tensor, got float"),
         ((S, S, TIME, TABLE), {"x_t": torch.ones(2, 4, 4)}, r"x_t: expected shape \(2, 4, 3\), got \(2, 4, 4\)"),
         ((S, S, TIME, TABLE), {"distance": "l1"}, "distance: expected one of mse, huber, got 'l1'"),
+        ((S, S, TIME, TABLE), {"channels": {}}, "channels: expected a whole number, got {}"),
         ((S, S, TIME, TABLE), {"delta": 0.0}, "delta: expected a number > 0, got 0.0"),
         (
             (S, S, TIME, TABLE),
@@ -50,6 +51,7 @@ TASK = Task(torch.ones(5, 4, 3), TIME, TIME, coefficients("epsilon"), TIME)
         ),
         ((S, S, TIME, TABLE), {"task": TASK._replace(latents=torch.ones(0, 4, 3))}, "task.latents: .* with N > 0, got"),
         ((S, S, TIME, TABLE), {"task": TASK._replace(first_sample=-1)}, "task.first_sample: expected at least 0"),
+        ((S, S, TIME, TABLE), {"task": TASK._replace(first_sample=1.5)}, "task.first_sample: expected a whole number"),
         ((S, S, TIME, TABLE), {"task": TASK._replace(coefficients=TABLE)}, "task.coefficients: expected one row of 4"),
         ((S, S, TIME, TABLE), {"grad": torch.ones(2, 3, 4).mT}, "grad: expected a contiguous buffer like"),
         ((S, S.to("meta"), TIME, TABLE), {}, r"teacher: expected the device of student \(cpu\), got meta"),

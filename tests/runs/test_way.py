@@ -25,7 +25,7 @@ from fastdistill.errors import InputError, StorageError
 from fastdistill.runs import RunConfig
 from fastdistill.train import checkpoint
 from fastdistill.train.config import to_yaml
-from fastdistill.train.loop import read_metrics
+from fastdistill.train.metrics import read_metrics
 from tests import small
 from tests.models import tiny_pipelines as tiny
 from tests.processes import once

@@ -21,7 +21,7 @@ from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.errors import StorageError
 from fastdistill.train import checkpoint
 from fastdistill.train.checkpoint import prune, read, steps
-from fastdistill.train.loop import read_metrics
+from fastdistill.train.metrics import read_metrics
 from fastdistill.train.writing import Cancelled, Staging, Writer, write
 from tests.train.ranks import Interrupted, make, stop_after
 

@@ -23,7 +23,7 @@ from fastdistill.errors import StorageError
 from fastdistill.train import checkpoint, distributed
 from fastdistill.train.checkpoint import read, steps
 from fastdistill.train.config import to_yaml
-from fastdistill.train.loop import read_metrics
+from fastdistill.train.metrics import read_metrics
 from tests import isa, processes
 from tests.tasks.test_digits_run import run_config
 from tests.train.ranks import make

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastdistill.errors import FastdistillError, InputError
-from fastdistill.train.loop import read_metrics
+from fastdistill.train.metrics import read_metrics
 from fastdistill.train.trackers import TensorBoard
 from tests import tiny
 from tests.harness import EPS

@@ -24,7 +24,8 @@ from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.models import make_student
 from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import steps
-from fastdistill.train.loop import _Run, read_metrics
+from fastdistill.train.loop import _Run
+from fastdistill.train.metrics import read_metrics
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.state import state_of
 from fastdistill.train.step import learning_rates

@@ -219,6 +219,7 @@ def _like(student: Tensor) -> str:
 
 def _checked(tensors: tuple[Tensor | None, ...], values: tuple[int | None, int, str, float]) -> None:
     channels, first_sample, distance, delta = values
+    _check.integers(**{"task.first_sample": first_sample} | ({} if channels is None else {"channels": channels}))
     _check.one_of(distance, "distance", ("mse", "huber"))
     _check.positive(delta, "delta")
     given = {name: t for name, t in zip(_NAMES, tensors, strict=True) if t is not None}

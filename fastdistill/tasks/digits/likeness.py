@@ -17,7 +17,8 @@ from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
 
 #: As many prompts of each kind, evenly chosen: the bias of a Fréchet distance depends on the number of samples.
-PROMPTS = {kind: [rows[i * len(rows) // 32] for i in range(32)] for kind, rows in data.KINDS.items()}
+_COUNT = min(map(len, data.KINDS.values()))
+PROMPTS = {kind: [rows[i * len(rows) // _COUNT] for i in range(_COUNT)] for kind, rows in data.KINDS.items()}
 
 
 def likeness(judge: Judge, teacher: Tensor, students: Sequence[Tensor]) -> dict[str, dict[str, dict[str, Any]]]:

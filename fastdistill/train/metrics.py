@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file of a run's metrics: one JSON line a log interval."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastdistill.errors import StorageError
+from fastdistill.files import json_value, reason
+from fastdistill.train.callbacks import Metrics
+
+METRICS = "metrics.jsonl"  # file of a run
+_NEEDED = {"step", "loss", "seconds", "skipped"}  # in each of its lines
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a ``metrics.jsonl``; what a kill, the disk or an editor has left of others is left out.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise StorageError(f"{path}: could not be read: {reason(error)}") from error
+    metrics: list[Metrics] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
+            found = json_value(line)
+            if isinstance(found, dict) and _is_line(found):
+                metrics.append(found)
+    return metrics
+
+
+def _is_line(found: dict[str, Any]) -> bool:
+    if not found.keys() >= _NEEDED or not all(map(_is_finite, found.values())):
+        return False
+    return isinstance(found["step"], int) and found["step"] > 0
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # False of NaN
