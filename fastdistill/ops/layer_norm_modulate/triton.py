@@ -22,6 +22,7 @@ from fastdistill.ops.layer_norm_modulate.reference import spread
 
 ROWS, FEW = 32, 8  # rows of a chunk; where there would be fewer than PROGRAMS chunks, chunks are shorter
 PROGRAMS = 512
+STAGES = 3  # rows of a chunk on their way at once
 THREADS = tl.constexpr(128)  # of a program, at least
 
 
@@ -64,7 +65,7 @@ def _layer_norm_forward(
 @triton.jit
 def _layer_norm_backward(
     grad, grad_s, s, h, dx, dh, mean, rstd, given, strides, partials, rows, D, chunks, GIVEN: tl.constexpr,
-    RESIDUAL: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, MORE: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A chunk's gradients, and its sums of dy, dy n and h ds."""
     sample, chunk, c = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks, tl.arange(0, BLOCK)
@@ -74,7 +75,7 @@ def _layer_norm_backward(
     ones = tl.full((BLOCK,), 0.0, tl.float32)
     products, gates = ones, ones
     n = tl.cast(D, tl.float32)
-    for first in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, rows)):
+    for first in tl.range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, rows), num_stages=STAGES):
         row = sample * rows + first
         at = row * D + c
         dy = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
@@ -138,11 +139,14 @@ def _given(x: Tensor, *given: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[
     return tensors, strides, sum(1 << i for i, t in enumerate(given) if t is not None)
 
 
-def _cut(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Batch, rows of a sample, channels, the power of two that holds them, and warps of a program."""
+def _cut(x: Tensor) -> tuple[int, int, int, int]:
+    """Batch, rows of a sample, channels, and the power of two that holds them."""
     batch, width = x.shape[0], x.shape[-1]
-    block = triton.next_power_of_2(width)
-    return batch, x.numel() // (batch * width), width, block, 4 if block <= 1024 else 8
+    return batch, x.numel() // (batch * width), width, triton.next_power_of_2(width)
+
+
+def _warps(block: int, backward: bool) -> int:
+    return 4 if block <= 1024 else 8
 
 
 def layer_norm_modulate(
@@ -160,12 +164,12 @@ def layer_norm_modulate(
     rstd: Tensor,
 ) -> None:
     """One launch; arguments as the reference's."""
-    batch, rows, width, block, warps = _cut(x)
+    batch, rows, width, block = _cut(x)
     tensors, strides, given = _given(x, gate, scale, shift, weight, bias)
     residual = h is not None
     _layer_norm_forward[(batch * rows,)](
         x, h if residual else x, y, s[0] if residual else y, mean, rstd, tensors, strides, eps, rows, width, given,
-        residual, block, num_warps=warps, **FUSED,
+        residual, block, num_warps=_warps(block, False), **FUSED,
     )  # fmt: skip
 
 
@@ -186,7 +190,7 @@ def layer_norm_modulate_backward(
     small: Sequence[Tensor],
 ) -> None:
     """One launch, one more for gradients that rows share, and one for those that samples share."""
-    batch, rows, width, block, warps = _cut(s)
+    batch, rows, width, block = _cut(s)
     tensors, strides, given = _given(s, gate, scale, None, weight, bias)
     outs, _, _ = _given(s, *spread(wanted, small))
     length = ROWS if batch * triton.cdiv(rows, ROWS) >= PROGRAMS else FEW
@@ -195,7 +199,7 @@ def layer_norm_modulate_backward(
     residual, more = h is not None, grad_s is not None
     _layer_norm_backward[(batch * chunks,)](
         grad, grad_s if more else grad, s, h if residual else s, dx, dh[0] if residual else dx, mean, rstd, tensors,
-        strides, partials, rows, width, chunks, given, residual, more, length, block, num_warps=warps, **FUSED,
+        strides, partials, rows, width, chunks, given, residual, more, length, STAGES, block, num_warps=_warps(block, True), **FUSED,
     )  # fmt: skip
     if not wanted:
         return
