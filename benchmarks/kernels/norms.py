@@ -75,11 +75,11 @@ def _layer_norm_modulate(
     return launch
 
 
-def _geglu(dtype: torch.dtype, tanh: bool, backward: bool) -> Callable[[], None]:
+def _geglu(dtype: torch.dtype, tanh: bool, backward: bool, summed: bool = False) -> Callable[[], None]:
     def launch() -> None:
         x, y = (torch.empty(32, 4096, width, dtype=dtype, device="meta") for width in (2560, 1280))
         if backward:
-            _module("geglu").geglu_backward(y, x, tanh, x)
+            _module("geglu").geglu_backward(y, x, tanh, x, [x[0, 0]] if summed else [])
         else:
             _module("geglu").geglu(x, tanh, y)
 
@@ -121,4 +121,5 @@ LAUNCHES: dict[str, Callable[[], None]] = {
             (" tanh", torch.float16, True),
         )
     },
+    "geglu_backward bias": _geglu(torch.bfloat16, False, True, summed=True),
 }

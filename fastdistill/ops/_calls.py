@@ -71,6 +71,9 @@ def _geglu(a: Arguments) -> None:
     else:
         _like("grad", a.grad, half, a.x.dtype)
         _like("dx", a.dx, a.x.shape, a.x.dtype)
+        _check.require(len(a.dbias) < 2, "dbias", "one gradient at most", len(a.dbias))
+        for total in a.dbias:
+            _like("dbias", total, a.x.shape[-1:], *_check.FLOATS)
 
 
 def _small(a: Arguments, given: dict[str, Sequence[int] | None]) -> None:

@@ -197,6 +197,9 @@ WORKS: dict[str, Callable[[str], Work]] = {
         device, residual_layer_norm_modulate, (2, 9, 40), (2, 9, 40), *[(2, 40)] * 3, dtype=torch.bfloat16
     ),
     "geglu": lambda device: model_work(device, geglu, (2, 9, 80), dtype=torch.float16),
+    "geglu-bias": lambda device: model_work(
+        device, lambda x, bias: geglu(x + bias.detach(), bias=bias), (2, 9, 80), (80,), dtype=torch.float16
+    ),
 }
 #: Each kernel with the steps of the ops that have it; ``attention`` has none of this library.
 PAIRS = [(k, w) for k in KERNELS for w in WORKS if k in OPS[w.split("-")[0]].kernel_names()]

@@ -54,6 +54,64 @@ def test_values_and_contract(kernel: str, approximate: str, dtype: torch.dtype, 
     check_op(make(SHAPES[shape], dtype, approximate), kernel, compiled=compiled, registration=thorough)
 
 
+def eager_with_bias(x: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return eager(x + bias, "none")
+
+
+def call_with_bias(x: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (geglu(x + bias.detach(), bias=bias),)
+
+
+def with_bias(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Case:
+    x = 3 * torch.randn(shape, generator=generator(sum(shape)))
+    bias = torch.randn(shape[-1:], generator=generator(1))
+    inputs = x.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()
+    return Case("geglu", inputs, call_with_bias, eager_with_bias, eager_with_bias)
+
+
+#: Rows of several programs, the last of which has fewer, and columns of several.
+SUMMED = {**SHAPES, "rows": (5, 53, 6), "columns": (9, 2 * 520)}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@crossed("dtype, shape", FLOATS, SUMMED)
+def test_gradient_of_a_bias(kernel: str, dtype: torch.dtype, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("fastdistill.ops.geglu.triton")
+    monkeypatch.setattr(triton, "PROGRAMS", 16)
+    thorough = dtype == torch.float32 and shape == "tokens"
+    check_op(with_bias(SUMMED[shape], dtype), kernel, compiled=("aot_eager",) if thorough else (), registration=False)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_bias_changes_no_other_bit(kernel: str) -> None:
+    x, bias = with_bias((7, 26)).inputs
+    with use(kernel):
+        pairs = [evaluate(lambda x, b=b: (geglu(x, bias=b),), (x,), 1.0) for b in (None, bias.detach())]
+        (y,), (dx, dbias) = evaluate(lambda x, bias: (geglu(x, bias=bias),), (x, bias), 1.0)
+        (alone,) = torch.autograd.grad(geglu(x.detach(), bias=bias).sum(), bias)
+    for (own,), (gradient,) in pairs:
+        assert torch.equal(own, y) and torch.equal(gradient, dx)
+    assert dbias.shape == alone.shape == bias.shape
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bias_of_another_dtype_and_of_nothing(kernel: str) -> None:
+    x, bias = with_bias((7, 26)).inputs
+    with use(kernel):
+        (dbias,) = torch.autograd.grad(geglu(x.bfloat16(), bias=bias).float().square().sum(), bias)
+        (nothing,) = torch.autograd.grad(geglu(x[:0], bias=bias).sum(), bias)
+    assert dbias.dtype == torch.float32 and not nothing.any()
+
+
+def test_second_derivative_by_a_bias() -> None:
+    x, bias = with_bias((3, 8)).inputs
+    found = []
+    for function in (call_with_bias, eager_with_bias):
+        (first,) = torch.autograd.grad(function(x, bias)[0].square().sum(), bias, create_graph=True)
+        found.append([first, *torch.autograd.grad(first.square().sum(), (x, bias))])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_layouts(kernel: str) -> None:
     x, approximate = make((2, 3, 4, 10)).inputs
@@ -143,3 +201,17 @@ def test_layouts_that_kernels_refuse(kernel: str) -> None:
 def test_bad_input(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         geglu(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (1.0, "bias: expected a tensor, got float"),
+        (torch.ones(3), r"bias: expected one number a column \(4,\), got \(3,\)"),
+        (torch.ones(4).double(), "bias: expected dtype float32 or bfloat16 or float16, got float64"),
+        (torch.ones(4, device="meta"), r"bias: expected the device of x \(cpu\), got meta"),
+    ],
+)
+def test_bad_bias(bias: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        geglu(torch.ones(2, 4), bias=bias)  # type: ignore[arg-type]

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import again, apply, is_differentiated, kind_of, remember, wanted, with_its_kernel
+from fastdistill.ops._backward import (
+    again,
+    apply,
+    gradients,
+    is_differentiated,
+    kind_of,
+    remember,
+    wanted,
+    with_its_kernel,
+)
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.geglu import cpp, reference
 
@@ -27,8 +36,8 @@ _geglu = register(
 )
 _backward = register(
     "geglu_backward",
-    "(Tensor grad, Tensor x, bool tanh, Tensor(a!) dx)",
-    summary="the gradient of geglu",
+    "(Tensor grad, Tensor x, bool tanh, Tensor(a!) dx, Tensor(b!)[] dbias)",
+    summary="the gradient of geglu, and its sum over rows",
     reference=reference.geglu_backward,
     kernels=[
         Kernel(
@@ -39,35 +48,42 @@ _backward = register(
 )
 
 
-def geglu(x: Tensor, approximate: str = "none") -> Tensor:
+def geglu(x: Tensor, approximate: str = "none", *, bias: Tensor | None = None) -> Tensor:
     """The gated half of a feed-forward block, forward and backward; the projection keeps its bias.
 
     Args:
         x: [..., 2 D], float32, bfloat16 or float16: the values, then the gates, as diffusers' ``GEGLU`` projects them.
             Copied where it is not contiguous.
         approximate: ``"none"``, gelu(g) = g Phi(g), or ``"tanh"``, as in ``torch.nn.functional.gelu``.
+        bias: [2 D], what the projection has added to x as a constant (``bias.detach()``): its gradient, the sum of x's
+            over the rows, is made here, so that x's is not read again for it. No value depends on it.
 
     Returns:
         [..., D], contiguous; differentiable, a second time (``create_graph=True``) by the eager reference. float32
         inside, rounded once.
 
     Raises:
-        InputError: an odd last dimension, another dtype or another ``approximate``.
+        InputError: an odd last dimension, another dtype or another ``approximate``; a bias that does not fit.
     """
     _check.tensors(x=x)
-    kind = _check.once(_checked, (x,), approximate)
+    kind = _check.once(_checked, (x,) if bias is None else (x, bias), approximate)
     x = x.contiguous()
-    if kind is not None and not wanted((x,)):
+    if kind is not None and not wanted((x, bias)):
         return _forward(kind, x, approximate == "tanh")
-    result: Tensor = apply(kind, _Geglu, x, approximate == "tanh")
+    result: Tensor = apply(kind, _Geglu, x, bias, approximate == "tanh")
     return result
 
 
-def _checked(tensors: tuple[Tensor], approximate: str) -> None:
-    (x,) = tensors
+def _checked(tensors: tuple[Tensor, ...], approximate: str) -> None:
+    x, *biases = tensors
     _check.dtype(x, "x", *_check.FLOATS)
     _check.require(x.dim() > 0 and x.shape[-1] % 2 == 0, "x", "an even last dimension", tuple(x.shape))
     _check.one_of(approximate, "approximate", APPROXIMATE)
+    for bias in biases:
+        _check.tensors(bias=bias)
+        _check.shape(bias, "bias", x.shape[-1:], f"one number a column {tuple(x.shape[-1:])}")
+        _check.dtype(bias, "bias", *_check.FLOATS)
+        _check.device(bias, "bias", x.device, "x")
 
 
 def _forward(kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:
@@ -77,7 +93,9 @@ def _forward(kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:
     return y
 
 
-def _by_reference(x: Tensor, tanh: bool) -> Tensor:
+def _by_reference(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    if bias is not None:
+        x = x + (bias - bias.detach())  # x has it in it, as a constant
     y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     reference.geglu(x, tanh, y)
     return y
@@ -85,8 +103,8 @@ def _by_reference(x: Tensor, tanh: bool) -> Tensor:
 
 class _Geglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, kind: Kind | None, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+        ctx.save_for_backward(x, bias)
         remember(ctx, kind)
         ctx.tanh = tanh
         return _forward(kind, x, tanh)
@@ -94,10 +112,12 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     @with_its_kernel
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, bias = ctx.saved_tensors
         if is_differentiated():
-            return None, *again(lambda x: _by_reference(x, ctx.tanh), (x,), grad), None
+            return None, *again(lambda x, bias: _by_reference(x, bias, ctx.tanh), (x, bias), grad), None
         dx = torch.empty_like(x)
+        (dbias,) = gradients((bias,), ctx.needs_input_grad[2:3], x.numel() == 0)
         if x.numel():
-            _backward(kind_of(ctx, grad), grad.contiguous(), x, ctx.tanh, dx)
-        return None, dx, None
+            held = [] if dbias is None else [dbias]
+            _backward(kind_of(ctx, grad), grad.contiguous(), x, ctx.tanh, dx, held)
+        return None, dx, dbias, None

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,10 @@ def refuse(x: Tensor, tanh: bool, y: Tensor) -> str | None:
     return _refuse(x, y)
 
 
-def refuse_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor) -> str | None:
+def refuse_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor, dbias: Sequence[Tensor] = ()) -> str | None:
     """See ``refuse``."""
+    if not all(total.is_contiguous() for total in dbias):
+        return "the gradient of the bias must be contiguous"
     return _refuse(grad, x, dx)
 
 
@@ -36,6 +40,8 @@ def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
     _launch(x, tanh, y.data_ptr(), 0, 0)
 
 
-def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor) -> None:
-    """One parallel loop over rows; arguments as the reference's."""
+def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor, dbias: Sequence[Tensor] = ()) -> None:
+    """One parallel loop over rows, and torch's sums of what it has written; arguments as the reference's."""
     _launch(x, tanh, 0, grad.data_ptr(), dx.data_ptr())
+    for total in dbias:
+        total.copy_(dx.view(-1, dx.shape[-1]).sum(0, dtype=torch.float32))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,8 +31,11 @@ def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
     y.copy_(a * gelu_and_slope(g, tanh)[0])
 
 
-def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor) -> None:
-    """Fill ``dx`` like ``x``: (grad gelu(g), grad a gelu'(g))."""
+def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor, dbias: Sequence[Tensor] = ()) -> None:
+    """Fill ``dx`` like ``x``: (grad gelu(g), grad a gelu'(g)); and with its sum over rows ``dbias`` [2 D], if any."""
     a, g = x.float().chunk(2, -1)
     value, slope = gelu_and_slope(g, tanh)
-    dx.copy_(torch.cat([grad.float() * value, grad.float() * a * slope], -1))
+    d = torch.cat([grad.float() * value, grad.float() * a * slope], -1)
+    dx.copy_(d)
+    for total in dbias:
+        total.copy_(d.reshape(-1, d.shape[-1]).sum(0))

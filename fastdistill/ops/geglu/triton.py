@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """GEGLU in Triton.
 
-Grid      one program ``BLOCK`` columns of a row
-Traffic   forward 3 accesses an element of y, backward 5: 6 and 10 bytes in bf16
-Precision fp32 inside, rounded once
+Grid      one program ``BLOCK`` columns of a row; where the gradient is summed, of up to 128 rows, whose sums another
+          kernel adds up in their order
+Traffic   forward 3 accesses an element of y, backward 5: 6 and 10 bytes in bf16; the sums 2 % more
+Precision fp32 inside, rounded once; sums in fp32 over the rows of a program, in fp64 over programs
 Limits    64-bit offsets; 2^31 programs
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED
+from fastdistill.ops._triton import FUSED, norm_over_samples
 
 BLOCK, WARPS = 512, 2  # of five pairs the fastest for rows of 1280 on an H200
+MOST_ROWS, PROGRAMS = 128, 2048  # of a program that sums; how many there are at least, as far as rows go
 
 
 @triton.jit
@@ -63,6 +68,33 @@ def _geglu_backward(grad, x, dx, width, TANH: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(to + width, (d * a * slope).to(dx.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _geglu_backward_summed(
+    grad, x, dx, partials, rows, width, chunks, ROWS: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The gradient of some rows, and its sums over them."""
+    blocks = tl.cdiv(width, BLOCK)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    chunk, inside = (tl.program_id(0) // blocks).to(tl.int64), columns < width
+    values = tl.full((BLOCK,), 0.0, tl.float32)
+    gates = values
+    for row in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, rows)):
+        first = row * width
+        d = tl.load(grad + first + columns, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(x + 2 * first + columns, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(x + 2 * first + width + columns, mask=inside, other=0.0).to(tl.float32)
+        value, slope = _gelu(g, TANH)
+        da, dg = d * value, d * a * slope
+        values += da
+        gates += dg
+        to = dx + 2 * first + columns
+        tl.store(to, da.to(dx.dtype.element_ty), mask=inside)
+        tl.store(to + width, dg.to(dx.dtype.element_ty), mask=inside)
+    to = partials + chunk * width + columns
+    tl.store(to, values, mask=inside)
+    tl.store(to + tl.cast(chunks, tl.int64) * width, gates, mask=inside)
+
+
 def _grid(x: Tensor) -> tuple[tuple[int], int]:
     width = x.shape[-1] // 2
     return (x.numel() // (2 * width) * triton.cdiv(width, BLOCK),), width
@@ -74,7 +106,19 @@ def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
     _geglu_forward[grid](x, y, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
 
 
-def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor) -> None:
-    """One launch; arguments as the reference's."""
+def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor, dbias: Sequence[Tensor] = ()) -> None:
+    """One launch, or two where there are sums; arguments as the reference's."""
     grid, width = _grid(x)
-    _geglu_backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
+    if not dbias:
+        _geglu_backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
+        return
+    rows, blocks, (total,) = x.numel() // (2 * width), triton.cdiv(width, BLOCK), dbias
+    each = min(triton.next_power_of_2(max(rows * blocks // PROGRAMS, 1)), MOST_ROWS)
+    chunks = triton.cdiv(rows, each)
+    partials = torch.empty((2, chunks, width), dtype=torch.float32, device=x.device)
+    _geglu_backward_summed[(chunks * blocks,)](
+        grad, x, dx, partials, rows, width, chunks, each, tanh, BLOCK, num_warps=WARPS, **FUSED
+    )
+    norm_over_samples[(triton.cdiv(width, 16),)](
+        partials, total, total[width:], width, chunks, True, True, 128, 16, num_warps=4, **FUSED
+    )
