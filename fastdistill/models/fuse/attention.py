@@ -17,6 +17,7 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, cat
 
 from fastdistill.models.fuse.form import Form, instead_of, own
+from fastdistill.models.fuse.products import projected
 from fastdistill.ops import attention, cross_attention
 from fastdistill.ops._check import FLOATS
 
@@ -54,7 +55,8 @@ def _attend(
     if plain and context is not None and (mask is None or _of_keys(mask, x, context)):
         return _attend_to(attn, x, context, mask)
     if plain and context is None and mask is None:
-        return _projected(attn, attention(*_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))), x)
+        q, k, v = projected(x, attn.to_q, attn.to_k, attn.to_v)
+        return _out(attn, attention(*_heads(attn, q, k, v)), x)
     out: Tensor = Attention.forward(attn, x, context, mask, **cross_attention_kwargs)
     return out
 
@@ -77,10 +79,10 @@ def _attend_to(attn: Attention, x: Tensor, context: Tensor, mask: Tensor | None)
     if attn.norm_cross:
         context = attn.norm_encoder_hidden_states(context)
     q, k, v = _heads(attn, attn.to_q(x), attn.to_k(context), attn.to_v(context))
-    return _projected(attn, cross_attention(q, k, v, mask=None if mask is None else mask[:, 0]), x)
+    return _out(attn, cross_attention(q, k, v, mask=None if mask is None else mask[:, 0]), x)
 
 
-def _projected(attn: Attention, out: Tensor, x: Tensor) -> Tensor:
+def _out(attn: Attention, out: Tensor, x: Tensor) -> Tensor:
     out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
     if attn.residual_connection:
         out = out + x
@@ -89,11 +91,12 @@ def _projected(attn: Attention, out: Tensor, x: Tensor) -> Tensor:
 
 def _attend_jointly(attn: Attention, x: Tensor, context: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """Of SD3: image and prompt tokens attend to both."""
-    heads = _heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
+    q, k, v = projected(x, attn.to_q, attn.to_k, attn.to_v)
+    heads = _heads(attn, q, k, v)
     if context is None:
         alone: Tensor = attn.to_out[1](attn.to_out[0](attention(*heads).flatten(2)))
         return alone
-    query, key, value = (p(context) for p in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
+    query, key, value = projected(context, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     theirs = _heads(attn, query, key, value, added=True)
     out = attention(*(cat((a, b), dim=1) for a, b in zip(heads, theirs, strict=True))).flatten(2)
     image, prompt = out.split([x.shape[1], context.shape[1]], dim=1)

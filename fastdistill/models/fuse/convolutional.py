@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdistill.models.fuse.form import Form, altered, instead_of
+from fastdistill.models.fuse.products import convolved, is_product, pointwise
 from fastdistill.ops import group_norm_silu
 from fastdistill.ops._check import FLOATS
 
@@ -69,17 +70,24 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *ar
             if resample is block.upsample and hidden.shape[0] >= 64:  # torch fails in channels_last
                 x, hidden = x.contiguous(), hidden.contiguous()
             x, hidden = resample(x), resample(hidden)
-    hidden = block.conv1(hidden)
+    hidden, bias = convolved(block.conv1, hidden)
     time: dict[str, Any] = {}
+    if bias is not None:  # the norm adds it, and makes its gradient
+        time["time_bias"] = bias.to(hidden.dtype)[None]
     if temb is not None:
         projected = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
         if block.time_embedding_norm == "default":
-            time["time_bias"] = projected
+            time["time_bias"] = projected if bias is None else projected + bias.to(projected.dtype)
         else:
             time["scale"], time["shift"] = projected.chunk(2, dim=1)
-    hidden = block.conv2(block.dropout(_norm(block.norm2, hidden, **time)))
-    if block.conv_shortcut is not None:
-        x = block.conv_shortcut(x)
+    hidden = block.dropout(_norm(block.norm2, hidden, **time))
+    if block.conv_shortcut is None:
+        hidden = block.conv2(hidden)
+    elif is_product(block.conv_shortcut, x):  # which adds both biases
+        hidden, bias = convolved(block.conv2, hidden)
+        x = pointwise(block.conv_shortcut, x, bias)
+    else:
+        hidden, x = block.conv2(hidden), block.conv_shortcut(x)
     total = x + hidden
     return total if block.output_scale_factor == 1.0 else total / block.output_scale_factor
 
@@ -109,7 +117,7 @@ def _tokens(model: Transformer2DModel, hidden_states: Tensor) -> tuple[Tensor, i
     batch, _, height, width = hidden_states.shape
     hidden = _norm(model.norm, hidden_states, silu=False)
     if not model.use_linear_projection:
-        hidden = model.proj_in(hidden)
+        hidden = pointwise(model.proj_in, hidden)
     inner = hidden.shape[1]
     hidden = hidden.permute(0, 2, 3, 1).reshape(batch, height * width, inner)
     # Tokens in one block of memory here, or each of a block's norms and sums would copy them.
@@ -136,7 +144,7 @@ def _image(
 
     if model.use_linear_projection:
         return as_map(model.proj_out(hidden_states)) + residual
-    result: Tensor = model.proj_out(as_map(hidden_states)) + residual
+    result: Tensor = pointwise(model.proj_out, as_map(hidden_states)) + residual
     return result
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, cat, nn
 
 from fastdistill.models.fuse.attention import autocasted, fits
 from fastdistill.models.fuse.form import Form, altered, instead_of, own
+from fastdistill.models.fuse.products import projected
 from fastdistill.models.fuse.transformer import add, add_norm, chunks, modulated, per_sample
 from fastdistill.ops import attention
 
@@ -145,11 +146,11 @@ def _attend(
             attn, x, context, attention_mask, image_rotary_emb, **kwargs
         )
         return result
-    q, k, v = (p(x).unflatten(-1, (-1, attn.head_dim)) for p in (attn.to_q, attn.to_k, attn.to_v))
+    q, k, v = (t.unflatten(-1, (-1, attn.head_dim)) for t in projected(x, attn.to_q, attn.to_k, attn.to_v))
     q, k = attn.norm_q(q), attn.norm_k(k)
     if context is not None:
-        projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        query, key, value = (p(context).unflatten(-1, (-1, attn.head_dim)) for p in projections)
+        theirs = projected(context, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        query, key, value = (t.unflatten(-1, (-1, attn.head_dim)) for t in theirs)
         pairs = ((attn.norm_added_q(query), q), (attn.norm_added_k(key), k), (value, v))
         q, k, v = (cat(pair, dim=1) for pair in pairs)
     if image_rotary_emb is not None:

@@ -97,8 +97,8 @@ def own(kind: type, name: str) -> Any:
 _FORWARD: dict[type, Any] = {
     kind: own(kind, "forward")
     for kind in (
-        nn.GroupNorm, nn.LayerNorm, nn.SiLU, AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle,
-        SD35AdaLayerNormZeroX,
+        nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Conv2d, nn.Linear, AdaLayerNormContinuous, AdaLayerNormZero,
+        AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX,
     )
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastdistill.models.fuse.attention import autocasts
 from fastdistill.models.fuse.form import Form, Part, altered, instead_of, own
+from fastdistill.models.fuse.products import plain, saves
 from fastdistill.ops import geglu, layer_norm_modulate, residual_layer_norm_modulate
 from fastdistill.ops._check import FLOATS
 
@@ -60,7 +61,10 @@ def _geglu(module: GEGLU, hidden_states: Tensor, *args: Any, **kwargs: Any) -> T
     if args or kwargs or hidden_states.dtype not in FLOATS:
         result: Tensor = GEGLU.forward(module, hidden_states, *args, **kwargs)
         return result
-    return geglu(module.proj(hidden_states))
+    proj, x = module.proj, hidden_states
+    if saves(x) and plain(proj, kind=nn.Linear) and proj.bias is not None and torch.is_grad_enabled():
+        return geglu(F.linear(x, proj.weight, proj.bias.detach()), bias=proj.bias)  # which makes its gradient
+    return geglu(proj(x))
 
 
 GATED = Form(_refuse_geglu, {"forward": _geglu})

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions and projections with fewer passes over memory, on devices whose libraries add a convolution's bias in a
+pass of its own.
+
+Each gives way to a call of the module where that has hooks, a patched ``forward`` or another class (adapters,
+offloading, quantization).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, cat, nn
+from torch.nn import functional as F
+
+from fastdistill.models.fuse.form import altered
+from fastdistill.ops._dispatch import quiet
+
+#: Device types: cuDNN writes what it has convolved and torch adds the bias then, while oneDNN adds it as it writes.
+PLACES = {"cuda"}
+
+
+def saves(x: Tensor) -> bool:
+    return x.device.type in PLACES
+
+
+def plain(*modules: nn.Module, kind: type) -> bool:
+    """Whether the modules are what their class is, so that their weights say what they compute."""
+    return altered([("", module, kind) for module in modules]) is None
+
+
+def convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The convolution, and its bias where that is left to what follows."""
+    if not saves(x) or not plain(conv, kind=nn.Conv2d) or conv.bias is None:
+        return conv(x), None
+    assert isinstance(conv, nn.Conv2d)
+    return conv._conv_forward(x, conv.weight, None), conv.bias
+
+
+def is_product(conv: nn.Module, x: Tensor) -> bool:
+    """Whether a convolution is one product of the channels of a map in channels_last, whose epilogue adds the bias."""
+    if not saves(x) or x.dim() != 4 or not plain(conv, kind=nn.Conv2d):
+        return False
+    c: Any = conv
+    if c.kernel_size != (1, 1) or c.stride != (1, 1) or c.groups != 1 or c.padding not in ((0, 0), "valid", "same"):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 1 x 1 convolution, as a product where it is one; ``bias``: another one, to be added too (of a product)."""
+    if not is_product(conv, x):
+        assert bias is None
+        result: Tensor = conv(x)
+        return result
+    assert isinstance(conv, nn.Conv2d)
+    if bias is not None and conv.bias is not None:
+        bias = conv.bias + bias
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+    out = F.linear(rows, conv.weight.flatten(1), conv.bias if bias is None else bias)
+    return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
+    """Each linear projection of x [..., C], all by one product of their weights side by side.
+
+    The weights are put together for the call alone, so that each stays a parameter of its own: 2 accesses of theirs
+    beside the accesses of x that are saved.
+    """
+    layers: list[Any] = list(projections)
+    fit = saves(x) and plain(*layers, kind=nn.Linear) and not torch.is_autocast_enabled(x.device.type)
+    if not fit or len({layer.bias is None for layer in layers}) > 1:
+        return [layer(x) for layer in layers]
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *weights, *biases)):
+        return _together(x, weights, biases)
+    if not quiet():  # a compiler, which has its own plan, or functorch
+        return [layer(x) for layer in layers]
+    result: tuple[Tensor, ...] = _Projections.apply(x, len(layers), *weights, *biases)
+    return result
+
+
+def _together(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    out = F.linear(x, cat(tuple(weights)), cat(tuple(biases)) if biases else None)
+    return torch.unsafe_split_with_sizes(out, [len(weight) for weight in weights], dim=-1)
+
+
+class _Projections(torch.autograd.Function):
+    """Backwards are products of each, whose additions to the gradient of x are a part of them: the gradients come in
+    separate tensors, and to put those together would cost more than one product saves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        weights, biases = tensors[:count], tensors[count:]
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        return _together(x, weights, biases)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        rows = [None if g is None else g.flatten(0, -2) for g in grads]
+        dx: Tensor | None = None
+        if needed[0]:
+            for g, weight in zip(rows, weights, strict=True):
+                if g is None:
+                    continue
+                if dx is None:
+                    dx = g @ weight
+                else:
+                    dx = torch.addmm(dx, g, weight) if torch.is_grad_enabled() else dx.addmm_(g, weight)
+        tokens, count = x.flatten(0, -2), len(weights)
+        dw = [
+            g.t() @ tokens if g is not None and of else None for g, of in zip(rows, needed[2 : 2 + count], strict=True)
+        ]
+        has_bias = len(needed) > 2 + count
+        db = (
+            [g.sum(0) if g is not None and of else None for g, of in zip(rows, needed[2 + count :], strict=True)]
+            if has_bias
+            else []
+        )
+        return None if dx is None else dx.view_as(x), None, *dw, *db

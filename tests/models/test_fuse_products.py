@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolutions and projections of fused models with fewer passes, as they are on a GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdistill.models.fuse import convolutional, fuse, products
+from tests.harness import assert_alike
+from tests.models.fusible import MODELS, assert_close, batches, call, cast, made, moved, parts, run
+
+SLOW = pytest.mark.slow
+UNETS = [name for name in MODELS if name.startswith("UNet")]
+LAST = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolutional, "FEW", 0)
+    monkeypatch.setattr(products, "PLACES", {"cpu"})
+
+
+def laid_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """U-Nets in channels_last."""
+    model, inputs = made(name)
+    if name in UNETS:
+        model = model.to(memory_format=LAST)  # type: ignore[call-overload]
+        inputs["sample"] = inputs["sample"].contiguous(memory_format=LAST)
+    return model, inputs
+
+
+class Operations(TorchDispatchMode):
+    """Of convolutions: whether there was a bias; how many products there were, and of how many columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biased: list[bool] = []
+        self.columns: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            self.biased.append(args[2] is not None)
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.columns.append(args[-1].shape[1])
+        return func(*args, **(kwargs or {}))
+
+
+CASES = [
+    *((name, torch.float32, True) for name in MODELS),
+    *((name, torch.bfloat16, name == UNETS[0]) for name in MODELS),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pytest.param(*case, marks=[] if quick else SLOW, id="-".join(map(str, case))) for *case, quick in CASES],
+)
+def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    """The bounds of ``tests/models/test_fuse.py``."""
+    model, inputs = laid_out(name)
+    given = batches(inputs)
+    truth, true_gradients = run(copy.deepcopy(model).double(), [cast(i, torch.float64) for i in given])
+    model, given = model.to(dtype), [cast(i, dtype) for i in given]
+    eager, eager_gradients = run(model, given)
+    keys = list(model.state_dict())
+    fuse(model)
+    output, gradients = run(model, given)
+    assert list(model.state_dict()) == keys
+    assert output.stride() == eager.stride()
+    found: list[Any] = []
+
+    def changed() -> Any:
+        if not found:
+            found.append(moved(laid_out(name)[0], batches(inputs), torch.finfo(dtype).eps))
+        return found[0]
+
+    assert_close("output", output, truth, eager, 2.0, lambda: changed()[0])
+    for key, gradient in gradients.items():
+        own = true_gradients[key], eager_gradients[key]
+        assert_close(key, gradient, *own, 3.0, lambda key=key: changed()[1][key])  # type: ignore[misc]
+
+
+def test_biases_that_are_passes() -> None:
+    """Of the convolutions that are none of products, those of identities and resampling keep their bias."""
+    model, inputs = laid_out(UNETS[0])
+    fuse(model)
+    resnets = parts(model, ResnetBlock2D)
+    with Operations() as operations:
+        model(**inputs)
+    assert operations.biased.count(False) == sum(1 + (r.conv_shortcut is not None) for r in resnets)
+    kept = 2 + sum(r.conv_shortcut is None for r in resnets)  # the first and the last
+    kept += sum(type(m).__name__ in ("Downsample2D", "Upsample2D") for m in model.modules())
+    assert operations.biased.count(True) == kept
+
+
+def test_projections_are_one_product() -> None:
+    model, inputs = laid_out(UNETS[0])
+    fuse(model)
+    own = [m for m in parts(model, Attention) if not m.is_cross_attention]
+    with torch.no_grad(), Operations() as operations:
+        model(**inputs)
+    for attn in own:
+        count = sum(other.inner_dim == attn.inner_dim for other in own)
+        assert operations.columns.count(3 * attn.inner_dim) == count
+
+
+def test_in_another_layout_convolutions_stay() -> None:
+    """A product of channels that do not lie side by side would copy the map."""
+    conv, x = nn.Conv2d(8, 4, 1), torch.randn(2, 8, 5, 5)
+    assert not products.is_product(conv, x) and products.is_product(conv, x.contiguous(memory_format=LAST))
+    for other in (
+        nn.Conv2d(8, 4, 3, padding=1),
+        nn.Conv2d(8, 4, 1, stride=2),
+        nn.Conv2d(8, 4, 1, padding=1),
+        nn.Conv2d(8, 4, 1, groups=2),
+    ):
+        assert not products.is_product(other, x.contiguous(memory_format=LAST))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_product_of_channels(bias: bool, added: bool) -> None:
+    conv = nn.Conv2d(8, 4, 1, bias=bias).to(memory_format=LAST)  # type: ignore[call-overload]
+    x = torch.randn(2, 8, 5, 3).contiguous(memory_format=LAST)
+    other = torch.randn(4) if added else None
+    got = products.pointwise(conv, x, other)
+    expected = conv(x) if other is None else conv(x) + other[:, None, None]
+    torch.testing.assert_close(got, expected)
+    assert got.stride() == expected.stride()
+
+
+def hooked(module: nn.Module, *args: Any) -> None:
+    module.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+def before(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+
+
+def patched(module: nn.Module) -> None:
+    module.forward = lambda x: type(module).forward(module, x) * 0.5  # type: ignore[method-assign]
+
+
+def another_class(module: nn.Module) -> None:
+    forward = type(module).forward
+    module.__class__ = type("Own", (type(module),), {"forward": lambda self, x: forward(self, x) * 0.5})
+
+
+def parametrized(module: nn.Module) -> None:
+    torch.nn.utils.parametrizations.weight_norm(module)
+    with torch.no_grad():
+        module.parametrizations.weight.original0.mul_(2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("change", [hooked, before, patched, another_class, parametrized])
+def test_modules_that_are_more_than_their_class(change: Any) -> None:
+    """Changed after the model was fused: the result is that of the model without ``fuse``."""
+    model, inputs = laid_out(UNETS[0])
+    fused, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    fuse(fused)
+    plain = call(model, inputs)
+    for some in (model, fused, exact):
+        for name, module in list(some.named_modules()):
+            if name.endswith(("conv1", "conv2", "conv_shortcut", "to_q", "to_v", "proj_in")):
+                change(module)
+    expected = call(model, inputs)
+    assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
+    assert_alike(call(fused, inputs), expected, call(exact, cast(inputs, torch.float64)))
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "SD3Transformer2DModel"])
+def test_compiled(name: str) -> None:
+    """Values and gradients by a compiler that traces the same code."""
+    model, inputs = laid_out(name)
+    given = batches(inputs)
+    truth, true_gradients = run(copy.deepcopy(model).double(), [cast(i, torch.float64) for i in given])
+    own, own_gradients = run(model, given)
+    fuse(model)
+    torch._dynamo.reset()
+    output, gradients = run(torch.compile(model, backend="aot_eager"), given)  # type: ignore[arg-type]
+    assert_close("output", output, truth, own, 2.0)
+    for key, gradient in true_gradients.items():
+        assert_close(key, gradients["_orig_mod." + key], gradient, own_gradients[key], 3.0)
+
+
+def layers(bias: bool) -> tuple[list[nn.Linear], Tensor]:
+    torch.manual_seed(0)
+    return [nn.Linear(6, n, bias=bias).double() for n in (4, 4, 2)], torch.randn(2, 3, 6, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
+def test_gradients_of_projections(bias: bool, frozen: tuple[int, ...]) -> None:
+    """Of parameters and input, whichever of them are learned; also of a result of which a part is not used, and a
+    second time."""
+    own, x = layers(bias)
+    for i in frozen:
+        own[i].requires_grad_(False)
+    wanted = [p for layer in own for p in layer.parameters() if p.requires_grad]
+    for used in ((0, 1, 2), (1,)):
+        found = []
+        for make in (lambda x: products.projected(x, *own), lambda x: [layer(x) for layer in own]):
+            leaf = x.clone().requires_grad_()
+            total = sum(make(leaf)[i].sin().sum() for i in used)  # type: ignore[no-untyped-call]
+            first = torch.autograd.grad(total, [leaf, *wanted], create_graph=True, allow_unused=True)
+            second = torch.autograd.grad(first[0].square().sum(), [leaf, *wanted], allow_unused=True)
+            found.append([*first, *second])
+        for got, expected in zip(*found, strict=True):
+            if expected is None:
+                assert got is None or not got.any()
+            else:
+                torch.testing.assert_close(got, expected)
+
+
+def test_projections_of_an_input_without_gradient() -> None:
+    own, x = layers(True)
+    sum(t.sum() for t in products.projected(x, *own)).backward()  # type: ignore[union-attr]
+    grads = [p.grad for layer in own for p in layer.parameters()]
+    for layer in own:
+        layer.zero_grad()
+    sum(layer(x).sum() for layer in own).backward()  # type: ignore[union-attr]
+    torch.testing.assert_close(grads, [p.grad for layer in own for p in layer.parameters()])
+
+
+def test_projections_under_transforms_and_autocast() -> None:
+    own, x = layers(True)
+    expected = torch.func.jacrev(own[0])(x[0])
+    got = torch.func.jacrev(lambda x: products.projected(x, *own)[0])(x[0])
+    torch.testing.assert_close(got, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, x = [layer.float() for layer in own], x.float()
+        assert all(torch.equal(a, layer(x)) for a, layer in zip(products.projected(x, *own), own, strict=True))
