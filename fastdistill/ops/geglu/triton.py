@@ -20,7 +20,7 @@ from torch import Tensor
 from fastdistill.ops._triton import FUSED, norm_over_samples
 
 BLOCK, WARPS = 512, 2  # of five pairs the fastest for rows of 1280 on an H200
-MOST_ROWS, PROGRAMS = 128, 2048  # of a program that sums; how many there are at least, as far as rows go
+MOST_ROWS, PROGRAMS = 128, 4096  # of a program that sums; how many of them there are at least, as far as rows go
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor, dbias: Seque
         _geglu_backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
         return
     rows, blocks, (total,) = x.numel() // (2 * width), triton.cdiv(width, BLOCK), dbias
-    each = min(triton.next_power_of_2(max(rows * blocks // PROGRAMS, 1)), MOST_ROWS)
+    each = min(1 << max(rows * blocks // PROGRAMS, 1).bit_length() - 1, MOST_ROWS)
     chunks = triton.cdiv(rows, each)
     partials = torch.empty((2, chunks, width), dtype=torch.float32, device=x.device)
     _geglu_backward_summed[(chunks * blocks,)](
