@@ -115,6 +115,11 @@ class Batches:
         pairs.append((bank, torch.empty(shape, dtype=bank.dtype, device=device, pin_memory=pinned)))
         return pairs[-1][1]
 
+    @property
+    def staged(self) -> bool:
+        """Whether rows are read ahead, so that a draw needs ``prepare``."""
+        return self._index is not None
+
     def prepare(self, seed: int, step: int) -> None:
         """Have the rows of this step at hand, and those of the next ones on their way.
 

@@ -189,11 +189,13 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
             word = philox.words(counter[0], counter[1], self._samples, torch.zeros_like(counter[0]), philox.GUIDANCE)[0]
             share = (philox.uniform(word) - self._lowest) / (1 - self._lowest)
             scale = low + (high - low) * share.clamp_min(0)
-        batch = super().draw(counter)
-        if self._step:
-            step = self._step[tuple(batch.x_t.shape[1:])]
-            batch = batch._replace(timestep=step.index_select(0, batch.latent_index))
-        return GuidedDraw(batch, scale)
+        return GuidedDraw(self._placed(super().draw(counter)), scale)
+
+    def _placed(self, batch: Draw[Any]) -> Draw[Any]:
+        if not self._step:
+            return batch
+        step = self._step[tuple(batch.x_t.shape[1:])]
+        return batch._replace(timestep=step.index_select(0, batch.latent_index))
 
     def loss(self, draw: GuidedDraw, counter: Tensor) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
         batch, scale = draw

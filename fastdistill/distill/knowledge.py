@@ -28,6 +28,7 @@ from fastdistill.models.taps import Taps, channels
 from fastdistill.ops import Draw, FeatureMatch, Task, feature_match, output_match
 from fastdistill.ops.feature_match import Distance, gradient_buffer
 
+Taught = tuple[Tensor, Tensor | None, list[Tensor]]  # output, that for the null prompt, features
 _WIDEST = 1e6  # of a spread, where the teacher's feature hardly differs
 
 
@@ -95,6 +96,7 @@ class Knowledge:
         if setting.device.type == "cuda":
             self._branch = torch.cuda.Stream(setting.device)  # type: ignore[no-untyped-call]
         self._grad_scale = setting.grad_scale
+        self._held: Taught | None = None  # the answer of a teacher that is ahead
         self._gradient: Tensor | None = None  # buffers that every step writes into
         self._gradients: list[Tensor] | None = None
         self._names = list(zip(*taps, strict=True)) if weights.feature else []
@@ -132,8 +134,8 @@ class Knowledge:
                 self._detach.atexit = False
 
     def close(self) -> None:
-        """Take the hooks off the models, and let go of the gradient buffers."""
-        self._gradient = self._gradients = None
+        """Take the hooks off the models, and let go of the buffers."""
+        self._gradient = self._gradients = self._held = None
         if self._taps is not None:
             self._taps = None
             self._detach()
@@ -149,7 +151,11 @@ class Knowledge:
         """The loss and ``metric_names`` (unweighted, but the first); the task loss needs ``task``, and where there is
         ``null`` the output loss ``guidance``. ``outputs`` is called with those of teacher and student."""
         branch = self._branch if has_streams(draw.x_t) else None
-        taught = self._teacher(draw, branch) if self.weights.output or self.weights.feature else (None, None, [])
+        taught: Taught | tuple[None, None, list[Tensor]] = (None, None, [])
+        if self._held is not None:
+            taught, branch = self._held, None
+        elif self.weights.output or self.weights.feature:
+            taught = self._teacher(draw, branch)
         target, unconditional, theirs = taught
         output = self._predict_student(draw.x_t, draw.timestep, draw.prompt, timestep_cond)
         if branch is not None:
@@ -167,6 +173,19 @@ class Knowledge:
             parts["feature"], taps = matched.loss, (*matched.taps.unbind(), *spread.unbind())
             loss = loss + self.weights.feature * parts["feature"]
         return loss, [loss.detach(), *(part.detach() for part in parts.values()), *taps]
+
+    @property
+    def taught(self) -> bool:
+        return self._held is not None
+
+    @torch.no_grad()
+    def teach(self, draw: Draw[Any]) -> None:
+        """Keep the teacher's answer for the batch that the next call will have."""
+        answer = self._teacher(draw, None)
+        if self._held is None:
+            self._held = _copies(answer)
+        else:
+            torch._foreach_copy_(_flat(self._held), _flat(answer))
 
     def _match(
         self,
@@ -218,7 +237,7 @@ class Knowledge:
         return self._gradients
 
     @torch.no_grad()
-    def _teacher(self, draw: Draw[Any], branch: torch.cuda.Stream | None) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def _teacher(self, draw: Draw[Any], branch: torch.cuda.Stream | None) -> Taught:
         """Output, that for the null prompt where it is asked for, and features of the prompt, on a stream beside the
         student's where there is one: whoever reads them waits for it.
 
@@ -251,6 +270,16 @@ class Knowledge:
             grads=self._feature_gradients(own),
         )
         return matched, spread
+
+
+def _flat(answer: Taught) -> list[Tensor]:
+    output, unconditional, features = answer
+    return [output, *([] if unconditional is None else [unconditional]), *features]
+
+
+def _copies(answer: Taught) -> Taught:
+    output, unconditional, features = answer
+    return output.clone(), None if unconditional is None else unconditional.clone(), [f.clone() for f in features]
 
 
 @torch.no_grad()

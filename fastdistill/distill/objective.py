@@ -232,6 +232,9 @@ class BoundObjective(Protocol):
     For gradients accumulated over parts of a batch (``TrainConfig.micro_batch``) it has ``draw(counter)``, a
     ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter)`` of a part of it, with the result of a call. The
     loss is a mean over samples; where it is not, ``whole`` is a text that says why.
+    For a teacher that is asked a step ahead (``TrainConfig.teacher_ahead``) it has ``begin_ahead()``, which says why it
+    cannot be, or None, and then ``teach(counter)``: it keeps the teacher's answer for that step, in the same memory
+    every time, and the next call takes it from there. ``taught``: whether there is one.
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
     ``state``, where it has one, holds tensors by name that the steps change and a checkpoint keeps; their second axis
     goes over the samples of the processes.

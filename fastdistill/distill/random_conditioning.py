@@ -8,6 +8,7 @@ large t the noised latent says little about its prompt, so the teacher's answer 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -16,7 +17,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fastdistill.data.buckets import Buckets
 from fastdistill.data.fingerprint import up_to_rounding
+from fastdistill.data.staged import Batches
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
 from fastdistill.diffusion.matching import GAMMA, LossWeighting
 from fastdistill.distill.knowledge import Knowledge, Weights
@@ -86,13 +89,15 @@ class BoundRandomConditioning:
         self.whole = "the normalized distance of features" if config.feature_distance == "normalized_mse" else ""
         self.metric_names, self.tapped = self._knowledge.metric_names, self._knowledge.tapped
         self.trained: tuple[nn.Module, ...] = self._knowledge.trained
-        self._batches = setting.batches(
+        self._make_batches = functools.partial(
+            setting.batches,
             thresholds(config.p(setting.schedule.clock)),
             coefficients,
             null_probability=config.null_probability,
             with_replacement=config.with_replacement,
-            task=config.weights.task > 0,
         )
+        self._batches = self._make_batches(task=config.weights.task > 0)
+        self._coming: Batches | Buckets | None = None  # of a teacher that is a step ahead
         self._rolling: RollingStates | None = None
         if config.rolling.every is not None:
             self._rolling = RollingStates(config.rolling, setting, task=config.weights.task > 0)
@@ -115,6 +120,32 @@ class BoundRandomConditioning:
 
     def __call__(self, counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self.loss(self.draw(counter), counter)
+
+    def begin_ahead(self) -> str | None:
+        """Have ``teach`` draw into buffers of its own; or why it cannot."""
+        if self._rolling is not None:
+            return "the states of the next step (rolling) come out of this one"
+        if not (self._weights.output or self._weights.feature):
+            return "there is no loss that asks the teacher"
+        if not isinstance(self._batches, Batches):
+            return "there are latents of several shapes"
+        if self._batches.staged:
+            return "rows of banks are read ahead for the step under way alone"
+        self._coming = self._make_batches()
+        return None
+
+    @property
+    def taught(self) -> bool:
+        return self._knowledge.taught
+
+    @torch.no_grad()
+    def teach(self, counter: Tensor) -> None:
+        assert self._coming is not None
+        self._knowledge.teach(self._placed(self._coming(counter)))
+
+    def _placed(self, batch: Draw[Any]) -> Draw[Any]:
+        """The batch with the timesteps at which the teacher is asked."""
+        return batch
 
     @torch.no_grad()
     def draw(self, counter: Tensor) -> Draw[Any]:

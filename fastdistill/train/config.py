@@ -89,6 +89,8 @@ class TrainSettings:
     execution: Execution = "auto"
     """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU eager.
     compiled_graph: one CUDA graph of the compiled step."""
+    teacher_ahead: bool = False
+    """Ask the teacher for the next step beside the backward of this one (CUDA graphs; the same bits, more memory)."""
     banks: Literal["device", "pinned"] = "device"
     """Where banks that were loaded are kept: on the device, or in pinned host memory that a GPU reads in place."""
     ahead: Annotated[int, Field(ge=1, le=1024)] = 3
@@ -119,9 +121,10 @@ class TrainConfig(TrainSettings):
     preview: PreviewConfig = PreviewConfig()
 
 
-#: Fields that change no result: what is kept and shown, and how data are read.
+#: Fields that change no result: what is kept and shown, how data are read, and when the teacher is asked.
 APART = frozenset({
-    "ahead", "banks", "best", "checkpoint_every", "keep_best", "keep_checkpoints", "keep_every", "preview", "trackers",
+    "ahead", "banks", "best", "checkpoint_every", "keep_best", "keep_checkpoints", "keep_every", "preview",
+    "teacher_ahead", "trackers",
 })  # fmt: skip
 
 

@@ -117,8 +117,13 @@ class GraphedStep:
                 why = f"step: out of memory while it was captured in a CUDA graph: {_first(cause)}"
                 raise FastdistillError(f"{why}; {rule}") from cause
             raise KernelError(f"step: could not be captured in a CUDA graph: {_first(cause)}") from cause
-        self.graph, self._next = graph, graph.replay
-        graph.replay()
+        self.graph, self._next = graph, self._replay
+        self._replay()
+
+    def _replay(self) -> None:
+        assert self.graph is not None
+        self.graph.replay()
+        self._step.replayed()
 
 
 def _out_of_memory(error: Exception | None) -> bool:

@@ -20,6 +20,7 @@ from fastdistill.distill.objective import BoundObjective
 from fastdistill.errors import InputError
 from fastdistill.models.sharding import sharded
 from fastdistill.train import distributed
+from fastdistill.train.ahead import TeacherAhead
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.optimizer import AdamWEMA
 from fastdistill.train.randomness import seeded
@@ -52,8 +53,9 @@ class TrainStep:
     ``objective.trained`` as ``trained.<i>.<name>``; ``parameters`` is the list of them.
 
     Raises:
-        InputError: a student without a parameter to train, or with one that has no shape yet (lazy modules); by the
-            first call on several ranks, a parameter that no gradient reaches.
+        InputError: a student without a parameter to train, or with one that has no shape yet (lazy modules); a teacher
+            that cannot be ahead (``config.teacher_ahead``); by the first call on several ranks, a parameter that no
+            gradient reaches.
     """
 
     def __init__(
@@ -101,12 +103,20 @@ class TrainStep:
         self._rates = learning_rates(config).to(device)
         self.metric_names = [*objective.metric_names, "gradient_norm"]
         self.totals = torch.zeros(len(self.metric_names), dtype=torch.float32, device=device)
+        self._ahead = TeacherAhead(objective, self.counter, self._parts) if config.teacher_ahead else None
         self._number, self._first_sample = 0, distributed.rank() * (config.batch // distributed.size())
 
     def prepare(self, step: int) -> None:
         """What happens on the host before step number ``step``, outside of what a graph captures."""
         self._number = step
         self.objective.prepare(self._seed, step)
+        if self._ahead is not None:
+            self._ahead.prepare(step)
+
+    def replayed(self) -> None:
+        """After a graph has executed a step in place of a call."""
+        if self._ahead is not None:
+            self._ahead.replayed()
 
     def randomness(self) -> contextlib.AbstractContextManager[None]:
         """In which a step runs whose student draws random numbers itself, such as dropout's: they are then those of the
@@ -119,6 +129,8 @@ class TrainStep:
             self._evaluate = self._loss
             self._evaluate = distributed.averaged(self.objective, self._student, None, self._loss)
         self._evaluate = torch.compile(self._evaluate, dynamic=False, backend=backend)
+        if self._ahead is not None:
+            self._ahead.compile(backend)
 
     def close(self) -> None:
         """Nothing is called any more: the process group, if any, is free to end."""
@@ -126,6 +138,8 @@ class TrainStep:
 
     def __call__(self) -> None:
         step = self.counter[1:]
+        if self._ahead is not None:
+            self._ahead.begin()
         metrics = self._gradients()
         if not self._checked:
             self._check_gradients()
@@ -139,6 +153,8 @@ class TrainStep:
             self.scaling.update(square_sum)
         self.totals.add_(torch.stack([*metrics, norm]))
         step.add_(1)
+        if self._ahead is not None:
+            self._ahead.join()
 
     def _gradients(self) -> Sequence[Tensor]:
         """Leave the gradients of the batch; returns its metrics.
@@ -148,6 +164,8 @@ class TrainStep:
         """
         if self._parts == 1:
             loss, metrics = self._evaluate(self.counter)
+            if self._ahead is not None:
+                self._ahead.ask()
             (loss if self.scaling is None else loss * self.scaling.value).backward()
             return metrics
         draw = self.objective.draw(self.counter)  # type: ignore[attr-defined]
