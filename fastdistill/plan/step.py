@@ -72,7 +72,7 @@ class Job:
         """A step without memory: of one part, or of two whose gradients are accumulated. It takes seconds; a job keeps
         what it has found, and so do those that ``dataclasses.replace`` makes of it."""
         config = self.config
-        kind = config.precision, config.fuse, config.gradient_checkpointing
+        kind = config.precision, config.fuse, config.gradient_checkpointing, config.teacher_ahead
         key = accumulated, self.device, self.teacher_dtype, *kind
         if key not in self.known:
             self.known[key] = self._traced(1 + accumulated)
@@ -107,6 +107,7 @@ def _largest_block(model: nn.Module) -> int:
 def trace(step: TrainStep, setting: Setting, unit: int = 0, parts: int = 1) -> Trace:
     """The trace of the next step, on any device, of an optimizer that has its state."""
     found = Trace(unit, parts)
+    step.prepare(1)  # a teacher that is ahead has answered
     hold(found, step, setting)
     objective: Any = step.objective
     draw = objective.draw
@@ -125,7 +126,6 @@ def trace(step: TrainStep, setting: Setting, unit: int = 0, parts: int = 1) -> T
     gc.disable()  # what is freed, and when, is the step's own doing
     objective.draw = drawn
     try:
-        step.prepare(1)
         with found:
             step()
         found.hold("buffers", _buffers(step))
@@ -151,16 +151,18 @@ def hold(found: Trace, step: TrainStep, setting: Setting) -> None:
     banks = [setting.latents, setting.latent_prompts, *_leaves(setting.prompts)]
     kept.append(("banks", [bank for bank in banks if isinstance(bank, Tensor)]))
     objective: Any = step.objective
-    kept.append(("draw", _leaves(objective._batches.out)))
+    draws = objective._batches, getattr(objective, "_coming", None)
+    kept.append(("draw", _leaves([batches.out for batches in draws if batches is not None])))
     kept.append(("buffers", _buffers(step)))
     for label, tensors in kept:
         found.hold(label, tensors)
 
 
 def _buffers(step: TrainStep) -> list[Tensor]:
-    """Gradients of the losses, which stay where they are made once, and the tensors of the step itself."""
+    """Gradients of the losses and answers of a teacher that is ahead, which stay where they are made once, and the
+    tensors of the step itself."""
     knowledge = getattr(step.objective, "_knowledge", None)
-    own = [getattr(knowledge, name, None) for name in ("_gradient", "_gradients")]
+    own = [getattr(knowledge, name, None) for name in ("_gradient", "_gradients", "_held")]
     kept = getattr(step.objective, "state", {}).values()
     return _leaves([*own, *kept, step.counter, step.totals, step._rates])
 
@@ -184,7 +186,10 @@ def _step(
     common = {id(p): taken[key] for p in student.parameters() if (key := p.untyped_storage()._cdata) in taken}
     batch = micro_batch * parts
     steps = min(job.config.steps, 2)
-    config = dataclasses.replace(job.config, batch=batch, micro_batch=micro_batch, steps=steps, execution="eager")
+    config = dataclasses.replace(
+        job.config, batch=batch, micro_batch=micro_batch, steps=steps, execution="eager",
+        teacher_ahead=job.config.teacher_ahead and parts == 1,
+    )  # fmt: skip
     dtype = arguments.dtype(student, torch.device(job.device), config.precision, common)
     with contextlib.ExitStack() as undo:
         teacher.eval().requires_grad_(False)

@@ -28,8 +28,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "checkpointed": {"gradient_checkpointing": True},
     "parts": {"micro_batch": 2},
     "bfloat16": {"precision": "bfloat16"},
+    "ahead": {"teacher_ahead": True},
 }
-QUICK = [("sd3", "checkpointed"), ("pixart_sigma", "fused"), ("dit", "parts")]
+QUICK = [("sd3", "checkpointed"), ("pixart_sigma", "fused"), ("dit", "parts"), ("dit", "ahead")]
 
 
 def job(run: DistillTrainer, name: str) -> Job:
