@@ -16,8 +16,9 @@ from benchmarks.kernels.timing import Multiprocessor
 OLDEST = Path(__file__).parents[2] / "build" / "triton-3.6.0"  # make kernels-report
 WIDE = set(
     "_adamw_ema_square_sum _adamw_ema_update _cross_attention_forward _cross_attention_backward_rows _feature_match "
-    "_geglu_forward _geglu_backward _group_norm_moments _group_norm_output _group_norm_sums _group_norm_gradient "
-    "_layer_norm_forward _layer_norm_backward _noise_gather gather match scale square_sum update".split()
+    "_geglu_forward _geglu_backward _geglu_backward_summed _group_norm_moments _group_norm_output _group_norm_sums "
+    "_group_norm_gradient _layer_norm_forward _layer_norm_backward _noise_gather gather match scale square_sum "
+    "update".split()
 )
 NARROW = {"layer_norm_modulate affine", "layer_norm_modulate_backward affine"}  # 320 channels for 128 threads
 DUMP = """
