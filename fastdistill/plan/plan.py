@@ -199,6 +199,8 @@ def _changes(plan: Plan, available: int) -> Iterator[tuple[dict[str, Any], dict[
     smaller = _largest(plan.job, available, plan.ranks, plan.sharded)
     if smaller < plan.micro_batch:
         yield {"train.micro_batch": smaller}, {"micro_batch": smaller}
+    if config.teacher_ahead:
+        yield {"train.teacher_ahead": False}, {"teacher_ahead": False}
     if not config.gradient_checkpointing:
         yield {"train.gradient_checkpointing": True}, {"gradient_checkpointing": True}
     if not config.fuse:

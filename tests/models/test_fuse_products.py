@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ LAST = torch.channels_last
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolutional, "FEW", 0)
-    monkeypatch.setattr(products, "PLACES", {"cpu"})
+    monkeypatch.setattr(products, "PLACES", {"cpu", "cuda"})
 
 
 def laid_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -59,33 +60,43 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [pytest.param(*case, marks=[] if quick else SLOW, id="-".join(map(str, case))) for *case, quick in CASES],
-)
-def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+def compared(name: str, dtype: torch.dtype, device: str) -> None:
     """The bounds of ``tests/models/test_fuse.py``."""
     model, inputs = laid_out(name)
     given = batches(inputs)
     truth, true_gradients = run(copy.deepcopy(model).double(), [cast(i, torch.float64) for i in given])
-    model, given = model.to(dtype), [cast(i, dtype) for i in given]
+    model, given = model.to(dtype).to(device), [there(cast(i, dtype), device) for i in given]
     eager, eager_gradients = run(model, given)
     keys = list(model.state_dict())
     fuse(model)
     output, gradients = run(model, given)
     assert list(model.state_dict()) == keys
     assert output.stride() == eager.stride()
-    found: list[Any] = []
-
-    def changed() -> Any:
-        if not found:
-            found.append(moved(laid_out(name)[0], batches(inputs), torch.finfo(dtype).eps))
-        return found[0]
-
-    assert_close("output", output, truth, eager, 2.0, lambda: changed()[0])
+    changed = functools.cache(lambda: moved(laid_out(name)[0], batches(inputs), torch.finfo(dtype).eps))
+    assert_close("output", output.cpu(), truth, eager.cpu(), 2.0, lambda: changed()[0])
     for key, gradient in gradients.items():
-        own = true_gradients[key], eager_gradients[key]
-        assert_close(key, gradient, *own, 3.0, lambda key=key: changed()[1][key])  # type: ignore[misc]
+        own = true_gradients[key], eager_gradients[key].cpu()
+        condition = functools.partial(lambda key: changed()[1][key], key)
+        assert_close(key, gradient.cpu(), *own, 3.0, condition)
+
+
+def there(inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pytest.param(*case, marks=[] if quick else SLOW, id="-".join(map(str, case))) for *case, quick in CASES],
+)
+def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
+    compared(name, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", MODELS)
+def test_values_and_gradients_on_a_gpu(name: str) -> None:
+    compared(name, torch.bfloat16, "cuda")
 
 
 def test_biases_that_are_passes() -> None:

@@ -173,11 +173,20 @@ def test_compiled() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["every loss", "guided"])
 @pytest.mark.parametrize("execution", ["graph", "compiled_graph"])
-def test_same_bits_in_a_graph(execution: str) -> None:
+def test_same_bits_in_a_graph(execution: str, name: str) -> None:
     found = []
     for ahead in (False, True):
-        run = tiny.trainer(Net(64), Net(64, seed=1), steps=12, execution=execution, device="cuda", teacher_ahead=ahead)
+        run = tiny.trainer(
+            Net(64),
+            Net(64, seed=1),
+            OBJECTIVES[name](),
+            steps=12,
+            execution=execution,
+            device="cuda",
+            teacher_ahead=ahead,
+        )
         run.fit()
         found.append(state(run))
     for a, b in zip(*found, strict=True):
