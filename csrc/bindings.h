@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -72,6 +73,28 @@ inline fd::NoiseGather draw_of(Address latents, Address latent_prompts, const Ad
   a.dtype = fd::Dtype(dtype);
   a.x_t = at<void>(x_t), a.timestep = at<int64_t>(timestep), a.target = at<void>(target);
   a.latent_index = at<int64_t>(latent_index), a.prompt_index = at<int64_t>(prompt_index), a.choice = at<int64_t>(choice);
+  return a;
+}
+
+// What is not given has address 0.
+using Given = std::tuple<Address, int, int64_t>;
+inline fd::Row row_of(const Given& given) { return {at<void>(std::get<0>(given)), fd::Dtype(std::get<1>(given)), std::get<2>(given)}; }
+
+inline fd::GroupNormSilu norm_of(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu, double eps,
+                          const std::array<Given, 5>& given, Address mean, Address rstd, int threads) {
+  fd::GroupNormSilu a = {};
+  a.x = at<void>(x), a.dtype = fd::Dtype(dtype), a.channels_last = channels_last || sizes[2] == 1, a.silu = silu, a.eps = eps;
+  a.batch = sizes[0], a.channels = sizes[1], a.positions = sizes[2], a.groups = sizes[3];
+  a.weight = row_of(given[0]), a.bias = row_of(given[1]), a.time_bias = row_of(given[2]);
+  a.scale = row_of(given[3]), a.shift = row_of(given[4]);
+  a.mean = at<float>(mean), a.rstd = at<float>(rstd), a.threads = threads;
+  return a;
+}
+
+inline fd::GroupNormSilu backward_of(fd::GroupNormSilu a, Address grad, Address dx, const std::array<Given, 5>& outs) {
+  a.grad = at<void>(grad), a.dx = at<void>(dx);
+  a.dweight = row_of(outs[0]), a.dbias = row_of(outs[1]), a.dtime_bias = row_of(outs[2]);
+  a.dscale = row_of(outs[3]), a.dshift = row_of(outs[4]);
   return a;
 }
 

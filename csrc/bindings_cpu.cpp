@@ -71,21 +71,6 @@ void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, c
   kernels->scale_gradients(arguments, at<float>(factor));
 }
 
-// What is not given has address 0.
-using Given = std::tuple<Address, int, int64_t>;
-fd::Row row_of(const Given& given) { return {at<void>(std::get<0>(given)), fd::Dtype(std::get<1>(given)), std::get<2>(given)}; }
-
-fd::GroupNormSilu norm_of(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu, double eps,
-                          const std::array<Given, 5>& given, Address mean, Address rstd, int threads) {
-  fd::GroupNormSilu a = {};
-  a.x = at<void>(x), a.dtype = fd::Dtype(dtype), a.channels_last = channels_last || sizes[2] == 1, a.silu = silu, a.eps = eps;
-  a.batch = sizes[0], a.channels = sizes[1], a.positions = sizes[2], a.groups = sizes[3];
-  a.weight = row_of(given[0]), a.bias = row_of(given[1]), a.time_bias = row_of(given[2]);
-  a.scale = row_of(given[3]), a.shift = row_of(given[4]);
-  a.mean = at<float>(mean), a.rstd = at<float>(rstd), a.threads = threads;
-  return a;
-}
-
 void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu, double eps,
                      const std::array<Given, 5>& given, Address mean, Address rstd, int threads, Address y) {
   fd::GroupNormSilu a = norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads);
@@ -97,10 +82,8 @@ void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, 
 void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu,
                               double eps, const std::array<Given, 5>& given, Address mean, Address rstd, int threads,
                               Address grad, Address dx, const std::array<Given, 5>& outs) {
-  fd::GroupNormSilu a = norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads);
-  a.grad = at<void>(grad), a.dx = at<void>(dx);
-  a.dweight = row_of(outs[0]), a.dbias = row_of(outs[1]), a.dtime_bias = row_of(outs[2]);
-  a.dscale = row_of(outs[3]), a.dshift = row_of(outs[4]);
+  const fd::GroupNormSilu a =
+      backward_of(norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads), grad, dx, outs);
   const std::unique_ptr<double[]> workspace(new double[size_t(kernels->group_norm_silu_workspace(a))]);
   kernels->group_norm_silu(a, workspace.get());
 }

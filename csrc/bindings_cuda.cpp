@@ -17,6 +17,9 @@ const char* grad_square_sum_cuda(const fd::GradientRow* rows, int64_t count, int
 int64_t adamw_ema_cuda_workspace();
 const char* adamw_ema_cuda(const fd::AdamWRow* rows, int64_t count, int64_t chunk, const fd::AdamWInputs& inputs,
                            int64_t* skipped, float* workspace, const fd::Queue& queue);
+int64_t group_norm_silu_cuda_shared(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward);
+int group_norm_silu_cuda_clusters(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward);
+const char* group_norm_silu_cuda(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, float* sums, void* stream);
 const char* unavailable_cuda();
 const char* philox_cuda(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n, void* stream);
 
@@ -98,6 +101,36 @@ void adamw_ema(Address rows, int64_t count, int64_t chunk, Address square_sum, A
                                     queue_of(stream)));
 }
 
+using Cut = std::pair<int, int>;  // groups and blocks of a cluster
+
+fd::GroupNormSilu shaped(int dtype, const std::array<int64_t, 4>& sizes, bool silu) {
+  return norm_of(0, dtype, sizes, true, silu, 0.0, {}, 0, 0, 1);
+}
+
+int64_t group_norm_silu_shared(int dtype, const std::array<int64_t, 4>& sizes, const Cut& cut, bool backward) {
+  return group_norm_silu_cuda_shared(shaped(dtype, sizes, true), {cut.first, cut.second}, backward);
+}
+
+int group_norm_silu_clusters(int dtype, const std::array<int64_t, 4>& sizes, bool silu, const Cut& cut, bool backward) {
+  return group_norm_silu_cuda_clusters(shaped(dtype, sizes, silu), {cut.first, cut.second}, backward);
+}
+
+void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
+                     const std::array<Given, 5>& given, Address mean, Address rstd, const Cut& cut, const Stream& stream,
+                     Address y) {
+  fd::GroupNormSilu a = norm_of(x, dtype, sizes, true, silu, eps, given, mean, rstd, 1);
+  a.y = at<void>(y);
+  check("group_norm_silu", group_norm_silu_cuda(a, {cut.first, cut.second}, nullptr, queue_of(stream).stream));
+}
+
+void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
+                              const std::array<Given, 5>& given, Address mean, Address rstd, const Cut& cut,
+                              const Stream& stream, Address grad, Address dx, const std::array<Given, 5>& outs, Address sums) {
+  const fd::GroupNormSilu a = backward_of(norm_of(x, dtype, sizes, true, silu, eps, given, mean, rstd, 1), grad, dx, outs);
+  check("group_norm_silu_backward",
+        group_norm_silu_cuda(a, {cut.first, cut.second}, at<float>(sums), queue_of(stream).stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -110,6 +143,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("noise_gather", &noise_gather, release());
   m.def("output_match_workspace", &output_match_cuda_workspace, "doubles that output_match needs for batch samples of n");
   m.def("output_match", &output_match, release());
+  m.def("group_norm_silu_shared", &group_norm_silu_shared, "bytes of shared memory of a block that a cut takes");
+  m.def("group_norm_silu_clusters", &group_norm_silu_clusters, "how many clusters of a cut the current GPU runs at once");
+  m.def("group_norm_silu", &group_norm_silu, release());
+  m.def("group_norm_silu_backward", &group_norm_silu_backward, release());
   m.def("grad_square_sum", &grad_square_sum, release());
   m.def("adamw_ema_workspace", &adamw_ema_cuda_workspace, "floats that adamw_ema needs for each parameter");
   m.def("adamw_ema", &adamw_ema, release());

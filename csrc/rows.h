@@ -17,10 +17,9 @@ struct Row {
   int64_t stride;  // from one sample to the next
 };
 
-#ifndef __CUDACC__
 namespace FD_ISA {
 
-inline float number(const Row& row, int64_t sample, int64_t c, float missing) {
+FD_HD float number(const Row& row, int64_t sample, int64_t c, float missing) {
   const int64_t at = sample * row.stride + c;
   if (!row.address) return missing;
   switch (row.dtype) {
@@ -30,7 +29,7 @@ inline float number(const Row& row, int64_t sample, int64_t c, float missing) {
   }
 }
 
-inline void put(const Row& row, int64_t sample, int64_t c, double value) {
+FD_HD void put(const Row& row, int64_t sample, int64_t c, double value) {
   const int64_t at = sample * row.stride + c;
   if (!row.address) return;
   switch (row.dtype) {
@@ -40,6 +39,7 @@ inline void put(const Row& row, int64_t sample, int64_t c, double value) {
   }
 }
 
+#ifndef __CUDACC__
 template <typename T> FD_HD Lanes get(const T* p, int64_t n) { return n == lanes ? load(p) : load_first(p, n); }
 template <typename T> FD_HD void set(T* p, Lanes a, int64_t n) {
   if (n == lanes) store<false>(p, a);
@@ -79,7 +79,8 @@ FD_HD double total(Lanes a) {
   return x[0];
 }
 
-}  // namespace FD_ISA
 #endif
+
+}  // namespace FD_ISA
 
 }  // namespace fd

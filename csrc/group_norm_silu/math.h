@@ -23,6 +23,11 @@ struct GroupNormSilu {
   int threads;
 };
 
+// How a GPU cuts it: whole groups of a sample, on a cluster of blocks.
+struct GroupNormCut {
+  int groups, cluster;
+};
+
 namespace FD_ISA {
 
 template <typename F> FD_HD F standardized(F x, F middle, F rstd) { return (x - middle) * rstd; }
@@ -32,6 +37,17 @@ template <typename F> FD_HD F silu_slope(F z, F gate, F one) { return gate * mul
 
 template <typename F> FD_HD F gradient(F dz, F n, F rstd, F factor, F mean, F mean_n) {
   return rstd * (dz * factor - mean - n * mean_n);
+}
+
+FD_HD float sigmoid(float z) {
+#ifdef __CUDA_ARCH__
+  float power, gate;  // to two units of the last place; 0 where the power of two is infinite
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.44269504f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(gate) : "f"(1.0f + power));
+  return gate;
+#else
+  return 1.0f / (1.0f + __builtin_expf(-z));
+#endif
 }
 
 }  // namespace FD_ISA

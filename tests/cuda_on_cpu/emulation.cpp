@@ -25,7 +25,7 @@ namespace {
 
 constexpr size_t stack_bytes = 64 << 10;
 
-enum State { ready, at_block, at_warp, done };
+enum State { ready, at_block, at_warp, at_cluster, done };
 
 struct Fiber {
   ucontext_t context;
@@ -34,7 +34,8 @@ struct Fiber {
   unsigned mask;  // of the lanes that it waits for
   int meetings;   // of its warp so far
   bool orders;    // memory, at this meeting
-  uint3 index;
+  int arrivals;   // at the cluster's barrier
+  uint3 index, block;
   Runner runner;
 };
 
@@ -95,30 +96,34 @@ void wait(State state, int line, unsigned mask) {
   swapcontext(&current->context, &scheduler);
 }
 
-unsigned lanes_of(size_t warp) {
-  const size_t left = fibers.size() - 32 * warp;
-  return left >= 32 ? ~0u : (1u << left) - 1;
-}
+// A range of fibers or warps: those of the block of this rank.
+struct Range {
+  size_t begin, end;
+};
+Range of_rank(size_t rank, size_t each) { return {rank * each, (rank + 1) * each}; }
+size_t threads_each, warps_each;  // of a block
 
-// Lets the lanes go on whose whole mask waits at one place. Returns whether there were any.
-bool release_warps() {
+// Lets the lanes of a block go on whose whole mask waits at one place. Returns whether there were any.
+bool release_warps(size_t rank) {
   bool any = false;
-  for (size_t w = 0; w < warps.size(); ++w) {
-    for (size_t i = 32 * w; i < std::min(fibers.size(), 32 * (w + 1)); ++i) {
+  const Range all = of_rank(rank, threads_each);
+  for (size_t first = all.begin; first < all.end; first += 32) {
+    const size_t count = std::min<size_t>(32, all.end - first);
+    for (size_t i = first; i < first + count; ++i) {
       if (fibers[i].state != at_warp) continue;
-      const unsigned mask = fibers[i].mask & lanes_of(w);
-      bool all = true;
+      const unsigned mask = fibers[i].mask & (count == 32 ? ~0u : (1u << count) - 1);
+      bool whole = true;
       for (int lane = 0; lane < 32; ++lane) {
         if (!(mask >> lane & 1)) continue;
-        const Fiber& other = fibers[32 * w + lane];
-        all = all && other.state == at_warp && other.line == fibers[i].line && other.mask == fibers[i].mask;
+        const Fiber& other = fibers[first + lane];
+        whole = whole && other.state == at_warp && other.line == fibers[i].line && other.mask == fibers[i].mask;
       }
-      if (!all) continue;
+      if (!whole) continue;
       any = true;
       const uint32_t now = next_moment();
       for (int lane = 0; lane < 32; ++lane) {
         if (!(mask >> lane & 1)) continue;
-        Fiber& f = fibers[32 * w + lane];
+        Fiber& f = fibers[first + lane];
         f.state = ready;
         if (f.orders) f.runner.warp_sync = now;
       }
@@ -127,51 +132,86 @@ bool release_warps() {
   return any;
 }
 
-bool release_block() {
-  for (const Fiber& f : fibers)
-    if (f.state != at_block || f.line != fibers[0].line) return false;
+bool release_block(size_t rank) {
+  const Range all = of_rank(rank, threads_each);
+  for (size_t i = all.begin; i < all.end; ++i)
+    if (fibers[i].state != at_block || fibers[i].line != fibers[all.begin].line) return false;
   const uint32_t now = next_moment();
-  for (Fiber& f : fibers) f.state = ready, f.runner.block_sync = now;
+  for (size_t i = all.begin; i < all.end; ++i) fibers[i].state = ready, fibers[i].runner.block_sync = now;
   return true;
 }
 
-// Runs one block; false: an error is set.
-bool run_block(std::mt19937_64& random, size_t number) {
-  std::vector<size_t> order(fibers.size());
+// Lets the threads go on that wait for arrivals which all have made.
+bool release_cluster() {
+  int least = fibers[0].arrivals;
+  for (const Fiber& f : fibers) least = std::min(least, f.arrivals);
+  bool any = false;
+  const uint32_t now = next_moment();
+  for (Fiber& f : fibers) {
+    if (f.state != at_cluster || f.arrivals > least) continue;
+    any = true, f.state = ready, f.runner.cluster_sync = now;
+  }
+  return any;
+}
+
+bool all_of(const Range& range, State state) {
+  return std::all_of(&fibers[range.begin], &fibers[range.begin] + (range.end - range.begin),
+                     [=](const Fiber& f) { return f.state == state; });
+}
+
+// Runs the threads of one block until none can go on by itself.
+void run_block(size_t rank, const std::vector<size_t>& order) {
+  const Range all = of_rank(rank, threads_each);
+  do {
+    bool again = true;
+    while (again) {
+      again = false;
+      for (size_t i : order) {
+        Fiber& f = fibers[all.begin + i];
+        if (f.state != ready) continue;
+        again = true, current = &f;
+        thread = f.index, block = f.block;
+        runner = &f.runner;
+        swapcontext(&scheduler, &f.context);
+      }
+    }
+  } while (release_warps(rank) || release_block(rank));
+  if (all_of(all, done)) end_block(unsigned(rank));
+}
+
+// Runs the blocks of one cluster; false: an error is set.
+bool run_cluster(std::mt19937_64& random, size_t first, size_t ranks) {
+  std::vector<size_t> order(threads_each);
   for (size_t i = 0; i < fibers.size(); ++i) {
     Fiber& f = fibers[i];
-    order[i] = i;
-    f.state = ready, f.meetings = 0;
-    f.index = {unsigned(i % block_size.x), unsigned(i / block_size.x % block_size.y),
-               unsigned(i / block_size.x / block_size.y)};
+    const size_t rank = i / threads_each, t = i % threads_each, number = first + rank;
+    order[t] = t;
+    f.state = ready, f.meetings = f.arrivals = 0;
+    f.index = {unsigned(t % block_size.x), unsigned(t / block_size.x % block_size.y),
+               unsigned(t / block_size.x / block_size.y)};
+    f.block = {unsigned(number % grid_size.x), unsigned(number / grid_size.x % grid_size.y),
+               unsigned(number / grid_size.x / grid_size.y)};
     getcontext(&f.context);
-    f.runner = {uint32_t(number << 10 | i), 0, 0, stacks[i].get(), stacks[i].get() + stack_bytes};
+    f.runner = {uint32_t(number << 10 | t), 0, 0, 0, uint32_t(rank), stacks[i].get(), stacks[i].get() + stack_bytes};
     f.context.uc_stack.ss_sp = stacks[i].get();
     f.context.uc_stack.ss_size = stack_bytes;
     f.context.uc_link = nullptr;
     makecontext(&f.context, enter, 0);
   }
-  for (;;) {
+  do {
     if (launches % 3 == 1) std::reverse(order.begin(), order.end());
     else if (launches % 3 == 2) std::shuffle(order.begin(), order.end(), random);
-    for (size_t i : order) {
-      if (fibers[i].state != ready) continue;
-      current = &fibers[i];
-      thread = current->index;
-      runner = &current->runner;
-      swapcontext(&scheduler, &current->context);
-    }
-    if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == done; })) return true;
-    if (std::any_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == ready; })) continue;
-    if (release_warps() || release_block()) continue;
-    for (const Fiber& f : fibers) {
-      if (f.state == done) continue;
-      thread = f.index;
-      error = place() + " waits at " + (f.state == at_block ? "__syncthreads" : "a warp's meeting") + " in line " +
-              std::to_string(f.line) + ", where not all that it waits for arrive";
-      return false;
-    }
+    for (size_t i = 0; i < ranks; ++i) run_block(launches % 2 ? i : ranks - 1 - i, order);
+    if (all_of({0, fibers.size()}, done)) return true;
+  } while (release_cluster());
+  for (const Fiber& f : fibers) {
+    if (f.state == done) continue;
+    thread = f.index, block = f.block;
+    const char* barrier = f.state == at_block ? "__syncthreads" : f.state == at_warp ? "a warp's meeting" : "the cluster's barrier";
+    error = place() + " waits at " + barrier + " in line " + std::to_string(f.line) + ", where not all that it waits for arrive";
+    return false;
   }
+  return true;
 }
 
 }  // namespace
@@ -184,10 +224,16 @@ void fail(const std::string& what, const void* caller) {
 
 void meet_block(int line) { wait(at_block, line, 0); }
 
+unsigned rank_in_cluster() { return current->runner.rank; }
+
+void arrive_at_cluster() { ++current->arrivals; }
+
+void wait_for_cluster(int line) { wait(at_cluster, line, 0); }
+
 const uint64_t* meet_warp(unsigned mask, uint64_t value, int line, bool orders) {
   Fiber* self = current;
-  const size_t at = size_t(self - fibers.data());
-  uint64_t* values = warps[at / 32].values[self->meetings++ % 2];
+  const size_t at = size_t(self - fibers.data()) % threads_each;
+  uint64_t* values = warps[self->runner.rank * warps_each + at / 32].values[self->meetings++ % 2];
   values[at % 32] = value;
   if (!(mask >> (at % 32) & 1)) fail("is not in the mask of its own shuffle or vote");
   self->orders = orders;
@@ -202,24 +248,26 @@ const char* take_error() {
   return taken.empty() ? nullptr : taken.c_str();
 }
 
-void launch(const char* kernel, dim3 grid, dim3 size, size_t shared, const std::function<void()>& run) {
+void launch(const char* kernel, dim3 grid, dim3 size, size_t shared, const std::function<void()>& run, unsigned cluster) {
   if (!error.empty()) return;
   kernel_name = kernel, body = &run, grid_size = grid, block_size = size;
   const size_t threads = size_t(size.x) * size.y * size.z, blocks = size_t(grid.x) * grid.y * grid.z;
-  if (threads == 0 || threads > 1024 || blocks == 0 || blocks >> 19 || shared > most_dynamic) {
+  const bool fits = cluster > 0 && cluster <= most_in_cluster && (cluster & (cluster - 1)) == 0 && grid.x % cluster == 0;
+  if (threads == 0 || threads > 1024 || blocks == 0 || blocks >> 18 || shared > most_dynamic || !fits) {
     error = std::string(kernel) + ": invalid configuration";
     return;
   }
   ++launches;
-  fibers.resize(threads);
-  warps.assign((threads + 31) / 32, Warp{});
-  while (stacks.size() < threads) stacks.emplace_back(new char[stack_bytes]);
+  threads_each = threads, warps_each = (threads + 31) / 32;
+  fibers.resize(cluster * threads);
+  warps.assign(cluster * warps_each, Warp{});
+  while (stacks.size() < fibers.size()) stacks.emplace_back(new char[stack_bytes]);
   std::mt19937_64 random(launches);
-  std::vector<size_t> order(blocks);
-  for (size_t i = 0; i < blocks; ++i) order[i] = i;
+  std::vector<size_t> order(blocks / cluster);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i * cluster;
   if (launches % 2) std::shuffle(order.begin(), order.end(), random);
 
-  watch_launch();
+  watch_launch(cluster);
   struct sigaction action = {}, before[3];
   const int signals[3] = {SIGSEGV, SIGBUS, SIGILL};
   action.sa_sigaction = on_fault;
@@ -227,9 +275,8 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t shared, const std::
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &action, &before[i]);
   if (sigsetjmp(failure, 1) == 0) {
     for (size_t i : order) {
-      block = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
-      watch_block(shared, launches % 2 ? 0xFF : 0x47);
-      if (!run_block(random, i)) break;
+      watch_cluster(shared, launches % 2 ? 0xFF : 0x47);
+      if (!run_cluster(random, i, cluster)) break;
     }
   }
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &before[i], nullptr);

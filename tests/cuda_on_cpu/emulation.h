@@ -4,7 +4,8 @@
 // The threads of a block are fibers that run until they wait: at __syncthreads, or at a warp's shuffle, vote or
 // __syncwarp, where the lanes of the mask meet. Blocks and threads take turns in an order that changes with every launch.
 // A barrier that not all threads reach, and whatever memory.cpp finds, end the launch with an error that names kernel,
-// block, thread and line. Shared memory is also poisoned, differently each time, as not every access is announced.
+// block, thread and line. The blocks of a cluster run together, each as far as it comes by itself; what a thread does between
+// its arrival at their barrier and its wait counts as done before. Shared memory is also poisoned, differently each time, as not every access is announced.
 #pragma once
 #include <ucontext.h>
 
@@ -49,12 +50,16 @@ namespace fd_emulation {
 extern uint3 thread, block;
 extern dim3 block_size, grid_size;
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
+void launch(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& body, unsigned cluster = 1);
 const char* take_error();
 void meet_block(int line);
 // Deposits ``bytes`` of a lane's value, waits for the lanes of the mask, and returns the values of the warp's 32 lanes.
 const uint64_t* meet_warp(unsigned mask, uint64_t value, int line, bool orders = false);
 void* dynamic_shared();
+unsigned rank_in_cluster();
+void arrive_at_cluster();
+void wait_for_cluster(int line);
+const void* dynamic_of(const void* here, unsigned rank);  // the same place in another block of the cluster
 void fence();
 void atomically(const void* address, size_t size);
 
@@ -100,6 +105,9 @@ constexpr int warpSize = 32;
 #define __shfl_xor_sync(mask, value, bits) fd_emulation::shuffle(mask, value, fd_emulation::lane() ^ (bits), __LINE__)
 #define __shfl_down_sync(mask, value, by) fd_emulation::shuffle(mask, value, fd_emulation::lane() + int(by), __LINE__)
 #define __shfl_up_sync(mask, value, by) fd_emulation::shuffle(mask, value, fd_emulation::lane() - int(by), __LINE__)
+#define cluster_rank() fd_emulation::rank_in_cluster()
+#define cluster_arrive() fd_emulation::arrive_at_cluster()
+#define cluster_wait() fd_emulation::wait_for_cluster(__LINE__)
 #define __ballot_sync(mask, vote) fd_emulation::ballot(mask, vote, __LINE__)
 #define __any_sync(mask, vote) (fd_emulation::ballot(mask, vote, __LINE__) != 0)
 #define __all_sync(mask, vote) (fd_emulation::ballot(mask, vote, __LINE__) == (mask))
@@ -124,6 +132,19 @@ template <typename T> void __stcs(T* at, T value) { *at = value; }
 template <typename T> void __stwb(T* at, T value) { *at = value; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 
+// Copies that a kernel need not wait for are over at once here.
+namespace fd {
+template <typename T> const T* of_block(const T* here, unsigned rank) {
+  return static_cast<const T*>(fd_emulation::dynamic_of(here, rank));
+}
+inline void copy_later(void* shared, const void* global) {
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+}
+inline void end_batch() {}
+template <int n> void wait_for_copies() {}
+template <typename K> int allow_clusters(K, unsigned cluster, unsigned, size_t) { return cluster <= 16; }
+}  // namespace fd
+
 inline cudaError_t cudaGetLastError() { return 1; }
 inline const char* cudaGetErrorString(cudaError_t) { return fd_emulation::take_error(); }
 template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) { return cudaSuccess; }
@@ -131,4 +152,7 @@ template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*)
 // Each thread has a copy of the arguments, which nobody writes: the copying is not announced.
 #define FD_LAUNCH(kernel, grid, block, shared, stream, ...) \
   fd_emulation::launch(#kernel, grid, block, shared, [=]() __attribute__((no_sanitize("thread"))) { kernel(__VA_ARGS__); })
+#define FD_LAUNCH_CLUSTER(kernel, cluster, grid, block, shared, stream, ...)                                       \
+  fd_emulation::launch(                                                                                            \
+      #kernel, grid, block, shared, [=]() __attribute__((no_sanitize("thread"))) { kernel(__VA_ARGS__); }, cluster)
 #define FD_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(fd_emulation::dynamic_shared())

@@ -3,8 +3,10 @@
 // library of a sanitizer is linked, the functions are here. Each byte remembers who wrote and who read it last, and when:
 //
 // a race         two threads touch a byte, one writes, and no barrier lies between: __syncthreads for a block, __syncwarp or
-//                __syncthreads for a warp, __threadfence of the writer for another block. A shuffle orders no memory
+//                __syncthreads for a warp, the cluster's barrier for its blocks, __threadfence of the writer for another
+//                block. A shuffle orders no memory
 // uninitialized  a read of shared memory that no thread of the block has written
+// ended          an access to the shared memory of a block of the cluster that has ended
 // out of bounds  an access beside a guarded tensor (guard.py), or past the dynamic shared memory
 #include "memory.h"
 
@@ -23,12 +25,12 @@ const Runner* runner;
 namespace {
 
 enum Kind { read, write, atomic };
-enum Scope { thread_scope, warp_scope, block_scope, grid_scope };  // the smallest that holds all who did it
-constexpr int id_bits[] = {0, 5, 10};
+enum Scope { thread_scope, warp_scope, block_scope, cluster_scope, grid_scope };  // the smallest that holds all who did it
+int id_bits[] = {0, 5, 10, 10};
 
 struct Access {
   uint32_t moment;
-  uint32_t id : 29, scope : 2, atomically : 1;
+  uint32_t id : 28, scope : 3, atomically : 1;
 };
 struct Byte {
   Access written, read;
@@ -47,8 +49,10 @@ const void* last_caller;
 std::unordered_map<uint32_t, uint32_t> fences;  // moment of each block's last
 uint32_t moment, launch_begin, block_begin;
 uintptr_t shared_begin, shared_end;  // static shared memory: the thread-local memory of this library
-alignas(16) char dynamic_memory[most_dynamic];
+alignas(16) char dynamic_memory[most_in_cluster * most_dynamic];
 size_t dynamic_bytes;
+bool ended[most_in_cluster];
+unsigned blocks;  // of a cluster
 thread_local volatile char touched;  // without a use, the library's thread-local memory would not be there yet
 
 Byte& byte_at(uintptr_t address) {
@@ -73,16 +77,17 @@ uint32_t scope_with(const Access& a) {
 bool is_over(const Access& a) {
   switch (scope_with(a)) {
     case thread_scope: return true;
-    case warp_scope: return std::max(runner->warp_sync, runner->block_sync) > a.moment;
-    case block_scope: return runner->block_sync > a.moment;
+    case warp_scope: return std::max(runner->warp_sync, std::max(runner->block_sync, runner->cluster_sync)) > a.moment;
+    case block_scope: return std::max(runner->block_sync, runner->cluster_sync) > a.moment;
+    case cluster_scope: return runner->cluster_sync > a.moment;
     default: return a.scope < grid_scope && fences.count(a.id >> 10) && fences[a.id >> 10] > a.moment;
   }
 }
 
 std::string others(const Access& a) {
   const char* scopes[] = {"thread ", "a warp with thread ", "threads of its block, one of them ",
-                          "threads of several blocks, one of them "};
-  const std::string block = a.id >> 10 == runner->id >> 10 ? "" : " of block " + std::to_string(a.id >> 10);
+                          "threads of its cluster, one of them ", "threads of several blocks, one of them "};
+  const std::string block = uint32_t(a.id) >> 10 == runner->id >> 10 ? "" : " of block " + std::to_string(a.id >> 10);
   return scopes[a.scope] + std::to_string(a.id & 1023) + block;
 }
 
@@ -108,8 +113,10 @@ void touch(const void* address, size_t size, Kind kind, const void* caller) {
   if (!runner || (at >= runner->stack_begin && at < runner->stack_end)) return;
   last_caller = caller;
   const uintptr_t first = reinterpret_cast<uintptr_t>(address);
-  const bool dynamic = at >= dynamic_memory && at < dynamic_memory + most_dynamic;
-  if (dynamic && at + size > dynamic_memory + dynamic_bytes) fail("accesses shared memory past the end", caller);
+  const bool dynamic = at >= dynamic_memory && at < dynamic_memory + sizeof dynamic_memory;
+  const size_t place = size_t(at - dynamic_memory);
+  if (dynamic && place % most_dynamic + size > dynamic_bytes) fail("accesses shared memory past the end", caller);
+  if (dynamic && ended[place / most_dynamic]) fail("accesses shared memory of a block that has ended", caller);
   Byte before = {}, after = {};  // of the last byte: most have the same history as their neighbor
   for (size_t i = 0; i < size; ++i) {
     Byte& b = byte_at(first + i);
@@ -149,20 +156,32 @@ int find_shared(dl_phdr_info* info, size_t, void*) {
 const void* last_access() { return last_caller; }
 uint32_t next_moment() { return ++moment; }
 
-void watch_launch() {
+void watch_launch(unsigned cluster) {
+  blocks = cluster;
+  id_bits[cluster_scope] = id_bits[block_scope];
+  while (cluster >>= 1) ++id_bits[cluster_scope];
   fences.clear();
   launch_begin = next_moment();
 }
 
-void watch_block(size_t dynamic, int poison) {
+void watch_cluster(size_t dynamic, int poison) {
   touched = 1;
   dl_iterate_phdr(find_shared, nullptr);
   memset(reinterpret_cast<void*>(shared_begin), poison, shared_end - shared_begin);
-  memset(dynamic_memory, poison, dynamic_bytes = dynamic);
+  for (unsigned i = 0; i < blocks; ++i) {
+    ended[i] = false;
+    memset(dynamic_memory + i * most_dynamic, poison, dynamic_bytes = dynamic);
+  }
   block_begin = next_moment();
 }
 
-void* dynamic_shared() { return dynamic_memory; }
+void end_block(unsigned rank) { ended[rank] = true; }
+
+void* dynamic_shared() { return dynamic_memory + runner->rank * most_dynamic; }
+
+const void* dynamic_of(const void* here, unsigned rank) {
+  return static_cast<const char*>(here) + (ptrdiff_t(rank) - ptrdiff_t(runner->rank)) * ptrdiff_t(most_dynamic);
+}
 
 void fence() { fences[runner->id >> 10] = next_moment(); }
 

@@ -28,7 +28,7 @@ from fastdistill.ops._backward import (
     with_its_kernel,
 )
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
-from fastdistill.ops.group_norm_silu import cpp, reference
+from fastdistill.ops.group_norm_silu import cpp, cuda, reference
 from fastdistill.ops.group_norm_silu.layout import laid_out
 
 _GIVEN = "Tensor x, Tensor? weight, Tensor? bias, Tensor? time_bias, Tensor? scale, Tensor? shift"
@@ -38,6 +38,7 @@ _group_norm_silu = register(
     summary="silu((group_norm(x + time_bias) weight + bias) (1 + scale) + shift)",
     reference=reference.group_norm_silu,
     kernels=[
+        Kernel("cuda", "cuda", cuda.group_norm_silu, _native.cuda_reason, cuda.refuse),
         Kernel("triton", "cuda", later(f"{__name__}.triton", "group_norm_silu"), _native.triton_reason, cpp.refuse),
         Kernel("cpp", "cpu", cpp.group_norm_silu, _native.cpu_reason, cpp.refuse),
     ],
@@ -49,6 +50,7 @@ _backward = register(
     summary="gradients of group_norm_silu",
     reference=reference.group_norm_silu_backward,
     kernels=[
+        Kernel("cuda", "cuda", cuda.group_norm_silu_backward, _native.cuda_reason, cuda.refuse_backward),
         Kernel(
             "triton", "cuda", later(f"{__name__}.triton", "group_norm_silu_backward"), _native.triton_reason,
             cpp.refuse_backward,

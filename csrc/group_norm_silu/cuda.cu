@@ -1,0 +1,468 @@
+// SPDX-License-Identifier: Apache-2.0
+// group_norm_silu on a GPU with clusters: a slice of whole groups of a sample stays in the shared memory of a cluster's blocks
+// from the one read to the one write. Where channels are side by side.
+//
+// Grid      a cluster of 1 to 16 blocks a sample and slice, each with as many of the positions; 256 threads a block, of which
+//           each walks down one column of 16 bytes. The gradients of weight and bias take one launch more
+// Traffic   x and y, backward x, grad and dx, once each: in bf16 4 and 6 bytes an element
+// Precision a thread's moments in fp32 about its first number (squares lose at most its count of roundings), merged in double
+//           (Chan et al. 1979); a thread's gradient sums in fp32, above it in double; outputs rounded once; the order of all
+//           sums is fixed
+// Limits    slices start and end at 16 bytes; a slice fits into the cluster (`Cut`, chosen in Python); 256 columns
+#include "cluster.cuh"
+#include "group_norm_silu/math.h"
+
+namespace fd {
+namespace {
+
+using namespace FD_ISA;
+
+constexpr int threads = threads_per_block, warps = threads / 32, batches = 4;
+constexpr int shared_samples = 8;  // whose sums add_channels holds side by side
+
+// How a call is cut. The threads of a block are rows by columns, of 16 bytes each.
+struct Cut {
+  GroupNormSilu a;
+  int cluster;        // blocks
+  int groups, width;  // of a slice; width in channels
+  int columns, rows;  // of a block
+  int64_t positions;  // of a block, of the last ones fewer
+  float* sums;        // [2, batch, channels]: what samples give to weight and bias
+};
+
+// What a block is to do.
+struct Part {
+  int64_t sample, channel, position, group;  // the first ones
+  int rank, count;                           // in the cluster; positions
+  int row, column, steps;                    // of the thread; vectors that it walks
+  int full, more;                            // steps of every row, and rows that have one more
+};
+
+__device__ int64_t positions_of(const Cut& cut, int64_t rank) {
+  return larger(smaller(cut.a.positions - rank * cut.positions, cut.positions), 0);
+}
+
+__device__ Part part_of(const Cut& cut) {
+  Part p;
+  const int64_t slices = cut.a.groups / cut.groups, slice = blockIdx.x / cut.cluster;
+  p.rank = int(cluster_rank());
+  p.sample = slice / slices;
+  p.group = slice % slices * cut.groups, p.channel = slice % slices * cut.width;
+  p.position = p.rank * cut.positions, p.count = int(positions_of(cut, p.rank));
+  p.row = int(threadIdx.x) / cut.columns, p.column = int(threadIdx.x) % cut.columns;
+  p.full = p.count / cut.rows, p.more = p.count % cut.rows;
+  p.steps = p.row < cut.rows ? p.full + (p.row < p.more) : 0;
+  return p;
+}
+
+// From the start of x to the thread's first vector.
+template <typename T> __device__ int64_t start_of(const Cut& cut, const Part& p) {
+  return ((p.sample * cut.a.positions + p.position + p.row) * cut.a.channels + p.channel) + p.column * wide<T>;
+}
+
+// The steps [first, end) of a batch of the thread.
+__device__ int end_of_batch(const Part& p, int batch) {
+  const int each = (p.full + batches) / batches, end = each * (batch + 1);  // of at most full + 1 steps
+  return end < p.steps ? end : p.steps;
+}
+
+template <int batch, typename F> __device__ void walk_batches(const Part& p, const F& step) {
+  wait_for_copies<batches - 1 - batch>();
+  for (int i = batch ? end_of_batch(p, batch - 1) : 0; i < end_of_batch(p, batch); ++i) step(i);
+  if constexpr (batch + 1 < batches) walk_batches<batch + 1>(p, step);
+}
+
+template <typename T, int count> __device__ void get_vector(const float* from, T* to) {
+#pragma unroll
+  for (int k = 0; k < count; k += 4) {
+    const float4 some = *reinterpret_cast<const float4*>(from + k);
+    to[k] = some.x, to[k + 1] = some.y, to[k + 2] = some.z, to[k + 3] = some.w;
+  }
+}
+
+template <int count> __device__ void set_vector(float* to, const float* from) {
+#pragma unroll
+  for (int k = 0; k < count; k += 4)
+    *reinterpret_cast<float4*>(to + k) = float4{from[k], from[k + 1], from[k + 2], from[k + 3]};
+}
+
+__device__ double warp_sum(double value) {
+  for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, bits);
+  return value;
+}
+
+// The shared memory of a block: vectors of the slice, what threads leave, numbers by channel, and by group.
+template <typename T, int held, int left, int numbers, int sums> struct Memory {
+  uint4* vectors;   // [held][positions][columns]
+  float* leave;     // [left][rows][width]
+  float* number;    // [numbers][width]
+  double* channel;  // [sums][width], for the cluster
+  double* group;    // [groups][2], for the cluster
+  float* final;     // [groups][2]
+  int each;         // numbers of one of leave
+
+  static FD_HD int64_t bytes(const Cut& c) {
+    const int64_t width = c.width;
+    return 16 * held * c.positions * c.columns + 4 * left * c.rows * width + (4 * numbers + 8 * sums) * width + 24 * c.groups;
+  }
+  __device__ Memory(const Cut& c, char* start) {
+    vectors = reinterpret_cast<uint4*>(start);
+    leave = reinterpret_cast<float*>(vectors + held * c.positions * c.columns);
+    each = c.rows * c.width;
+    number = leave + left * each;
+    channel = reinterpret_cast<double*>(number + numbers * c.width);
+    group = channel + sums * c.width;
+    final = reinterpret_cast<float*>(group + 2 * c.groups);
+  }
+};
+
+template <typename T> using Forward = Memory<T, 1, 2, 3, 0>;
+template <typename T> using Backward = Memory<T, 2, 3, 4, 3>;
+
+// Mean and sum of squares about it of each group over the positions of the block, from those of threads; a warp a group.
+template <typename T> __device__ void block_moments(const Cut& cut, const Part& p, const Forward<T>& m) {
+  const int lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups, used = p.full ? cut.rows : p.more;
+  const T* first = reinterpret_cast<const T*>(m.vectors);  // the first position: threads count from it
+  for (int g = int(threadIdx.x) / 32; g < cut.groups; g += warps) {
+    const auto of_entry = [&](int i, int& n, double& mean) {
+      const int row = i / channels, c = g * channels + i % channels;
+      n = p.full + (row < p.more);
+      mean = double(to_float(first[c])) + double(m.number[c]) + double(m.leave[row * cut.width + c]);
+      return m.leave[m.each + row * cut.width + c];
+    };
+    double total = 0, squares = 0, mean;
+    int n;
+    for (int i = lane; i < used * channels; i += 32) of_entry(i, n, mean), total += n * mean;
+    const double middle = warp_sum(total) / larger(int64_t(p.count) * channels, 1);
+    for (int i = lane; i < used * channels; i += 32) {
+      squares += double(of_entry(i, n, mean));
+      squares += n * (mean - middle) * (mean - middle);
+    }
+    squares = warp_sum(squares);
+    if (lane == 0) m.group[2 * g] = middle, m.group[2 * g + 1] = squares;
+  }
+}
+
+// Mean and 1 / standard deviation of each group, from those of the cluster's blocks.
+template <typename T> __device__ void cluster_moments(const Cut& cut, const Part& p, const Forward<T>& m) {
+  const int lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups;
+  const double n = lane < cut.cluster ? double(positions_of(cut, lane)) * channels : 0.0;
+  const double all = double(cut.a.positions) * channels;
+  for (int g = int(threadIdx.x) / 32; g < cut.groups; g += warps) {
+    const double* there = of_block(m.group, unsigned(lane % cut.cluster));
+    const double mean = lane < cut.cluster ? there[2 * g] : 0.0, about = lane < cut.cluster ? there[2 * g + 1] : 0.0;
+    const double middle = warp_sum(n * mean) / all;
+    const double squares = warp_sum(about + n * (mean - middle) * (mean - middle));
+    if (lane != 0) continue;
+    const float r = float(1.0 / square_root(squares / all + cut.a.eps));
+    m.final[2 * g] = float(middle), m.final[2 * g + 1] = r;
+    const int64_t at = p.sample * cut.a.groups + p.group + g;
+    if (p.rank == 0) cut.a.mean[at] = float(middle), cut.a.rstd[at] = r;
+  }
+}
+
+template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2) cluster_forward(const __grid_constant__ Cut cut) {
+  constexpr int n = wide<T>;
+  FD_DYNAMIC_SHARED(uint4, memory);
+  const Forward<T> m(cut, reinterpret_cast<char*>(memory));
+  const Part p = part_of(cut);
+  const GroupNormSilu& a = cut.a;
+  const int64_t start = start_of<T>(cut, p), down = int64_t(cut.rows) * a.channels;
+  const int around = cut.rows * cut.columns;
+  const T* x = static_cast<const T*>(a.x) + start;
+  uint4* own = m.vectors + threadIdx.x;
+  for (int batch = 0, i = 0; batch < batches; ++batch) {
+    for (; i < end_of_batch(p, batch); ++i) copy_later(own + i * around, x + i * down);
+    end_batch();
+  }
+  float *time_bias = m.number, *factors = time_bias + cut.width, *offsets = factors + cut.width;
+  for (int c = int(threadIdx.x); c < cut.width; c += threads) {
+    const float s = 1.0f + number(a.scale, p.sample, p.channel + c, 0.0f);
+    time_bias[c] = number(a.time_bias, p.sample, p.channel + c, 0.0f);
+    factors[c] = number(a.weight, 0, p.channel + c, 1.0f) * s;
+    offsets[c] = muladd(number(a.bias, 0, p.channel + c, 0.0f), s, number(a.shift, p.sample, p.channel + c, 0.0f));
+  }
+  float first[n] = {}, sum[n] = {}, squares[n] = {};
+  walk_batches<0>(p, [&](int i) {
+    float v[n];
+    numbers_of(static_cast<const T*>(nullptr), own[i * around], v);
+    if (i == 0) {
+#pragma unroll
+      for (int k = 0; k < n; ++k) first[k] = v[k];
+    }
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const float d = v[k] - first[k];
+      sum[k] += d, squares[k] = muladd(d, d, squares[k]);
+    }
+  });
+  __syncthreads();
+  if (p.steps > 0) {
+    float v[n];
+    numbers_of(static_cast<const T*>(nullptr), m.vectors[p.column], v);
+    const float inverse = 1.0f / float(p.steps);
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const float mean = sum[k] * inverse, about = muladd(-sum[k], mean, squares[k]);
+      sum[k] = (first[k] - v[k]) + mean;
+      squares[k] = about < 0.0f ? 0.0f : about;
+    }
+    float* to = m.leave + p.row * cut.width + p.column * n;
+    set_vector<n>(to, sum);
+    set_vector<n>(to + m.each, squares);
+  }
+  __syncthreads();
+  block_moments(cut, p, m);
+  cluster_arrive();
+  cluster_wait();
+  cluster_moments(cut, p, m);
+  __syncthreads();
+  cluster_arrive();  // this block reads no other's memory any more
+  float middle[n], factor[n], offset[n];
+  if (p.steps > 0) {
+    const int channels = cut.width / cut.groups;
+    get_vector<float, n>(factors + p.column * n, factor);
+    get_vector<float, n>(offsets + p.column * n, offset);
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const int c = p.column * n + k, g = c / channels;
+      middle[k] = m.final[2 * g] - time_bias[c];
+      factor[k] *= m.final[2 * g + 1];
+    }
+  }
+  T* y = static_cast<T*>(a.y) + start;
+#pragma unroll 2
+  for (int i = 0; i < p.steps; ++i) {
+    float v[n];
+    numbers_of(static_cast<const T*>(nullptr), own[i * around], v);
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const float z = muladd(v[k] - middle[k], factor[k], offset[k]);
+      v[k] = silu ? z * sigmoid(z) : z;
+    }
+    *reinterpret_cast<uint4*>(y + i * down) = word_of<T>(v);
+  }
+  cluster_wait();  // others may read this block's until here
+}
+
+// The means of dn and dn n of each group, over the cluster.
+template <typename T> __device__ void cluster_means(const Cut& cut, const Backward<T>& m) {
+  const int lane = int(threadIdx.x) % 32;
+  const double inverse = 1.0 / (double(cut.a.positions) * (cut.width / cut.groups));
+  for (int g = int(threadIdx.x) / 32; g < cut.groups; g += warps) {
+    const double* there = of_block(m.group, unsigned(lane % cut.cluster));
+    const double mean = warp_sum(lane < cut.cluster ? there[2 * g] : 0.0);
+    const double mean_n = warp_sum(lane < cut.cluster ? there[2 * g + 1] : 0.0);
+    if (lane == 0) m.final[2 * g] = float(mean * inverse), m.final[2 * g + 1] = float(mean_n * inverse);
+  }
+}
+
+// The gradients of what has no positions, each block those of some channels.
+template <typename T> __device__ void cluster_gradients(const Cut& cut, const Part& p, const Backward<T>& m) {
+  const GroupNormSilu& a = cut.a;
+  if (!cut.sums && !a.dtime_bias.address && !a.dscale.address && !a.dshift.address) return;
+  const int lane = int(threadIdx.x) % 32, from = lane % cut.cluster, each = 32 / cut.cluster;
+  const int share = (cut.width + cut.cluster - 1) / cut.cluster, begin = p.rank * share;
+  const int end = begin + share < cut.width ? begin + share : cut.width;
+  const double* there = of_block(m.channel, unsigned(from));
+  for (int first = begin + int(threadIdx.x) / 32 * each; first < end; first += warps * each) {
+    const int c = first + lane / cut.cluster;
+    double ones = 0, products = 0, normals = 0;
+    if (c < end) ones = there[c], products = there[cut.width + c], normals = there[2 * cut.width + c];
+    for (int bits = cut.cluster / 2; bits > 0; bits /= 2) {
+      ones += __shfl_xor_sync(0xFFFFFFFFu, ones, bits);
+      products += __shfl_xor_sync(0xFFFFFFFFu, products, bits);
+      normals += __shfl_xor_sync(0xFFFFFFFFu, normals, bits);
+    }
+    if (c >= end || from != 0) continue;
+    const int g = c / (cut.width / cut.groups);
+    const int64_t channel = p.channel + c;
+    const double w = number(a.weight, 0, channel, 1.0f), b = number(a.bias, 0, channel, 0.0f);
+    const double s = 1.0f + number(a.scale, p.sample, channel, 0.0f);
+    if (cut.sums) {
+      float* to = cut.sums + p.sample * a.channels + channel;
+      to[0] = float(s * products), to[a.batch * a.channels] = float(s * ones);
+    }
+    const double r = a.rstd[p.sample * a.groups + p.group + g], mean = m.final[2 * g], mean_n = m.final[2 * g + 1];
+    put(a.dtime_bias, p.sample, channel, r * (w * s * ones - double(a.positions) * mean - normals * mean_n));
+    put(a.dscale, p.sample, channel, w * products + b * ones);
+    put(a.dshift, p.sample, channel, ones);
+  }
+}
+
+template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
+    cluster_backward(const __grid_constant__ Cut cut) {
+  constexpr int n = wide<T>;
+  FD_DYNAMIC_SHARED(uint4, memory);
+  const Backward<T> m(cut, reinterpret_cast<char*>(memory));
+  const Part p = part_of(cut);
+  const GroupNormSilu& a = cut.a;
+  const int64_t start = start_of<T>(cut, p), down = int64_t(cut.rows) * a.channels;
+  const int around = cut.rows * cut.columns, lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups;
+  const T *x = static_cast<const T*>(a.x) + start, *grad = static_cast<const T*>(a.grad) + start;
+  uint4 *own = m.vectors + threadIdx.x, *own_grad = own + cut.positions * cut.columns;
+  for (int batch = 0, i = 0; batch < batches; ++batch) {
+    for (; i < end_of_batch(p, batch); ++i) {
+      copy_later(own + i * around, x + i * down);
+      copy_later(own_grad + i * around, grad + i * down);
+    }
+    end_batch();
+  }
+  float *middles = m.number, *rstds = middles + cut.width, *factors = rstds + cut.width, *offsets = factors + cut.width;
+  for (int c = int(threadIdx.x); c < cut.width; c += threads) {
+    const int64_t g = p.sample * a.groups + p.group + c / channels;
+    const float s = 1.0f + number(a.scale, p.sample, p.channel + c, 0.0f);
+    middles[c] = a.mean[g] - number(a.time_bias, p.sample, p.channel + c, 0.0f);
+    rstds[c] = a.rstd[g];
+    factors[c] = number(a.weight, 0, p.channel + c, 1.0f) * s;
+    offsets[c] = muladd(number(a.bias, 0, p.channel + c, 0.0f), s, number(a.shift, p.sample, p.channel + c, 0.0f));
+  }
+  __syncthreads();
+  float middle[n] = {}, rstd[n] = {}, factor[n] = {}, offset[n] = {};
+  if (p.steps > 0) {
+    get_vector<float, n>(middles + p.column * n, middle);
+    get_vector<float, n>(rstds + p.column * n, rstd);
+    get_vector<float, n>(factors + p.column * n, factor);
+    get_vector<float, n>(offsets + p.column * n, offset);
+  }
+  // n and dz of the vector of a step.
+  const auto slopes = [&](int i, float* normal, float* dz) {
+    numbers_of(static_cast<const T*>(nullptr), own[i * around], normal);
+    numbers_of(static_cast<const T*>(nullptr), own_grad[i * around], dz);
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      normal[k] = standardized(normal[k], middle[k], rstd[k]);
+      if (!silu) continue;
+      const float z = muladd(normal[k], factor[k], offset[k]);
+      dz[k] *= silu_slope(z, sigmoid(z), 1.0f);
+    }
+  };
+  float ones[n] = {}, products[n] = {}, normals[n] = {};
+  walk_batches<0>(p, [&](int i) {
+    float normal[n], dz[n];
+    slopes(i, normal, dz);
+#pragma unroll
+    for (int k = 0; k < n; ++k) ones[k] += dz[k], products[k] = muladd(dz[k], normal[k], products[k]), normals[k] += normal[k];
+  });
+  if (p.row < cut.rows) {
+    float* to = m.leave + p.row * cut.width + p.column * n;
+    set_vector<n>(to, ones);
+    set_vector<n>(to + m.each, products);
+    set_vector<n>(to + 2 * m.each, normals);
+  }
+  __syncthreads();
+  for (int i = int(threadIdx.x); i < 3 * cut.width; i += threads) {
+    const float* from = m.leave + i / cut.width * m.each + i % cut.width;
+    double sum = 0;
+    for (int row = 0; row < cut.rows; ++row) sum += double(from[row * cut.width]);
+    m.channel[i] = sum;
+  }
+  __syncthreads();
+  for (int g = int(threadIdx.x) / 32; g < cut.groups; g += warps) {
+    double sum = 0, sum_n = 0;
+    for (int c = g * channels + lane; c < (g + 1) * channels; c += 32)
+      sum += m.channel[c] * factors[c], sum_n += m.channel[cut.width + c] * factors[c];
+    sum = warp_sum(sum), sum_n = warp_sum(sum_n);
+    if (lane == 0) m.group[2 * g] = sum, m.group[2 * g + 1] = sum_n;
+  }
+  cluster_arrive();
+  cluster_wait();
+  cluster_means(cut, m);
+  __syncthreads();
+  cluster_gradients(cut, p, m);
+  cluster_arrive();  // this block reads no other's memory any more
+  float mean[n] = {}, mean_n[n] = {};
+  if (p.steps > 0) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const int g = (p.column * n + k) / channels;
+      mean[k] = m.final[2 * g], mean_n[k] = m.final[2 * g + 1];
+    }
+  }
+  T* dx = static_cast<T*>(a.dx) + start;
+  for (int i = 0; i < p.steps; ++i) {
+    float normal[n], dz[n];
+    slopes(i, normal, dz);
+#pragma unroll
+    for (int k = 0; k < n; ++k) dz[k] = gradient(dz[k], normal[k], rstd[k], factor[k], mean[k], mean_n[k]);
+    *reinterpret_cast<uint4*>(dx + i * down) = word_of<T>(dz);
+  }
+  cluster_wait();  // others may read this block's until here
+}
+
+// The gradients of weight and bias: what each sample gives, in order. 32 channels a block.
+__global__ void __launch_bounds__(threads) add_channels(const __grid_constant__ Cut cut) {
+  __shared__ double sums[2][shared_samples][32];
+  const GroupNormSilu& a = cut.a;
+  const int lane = int(threadIdx.x) % 32, part = int(threadIdx.x) / 32;
+  const int64_t c = int64_t(blockIdx.x) * 32 + lane;
+  double weight = 0, bias = 0;
+  if (c < a.channels) {
+#pragma unroll 4
+    for (int64_t s = part; s < a.batch; s += shared_samples) {
+      weight += double(cut.sums[s * a.channels + c]);
+      bias += double(cut.sums[(a.batch + s) * a.channels + c]);
+    }
+  }
+  sums[0][part][lane] = weight, sums[1][part][lane] = bias;
+  __syncthreads();
+  if (part > 1 || c >= a.channels) return;
+  double total = 0;
+  for (int i = 0; i < shared_samples; ++i) total += sums[part][i][lane];
+  put(part ? a.dbias : a.dweight, 0, c, total);
+}
+
+Cut cut_of(const GroupNormSilu& a, const GroupNormCut& how, float* sums) {
+  Cut cut = {};
+  cut.a = a, cut.sums = sums, cut.cluster = how.cluster, cut.groups = how.groups;
+  cut.width = int(a.channels / a.groups) * how.groups;
+  cut.columns = int(cut.width * bytes_of(a.dtype) / 16);
+  cut.rows = threads / cut.columns;
+  cut.positions = ceil_div(a.positions, how.cluster);
+  return cut;
+}
+
+// Calls use(kernel, shared bytes) with the kernel of the call.
+template <typename T, typename Use> auto with_kernel(const Cut& cut, bool backward, const Use& use) {
+  const size_t bytes = size_t(backward ? Backward<T>::bytes(cut) : Forward<T>::bytes(cut));
+  if (backward) return cut.a.silu ? use(&cluster_backward<T, true>, bytes) : use(&cluster_backward<T, false>, bytes);
+  return cut.a.silu ? use(&cluster_forward<T, true>, bytes) : use(&cluster_forward<T, false>, bytes);
+}
+
+template <typename Use> auto with_kernel(const Cut& cut, bool backward, const Use& use) {
+  switch (cut.a.dtype) {
+    case Dtype::f32: return with_kernel<float>(cut, backward, use);
+    case Dtype::bf16: return with_kernel<bf16>(cut, backward, use);
+    default: return with_kernel<f16>(cut, backward, use);
+  }
+}
+
+}  // namespace
+}  // namespace fd
+
+// Bytes of shared memory that a block of a call takes.
+int64_t group_norm_silu_cuda_shared(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward) {
+  using namespace fd;
+  return int64_t(with_kernel(cut_of(a, how, nullptr), backward, [](auto, size_t bytes) { return bytes; }));
+}
+
+// How many clusters of a call run at once on the current GPU, of which it allows the launch; none: 0 or less.
+int group_norm_silu_cuda_clusters(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward) {
+  using namespace fd;
+  return with_kernel(cut_of(a, how, nullptr), backward, [&](auto kernel, size_t bytes) {
+    return allow_clusters(kernel, unsigned(how.cluster), unsigned(threads), bytes);
+  });
+}
+
+// Forward, or backward where dx is given; with sums [2, batch, channels] for the gradients of weight and bias.
+const char* group_norm_silu_cuda(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, float* sums, void* stream) {
+  using namespace fd;
+  const Cut cut = cut_of(a, how, sums);
+  const unsigned grid = unsigned(a.batch * (a.groups / how.groups) * how.cluster);
+  with_kernel(cut, a.dx != nullptr, [&](auto kernel, size_t bytes) {
+    FD_LAUNCH_CLUSTER(kernel, unsigned(how.cluster), grid, unsigned(threads), bytes, stream, cut);
+    return 0;
+  });
+  if (sums) FD_LAUNCH(add_channels, blocks_for(a.channels, 32), threads, 0, stream, cut);
+  return fd_launch_error();
+}

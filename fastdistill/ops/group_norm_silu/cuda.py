@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Group norm, affine maps and SiLU in CUDA on clusters of blocks: ``csrc/group_norm_silu/cuda.cu``. It takes calls with
+channels side by side whose slices, some groups of a sample, fit into the shared memory of a cluster."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops import _native
+from fastdistill.ops.group_norm_silu import cpp
+from fastdistill.ops.group_norm_silu.layout import channels_last
+from fastdistill.ops.group_norm_silu.reference import spread
+
+SHARED = 227 << 10  # bytes that a block can have
+PAIRED = SHARED // 2 - 1024  # and those with which two blocks share a multiprocessor: one computes while the other waits
+SECTOR = 32  # bytes that memory moves at once
+NARROW = 128  # bytes of a position that a slice should have at least
+BLOCKS = 264  # for every multiprocessor of an H100 two
+CLUSTERS = (1, 2, 4, 8, 16)  # blocks
+THREADS = COLUMNS = 256  # of a block; of 16 bytes, in a slice
+STEPS = 2  # of a thread, at least
+
+Sizes = tuple[int, int, int, int]  # batch, channels, positions, groups
+Cut = tuple[int, int]  # groups of a slice, blocks of a cluster
+
+
+def refuse(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    time_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    y: Tensor,
+    *statistics: Tensor,
+) -> str | None:
+    """What C++ refuses, and calls that no cluster holds."""
+    reason = cpp.refuse(x, weight, bias, time_bias, scale, shift, groups, eps, silu, y, *statistics)
+    return reason or _refuse(x, {"x": x, "y": y}, groups, silu, False)
+
+
+def refuse_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    time_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    silu: bool,
+    wanted: int,
+    dx: Tensor,
+    small: Sequence[Tensor],
+) -> str | None:
+    """See ``refuse``."""
+    reason = cpp.refuse_backward(
+        grad, x, weight, bias, time_bias, scale, shift, mean, rstd, groups, silu, wanted, dx, small
+    )
+    return reason or _refuse(x, {"x": x, "grad": grad, "dx": dx}, groups, silu, True)
+
+
+def _refuse(x: Tensor, large: dict[str, Tensor], groups: int, silu: bool, backward: bool) -> str | None:
+    if not channels_last(x):
+        return "channels must be side by side"
+    for name, tensor in large.items():
+        if tensor.data_ptr() % 16:
+            return f"{name} must start at a multiple of 16 bytes"
+    cut = _cut(x.get_device(), x.dtype, _sizes(x, groups), silu, backward)
+    return cut if isinstance(cut, str) else None
+
+
+def _sizes(x: Tensor, groups: int) -> Sizes:
+    batch, channels = x.shape[:2]
+    return batch, channels, x.numel() // (batch * channels), groups
+
+
+@functools.lru_cache(4096)
+def _cut(device: int, dtype: torch.dtype, sizes: Sizes, silu: bool, backward: bool) -> Cut | str:
+    """How a call is cut on a GPU (-1: emulated), or why it cannot be.
+
+    The best has two blocks a multiprocessor, whole sectors, some positions for each thread, enough blocks to go around;
+    then small clusters, which start and wait sooner, of narrow slices.
+    """
+    if device >= 0 and torch.cuda.get_device_capability(device) < (9, 0):
+        return "the GPU has no clusters of blocks (sm_90)"
+    batch, channels, positions, groups = sizes
+    step, number, cuda = channels // groups * dtype.itemsize, _native.DTYPES[dtype], _native.cuda()
+    found: list[tuple[tuple[Any, ...], Cut]] = []
+    for some in (n for n in range(1, groups + 1) if groups % n == 0):
+        width = some * step
+        if width % 16 or width > 16 * COLUMNS:
+            continue
+        whole, wide = width % SECTOR == 0, width >= min(NARROW, groups * step)
+        for cluster in CLUSTERS:
+            shared = cuda.group_norm_silu_shared(number, sizes, (some, cluster), backward)
+            blocks = batch * (groups // some) * cluster
+            if shared <= SHARED and blocks < 1 << 31:
+                busy = cluster == 1 or positions * width >= STEPS * 16 * THREADS * cluster
+                worth = shared <= PAIRED, whole and wide, busy, min(blocks, BLOCKS), -cluster, -width
+                found.append((worth, (some, cluster)))
+    if not found:
+        return "no slice of whole groups of 16 bytes fits into the shared memory of a cluster"
+    for _, cut in sorted(found, reverse=True):
+        if device < 0 or cuda.group_norm_silu_clusters(number, sizes, silu, cut, backward) > 0:
+            return cut
+    return "the GPU runs no cluster of this size"
+
+
+def _common(
+    x: Tensor, groups: int, silu: bool, eps: float, given: tuple[Tensor | None, ...], mean: Tensor, rstd: Tensor,
+    backward: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    sizes = _sizes(x, groups)
+    return (
+        x.data_ptr(), _native.DTYPES[x.dtype], sizes, silu, eps, [cpp._row(t) for t in given], mean.data_ptr(),
+        rstd.data_ptr(), _cut(x.get_device(), x.dtype, sizes, silu, backward), _native.queue(x),
+    )  # fmt: skip
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    time_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    """One launch; arguments as the reference's."""
+    given = weight, bias, time_bias, scale, shift
+    _native.cuda().group_norm_silu(*_common(x, groups, silu, eps, given, mean, rstd, False), y.data_ptr())
+
+
+def group_norm_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    time_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    silu: bool,
+    wanted: int,
+    dx: Tensor,
+    small: Sequence[Tensor],
+) -> None:
+    """One launch, and one for weight and bias; arguments as the reference's."""
+    given = weight, bias, time_bias, scale, shift
+    sums = 0
+    if wanted & 3:
+        held = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
+        sums = held.data_ptr()
+    _native.cuda().group_norm_silu_backward(
+        *_common(x, groups, silu, 0.0, given, mean, rstd, True), grad.data_ptr(), dx.data_ptr(),
+        [cpp._row(g) for g in spread(wanted, small)], sums,
+    )  # fmt: skip
