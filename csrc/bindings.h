@@ -78,10 +78,12 @@ inline fd::NoiseGather draw_of(Address latents, Address latent_prompts, const Ad
 
 // What is not given has address 0.
 using Given = std::tuple<Address, int, int64_t>;
-inline fd::Row row_of(const Given& given) { return {at<void>(std::get<0>(given)), fd::Dtype(std::get<1>(given)), std::get<2>(given)}; }
+inline fd::Row row_of(const Given& given) {
+  return {at<void>(std::get<0>(given)), fd::Dtype(std::get<1>(given)), std::get<2>(given)};
+}
 
-inline fd::GroupNormSilu norm_of(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu, double eps,
-                          const std::array<Given, 5>& given, Address mean, Address rstd, int threads) {
+inline fd::GroupNormSilu norm_of(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu,
+                                 double eps, const std::array<Given, 5>& given, Address mean, Address rstd, int threads) {
   fd::GroupNormSilu a = {};
   a.x = at<void>(x), a.dtype = fd::Dtype(dtype), a.channels_last = channels_last || sizes[2] == 1, a.silu = silu, a.eps = eps;
   a.batch = sizes[0], a.channels = sizes[1], a.positions = sizes[2], a.groups = sizes[3];

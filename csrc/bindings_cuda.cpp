@@ -127,8 +127,7 @@ void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>
                               const std::array<Given, 5>& given, Address mean, Address rstd, const Cut& cut,
                               const Stream& stream, Address grad, Address dx, const std::array<Given, 5>& outs, Address sums) {
   const fd::GroupNormSilu a = backward_of(norm_of(x, dtype, sizes, true, silu, eps, given, mean, rstd, 1), grad, dx, outs);
-  check("group_norm_silu_backward",
-        group_norm_silu_cuda(a, {cut.first, cut.second}, at<float>(sums), queue_of(stream).stream));
+  check("group_norm_silu_backward", group_norm_silu_cuda(a, {cut.first, cut.second}, at<float>(sums), queue_of(stream).stream));
 }
 
 }  // namespace

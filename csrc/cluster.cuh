@@ -11,8 +11,8 @@
 
 namespace fd {
 
-inline cudaLaunchConfig_t configured(cudaLaunchAttribute* attribute, unsigned cluster, unsigned grid,
-                                                       unsigned block, size_t shared, void* stream) {
+inline cudaLaunchConfig_t configured(cudaLaunchAttribute* attribute, unsigned cluster, unsigned grid, unsigned block,
+                                     size_t shared, void* stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid), config.blockDim = dim3(block), config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
@@ -23,8 +23,8 @@ inline cudaLaunchConfig_t configured(cudaLaunchAttribute* attribute, unsigned cl
 }
 
 // An error stays for cudaGetLastError, as that of any launch.
-template <typename... P, typename... A> void launch_cluster(void (*kernel)(P...), unsigned cluster, unsigned grid, unsigned block,
-                                                            size_t shared, void* stream, const A&... args) {
+template <typename... P, typename... A> void launch_cluster(void (*kernel)(P...), unsigned cluster, unsigned grid,
+                                                            unsigned block, size_t shared, void* stream, const A&... args) {
   cudaLaunchAttribute attribute = {};
   const cudaLaunchConfig_t config = configured(&attribute, cluster, grid, block, shared, stream);
   cudaLaunchKernelEx(&config, kernel, args...);

@@ -20,9 +20,13 @@ using namespace FD_ISA;
 constexpr int threads = threads_per_block, warps = threads / 32, batches = 4;
 constexpr int shared_samples = 8;  // whose sums add_channels holds side by side
 
+// Numbers by channel: what the call gives, 1 + scale, and of a backward the statistics of the channel's group.
+enum Number { weight, bias, time_bias, scale, shift, given_count, mean = given_count, rstd, number_count };
+
 // How a call is cut. The threads of a block are rows by columns, of 16 bytes each.
 struct Cut {
   GroupNormSilu a;
+  Row given[given_count];
   int cluster;        // blocks
   int groups, width;  // of a slice; width in channels
   int columns, rows;  // of a block
@@ -72,14 +76,6 @@ template <int batch, typename F> __device__ void walk_batches(const Part& p, con
   if constexpr (batch + 1 < batches) walk_batches<batch + 1>(p, step);
 }
 
-template <typename T, int count> __device__ void get_vector(const float* from, T* to) {
-#pragma unroll
-  for (int k = 0; k < count; k += 4) {
-    const float4 some = *reinterpret_cast<const float4*>(from + k);
-    to[k] = some.x, to[k + 1] = some.y, to[k + 2] = some.z, to[k + 3] = some.w;
-  }
-}
-
 template <int count> __device__ void set_vector(float* to, const float* from) {
 #pragma unroll
   for (int k = 0; k < count; k += 4)
@@ -92,10 +88,10 @@ __device__ double warp_sum(double value) {
 }
 
 // The shared memory of a block: vectors of the slice, what threads leave, numbers by channel, and by group.
-template <typename T, int held, int left, int numbers, int sums> struct Memory {
+template <int held, int left, int numbers, int sums> struct Memory {
   uint4* vectors;   // [held][positions][columns]
   float* leave;     // [left][rows][width]
-  float* number;    // [numbers][width]
+  float* number;    // [Number][width]
   double* channel;  // [sums][width], for the cluster
   double* group;    // [groups][2], for the cluster
   float* final;     // [groups][2]
@@ -116,18 +112,42 @@ template <typename T, int held, int left, int numbers, int sums> struct Memory {
   }
 };
 
-template <typename T> using Forward = Memory<T, 1, 2, 3, 0>;
-template <typename T> using Backward = Memory<T, 2, 3, 4, 3>;
+using Forward = Memory<1, 2, given_count, 0>;
+using Backward = Memory<2, 3, number_count, 3>;
+
+// The numbers of the slice's channels: each thread some, so that it waits for memory once or twice.
+template <int count> __device__ void get_numbers(const Cut& cut, const Part& p, float* to) {
+  for (int i = int(threadIdx.x); i < count * cut.width; i += threads) {
+    const int which = i / cut.width, c = i % cut.width;
+    if (which < given_count) {
+      const float value = number(cut.given[which], p.sample, p.channel + c, which == weight ? 1.0f : 0.0f);
+      to[i] = which == scale ? 1.0f + value : value;
+    } else {
+      const int64_t at = p.sample * cut.a.groups + p.group + c / (cut.width / cut.groups);
+      to[i] = which == mean ? cut.a.mean[at] : cut.a.rstd[at];
+    }
+  }
+}
+
+// weight (1 + scale) and bias (1 + scale) + shift of the channels of a column.
+template <int n> __device__ void affine_of(const float* numbers, int width, int first, float* factor, float* offset) {
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    const float* of = numbers + first + k;
+    factor[k] = of[weight * width] * of[scale * width];
+    offset[k] = muladd(of[bias * width], of[scale * width], of[shift * width]);
+  }
+}
 
 // Mean and sum of squares about it of each group over the positions of the block, from those of threads; a warp a group.
-template <typename T> __device__ void block_moments(const Cut& cut, const Part& p, const Forward<T>& m) {
+template <typename T> __device__ void block_moments(const Cut& cut, const Part& p, const Forward& m) {
   const int lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups, used = p.full ? cut.rows : p.more;
   const T* first = reinterpret_cast<const T*>(m.vectors);  // the first position: threads count from it
   for (int g = int(threadIdx.x) / 32; g < cut.groups; g += warps) {
     const auto of_entry = [&](int i, int& n, double& mean) {
       const int row = i / channels, c = g * channels + i % channels;
       n = p.full + (row < p.more);
-      mean = double(to_float(first[c])) + double(m.number[c]) + double(m.leave[row * cut.width + c]);
+      mean = double(to_float(first[c])) + double(m.number[time_bias * cut.width + c]) + double(m.leave[row * cut.width + c]);
       return m.leave[m.each + row * cut.width + c];
     };
     double total = 0, squares = 0, mean;
@@ -144,7 +164,7 @@ template <typename T> __device__ void block_moments(const Cut& cut, const Part& 
 }
 
 // Mean and 1 / standard deviation of each group, from those of the cluster's blocks.
-template <typename T> __device__ void cluster_moments(const Cut& cut, const Part& p, const Forward<T>& m) {
+__device__ void cluster_moments(const Cut& cut, const Part& p, const Forward& m) {
   const int lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups;
   const double n = lane < cut.cluster ? double(positions_of(cut, lane)) * channels : 0.0;
   const double all = double(cut.a.positions) * channels;
@@ -161,10 +181,11 @@ template <typename T> __device__ void cluster_moments(const Cut& cut, const Part
   }
 }
 
-template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2) cluster_forward(const __grid_constant__ Cut cut) {
+template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
+    cluster_forward(const __grid_constant__ Cut cut) {
   constexpr int n = wide<T>;
   FD_DYNAMIC_SHARED(uint4, memory);
-  const Forward<T> m(cut, reinterpret_cast<char*>(memory));
+  const Forward m(cut, reinterpret_cast<char*>(memory));
   const Part p = part_of(cut);
   const GroupNormSilu& a = cut.a;
   const int64_t start = start_of<T>(cut, p), down = int64_t(cut.rows) * a.channels;
@@ -175,21 +196,13 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2) c
     for (; i < end_of_batch(p, batch); ++i) copy_later(own + i * around, x + i * down);
     end_batch();
   }
-  float *time_bias = m.number, *factors = time_bias + cut.width, *offsets = factors + cut.width;
-  for (int c = int(threadIdx.x); c < cut.width; c += threads) {
-    const float s = 1.0f + number(a.scale, p.sample, p.channel + c, 0.0f);
-    time_bias[c] = number(a.time_bias, p.sample, p.channel + c, 0.0f);
-    factors[c] = number(a.weight, 0, p.channel + c, 1.0f) * s;
-    offsets[c] = muladd(number(a.bias, 0, p.channel + c, 0.0f), s, number(a.shift, p.sample, p.channel + c, 0.0f));
-  }
+  get_numbers<given_count>(cut, p, m.number);
   float first[n] = {}, sum[n] = {}, squares[n] = {};
+  wait_for_copies<batches - 1>();
+  if (p.steps > 0) numbers_of(static_cast<const T*>(nullptr), own[0], first);
   walk_batches<0>(p, [&](int i) {
     float v[n];
     numbers_of(static_cast<const T*>(nullptr), own[i * around], v);
-    if (i == 0) {
-#pragma unroll
-      for (int k = 0; k < n; ++k) first[k] = v[k];
-    }
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       const float d = v[k] - first[k];
@@ -212,7 +225,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2) c
     set_vector<n>(to + m.each, squares);
   }
   __syncthreads();
-  block_moments(cut, p, m);
+  block_moments<T>(cut, p, m);
   cluster_arrive();
   cluster_wait();
   cluster_moments(cut, p, m);
@@ -221,12 +234,11 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2) c
   float middle[n], factor[n], offset[n];
   if (p.steps > 0) {
     const int channels = cut.width / cut.groups;
-    get_vector<float, n>(factors + p.column * n, factor);
-    get_vector<float, n>(offsets + p.column * n, offset);
+    affine_of<n>(m.number, cut.width, p.column * n, factor, offset);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       const int c = p.column * n + k, g = c / channels;
-      middle[k] = m.final[2 * g] - time_bias[c];
+      middle[k] = m.final[2 * g] - m.number[time_bias * cut.width + c];
       factor[k] *= m.final[2 * g + 1];
     }
   }
@@ -246,7 +258,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2) c
 }
 
 // The means of dn and dn n of each group, over the cluster.
-template <typename T> __device__ void cluster_means(const Cut& cut, const Backward<T>& m) {
+__device__ void cluster_means(const Cut& cut, const Backward& m) {
   const int lane = int(threadIdx.x) % 32;
   const double inverse = 1.0 / (double(cut.a.positions) * (cut.width / cut.groups));
   for (int g = int(threadIdx.x) / 32; g < cut.groups; g += warps) {
@@ -258,7 +270,7 @@ template <typename T> __device__ void cluster_means(const Cut& cut, const Backwa
 }
 
 // The gradients of what has no positions, each block those of some channels.
-template <typename T> __device__ void cluster_gradients(const Cut& cut, const Part& p, const Backward<T>& m) {
+__device__ void cluster_gradients(const Cut& cut, const Part& p, const Backward& m) {
   const GroupNormSilu& a = cut.a;
   if (!cut.sums && !a.dtime_bias.address && !a.dscale.address && !a.dshift.address) return;
   const int lane = int(threadIdx.x) % 32, from = lane % cut.cluster, each = 32 / cut.cluster;
@@ -277,14 +289,15 @@ template <typename T> __device__ void cluster_gradients(const Cut& cut, const Pa
     if (c >= end || from != 0) continue;
     const int g = c / (cut.width / cut.groups);
     const int64_t channel = p.channel + c;
-    const double w = number(a.weight, 0, channel, 1.0f), b = number(a.bias, 0, channel, 0.0f);
-    const double s = 1.0f + number(a.scale, p.sample, channel, 0.0f);
+    const float* of = m.number + c;
+    const double w = of[weight * cut.width], b = of[bias * cut.width], s = of[scale * cut.width];
     if (cut.sums) {
       float* to = cut.sums + p.sample * a.channels + channel;
       to[0] = float(s * products), to[a.batch * a.channels] = float(s * ones);
     }
-    const double r = a.rstd[p.sample * a.groups + p.group + g], mean = m.final[2 * g], mean_n = m.final[2 * g + 1];
-    put(a.dtime_bias, p.sample, channel, r * (w * s * ones - double(a.positions) * mean - normals * mean_n));
+    const double of_dn = m.final[2 * g], of_dn_n = m.final[2 * g + 1];
+    const double through = w * s * ones - double(a.positions) * of_dn - normals * of_dn_n;
+    put(a.dtime_bias, p.sample, channel, double(of[rstd * cut.width]) * through);
     put(a.dscale, p.sample, channel, w * products + b * ones);
     put(a.dshift, p.sample, channel, ones);
   }
@@ -294,7 +307,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     cluster_backward(const __grid_constant__ Cut cut) {
   constexpr int n = wide<T>;
   FD_DYNAMIC_SHARED(uint4, memory);
-  const Backward<T> m(cut, reinterpret_cast<char*>(memory));
+  const Backward m(cut, reinterpret_cast<char*>(memory));
   const Part p = part_of(cut);
   const GroupNormSilu& a = cut.a;
   const int64_t start = start_of<T>(cut, p), down = int64_t(cut.rows) * a.channels;
@@ -308,22 +321,17 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     }
     end_batch();
   }
-  float *middles = m.number, *rstds = middles + cut.width, *factors = rstds + cut.width, *offsets = factors + cut.width;
-  for (int c = int(threadIdx.x); c < cut.width; c += threads) {
-    const int64_t g = p.sample * a.groups + p.group + c / channels;
-    const float s = 1.0f + number(a.scale, p.sample, p.channel + c, 0.0f);
-    middles[c] = a.mean[g] - number(a.time_bias, p.sample, p.channel + c, 0.0f);
-    rstds[c] = a.rstd[g];
-    factors[c] = number(a.weight, 0, p.channel + c, 1.0f) * s;
-    offsets[c] = muladd(number(a.bias, 0, p.channel + c, 0.0f), s, number(a.shift, p.sample, p.channel + c, 0.0f));
-  }
+  get_numbers<number_count>(cut, p, m.number);
   __syncthreads();
-  float middle[n] = {}, rstd[n] = {}, factor[n] = {}, offset[n] = {};
+  float middle[n] = {}, r[n] = {}, factor[n] = {}, offset[n] = {};
   if (p.steps > 0) {
-    get_vector<float, n>(middles + p.column * n, middle);
-    get_vector<float, n>(rstds + p.column * n, rstd);
-    get_vector<float, n>(factors + p.column * n, factor);
-    get_vector<float, n>(offsets + p.column * n, offset);
+    affine_of<n>(m.number, cut.width, p.column * n, factor, offset);
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const float* of = m.number + p.column * n + k;
+      middle[k] = of[mean * cut.width] - of[time_bias * cut.width];
+      r[k] = of[rstd * cut.width];
+    }
   }
   // n and dz of the vector of a step.
   const auto slopes = [&](int i, float* normal, float* dz) {
@@ -331,7 +339,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     numbers_of(static_cast<const T*>(nullptr), own_grad[i * around], dz);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-      normal[k] = standardized(normal[k], middle[k], rstd[k]);
+      normal[k] = standardized(normal[k], middle[k], r[k]);
       if (!silu) continue;
       const float z = muladd(normal[k], factor[k], offset[k]);
       dz[k] *= silu_slope(z, sigmoid(z), 1.0f);
@@ -359,9 +367,10 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
   }
   __syncthreads();
   for (int g = int(threadIdx.x) / 32; g < cut.groups; g += warps) {
+    const auto factor_of = [&](int c) { return double(m.number[weight * cut.width + c] * m.number[scale * cut.width + c]); };
     double sum = 0, sum_n = 0;
     for (int c = g * channels + lane; c < (g + 1) * channels; c += 32)
-      sum += m.channel[c] * factors[c], sum_n += m.channel[cut.width + c] * factors[c];
+      sum += m.channel[c] * factor_of(c), sum_n += m.channel[cut.width + c] * factor_of(c);
     sum = warp_sum(sum), sum_n = warp_sum(sum_n);
     if (lane == 0) m.group[2 * g] = sum, m.group[2 * g + 1] = sum_n;
   }
@@ -371,12 +380,12 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
   __syncthreads();
   cluster_gradients(cut, p, m);
   cluster_arrive();  // this block reads no other's memory any more
-  float mean[n] = {}, mean_n[n] = {};
+  float of_dn[n] = {}, of_dn_n[n] = {};
   if (p.steps > 0) {
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       const int g = (p.column * n + k) / channels;
-      mean[k] = m.final[2 * g], mean_n[k] = m.final[2 * g + 1];
+      of_dn[k] = m.final[2 * g], of_dn_n[k] = m.final[2 * g + 1];
     }
   }
   T* dx = static_cast<T*>(a.dx) + start;
@@ -384,7 +393,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     float normal[n], dz[n];
     slopes(i, normal, dz);
 #pragma unroll
-    for (int k = 0; k < n; ++k) dz[k] = gradient(dz[k], normal[k], rstd[k], factor[k], mean[k], mean_n[k]);
+    for (int k = 0; k < n; ++k) dz[k] = gradient(dz[k], normal[k], r[k], factor[k], of_dn[k], of_dn_n[k]);
     *reinterpret_cast<uint4*>(dx + i * down) = word_of<T>(dz);
   }
   cluster_wait();  // others may read this block's until here
@@ -396,15 +405,15 @@ __global__ void __launch_bounds__(threads) add_channels(const __grid_constant__ 
   const GroupNormSilu& a = cut.a;
   const int lane = int(threadIdx.x) % 32, part = int(threadIdx.x) / 32;
   const int64_t c = int64_t(blockIdx.x) * 32 + lane;
-  double weight = 0, bias = 0;
+  double to_weight = 0, to_bias = 0;
   if (c < a.channels) {
 #pragma unroll 4
     for (int64_t s = part; s < a.batch; s += shared_samples) {
-      weight += double(cut.sums[s * a.channels + c]);
-      bias += double(cut.sums[(a.batch + s) * a.channels + c]);
+      to_weight += double(cut.sums[s * a.channels + c]);
+      to_bias += double(cut.sums[(a.batch + s) * a.channels + c]);
     }
   }
-  sums[0][part][lane] = weight, sums[1][part][lane] = bias;
+  sums[0][part][lane] = to_weight, sums[1][part][lane] = to_bias;
   __syncthreads();
   if (part > 1 || c >= a.channels) return;
   double total = 0;
@@ -414,6 +423,8 @@ __global__ void __launch_bounds__(threads) add_channels(const __grid_constant__ 
 
 Cut cut_of(const GroupNormSilu& a, const GroupNormCut& how, float* sums) {
   Cut cut = {};
+  const Row given[given_count] = {a.weight, a.bias, a.time_bias, a.scale, a.shift};
+  for (int i = 0; i < given_count; ++i) cut.given[i] = given[i];
   cut.a = a, cut.sums = sums, cut.cluster = how.cluster, cut.groups = how.groups;
   cut.width = int(a.channels / a.groups) * how.groups;
   cut.columns = int(cut.width * bytes_of(a.dtype) / 16);
@@ -424,7 +435,7 @@ Cut cut_of(const GroupNormSilu& a, const GroupNormCut& how, float* sums) {
 
 // Calls use(kernel, shared bytes) with the kernel of the call.
 template <typename T, typename Use> auto with_kernel(const Cut& cut, bool backward, const Use& use) {
-  const size_t bytes = size_t(backward ? Backward<T>::bytes(cut) : Forward<T>::bytes(cut));
+  const size_t bytes = size_t(backward ? Backward::bytes(cut) : Forward::bytes(cut));
   if (backward) return cut.a.silu ? use(&cluster_backward<T, true>, bytes) : use(&cluster_backward<T, false>, bytes);
   return cut.a.silu ? use(&cluster_forward<T, true>, bytes) : use(&cluster_forward<T, false>, bytes);
 }

@@ -207,8 +207,11 @@ bool run_cluster(std::mt19937_64& random, size_t first, size_t ranks) {
   for (const Fiber& f : fibers) {
     if (f.state == done) continue;
     thread = f.index, block = f.block;
-    const char* barrier = f.state == at_block ? "__syncthreads" : f.state == at_warp ? "a warp's meeting" : "the cluster's barrier";
-    error = place() + " waits at " + barrier + " in line " + std::to_string(f.line) + ", where not all that it waits for arrive";
+    const char* barrier = f.state == at_block  ? "__syncthreads"
+                          : f.state == at_warp ? "a warp's meeting"
+                                               : "the cluster's barrier";
+    error =
+        place() + " waits at " + barrier + " in line " + std::to_string(f.line) + ", where not all that it waits for arrive";
     return false;
   }
   return true;

@@ -5,7 +5,8 @@
 // __syncwarp, where the lanes of the mask meet. Blocks and threads take turns in an order that changes with every launch.
 // A barrier that not all threads reach, and whatever memory.cpp finds, end the launch with an error that names kernel,
 // block, thread and line. The blocks of a cluster run together, each as far as it comes by itself; what a thread does between
-// its arrival at their barrier and its wait counts as done before. Shared memory is also poisoned, differently each time, as not every access is announced.
+// its arrival at their barrier and its wait counts as done before. Shared memory is also poisoned, differently each time, as
+// not every access is announced.
 #pragma once
 #include <ucontext.h>
 
@@ -137,9 +138,7 @@ namespace fd {
 template <typename T> const T* of_block(const T* here, unsigned rank) {
   return static_cast<const T*>(fd_emulation::dynamic_of(here, rank));
 }
-inline void copy_later(void* shared, const void* global) {
-  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
-}
+inline void copy_later(void* shared, const void* global) { *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global); }
 inline void end_batch() {}
 template <int n> void wait_for_copies() {}
 template <typename K> int allow_clusters(K, unsigned cluster, unsigned, size_t) { return cluster <= 16; }
@@ -152,7 +151,7 @@ template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*)
 // Each thread has a copy of the arguments, which nobody writes: the copying is not announced.
 #define FD_LAUNCH(kernel, grid, block, shared, stream, ...) \
   fd_emulation::launch(#kernel, grid, block, shared, [=]() __attribute__((no_sanitize("thread"))) { kernel(__VA_ARGS__); })
-#define FD_LAUNCH_CLUSTER(kernel, cluster, grid, block, shared, stream, ...)                                       \
-  fd_emulation::launch(                                                                                            \
+#define FD_LAUNCH_CLUSTER(kernel, cluster, grid, block, shared, stream, ...) \
+  fd_emulation::launch(                                                      \
       #kernel, grid, block, shared, [=]() __attribute__((no_sanitize("thread"))) { kernel(__VA_ARGS__); }, cluster)
 #define FD_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(fd_emulation::dynamic_shared())

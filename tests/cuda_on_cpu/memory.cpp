@@ -52,7 +52,7 @@ uintptr_t shared_begin, shared_end;  // static shared memory: the thread-local m
 alignas(16) char dynamic_memory[most_in_cluster * most_dynamic];
 size_t dynamic_bytes;
 bool ended[most_in_cluster];
-unsigned blocks;  // of a cluster
+unsigned blocks;                     // of a cluster
 thread_local volatile char touched;  // without a use, the library's thread-local memory would not be there yet
 
 Byte& byte_at(uintptr_t address) {

@@ -15,7 +15,7 @@ struct Runner {
   const char *stack_begin, *stack_end;
 };
 
-constexpr int most_in_cluster = 16;          // blocks
+constexpr int most_in_cluster = 16;         // blocks
 constexpr size_t most_dynamic = 227 << 10;  // bytes of shared memory that a launch may ask for
 
 extern const Runner* runner;  // null while no thread of a kernel runs
