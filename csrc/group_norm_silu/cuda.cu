@@ -192,8 +192,9 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
   const int around = cut.rows * cut.columns;
   const T* x = static_cast<const T*>(a.x) + start;
   uint4* own = m.vectors + threadIdx.x;
+  uint4* to = own;
   for (int batch = 0, i = 0; batch < batches; ++batch) {
-    for (; i < end_of_batch(p, batch); ++i) copy_later(own + i * around, x + i * down);
+    for (; i < end_of_batch(p, batch); ++i, x += down, to += around) copy_later(to, x);
     end_batch();
   }
   get_numbers<given_count>(cut, p, m.number);
@@ -220,9 +221,9 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
       sum[k] = (first[k] - v[k]) + mean;
       squares[k] = about < 0.0f ? 0.0f : about;
     }
-    float* to = m.leave + p.row * cut.width + p.column * n;
-    set_vector<n>(to, sum);
-    set_vector<n>(to + m.each, squares);
+    float* left = m.leave + p.row * cut.width + p.column * n;
+    set_vector<n>(left, sum);
+    set_vector<n>(left + m.each, squares);
   }
   __syncthreads();
   block_moments<T>(cut, p, m);
@@ -252,7 +253,8 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
       const float z = muladd(v[k] - middle[k], factor[k], offset[k]);
       v[k] = silu ? z * sigmoid(z) : z;
     }
-    *reinterpret_cast<uint4*>(y + i * down) = word_of<T>(v);
+    *reinterpret_cast<uint4*>(y) = word_of<T>(v);
+    y += down;
   }
   cluster_wait();  // others may read this block's until here
 }
@@ -314,10 +316,11 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
   const int around = cut.rows * cut.columns, lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups;
   const T *x = static_cast<const T*>(a.x) + start, *grad = static_cast<const T*>(a.grad) + start;
   uint4 *own = m.vectors + threadIdx.x, *own_grad = own + cut.positions * cut.columns;
+  uint4 *to = own, *to_grad = own_grad;
   for (int batch = 0, i = 0; batch < batches; ++batch) {
-    for (; i < end_of_batch(p, batch); ++i) {
-      copy_later(own + i * around, x + i * down);
-      copy_later(own_grad + i * around, grad + i * down);
+    for (; i < end_of_batch(p, batch); ++i, x += down, grad += down, to += around, to_grad += around) {
+      copy_later(to, x);
+      copy_later(to_grad, grad);
     }
     end_batch();
   }
@@ -353,10 +356,10 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     for (int k = 0; k < n; ++k) ones[k] += dz[k], products[k] = muladd(dz[k], normal[k], products[k]), normals[k] += normal[k];
   });
   if (p.row < cut.rows) {
-    float* to = m.leave + p.row * cut.width + p.column * n;
-    set_vector<n>(to, ones);
-    set_vector<n>(to + m.each, products);
-    set_vector<n>(to + 2 * m.each, normals);
+    float* left = m.leave + p.row * cut.width + p.column * n;
+    set_vector<n>(left, ones);
+    set_vector<n>(left + m.each, products);
+    set_vector<n>(left + 2 * m.each, normals);
   }
   __syncthreads();
   for (int i = int(threadIdx.x); i < 3 * cut.width; i += threads) {
@@ -394,7 +397,8 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     slopes(i, normal, dz);
 #pragma unroll
     for (int k = 0; k < n; ++k) dz[k] = gradient(dz[k], normal[k], r[k], factor[k], of_dn[k], of_dn_n[k]);
-    *reinterpret_cast<uint4*>(dx + i * down) = word_of<T>(dz);
+    *reinterpret_cast<uint4*>(dx) = word_of<T>(dz);
+    dx += down;
   }
   cluster_wait();  // others may read this block's until here
 }

@@ -17,7 +17,9 @@ from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
 
 SHARED = 227 << 10  # bytes that a block can have
-PAIRED = SHARED // 2 - 1024  # and those with which two blocks share a multiprocessor: one computes while the other waits
+PAIRED = (
+    SHARED // 2 - 1024
+)  # and those with which two blocks share a multiprocessor: one computes while the other waits
 SECTOR = 32  # bytes that memory moves at once
 NARROW = 128  # bytes of a position that a slice should have at least
 BLOCKS = 264  # for every multiprocessor of an H100 two
