@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -116,12 +117,17 @@ class Kernel:
 def later(module: str, name: str) -> Callable[..., Any]:
     """A function of a module that is imported when it is first called: Triton's import takes seconds."""
 
+    loaded: ModuleType | None = None
+
     def call(*args: Any) -> Any:
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except Exception as error:  # of a Triton that lacks what the module uses, say
-            raise ImportError(f"{module} does not load: {error}") from error
-        return function(*args)
+        nonlocal loaded
+        if loaded is None:
+            try:
+                loaded = importlib.import_module(module)
+                getattr(loaded, name)
+            except Exception as error:  # of a Triton that lacks what the module uses, say
+                raise ImportError(f"{module} does not load: {error}") from error
+        return getattr(loaded, name)(*args)
 
     return call
 

@@ -41,6 +41,17 @@ def target(major: int) -> Iterator[None]:
 #: An option of every launch, as Triton's default changes: multiply-adds are contracted where nothing needs exact bits.
 FUSED = {"enable_fp_fusion": True}
 
+
+def cdiv(n: int, by: int) -> int:
+    """n / by, rounded up. Triton's own is for kernels too, and takes a hundred times as long on the host."""
+    return -(-n // by)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two from n > 0 on."""
+    return 1 << (n - 1).bit_length()
+
+
 Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel, grid, arguments, options
 
 

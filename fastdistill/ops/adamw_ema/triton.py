@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, Launch, launch_all
+from fastdistill.ops._triton import FUSED, Launch, cdiv, launch_all
 from fastdistill.ops.adamw_ema import cpp, cuda, table
 from fastdistill.ops.adamw_ema.table import CHUNK, Table
 
@@ -295,7 +295,7 @@ def adamw_ema(
             words, len(rows), square_sum, *scalars, skipped, max_norm, constants, number == 0, *given, kind[3],
             ema_warmup, ROWS, CONSTANTS,
         )  # fmt: skip
-        launches.append((_adamw_ema_prepare, (triton.cdiv(len(rows), ROWS),), args, {"num_warps": 4, **FUSED}))
+        launches.append((_adamw_ema_prepare, (cdiv(len(rows), ROWS),), args, {"num_warps": 4, **FUSED}))
         if count := table.chunks(rows):
             args = words, owners, constants, *kind, zero_grads, CHUNK, UPDATED, CONSTANTS
             launches.append((_adamw_ema_update, (count,), args, {"num_warps": WARPS, **FUSED}))

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, Launch, launch_all
+from fastdistill.ops._triton import FUSED, Launch, cdiv, launch_all
 from fastdistill.ops.feature_match import reference
 
 STEP = 2048  # elements that a program holds at once
@@ -234,7 +234,7 @@ def _cut(sizes: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, int]:
     """Elements of a chunk, and how many chunks there are."""
     elements = sum(n * rows for n, rows in zip(sizes, samples, strict=True))
     chunk = 16 * STEP if elements > CHUNKS * STEP and max(sizes) >= 16 * STEP else STEP
-    return chunk, sum(rows * triton.cdiv(n, chunk) for n, rows in zip(sizes, samples, strict=True))
+    return chunk, sum(rows * cdiv(n, chunk) for n, rows in zip(sizes, samples, strict=True))
 
 
 def feature_match(
@@ -302,7 +302,7 @@ def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
     for first, last in _groups(grads, grads):
         g = tuple(grads[first:last])
         sizes = tuple(x.numel() for x in g)
-        if chunks := sum(triton.cdiv(n, STEP) for n in sizes):
+        if chunks := sum(cdiv(n, STEP) for n in sizes):
             aligned = all(x.data_ptr() % 16 == 0 for x in g)
             args = g, sizes, (1,) * len(g), factor, len(g), aligned, STEP
             launches.append((_feature_match_scale, (chunks,), args, {"num_warps": WARPS, **FUSED}))

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, norm_over_samples
+from fastdistill.ops._triton import FUSED, cdiv, norm_over_samples
 
 BLOCK, WARPS = 512, 2  # of five pairs the fastest for rows of 1280 on an H200
 MOST_ROWS, PROGRAMS = 128, 4096  # of a program that sums; how many of them there are at least, as far as rows go
@@ -97,7 +97,7 @@ def _geglu_backward_summed(
 
 def _grid(x: Tensor) -> tuple[tuple[int], int]:
     width = x.shape[-1] // 2
-    return (x.numel() // (2 * width) * triton.cdiv(width, BLOCK),), width
+    return (x.numel() // (2 * width) * cdiv(width, BLOCK),), width
 
 
 def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
@@ -112,13 +112,13 @@ def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor, dbias: Seque
     if not dbias:
         _geglu_backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
         return
-    rows, blocks, (total,) = x.numel() // (2 * width), triton.cdiv(width, BLOCK), dbias
+    rows, blocks, (total,) = x.numel() // (2 * width), cdiv(width, BLOCK), dbias
     each = min(1 << max(rows * blocks // PROGRAMS, 1).bit_length() - 1, MOST_ROWS)
-    chunks = triton.cdiv(rows, each)
+    chunks = cdiv(rows, each)
     partials = torch.empty((2, chunks, width), dtype=torch.float32, device=x.device)
     _geglu_backward_summed[(chunks * blocks,)](
         grad, x, dx, partials, rows, width, chunks, each, tanh, BLOCK, num_warps=WARPS, **FUSED
     )
-    norm_over_samples[(triton.cdiv(width, 16),)](
+    norm_over_samples[(cdiv(width, 16),)](
         partials, total, total[width:], width, chunks, True, True, 128, 16, num_warps=4, **FUSED
     )

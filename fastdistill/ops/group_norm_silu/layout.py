@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,6 +11,8 @@ def channels_last(x: Tensor) -> bool | None:
     """Whether neighboring channels are side by side in memory; None where the layout is neither of the two."""
     if x.is_contiguous():
         return False
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # without making a view
+        return True
     return True if x.movedim(1, -1).is_contiguous() else None
 
 

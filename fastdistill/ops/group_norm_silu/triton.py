@@ -12,6 +12,7 @@ Limits    64-bit offsets; 2^14 channels a group; a gradient for weight or bias t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, norm_over_samples, optional, terms
+from fastdistill.ops._triton import FUSED, cdiv, norm_over_samples, optional, power_of_2, terms
 from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
 from fastdistill.ops.group_norm_silu.triton_tiles import affine, output, slopes, tile, whole_group
@@ -227,27 +228,35 @@ def _group_norm_whole_backward(
 class _Shape:
     """How x is cut: channels and positions of a tile or of a whole group."""
 
-    def __init__(self, x: Tensor, groups: int, whole: int) -> None:
-        self.batch, self.channels = x.shape[:2]
-        self.positions = x.numel() // (self.batch * self.channels)
-        self.groups, self.last = groups, bool(channels_last(x))
-        power = triton.next_power_of_2
+    def __init__(
+        self, batch: int, channels: int, positions: int, groups: int, last: bool, whole: int, tile: int, sums: int
+    ) -> None:
+        self.batch, self.channels, self.positions, self.groups, self.last = batch, channels, positions, groups, last
+        power = power_of_2
         self.group = power(self.channels // groups)
         self.whole = self.group * power(self.positions) <= whole
         if self.whole:
             self.bc, self.bp = self.group, power(self.positions)
         elif self.last:
             self.bc = min(power(self.channels), 64)
-            self.bp = min(power(self.positions), TILE // self.bc)
+            self.bp = min(power(self.positions), tile // self.bc)
         else:
             self.bp = min(power(self.positions), 1024)
-            self.bc = min(power(self.channels), TILE // self.bp) if self.positions < 1 << 27 else 1
+            self.bc = min(power(self.channels), tile // self.bp) if self.positions < 1 << 27 else 1
         # Whether a thread may hold one position of a channel: 256 are side by side, or as many rows of 8 channels.
         self.alone = self.bc * self.bp <= 2048 if self.last else self.bp <= 256
-        self.chunks = triton.cdiv(self.positions, self.bp)
-        self.lanes = min(power(self.chunks), max(SUMS // self.group, 1))
-        self.tiles = (self.batch * triton.cdiv(self.channels, self.bc) * self.chunks,)
+        self.chunks = cdiv(self.positions, self.bp)
+        self.lanes = min(power(self.chunks), max(sums // self.group, 1))
+        self.tiles = (self.batch * cdiv(self.channels, self.bc) * self.chunks,)
         self.merges = (self.batch * groups,)
+
+
+_shape = functools.lru_cache(1024)(_Shape)
+
+
+def _shape_of(x: Tensor, groups: int, whole: int) -> _Shape:
+    batch, channels = x.shape[:2]
+    return _shape(batch, channels, x.numel() // (batch * channels), groups, bool(channels_last(x)), whole, TILE, SUMS)
 
 
 def _given(x: Tensor, *given: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, int, int], int]:
@@ -272,7 +281,7 @@ def group_norm_silu(
     rstd: Tensor,
 ) -> None:
     """One launch where a group fits into a program, else three; arguments as the reference's."""
-    cut = _Shape(x, groups, WHOLE)
+    cut = _shape_of(x, groups, WHOLE)
     tensors, strides, given = _given(x, weight, bias, time_bias, scale, shift)
     size = cut.channels, cut.positions
     if cut.whole:
@@ -312,7 +321,7 @@ def group_norm_silu_backward(
     small: Sequence[Tensor],
 ) -> None:
     """One launch where a group fits into a program, else three, and one for weight and bias."""
-    cut = _Shape(x, groups, WHOLE // 2)
+    cut = _shape_of(x, groups, WHOLE // 2)
     tensors, strides, given = _given(x, weight, bias, time_bias, scale, shift)
     weights, biases = wanted & 1, wanted & 2
     outs, _, _ = _given(x, *spread(wanted, small))
@@ -339,6 +348,6 @@ def group_norm_silu_backward(
             x, grad, dx, means, *common, *size, groups, cut.chunks, *kind, num_warps=WARPS, **FUSED
         )
     if wanted & 1:
-        norm_over_samples[(triton.cdiv(cut.channels, 64),)](
+        norm_over_samples[(cdiv(cut.channels, 64),)](
             shared, outs[0], outs[1], cut.channels, cut.batch, weights, biases, 16, 64, num_warps=4, **FUSED
         )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, norm_over_samples, optional, terms
+from fastdistill.ops._triton import FUSED, cdiv, norm_over_samples, optional, power_of_2, terms
 from fastdistill.ops.layer_norm_modulate.reference import spread
 
 ROWS, FEW = 32, 8  # rows of a chunk; where there would be fewer than PROGRAMS chunks, chunks are shorter
@@ -142,7 +142,7 @@ def _given(x: Tensor, *given: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[
 def _cut(x: Tensor) -> tuple[int, int, int, int]:
     """Batch, rows of a sample, channels, and the power of two that holds them."""
     batch, width = x.shape[0], x.shape[-1]
-    return batch, x.numel() // (batch * width), width, triton.next_power_of_2(width)
+    return batch, x.numel() // (batch * width), width, power_of_2(width)
 
 
 def _warps(block: int, backward: bool) -> int:
@@ -193,8 +193,8 @@ def layer_norm_modulate_backward(
     batch, rows, width, block = _cut(s)
     tensors, strides, given = _given(s, gate, scale, None, weight, bias)
     outs, _, _ = _given(s, *spread(wanted, small))
-    length = ROWS if batch * triton.cdiv(rows, ROWS) >= PROGRAMS else FEW
-    chunks = triton.cdiv(rows, length)
+    length = ROWS if batch * cdiv(rows, ROWS) >= PROGRAMS else FEW
+    chunks = cdiv(rows, length)
     partials = torch.empty((batch, chunks, 3, width), dtype=torch.float32, device=s.device)
     residual, more = h is not None, grad_s is not None
     _layer_norm_backward[(batch * chunks,)](
@@ -206,10 +206,10 @@ def layer_norm_modulate_backward(
     weights, biases = wanted & 8, wanted & 16
     wanted |= wanted >> 1 & 8  # from here on the bit of weight stands for bias too
     shared = torch.empty((2, batch, width), dtype=torch.float32, device=s.device) if wanted & 8 else partials
-    _layer_norm_merge[(batch * triton.cdiv(width, 64),)](
+    _layer_norm_merge[(batch * cdiv(width, 64),)](
         partials, tensors, strides, shared, outs[:3], width, chunks, batch, given, wanted, 8, 64, num_warps=4, **FUSED
     )
     if wanted & 8:
-        norm_over_samples[(triton.cdiv(width, 64),)](
+        norm_over_samples[(cdiv(width, 64),)](
             shared, outs[3], outs[4], width, batch, weights, biases, 16, 64, num_warps=4, **FUSED
         )

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import CHOICE, below, normals, permute, philox_words
+from fastdistill.ops._triton import CHOICE, below, cdiv, normals, permute, philox_words, power_of_2
 
 ELEMENTS = 2048
 COPIED = 4096  # elements of a prompt that a program holds at once, at most
@@ -126,9 +126,9 @@ def noise_gather(
         return
     banks, outputs = tuple(map(_words, prompts)), tuple(map(_words, prompt))
     row, prompt_row = latents.numel() // rows, tuple(bank.numel() // texts for bank in banks)
-    chunks = max(triton.cdiv(row, ELEMENTS), triton.cdiv(max(prompt_row), 4 * COPIED), 1)
-    share = tuple(16 * triton.cdiv(n, 16 * chunks) for n in prompt_row)
-    copied = tuple(min(COPIED, triton.next_power_of_2(max(n, 1))) for n in share)
+    chunks = max(cdiv(row, ELEMENTS), cdiv(max(prompt_row), 4 * COPIED), 1)
+    share = tuple(16 * cdiv(n, 16 * chunks) for n in prompt_row)
+    copied = tuple(min(COPIED, power_of_2(max(n, 1))) for n in share)
     half = max(1, (((latent_rows or rows) - 1).bit_length() + 1) // 2)
     wants_target = target.numel() > 0
     _noise_gather[(batch * chunks,)](

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, normals
+from fastdistill.ops._triton import FUSED, cdiv, normals
 from fastdistill.ops.noise_gather.reference import RANDOM
 
 CHUNK = 1024
@@ -172,7 +172,7 @@ def output_match(
     batch = student.size(0)
     student_row = student.numel() // max(batch, 1)
     n = student_row // max(student.size(1), 1) * channels
-    chunks = max(triton.cdiv(n, CHUNK), 1)
+    chunks = max(cdiv(n, CHUNK), 1)
     has_task, own = counter.numel() > 0, weights.numel() > 0
     partials = torch.empty(max(2 * batch * chunks, 1), dtype=torch.float32, device=loss.device)
     if batch:
