@@ -111,9 +111,15 @@ def gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool], zero: boo
     return [None if t is None or not of else make(t, memory_format=torch.contiguous_format) for t, of in pairs]
 
 
+def on_cpu(kind: Kind | None) -> bool:
+    """Whether a call is of a known kind of a CPU, where constants of earlier calls serve and reading a number waits for
+    nobody. A GPU's constants would belong to a graph that captures the first call."""
+    return kind is not None and kind.on_cpu
+
+
 def one(kind: Kind | None, device: torch.device) -> Tensor:
     """The loss scale of who has none."""
-    return torch.ones((), dtype=torch.float32, device=device) if kind is None else _one()
+    return _one() if on_cpu(kind) else torch.ones((), dtype=torch.float32, device=device)
 
 
 @functools.cache
@@ -163,6 +169,6 @@ def hand_on(op: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     grads: list[Tensor] = ctx.grads
     ctx.grads = None
     kind = kind_of(ctx, grad_loss)
-    if kind is None or factor.item() != 1.0:  # on a CPU, where nobody waits for a number
+    if not on_cpu(kind) or factor.item() != 1.0:  # on a CPU, where nobody waits for a number
         OPS["scale_gradients"](kind, grads, factor)
     return grads

@@ -144,20 +144,24 @@ def _gpu_of(args: Sequence[Any]) -> int | None:
 
 
 class Kind:
-    """Calls on plain CPU tensors of the same shapes and dtypes: the kernel that takes the first takes all of them, as
-    the functions beside the ops bring every layout to one that kernels walk."""
+    """Calls on plain tensors of the same shapes and dtypes, all on CPUs or all on GPUs. On a CPU the kernel that takes
+    the first takes all of them, as the functions beside the ops bring every layout to one that kernels walk; on a GPU
+    each call asks them."""
 
-    __slots__ = ("found",)
+    __slots__ = ("found", "on_cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, on_cpu: bool = True) -> None:
+        self.on_cpu = on_cpu
         # By op, and by the kernel that is forced where one is: the kernels to choose from, and the one chosen.
         self.found: dict[str | tuple[str, str], tuple[Sequence[Kernel], Kernel]] = {}
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> Kind | None:
         """None where kernels are only to be reached through the dispatcher."""
-        plain = all(t is None or (type(t) in (Tensor, Parameter) and t.device.type == "cpu") for t in tensors)
-        return cls() if plain else None
+        given = [t for t in tensors if t is not None]
+        devices = {t.device.type for t in given}
+        plain = devices <= {"cpu"} or devices == {"cuda"}
+        return cls(devices != {"cuda"}) if plain and all(type(t) in (Tensor, Parameter) for t in given) else None
 
 
 @dataclass
@@ -173,9 +177,13 @@ class Op:
     overload: Callable[..., Any] = _never  # fastdistill::<name>
 
     def __call__(self, kind: Kind | None, *args: Any) -> None:
-        """Straight on the kernel that took the first call of this kind; None: through torch's dispatcher."""
+        """Straight on a kernel, on a CPU the one that took the first call of this kind; None: through torch's
+        dispatcher."""
         if kind is None:
             self.overload(*args)
+            return
+        if not kind.on_cpu:
+            self.run_on_gpu(*args)
             return
         if (asked := _forced.get("")) is not None:  # None spares the call
             asked = forced()

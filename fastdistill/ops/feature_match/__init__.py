@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError, described
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, hand_on, keep, one, wanted, with_its_kernel
+from fastdistill.ops._backward import apply, hand_on, keep, on_cpu, one, wanted, with_its_kernel
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.feature_match import cpp, cuda, reference
 from fastdistill.ops.feature_match.reference import DISTANCES
@@ -121,7 +121,7 @@ def feature_match(
     device = student[0].device
     if weights is None:
         count = len(student)
-        factors = torch.ones(count, dtype=torch.float32, device=device) if kind is None else _ones(count)
+        factors = _ones(count) if on_cpu(kind) else torch.ones(count, dtype=torch.float32, device=device)
     elif factors is None:
         listed, rule = isinstance(weights, Iterable), f"a list of {len(student)} floats, one a tap"
         _check.require(listed, "weights", rule, repr(weights))

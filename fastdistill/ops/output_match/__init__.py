@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, hand_on, keep, one, wanted, with_its_kernel
+from fastdistill.ops._backward import apply, hand_on, keep, on_cpu, one, wanted, with_its_kernel
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.noise_gather import Draw
 from fastdistill.ops.output_match import cpp, cuda, reference
@@ -134,7 +134,7 @@ def output_match(
         table=table, guidance=guidance, weights=weights, x_t=x_t, task=own, grad_scale=grad_scale, grad=grad,
         output_weight=output_weight, task_weight=task_weight, delta=delta,
     )  # fmt: skip
-    floats, ints = _nothing() if kind is not None else (table.new_empty(0), timestep.new_empty(0))
+    floats, ints = _nothing() if on_cpu(kind) else (table.new_empty(0), timestep.new_empty(0))
     given = (teacher, unconditional, timestep, table, guidance, weights, x_t)
     arguments = (
         *[floats if t is None else t.contiguous() for t in given],
