@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "adamw_ema/math.h"
+#include "cross_attention/math.h"
 #include "feature_match/math.h"
 #include "geglu/math.h"
 #include "group_norm_silu/math.h"

@@ -40,11 +40,15 @@ struct alignas(16) float4 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 
 typedef void* cudaStream_t;
 typedef int cudaError_t;
 constexpr cudaError_t cudaSuccess = 0;
 struct cudaFuncAttributes {};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace fd_emulation {
 
@@ -147,6 +151,7 @@ template <typename K> int allow_clusters(K, unsigned cluster, unsigned, size_t) 
 inline cudaError_t cudaGetLastError() { return 1; }
 inline const char* cudaGetErrorString(cudaError_t) { return fd_emulation::take_error(); }
 template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) { return cudaSuccess; }
+template <typename F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 // Each thread has a copy of the arguments, which nobody writes: the copying is not announced.
 #define FD_LAUNCH(kernel, grid, block, shared, stream, ...) \
@@ -155,3 +160,4 @@ template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*)
   fd_emulation::launch(                                                      \
       #kernel, grid, block, shared, [=]() __attribute__((no_sanitize("thread"))) { kernel(__VA_ARGS__); }, cluster)
 #define FD_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(fd_emulation::dynamic_shared())
+#define FD_HOPPER "hopper.h"

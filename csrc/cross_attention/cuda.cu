@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradients of cross_attention on Hopper, with all keys of a sample on chip.
+//
+// Grid      a block of two warpgroups a head a chunk of queries a sample, heads fastest, as they share cache lines; tiles of
+//           128 queries, 64 a warpgroup. Scores and their softmax are made again in registers, queries as rows, so that a
+//           row's sums are shuffles of four lanes. P and dS meet in shared memory: the first warpgroup adds up dV, the second
+//           dK, each of all 128 queries, in registers to the end of the chunk. dQ takes dS from registers. The sum over
+//           chunks: a thread for four elements of a row
+// Traffic   q and grad_out read, grad_q written, once each, 16 bytes at a time; K and V once a chunk; gradients of K and V: an
+//           fp32 partial sum a chunk, written and read once (none where one chunk is all). The next tile comes while one is
+//           worked on; where shared memory is full, into the cache
+// Precision scores, softmax and sums in fp32; P and dS rounded to the dtype for the products
+// Limits    sm_90a; bf16 and fp16; head dims and keys of ``shapes`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
+//           offsets; chunks depend on the shape alone and are added in order, over samples too: the same bits every run
+#include "cross_attention/math.h"
+
+#include "hopper.cuh"
+
+namespace fd {
+namespace {
+
+using namespace FD_ISA;
+
+constexpr int queries = 128, warps = 8, core = 128;  // of a tile; of a block; bytes of 8 rows of 8 elements
+
+constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
+
+// Sizes in bytes and elements; shared memory is P, dS, tiles of Q and dO, K, V, dQ on its way out, the keys' bias.
+template <int D, int KEYS> struct Sizes {
+  static constexpr int depth = up(D, 16), keys = up(KEYS, 16);                  // as sums of products take them
+  static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;         // dims are rows of dV and dK, else keys
+  static constexpr int rows = by_dims ? D : KEYS, columns = by_dims ? KEYS : D;  // of dV and dK in registers
+  static constexpr int pieces = up(rows, 64) / 64;
+  static constexpr int weights = queries * KEYS * 2, tile = queries * depth * 2, bank = keys * depth * 2;
+  static constexpr int out_columns = D > 128 ? D / 2 : D;  // of dQ at once
+  static constexpr int out_row = (out_columns / 8 | 1) * 16, out = queries * out_row;  // rows in different banks
+  static constexpr int fixed = 2 * weights + 2 * bank + out + 4 * KEYS;
+  static constexpr int stages = fixed + 4 * tile <= 231000 ? 2 : 1;
+  static constexpr int tiles_at = 2 * weights, banks_at = tiles_at + 2 * stages * tile, out_at = banks_at + 2 * bank;
+  static constexpr int bias_at = out_at + out, shared = bias_at + 4 * KEYS;
+  static_assert(shared <= 232448 && (by_dims ? up(D, 64) - depth : up(KEYS, 64) - KEYS) * queries * 2 <= 2 * bank, "");
+};
+
+// A matrix of ``rows`` in cores: those of 8 columns after those of the 8 before. Its bytes at (row, column), and as an operand
+// that sums over its columns, or over its rows.
+template <int rows> struct Cores {
+  unsigned char* at;
+  __device__ unsigned char* of(int row, int column) const {
+    return at + (column / 8 * (rows / 8) + row / 8) * core + row % 8 * 16;
+  }
+  __device__ hopper::Operand over_columns(int row) const { return {of(row, 0), rows * 16, core}; }
+  __device__ hopper::Operand over_rows(int column) const { return {of(0, column), core, rows * 16}; }
+  static constexpr int next_columns = 2 * rows * 16, next_rows = 2 * core;  // of 16
+};
+
+// Rows of ``dims`` elements from memory into cores, zeros past ``end``: eight rows of a warp at a time, 64 bytes of each.
+template <int dims, int rows>
+__device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, int64_t end) {
+  const int lane = threadIdx.x % 32, first = 8 * (threadIdx.x / 32) + lane % 8;
+  FD_UNROLL
+  for (int eight = 0; eight < rows; eight += 8 * warps) {
+    const int row = first + eight;
+    if (rows % (8 * warps) && row >= rows) break;
+    const bool inside = row < end;
+    const unsigned char* const source = from + (inside ? row : 0) * step + lane / 8 * 16;
+    unsigned char* const place = to.of(row, lane / 8 * 8);
+    FD_UNROLL
+    for (int part = 0; part < dims / 8; part += 4)
+      if (part + lane / 8 < dims / 8) hopper::copy_16(place + part * rows * 16, source + part * 16, inside ? 16 : 0);
+  }
+}
+
+// Columns of cores that no load fills.
+template <int dims, int depth, int rows> __device__ void clear(Cores<rows> to) {
+  if constexpr (dims < depth)
+    for (int row = threadIdx.x; row < rows; row += threads_per_block) *reinterpret_cast<uint4*>(to.of(row, dims)) = uint4{};
+}
+
+__device__ const unsigned char* head_of(const Heads& x, int64_t b, int64_t h) {
+  return static_cast<const unsigned char*>(x.at) + 2 * (b * x.batch + h * x.head);
+}
+
+__device__ float over_row(float x, bool sum) {
+  FD_UNROLL
+  for (int bits = 1; bits < 4; bits *= 2) {
+    const float other = __shfl_xor_sync(0xFFFFFFFFu, x, bits);
+    x = sum ? x + other : fmaxf(x, other);
+  }
+  return x;
+}
+
+// Into ``s`` come the weights, unscaled; returns what scales them, of both of a thread's rows.
+template <int n> __device__ void softmax(float (&s)[n], const float* bias, float scale, float (&share)[2]) {
+  float top[2] = {minus_infinity(), minus_infinity()}, total[2] = {};
+  FD_UNROLL
+  for (int i = 0; i < n; i += 4) {
+    const float2 added = *reinterpret_cast<const float2*>(bias + 2 * i + 2 * (threadIdx.x % 4));
+    s[i] = muladd(s[i], scale, added.x), s[i + 1] = muladd(s[i + 1], scale, added.y);
+    s[i + 2] = muladd(s[i + 2], scale, added.x), s[i + 3] = muladd(s[i + 3], scale, added.y);
+    top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1])), top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
+  }
+  FD_UNROLL
+  for (int r = 0; r < 2; ++r) top[r] = finite(over_row(top[r], false));
+  FD_UNROLL
+  for (int i = 0; i < n; ++i) {
+    s[i] = power_of_two(s[i] - top[i / 2 % 2]);
+    total[i / 2 % 2] += s[i];
+  }
+  FD_UNROLL
+  for (int r = 0; r < 2; ++r) share[r] = inverse(over_row(total[r], true));
+}
+
+// Of a warp's 16 rows, as words of two columns, into cores.
+template <int words, int rows> __device__ void store(Cores<rows> to, int row, const uint32_t (&x)[words]) {
+  const int lane = threadIdx.x % 32;
+  unsigned char* const own = to.of(row + lane % 16, 0) + lane / 16 * (rows / 8) * core;
+  FD_UNROLL
+  for (int i = 0; i + 4 <= words; i += 4)
+    hopper::store_cores(own + i / 2 * (rows / 8) * core, x[i], x[i + 1], x[i + 2], x[i + 3]);
+  if constexpr (words % 4 == 2) hopper::store_cores(own + (words / 2 - 1) * (rows / 8) * core, x[words - 2], x[words - 1]);
+}
+
+template <int D, int KEYS, typename T>
+__global__ void __launch_bounds__(threads_per_block, 1) attention_gradients(CrossAttentionBackward a) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using S = Sizes<D, KEYS>;
+  FD_DYNAMIC_SHARED(unsigned char, memory);
+  const Cores<queries> p{memory}, ds{memory + S::weights};
+  const Cores<S::keys> k{memory + S::banks_at}, v{memory + S::banks_at + S::bank};
+  float* const bias = reinterpret_cast<float*>(memory + S::bias_at);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
+  const int64_t h = blockIdx.x % a.H, chunk = blockIdx.x / a.H % a.chunks, b = blockIdx.x / a.H / a.chunks;
+  const int64_t row = row_of(a, b), first = chunk * a.span, end = smaller(first + a.span, a.N);
+  const float scale = row < 0 ? as_float(0x7FC00000u) : a.scale * log2_e;
+  const unsigned char* const q_head = head_of(a.q, b, h);
+  const unsigned char* const g_head = head_of(a.grad_out, b, h);
+  unsigned char* const out = memory + S::out_at + warp * 16 * S::out_row;
+
+  const auto tile = [&](int stage, int which) {
+    return Cores<queries>{memory + S::tiles_at + (2 * stage + which) * S::tile};
+  };
+  const auto load_tile = [&](int stage, int64_t begin) {
+    load<D>(tile(stage, 0), q_head + 2 * begin * a.q.token, 2 * a.q.token, end - begin);
+    load<D>(tile(stage, 1), g_head + 2 * begin * a.grad_out.token, 2 * a.grad_out.token, end - begin);
+  };
+  const int64_t bank = row < 0 ? 0 : row;
+  load<D>(k, head_of(a.k, bank, h), 2 * a.k.token, a.L);
+  load<D>(v, head_of(a.v, bank, h), 2 * a.v.token, a.L);
+  load_tile(0, first);
+  hopper::commit_copies();
+  clear<D, S::depth>(k), clear<D, S::depth>(v);
+  for (int stage = 0; stage < S::stages; ++stage) clear<D, S::depth>(tile(stage, 0)), clear<D, S::depth>(tile(stage, 1));
+  for (int key = threadIdx.x; key < KEYS; key += threads_per_block) bias[key] = key_bias(a, b, key);
+
+  float sums[S::pieces][S::columns / 2];  // dV of the first warpgroup, dK / scale of the second
+  FD_UNROLL
+  for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
+  for (int i = 0; i < S::columns / 2; ++i) sums[piece][i] = 0.0f;
+
+  int stage = 0;
+  for (int64_t begin = first; begin < end; begin += queries) {
+    hopper::wait_copies<0>();
+    hopper::publish_to_products();
+    __syncthreads();  // the tile is there, and the one before it is done with
+    const int64_t next = begin + queries;
+    if (S::stages == 2 && next < end) {
+      load_tile(1 - stage, next);
+      hopper::commit_copies();
+    } else if (S::stages == 1 && next < end) {
+      const int row = threadIdx.x / 2;  // a line of 128 bytes at a time
+      if (next + row < end)
+        for (int line = threadIdx.x % 2 * 128; line < 2 * D; line += 256) {
+          hopper::prefetch(q_head + 2 * (next + row) * a.q.token + line);
+          hopper::prefetch(g_head + 2 * (next + row) * a.grad_out.token + line);
+        }
+    }
+    const Cores<queries> x = tile(stage, 0), g = tile(stage, 1);
+
+    float s[KEYS / 2], changes[KEYS / 2], share[2];  // S, then P; dP, then dS
+    hopper::begin_products();
+    hopper::Operand left = x.over_columns(64 * group), right = k.over_columns(0);
+    FD_UNROLL
+    for (int i = 0; i < S::depth / 16; ++i)
+      hopper::multiply<KEYS, T, false, false>(s, left.after(i * x.next_columns), right.after(i * k.next_columns), i > 0);
+    hopper::commit_products();
+    left = g.over_columns(64 * group), right = v.over_columns(0);
+    FD_UNROLL
+    for (int i = 0; i < S::depth / 16; ++i)
+      hopper::multiply<KEYS, T, false, false>(changes, left.after(i * g.next_columns), right.after(i * v.next_columns), i > 0);
+    hopper::commit_products();
+    hopper::wait_products<1>();
+    softmax(s, bias, scale, share);
+
+    uint32_t words[KEYS / 4];
+    FD_UNROLL
+    for (int i = 0; i < KEYS / 2; ++i) s[i] *= share[i / 2 % 2];
+    FD_UNROLL
+    for (int i = 0; i < KEYS / 4; ++i) words[i] = two_of<T>(s[2 * i], s[2 * i + 1]);
+    store(p, 16 * warp, words);
+
+    hopper::wait_products<0>();
+    float delta[2] = {};
+    FD_UNROLL
+    for (int i = 0; i < KEYS / 2; ++i) delta[i / 2 % 2] = muladd(s[i], changes[i], delta[i / 2 % 2]);
+    FD_UNROLL
+    for (int r = 0; r < 2; ++r) delta[r] = over_row(delta[r], true);
+    uint32_t parts[S::keys / 16][4] = {};  // dS as products want it, keys to 16 at a time
+    FD_UNROLL
+    for (int i = 0; i < KEYS / 4; ++i) {
+      words[i] = two_of<T>(s[2 * i] * (changes[2 * i] - delta[i % 2]), s[2 * i + 1] * (changes[2 * i + 1] - delta[i % 2]));
+      parts[i / 4][i % 4] = words[i];
+    }
+    store(ds, 16 * warp, words);
+    hopper::publish_to_products();
+
+    float dq[S::out_columns / 2];
+    const auto multiply_dq = [&](int column) {
+      hopper::begin_products();
+      const hopper::Operand keys = k.over_rows(column);
+      FD_UNROLL
+      for (int i = 0; i < S::keys / 16; ++i)
+        hopper::multiply<S::out_columns, T, true>(dq, parts[i], keys.after(i * k.next_rows), i > 0);
+      hopper::commit_products();
+    };
+    multiply_dq(0);
+    __syncthreads();  // P and dS of all queries
+    hopper::begin_products();
+    const Cores<queries> weights = group ? ds : p, tokens = group ? x : g;
+    left = (S::by_dims ? tokens : weights).over_rows(0), right = (S::by_dims ? weights : tokens).over_rows(0);
+    FD_UNROLL
+    for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
+    for (int i = 0; i < queries / 16; ++i)
+      hopper::multiply<S::columns, T, true, true>(sums[piece], left.after(piece * 8 * queries * 16 + i * x.next_rows),
+                                                  right.after(i * x.next_rows), true, S::rows - 64 * piece);
+    hopper::commit_products();
+    hopper::wait_products<1>();
+    unsigned char* const to = static_cast<unsigned char*>(a.grad_q.at) + 2 * (b * a.grad_q.batch + h * a.grad_q.head);
+    FD_UNROLL
+    for (int column = 0; column < D; column += S::out_columns) {
+      if (column > 0) {
+        multiply_dq(column);
+        hopper::wait_products<0>();
+      }
+      uint32_t changed[S::out_columns / 4];
+      FD_UNROLL
+      for (int i = 0; i < S::out_columns / 4; ++i) changed[i] = two_of<T>(dq[2 * i] * a.scale, dq[2 * i + 1] * a.scale);
+      unsigned char* const own = out + lane % 16 * S::out_row;
+      FD_UNROLL
+      for (int i = 0; i + 4 <= S::out_columns / 4; i += 4)
+        hopper::store_cores(own + lane / 16 * 16 + 8 * i, changed[i], changed[i + 1], changed[i + 2], changed[i + 3]);
+      if constexpr (S::out_columns % 16)
+        hopper::store_cores(own + 2 * S::out_columns - 16, changed[S::out_columns / 4 - 2], changed[S::out_columns / 4 - 1]);
+      __syncwarp();
+      constexpr int width = S::out_columns / 8;  // 16 bytes each
+      FD_UNROLL
+      for (int i = 0; i < (16 * width + 31) / 32; ++i) {
+        const int one = 32 * i + lane, r = one / width;
+        const int64_t query = begin + 16 * warp + r;
+        if (one < 16 * width && query < end)
+          *reinterpret_cast<uint4*>(to + 2 * (query * a.grad_q.token + column) + one % width * 16) =
+              *reinterpret_cast<const uint4*>(out + r * S::out_row + one % width * 16);
+      }
+      __syncwarp();
+    }
+    hopper::wait_products<0>();
+    if (S::stages == 2) {
+      stage = 1 - stage;
+    } else if (next < end) {
+      __syncthreads();  // both warpgroups are done with the tile
+      load_tile(0, next);
+      hopper::commit_copies();
+    }
+  }
+
+  const float factor = group ? a.scale : 1.0f;
+  const bool partial = a.partials != nullptr;
+  float* const partials = partial ? a.partials + (group ? 0 : slot_of(a, a.B * a.chunks, 0, 0, 0)) : nullptr;
+  T* const whole = static_cast<T*>(group ? a.grad_k : a.grad_v);
+  const int64_t outer = b * a.chunks + chunk;
+  FD_UNROLL
+  for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
+  for (int i = 0; i < S::columns / 2; ++i) {
+    const int one = 64 * piece + 16 * (warp % 4) + lane / 4 + 8 * (i / 2 % 2), other = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+    const int key = S::by_dims ? other : one, dim = S::by_dims ? one : other;
+    if (key >= a.L || dim >= D) continue;
+    const float x = sums[piece][i] * factor;
+    const int64_t at = slot_of(a, outer, key, h, dim);
+    if (partial)
+      partials[at] = x;
+    else
+      whole[at] = from_float<T>(x);
+  }
+#else
+  asm("trap;");
+#endif
+}
+
+// Four elements a thread of a row's gradient of K (y = 0) or V (y = 1).
+template <typename T> __global__ void __launch_bounds__(threads_per_block) add_chunks(CrossAttentionBackward a) {
+  const int64_t size = a.L * a.H * a.D, blocks = ceil_div(size, 4 * threads_per_block);
+  const int64_t row = blockIdx.x / blocks, at = (blockIdx.x % blocks * threads_per_block + threadIdx.x) * 4;
+  if (at >= size) return;
+  const float* const partials = a.partials + (blockIdx.y ? a.B * a.chunks * size : 0);
+  float total[4];
+  sum_of_chunks(a, partials, row, at, total);
+  T* const to = static_cast<T*>(blockIdx.y ? a.grad_v : a.grad_k) + row * size + at;
+  *reinterpret_cast<uint2*>(to) = uint2{two_of<T>(total[0], total[1]), two_of<T>(total[2], total[3])};
+}
+
+template <int D, int KEYS, typename T> const char* launch(const CrossAttentionBackward& a, const Queue& queue) {
+  constexpr int shared = Sizes<D, KEYS>::shared;
+  if (const char* error = fd_error(cudaFuncSetAttribute(attention_gradients<D, KEYS, T>,
+                                                        cudaFuncAttributeMaxDynamicSharedMemorySize, shared)))
+    return error;
+  FD_LAUNCH((attention_gradients<D, KEYS, T>), unsigned(a.B * a.H * a.chunks), threads_per_block, shared, queue.stream, a);
+  if (a.partials) {
+    const int64_t blocks = a.R * ceil_div(a.L * a.H * a.D, 4 * threads_per_block);
+    FD_LAUNCH(add_chunks<T>, dim3(unsigned(blocks), 2), threads_per_block, 0, queue.stream, a);
+  }
+  return fd_launch_error();
+}
+
+template <typename T> const char* launch(const CrossAttentionBackward& a, const Queue& queue) {
+  if (a.L <= 80) {
+    if (a.D == 40) return launch<40, 80, T>(a, queue);
+    if (a.D == 64) return launch<64, 80, T>(a, queue);
+    if (a.D == 80) return launch<80, 80, T>(a, queue);
+    if (a.D == 160) return launch<160, 80, T>(a, queue);
+  }
+  if (a.L <= 120 && a.D == 72) return launch<72, 120, T>(a, queue);
+  return "no kernel for these head dims and keys";
+}
+
+}  // namespace
+}  // namespace fd
+
+const char* cross_attention_backward_cuda(const fd::CrossAttentionBackward& a, const fd::Queue& queue) {
+  return a.dtype == fd::Dtype::bf16 ? fd::launch<fd::bf16>(a, queue) : fd::launch<fd::f16>(a, queue);
+}

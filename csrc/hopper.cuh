@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// What only Hopper has (sm_90a), behind functions that a host emulation can put its own in place of: products of warpgroups
+// whose operands lie in shared memory, asynchronous copies, stores of matrices.
+//
+// An operand is made of cores of 8 rows of 16 bytes, 128 bytes in one piece. Its product may read it as it is or transposed,
+// so one copy of a matrix serves both.
+#pragma once
+#include "common.cuh"
+
+#ifdef FD_HOPPER
+#include FD_HOPPER
+#else
+
+namespace fd {
+namespace hopper {
+
+__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// Where an operand begins, and what lies between cores that follow each other: along the product's sum, and across it.
+struct Operand {
+  uint64_t bits;
+  __device__ Operand(const void* at, int along, int across)
+      : bits(uint64_t(shared_address(at) >> 4 & 0x3FFF) | uint64_t(along >> 4) << 16 | uint64_t(across >> 4) << 32) {}
+  __device__ Operand after(int bytes) const {
+    Operand moved = *this;
+    moved.bits += bytes >> 4;
+    return moved;
+  }
+};
+
+// Before the first product of a series, and where their registers were written.
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most ``left`` series are under way.
+template <int left> __device__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory"); }
+// What this thread has stored to shared memory becomes visible to products (after a barrier).
+__device__ inline void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// 16 bytes to shared memory, of which those past ``bytes`` (0 or 16) are zero.
+__device__ inline void copy_16(void* to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left> __device__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory"); }
+// The line of memory is on its way to the second level of the cache.
+__device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// Four cores of 8x8 elements: of each a lane holds row lane / 4, columns 2 (lane % 4) and the next; lane 8 i + r says where
+// row r of the i-th goes.
+__device__ inline void store_cores(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+}
+__device__ inline void store_cores(void* row, uint32_t a, uint32_t b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)), "r"(a), "r"(b)
+               : "memory");
+}
+
+// Accumulators as operands of an instruction, and their names in it.
+#define FD_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FD_20(d, i) FD_4(d, i), FD_4(d, i + 4), FD_4(d, i + 8), FD_4(d, i + 12), FD_4(d, i + 16)
+#define FD_32(d) FD_20(d, 0), FD_4(d, 20), FD_4(d, 24), FD_4(d, 28)
+#define FD_36(d) FD_32(d), FD_4(d, 32)
+#define FD_40(d) FD_20(d, 0), FD_20(d, 20)
+#define FD_60(d) FD_40(d), FD_20(d, 40)
+#define FD_80(d) FD_60(d), FD_20(d, 60)
+#define FD_NAMES_20 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19"
+#define FD_NAMES_32 FD_NAMES_20 ", %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FD_NAMES_36 FD_NAMES_32 ", %32, %33, %34, %35"
+#define FD_NAMES_40 FD_NAMES_36 ", %36, %37, %38, %39"
+#define FD_NAMES_60 \
+  FD_NAMES_40       \
+  ", %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59"
+#define FD_NAMES_80 \
+  FD_NAMES_60       \
+  ", %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+
+// p0 to p6: the numbers of the operands behind the accumulators.
+#define FD_PRODUCT(n, kind, accumulators, names, p0, p1, p2, p3, p4)                                                           \
+  asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %" #p2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." kind "." kind    \
+               " {" names "}, %" #p0 ", %" #p1 ", p, 1, 1, %" #p3 ", %" #p4 ";\n}"                                             \
+               : accumulators                                                                                                  \
+               : "l"(a.bits), "l"(b.bits), "r"(int(add)), "n"(int(a_transposed)), "n"(int(b_transposed)))
+#define FD_PRODUCT_OF_REGISTERS(n, kind, accumulators, names, p0, p1, p2, p3, p4, p5, p6)                                      \
+  asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %" #p5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." kind "." kind    \
+               " {" names "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4 ", p, 1, 1, %" #p6 ";\n}"                       \
+               : accumulators                                                                                                  \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(int(add)), "n"(int(b_transposed)))
+#define FD_PRODUCTS(n, kind)                                                                                                   \
+  if constexpr (n == 40) FD_PRODUCT(40, kind, FD_20(d, 0), FD_NAMES_20, 20, 21, 22, 23, 24);                                   \
+  if constexpr (n == 64) FD_PRODUCT(64, kind, FD_32(d), FD_NAMES_32, 32, 33, 34, 35, 36);                                      \
+  if constexpr (n == 72) FD_PRODUCT(72, kind, FD_36(d), FD_NAMES_36, 36, 37, 38, 39, 40);                                      \
+  if constexpr (n == 80) FD_PRODUCT(80, kind, FD_40(d), FD_NAMES_40, 40, 41, 42, 43, 44);                                      \
+  if constexpr (n == 120) FD_PRODUCT(120, kind, FD_60(d), FD_NAMES_60, 60, 61, 62, 63, 64);                                    \
+  if constexpr (n == 160) FD_PRODUCT(160, kind, FD_80(d), FD_NAMES_80, 80, 81, 82, 83, 84)
+#define FD_PRODUCTS_OF_REGISTERS(n, kind)                                                                                      \
+  if constexpr (n == 40) FD_PRODUCT_OF_REGISTERS(40, kind, FD_20(d, 0), FD_NAMES_20, 20, 21, 22, 23, 24, 25, 26);              \
+  if constexpr (n == 64) FD_PRODUCT_OF_REGISTERS(64, kind, FD_32(d), FD_NAMES_32, 32, 33, 34, 35, 36, 37, 38);                 \
+  if constexpr (n == 72) FD_PRODUCT_OF_REGISTERS(72, kind, FD_36(d), FD_NAMES_36, 36, 37, 38, 39, 40, 41, 42);                 \
+  if constexpr (n == 80) FD_PRODUCT_OF_REGISTERS(80, kind, FD_40(d), FD_NAMES_40, 40, 41, 42, 43, 44, 45, 46);                 \
+  if constexpr (n == 160) FD_PRODUCT_OF_REGISTERS(160, kind, FD_80(d), FD_NAMES_80, 80, 81, 82, 83, 84, 85, 86)
+
+// d = a b (+ d): 64 rows, n columns, a sum over 16, of a warpgroup, asynchronously. T is bf16 or f16. Of n / 2 accumulators
+// the i-th is that of row 16 (warp % 4) + lane / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (lane % 4) + i % 2. a has rows and b
+// columns one after the other, or transposed those of the sum. Of a the first ``rows`` are worth a result.
+template <int n, typename T, bool a_transposed, bool b_transposed>
+__device__ void multiply(float (&d)[n / 2], Operand a, Operand b, bool add, int rows = 64) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (__is_same(T, bf16)) {
+    FD_PRODUCTS(n, "bf16");
+  } else {
+    FD_PRODUCTS(n, "f16");
+  }
+#endif
+}
+
+// a in registers: rows and columns of the i-th as those of an accumulator, two columns in a word.
+template <int n, typename T, bool b_transposed>
+__device__ void multiply(float (&d)[n / 2], const uint32_t (&a)[4], Operand b, bool add) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (__is_same(T, bf16)) {
+    FD_PRODUCTS_OF_REGISTERS(n, "bf16");
+  } else {
+    FD_PRODUCTS_OF_REGISTERS(n, "f16");
+  }
+#endif
+}
+
+}  // namespace hopper
+}  // namespace fd
+#endif

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradients of cross-attention in CUDA for Hopper: ``csrc/cross_attention/cuda.cu``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops import _native
+
+KEYS = {40: 80, 64: 80, 72: 120, 80: 80, 160: 80}  # most of them by head dim
+QUERIES = 128  # of a tile
+BLOCKS = 132  # one a multiprocessor of the largest GPU; of the shape alone, as sums are cut by it
+_ALIGNED = 8  # elements of 16 bytes
+
+
+def refuse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, grad_out: Tensor,
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+) -> str | None:  # fmt: skip
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "its GPU is not a Hopper"
+    if q.dtype == torch.float32:
+        return "float32, where it takes bfloat16 and float16"
+    dim, keys = q.shape[3], k.shape[1]
+    if dim not in KEYS:
+        return f"a head dim of {dim}, where it takes {', '.join(map(str, KEYS))}"
+    if not 1 <= keys <= KEYS[dim]:
+        return f"{keys} keys, where it takes 1 to {KEYS[dim]}"
+    if not (q.numel() and grad_q.numel() and grad_k.numel()):
+        return "not all gradients are asked for"
+    if not (grad_k.is_contiguous() and grad_v.is_contiguous()):
+        return "grad_k and grad_v must be contiguous"
+    for tensor in (q, k, v, grad_out, grad_q):
+        *outer, inner = tensor.stride()
+        if inner != 1 or any(s % _ALIGNED for s in outer) or tensor.data_ptr() % 16:
+            return f"heads that do not start at multiples of 16 bytes (strides {tensor.stride()})"
+    return None
+
+
+def chunks_of(B: int, N: int, H: int) -> tuple[int, int]:
+    """Queries of a chunk and chunks of a sample, by which a GPU is full for the least time: a block takes its tiles, and
+    as long as two for K, V and its sums."""
+    tiles, heads = -(-N // QUERIES), B * H
+    counts = range(1, min(tiles, BLOCKS) + 1)
+    chunks = min(counts, key=lambda n: (-(-heads * n // BLOCKS) * (-(-tiles // n) + 2), n))
+    span = -(-tiles // chunks)
+    return span * QUERIES, -(-tiles // span)
+
+
+def cross_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, grad_out: Tensor,
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+) -> None:  # fmt: skip
+    """One launch, and one that adds where K and V have several chunks or samples a row; arguments as the
+    reference's."""
+    (B, N, H, D), (R, L) = q.shape, k.shape[:2]
+    span, chunks = chunks_of(B, N, H)
+    partial = chunks > 1 or rows is not None
+    partials = torch.empty((2, B * chunks, L, H, D) if partial else 0, dtype=torch.float32, device=q.device)
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    mask, rows = (None if t is None else t.contiguous() for t in (mask, rows))
+    _native.cuda().cross_attention_backward(
+        *((t.data_ptr(), *t.stride()[:3]) for t in (q, k, v, grad_out, grad_q)),
+        mask.data_ptr() if mask is not None else 0, kind, _native.DTYPES[mask.dtype] if mask is not None and kind == 2 else 0,
+        rows.data_ptr() if rows is not None else 0, grad_k.data_ptr(), grad_v.data_ptr(),
+        partials.data_ptr() if partial else 0, B, N, H, D, L, R, chunks, span, scale, _native.DTYPES[q.dtype],
+        _native.queue(q),
+    )  # fmt: skip
