@@ -93,12 +93,14 @@ def find_nvcc() -> str | None:
 
 
 def gencode(nvcc: str) -> list[str]:
-    """One binary per architecture that this nvcc knows, and PTX of the last for newer GPUs."""
+    """One binary per architecture that this nvcc knows, Hopper's with what only it has, and PTX of the last for newer
+    GPUs."""
     archs = [a for a in os.environ.get("FASTDISTILL_CUDA_ARCHS", "").replace(",", ";").split(";") if a]
     if not archs:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
         archs = [a for a in ("80", "86", "89", "90", "100") if f"compute_{a}" in known]
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    own = {"90": "90a"}
+    flags = [f"-gencode=arch=compute_{own.get(a, a)},code=sm_{own.get(a, a)}" for a in archs]
     return flags + [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs[-1:]]
 
 

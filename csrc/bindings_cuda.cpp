@@ -21,6 +21,7 @@ int64_t group_norm_silu_cuda_shared(const fd::GroupNormSilu& a, const fd::GroupN
 int group_norm_silu_cuda_clusters(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward);
 const char* group_norm_silu_cuda(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, float* sums, void* stream);
 const char* cross_attention_backward_cuda(const fd::CrossAttentionBackward& a, const fd::Queue& queue);
+bool cross_attention_backward_cuda_built();
 const char* unavailable_cuda();
 const char* philox_cuda(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n, void* stream);
 
@@ -170,6 +171,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("adamw_ema_workspace", &adamw_ema_cuda_workspace, "floats that adamw_ema needs for each parameter");
   m.def("adamw_ema", &adamw_ema, release());
   m.def("cross_attention_backward", &cross_attention_backward, release());
+  m.def("cross_attention_backward_built", &cross_attention_backward_cuda_built, "whether its code for Hopper was built");
   m.def("philox4x32", &philox, release(),
         "words[n, 4] and normals[n, 4] of counter[n, 4] under key[2], on the device and the stream");
 }

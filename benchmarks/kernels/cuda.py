@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator
 
 from benchmarks.kernels import lint
-from benchmarks.kernels.resources import SYSTEM_SHARED, Row, cuobjdump, occupancy, usage
+from benchmarks.kernels.resources import SYSTEM_SHARED, Row, binary, cuobjdump, occupancy, usage
 
 ARCHS = (80, 90, 100)
 THREADS = {"add_squares": 1024, "finish": 1024, "prepare": 128}  # of a block; 256 everywhere else
@@ -33,7 +33,7 @@ def rows() -> Iterator[Row]:
 def figures() -> Iterator[lint.Figures]:
     """What costs time in each kernel; see ``rows`` for errors."""
     path, code = _extension(), lint.code_of(_extension())
-    listed = subprocess.run([cuobjdump(), "-elf", "-arch", f"sm_{lint.ARCH}", path], capture_output=True, text=True)
+    listed = subprocess.run([cuobjdump(), "-elf", "-arch", binary(lint.ARCH), path], capture_output=True, text=True)
     version = re.search(r"toolkit=([\d.]+)", listed.stdout)
     compiler = f"cuda {version[1] if version else 'unknown'}"
     for row, mangled in _kernels():

@@ -44,6 +44,11 @@ def cuobjdump() -> str:
     return found
 
 
+def binary(arch: int) -> str:
+    """What setup.py and Triton compile for an architecture: Hopper's with what only it has."""
+    return "sm_90a" if arch == 90 else f"sm_{arch}"
+
+
 def usage(path: str | Path) -> list[tuple[int, str, dict[str, int]]]:
     """(architecture, mangled kernel name, {REG, STACK, SHARED, LOCAL, ...}) of each kernel in a cubin or a library."""
     done = subprocess.run([cuobjdump(), "--dump-resource-usage", str(path)], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from benchmarks.kernels.resources import cuobjdump
+from benchmarks.kernels.resources import binary, cuobjdump
 
 _LOADS = "LDG", "LDGSTS"
 _STORES = "STG", "RED", "ATOMG"
@@ -57,7 +57,7 @@ class Instruction:
 
 def disassembled(path: str | Path, arch: int) -> dict[str, list[Instruction]]:
     """The instructions of every kernel in a cubin or a library, by mangled name."""
-    command = [cuobjdump(), "-sass", "-arch", f"sm_{arch}", str(path)]
+    command = [cuobjdump(), "-sass", "-arch", binary(arch), str(path)]
     if str(path).endswith(".cubin"):
         del command[2:4]
     return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

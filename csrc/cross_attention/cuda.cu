@@ -337,3 +337,14 @@ template <typename T> const char* launch(const CrossAttentionBackward& a, const 
 const char* cross_attention_backward_cuda(const fd::CrossAttentionBackward& a, const fd::Queue& queue) {
   return a.dtype == fd::Dtype::bf16 ? fd::launch<fd::bf16>(a, queue) : fd::launch<fd::f16>(a, queue);
 }
+
+// Whether this build holds the code for Hopper; that for other GPUs traps.
+bool cross_attention_backward_cuda_built() {
+#ifdef __CUDACC__
+  for (int arch : {__CUDA_ARCH_LIST__})
+    if (arch == 900) return true;
+  return false;
+#else
+  return true;
+#endif
+}

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdistill.ops import _check, _native
 from fastdistill.ops._backward import again, distinct, is_differentiated, remember, wanted, with_its_kernel
 from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, constant, forced, later, register
-from fastdistill.ops.cross_attention import reference
+from fastdistill.ops.cross_attention import cuda, reference
 
 KEYS, DIMS = 512, 256  # most of each that the kernels take
 
@@ -53,13 +53,14 @@ _cross_attention_backward = register(
     summary="the gradients of cross_attention, of K and V summed over queries (and samples of a row) in order",
     reference=reference.cross_attention_backward,
     kernels=[
+        Kernel("cuda", "cuda", cuda.cross_attention_backward, cuda.reason, cuda.refuse),
         Kernel(
             "triton",
             "cuda",
             later(f"{__name__}.triton", "cross_attention_backward"),
             _native.triton_reason,
             _refuse_backward,
-        )
+        ),
     ],
 )
 

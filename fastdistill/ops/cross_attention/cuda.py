@@ -14,6 +14,15 @@ BLOCKS = 132  # one a multiprocessor of the largest GPU; of the shape alone, as 
 _ALIGNED = 8  # elements of 16 bytes
 
 
+def reason() -> str | None:
+    """Why the kernel cannot run in this installation, or None."""
+    if (why := _native.cuda_reason()) is not None:
+        return why
+    if not _native.cuda().cross_attention_backward_built():
+        return "the extension fastdistill._cuda was not built for sm_90"
+    return None
+
+
 def refuse(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, grad_out: Tensor,
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
