@@ -22,7 +22,7 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Guarded:
-    """A copy of a dense tensor whose memory ends at a forbidden page, and begins less than a page after another.
+    """A copy of a tensor whose memory ends at a forbidden page, and begins less than a page after another.
 
     It starts at a multiple of 16 bytes plus what the original's start is past one, so up to 15 bytes may lie behind it.
     They and those before it hold a canary, and kernels that are watched may not touch them.
@@ -30,7 +30,8 @@ class Guarded:
 
     def __init__(self, original: Tensor) -> None:
         self.original = original
-        size = original.numel() * original.element_size()
+        ends = sum((n - 1) * step for n, step in zip(original.shape, original.stride(), strict=True))
+        size = (1 + ends) * original.element_size() if original.numel() else 0
         past = original.data_ptr() % 16
         self._slack = -(size + past) % 16
         pages = -(-(size + past + self._slack) // PAGE)
