@@ -32,7 +32,9 @@ struct Operand {
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most ``left`` series are under way.
-template <int left> __device__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory"); }
+template <int left> __device__ void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
+}
 // What this thread has stored to shared memory becomes visible to products (after a barrier).
 __device__ inline void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -77,28 +79,28 @@ __device__ inline void store_cores(void* row, uint32_t a, uint32_t b) {
   ", %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 
 // p0 to p6: the numbers of the operands behind the accumulators.
-#define FD_PRODUCT(n, kind, accumulators, names, p0, p1, p2, p3, p4)                                                           \
-  asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %" #p2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." kind "." kind    \
-               " {" names "}, %" #p0 ", %" #p1 ", p, 1, 1, %" #p3 ", %" #p4 ";\n}"                                             \
-               : accumulators                                                                                                  \
+#define FD_PRODUCT(n, kind, accumulators, names, p0, p1, p2, p3, p4)                                                        \
+  asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %" #p2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." kind "." kind \
+               " {" names "}, %" #p0 ", %" #p1 ", p, 1, 1, %" #p3 ", %" #p4 ";\n}"                                          \
+               : accumulators                                                                                               \
                : "l"(a.bits), "l"(b.bits), "r"(int(add)), "n"(int(a_transposed)), "n"(int(b_transposed)))
-#define FD_PRODUCT_OF_REGISTERS(n, kind, accumulators, names, p0, p1, p2, p3, p4, p5, p6)                                      \
-  asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %" #p5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." kind "." kind    \
-               " {" names "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4 ", p, 1, 1, %" #p6 ";\n}"                       \
-               : accumulators                                                                                                  \
+#define FD_PRODUCT_OF_REGISTERS(n, kind, accumulators, names, p0, p1, p2, p3, p4, p5, p6)                                   \
+  asm volatile("{.reg .pred p;\nsetp.ne.b32 p, %" #p5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." kind "." kind \
+               " {" names "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4 ", p, 1, 1, %" #p6 ";\n}"                    \
+               : accumulators                                                                                               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits), "r"(int(add)), "n"(int(b_transposed)))
-#define FD_PRODUCTS(n, kind)                                                                                                   \
-  if constexpr (n == 40) FD_PRODUCT(40, kind, FD_20(d, 0), FD_NAMES_20, 20, 21, 22, 23, 24);                                   \
-  if constexpr (n == 64) FD_PRODUCT(64, kind, FD_32(d), FD_NAMES_32, 32, 33, 34, 35, 36);                                      \
-  if constexpr (n == 72) FD_PRODUCT(72, kind, FD_36(d), FD_NAMES_36, 36, 37, 38, 39, 40);                                      \
-  if constexpr (n == 80) FD_PRODUCT(80, kind, FD_40(d), FD_NAMES_40, 40, 41, 42, 43, 44);                                      \
-  if constexpr (n == 120) FD_PRODUCT(120, kind, FD_60(d), FD_NAMES_60, 60, 61, 62, 63, 64);                                    \
+#define FD_PRODUCTS(n, kind)                                                                 \
+  if constexpr (n == 40) FD_PRODUCT(40, kind, FD_20(d, 0), FD_NAMES_20, 20, 21, 22, 23, 24); \
+  if constexpr (n == 64) FD_PRODUCT(64, kind, FD_32(d), FD_NAMES_32, 32, 33, 34, 35, 36);    \
+  if constexpr (n == 72) FD_PRODUCT(72, kind, FD_36(d), FD_NAMES_36, 36, 37, 38, 39, 40);    \
+  if constexpr (n == 80) FD_PRODUCT(80, kind, FD_40(d), FD_NAMES_40, 40, 41, 42, 43, 44);    \
+  if constexpr (n == 120) FD_PRODUCT(120, kind, FD_60(d), FD_NAMES_60, 60, 61, 62, 63, 64);  \
   if constexpr (n == 160) FD_PRODUCT(160, kind, FD_80(d), FD_NAMES_80, 80, 81, 82, 83, 84)
-#define FD_PRODUCTS_OF_REGISTERS(n, kind)                                                                                      \
-  if constexpr (n == 40) FD_PRODUCT_OF_REGISTERS(40, kind, FD_20(d, 0), FD_NAMES_20, 20, 21, 22, 23, 24, 25, 26);              \
-  if constexpr (n == 64) FD_PRODUCT_OF_REGISTERS(64, kind, FD_32(d), FD_NAMES_32, 32, 33, 34, 35, 36, 37, 38);                 \
-  if constexpr (n == 72) FD_PRODUCT_OF_REGISTERS(72, kind, FD_36(d), FD_NAMES_36, 36, 37, 38, 39, 40, 41, 42);                 \
-  if constexpr (n == 80) FD_PRODUCT_OF_REGISTERS(80, kind, FD_40(d), FD_NAMES_40, 40, 41, 42, 43, 44, 45, 46);                 \
+#define FD_PRODUCTS_OF_REGISTERS(n, kind)                                                                         \
+  if constexpr (n == 40) FD_PRODUCT_OF_REGISTERS(40, kind, FD_20(d, 0), FD_NAMES_20, 20, 21, 22, 23, 24, 25, 26); \
+  if constexpr (n == 64) FD_PRODUCT_OF_REGISTERS(64, kind, FD_32(d), FD_NAMES_32, 32, 33, 34, 35, 36, 37, 38);    \
+  if constexpr (n == 72) FD_PRODUCT_OF_REGISTERS(72, kind, FD_36(d), FD_NAMES_36, 36, 37, 38, 39, 40, 41, 42);    \
+  if constexpr (n == 80) FD_PRODUCT_OF_REGISTERS(80, kind, FD_40(d), FD_NAMES_40, 40, 41, 42, 43, 44, 45, 46);    \
   if constexpr (n == 160) FD_PRODUCT_OF_REGISTERS(160, kind, FD_80(d), FD_NAMES_80, 80, 81, 82, 83, 84, 85, 86)
 
 // d = a b (+ d): 64 rows, n columns, a sum over 16, of a warpgroup, asynchronously. T is bf16 or f16. Of n / 2 accumulators

@@ -13,7 +13,6 @@
 // Limits    sm_90a; bf16 and fp16; head dims and keys of ``shapes`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
 //           offsets; chunks depend on the shape alone and are added in order, over samples too: the same bits every run
 #include "cross_attention/math.h"
-
 #include "hopper.cuh"
 
 namespace fd {
@@ -27,12 +26,12 @@ constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 
 // Sizes in bytes and elements; shared memory is P, dS, tiles of Q and dO, K, V, dQ on its way out, the keys' bias.
 template <int D, int KEYS> struct Sizes {
-  static constexpr int depth = up(D, 16), keys = up(KEYS, 16);                  // as sums of products take them
-  static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;         // dims are rows of dV and dK, else keys
+  static constexpr int depth = up(D, 16), keys = up(KEYS, 16);                   // as sums of products take them
+  static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;          // dims are rows of dV and dK, else keys
   static constexpr int rows = by_dims ? D : KEYS, columns = by_dims ? KEYS : D;  // of dV and dK in registers
   static constexpr int pieces = up(rows, 64) / 64;
   static constexpr int weights = queries * KEYS * 2, tile = queries * depth * 2, bank = keys * depth * 2;
-  static constexpr int out_columns = D > 128 ? D / 2 : D;  // of dQ at once
+  static constexpr int out_columns = D > 128 ? D / 2 : D;                              // of dQ at once
   static constexpr int out_row = (out_columns / 8 | 1) * 16, out = queries * out_row;  // rows in different banks
   static constexpr int fixed = 2 * weights + 2 * bank + out + 4 * KEYS;
   static constexpr int stages = fixed + 4 * tile <= 231000 ? 2 : 1;
@@ -54,8 +53,7 @@ template <int rows> struct Cores {
 };
 
 // Rows of ``dims`` elements from memory into cores, zeros past ``end``: eight rows of a warp at a time, 64 bytes of each.
-template <int dims, int rows>
-__device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, int64_t end) {
+template <int dims, int rows> __device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, int64_t end) {
   const int lane = threadIdx.x % 32, first = 8 * (threadIdx.x / 32) + lane % 8;
   FD_UNROLL
   for (int eight = 0; eight < rows; eight += 8 * warps) {
@@ -120,8 +118,8 @@ template <int words, int rows> __device__ void store(Cores<rows> to, int row, co
   if constexpr (words % 4 == 2) hopper::store_cores(own + (words / 2 - 1) * (rows / 8) * core, x[words - 2], x[words - 1]);
 }
 
-template <int D, int KEYS, typename T>
-__global__ void __launch_bounds__(threads_per_block, 1) attention_gradients(CrossAttentionBackward a) {
+template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads_per_block, 1)
+    attention_gradients(CrossAttentionBackward a) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Sizes<D, KEYS>;
   FD_DYNAMIC_SHARED(unsigned char, memory);
@@ -136,9 +134,7 @@ __global__ void __launch_bounds__(threads_per_block, 1) attention_gradients(Cros
   const unsigned char* const g_head = head_of(a.grad_out, b, h);
   unsigned char* const out = memory + S::out_at + warp * 16 * S::out_row;
 
-  const auto tile = [&](int stage, int which) {
-    return Cores<queries>{memory + S::tiles_at + (2 * stage + which) * S::tile};
-  };
+  const auto tile = [&](int stage, int which) { return Cores<queries>{memory + S::tiles_at + (2 * stage + which) * S::tile}; };
   const auto load_tile = [&](int stage, int64_t begin) {
     load<D>(tile(stage, 0), q_head + 2 * begin * a.q.token, 2 * a.q.token, end - begin);
     load<D>(tile(stage, 1), g_head + 2 * begin * a.grad_out.token, 2 * a.grad_out.token, end - begin);
@@ -285,10 +281,8 @@ __global__ void __launch_bounds__(threads_per_block, 1) attention_gradients(Cros
     if (key >= a.L || dim >= D) continue;
     const float x = sums[piece][i] * factor;
     const int64_t at = slot_of(a, outer, key, h, dim);
-    if (partial)
-      partials[at] = x;
-    else
-      whole[at] = from_float<T>(x);
+    if (partial) partials[at] = x;
+    else whole[at] = from_float<T>(x);
   }
 #else
   asm("trap;");
@@ -309,8 +303,8 @@ template <typename T> __global__ void __launch_bounds__(threads_per_block) add_c
 
 template <int D, int KEYS, typename T> const char* launch(const CrossAttentionBackward& a, const Queue& queue) {
   constexpr int shared = Sizes<D, KEYS>::shared;
-  if (const char* error = fd_error(cudaFuncSetAttribute(attention_gradients<D, KEYS, T>,
-                                                        cudaFuncAttributeMaxDynamicSharedMemorySize, shared)))
+  if (const char* error =
+          fd_error(cudaFuncSetAttribute(attention_gradients<D, KEYS, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)))
     return error;
   FD_LAUNCH((attention_gradients<D, KEYS, T>), unsigned(a.B * a.H * a.chunks), threads_per_block, shared, queue.stream, a);
   if (a.partials) {

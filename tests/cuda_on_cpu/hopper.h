@@ -72,8 +72,7 @@ void multiply(float (&d)[n / 2], Operand a, Operand b, bool add, int rows = 64) 
   multiply_rows<n, T, b_transposed>(d, own, b, add);
 }
 
-template <int n, typename T, bool b_transposed>
-void multiply(float (&d)[n / 2], const uint32_t (&a)[4], Operand b, bool add) {
+template <int n, typename T, bool b_transposed> void multiply(float (&d)[n / 2], const uint32_t (&a)[4], Operand b, bool add) {
   float own[2][16];
   const int lane = fd_emulation::lane();
   for (int k = 0; k < 16; ++k)
