@@ -48,8 +48,8 @@ def refuse(
 
 
 def chunks_of(B: int, N: int, H: int) -> tuple[int, int]:
-    """Queries of a chunk and chunks of a sample, by which a GPU is full for the least time: a block takes its tiles, and
-    as long as two for K, V and its sums."""
+    """Queries of a chunk and chunks of a sample, by which a GPU is full for the least time: a block takes its tiles,
+    and as long as two for K, V and its sums."""
     tiles, heads = -(-N // QUERIES), B * H
     counts = range(1, min(tiles, BLOCKS) + 1)
     chunks = min(counts, key=lambda n: (-(-heads * n // BLOCKS) * (-(-tiles // n) + 2), n))
@@ -71,7 +71,8 @@ def cross_attention_backward(
     mask, rows = (None if t is None else t.contiguous() for t in (mask, rows))
     _native.cuda().cross_attention_backward(
         *((t.data_ptr(), *t.stride()[:3]) for t in (q, k, v, grad_out, grad_q)),
-        mask.data_ptr() if mask is not None else 0, kind, _native.DTYPES[mask.dtype] if mask is not None and kind == 2 else 0,
+        mask.data_ptr() if mask is not None else 0, kind,
+        _native.DTYPES[mask.dtype] if mask is not None and kind == 2 else 0,
         rows.data_ptr() if rows is not None else 0, grad_k.data_ptr(), grad_v.data_ptr(),
         partials.data_ptr() if partial else 0, B, N, H, D, L, R, chunks, span, scale, _native.DTYPES[q.dtype],
         _native.queue(q),

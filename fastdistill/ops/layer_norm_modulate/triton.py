@@ -199,7 +199,8 @@ def layer_norm_modulate_backward(
     residual, more = h is not None, grad_s is not None
     _layer_norm_backward[(batch * chunks,)](
         grad, grad_s if more else grad, s, h if residual else s, dx, dh[0] if residual else dx, mean, rstd, tensors,
-        strides, partials, rows, width, chunks, given, residual, more, length, STAGES, block, num_warps=_warps(block, True), **FUSED,
+        strides, partials, rows, width, chunks, given, residual, more, length, STAGES, block,
+        num_warps=_warps(block, True), **FUSED,
     )  # fmt: skip
     if not wanted:
         return
