@@ -86,6 +86,11 @@ def _geglu(dtype: torch.dtype, tanh: bool, backward: bool, summed: bool = False)
     return launch
 
 
+def _add_bias() -> None:
+    x, bias = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((32, 64, 64, 320), (320,)))
+    _module("add_bias").add_bias(x, x, bias, x)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     **{
         f"{name}{suffix}": make(*arguments)
@@ -121,5 +126,6 @@ LAUNCHES: dict[str, Callable[[], None]] = {
             (" tanh", torch.float16, True),
         )
     },
+    "add_bias": _add_bias,
     "geglu_backward bias": _geglu(torch.bfloat16, False, True, summed=True),
 }

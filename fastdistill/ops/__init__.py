@@ -2,6 +2,7 @@
 """The fused ops, each usable alone; ``fastdistill doctor`` prints this index with the kernels of each.
 
 =======================  =============================================================================================
+``add_bias``             x + h + bias of each channel: the end of a residual block, channels last
 ``adamw_ema``            all tensors: clip by the global norm, AdamW, average, low-precision copy and zeroed gradients
 ``attention``            softmax(scale q k^T) v by the backend that was measured to be the fastest for the shape
 ``cross_attention``      softmax(scale q k^T + bias) v for up to 512 keys, forward and backward, rows of K and V shared
@@ -19,6 +20,7 @@ their first launch.
 
 from fastdistill.ops._dispatch import OPS, use, used
 from fastdistill.ops.adamw_ema import AdamWGroup, adamw_ema, grad_square_sum
+from fastdistill.ops.add_bias import add_bias
 from fastdistill.ops.attention import attention, tune_attention
 from fastdistill.ops.cross_attention import cross_attention
 from fastdistill.ops.feature_match import FeatureMatch, feature_match
@@ -37,6 +39,7 @@ __all__ = [
     "OutputMatch",
     "Task",
     "adamw_ema",
+    "add_bias",
     "attention",
     "cross_attention",
     "empty_draw",

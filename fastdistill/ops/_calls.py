@@ -20,9 +20,11 @@ from fastdistill.ops.noise_gather import banks
 
 Arguments = SimpleNamespace
 # By their names in ``fastdistill.ops`` they are functions.
-adamw_ema, cross_attention, feature_match, geglu, group_norm_silu, layer_norm_modulate, output_match = (
-    importlib.import_module(f"fastdistill.ops.{name}")
-    for name in "adamw_ema cross_attention feature_match geglu group_norm_silu layer_norm_modulate output_match".split()
+_NAMES = (
+    "adamw_ema add_bias cross_attention feature_match geglu group_norm_silu layer_norm_modulate output_match".split()
+)
+adamw_ema, add_bias, cross_attention, feature_match, geglu, group_norm_silu, layer_norm_modulate, output_match = (
+    importlib.import_module(f"fastdistill.ops.{name}") for name in _NAMES
 )
 
 
@@ -74,6 +76,12 @@ def _geglu(a: Arguments) -> None:
         _check.require(len(a.dbias) < 2, "dbias", "one gradient at most", len(a.dbias))
         for total in a.dbias:
             _like("dbias", total, a.x.shape[-1:], *_check.FLOATS)
+
+
+def _add_bias(a: Arguments) -> None:
+    like = a.x.movedim(-1, 1), a.h.movedim(-1, 1)  # of the op itself channels lie last
+    add_bias._checked((*like, a.bias))
+    _like("y", a.y, a.x.shape, a.x.dtype)
 
 
 def _small(a: Arguments, given: dict[str, Sequence[int] | None]) -> None:
@@ -195,6 +203,7 @@ def _cross_attention(a: Arguments) -> None:
 
 
 CHECKS: dict[str, Callable[[Arguments], None]] = {
+    "add_bias": _add_bias,
     "geglu": _geglu,
     "geglu_backward": _geglu,
     "group_norm_silu": _group_norm,

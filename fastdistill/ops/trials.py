@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from fastdistill.ops import _failures
 from fastdistill.ops._dispatch import OPS, REFERENCE, use
 from fastdistill.ops.adamw_ema import AdamWGroup, adamw_ema, grad_square_sum
+from fastdistill.ops.add_bias import add_bias
 from fastdistill.ops.attention import attention
 from fastdistill.ops.cross_attention import cross_attention
 from fastdistill.ops.feature_match import feature_match
@@ -102,6 +103,7 @@ def _model_ops() -> None:
     tokens = [_floats(*shape) for shape in ((2, 4, 8), (2, 4, 8), per_sample, per_sample, per_sample)]
     _differentiated(residual_layer_norm_modulate, *tokens)
     _differentiated(geglu, _floats(2, 16))
+    _differentiated(add_bias, *(_floats(2, 8, 4, 4) for _ in range(2)), _floats(8))
     _differentiated(cross_attention, *(_floats(2, n, 1, 16) for n in (4, 3, 3)))
 
 

@@ -22,6 +22,7 @@ from fastdistill.ops import (
     Task,
     _native,
     adamw_ema,
+    add_bias,
     cross_attention,
     feature_match,
     geglu,
@@ -197,6 +198,7 @@ WORKS: dict[str, Callable[[str], Work]] = {
         device, residual_layer_norm_modulate, (2, 9, 40), (2, 9, 40), *[(2, 40)] * 3, dtype=torch.bfloat16
     ),
     "geglu": lambda device: model_work(device, geglu, (2, 9, 80), dtype=torch.float16),
+    "add_bias": lambda device: model_work(device, add_bias, (2, 70, 3, 5), (2, 70, 3, 5), (70,), dtype=torch.bfloat16),
     "geglu-bias": lambda device: model_work(
         device, lambda x, bias: geglu(x + bias.detach(), bias=bias), (2, 9, 80), (80,), dtype=torch.float16
     ),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdistill.models.fuse.form import Form, altered, instead_of
-from fastdistill.models.fuse.products import convolved, is_product, pointwise
+from fastdistill.models.fuse.products import biased_sum, convolved, is_product, pointwise
 from fastdistill.ops import group_norm_silu
 from fastdistill.ops._check import FLOATS
 
@@ -80,15 +80,12 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *ar
             time["time_bias"] = projected if bias is None else projected + bias.to(projected.dtype)
         else:
             time["scale"], time["shift"] = projected.chunk(2, dim=1)
-    hidden = block.dropout(_norm(block.norm2, hidden, **time))
-    if block.conv_shortcut is None:
-        hidden = block.conv2(hidden)
-    elif is_product(block.conv_shortcut, x):  # which adds both biases
-        hidden, bias = convolved(block.conv2, hidden)
-        x = pointwise(block.conv_shortcut, x, bias)
-    else:
-        hidden, x = block.conv2(hidden), block.conv_shortcut(x)
-    total = x + hidden
+    hidden, bias = convolved(block.conv2, block.dropout(_norm(block.norm2, hidden, **time)))
+    if block.conv_shortcut is not None and is_product(block.conv_shortcut, x):  # which adds both biases
+        x, bias = pointwise(block.conv_shortcut, x, bias), None
+    elif block.conv_shortcut is not None:
+        x = block.conv_shortcut(x)
+    total = x + hidden if bias is None else biased_sum(x, hidden, bias)
     return total if block.output_scale_factor == 1.0 else total / block.output_scale_factor
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 from fastdistill.models.fuse.form import altered
+from fastdistill.ops import add_bias
 from fastdistill.ops._dispatch import quiet
 
 #: Device types: cuDNN writes what it has convolved and torch adds the bias then, while oneDNN adds it as it writes.
@@ -61,6 +62,13 @@ def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
     out = F.linear(rows, conv.weight.flatten(1), conv.bias if bias is None else bias)
     return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def biased_sum(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
+    """x + h + bias in one pass where the maps are in channels_last."""
+    if x.shape == h.shape and x.dtype == h.dtype and all(t.movedim(1, -1).is_contiguous() for t in (x, h)):
+        return add_bias(x, h, bias)
+    return x + (h + bias.to(h.dtype)[:, None, None])
 
 
 def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
