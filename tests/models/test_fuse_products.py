@@ -201,6 +201,25 @@ def test_compiled(name: str) -> None:
         assert_close(key, gradients["_orig_mod." + key], gradient, own_gradients[key], 3.0)
 
 
+class Quantized(Tensor):
+    """A weight that takes part in a layer's own call alone."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.cat and func is not Tensor.flatten
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_weights_of_another_kind() -> None:
+    own, x = layers(True)
+    expected = [layer(x) for layer in own]
+    for layer in own:
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantized))  # type: ignore[arg-type]
+    assert type(own[0].weight) is Quantized
+    for got, wanted in zip(products.projected(x, *own), expected, strict=True):
+        assert torch.equal(got.as_subclass(Tensor), wanted)  # type: ignore[arg-type]
+
+
 def layers(bias: bool) -> tuple[list[nn.Linear], Tensor]:
     torch.manual_seed(0)
     return [nn.Linear(6, n, bias=bias).double() for n in (4, 4, 2)], torch.randn(2, 3, 6, dtype=torch.float64)

@@ -27,9 +27,15 @@ def saves(x: Tensor) -> bool:
     return x.device.type in PLACES
 
 
-def plain(*modules: nn.Module, kind: type) -> bool:
-    """Whether the modules are what their class is, so that their weights say what they compute."""
-    return altered([("", module, kind) for module in modules]) is None
+_OWN = (nn.Parameter, Tensor)
+
+
+def plain(*modules: Any, kind: type) -> bool:
+    """Whether the modules are what their class is and have weights of torch's own (quantized and distributed tensors
+    are others), so that these say what is computed."""
+    if altered([("", module, kind) for module in modules]) is not None:
+        return False
+    return all(type(module.weight) in _OWN for module in modules)
 
 
 def convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
