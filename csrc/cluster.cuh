@@ -37,7 +37,8 @@ template <typename... P> int allow_clusters(void (*kernel)(P...), unsigned clust
   cudaFuncAttributes found;
   cudaError_t error = cudaFuncGetAttributes(&found, kernel);
   if (error == cudaSuccess && found.ptxVersion < 90) return 0;
-  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  if (error == cudaSuccess && size_t(found.maxDynamicSharedSizeBytes) < shared)  // what others were allowed stays
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   if (error == cudaSuccess && cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) {
