@@ -140,7 +140,8 @@ def feature_match(
             buffers = [t.detach() for t in teacher]
         options = len(student), buffers, factors, grad_scale, distance, parameter
         return FeatureMatch(*apply(kind, _FeatureMatch, options, *student, *teacher))
-    return FeatureMatch(*_launch(kind, student, teacher, factors, grad_scale, distance, parameter, []))
+    dense = [_dense(s.detach(), distance) for s in student]
+    return FeatureMatch(*_launch(kind, dense, teacher, factors, grad_scale, distance, parameter, []))
 
 
 @functools.cache
@@ -239,8 +240,7 @@ def _launch(
     parameter: float,
     grads: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Bring each tap's tensors to one dense layout (the student's), so that kernels see flat memory, and run the op."""
-    student = [_dense(s.detach(), distance) for s in student]
+    """Bring each tap's teacher to the dense layout of the student, so that kernels see flat memory, and run the op."""
     teacher = [t if t.stride() == s.stride() else _laid_out_like(s, t) for s, t in zip(student, teacher, strict=True)]
     loss, taps = weights.new_empty(()), weights.new_empty(len(student))
     if grad_scale is None:
