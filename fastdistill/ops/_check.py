@@ -78,7 +78,7 @@ def listed(values: Any, argument: str, rule: str = "a list of tensors") -> list[
     several = isinstance(values, Iterable) and not isinstance(values, (Tensor, str, Mapping))
     require(several, argument, rule, type(values).__name__)
     found = list(values)
-    if not all([isinstance(one, Tensor) and one.layout is torch.strided for one in found]):
+    if not all(isinstance(one, Tensor) and one.layout is torch.strided for one in found):
         tensors(**{f"{argument}[{i}]": one for i, one in enumerate(found)})
     return found
 
