@@ -22,6 +22,8 @@ using namespace FD_ISA;
 
 constexpr int queries = 128, warps = 8, core = 128;  // of a tile; of a block; bytes of 8 rows of 8 elements
 
+constexpr int most = 232448;  // bytes of shared memory
+
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 
 // Sizes in bytes and elements; shared memory is P, dS, tiles of Q and dO, K, V, dQ on its way out, the keys' bias.
@@ -34,10 +36,10 @@ template <int D, int KEYS> struct Sizes {
   static constexpr int out_columns = D > 128 ? D / 2 : D;                              // of dQ at once
   static constexpr int out_row = (out_columns / 8 | 1) * 16, out = queries * out_row;  // rows in different banks
   static constexpr int fixed = 2 * weights + 2 * bank + out + 4 * KEYS;
-  static constexpr int stages = fixed + 4 * tile <= 231000 ? 2 : 1;
+  static constexpr int stages = fixed + 4 * tile <= most ? 2 : 1;
   static constexpr int tiles_at = 2 * weights, banks_at = tiles_at + 2 * stages * tile, out_at = banks_at + 2 * bank;
   static constexpr int bias_at = out_at + out, shared = bias_at + 4 * KEYS;
-  static_assert(shared <= 232448 && (by_dims ? up(D, 64) - depth : up(KEYS, 64) - KEYS) * queries * 2 <= 2 * bank, "");
+  static_assert(shared <= most && (by_dims ? up(D, 64) - depth : up(KEYS, 64) - KEYS) * queries * 2 <= 2 * bank, "");
 };
 
 // A matrix of ``rows`` in cores: those of 8 columns after those of the 8 before. Its bytes at (row, column), and as an operand
@@ -87,22 +89,24 @@ __device__ float over_row(float x, bool sum) {
   return x;
 }
 
-// Into ``s`` come the weights, unscaled; returns what scales them, of both of a thread's rows.
-template <int n> __device__ void softmax(float (&s)[n], const float* bias, float scale, float (&share)[2]) {
+// The weights of scores, unscaled, and what scales them, of both of a thread's rows. (Registers that a product writes are left
+// to products: what else writes them would have to wait for all that are under way.)
+template <int n>
+__device__ void softmax(const float (&s)[n], const float* bias, float scale, float (&weights)[n], float (&share)[2]) {
   float top[2] = {minus_infinity(), minus_infinity()}, total[2] = {};
   FD_UNROLL
   for (int i = 0; i < n; i += 4) {
     const float2 added = *reinterpret_cast<const float2*>(bias + 2 * i + 2 * (threadIdx.x % 4));
-    s[i] = muladd(s[i], scale, added.x), s[i + 1] = muladd(s[i + 1], scale, added.y);
-    s[i + 2] = muladd(s[i + 2], scale, added.x), s[i + 3] = muladd(s[i + 3], scale, added.y);
-    top[0] = fmaxf(top[0], fmaxf(s[i], s[i + 1])), top[1] = fmaxf(top[1], fmaxf(s[i + 2], s[i + 3]));
+    weights[i] = muladd(s[i], scale, added.x), weights[i + 1] = muladd(s[i + 1], scale, added.y);
+    weights[i + 2] = muladd(s[i + 2], scale, added.x), weights[i + 3] = muladd(s[i + 3], scale, added.y);
+    top[0] = fmaxf(top[0], fmaxf(weights[i], weights[i + 1])), top[1] = fmaxf(top[1], fmaxf(weights[i + 2], weights[i + 3]));
   }
   FD_UNROLL
   for (int r = 0; r < 2; ++r) top[r] = finite(over_row(top[r], false));
   FD_UNROLL
   for (int i = 0; i < n; ++i) {
-    s[i] = power_of_two(s[i] - top[i / 2 % 2]);
-    total[i / 2 % 2] += s[i];
+    weights[i] = power_of_two(weights[i] - top[i / 2 % 2]);
+    total[i / 2 % 2] += weights[i];
   }
   FD_UNROLL
   for (int r = 0; r < 2; ++r) share[r] = inverse(over_row(total[r], true));
@@ -153,26 +157,9 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads
   for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
   for (int i = 0; i < S::columns / 2; ++i) sums[piece][i] = 0.0f;
 
-  int stage = 0;
-  for (int64_t begin = first; begin < end; begin += queries) {
-    hopper::wait_copies<0>();
-    hopper::publish_to_products();
-    __syncthreads();  // the tile is there, and the one before it is done with
-    const int64_t next = begin + queries;
-    if (S::stages == 2 && next < end) {
-      load_tile(1 - stage, next);
-      hopper::commit_copies();
-    } else if (S::stages == 1 && next < end) {
-      const int row = threadIdx.x / 2;  // a line of 128 bytes at a time
-      if (next + row < end)
-        for (int line = threadIdx.x % 2 * 128; line < 2 * D; line += 256) {
-          hopper::prefetch(q_head + 2 * (next + row) * a.q.token + line);
-          hopper::prefetch(g_head + 2 * (next + row) * a.grad_out.token + line);
-        }
-    }
+  float s[KEYS / 2], changes[KEYS / 2];  // S and dP
+  const auto multiply_scores = [&](int stage) {
     const Cores<queries> x = tile(stage, 0), g = tile(stage, 1);
-
-    float s[KEYS / 2], changes[KEYS / 2], share[2];  // S, then P; dP, then dS
     hopper::begin_products();
     hopper::Operand left = x.over_columns(64 * group), right = k.over_columns(0);
     FD_UNROLL
@@ -184,79 +171,104 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads
     for (int i = 0; i < S::depth / 16; ++i)
       hopper::multiply<KEYS, T, false, false>(changes, left.after(i * g.next_columns), right.after(i * v.next_columns), i > 0);
     hopper::commit_products();
-    hopper::wait_products<1>();
-    softmax(s, bias, scale, share);
-
+  };
+  uint32_t parts[S::keys / 16][4] = {};  // dS as products want it, keys to 16 at a time
+  // P and dS of the warp's queries.
+  const auto weigh = [&] {
+    float weights[KEYS / 2], share[2], delta[2] = {};
     uint32_t words[KEYS / 4];
+    hopper::wait_products<1>();
+    softmax(s, bias, scale, weights, share);
     FD_UNROLL
-    for (int i = 0; i < KEYS / 2; ++i) s[i] *= share[i / 2 % 2];
+    for (int i = 0; i < KEYS / 2; ++i) weights[i] *= share[i / 2 % 2];
     FD_UNROLL
-    for (int i = 0; i < KEYS / 4; ++i) words[i] = two_of<T>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < KEYS / 4; ++i) words[i] = two_of<T>(weights[2 * i], weights[2 * i + 1]);
     store(p, 16 * warp, words);
-
     hopper::wait_products<0>();
-    float delta[2] = {};
     FD_UNROLL
-    for (int i = 0; i < KEYS / 2; ++i) delta[i / 2 % 2] = muladd(s[i], changes[i], delta[i / 2 % 2]);
+    for (int i = 0; i < KEYS / 2; ++i) delta[i / 2 % 2] = muladd(weights[i], changes[i], delta[i / 2 % 2]);
     FD_UNROLL
     for (int r = 0; r < 2; ++r) delta[r] = over_row(delta[r], true);
-    uint32_t parts[S::keys / 16][4] = {};  // dS as products want it, keys to 16 at a time
     FD_UNROLL
-    for (int i = 0; i < KEYS / 4; ++i) {
-      words[i] = two_of<T>(s[2 * i] * (changes[2 * i] - delta[i % 2]), s[2 * i + 1] * (changes[2 * i + 1] - delta[i % 2]));
-      parts[i / 4][i % 4] = words[i];
-    }
+    for (int i = 0; i < KEYS / 2; ++i) weights[i] *= changes[i] - delta[i / 2 % 2];
+    FD_UNROLL
+    for (int i = 0; i < KEYS / 4; ++i) parts[i / 4][i % 4] = words[i] = two_of<T>(weights[2 * i], weights[2 * i + 1]);
     store(ds, 16 * warp, words);
-    hopper::publish_to_products();
-
-    float dq[S::out_columns / 2];
-    const auto multiply_dq = [&](int column) {
-      hopper::begin_products();
-      const hopper::Operand keys = k.over_rows(column);
-      FD_UNROLL
-      for (int i = 0; i < S::keys / 16; ++i)
-        hopper::multiply<S::out_columns, T, true>(dq, parts[i], keys.after(i * k.next_rows), i > 0);
-      hopper::commit_products();
-    };
-    multiply_dq(0);
-    __syncthreads();  // P and dS of all queries
+  };
+  float dq[S::out_columns / 2];
+  const auto multiply_dq = [&](int column) {
     hopper::begin_products();
-    const Cores<queries> weights = group ? ds : p, tokens = group ? x : g;
-    left = (S::by_dims ? tokens : weights).over_rows(0), right = (S::by_dims ? weights : tokens).over_rows(0);
+    const hopper::Operand keys = k.over_rows(column);
+    FD_UNROLL
+    for (int i = 0; i < S::keys / 16; ++i)
+      hopper::multiply<S::out_columns, T, true>(dq, parts[i], keys.after(i * k.next_rows), i > 0);
+    hopper::commit_products();
+  };
+  const auto multiply_sums = [&](int stage) {
+    const Cores<queries> of_keys = group ? ds : p, tokens = tile(stage, 1 - group);
+    const hopper::Operand left = (S::by_dims ? tokens : of_keys).over_rows(0);
+    const hopper::Operand right = (S::by_dims ? of_keys : tokens).over_rows(0);
+    hopper::begin_products();
     FD_UNROLL
     for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
     for (int i = 0; i < queries / 16; ++i)
-      hopper::multiply<S::columns, T, true, true>(sums[piece], left.after(piece * 8 * queries * 16 + i * x.next_rows),
-                                                  right.after(i * x.next_rows), true, S::rows - 64 * piece);
+      hopper::multiply<S::columns, T, true, true>(sums[piece], left.after(piece * 8 * queries * 16 + i * p.next_rows),
+                                                  right.after(i * p.next_rows), true, S::rows - 64 * piece);
     hopper::commit_products();
-    hopper::wait_products<1>();
-    unsigned char* const to = static_cast<unsigned char*>(a.grad_q.at) + 2 * (b * a.grad_q.batch + h * a.grad_q.head);
+  };
+  unsigned char* const to = static_cast<unsigned char*>(a.grad_q.at) + 2 * (b * a.grad_q.batch + h * a.grad_q.head);
+  const auto put_dq = [&](int64_t begin, int column) {
+    uint32_t changed[S::out_columns / 4];
     FD_UNROLL
-    for (int column = 0; column < D; column += S::out_columns) {
-      if (column > 0) {
-        multiply_dq(column);
-        hopper::wait_products<0>();
-      }
-      uint32_t changed[S::out_columns / 4];
-      FD_UNROLL
-      for (int i = 0; i < S::out_columns / 4; ++i) changed[i] = two_of<T>(dq[2 * i] * a.scale, dq[2 * i + 1] * a.scale);
-      unsigned char* const own = out + lane % 16 * S::out_row;
-      FD_UNROLL
-      for (int i = 0; i + 4 <= S::out_columns / 4; i += 4)
-        hopper::store_cores(own + lane / 16 * 16 + 8 * i, changed[i], changed[i + 1], changed[i + 2], changed[i + 3]);
-      if constexpr (S::out_columns % 16)
-        hopper::store_cores(own + 2 * S::out_columns - 16, changed[S::out_columns / 4 - 2], changed[S::out_columns / 4 - 1]);
-      __syncwarp();
-      constexpr int width = S::out_columns / 8;  // 16 bytes each
-      FD_UNROLL
-      for (int i = 0; i < (16 * width + 31) / 32; ++i) {
-        const int one = 32 * i + lane, r = one / width;
-        const int64_t query = begin + 16 * warp + r;
-        if (one < 16 * width && query < end)
-          *reinterpret_cast<uint4*>(to + 2 * (query * a.grad_q.token + column) + one % width * 16) =
-              *reinterpret_cast<const uint4*>(out + r * S::out_row + one % width * 16);
-      }
-      __syncwarp();
+    for (int i = 0; i < S::out_columns / 4; ++i) changed[i] = two_of<T>(dq[2 * i] * a.scale, dq[2 * i + 1] * a.scale);
+    unsigned char* const own = out + lane % 16 * S::out_row;
+    FD_UNROLL
+    for (int i = 0; i + 4 <= S::out_columns / 4; i += 4)
+      hopper::store_cores(own + lane / 16 * 16 + 8 * i, changed[i], changed[i + 1], changed[i + 2], changed[i + 3]);
+    if constexpr (S::out_columns % 16)
+      hopper::store_cores(own + 2 * S::out_columns - 16, changed[S::out_columns / 4 - 2], changed[S::out_columns / 4 - 1]);
+    __syncwarp();
+    constexpr int width = S::out_columns / 8;  // 16 bytes each
+    FD_UNROLL
+    for (int i = 0; i < (16 * width + 31) / 32; ++i) {
+      const int one = 32 * i + lane, r = one / width;
+      const int64_t query = begin + 16 * warp + r;
+      if (one < 16 * width && query < end)
+        *reinterpret_cast<uint4*>(to + 2 * (query * a.grad_q.token + column) + one % width * 16) =
+            *reinterpret_cast<const uint4*>(out + r * S::out_row + one % width * 16);
+    }
+    __syncwarp();
+  };
+
+  int stage = 0;
+  for (int64_t begin = first; begin < end; begin += queries) {
+    hopper::wait_copies<0>();
+    hopper::publish_to_products();
+    __syncthreads();  // the tile is there, and the one before it is done with
+    const int64_t next = begin + queries;
+    if (S::stages == 2 && next < end) {
+      load_tile(1 - stage, next);
+      hopper::commit_copies();
+    } else if (S::stages == 1 && next < end) {
+      const int64_t query = next + threadIdx.x / 2;
+      if (query < end)
+        for (int line = threadIdx.x % 2 * 128; line < 2 * D; line += 256) {  // of the cache
+          hopper::prefetch(q_head + 2 * query * a.q.token + line);
+          hopper::prefetch(g_head + 2 * query * a.grad_out.token + line);
+        }
+    }
+    multiply_scores(stage);
+    weigh();
+    hopper::publish_to_products();
+    multiply_dq(0);
+    __syncthreads();  // P and dS of all queries
+    multiply_sums(stage);
+    hopper::wait_products<1>();
+    put_dq(begin, 0);
+    if constexpr (S::out_columns < D) {
+      multiply_dq(S::out_columns);
+      hopper::wait_products<0>();
+      put_dq(begin, S::out_columns);
     }
     hopper::wait_products<0>();
     if (S::stages == 2) {
@@ -269,20 +281,19 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads
   }
 
   const float factor = group ? a.scale : 1.0f;
-  const bool partial = a.partials != nullptr;
-  float* const partials = partial ? a.partials + (group ? 0 : slot_of(a, a.B * a.chunks, 0, 0, 0)) : nullptr;
-  T* const whole = static_cast<T*>(group ? a.grad_k : a.grad_v);
-  const int64_t outer = b * a.chunks + chunk;
+  const int first_row = 16 * (warp % 4) + lane / 4, first_column = 2 * (lane % 4);
+  const int64_t step = a.H * a.D, across = S::by_dims ? 1 : step, along = S::by_dims ? step : 1;
+  const int64_t at = slot_of(a, b * a.chunks + chunk, 0, h, 0) + first_row * across + first_column * along;
+  float* const partials = a.partials ? a.partials + at + (group ? 0 : a.B * a.chunks * a.L * step) : nullptr;
+  T* const whole = static_cast<T*>(group ? a.grad_k : a.grad_v) + at;
   FD_UNROLL
   for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
   for (int i = 0; i < S::columns / 2; ++i) {
-    const int one = 64 * piece + 16 * (warp % 4) + lane / 4 + 8 * (i / 2 % 2), other = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
-    const int key = S::by_dims ? other : one, dim = S::by_dims ? one : other;
-    if (key >= a.L || dim >= D) continue;
+    const int rows = 64 * piece + 8 * (i / 2 % 2), columns = 8 * (i / 4) + i % 2;
+    if (first_row + rows >= (S::by_dims ? D : a.L) || first_column + columns >= (S::by_dims ? a.L : D)) continue;
     const float x = sums[piece][i] * factor;
-    const int64_t at = slot_of(a, outer, key, h, dim);
-    if (partial) partials[at] = x;
-    else whole[at] = from_float<T>(x);
+    if (partials) partials[rows * across + columns * along] = x;
+    else whole[rows * across + columns * along] = from_float<T>(x);
   }
 #else
   asm("trap;");
