@@ -289,7 +289,7 @@ def test_the_doctor_names_what_does_not_run(
     with pytest.warns(UserWarning, match=REASON):
         geglu(torch.ones(2, 4, requires_grad=True)).sum().backward()
     (failure,) = doctor.examine()["failures"]
-    call = "float32[2, 2], float32[2, 4], float32[2, 4]"
+    call = "float32[2, 2], float32[2, 4], float32[2, 4], ()"
     assert failure == {"op": "geglu_backward", "kernel": "triton", "call": call, "reason": REASON}
     doctor.doctor(doctor.Console())
     assert f"geglu_backward, triton, {call}: {REASON}" in capsys.readouterr().out
