@@ -30,11 +30,11 @@ enum State { ready, at_block, at_warp, at_cluster, done };
 struct Fiber {
   ucontext_t context;
   State state;
-  int line;       // of the barrier where it waits
-  unsigned mask;  // of the lanes that it waits for
-  int meetings;   // of its warp so far
-  bool orders;    // memory, at this meeting
-  int arrivals;   // at the cluster's barrier
+  int line;             // of the barrier where it waits
+  unsigned mask;        // of the lanes that it waits for
+  int meetings;         // of its warp so far
+  bool orders;          // memory, at this meeting
+  int arrivals, waits;  // at the cluster's barrier
   uint3 index, block;
   Runner runner;
 };
@@ -186,7 +186,7 @@ bool run_cluster(std::mt19937_64& random, size_t first, size_t ranks) {
     Fiber& f = fibers[i];
     const size_t rank = i / threads_each, t = i % threads_each, number = first + rank;
     order[t] = t;
-    f.state = ready, f.meetings = f.arrivals = 0;
+    f.state = ready, f.meetings = f.arrivals = f.waits = 0;
     f.index = {unsigned(t % block_size.x), unsigned(t / block_size.x % block_size.y),
                unsigned(t / block_size.x / block_size.y)};
     f.block = {unsigned(number % grid_size.x), unsigned(number / grid_size.x % grid_size.y),
@@ -231,7 +231,11 @@ unsigned rank_in_cluster() { return current->runner.rank; }
 
 void arrive_at_cluster() { ++current->arrivals; }
 
-void wait_for_cluster(int line) { wait(at_cluster, line, 0); }
+void wait_for_cluster(int line) {
+  if (current->waits++ == current->arrivals)
+    fail("waits at the cluster's barrier in line " + std::to_string(line) + ", where not all that it waits for arrive");
+  wait(at_cluster, line, 0);
+}
 
 const uint64_t* meet_warp(unsigned mask, uint64_t value, int line, bool orders) {
   Fiber* self = current;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kernels with one bug each, and the same without it: the emulation must tell them apart.
-#include "common.cuh"
+#include "cluster.cuh"
 
 namespace {
 
@@ -21,7 +21,10 @@ enum Bug {
   exited,
   wrong_mask,
   missing_fence,
-  plain_counter
+  plain_counter,
+  missing_cluster_barrier,
+  left_too_early,
+  not_all_arrive
 };
 
 // y = x reversed within each block, plus the block's sum.
@@ -80,14 +83,31 @@ template <Bug bug> __global__ void total(const float* x, float* y, unsigned* cou
   }
 }
 
+// y = the block's elements, turned to the next block of its cluster through shared memory.
+template <Bug bug> __global__ void pass_on(const float* x, float* y) {
+  FD_DYNAMIC_SHARED(float, all);
+  const int64_t first = int64_t(blockIdx.x) * threads;
+  const int t = int(threadIdx.x);
+  all[t] = x[first + t];
+  if (bug == missing_cluster_barrier) __syncthreads();
+  else if (bug != not_all_arrive || cluster_rank() == 0) cluster_arrive();
+  if (bug != missing_cluster_barrier) cluster_wait();
+  y[first + t] = fd::of_block(all, 1 - cluster_rank())[t];
+  if (bug == left_too_early || bug == missing_cluster_barrier) return;
+  cluster_arrive();
+  cluster_wait();
+}
+
 template <Bug bug> const char* run(const float* x, float* y, unsigned* counter, int64_t n) {
   const auto reversing = &reverse<bug>;
   const auto turning = &turn<bug>;
   const auto copying = &copy<bug>;
   const auto adding = &total<bug>;
+  const auto passing = &pass_on<bug>;
   const unsigned grid = unsigned(n / threads);
   FD_LAUNCH(copying, grid, threads, 0, nullptr, x, y);
   FD_LAUNCH(turning, grid, threads, threads * sizeof(float), nullptr, x, y);
+  FD_LAUNCH_CLUSTER(passing, 2u, grid, threads, threads * sizeof(float), nullptr, x, y);
   FD_LAUNCH(adding, grid, threads, 0, nullptr, x, y, counter);
   FD_LAUNCH(reversing, grid, threads, 0, nullptr, x, y, n);
   return fd_launch_error();
@@ -97,8 +117,10 @@ template <Bug bug> const char* run(const float* x, float* y, unsigned* counter, 
 
 extern "C" const char* planted(int bug, const float* x, float* y, unsigned* counter, int64_t n) {
   static decltype(&run<none>) runs[] = {
-      run<none>,         run<missing_barrier>,  run<reused_too_early>, run<ordered_by_a_shuffle>, run<uninitialized>,
-      run<past_the_end>, run<before_the_start>, run<past_an_array>,    run<past_dynamic>,         run<misaligned>,
-      run<divergent>,    run<exited>,           run<wrong_mask>,       run<missing_fence>,        run<plain_counter>};
+      run<none>,           run<missing_barrier>, run<reused_too_early>, run<ordered_by_a_shuffle>,
+      run<uninitialized>,  run<past_the_end>,    run<before_the_start>, run<past_an_array>,
+      run<past_dynamic>,   run<misaligned>,      run<divergent>,        run<exited>,
+      run<wrong_mask>,     run<missing_fence>,   run<plain_counter>,    run<missing_cluster_barrier>,
+      run<left_too_early>, run<not_all_arrive>};
   return runs[bug](x, y, counter, n);
 }

@@ -31,6 +31,9 @@ FOUND = {
     "wrong_mask": r"waits at .* in line \d+, where not all that it waits for arrive",
     "missing_fence": r"reads without a barrier what was written by thread 0 of block \d",
     "plain_counter": r"reads without a barrier what was written by thread 0 of block \d",
+    "missing_cluster_barrier": r"reads (shared memory that its block has not written|without a barrier what was wr)",
+    "left_too_early": r"accesses shared memory of a block that has ended",
+    "not_all_arrive": r"waits at the cluster's barrier in line \d+, where not all that it waits for arrive",
 }
 Planted = Callable[..., bytes | None]
 
