@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._inductor.config
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,7 @@ from fastdistill.ops import (
     use,
 )
 from fastdistill.ops._backward import _one as loss_scale
+from fastdistill.ops._dispatch import Kernel, Kind, Op
 from fastdistill.ops.feature_match import _ones as tap_weights
 from tests.harness import EPS
 
@@ -171,3 +173,27 @@ def test_compiled_loops_run_after_the_ops_they_read() -> None:
     # All terms are positive: no relative change of the inputs moves the result more than the same one of all of them.
     condition = ((moved - truth).abs() * 2**20).max().item()
     assert (got.double() - truth).abs().max().item() <= 4 * EPS * condition
+
+
+def test_calls_on_a_gpu_ask_kernels_each_time() -> None:
+    """Past torch's dispatcher too; what a kernel takes may depend on strides there."""
+    ran: list[str] = []
+    refuse = lambda x: None if x.is_contiguous() else "strides"  # noqa: E731
+    kernels = [
+        Kernel("first", "cuda", lambda x: ran.append("first"), lambda: None, refuse),
+        Kernel("second", "cuda", lambda x: ran.append("second"), lambda: None),
+    ]
+    op = Op("copy", "", lambda x: ran.append("reference"), kernels)
+    kind = Kind(on_cpu=False)
+    for x in (X, X.transpose(0, 1), X):
+        op(kind, x)
+    assert ran == ["first", "second", "first"] and op.calls == {"first": 2, "second": 1}
+
+
+def test_kinds_of_tensors() -> None:
+    x = torch.ones(2)
+    known = Kind.of((x, None, torch.nn.Parameter(x)))
+    assert known is not None and known.on_cpu and Kind.of((None,)) is not None
+    with FakeTensorMode():
+        assert Kind.of((x, torch.ones(2))) is None
+    assert Kind.of((x, x.to("meta"))) is None
