@@ -38,7 +38,7 @@ _group_norm_silu = register(
     summary="silu((group_norm(x + time_bias) weight + bias) (1 + scale) + shift)",
     reference=reference.group_norm_silu,
     kernels=[
-        Kernel("cuda", "cuda", cuda.group_norm_silu, _native.cuda_reason, cuda.refuse),
+        Kernel("cuda", "cuda", cuda.group_norm_silu, cuda.reason, cuda.refuse),
         Kernel("triton", "cuda", later(f"{__name__}.triton", "group_norm_silu"), _native.triton_reason, cpp.refuse),
         Kernel("cpp", "cpu", cpp.group_norm_silu, _native.cpu_reason, cpp.refuse),
     ],
@@ -50,7 +50,7 @@ _backward = register(
     summary="gradients of group_norm_silu",
     reference=reference.group_norm_silu_backward,
     kernels=[
-        Kernel("cuda", "cuda", cuda.group_norm_silu_backward, _native.cuda_reason, cuda.refuse_backward),
+        Kernel("cuda", "cuda", cuda.group_norm_silu_backward, cuda.reason, cuda.refuse_backward),
         Kernel(
             "triton", "cuda", later(f"{__name__}.triton", "group_norm_silu_backward"), _native.triton_reason,
             cpp.refuse_backward,

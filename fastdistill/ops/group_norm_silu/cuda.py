@@ -16,6 +16,7 @@ from fastdistill.ops.group_norm_silu import cpp
 from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
 
+ARCH, MISSING = (9, 0), "clusters of blocks (sm_90)"
 SHARED = 227 << 10  # bytes that a block can have
 PAIRED = (
     SHARED // 2 - 1024
@@ -29,6 +30,15 @@ STEPS = 2  # of a thread, at least
 
 Sizes = tuple[int, int, int, int]  # batch, channels, positions, groups
 Cut = tuple[int, int]  # groups of a slice, blocks of a cluster
+
+
+@functools.cache
+def reason() -> str | None:
+    """Why these kernels cannot run in this installation, or None."""
+    if why := _native.cuda_reason():
+        return why
+    newest = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    return None if newest >= ARCH else f"no GPU here has {MISSING}"
 
 
 def refuse(
@@ -94,8 +104,8 @@ def _cut(device: int, dtype: torch.dtype, sizes: Sizes, silu: bool, backward: bo
     The best has two blocks a multiprocessor, whole sectors, some positions for each thread, enough blocks to go around;
     then small clusters, which start and wait sooner, of narrow slices.
     """
-    if device >= 0 and torch.cuda.get_device_capability(device) < (9, 0):
-        return "the GPU has no clusters of blocks (sm_90)"
+    if device >= 0 and torch.cuda.get_device_capability(device) < ARCH:
+        return f"the GPU has no {MISSING}"
     batch, channels, positions, groups = sizes
     step, number, cuda = channels // groups * dtype.itemsize, _native.DTYPES[dtype], _native.cuda()
     found: list[tuple[tuple[Any, ...], Cut]] = []
