@@ -171,6 +171,22 @@ def cross_attention_work(device: str, dtype: torch.dtype, keys: int) -> Work:
     return model_work(device, call, (3, 19, 1, 40), (2, keys, 1, 40), (2, keys, 1, 40), dtype=dtype)
 
 
+def cross_attention_backward_work(device: str) -> Work:
+    """Its gradients alone, over two tiles of queries; one sample's of K and V are not those of the row beside it."""
+    g = torch.Generator().manual_seed(6)
+    q, k, v, grad_out = (
+        torch.randn((2, n, 1, 80), generator=g).to(device, torch.bfloat16) for n in (150, 21, 21, 150)
+    )  # fmt: skip
+
+    def step() -> list[Tensor]:
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        OPS["cross_attention_backward"](None, q, k, v, None, None, 0.1, grad_out, *grads)
+        q.sub_(grads[0], alpha=0.01)
+        return grads
+
+    return Work([q, k, v, grad_out], step)
+
+
 def group_norm_silu_work(device: str, last: bool) -> Work:
     """As in a residual block: with time embedding, scale and shift."""
 
@@ -192,6 +208,7 @@ WORKS: dict[str, Callable[[str], Work]] = {
     "adamw_ema": adamw_ema_work,
     "cross_attention": lambda device: cross_attention_work(device, torch.bfloat16, 21),
     "cross_attention-long": lambda device: cross_attention_work(device, torch.float32, 20),
+    "cross_attention_backward": cross_attention_backward_work,
     "group_norm_silu": lambda device: group_norm_silu_work(device, last=False),
     "group_norm_silu-channels_last": lambda device: group_norm_silu_work(device, last=True),
     "layer_norm_modulate": lambda device: model_work(

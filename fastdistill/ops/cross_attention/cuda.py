@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastdistill.ops import _native
 
-KEYS = {40: 80, 64: 80, 72: 120, 80: 80, 160: 80}  # most of them by head dim
+#: By head dim the fewest keys that it takes, and the most: Triton's tiles fit those below as well.
+KEYS = {40: (65, 80), 64: (65, 80), 72: (33, 120), 80: (1, 80), 160: (1, 80)}
 QUERIES = 128  # of a tile
 BLOCKS = 132  # one a multiprocessor of the largest GPU; of the shape alone, as sums are cut by it
 _ALIGNED = 8  # elements of 16 bytes
@@ -34,8 +35,9 @@ def refuse(
     dim, keys = q.shape[3], k.shape[1]
     if dim not in KEYS:
         return f"a head dim of {dim}, where it takes {', '.join(map(str, KEYS))}"
-    if not 1 <= keys <= KEYS[dim]:
-        return f"{keys} keys, where it takes 1 to {KEYS[dim]}"
+    fewest, most = KEYS[dim]
+    if not fewest <= keys <= most:
+        return f"{keys} keys, where it takes {fewest} to {most}"
     if not (q.numel() and grad_q.numel() and grad_k.numel()):
         return "not all gradients are asked for"
     if not (grad_k.is_contiguous() and grad_v.is_contiguous()):
@@ -48,8 +50,8 @@ def refuse(
 
 
 def chunks_of(B: int, N: int, H: int) -> tuple[int, int]:
-    """Queries of a chunk and chunks of a sample, by which a GPU is full for the least time: a block takes its tiles,
-    and as long as two for K, V and its sums."""
+    """Queries of a chunk and chunks of a sample, by which a GPU is full for the least time: a block takes its tiles, and
+    as long as two for K, V and its sums."""
     tiles, heads = -(-N // QUERIES), B * H
     counts = range(1, min(tiles, BLOCKS) + 1)
     chunks = min(counts, key=lambda n: (-(-heads * n // BLOCKS) * (-(-tiles // n) + 2), n))
@@ -68,11 +70,11 @@ def cross_attention_backward(
     partial = chunks > 1 or rows is not None
     partials = torch.empty((2, B * chunks, L, H, D) if partial else 0, dtype=torch.float32, device=q.device)
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    mask_dtype = _native.DTYPES[mask.dtype] if mask is not None and kind == 2 else 0
     mask, rows = (None if t is None else t.contiguous() for t in (mask, rows))
     _native.cuda().cross_attention_backward(
         *((t.data_ptr(), *t.stride()[:3]) for t in (q, k, v, grad_out, grad_q)),
-        mask.data_ptr() if mask is not None else 0, kind,
-        _native.DTYPES[mask.dtype] if mask is not None and kind == 2 else 0,
+        mask.data_ptr() if mask is not None else 0, kind, mask_dtype,
         rows.data_ptr() if rows is not None else 0, grad_k.data_ptr(), grad_v.data_ptr(),
         partials.data_ptr() if partial else 0, B, N, H, D, L, R, chunks, span, scale, _native.DTYPES[q.dtype],
         _native.queue(q),
