@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastdistill import files
+from fastdistill import files, schemas
 from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.errors import StorageError
 
@@ -28,8 +28,10 @@ class FileHashes:
         self._known: dict[str, str] = {}
         if memo is not None:
             with contextlib.suppress(OSError, ValueError):
-                known = files.json_value(memo.read_text(encoding="utf-8"))
-                self._known = {str(key): str(value) for key, value in known.items()}
+                found = files.json_value(memo.read_text(encoding="utf-8"))
+                if found.get("schema", 1) == schemas.HASHES.version:  # else they are read again
+                    known = found.get("hashes", found)  # before 0.1.0 there were these alone
+                    self._known = {str(key): str(value) for key, value in known.items()}
 
     def of(self, paths: Iterable[Path]) -> str:
         """The hash of several files and their names; JSON files count by their values, but for notes on who wrote them.
@@ -65,8 +67,9 @@ class FileHashes:
 
     def _remember(self) -> None:
         if self._memo is not None and self._memo.parent.is_dir():
+            content = {"schema": schemas.HASHES.version, "hashes": self._known}
             with contextlib.suppress(StorageError):  # where nothing can be written, files are read again
-                files.atomic_write(self._memo, json.dumps(self._known, indent=0).encode())
+                files.atomic_write(self._memo, json.dumps(content, indent=0).encode())
 
 
 def _content(path: Path) -> str:

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from fastdistill import files
+from fastdistill import files, schemas
 from fastdistill.data.fingerprint import dtype_name, sha256_of_json
 from fastdistill.data.values import spelled
 from fastdistill.errors import StorageError, described
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = 1
 _MOST = 2**48  # rows, elements of a row and bytes: more than there are, less than counts overflow at
 
 
@@ -89,7 +88,7 @@ class Manifest:
         """The text of ``manifest.json``."""
         value = {
             "format": "fastdistill rows",
-            "schema": SCHEMA_VERSION,
+            "schema": schemas.ROWS.version,
             "kind": self.kind,
             "complete": self.complete,
             "rows": self.rows,
@@ -122,12 +121,8 @@ def read_manifest(path: str | Path) -> Manifest:
         raise StorageError(f"{file}: could not be read: {files.reason(error)}") from error
     except ValueError as error:
         raise StorageError(f"{file}: damaged: {error}; delete {path} and make it anew") from error
-    schema = value.get("schema") if isinstance(value, dict) else None
-    if type(schema) is int and schema > SCHEMA_VERSION:
-        raise StorageError(
-            f"{file}: expected schema version {SCHEMA_VERSION} or older, got {schema}; a newer fastdistill wrote it"
-        )
     try:
+        schemas.ROWS.check(value["schema"], file)
         return _parse(value)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StorageError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill import schemas
 from fastdistill.data import values
 from fastdistill.data.fingerprint import differences, listed, plain
 from fastdistill.data.latent_cache import LatentCache
@@ -126,7 +127,7 @@ class Spectrum:
     def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON, from which ``load`` makes an equal one."""
         content = {name: getattr(self, name).tolist() for name in ("c", "u", "multiplicity", "labels")}
-        content |= {"kind": "spectrum", "version": 1, "fingerprint": dict(self.fingerprint)}
+        content |= {"kind": "spectrum", "version": schemas.SPECTRUM.version, "fingerprint": dict(self.fingerprint)}
         atomic_write(located(path), json.dumps(content).encode())
 
     @classmethod
@@ -134,19 +135,22 @@ class Spectrum:
         """A saved one; ``expect`` holds fields of the fingerprint that must have these values.
 
         Raises:
-            StorageError: it is not there, damaged, or of something else.
+            StorageError: it is not there, damaged, of something else, or a newer fastdistill wrote it.
         """
         file = located(path)
         try:
             content = json_value(file.read_text(encoding="utf-8"))
-            if content["kind"] != "spectrum" or content["version"] != 1:
-                raise ValueError(f"{content['kind']} {content['version']}")
+            if content["kind"] != "spectrum":
+                raise ValueError(f"kind {described(content['kind'])}")
+            schemas.SPECTRUM.check(content["version"], file)
             c, u, many = (torch.tensor(content[name], dtype=torch.float64) for name in ("c", "u", "multiplicity"))
             found = cls(c, u, many, torch.tensor(content["labels"], dtype=torch.int64), content["fingerprint"])
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(f"{file}: could not be read: {reason(error)}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{file}: expected a spectrum of version 1, got another file ({error})") from error
+            raise StorageError(f"{file}: expected a spectrum, got another file ({error})") from error
         wanted = plain(expect or {}, "expect")
         changed = differences(wanted, {key: found.fingerprint.get(key) for key in wanted})
         if changed:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastdistill import schemas
 from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
 from fastdistill.diffusion.distortion import Method
 from fastdistill.diffusion.grid import Grid
@@ -227,7 +228,10 @@ class _Cell:
         if keep is None or not (path := cls.path(keep, key)).exists():
             return None
         try:
-            tensors = safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("schema", "1") != str(schemas.MEASURED.version):
+                    return None  # they are made again
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             cell = cls(tensors["features"], tensors["right"], float(tensors["seconds"]))
         except (OSError, KeyError, safetensors.SafetensorError):
             return None
@@ -240,7 +244,7 @@ class _Cell:
         tensors = {"features": self.features.contiguous(), "right": self.right, "seconds": seconds}
         path = self.path(keep, key)
         make_directory(path.parent)
-        atomic_write(path, safetensors.torch.save(tensors))
+        atomic_write(path, safetensors.torch.save(tensors, {"schema": str(schemas.MEASURED.version)}))
 
     @staticmethod
     def path(keep: str | Path, key: dict[str, Any]) -> Path:

@@ -16,6 +16,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdistill import schemas
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.figures import label, png
@@ -65,7 +66,8 @@ def write_page(
         entry(report, name)
     title, said = report.get("title", title), report.get("finding") or finding(report)
     try:
-        data = json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        content = {"schema": schemas.REPORT.version, **report}
+        data = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as error:
         raise InputError.of("report", "plain JSON values without NaN", str(error)) from error
     jinja2 = require("jinja2")

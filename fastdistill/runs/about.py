@@ -17,8 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 import fastdistill
+from fastdistill import schemas
 from fastdistill.errors import Stopped, StorageError, quoted
-from fastdistill.files import atomic_write
+from fastdistill.files import atomic_write, json_value
 from fastdistill.plan import Plan
 from fastdistill.tasks.workers import versions
 from fastdistill.train import distributed
@@ -51,6 +52,7 @@ class About:
         self._path = directory / ABOUT
         self._since = 0, 0.0
         self.values: dict[str, Any] = {
+            "schema": schemas.ABOUT.version,
             "command": _command(),
             "versions": versions(),
             "device": _device(device),
@@ -90,10 +92,19 @@ class About:
 
 
 def read_about(directory: Path) -> dict[str, Any]:
-    """What a run says of itself; nothing where it does not, or not in a way that can be read."""
+    """What a run says of itself; nothing where it does not, or not in a way that can be read.
+
+    Raises:
+        StorageError: a newer fastdistill wrote it.
+    """
+    file = directory / ABOUT
     try:
-        return _Values.model_validate_json((directory / ABOUT).read_bytes()).model_dump(exclude_unset=True)
-    except (OSError, ValueError):
+        found = json_value(file.read_bytes())
+        schemas.ABOUT.check(found.pop("schema", 1), file)
+        return _Values.model_validate(found).model_dump(exclude_unset=True)
+    except StorageError:
+        raise
+    except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 

@@ -28,7 +28,7 @@ from fastdistill.runs.opened import Run, opened
 from fastdistill.runs.plan import default_micro_batch, plan_of
 from fastdistill.train import DistillTrainer, FitResult, TrainConfig, distributed
 from fastdistill.train.callbacks import Callbacks, Progress
-from fastdistill.train.config import PreviewConfig, from_yaml, to_yaml
+from fastdistill.train.config import PreviewConfig, from_yaml, run_yaml
 
 RUN_FILE = "run.yaml"
 
@@ -67,7 +67,7 @@ def distill(
                     raise InputError.of("train.steps", rule, config.train.steps)
                 if first and calls == 1:  # the directory is this run's by now
                     kept = dataclasses.replace(config, train=run.config.train)
-                    atomic_write(run.directory / RUN_FILE, to_yaml(kept).encode())
+                    atomic_write(run.directory / RUN_FILE, run_yaml(kept).encode())
                 if first and calls <= 2:
                     lines = beginning.before(trainer, planned) if calls == 1 else beginning.after(trainer)
                     about.add(lines)

@@ -36,7 +36,7 @@ from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import adapters_in, checkpoint_of, student_in
 from fastdistill.runs.opened import Run, Size, opened
 from fastdistill.runs.pool import prompts_in
-from fastdistill.train.config import to_yaml
+from fastdistill.train.config import run_yaml
 
 FOLDER = "evaluation"  # in the directory of the run
 _SHOWN = 12
@@ -375,5 +375,5 @@ def _write(
         if name.startswith("samples"):
             file = name.replace(" x ", "x").replace(" ", "-")
             atomic_write(folder / f"{file}.png", png(figure, transparent=False))
-    atomic_write(folder / "run.yaml", to_yaml(config).encode())
+    atomic_write(folder / "run.yaml", run_yaml(config).encode())
     write_comparison(folder, report, figures)

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fastdistill import schemas
 from fastdistill.documented import field_texts
 from fastdistill.errors import InputError
 from fastdistill.models import BLOCK_SPECS, SPECS, make_student
@@ -81,7 +82,8 @@ def init(
     spec = student_spec_of(config.student, bool(pipeline.family.blocks))
     reads = config.objective.guidance.scale is not None
     student = make_student(pipeline.model(device="meta"), spec, guidance_embedding=reads)
-    return "\n".join([*_head(pipeline, student.model, comment), "", *_section(config, values, "", 0)]) + "\n"
+    lines = [*_head(pipeline, student.model, comment), "", f"schema: {schemas.RUN.version}"]
+    return "\n".join([*lines, *_section(config, values, "", 0)]) + "\n"
 
 
 def recipes() -> dict[str, str]:

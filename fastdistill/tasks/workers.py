@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fastdistill
+from fastdistill import schemas
+from fastdistill.errors import StorageError
 from fastdistill.files import atomic_write, located, locked, make_directory, require_space
 from fastdistill.tasks.processes import JOB, Job, Processes, Report
 from fastdistill.train.devices import usable
@@ -153,13 +155,29 @@ def results(jobs: Sequence[Job], processes: Processes, progress: Progress) -> li
     return [future.result() for future in futures]
 
 
+def keep_result(directory: Path, result: Mapping[str, Any]) -> None:
+    """Write the result of a part."""
+    content = {"schema": schemas.RESULT.version, **result}
+    atomic_write(directory / "result.json", json.dumps(content, indent=1).encode())
+
+
 def result_in(directory: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The result in a directory, if there is one with this fingerprint; a damaged one does not count."""
+    """The result in a directory, if there is one with this fingerprint; a damaged one does not count.
+
+    Raises:
+        StorageError: a newer fastdistill wrote it.
+    """
+    file = directory / "result.json"
     try:
-        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(result, dict):
+            return None
+        schemas.RESULT.check(result.pop("schema", 1), file)
+    except StorageError:
+        raise
     except (OSError, ValueError):
         return None
-    return result if isinstance(result, dict) and result.get("fingerprint") == fingerprint else None
+    return result if result.get("fingerprint") == fingerprint else None
 
 
 def _result(job: Job, processes: Processes, progress: Progress, stop: threading.Event) -> dict[str, Any]:
@@ -171,4 +189,5 @@ def _result(job: Job, processes: Processes, progress: Progress, stop: threading.
         processes.run(job, stop, functools.partial(progress.update, task))
     progress.update(task, description=job.title, completed=1, total=1)
     result: dict[str, Any] = json.loads((job.directory / "result.json").read_text(encoding="utf-8"))
+    result.pop("schema", None)
     return result

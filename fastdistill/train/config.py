@@ -23,8 +23,9 @@ import pydantic
 import yaml
 from pydantic import Field
 
+from fastdistill import schemas
 from fastdistill.documented import documented
-from fastdistill.errors import InputError, described, quoted
+from fastdistill.errors import InputError, StorageError, described, quoted
 from fastdistill.files import located
 
 Config = TypeVar("Config")
@@ -277,7 +278,7 @@ def _count(value: Any, known: dict[int, int | None]) -> int:
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
-    """A configuration from a YAML file; see ``from_mapping``."""
+    """A configuration from a YAML file; see ``from_mapping``. It may state its ``schema``."""
     path = located(path, "config")
     try:
         values = parsed(path.read_text(encoding="utf-8"))
@@ -292,6 +293,10 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         raise InputError.of("config", "YAML", f"{path}: {quoted(error)}") from error
     if not isinstance(values, dict | None):
         raise InputError.of(str(path), "a mapping of fields", type(values).__name__)
+    try:
+        schemas.RUN.check((values or {}).pop("schema", 1), path)
+    except (StorageError, ValueError) as error:
+        raise InputError(str(error) if isinstance(error, StorageError) else f"{path}: {error}") from error
     return from_mapping(kind, values or {}, str(path))
 
 
@@ -307,6 +312,11 @@ def to_yaml(config: object) -> str:
     kind: Any = type(config)
     values = _adapter(kind).dump_python(config, mode="json")
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
+def run_yaml(config: object) -> str:
+    """The text of a run file, which states its schema."""
+    return f"schema: {schemas.RUN.version}\n{to_yaml(config)}"
 
 
 def _onto(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

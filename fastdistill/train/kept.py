@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill import schemas
 from fastdistill.errors import InputError, StorageError, described, quoted
 from fastdistill.files import atomic_write, json_value, reason
 from fastdistill.ops import _native
 from fastdistill.ops._calls import CHECKS, check
 
 SUFFIX = ".safetensors"
-_KEY, _SCHEMA, _RULE = "fastdistill", 1, "a file that a profile left"
+_KEY, _RULE = "fastdistill", "a file that a profile left"
 
 
 def save(path: Path, op: str, kernel: str, arguments: Sequence[Any]) -> None:
@@ -39,7 +40,8 @@ def save(path: Path, op: str, kernel: str, arguments: Sequence[Any]) -> None:
             return {"tensor": name, "strides": list(dense.stride())}
         return [spelled(one) for one in value] if isinstance(value, (list, tuple)) else value
 
-    call = {"schema": _SCHEMA, "op": op, "kernel": kernel, "arguments": [spelled(one) for one in arguments]}
+    call: dict[str, Any] = {"schema": schemas.CALL.version, "op": op, "kernel": kernel}
+    call["arguments"] = [spelled(one) for one in arguments]
     atomic_write(path, safetensors.torch.save(tensors, {_KEY: json.dumps(call)}))
 
 
@@ -47,7 +49,8 @@ def load(path: Path, device: str) -> tuple[str, list[Any]]:
     """The op of a file and its arguments, on a device.
 
     Raises:
-        InputError: no such file, not such a call, or none of an op of this version. StorageError: it cannot be read.
+        InputError: no such file, not such a call, or none of an op of this version. StorageError: it cannot be
+            read, or a newer fastdistill wrote it.
     """
     import safetensors
 
@@ -56,9 +59,12 @@ def load(path: Path, device: str) -> tuple[str, list[Any]]:
             call = json_value((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         op, schema, stated = call["op"], call["schema"], call["arguments"]
-        if schema != _SCHEMA or not isinstance(stated, list):
-            raise ValueError(f"of schema {described(schema)}")
+        if not isinstance(stated, list):
+            raise ValueError("no list of arguments")
+        schemas.CALL.check(schema, path)
         arguments = [_argument(one, tensors, device) for one in stated]
+    except StorageError:
+        raise
     except FileNotFoundError as error:
         raise InputError.of("call", _RULE, f"{path}, which is not there") from error
     except OSError as error:

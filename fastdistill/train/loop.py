@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistill import schemas
 from fastdistill.data.fingerprint import plain
 from fastdistill.errors import FastdistillError, InputError, Stopped, StorageError, described
 from fastdistill.files import atomic_write, json_value, locked, make_directory, reason, require_space, sweep
@@ -30,7 +31,7 @@ from fastdistill.train import checkpoint, distributed, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.graph import runner
-from fastdistill.train.metrics import METRICS, read_metrics
+from fastdistill.train.metrics import METRICS, line_of, read_metrics
 from fastdistill.train.signals import signals
 from fastdistill.train.state import check_storable, state_of
 from fastdistill.train.step import TrainStep
@@ -183,7 +184,7 @@ class _Run:
                     atomic_write(path, b"")
                 return []
             history = [m for m in read_metrics(path) if m["step"] <= saved.step]
-            atomic_write(path, "".join(json.dumps(m) + "\n" for m in history).encode())
+            atomic_write(path, "".join(map(line_of, history)).encode())
             return history
 
         self.history = distributed.first(read)
@@ -227,7 +228,7 @@ class _Run:
         if self.directory is not None:
             path = self.directory / METRICS
             if distributed.rank() == 0:
-                self._lines.append(json.dumps(metrics) + "\n")
+                self._lines.append(line_of(metrics))
                 try:
                     self._write_lines(path)
                 except StorageError as error:
@@ -296,7 +297,8 @@ class _Run:
             raise InputError.of(f"{self.config.keep_best} of a callback", "a number", described(value))
         self._scores = {step: was for step, was in self._scores.items() if step <= done} | {done: float(value)}
         try:
-            atomic_write(self.directory / SCORES, json.dumps({self.config.keep_best: self._scores}).encode())
+            scores = {"schema": schemas.SCORES.version, "scores": {self.config.keep_best: self._scores}}
+            atomic_write(self.directory / SCORES, json.dumps(scores).encode())
         except StorageError as error:
             warnings.warn(f"{error}; the value of step {done} is lost with this process", stacklevel=2)
 
@@ -365,7 +367,13 @@ class _Run:
 
 def _read_scores(path: Path, name: str | None) -> dict[int, float]:
     """The values of that name; none where the file is not there or not what was written."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+    try:
         found = json_value(path.read_bytes())
+        if type(found.get("schema")) is int:  # else the scores alone, of before 0.1.0
+            schemas.SCORES.check(found["schema"], path)
+            found = found["scores"]
         return {int(step): float(value) for step, value in found.get(name, {}).items()}
-    return {}
+    except StorageError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return {}

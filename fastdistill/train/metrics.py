@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from fastdistill import schemas
 from fastdistill.errors import StorageError
 from fastdistill.files import json_value, reason
 from fastdistill.train.callbacks import Metrics
@@ -16,11 +18,16 @@ METRICS = "metrics.jsonl"  # file of a run
 _NEEDED = {"step", "loss", "seconds", "skipped"}  # in each of its lines
 
 
+def line_of(metrics: Metrics) -> str:
+    """A line of the file; each states the schema, as a kill may leave any."""
+    return json.dumps({"schema": schemas.METRICS.version, **metrics}) + "\n"
+
+
 def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a ``metrics.jsonl``; what a kill, the disk or an editor has left of others is left out.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: it cannot be read, or a newer fastdistill wrote it.
     """
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
@@ -30,8 +37,9 @@ def read_metrics(path: Path) -> list[Metrics]:
     for line in lines:
         with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
             found = json_value(line)
-            if isinstance(found, dict) and _is_line(found):
-                metrics.append(found)
+            if isinstance(found, dict):
+                schemas.METRICS.check(found.pop("schema", 1), path)
+                metrics += [found] if _is_line(found) else []
     return metrics
 
 

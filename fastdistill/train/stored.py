@@ -17,12 +17,13 @@ import safetensors
 import torch
 from torch import Tensor
 
+from fastdistill import schemas
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.errors import StorageError, described
 from fastdistill.files import json_value, reason
 from fastdistill.train import distributed
 
-SCHEMA = 5
+SCHEMA = schemas.CHECKPOINT.version
 _NO_CHECKPOINT = (
     safetensors.SafetensorError, AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError
 )  # fmt: skip
@@ -158,15 +159,15 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
         schema, stated = head["schema"], (head["sha256"], *head.get("files", []))
         if not all(isinstance(each, str) for each in stated):
             raise ValueError("other metadata")
+        schemas.CHECKPOINT.check(schema, path)
+    except StorageError:
+        raise
     except FileNotFoundError as error:
         raise DamagedError(f"{path}: damaged, not there") from error
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
     except _NO_CHECKPOINT as error:
         raise DamagedError(f"{path}: damaged, not a checkpoint ({error})") from error
-    if schema != SCHEMA:
-        other = "of another version of fastdistill, which can go on with it; use another directory or delete it"
-        raise StorageError(f"{path}: expected a checkpoint of schema {SCHEMA}, got {described(schema)}, {other}")
     return file, head
 
 

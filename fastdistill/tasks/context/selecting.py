@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from fastdistill import schemas
 from fastdistill.data.fingerprint import differences, listed, plain, sha256_of_json
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
@@ -189,7 +190,7 @@ def run_sweep(config: SweepConfig, progress: Progress | None = None) -> dict[str
 
         def keep(row: dict[str, Any] | None, choice: Mapping[str, Any] | None = None) -> None:
             known.extend([row] if row is not None else [])
-            report = {"made_of": made_of, "sweep": known, "chosen": choice}
+            report = {"schema": schemas.SWEEP.version, "made_of": made_of, "sweep": known, "chosen": choice}
             atomic_write(output / "sweep.json", json.dumps(report, indent=1, allow_nan=False).encode())
 
         rows = sweep(
@@ -238,12 +239,15 @@ def _known(file: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier call."""
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
+        schemas.SWEEP.check(before.get("schema", 1), file)
         rows, made_before = list(before["sweep"]), dict(before["made_of"])
     except FileNotFoundError:
         return []
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(f"{file}: could not be read: {reason(error)}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StorageError(f"{file}: damaged, no rows of a sweep; delete it to measure them again") from error
     if changed := differences(made_of, made_before):
         raise StorageError(f"{file}: its rows were made differently ({listed(changed)}); choose another directory")

@@ -30,6 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fastdistill import schemas
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill.cadistill import CaDistill, Weight
 from fastdistill.distill.canonical import Clarid
@@ -254,6 +255,6 @@ def train_students(
                 told = train_student(own, sets, output / f"{kind}-{seed}", step)
                 told.pop("weights")
                 results.append(told)
-        content = json.dumps({"students": results, "config": dataclasses.asdict(config)}, indent=1)
-        atomic_write(output / "students.json", content.encode())
+        content = {"schema": schemas.CLASSIFIERS.version, "students": results, "config": dataclasses.asdict(config)}
+        atomic_write(output / "students.json", json.dumps(content, indent=1).encode())
     return results

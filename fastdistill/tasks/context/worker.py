@@ -20,7 +20,7 @@ import torch
 
 from fastdistill import ops
 from fastdistill.distill.canonical import Clarid
-from fastdistill.files import atomic_write, located
+from fastdistill.files import located
 from fastdistill.tasks.context import data
 from fastdistill.tasks.context.demo_config import DemoConfig
 from fastdistill.tasks.context.measure import measured, on_curve
@@ -29,7 +29,7 @@ from fastdistill.tasks.context.sets import Name, Sets, make_sets
 from fastdistill.tasks.context.students import needed, restored, train_student
 from fastdistill.tasks.context.teacher import Kind
 from fastdistill.tasks.processes import Report, serve
-from fastdistill.tasks.workers import result_in
+from fastdistill.tasks.workers import keep_result, result_in
 from fastdistill.train.config import from_mapping
 
 MODULE = "fastdistill.tasks.context.worker"
@@ -47,7 +47,7 @@ def run(job: Path, report: Report) -> None:
     result = work(config, described, job.parent, report)
     result |= {"part": described["part"], "seed": described["seed"], "backend": ops.used()}
     result |= {"all_seconds": time.perf_counter() - start, "fingerprint": described["fingerprint"]}
-    atomic_write(job.parent / "result.json", json.dumps(result, indent=1).encode())
+    keep_result(job.parent, result)
 
 
 def settings(config: DemoConfig, t_e: int | None = None) -> list[Clarid]:

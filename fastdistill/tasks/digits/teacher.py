@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 import fastdistill
+from fastdistill import schemas
 from fastdistill.data.fingerprint import differences, plain, sha256_of_tensors
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill.denoising import Denoising
@@ -157,7 +158,8 @@ def trained(config: Recipe, lesson: Lesson, progress: Progress | None = None) ->
         "sha256": sha256_of_tensors(model.state_dict()),
     }
     tensors = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
-    content = safetensors.torch.save(tensors, metadata={"provenance": json.dumps(provenance)})
+    told = {"schema": schemas.TEACHER.version, **provenance}
+    content = safetensors.torch.save(tensors, metadata={"provenance": json.dumps(told)})
     atomic_write(output / "teacher.safetensors", content)
     return provenance
 
@@ -238,7 +240,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             provenance = json.loads((file.metadata() or {})["provenance"])
             if not isinstance(provenance, dict) or "sha256" not in provenance:
                 raise ValueError("its provenance has no sha256")
+            schemas.TEACHER.check(provenance.pop("schema", 1), path)
             return {name: file.get_tensor(name) for name in file.keys()}, provenance  # noqa: SIM118
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(f"{path}: could not be read: {reason(error)}") from error
     except (safetensors.SafetensorError, KeyError, ValueError) as error:

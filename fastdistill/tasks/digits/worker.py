@@ -30,7 +30,7 @@ from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.teacher import provenance
 from fastdistill.tasks.digits.text_encoder import prompt_bank
 from fastdistill.tasks.processes import Report, serve
-from fastdistill.tasks.workers import images_per_second, result_in
+from fastdistill.tasks.workers import images_per_second, keep_result, result_in
 from fastdistill.train.config import APART, from_mapping
 
 MODULE = "fastdistill.tasks.digits.worker"
@@ -52,7 +52,7 @@ def run(job: Path, report: Report) -> None:
     else:
         result = _model(config, name, seed, job.parent, report)
     result |= {"model": name, "seed": seed, "fingerprint": fingerprint(config, name, seed), "backend": ops.used()}
-    atomic_write(job.parent / "result.json", json.dumps(result, indent=1).encode())
+    keep_result(job.parent, result)
 
 
 def _model(config: DigitsConfig, name: str, seed: int, directory: Path, report: Report) -> dict[str, Any]:

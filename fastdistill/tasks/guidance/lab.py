@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from fastdistill import schemas
 from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.diffusion.distortion import Method
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.schedule import NoiseSchedule
+from fastdistill.errors import StorageError
 from fastdistill.evaluate.diversity import Interval
 from fastdistill.evaluate.figures import label, png
 from fastdistill.evaluate.frontier import MEASURED, Row, frontier
@@ -73,6 +75,7 @@ def run(config: LabConfig, console: Console | None = None) -> Path:
                 atomic_write(output / f"{name}{suffix}.png", png(figure, dark=dark))
         options = [*(["--quick"] if config.quick else []), f"--samples {config.samples} --seed {config.seed} --world"]
         report = {
+            "schema": schemas.REPORT.version,
             "worlds": worlds,
             "seconds": {"total": time.perf_counter() - start},
             "versions": workers.versions(),
@@ -170,7 +173,8 @@ def measured(config: LabConfig, directory: Path, progress: Progress | None = Non
         for point in wanted[len(kept) :]:
             report(done + len(kept), total, kind)
             kept.append(row(kind, point, config))
-            atomic_write(file, json.dumps({"made_from": made_from, "rows": kept}).encode())
+            content = {"schema": schemas.WORLD.version, "made_from": made_from, "rows": kept}
+            atomic_write(file, json.dumps(content).encode())
         done += len(kept)
         report(done, total, kind)
         rows = [one for one, _ in kept]
@@ -247,8 +251,11 @@ def _kept(file: Path, made_from: str) -> list[Any]:
     """The rows that a run with the same points has left."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        schemas.WORLD.check(found.get("schema", 1), file)
         return list(found["rows"]) if found["made_from"] == made_from else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except StorageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 

@@ -38,7 +38,7 @@ from fastdistill.tasks.guidance.diagnose import SEED, measured, subject
 from fastdistill.tasks.guidance.students import Student, initial, sampler, students, trained
 from fastdistill.tasks.processes import Report, serve
 from fastdistill.tasks.shades.sampling import sample
-from fastdistill.tasks.workers import images_per_second, result_in
+from fastdistill.tasks.workers import images_per_second, keep_result, result_in
 from fastdistill.train.config import APART, from_mapping
 
 MODULE = "fastdistill.tasks.guidance.worker"
@@ -70,7 +70,7 @@ def run(job: Path, report: Report) -> None:
         result = _student(config, part, seed, job.parent, report)
     result |= {"part": part, "seed": seed, "all_seconds": time.perf_counter() - start, "backend": ops.used()}
     result["fingerprint"] = described["fingerprint"]
-    atomic_write(job.parent / "result.json", json.dumps(result, indent=1).encode())
+    keep_result(job.parent, result)
 
 
 def fingerprint(config: DemoConfig, part: str, seed: int, made_from: Any) -> str:
