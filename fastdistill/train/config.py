@@ -140,12 +140,22 @@ def validated(config: Config, name: str = "config") -> Config:
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "config") -> Config:
     """A configuration from nested mappings, as read from YAML; fields that are not given keep their defaults.
+    ``schema`` among them is the version of all.
 
     Raises:
-        InputError: all unknown fields (with near matches) and all violated constraints at once.
+        InputError: all unknown fields (with near matches) and all violated constraints at once; or values of a newer
+            fastdistill.
     """
     if not isinstance(values, Mapping):
         raise InputError.of(name, "a mapping of fields", described(values))
+    if "schema" in values:
+        try:
+            schemas.RUN.check(values["schema"], name)
+        except StorageError as error:
+            raise InputError(str(error)) from error
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from error
+        values = {field: value for field, value in values.items() if field != "schema"}
     laid = _onto(dataclasses.asdict(kind()), values)  # type: ignore[call-overload]
     return _checked(kind, laid, name, _unknown(kind, values, ""))
 
@@ -278,7 +288,7 @@ def _count(value: Any, known: dict[int, int | None]) -> int:
 
 
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
-    """A configuration from a YAML file; see ``from_mapping``. It may state its ``schema``."""
+    """A configuration from a YAML file; see ``from_mapping``."""
     path = located(path, "config")
     try:
         values = parsed(path.read_text(encoding="utf-8"))
@@ -293,10 +303,6 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
         raise InputError.of("config", "YAML", f"{path}: {quoted(error)}") from error
     if not isinstance(values, dict | None):
         raise InputError.of(str(path), "a mapping of fields", type(values).__name__)
-    try:
-        schemas.RUN.check((values or {}).pop("schema", 1), path)
-    except (StorageError, ValueError) as error:
-        raise InputError(str(error) if isinstance(error, StorageError) else f"{path}: {error}") from error
     return from_mapping(kind, values or {}, str(path))
 
 

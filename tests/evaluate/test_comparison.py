@@ -148,7 +148,7 @@ def test_page(tmp_path: Path, report: dict[str, Any]) -> None:
         "losses": losses_over_time([1, 500, 900], {"output": [1.0, 0.5, 0.1]}),
     }
     path = write_comparison(tmp_path, report, figures)
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "report.json").read_text()) == {"schema": 1} | report
     page = Page(path.read_text())
     assert page.open == [] and not {"script", "far"} & {tag for tag, _ in page.tags}
     for words in ("56 %", "1.55×", "0.080 to 0.130", "12.3", "Recall left out: too few.", "steps", "colors", "2.13.0"):

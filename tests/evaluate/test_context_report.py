@@ -119,7 +119,7 @@ class Page(HTMLParser):
 
 def test_the_page_shows_the_numbers(tmp_path: Path, report: dict[str, Any]) -> None:
     path = write_context_report(tmp_path, report, pictures(report))
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "report.json").read_text()) == {"schema": 1} | report
     page = Page(path.read_text(encoding="utf-8"))
     text = re.sub(r"\s+", " ", page.text)
     for told in (

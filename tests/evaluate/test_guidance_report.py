@@ -81,7 +81,7 @@ def words(html: str) -> str:
 def test_page(tmp_path: Path, report: dict[str, Any]) -> None:
     rows = report["models"]["shades"]["rows"]
     path = write_guidance_report(tmp_path, report, {"plane": diversity_plane(rows, report["students"])})
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "report.json").read_text()) == {"schema": 1} | report
     html = path.read_text()
     page, text = Page(html), words(html)
     assert page.open == [] and "script" not in {tag for tag, _ in page.tags}

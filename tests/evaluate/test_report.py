@@ -72,7 +72,7 @@ def test_report(tmp_path: Path, report: dict[str, Any]) -> None:
     folder = tmp_path / "new" / "digits"
     path = write_report(folder, report, {"probability": probability_curve([0.1, 0.5])})
     assert sorted(file.name for file in folder.iterdir()) == ["report.html", "report.json"]
-    assert json.loads((folder / "report.json").read_text()) == report
+    assert json.loads((folder / "report.json").read_text()) == {"schema": 1} | report
     html = path.read_text()
     page = Page(html)
     assert page.open == []
@@ -142,7 +142,7 @@ def test_texts_of_a_report_are_escaped(tmp_path: Path, report: dict[str, Any]) -
     assert image["alt"] == shown
     assert page.open == [] and "script" not in {tag for tag, _ in page.tags}
     assert "".join(page.words).count(shown) == 12  # every text given; the student's name is in a tile and in a row
-    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == report
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == {"schema": 1} | report
 
 
 def test_finding_is_worded_from_the_numbers(report: dict[str, Any]) -> None:

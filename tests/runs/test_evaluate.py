@@ -62,7 +62,7 @@ def test_a_student_of_every_family(name: str, saved: Folders, tmp_path: Path) ->
     done: list[tuple[int, int]] = []
     report = runs.evaluate(given, student=student_of(runs.opened(given)), progress=lambda *n: done.append(n))
     folder = tmp_path / "run" / "evaluation"
-    assert json.loads((folder / "report.json").read_text()) == report
+    assert json.loads((folder / "report.json").read_text()) == {"schema": 1} | report
     assert sorted(file.name for file in folder.iterdir()) == ["report.html", "report.json", "run.yaml", "samples.png"]
     prompts = 2 if name == "dit" else 3
     assert done[-1] == (4 * prompts, 4 * prompts)
@@ -217,7 +217,7 @@ def test_the_student_of_a_run(
     main(["evaluate", str(tmp_path / "run.yaml"), "--json", "--evaluate.steps", "1"])
     report = json.loads(capsys.readouterr().out)
     assert report["sampling"]["steps"] == 1 and report["student"]["measures"]["feature_loss"]["value"] > 0
-    assert json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text()) == {"schema": 1} | report
     assert read == [tmp_path / "run" / "step-00000003.safetensors"]  # once, also where the features have adapters
     again = runs.load(tmp_path / "run" / "evaluation" / "run.yaml")
     assert again.evaluate.steps == 1

@@ -29,7 +29,7 @@ def test_a_short_diagnosis(tmp_path: Path, task: str, monkeypatch: pytest.Monkey
     found, report = diagnose.run(task, config, lambda *done: shown.append(done))
     assert shown[-1] == (240, 240) and [row.evaluations_per_image for row in found.rows] == [3, 6, 4]
     written = json.loads((tmp_path / "report.json").read_text())
-    assert written == json.loads(json.dumps(report))
+    assert written == {"schema": 1} | json.loads(json.dumps(report))
     assert [row["schedule"] for row in written["models"][task]["rows"]] == list(schedules)
     assert {given["at"] for given in written["models"][task]["recovered"]} == {"separation", "accuracy"}
     assert (tmp_path / "report.html").stat().st_size > 10_000

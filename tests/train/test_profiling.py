@@ -107,7 +107,7 @@ LIES: dict[str, tuple[Change, dict[str, torch.Tensor]]] = {
     "a tensor that is not there": (lambda call: call["arguments"][0].update(tensor="7"), {}),
     "another op": (lambda call: call.update(op="os.system"), {}),
     "an op that is a list": (lambda call: call.update(op=[]), {}),
-    "another schema": (lambda call: call.update(schema=2**70), {}),
+    "a schema that is none": (lambda call: call.update(schema=-1), {}),
 }
 
 

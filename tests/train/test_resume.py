@@ -117,7 +117,11 @@ def test_nothing_is_broadcast_into_a_state(tmp_path: Path) -> None:
 def test_checkpoints_of_another_schema_are_refused(tmp_path: Path) -> None:
     make(steps=2).fit(tmp_path)
     edited(tmp_path, lambda _, head: head.update(schema=4))
-    refused(make(), tmp_path, "expected a checkpoint of schema 5, got 4, of another version of fastdistill")
+    refused(
+        make(), tmp_path, r"expected schema version 5 or newer, got 4; fastdistill 0\.1\.0\.dev0 .* wrote and reads it"
+    )
+    edited(tmp_path, lambda _, head: head.update(schema=6))
+    refused(make(), tmp_path, "expected schema version 5 or older, got 6; a newer fastdistill wrote it")
 
 
 class Tied(Tiny):
