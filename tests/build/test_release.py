@@ -52,6 +52,15 @@ def test_the_metadata_is_complete() -> None:
         assert f"\n{need}==" in pinned, f"{need} of `make wheels` is not in constraints.txt"
 
 
+def test_the_documentation_names_the_oldest_versions() -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    required = {row[0]: row[1] for line in text.splitlines() if len(row := line.strip("| ").split(" | ")) == 4}
+    assert required["Python"] == f"{PROJECT['requires-python'].removeprefix('>=')} or newer"
+    for name in ("torch", "diffusers"):
+        (oldest,) = (need.removeprefix(f"{name}>=") for need in PROJECT["dependencies"] if need.startswith(f"{name}>="))
+        assert required[name] == f"{oldest} or newer"
+
+
 def test_the_sdist_has_what_is_tracked(tmp_path: Path) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("no checkout: nothing is tracked")
