@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill import schemas
 from fastdistill.data import values
 from fastdistill.data.fingerprint import differences, listed, plain
 from fastdistill.data.latent_cache import LatentCache
@@ -24,6 +23,7 @@ from fastdistill.diffusion.guidance import Guidance
 from fastdistill.errors import InputError, StorageError, described
 from fastdistill.files import atomic_write, json_value, located, reason
 from fastdistill.ops import _check
+from fastdistill.schemas import SPECTRUM
 
 #: Called with (rows read, rows to read in all passes so far).
 Progress = Callable[[int, int], object]
@@ -127,7 +127,7 @@ class Spectrum:
     def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON, from which ``load`` makes an equal one."""
         content = {name: getattr(self, name).tolist() for name in ("c", "u", "multiplicity", "labels")}
-        content |= {"kind": "spectrum", "version": schemas.SPECTRUM.version, "fingerprint": dict(self.fingerprint)}
+        content |= {"kind": "spectrum", "version": SPECTRUM.version, "fingerprint": dict(self.fingerprint)}
         atomic_write(located(path), json.dumps(content).encode())
 
     @classmethod
@@ -142,7 +142,7 @@ class Spectrum:
             content = json_value(file.read_text(encoding="utf-8"))
             if content["kind"] != "spectrum":
                 raise ValueError(f"kind {described(content['kind'])}")
-            schemas.SPECTRUM.check(content["version"], file)
+            SPECTRUM.check(content["version"], file)
             c, u, many = (torch.tensor(content[name], dtype=torch.float64) for name in ("c", "u", "multiplicity"))
             found = cls(c, u, many, torch.tensor(content["labels"], dtype=torch.int64), content["fingerprint"])
         except StorageError:

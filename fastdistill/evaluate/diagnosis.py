@@ -15,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastdistill import schemas
 from fastdistill.data.fingerprint import sha256_of_json, sha256_of_tensors
 from fastdistill.diffusion.distortion import Method
 from fastdistill.diffusion.grid import Grid
@@ -36,6 +35,7 @@ from fastdistill.evaluate.metrics import wilson_interval
 from fastdistill.evaluate.spread import Spread
 from fastdistill.files import atomic_write, located, make_directory
 from fastdistill.ops import _check
+from fastdistill.schemas import SAMPLES
 
 #: (schedule, prompts [n], noises [n], seed) -> samples [n, ...].
 Sample = Callable[[Guidance, Tensor, Tensor, int], Tensor]
@@ -229,7 +229,7 @@ class _Cell:
             return None
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("schema", "1") != str(schemas.MEASURED.version):
+                if (file.metadata() or {}).get("schema", "1") != str(SAMPLES.version):
                     return None  # they are made again
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             cell = cls(tensors["features"], tensors["right"], float(tensors["seconds"]))
@@ -244,7 +244,7 @@ class _Cell:
         tensors = {"features": self.features.contiguous(), "right": self.right, "seconds": seconds}
         path = self.path(keep, key)
         make_directory(path.parent)
-        atomic_write(path, safetensors.torch.save(tensors, {"schema": str(schemas.MEASURED.version)}))
+        atomic_write(path, safetensors.torch.save(tensors, {"schema": str(SAMPLES.version)}))
 
     @staticmethod
     def path(keep: str | Path, key: dict[str, Any]) -> Path:

@@ -16,11 +16,11 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdistill import schemas
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
 from fastdistill.evaluate.figures import label, png
 from fastdistill.files import atomic_write, located, make_directory
+from fastdistill.schemas import REPORT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ def write_page(
         entry(report, name)
     title, said = report.get("title", title), report.get("finding") or finding(report)
     try:
-        content = {"schema": schemas.REPORT.version, **report}
+        content = {"schema": REPORT.version, **report}
         data = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as error:
         raise InputError.of("report", "plain JSON values without NaN", str(error)) from error

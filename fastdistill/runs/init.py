@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from fastdistill import schemas
 from fastdistill.documented import field_texts
 from fastdistill.errors import InputError
 from fastdistill.models import BLOCK_SPECS, SPECS, make_student
@@ -22,6 +21,7 @@ from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.student import student_spec_of
 from fastdistill.runs.teacher import open_teacher
+from fastdistill.schemas import RUN
 from fastdistill.train.config import from_mapping, parsed
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -82,7 +82,7 @@ def init(
     spec = student_spec_of(config.student, bool(pipeline.family.blocks))
     reads = config.objective.guidance.scale is not None
     student = make_student(pipeline.model(device="meta"), spec, guidance_embedding=reads)
-    lines = [*_head(pipeline, student.model, comment), "", f"schema: {schemas.RUN.version}"]
+    lines = [*_head(pipeline, student.model, comment), "", f"schema: {RUN.version}"]
     return "\n".join([*lines, *_section(config, values, "", 0)]) + "\n"
 
 

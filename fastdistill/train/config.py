@@ -23,10 +23,10 @@ import pydantic
 import yaml
 from pydantic import Field
 
-from fastdistill import schemas
 from fastdistill.documented import documented
 from fastdistill.errors import InputError, StorageError, described, quoted
 from fastdistill.files import located
+from fastdistill.schemas import RUN
 
 Config = TypeVar("Config")
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -150,7 +150,7 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "con
         raise InputError.of(name, "a mapping of fields", described(values))
     if "schema" in values:
         try:
-            schemas.RUN.check(values["schema"], name)
+            RUN.check(values["schema"], name)
         except StorageError as error:
             raise InputError(str(error)) from error
         except ValueError as error:
@@ -322,7 +322,7 @@ def to_yaml(config: object) -> str:
 
 def run_yaml(config: object) -> str:
     """The text of a run file, which states its schema."""
-    return f"schema: {schemas.RUN.version}\n{to_yaml(config)}"
+    return f"schema: {RUN.version}\n{to_yaml(config)}"
 
 
 def _onto(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill import schemas
 from fastdistill.errors import InputError, StorageError, described, quoted
 from fastdistill.files import atomic_write, json_value, reason
 from fastdistill.ops import _native
 from fastdistill.ops._calls import CHECKS, check
+from fastdistill.schemas import CALL
 
 SUFFIX = ".safetensors"
 _KEY, _RULE = "fastdistill", "a file that a profile left"
@@ -40,7 +40,7 @@ def save(path: Path, op: str, kernel: str, arguments: Sequence[Any]) -> None:
             return {"tensor": name, "strides": list(dense.stride())}
         return [spelled(one) for one in value] if isinstance(value, (list, tuple)) else value
 
-    call: dict[str, Any] = {"schema": schemas.CALL.version, "op": op, "kernel": kernel}
+    call: dict[str, Any] = {"schema": CALL.version, "op": op, "kernel": kernel}
     call["arguments"] = [spelled(one) for one in arguments]
     atomic_write(path, safetensors.torch.save(tensors, {_KEY: json.dumps(call)}))
 
@@ -61,7 +61,7 @@ def load(path: Path, device: str) -> tuple[str, list[Any]]:
         op, schema, stated = call["op"], call["schema"], call["arguments"]
         if not isinstance(stated, list):
             raise ValueError("no list of arguments")
-        schemas.CALL.check(schema, path)
+        CALL.check(schema, path)
         arguments = [_argument(one, tensors, device) for one in stated]
     except StorageError:
         raise

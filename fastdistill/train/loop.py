@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill import schemas
 from fastdistill.data.fingerprint import plain
 from fastdistill.errors import FastdistillError, InputError, Stopped, StorageError, described
 from fastdistill.files import atomic_write, json_value, locked, make_directory, reason, require_space, sweep
+from fastdistill.schemas import BEST
 from fastdistill.train import checkpoint, distributed, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
 from fastdistill.train.config import TrainConfig
@@ -297,7 +297,7 @@ class _Run:
             raise InputError.of(f"{self.config.keep_best} of a callback", "a number", described(value))
         self._scores = {step: was for step, was in self._scores.items() if step <= done} | {done: float(value)}
         try:
-            scores = {"schema": schemas.SCORES.version, "scores": {self.config.keep_best: self._scores}}
+            scores = {"schema": BEST.version, "scores": {self.config.keep_best: self._scores}}
             atomic_write(self.directory / SCORES, json.dumps(scores).encode())
         except StorageError as error:
             warnings.warn(f"{error}; the value of step {done} is lost with this process", stacklevel=2)
@@ -370,7 +370,7 @@ def _read_scores(path: Path, name: str | None) -> dict[int, float]:
     try:
         found = json_value(path.read_bytes())
         if type(found.get("schema")) is int:  # else the scores alone, of before 0.1.0
-            schemas.SCORES.check(found["schema"], path)
+            BEST.check(found["schema"], path)
             found = found["scores"]
         return {int(step): float(value) for step, value in found.get(name, {}).items()}
     except StorageError:

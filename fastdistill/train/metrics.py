@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastdistill import schemas
 from fastdistill.errors import StorageError
 from fastdistill.files import json_value, reason
+from fastdistill.schemas import LINES
 from fastdistill.train.callbacks import Metrics
 
 METRICS = "metrics.jsonl"  # file of a run
@@ -20,7 +20,7 @@ _NEEDED = {"step", "loss", "seconds", "skipped"}  # in each of its lines
 
 def line_of(metrics: Metrics) -> str:
     """A line of the file; each states the schema, as a kill may leave any."""
-    return json.dumps({"schema": schemas.METRICS.version, **metrics}) + "\n"
+    return json.dumps({"schema": LINES.version, **metrics}) + "\n"
 
 
 def read_metrics(path: Path) -> list[Metrics]:
@@ -38,7 +38,7 @@ def read_metrics(path: Path) -> list[Metrics]:
         with contextlib.suppress(ValueError):  # no JSON, or no UTF-8
             found = json_value(line)
             if isinstance(found, dict):
-                schemas.METRICS.check(found.pop("schema", 1), path)
+                LINES.check(found.pop("schema", 1), path)
                 metrics += [found] if _is_line(found) else []
     return metrics
 

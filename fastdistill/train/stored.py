@@ -17,13 +17,13 @@ import safetensors
 import torch
 from torch import Tensor
 
-from fastdistill import schemas
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.errors import StorageError, described
 from fastdistill.files import json_value, reason
+from fastdistill.schemas import CHECKPOINT
 from fastdistill.train import distributed
 
-SCHEMA = schemas.CHECKPOINT.version
+SCHEMA = CHECKPOINT.version
 _NO_CHECKPOINT = (
     safetensors.SafetensorError, AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError
 )  # fmt: skip
@@ -159,7 +159,7 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
         schema, stated = head["schema"], (head["sha256"], *head.get("files", []))
         if not all(isinstance(each, str) for each in stated):
             raise ValueError("other metadata")
-        schemas.CHECKPOINT.check(schema, path)
+        CHECKPOINT.check(schema, path)
     except StorageError:
         raise
     except FileNotFoundError as error:

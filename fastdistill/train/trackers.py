@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 import yaml
 
-from fastdistill import schemas
 from fastdistill.errors import FastdistillError, quoted
 from fastdistill.files import atomic_write, make_directory
+from fastdistill.schemas import TRACKED
 
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
@@ -66,7 +66,7 @@ class Wandb:
         self._wandb: Any = importlib.import_module(_MODULES["wandb"])
         self._file = directory / "wandb" / "fastdistill.json"
         known = json.loads(self._file.read_text(encoding="utf-8")) if done and self._file.exists() else {}
-        schemas.TRACKED.check(known.get("schema", 1), self._file)
+        TRACKED.check(known.get("schema", 1), self._file)
         self._id, self._last = known.get("id") or uuid.uuid4().hex[:12], int(known.get("step", -1))
         self._own = self._wandb.run is None
         self._run: Any = self._wandb.run
@@ -92,7 +92,7 @@ class Wandb:
             return
         self._run.log(values, step=step)
         make_directory(self._file.parent)
-        atomic_write(self._file, json.dumps({"schema": schemas.TRACKED.version, "id": self._id, "step": step}).encode())
+        atomic_write(self._file, json.dumps({"schema": TRACKED.version, "id": self._id, "step": step}).encode())
 
     def close(self) -> None:
         if self._own:

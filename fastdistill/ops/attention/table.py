@@ -18,8 +18,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fastdistill import schemas
 from fastdistill.errors import StorageError
+from fastdistill.schemas import TABLE
 
 NAME = "attention.json"
 measuring = threading.RLock()  # of the threads of a process one measures at a time, and reads or writes the file
@@ -103,7 +103,7 @@ def _load(file: Path, *, named: bool = False) -> dict[str, dict[str, Any]]:
     """``named``: a warning was given already where the file is not a table."""
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-        if held["schema"] != schemas.TABLE.version:  # a cache: it is measured again
+        if held["schema"] != TABLE.version:  # a cache: it is measured again
             return {}
         calls: dict[str, dict[str, Any]] = held["calls"]
         if not all(isinstance(c["backend"], str) and isinstance(c["ms"], dict) for c in calls.values()):
@@ -130,7 +130,7 @@ def remember(key: str, result: dict[str, Any]) -> None:
             if why:
                 _make_own(folder)
             merged = _load(folder / NAME, named=True) | _calls
-            content = {"schema": schemas.TABLE.version, "calls": merged}
+            content = {"schema": TABLE.version, "calls": merged}
             atomic_write(folder / NAME, json.dumps(content, indent=1).encode())
         except OSError as error:  # a StorageError, or no place for temporary files at all
             _warn_once(f"the measured attention backends are not kept: {error}")

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from fastdistill import schemas
 from fastdistill.data.fingerprint import differences, listed, plain, sha256_of_json
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
@@ -25,6 +24,7 @@ from fastdistill.documented import documented
 from fastdistill.errors import InputError, StorageError
 from fastdistill.files import atomic_write, located, locked, make_directory, reason
 from fastdistill.models.weights import weights_hash
+from fastdistill.schemas import SWEEP
 from fastdistill.tasks.context import data
 from fastdistill.tasks.context.measures import Judge, chroma, ink
 from fastdistill.tasks.context.teacher import SCHEDULE, Kind, load_teacher, prompts
@@ -190,7 +190,7 @@ def run_sweep(config: SweepConfig, progress: Progress | None = None) -> dict[str
 
         def keep(row: dict[str, Any] | None, choice: Mapping[str, Any] | None = None) -> None:
             known.extend([row] if row is not None else [])
-            report = {"schema": schemas.SWEEP.version, "made_of": made_of, "sweep": known, "chosen": choice}
+            report = {"schema": SWEEP.version, "made_of": made_of, "sweep": known, "chosen": choice}
             atomic_write(output / "sweep.json", json.dumps(report, indent=1, allow_nan=False).encode())
 
         rows = sweep(
@@ -239,7 +239,7 @@ def _known(file: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The rows of an earlier call."""
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-        schemas.SWEEP.check(before.get("schema", 1), file)
+        SWEEP.check(before.get("schema", 1), file)
         rows, made_before = list(before["sweep"]), dict(before["made_of"])
     except FileNotFoundError:
         return []

@@ -30,7 +30,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fastdistill import schemas
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill.cadistill import CaDistill, Weight
 from fastdistill.distill.canonical import Clarid
@@ -38,6 +37,7 @@ from fastdistill.distill.classifier import Augmentation, ClassifierSetting
 from fastdistill.documented import documented
 from fastdistill.errors import InputError
 from fastdistill.files import atomic_write, located, locked, make_directory
+from fastdistill.schemas import CLASSIFIERS
 from fastdistill.tasks.context import data
 from fastdistill.tasks.context.classifier import Classifier
 from fastdistill.tasks.context.sets import CLARID, PER_CLASS, Name, Sets, make_sets
@@ -255,6 +255,6 @@ def train_students(
                 told = train_student(own, sets, output / f"{kind}-{seed}", step)
                 told.pop("weights")
                 results.append(told)
-        content = {"schema": schemas.CLASSIFIERS.version, "students": results, "config": dataclasses.asdict(config)}
+        content = {"schema": CLASSIFIERS.version, "students": results, "config": dataclasses.asdict(config)}
         atomic_write(output / "students.json", json.dumps(content, indent=1).encode())
     return results

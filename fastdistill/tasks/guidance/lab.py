@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from fastdistill import schemas
 from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.diffusion.distortion import Method
 from fastdistill.diffusion.grid import Grid
@@ -28,6 +27,7 @@ from fastdistill.evaluate.figures import label, png
 from fastdistill.evaluate.frontier import MEASURED, Row, frontier
 from fastdistill.evaluate.phase import phase_picture
 from fastdistill.files import atomic_write, located, locked, make_directory
+from fastdistill.schemas import REPORT, WORLD
 from fastdistill.tables import print_table
 from fastdistill.tasks import workers
 from fastdistill.tasks.guidance.config import LabConfig, World
@@ -75,7 +75,7 @@ def run(config: LabConfig, console: Console | None = None) -> Path:
                 atomic_write(output / f"{name}{suffix}.png", png(figure, dark=dark))
         options = [*(["--quick"] if config.quick else []), f"--samples {config.samples} --seed {config.seed} --world"]
         report = {
-            "schema": schemas.REPORT.version,
+            "schema": REPORT.version,
             "worlds": worlds,
             "seconds": {"total": time.perf_counter() - start},
             "versions": workers.versions(),
@@ -173,7 +173,7 @@ def measured(config: LabConfig, directory: Path, progress: Progress | None = Non
         for point in wanted[len(kept) :]:
             report(done + len(kept), total, kind)
             kept.append(row(kind, point, config))
-            content = {"schema": schemas.WORLD.version, "made_from": made_from, "rows": kept}
+            content = {"schema": WORLD.version, "made_from": made_from, "rows": kept}
             atomic_write(file, json.dumps(content).encode())
         done += len(kept)
         report(done, total, kind)
@@ -251,7 +251,7 @@ def _kept(file: Path, made_from: str) -> list[Any]:
     """The rows that a run with the same points has left."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        schemas.WORLD.check(found.get("schema", 1), file)
+        WORLD.check(found.get("schema", 1), file)
         return list(found["rows"]) if found["made_from"] == made_from else []
     except StorageError:
         raise
