@@ -50,10 +50,12 @@ def run(arguments: list[str]) -> None:
     }
     if config.png is not None:
         from fastdistill.evaluate import png, schedule_curve
-        from fastdistill.files import atomic_write, located
+        from fastdistill.files import atomic_write, located, make_directory
 
         picture = png(schedule_curve([schedule], grid), transparent=False)
-        atomic_write(located(config.png, "png"), picture)
+        file = located(config.png, "png")
+        make_directory(file.parent)
+        atomic_write(file, picture)
         report["png"] = config.png
     print(json.dumps(report, indent=2) if as_json else _text(report))
 
