@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """An extension of griffe: docstrings of the package as lists of parameters.
 
-In the sources an entry may name several parameters (``k, v: ...``), a line may hold several entries (``lr: ... eps: ...``),
-and the text of a dataclass may list its fields without a heading. The reference gets one entry for each.
+In the sources an entry may name several parameters (``k, v: ...``), a line may hold several entries
+(``lr: ... eps: ...``), and the text of a dataclass may list its fields without a heading. The reference gets one entry
+for each.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -93,4 +95,4 @@ def _parts(line: str, names: set[str]) -> list[str]:
         if names.issuperset(match[2].split(", "))
     ]
     edges = [0, *cuts, len(line)]
-    return [line[start:end].strip().rstrip(";") for start, end in zip(edges, edges[1:], strict=False)]
+    return [line[start:end].strip().rstrip(";") for start, end in itertools.pairwise(edges)]

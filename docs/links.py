@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hook of mkdocs: links to files of the repository outside of docs/ become their paths, as the site has no such files."""
+"""A hook of mkdocs: links to files outside of docs/, which the site does not have, become their paths."""
 
 from __future__ import annotations
 

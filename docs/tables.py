@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of the README and docs/benchmarks.md from the committed measurements: ``python docs/tables.py``."""
+"""Writes the tables of the README and of pages of docs from the committed measurements: ``python docs/tables.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # Python adds only the folder of a script
 
-from benchmarks.report import FULL, filled, page, summary  # noqa: E402
+from benchmarks.report import FULL, filled, gpu_state, page  # noqa: E402
 
 #: Students of the table of canonical latents.
 CONTEXT = {
@@ -94,20 +94,27 @@ def guidance(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-#: The table of each ``docs/<name>/report.json``, between the marks of that name in the README.
-TABLES = {"digits": digits, "guidance": guidance, "context": context}
+#: The table of each ``docs/<name>/report.json``, and the page that has it between the marks of that name.
+TABLES = {
+    "digits": (digits, "README.md"),
+    "guidance": (guidance, "docs/guidance.md"),
+    "context": (context, "docs/canonical.md"),
+}
 
 
-def readme_filled(readme: str) -> str:
-    """The README with the tables of what was measured filled in."""
-    for name, table in TABLES.items():
-        report = ROOT / "docs" / name / "report.json"
-        if report.exists():
-            readme = filled(readme, name, table(json.loads(report.read_text(encoding="utf-8"))))
-    return filled(readme, "benchmarks", summary())
+def pages() -> dict[Path, str]:
+    """What every page with a table should be, filled in with what was measured."""
+    made = {ROOT / "README.md": filled(_read(ROOT / "README.md"), "benchmarks", gpu_state()), FULL: page()}
+    for name, (table, file) in TABLES.items():
+        text = made.get(ROOT / file) or _read(ROOT / file)
+        made[ROOT / file] = filled(text, name, table(json.loads(_read(ROOT / "docs" / name / "report.json"))))
+    return made
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(readme_filled(path.read_text(encoding="utf-8")), encoding="utf-8")
-    FULL.write_text(page(), encoding="utf-8")
+    for file, text in pages().items():
+        file.write_text(text, encoding="utf-8")
