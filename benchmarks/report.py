@@ -168,7 +168,7 @@ def _memory(row: Row) -> str:
 
 
 def plots(results: Path, into: Path) -> Iterator[Path]:
-    """One picture a device: ``benchmarks-<device>.png``.
+    """One picture per device: ``benchmarks-<device>.png``.
 
     Raises:
         ImportError: there is no matplotlib.

@@ -84,7 +84,7 @@ def guidance(report: Mapping[str, Any]) -> str:
         f"window {window['schedule']}": window,
         "student of the window": student,
     }
-    lines = ["| | right | separation | variance | evaluations an image | images/s |", "|---|---|---|---|---|---|"]
+    lines = ["| | right | separation | variance | evaluations per image | images/s |", "|---|---|---|---|---|---|"]
     for name, row in named.items():
         counted = f"{row['evaluations_per_image']:.0f} | {row['images_per_second']:.0f}"
         figures = f"{row['separation']:.2f} | {row['variance_ratio']:.2f} | {counted}"

@@ -71,6 +71,6 @@ def _text(report: dict[str, Any]) -> str:
         sigma = math.inf if row["sigma"] is None else row["sigma"]
         numbers = f"{row['t']:9.6g}{sigma:12.5g}{row['w']:10.4g}{row['g']:10.4g}"
         lines.append(f"  {row['step']:4d}{numbers}{row['passes']:8d}")
-    cost = f"{report['evaluations']} evaluations an image ({report['constant_evaluations']} of a constant weight)"
+    cost = f"{report['evaluations']} evaluations per image ({report['constant_evaluations']} of a constant weight)"
     lines += ["", f"  {cost} on {report['grid']} by {report['method']}"]
     return "\n".join([*lines, *([f"  {report['png']}"] if "png" in report else [])])

@@ -137,7 +137,7 @@ class RowWriter:
         """The missing shards that no other writer has, each to be written before the next one; ends when all shards
         are written, by whomever.
 
-        What a writer that fails or is killed leaves goes to the others. ``waiting`` is called some times a second while
+        If a writer fails or is killed, the others write its shards. ``waiting`` is called a few times per second while
         others write the last ones.
         """
         told, progressed = set[int](), time.monotonic()

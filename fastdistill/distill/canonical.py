@@ -84,7 +84,7 @@ class Clarid:
 
 @dataclass(frozen=True, eq=False)
 class Canonical:
-    """What CLARID makes of a batch.
+    """The result of ``canonical`` for a batch.
 
     Attributes:
         latents: [B, *S], the images inverted to t_e. clareps: [B, *S], the same without the top directions.

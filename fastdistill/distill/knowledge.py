@@ -34,7 +34,7 @@ _WIDEST = 1e6  # of a spread, where the teacher's feature hardly differs
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the three losses; 0 leaves one out, and with it what only it needs."""
+    """Weights of the three losses. With the weight 0 a loss is not computed, nor what only that loss needs."""
 
     output: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     feature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0

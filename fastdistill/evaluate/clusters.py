@@ -85,7 +85,7 @@ def nmi(first: Tensor, second: Tensor) -> Tensor:
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Features of one vector a sample: means over pixels [B, C, *S] or tokens [B, L, D]."""
+    """Features of one vector per sample: means over pixels [B, C, *S] or tokens [B, L, D]."""
     if not isinstance(features, Tensor) or features.ndim < 2:
         raise InputError.of("features", "features [B, ...]", described(features))
     if features.ndim < 3:

@@ -113,7 +113,7 @@ def vendi_score(features: Any, kernel: Literal["cosine"] | Callable[[Tensor, Ten
 
 
 def variance_ratio(features: Any, labels: Any, reference: Any, reference_labels: Any) -> float:
-    """Trace of the covariance within a class over that in the reference, mean over classes: below 1 where guidance
+    """Trace of the covariance within a class over that in the reference, mean over classes: below 1 if guidance
     took diversity away.
 
     Args:

@@ -30,7 +30,7 @@ class PromptSettings:
     """The pool of prompts."""
 
     file: str | None = None
-    """Text (a prompt a line), CSV, TSV, JSON lines or Parquet file of prompts; a teacher of classes needs none."""
+    """Text (a prompt per line), CSV, TSV, JSON lines or Parquet file of prompts; a teacher of classes needs none."""
     column: str | None = None
     """Column or key of the prompts in a table; none: the one column, or the one called prompt, caption or text."""
     seen: Count | None = None
@@ -125,7 +125,7 @@ class RollingSettings:
     steps: Count = 20
     """Number of steps of a trajectory."""
     groups: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Groups of states that take turns, one a step."""
+    """Groups of states that take turns, one per step."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Limit of the magnitude of the predicted clean sample; none: none."""
 

@@ -58,8 +58,8 @@ def checkpoint_of(run: Run, step: int | None = None) -> tuple[Path, checkpoint.C
 
 
 def trained_student(run: Run, *, step: int | None = None, averaged: bool = True) -> Any:
-    """The student of a checkpoint, float32 and in eval mode on the run's device; nothing but the checkpoint is needed,
-    and with adapters the teacher's weights below them.
+    """The student of a checkpoint, float32 and in eval mode on the run's device. It needs only the checkpoint, and for
+    adapters the teacher's weights below them.
 
     Args:
         step: of the checkpoint; None: the newest. averaged: the averages of the weights; False: the weights themselves.

@@ -253,7 +253,7 @@ def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]
         shapes[name] = torch.Size([first, distributed.size() * second, *rest])
     wanted = {k: str(list(v)) for k, v in shapes.items() if k in saved.outline or k in ("counter", "totals", "skipped")}
     found = {name: str(list(saved.outline[name].shape)) for name in saved.outline.keys() - theirs.keys()}
-    if "totals" in found:  # a row a rank, of the metrics that a version logs
+    if "totals" in found:  # a row per rank, of the metrics that a version logs
         found["totals"] = wanted["totals"]
     for name in {"loss_scale", "good_steps"} - wanted.keys():  # of float16 weights, which these are not
         found.pop(name, None)

@@ -151,7 +151,7 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "con
 
 @functools.cache
 def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    """Made once a kind, which takes ten times as long as a check."""
+    """Made once per kind, which takes ten times as long as a check."""
     return pydantic.TypeAdapter(kind)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run over several processes (``torchrun``), one a device: the ranks of torch's default process group.
+"""A run over several processes (``torchrun``), one per device: the ranks of torch's default process group.
 
 Each draws its part of every batch; gradients are averaged by ``DistributedDataParallel``, or by FSDP2 where the student
 is sharded, so that all ranks make the same update. Rank 0 alone touches files, but for the checkpoints of a sharded

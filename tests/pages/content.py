@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ SMALL = {
     "demo digits": "--config small-digits.yaml --workers 1",
     "demo guidance": "--config small-guidance.yaml --workers 1",
     "demo context": "--config small-context.yaml --workers 1",
-    "canonical sweep": "--t-e 650 --k 0 2 --tap down_blocks.1 --images 30 --steps 2",
+    "canonical sweep": "--t-e 650 --k 0 2 --tap down_blocks.1 --per-class 3 --steps 2",
     "canonical show": "--k 2 --tap down_blocks.1 --steps 2",
     "canonical extract": "--k 1 --tap down_blocks.1 --steps 2 --per-class 1",
     "cadistill": "--kinds plain --seeds 0 --student.train.steps 2 --student.train.batch 8",
@@ -75,6 +76,35 @@ class Page:
     slow: bool = False
 
 
+def _saved(kind: str, folder: Path) -> None:
+    tiny_pipelines.save(kind, folder)
+
+
+def _of_three_stages(_: str, folder: Path) -> None:
+    """Stable Diffusion XL with the stages that the students of KOALA need."""
+    stages = {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 6),
+    }
+    kind, model, changes, encoders, scheduler = tiny_pipelines.PIPELINES["sdxl"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny_pipelines.PIPELINES, "sdxl", (kind, model, changes | stages, encoders, scheduler))
+        tiny_pipelines.save("sdxl", folder)
+
+
+def _of_no_family(_: str, folder: Path) -> None:
+    tiny_pipelines.save_other(folder)
+
+
+#: How folders are made that ``tiny_pipelines.save`` does not make.
+SAVE: dict[str, Callable[[str, Path], None]] = {
+    "aura": _of_no_family,
+    "sdxl of three stages": _of_three_stages,
+}
+
+
 def files_of_demos(place: Path) -> None:
     for name, values in (("digits", DIGITS), ("guidance", GUIDANCE), ("context", CONTEXT)):
         (place / f"small-{name}.yaml").write_text(yaml.safe_dump(values))
@@ -87,15 +117,11 @@ def folders(**kinds: str) -> Callable[[Path, pytest.TempPathFactory], None]:
         pytest.importorskip("transformers")
         (place / "models").mkdir()
         for name, kind in kinds.items():
-            saved = tiny_pipelines.saver(factory)(kind) if kind != "other" else _other(factory)
+            saved = once(factory, f"pipelines/{kind}", functools.partial(SAVE.get(kind, _saved), kind))
             shutil.copytree(saved, place / "models" / name)
         (place / "prompts.txt").write_text("a cat\na dog\ntwo cats\na red bird\nthe sea\n")
 
     return prepare
-
-
-def _other(factory: pytest.TempPathFactory) -> Path:
-    return once(factory, "pipelines/aura", tiny_pipelines.save_other)
 
 
 def a_cache(place: Path, factory: pytest.TempPathFactory) -> None:
@@ -234,11 +260,11 @@ PAGES: dict[str, Page] = {
     "docs/quickstart.md": Page(check=_quickstart),
     "docs/stable-diffusion.md": Page(folders(sd15="sd"), check=_exported("student")),
     "docs/sdxl-pixart-sd3.md": Page(
-        folders(sdxl="sdxl", pixart="pixart_sigma", sd3="sd3"),
+        folders(sdxl="sdxl of three stages", pixart="pixart_sigma", sd3="sd3"),
         check=_exported("student-sdxl", "student-pixart", "student-sd3"),
         slow=True,
     ),
-    "docs/own-model.md": Page(folders(mine="other"), check=_exported("student-own")),
+    "docs/own-model.md": Page(folders(mine="aura"), check=_exported("student-own")),
     "docs/formats.md": Page(a_run),
     "docs/loop.md": Page(check=_loop),
     "docs/families.md": Page(check=_families),
