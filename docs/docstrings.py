@@ -48,7 +48,7 @@ def separated(text: str, names: set[str]) -> str:
             result += _section(line, [line[4:] for line in block], names)
         elif _begins(line, names):
             block, place = _block(lines, place - 1, bool)
-            result += _section("Attributes:", block, names)
+            result += _section("Attributes:", [line if _begins(line, names) else f" {line}" for line in block], names)
         else:
             result.append(line)
     return "\n".join(result).strip()
