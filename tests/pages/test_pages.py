@@ -40,7 +40,7 @@ def run(
     """All blocks of a page in turn, the Python ones with the names of those before."""
     page = page_of(name)
     names: Names = {} if check_only else page.prepare(place, factory) or {}
-    names["__name__"] = "page"
+    names["__name__"] = "__main__"
     shell = Shell(place, {**(SMALL if long else {}), **page.small}, LONG)
     if long:
         files_of_demos(place)
