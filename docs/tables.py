@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # Python adds only the folder of a script
 
 from benchmarks.report import FULL, filled, gpu_state, page  # noqa: E402
+from fastdistill.ops import OPS  # noqa: E402
 
 #: Students of the table of canonical latents.
 CONTEXT = {
@@ -94,6 +95,19 @@ def guidance(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kernels() -> str:
+    """Which kernels each op has, its backward included: of the registry, no measurement."""
+    found: dict[str, set[str]] = {}
+    for name, op in OPS.items():
+        found.setdefault(name.removesuffix("_backward"), set()).update(kernel.name for kernel in op.kernels)
+    columns = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
+    lines = [f"| op | {' | '.join(columns.values())} |", "|---|" + ":-:|" * len(columns)]
+    for name, kinds in sorted(found.items()):
+        if kinds & columns.keys():
+            lines.append(f"| `{name}` | {' | '.join('yes' if kind in kinds else '' for kind in columns)} |")
+    return "\n".join(lines)
+
+
 #: The table of each ``docs/<name>/report.json``, and the page that has it between the marks of that name.
 TABLES = {
     "digits": (digits, "README.md"),
@@ -108,6 +122,8 @@ def pages() -> dict[Path, str]:
     for name, (table, file) in TABLES.items():
         text = made.get(ROOT / file) or _read(ROOT / file)
         made[ROOT / file] = filled(text, name, table(json.loads(_read(ROOT / "docs" / name / "report.json"))))
+    ops = ROOT / "docs" / "ops.md"
+    made[ops] = filled(_read(ops), "kernels", kernels())
     return made
 
 

@@ -234,9 +234,9 @@ class BoundObjective(Protocol):
     ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter)`` of a part of it, which returns what a call
     does. The loss is a mean over samples; if it is not, ``whole`` is a text that says why.
 
-    For a teacher that is called a step ahead (``TrainConfig.teacher_ahead``) it has ``begin_ahead()``, which returns why
-    this is not possible, or None; and ``teach(counter)``, which stores the teacher's answer for that step, in the same
-    memory every time. The next call takes it from there. ``taught``: whether there is one.
+    For a teacher that is called a step ahead (``TrainConfig.teacher_ahead``) it has ``begin_ahead()``, which returns
+    why this is not possible, or None; and ``teach(counter)``, which stores the teacher's answer for that step, in the
+    same memory every time. The next call takes it from there. ``taught``: whether there is one.
 
     ``trained`` holds modules that are trained, clipped and checkpointed together with the student, and left out of the
     export. ``state``, if it has one, holds tensors by name that the steps change and that a checkpoint keeps; their
