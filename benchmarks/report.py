@@ -79,9 +79,23 @@ def gpu_state(results: Path = RESULTS) -> str:
             cells = [f"{modes[mode]:.2f}" if mode in modes else "" for mode in ("graph", "eager")]
             lines.append(f"| `{op}` | {' | '.join(cells)} |")
         lines.append("")
+        lines += [*_steps(path, card), ""]
     if waiting := list(dict.fromkeys(case.op for case in _waiting(results))):
         lines.append(f"Not measured on a GPU: {', '.join(f'`{op}`' for op in waiting)}.")
     return "\n".join(lines).strip()
+
+
+def _steps(path: Path, card: str) -> list[str]:
+    """Whole training steps: of each rival the last measurement, beside ours of the same run."""
+    found = {(row["shape"], row["rival"]): row for row in read(path, needed=NEEDED) if row["op"] == "step"}
+    rows = [row for row in found.values() if row["ratio"]]
+    if not rows:
+        return []
+    lines = [f"| a whole training step, {card} | rival, ms | ours, ms | times as fast |", "|---|---|---|---|"]
+    for row in rows:
+        figures = f"{float(row['rival_ms']):.0f} | {float(row['ours_ms']):.0f} | {float(row['ratio']):.2f}"
+        lines.append(f"| {row['shape']}, against {row['rival']} | {figures} |")
+    return lines
 
 
 def _range(ratios: list[float]) -> str:
