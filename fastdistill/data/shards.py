@@ -54,7 +54,7 @@ class RowWriter:
 
     Shards that are already there and whole are kept; damaged ones are reported as a warning and are among ``missing``.
     Several writers, in any processes, share the shards. Errors, all before anything is written: InputError for
-    arguments that make no sense; StorageError where ``path`` is not a directory, is not writable, is too small, or
+    arguments that make no sense; StorageError if ``path`` is not a directory, is not writable, is too small, or
     holds something made differently (the fields are named). ``attachments`` are small files that belong to the rows
     (name -> bytes).
     """

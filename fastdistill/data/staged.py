@@ -201,7 +201,7 @@ class Batches:
         self._reader, self._reads, self._ready = None, {}, False
 
     def _event(self) -> torch.cuda.Event | None:
-        """The moment when the draws so far will be over; None where they are."""
+        """The moment when the draws so far will be over; None if they are."""
         if self._device.type != "cuda":
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -189,7 +189,7 @@ class Guidance(ABC):
         return 1 + self.weights(grid)
 
     def passes(self, grid: Grid) -> Tensor:
-        """Evaluations of the model for each step, int64 [steps]: 1 where w is 0 or -1, else 2."""
+        """Evaluations of the model for each step, int64 [steps]: 1 if w is 0 or -1, else 2."""
         scales = self.scales(grid)
         return torch.where((scales == 0) | (scales == 1), 1, 2)
 

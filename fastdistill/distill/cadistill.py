@@ -43,7 +43,7 @@ def cka(x: Tensor, y: Tensor, *, debiased: bool = True, eps: float = 1e-8) -> Te
     """Linear centered kernel alignment of two features of the same rows, 0-dim.
 
     HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) of the Gram matrices (Kornblith et al. 2019, 1905.00414): 1 for features
-    that are equal but for rotation, scale and shift. The biased form, |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F), is
+    that are equal except for rotation, scale and shift. The biased form, |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F), is
     near 1 for independent features where there are fewer rows than dimensions. The debiased one has HSIC_1 of Song et
     al. 2012, of mean 0 for independent features; it may be below 0.
 

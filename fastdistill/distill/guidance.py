@@ -83,7 +83,7 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         return RandomConditioning.describe(dataclasses.replace(config, **told))
 
     def guiding(self, setting: Setting) -> tuple[Setting, Guiding]:
-        """The setting at the levels of the grid, where there is one, and the weights at these."""
+        """The setting at the levels of the grid, if there is one, and the weights at these."""
         config = self._checked()
         if config.grid is not None:
             grid = Grid.parse(config.grid, setting.schedule) if isinstance(config.grid, str) else config.grid

@@ -238,8 +238,8 @@ class Knowledge:
 
     @torch.no_grad()
     def _teacher(self, draw: Draw[Any], branch: torch.cuda.Stream | None) -> Taught:
-        """Output, that for the null prompt where it is asked for, and features of the prompt, on a stream beside the
-        student's where there is one: whoever reads them waits for it.
+        """Output, that for the null prompt if it is asked for, and features of the prompt, on a stream beside the
+        student's if there is one: whoever reads them waits for it.
 
         Their memory is that stream's, which does nothing else in a step, so it lasts until the losses have read it.
         """

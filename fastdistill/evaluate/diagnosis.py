@@ -223,7 +223,7 @@ class _Cell:
 
     @classmethod
     def kept(cls, keep: str | Path | None, key: dict[str, Any], count: int) -> _Cell | None:
-        """What an earlier call kept; None where it kept nothing, or something damaged."""
+        """What an earlier call kept; None if it kept nothing, or something damaged."""
         if keep is None or not (path := cls.path(keep, key)).exists():
             return None
         try:

@@ -198,7 +198,7 @@ def attacked(
     with trial(model), torch.enable_grad(), _seeded(seed):
         for part, own in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
             made.append(torch.from_numpy(_attack(model, part, own, attack, radius, steps, bounds, classes)))
-    found = torch.maximum(torch.minimum(torch.cat(made), x + radius), x - radius)  # but for the toolbox's rounding
+    found = torch.maximum(torch.minimum(torch.cat(made), x + radius), x - radius)  # except for the toolbox's rounding
     return found.clamp(*bounds).to(images.device)
 
 

@@ -305,7 +305,7 @@ def _chunked(product: Callable[..., Tensor], f: Function, x: Tensor, vectors: Te
 
 
 def _forward(f: Function, x: Tensor, v: Tensor) -> Tensor:
-    """J v for each row, in forward mode where there is one."""
+    """J v for each row, in forward mode if there is one."""
     owner = _owner(f)
     if owner not in _without_forward_mode:
         try:

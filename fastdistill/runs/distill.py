@@ -90,7 +90,7 @@ def distill(
 
 def fitted(run: Run) -> tuple[Run, Plan | None]:
     """The run with its micro-batch: that of the sitting before, or the largest that fits, where the file has none. And
-    its plan; None where it is so small that none was made.
+    its plan; None if it is so small that none was made.
 
     Raises:
         InputError: the run does not fit into the memory of its device, with what would make it fit.

@@ -233,7 +233,7 @@ def _taps(student: Student) -> list[tuple[str, str]]:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in this dtype, but for what diffusers keeps in float32."""
+    """The model in this dtype, except for what diffusers keeps in float32."""
     kept = kept_in_float32(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and id(tensor) not in kept:

@@ -33,7 +33,7 @@ def teacher_and_student(run: Run) -> tuple[Any, Student]:
 
 
 def require_checkpoint(run: Run, step: int | None = None) -> None:
-    """StorageError where the run has no checkpoint, InputError where it has none of this step."""
+    """StorageError if the run has no checkpoint, InputError if it has none of this step."""
     found = checkpoint.steps(run.directory)
     if not found:
         raise StorageError(f"{run.directory}: expected a checkpoint of the run (fastdistill distill), got none")

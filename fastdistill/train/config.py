@@ -255,7 +255,7 @@ _MOST_VALUES = 10**5
 
 
 def parsed(text: str) -> Any:
-    """The values of a YAML text; ValueError where aliases make a few lines of it into more than a message could hold,
+    """The values of a YAML text; ValueError if aliases make a few lines of it into more than a message could hold,
     or a value a part of itself."""
     values = yaml.load(text, _Loader)
     if _count(values, {}) > _MOST_VALUES:

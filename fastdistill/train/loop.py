@@ -322,7 +322,7 @@ class _Run:
         distributed.first(wait)
 
     def close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """End the thread that writes: a checkpoint under way is completed, but for Ctrl-C."""
+        """End the thread that writes: a checkpoint under way is completed, except for Ctrl-C."""
         if isinstance(error, KeyboardInterrupt):
             self._writer.cancel()
         self._writer.wait()

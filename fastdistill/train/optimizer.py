@@ -57,7 +57,7 @@ class AdamWEMA(torch.optim.AdamW):
             other shapes or names, before any of it is taken.
     """
 
-    grad_scale: Tensor  # of the step that comes, where there is a loss scale; torch.amp.GradScaler sets and deletes it
+    grad_scale: Tensor  # of the step that comes, if there is a loss scale; torch.amp.GradScaler sets and deletes it
     _again: Prepared | None = None  # the step before, to be made again; copies begin without
     _before: Sequence[Counter[str]] = ()  # calls of the ops' kernels before a step's first
     _step_supports_amp_scaling = True  # of copies too, which torch's fused optimizers forget
@@ -115,7 +115,7 @@ class AdamWEMA(torch.optim.AdamW):
             raise
 
     def _check_options(self) -> None:
-        """InputError where a group asks for what ``adamw_ema`` does not do, or has no parameters."""
+        """InputError if a group asks for what ``adamw_ema`` does not do, or has no parameters."""
         for i, group in enumerate(self.param_groups):
             name = f"param_groups[{i}]"
             _check.require(len(group["params"]) > 0, f"{name}['params']", "at least one parameter", "an empty group")
@@ -271,7 +271,7 @@ class AdamWEMA(torch.optim.AdamW):
         self._loaded = {p for p in self._parameters() if "master" in self.state.get(p, {})}
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        """InputError where state is not of the shape of its parameter, or of one of another name (in groups that have
+        """InputError if state is not of the shape of its parameter, or of one of another name (in groups that have
         ``param_names``): torch matches them by position alone."""
         for index, (own, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             named = zip(own.get("param_names", ()), theirs.get("param_names", ()), strict=False)

@@ -46,7 +46,7 @@ _FORMS: dict[type, Form] = {
 
 class Swap(NamedTuple):
     """One block: the module's name in the model, its class (an attention's: that of its processor), and why it does not
-    run fused; None where it does."""
+    run fused; None if it does."""
 
     name: str
     kind: str

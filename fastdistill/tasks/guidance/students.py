@@ -66,7 +66,7 @@ def students(config: DemoConfig) -> dict[str, Student]:
 def trained(
     config: DemoConfig, name: str, seed: int, teacher: nn.Module, bank: PromptBank, directory: Path, report: Report
 ) -> tuple[nn.Module, FitResult]:
-    """A student by name, from a checkpoint where there is one."""
+    """A student by name, from a checkpoint if there is one."""
     student = students(config)[name]
     latents = (_trajectories if student.trajectory else _cache)(config, student, teacher, bank, report)
     made = initial(student, teacher, seed)
