@@ -44,8 +44,11 @@ SCORES = "scores.json"  # values of keep_best by step
 
 @dataclass(frozen=True)
 class FitResult:
-    """``history``: one entry a log interval, means over it; ``skipped``: updates skipped since the run began.
-    ``seconds``: training time over all sittings."""
+    """The result of ``fit``.
+
+    steps: steps done since the run began. seconds: training time, over all interruptions. history: one entry per log
+    interval, with means over it and ``skipped``, the updates skipped since the run began.
+    """
 
     steps: int
     seconds: float
