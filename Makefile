@@ -1,4 +1,4 @@
-# make setup | demo | test | test-isa | test-torch | fuzz | soak | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | wheels | lint: each calls what it needs. Variables: TASK=guidance QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
+# make setup | demo | test | test-isa | test-torch | fuzz | soak | sanitizers | gpu-sanitizers | bench | gpu | gpu-wheels | kernels-report | docs | wheels | lint: each calls what it needs. Variables: TASK=guidance QUICK=1 SEEDS=3 PART=1/3 TORCH=2.11.0
 # PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ RELEASE := $(CURDIR)/build/release/bin
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-slow test-isa test-torch fuzz soak sanitizers gpu-sanitizers bench gpu gpu-wheels kernels-report wheels lint format build-matrix clean
+.PHONY: setup demo test test-slow test-isa test-torch fuzz soak sanitizers gpu-sanitizers bench gpu gpu-wheels kernels-report docs wheels lint format build-matrix clean
 .DEFAULT_GOAL := setup
 
 setup: $(VENV)/.installed
@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/* cs
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastdistill needs Python >= 3.11, got " + sys.version.split()[0] + " (make PYTHON=python3.12)")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet torch
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[demo,dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --editable '.[demo,dev,docs]'
 	$(BIN)/fastdistill doctor
 	@touch $@
 
@@ -84,6 +84,10 @@ build/triton-%: | setup
 	rm -rf $@ $@.part
 	$(BIN)/pip install --quiet --no-deps --target $@.part triton==$*
 	mv $@.part $@
+
+# The site, in build/site; a warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -326,7 +326,7 @@ def _kernel_of(op: str, run: Run) -> str:
 
 
 def _ceilings(case: Case, settings: Settings) -> tuple[float, float]:
-    """GB/s of a copy and TFLOP/s of a matrix product, measured once a run."""
+    """GB/s of a copy and TFLOP/s of a matrix product, measured once per run."""
     return machine.copy_gb_s(settings.device), machine.matmul_tflop_s(DTYPES[case.dtype], settings.device)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a device: a line a shape and dtype, a mark a rival, ops one below the other."""
+"""The picture of a device: a line per shape and dtype, a mark a rival, ops one below the other."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Workload:
     """A case with its tensors. ``ours`` and ``rivals`` run it once; ``check`` raises where ours is wrong.
 
     A rival that is not here stands as the reason. ``bytes`` and ``flops`` are the least that one run must move and
-    compute; 0 where that is not counted. ``samples``: how many a run makes or trains on; rows say images a second.
+    compute; 0 where that is not counted. ``samples``: how many a run makes or trains on; rows say images per second.
     ``memory``: rows say the most that a run allocates at once. The runs of training steps are Contestants: their rows
     say peak memory too, and where the time went. Without ``groups`` rivals take turns run by run; with them, those of a
     group do, some runs at a time, and are closed after it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ def _kernel(row: Row, names: Sequence[str]) -> bool:
 
 
 def summary(results: Path = RESULTS) -> str:
-    """For the README: of every op the least and the most that it was faster, over shapes and threads."""
+    """Of every op the least and the most that it was faster, over shapes and threads."""
     lines = []
     for path, measured in _measured(results):
         gpu = path.stem.startswith("gpu")
@@ -57,7 +58,44 @@ def summary(results: Path = RESULTS) -> str:
         lines.append("")
     if waiting := list(dict.fromkeys(case.op for case in _waiting(results))):
         lines += [f"**GPU**: unmeasured ({', '.join(waiting)}); `make gpu` measures on a machine that has one.", ""]
-    return "\n".join(lines) + f"\nEvery shape and a plot: [docs/benchmarks.md]({FULL.relative_to(ROOT)})."
+    return "\n".join(lines).strip()
+
+
+def gpu_state(results: Path = RESULTS) -> str:
+    """For the README: each op at its worst shape on a GPU against the fastest rival there, and what is unmeasured."""
+    lines = []
+    for path, measured in _measured(results):
+        if not path.stem.startswith("gpu"):
+            continue
+        found: dict[str, dict[str, float]] = {}
+        for rows in (rows for rows in measured if rows[0]["op"] != "step"):  # whose modes are other ones
+            if ratios := [float(r["ratio"]) for r in rows if r["ratio"] and not r["rival"].startswith("ours, ")]:
+                modes = found.setdefault(rows[0]["op"], {})
+                mode = rows[0]["mode"]
+                modes[mode] = min([*ratios, modes.get(mode, math.inf)])
+        card = path.stem.removeprefix("gpu-").replace("-", " ").upper()
+        lines += [f"| times as fast as the fastest rival, {card} | in a CUDA graph | in eager calls |", "|---|---|---|"]
+        for op, modes in found.items():
+            cells = [f"{modes[mode]:.2f}" if mode in modes else "" for mode in ("graph", "eager")]
+            lines.append(f"| `{op}` | {' | '.join(cells)} |")
+        lines.append("")
+        lines += [*_steps(path, card), ""]
+    if waiting := list(dict.fromkeys(case.op for case in _waiting(results))):
+        lines.append(f"Not measured on a GPU: {', '.join(f'`{op}`' for op in waiting)}.")
+    return "\n".join(lines).strip()
+
+
+def _steps(path: Path, card: str) -> list[str]:
+    """Whole training steps: of each rival the last measurement, beside ours of the same run."""
+    found = {(row["shape"], row["rival"]): row for row in read(path, needed=NEEDED) if row["op"] == "step"}
+    rows = [row for row in found.values() if row["ratio"]]
+    if not rows:
+        return []
+    lines = [f"| a whole training step, {card} | rival, ms | ours, ms | times as fast |", "|---|---|---|---|"]
+    for row in rows:
+        figures = f"{float(row['rival_ms']):.0f} | {float(row['ours_ms']):.0f} | {float(row['ratio']):.2f}"
+        lines.append(f"| {row['shape']}, against {row['rival']} | {figures} |")
+    return lines
 
 
 def _range(ratios: list[float]) -> str:
@@ -102,7 +140,8 @@ def table(results: Path = RESULTS) -> str:
 def page() -> str:
     """docs/benchmarks.md."""
     head = "# Benchmarks\n\nWritten by `python -m benchmarks.report` from the files in"
-    return f"{head} [benchmarks/results](../benchmarks/results).\n\n{table()}\n"
+    short = f"## In short\n\n{summary()}"
+    return f"{head} [benchmarks/results](../benchmarks/results).\n\n{short}\n\n{table()}\n"
 
 
 def _where(path: Path, gpu: bool) -> list[str]:
@@ -143,7 +182,7 @@ def _memory(row: Row) -> str:
 
 
 def plots(results: Path, into: Path) -> Iterator[Path]:
-    """One picture a device: ``benchmarks-<device>.png``.
+    """One picture per device: ``benchmarks-<device>.png``.
 
     Raises:
         ImportError: there is no matplotlib.
@@ -183,7 +222,7 @@ def _write(results: Path) -> None:
         print("no plots: matplotlib is not installed", file=sys.stderr)
     if own:
         readme = ROOT / "README.md"
-        readme.write_text(filled(readme.read_text(encoding="utf-8"), "benchmarks", summary()), encoding="utf-8")
+        readme.write_text(filled(readme.read_text(encoding="utf-8"), "benchmarks", gpu_state()), encoding="utf-8")
         FULL.write_text(page(), encoding="utf-8")
     else:
         print(table(results))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of the README and docs/benchmarks.md from the committed measurements: ``python docs/tables.py``."""
+"""Writes the tables of the README and of pages of docs from the committed measurements: ``python docs/tables.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # Python adds only the folder of a script
 
-from benchmarks.report import FULL, filled, page, summary  # noqa: E402
+from benchmarks.report import FULL, filled, gpu_state, page  # noqa: E402
+from fastdistill.ops import OPS  # noqa: E402
 
 #: Students of the table of canonical latents.
 CONTEXT = {
@@ -84,7 +85,7 @@ def guidance(report: Mapping[str, Any]) -> str:
         f"window {window['schedule']}": window,
         "student of the window": student,
     }
-    lines = ["| | right | separation | variance | evaluations an image | images/s |", "|---|---|---|---|---|---|"]
+    lines = ["| | right | separation | variance | evaluations per image | images/s |", "|---|---|---|---|---|---|"]
     for name, row in named.items():
         counted = f"{row['evaluations_per_image']:.0f} | {row['images_per_second']:.0f}"
         figures = f"{row['separation']:.2f} | {row['variance_ratio']:.2f} | {counted}"
@@ -94,20 +95,42 @@ def guidance(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-#: The table of each ``docs/<name>/report.json``, between the marks of that name in the README.
-TABLES = {"digits": digits, "guidance": guidance, "context": context}
+def kernels() -> str:
+    """Which kernels each op has, its backward included: of the registry, no measurement."""
+    found: dict[str, set[str]] = {}
+    for name, op in OPS.items():
+        found.setdefault(name.removesuffix("_backward"), set()).update(kernel.name for kernel in op.kernels)
+    columns = {"cpp": "C++", "triton": "Triton", "cuda": "CUDA"}
+    lines = [f"| op | {' | '.join(columns.values())} |", "|---|" + ":-:|" * len(columns)]
+    for name, kinds in sorted(found.items()):
+        if kinds & columns.keys():
+            lines.append(f"| `{name}` | {' | '.join('yes' if kind in kinds else '' for kind in columns)} |")
+    return "\n".join(lines)
 
 
-def readme_filled(readme: str) -> str:
-    """The README with the tables of what was measured filled in."""
-    for name, table in TABLES.items():
-        report = ROOT / "docs" / name / "report.json"
-        if report.exists():
-            readme = filled(readme, name, table(json.loads(report.read_text(encoding="utf-8"))))
-    return filled(readme, "benchmarks", summary())
+#: The table of each ``docs/<name>/report.json``, and the page that has it between the marks of that name.
+TABLES = {
+    "digits": (digits, "README.md"),
+    "guidance": (guidance, "docs/guidance.md"),
+    "context": (context, "docs/canonical.md"),
+}
+
+
+def pages() -> dict[Path, str]:
+    """What every page with a table should be, filled in with what was measured."""
+    made = {ROOT / "README.md": filled(_read(ROOT / "README.md"), "benchmarks", gpu_state()), FULL: page()}
+    for name, (table, file) in TABLES.items():
+        text = made.get(ROOT / file) or _read(ROOT / file)
+        made[ROOT / file] = filled(text, name, table(json.loads(_read(ROOT / "docs" / name / "report.json"))))
+    ops = ROOT / "docs" / "ops.md"
+    made[ops] = filled(_read(ops), "kernels", kernels())
+    return made
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(readme_filled(path.read_text(encoding="utf-8")), encoding="utf-8")
-    FULL.write_text(page(), encoding="utf-8")
+    for file, text in pages().items():
+        file.write_text(text, encoding="utf-8")

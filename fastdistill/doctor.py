@@ -25,7 +25,7 @@ def examine(*, try_kernels: bool = False) -> dict[str, Any]:
 
     Args:
         try_kernels: make a tiny call of every kernel that should run, and take its error for a reason. On a GPU this
-            compiles the Triton kernels, which takes some seconds where they are not in Triton's cache.
+            compiles the Triton kernels, which takes some seconds if they are not in Triton's cache.
 
     Returns:
         A dict that JSON can hold. Its ``"failures"`` are the calls of this process that a kernel was chosen for but

@@ -134,7 +134,7 @@ def _own_directory(path: Path) -> int:
 
 
 def make_directory(path: Path) -> None:
-    """Creates ``path`` and its parents where they are not there; StorageError where that cannot be."""
+    """Creates ``path`` and its parents if they are not there; StorageError if that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -185,7 +185,7 @@ def locked(directory: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def lock(path: Path, *, shared: bool = False, wait: bool = False) -> int | None:
-    """The descriptor of a lock file, locked until it is closed; None where another holds it and ``wait`` is false."""
+    """The descriptor of a lock file, locked until it is closed; None if another holds it and ``wait`` is false."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:

@@ -12,7 +12,7 @@ from fastdistill.errors import FastdistillError, quoted
 
 
 def imported(module: str, name: str, argument: str) -> Any:
-    """``name`` of ``module``; None where the module does not have it.
+    """``name`` of ``module``; None if the module does not have it.
 
     Raises:
         FastdistillError: the module is not there, or fails; it names ``argument``.

@@ -60,7 +60,7 @@ class Bars(Progress):
 
 
 def rate(speed: float, images: int) -> str:
-    """Of so many steps a second of ``images`` each."""
+    """Of so many steps per second of ``images`` each."""
     return f"{_figure(speed)} it/s {_figure(speed * images)} img/s"
 
 

@@ -50,10 +50,12 @@ def run(arguments: list[str]) -> None:
     }
     if config.png is not None:
         from fastdistill.evaluate import png, schedule_curve
-        from fastdistill.files import atomic_write, located
+        from fastdistill.files import atomic_write, located, make_directory
 
         picture = png(schedule_curve([schedule], grid), transparent=False)
-        atomic_write(located(config.png, "png"), picture)
+        file = located(config.png, "png")
+        make_directory(file.parent)
+        atomic_write(file, picture)
         report["png"] = config.png
     print(json.dumps(report, indent=2) if as_json else _text(report))
 
@@ -69,6 +71,6 @@ def _text(report: dict[str, Any]) -> str:
         sigma = math.inf if row["sigma"] is None else row["sigma"]
         numbers = f"{row['t']:9.6g}{sigma:12.5g}{row['w']:10.4g}{row['g']:10.4g}"
         lines.append(f"  {row['step']:4d}{numbers}{row['passes']:8d}")
-    cost = f"{report['evaluations']} evaluations an image ({report['constant_evaluations']} of a constant weight)"
+    cost = f"{report['evaluations']} evaluations per image ({report['constant_evaluations']} of a constant weight)"
     lines += ["", f"  {cost} on {report['grid']} by {report['method']}"]
     return "\n".join([*lines, *([f"  {report['png']}"] if "png" in report else [])])

@@ -58,7 +58,7 @@ def _text(config: SolveConfig, report: dict[str, Any], words: str) -> str:
     lines = [str(report["schedule"]), f"  {words}"]
     kept = f"variance over that of w = 0: {report['variance_ratio']:.4f}"
     lines.append(f"  {kept} (w = {config.w_plus:g} throughout: {report['constant_variance_ratio']:.4f})")
-    spared = f"{report['evaluations']} evaluations an image ({report['constant_evaluations']} throughout)"
+    spared = f"{report['evaluations']} evaluations per image ({report['constant_evaluations']} throughout)"
     lines.append(f"  {spared} on {report['grid']}")
     if not report["reachable"]:
         wanted = "no weight" if report["w_minus"] is None else f"w = {report['w_minus']:.4g}"

@@ -36,7 +36,7 @@ class Buckets:
     """``Batches`` of several caches in turn, with their methods; call ``prepare`` once before each draw.
 
     Which cache a step draws from follows from its number alone (``turn`` by the caches' rows). The cache counts its own
-    steps and has a seed of its own, so that its latents come once an epoch, and no two caches have the same draws.
+    steps and has a seed of its own, so that its latents come once per epoch, and no two caches have the same draws.
     """
 
     def __init__(self, parts: Sequence[Batches], sizes: Sequence[int], device: torch.device) -> None:

@@ -26,8 +26,8 @@ Encode = Callable[[list[str]], Tensor | Mapping[str, Tensor]]
 class Encodings:
     """What a text encoder makes of M texts and, last, of the null prompt; of the latter alone the rows are kept.
 
-    encode: maps b <= ``batch`` texts to rows [b, ...] by bank, like those of ``null`` [1, ...] but for the values. It
-    is called by one thread at a time, as tokenizers have a state.
+    encode: maps b <= ``batch`` texts to rows [b, ...] by bank, like those of ``null`` [1, ...] except for the values.
+    It is called by one thread at a time, as tokenizers have a state.
     """
 
     def __init__(

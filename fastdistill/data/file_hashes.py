@@ -34,7 +34,8 @@ class FileHashes:
                     self._known = {str(key): str(value) for key, value in known.items()}
 
     def of(self, paths: Iterable[Path]) -> str:
-        """The hash of several files and their names; JSON files count by their values, but for notes on who wrote them.
+        """The hash of several files and their names; JSON files count by their values, except for notes on who wrote
+        them.
 
         Raises:
             StorageError: a file cannot be read.

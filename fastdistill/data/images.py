@@ -22,7 +22,7 @@ _FILES, _TEXTS = ("file_name", "file", "image"), ("text", "caption", "prompt")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder and of those below it, in the order of their paths; StorageError where there are none."""
+    """The images of a folder and of those below it, in the order of their paths; StorageError if there are none."""
     if not folder.is_dir():
         raise StorageError(f"{folder}: expected a folder of images, got none")
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())

@@ -23,13 +23,14 @@ from fastdistill.errors import InputError, StorageError
 
 @dataclass(frozen=True, eq=False)
 class LatentCache:
-    """D = {(x^n, c^n)}: ``latents`` [N, *S] in the model's own scale, ``prompt_index`` [N] int64 rows of a prompt bank.
+    """Latents and the prompt of each.
 
-    ``fingerprint`` says what made it (JSON values).
+    latents: [N, *S], in the scale of the model. prompt_index: [N] int64, the row of the prompt bank that each latent
+    belongs to. fingerprint: what made the latents (JSON values).
 
     Raises:
-        InputError: the two do not belong together; a value is not finite (checked in memory; for a cache on the disk
-            call ``check_finite``).
+        InputError: the two have different lengths or wrong dtypes; a value is not finite (checked in memory; for a
+            cache on the disk call ``check_finite``).
     """
 
     kind: ClassVar[str] = "latent_cache"
@@ -77,7 +78,7 @@ class LatentCache:
         ``expect`` holds fields of the fingerprint that must have these values, such as ``{"teacher": sha256}``: a cache
         made by another teacher is refused with both values (StorageError), before its latents are read. So are
         directories that are not there or unfinished and shards that are missing or damaged (named);
-        ``verify=False`` skips the checksums. InputError where a latent does not fit ``dtype``.
+        ``verify=False`` skips the checksums. InputError if a latent does not fit ``dtype``.
         """
         check = _as_expected(path, expect)
         manifest, rows = load_rows(path, kind=cls.kind, device=device, dtype=dtype, verify=verify, check=check)

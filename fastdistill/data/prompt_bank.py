@@ -32,12 +32,12 @@ _TEXTS = "texts.json"
 
 @dataclass(frozen=True, eq=False)
 class PromptBank:
-    """``banks``: rows 0..M-1 belong to ``texts``, row M to the null (empty) prompt.
+    """Encoded prompts: one row for each of M texts, and a last row for the null (empty) prompt.
 
-    A tensor of embeddings [M+1, L, D], floating point, or a mapping of tensors [M+1, ...] of any dtype by the names of
-    the model's arguments (``fastdistill.models.families``): ``encoder_hidden_states`` (what a single tensor stands
-    for), pooled embeddings, masks, class labels. As an attribute it is such a mapping. ``encoder`` is a fingerprint of
-    the text encoder (JSON values): which weights, length and settings it has. ``len(bank)`` is M, the pool's size.
+    banks: a tensor of embeddings [M+1, L, D], floating point, or several tensors [M+1, ...] of any dtype, by the names
+    of the model's arguments (``fastdistill.models.families``): ``encoder_hidden_states``, pooled embeddings, masks,
+    class labels. A single tensor is ``encoder_hidden_states``. The attribute is always a mapping. texts: the M texts.
+    encoder: a fingerprint of the text encoder (JSON values): its weights, length and settings. ``len(bank)`` is M.
 
     Raises:
         InputError: rows and texts do not belong together; a text is not a str or cannot be written as UTF-8; a value is
@@ -73,14 +73,14 @@ class PromptBank:
 
     @property
     def embeddings(self) -> Any:
-        """The bank ``encoder_hidden_states`` [M+1, L, D]; InputError where there is none."""
+        """The bank ``encoder_hidden_states`` [M+1, L, D]; InputError if there is none."""
         if EMBEDDINGS not in self.banks:
             raise InputError.of("prompts", f"a bank {EMBEDDINGS}", f"only {', '.join(self.banks)}")
         return self.banks[EMBEDDINGS]
 
     @property
     def rows(self) -> Any:
-        """What ``noise_gather`` and ``Batches`` take: the embeddings where there is nothing else, else all banks."""
+        """What ``noise_gather`` and ``Batches`` take: the embeddings if there is nothing else, otherwise all banks."""
         return self.embeddings if list(self.banks) == [EMBEDDINGS] else self.banks
 
     @property
@@ -118,7 +118,7 @@ class PromptBank:
         """Encode every text once: ``encode`` maps b <= batch texts to [b, L, D], the same L, D and dtype for all, or to
         a mapping of such tensors [b, ...] of any dtype.
 
-        ``encode_null`` encodes the null prompt ([1, ...]) where that is not what ``encode`` makes of its text.
+        ``encode_null`` encodes the null prompt ([1, ...]), if ``encode`` would not encode its text correctly.
         The rows keep the device and dtype of what ``encode`` returns (a tensor, or a NumPy array).
         ``progress(texts done, M + 1)`` is called after each batch. Empty texts and duplicates are encoded like any
         other and get rows of their own, with a warning; ``read_prompts`` leaves them out.
@@ -173,7 +173,7 @@ class PromptBank:
         return cls(rows.banks(), begun.pool, null_text, begun.fingerprint)
 
     def indices_of(self, texts: Iterable[str]) -> Tensor:
-        """Row of each text, int64 [len(texts)] (its first row where the bank has it twice); InputError for others."""
+        """Row of each text, int64 [len(texts)] (the first one if the bank has it twice); InputError for other texts."""
         texts = prompt_texts.listed(texts)
         missing = next((text for text in texts if text not in self._row_of), None)
         if missing is not None:
@@ -263,7 +263,7 @@ class PromptBank:
 
     @staticmethod
     def texts_of(path: str | Path, manifest: Manifest) -> list[str]:
-        """The texts of a stored bank, also of one that is not finished; StorageError where they are damaged."""
+        """The texts of a stored bank, also of one that is not finished; StorageError if they are damaged."""
         return _texts(path, manifest)[0]
 
     def _known_as(self, identity: str | None) -> PromptBank:

@@ -42,7 +42,7 @@ def build_prompt_bank(
         dtype: floating-point encodings are stored as this; None: as they are.
         rows_per_shard: None: as many as 128 MiB hold, at most 4096.
         progress: ``progress(rows done, M + 1)``, at the start and after each batch.
-        Others as ``PromptBank.build``.
+        Other arguments are those of ``PromptBank.build``.
 
     Raises:
         InputError: what ``PromptBank.build`` refuses; no ``encoder``; an encoding beyond the range of ``dtype``.

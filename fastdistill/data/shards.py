@@ -54,7 +54,7 @@ class RowWriter:
 
     Shards that are already there and whole are kept; damaged ones are reported as a warning and are among ``missing``.
     Several writers, in any processes, share the shards. Errors, all before anything is written: InputError for
-    arguments that make no sense; StorageError where ``path`` is not a directory, is not writable, is too small, or
+    arguments that make no sense; StorageError if ``path`` is not a directory, is not writable, is too small, or
     holds something made differently (the fields are named). ``attachments`` are small files that belong to the rows
     (name -> bytes).
     """
@@ -137,7 +137,7 @@ class RowWriter:
         """The missing shards that no other writer has, each to be written before the next one; ends when all shards
         are written, by whomever.
 
-        What a writer that fails or is killed leaves goes to the others. ``waiting`` is called some times a second while
+        If a writer fails or is killed, the others write its shards. ``waiting`` is called a few times per second while
         others write the last ones.
         """
         told, progressed = set[int](), time.monotonic()

@@ -27,16 +27,16 @@ Rows = Tensor | StoredRows | EncodedRows
 
 
 class Batches:
-    """``noise_gather`` on banks wherever they are; call ``prepare`` once before each draw.
+    """``noise_gather`` on banks in memory, on the disk or encoded on demand; call ``prepare`` once before each draw.
 
         batches = Batches(latents, latent_prompts, prompts, coefficients, replace, batch=64, null_index=M)
         for step in range(steps):
             batches.prepare(seed, step)
             draw = batches(counter)
 
-    It takes the arguments of ``noise_gather``, but ``latents`` and ``prompts`` may be ``StoredRows``, and ``prompts``
-    ``EncodedRows`` (if one of several banks of prompts is, all are staged). ``latent_prompts`` and the tables are on
-    the device. Where all is in memory, ``prepare`` does nothing.
+    It takes the arguments of ``noise_gather``, but ``latents`` and ``prompts`` may also be ``StoredRows``, and
+    ``prompts`` ``EncodedRows`` (if one of several banks of prompts is, all are staged). ``latent_prompts`` and the
+    tables are on the device. If everything is in memory, ``prepare`` does nothing.
 
     ``prepare`` waits until the rows of its step are there. It belongs outside of what a graph captures, on the stream
     of the draws (capture with ``capture_error_mode="thread_local"``: the thread waits for events meanwhile).
@@ -121,9 +121,10 @@ class Batches:
         return self._index is not None
 
     def prepare(self, seed: int, step: int) -> None:
-        """Have the rows of this step at hand, and those of the next ones on their way.
+        """Wait until the rows of this step are there, and begin to read those of the next steps.
 
-        Steps that do not follow one another are right too, they only wait for the disk or the text encoder.
+        Steps in any order give the right rows; if they do not follow one another, they wait for the disk or the
+        encoder.
 
         Raises:
             StorageError: a file could not be read. The next call tries again.
@@ -192,7 +193,7 @@ class Batches:
         return Task(draw.target, self._rows[: len(draw.choice)], draw.choice, self._as_stored, counter)
 
     def close(self) -> None:
-        """End the reading ahead, once the batch under way is read; ``prepare`` begins it anew."""
+        """Stop reading ahead, after the batch that is being read; ``prepare`` begins it again."""
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
             if drawn := self._event():
@@ -200,7 +201,7 @@ class Batches:
         self._reader, self._reads, self._ready = None, {}, False
 
     def _event(self) -> torch.cuda.Event | None:
-        """The moment when the draws so far will be over; None where they are."""
+        """The moment when the draws so far will be over; None if they are."""
         if self._device.type != "cuda":
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -172,9 +172,9 @@ def mu_of(scheduler: Any, tokens: int | None) -> float | None:
 def schedule_of(scheduler: Any, tokens: int | None = None) -> Schedule:
     """The noise that the models of a diffusers scheduler are trained with.
 
-    Of flow matching a ``FlowSchedule`` with a uniform density and the scheduler's shift, static or, by ``tokens``,
-    dynamic; of others ``NoiseSchedule.from_diffusers``. What only sampling uses (Karras sigmas, ``shift_terminal``) is
-    left to ``sample_with``.
+    For flow matching it is a ``FlowSchedule`` with a uniform density and the scheduler's shift, which is static, or
+    dynamic and then follows from ``tokens``. For other schedulers it is ``NoiseSchedule.from_diffusers``. Settings that
+    only matter for sampling (Karras sigmas, ``shift_terminal``) are left to ``sample_with``.
 
     Raises:
         InputError: a scheduler whose noise is neither; a dynamic shift without ``tokens``.

@@ -33,7 +33,7 @@ class Grid:
             signal may be 0 (sigma is infinite there); the last level is (1, 0), or where a scheduler ends.
         times: [n], what the model is given at each step.
         clock: [n] in [0, 1], the same as a share of the training timesteps (of rectified flow its sigma).
-        text: what ``parse`` makes the grid of; empty: nothing.
+        text: the text from which ``parse`` makes this grid; empty if there is none.
 
     All are float64 on the CPU.
 
@@ -147,7 +147,7 @@ class Grid:
 
     @classmethod
     def of(cls, scheduler: Any, steps: int, tokens: int | None = None) -> Grid:
-        """The levels that a scheduler of diffusers visits, with all its settings; ``tokens`` of an image where it has a
+        """The levels that a scheduler of diffusers visits, with all its settings; ``tokens`` of an image if it has a
         dynamic shift.
 
         Raises:
@@ -161,7 +161,7 @@ class Grid:
         _check.whole(steps, "steps", "at least 1 step")
         flow = flow_matching(kind, config)
         if config.get("invert_sigmas") or getattr(scheduler, "order", 1) != 1:
-            raise InputError.of("scheduler", "one that evaluates the model once a step, from noise to data", kind)
+            raise InputError.of("scheduler", "one that evaluates the model once per step, from noise to data", kind)
         if not flow:
             NoiseSchedule.from_diffusers(scheduler)  # refuses models that take no timesteps
         scheduler = copy.deepcopy(scheduler)
@@ -181,10 +181,10 @@ class Grid:
 
     @classmethod
     def visited(cls, scheduler: Any) -> Grid:
-        """The levels at which a scheduler of diffusers, whose timesteps are set, has the model evaluated, to the data.
+        """The levels at which a scheduler of diffusers, whose timesteps are set, evaluates the model, and the data.
 
-        By the timesteps that the model is given, so that schedulers are welcome that evaluate it between their levels
-        or twice at one (Heun, PNDM), which ``of`` refuses: a schedule of guidance has a weight for each evaluation.
+        They follow from the timesteps that the model is given. So this also takes schedulers that evaluate it between
+        their levels or twice at one (Heun, PNDM), which ``of`` refuses: guidance has a weight for each evaluation.
         Between the timesteps of training the logarithm of sigma is linear.
 
         Raises:

@@ -35,7 +35,7 @@ FORMS = (
 
 
 class Guidance(ABC):
-    """A schedule of the guidance weight w; made by the methods below or ``parse``. Immutable, comparable.
+    """A schedule of the guidance weight w, made by ``parse`` or one of the methods below. Immutable, comparable.
 
     A step of a sampler takes the weight of the level where it starts. ``by`` says what thresholds are: ``sigma``
     (noise / signal), ``t`` (the timestep as a share of training's, of rectified flow its sigma), or ``step`` (the share
@@ -55,7 +55,7 @@ class Guidance(ABC):
     def interval(w: float, above: float, below: float = math.inf, *, by: By = "sigma") -> Guidance:
         """w where above < sigma <= below, the conditional model elsewhere (Kynkaanniemi et al. 2024, 2404.07724).
 
-        Of ``by="step"``: from the share ``above`` on, until ``below``.
+        With ``by="step"``: from the share ``above`` of the steps on, until ``below``.
         """
         low, high = _check.real(above, "above"), _check.real(below, "below")
         _check.require(low < high, "above", f"less than below ({high:g}): the interval is empty", low)
@@ -78,7 +78,7 @@ class Guidance(ABC):
     ) -> Guidance:
         """w_plus while sigma > switch, w_minus while sigma > stop, then tail. Text: ``8@10,-1@2,0``.
 
-        Of ``by="step"`` with stop = 0: w_minus to the end. A w_minus below ``floor`` is refused.
+        With ``by="step"`` and stop = 0: w_minus to the end. A w_minus below ``floor`` is refused.
         """
         lowest, w_minus = _check.real(floor, "floor"), finite(w_minus)
         _check.require(w_minus >= lowest, "w_minus", f"a weight of at least the floor, {lowest:g}", w_minus)
@@ -88,9 +88,9 @@ class Guidance(ABC):
 
     @staticmethod
     def piecewise(stretches: Sequence[tuple[float, float]], tail: float, *, by: By = "sigma") -> Guidance:
-        """w of the first (threshold, w) whose threshold the noise exceeds, strictly; the tail below all of them.
+        """Of the pairs (threshold, w), w of the first whose threshold is below the noise; the tail below all of them.
 
-        Of ``by="step"``: of the first whose share of the steps is not done yet.
+        With ``by="step"``: w of the first pair whose share of the steps is not done yet.
         """
         return Piecewise(stretches, tail, by)  # type: ignore[arg-type] # checked and made tuples there
 
@@ -101,7 +101,7 @@ class Guidance(ABC):
 
     @staticmethod
     def function(f: Callable[[float], float], *, by: By = "sigma") -> Guidance:
-        """w = f(sigma), or of the share that ``by`` names. Without a text."""
+        """w = f(sigma), or f of the share that ``by`` names. Such a schedule has no text."""
         return Function(f, by)
 
     @staticmethod
@@ -128,7 +128,7 @@ class Guidance(ABC):
         ``cads:0.6..0.9,0.25,1:2``: w = 2 with prompts noised from t = 0.6 T to 0.9 T by 0.25, rescaled in full.
 
         Raises:
-            InputError: a text that is none of these, with the column where it stops to be.
+            InputError: a text that is none of these, with the column of the first wrong character.
         """
         if isinstance(text, Guidance):
             return text
@@ -189,7 +189,7 @@ class Guidance(ABC):
         return 1 + self.weights(grid)
 
     def passes(self, grid: Grid) -> Tensor:
-        """Evaluations of the model for each step, int64 [steps]: 1 where w is 0 or -1, else 2."""
+        """Evaluations of the model for each step, int64 [steps]: 1 if w is 0 or -1, else 2."""
         scales = self.scales(grid)
         return torch.where((scales == 0) | (scales == 1), 1, 2)
 

@@ -46,7 +46,7 @@ def sample(
     Each step is that of ``distortion.recursion``.
 
     Args:
-        model, prompts, null_prompt: as of ``ddim``; None where every weight is 0. The model is given the times of the
+        model, prompts, null_prompt: as of ``ddim``; None if every weight is 0. The model is given the times of the
             grid, int64 if all of them are whole, else float32.
         x: standard normal noise where a^2 + b^2 = 1 or a = 0 there. The state is at least float32.
         method: ``ddim``; ``euler``, the same; ``heun``, with a second evaluation at the end of a step (``evaluations``

@@ -24,7 +24,7 @@ from fastdistill.models import families
 class ScheduledGuidance(BaseGuidance):
     """A guider of diffusers' modular pipelines with a schedule of w: pred_uncond + (1 + w) (pred_cond - pred_uncond).
 
-    ``num_conditions`` is 1 where w is 0 (the prompt alone) or -1 (the null prompt alone). ``save_pretrained`` keeps the
+    ``num_conditions`` is 1 if w is 0 (the prompt alone) or -1 (the null prompt alone). ``save_pretrained`` keeps the
     schedule's text and the noise.
 
     Args:
@@ -44,7 +44,7 @@ class ScheduledGuidance(BaseGuidance):
         self._w = 0.0
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
-        """As of ``BaseGuidance``; raises InputError where a threshold is not below the noise of the first step."""
+        """As of ``BaseGuidance``; raises InputError if a threshold is not below the noise of the first step."""
         super().set_state(step, num_inference_steps, timestep)
         time = torch.as_tensor(timestep).detach().flatten()[:1]
         grid = Grid.at(self._noise, time)
@@ -91,7 +91,7 @@ def scheduled_guidance(pipeline: Any, schedule: Guidance | float | str) -> Itera
 
     Those pipelines have one scale g for all steps, and leave guidance out for g <= 1. Here the forward of the denoiser
     (``unet`` or ``transformer``) is wrapped: of the batch (null prompts, prompts) it evaluates what w needs, one half
-    where w is 0 or -1, and returns the guided prediction in both halves, of which u + g (c - u) is that prediction for
+    if w is 0 or -1, and returns the guided prediction in both halves, of which u + g (c - u) is that prediction for
     any g. w is taken at the timestep of each evaluation (``Grid.visited``).
 
     Args:
@@ -100,7 +100,7 @@ def scheduled_guidance(pipeline: Any, schedule: Guidance | float | str) -> Itera
 
     Raises:
         InputError: a pipeline without a denoiser or of another order (DiT), a compiled or wrapped denoiser; in a call
-            ``guidance_scale`` <= 1, ``guidance_rescale`` where w is not 0 everywhere, ``skip_guidance_layers``, a
+            ``guidance_scale`` <= 1, ``guidance_rescale`` if w is not 0 everywhere, ``skip_guidance_layers``, a
             threshold outside of the noise of the steps.
     """
     guidance = _plain(schedule)

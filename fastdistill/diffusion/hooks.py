@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance that is more than a number a step: a weight for each sample, prompts that are noised."""
+"""Guidance that is more than a number per step: a weight for each sample, prompts that are noised."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def diffusion_posterior(
     batch: int = 256,
     progress: Callable[[int, int], object] | None = None,
 ) -> Tensor:
-    """[N, classes] float32, p(c | x) for a uniform prior: the softmax over classes of - mean |target - f(x_t, t, c)|^2.
+    """p(c | x) for a uniform prior, [N, classes] float32: the softmax over classes of - mean |target - f(x_t, t, c)|^2.
 
     Square norms are sums over the elements of a sample, as in the paper. Every class has the same noise, at ``draws``
     timesteps evenly over the schedule; that of a row is drawn by counter from (seed, row).

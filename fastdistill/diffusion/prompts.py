@@ -17,7 +17,7 @@ Rows = Tensor | Mapping[str, Tensor]
 
 
 def check_prompts(x_T: Tensor, prompts: Rows, null_prompt: Rows | None, scale: float) -> None:
-    """InputError unless ``prompts`` are rows for the batch of ``x_T`` and ``null_prompt`` is one more (None where
+    """InputError unless ``prompts`` are rows for the batch of ``x_T`` and ``null_prompt`` is one more (None if
     ``scale`` is 1), in the same banks and on the same device."""
     check_scale(scale)
     if null_prompt is None and scale != 1:

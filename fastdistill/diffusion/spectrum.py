@@ -173,7 +173,7 @@ class Solved:
     """A window of guidance and what it leaves of the variance.
 
     w_minus: the weight that gives all of it back, however low (NaN: none above -64); reachable: whether that is at
-    least the floor. schedule: the window with it, or, where it is not reachable, with the floor. ratio: the variance
+    least the floor. schedule: the window with it, or, if it is not reachable, with the floor. ratio: the variance
     with ``schedule`` over that of w = 0. steps: of a grid of this kind on which the wanted window is reachable (that
     of the grid where it is; None: on none of up to 4096).
     """
@@ -316,7 +316,7 @@ class _Passes:
         self.means /= counts[:, None]
 
     def measured(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """c [K, r], u [r] and the multiplicities [r]; the remainder is the last, where there is one."""
+        """c [K, r], u [r] and the multiplicities [r]; the remainder is the last, if there is one."""
         N, K, D = len(self.data), len(self.counts), self.size
         rank = min(rank, D, N - K)
         basis = self._directions(rank)

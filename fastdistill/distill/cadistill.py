@@ -43,7 +43,7 @@ def cka(x: Tensor, y: Tensor, *, debiased: bool = True, eps: float = 1e-8) -> Te
     """Linear centered kernel alignment of two features of the same rows, 0-dim.
 
     HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) of the Gram matrices (Kornblith et al. 2019, 1905.00414): 1 for features
-    that are equal but for rotation, scale and shift. The biased form, |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F), is
+    that are equal except for rotation, scale and shift. The biased form, |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F), is
     near 1 for independent features where there are fewer rows than dimensions. The debiased one has HSIC_1 of Song et
     al. 2012, of mean 0 for independent features; it may be below 0.
 
@@ -86,15 +86,16 @@ def _gram(feature: Tensor, debiased: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class CaDistill:
-    """The objective's settings, checked where they are used.
+    """Settings of CaDistill, checked when they are used.
 
-    align, canonical, distance: weights of L_align, L_cano and L_dist; 0 leaves a term out. own_labels: adds
-    cross-entropy on the canonical samples. cka: the form of the alignment; ``biased`` asks for a batch of at least 4
-    rows for each dimension of a feature, and warns below. target: H' is the teacher's canonical feature, or the one-hot
-    ``labels``. pooled: H' is averaged over its positions, else every position counts. posterior: weight of the
-    divergence from the ``posterior`` of the setting. augment: of the images, not of the canonical samples.
+    align, canonical, distance: weights of L_align, L_cano and L_dist; 0 leaves a term out. own_labels: add
+    cross-entropy on the canonical samples. cka: the form of CKA in L_dist; ``biased`` needs a batch of at least 4 rows
+    for each dimension of a feature, and warns if it has fewer. target: what L_dist compares to: the teacher's canonical
+    feature, or the one-hot ``labels``. pooled: average the teacher's feature over its positions; otherwise every
+    position counts. posterior: weight of the divergence from the ``posterior`` of the setting. augment: the
+    augmentation of the images (not of the canonical samples).
 
-    Without any of the weights it is plain cross-entropy. All but L = L_CE + ... is our own choice.
+    With all weights 0 it is plain cross-entropy. Only the form L = L_CE + ... is the paper's; the rest is our choice.
     """
 
     align: Weight = 1.0
@@ -136,7 +137,7 @@ class CanonicalDraw(NamedTuple):
 
 
 class BoundCaDistill:
-    """Draws images and canonical rows by counter: each once an epoch. Both go through the student in one forward."""
+    """Draws images and canonical rows by counter: each once per epoch. Both go through the student in one forward."""
 
     metric_names = ("loss", "cross_entropy", *_WEIGHTED, "right")
     trained: Sequence[nn.Module] = ()

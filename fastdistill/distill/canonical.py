@@ -84,13 +84,13 @@ class Clarid:
 
 @dataclass(frozen=True, eq=False)
 class Canonical:
-    """What CLARID makes of a batch.
+    """The result of ``canonical`` for a batch.
 
     Attributes:
         latents: [B, *S], the images inverted to t_e. clareps: [B, *S], the same without the top directions.
         samples: [B, *S], the clareps decoded. features: [B, *F], the tap at the clareps.
         energy: [B], ||latent - clarep||^2 / ||latent||^2.
-        subspace: the directions; None where k = 0 or they were given.
+        subspace: the directions; None if k = 0 or they were given.
     """
 
     latents: Tensor
@@ -121,7 +121,7 @@ def canonical(
     Args:
         model: the teacher, in eval mode, float32 or float64, neither fused nor compiled.
         x: in the latents' scale of the model.
-        prompts: rows [B, ...] of the images' classes or captions. null_prompt: one row; None where the guidance is 0.
+        prompts: rows [B, ...] of the images' classes or captions. null_prompt: one row; None if the guidance is 0.
         schedule: the teacher's noise. prediction_type: what it predicts; None: what is usual with the schedule.
         clip_sample: limit of the predicted x_0 while decoding.
         inverted: x are latents at t_e already, such as noise.
@@ -129,7 +129,7 @@ def canonical(
         rows, chunk: as of ``top_subspace``.
 
     Raises:
-        InputError: a setting, a model or arguments that do not fit, before anything runs but for k larger than the
+        InputError: a setting, a model or arguments that do not fit, before anything runs except for k larger than the
             feature.
     """
     if not isinstance(clarid, Clarid):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Canonical samples of some images a class, made once and kept in the package's format of rows."""
+"""Canonical samples of some images per class, made once and kept in the package's format of rows."""
 
 from __future__ import annotations
 

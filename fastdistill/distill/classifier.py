@@ -75,7 +75,7 @@ class ClassifierSetting:
         _check.whole(self.batch, "batch", "a whole number from 1")
 
     def check_student(self, wanted: bool) -> tuple[int, int]:
-        """Elements of the feature (0 where there is none) and classes, from one forward that leaves no trace.
+        """Elements of the feature (0 if there is none) and classes, from one forward that leaves no trace.
 
         Args:
             wanted: whether a feature is needed.

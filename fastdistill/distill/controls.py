@@ -79,7 +79,7 @@ class Subject:
             raise InputError.of("images", "floating point [N, ...]", f"{images.dtype} {tuple(images.shape)}")
         _check.require(bool(images.isfinite().all()), "images", "finite values", "NaN or infinity")
         _check.dtype(labels, "labels", torch.int64)
-        _check.shape(labels, "labels", (len(images),), f"classes [{len(images)}], one an image")
+        _check.shape(labels, "labels", (len(images),), f"classes [{len(images)}], one per image")
         self.classes, counts = torch.unique(labels, return_counts=True)
         _check.require(len(counts) > 1, "labels", "at least two classes", len(counts))
         fewest = int(counts.argmin())

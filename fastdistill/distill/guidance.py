@@ -49,26 +49,26 @@ class _Guided:
 
 @dataclass(frozen=True)
 class GuidanceDistillation(RandomConditioning, _Guided):
-    """The objective's settings, checked where they are used.
+    """Settings of guidance distillation (arXiv 2210.03142), checked when they are used.
 
     schedule: the guidance weight w of each noise level: a ``Guidance``, its text or a number. w = 0 is the conditional
-        teacher; ``guidance_scale`` of diffusers is 1 + w. ``power:2^0.9`` is a weight of each sample; annealed prompts
+        teacher; ``guidance_scale`` of diffusers is 1 + w. ``power:2^0.9`` has a weight for each sample; noised prompts
         (cads) are refused.
-    scale: (v_min, v_max): the student reads v, drawn for each sample by counter, by which the positive weights of the
-        schedule are multiplied (1 is the plain guidance weight); ``make_student(..., guidance_embedding=True)`` makes
-        one. None: it reads nothing.
-    lowest: share of the samples whose v is v_min itself. Without such samples a student that read v from 0 on was far
-        from its teacher at v = 0 (docs/guidance.md).
-    grid: the sampler's steps (a ``Grid`` or its text), of which the timesteps are drawn; schedules by step need one.
+    scale: (v_min, v_max): the student gets a number v as an input, drawn for each sample, and the positive weights of
+        the schedule are multiplied by it (the schedule 1 makes v the guidance weight itself). Such a student is made by
+        ``make_student(..., guidance_embedding=True)``. None: it has no such input.
+    lowest: share of the samples whose v is v_min itself. Without such samples a student with v_min = 0 was far from its
+        teacher at v = 0 (docs/guidance.md).
+    grid: the sampler's steps (a ``Grid`` or its text), from which the timesteps are drawn; schedules by step need one.
         None: all timesteps of training.
     states: ``noised`` samples, or the states of a ``trajectory`` that the guided sampler visits, stored by
         ``generate_trajectory_cache`` for this schedule and grid.
     weight_limit: the loss at each timestep is weighted by min(1 / (a q - b p)^2, weight_limit), where a model predicts
-        p x_0 + q eps: of epsilon min(1 / abar, weight_limit), of v and flow 1. It is used where ``loss_weighting``
+        p x_0 + q eps: for epsilon min(1 / abar, weight_limit), for v and flow 1. It is used if ``loss_weighting``
         is None.
 
-    The other fields are those of ``RandomConditioning``, whose ``probability`` is 0 here by default. The target of a
-    null prompt is u, whatever w is.
+    The other fields are those of ``RandomConditioning``, but here ``probability`` is 0 by default. The target for a
+    null prompt is the unconditional prediction, whatever w is.
     """
 
     probability: str | Callable[[float], float] = "const"
@@ -83,7 +83,7 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         return RandomConditioning.describe(dataclasses.replace(config, **told))
 
     def guiding(self, setting: Setting) -> tuple[Setting, Guiding]:
-        """The setting at the levels of the grid, where there is one, and the weights at these."""
+        """The setting at the levels of the grid, if there is one, and the weights at these."""
         config = self._checked()
         if config.grid is not None:
             grid = Grid.parse(config.grid, setting.schedule) if isinstance(config.grid, str) else config.grid

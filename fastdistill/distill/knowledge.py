@@ -34,7 +34,7 @@ _WIDEST = 1e6  # of a spread, where the teacher's feature hardly differs
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the three losses; 0 leaves one out, and with it what only it needs."""
+    """Weights of the three losses. With the weight 0 a loss is not computed, nor what only that loss needs."""
 
     output: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     feature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -238,8 +238,8 @@ class Knowledge:
 
     @torch.no_grad()
     def _teacher(self, draw: Draw[Any], branch: torch.cuda.Stream | None) -> Taught:
-        """Output, that for the null prompt where it is asked for, and features of the prompt, on a stream beside the
-        student's where there is one: whoever reads them waits for it.
+        """Output, that for the null prompt if it is asked for, and features of the prompt, on a stream beside the
+        student's if there is one: whoever reads them waits for it.
 
         Their memory is that stream's, which does nothing else in a step, so it lasts until the losses have read it.
         """

@@ -67,16 +67,16 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a trainer gives an objective to work with: models and tables in place, banks where they fit.
+    """What a trainer gives an objective: models and tables on the device, and banks wherever they fit.
 
     latents: [N, *S]. latent_prompts: [N] int64 on the device, rows of prompts. prompts: [M + 1, L, D], or banks
-    [M + 1, ...] by name, the null prompt last. call: how both models are called, where not as their family has it
+    [M + 1, ...] by name, the null prompt last. call: how both models are called, if not as in their family
     (``fastdistill.models.calling.Predictor``). batch: samples of a step. prediction_type: what teacher and student put
-    out. ahead: steps whose rows are read ahead where banks are on the disk. grad_scale: 0-dim float32 by which the loss
+    out. ahead: how many steps ahead rows are read if banks are on the disk. grad_scale: 0-dim float32 by which the loss
     will be multiplied before the backward, for losses that store their gradient; None: 1. first_sample, global_batch:
-    where several processes share a step, which of its samples are this one's (``noise_gather``). micro_batch:
-    samples of the parts in which the losses are asked for (``TrainConfig.micro_batch``); None: all at once. others:
-    latents of other shapes, which are drawn from in turn. trajectory: of latents that are states of a sampler.
+    if several processes share a step, which of its samples are those of this process (``noise_gather``). micro_batch:
+    how many samples the losses are computed for at once (``TrainConfig.micro_batch``); None: all. others: latents of
+    other shapes, from which steps draw in turn. trajectory: for latents that are states of a sampler.
     """
 
     teacher: nn.Module
@@ -162,7 +162,7 @@ class Setting:
         return Buckets(parts, [len(bucket.latents) for bucket in self.buckets], self.device)
 
     def check(self, name: Literal["teacher", "student"], timestep_cond: Tensor | None = None) -> None:
-        """One forward of a model on the first sample of each shape, which leaves no trace; taps on the model fire.
+        """One forward of a model on the first sample of each shape. It changes nothing, but taps on the model fire.
         ``timestep_cond``: of one sample, as of ``predict``.
 
         Raises:
@@ -227,17 +227,20 @@ class BoundObjective(Protocol):
     Called with the counter [2] int64 (seed, step) on the device; returns the loss to differentiate and one 0-dim
     float32 tensor per name in ``metric_names``. It must not wait for the device or use any other source of randomness.
     It calls the models by ``Setting.predict``, which casts their inputs; ``bind`` may check them by ``Setting.check``.
-    Before each step the host calls ``prepare`` with its seed and number, and ``close`` after the last: what has to
-    happen outside of the step is done there (``Batches``, hooks on the models). ``prepare`` may follow ``close``.
-    For gradients accumulated over parts of a batch (``TrainConfig.micro_batch``) it has ``draw(counter)``, a
-    ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter)`` of a part of it, with the result of a call. The
-    loss is a mean over samples; where it is not, ``whole`` is a text that says why.
-    For a teacher that is asked a step ahead (``TrainConfig.teacher_ahead``) it has ``begin_ahead()``, which says why it
-    cannot be, or None, and then ``teach(counter)``: it keeps the teacher's answer for that step, in the same memory
-    every time, and the next call takes it from there. ``taught``: whether there is one.
-    ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
-    ``state``, where it has one, holds tensors by name that the steps change and a checkpoint keeps; their second axis
-    goes over the samples of the processes.
+    Before each step the host calls ``prepare(seed, step)``, and after the last one ``close()``: there it does what has
+    to happen outside of the step (``Batches``, hooks on the models). ``prepare`` may follow ``close``.
+
+    For gradients that are accumulated over parts of a batch (``TrainConfig.micro_batch``) it has ``draw(counter)``, a
+    ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter)`` of a part of it, which returns what a call
+    does. The loss is a mean over samples; if it is not, ``whole`` is a text that says why.
+
+    For a teacher that is called a step ahead (``TrainConfig.teacher_ahead``) it has ``begin_ahead()``, which returns
+    why this is not possible, or None; and ``teach(counter)``, which stores the teacher's answer for that step, in the
+    same memory every time. The next call takes it from there. ``taught``: whether there is one.
+
+    ``trained`` holds modules that are trained, clipped and checkpointed together with the student, and left out of the
+    export. ``state``, if it has one, holds tensors by name that the steps change and that a checkpoint keeps; their
+    second axis goes over the samples of all processes.
     """
 
     @property
@@ -254,7 +257,9 @@ class BoundObjective(Protocol):
 
 
 class Objective(Protocol):
-    """A configuration that can be bound; ``describe`` is its part of a checkpoint's fingerprint."""
+    """The settings of an objective. ``bind`` makes what a step calls, ``describe`` its part of a checkpoint's
+    fingerprint.
+    """
 
     def bind(self, setting: Setting) -> BoundObjective: ...
 

@@ -32,16 +32,21 @@ from fastdistill.train.config import validated
 
 @dataclass(frozen=True)
 class RandomConditioning:
-    """The objective's settings, checked where they are used; the defaults are the paper's.
+    """Settings of random conditioning (arXiv 2504.02011), checked when they are used; the defaults are the paper's.
 
-    probability: name of p(t) (``fastdistill.diffusion.conditioning``) or a function of t/T; its ``parameters`` by name.
-        ``"const"`` with ``{"value": 0.0}`` is plain distillation on the latents' own prompts.
-    null_probability: how often the null prompt replaces whichever was chosen.
-    weights: of output, feature and task loss. feature_distance: the plain mean square, each tap's normalized by the
-        teacher feature's, Huber's or the cosine's (``fastdistill.feature_match``, whose eps and delta are the
-        defaults). loss_weighting: of the output and the task loss at each timestep (``fastdistill.loss_weights``), with
-        min_snr_gamma. taps: pairs (teacher module, student module), as ``make_student`` returns them.
-    rolling: samples of each batch that are states of a sampler that runs along (``Rolling``); by default none.
+    probability: p(t), the probability that a latent gets a random prompt at timestep t: a name
+        (``fastdistill.diffusion.conditioning``) or a function of t/T. ``"const"`` with the parameters
+        ``{"value": 0.0}`` is plain distillation on the latents' own prompts.
+    parameters: those of p(t), by name.
+    null_probability: how often the null prompt replaces the chosen one.
+    weights: of output, feature and task loss.
+    feature_distance: ``mse``, ``normalized_mse``, ``huber`` or ``cosine`` (``fastdistill.feature_match``, with its
+        default eps and delta).
+    taps: pairs (teacher module, student module), as ``make_student`` returns them.
+    with_replacement: draw latents independently; otherwise each comes once per epoch.
+    loss_weighting: weights of the output and the task loss at each timestep (``fastdistill.loss_weights``).
+    min_snr_gamma: gamma of the weighting ``min_snr``.
+    rolling: which samples of a batch are states of a sampler that runs along (``Rolling``); by default none.
     """
 
     probability: str | Callable[[float], float] = "exp"

@@ -31,11 +31,12 @@ ROLLING = 3  # ``Draw.choice`` of a state
 
 @dataclass(frozen=True)
 class Rolling:
-    """Which samples are states, and how these move.
+    """Which samples of a batch are states of a sampler that runs along with the training, and how these move.
 
-    every: every so many-th sample of a batch is a state; None: none is. by: whose output moves them. steps: of a
-    trajectory. groups: so many groups of states take turns, a group a step, so that two states of one trajectory are
-    as many steps apart. clip_sample: limit of the magnitude of x_0, as the sampler of the models has it; None: none.
+    every: with 2, every second sample is a state; None: no sample is. by: the model whose output moves them. steps: of
+    a trajectory. groups: the states are in so many groups, of which each step moves one, so two states of one
+    trajectory are that many steps apart. clip_sample: limit of the magnitude of x_0, as in the sampler of the models;
+    None: no limit.
     """
 
     every: Annotated[int, Field(ge=2)] | None = None

@@ -120,7 +120,7 @@ def chosen(rows: Sequence[Mapping[str, Any]], *, least_right: float = 0.95) -> d
     that of the highest; with ``reason`` and ``neighbours``, the rows next to it in t_e, k or tap.
 
     Fewer directions are often the more selective and leave much in place, hence the second criterion. The judge has to
-    be right on a share ``least_right`` of what it is right on among the images; where there is no judge, that is not
+    be right on a share ``least_right`` of what it is right on among the images; if there is no judge, that is not
     asked.
 
     Raises:

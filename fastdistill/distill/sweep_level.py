@@ -56,7 +56,7 @@ class Teacher:
 
 
 class Level:
-    """Settings that are equal but for k and tap.
+    """Settings that are equal except for k and tap.
 
     Raises:
         InputError: what of them does not fit the model or the images.

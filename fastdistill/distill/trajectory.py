@@ -32,8 +32,9 @@ from fastdistill.ops import _check
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryCache(LatentCache):
-    """``latents`` [N, *S] are the states at which a sampler asks its model, ``step`` [N] int64 the step of each; of its
-    schedule and grid the ``fingerprint`` tells, which is needed. Made by ``generate_trajectory_cache``.
+    """States that a sampler visits, made by ``generate_trajectory_cache``. ``latents`` [N, *S] are the states at which
+    it calls its model, ``step`` [N] int64 is the step of each. The ``fingerprint``, which has to be there, holds the
+    schedule and the grid of the sampler.
 
     Raises:
         InputError: what ``LatentCache`` refuses; steps that are none.

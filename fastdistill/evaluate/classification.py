@@ -83,8 +83,8 @@ def calibration(logits: Tensor, labels: Tensor) -> Calibration:
 
 
 def reliance(model: nn.Module, own: Tensor, other: Tensor, labels: Tensor, *, batch: int = 512) -> float:
-    """How much a classifier relies on backgrounds: its accuracy on ``own`` [n, C, H, W], images before the background
-    that goes with their label [n], less that on ``other``, the same before those of other labels."""
+    """How much a classifier relies on backgrounds: its accuracy on ``own`` [n, C, H, W], images in front of the
+    background of their own label [n], minus that on ``other``, the same in front of backgrounds of other labels."""
     check_images(other, "other", own.shape if isinstance(own, Tensor) else None)
     return accuracy(model, own, labels, batch=batch) - accuracy(model, other, labels, batch=batch)
 

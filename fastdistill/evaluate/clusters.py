@@ -64,7 +64,7 @@ def kmeans(
 def nmi(first: Tensor, second: Tensor) -> Tensor:
     """[R] float64: mutual information over the mean of the two entropies, of labels [R, n] and [R, n] or [n] int64.
 
-    Rows with a negative label in either do not count. 1 where neither has more than one label.
+    Rows with a negative label in either do not count. 1 if neither has more than one label.
     """
     for name, labels in (("first", first), ("second", second)):
         _check.valued(**{name: labels})
@@ -85,7 +85,7 @@ def nmi(first: Tensor, second: Tensor) -> Tensor:
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Features of one vector a sample: means over pixels [B, C, *S] or tokens [B, L, D]."""
+    """Features of one vector per sample: means over pixels [B, C, *S] or tokens [B, L, D]."""
     if not isinstance(features, Tensor) or features.ndim < 2:
         raise InputError.of("features", "features [B, ...]", described(features))
     if features.ndim < 3:

@@ -109,7 +109,7 @@ def finding(report: Mapping[str, Any]) -> str:
     """The comparison in one or two sentences, worded from its numbers."""
     text = (
         f"The student has {_share(report, 'parameters')} of the teacher's parameters and makes "
-        f"{_times(report)} times as many images a second."
+        f"{_times(report)} times as many images per second."
     )
     distance = report["student"]["measures"].get("images_distance")
     if distance is not None:

@@ -161,7 +161,7 @@ def _contrast(x: Tensor, strength: float, bounds: tuple[float, float], draws: _D
 
 
 def _occlusion(x: Tensor, strength: float, bounds: tuple[float, float], draws: _Draws) -> Tensor:
-    """A rectangle of the middle of the range, as high and wide as the image but for the strength."""
+    """A rectangle of the middle of the range, as high and wide as the image except for the strength."""
     top, left, _, _ = draws.words()
     inside = torch.ones(len(x), 1, 1, 1, dtype=torch.bool, device=x.device)
     for word, side in ((top, 2), (left, 3)):

@@ -67,7 +67,7 @@ def diagnose(
         sample: called with (schedule, prompts [n], noises [n], seed) for at most ``batch`` samples [n, ...]; a sample
             should depend on its own prompt, noise and seed alone, so that schedules are compared on the same noise.
         features: samples [n, ...] -> features [n, D], for the reference too.
-        prompts: [N] int64, one a sample; noise n is that of prompts[n].
+        prompts: [N] int64, one per sample; noise n is that of prompts[n].
         reference: real samples [M, ...] and their classes [M] int64.
         schedules: schedules, texts or weights. With 0 and at least one more constant, ``recovered`` is known.
         grid: of the sampler, for the evaluations; thresholds are checked before anything is sampled.
@@ -86,7 +86,7 @@ def diagnose(
     parsed = _schedules(schedules, grid)
     _check.valued(prompts=prompts)
     _check.dtype(prompts, "prompts", torch.int64)
-    _check.shape(prompts, "prompts", (None,), "one a sample, [N]")
+    _check.shape(prompts, "prompts", (None,), "one per sample, [N]")
     labels = _labels(prompts if classes is None else classes, "prompts" if classes is None else "classes", len(prompts))
     numbers = _seeds(seeds)
     _check.whole(batch, "batch", "at least 1")
@@ -214,7 +214,7 @@ class _Cell:
                 torch.cuda.synchronize(made.device)
             seconds += time.perf_counter() - start
             if len(made) != len(wanted):
-                raise InputError.of("sample", f"{len(wanted)} samples, one a prompt", len(made))
+                raise InputError.of("sample", f"{len(wanted)} samples, one per prompt", len(made))
             if not made.isfinite().all():
                 raise InputError.of("sample", "finite samples", f"NaN or infinity with {schedule}")
             found.append(_featured(features, made, width))
@@ -224,7 +224,7 @@ class _Cell:
 
     @classmethod
     def kept(cls, keep: str | Path | None, key: dict[str, Any], count: int) -> _Cell | None:
-        """What an earlier call kept; None where it kept nothing, or something damaged."""
+        """What an earlier call kept; None if it kept nothing, or something damaged."""
         if keep is None or not (path := cls.path(keep, key)).exists():
             return None
         try:

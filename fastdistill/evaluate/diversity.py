@@ -105,7 +105,7 @@ def vendi_score(features: Any, kernel: Literal["cosine"] | Callable[[Tensor, Ten
             row = int((norms[:, 0] == 0).nonzero()[0])
             raise InputError.of("features", "vectors other than 0, for their cosines", f"zeros in row {row}")
         x = x / norms
-        similarity = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # which have the same eigenvalues, but for zeros
+        similarity = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # which have the same eigenvalues, except for zeros
     else:
         raise InputError.of("kernel", "'cosine' or a function", described(kernel))
     values = torch.linalg.eigvalsh(similarity / len(x)).clamp(min=0)
@@ -113,7 +113,7 @@ def vendi_score(features: Any, kernel: Literal["cosine"] | Callable[[Tensor, Ten
 
 
 def variance_ratio(features: Any, labels: Any, reference: Any, reference_labels: Any) -> float:
-    """Trace of the covariance within a class over that in the reference, mean over classes: below 1 where guidance
+    """Trace of the covariance within a class over that in the reference, mean over classes: below 1 if guidance
     took diversity away.
 
     Args:

@@ -109,7 +109,7 @@ def frontier(rows: Sequence[Row]) -> list[Recovered]:
 
     V_0 is the variance ratio of w = 0; V_const that of constant guidance with the same separation (or share of right
     images), interpolated linearly between the constants in the order of w: the first place that has it, which of a
-    saturated accuracy is that of the smallest w. NaN outside of the constants' range, and where nothing is lost there.
+    saturated accuracy is that of the smallest w. NaN outside of the constants' range, and if nothing is lost there.
     Intervals by the draws of the rows, NaN where fewer than 90 % of them are within the range.
 
     Raises:

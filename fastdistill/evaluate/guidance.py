@@ -113,7 +113,7 @@ def finding(report: Mapping[str, Any]) -> str:
     for student in report["students"].values():
         if one and student["schedule"] != "0" and best and student["schedule"] == best[0]["schedule"]:
             times = number(student["images_per_second"] / one["images_per_second"])
-            parts.append(f"A student of a window makes {times} times as many images a second as constant guidance.")
+            parts.append(f"A student of a window makes {times} times as many images per second as constant guidance.")
             break
     return " ".join(parts)
 

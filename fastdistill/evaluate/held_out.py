@@ -108,7 +108,7 @@ def held_out_losses(
 def _features(
     theirs: list[Tensor], own: list[Tensor], adapters: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None
 ) -> Tensor | None:
-    """[B, taps]; None where shapes differ."""
+    """[B, taps]; None if shapes differ."""
     pairs = list(zip(own if adapters is None else adapters(own), theirs, strict=True))
     if any(a.shape != b.shape for a, b in pairs):
         return None

@@ -141,7 +141,7 @@ class Measures:
     def _each(
         self, model: str, names: Sequence[str], statistic: Callable[[Tensor], Sequence[float]], *, interval: bool = True
     ) -> None:
-        """Values of rows of prompts; without an interval where half of them are too few, left out where all are."""
+        """Values of rows of prompts; without an interval where half of them are too few, left out if all are."""
         rows = torch.arange(self.prompts)
         try:
             values = list(statistic(rows))

@@ -87,7 +87,7 @@ def write_page(
 
 
 def entry(report: Mapping[str, Any], path: str) -> Any:
-    """What a report has at ``a.b.c``, of a list by its number. InputError where it has nothing."""
+    """What a report has at ``a.b.c``, of a list by its number. InputError if it has nothing."""
     value: Any = report
     for key in path.split("."):
         if isinstance(value, list) and key.isdecimal() and int(key) < len(value):

@@ -82,8 +82,9 @@ def robustness(
 ) -> dict[str, Any]:
     """The accuracy of a classifier under attacks, and the checks of gradient masking.
 
-    An image that is wrong without an attack is wrong under each. ``apgd`` counts an image as right where both losses
-    leave it right (of two classes: cross-entropy alone, as the other loss needs three).
+    An image that is classified wrong without an attack counts as wrong under every attack. For ``apgd`` an image counts
+    as right if it is right after the attacks with both losses (with two classes only cross-entropy is used, because the
+    other loss needs three).
 
     Args:
         model: gives logits, or a tuple that ends with them. images: [n, C, H, W] within ``bounds``. labels: [n] int64.
@@ -185,7 +186,7 @@ def attacked(
 
     Args:
         attack: ``pgd``, ``apgd_ce``, ``apgd_dlr`` (from three classes on) or ``square``. steps: of Square, queries.
-        Others as of ``robustness``.
+        Other arguments are those of ``robustness``.
     """
     _check.require(attack in _SINGLE, "attack", f"one of {', '.join(_SINGLE)}", described(attack))
     (radius,) = _radii([epsilon])
@@ -197,7 +198,7 @@ def attacked(
     with trial(model), torch.enable_grad(), _seeded(seed):
         for part, own in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
             made.append(torch.from_numpy(_attack(model, part, own, attack, radius, steps, bounds, classes)))
-    found = torch.maximum(torch.minimum(torch.cat(made), x + radius), x - radius)  # but for the toolbox's rounding
+    found = torch.maximum(torch.minimum(torch.cat(made), x + radius), x - radius)  # except for the toolbox's rounding
     return found.clamp(*bounds).to(images.device)
 
 

@@ -25,8 +25,8 @@ class _Project(nn.Linear):
 
 
 class Adapters(nn.ModuleList):
-    """One linear map student -> teacher per tap (a 1x1 convolution of maps), in the order of the taps; identity where
-    the channels are equal.
+    """A linear map from the student's channels to the teacher's for each tap, in their order (for maps a 1x1
+    convolution); the identity if the channels are equal.
 
     They are trained with the student: hand their parameters to the same optimizer and gradient clipping and save their
     ``state_dict`` in checkpoints. An exported student does not need them. (BK-SDM's and random conditioning's students
@@ -55,7 +55,7 @@ class Adapters(nn.ModuleList):
         self.pairs = tuple((s, t) for s, t in pairs)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """One feature per tap -> the same with the teacher's channels, in the adapters' dtype where they are projected.
+        """One feature per tap -> the same with the teacher's channels, in the adapters' dtype if they are mapped.
 
         Features are vectors [B, C], tokens [B, L, C] or maps [B, C, ...].
         """

@@ -14,13 +14,13 @@ from fastdistill.models.families import Family
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """A student as the difference from its teacher, a transformer: which blocks it keeps (one of the first three; all
-    of them where only ``width`` is given), and how wide it is.
+    """How a student differs from its teacher, a transformer: which blocks it keeps (by ``every``, ``first`` or
+    ``blocks``; all of them if only ``width`` is given), and how wide it is.
 
-    every: each so-many-th block, counted back from the last, in every list of blocks. first: that many first blocks.
-    blocks: the numbers of the blocks (of Flux those of its double blocks; all of its single blocks stay unless
-    ``single_blocks`` says which do).
-    width: factor on the number of heads, each as wide as the teacher's; the channels of everything follow.
+    every: with 2, every second block, counted back from the last one, in every list of blocks. first: the first so many
+    blocks. blocks: the numbers of the blocks (for Flux those of its double blocks; all single blocks are kept unless
+    ``single_blocks`` says which ones).
+    width: factor on the number of heads, each as wide as the teacher's; all numbers of channels follow from it.
     """
 
     every: int | None = None

@@ -20,8 +20,8 @@ _UP_BLOCK = re.compile(r"up_blocks\.(\d+)(?:\.(resnets|attentions)\.(\d+))?(?=\.
 
 @dataclass(frozen=True)
 class CopyReport:
-    """Where a student's weights came from: student tensor -> teacher tensor, the teacher's tensors left behind, and
-    what was taken of those that were not copied whole."""
+    """Which weights a student took from its teacher: student tensor -> teacher tensor, the teacher's tensors that were
+    not used, and which part was taken of those that were not copied whole."""
 
     sources: dict[str, str]
     unused: tuple[str, ...]
@@ -39,7 +39,7 @@ class CopyReport:
         )
 
     def table(self) -> str:
-        """The whole map, a line a tensor: the student's, the teacher's, and what is taken of it."""
+        """The whole map, one line per tensor: the student's, the teacher's, and which part of it was taken."""
         return "\n".join(f"{key} <- {source}: {self.sliced.get(key, 'all')}" for key, source in self.sources.items())
 
 

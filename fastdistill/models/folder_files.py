@@ -25,7 +25,7 @@ def deciding(folder: Path) -> list[Path]:
 
 
 def variant_in(folder: Path) -> str | None:
-    """The variant of the weights in a folder (``model.fp16.safetensors``), where there are none without."""
+    """The variant of the weights in a folder (``model.fp16.safetensors``), if there are none without."""
     variants = sorted({found for file in folder.iterdir() if (found := variant_of(file)) is not None})
     return variants[0] if variants and variants[0] else None
 

@@ -204,7 +204,7 @@ def share(f: Function, x: Tensor) -> float:
 
 
 def jvp(f: Function, x: Tensor, V: Tensor, *, chunk: int | None = None) -> Tensor:
-    """J V [B, m, k] with J = df/dx at x, in forward mode; where ``f`` has none, by the double VJP, with a warning.
+    """J V [B, m, k] with J = df/dx at x, in forward mode; if ``f`` has none, by the double VJP, with a warning.
 
     Args:
         f: a ``TapFunction``, or any function [b, *S] -> [b, m] that treats every row alike and by itself.
@@ -221,7 +221,7 @@ def jvp(f: Function, x: Tensor, V: Tensor, *, chunk: int | None = None) -> Tenso
 
 
 def vjp(f: Function, x: Tensor, U: Tensor, *, chunk: int | None = None) -> Tensor:
-    """J^T U [B, n, k] for U [B, m, k], by a backward each; otherwise as ``jvp``."""
+    """J^T U [B, n, k] for U [B, m, k], by one backward for each vector; other arguments as in ``jvp``."""
     _check_products(f, x, U, "U", None)
     return _chunked(_backward, f, x, U, chunk)
 
@@ -305,7 +305,7 @@ def _chunked(product: Callable[..., Tensor], f: Function, x: Tensor, vectors: Te
 
 
 def _forward(f: Function, x: Tensor, v: Tensor) -> Tensor:
-    """J v for each row, in forward mode where there is one."""
+    """J v for each row, in forward mode if there is one."""
     owner = _owner(f)
     if owner not in _without_forward_mode:
         try:

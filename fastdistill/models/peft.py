@@ -40,7 +40,7 @@ def require() -> Any:
 
 
 def owner(model: nn.Module) -> tuple[str, Any]:
-    """The outermost module that has adapters, and its name with a dot behind it; ("", None) where none has."""
+    """The outermost module that has adapters, and its name with a dot behind it; ("", None) if none has."""
     for name, module in model.named_modules():
         if isinstance(found := getattr(module, "peft_config", None), Mapping) and found:
             return name + "." * bool(name), module

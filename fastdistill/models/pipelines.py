@@ -38,11 +38,11 @@ _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # by what sa
 
 
 def open_pipeline(folder: str | os.PathLike[str], *, any_model: bool = False) -> PipelineFolder:
-    """The pipeline of diffusers saved in ``folder`` (``DiffusionPipeline.save_pretrained``); no weights are read.
+    """Open a pipeline folder of diffusers (``DiffusionPipeline.save_pretrained``); no weights are read.
 
     Args:
-        any_model: a model of no family is taken too, which a function given as ``call`` has to call. Its class, where
-            it is none of diffusers, is imported, which runs code of the user's own.
+        any_model: also take a model of no known family, which a function has to call (``call``). If its class is not
+            one of diffusers, its module is imported, which runs the user's own code.
 
     Raises:
         StorageError: no folder, or a file that is missing or damaged.
@@ -76,10 +76,11 @@ def open_pipeline(folder: str | os.PathLike[str], *, any_model: bool = False) ->
 
 @dataclass(frozen=True, eq=False)
 class PipelineFolder:
-    """A pipeline folder, by ``open_pipeline``.
+    """A pipeline folder; ``open_pipeline`` makes it.
 
-    kind: the class of the pipeline. family: of its model. index: its ``model_index.json``. config: of the model, with
-    the defaults of its class. A ``size`` is (height, width) of images in pixels; None: the size that the model is for.
+    kind: the class of the pipeline. family: the family of its model. index: the content of ``model_index.json``.
+    config: the configuration of the model, with the defaults of its class. A ``size`` is (height, width) of images in
+    pixels; None: the size that the model was made for.
     """
 
     path: Path
@@ -90,17 +91,17 @@ class PipelineFolder:
 
     @property
     def name(self) -> str:
-        """That of the folder."""
+        """The name of the folder."""
         return self.path.resolve().name
 
     @cached_property
     def vae(self) -> dict[str, Any]:
-        """Configuration of the VAE."""
+        """The configuration of the VAE."""
         return read_json(self.path / "vae" / "config.json")
 
     @cached_property
     def variant(self) -> str | None:
-        """With which ``variant`` of its weights the folder is loaded: ``fp16``, where a component has no others."""
+        """The ``variant`` of weights with which the folder is loaded: ``fp16`` if a component has no others."""
         folders = [self.path / name for name in self.components()]
         return next(filter(None, (variant_in(folder) for folder in folders if folder.is_dir())), None)
 
@@ -116,11 +117,11 @@ class PipelineFolder:
             return self.family.latent_shape(self.config, self.vae, size)
 
     def scheduler(self) -> Any:
-        """The scheduler of diffusers, set as the pipeline sets it: for ``sample_with``, or a trainer's schedule."""
+        """The scheduler of diffusers with the pipeline's settings: for ``sample_with``, or as a trainer's schedule."""
         return self.family.scheduler(self.kind, self._part("scheduler"))
 
     def schedule(self, size: tuple[int, int] | None = None) -> Schedule:
-        """The noise that the model is trained with, by its scheduler; a dynamic shift goes by ``size``."""
+        """The noise that the model is trained with, from its scheduler; a dynamic shift depends on ``size``."""
         return schedule_of(self.scheduler(), self.family.tokens(self.config, self.latent_shape(size)))
 
     @property
@@ -194,7 +195,7 @@ class PipelineFolder:
         )
 
     def sized(self, prompts: PromptBank, size: tuple[int, int] | None = None) -> PromptBank:
-        """The bank with the rows that say the size of the images (SDXL, PixArt-alpha) those of ``size``."""
+        """The bank for images of another size: the rows that hold the size (SDXL, PixArt-alpha) are replaced."""
         said = self.family.of_size(self.config, self.size(size))
         rows = {name: row.expand(len(prompts) + 1, *row.shape) for name, row in said.items()}
         return replace(prompts, banks=prompts.banks | rows) if rows else prompts
@@ -269,10 +270,10 @@ class PipelineFolder:
         Args:
             model: teacher or student, in eval mode. prompt_index: [b] int64, rows of the bank.
             rows: [b] int64, numbers of the initial noise; None: 0..b-1.
-            guidance_scale: a model that reads it itself (LCM, Flux) is given that of the bank, where the bank holds
-                one, else this, and is evaluated once a step. None: 1, or by ``guidance``.
+            guidance_scale: as in diffusers. A model that reads the scale (LCM, Flux) gets the one of the bank if it
+                holds one, otherwise this, and is evaluated once per step. None: 1, or by ``guidance``.
             guidance: in place of guidance_scale a schedule of w = g - 1, which models that read the scale do not take.
-                Others as ``sample_with``.
+                Other arguments are those of ``sample_with``.
         """
         if prompt_index.ndim != 1 or prompt_index.dtype != torch.int64:
             raise InputError.of("prompt_index", "int64 rows [b]", f"{prompt_index.dtype} {tuple(prompt_index.shape)}")

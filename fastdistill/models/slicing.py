@@ -86,7 +86,7 @@ def _heads(family: Any, student: nn.Module, teacher: nn.Module, key: str, source
 def _axes(
     rows: Tensor | None, wanted: tuple[int, ...], given: tuple[int, ...], ratio: Fraction, heads: _Heads | None
 ) -> tuple[Tensor | None, ...] | None:
-    """None where the teacher's shape ``given`` and the widths do not give ``wanted``."""
+    """None if the teacher's shape ``given`` and the widths do not give ``wanted``."""
     if len(wanted) != len(given):
         return None
     axes: list[Tensor | None] = []

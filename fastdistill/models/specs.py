@@ -29,13 +29,14 @@ StudentTaps = Literal["blocks", "self_attention"]
 
 @dataclass(frozen=True)
 class StudentSpec:
-    """A student as the difference from its teacher, a ``UNet2DConditionModel``. The defaults keep what the teacher has.
+    """How a student differs from its teacher, a ``UNet2DConditionModel``. By default nothing differs.
 
-    layers_per_block: layers in every down block (up blocks get one more); the innermost of each block are dropped.
-    remove_mid: drop the mid block. remove_stages: drop that many innermost stages.
-    width: factor on every stage's channels, rounded to the groups of the norms.
+    layers_per_block: layers in every down block (up blocks get one more); the innermost ones of each block are dropped.
+    remove_mid: drop the mid block. remove_stages: drop this many of the innermost stages.
+    width: factor on the channels of every stage, rounded to the groups of the norms.
     block_out_channels: the channels of every stage that is kept, instead of ``width``.
-    transformer_layers: transformer blocks in each attention of every stage, the first of the teacher's.
+    transformer_layers: number of transformer blocks in each attention of every stage; the teacher's first ones are
+        kept.
     taps: where student and teacher are compared: after the ``blocks``, or at every ``self_attention`` (KOALA, arXiv
         2312.04005).
     """

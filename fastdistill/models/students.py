@@ -26,12 +26,13 @@ from fastdistill.ops import _check
 
 @dataclass(frozen=True)
 class Student:
-    """A student with what its distillation needs.
+    """A student, with what is needed to distil it.
 
-    model: of the teacher's class, fp32, on the teacher's device. teacher_taps, student_taps: module names in pairs.
-    channels: (student channels, teacher channels) a pair, to build ``Adapters`` from; empty for a teacher of no family,
-        whose students have its width.
-    copied: where its weights came from.
+    model: of the teacher's class, float32, on the teacher's device.
+    teacher_taps, student_taps: names of modules whose outputs are compared, in pairs.
+    channels: (student channels, teacher channels) of each pair, to build ``Adapters`` from; empty if the teacher is of
+        no known family, because such a student has the teacher's width.
+    copied: which tensors of the teacher its weights came from.
     """
 
     model: Any
@@ -53,7 +54,7 @@ def make_student(
     seed: int = 0,
     guidance_embedding: bool = False,
 ) -> Student:
-    """The student of ``teacher`` that ``spec`` names, initialized from it or from ``seed``.
+    """Make a student of ``teacher`` by ``spec``, initialized from the teacher's weights or randomly from ``seed``.
 
     A ``StudentSpec`` (``SPECS``) is for U-Nets, a ``BlockSpec`` (``BLOCK_SPECS``) for the transformers of the other
     families, and without a width for any model of diffusers with lists of blocks. A configuration of PEFT, such as
@@ -64,13 +65,13 @@ def make_student(
     A student of the teacher's width starts from copies of its tensors, a narrower one from slices of them
     (``fastdistill.models.slicing``).
 
-    guidance_embedding: the student reads the guidance weight (``GuidanceDistillation.scale``), as latent consistency
-    models and Flux do, also where the teacher does not; what is new for it begins at zero, so that the student is the
-    one without it. U-Nets and Flux.
+    guidance_embedding: the student gets the guidance weight as an input (``GuidanceDistillation.scale``), as latent
+    consistency models and Flux do, even if the teacher does not have it. The new weights begin at zero, so that the
+    student starts as the one without this input. For U-Nets and Flux.
 
-    The global random state is left alone. A teacher on the meta device gives a student there, to count and plan with.
-    Raises ``InputError`` before anything is allocated where the spec does not fit the teacher, ``FastdistillError``
-    where PEFT is needed and not installed.
+    The global random state does not change. A teacher on the meta device gives a student there, to count and plan with.
+    Raises ``InputError``, before anything is allocated, if the spec does not fit the teacher, and ``FastdistillError``
+    if PEFT is needed and not installed.
     """
     family = families.family_of(teacher, "teacher")
     if init not in ("teacher", "random"):

@@ -100,7 +100,7 @@ class Taps:
             self._outputs[index].append(output)
 
     def clear(self) -> None:
-        """Let go of whatever was captured."""
+        """Drop the outputs that were captured."""
         self._outputs = [[] for _ in self.names]  # not emptied: compiled code would look at what is in them
 
     def remove(self) -> None:
@@ -119,7 +119,8 @@ class Taps:
         self.remove()
 
     def features(self) -> list[Tensor]:
-        """The last forward's outputs in the order of ``names``, handed over: a second call needs a second forward.
+        """The outputs of the last forward, in the order of ``names``. They are given away: a second call needs another
+        forward.
 
         Raises:
             InputError: names the taps that did not fire, fired more than once in the forward, gave no tensor, or

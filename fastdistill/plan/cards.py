@@ -36,13 +36,13 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Card:
-    """A device, as far as a plan goes by it.
+    """What a plan knows of a device.
 
-    memory: bytes that torch can allocate in. copy: bytes that a copy reads and writes a second. matmul: operations a
-    second of a large product, in bfloat16 on a GPU and in float32 on a CPU. sustained: operations a second of a long
-    training run at the most. launch: seconds that a kernel takes at the least. device: its type. source: of these
-    figures, "measured" (but for ``sustained``) or "model": 0.9 of the maker's bandwidth, 0.81 of its peak in a product
-    and 0.32 in a run, as published of an H100.
+    memory: bytes that torch can allocate. copy: bytes per second that a large copy reads and writes. matmul: operations
+    per second in a large matrix product, in bfloat16 on a GPU and in float32 on a CPU. sustained: the most operations
+    per second of a long training run. launch: the least seconds that a kernel takes. device: its type. source: where
+    these figures come from: "measured" (except ``sustained``), or "model": 0.9 of the maker's bandwidth, 0.81 of its
+    peak in a product and 0.32 in a run, as published for an H100.
     """
 
     name: str

@@ -170,9 +170,9 @@ def _largest(job: Job, available: int, ranks: int, sharded: bool) -> int:
 
 
 def fits(plan: Plan, available: int) -> list[Remedy] | None:
-    """None where a plan fits in ``available`` bytes, else what would make it fit: each remedy's need is computed.
+    """None if a plan fits in ``available`` bytes; otherwise what would make it fit, with the bytes that it then needs.
 
-    Those that are enough alone come first; where none is, the last one is all of them together.
+    Remedies that are enough alone come first. If none is, the last one is all of them together.
     """
     if plan.total <= available:
         return None

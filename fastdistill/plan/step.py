@@ -98,7 +98,7 @@ class Job:
 
 
 def _largest_block(model: nn.Module) -> int:
-    """Bytes of the weights of the largest element of the lists of modules in it; of all, where there are no lists."""
+    """Bytes of the weights of the largest element of the lists of modules in it; of all, if there are no lists."""
     lists = [module for module in model.children() if isinstance(module, nn.ModuleList)]
     blocks = [block for each in lists for block in each] or [model]
     return max(sum(p.nbytes for p in block.parameters()) for block in blocks)

@@ -30,10 +30,10 @@ from fastdistill.train.config import from_yaml
 
 
 def load(path: str | Path) -> RunConfig:
-    """The run file of this path.
+    """Read a run file.
 
     Raises:
-        InputError: it is not there, is no YAML, or has fields or values that a run file does not have; all at once.
+        InputError: it does not exist, is not YAML, or has unknown fields or wrong values; all of them in one message.
     """
     return from_yaml(RunConfig, path)
 

@@ -109,7 +109,7 @@ def read_about(directory: Path) -> dict[str, Any]:
 
 
 def utilization(about: dict[str, Any], rate: float) -> dict[str, float]:
-    """``mfu`` of so many steps a second."""
+    """``mfu`` of so many steps per second."""
     flops, ceiling = about.get("flops"), about.get("ceiling")
     return {"mfu": rate * flops / ceiling} if flops and ceiling else {}
 

@@ -36,9 +36,11 @@ Only = Literal["prompts", "latents"]
 
 @dataclass(frozen=True)
 class Cached:
-    """What ``cache`` has left on the disk. prompts: directory of the bank. latents: directory of each size. texts,
-    samples: rows of the bank, null prompt included, and of all latents. made: how many of these were not there. With
-    ``cache.encodings`` on_demand there is no bank on the disk."""
+    """What is on the disk after ``cache``. With ``cache.encodings`` on_demand there is no bank on the disk.
+
+    prompts: directory of the bank. latents: directory for each size. texts: rows of the bank, with the null prompt.
+    samples: rows of all latents. made: how many of these rows the call made.
+    """
 
     prompts: Path
     latents: tuple[Path, ...]

@@ -20,7 +20,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _as_text(value: Any) -> Any:
-    """A number as its text, which YAML may have read as a number."""
+    """A number as text: YAML may have read the text as a number."""
     return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -30,102 +30,102 @@ class PromptSettings:
     """The pool of prompts."""
 
     file: str | None = None
-    """Text (a prompt a line), CSV, TSV, JSON lines or Parquet file of prompts; a teacher of classes needs none."""
+    """File of prompts: text (one per line), CSV, TSV, JSON lines or Parquet; a teacher of classes needs none."""
     column: str | None = None
-    """Column or key of the prompts in a table; none: the one column, or the one called prompt, caption or text."""
+    """Column or key of the prompts in a table; none: the only column, or the one called prompt, caption or text."""
     seen: Count | None = None
-    """The first so many prompts get latents, all are in the pool; none: all of them."""
+    """How many prompts get latents, from the first; all prompts are in the pool. none: all of them."""
     strip: bool = True
     """Remove white space around prompts."""
     unique: bool = True
     """Keep only the first of equal prompts."""
     skip_empty: bool = True
-    """Leave out prompts of white space alone."""
+    """Leave out prompts that are empty or only white space."""
 
 
 @documented
 @dataclass(frozen=True)
 class CacheSettings:
-    """Encodings of the prompts and samples of the teacher, made once and read by any number of runs."""
+    """Encoded prompts and samples of the teacher, made once and read by any number of runs."""
 
     directory: str = "caches/run"
     """Where they are kept."""
     images_per_prompt: Count = 1
     """Latents of each seen prompt."""
     images: str | None = None
-    """Folder of images with captions to use in place of the teacher's samples, through the VAE."""
+    """Folder of images with captions, which the VAE encodes, to use instead of samples of the teacher."""
     sampler: Literal["scheduler"] = "scheduler"
     """How the teacher samples: by the scheduler of its folder, with all its settings."""
     steps: Count = 25
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Guidance scale g of diffusers, 1 + w; 1 is no guidance; none: 7.5, or by guidance."""
+    """Guidance scale g = 1 + w, as in diffusers; 1 is no guidance; none: 7.5, or what guidance says."""
     guidance: str | float | None = None
-    """In place of guidance_scale a schedule of the weight w = g - 1, such as 8@10,-1@2,0 (docs/guidance.md)."""
+    """Instead of guidance_scale, a schedule of the weight w = g - 1, such as 8@10,-1@2,0 (docs/guidance.md)."""
     seed: Seed | None = None
-    """Seed of the initial noise; none: that of the run. With one, runs of several seeds share a cache."""
+    """Seed of the initial noise; none: that of the run. If it is given, runs with other seeds can share the cache."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float16"
     """Dtype of the stored latents and encodings."""
     encodings: Literal["stored", "on_demand"] = "stored"
-    """stored: every prompt is encoded once. on_demand: texts are encoded while training, ahead of use, and not kept."""
+    """stored: every prompt is encoded once. on_demand: prompts are encoded during training, shortly before use."""
     batch: Count = 16
-    """Samples that the teacher makes at once, and texts that are encoded at once."""
+    """How many samples the teacher makes at once, and how many texts are encoded at once."""
     read: Literal["auto", "memory", "disk"] = "auto"
-    """Where they are while training; auto: in memory, if they take at most a quarter of what is free."""
+    """Where they are during training; auto: in memory, if they take at most a quarter of the free memory."""
     rows_per_shard: Count = 1024
-    """Latents in a file, which is what an interruption loses at most."""
+    """Number of latents per file; an interruption loses at most one file."""
     sizes: tuple[tuple[Count, Count], ...] = ()
-    """Height and width in pixels; several: one cache each, drawn from in turn; none: the size the model is for."""
+    """Height and width in pixels; several: one cache each, drawn from in turn; none: the model's own size."""
 
 
 @documented
 @dataclass(frozen=True)
 class LoraSettings:
-    """A student that is the teacher with low-rank adapters (PEFT), where a rank is given."""
+    """A student that is the teacher with low-rank adapters (PEFT), if a rank is given."""
 
     rank: Count | None = None
     """Rank of the adapters; none: no adapters."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Scale of the adapters, alpha / rank of which applies; none: the rank."""
+    """The adapters are scaled by alpha / rank; none: the rank, so by 1."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Modules that get an adapter, by the end of their names."""
+    """Modules that get an adapter: the ends of their names."""
 
 
 @documented
 @dataclass(frozen=True)
 class StudentSettings:
-    """The student: a named spec, or one of the other fields, of which width goes with every, first and blocks."""
+    """The student: a named spec, or one of the other fields; width can be combined with every, first and blocks."""
 
     spec: str | None = None
     """Name of a spec: bk_base, bk_small, ..., half_depth, half_width."""
     every: Count | None = None
-    """Of a transformer: keep each so-many-th block, counted back from the last."""
+    """For transformers: with 2, keep every second block, counted back from the last."""
     first: Count | None = None
-    """Of a transformer: keep the first so many blocks."""
+    """For transformers: how many blocks to keep, from the first."""
     blocks: tuple[int, ...] | None = None
-    """Of a transformer: the numbers of the blocks to keep."""
+    """For transformers: the numbers of the blocks to keep."""
     width: Annotated[float, Field(gt=0, le=1)] | None = None
     """Factor on the channels (U-Net) or the number of heads (transformer)."""
     channels: tuple[int, ...] | None = None
-    """Of a U-Net: the channels of every stage."""
+    """For U-Nets: the channels of every stage."""
     lora: LoraSettings = LoraSettings()
     init: Literal["teacher", "random"] = "teacher"
-    """Initial weights: the teacher's own, where it has them, or random ones."""
+    """Initial weights: copies of the teacher's, or random ones."""
 
 
 @documented
 @dataclass(frozen=True)
 class RollingSettings:
-    """Samples that are states of a sampler that runs along with the training."""
+    """Samples of a batch that are states of a sampler, which runs along with the training."""
 
     every: Annotated[int, Field(ge=2)] | None = None
-    """Every so many-th sample of a batch is a state; none: none is."""
+    """With 2, every second sample of a batch is such a state; none: no sample is."""
     by: Literal["teacher", "student"] = "teacher"
-    """Whose output moves the states."""
+    """The model whose output moves the states."""
     steps: Count = 20
     """Number of steps of a trajectory."""
     groups: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Groups of states that take turns, one a step."""
+    """Groups of states that take turns, one per step."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Limit of the magnitude of the predicted clean sample; none: none."""
 
@@ -140,7 +140,7 @@ class RandomConditioningSettings:
     parameters: dict[str, float] = field(default_factory=dict)
     """Parameters of p(t) by name."""
     null: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """How often the null prompt replaces whichever was chosen."""
+    """How often the null prompt replaces the chosen one."""
     with_replacement: bool = False
     """Draw the latents of an epoch with replacement."""
     rolling: RollingSettings = RollingSettings()
@@ -154,7 +154,7 @@ class LossSettings:
     output: Amount = 1.0
     """Weight of the distance of the outputs."""
     feature: Amount = 1.0
-    """Weight of the distance of the features, at the student's taps."""
+    """Weight of the distance of the features at the taps."""
     task: Amount = 0.0
     """Weight of the denoising loss on the latents."""
 
@@ -162,18 +162,18 @@ class LossSettings:
 @documented
 @dataclass(frozen=True)
 class GuidanceSettings:
-    """Guidance distillation (arXiv 2210.03142), where a schedule is given: one pass is the teacher's guided one."""
+    """Guidance distillation (arXiv 2210.03142), if a schedule is given: the student learns the guided prediction."""
 
     schedule: Annotated[str, BeforeValidator(_as_text)] | None = None
     """Guidance weight w = g - 1: 6.5, or 8@10,-1@2,0 (8 while sigma > 10, -1 while sigma > 2, then 0)."""
     scale: tuple[Finite, Finite] | None = None
-    """Range of the factor of the positive weights that the student reads (guidance_scale - 1); none: it reads none."""
+    """Range of the scale (guidance_scale - 1) that the student gets as an input; none: it has no such input."""
     lowest: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the samples with the lowest factor of that range itself, which is hard to learn at 0."""
+    """Share of the samples with the lowest scale of that range, which is hard to learn if it is 0."""
     grid: str | None = None
-    """Sampler whose steps are drawn, trailing:20, karras:30@30..0.09 or flow:28@3; none: all timesteps of training."""
+    """Sampler whose timesteps are drawn: trailing:20, karras:30@30..0.09 or flow:28@3; none: all of training."""
     weight_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
-    """The loss is weighted by 1 / abar (of epsilon; of v and flow 1) up to this, where loss_weighting is none."""
+    """If loss_weighting is none, a loss on epsilon is weighted by 1 / abar up to this (on v and flow by 1)."""
 
 
 @documented
@@ -185,7 +185,7 @@ class ObjectiveSettings:
     random_conditioning: RandomConditioningSettings = RandomConditioningSettings()
     weights: LossSettings = LossSettings()
     loss_weighting: LossWeighting | None = None
-    """Weight of the output and the task loss at each timestep; none: uniform, of guidance that of its weight_limit."""
+    """Weight of the output and the task loss at each timestep; none: uniform (guidance: by its weight_limit)."""
     min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
     """Gamma of the min-SNR weighting."""
     feature_distance: Distance = "mse"
@@ -195,14 +195,14 @@ class ObjectiveSettings:
 @documented
 @dataclass(frozen=True)
 class PreviewSettings:
-    """Grids of images that teacher and student make of the same prompts and noise while training."""
+    """Grids of images of teacher and student from the same prompts and noise, during training."""
 
     every: Count | None = None
     """Steps between two previews; none: no previews."""
     prompts: Count | tuple[str, ...] = 4
-    """Texts, or how many of the pool, from the first."""
+    """Texts, or a number: the first so many of the pool."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
-    """Seeds of the initial noise, an image of each prompt for each."""
+    """Seeds of the initial noise; each gives one image per prompt."""
     steps: Count = 20
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -215,25 +215,25 @@ class EvaluateSettings:
     """The comparison of student and teacher."""
 
     prompts: Count | str = 64
-    """How many prompts of the pool, from the last (the unseen ones), or a file of prompts."""
+    """A number: the last so many prompts of the pool (the unseen ones); or a file of prompts."""
     images_per_prompt: Annotated[int, Field(ge=1, le=2**20)] = 1
-    """Images of each prompt."""
+    """Images per prompt."""
     steps: Count | None = None
     """Number of sampling steps; none: that of the cache."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Guidance scale as in diffusers; none: that of the cache."""
     seed: Seed = 2**31
-    """Seed of the initial noise, other than that of the cache."""
+    """Seed of the initial noise; the default differs from that of the cache."""
     batch: Count = 16
-    """Images that a model makes at once."""
+    """How many images a model makes at once."""
     metrics: tuple[Literal["fid", "kid", "clip"], ...] = ()
-    """Scores to add, with weights that are on this machine; KID and Inception's features by torchmetrics."""
+    """Further scores, which need weights on this machine; KID and Inception features need torchmetrics."""
     features: str | None = None
-    """Folder of a CLIP or DINO model, the features for diversity; none: fixed features of the pixels."""
+    """Folder of a CLIP or DINO model whose features measure diversity; none: fixed features of the pixels."""
     inception: str | None = None
-    """File of Inception-v3's weights for FID and KID; none: where torch keeps downloads."""
+    """File with the weights of Inception-v3 for FID and KID; none: the folder in which torch keeps downloads."""
     clip: str | None = None
-    """Folder of the CLIP model of the CLIP score."""
+    """Folder of the CLIP model for the CLIP score."""
     reference: str | None = None
     """Folder of real images for FID, KID, precision and recall; none: the teacher's images."""
 
@@ -250,11 +250,11 @@ class RunConfig:
     seed: Seed = 0
     """Seed of the student, the cache and all random draws."""
     teacher: str = ""
-    """Pipeline folder of diffusers, whose model is the teacher, or task:digits, the teacher of an embedded task."""
+    """Pipeline folder of diffusers with the teacher, or task:digits, a teacher that is part of the package."""
     family: str = "auto"
     """Family of the teacher; auto: by its model_index.json."""
     call: str | None = None
-    """module:function that calls the models in place of a family's; needs --allow-code."""
+    """module:function that calls models of no known family; needs --allow-code."""
     teacher_dtype: Dtype = "auto"
     """Dtype of the teacher's weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     shard: bool = False

@@ -41,16 +41,16 @@ def distill(
     callbacks: Callbacks = (),
     tell: Callable[[str], object] | None = None,
 ) -> FitResult:
-    """Train the student of a run to its last step, or go on with a run that is in ``config.directory``.
+    """Train the student of a run to its last step, or go on with the run in ``config.directory``.
 
-    Started by ``torchrun``, each process is a rank. Other arguments, and what is raised, as ``DistillTrainer.fit``;
-    the prompts and latents have to be there (``cache``).
+    If it is started by ``torchrun``, each process is a rank. Prompts and latents have to be there (``cache``). Other
+    arguments, and errors, are those of ``DistillTrainer.fit``.
 
     Args:
         allow_code: whether ``config.call``, code of the user's own, may be imported.
-        progress: as of ``DistillTrainer.fit``; the metrics have ``mfu`` too, where the run has a plan: its operations
-            since the last line, of those that the device reaches (docs/monitoring.md).
-        tell: called on rank 0 with lines on the models, the taps and the memory before the first step, and with one on
+        progress: as in ``DistillTrainer.fit``. If the run has a plan, the metrics also have ``mfu``: the operations
+            since the last line, as a share of those that the device reaches (docs/monitoring.md).
+        tell: called on rank 0 with lines about models, taps and memory before the first step, and with one about
             execution, kernels and memory after it.
     """
     with distributed.launched(config.device) as device:
@@ -90,7 +90,7 @@ def distill(
 
 def fitted(run: Run) -> tuple[Run, Plan | None]:
     """The run with its micro-batch: that of the sitting before, or the largest that fits, where the file has none. And
-    its plan; None where it is so small that none was made.
+    its plan; None if it is so small that none was made.
 
     Raises:
         InputError: the run does not fit into the memory of its device, with what would make it fit.
@@ -221,6 +221,6 @@ def sharded_blocks(student: nn.Module) -> None:
 
 
 def metrics_of(result: FitResult) -> dict[str, Any]:
-    """What a run ended with, as JSON values."""
+    """The result of a run, as JSON values."""
     last = result.history[-1] if result.history else {}
     return {"steps": result.steps, "seconds": result.seconds, **last}

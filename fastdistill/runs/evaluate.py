@@ -68,11 +68,11 @@ def evaluate(
     allow_code: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, Any]:
-    """Compare the averaged student of a run with its teacher by the settings ``config.evaluate``; both compute in the
-    teacher's dtype. Of several sizes of images, each is compared by itself.
+    """Compare the averaged student of a run to its teacher, with the settings ``config.evaluate``. Both compute in the
+    teacher's dtype. If there are several sizes of images, each is compared by itself.
 
-    Writes ``evaluation/`` in the run's directory: ``report.html``, ``report.json``, ``samples.png`` (of several sizes
-    ``samples-HEIGHTxWIDTH.png``) and ``run.yaml``, with which the same comparison is made again.
+    Writes ``evaluation/`` in the run's directory: ``report.html``, ``report.json``, ``samples.png`` (with several sizes
+    ``samples-HEIGHTxWIDTH.png``) and ``run.yaml``, to repeat the comparison.
 
     Args:
         student: a model, or a ``Student``, to compare instead of the run's; it is left as it is.
@@ -233,7 +233,7 @@ def _taps(student: Student) -> list[tuple[str, str]]:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in this dtype, but for what diffusers keeps in float32."""
+    """The model in this dtype, except for what diffusers keeps in float32."""
     kept = kept_in_float32(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and id(tensor) not in kept:

@@ -37,16 +37,17 @@ def export(
     overwrite: bool = False,
     allow_code: bool = False,
 ) -> Path:
-    """Write the student of a checkpoint to ``to``, with a model card: a whole pipeline folder that
-    ``DiffusionPipeline.from_pretrained`` loads, or of a task, which is no pipeline, the folder of the model alone
-    (``from_pretrained`` of its class); of a student with adapters, these alone, in PEFT's own format
-    (``load_lora_weights``).
+    """Write the student of a checkpoint to ``to``, with a model card.
+
+    For a pipeline this is a whole folder that ``DiffusionPipeline.from_pretrained`` loads. For a task, which is no
+    pipeline, it is the folder of the model alone (``from_pretrained`` of its class). For a student with adapters it is
+    the adapters alone, in PEFT's format (``load_lora_weights``).
 
     Args:
-        dtype: of its weights; None: float32. step: of the checkpoint; None: the newest.
-        averaged: the averages of the weights; False: the weights themselves.
-        link: the other components of the pipeline are symbolic links to the teacher's folder.
-        overwrite: a pipeline folder that is there already is replaced.
+        dtype: of the weights; None: float32. step: of the checkpoint; None: the newest.
+        averaged: write the averages of the weights; False: the weights of that step.
+        link: make the other components of the pipeline symbolic links to the teacher's folder.
+        overwrite: replace a pipeline folder that exists already.
 
     Raises:
         StorageError: no checkpoint, or of another student; ``to`` is there already or cannot be written.

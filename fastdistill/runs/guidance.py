@@ -14,7 +14,7 @@ from fastdistill.runs.config import GuidanceSettings, RunConfig
 
 
 def check_cache(config: RunConfig, given: str | float, pipeline: PipelineFolder) -> None:
-    """InputError where the samples of the cache cannot go by a schedule."""
+    """InputError if the samples of the cache cannot go by a schedule."""
     scale, rule = config.cache.guidance_scale, None
     if scale is not None:
         way = "--cache.guidance-scale null, or --cache.guidance null"
@@ -30,7 +30,7 @@ def check_cache(config: RunConfig, given: str | float, pipeline: PipelineFolder)
 def check_distilled(
     guidance: GuidanceSettings, text: str, pipeline: PipelineFolder, sizes: Iterable[tuple[int, int] | None]
 ) -> None:
-    """InputError where the levels that are drawn have no weights of this schedule: before the latents are made."""
+    """InputError if the levels that are drawn have no weights of this schedule: before the latents are made."""
     if guidance.scale is not None and not guidance.scale[0] < guidance.scale[1]:
         raise InputError.of("objective.guidance.scale", "the lowest factor and the highest", guidance.scale)
     with called("objective.guidance.schedule"):

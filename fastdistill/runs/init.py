@@ -48,10 +48,10 @@ def init(
     """The text of a run file for the pipeline in ``folder``, with comments; every value may be changed.
 
     Args:
-        folder: or the id of a model of the Hub.
-        recipe: one of ``recipes()``, the settings of a paper.
-        call: ``module:function`` that calls the model, which may then be of no family. allow_code: whether it may be
-            imported.
+        folder: a pipeline folder, or the id of a model on the Hub.
+        recipe: a name of ``recipes()``: the settings of a paper.
+        call: ``module:function`` that calls the model, which may then be of no known family.
+        allow_code: whether the module of ``call`` may be imported.
 
     Raises:
         StorageError: no pipeline folder, or a damaged one.
@@ -87,7 +87,7 @@ def init(
 
 
 def recipes() -> dict[str, str]:
-    """What each recipe is, by its name."""
+    """A description of each recipe, by its name."""
     return {file.stem: _comment(file.read_text(encoding="utf-8")) for file in sorted(RECIPES.glob("*.yaml"))}
 
 

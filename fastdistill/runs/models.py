@@ -33,7 +33,7 @@ def teacher_and_student(run: Run) -> tuple[Any, Student]:
 
 
 def require_checkpoint(run: Run, step: int | None = None) -> None:
-    """StorageError where the run has no checkpoint, InputError where it has none of this step."""
+    """StorageError if the run has no checkpoint, InputError if it has none of this step."""
     found = checkpoint.steps(run.directory)
     if not found:
         raise StorageError(f"{run.directory}: expected a checkpoint of the run (fastdistill distill), got none")
@@ -58,8 +58,8 @@ def checkpoint_of(run: Run, step: int | None = None) -> tuple[Path, checkpoint.C
 
 
 def trained_student(run: Run, *, step: int | None = None, averaged: bool = True) -> Any:
-    """The student of a checkpoint, float32 and in eval mode on the run's device; nothing but the checkpoint is needed,
-    and with adapters the teacher's weights below them.
+    """The student of a checkpoint, float32 and in eval mode on the run's device. It needs only the checkpoint, and for
+    adapters the teacher's weights below them.
 
     Args:
         step: of the checkpoint; None: the newest. averaged: the averages of the weights; False: the weights themselves.

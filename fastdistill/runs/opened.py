@@ -267,7 +267,7 @@ class Run:
         return manifest
 
     def mend_texts(self) -> None:
-        """Write the texts beside the encoded prompts anew where they are damaged; for ``stored_prompts``."""
+        """Write the texts beside the encoded prompts anew if they are damaged; for ``stored_prompts``."""
         for name, data in attachments(self.pool.texts, "").items():
             with contextlib.suppress(OSError):
                 if (self.prompts_place / name).read_bytes() == data:
@@ -343,13 +343,13 @@ class Run:
         )
 
     def _check_dtype(self, place: Path, manifest: Manifest) -> None:
-        """StorageError where what is stored is not in ``cache.dtype``."""
+        """StorageError if what is stored is not in ``cache.dtype``."""
         for name, tensor in manifest.tensors.items():
             if tensor.dtype.is_floating_point and tensor.dtype != self.cache_dtype:
                 dtypes = [dtype_name(dtype) for dtype in (self.cache_dtype, tensor.dtype)]
                 self.check_same(place, {f"cache.dtype of {name}": dtypes[0]}, {f"cache.dtype of {name}": dtypes[1]})
 
     def check_same(self, place: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        """StorageError where what is in a directory was made otherwise than this run wants it."""
+        """StorageError if what is in a directory was made otherwise than this run wants it."""
         if changed := differences(plain(wanted), plain(found)):
             raise StorageError(f"{place}: made differently ({listed(changed)}); use another directory or delete it")

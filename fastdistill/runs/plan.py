@@ -24,8 +24,8 @@ from fastdistill.train.config import TrainConfig, TrainSettings
 def plan(config: RunConfig, *, card: str | None = None, ranks: int = 1, allow_code: bool = False) -> Plan:
     """What a run needs, on each of its ranks.
 
-    A step of the run is made without memory (on the meta device), which takes seconds. ``train.micro_batch: null`` is
-    the largest that fits.
+    A step of the run is traced on the meta device, without memory, which takes seconds. If ``train.micro_batch`` is
+    None, it is the largest that fits.
 
     Args:
         card: name of a card (``fastdistill.plan.card_named``); None: the run's device, as it is on this machine.

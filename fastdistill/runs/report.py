@@ -103,7 +103,7 @@ def _settings(folder: Path) -> tuple[RunConfig | None, TrainConfig | None, dict[
 
 
 def _made_by(path: Path) -> dict[str, Any] | None:
-    """The fingerprint of a checkpoint, of which its tensors are not read; None where it is damaged."""
+    """The fingerprint of a checkpoint, of which its tensors are not read; None if it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(json_value(file.metadata()["fastdistill"])["fingerprint"])
@@ -118,7 +118,7 @@ def _waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _silence(folder: Path) -> str | None:
-    """What is known of a training that has not said how it ended; None where it goes on, or nobody can tell."""
+    """What is known of a training that has not said how it ended; None if it goes on, or nobody can tell."""
     place = folder / LOCK_NAME
     try:
         held = lock(place, shared=True) if place.exists() else None

@@ -51,7 +51,7 @@ class Checkpoint:
 def head(
     state: Mapping[str, Any], step: int, seconds: float, fingerprint: Mapping[str, Any], trained: list[str]
 ) -> dict[str, Any]:
-    """The metadata of a checkpoint but for the hash, with the values of the state that are no tensors."""
+    """The metadata of a checkpoint except for the hash, with the values of the state that are no tensors."""
     values = plain({name: value for name, value in state.items() if not isinstance(value, Tensor)}, "state_dict")
     made = {"schema": SCHEMA, "step": step, "seconds": seconds, "fingerprint": plain(fingerprint), "trained": trained}
     return made | {"values": values}
@@ -123,7 +123,7 @@ def sweep(directory: Path) -> None:
 
 
 def newest(directory: Path, *, together: bool = False) -> tuple[Path, Checkpoint, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its file and the fingerprint of its run; None where there is none at
+    """The newest checkpoint that is whole, with its file and the fingerprint of its run; None if there is none at
     all. Damaged ones are named in a warning and passed over. ``together``: see ``read``.
 
     Raises:
@@ -149,7 +149,7 @@ def newest(directory: Path, *, together: bool = False) -> tuple[Path, Checkpoint
 
 
 def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, student: nn.Module) -> Checkpoint | None:
-    """The newest checkpoint that is whole, to go on from, or None where there is none at all; every rank has to ask.
+    """The newest checkpoint that is whole, to go on from, or None if there is none at all; every rank has to ask.
     Damaged ones after it get names that end in ``.damaged``.
 
     Where the student is sharded, each rank reads what it needs when it asks for it; else rank 0 reads, for all.
@@ -216,7 +216,7 @@ def read(path: Path, *, together: bool = False) -> tuple[Checkpoint, dict[str, A
         together: every rank asks for it, and reads some of the files for their hashes.
 
     Raises:
-        StorageError: it cannot be read or is of another schema; DamagedError where it is not whole. On every rank.
+        StorageError: it cannot be read or is of another schema; DamagedError if it is not whole. On every rank.
     """
     each: Any = distributed.everywhere if together else (lambda act: act())
     stored: Stored = each(lambda: Stored(path))
@@ -253,7 +253,7 @@ def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]
         shapes[name] = torch.Size([first, distributed.size() * second, *rest])
     wanted = {k: str(list(v)) for k, v in shapes.items() if k in saved.outline or k in ("counter", "totals", "skipped")}
     found = {name: str(list(saved.outline[name].shape)) for name in saved.outline.keys() - theirs.keys()}
-    if "totals" in found:  # a row a rank, of the metrics that a version logs
+    if "totals" in found:  # a row per rank, of the metrics that a version logs
         found["totals"] = wanted["totals"]
     for name in {"loss_scale", "good_steps"} - wanted.keys():  # of float16 weights, which these are not
         found.pop(name, None)
@@ -315,7 +315,7 @@ def restore(saved: Checkpoint, step: TrainStep, student: nn.Module) -> None:
 
 
 def _placed(saved: Checkpoint, name: str, like: Any) -> Any:
-    """A value of a checkpoint; where ``like`` is cut over the ranks, a tensor that is cut so, of which no more is read
+    """A value of a checkpoint; if ``like`` is cut over the ranks, a tensor that is cut so, of which no more is read
     than this rank has of it."""
     if not hasattr(like, "device_mesh"):
         return saved.state[name]

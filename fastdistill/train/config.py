@@ -36,20 +36,20 @@ Execution = Literal["auto", "eager", "compiled", "graph", "compiled_graph"]
 @documented
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Grids of images that the teacher and the averaged student make of the same prompts and noise."""
+    """Grids of images of the teacher and the averaged student, from the same prompts and noise."""
 
     every: Annotated[int, Field(ge=1)] | None = None
     """Steps between two previews (and one at the start and the end), in previews/ of the run; none: no previews."""
     prompts: Annotated[int, Field(ge=1)] | tuple[int | str, ...] = 8
-    """How many prompts of the bank, from the first, or a list of rows and texts of it."""
+    """A number: the first so many prompts of the bank; or a list of its rows or texts."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
-    """Seeds of the initial noise: an image of each prompt for each."""
+    """Seeds of the initial noise; each gives one image per prompt."""
     steps: Annotated[int, Field(ge=1)] = 20
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Guidance scale as in diffusers; 1, or none, is no guidance."""
     guidance: str | float | None = None
-    """In place of guidance_scale a schedule of the weight w = guidance_scale - 1 (docs/guidance.md)."""
+    """Instead of guidance_scale, a schedule of the weight w = guidance_scale - 1 (docs/guidance.md)."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Limit of the magnitude of the predicted clean sample, for images in [-1, 1] and a NoiseSchedule."""
 
@@ -64,9 +64,9 @@ class TrainSettings:
     batch: Annotated[int, Field(ge=1, le=2**20)] = 256
     """Samples per step, over all ranks."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Samples in the models at once on each rank, the gradient being the batch's; none: all (in runs: what fits)."""
+    """Samples in the models at once on each rank, for the same gradient; none: all (in runs: what fits)."""
     gradient_checkpointing: bool = False
-    """Compute the student's activations again in the backward, which saves memory (diffusers models)."""
+    """Save memory by computing the student's activations again in the backward pass (diffusers models)."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
     """Learning rate of AdamW; with a schedule, its maximum."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
@@ -84,7 +84,7 @@ class TrainSettings:
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Decay of the moving average of the student's weights, at most (1 + step) / (10 + step)."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the trained weights, 16-bit ones with float32 masters; auto: bfloat16 on a GPU, else the student's."""
+    """Dtype of the trained weights (16 bits: with float32 masters); auto: bfloat16 on a GPU, else the student's."""
     fuse: bool = False
     """Use fused ops inside the teacher and the student (fastdistill.fuse)."""
     execution: Execution = "auto"
@@ -103,11 +103,11 @@ class TrainSettings:
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Number of most recent checkpoints to keep."""
     keep_every: Annotated[int, Field(ge=1)] | None = None
-    """Keep the checkpoints of every so many steps, too."""
+    """Also keep a checkpoint every this many steps; none: no others."""
     keep_best: str | None = None
-    """Keep the checkpoint of the best value, too, by this name, that a callback returned right after it."""
+    """Also keep the checkpoint for which a callback returned the best value of this name."""
     best: Literal["lowest", "highest"] = "lowest"
-    """Which value of keep_best is the best."""
+    """Whether the lowest or the highest value of keep_best is the best."""
 
 
 @documented
@@ -162,7 +162,7 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "con
 
 @functools.cache
 def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    """Made once a kind, which takes ten times as long as a check."""
+    """Made once per kind, which takes ten times as long as a check."""
     return pydantic.TypeAdapter(kind)
 
 
@@ -266,7 +266,7 @@ _MOST_VALUES = 10**5
 
 
 def parsed(text: str) -> Any:
-    """The values of a YAML text; ValueError where aliases make a few lines of it into more than a message could hold,
+    """The values of a YAML text; ValueError if aliases make a few lines of it into more than a message could hold,
     or a value a part of itself."""
     values = yaml.load(text, _Loader)
     if _count(values, {}) > _MOST_VALUES:

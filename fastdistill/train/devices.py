@@ -49,8 +49,8 @@ def moved(model: nn.Module, device: torch.device, argument: str) -> nn.Module:
 
 
 def cast(model: nn.Module, device: torch.device, dtype: torch.dtype | None, shared: Mapping[int, torch.Tensor]) -> None:
-    """Move a model and cast its weights (None: leave their dtypes), but for those that diffusers keeps in float32, and
-    those that it shares with a model which is there already (``models.weights.shared``): it goes on sharing them.
+    """Move a model and cast its weights (None: leave their dtypes), except for those that diffusers keeps in float32,
+    and those that it shares with a model which is there already (``models.weights.shared``): it goes on sharing them.
 
     Not by diffusers' own ``to``, which would cast these too.
     """

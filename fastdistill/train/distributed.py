@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run over several processes (``torchrun``), one a device: the ranks of torch's default process group.
+"""A run over several processes (``torchrun``), one per device: the ranks of torch's default process group.
 
 Each draws its part of every batch; gradients are averaged by ``DistributedDataParallel``, or by FSDP2 where the student
-is sharded, so that all ranks make the same update. Rank 0 alone touches files, but for the checkpoints of a sharded
+is sharded, so that all ranks make the same update. Rank 0 alone touches files, except for the checkpoints of a sharded
 student, of which each rank writes its part and reads what it needs. Without a process group there is one.
 """
 
@@ -69,7 +69,7 @@ def own_device(device: str) -> str:
 @contextlib.contextmanager
 def launched(device: str) -> Iterator[str]:
     """The process group of the processes that ``torchrun`` started, until the end of the block; none without it, or
-    where there is one. Yields the device of this rank: its own GPU where ``device`` is auto or cuda."""
+    if there is one. Yields the device of this rank: its own GPU if ``device`` is auto or cuda."""
     if not (dist.is_available() and dist.is_torchelastic_launched()) or dist.is_initialized():
         yield device
         return
@@ -216,7 +216,7 @@ def rows(value: Tensor) -> Tensor:
         return value[None]
     table = value.new_zeros(size(), *value.shape)
     table[rank()] = value
-    dist.all_reduce(table)  # zeros but for one rank: gathers, also where a backend has no all_gather for the device
+    dist.all_reduce(table)  # zeros except for one rank: gathers, also where a backend has no all_gather for the device
     return table
 
 
@@ -351,7 +351,7 @@ def part_of(tensor: Tensor) -> Part:
 
 
 def uncommon(tensor: Any) -> str | None:
-    """Why a rank's part of a DTensor is not one piece of it along one dimension; None where it is."""
+    """Why a rank's part of a DTensor is not one piece of it along one dimension; None if it is."""
     from torch.distributed.tensor import Replicate, Shard
 
     cuts = [p for p in getattr(tensor, "placements", ()) if type(p) is not Replicate]

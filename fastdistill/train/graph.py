@@ -191,7 +191,7 @@ def _eager(step: TrainStep, why: str) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def _compiler_errors() -> Iterator[None]:
-    """FastdistillError where torch cannot compile what runs inside."""
+    """FastdistillError if torch cannot compile what runs inside."""
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -213,7 +213,7 @@ def _drawing_nothing(device: torch.device) -> Iterator[None]:
 
 
 def _compiled(step: TrainStep, why: str) -> Callable[[], None]:
-    """The step, compiled by its first call; FastdistillError where that fails, and where both the second and the third
+    """The step, compiled by its first call; FastdistillError if that fails, and where both the second and the third
     call draw random numbers of a generator with a state (compiling may do so once)."""
     step.execution, step.why = "compiled", why
     logger.info(_COMPILING)

@@ -27,7 +27,7 @@ _KEY, _RULE = "fastdistill", "a file that a profile left"
 
 
 def save(path: Path, op: str, kernel: str, arguments: Sequence[Any]) -> None:
-    """Write a call; StorageError where that cannot be."""
+    """Write a call; StorageError if that cannot be."""
     import safetensors.torch  # here, as the ops are measured without it
 
     tensors: dict[str, Tensor] = {}

@@ -45,8 +45,11 @@ SCORES = "scores.json"  # values of keep_best by step
 
 @dataclass(frozen=True)
 class FitResult:
-    """``history``: one entry a log interval, means over it; ``skipped``: updates skipped since the run began.
-    ``seconds``: training time over all sittings."""
+    """The result of ``fit``.
+
+    steps: steps done since the run began. seconds: training time, over all interruptions. history: one entry per log
+    interval, with means over it and ``skipped``, the updates skipped since the run began.
+    """
 
     steps: int
     seconds: float
@@ -324,7 +327,7 @@ class _Run:
         distributed.first(wait)
 
     def close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """End the thread that writes: a checkpoint under way is completed, but for Ctrl-C."""
+        """End the thread that writes: a checkpoint under way is completed, except for Ctrl-C."""
         if isinstance(error, KeyboardInterrupt):
             self._writer.cancel()
         self._writer.wait()

@@ -25,17 +25,18 @@ _SHARED = ("max_norm", "ema_decay", "ema_warmup", "zero_grads")  # arguments of 
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """``torch.optim.AdamW(fused=True)`` and ``clip_grad_norm_`` and an exponential moving average, by ``adamw_ema``.
+    """``torch.optim.AdamW(fused=True)``, ``clip_grad_norm_`` and a moving average of the weights in one, by
+    ``adamw_ema``.
 
-    Its ``state_dict`` goes into torch's optimizer and back; beyond torch's it holds ``ema``, the average, and for
-    bfloat16 and float16 parameters ``master``, the weights in float32. All state is float32 whatever the parameters
-    are. Loaded masters that do not round to the weights give way to them: torch's optimizer has moved those meanwhile.
-    A parameter without gradient rests, its average too. Gradients that are not finite leave everything as it is
-    and raise the count ``skipped``.
+    Its ``state_dict`` can be loaded into torch's optimizer and back. In addition to torch's state it holds ``ema``, the
+    average, and for bfloat16 and float16 parameters ``master``, the weights in float32. All state is float32, whatever
+    the dtype of the parameters. If a loaded master does not round to its weight, the weight counts, because torch's
+    optimizer has changed it meanwhile. A parameter without a gradient does not change, nor does its average. If a
+    gradient is not finite, nothing changes and the count ``skipped`` goes up.
 
-    A step reads nothing back to the host and can be captured in a CUDA graph; what may change there comes from device
-    memory: ``lr`` as a 0-dim tensor, ``ema_weight``. ``torch.amp.GradScaler`` and learning-rate schedulers work as with
-    torch's.
+    A step reads nothing back to the host and can be captured in a CUDA graph. Values that may change there are in
+    device memory: ``lr`` as a 0-dim tensor, and ``ema_weight``. ``torch.amp.GradScaler`` and learning-rate schedulers
+    work as with torch's optimizers.
 
     Args:
         params: parameters, or groups of them, none empty; a group may have ``lr``, ``betas``, ``eps`` and
@@ -51,13 +52,13 @@ class AdamWEMA(torch.optim.AdamW):
         skipped: 0-dim int64, steps that were skipped. ema_weight: 0-dim float32, 1 - decay; both on the device.
 
     Raises:
-        InputError: parameters of other dtypes or on several devices, also of groups added later; a max_norm below 0, a
-            decay that is none; sparse gradients; a group with amsgrad, maximize, differentiable, foreach, an unfused
-            step or decay that is not decoupled, however it came there; loaded state of such, or of parameters of
-            other shapes or names, before any of it is taken.
+        InputError: parameters of other dtypes or on several devices, also in groups that are added later; a max_norm
+            below 0 or a decay outside of its range; sparse gradients; a group with amsgrad, maximize, differentiable,
+            foreach, an unfused step or decay that is not decoupled; loaded state of such a group, or of parameters of
+            other shapes or names (nothing of it is taken then).
     """
 
-    grad_scale: Tensor  # of the step that comes, where there is a loss scale; torch.amp.GradScaler sets and deletes it
+    grad_scale: Tensor  # of the step that comes, if there is a loss scale; torch.amp.GradScaler sets and deletes it
     _again: Prepared | None = None  # the step before, to be made again; copies begin without
     _before: Sequence[Counter[str]] = ()  # calls of the ops' kernels before a step's first
     _step_supports_amp_scaling = True  # of copies too, which torch's fused optimizers forget
@@ -115,7 +116,7 @@ class AdamWEMA(torch.optim.AdamW):
             raise
 
     def _check_options(self) -> None:
-        """InputError where a group asks for what ``adamw_ema`` does not do, or has no parameters."""
+        """InputError if a group asks for what ``adamw_ema`` does not do, or has no parameters."""
         for i, group in enumerate(self.param_groups):
             name = f"param_groups[{i}]"
             _check.require(len(group["params"]) > 0, f"{name}['params']", "at least one parameter", "an empty group")
@@ -148,8 +149,8 @@ class AdamWEMA(torch.optim.AdamW):
     def square_sum(self) -> Tensor:
         """The sum of squares of all gradients, 0-dim float64 on the device, as the loss scale left them.
 
-        Sums over the shards of DTensors are all-reduced. Who shards without DTensor does that with the result and goes
-        on with ``update``.
+        Sums over the shards of DTensors are all-reduced. If you shard without DTensor, all-reduce the result yourself
+        and call ``update``.
         """
         if self._again is not None and self._again.fits(self):
             return self._again.square_sum()
@@ -168,7 +169,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def allocate(self) -> None:
-        """Make the state of all parameters now, which a step makes of those that have a gradient."""
+        """Make the state of all parameters now; otherwise a step makes it for those that have a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 self._prepared(p, group["ema"])
@@ -217,7 +218,7 @@ class AdamWEMA(torch.optim.AdamW):
         self._again = Prepared.of(trained, self, args, self._before)
 
     def weights(self, module: nn.Module, averaged: bool) -> dict[str, Tensor]:
-        """The trained parameters of a module by name: averages, or where there are masters, these."""
+        """The trained parameters of a module by name: averages, or masters if there are any."""
         kinds = ("ema", "master") if averaged else ("master",)
         found = {}
         for name, p in module.named_parameters():
@@ -271,7 +272,7 @@ class AdamWEMA(torch.optim.AdamW):
         self._loaded = {p for p in self._parameters() if "master" in self.state.get(p, {})}
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        """InputError where state is not of the shape of its parameter, or of one of another name (in groups that have
+        """InputError if state is not of the shape of its parameter, or of one of another name (in groups that have
         ``param_names``): torch matches them by position alone."""
         for index, (own, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             named = zip(own.get("param_names", ()), theirs.get("param_names", ()), strict=False)

@@ -63,7 +63,7 @@ class Prepared:
         parameters: Sequence[Tensor], optimizer: Optimizer, args: Sequence[Any], before: Sequence[Counter[str]]
     ) -> Prepared | None:
         """After a step of these parameters with these arguments of the op ``adamw_ema``; ``before``: ``calls`` before
-        it. None where the next has to go through the ops too: tensors that are not plain ones, kernels that take no
+        it. None if the next has to go through the ops too: tensors that are not plain ones, kernels that take no
         tables, or somebody who listens at torch's dispatcher."""
         kernels = {tuple(now - then) for now, then in zip(calls(), before, strict=False)}
         plain = all(type(p) in _PLAIN and type(p.grad) in _PLAIN for p in parameters)

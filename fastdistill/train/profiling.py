@@ -28,7 +28,7 @@ from fastdistill.train import kept
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """``trace``: a Chrome trace (chrome://tracing, ui.perfetto.dev), None under Nsight. ``calls``: a file an op with
+    """``trace``: a Chrome trace (chrome://tracing, ui.perfetto.dev), None under Nsight. ``calls``: a file per op with
     the arguments of its last call. ``milliseconds``: of all steps together; ``ops``: each op's share of it."""
 
     trace: Path | None

@@ -160,7 +160,7 @@ class TrainStep:
         """Leave the gradients of the batch; returns its metrics.
 
         In equal parts, a mean over samples is the mean of the parts' means, so that the sum of the gradients of
-        loss / parts is that of the whole but for the rounding of its additions (in the gradients' dtype).
+        loss / parts is that of the whole except for the rounding of its additions (in the gradients' dtype).
         """
         if self._parts == 1:
             loss, metrics = self._evaluate(self.counter)

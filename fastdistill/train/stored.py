@@ -54,7 +54,7 @@ def rank_files(directory: Path) -> Iterator[tuple[Path, Path]]:
 class Stored(Mapping[str, Any]):
     """The tensors and JSON values of a checkpoint by name. ``head``: its metadata, of rank 0's file.
 
-    Nothing is allocated but for a cut tensor that is asked for, which is at most as large as the files.
+    Nothing is allocated except for a cut tensor that is asked for, which is at most as large as the files.
 
     Raises:
         StorageError: a file cannot be read or is of another schema; DamagedError where one is not there or is no

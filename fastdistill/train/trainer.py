@@ -42,14 +42,14 @@ from fastdistill.train.step import TrainStep
 class DistillTrainer:
     """Distil a teacher into a student.
 
-    In a process group of torch's (``torchrun``), every rank builds the same trainer and calls the same methods: the
-    ranks share each batch and average its gradients, rank 0 writes (of a sharded student's checkpoints each rank its
-    part). The run is that of one process, but for the order in which the gradients are summed, and for random numbers
+    In a process group of torch (``torchrun``), every rank builds the same trainer and calls the same methods. The ranks
+    share each batch and average its gradients. Rank 0 writes; of a sharded student's checkpoints each rank writes its
+    part. The run is that of one process, except for the order in which gradients are summed, and for random numbers
     that the student draws itself (dropout, stochastic depth): these depend on seed, step and the rank's first sample,
-    so on how the batch is split.
+    and so on how the batch is split.
 
-    While it lives, a trainer has hooks on the modules it taps, and holds the teacher frozen in eval mode. ``close``, or
-    leaving a ``with`` statement, ends both; the end of ``fit`` takes the hooks off, too.
+    A trainer has hooks on the modules that it taps, and keeps the teacher frozen in eval mode. ``close``, or leaving a
+    ``with`` statement, ends both; the end of ``fit`` also removes the hooks.
 
     Args:
         teacher: a diffusers model of a family (``fastdistill.models.families``), or any module of the call shape
@@ -59,25 +59,26 @@ class DistillTrainer:
         student: the same, or what ``make_student`` returns; trained in place. Parts that diffusers keeps in float32
             stay in it, whatever ``config.precision`` says.
         schedule: a ``NoiseSchedule``, a ``FlowSchedule`` or a diffusers scheduler (``schedule_of``).
-        latents: the cache. prompts: the bank that its rows point into, the null prompt last. Either may be on the disk
+        latents: the cache, or a list of caches with latents of several shapes. Then every step draws from one of them;
+            a cache with more latents is drawn more often.
+        prompts: the bank that the latents point into, with the null prompt last. With several caches it may be a list
+            with the bank of each (because SDXL reads the size, for example). Latents and prompts may be on the disk
             (``open`` in place of ``load``), and prompts may be encoded on demand (``PromptBank.on_demand``); a thread
-            then reads, or encodes, the rows of the coming steps. A list of caches, of latents of several shapes: every
-            step draws from one of them, from each as often as it is large; then prompts may be a list too, with the
-            bank of each (the sizes that SDXL reads, say).
+            then reads or encodes the rows of the next steps.
         objective: such as ``RandomConditioning``.
         config: a ``TrainConfig``, or a mapping of its fields.
         device: where to train (None: where the student is).
-        prediction_type: what both models put out (None: what a diffusers scheduler says, else epsilon, or
-            flow_prediction of flow matching).
-        call: ``call(model, x_t, timestep, rows)``, the output of teacher or student where they are called otherwise;
-            ``rows`` are those of the banks by name.
+        prediction_type: what both models predict (None: what a diffusers scheduler says; without one epsilon, or
+            flow_prediction for flow matching).
+        call: ``call(model, x_t, timestep, rows)`` returns the output of teacher or student, if they are not called as
+            in their family; ``rows`` are the rows of the banks by name.
         decode: latents [B, *S] float32 on the device -> images [B, 1 or 3, H, W] in [0, 1], for previews
-            (``config.preview``): such as the VAE's decoder. None: latents of 1 or 3 channels are images in [-1, 1], of
-            others the first three channels are shown, within the range of the teacher's.
-        preview_prompts: a bank of its own for ``config.preview.prompts``, of texts that need not be in the pool (None:
+            (``config.preview``): such as the VAE's decoder. None: latents with 1 or 3 channels are images in [-1, 1];
+            of others the first three channels are shown, within the range of the teacher's.
+        preview_prompts: a bank for ``config.preview.prompts`` alone, whose texts need not be in the pool (None:
             ``prompts``).
-        shard: called with the student once it is cast, fused and tapped, to ``fully_shard`` it over the ranks (None:
-            each holds all of it).
+        shard: called with the student after it is cast, fused and tapped, to ``fully_shard`` it over the ranks (None:
+            each rank holds all of it).
 
     Raises:
         InputError: whatever does not fit together, before anything is launched or written.
@@ -184,24 +185,24 @@ class DistillTrainer:
     ) -> FitResult:
         """Train to the last step of the configuration.
 
-        With a directory, checkpoints and ``metrics.jsonl`` go there, and a run found in it is continued: the result is
-        the same to the last bit as without the interruption. A thread writes the checkpoints while the training goes
-        on; one that cannot be written is a warning, unless it is the last. The run may be continued on another machine,
-        in another precision (the float32 masters carry over) and by another number of ranks; with other data, settings
-        or frozen parameters it is refused.
+        With a directory, checkpoints and ``metrics.jsonl`` go there, and a run that is there is continued: the result
+        has the same bits as without the interruption. A thread writes the checkpoints while the training goes on. If
+        one cannot be written, that is a warning; for the last one it is an error. The run may be continued on another
+        machine, in another precision (the float32 masters carry over) and by another number of ranks. With other data,
+        settings or frozen parameters it is refused.
 
-        Ctrl-C or SIGTERM ends the step under way (on several ranks, the log interval) and writes a checkpoint; then
-        ``Stopped`` is raised, after a line on stderr. A script that does not catch it ends there without a traceback,
-        with exit status 130 or 143.
+        After Ctrl-C or SIGTERM the current step ends (on several ranks, the log interval) and a checkpoint is written.
+        Then a line is printed to stderr and ``Stopped`` is raised. A script that does not catch it ends there without a
+        traceback, with exit status 130 or 143.
 
         Args:
-            directory: where the run lives; one process at a time. Of a sharded student all ranks have to see it.
+            directory: of the run; one process at a time may use it. With a sharded student all ranks have to see it.
             progress: called at the start and after every step, with the steps done and, at log intervals, the metrics
                 (else None).
-            callbacks: pairs (every, function): such functions too, called after every so many steps and the last.
-                Neither changes the run by evaluating the models: afterwards training modes, ``requires_grad``,
-                gradients, grad mode and generators are as before. Their own random numbers are those of (seed, steps
-                done). Every rank calls them; while one evaluates, the others wait in the next step, for no longer than
+            callbacks: pairs (every, function) of such functions, called after every so many steps and after the last.
+                They may evaluate the models without changing the run: afterwards training modes, ``requires_grad``,
+                gradients, grad mode and generators are restored. Their own random numbers depend on (seed, steps
+                done). Every rank calls them; while one evaluates, the others wait in the next step, but no longer than
                 the process group's timeout.
 
         Raises:
@@ -284,11 +285,11 @@ class DistillTrainer:
                 parameter.requires_grad_(False)
 
     def ema_student(self, to: nn.Module | None = None) -> nn.Module:
-        """A copy of the student with the averaged weights, float32 and in eval mode: what one samples from and exports.
+        """A copy of the student with the averaged weights, float32 and in eval mode, to sample from and to export.
 
         Args:
-            to: a model of the student's kind to write them into, for a student that cannot be copied, such as a sharded
-                one; every rank then has to ask.
+            to: a model like the student to write the weights into, for a student that cannot be copied, such as a
+                sharded one; every rank then has to call this.
 
         Raises:
             InputError: ``to`` has other parameters or buffers than the student (by name and shape) or shares some with
@@ -317,16 +318,16 @@ class DistillTrainer:
         return model
 
     def save_adapters(self, directory: str | Path, *, adapter: str | None = None, averaged: bool = True) -> None:
-        """Write the weights of a student's adapter, without those below it, in PEFT's own format, float32.
+        """Write the weights of a student's adapter, without the weights below it, in PEFT's format, float32.
 
-        Of a diffusers model with LoRA alone: ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of a
-        pipeline and ``load_lora_adapter`` of a model. Of others: ``adapter_config.json`` and
-        ``adapter_model.safetensors``, for ``PeftModel.from_pretrained``. Files of these names are replaced. Every rank
-        has to ask for it; rank 0 writes.
+        For a diffusers model with plain LoRA this is ``pytorch_lora_weights.safetensors``, for ``load_lora_weights`` of
+        a pipeline and ``load_lora_adapter`` of a model. For others it is ``adapter_config.json`` and
+        ``adapter_model.safetensors``, for ``PeftModel.from_pretrained``. Files with these names are replaced. Every
+        rank has to call this; rank 0 writes.
 
         Args:
-            directory: made where it is not there.
-            adapter: its name (None: the one that is trained).
+            directory: made if it does not exist.
+            adapter: the name of the adapter (None: the one that is trained).
             averaged: the averages of the weights; False: the weights of the last step.
 
         Raises:

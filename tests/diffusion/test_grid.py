@@ -161,7 +161,7 @@ def test_texts():
         (lambda: Grid.of(SCHEDULE, 4), "scheduler: expected a scheduler of diffusers, got NoiseSchedule"),
         (
             lambda: Grid.of(diffusers.HeunDiscreteScheduler(), 4),
-            "evaluates the model once a step, from noise to data, got Heun",
+            "evaluates the model once per step, from noise to data, got Heun",
         ),
         (
             lambda: Grid.of(diffusers.PNDMScheduler(), 4),

@@ -48,7 +48,7 @@ def test_rows_are_what_the_sampler_asks_its_model(place: Path) -> None:
     noise = initial_noise(0, torch.arange(5), (4, 5, 3))
     sample(model, noise, bank.embeddings[INDEX], bank.null, GRID, guidance=WINDOW)
     cache = TrajectoryCache.load(place)
-    # batches of other sizes: a matrix product may be summed in another order, once a step
+    # batches of other sizes: a matrix product may be summed in another order, once per step
     torch.testing.assert_close(cache.latents, torch.stack(asked, 1).flatten(0, 1), rtol=1e-5, atol=1e-5)
     assert torch.equal(cache.latents[::5], noise) and cache.step is not None
     assert cache.step.tolist() == [0, 1, 2, 3, 4] * 5 and torch.equal(cache.prompt_index, INDEX.repeat_interleave(5))

@@ -158,7 +158,7 @@ def test_page(tmp_path: Path, report: dict[str, Any]) -> None:
     sources = [value for _, found in page.tags for key, value in found.items() if key in ("src", "srcset", "href")]
     assert len(sources) == 4 and all(str(source).startswith("data:image/png;base64,") for source in sources)
     words = finding(report)
-    assert "makes 1.55 times as many images a second" in words
+    assert "makes 1.55 times as many images per second" in words
     assert re.search(r"by 0\.100 \(RMS\), 25.% of the difference", words)
 
 

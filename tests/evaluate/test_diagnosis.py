@@ -271,7 +271,7 @@ def test_samples_that_do_not_fit() -> None:
         run(wider)
     with pytest.raises(InputError, match=r"sample: expected finite samples, got NaN or infinity with 0"):
         run(lambda *given: gaussians(*given) * math.nan)
-    with pytest.raises(InputError, match=r"sample: expected 64 samples, one a prompt, got 63"):
+    with pytest.raises(InputError, match=r"sample: expected 64 samples, one per prompt, got 63"):
         run(lambda *given: gaussians(*given)[1:])
     with pytest.raises(InputError, match=r"right: expected bool \[64\], got "):
         diagnose(gaussians, lambda x: x, LABELS, real(), ("0",), GRID, right=lambda x, prompts: x[:, 0])

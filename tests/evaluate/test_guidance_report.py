@@ -107,7 +107,7 @@ def test_the_finding_is_worded_from_the_numbers(report: dict[str, Any]) -> None:
     assert "On shades, constant guidance of w = 1 takes 44 % of the variance within a class." in text
     assert f"The window {WINDOW} gives back 64 % of what the constant weight with the same separation lost" in text
     assert "with 37 % fewer evaluations of the model." in text
-    assert "2.00 times as many images a second as constant guidance" in text
+    assert "2.00 times as many images per second as constant guidance" in text
     report["models"]["shades"]["recovered"][0]["value"] = -0.1
     assert "No window gives back variance at the same separation." in finding(report)
     report["models"]["shades"]["recovered"][0]["value"] = 0.64

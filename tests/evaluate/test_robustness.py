@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -225,16 +224,6 @@ def test_saliency_is_where_the_weights_are() -> None:
     assert saliency_on(model, images, labels, top) == pytest.approx(1 / 3, abs=4 * EPS)
     with pytest.raises(InputError, match=r"^mask: expected values from 0 to 1"):
         saliency_on(model, images, labels, 2 * top)
-
-
-def test_the_code_of_the_page_runs() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
-    (code,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "robustness(" in part)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    attacked = names["attacked"]
-    assert attacked["n"] == 30 and attacked["square_n"] == 10 and len(attacked["apgd"]) == 2
-    assert attacked["apgd"][0] <= attacked["clean"] and attacked["masking"]["beyond"] == 0
 
 
 def test_an_image_is_evaluated_once() -> None:

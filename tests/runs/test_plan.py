@@ -128,16 +128,7 @@ def test_the_command(
     assert ("model" if arguments else "measured") in text and "teacher" in text and "images/s" in text
 
 
-def test_the_documented_code_runs(
-    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = Path(__file__).parents[2]
-    text = (root / "docs/plan.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "run.yaml").write_text(to_yaml(run_config(saved("dit"), tmp_path)))
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert isinstance(names["found"], plans.Plan)
+def test_the_documentation_has_every_card() -> None:
+    text = (Path(__file__).parents[2] / "docs/plan.md").read_text(encoding="utf-8")
     cards = re.findall(r"^\| ([a-z0-9, -]+) \| [\d.]", text, re.MULTILINE)
     assert {name for row in cards for name in row.split(", ")} == {*plans.CARDS}

@@ -422,19 +422,3 @@ def test_mistakes(
     code, out, error = said(*(str(ended[1]) if argument == "RUN" else argument for argument in arguments))
     assert code == 2 and not out
     assert error.startswith("fastdistill: ") and re.search(message, error), error
-
-
-def test_the_documentation(again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run file that docs/runs.md shows is one, and its Python runs."""
-    text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
-    assert re.findall(r"init models/(\w+) .*\n|report runs/(\w+) ", text)[:2] == [("sd15", ""), ("", "sd15")]
-    (shown,), (_, code) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("yaml", "python"))
-    (tmp_path / "shown.yaml").write_text(shown)
-    config = runs.load(tmp_path / "shown.yaml")
-    assert config.objective.random_conditioning.null == 0.1 and config.preview.prompts == ("a cat",)
-    assert config.prompts.seen == 200_000 and config.train.gradient_checkpointing
-    monkeypatch.chdir(again.parent)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["result"].steps == 3 and len(names["files"]) == 2
-    assert (tmp_path / "out" / "model_index.json").exists()

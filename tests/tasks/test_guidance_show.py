@@ -41,7 +41,7 @@ def test_every_step_and_the_cost(capsys: pytest.CaptureFixture[str], tmp_path: P
 
 def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(capsys, "-1@2,0", "--grid", "flow:4", "--png", "None")
-    assert code == 0 and "w = -1 while sigma > 2, then 0" in out and "4 evaluations an image (8 of a constant" in out
+    assert code == 0 and "w = -1 while sigma > 2, then 0" in out and "4 evaluations per image (8 of a constant" in out
     assert [line.split() for line in out.splitlines()[4:6]] == [
         ["0", "1000", "inf", "-1", "0", "1"],
         ["1", "750", "3", "-1", "0", "1"],

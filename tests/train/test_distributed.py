@@ -64,7 +64,7 @@ def assert_close(one: dict[str, Any], two: dict[str, Any]) -> None:
     """Gradients are sums in another order: of norm 0.5 at most after clipping, they differ by some 1e-7 of it. An
     update is at most lr / eps = 0.1 of that, a few of them 1e-7; moments are the gradients' own size."""
     for name, value in one["state"].items():
-        if name != "totals":  # one row a rank
+        if name != "totals":  # one row per rank
             torch.testing.assert_close(value, two["state"][name], rtol=2e-5, atol=1e-6, msg=name)
     for mine, theirs in zip(parted(one["history"]), parted(two["history"]), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)

@@ -80,7 +80,7 @@ def test_models_of_every_family(name: str) -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_the_scheduler_of_a_schedule(prediction: Any) -> None:
-    """DDIM's is the one of ``ddim``: some operations a step, each off by eps of values of a few times the state's."""
+    """DDIM's is the one of ``ddim``: some operations per step, each off by eps of values of a few times the state's."""
     schedule, model = NoiseSchedule.scaled_linear(60), tiny.Net().eval()
     x, prompts = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(0)), tiny.bank().embeddings[:2]
     ours = ddim(model, x, prompts, None, schedule, steps=6, guidance_scale=1.0, prediction_type=prediction)

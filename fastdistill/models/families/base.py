@@ -80,7 +80,7 @@ class Family(OfPipelines):
         return None
 
     def thinned(self, config: dict[str, Any], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """A student's configuration, but for the number of blocks: where it says something of single ones.
+        """A student's configuration, except for the number of blocks: where it says something of single ones.
 
         kept: the teacher's blocks in each of the lists that ``blocks`` names.
         """
@@ -192,5 +192,5 @@ def _inside(model: Any) -> Iterator[nn.Module]:
 
 
 def mask() -> Condition:
-    """Which tokens of the embeddings count: [L], 1 or True where they do."""
+    """Which tokens of the embeddings count: [L], 1 or True if they do."""
     return Condition((None,), integer=True, required=False)

@@ -66,7 +66,7 @@ class OfPipelines:
             size: height and width in pixels, which SDXL and PixArt-alpha read; None: the size that the model is for.
             guidance_scale: which guidance-distilled models read (Flux, LCM); None: the default of the pipeline.
             options: further arguments of the pipeline's ``encode_prompt``, such as ``max_sequence_length`` or
-                ``clip_skip``; where nothing is given, the defaults of its call.
+                ``clip_skip``; if nothing is given, the defaults of its call.
 
         Raises:
             InputError: a pipeline of another family, without text encoders or model; texts that are none; an option
@@ -176,7 +176,7 @@ class OfPipelines:
         raise InputError.of("model", "one that reads the guidance weight", f"a {self}")
 
     def guided(self, config: Mapping[str, Any], guidance_scale: float) -> float:
-        """The scale of classifier-free guidance with which the pipelines sample: 1, without, where it is not above 1 or
+        """The scale of classifier-free guidance with which the pipelines sample: 1, without, if it is not above 1 or
         the model reads it."""
         return 1.0 if guidance_scale <= 1 or self.reads_guidance(config) else guidance_scale
 

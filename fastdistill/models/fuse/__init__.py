@@ -46,7 +46,7 @@ _FORMS: dict[type, Form] = {
 
 class Swap(NamedTuple):
     """One block: the module's name in the model, its class (an attention's: that of its processor), and why it does not
-    run fused; None where it does."""
+    run fused; None if it does."""
 
     name: str
     kind: str
@@ -64,13 +64,13 @@ def fuse(model: nn.Module) -> list[Swap]:
     ``JointTransformerBlock``, ``FluxTransformerBlock``, ``FluxSingleTransformerBlock``, ``SanaTransformerBlock``,
     ``GEGLU``, and attentions with a processor ``AttnProcessor2_0``, ``JointAttnProcessor2_0``, ``FluxAttnProcessor`` or
     ``SanaAttnProcessor2_0``. Blocks of other classes, subclasses of these, and blocks whose norms or ``forward`` were
-    patched or have hooks stay as they are. A block that is changed later (other processors, hooks, offloading) computes
-    what its class would. U-Nets stay in channels_last throughout if they are in it:
+    patched or have hooks stay as they are. A block that is changed later (other processors, hooks, offloading) runs
+    the code of its class again. U-Nets stay in channels_last throughout if they are in it:
     ``model.to(memory_format=torch.channels_last)``. Fusing a fused model again returns the list of what runs fused
-    now; ``unfuse`` restores it. A warning says where nothing was fused.
+    now; ``unfuse`` restores it. If nothing was fused, a warning says so.
 
     Returns:
-        One ``Swap`` a candidate, in the model's order: what was swapped, and what was not and why.
+        One ``Swap`` per candidate, in the model's order: what was swapped, and what was not and why.
 
     Raises:
         InputError: no module, or one that is sharded already (fuse first, then shard).

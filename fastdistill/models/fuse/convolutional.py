@@ -90,7 +90,7 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *ar
 
 
 def _fits(block: ResnetBlock2D, temb: Tensor | None, batch: int) -> bool:
-    """A time embedding [B or 1, C] where there is a projection of it, none where not."""
+    """A time embedding [B or 1, C] if there is a projection of it, none if not."""
     if temb is None or block.time_emb_proj is None:
         return temb is None and block.time_emb_proj is None and block.time_embedding_norm == "default"
     return temb.dim() == 2 and temb.shape[0] in (1, batch)

@@ -87,7 +87,7 @@ def instead_of(
 
 
 def own(kind: type, name: str) -> Any:
-    """A method as the class was written; None where it has been replaced from another file."""
+    """A method as the class was written; None if it has been replaced from another file."""
     method = getattr(kind, name)
     here = getattr(inspect.unwrap(kind.__init__), "__code__", None)  # type: ignore[misc]
     code = getattr(method, "__code__", None)

@@ -65,7 +65,7 @@ def grad_square_sum(grads: Sequence[Tensor], *, out: Tensor | None = None) -> Te
 
     Args:
         grads: tensors of any shape and layout on one device, float32, bfloat16 or float16.
-        out: 0-dim float64 on the device to write into (None: a fresh one, on the CPU where there are no gradients).
+        out: 0-dim float64 on the device to write into (None: a fresh one, on the CPU if there are no gradients).
 
     Returns:
         0-dim float64, not finite where a gradient is not (or is beyond 1.8e19, as squares are taken in float32). The
@@ -117,7 +117,7 @@ def adamw_ema(
 ) -> None:
     """One optimizer step in place, for all parameters of all groups at once; nothing is read back to the host.
 
-    Where ``square_sum`` is not finite or ``found_inf`` is not 0, nothing moves (zeroing apart) and ``skipped`` goes up.
+    If ``square_sum`` is not finite or ``found_inf`` is not 0, only gradients are zeroed and ``skipped`` goes up.
 
     Args:
         params: N float32 tensors, the weights or their master copies.

@@ -66,10 +66,10 @@ def attention(
     Args:
         q: [B, N, H, D], or [B, N, H * D] with ``heads``, as a projection gives it; float32, bfloat16 or float16.
         k, v: [B, L, H, D] or [B, L, H * D], of the same dtype.
-        heads: H, where the tensors have three dimensions.
+        heads: H, if the tensors have three dimensions.
         scale: of the scores; None: 1 / sqrt(D).
         backend: ``"flash"``, ``"efficient"``, ``"cudnn"``, ``"math"`` (torch's), ``"xformers"``, ``"fa3"``,
-            ``"reference"``, or ``"default"`` (torch chooses, nothing is measured). None: that of ``ops.use``, where it
+            ``"reference"``, or ``"default"`` (torch chooses, nothing is measured). None: that of ``ops.use``, if it
             names one of these, else of the environment variable FASTDISTILL_ATTENTION, else the fastest.
 
     Returns:

@@ -82,7 +82,7 @@ def cross_attention(
             strides (a head's elements are copied together where they are not).
         k, v: [R, L, H, D] or [R, L, H * D] of the same dtype; R is B unless ``rows`` is given. No keys give zeros. The
             kernels take L up to 512 and D up to 256; beyond, and on a CPU, torch's own attention runs.
-        heads: H, where the tensors have three dimensions.
+        heads: H, if the tensors have three dimensions.
         mask: [B, L], without gradient: bool, True for the keys to keep, or a float bias that is added to the scores in
             float32 (-inf leaves a key out). A sample whose keys are all left out gives zeros, and no gradient.
         rows: int64 [B], the row of ``k`` and ``v`` that each sample takes, in [0, R); on a GPU and in a compiled
@@ -91,7 +91,7 @@ def cross_attention(
         scale: of the scores before the bias; None: 1 / sqrt(D).
 
     Returns:
-        A tensor of q's shape and dtype, contiguous where a kernel of this library made it. The kernels accumulate in
+        A tensor of q's shape and dtype, contiguous if a kernel of this library made it. The kernels accumulate in
         float32 and give the same bits on every run; they keep nothing for the backward but their inputs, and a second
         derivative (``create_graph=True``) is the eager reference's. Torch's attention has one on some devices, and
         refuses it on others.

@@ -53,7 +53,7 @@ def geglu(x: Tensor, approximate: str = "none", *, bias: Tensor | None = None) -
 
     Args:
         x: [..., 2 D], float32, bfloat16 or float16: the values, then the gates, as diffusers' ``GEGLU`` projects them.
-            Copied where it is not contiguous.
+            Copied if it is not contiguous.
         approximate: ``"none"``, gelu(g) = g Phi(g), or ``"tanh"``, as in ``torch.nn.functional.gelu``.
         bias: [2 D], what the projection has added to x as a constant (``bias.detach()``): its gradient, the sum of x's
             over the rows, is made here, so that x's is not read again for it. No value depends on it.

@@ -65,7 +65,7 @@ def layer_norm_modulate(
     """Layer norm, then scale and shift of each sample, forward and backward.
 
     Args:
-        x: [B, ..., D], float32, bfloat16 or float16; copied where it is not contiguous.
+        x: [B, ..., D], float32, bfloat16 or float16; copied if it is not contiguous.
         scale, shift: [B, D] or [B, 1, D], of any of these dtypes; any row stride, as chunks of a projection have it.
         weight, bias: [D], or None.
         eps: added to the variance.
@@ -91,7 +91,7 @@ def residual_layer_norm_modulate(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """What ends a block and begins the next: s = x + gate h and its modulated layer norm, in one pass.
+    """The end of a block and the beginning of the next one: s = x + gate h and its modulated layer norm, in one pass.
 
     Args:
         h: shape and dtype of ``x``.
@@ -101,7 +101,7 @@ def residual_layer_norm_modulate(
         ``(y, s)``, both like ``x``; the norm is that of s as it is rounded. See ``layer_norm_modulate`` for the rest.
 
     Raises:
-        InputError: as ``layer_norm_modulate``, and where h or gate does not match.
+        InputError: as ``layer_norm_modulate``, and if h or gate does not match.
     """
     _check.tensors(h=h)
     y, s = _apply(x, h, gate, scale, shift, weight, bias, eps)

@@ -43,7 +43,7 @@ _noise_gather = register(
 
 
 class Draw(NamedTuple, Generic[Banks]):
-    """A batch. ``choice`` is PAIRED (0), RANDOM (1) or NULL (2); ``target`` has 0 elements where none was asked for."""
+    """A batch. ``choice`` is PAIRED (0), RANDOM (1) or NULL (2); ``target`` has 0 elements if it was not asked for."""
 
     x_t: Tensor  # [B, *S] dtype of the latents
     timestep: Tensor  # [B] int64
@@ -110,7 +110,7 @@ def noise_gather(
         replace: [T] int64: floor(p(t) * 2**32), the probability of a random prompt (``conditioning.thresholds``).
         counter: [2] int64 on the device: seed and step.
         batch: number of samples of this process (or give ``out``).
-        null_index: row of the null prompt. null_probability: how often it replaces whatever was chosen.
+        null_index: row of the null prompt. null_probability: how often it replaces the chosen one.
         pool: random prompts are drawn from rows [0, pool); None: all rows before ``null_index``, or all if it comes
             first.
         first_sample, global_batch: this process draws samples [first_sample, first_sample + batch) of a global batch,
@@ -118,7 +118,7 @@ def noise_gather(
         with_replacement: draw latents independently; otherwise each comes once an epoch, in an order keyed by seed and
             epoch.
         target: also return target_signal(t) x + target_noise(t) eps.
-        latent_rows, prompt_rows: where not 0, ``latents`` or ``prompts`` is not the bank, which has this many rows, but
+        latent_rows, prompt_rows: if not 0, ``latents`` or ``prompts`` is not the bank, which has this many rows, but
             a ring [R * batch, ...] of rows staged for R steps: sample b of step s is row (s mod R) * batch + b. The
             draw is the bank's (``fastdistill.data.staged`` fills such rings).
         out: buffers from ``empty_draw`` to write into, each in memory of its own.

@@ -41,7 +41,7 @@ _output_match = register(
 
 
 class Task(NamedTuple):
-    """What the target of a draw is made of again: the arguments that ``noise_gather`` drew it from."""
+    """What is needed to compute the target of a draw again: the arguments of ``noise_gather``."""
 
     latents: Tensor  # [N, C, *S]: the cache
     latent_index: Tensor  # [B] int64
@@ -85,7 +85,7 @@ def output_match(
     grad_scale: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> OutputMatch:
-    """Match a student's output to its teacher's and, where there is a task, to the draw's own target.
+    """Match a student's output to its teacher's and, if there is a task, to the draw's own target.
 
     Args:
         student: [B, C, *S], or [B, 2 C, *S] of a model that learns its variance too: those channels are left out, with
@@ -97,10 +97,10 @@ def output_match(
         unconditional: the teacher's output for the null prompt, of the teacher's shape and dtype; None: no guidance.
         guidance: [B] float32 by which the table's guidance weight is multiplied, beside unconditional; None: 1.
         weights: [B] float32 by which the table's loss weights are multiplied; None: 1.
-        x_t: [B, C, *S], needed where teacher and student predict different things (``match_table(teacher=...)``).
+        x_t: [B, C, *S], needed if teacher and student predict different things (``match_table(teacher=...)``).
         task: what the draw's own target is made of (``Task.of``); None: no task loss.
-        channels: C where nothing else tells it: x_t, the task, or one model that learns its variance and one that does
-            not. None: from those, else all of the student's.
+        channels: C, if nothing else tells it (x_t, the task, or that one model learns its variance and the other does
+            not). None: from those, otherwise all channels of the student.
         distance: ``"mse"``, or ``"huber"``: d^2 / 2 up to a difference of delta and linear beyond.
         grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before
             ``backward``; the gradient is stored multiplied by it, so that float16 does not underflow. None: 1.

@@ -18,13 +18,13 @@ _LARGEST = 10.0  # samples of a model leave [-1, 1]; pixels from 0 to 255 are an
 
 
 def ink(images: Tensor) -> Tensor:
-    """[n, 8, 8] float64: the mean over the channels / 0.95, in [0, 1] but for the errors of a model."""
+    """[n, 8, 8] float64: the mean over the channels / 0.95, in [0, 1] except for the errors of a model."""
     return _checked(images).mean(1) / INK
 
 
 def chroma(images: Tensor) -> Tensor:
     """[n, 2] float64, the color of the background as read from the image alone: of length 0.6 sqrt(3/2) at the angle 2
-    pi hue, but for the waves behind the ink.
+    pi hue, except for the waves behind the ink.
 
     The least-squares factor of 1 - ink in the two directions of color space without gray.
     """

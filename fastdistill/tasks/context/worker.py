@@ -65,7 +65,7 @@ def per_class(share: float) -> int | None:
 def sets_of(
     config: DemoConfig, names: Sequence[Name], setting: Clarid, share: float, report: Report | None = None
 ) -> Sets:
-    """Sets of a share of the data, kept in the directory of the experiment and made where they are not there."""
+    """Sets of a share of the data, kept in the directory of the experiment and made if they are not there."""
 
     def told(name: str, done: int, total: int) -> None:
         if report is not None:

@@ -92,7 +92,7 @@ class DemoConfig:
         return dataclasses.replace(config, **self._shared())
 
     def digits(self) -> ShadesDiagnosis:
-        """How the digits' teacher is measured: with at most five images a prompt, which is enough for constants."""
+        """How the digits' teacher is measured: with at most five images per prompt, which is enough for constants."""
         config = DigitsDiagnosis(images_per_prompt=5, quick=self.quick).resolved()
         number = min(config.images_per_prompt, self.images_per_prompt)
         return dataclasses.replace(config, images_per_prompt=number, **self._shared())

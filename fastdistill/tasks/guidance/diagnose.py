@@ -66,7 +66,7 @@ class ShadesDiagnosis:
     draws: Annotated[int, Field(ge=8, le=100_000)] = 400
     """Draws of the bootstrap."""
     quick: bool = False
-    """One seed of two images a prompt, of w = 0, 1, 2 and the first two windows (default output with -quick)."""
+    """One seed of two images per prompt, of w = 0, 1, 2 and the first two windows (default output with -quick)."""
     output: str = "runs/guidance-shades"
     """Directory of the report; an interrupted call in it is continued."""
     batch: Annotated[int, Field(ge=1)] = 64

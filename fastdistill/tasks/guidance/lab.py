@@ -145,7 +145,7 @@ def points(kind: World, quick: bool) -> list[Point]:
 
 
 def row(kind: World, point: Point, config: LabConfig) -> tuple[dict[str, Any], list[list[float]]]:
-    """A row of ``worlds.<world>.rows[]``, JSON values: None where nothing is known exactly; and ``Measured.groups``."""
+    """A row of ``worlds.<world>.rows[]``, JSON values: None if nothing is known exactly; and ``Measured.groups``."""
     grid = point.levels()
     world = point.world(kind, grid, config.seed)
     samples = min(config.samples, point.samples or config.samples)
@@ -218,7 +218,7 @@ def _words(key: str, fit: Mapping[str, float]) -> str:
 
 
 def _phase(dimension: int, classes: int | None = None, samples: int | None = None) -> Point:
-    """A point of the phase picture: grids from where nothing of the classes is to be seen to where all is decided."""
+    """A point of the phase picture: grids from where nothing of the classes can be seen to where all is decided."""
     reach = 100.0 * math.sqrt(dimension) if classes is None else 100.0
     most = max(1024, 2**19 // dimension) if samples is None else samples
     return Point(_PHASE, (reach, 0.02), "heun", dimension, classes, phase=True, samples=most)

@@ -129,7 +129,7 @@ def _expected(
     if around is None:
         if weights.any():
             return None, None
-        around = world.variance  # whatever it is: it counts where w is not 0
+        around = world.variance  # whatever it is: it counts if w is not 0
     if limit:
         constant = bool((weights == weights[0]).all())
         _check.require(constant, "guidance", "a constant w, for a closed form", guidance)

@@ -66,7 +66,7 @@ def students(config: DemoConfig) -> dict[str, Student]:
 def trained(
     config: DemoConfig, name: str, seed: int, teacher: nn.Module, bank: PromptBank, directory: Path, report: Report
 ) -> tuple[nn.Module, FitResult]:
-    """A student by name, from a checkpoint where there is one."""
+    """A student by name, from a checkpoint if there is one."""
     student = students(config)[name]
     latents = (_trajectories if student.trajectory else _cache)(config, student, teacher, bank, report)
     made = initial(student, teacher, seed)
@@ -100,8 +100,8 @@ def initial(student: Student, teacher: nn.Module, seed: int = 0) -> Made:
 
 
 def sampler(config: DemoConfig, student: Student, model: nn.Module, bank: PromptBank, scale: float) -> Sample:
-    """(schedule, prompts [n], noises [n], seed) -> images: in one pass a step, but of a student by random conditioning,
-    which the schedule guides. scale: the weight that is given to a student that reads it."""
+    """(schedule, prompts [n], noises [n], seed) -> images: in one pass per step, except for a student by random
+    conditioning, which the schedule guides. scale: the weight for a student that reads it."""
     grid = Grid.parse(config.grid, SCHEDULE)
     family, own = families.find(model), families.unwrapped(model).config
     assert family is not None

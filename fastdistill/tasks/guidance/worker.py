@@ -74,7 +74,7 @@ def run(job: Path, report: Report) -> None:
 
 
 def fingerprint(config: DemoConfig, part: str, seed: int, made_from: Any) -> str:
-    """What the result of a part depends on, whichever machine made it: a part is kept where only others' settings
+    """What the result of a part depends on, whichever machine made it: a part is kept if only others' settings
     change. ``made_from``: the teachers and the prompts."""
     settings: dict[str, Any]
     if part in TEACHERS:

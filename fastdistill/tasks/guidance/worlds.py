@@ -104,7 +104,7 @@ class World(nn.Module, ABC):
         ``variance``)."""
 
     def right(self, x: Tensor, prompts: Tensor) -> Tensor | None:
-        """[B] bool: whether no other class is likelier for x; None where there are no classes."""
+        """[B] bool: whether no other class is likelier for x; None if there are no classes."""
         return None
 
     def _levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
