@@ -17,7 +17,8 @@ THREADS = {"add_squares": 1024, "finish": 1024, "prepare": 128}  # of a block; 2
 _OPS = {"match": "feature_match", "finish": "feature_match", "add_samples": "feature_match", "gather": "noise_gather"}
 _OPS |= {"scale": "scale_gradients", "square_sum": "grad_square_sum", "add_squares": "grad_square_sum"}
 _OPS |= {"match_output": "output_match", "finish_output": "output_match"}
-_OPS |= dict.fromkeys(("cluster_forward", "cluster_backward", "add_channels"), "group_norm_silu")
+_OPS |= {"cluster_forward": "group_norm_silu"}
+_OPS |= {"cluster_backward": "group_norm_silu_backward", "add_channels": "group_norm_silu_backward"}
 _OPS |= {"attention_gradients": "cross_attention_backward", "add_chunks": "cross_attention_backward"}
 _OPS |= {"prepare": "adamw_ema", "update": "adamw_ema", "philox_kernel": "philox4x32"}
 

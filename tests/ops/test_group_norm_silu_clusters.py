@@ -129,9 +129,11 @@ def test_what_starts_between_vectors(kernel: str) -> None:
     ("shape", "dtype", "forward", "backward"),
     [
         ((32, 320, 4096), torch.bfloat16, (8, 8), (4, 8)),
+        ((2, 320, 4096), torch.bfloat16, (4, 8), (4, 8)),
         ((32, 640, 1024), torch.bfloat16, (4, 2), (4, 4)),
         ((32, 1280, 256), torch.bfloat16, (2, 1), (2, 1)),
         ((32, 320, 4096), torch.float32, (4, 8), (2, 8)),
+        ((32, 960, 4096), torch.bfloat16, (4, 8), None),
         ((1, 128, 512 * 512), torch.bfloat16, None, None),  # of an autoencoder
     ],
 )

@@ -23,9 +23,9 @@ PAIRED = (
 )  # and those with which two blocks share a multiprocessor: one computes while the other waits
 SECTOR = 32  # bytes that memory moves at once
 NARROW = 128  # bytes of a position that a slice should have at least
-BLOCKS = 264  # for every multiprocessor of an H100 two
-CLUSTERS = (1, 2, 4, 8, 16)  # blocks
-PORTABLE = 8  # on an H200 the gradient of 32 x 320 x 64 x 64 took 254 us by clusters of 8, and over 300 by 16
+BLOCKS = 132  # one for every multiprocessor of an H100
+# Blocks. With 16 (32 x 320 x 64 x 64, bfloat16) an H200 took 122 µs and more, with 8 it took 94.
+CLUSTERS = (1, 2, 4, 8)
 THREADS = COLUMNS = 256  # of a block; of 16 bytes, in a slice
 STEPS = 2  # of a thread, at least
 
@@ -102,8 +102,8 @@ def _sizes(x: Tensor, groups: int) -> Sizes:
 def _cut(device: int, dtype: torch.dtype, sizes: Sizes, silu: bool, backward: bool) -> Cut | str:
     """How a call is cut on a GPU (-1: emulated), or why it cannot be.
 
-    The best has two blocks a multiprocessor, clusters that any GPU runs, whole sectors, some positions for each thread,
-    enough blocks to go around; then small clusters, which start and wait sooner, of narrow slices.
+    The best has two blocks a multiprocessor, some positions for each thread, enough blocks to go around, whole sectors;
+    then small clusters, which start and wait sooner, of narrow slices.
     """
     if device >= 0 and torch.cuda.get_device_capability(device) < ARCH:
         return f"the GPU has no {MISSING}"
@@ -120,8 +120,8 @@ def _cut(device: int, dtype: torch.dtype, sizes: Sizes, silu: bool, backward: bo
             blocks = batch * (groups // some) * cluster
             if shared <= SHARED and blocks < 1 << 31:
                 busy = cluster == 1 or positions * width >= STEPS * 16 * THREADS * cluster
-                fits = shared <= PAIRED, cluster <= PORTABLE
-                worth = *fits, whole and wide, busy, min(blocks, BLOCKS), -cluster, -width
+                fits, full = (shared <= PAIRED, busy, min(blocks, BLOCKS)), min(blocks, 2 * BLOCKS)
+                worth = *fits, whole and wide, full, -cluster, -width
                 found.append((worth, (some, cluster)))
     if not found:
         return "no slice of whole groups of 16 bytes fits into the shared memory of a cluster"
