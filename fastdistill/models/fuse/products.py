@@ -16,8 +16,8 @@ from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 from fastdistill.models.fuse.form import altered
-from fastdistill.ops import add_bias
 from fastdistill.ops._dispatch import quiet
+from fastdistill.ops.add_bias import add_bias, with_bias
 
 #: Device types: cuDNN writes what it has convolved and torch adds the bias then, while oneDNN adds it as it writes.
 PLACES = {"cuda"}
@@ -66,8 +66,23 @@ def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and conv.bias is not None:
         bias = conv.bias + bias
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    out = F.linear(rows, conv.weight.flatten(1), conv.bias if bias is None else bias)
+    out = _affine(rows, conv.weight.flatten(1), conv.bias if bias is None else bias)
     return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def affine(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer of [..., C]; the gradient of its bias, which torch sums slowly, by an op of its own."""
+    if not saves(x) or not plain(layer, kind=nn.Linear):
+        result: Tensor = layer(x)
+        return result
+    assert isinstance(layer, nn.Linear)
+    return _affine(x, layer.weight, layer.bias)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or not quiet():
+        return F.linear(x, weight, bias)
+    return with_bias(F.linear(x, weight, bias.detach()), bias)
 
 
 def biased_sum(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
@@ -75,6 +90,48 @@ def biased_sum(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
     if x.shape == h.shape and x.dtype == h.dtype and all(t.movedim(1, -1).is_contiguous() for t in (x, h)):
         return add_bias(x, h, bias)
     return x + (h + bias.to(h.dtype)[:, None, None])
+
+
+def doubles(x: Tensor) -> bool:
+    """Whether ``doubled`` takes a map: in channels_last, whose channels are whole units of 16 bytes."""
+    if not saves(x) or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
+        return False
+    unit = 16 // x.element_size()
+    learned = torch.is_grad_enabled() and x.requires_grad
+    # Torch's backward has been known to fail for many samples in this layout.
+    if x.shape[1] % unit or x.storage_offset() % unit or (learned and (len(x) >= 64 or 4 * x.numel() >= 2**31)):
+        return False
+    return quiet()
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Every position four times, as ``F.interpolate(x, scale_factor=2.0, mode="nearest")`` gives it: the same bits,
+    moved by 16 bytes where torch moves one element."""
+    if not torch.is_grad_enabled() or not x.requires_grad:
+        return _double(x)
+    result: Tensor = _Doubled.apply(x)
+    return result
+
+
+def _double(x: Tensor) -> Tensor:
+    batch, _, height, width = x.shape
+    units = x.permute(0, 2, 3, 1).view(torch.complex128)[:, :, None, :, None]
+    rows = units.expand(-1, -1, 2, -1, 2, -1).reshape(batch, 2 * height, 2 * width, -1)
+    return rows.view(x.dtype).permute(0, 3, 1, 2)
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.sizes = x.shape
+        return _double(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        batch, channels, height, width = ctx.sizes
+        sizes = [2 * height, 2 * width], [batch, channels, height, width]
+        result: Tensor = torch.ops.aten.upsample_nearest2d_backward(grad, *sizes, 2.0, 2.0)
+        return result
 
 
 def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
