@@ -50,8 +50,8 @@ def refuse(
 
 
 def chunks_of(B: int, N: int, H: int) -> tuple[int, int]:
-    """Queries of a chunk and chunks of a sample, by which a GPU is full for the least time: a block takes its tiles,
-    and as long as two for K, V and its sums."""
+    """Queries of a chunk, and chunks of a sample, by which a GPU is full for the least time: that of a block's tiles,
+    and of two more for K, V and its sums."""
     tiles, heads = -(-N // QUERIES), B * H
     counts = range(1, min(tiles, BLOCKS) + 1)
     chunks = min(counts, key=lambda n: (-(-heads * n // BLOCKS) * (-(-tiles // n) + 2), n))
