@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients of cross_attention on Hopper, with all keys of a sample on chip.
 //
-// Grid      a block of two warpgroups a head a chunk of queries a sample, heads fastest, as they share cache lines; tiles of
-//           128 queries, 64 a warpgroup. Scores and their softmax are made again in registers, queries as rows, so that a
-//           row's sums are shuffles of four lanes. P and dS meet in shared memory: the first warpgroup adds up dV, the second
-//           dK, each of all 128 queries, in registers to the end of the chunk. dQ takes dS from registers. The sum over
+// Grid      a block a head a chunk of queries a sample, heads fastest, as they share cache lines; it has one warpgroup if the
+//           registers of that hold dV and dK (two such blocks a multiprocessor), else two; tiles of 64 queries a warpgroup.
+//           Scores and their softmax are made again in registers, queries as rows, so that a row's sums are shuffles of four
+//           lanes. P and dS go through shared memory into dV and dK, which stay in registers to the end of the chunk; of two
+//           warpgroups the first adds up dV, the second dK, each of all queries. dQ takes dS from registers. The sum over
 //           chunks: a thread for four elements of a row
 // Traffic   q and grad_out read, grad_q written, once each, 16 bytes at a time; K and V once a chunk; gradients of K and V: an
 //           fp32 partial sum a chunk, written and read once (none where one chunk is all). The next tile comes while one is
 //           worked on; where shared memory is full, into the cache
 // Precision scores, softmax and sums in fp32; P and dS rounded to the dtype for the products
-// Limits    sm_90a; bf16 and fp16; head dims and keys of ``shapes`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
+// Limits    sm_90a; bf16 and fp16; head dims and keys of ``KEYS`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
 //           offsets; chunks depend on the shape alone and are added in order, over samples too: the same bits every run
 #include "cross_attention/math.h"
 #include "hopper.cuh"
@@ -20,7 +21,7 @@ namespace {
 
 using namespace FD_ISA;
 
-constexpr int queries = 128, warps = 8, core = 128;  // of a tile; of a block; bytes of 8 rows of 8 elements
+constexpr int core = 128;  // bytes of 8 rows of 8 elements
 
 constexpr int most = 232448;  // bytes of shared memory
 
@@ -32,6 +33,8 @@ template <int D, int KEYS> struct Sizes {
   static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;          // dims are rows of dV and dK, else keys
   static constexpr int rows = by_dims ? D : KEYS, columns = by_dims ? KEYS : D;  // of dV and dK in registers
   static constexpr int pieces = up(rows, 64) / 64;
+  // Warpgroups of a block: one has dV and dK both if it has registers for them, else each has one of them.
+  static constexpr int groups = pieces * columns <= 80 ? 1 : 2, queries = 64 * groups, threads = 128 * groups;
   static constexpr int weights = queries * KEYS * 2, tile = queries * depth * 2, bank = keys * depth * 2;
   static constexpr int out_columns = D > 128 ? D / 2 : D;                              // of dQ at once
   static constexpr int out_row = (out_columns / 8 | 1) * 16, out = queries * out_row;  // rows in different banks
@@ -55,7 +58,8 @@ template <int rows> struct Cores {
 };
 
 // Rows of ``dims`` elements from memory into cores, zeros past ``end``: eight rows of a warp at a time, 64 bytes of each.
-template <int dims, int rows> __device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, int64_t end) {
+template <int dims, int warps, int rows>
+__device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, int64_t end) {
   const int lane = threadIdx.x % 32, first = 8 * (threadIdx.x / 32) + lane % 8;
   FD_UNROLL
   for (int eight = 0; eight < rows; eight += 8 * warps) {
@@ -73,7 +77,7 @@ template <int dims, int rows> __device__ void load(Cores<rows> to, const unsigne
 // Columns of cores that no load fills.
 template <int dims, int depth, int rows> __device__ void clear(Cores<rows> to) {
   if constexpr (dims < depth)
-    for (int row = threadIdx.x; row < rows; row += threads_per_block) *reinterpret_cast<uint4*>(to.of(row, dims)) = uint4{};
+    for (int row = threadIdx.x; row < rows; row += blockDim.x) *reinterpret_cast<uint4*>(to.of(row, dims)) = uint4{};
 }
 
 __device__ const unsigned char* head_of(const Heads& x, int64_t b, int64_t h) {
@@ -122,11 +126,12 @@ template <int words, int rows> __device__ void store(Cores<rows> to, int row, co
   if constexpr (words % 4 == 2) hopper::store_cores(own + (words / 2 - 1) * (rows / 8) * core, x[words - 2], x[words - 1]);
 }
 
-template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads_per_block, 1)
+template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D, KEYS>::threads, 2 / Sizes<D, KEYS>::groups)
     attention_gradients(CrossAttentionBackward a) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Sizes<D, KEYS>;
   FD_DYNAMIC_SHARED(unsigned char, memory);
+  constexpr int queries = S::queries, warps = S::threads / 32, sets = 2 / S::groups;
   const Cores<queries> p{memory}, ds{memory + S::weights};
   const Cores<S::keys> k{memory + S::banks_at}, v{memory + S::banks_at + S::bank};
   float* const bias = reinterpret_cast<float*>(memory + S::bias_at);
@@ -140,22 +145,23 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads
 
   const auto tile = [&](int stage, int which) { return Cores<queries>{memory + S::tiles_at + (2 * stage + which) * S::tile}; };
   const auto load_tile = [&](int stage, int64_t begin) {
-    load<D>(tile(stage, 0), q_head + 2 * begin * a.q.token, 2 * a.q.token, end - begin);
-    load<D>(tile(stage, 1), g_head + 2 * begin * a.grad_out.token, 2 * a.grad_out.token, end - begin);
+    load<D, warps>(tile(stage, 0), q_head + 2 * begin * a.q.token, 2 * a.q.token, end - begin);
+    load<D, warps>(tile(stage, 1), g_head + 2 * begin * a.grad_out.token, 2 * a.grad_out.token, end - begin);
   };
   const int64_t bank = row < 0 ? 0 : row;
-  load<D>(k, head_of(a.k, bank, h), 2 * a.k.token, a.L);
-  load<D>(v, head_of(a.v, bank, h), 2 * a.v.token, a.L);
+  load<D, warps>(k, head_of(a.k, bank, h), 2 * a.k.token, a.L);
+  load<D, warps>(v, head_of(a.v, bank, h), 2 * a.v.token, a.L);
   load_tile(0, first);
   hopper::commit_copies();
   clear<D, S::depth>(k), clear<D, S::depth>(v);
   for (int stage = 0; stage < S::stages; ++stage) clear<D, S::depth>(tile(stage, 0)), clear<D, S::depth>(tile(stage, 1));
-  for (int key = threadIdx.x; key < KEYS; key += threads_per_block) bias[key] = key_bias(a, b, key);
+  for (int key = threadIdx.x; key < KEYS; key += S::threads) bias[key] = key_bias(a, b, key);
 
-  float sums[S::pieces][S::columns / 2];  // dV of the first warpgroup, dK / scale of the second
+  float sums[sets][S::pieces][S::columns / 2];  // dV and dK / scale; of the first warpgroup dV, of the second dK / scale
   FD_UNROLL
+  for (int set = 0; set < sets; ++set) FD_UNROLL
   for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
-  for (int i = 0; i < S::columns / 2; ++i) sums[piece][i] = 0.0f;
+  for (int i = 0; i < S::columns / 2; ++i) sums[set][piece][i] = 0.0f;
 
   float s[KEYS / 2], changes[KEYS / 2];  // S and dP
   const auto multiply_scores = [&](int stage) {
@@ -205,15 +211,19 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads
     hopper::commit_products();
   };
   const auto multiply_sums = [&](int stage) {
-    const Cores<queries> of_keys = group ? ds : p, tokens = tile(stage, 1 - group);
-    const hopper::Operand left = (S::by_dims ? tokens : of_keys).over_rows(0);
-    const hopper::Operand right = (S::by_dims ? of_keys : tokens).over_rows(0);
     hopper::begin_products();
     FD_UNROLL
-    for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
-    for (int i = 0; i < queries / 16; ++i)
-      hopper::multiply<S::columns, T, true, true>(sums[piece], left.after(piece * 8 * queries * 16 + i * p.next_rows),
-                                                  right.after(i * p.next_rows), true, S::rows - 64 * piece);
+    for (int set = 0; set < sets; ++set) {
+      const bool of_k = set + group;
+      const Cores<queries> of_keys = of_k ? ds : p, tokens = tile(stage, 1 - of_k);
+      const hopper::Operand left = (S::by_dims ? tokens : of_keys).over_rows(0);
+      const hopper::Operand right = (S::by_dims ? of_keys : tokens).over_rows(0);
+      FD_UNROLL
+      for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
+      for (int i = 0; i < queries / 16; ++i)
+        hopper::multiply<S::columns, T, true, true>(sums[set][piece], left.after(piece * 8 * queries * 16 + i * p.next_rows),
+                                                    right.after(i * p.next_rows), true, S::rows - 64 * piece);
+    }
     hopper::commit_products();
   };
   unsigned char* const to = static_cast<unsigned char*>(a.grad_q.at) + 2 * (b * a.grad_q.batch + h * a.grad_q.head);
@@ -280,20 +290,24 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads
     }
   }
 
-  const float factor = group ? a.scale : 1.0f;
   const int first_row = 16 * (warp % 4) + lane / 4, first_column = 2 * (lane % 4);
   const int64_t step = a.H * a.D, across = S::by_dims ? 1 : step, along = S::by_dims ? step : 1;
   const int64_t at = slot_of(a, b * a.chunks + chunk, 0, h, 0) + first_row * across + first_column * along;
-  float* const partials = a.partials ? a.partials + at + (group ? 0 : a.B * a.chunks * a.L * step) : nullptr;
-  T* const whole = static_cast<T*>(group ? a.grad_k : a.grad_v) + at;
   FD_UNROLL
-  for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
-  for (int i = 0; i < S::columns / 2; ++i) {
-    const int rows = 64 * piece + 8 * (i / 2 % 2), columns = 8 * (i / 4) + i % 2;
-    if (first_row + rows >= (S::by_dims ? D : a.L) || first_column + columns >= (S::by_dims ? a.L : D)) continue;
-    const float x = sums[piece][i] * factor;
-    if (partials) partials[rows * across + columns * along] = x;
-    else whole[rows * across + columns * along] = from_float<T>(x);
+  for (int set = 0; set < sets; ++set) {
+    const bool of_k = set + group;
+    const float factor = of_k ? a.scale : 1.0f;
+    float* const partials = a.partials ? a.partials + at + (of_k ? 0 : a.B * a.chunks * a.L * step) : nullptr;
+    T* const whole = static_cast<T*>(of_k ? a.grad_k : a.grad_v) + at;
+    FD_UNROLL
+    for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
+    for (int i = 0; i < S::columns / 2; ++i) {
+      const int rows = 64 * piece + 8 * (i / 2 % 2), columns = 8 * (i / 4) + i % 2;
+      if (first_row + rows >= (S::by_dims ? D : a.L) || first_column + columns >= (S::by_dims ? a.L : D)) continue;
+      const float x = sums[set][piece][i] * factor;
+      if (partials) partials[rows * across + columns * along] = x;
+      else whole[rows * across + columns * along] = from_float<T>(x);
+    }
   }
 #else
   asm("trap;");
@@ -317,7 +331,8 @@ template <int D, int KEYS, typename T> const char* launch(const CrossAttentionBa
   if (const char* error =
           fd_error(cudaFuncSetAttribute(attention_gradients<D, KEYS, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)))
     return error;
-  FD_LAUNCH((attention_gradients<D, KEYS, T>), unsigned(a.B * a.H * a.chunks), threads_per_block, shared, queue.stream, a);
+  FD_LAUNCH((attention_gradients<D, KEYS, T>), unsigned(a.B * a.H * a.chunks), (Sizes<D, KEYS>::threads), shared, queue.stream,
+            a);
   if (a.partials) {
     const int64_t blocks = a.R * ceil_div(a.L * a.H * a.D, 4 * threads_per_block);
     FD_LAUNCH(add_chunks<T>, dim3(unsigned(blocks), 2), threads_per_block, 0, queue.stream, a);
