@@ -24,10 +24,26 @@ using namespace FD_ISA;
 constexpr int core = 128;  // bytes of 8 rows of 8 elements
 
 constexpr int most = 232448;  // bytes of shared memory
+// Bytes between cores of 8 columns and the next. Where rows are summed over, a product seems to read 16 bytes a clock, as if
+// the eight columns of cores that it takes at once were in the same banks (an H200: 2.5 times the modelled clocks); 16 would
+// part them. Unmeasured.
+constexpr int gap = 0;
 
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 
-// Sizes in bytes and elements; shared memory is P, dS, tiles of Q and dO, K, V, dQ on its way out, the keys' bias.
+// A matrix of ``rows`` in cores: those of 8 columns after those of the 8 before. Its bytes at (row, column), and as an operand
+// that sums over its columns, or over its rows.
+template <int rows> struct Cores {
+  unsigned char* at;
+  static constexpr int next = rows * 16 + gap, next_columns = 2 * next, next_rows = 2 * core;  // 8 columns; 16 of each
+  static constexpr int bytes(int columns) { return columns / 8 * next; }
+  __device__ unsigned char* of(int row, int column) const { return at + column / 8 * next + row / 8 * core + row % 8 * 16; }
+  __device__ hopper::Operand over_columns(int row) const { return {of(row, 0), next, core}; }
+  __device__ hopper::Operand over_rows(int column) const { return {of(0, column), core, next}; }
+};
+
+// Sizes in bytes and elements. Shared memory is the first tile of Q and dO, P, dS, K, the second tile, V, dQ on its way out,
+// the keys' bias: a product that takes 64 rows where a matrix has fewer reads on in what is not written meanwhile.
 template <int D, int KEYS> struct Sizes {
   static constexpr int depth = up(D, 16), keys = up(KEYS, 16);                   // as sums of products take them
   static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;          // dims are rows of dV and dK, else keys
@@ -35,26 +51,17 @@ template <int D, int KEYS> struct Sizes {
   static constexpr int pieces = up(rows, 64) / 64;
   // Warpgroups of a block: one has dV and dK both if it has registers for them, else each has one of them.
   static constexpr int groups = pieces * columns <= 80 ? 1 : 2, queries = 64 * groups, threads = 128 * groups;
-  static constexpr int weights = queries * KEYS * 2, tile = queries * depth * 2, bank = keys * depth * 2;
+  static constexpr int weights = Cores<queries>::bytes(KEYS), tile = Cores<queries>::bytes(depth);
+  static constexpr int bank = Cores<keys>::bytes(depth);
   static constexpr int out_columns = D > 128 ? D / 2 : D;                              // of dQ at once
   static constexpr int out_row = (out_columns / 8 | 1) * 16, out = queries * out_row;  // rows in different banks
   static constexpr int fixed = 2 * weights + 2 * bank + out + 4 * KEYS;
   static constexpr int stages = fixed + 4 * tile <= most ? 2 : 1;
-  static constexpr int tiles_at = 2 * weights, banks_at = tiles_at + 2 * stages * tile, out_at = banks_at + 2 * bank;
-  static constexpr int bias_at = out_at + out, shared = bias_at + 4 * KEYS;
-  static_assert(shared <= most && (by_dims ? up(D, 64) - depth : up(KEYS, 64) - KEYS) * queries * 2 <= 2 * bank, "");
-};
-
-// A matrix of ``rows`` in cores: those of 8 columns after those of the 8 before. Its bytes at (row, column), and as an operand
-// that sums over its columns, or over its rows.
-template <int rows> struct Cores {
-  unsigned char* at;
-  __device__ unsigned char* of(int row, int column) const {
-    return at + (column / 8 * (rows / 8) + row / 8) * core + row % 8 * 16;
-  }
-  __device__ hopper::Operand over_columns(int row) const { return {of(row, 0), rows * 16, core}; }
-  __device__ hopper::Operand over_rows(int column) const { return {of(0, column), core, rows * 16}; }
-  static constexpr int next_columns = 2 * rows * 16, next_rows = 2 * core;  // of 16
+  static constexpr int p_at = 2 * tile, ds_at = p_at + weights, k_at = ds_at + weights, second_at = k_at + bank;
+  static constexpr int v_at = second_at + (stages - 1) * 2 * tile, out_at = v_at + bank, bias_at = out_at + out;
+  static constexpr int shared = bias_at + 4 * KEYS;
+  static constexpr int past = Cores<queries>::bytes(by_dims ? up(D, 64) - depth : up(KEYS, 64) - KEYS);
+  static_assert(shared <= most && past <= weights && past <= bank && past <= tile, "");
 };
 
 // Rows of ``dims`` elements from memory into cores, zeros past ``end``: eight rows of a warp at a time, 64 bytes of each.
@@ -70,7 +77,7 @@ __device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, in
     unsigned char* const place = to.of(row, lane / 8 * 8);
     FD_UNROLL
     for (int part = 0; part < dims / 8; part += 4)
-      if (part + lane / 8 < dims / 8) hopper::copy_16(place + part * rows * 16, source + part * 16, inside ? 16 : 0);
+      if (part + lane / 8 < dims / 8) hopper::copy_16(place + part * to.next, source + part * 16, inside ? 16 : 0);
   }
 }
 
@@ -119,11 +126,10 @@ __device__ void softmax(const float (&s)[n], const float* bias, float scale, flo
 // Of a warp's 16 rows, as words of two columns, into cores.
 template <int words, int rows> __device__ void store(Cores<rows> to, int row, const uint32_t (&x)[words]) {
   const int lane = threadIdx.x % 32;
-  unsigned char* const own = to.of(row + lane % 16, 0) + lane / 16 * (rows / 8) * core;
+  unsigned char* const own = to.of(row + lane % 16, 0) + lane / 16 * to.next;
   FD_UNROLL
-  for (int i = 0; i + 4 <= words; i += 4)
-    hopper::store_cores(own + i / 2 * (rows / 8) * core, x[i], x[i + 1], x[i + 2], x[i + 3]);
-  if constexpr (words % 4 == 2) hopper::store_cores(own + (words / 2 - 1) * (rows / 8) * core, x[words - 2], x[words - 1]);
+  for (int i = 0; i + 4 <= words; i += 4) hopper::store_cores(own + i / 2 * to.next, x[i], x[i + 1], x[i + 2], x[i + 3]);
+  if constexpr (words % 4 == 2) hopper::store_cores(own + (words / 2 - 1) * to.next, x[words - 2], x[words - 1]);
 }
 
 template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D, KEYS>::threads, 2 / Sizes<D, KEYS>::groups)
@@ -132,8 +138,8 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
   using S = Sizes<D, KEYS>;
   FD_DYNAMIC_SHARED(unsigned char, memory);
   constexpr int queries = S::queries, warps = S::threads / 32, sets = 2 / S::groups;
-  const Cores<queries> p{memory}, ds{memory + S::weights};
-  const Cores<S::keys> k{memory + S::banks_at}, v{memory + S::banks_at + S::bank};
+  const Cores<queries> p{memory + S::p_at}, ds{memory + S::ds_at};
+  const Cores<S::keys> k{memory + S::k_at}, v{memory + S::v_at};
   float* const bias = reinterpret_cast<float*>(memory + S::bias_at);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   const int64_t h = blockIdx.x % a.H, chunk = blockIdx.x / a.H % a.chunks, b = blockIdx.x / a.H / a.chunks;
@@ -143,7 +149,7 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
   const unsigned char* const g_head = head_of(a.grad_out, b, h);
   unsigned char* const out = memory + S::out_at + warp * 16 * S::out_row;
 
-  const auto tile = [&](int stage, int which) { return Cores<queries>{memory + S::tiles_at + (2 * stage + which) * S::tile}; };
+  const auto tile = [&](int stage, int which) { return Cores<queries>{memory + stage * S::second_at + which * S::tile}; };
   const auto load_tile = [&](int stage, int64_t begin) {
     load<D, warps>(tile(stage, 0), q_head + 2 * begin * a.q.token, 2 * a.q.token, end - begin);
     load<D, warps>(tile(stage, 1), g_head + 2 * begin * a.grad_out.token, 2 * a.grad_out.token, end - begin);
@@ -221,7 +227,7 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
       FD_UNROLL
       for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
       for (int i = 0; i < queries / 16; ++i)
-        hopper::multiply<S::columns, T, true, true>(sums[set][piece], left.after(piece * 8 * queries * 16 + i * p.next_rows),
+        hopper::multiply<S::columns, T, true, true>(sums[set][piece], left.after(piece * 8 * p.next + i * p.next_rows),
                                                     right.after(i * p.next_rows), true, S::rows - 64 * piece);
     }
     hopper::commit_products();
