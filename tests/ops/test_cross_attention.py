@@ -430,8 +430,8 @@ def test_gradients_by_warpgroups_over_tiles(
 def test_gradients_by_warpgroups_of_nothing_and_of_what_is_not_there(kernel: str) -> None:
     """A sample without keys has none, one of a row that is not there has NaN and adds to no row."""
     device = device_of(kernel)
-    q, g = (randn(2, 20, 1, 80).half().to(device) for _ in range(2))
-    k, v = (randn(3, 9, 1, 80).half().to(device) for _ in range(2))
+    q, g = (randn(2, 20, 1, 160).half().to(device) for _ in range(2))
+    k, v = (randn(3, 9, 1, 160).half().to(device) for _ in range(2))
     mask = torch.tensor([True, False], device=device)[:, None].expand(2, 9).contiguous()
     for masks, rows in ((mask, [0, 2]), (None, [2, 3]), (None, [2, -1])):
         grads = [torch.empty_like(t) for t in (q, k, v)]
@@ -464,6 +464,15 @@ def test_gradients_by_warpgroups_of_slices(kernel: str) -> None:
             op(None, q, *[randn(1, 81, 2, 40).half().to(device)] * 2, None, None, 0.2, g, *got)
         with pytest.raises(KernelError, match="not all gradients are asked for"):
             op(None, q, k, v, None, None, 0.2, g, got[0], got[1][:0], got[2][:0])
+
+
+def test_warpgroups_where_they_are_faster() -> None:
+    refuse = importlib.import_module("fastdistill.ops.cross_attention.cuda").refuse
+    for dim, first in ((40, False), (64, False), (72, True), (80, True), (160, True)):
+        q, k = (torch.zeros(1, n, 1, dim, dtype=torch.float16) for n in (128, 77))
+        assert (refuse(q, k, k, None, None, 0.1, q, q, k, k) is None) == first
+        with use("cuda"):
+            assert refuse(q, k, k, None, None, 0.1, q, q, k, k) is None
 
 
 def test_chunks_of_warpgroups() -> None:
