@@ -14,6 +14,7 @@ from benchmarks.kernels.resources import SYSTEM_SHARED, Row, binary, cuobjdump, 
 
 ARCHS = (80, 90, 100)
 THREADS = {"add_squares": 1024, "finish": 1024, "prepare": 128}  # of a block; 256 everywhere else
+THREADS |= {f"attention_gradients<{dim}, 80, {dtype}>": 128 for dim in (40, 64) for dtype in ("bf16", "f16")}
 _OPS = {"match": "feature_match", "finish": "feature_match", "add_samples": "feature_match", "gather": "noise_gather"}
 _OPS |= {"scale": "scale_gradients", "square_sum": "grad_square_sum", "add_squares": "grad_square_sum"}
 _OPS |= {"match_output": "output_match", "finish_output": "output_match"}
@@ -59,7 +60,7 @@ def _kernels() -> Iterator[tuple[Row, str]]:
         base = re.split(r"[<(]", name)[0]
         if base not in _OPS:
             raise RuntimeError(f"{name}: a kernel without an op in benchmarks/kernels/cuda.py")
-        threads, shared = THREADS.get(base, 256), used["SHARED"]
+        threads, shared = THREADS.get(name, THREADS.get(base, 256)), used["SHARED"]
         if arch >= 90 and shared:
             shared -= SYSTEM_SHARED  # counted by the compiler there
         row = Row(

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients of cross_attention on Hopper, with all keys of a sample on chip.
 //
-// Grid      a block of two warpgroups a head a chunk of queries a sample, heads fastest, as they share cache lines; tiles of
-//           128 queries, 64 a warpgroup. Scores and their softmax are made again in registers, queries as rows, so that a
-//           row's sums are shuffles of four lanes. P and dS meet in shared memory: the first warpgroup adds up dV, the second
-//           dK, each of all 128 queries, in registers to the end of the chunk. dQ takes dS from registers. The sum over
+// Grid      a block a head a chunk of queries a sample, heads fastest, as they share cache lines; it has one warpgroup if the
+//           registers of that hold dV and dK (two such blocks a multiprocessor), else two; tiles of 64 queries a warpgroup.
+//           Scores and their softmax are made again in registers, queries as rows, so that a row's sums are shuffles of four
+//           lanes. P and dS go through shared memory into dV and dK, which stay in registers to the end of the chunk; of two
+//           warpgroups the first adds up dV, the second dK, each of all queries. dQ takes dS from registers. The sum over
 //           chunks: a thread for four elements of a row
 // Traffic   q and grad_out read, grad_q written, once each, 16 bytes at a time; K and V once a chunk; gradients of K and V: an
 //           fp32 partial sum a chunk, written and read once (none where one chunk is all). The next tile comes while one is
 //           worked on; where shared memory is full, into the cache
 // Precision scores, softmax and sums in fp32; P and dS rounded to the dtype for the products
-// Limits    sm_90a; bf16 and fp16; head dims and keys of ``shapes`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
+// Limits    sm_90a; bf16 and fp16; head dims and keys of ``KEYS`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
 //           offsets; chunks depend on the shape alone and are added in order, over samples too: the same bits every run
 #include "cross_attention/math.h"
 #include "hopper.cuh"
@@ -20,42 +21,52 @@ namespace {
 
 using namespace FD_ISA;
 
-constexpr int queries = 128, warps = 8, core = 128;  // of a tile; of a block; bytes of 8 rows of 8 elements
+constexpr int core = 128;  // bytes of 8 rows of 8 elements
 
 constexpr int most = 232448;  // bytes of shared memory
+// Bytes between cores of 8 columns and the next. Where rows are summed over, a product seems to read 16 bytes a clock, as if
+// the eight columns of cores that it takes at once were in the same banks (an H200: 2.5 times the modelled clocks); 16 would
+// part them. Unmeasured.
+constexpr int gap = 0;
 
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
-
-// Sizes in bytes and elements; shared memory is P, dS, tiles of Q and dO, K, V, dQ on its way out, the keys' bias.
-template <int D, int KEYS> struct Sizes {
-  static constexpr int depth = up(D, 16), keys = up(KEYS, 16);                   // as sums of products take them
-  static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;          // dims are rows of dV and dK, else keys
-  static constexpr int rows = by_dims ? D : KEYS, columns = by_dims ? KEYS : D;  // of dV and dK in registers
-  static constexpr int pieces = up(rows, 64) / 64;
-  static constexpr int weights = queries * KEYS * 2, tile = queries * depth * 2, bank = keys * depth * 2;
-  static constexpr int out_columns = D > 128 ? D / 2 : D;                              // of dQ at once
-  static constexpr int out_row = (out_columns / 8 | 1) * 16, out = queries * out_row;  // rows in different banks
-  static constexpr int fixed = 2 * weights + 2 * bank + out + 4 * KEYS;
-  static constexpr int stages = fixed + 4 * tile <= most ? 2 : 1;
-  static constexpr int tiles_at = 2 * weights, banks_at = tiles_at + 2 * stages * tile, out_at = banks_at + 2 * bank;
-  static constexpr int bias_at = out_at + out, shared = bias_at + 4 * KEYS;
-  static_assert(shared <= most && (by_dims ? up(D, 64) - depth : up(KEYS, 64) - KEYS) * queries * 2 <= 2 * bank, "");
-};
 
 // A matrix of ``rows`` in cores: those of 8 columns after those of the 8 before. Its bytes at (row, column), and as an operand
 // that sums over its columns, or over its rows.
 template <int rows> struct Cores {
   unsigned char* at;
-  __device__ unsigned char* of(int row, int column) const {
-    return at + (column / 8 * (rows / 8) + row / 8) * core + row % 8 * 16;
-  }
-  __device__ hopper::Operand over_columns(int row) const { return {of(row, 0), rows * 16, core}; }
-  __device__ hopper::Operand over_rows(int column) const { return {of(0, column), core, rows * 16}; }
-  static constexpr int next_columns = 2 * rows * 16, next_rows = 2 * core;  // of 16
+  static constexpr int next = rows * 16 + gap, next_columns = 2 * next, next_rows = 2 * core;  // 8 columns; 16 of each
+  static constexpr int bytes(int columns) { return columns / 8 * next; }
+  __device__ unsigned char* of(int row, int column) const { return at + column / 8 * next + row / 8 * core + row % 8 * 16; }
+  __device__ hopper::Operand over_columns(int row) const { return {of(row, 0), next, core}; }
+  __device__ hopper::Operand over_rows(int column) const { return {of(0, column), core, next}; }
+};
+
+// Sizes in bytes and elements. Shared memory is the first tile of Q and dO, P, dS, K, the second tile, V, dQ on its way out,
+// the keys' bias: a product that takes 64 rows where a matrix has fewer reads on in what is not written meanwhile.
+template <int D, int KEYS> struct Sizes {
+  static constexpr int depth = up(D, 16), keys = up(KEYS, 16);                   // as sums of products take them
+  static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;          // dims are rows of dV and dK, else keys
+  static constexpr int rows = by_dims ? D : KEYS, columns = by_dims ? KEYS : D;  // of dV and dK in registers
+  static constexpr int pieces = up(rows, 64) / 64;
+  // Warpgroups of a block: one has dV and dK both if it has registers for them, else each has one of them.
+  static constexpr int groups = pieces * columns <= 80 ? 1 : 2, queries = 64 * groups, threads = 128 * groups;
+  static constexpr int weights = Cores<queries>::bytes(KEYS), tile = Cores<queries>::bytes(depth);
+  static constexpr int bank = Cores<keys>::bytes(depth);
+  static constexpr int out_columns = D > 128 ? D / 2 : D;                              // of dQ at once
+  static constexpr int out_row = (out_columns / 8 | 1) * 16, out = queries * out_row;  // rows in different banks
+  static constexpr int fixed = 2 * weights + 2 * bank + out + 4 * KEYS;
+  static constexpr int stages = fixed + 4 * tile <= most ? 2 : 1;
+  static constexpr int p_at = 2 * tile, ds_at = p_at + weights, k_at = ds_at + weights, second_at = k_at + bank;
+  static constexpr int v_at = second_at + (stages - 1) * 2 * tile, out_at = v_at + bank, bias_at = out_at + out;
+  static constexpr int shared = bias_at + 4 * KEYS;
+  static constexpr int past = Cores<queries>::bytes(by_dims ? up(D, 64) - depth : up(KEYS, 64) - KEYS);
+  static_assert(shared <= most && past <= weights && past <= bank && past <= tile, "");
 };
 
 // Rows of ``dims`` elements from memory into cores, zeros past ``end``: eight rows of a warp at a time, 64 bytes of each.
-template <int dims, int rows> __device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, int64_t end) {
+template <int dims, int warps, int rows>
+__device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, int64_t end) {
   const int lane = threadIdx.x % 32, first = 8 * (threadIdx.x / 32) + lane % 8;
   FD_UNROLL
   for (int eight = 0; eight < rows; eight += 8 * warps) {
@@ -66,14 +77,14 @@ template <int dims, int rows> __device__ void load(Cores<rows> to, const unsigne
     unsigned char* const place = to.of(row, lane / 8 * 8);
     FD_UNROLL
     for (int part = 0; part < dims / 8; part += 4)
-      if (part + lane / 8 < dims / 8) hopper::copy_16(place + part * rows * 16, source + part * 16, inside ? 16 : 0);
+      if (part + lane / 8 < dims / 8) hopper::copy_16(place + part * to.next, source + part * 16, inside ? 16 : 0);
   }
 }
 
 // Columns of cores that no load fills.
 template <int dims, int depth, int rows> __device__ void clear(Cores<rows> to) {
   if constexpr (dims < depth)
-    for (int row = threadIdx.x; row < rows; row += threads_per_block) *reinterpret_cast<uint4*>(to.of(row, dims)) = uint4{};
+    for (int row = threadIdx.x; row < rows; row += blockDim.x) *reinterpret_cast<uint4*>(to.of(row, dims)) = uint4{};
 }
 
 __device__ const unsigned char* head_of(const Heads& x, int64_t b, int64_t h) {
@@ -115,20 +126,20 @@ __device__ void softmax(const float (&s)[n], const float* bias, float scale, flo
 // Of a warp's 16 rows, as words of two columns, into cores.
 template <int words, int rows> __device__ void store(Cores<rows> to, int row, const uint32_t (&x)[words]) {
   const int lane = threadIdx.x % 32;
-  unsigned char* const own = to.of(row + lane % 16, 0) + lane / 16 * (rows / 8) * core;
+  unsigned char* const own = to.of(row + lane % 16, 0) + lane / 16 * to.next;
   FD_UNROLL
-  for (int i = 0; i + 4 <= words; i += 4)
-    hopper::store_cores(own + i / 2 * (rows / 8) * core, x[i], x[i + 1], x[i + 2], x[i + 3]);
-  if constexpr (words % 4 == 2) hopper::store_cores(own + (words / 2 - 1) * (rows / 8) * core, x[words - 2], x[words - 1]);
+  for (int i = 0; i + 4 <= words; i += 4) hopper::store_cores(own + i / 2 * to.next, x[i], x[i + 1], x[i + 2], x[i + 3]);
+  if constexpr (words % 4 == 2) hopper::store_cores(own + (words / 2 - 1) * to.next, x[words - 2], x[words - 1]);
 }
 
-template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads_per_block, 1)
+template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D, KEYS>::threads, 2 / Sizes<D, KEYS>::groups)
     attention_gradients(CrossAttentionBackward a) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Sizes<D, KEYS>;
   FD_DYNAMIC_SHARED(unsigned char, memory);
-  const Cores<queries> p{memory}, ds{memory + S::weights};
-  const Cores<S::keys> k{memory + S::banks_at}, v{memory + S::banks_at + S::bank};
+  constexpr int queries = S::queries, warps = S::threads / 32, sets = 2 / S::groups;
+  const Cores<queries> p{memory + S::p_at}, ds{memory + S::ds_at};
+  const Cores<S::keys> k{memory + S::k_at}, v{memory + S::v_at};
   float* const bias = reinterpret_cast<float*>(memory + S::bias_at);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
   const int64_t h = blockIdx.x % a.H, chunk = blockIdx.x / a.H % a.chunks, b = blockIdx.x / a.H / a.chunks;
@@ -138,24 +149,25 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads
   const unsigned char* const g_head = head_of(a.grad_out, b, h);
   unsigned char* const out = memory + S::out_at + warp * 16 * S::out_row;
 
-  const auto tile = [&](int stage, int which) { return Cores<queries>{memory + S::tiles_at + (2 * stage + which) * S::tile}; };
+  const auto tile = [&](int stage, int which) { return Cores<queries>{memory + stage * S::second_at + which * S::tile}; };
   const auto load_tile = [&](int stage, int64_t begin) {
-    load<D>(tile(stage, 0), q_head + 2 * begin * a.q.token, 2 * a.q.token, end - begin);
-    load<D>(tile(stage, 1), g_head + 2 * begin * a.grad_out.token, 2 * a.grad_out.token, end - begin);
+    load<D, warps>(tile(stage, 0), q_head + 2 * begin * a.q.token, 2 * a.q.token, end - begin);
+    load<D, warps>(tile(stage, 1), g_head + 2 * begin * a.grad_out.token, 2 * a.grad_out.token, end - begin);
   };
   const int64_t bank = row < 0 ? 0 : row;
-  load<D>(k, head_of(a.k, bank, h), 2 * a.k.token, a.L);
-  load<D>(v, head_of(a.v, bank, h), 2 * a.v.token, a.L);
+  load<D, warps>(k, head_of(a.k, bank, h), 2 * a.k.token, a.L);
+  load<D, warps>(v, head_of(a.v, bank, h), 2 * a.v.token, a.L);
   load_tile(0, first);
   hopper::commit_copies();
   clear<D, S::depth>(k), clear<D, S::depth>(v);
   for (int stage = 0; stage < S::stages; ++stage) clear<D, S::depth>(tile(stage, 0)), clear<D, S::depth>(tile(stage, 1));
-  for (int key = threadIdx.x; key < KEYS; key += threads_per_block) bias[key] = key_bias(a, b, key);
+  for (int key = threadIdx.x; key < KEYS; key += S::threads) bias[key] = key_bias(a, b, key);
 
-  float sums[S::pieces][S::columns / 2];  // dV of the first warpgroup, dK / scale of the second
+  float sums[sets][S::pieces][S::columns / 2];  // dV and dK / scale; of the first warpgroup dV, of the second dK / scale
   FD_UNROLL
+  for (int set = 0; set < sets; ++set) FD_UNROLL
   for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
-  for (int i = 0; i < S::columns / 2; ++i) sums[piece][i] = 0.0f;
+  for (int i = 0; i < S::columns / 2; ++i) sums[set][piece][i] = 0.0f;
 
   float s[KEYS / 2], changes[KEYS / 2];  // S and dP
   const auto multiply_scores = [&](int stage) {
@@ -205,15 +217,19 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads
     hopper::commit_products();
   };
   const auto multiply_sums = [&](int stage) {
-    const Cores<queries> of_keys = group ? ds : p, tokens = tile(stage, 1 - group);
-    const hopper::Operand left = (S::by_dims ? tokens : of_keys).over_rows(0);
-    const hopper::Operand right = (S::by_dims ? of_keys : tokens).over_rows(0);
     hopper::begin_products();
     FD_UNROLL
-    for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
-    for (int i = 0; i < queries / 16; ++i)
-      hopper::multiply<S::columns, T, true, true>(sums[piece], left.after(piece * 8 * queries * 16 + i * p.next_rows),
-                                                  right.after(i * p.next_rows), true, S::rows - 64 * piece);
+    for (int set = 0; set < sets; ++set) {
+      const bool of_k = set + group;
+      const Cores<queries> of_keys = of_k ? ds : p, tokens = tile(stage, 1 - of_k);
+      const hopper::Operand left = (S::by_dims ? tokens : of_keys).over_rows(0);
+      const hopper::Operand right = (S::by_dims ? of_keys : tokens).over_rows(0);
+      FD_UNROLL
+      for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
+      for (int i = 0; i < queries / 16; ++i)
+        hopper::multiply<S::columns, T, true, true>(sums[set][piece], left.after(piece * 8 * p.next + i * p.next_rows),
+                                                    right.after(i * p.next_rows), true, S::rows - 64 * piece);
+    }
     hopper::commit_products();
   };
   unsigned char* const to = static_cast<unsigned char*>(a.grad_q.at) + 2 * (b * a.grad_q.batch + h * a.grad_q.head);
@@ -280,20 +296,24 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(threads
     }
   }
 
-  const float factor = group ? a.scale : 1.0f;
   const int first_row = 16 * (warp % 4) + lane / 4, first_column = 2 * (lane % 4);
   const int64_t step = a.H * a.D, across = S::by_dims ? 1 : step, along = S::by_dims ? step : 1;
   const int64_t at = slot_of(a, b * a.chunks + chunk, 0, h, 0) + first_row * across + first_column * along;
-  float* const partials = a.partials ? a.partials + at + (group ? 0 : a.B * a.chunks * a.L * step) : nullptr;
-  T* const whole = static_cast<T*>(group ? a.grad_k : a.grad_v) + at;
   FD_UNROLL
-  for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
-  for (int i = 0; i < S::columns / 2; ++i) {
-    const int rows = 64 * piece + 8 * (i / 2 % 2), columns = 8 * (i / 4) + i % 2;
-    if (first_row + rows >= (S::by_dims ? D : a.L) || first_column + columns >= (S::by_dims ? a.L : D)) continue;
-    const float x = sums[piece][i] * factor;
-    if (partials) partials[rows * across + columns * along] = x;
-    else whole[rows * across + columns * along] = from_float<T>(x);
+  for (int set = 0; set < sets; ++set) {
+    const bool of_k = set + group;
+    const float factor = of_k ? a.scale : 1.0f;
+    float* const partials = a.partials ? a.partials + at + (of_k ? 0 : a.B * a.chunks * a.L * step) : nullptr;
+    T* const whole = static_cast<T*>(of_k ? a.grad_k : a.grad_v) + at;
+    FD_UNROLL
+    for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
+    for (int i = 0; i < S::columns / 2; ++i) {
+      const int rows = 64 * piece + 8 * (i / 2 % 2), columns = 8 * (i / 4) + i % 2;
+      if (first_row + rows >= (S::by_dims ? D : a.L) || first_column + columns >= (S::by_dims ? a.L : D)) continue;
+      const float x = sums[set][piece][i] * factor;
+      if (partials) partials[rows * across + columns * along] = x;
+      else whole[rows * across + columns * along] = from_float<T>(x);
+    }
   }
 #else
   asm("trap;");
@@ -317,7 +337,8 @@ template <int D, int KEYS, typename T> const char* launch(const CrossAttentionBa
   if (const char* error =
           fd_error(cudaFuncSetAttribute(attention_gradients<D, KEYS, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)))
     return error;
-  FD_LAUNCH((attention_gradients<D, KEYS, T>), unsigned(a.B * a.H * a.chunks), threads_per_block, shared, queue.stream, a);
+  FD_LAUNCH((attention_gradients<D, KEYS, T>), unsigned(a.B * a.H * a.chunks), (Sizes<D, KEYS>::threads), shared, queue.stream,
+            a);
   if (a.partials) {
     const int64_t blocks = a.R * ceil_div(a.L * a.H * a.D, 4 * threads_per_block);
     FD_LAUNCH(add_chunks<T>, dim3(unsigned(blocks), 2), threads_per_block, 0, queue.stream, a);

@@ -175,7 +175,7 @@ def cross_attention_backward_work(device: str) -> Work:
     """Its gradients alone, over two tiles of queries; one sample's of K and V are not those of the row beside it."""
     g = torch.Generator().manual_seed(6)
     q, k, v, grad_out = (
-        torch.randn((2, n, 1, 80), generator=g).to(device, torch.bfloat16) for n in (150, 21, 21, 150)
+        torch.randn((2, n, 1, 160), generator=g).to(device, torch.bfloat16) for n in (150, 21, 21, 150)
     )  # fmt: skip
 
     def step() -> list[Tensor]:

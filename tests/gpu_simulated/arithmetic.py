@@ -133,6 +133,12 @@ def _field(parts: tuple[str, ...], kind: str, source: Source) -> Array:
     return value
 
 
+def _insert(parts: tuple[str, ...], kind: str, source: Source) -> Array:
+    a, b, begin, length = (source(i, "u32").astype(np.uint64) for i in range(4))
+    mask = ((np.uint64(1) << length) - np.uint64(1)) << begin
+    return (b & ~mask | a << begin & mask).astype(np.uint32)
+
+
 def _permute(parts: tuple[str, ...], kind: str, source: Source) -> Array:
     a, b, chosen = (source(i, "u32") for i in range(3))
     eight = np.ascontiguousarray(np.stack([a, b], 1)).view(np.uint8)
@@ -191,5 +197,6 @@ _INSTRUCTIONS: dict[str, Callable[[tuple[str, ...], str, Source], Array]] = {
     **dict.fromkeys(["and", "or", "xor", "not"], _bits),
     **dict.fromkeys(["shl", "shr"], _shift),
     "mul": _product, "mad": _multiply_add, "shf": _funnel, "bfe": _field, "prmt": _permute, "selp": _select,
+    "bfi": _insert, "cvta": lambda parts, kind, source: source(0, kind),
     "cvt": _convert, "fma": lambda parts, kind, source: _fma(kind, *(source(i, kind) for i in range(3))),
 }  # fmt: skip

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An interpreter of PTX: all threads of a block in lockstep, in NumPy.
 
-It covers what Triton makes of this project's kernels for sm_80 and sm_90a. Data of a cp.async arrives when it is waited
-for, a wgmma computes at once and holds its registers and shared memory until it is waited for.
+It covers what Triton makes of this project's kernels for sm_80 and sm_90a, and nvcc of cross_attention's. Data of a
+cp.async arrives when it is waited for, a wgmma computes at once and holds its registers and shared memory until it is
+waited for.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ class Block:
         if operand[:2].lower() in ("0f", "0d"):
             number = int(operand[2:], 16)
         else:
-            number = 0 if operand == "global_smem" else int(operand.rstrip("U"), 0)
+            begins = operand in self.kernel.arrays or operand in self.kernel.parameters
+            number = 0 if begins else int(operand.rstrip("U"), 0)
         n = BYTES[kind]
         return np.full(self.threads, number & (1 << 8 * n) - 1, UNSIGNED[n]).view(NUMPY.get(kind, UNSIGNED[n]))
 
@@ -231,12 +233,20 @@ class Block:
     def _do_ld(self, parts: tuple[str, ...], operands: tuple[Operand, ...], mask: Array) -> None:
         kind = parts[-1]
         if parts[1] == "param":
-            name, offset = address(operands[1])
-            raw = self.arguments[self.kernel.parameters[name][0]][offset : offset + BYTES[kind]]
-            self.put(operands[0], np.frombuffer(raw, NUMPY.get(kind, UNSIGNED[BYTES[kind]])), mask)
+            self._load_parameter(operands, kind, mask)
             return
         to = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
         self._spread(to, self._move(parts, operands[1], len(to) * BYTES[kind], mask, None), kind, mask)
+
+    def _load_parameter(self, operands: tuple[Operand, ...], kind: str, mask: Array) -> None:
+        """By name, or by an address in a register, which is one in the first parameter."""
+        name, offset = address(operands[1])
+        to = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
+        named = name in self.kernel.parameters
+        raw = np.frombuffer(self.arguments[self.kernel.parameters[name][0] if named else 0], np.uint8)
+        begin = np.zeros(self.threads, np.int64) if named else self.value(name, "s64").astype(np.int64)
+        n = len(to) * BYTES[kind]
+        self._spread(to, raw[np.where(mask, begin + offset, 0)[:, None] + np.arange(n)], kind, mask)
 
     def _do_st(self, parts: tuple[str, ...], operands: tuple[Operand, ...], mask: Array) -> None:
         source = operands[1] if isinstance(operands[1], tuple) else (operands[1],)

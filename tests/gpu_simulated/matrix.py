@@ -26,6 +26,8 @@ def descriptor(value: int, rows: int, depth: int, transposed: bool) -> NDArray[n
     mode = value >> 62 & 3
     row, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
     along, across = (row, k) if transposed else (k, row)
+    if mode == 0 and transposed:  # without a swizzle the stride is across the sum here, too
+        leading, stride = stride, leading
     elements = _SPAN[mode] // 2
     at = start + across // 8 * stride + across % 8 * _SPAN[mode] + along // elements * leading + along % elements * 2
     return at ^ ((at >> 7 & _SWIZZLE[mode]) << 4)

@@ -36,13 +36,14 @@ class Instruction:
 @dataclass
 class Kernel:
     """The entry of a module. ``parameters``: name -> (number, type). ``registers``: prefix or name -> bytes (0: a
-    predicate)."""
+    predicate). ``arrays``: names of shared memory whose size the launch gives, all of which begin at 0."""
 
     name: str
     parameters: dict[str, tuple[int, str]]
     registers: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    arrays: frozenset[str] = frozenset({"global_smem"})
 
     def width(self, register: str) -> int | None:
         """Bytes of a register; None for what is none."""
@@ -55,7 +56,7 @@ class Kernel:
         kept = [Instruction(i.line, None, nothing, ()) if re.match(pattern, str(i)) else i for i in self.instructions]
         if kept == self.instructions:
             raise ValueError(f"{self.name} has no instruction that matches {pattern!r}")
-        return Kernel(self.name, self.parameters, self.registers, kept, self.labels)
+        return Kernel(self.name, self.parameters, self.registers, kept, self.labels, self.arrays)
 
 
 def parse(text: str) -> Kernel:
@@ -64,15 +65,16 @@ def parse(text: str) -> Kernel:
     Raises:
         ValueError: there is none.
     """
-    head = re.search(r"\.visible \.entry (\w+)\((.*?)\)", text, re.S)
+    head = re.search(r"\.entry (\w+)\((.*?)\)", text, re.S)
     if head is None:
-        raise ValueError("no .visible .entry in the PTX")
+        raise ValueError("no .entry in the PTX")
     parameters = {}
     for i, declared in enumerate(filter(None, map(str.strip, head[2].split(",")))):
-        match = re.search(r"\.param\s+\.(\w+).*?(\w+)$", declared, re.S)
+        match = re.search(r"\.param\s+(?:\.align \d+ )?\.(\w+).*?(\w+)(?:\[\d+\])?$", declared, re.S)
         assert match is not None, declared
         parameters[match[2]] = (i, match[1])
     kernel = Kernel(head[1], parameters)
+    kernel.arrays |= set(re.findall(r"\.extern \.shared [^;]*?(\w+)\[\];", text))
     begin = text.index("{", head.end()) + 1
     line = text.count("\n", 0, begin) + 1
     body = re.sub(r"//[^\n]*|^\s*\.(?:loc|file)\b[^\n]*", "", text[begin:], flags=re.M)

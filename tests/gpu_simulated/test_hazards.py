@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernels import lint
 from benchmarks.kernels.sass import Instruction
+from fastdistill.ops import _native
 from tests.gpu_simulated.hazards import ACCUMULATOR_READ, ACCUMULATOR_WRITTEN, OPERAND_WRITTEN, hazards
 from tests.gpu_simulated.test_kernels import OLDEST, ROOT
 
@@ -59,6 +61,17 @@ def compiled(folder: Path | None) -> subprocess.CompletedProcess[str]:
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, "-W", "ignore", "-m", "tests.gpu_simulated.wgmmas"]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.skipif(_native.cuda_summary() != "built", reason="the CUDA kernels were not built")
+def test_the_cuda_kernels_with_wgmmas() -> None:
+    from fastdistill import _cuda
+
+    with_products = 0
+    for name, code in lint.code_of(_cuda.__file__).items():
+        with_products += any(i.name == "HGMMA" for i in code)
+        assert not hazards(code), name
+    assert with_products == 10
 
 
 @pytest.mark.slow

@@ -415,22 +415,23 @@ def test_gradients_by_warpgroups_of_masks_and_rows(
 
 
 @pytest.mark.parametrize("kernel", WARPGROUPS)
-@pytest.mark.parametrize("D", [80, 160])
-@pytest.mark.parametrize("blocks", [1, 8])
-def test_gradients_by_warpgroups_over_tiles(kernel: str, D: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One chunk of three tiles, which writes the gradients of K and V itself; and three chunks."""
+@pytest.mark.parametrize(("D", "queries"), [(40, 64), (80, 128), (160, 128)])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_gradients_by_warpgroups_over_tiles(
+    kernel: str, D: int, queries: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tiles in one chunk, which writes the gradients of K and V itself, and in three."""
     module = importlib.import_module("fastdistill.ops.cross_attention.cuda")
-    monkeypatch.setattr(module, "BLOCKS", blocks)
-    assert module.chunks_of(1, 300, 1) == ((384, 1) if blocks == 1 else (128, 3))
-    check_values(of_gradients(make(1, 300, 1, D, 77, torch.float16), device_of(kernel)), kernel)
+    monkeypatch.setattr(module, "chunks_of", lambda *_: (3 // chunks * queries, chunks))
+    check_values(of_gradients(make(1, 2 * queries + 44, 1, D, 77, torch.float16), device_of(kernel)), kernel)
 
 
 @pytest.mark.parametrize("kernel", WARPGROUPS)
 def test_gradients_by_warpgroups_of_nothing_and_of_what_is_not_there(kernel: str) -> None:
     """A sample without keys has none, one of a row that is not there has NaN and adds to no row."""
     device = device_of(kernel)
-    q, g = (randn(2, 20, 1, 80).half().to(device) for _ in range(2))
-    k, v = (randn(3, 9, 1, 80).half().to(device) for _ in range(2))
+    q, g = (randn(2, 20, 1, 160).half().to(device) for _ in range(2))
+    k, v = (randn(3, 9, 1, 160).half().to(device) for _ in range(2))
     mask = torch.tensor([True, False], device=device)[:, None].expand(2, 9).contiguous()
     for masks, rows in ((mask, [0, 2]), (None, [2, 3]), (None, [2, -1])):
         grads = [torch.empty_like(t) for t in (q, k, v)]
@@ -465,11 +466,21 @@ def test_gradients_by_warpgroups_of_slices(kernel: str) -> None:
             op(None, q, k, v, None, None, 0.2, g, got[0], got[1][:0], got[2][:0])
 
 
+def test_warpgroups_where_they_are_faster() -> None:
+    refuse = importlib.import_module("fastdistill.ops.cross_attention.cuda").refuse
+    for dim, first in ((40, False), (64, False), (72, True), (80, True), (160, True)):
+        q, k = (torch.zeros(1, n, 1, dim, dtype=torch.float16) for n in (128, 77))
+        assert (refuse(q, k, k, None, None, 0.1, q, q, k, k) is None) == first
+        with use("cuda"):
+            assert refuse(q, k, k, None, None, 0.1, q, q, k, k) is None
+
+
 def test_chunks_of_warpgroups() -> None:
     """As many as fill a GPU once, or nearly so; every query is in one."""
     chunks_of = importlib.import_module("fastdistill.ops.cross_attention.cuda").chunks_of
-    assert [chunks_of(16, n, 8) for n in (4096, 1024, 256)] == [(4096, 1), (1024, 1), (256, 1)]
-    assert chunks_of(4, 4096, 8) == (1024, 4) and chunks_of(1, 19, 1) == (128, 1)
-    for B, N, H in ((1, 4096, 8), (3, 1000, 10), (20, 77, 5)):
-        span, chunks = chunks_of(B, N, H)
-        assert span % 128 == 0 and (chunks - 1) * span < N <= chunks * span
+    shapes = (4096, 40), (1024, 80), (256, 160)
+    assert [chunks_of(16, n, 8, dim) for n, dim in shapes] == [(2048, 2), (1024, 1), (256, 1)]
+    assert chunks_of(4, 4096, 8, 80) == (1024, 4) and chunks_of(1, 19, 1, 40) == (64, 1)
+    for B, N, H, D in ((1, 4096, 8, 40), (3, 1000, 10, 64), (20, 77, 5, 160)):
+        span, chunks = chunks_of(B, N, H, D)
+        assert span % 64 == 0 and (chunks - 1) * span < N <= chunks * span

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _native
+from fastdistill.ops._dispatch import forced
 
-#: By head dim the fewest keys that it takes, and the most: Triton's tiles fit those below as well.
-KEYS = {40: (65, 80), 64: (65, 80), 72: (33, 120), 80: (1, 80), 160: (1, 80)}
-QUERIES = 128  # of a tile
-BLOCKS = 132  # one a multiprocessor of the largest GPU; of the shape alone, as sums are cut by it
+#: By head dim the fewest keys that it takes, and the most: below, Triton's tiles fit as well.
+KEYS = {40: (65, 80), 64: (65, 80), 72: (65, 120), 80: (65, 80), 160: (1, 80)}
+#: Head dims of blocks of one warpgroup, two a multiprocessor (the others have two, and it has one): Triton's kernel was
+#: faster on an H200 than two warpgroups, and one is unmeasured, so these run when they are asked for.
+SMALL = 40, 64
+MULTIPROCESSORS = 132  # of the largest GPU; a constant, as sums are cut by it
 _ALIGNED = 8  # elements of 16 bytes
 
 
@@ -35,6 +38,8 @@ def refuse(
     dim, keys = q.shape[3], k.shape[1]
     if dim not in KEYS:
         return f"a head dim of {dim}, where it takes {', '.join(map(str, KEYS))}"
+    if dim in SMALL and forced() != "cuda":
+        return f"a head dim of {dim}, for which Triton's kernel is the first choice"
     fewest, most = KEYS[dim]
     if not fewest <= keys <= most:
         return f"{keys} keys, where it takes {fewest} to {most}"
@@ -49,14 +54,15 @@ def refuse(
     return None
 
 
-def chunks_of(B: int, N: int, H: int) -> tuple[int, int]:
-    """Queries of a chunk and chunks of a sample, by which a GPU is full for the least time: a block takes its tiles,
-    and as long as two for K, V and its sums."""
-    tiles, heads = -(-N // QUERIES), B * H
-    counts = range(1, min(tiles, BLOCKS) + 1)
-    chunks = min(counts, key=lambda n: (-(-heads * n // BLOCKS) * (-(-tiles // n) + 2), n))
+def chunks_of(B: int, N: int, H: int, D: int) -> tuple[int, int]:
+    """Queries of a chunk, and chunks of a sample, by which a GPU is full for the least time: that of a block's tiles,
+    and of two more for K, V and its sums."""
+    queries, blocks = (64, 2 * MULTIPROCESSORS) if D in SMALL else (128, MULTIPROCESSORS)
+    tiles, heads = -(-N // queries), B * H
+    counts = range(1, min(tiles, blocks) + 1)
+    chunks = min(counts, key=lambda n: (-(-heads * n // blocks) * (-(-tiles // n) + 2), n))
     span = -(-tiles // chunks)
-    return span * QUERIES, -(-tiles // span)
+    return span * queries, -(-tiles // span)
 
 
 def cross_attention_backward(
@@ -66,7 +72,7 @@ def cross_attention_backward(
     """One launch, and one that adds where K and V have several chunks or samples a row; arguments as the
     reference's."""
     (B, N, H, D), (R, L) = q.shape, k.shape[:2]
-    span, chunks = chunks_of(B, N, H)
+    span, chunks = chunks_of(B, N, H, D)
     partial = chunks > 1 or rows is not None
     partials = torch.empty((2, B * chunks, L, H, D) if partial else 0, dtype=torch.float32, device=q.device)
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel of cross_attention's gradients, compiled for Hopper, computes them and does nothing it must not."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from fastdistill.ops.cross_attention import reference
+from tests.gpu_simulated import block, memory
+from tests.gpu_simulated.cuda import compiled, gradients, kernel
+from tests.gpu_simulated.driver import missing
+
+REASON = missing() or (None if shutil.which("nvcc") else "no nvcc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+#: Taken out, and what of it is found.
+PLANTED = {
+    "bar.sync": {memory.READ_AFTER_WRITE, memory.NO_BARRIER},
+    "fence.proxy.async": {memory.NO_FENCE},
+    "wgmma.wait_group": {block.ACCUMULATOR_READ, memory.NOT_AWAITED},
+    "cp.async.wait_group": {memory.COPY_UNDER_WAY, memory.NOT_AWAITED},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return compiled(tmp_path_factory.mktemp("ptx"))
+
+
+def inputs(dim: int, keys: int, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(dim)
+    return [torch.randn((2, n, 2, dim), generator=g).to(dtype) for n in (tokens, keys, keys, tokens)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("dim", "keys"), [(40, 77), (64, 80), (72, 120), (80, 77), (160, 77)])
+def test_gradients(text: str, dim: int, keys: int, chunks: int, dtype: torch.dtype) -> None:
+    """Each within what rounding of the products' operands allows, and nothing that must not be done."""
+    q, k, v, g = inputs(dim, keys, 400, dtype)
+    mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.7 if chunks == 2 else None
+    got, report = gradients(kernel(text, dim, dtype), q, k, v, mask, dim**-0.5, g, chunks)
+    assert not report, list(report.items())[:8]
+    exact = [torch.empty(t.shape, dtype=torch.float32) for t in (q, k, v)]
+    reference.cross_attention_backward(q, k, v, mask, None, dim**-0.5, g, *exact)
+    for one, two in zip(got, exact, strict=True):
+        assert (one.float() - two).norm() <= torch.finfo(dtype).eps * two.norm()
+
+
+@pytest.mark.parametrize("pattern", PLANTED)
+def test_an_instruction_that_it_lacks_is_found(text: str, pattern: str) -> None:
+    q, k, v, g = inputs(80, 77, 300, torch.bfloat16)
+    found: set[str] = set()
+    try:
+        _, report = gradients(kernel(text, 80, torch.bfloat16).without(pattern), q, k, v, None, 0.1, g, 1)
+        found |= {what for (what, _), _ in report.items()}
+    except memory.Fault as fault:
+        found.add(str(fault))
+    assert PLANTED[pattern] <= found, found
