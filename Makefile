@@ -85,9 +85,9 @@ build/triton-%: | setup
 	$(BIN)/pip install --quiet --no-deps --target $@.part triton==$*
 	mv $@.part $@
 
-# The site, in build/site; a warning is an error.
+# The site, in build/site; a warning is an error, which --quiet would hide.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -218,7 +218,8 @@ class AdamWEMA(torch.optim.AdamW):
         self._again = Prepared.of(trained, self, args, self._before)
 
     def weights(self, module: nn.Module, averaged: bool) -> dict[str, Tensor]:
-        """The trained parameters of a module by name: averages, or masters if there are any."""
+        """The trained parameters of a module by name: their averages, if these are asked for, or their float32 masters;
+        if there are none, the parameters themselves."""
         kinds = ("ema", "master") if averaged else ("master",)
         found = {}
         for name, p in module.named_parameters():

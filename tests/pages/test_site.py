@@ -62,6 +62,7 @@ def test_fields_in_the_text_of_a_class_are_attributes() -> None:
     [
         ("a.md", "[the report](../benchmarks/report.csv)", "the report (`benchmarks/report.csv`)"),
         ("a.md", "[benchmarks/results](../benchmarks/results).", "`benchmarks/results`."),
+        ("a.md", "[CONTRIBUTING.md](../CONTRIBUTING.md#tolerances)", "`CONTRIBUTING.md`"),
         ("api/a.md", "[a page](../ops.md)", "[a page](../ops.md)"),
         ("api/a.md", "[code](../../csrc)", "code (`csrc`)"),
     ],

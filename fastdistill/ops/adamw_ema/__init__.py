@@ -117,7 +117,8 @@ def adamw_ema(
 ) -> None:
     """One optimizer step in place, for all parameters of all groups at once; nothing is read back to the host.
 
-    If ``square_sum`` is not finite or ``found_inf`` is not 0, only gradients are zeroed and ``skipped`` goes up.
+    If ``square_sum`` is not finite or ``found_inf`` is not 0, nothing changes (with ``zero_grads`` gradients
+    are zeroed nevertheless) and ``skipped`` goes up.
 
     Args:
         params: N float32 tensors, the weights or their master copies.

@@ -72,8 +72,7 @@ def group_norm_silu(
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
-    """Group norm with the bias before it and the scale, shift and SiLU after it in a residual block, forward and
-    backward.
+    """Group norm with a bias before it, and scale, shift and SiLU after it, forward and backward.
 
     Args:
         x: [B, C, *positions], float32, bfloat16 or float16; contiguous or channels last, neither is copied (another
