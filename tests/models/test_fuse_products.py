@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -199,6 +200,69 @@ def test_compiled(name: str) -> None:
     assert_close("output", output, truth, own, 2.0)
     for key, gradient in true_gradients.items():
         assert_close(key, gradients["_orig_mod." + key], gradient, own_gradients[key], 3.0)
+
+
+def test_gradient_checkpointing() -> None:
+    model, inputs = laid_out(UNETS[0])
+    model.train()
+    fuse(model)
+    found = []
+    for switch in (model.enable_gradient_checkpointing, model.disable_gradient_checkpointing):
+        switch()  # type: ignore[operator]
+        found.append(run(model, [inputs])[1])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
+def test_adapters() -> None:
+    """Of peft: the layers that they take the place of are called, the others put together."""
+    peft = pytest.importorskip("peft")
+    model, inputs = laid_out(UNETS[0])
+    targets = ["to_q", "to_v", "conv1", "conv_shortcut", "proj_in", "proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    model.add_adapter(config)  # type: ignore[operator]
+    given = batches(inputs)
+    truth, true_gradients = run(copy.deepcopy(model).double(), [cast(i, torch.float64) for i in given])
+    eager, eager_gradients = run(model, given)
+    fuse(model)
+    output, gradients = run(model, given)
+    assert_close("output", output, truth, eager, 2.0)
+    for key, gradient in gradients.items():
+        assert_close(key, gradient, true_gradients[key], eager_gradients[key], 3.0)
+
+
+@pytest.fixture
+def process_group(tmp_path: Any) -> Any:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "SD3Transformer2DModel"])
+def test_sharded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks whose weights are gathered for a call: they are put together then, and values and gradients are those of
+    the whole model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    model, inputs = laid_out(name)
+    fuse(model)
+    output, gradients = run(copy.deepcopy(model), [inputs])
+    together = products._Projections.apply
+    calls = []
+    monkeypatch.setattr(products._Projections, "apply", lambda *args: (calls.append(1), together(*args))[1])
+    kinds = BasicTransformerBlock, JointTransformerBlock
+    for block in parts(model, *kinds):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found = model(**inputs).sample
+    weights = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view(found.shape)
+    (found * weights).sum().backward()
+    assert calls and torch.equal(found.detach(), output[0])
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad.full_tensor(), gradients[key][0])  # type: ignore[attr-defined]
 
 
 class Quantized(Tensor):
