@@ -136,6 +136,35 @@ def test_in_another_layout_convolutions_stay() -> None:
         assert not products.is_product(other, x.contiguous(memory_format=LAST))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_map_is_doubled_bit_by_bit(dtype: torch.dtype) -> None:
+    """NaN and -0 too; gradients and the derivatives of those are torch's."""
+    x = torch.randn(3, 16, 5, 4).to(dtype)
+    x[0, 0, 0, :2] = torch.tensor([torch.nan, -0.0])
+    x = x.contiguous(memory_format=LAST)
+    assert products.doubles(x)
+    expected, got = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"), products.doubled(x)
+    words = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(got.view(words), expected.view(words)) and got.stride() == expected.stride()
+    found = []
+    for double in (products.doubled, lambda x: torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")):
+        leaf = x.nan_to_num().requires_grad_()
+        (first,) = torch.autograd.grad(double(leaf).square().sum(), leaf, create_graph=True)
+        found += [first, *torch.autograd.grad(first.square().sum(), leaf)]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+def test_maps_that_are_not_doubled_so() -> None:
+    x = torch.randn(2, 16, 4, 4)
+    last = x.contiguous(memory_format=LAST)
+    assert products.doubles(last) and not products.doubles(x) and not products.doubles(last[:, :3])
+    assert not products.doubles(torch.randn(2, 6, 4, 4).contiguous(memory_format=LAST))
+    many = torch.randn(64, 4, 2, 2).contiguous(memory_format=LAST)
+    assert products.doubles(many) and not products.doubles(many.requires_grad_())
+    with torch.no_grad():
+        assert products.doubles(many)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("added", [False, True])
 def test_a_product_of_channels(bias: bool, added: bool) -> None:

@@ -22,6 +22,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from fastdistill.errors import InputError
@@ -31,6 +32,7 @@ from fastdistill.models.sharding import sharded
 
 _FORMS: dict[type, Form] = {
     ResnetBlock2D: convolutional.RESNET,
+    Upsample2D: convolutional.UPSAMPLE,
     Transformer2DModel: convolutional.TRANSFORMER,
     BasicTransformerBlock: transformer.BASIC,
     JointTransformerBlock: transformer.JOINT,
@@ -60,7 +62,7 @@ class Swap(NamedTuple):
 def fuse(model: nn.Module) -> list[Swap]:
     """Swap fused ops into a diffusers model, in place.
 
-    ``ResnetBlock2D``, ``Transformer2DModel``, ``BasicTransformerBlock`` (U-Nets, DiT, PixArt), SD3's
+    ``ResnetBlock2D``, ``Upsample2D``, ``Transformer2DModel``, ``BasicTransformerBlock`` (U-Nets, DiT, PixArt), SD3's
     ``JointTransformerBlock``, ``FluxTransformerBlock``, ``FluxSingleTransformerBlock``, ``SanaTransformerBlock``,
     ``GEGLU``, and attentions with a processor ``AttnProcessor2_0``, ``JointAttnProcessor2_0``, ``FluxAttnProcessor`` or
     ``SanaAttnProcessor2_0``. Blocks of other classes, subclasses of these, and blocks whose norms or ``forward`` were

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdistill.models.fuse.form import Form, altered, instead_of
-from fastdistill.models.fuse.products import biased_sum, convolved, is_product, pointwise
+from fastdistill.models.fuse.products import biased_sum, convolved, doubled, doubles, is_product, pointwise
 from fastdistill.ops import group_norm_silu
 from fastdistill.ops._check import FLOATS
 
@@ -97,6 +98,29 @@ def _fits(block: ResnetBlock2D, temb: Tensor | None, batch: int) -> bool:
 
 
 RESNET = Form(_refuse_resnet, {"forward": _resnet})
+
+
+def _refuse_upsample(block: Upsample2D) -> str | None:
+    if block.norm is not None or block.use_conv_transpose or not block.interpolate:
+        return "it does more than repeat positions"
+    return None
+
+
+@instead_of(Upsample2D, "forward", _refuse_upsample)
+def _upsample(
+    block: Upsample2D, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Positions are repeated by 16 bytes at once."""
+    if args or kwargs or output_size is not None or not doubles(hidden_states):
+        result: Tensor = Upsample2D.forward(block, hidden_states, output_size, *args, **kwargs)
+        return result
+    x = doubled(hidden_states)
+    if block.use_conv:
+        x = block.conv(x) if block.name == "conv" else block.Conv2d_0(x)
+    return x
+
+
+UPSAMPLE = Form(_refuse_upsample, {"forward": _upsample})
 
 
 def _refuse_transformer(model: Transformer2DModel) -> str | None:
