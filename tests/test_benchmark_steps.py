@@ -212,7 +212,9 @@ def test_names_of_our_kernels_say_what_they_are_for() -> None:
         "noise_gather": "other",
     }
     of |= dict.fromkeys(("feature_match", "output_match", "scale_gradients"), "loss")
-    of |= dict.fromkeys(("group_norm_silu", "layer_norm_modulate", "geglu", "add_bias"), "norms+activations")
+    of |= dict.fromkeys(
+        ("group_norm_silu", "layer_norm_modulate", "geglu", "add_bias", "bias_gradient"), "norms+activations"
+    )
     with (ROOT / "benchmarks" / "kernels" / "report.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["backend"] == "triton"]
     assert len(rows) > 50

@@ -91,6 +91,11 @@ def _add_bias() -> None:
     _module("add_bias").add_bias(x, x, bias, x)
 
 
+def _bias_gradient() -> None:
+    grad, total = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((131072, 320), (320,)))
+    _module("add_bias").bias_gradient(grad, total)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     **{
         f"{name}{suffix}": make(*arguments)
@@ -127,5 +132,6 @@ LAUNCHES: dict[str, Callable[[], None]] = {
         )
     },
     "add_bias": _add_bias,
+    "bias_gradient": _bias_gradient,
     "geglu_backward bias": _geglu(torch.bfloat16, False, True, summed=True),
 }

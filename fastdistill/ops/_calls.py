@@ -84,6 +84,12 @@ def _add_bias(a: Arguments) -> None:
     _like("y", a.y, a.x.shape, a.x.dtype)
 
 
+def _bias_gradient(a: Arguments) -> None:
+    _check.dtype(a.grad, "grad", *_check.FLOATS)
+    _check.shape(a.grad, "grad", (None, None), "[N, C]")
+    _like("total", a.total, a.grad.shape[1:], *_check.FLOATS)
+
+
 def _small(a: Arguments, given: dict[str, Sequence[int] | None]) -> None:
     """The gradients that the bits of ``wanted`` name, in their order."""
     _check.require(0 <= a.wanted < 2 ** len(given), "wanted", f"{len(given)} bits", a.wanted)
@@ -204,6 +210,7 @@ def _cross_attention(a: Arguments) -> None:
 
 CHECKS: dict[str, Callable[[Arguments], None]] = {
     "add_bias": _add_bias,
+    "bias_gradient": _bias_gradient,
     "geglu": _geglu,
     "geglu_backward": _geglu,
     "group_norm_silu": _group_norm,

@@ -16,6 +16,7 @@ import torch._inductor
 import torch._inductor.config
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from fastdistill.errors import InputError
@@ -125,6 +126,7 @@ def test_what_is_reported_runs_fused(name: str) -> None:
     finally:
         sys.setprofile(None)
     assert all(inspect.unwrap(op).__code__ in run for op in OPS[name])
+    left.discard(inspect.unwrap(Upsample2D.forward).__code__)  # which does what it did on a CPU
     if name.startswith("Sana"):  # its other attentions are left to diffusers
         left.discard(inspect.unwrap(Attention.forward).__code__)
     assert kinds and not left & run

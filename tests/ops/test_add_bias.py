@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import add_bias, use
+from fastdistill.ops.add_bias import with_bias
 from tests.harness import Case, check_fake, check_op, crossed, evaluate, generator, kernels_of, layouts
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -37,6 +38,49 @@ def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: str) -> Non
     thorough = dtype == torch.float32 and shape == "map"
     compiled = ("aot_eager", "inductor") if thorough else ()
     check_op(make(SHAPES[shape], dtype), kernel, compiled=compiled, registration=thorough)
+
+
+#: Rows of several programs, columns of several, rows that are a part of wider ones.
+ROWS = {"few": (5, 7), "one": (1, 1), "rows": (300, 6), "columns": (70, 130), "apart": (150, 70)}
+
+
+@pytest.mark.parametrize("kernel", kernels_of("bias_gradient"))
+@crossed("dtype, shape", FLOATS, ROWS)
+def test_sums_of_rows(kernel: str, dtype: torch.dtype, shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("fastdistill.ops.add_bias.triton")
+    monkeypatch.setattr(triton, "PROGRAMS", 2)
+    n, c = ROWS[shape]
+    grad = torch.randn(n, 2 * c, generator=generator(n)).to(dtype)
+    grad = grad[:, c:] if shape == "apart" else grad[:, c:].contiguous()
+    exact, total = grad.double().sum(0), torch.empty(c, dtype=dtype)
+    with use(kernel):
+        torch.ops.fastdistill.bias_gradient(grad, total)
+        again = torch.empty_like(total)
+        torch.ops.fastdistill.bias_gradient(grad, again)
+    eps = torch.finfo(dtype).eps
+    assert torch.equal(total, again)
+    size = grad.double().abs().sum(0).max().item()
+    torch.testing.assert_close(total.double(), exact, rtol=eps, atol=4 * torch.finfo(torch.float32).eps * size)
+
+
+@pytest.mark.parametrize("kernel", kernels_of("bias_gradient"))
+def test_a_bias_that_was_added(kernel: str) -> None:
+    """Values and gradients of h are as they are; of a bias of another dtype, too, and a second derivative."""
+    h = torch.randn(2, 5, 6, generator=generator(3)).requires_grad_()
+    bias = torch.randn(6, generator=generator(4)).double().requires_grad_()
+    bias = bias.detach().bfloat16().requires_grad_()
+    with use(kernel):
+        y = with_bias(h + bias.detach(), bias)
+        dh, dbias = torch.autograd.grad(y.sin().sum(), (h, bias))
+    expected = (h + bias.detach().float()).cos()
+    assert torch.equal(y, h + bias.detach()) and torch.equal(dh, expected)
+    torch.testing.assert_close(dbias.float(), expected.sum((0, 1)), rtol=1e-2, atol=1e-2)
+    found = []
+    for function in (lambda h, b: with_bias(h + b.detach(), b), lambda h, b: h + b):
+        inputs = [t.detach().double().requires_grad_() for t in (h, bias)]
+        first = torch.autograd.grad(function(*inputs).pow(3).sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))  # type: ignore[arg-type]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

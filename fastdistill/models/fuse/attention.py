@@ -17,7 +17,7 @@ from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, cat
 
 from fastdistill.models.fuse.form import Form, instead_of, own
-from fastdistill.models.fuse.products import projected
+from fastdistill.models.fuse.products import affine, projected
 from fastdistill.ops import attention, cross_attention
 from fastdistill.ops._check import FLOATS
 
@@ -83,7 +83,7 @@ def _attend_to(attn: Attention, x: Tensor, context: Tensor, mask: Tensor | None)
 
 
 def _out(attn: Attention, out: Tensor, x: Tensor) -> Tensor:
-    out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
+    out = attn.to_out[1](affine(attn.to_out[0], out.flatten(2)))
     if attn.residual_connection:
         out = out + x
     return out if attn.rescale_output_factor == 1.0 else out / attn.rescale_output_factor

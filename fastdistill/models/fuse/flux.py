@@ -20,7 +20,7 @@ from torch import Tensor, cat, nn
 from fastdistill.models.fuse.attention import autocasted, fits
 from fastdistill.models.fuse.form import Form, altered, instead_of, own
 from fastdistill.models.fuse.products import projected
-from fastdistill.models.fuse.transformer import add, add_norm, chunks, modulated, per_sample
+from fastdistill.models.fuse.transformer import add, add_norm, chunks, feed_forward, modulated, per_sample
 from fastdistill.ops import attention
 
 Rotary = tuple[Tensor, Tensor]
@@ -65,12 +65,12 @@ def _double(
         hidden_states=y, encoder_hidden_states=prompt, image_rotary_emb=image_rotary_emb, **given
     )
     y, x = add_norm(block.norm2, x, h, gate_msa, (scale_mlp, shift_mlp))
-    x = add(x, block.ff(y), gate_mlp)
+    x = add(x, feed_forward(block.ff, y), gate_mlp)
     for of_image in of_images:  # prompts that are images
         x = x + of_image
     gate, shift, scale, last = theirs
     y, context = add_norm(block.norm2_context, context, of_context, gate, (scale, shift))
-    return _clipped(add(context, block.ff_context(y), last)), x
+    return _clipped(add(context, feed_forward(block.ff_context, y), last)), x
 
 
 DOUBLE = Form(_refuse_double, {"forward": _double})

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import (
     AdaLayerNormContinuous,
     AdaLayerNormZero,
@@ -97,8 +98,8 @@ def own(kind: type, name: str) -> Any:
 _FORWARD: dict[type, Any] = {
     kind: own(kind, "forward")
     for kind in (
-        nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Conv2d, nn.Linear, AdaLayerNormContinuous, AdaLayerNormZero,
-        AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX,
+        nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Conv2d, nn.Linear, FeedForward, AdaLayerNormContinuous,
+        AdaLayerNormZero, AdaLayerNormZeroSingle, SD35AdaLayerNormZeroX,
     )
 }  # fmt: skip
 

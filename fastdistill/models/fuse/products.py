@@ -16,8 +16,8 @@ from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 from fastdistill.models.fuse.form import altered
-from fastdistill.ops import add_bias
 from fastdistill.ops._dispatch import quiet
+from fastdistill.ops.add_bias import add_bias, with_bias
 
 #: Device types: cuDNN writes what it has convolved and torch adds the bias then, while oneDNN adds it as it writes.
 PLACES = {"cuda"}
@@ -66,8 +66,23 @@ def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and conv.bias is not None:
         bias = conv.bias + bias
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    out = F.linear(rows, conv.weight.flatten(1), conv.bias if bias is None else bias)
+    out = _affine(rows, conv.weight.flatten(1), conv.bias if bias is None else bias)
     return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def affine(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer of [..., C]; the gradient of its bias, which torch sums slowly, by an op of its own."""
+    if not saves(x) or not plain(layer, kind=nn.Linear):
+        result: Tensor = layer(x)
+        return result
+    assert isinstance(layer, nn.Linear)
+    return _affine(x, layer.weight, layer.bias)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or not quiet():
+        return F.linear(x, weight, bias)
+    return with_bias(F.linear(x, weight, bias.detach()), bias)
 
 
 def biased_sum(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward, JointTransformerBlock
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
 from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastdistill.models.fuse.attention import autocasts
 from fastdistill.models.fuse.form import Form, Part, altered, instead_of, own
-from fastdistill.models.fuse.products import plain, saves
+from fastdistill.models.fuse.products import affine, plain, saves
 from fastdistill.ops import geglu, layer_norm_modulate, residual_layer_norm_modulate
 from fastdistill.ops._check import FLOATS
 
@@ -130,7 +130,18 @@ def _basic(
         gate = None
     last = block.norm2 if block.norm_type == "ada_norm_single" else block.norm3
     y, x = add_norm(last, x, h, gate, (scale_mlp, shift_mlp))
-    return add(x, block.ff(y), gate_mlp)
+    return add(x, feed_forward(block.ff, y), gate_mlp)
+
+
+def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+    """Layer by layer, as the class does it."""
+    if not saves(x) or altered((("ff", ff, FeedForward),)) is not None:
+        result: Tensor = ff(x)
+        return result
+    assert isinstance(ff, FeedForward)
+    for layer in ff.net:
+        x = affine(layer, x)
+    return x
 
 
 BASIC = Form(_refuse_basic, {"forward": _basic})
@@ -207,12 +218,12 @@ def _joint(
         second = block.attn2(hidden_states=modulated(block.norm1.norm, x, (scale2, shift2)), **given)
         x, h, gate_msa = add(x, h, gate_msa), second, gate2
     y, x = add_norm(block.norm2, x, h, gate_msa, (scale_mlp, shift_mlp))
-    x = add(x, block.ff(y), gate_mlp)
+    x = add(x, feed_forward(block.ff, y), gate_mlp)
     if block.context_pre_only:
         return None, x
     _, _, gate, shift, scale, last = theirs
     y, context = add_norm(block.norm2_context, context, of_context, gate, (scale, shift))
-    return add(context, block.ff_context(y), last), x
+    return add(context, feed_forward(block.ff_context, y), last), x
 
 
 JOINT = Form(_refuse_joint, {"forward": _joint})

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a residual block in one pass: the residual, what was added to it, and the bias of that: y = x + h + bias.
 
-For convolutions whose library would add the bias in a pass of its own.
+For convolutions whose library would add the bias in a pass of its own. ``with_bias`` is for products that have added a
+bias: its gradient, the sum over rows, in one pass at the speed of memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import apply, remember, wanted
+from fastdistill.ops._backward import apply, is_differentiated, kind_of, remember, wanted, with_its_kernel
 from fastdistill.ops._dispatch import Kernel, Kind, later, register
 from fastdistill.ops.add_bias import reference
 
@@ -25,6 +26,18 @@ _add_bias = register(
         Kernel("triton", "cuda", later(f"{__name__}.triton", "add_bias"), _native.triton_reason, reference.refuse)
     ],
 )
+_bias_gradient = register(
+    "bias_gradient",
+    "(Tensor grad, Tensor(a!) total)",
+    summary="the sum of rows",
+    reference=reference.bias_gradient,
+    kernels=[
+        Kernel(
+            "triton", "cuda", later(f"{__name__}.triton", "bias_gradient"), _native.triton_reason,
+            reference.refuse_gradient,
+        )
+    ],
+)  # fmt: skip
 
 
 def add_bias(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
@@ -72,12 +85,47 @@ def _forward(kind: Kind | None, x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
 class _AddBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: Kind | None, x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
-        ctx.bias = bias.dtype
+        ctx.dtype = bias.dtype
         remember(ctx, kind)
         return _forward(kind, x, h, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, x, h, bias = ctx.needs_input_grad
-        total = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias) if bias else None
-        return None, grad if x else None, grad if h else None, total
+        return None, grad if x else None, grad if h else None, _summed(ctx, grad) if bias else None
+
+
+def with_bias(h: Tensor, bias: Tensor) -> Tensor:
+    """h [..., C] as it is, to which ``bias`` [C] has been added as a constant (``bias.detach()``): its gradient is the
+    sum of h's over the rows."""
+    result: Tensor = _WithBias.apply(h, bias)
+    return result
+
+
+class _WithBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        remember(ctx, None)
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        h, bias = ctx.needs_input_grad
+        return grad if h else None, _summed(ctx, grad) if bias else None
+
+
+def _summed(ctx: Any, grad: Tensor) -> Tensor:
+    """The sum over all but the last dimension, in the dtype of the bias."""
+    rows = grad.flatten(0, -2)
+    if is_differentiated() or not rows.numel() or rows.dtype not in _check.FLOATS:
+        return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(ctx.dtype)
+    total: Tensor = _sum(ctx, rows if rows.stride(1) == 1 else rows.contiguous())
+    return total
+
+
+@with_its_kernel
+def _sum(ctx: Any, rows: Tensor) -> Tensor:
+    total = rows.new_empty(rows.shape[1], dtype=ctx.dtype)
+    _bias_gradient(kind_of(ctx, rows), rows, total)
+    return total

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -13,6 +14,18 @@ def refuse(x: Tensor, h: Tensor, bias: Tensor, y: Tensor) -> str | None:
     return None if y.numel() else "a tensor is empty"
 
 
+def refuse_gradient(grad: Tensor, total: Tensor) -> str | None:
+    """See ``refuse``; rows may be apart."""
+    if grad.stride(1) != 1 or not total.is_contiguous():
+        return "numbers of a row must be side by side"
+    return None if grad.numel() else "a tensor is empty"
+
+
 def add_bias(x: Tensor, h: Tensor, bias: Tensor, y: Tensor) -> None:
     """Fill ``y`` [..., C] with x + h + bias, x and h like it, bias [C]; float32 inside."""
     y.copy_(x.float() + h.float() + bias.float())
+
+
+def bias_gradient(grad: Tensor, total: Tensor) -> None:
+    """Fill ``total`` [C] with the sum of the rows of ``grad`` [N, C]; float32 inside."""
+    total.copy_(grad.sum(0, dtype=torch.float32))
