@@ -237,7 +237,8 @@ class BoundObjective(Protocol):
     every time, and the next call takes it from there. ``taught``: whether there is one.
     ``trained`` holds modules that are trained, clipped and checkpointed beside the student, and dropped at export.
     ``state``, where it has one, holds tensors by name that the steps change and a checkpoint keeps; their second axis
-    goes over the samples of the processes.
+    goes over the samples of the processes. ``common`` has tensors that are the same on every rank, ``sums`` integers of
+    which every rank has a part of the sum: a checkpoint keeps them, too.
     """
 
     @property

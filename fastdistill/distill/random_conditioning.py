@@ -23,8 +23,10 @@ from fastdistill.data.staged import Batches
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
 from fastdistill.diffusion.matching import GAMMA, LossWeighting
 from fastdistill.distill.knowledge import Knowledge, Weights
+from fastdistill.distill.measured import MEASURED, MeasuredProbability, Measurement
 from fastdistill.distill.objective import Setting
 from fastdistill.distill.rolling import Rolling, RollingStates
+from fastdistill.errors import InputError
 from fastdistill.ops import Draw
 from fastdistill.ops.feature_match import Distance
 from fastdistill.train.config import validated
@@ -35,7 +37,9 @@ class RandomConditioning:
     """The objective's settings, checked where they are used; the defaults are the paper's.
 
     probability: name of p(t) (``fastdistill.diffusion.conditioning``) or a function of t/T; its ``parameters`` by name.
-        ``"const"`` with ``{"value": 0.0}`` is plain distillation on the latents' own prompts.
+        ``"const"`` with ``{"value": 0.0}`` is plain distillation on the latents' own prompts. ``"measured"``: from how
+        much the teacher's answer depends on the prompt at each t, measured before the first step
+        (``fastdistill.distill.measured``), with its points, samples and power.
     null_probability: how often the null prompt replaces whichever was chosen.
     weights: of output, feature and task loss. feature_distance: the plain mean square, each tap's normalized by the
         teacher feature's, Huber's or the cosine's (``fastdistill.feature_match``, whose eps and delta are the
@@ -56,7 +60,10 @@ class RandomConditioning:
     rolling: Rolling = Rolling()
 
     def p(self, T: int | Tensor) -> Tensor:
-        """[T] float64: the probability of a random prompt at each timestep."""
+        """[T] float64: the probability of a random prompt at each timestep; InputError where a run measures it."""
+        if self.probability == MEASURED:
+            rule = "a p(t) that is known before the first step of a run"
+            raise InputError.of("probability", rule, repr(MEASURED))
         return replacement_probability(self.probability, T, **self.parameters)
 
     def bind(self, setting: Setting) -> BoundRandomConditioning:
@@ -89,9 +96,15 @@ class BoundRandomConditioning:
         self.whole = "the normalized distance of features" if config.feature_distance == "normalized_mse" else ""
         self.metric_names, self.tapped = self._knowledge.metric_names, self._knowledge.tapped
         self.trained: tuple[nn.Module, ...] = self._knowledge.trained
+        self._measured: MeasuredProbability | None = None
+        if config.probability == MEASURED:
+            self._measured = MeasuredProbability(Measurement.of(config.parameters), setting)
+            replace = self._measured.replace
+        else:
+            replace = thresholds(config.p(setting.schedule.clock))
         self._make_batches = functools.partial(
             setting.batches,
-            thresholds(config.p(setting.schedule.clock)),
+            replace,
             coefficients,
             null_probability=config.null_probability,
             with_replacement=config.with_replacement,
@@ -106,7 +119,13 @@ class BoundRandomConditioning:
     def state(self) -> dict[str, Tensor]:
         return {} if self._rolling is None else self._rolling.state
 
+    @property
+    def common(self) -> dict[str, Tensor]:
+        return {} if self._measured is None else self._measured.common
+
     def prepare(self, seed: int, step: int) -> None:
+        if self._measured is not None and self._measured.prepare(seed):
+            self._batches.refresh()
         self._knowledge.attach()
         self._batches.prepare(seed, step)
         if self._rolling is not None:
@@ -115,6 +134,8 @@ class BoundRandomConditioning:
     def close(self) -> None:
         self._knowledge.close()
         self._batches.close()
+        if self._measured is not None:
+            self._measured.close()
         if self._rolling is not None:
             self._rolling.close()
 

@@ -136,7 +136,7 @@ class RandomConditioningSettings:
     """Random conditioning (arXiv 2504.02011)."""
 
     probability: str = "exp"
-    """Name of p(t), the probability of a random prompt: exp, exp_two_sided, sigmoid, quadratic or const."""
+    """Name of p(t), the probability of a random prompt: exp, exp_two_sided, sigmoid, quadratic, const or measured."""
     parameters: dict[str, float] = field(default_factory=dict)
     """Parameters of p(t) by name."""
     null: Annotated[float, Field(ge=0, le=1)] = 0.1
