@@ -6,9 +6,9 @@ A latent x of the cache with its own prompt c, noise z and a random prompt c' of
     x_t = s x + n z,    d(t)^2 = E | x_0(T(x_t, t, c)) - x_0(T(x_t, t, c')) |^2,    p(t) = (d(t) / max d)^power
 
 x_0(y) = (b x_t - n y) / (s b - n a) is the clean sample that an output y = a x_0 + b eps stands for, so that levels and
-types of prediction are compared in one unit: d is n / |s b - n a| times the distance of the outputs. Where the image in
-x_t already answers for the teacher, d is small, and a random prompt next to it is a sample that no sampler visits; where
-the prompt answers, d is large, and the latent is as good as any other.
+types of prediction are compared in one unit: d is n / |s b - n a| times the distance of the outputs. Where the image
+in x_t already answers for the teacher, d is small, and a random prompt next to it is a sample that no sampler visits;
+where the prompt answers, d is large, and the latent is as good as any other.
 """
 
 from __future__ import annotations
