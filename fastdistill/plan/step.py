@@ -165,7 +165,7 @@ def _buffers(step: TrainStep) -> list[Tensor]:
     own = [getattr(knowledge, name, None) for name in ("_gradient", "_gradients", "_held")]
     kinds = (getattr(step.objective, kind, {}) for kind in ("state", "common", "sums"))
     kept = [value for kind in kinds for value in kind.values()]
-    return _leaves([*own, *kept, step.counter, step.totals, step._rates])
+    return _leaves([*own, *kept, step.counter, step.totals, step._rates, step._averages])
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
