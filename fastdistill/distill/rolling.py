@@ -47,7 +47,7 @@ class Rolling:
     steps: Annotated[int, Field(ge=1)] = 20
     groups: Annotated[int, Field(ge=1, le=1024)] = 8
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    null: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    null: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class RollingStates:

@@ -128,7 +128,7 @@ class RollingSettings:
     """Groups of states that take turns, one a step."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Limit of the magnitude of the predicted clean sample; none: none."""
-    null: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    null: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How often a state is shown with the null prompt, and rests."""
 
 
