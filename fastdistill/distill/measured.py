@@ -69,7 +69,9 @@ class Measurement:
         if largest == 0:  # the prompt says nothing to it
             return torch.zeros(T, dtype=torch.float64, device="cpu")
         t = torch.arange(T, dtype=torch.float64, device="cpu")
-        right = torch.searchsorted(at, t).clamp(1, len(at) - 1) if len(at) > 1 else torch.zeros(T, dtype=torch.int64)
+        right = (
+            torch.searchsorted(at, t).clamp(1, len(at) - 1) if len(at) > 1 else torch.zeros_like(t, dtype=torch.int64)
+        )
         left = (right - 1).clamp_min(0)
         share = ((t - at[left]) / (at[right] - at[left]).clamp_min(1.0)).clamp(0, 1)
         between = d[left] + share * (d[right] - d[left])
@@ -82,9 +84,9 @@ def prompt_dependence(setting: Setting, measurement: Measurement, seed: int) -> 
     are drawn by counter, those of all points are the same. ``setting.micro_batch`` or ``batch`` of them are in the
     teacher at once. Of latents of several shapes those of the first are used."""
     device, count = setting.device, measurement.samples
-    clean_and_noise = torch.tensor([[1.0, 0.0, 0.0, 1.0]], device=device)
+    clean_and_noise = torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float32, device=device)
     whole = dataclasses.replace(
-        setting, batch=count, global_batch=None, first_sample=0, micro_batch=None, others=(), trajectory=None
+        setting, batch=count, global_batch=None, first_sample=0, micro_batch=None, others=(), trajectory=None, ahead=1
     )
     counter = torch.tensor([seed + _OWN_KEY, 0], device=device)
     drawn = []

@@ -117,7 +117,7 @@ class RegionSampler:
         for was, amount, count in zip(before, total, seen, strict=True):
             mean = amount / _FRACTION / max(count, 1)
             after.append(was if not count else mean if was < 0 else decay * was + (1 - decay) * mean)
-        self.distance.copy_(torch.tensor(after, dtype=torch.float64))
+        self.distance.copy_(torch.tensor(after, dtype=torch.float64, device="cpu"))
         self._write(after)
         self.total.zero_()
         self.seen.zero_()

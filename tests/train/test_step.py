@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistill.distill import Weights
+from fastdistill.distill import Regions, Rolling, Weights
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import KernelError
@@ -44,6 +44,9 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "random conditioning": small.objective,
     "every loss": lambda made: small.objective(made, weights=Weights(1.0, 0.5, 0.25), feature_distance="cosine"),
     "denoising": lambda made: Denoising(5.0),
+    "regions and rolling states": lambda made: small.objective(
+        made, probability="measured", regions=Regions(count=3, every=2), rolling=Rolling(every=2, groups=1, null=0.5)
+    ),
 }
 
 
