@@ -60,6 +60,11 @@ class Buckets:
         """As ``Batches.task``."""
         return self._part().task(draw, self._counter)
 
+    def refresh(self) -> None:
+        """As ``Batches.refresh``."""
+        for part in self._parts:
+            part.refresh()
+
     def close(self) -> None:
         for part in self._parts:
             part.close()

@@ -192,6 +192,12 @@ class Batches:
             return Task.of(draw, self._tables[0], self._tables[3], counter, self._options.get("first_sample", 0))
         return Task(draw.target, self._rows[: len(draw.choice)], draw.choice, self._as_stored, counter)
 
+    def refresh(self) -> None:
+        """The table ``replace`` has changed in its place: what was read ahead is drawn anew."""
+        if self._index is not None:
+            self.close()
+            self._index.replace.copy_(self._tables[4])
+
     def close(self) -> None:
         """Stop reading ahead, after the batch that is being read; ``prepare`` begins it again."""
         if self._reader is not None:
@@ -244,7 +250,8 @@ class _Index:
         self, batch: int, latent_prompts: Tensor, coefficients: Tensor, replace: Tensor, options: dict[str, Any]
     ) -> None:
         nothing = torch.zeros(batch, 1, device="cpu")
-        self._tables = nothing, latent_prompts, nothing, coefficients, replace
+        self.replace = replace.clone()
+        self._tables = nothing, latent_prompts, nothing, coefficients, self.replace
         self._options = options | {"batch": batch}
 
     def __call__(self, seed: int, step: int) -> tuple[Tensor, Tensor]:

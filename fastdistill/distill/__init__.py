@@ -5,6 +5,7 @@ from fastdistill.distill.guidance import GuidanceDistillation
 from fastdistill.distill.knowledge import Weights
 from fastdistill.distill.objective import BoundObjective, Objective, Setting
 from fastdistill.distill.random_conditioning import RandomConditioning
+from fastdistill.distill.regions import Regions
 from fastdistill.distill.rolling import Rolling
 from fastdistill.distill.trajectory import TrajectoryCache, generate_trajectory_cache
 
@@ -13,6 +14,7 @@ __all__ = [
     "GuidanceDistillation",
     "Objective",
     "RandomConditioning",
+    "Regions",
     "Rolling",
     "Setting",
     "TrajectoryCache",

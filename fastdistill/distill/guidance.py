@@ -205,7 +205,8 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
             return torch.where(without, 0.0, self._guiding(conditional, unconditional, batch.timestep, scale))
 
         task = self._batches.task(batch, counter) if self._weights.task else None
-        return self._knowledge(batch, task, weights, None if self._embed is None else self._embed(scale))
+        condition = None if self._embed is None else self._embed(scale)
+        return self._knowledge(batch, task, weights, condition, **self._observers(batch, counter))
 
 
 def _check_trajectory(config: GuidanceDistillation, setting: Setting) -> Tensor:

@@ -147,9 +147,11 @@ class Knowledge:
         guidance: Callable[[Tensor, Tensor], Tensor] | None = None,
         timestep_cond: Tensor | None = None,
         outputs: Callable[[Tensor | None, Tensor], object] | None = None,
+        distances: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss and ``metric_names`` (unweighted, but the first); the task loss needs ``task``, and where there is
-        ``null`` the output loss ``guidance``. ``outputs`` is called with those of teacher and student."""
+        ``null`` the output loss ``guidance``. ``outputs`` is called with those of teacher and student,
+        ``distances`` with the unweighted mean square [B] by which the outputs of each sample differ."""
         branch = self._branch if has_streams(draw.x_t) else None
         taught: Taught | tuple[None, None, list[Tensor]] = (None, None, [])
         if self._held is not None:
@@ -164,9 +166,11 @@ class Knowledge:
             outputs(target, output)
         loss, parts = self._zero, {"output": self._zero, "feature": self._zero, "task": self._zero}
         if (target is not None and self.weights.output) or task is not None:
-            loss, (parts["output"], parts["task"]) = self._match(
+            loss, (parts["output"], parts["task"]), samples = self._match(
                 output, target, draw.timestep, task, unconditional, guidance
             )
+            if distances is not None:
+                distances(samples[:, 0])
         taps: tuple[Tensor, ...] = ()
         if self.weights.feature:
             matched, spread = self._match_features(theirs)
@@ -195,13 +199,13 @@ class Knowledge:
         task: Task | None,
         unconditional: Tensor | None,
         guidance: Callable[[Tensor, Tensor], Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
         if not self.weights.output:
             target = unconditional = None
         w = None
         if target is not None and unconditional is not None and guidance is not None:
             w = guidance(target, unconditional)
-        loss, parts, _ = output_match(
+        loss, parts, samples = output_match(
             output,
             target,
             timestep,
@@ -215,7 +219,7 @@ class Knowledge:
             grad_scale=self._grad_scale,
             grad=self._output_gradient(output),
         )
-        return loss, parts.unbind()
+        return loss, parts.unbind(), samples
 
     def _output_gradient(self, output: Tensor) -> Tensor | None:
         """The buffer for the gradient of the output, made by the first step; compiled code manages its own memory, and

@@ -240,7 +240,8 @@ class BoundObjective(Protocol):
 
     ``trained`` holds modules that are trained, clipped and checkpointed together with the student, and left out of the
     export. ``state``, if it has one, holds tensors by name that the steps change and that a checkpoint keeps; their
-    second axis goes over the samples of all processes.
+    second axis goes over the samples of all processes. ``common`` has tensors that are the same on every rank, ``sums``
+    integers of which every rank has a part of the sum: a checkpoint keeps them too.
     """
 
     @property

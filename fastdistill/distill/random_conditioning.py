@@ -23,10 +23,14 @@ from fastdistill.data.staged import Batches
 from fastdistill.diffusion.conditioning import replacement_probability, thresholds
 from fastdistill.diffusion.matching import GAMMA, LossWeighting
 from fastdistill.distill.knowledge import Knowledge, Weights
+from fastdistill.distill.measured import MEASURED, MeasuredProbability, Measurement
 from fastdistill.distill.objective import Setting
-from fastdistill.distill.rolling import Rolling, RollingStates
+from fastdistill.distill.regions import Regions, RegionSampler
+from fastdistill.distill.rolling import ROLLING, Rolling, RollingStates
+from fastdistill.errors import InputError
 from fastdistill.ops import Draw
 from fastdistill.ops.feature_match import Distance
+from fastdistill.ops.noise_gather import RANDOM
 from fastdistill.train.config import validated
 
 
@@ -36,7 +40,9 @@ class RandomConditioning:
 
     probability: p(t), the probability that a latent gets a random prompt at timestep t: a name
         (``fastdistill.diffusion.conditioning``) or a function of t/T. ``"const"`` with the parameters
-        ``{"value": 0.0}`` is plain distillation on the latents' own prompts.
+        ``{"value": 0.0}`` is plain distillation on the latents' own prompts. ``"measured"``: from how much the
+        teacher's answer depends on the prompt at each t, measured before the first step
+        (``fastdistill.distill.measured``), with its points, samples and power as parameters.
     parameters: those of p(t), by name.
     null_probability: how often the null prompt replaces the chosen one.
     weights: of output, feature and task loss.
@@ -47,6 +53,7 @@ class RandomConditioning:
     loss_weighting: weights of the output and the task loss at each timestep (``fastdistill.loss_weights``).
     min_snr_gamma: gamma of the weighting ``min_snr``.
     rolling: which samples of a batch are states of a sampler that runs along (``Rolling``); by default none.
+    regions: random prompts come more often from where student and teacher differ more (``Regions``); by default evenly.
     """
 
     probability: str | Callable[[float], float] = "exp"
@@ -59,9 +66,13 @@ class RandomConditioning:
     loss_weighting: LossWeighting = "uniform"
     min_snr_gamma: Annotated[float, Field(gt=0)] = GAMMA
     rolling: Rolling = Rolling()
+    regions: Regions = Regions()
 
     def p(self, T: int | Tensor) -> Tensor:
-        """[T] float64: the probability of a random prompt at each timestep."""
+        """[T] float64: the probability of a random prompt at each timestep; InputError where a run measures it."""
+        if self.probability == MEASURED:
+            rule = "a p(t) that is known before the first step of a run"
+            raise InputError.of("probability", rule, repr(MEASURED))
         return replacement_probability(self.probability, T, **self.parameters)
 
     def bind(self, setting: Setting) -> BoundRandomConditioning:
@@ -69,10 +80,16 @@ class RandomConditioning:
 
     def describe(self) -> dict[str, object]:
         config = validated(self, "objective")
+        if config.probability == MEASURED:
+            Measurement.of(config.parameters)
         named = config if isinstance(config.probability, str) else dataclasses.replace(config, probability="a function")
         fields = dataclasses.asdict(named)
         if config.rolling.every is None:
             del fields["rolling"]
+        elif not config.rolling.null:
+            del fields["rolling"]["null"]
+        if config.regions.count is None:
+            del fields["regions"]
         return fields if named is config else fields | {"probability": up_to_rounding(config.p(1000))}
 
 
@@ -94,24 +111,48 @@ class BoundRandomConditioning:
         self.whole = "the normalized distance of features" if config.feature_distance == "normalized_mse" else ""
         self.metric_names, self.tapped = self._knowledge.metric_names, self._knowledge.tapped
         self.trained: tuple[nn.Module, ...] = self._knowledge.trained
+        self._measured: MeasuredProbability | None = None
+        if config.probability == MEASURED:
+            self._measured = MeasuredProbability(Measurement.of(config.parameters), setting)
+            replace = self._measured.replace
+        else:
+            replace = thresholds(config.p(setting.schedule.clock))
         self._make_batches = functools.partial(
             setting.batches,
-            thresholds(config.p(setting.schedule.clock)),
+            replace,
             coefficients,
             null_probability=config.null_probability,
             with_replacement=config.with_replacement,
         )
         self._batches = self._make_batches(task=config.weights.task > 0)
         self._coming: Batches | Buckets | None = None  # of a teacher that is a step ahead
+        self._regions: RegionSampler | None = None
+        if config.regions.count is not None:
+            if not config.weights.output:
+                raise InputError.of("weights.output", "above 0, as regions go by the distance of the outputs", 0.0)
+            self._regions = RegionSampler(config.regions, setting)
         self._rolling: RollingStates | None = None
         if config.rolling.every is not None:
-            self._rolling = RollingStates(config.rolling, setting, task=config.weights.task > 0)
+            self._rolling = RollingStates(config.rolling, setting, task=config.weights.task > 0, regions=self._regions)
 
     @property
     def state(self) -> dict[str, Tensor]:
         return {} if self._rolling is None else self._rolling.state
 
+    @property
+    def common(self) -> dict[str, Tensor]:
+        parts = (self._measured, self._regions)
+        return {name: value for part in parts if part is not None for name, value in part.common.items()}
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        return {} if self._regions is None else self._regions.sums
+
     def prepare(self, seed: int, step: int) -> None:
+        if self._measured is not None and self._measured.prepare(seed):
+            self._batches.refresh()
+        if self._regions is not None:
+            self._regions.prepare(step)
         self._knowledge.attach()
         self._batches.prepare(seed, step)
         if self._rolling is not None:
@@ -120,6 +161,8 @@ class BoundRandomConditioning:
     def close(self) -> None:
         self._knowledge.close()
         self._batches.close()
+        if self._measured is not None:
+            self._measured.close()
         if self._rolling is not None:
             self._rolling.close()
 
@@ -130,6 +173,8 @@ class BoundRandomConditioning:
         """Have ``teach`` draw into buffers of its own; or why it cannot."""
         if self._rolling is not None:
             return "the states of the next step (rolling) come out of this one"
+        if self._regions is not None:
+            return "the prompts of the next step (regions) may go by distances of this one"
         if not (self._weights.output or self._weights.feature):
             return "there is no loss that asks the teacher"
         if not isinstance(self._batches, Batches):
@@ -155,14 +200,23 @@ class BoundRandomConditioning:
     @torch.no_grad()
     def draw(self, counter: Tensor) -> Draw[Any]:
         drawn = self._batches(counter)
+        if self._regions is not None:
+            drawn = self._regions.put(drawn, counter)
         return drawn if self._rolling is None else self._rolling.put(drawn, counter)
 
     def loss(self, draw: Draw[Any], counter: Tensor) -> tuple[Tensor, list[Tensor]]:
         task = self._batches.task(draw, counter) if self._weights.task else None
-        if (rolling := self._rolling) is None:
-            return self._knowledge(draw, task)
+        return self._knowledge(draw, task, **self._observers(draw, counter))
 
-        def move(theirs: Tensor | None, own: Tensor) -> None:
-            rolling.move(draw, own if theirs is None or rolling.config.by == "student" else theirs, counter)
+    def _observers(self, draw: Draw[Any], counter: Tensor) -> dict[str, Any]:
+        """What looks at the outputs of a step, and at their distances, to go by them later."""
+        found: dict[str, Any] = {}
+        if (rolling := self._rolling) is not None:
 
-        return self._knowledge(draw, task, outputs=move)
+            def move(theirs: Tensor | None, own: Tensor) -> None:
+                rolling.move(draw, own if theirs is None or rolling.config.by == "student" else theirs, counter)
+
+            found["outputs"] = move
+        if (regions := self._regions) is not None:
+            found["distances"] = lambda distances: regions.add(draw, distances, (RANDOM, ROLLING))
+        return found

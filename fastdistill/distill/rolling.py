@@ -21,9 +21,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fastdistill.data.encoded import rows_of
 from fastdistill.distill.objective import Setting
+from fastdistill.distill.regions import RegionSampler
 from fastdistill.errors import InputError
-from fastdistill.ops import Draw
+from fastdistill.ops import Draw, philox
+from fastdistill.ops.noise_gather import NULL
 from fastdistill.ops.noise_gather.banks import listed, mapped
 
 ROLLING = 3  # ``Draw.choice`` of a state
@@ -37,6 +40,7 @@ class Rolling:
     a trajectory. groups: the states are in so many groups, of which each step moves one, so two states of one
     trajectory are that many steps apart. clip_sample: limit of the magnitude of x_0, as in the sampler of the models;
     None: no limit.
+    null: how often a state is shown with the null prompt; it then stays where it is.
     """
 
     every: Annotated[int, Field(ge=2)] | None = None
@@ -44,20 +48,22 @@ class Rolling:
     steps: Annotated[int, Field(ge=1)] = 20
     groups: Annotated[int, Field(ge=1, le=1024)] = 8
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    null: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class RollingStates:
     """The states of one process: its part of those of all.
 
     state: x [groups, K, *S] float32, timestep [groups, K] int64 (below 0: the trajectory is over), and the rows of the
-    prompts [groups, K, *P] of each bank, K states being in a batch.
+    prompts [groups, K, *P] of each bank, K states being in a batch; where random prompts go by region, their numbers
+    [groups, K] int64.
 
     Raises:
         InputError: fewer timesteps than steps; a batch (of a process, or its parts) that cannot be cut; latents of
             several shapes; a task loss, as a state is of no latent.
     """
 
-    def __init__(self, config: Rolling, setting: Setting, *, task: bool) -> None:
+    def __init__(self, config: Rolling, setting: Setting, *, task: bool, regions: RegionSampler | None = None) -> None:
         every, T = config.every or 0, len(setting.schedule)
         for name, size in (("batch of a process", setting.batch), ("config.micro_batch", setting.micro_batch)):
             if size is not None and size % every:
@@ -85,6 +91,10 @@ class RollingStates:
         certain = torch.full((self._stride,), 2**32, dtype=torch.int64)
         self._begun = begun.batches(certain, coefficients[self._first :], null_probability=0.0, with_replacement=True)
         self._rows = torch.arange(count, device=device)
+        self._numbers = begun.first_sample + self._rows
+        self._regions, self._null = regions, int(config.null * 2**32)
+        last = len(listed(setting.prompts)[0]) - 1
+        self._null_rows = listed(rows_of(setting.prompts, slice(last, last + 1), device)) if self._null else []
         shape = (config.groups, count)
         self.x = torch.zeros(*shape, *setting.latents.shape[1:], device=device)
         self.timestep = torch.full(shape, -1, dtype=torch.int64, device=device)
@@ -98,12 +108,14 @@ class RollingStates:
 
         banks: Any = setting.prompts
         self.prompts: Any = mapped(rows, banks)
+        self.row = None if regions is None else torch.full(shape, -1, dtype=torch.int64, device=device)
 
     @property
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds; the second axis of each tensor is cut over the processes."""
         banks = {f"prompt.{i}": rows for i, rows in enumerate(listed(self.prompts))}
-        return {"x": self.x, "timestep": self.timestep, **banks}
+        row = {} if self.row is None else {"prompt_row": self.row}
+        return {"x": self.x, "timestep": self.timestep, **banks, **row}
 
     def prepare(self, seed: int, step: int) -> None:
         self._begun.prepare(seed, step)
@@ -120,6 +132,8 @@ class RollingStates:
         group = counter[1] % self.config.groups
         places = slice(None, None, self.every)
         begun = self._begun(counter)
+        if self._regions is not None:
+            begun = self._regions.put(begun, counter, self._numbers)
         over = _of(self.timestep, group) < 0
         early = over & (counter[1] < self.config.groups)
 
@@ -137,9 +151,24 @@ class RollingStates:
             chosen(kept, new, drawn)
         draw.choice[places] = torch.where(early, draw.choice[places], ROLLING)
         draw.latent_index[places] = self._rows
-        new = torch.where(over, begun.prompt_index, -1)
-        draw.prompt_index[places] = torch.where(early, draw.prompt_index[places], new)
+        if self.row is not None:
+            chosen(self.row, begun.prompt_index, draw.prompt_index)
+        else:
+            new = torch.where(over, begun.prompt_index, -1)
+            draw.prompt_index[places] = torch.where(early, draw.prompt_index[places], new)
+        if self._null:
+            resting = self._resting(counter, self._rows)
+            for null, drawn in zip(self._null_rows, listed(draw.prompt), strict=True):
+                where = resting.view(-1, *[1] * (drawn.dim() - 1))
+                drawn[places] = torch.where(where, null.to(drawn.dtype), drawn[places])
+            draw.choice[places] = torch.where(resting, NULL, draw.choice[places])
         return draw
+
+    def _resting(self, counter: Tensor, rows: Tensor) -> Tensor:
+        """Which of these states are shown with the null prompt: none of the first round."""
+        zero = torch.zeros_like(counter[0])
+        word = philox.words(counter[0], counter[1], self._numbers[rows], zero, philox.CHOICE)[3]
+        return (word < self._null) & (counter[1] >= self.config.groups)
 
     @torch.no_grad()
     def move(self, draw: Draw[Any], output: Tensor, counter: Tensor) -> None:
@@ -163,6 +192,10 @@ class RollingStates:
             noise = (x - s * clean) / n
         s, n, _, _ = levels(later.clamp_min(0))
         moved = s * clean + n * noise
+        if self._null:
+            resting = self._resting(counter, rows)
+            moved = torch.where(resting.view(-1, *[1] * (x.dim() - 1)), x, moved)
+            later = torch.where(resting, t, later)
         fine = moved.flatten(1).isfinite().all(1)
         where = group.expand_as(rows), rows
         self.x.index_put_(where, torch.where(fine.view(-1, *[1] * (x.dim() - 1)), moved, 0.0))

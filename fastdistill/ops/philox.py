@@ -24,9 +24,11 @@ stream     use: counter = (block low 32, stream << 16 | block high 16, sample, s
 10         centers of clusters: word 0 of block c places center c, *sample* is the number of the start
 11         what canonical latents are compared with: as stream 8, step 0 noise, step 1 directions
 12         noise and places of corruptions: elements as in stream 1, *sample* is the row number, *step* the corruption
+13         random prompts by region: block 0: word 0 cell of the alias table, 1 the cell's own region?, 2 which prompt
 =========  =====================================================================================================
 
-The rows of a canonical set beside a batch of images are drawn from streams 0 and 2 with 2**63 added to the seed.
+The rows of a canonical set beside a batch of images are drawn from streams 0 and 2 with 2**63 added to the seed;
+so are, from streams 0 and 1, the samples of which p(t) is measured.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ import torch
 from torch import Tensor
 
 CHOICE, NOISE, PERMUTATION, INITIAL_NOISE, SAMPLING, ANCESTRAL, GUIDANCE, CONDITION, START = range(9)
-AUGMENT, CLUSTERS, CONTROL, CORRUPTION = range(9, 13)
+AUGMENT, CLUSTERS, CONTROL, CORRUPTION, REGION = range(9, 14)
 
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

@@ -163,8 +163,9 @@ def _buffers(step: TrainStep) -> list[Tensor]:
     tensors of the step itself."""
     knowledge = getattr(step.objective, "_knowledge", None)
     own = [getattr(knowledge, name, None) for name in ("_gradient", "_gradients", "_held")]
-    kept = getattr(step.objective, "state", {}).values()
-    return _leaves([*own, *kept, step.counter, step.totals, step._rates])
+    kinds = (getattr(step.objective, kind, {}) for kind in ("state", "common", "sums"))
+    kept = [value for kind in kinds for value in kind.values()]
+    return _leaves([*own, *kept, step.counter, step.totals, step._rates, step._averages])
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

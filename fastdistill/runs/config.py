@@ -128,6 +128,25 @@ class RollingSettings:
     """Groups of states that take turns, one per step."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Limit of the magnitude of the predicted clean sample; none: none."""
+    null: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How often a state is shown with the null prompt, and rests."""
+
+
+@documented
+@dataclass(frozen=True)
+class RegionSettings:
+    """Random prompts by the distance of student and teacher in regions of the pool."""
+
+    count: Annotated[int, Field(ge=2, le=2**16)] | None = None
+    """Number of regions, of consecutive prompts; none: random prompts are drawn evenly."""
+    every: Count = 50
+    """Steps between two tables of their probabilities."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Decay of the average of the distances from table to table."""
+    uniform: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Share of the draws that stay even."""
+    power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Power of the distances to which the others go."""
 
 
 @documented
@@ -136,7 +155,7 @@ class RandomConditioningSettings:
     """Random conditioning (arXiv 2504.02011)."""
 
     probability: str = "exp"
-    """Name of p(t), the probability of a random prompt: exp, exp_two_sided, sigmoid, quadratic or const."""
+    """Name of p(t), the probability of a random prompt: exp, exp_two_sided, sigmoid, quadratic, const or measured."""
     parameters: dict[str, float] = field(default_factory=dict)
     """Parameters of p(t) by name."""
     null: Annotated[float, Field(ge=0, le=1)] = 0.1
@@ -144,6 +163,7 @@ class RandomConditioningSettings:
     with_replacement: bool = False
     """Draw the latents of an epoch with replacement."""
     rolling: RollingSettings = RollingSettings()
+    regions: RegionSettings = RegionSettings()
 
 
 @documented

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rolling, Weights
+from fastdistill.distill import GuidanceDistillation, RandomConditioning, Regions, Rolling, Weights
 from fastdistill.errors import InputError
 from fastdistill.models import Student
 from fastdistill.runs.config import ObjectiveSettings, RunConfig
@@ -30,12 +30,14 @@ def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditi
         with_replacement=given.with_replacement,
         min_snr_gamma=settings.min_snr_gamma,
         rolling=Rolling(**dataclasses.asdict(given.rolling)),
+        regions=Regions(**dataclasses.asdict(given.regions)),
     )
     return made
 
 
-def check_rolling(config: RunConfig, timesteps: int, ranks: int) -> None:
-    """InputError for rolling states that the rest of a run file, or its ranks, leave no room for."""
+def check_conditioning(config: RunConfig, timesteps: int, ranks: int) -> None:
+    """InputError for regions or rolling states that the rest of a run file, or its ranks, leave no room for."""
+    _check_regions(config)
     objective, rolling = config.objective, config.objective.random_conditioning.rolling
     every, name = rolling.every, "objective.random_conditioning.rolling.every"
     if every is None:
@@ -57,3 +59,21 @@ def check_rolling(config: RunConfig, timesteps: int, ranks: int) -> None:
         raise InputError.of(
             "objective.weights.task", "0 with rolling states, which are of no latent", objective.weights.task
         )
+
+
+def _check_regions(config: RunConfig) -> None:
+    count, name = config.objective.random_conditioning.regions.count, "objective.random_conditioning.regions.count"
+    if count is None:
+        return
+    needed = {
+        "cache.encodings": (config.cache.encodings, "stored"),
+        "cache.read": (config.cache.read, "memory"),
+        "train.banks": (config.train.banks, "device"),
+    }
+    for field, (value, wanted) in needed.items():
+        if value not in (wanted, "auto"):
+            raise InputError.of(name, f"none where prompts are not in the device's memory ({field}: {wanted})", value)
+    if config.cache.sizes is not None and len(config.cache.sizes) > 1:
+        raise InputError.of(name, "none for latents of several sizes (cache.sizes)", count)
+    if not config.objective.weights.output:
+        raise InputError.of("objective.weights.output", "above 0 with regions, which go by that distance", 0.0)

@@ -30,7 +30,7 @@ from fastdistill.models.families import FAMILIES
 from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import GuidanceSettings, RunConfig
 from fastdistill.runs.guidance import check_cache, check_distilled
-from fastdistill.runs.objective import check_rolling, objective_of
+from fastdistill.runs.objective import check_conditioning, objective_of
 from fastdistill.runs.pool import Pool, pool_of
 from fastdistill.runs.student import student_spec_of
 from fastdistill.runs.teacher import open_teacher
@@ -89,7 +89,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
         check_distilled(guidance, guidance.schedule, pipeline, run.sizes)
     elif dataclasses.replace(guidance, weight_limit=5.0) != GuidanceSettings():
         raise InputError.of("objective.guidance.schedule", "one, beside scale or grid", None)
-    check_rolling(config, len(pipeline.schedule(run.sizes[0])), distributed.size())
+    check_conditioning(config, len(pipeline.schedule(run.sizes[0])), distributed.size())
     made = run.student(teacher)  # whether it fits
     objective_of(config.objective, made).describe()
     if config.student.lora.rank is not None and not config.objective.weights.task and guidance.schedule is None:

@@ -16,7 +16,7 @@ from fastdistill.data.prompt_bank import stored_name
 from fastdistill.errors import InputError, described
 from fastdistill.plan import Job, Plan
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.objective import check_rolling, objective_of
+from fastdistill.runs.objective import check_conditioning, objective_of
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train.config import TrainConfig, TrainSettings
 
@@ -42,7 +42,7 @@ def plan(config: RunConfig, *, card: str | None = None, ranks: int = 1, allow_co
     if named is not None:
         config = dataclasses.replace(config, device="cpu")  # any that is there
     run = opened(config, allow_code=allow_code)
-    check_rolling(config, len(run.pipeline.schedule(run.sizes[0])), ranks)
+    check_conditioning(config, len(run.pipeline.schedule(run.sizes[0])), ranks)
     return plan_of(run, named or plans.card_here(run.config.device), ranks=ranks)
 
 

@@ -27,7 +27,7 @@ from fastdistill.data.fingerprint import differences, dtype_name, listed, plain
 from fastdistill.errors import StorageError, described
 from fastdistill.models.sharding import sharded
 from fastdistill.train import distributed
-from fastdistill.train.state import State, modules, objective_state, progress, weights
+from fastdistill.train.state import State, modules, objective_state, progress, shared_state, weights
 from fastdistill.train.step import TrainStep
 from fastdistill.train.stored import SCHEMA, DamagedError, Stored, rank_files
 from fastdistill.train.writing import Going, write, write_together
@@ -251,6 +251,7 @@ def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]
     for name, value in objective_state(step).items():
         first, second, *rest = value.shape
         shapes[name] = torch.Size([first, distributed.size() * second, *rest])
+    shapes |= {name: value.shape for kind in shared_state(step) for name, value in kind.items()}
     wanted = {k: str(list(v)) for k, v in shapes.items() if k in saved.outline or k in ("counter", "totals", "skipped")}
     found = {name: str(list(saved.outline[name].shape)) for name in saved.outline.keys() - theirs.keys()}
     if "totals" in found:  # a row per rank, of the metrics that a version logs
@@ -312,6 +313,12 @@ def restore(saved: Checkpoint, step: TrainStep, student: nn.Module) -> None:
     for name, value in objective_state(step).items():
         if name in saved.outline:
             value.copy_(saved.state[name].narrow(1, distributed.rank() * value.shape[1], value.shape[1]))
+    common, sums = shared_state(step)
+    for name, value in (common | sums).items():
+        if name in saved.outline:
+            value.copy_(saved.state[name])
+            if name in sums and distributed.rank():
+                value.zero_()
 
 
 def _placed(saved: Checkpoint, name: str, like: Any) -> Any:

@@ -83,6 +83,10 @@ class TrainSettings:
     """Maximum global norm of the gradient, including the adapters'."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Decay of the moving average of the student's weights, at most (1 + step) / (10 + step)."""
+    ema_schedule: Literal["constant", "power"] = "constant"
+    """power: the average reaches back over a share of the training, ema_width, in place of a fixed decay."""
+    ema_width: Annotated[float, Field(gt=0, lt=0.28)] = 0.1
+    """Of ema_schedule power: standard deviation of the averaged steps, relative to the steps so far."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the trained weights (16 bits: with float32 masters); auto: bfloat16 on a GPU, else the student's."""
     fuse: bool = False

@@ -58,6 +58,8 @@ def fingerprint(setting: Setting, sources: Sources, objective: Objective, config
     free = {*APART, "execution", "log_every", "precision", "micro_batch", "gradient_checkpointing"}
     if config.lr_schedule == "constant":
         free.add("steps")  # a constant rate can simply go on
+    constant = config.ema_schedule == "constant"
+    free |= {"ema_schedule", "ema_width"} if constant else {"ema_decay"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     schedule = setting.schedule.to_config()
     if isinstance(setting.schedule, NoiseSchedule) and "alphas_cumprod" in schedule:

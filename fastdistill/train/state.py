@@ -57,12 +57,19 @@ def objective_state(step: TrainStep) -> dict[str, Tensor]:
     return {f"objective.{name}": value for name, value in getattr(step.objective, "state", {}).items()}
 
 
+def shared_state(step: TrainStep) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those that are the same on every rank, and those of which each has a part of the sum."""
+    common, sums = (getattr(step.objective, kind, {}) for kind in ("common", "sums"))
+    return tuple({f"objective.{name}": value for name, value in kind.items()} for kind in (common, sums))  # type: ignore[return-value]
+
+
 def _of_objective(step: TrainStep) -> dict[str, Tensor]:
-    """The same, of all ranks."""
-    found = objective_state(step)
+    """All of them, of all ranks."""
+    found, (common, sums) = objective_state(step), shared_state(step)
     if distributed.size() == 1:
-        return found
-    return {name: distributed.rows(value).transpose(0, 1).flatten(1, 2) for name, value in found.items()}
+        return found | common | sums
+    found = {name: distributed.rows(value).transpose(0, 1).flatten(1, 2) for name, value in found.items()}
+    return found | common | {name: distributed.rows(value).sum(0) for name, value in sums.items()}
 
 
 def check_storable(step: TrainStep, student: nn.Module, fingerprint: Mapping[str, Any]) -> int:
@@ -83,6 +90,7 @@ def check_storable(step: TrainStep, student: nn.Module, fingerprint: Mapping[str
     for parameter in step.parameters_by_name.values():
         copies = 2 + (id(parameter) in averaged) + (parameter.dtype != torch.float32)
         size += parameter.numel() * copies * torch.float32.itemsize
+    size += sum(value.nbytes for kind in shared_state(step) for value in kind.values())
     return size + distributed.size() * sum(value.nbytes for value in objective_state(step).values())
 
 

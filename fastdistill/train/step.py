@@ -38,6 +38,27 @@ def learning_rates(config: TrainConfig) -> Tensor:
     return torch.tensor(rates, dtype=torch.float32, device="cpu")
 
 
+def average_weights(config: TrainConfig) -> Tensor | None:
+    """[steps] float32: how much of the average each step replaces, for an average of a power of time; else None.
+
+    The decay after step t (from 1) is (1 - 1 / t)^(gamma + 1), so that step s has a weight proportional to s^gamma, and
+    the standard deviation of the averaged steps is ema_width t (Karras et al. 2024, arXiv 2312.02696, section 3.1): the
+    width is (gamma + 1)^(1/2) (gamma + 2)^-1 (gamma + 3)^(-1/2).
+    """
+    if config.ema_schedule == "constant":
+        return None
+    low, high = 0.0, 0.5  # of 1 / (gamma + 2): the width increases with it
+    for _ in range(100):
+        middle = (low + high) / 2
+        if middle * math.sqrt((1 - middle) / (1 + middle)) < config.ema_width:
+            low = middle
+        else:
+            high = middle
+    exponent = 1 / high - 1  # gamma + 1
+    weights = [1 - (1 - 1 / t) ** exponent for t in range(1, config.steps + 1)]
+    return torch.tensor(weights, dtype=torch.float32, device="cpu")
+
+
 class TrainStep:
     """Calling it advances the student, the adapters, the optimizer, the EMA and the counter by one step; past the last
     step of the configuration the learning rate stays what it was there.
@@ -94,6 +115,7 @@ class TrainStep:
             weight_decay=config.weight_decay,
             max_norm=config.clip,
             ema_decay=config.ema_decay,
+            ema_warmup=config.ema_schedule == "constant",
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr  # read there at every step
@@ -101,6 +123,8 @@ class TrainStep:
             self.optimizer.grad_scale = scaling.value  # as torch.amp.GradScaler leaves it there
         self.counter = torch.tensor([config.seed, 0], device=device)
         self._rates = learning_rates(config).to(device)
+        averages = average_weights(config)
+        self._averages = None if averages is None else averages.to(device)
         self.metric_names = [*objective.metric_names, "gradient_norm"]
         self.totals = torch.zeros(len(self.metric_names), dtype=torch.float32, device=device)
         self._ahead = TeacherAhead(objective, self.counter, self._parts) if config.teacher_ahead else None
@@ -143,7 +167,10 @@ class TrainStep:
         metrics = self._gradients()
         if not self._checked:
             self._check_gradients()
-        self.lr.copy_(self._rates.index_select(0, step.clamp(max=len(self._rates) - 1)).squeeze(0))
+        at = step.clamp(max=len(self._rates) - 1)
+        self.lr.copy_(self._rates.index_select(0, at).squeeze(0))
+        if self._averages is not None:
+            self.optimizer.ema_weight.copy_(self._averages.index_select(0, at).squeeze(0))
         square_sum = self.optimizer.square_sum()
         self.optimizer.update(square_sum)
         self.optimizer.zero_grad(set_to_none=True)

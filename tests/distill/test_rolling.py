@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastdistill.diffusion.sampler import ddim
 from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rolling, Weights
 from fastdistill.distill.rolling import ROLLING
 from fastdistill.errors import InputError
+from fastdistill.ops.noise_gather import NULL
 from fastdistill.train import DistillTrainer
 from fastdistill.train.graph import runner
 from fastdistill.train.state import state_of
@@ -118,6 +120,22 @@ def test_trajectories_begin_at_noise_with_random_prompts() -> None:
     shares = rows.float().mean(1)
     assert shares[2] == 0 and (shares[:2] - 0.5).abs().max() < 5 * 0.5 / len(prompts) ** 0.5  # never the null prompt
     assert len({tuple(image.flatten().tolist()) for image in x}) == len(x)
+
+
+def test_some_states_are_shown_with_the_null_prompt_and_rest() -> None:
+    run = made(batch=64, rolling={"groups": 1, "null": 0.25})
+    null, shares = tiny.bank().embeddings[-1], []
+    for (draw, kept), (later, _) in itertools.pairwise(drawn(run, 40)[1:]):
+        resting = draw.choice[::2] == NULL
+        shown = (draw.prompt[::2] == null).flatten(1).all(1)
+        assert bool(shown[resting].all()) and bool((draw.choice[::2][~resting] == ROLLING).all())
+        for name in ("x_t", "timestep"):
+            assert torch.equal(getattr(draw, name)[::2][resting], getattr(later, name)[::2][resting])
+        assert bool((draw.timestep[::2] != later.timestep[::2])[~resting].all())
+        goes_on = (later.choice[::2] == ROLLING) & (resting | (kept["timestep"][0] >= 10))
+        assert torch.equal(later.prompt[::2][goes_on], kept["prompt.0"][0][goes_on])
+        shares.append(resting.float().mean())
+    assert abs(float(torch.stack(shares).mean()) - 0.25) < 5 * (0.1875 / (32 * len(shares))) ** 0.5
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2])

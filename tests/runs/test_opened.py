@@ -34,6 +34,14 @@ def rolling(every: int, steps: int = 20, **objective: Any) -> dict[str, Any]:
     return {"objective": {"random_conditioning": {"rolling": {"every": every, "steps": steps}}, **objective}}
 
 
+def conditioned(**options: Any) -> dict[str, Any]:
+    return {"objective": {"random_conditioning": options}}
+
+
+def regions(**objective: Any) -> dict[str, Any]:
+    return {"objective": {"random_conditioning": {"regions": {"count": 2}}, **objective}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -61,6 +69,12 @@ def rolling(every: int, steps: int = 20, **objective: Any) -> dict[str, Any]:
         (rolling(2) | {"cache": {"sizes": [[16, 16], [32, 16]]}}, "expected none for latents of several sizes"),
         (rolling(2, weights={"task": 1.0}), "objective.weights.task: expected 0 with rolling states, .*, got 1.0"),
         (rolling(2, guidance={"schedule": "4"}), "expected none with objective.guidance.schedule"),
+        (regions() | {"cache": {"encodings": "on_demand"}}, r"regions.count: .* \(cache.encodings: stored\), got on"),
+        (regions() | {"cache": {"read": "disk"}}, r"regions.count: expected none .* \(cache.read: memory\), got d"),
+        (regions() | {"train": {"banks": "pinned"}}, r"regions.count: .* \(train.banks: device\), got pinned"),
+        (regions() | {"cache": {"sizes": [[16, 16], [32, 16]]}}, "regions.count: expected none for latents of several"),
+        (regions(weights={"output": 0.0}), "objective.weights.output: expected above 0 with regions, .*, got 0.0"),
+        (conditioned(probability="measured", parameters={"rate": 5.0}), "p.t. measured: expected parameters among poi"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(changes: dict[str, Any], message: str, saved: Callable[[str], Path], tmp_path: Path) -> None:

@@ -66,6 +66,14 @@ def test_a_micro_batch_by_default_has_room_for_rolling_states(saved: Callable[[s
         runs.plan(config, ranks=2)
 
 
+def test_a_plan_needs_no_measurement(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """The tables of a measured p(t) and of regions count, what fills them is not asked for."""
+    plain = runs.plan(run_config(saved("sd"), tmp_path))
+    own = {"random_conditioning": {"probability": "measured", "regions": {"count": 2}}}
+    found = runs.plan(run_config(saved("sd"), tmp_path, objective=own))
+    assert 0 < found.memory["batch"] - plain.memory["batch"] < 2**16
+
+
 def test_prompts_encoded_on_demand_are_those_of_the_coming_steps(saved: Callable[[str], Path], tmp_path: Path) -> None:
     run = runs.opened(
         run_config(saved("sd"), tmp_path, cache={"encodings": "on_demand"}, train={"ahead": 2, "batch": 6})

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rolling, Weights
+from fastdistill.distill import GuidanceDistillation, RandomConditioning, Regions, Rolling, Weights
 from fastdistill.errors import Stopped
 from fastdistill.models import make_student
 from fastdistill.train import DistillTrainer, distributed
@@ -77,9 +77,11 @@ def make(
     shard: Callable[[nn.Module], object] | None = None,
     output: float = 1.0,
     rolling: Rolling | None = None,
+    conditioning: dict[str, Any] | None = None,
     **options: Any,
 ) -> DistillTrainer:
-    objective = RandomConditioning(taps=(("inner", "inner"),), weights=Weights(output), rolling=rolling or Rolling())
+    own = {"taps": (("inner", "inner"),), "weights": Weights(output), "rolling": rolling or Rolling()}
+    objective = RandomConditioning(**own | (conditioning or {}))
     data = small.SCHEDULE, latents or small.cache(), prompts or small.bank(), objective
     config = small.config(**(OPTIONS | options))
     return DistillTrainer(teacher or Tiny(12), student or Tiny(6), *data, config, shard=shard)
@@ -169,6 +171,28 @@ def rolling_interrupted(rank: int, directory: Path) -> Any:
     with contextlib.suppress(Interrupted):
         make(**options).fit(directory / "rolling", progress=stop_after(4))
     return finished(make(**options), directory / "rolling")
+
+
+ADAPTIVE: dict[str, Any] = {  # a measured p(t), and a new table of regions in every second step
+    "rolling": ROLLING,
+    "steps": 5,
+    "conditioning": {
+        "probability": "measured",
+        "parameters": {"points": 4, "samples": 8},
+        "regions": Regions(count=3, every=2),
+    },
+}
+
+
+def adaptive(rank: int, directory: Path) -> Any:
+    return finished(make(**ADAPTIVE))
+
+
+def adaptive_interrupted(rank: int, directory: Path) -> Any:
+    options: dict[str, Any] = ADAPTIVE | {"checkpoint_every": 3, "log_every": 1}
+    with contextlib.suppress(Interrupted):
+        make(**options).fit(directory / "adaptive", progress=stop_after(4))
+    return finished(make(**options), directory / "adaptive")
 
 
 def interrupted(rank: int, directory: Path) -> Any:
@@ -380,7 +404,7 @@ _ALL: tuple[Any, ...] = (
     fused, guided, compiled, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
     shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded, adapters,
-    shards_adapters, rolling, rolling_interrupted, released,
+    shards_adapters, rolling, rolling_interrupted, adaptive, adaptive_interrupted, released,
 )  # fmt: skip
 SCENARIOS: dict[str, Scenario] = {scenario.__name__: scenario for scenario in _ALL}
 SCENARIOS |= {precision: lower(precision) for precision in ("float16", "bfloat16")}

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdistill import GuidanceDistillation
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import RandomConditioning, Weights
+from fastdistill.distill.regions import Regions
 from fastdistill.distill.rolling import Rolling
 from fastdistill.errors import InputError
 from fastdistill.train import DistillTrainer
@@ -134,6 +135,18 @@ def test_after_the_end() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_measured_probability() -> None:
+    """Which is there before the first answer is asked for."""
+    found = []
+    for ahead in (False, True):
+        objective = RandomConditioning("measured", {"samples": 8}, weights=Weights(1.0, 0.0, 0.0))
+        run = tiny.trainer(objective=objective, teacher_ahead=ahead, steps=4)
+        run.fit()
+        found.append(state(run))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -141,6 +154,10 @@ def test_after_the_end() -> None:
         (
             {"objective": RandomConditioning(rolling=Rolling(every=2), weights=Weights(1.0, 0.0, 0.0))},
             "states of the next step",
+        ),
+        (
+            {"objective": RandomConditioning(regions=Regions(count=2), weights=Weights(1.0, 0.0, 0.0))},
+            r"prompts of the next step \(regions\)",
         ),
         ({"objective": RandomConditioning(weights=Weights(0.0, 0.0, 1.0))}, "no loss that asks the teacher"),
     ],

@@ -96,6 +96,19 @@ def test_rolling_states_are_those_of_one_process(found: Found) -> None:
         assert name == "totals" or torch.equal(again["state"][name], value), name
 
 
+def test_ranks_agree_on_a_measured_probability_and_on_regions(found: Found) -> None:
+    """Their distances are summed over the ranks; checkpoints, between two tables here, have the sums."""
+    one, two = map(done, found["adaptive"])
+    alone = ranks.finished(ranks.make(**ranks.ADAPTIVE))
+    assert same(one, two) and int(alone["state"]["objective.region_seen"].sum()) > 0
+    assert torch.equal(one["state"]["objective.region_seen"], alone["state"]["objective.region_seen"])
+    assert_close(one, alone)
+    again, other = map(done, found["adaptive_interrupted"])
+    assert same(again, other)
+    for name, value in one["state"].items():
+        assert name == "totals" or torch.equal(again["state"][name], value), name
+
+
 def test_a_closed_trainer_lets_go_of_the_process_group(found: Found) -> None:
     """Whose end would wait for a thread of gloo's otherwise, at the end of the process and now and then for ever."""
     assert found["released"] == (True, True)

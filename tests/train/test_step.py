@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistill.distill import Weights
+from fastdistill.distill import Regions, Rolling, Weights
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import KernelError
-from fastdistill.train import DistillTrainer, distributed, graph
+from fastdistill.train import DistillTrainer, TrainConfig, distributed, graph
 from fastdistill.train.graph import WARM_UP, _checkpoints_without_rng, runner
 from fastdistill.train.guard import NoHostSync
-from fastdistill.train.step import TrainStep
-from tests import small
+from fastdistill.train.step import TrainStep, average_weights
+from tests import small, tiny
 from tests.harness import untimed
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -44,6 +44,9 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "random conditioning": small.objective,
     "every loss": lambda made: small.objective(made, weights=Weights(1.0, 0.5, 0.25), feature_distance="cosine"),
     "denoising": lambda made: Denoising(5.0),
+    "regions and rolling states": lambda made: small.objective(
+        made, probability="measured", regions=Regions(count=3, every=2), rolling=Rolling(every=2, groups=1, null=0.5)
+    ),
 }
 
 
@@ -227,3 +230,42 @@ def test_a_graph_holds_what_ddp_does(tmp_path: Any, monkeypatch: pytest.MonkeyPa
             assert torch.equal(one, two)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("width", [0.02, 0.1, 0.25])
+def test_the_average_of_a_power_of_time_has_its_width(width: float) -> None:
+    """After any number of steps: mean and standard deviation of the steps that it averages."""
+    config = TrainConfig(steps=4000, ema_schedule="power", ema_width=width)
+    weights = average_weights(config)
+    assert weights is not None and float(weights[0]) == 1.0
+    share = torch.zeros(4000, dtype=torch.float64)
+    for step, weight in enumerate(weights.double()):
+        share *= 1 - weight
+        share[step] = weight
+        if step + 1 in (1000, 4000):
+            at = torch.arange(1, 4001) / (step + 1)
+            mean = (share * at).sum()
+            assert float(share.sum()) == pytest.approx(1.0)
+            assert float((share * (at - mean).square()).sum().sqrt()) == pytest.approx(width, rel=0.01)
+    assert average_weights(TrainConfig()) is None
+
+
+def test_the_averaged_student_is_that_average() -> None:
+    run = tiny.trainer(steps=6, ema_schedule="power", ema_width=0.2)
+    weights, expected = average_weights(run.config), 0.0
+    assert weights is not None
+    for done, weight in enumerate(weights.tolist()):
+        run.step.prepare(done)
+        run.step()
+        now = run.student.first.weight.detach().double()
+        expected = (1 - weight) * expected + weight * now
+    torch.testing.assert_close(run.ema_student().first.weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_schedule_of_the_average_identifies_a_run() -> None:
+    def told(**options: Any) -> Any:
+        return tiny.trainer(**options)._fingerprint["config"]
+
+    assert "ema_schedule" not in told() and told()["ema_decay"] == TrainConfig().ema_decay
+    power = told(ema_schedule="power")
+    assert power["ema_width"] == 0.1 and "ema_decay" not in power

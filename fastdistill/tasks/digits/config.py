@@ -131,7 +131,9 @@ class DigitsConfig:
                     probability=probability,
                     parameters=parameters,
                     null=self.null_probability,
-                    rolling=RollingSettings(every=every, clip_sample=None if every is None else limit),
+                    rolling=RollingSettings()
+                    if every is None
+                    else RollingSettings(every=every, clip_sample=limit, null=self.null_probability),
                 ),
                 weights=LossSettings(feature=self.feature_weight),
                 feature_distance=self.feature_distance,
