@@ -83,13 +83,15 @@ class TrainSettings:
     """Maximum global norm of the gradient, including the adapters'."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     """Decay of the moving average of the student's weights, at most (1 + step) / (10 + step)."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the trained weights (16 bits: with float32 masters); auto: bfloat16 on a GPU, else the student's."""
-    fuse: bool = False
-    """Use fused ops inside the teacher and the student (fastdistill.fuse)."""
+    precision: Literal["auto", "measured", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the trained weights (16 bits: with float32 masters); auto: bfloat16 on a GPU, else the student's;
+    measured: on a CPU that multiplies bfloat16, bfloat16 where a step is faster then."""
+    fuse: bool | Literal["auto"] = False
+    """Use fused ops inside the teacher and the student (fastdistill.fuse); auto: on a GPU, on a CPU where measured to
+    be faster."""
     execution: Execution = "auto"
-    """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU eager.
-    compiled_graph: one CUDA graph of the compiled step."""
+    """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU what is measured
+    to be the fastest. compiled_graph: one CUDA graph of the compiled step."""
     teacher_ahead: bool = False
     """Ask the teacher for the next step beside the backward of this one (CUDA graphs; the same bits, more memory)."""
     banks: Literal["device", "pinned"] = "device"
@@ -108,6 +110,10 @@ class TrainSettings:
     """Also keep the checkpoint for which a callback returned the best value of this name."""
     best: Literal["lowest", "highest"] = "lowest"
     """Whether the lowest or the highest value of keep_best is the best."""
+
+    def fused(self, device: str) -> bool:
+        """Whether both models are fused from the start on a device of this type; on a CPU ``auto`` measures first."""
+        return device != "cpu" if self.fuse == "auto" else self.fuse
 
 
 @documented
