@@ -194,7 +194,8 @@ class DistillTrainer:
         has the same bits as without the interruption. A thread writes the checkpoints while the training goes on. If
         one cannot be written, that is a warning; for the last one it is an error. The run may be continued on another
         machine, in another precision (the float32 masters carry over) and by another number of ranks. With other data,
-        settings or frozen parameters it is refused.
+        settings or frozen parameters it is refused. On a CPU a new run may measure first how to run its steps; a
+        continued one runs them as before (docs/cpu.md).
 
         After Ctrl-C or SIGTERM the current step ends (on several ranks, the log interval) and a checkpoint is written.
         Then a line is printed to stderr and ``Stopped`` is raised. A script that does not catch it ends there without a
