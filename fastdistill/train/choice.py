@@ -35,7 +35,7 @@ LEAST = 500  # steps of a run that is worth measuring: a measurement takes as lo
 PATIENCE = 20.0  # seconds of training that are left, below which nothing is measured either
 SHARE = 0.15  # of the time of an eager step that a compiled one is expected to save
 COMPILING = 0.25  # seconds that compiling takes for each layer of the models, by which it is tried or not
-ROUNDS = 3
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -134,15 +134,16 @@ def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Ch
     if (total := first * left) < PATIENCE:
         return dataclasses.replace(plain, why=f"auto: the {left} steps that are left take some {total:.0f} s")
     layouts = [None] if config.execution != "auto" or not bench.has_layouts() else [None, True]
-    fused = [None] if plain.fuse is None else [False, True]
-    ways = [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, fused)]
+    forms = [None] if plain.fuse is None else [False, True]
+    ways = [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, forms)]
     times = bench.times(ways)
     best = min(ways, key=times.__getitem__)
     told = [f"{way} {1e3 * seconds:.1f} ms a step" for way, seconds in times.items()]
     if config.execution == "auto":
         why_not = bench.refuse_compiled(left * times[best])
         if why_not is None:
-            compiled = dataclasses.replace(best, execution="compiled")
+            fused = None if best.fuse is None else False  # the compiler's own are the faster ones in what it compiles
+            compiled = dataclasses.replace(best, execution="compiled", fuse=fused)
             bench.put(best)
             began = time.perf_counter()
             if (why_not := bench.failure(compiled)) is None:
@@ -194,11 +195,13 @@ class Bench:
         self.step.compile() if choice.execution == "compiled" else self.step.uncompile()
 
     def seconds(self, choice: Choice) -> float:
+        """Of one thread those that it computes, however busy the machine is."""
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         self.put(choice)
-        began = time.perf_counter()
+        began = clock()
         with self.step.randomness():
             self.step.gradients()
-        took = time.perf_counter() - began
+        took = clock() - began
         self.step.optimizer.zero_grad(set_to_none=True)
         return took
 

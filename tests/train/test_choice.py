@@ -219,6 +219,38 @@ def test_products_by_onednn() -> None:
         torch.testing.assert_close(one.double(), two, rtol=0, atol=2e-6 * float(two.abs().max()))
 
 
+class Attending(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        attend = torch.nn.functional.scaled_dot_product_attention
+        few = [attend(q, k, v), attend(query=q, key=k, value=v, is_causal=False), attend(q, k, v, None, 0.0, False)]
+        rest = [attend(q, k, v, mask), attend(q, k, v, scale=0.5), attend(q.double(), k.double(), v.double())]
+        return [*few, *rest, attend(*(torch.cat([t] * 50, 2) for t in (q, k, v)))]
+
+
+def test_attention_over_few_tokens_as_products() -> None:
+    """Where it has neither mask nor scale of its own; output and gradients are torch's."""
+    g = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, 3, tokens, 8, generator=g) for tokens in (7, 5, 5)]
+    mask = torch.zeros(7, 5)
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(products.spell_out(graph.graph))
+        graph.recompile()
+        return graph
+
+    torch._dynamo.reset()
+    outcomes = []
+    for model in (Attending(), torch.compile(Attending(), backend=backend)):
+        own = [t.clone().requires_grad_() for t in given]
+        outputs = model(*own, mask)
+        sum(t.square().sum() for t in outputs).backward()
+        outcomes.append([*outputs, *(t.grad for t in own)])
+    assert found == [3]
+    for one, two in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def test_who_multiplies_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not products.wanted.__wrapped__()
