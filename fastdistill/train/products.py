@@ -89,10 +89,9 @@ def replace(graph: torch.fx.Graph) -> int:
             bias, a, b = node.args
         else:
             continue
-        values = [None if n is None else n.meta["val"] for n in (a, b, bias)]
-        if _faster(*values):
+        if _faster(a.meta["val"], b.meta["val"], None if bias is None else bias.meta["val"]):
             with graph.inserting_before(node):
-                made = _put(graph, a, b, bias, *values)
+                made = _put(graph, a, b, bias)
             made.meta.update(node.meta)
             node.replace_all_uses_with(made)
             graph.erase_node(node)
@@ -100,17 +99,17 @@ def replace(graph: torch.fx.Graph) -> int:
     return found
 
 
-def _put(graph: torch.fx.Graph, a: Any, b: Any, bias: Any, *values: Any) -> torch.fx.Node:
+def _put(graph: torch.fx.Graph, a: torch.fx.Node, b: torch.fx.Node, bias: Any) -> torch.fx.Node:
     """The product; of a gradient's two transposed factors oneDNN copies the first, which is to be the smaller one."""
-    op, t = torch.ops.fastdistill.product.default, torch.ops.aten.permute.default
-    if bias is None and values[0].stride(0) == 1 and len(values[0]) > values[1].shape[1]:
-        first, second = (graph.call_function(t, (n, [1, 0])) for n in (b, a))
-        for made, value in ((first, values[1]), (second, values[0])):
-            made.meta["val"] = value.t()
-        product = graph.call_function(op, (first, second, None))
-        product.meta["val"] = values[0].new_empty(values[1].shape[1], values[0].shape[0])
-        return graph.call_function(t, (product, [1, 0]))
-    return graph.call_function(op, (a, b, bias))
+    op, turned = torch.ops.fastdistill.product.default, torch.ops.aten.permute.default
+    rows, columns = a.meta["val"], b.meta["val"]
+    if bias is not None or rows.stride(0) != 1 or len(rows) <= columns.shape[1]:
+        return graph.call_function(op, (a, b, bias))
+    first, second = (graph.call_function(turned, (factor, [1, 0])) for factor in (b, a))
+    first.meta["val"], second.meta["val"] = columns.t(), rows.t()
+    product = graph.call_function(op, (first, second, None))
+    product.meta["val"] = rows.new_empty(columns.shape[1], len(rows))
+    return graph.call_function(turned, (product, [1, 0]))
 
 
 def spell_out(graph: torch.fx.Graph) -> int:
@@ -129,7 +128,8 @@ _QKV = ("query", "key", "value")
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key' / sqrt(width)) value, of [..., tokens, width]."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    return scores.softmax(-1) @ value
+    output: Tensor = scores.softmax(-1) @ value
+    return output
 
 
 def _is_small(
