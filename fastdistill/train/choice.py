@@ -97,6 +97,8 @@ def choose(
     )
     if left < LEAST:
         return dataclasses.replace(plain, why=f"auto: {left} steps are too few to measure")
+    if config.teacher_ahead:
+        return dataclasses.replace(plain, why="auto: the teacher is asked ahead")
     if where := sharded(student):
         return dataclasses.replace(plain, why=f"auto: {where}")
     bench = Bench(step, student, teacher, config)
