@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 LITERAL, TUNED, BEST_SDPA, UNFUSED = "literal", "tuned", f"{COMPILED}, best SDPA", "ours, unfused"
 OURS_COMPILED = "ours, compiled graph"
+IN_FLOAT32 = f"{COMPILED} in float32"
 PRODUCTS, REDUCED = f"{BEST_SDPA}, 1x1 convolutions as products", f"{COMPILED}, reduce-overhead"
 _BEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -56,20 +58,28 @@ class Setup:
     guidance: float | None = None
 
 
-def rivals(batch: int, gpu: bool = True) -> tuple[str, ...]:
-    """Who competes; CUDA graphs of the compiler's are strong where launches take most of the time, at small batches."""
-    others = (*((REDUCED,) if batch <= 4 else ()), *((OURS_COMPILED,) if gpu else ()))
+def rivals(batch: int, gpu: bool = True, low: bool = False) -> tuple[str, ...]:
+    """Who competes; CUDA graphs of the compiler's are strong where launches take most of the time, at small batches.
+    ``low``: bfloat16 on a CPU, against float32 too."""
+    others = (*((REDUCED,) if batch <= 4 else ()), *((OURS_COMPILED,) if gpu else ()), *((IN_FLOAT32,) if low else ()))
     return (COMPILED, BEST_SDPA, PRODUCTS, *others, UNFUSED, TUNED, LITERAL)
 
 
-def workload(build: Callable[[torch.device], Setup], device: torch.device, sustained: float = 0.0) -> Workload:
-    """Ours, fused, against its rivals.
+def workload(
+    build: Callable[[torch.device], Setup],
+    device: torch.device,
+    sustained: float = 0.0,
+    measured: bool = False,
+    whole: Callable[[torch.device], Setup] | None = None,
+) -> Workload:
+    """Ours, fused, against its rivals. ``measured``: ours runs as a run of 10,000 steps on a CPU would, by what it
+    measures before the first one. ``whole``: the same setup in float32, for a rival in it.
 
     On a GPU one rival at a time beside ours, as the memory of all would be too much: first those that need no compiler,
     for ten seconds; then the compiled ones, which are expected to be the strongest, for ``sustained`` seconds.
     """
     setup = build(device)
-    trainer = _trainer(setup, fuse=True)
+    trainer = _trainer(setup, fuse="auto" if measured else True)
     scripts: weakref.WeakValueDictionary[bool, Script] = weakref.WeakValueDictionary()
 
     def script(compile: Callable[[Callable[..., Any]], Any] | None = None, literal: bool = False) -> Contestant:
@@ -82,12 +92,18 @@ def workload(build: Callable[[torch.device], Setup], device: torch.device, susta
 
         return Contestant(make)
 
+    def in_float32() -> _Scripted:
+        its = Script((whole or build)(device), literal=False)
+        parts = (torch.compile(part, dynamic=False) for part in (its.teacher, its.student, _distance))
+        return _Scripted(its, *parts, compiled=True)
+
     known: dict[str, Run | str] = {
+        IN_FLOAT32: Contestant(in_float32),
         COMPILED: script(functools.partial(torch.compile, dynamic=False)),
         BEST_SDPA: script(functools.partial(torch.compile, backend=_inductor_with_best_sdpa, dynamic=False)),
         PRODUCTS: script(functools.partial(torch.compile, backend=_and_with_products, dynamic=False)),
         REDUCED: script(functools.partial(torch.compile, mode="reduce-overhead", dynamic=False)),
-        UNFUSED: Contestant(lambda: _Trained(_trainer(setup, fuse=False))),
+        UNFUSED: Contestant(lambda: _Trained(_trainer(setup, fuse=False), measured)),
         OURS_COMPILED: Contestant(lambda: _Trained(_trainer(setup, fuse=True, execution="compiled_graph"))),
         TUNED: script(),
         LITERAL: script(literal=True),
@@ -98,8 +114,8 @@ def workload(build: Callable[[torch.device], Setup], device: torch.device, susta
         order = sorted(rivals(setup.batch), key=turns.index)
         groups = tuple(Group((n,), max(sustained, 15.0) if n.startswith(COMPILED) else 10.0) for n in order)
     return Workload(
-        Contestant(lambda: _Trained(trainer)),
-        {name: known[name] for name in rivals(setup.batch, device.type == "cuda")},
+        Contestant(lambda: _Trained(trainer, measured)),
+        {name: known[name] for name in rivals(setup.batch, device.type == "cuda", whole is not None)},
         functools.partial(_check, trainer),
         flops=flops(build),
         samples=setup.batch,
@@ -116,7 +132,7 @@ def flops(build: Callable[[torch.device], Setup]) -> int:
     return int(counter.get_total_flops())
 
 
-def _trainer(setup: Setup, fuse: bool, execution: Execution = "auto") -> DistillTrainer:
+def _trainer(setup: Setup, fuse: bool | Literal["auto"], execution: Execution = "auto") -> DistillTrainer:
     from fastdistill import DistillTrainer, GuidanceDistillation, RandomConditioning
     from fastdistill.train import TrainConfig
 
@@ -138,18 +154,27 @@ def _trainer(setup: Setup, fuse: bool, execution: Execution = "auto") -> Distill
 
 
 class _Trained:
-    """What the trainer runs, a CUDA graph where there is a GPU; at rest there is none."""
+    """What the trainer runs, a CUDA graph where there is a GPU; at rest there is none. ``measured``: what a run of its
+    own would, which measures that on a CPU."""
 
-    def __init__(self, trainer: DistillTrainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: DistillTrainer, measured: bool = False) -> None:
+        self._trainer, self._measured = trainer, measured
         self._run: Run | None = None
 
     def __call__(self) -> None:
-        from fastdistill.train.graph import runner
-
-        trainer = self._trainer
-        self._run = self._run or runner(trainer.step, trainer.student, trainer.config.execution)
+        if self._run is None:
+            self._run = self._made()
         self._run()
+
+    def _made(self) -> Run:
+        from fastdistill.train.choice import choose, running
+
+        its = self._trainer
+        chosen = choose(its.step, its.student, its.teacher, its.config) if self._measured else None
+        run = running(its.step, its.student, its.config, chosen)
+        if chosen is not None:
+            print(f"  ours: {chosen} ({chosen.why})", file=sys.stderr, flush=True)
+        return run
 
     def held(self) -> Iterator[Tensor]:
         trainer = self._trainer

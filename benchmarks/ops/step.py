@@ -23,13 +23,16 @@ _ROWS, _PROMPTS, _NO_CLASS = 256, 600, 1000
 
 
 def cases() -> Iterator[Case]:
-    yield Case("step", "digits U-Net B=64", "fp32", "cpu", functools.partial(workload, digits), rivals(64, gpu=False))
-    make: Callable[[torch.device], Workload] = functools.partial(workload, functools.partial(_guided, digits))
-    yield Case("step", "digits U-Net guided B=64", "fp32", "cpu", make, rivals(64, gpu=False))
+    make: Callable[[torch.device], Workload]
+    for name, build in {"digits U-Net": digits, "digits U-Net guided": functools.partial(_guided, digits)}.items():
+        make = functools.partial(workload, build, measured=True)
+        yield Case("step", f"{name} B=64", "fp32", "cpu", make, rivals(64, gpu=False))
+        make = functools.partial(workload, functools.partial(_low, build), measured=True, whole=build)
+        yield Case("step", f"{name} B=64", "bf16", "cpu", make, rivals(64, gpu=False, low=True))
     for batch in BATCHES:
-        for name, build in MODELS.items():
+        for name, build_of in MODELS.items():
             headline = name == "SD-1.5 to bk_base 512x512" and batch == 32
-            make = functools.partial(_workload, build, batch, SUSTAINED if headline else 0.0)
+            make = functools.partial(_workload, build_of, batch, SUSTAINED if headline else 0.0)
             yield Case("step", f"{name} B={batch}", "bf16", "cuda", make, rivals(batch), headline)
     for batch in GUIDED_BATCHES:
         make = functools.partial(_workload, functools.partial(_guided, sd15), batch, 0.0)
@@ -39,6 +42,18 @@ def cases() -> Iterator[Case]:
 def _guided(build: Callable[..., Setup], *arguments: Any) -> Setup:
     """The same with a teacher that is guided by a guidance scale of 7.5."""
     return dataclasses.replace(build(*arguments), guidance=6.5)
+
+
+def _low(build: Callable[..., Setup], *arguments: Any) -> Setup:
+    """The same with both models, and what they are given, in bfloat16."""
+    from fastdistill import LatentCache, PromptBank
+
+    setup = build(*arguments)
+    for model in (setup.teacher, setup.student):
+        model._apply(lambda t: t.bfloat16() if t.is_floating_point() else t)
+    cache = LatentCache(setup.cache.latents[:].bfloat16(), setup.cache.prompt_index)
+    bank = PromptBank({name: rows[:].bfloat16() for name, rows in setup.bank.banks.items()}, setup.bank.texts)
+    return dataclasses.replace(setup, cache=cache, bank=bank)
 
 
 def _workload(

@@ -203,7 +203,7 @@ def _changes(plan: Plan, available: int) -> Iterator[tuple[dict[str, Any], dict[
         yield {"train.teacher_ahead": False}, {"teacher_ahead": False}
     if not config.gradient_checkpointing:
         yield {"train.gradient_checkpointing": True}, {"gradient_checkpointing": True}
-    if not config.fuse:
+    if not config.fused(plan.job.device):
         yield {"train.fuse": True}, {"fuse": True}
     if plan.job.teacher_dtype.itemsize > 2:
         yield {"teacher_dtype": "bfloat16"}, {"teacher_dtype": torch.bfloat16}

@@ -198,7 +198,7 @@ def _step(
         if config.gradient_checkpointing:
             undo.callback(devices.held(student, devices.checkpointed))
         student.train()
-        if config.fuse:
+        if config.fused(job.device):
             fuse(teacher)
             fuse(student)
         low = any(p.dtype == torch.float16 for p in student.parameters() if p.requires_grad)

@@ -6,11 +6,12 @@ Everything is stored by name: weights and buffers of the student (``student.<key
 (``trained.<i>.<key>``), for each trained parameter the state of the optimizer (``optimizer.<parameter>.<kind>``), and
 what else the objective changes (``objective.<name>``).
 Metadata of the file: schema, step, seconds trained, what made it (fingerprint), names of the trained parameters, state
-that is no tensor, and the hash of the tensors.
+that is no tensor, how the steps run where the run has measured that (``choice``), and the hash of the tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -49,12 +50,17 @@ class Checkpoint:
 
 
 def head(
-    state: Mapping[str, Any], step: int, seconds: float, fingerprint: Mapping[str, Any], trained: list[str]
+    state: Mapping[str, Any],
+    step: int,
+    seconds: float,
+    fingerprint: Mapping[str, Any],
+    trained: list[str],
+    choice: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The metadata of a checkpoint except for the hash, with the values of the state that are no tensors."""
     values = plain({name: value for name, value in state.items() if not isinstance(value, Tensor)}, "state_dict")
     made = {"schema": SCHEMA, "step": step, "seconds": seconds, "fingerprint": plain(fingerprint), "trained": trained}
-    return made | {"values": values}
+    return made | {"values": values} | ({} if choice is None else {"choice": dict(choice)})
 
 
 def save(directory: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], going: Going = lambda: None) -> Path:
@@ -146,6 +152,19 @@ def newest(directory: Path, *, together: bool = False) -> tuple[Path, Checkpoint
     if damaged is not None:
         raise StorageError(f"{damaged}; no other one is whole: delete them to begin anew") from damaged
     return None
+
+
+def chosen(directory: Path) -> Any:
+    """How the steps of the run in a directory run, as its newest checkpoint that can be opened has it (``choice``);
+    None where none says so. Every rank has to ask; rank 0 looks."""
+
+    def look() -> Any:
+        for path in reversed(steps(directory).values()):
+            with contextlib.suppress(StorageError):
+                return Stored(path).head.get("choice")
+        return None
+
+    return distributed.first(look)
 
 
 def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, student: nn.Module) -> Checkpoint | None:

@@ -87,13 +87,15 @@ class TrainSettings:
     """power: the average reaches back over a share of the training, ema_width, in place of a fixed decay."""
     ema_width: Annotated[float, Field(gt=0, lt=0.28)] = 0.1
     """Of ema_schedule power: standard deviation of the averaged steps, relative to the steps so far."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the trained weights (16 bits: with float32 masters); auto: bfloat16 on a GPU, else the student's."""
-    fuse: bool = False
-    """Use fused ops inside the teacher and the student (fastdistill.fuse)."""
+    precision: Literal["auto", "measured", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the trained weights (16 bits: with float32 masters); auto: bfloat16 on a GPU, else the student's;
+    measured: on a CPU that multiplies bfloat16, bfloat16 where a step is faster then."""
+    fuse: bool | Literal["auto"] = False
+    """Use fused ops inside the teacher and the student (fastdistill.fuse); auto: on a GPU, on a CPU where measured to
+    be faster."""
     execution: Execution = "auto"
-    """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU eager.
-    compiled_graph: one CUDA graph of the compiled step."""
+    """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU what is measured
+    to be the fastest. compiled_graph: one CUDA graph of the compiled step."""
     teacher_ahead: bool = False
     """Ask the teacher for the next step beside the backward of this one (CUDA graphs; the same bits, more memory)."""
     banks: Literal["device", "pinned"] = "device"
@@ -112,6 +114,10 @@ class TrainSettings:
     """Also keep the checkpoint for which a callback returned the best value of this name."""
     best: Literal["lowest", "highest"] = "lowest"
     """Whether the lowest or the highest value of keep_best is the best."""
+
+    def fused(self, device: str) -> bool:
+        """Whether both models are fused from the start on a device of this type; on a CPU ``auto`` measures first."""
+        return device != "cpu" if self.fuse == "auto" else self.fuse
 
 
 @documented

@@ -238,8 +238,8 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
 
     ``eager``: the step itself. ``compiled``: draw, models and losses through ``torch.compile``. ``graph``: everything
     in one CUDA graph. ``compiled_graph``: the compiled step in one. ``auto``: on a GPU a graph, compiled with a warning
-    that says why if there can be none; on a CPU eagerly. A student that draws random numbers itself (dropout) runs
-    eagerly: there they are seeded by the step.
+    that says why if there can be none; on a CPU eagerly, unless something else was chosen (``choice``). A student that
+    draws random numbers itself (dropout) runs eagerly: there they are seeded by the step.
 
     Raises:
         FastdistillError: ``graph`` where it cannot be, with the reason; all but ``eager`` and ``auto`` for a student

@@ -29,8 +29,8 @@ from fastdistill.files import atomic_write, json_value, locked, make_directory, 
 from fastdistill.schemas import BEST
 from fastdistill.train import checkpoint, distributed, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
+from fastdistill.train.choice import Choice, choose, running
 from fastdistill.train.config import TrainConfig
-from fastdistill.train.graph import runner
 from fastdistill.train.metrics import METRICS, line_of, read_metrics
 from fastdistill.train.signals import signals
 from fastdistill.train.state import check_storable, state_of
@@ -68,15 +68,18 @@ def fit(
     preview: Callable[[int], bytes] | None = None,
     teacher: nn.Module | None = None,
     explain: Callable[[], str] | None = None,
+    choice: Choice | None = None,
 ) -> FitResult:
     """Run a step to the last one of its configuration; see ``DistillTrainer.fit``.
 
     ``preview``: makes the PNG file of ``config.preview`` after so many steps. ``teacher``: callbacks leave it as it
-    was, like the student. ``explain``: says why metrics are not finite.
+    was, like the student; a step's execution is measured with it (``choice.choose``). ``explain``: says why metrics are
+    not finite. ``choice``: what has been chosen already, in an earlier sitting or for this one.
     """
     check_installed(config.trackers)
     with contextlib.ExitStack() as stack:
         run = _Run(step, student, fingerprint, config, explain)
+        run.choice = choice
         stopped = stack.enter_context(signals())  # to the end: torchrun sends one where another rank has failed
         distributed.check_same({"directory": "none" if directory is None else "given"})
         stack.enter_context(distributed.naming_the_silent())
@@ -88,7 +91,9 @@ def fit(
         stack.push(run.close)
         stack.callback(step.objective.close)
         done = int(step.counter[1])
-        advance = runner(step, student, config.execution)
+        if done == 0 and teacher is not None and (choice is None or choice.execution is None):
+            run.choice = choose(step, student, teacher, config, choice)
+        advance = running(step, student, config, run.choice)
         undisturbed = Undisturbed(step, student, teacher, config.seed)
 
         def call(functions: list[Progress], metrics: Metrics | None) -> None:
@@ -166,6 +171,7 @@ class _Run:
         self._lines: list[str] = []  # of metrics that could not be written yet
         self._scores: dict[int, float] = {}  # of the checkpoints, by step
         self._told: set[str] = set()
+        self.choice: Choice | None = None
 
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._start
@@ -264,7 +270,9 @@ class _Run:
         self._writer.wait()
         self.warn()
         state = state_of(self.step, self.student)
-        head = checkpoint.head(state, done, self.seconds(), self.fingerprint, list(self.step.parameters_by_name))
+        choice = None if self.choice is None else dataclasses.asdict(self.choice)
+        trained = list(self.step.parameters_by_name)
+        head = checkpoint.head(state, done, self.seconds(), self.fingerprint, trained, choice)
         self._saved = done
         first, together = distributed.rank() == 0, checkpoint.shared(self.student)
         if not first and not together:

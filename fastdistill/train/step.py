@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from fastdistill.distill.objective import BoundObjective
 from fastdistill.errors import InputError
 from fastdistill.models.sharding import sharded
-from fastdistill.train import distributed
+from fastdistill.train import distributed, products
 from fastdistill.train.ahead import TeacherAhead
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.optimizer import AdamWEMA
@@ -103,7 +103,8 @@ class TrainStep:
             self.stream = torch.cuda.Stream(device)
         self._part, self._parts = _parts(objective, config)
         self._loss: distributed.Evaluate = objective if self._parts == 1 else objective.loss  # type: ignore[attr-defined]
-        self._evaluate = distributed.averaged(objective, student, self.stream, self._loss)
+        self._plain = self._evaluate = distributed.averaged(objective, student, self.stream, self._loss)
+        self._compiled: distributed.Evaluate | None = None
         self.parameters_by_name = own | adapters
         self.parameters = list(self.parameters_by_name.values())
         self.lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
@@ -148,23 +149,36 @@ class TrainStep:
         return seeded(self._seed, self._number, self._first_sample, device=self.counter.device)
 
     def compile(self, *, backend: str = "inductor") -> None:
-        """Run draw, models and losses through ``torch.compile`` from now on."""
-        if self.stream is not None:  # a capture that failed may have left DDP in the midst of a backward
-            self._evaluate = self._loss
-            self._evaluate = distributed.averaged(self.objective, self._student, None, self._loss)
-        self._evaluate = torch.compile(self._evaluate, dynamic=False, backend=backend)
-        if self._ahead is not None:
-            self._ahead.compile(backend)
+        """Run draw, models and losses through ``torch.compile`` from now on; what has been compiled before is taken."""
+        if self._compiled is None:
+            if self.stream is not None:  # a capture that failed may have left DDP in the midst of a backward
+                self.wrap(None)
+            by_onednn = backend == "inductor" and self.counter.device.type == "cpu" and products.wanted()
+            options = products.options() if by_onednn else None
+            self._compiled = torch.compile(self._plain, dynamic=False, backend=backend, options=options)
+            if self._ahead is not None:
+                self._ahead.compile(backend)
+        self._evaluate = self._compiled
+
+    def uncompile(self) -> None:
+        """Run them eagerly again."""
+        self._evaluate = self._plain
+
+    def wrap(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Have the ranks average gradients anew: those of weights that lie in memory otherwise than before."""
+        self._plain = self._evaluate = self._loss  # nothing holds what was there
+        self._plain = self._evaluate = distributed.averaged(self.objective, self._student, stream, self._loss)
+        self._compiled = None
 
     def close(self) -> None:
         """Nothing is called any more: the process group, if any, is free to end."""
-        distributed.release(self._evaluate)
+        distributed.release(self._plain)
 
     def __call__(self) -> None:
         step = self.counter[1:]
         if self._ahead is not None:
             self._ahead.begin()
-        metrics = self._gradients()
+        metrics = self.gradients()
         if not self._checked:
             self._check_gradients()
         at = step.clamp(max=len(self._rates) - 1)
@@ -183,7 +197,7 @@ class TrainStep:
         if self._ahead is not None:
             self._ahead.join()
 
-    def _gradients(self) -> Sequence[Tensor]:
+    def gradients(self) -> Sequence[Tensor]:
         """Leave the gradients of the batch; returns its metrics.
 
         In equal parts, a mean over samples is the mean of the parts' means, so that the sum of the gradients of

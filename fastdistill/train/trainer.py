@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from fastdistill.models.weights import shared, storage
 from fastdistill.ops.noise_gather.banks import mapped
 from fastdistill.train import arguments, checkpoint, devices, distributed
 from fastdistill.train.callbacks import Callbacks, Progress
+from fastdistill.train.choice import LEAST, Bench, Choice, faster_precision, has_bfloat16, open_in, put
 from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult, fit
 from fastdistill.train.optimizer import by_name, named_tensors
@@ -107,13 +108,17 @@ class DistillTrainer:
         pool = sources[0][1]
         shown = pool if preview_prompts is None else arguments.preview_prompts(preview_prompts, pool)
         arguments.check_functions(objective, shard=shard, call=call, decode=decode)
+        again: dict[str, Any] = {"schedule": schedule, "latents": latents, "prompts": prompts, "objective": objective}
+        again |= {"device": device, "prediction_type": prediction_type, "call": call, "decode": decode}
+        again |= {"preview_prompts": preview_prompts, "shard": shard}
+        self._given = again if config.precision == "measured" else None  # to be made anew in the faster one
         scheduler = None if isinstance(schedule, Schedule) else schedule
         schedule, prediction_type = arguments.schedule(schedule, prediction_type, teacher, sources)
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
         common = shared(student, teacher)
-        dtype = arguments.dtype(student, self.device, config.precision, common)
+        dtype = arguments.dtype(student, self.device, "auto" if self._given else config.precision, common)
         adapters = peft.identity(student, teacher)
         was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
         with _computing(), contextlib.ExitStack() as undo:  # by close, or where something does not fit
@@ -124,7 +129,7 @@ class DistillTrainer:
             if config.gradient_checkpointing:
                 undo.callback(devices.held(student, devices.checkpointed))
             self.student = student.train()
-            if self.config.fuse:
+            if self.config.fused(self.device.type):
                 fuse(self.teacher)
                 fuse(self.student)
             low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
@@ -189,7 +194,8 @@ class DistillTrainer:
         has the same bits as without the interruption. A thread writes the checkpoints while the training goes on. If
         one cannot be written, that is a warning; for the last one it is an error. The run may be continued on another
         machine, in another precision (the float32 masters carry over) and by another number of ranks. With other data,
-        settings or frozen parameters it is refused.
+        settings or frozen parameters it is refused. On a CPU a new run may measure first how to run its steps; a
+        continued one runs them as before (docs/cpu.md).
 
         After Ctrl-C or SIGTERM the current step ends (on several ranks, the log interval) and a checkpoint is written.
         Then a line is printed to stderr and ``Stopped`` is raised. A script that does not catch it ends there without a
@@ -232,6 +238,7 @@ class DistillTrainer:
         arguments.check_surroundings(self.device)
         if changed := differences(self._layout, arguments.layout(self.student)):
             raise InputError.of("student", "weights as when the trainer was made", listed(changed, 3))
+        choice = self._chosen(directory)
         self._freeze()
         if not self.student.training:
             self.student.train()
@@ -249,6 +256,7 @@ class DistillTrainer:
                     preview=None if previews is None else lambda done: previews(self.ema_student(), done),
                     teacher=self.teacher,
                     explain=lambda: explain(banks_of(self._setting), self.teacher, self.student),
+                    choice=choice,
                 )
         except RuntimeError as error:
             if (explained := self._setting.explained(error)) is not None:
@@ -256,6 +264,40 @@ class DistillTrainer:
             raise
         finally:
             self._fitting = False
+
+    def _chosen(self, directory: Path | None) -> Choice | None:
+        """What an earlier sitting of the run has measured, put in place, and the precision where it is to be."""
+        config, on_cpu = self.config, self.device.type == "cpu"
+        if not on_cpu or not (config.execution == "auto" or config.fuse == "auto" or self._given is not None):
+            return None
+        choice = None if directory is None else Choice.of(checkpoint.chosen(directory))
+        if self._given is not None:
+            precision = self._faster_precision() if choice is None else choice.precision
+            if precision == "bfloat16":
+                given, self._given = self._given, None
+                self.close()
+                low = dataclasses.replace(config, precision=precision)
+                self.__init__(self.teacher, self.student, config=low, **given)  # type: ignore[misc]
+            choice = dataclasses.replace(choice or Choice(), precision=precision)
+        if choice is not None:
+            put(open_in(choice, config), self.step, self.student, self.teacher)
+        return choice
+
+    def _faster_precision(self) -> Literal["float32", "bfloat16"] | None:
+        """The one in which a step of the student is faster; None where there is no choice."""
+        trained = {p.dtype for p in self.student.parameters() if p.requires_grad}
+        fixed = self._given is None or self._given["shard"] is not None or shared(self.student, self.teacher)
+        if fixed or trained != {torch.float32} or not has_bfloat16(self.device) or self.config.steps < LEAST:
+            return None
+        assert self._given is not None
+        low = dataclasses.replace(self.config, precision="bfloat16", execution="eager")
+        try:
+            copied = copy.deepcopy(self.student)
+        except Exception:  # as of a module that holds what cannot be copied
+            return None
+        with DistillTrainer(self.teacher, copied, config=low, **self._given) as other, _computing():
+            both = (Bench(each.step, each.student, each.teacher, self.config) for each in (self, other))
+            return faster_precision(*both)
 
     def close(self) -> None:
         """Take the trainer's hooks off the models, end its threads, and give the teacher back as trainable, and in the

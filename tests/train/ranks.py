@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +24,7 @@ from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill import GuidanceDistillation, RandomConditioning, Regions, Rolling, Weights
 from fastdistill.errors import Stopped
 from fastdistill.models import make_student
-from fastdistill.train import DistillTrainer, distributed
+from fastdistill.train import DistillTrainer, choice, distributed
 from fastdistill.train.checkpoint import steps
 from fastdistill.train.guard import NoHostSync
 from fastdistill.train.state import state_of
@@ -217,6 +218,24 @@ def compiled(rank: int, directory: Path) -> Any:
     return finished(make(execution="compiled"))
 
 
+def measured(rank: int, directory: Path) -> Any:
+    """On rank 0 a step is faster in channels_last, on rank 1 it is not."""
+    seconds = choice.Bench.seconds
+
+    def pretended(bench: choice.Bench, way: choice.Choice) -> float:
+        seconds(bench, way)
+        return float(bool(way.channels_last) != (rank == 0))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "LEAST", 1)
+        patch.setattr(choice, "PATIENCE", 0.0)
+        patch.setattr(choice.Bench, "seconds", pretended)
+        trainer = make()
+        outcome = finished(trainer)
+    strides = [p.stride() for p in (*trainer.student.parameters(), *trainer.teacher.parameters())]
+    return outcome | {"execution": trainer.step.execution, "strides": strides}
+
+
 def fused(rank: int, directory: Path) -> Any:
     """A U-Net with adapters, fused and then wrapped."""
     return small.trainer("channel_base", fuse=True, steps=2, **SMOOTH).fit().history[0]["gradient_norm"]
@@ -401,7 +420,7 @@ def unsharded(rank: int, directory: Path) -> Any:
 
 _ALL: tuple[Any, ...] = (
     draws, from_disk, encoded, buckets, run, parts, shards_parts, interrupted,
-    fused, guided, compiled, guarded, pressed, nowhere, full, uneven, unlike,
+    fused, guided, compiled, measured, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
     shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded, adapters,
     shards_adapters, rolling, rolling_interrupted, adaptive, adaptive_interrupted, released,

@@ -227,6 +227,13 @@ def test_every_rank_has_the_error(found: Found, name: str, kind: type[Exception]
             raise outcome
 
 
+def test_rank_0_says_how_all_run(found: Found, alone: dict[str, Any]) -> None:
+    one, two = map(done, found["measured"])
+    assert same(one, two) and one["strides"] == two["strides"]
+    assert one["execution"] == two["execution"] == "eager, channels_last"
+    assert_close(one, alone)
+
+
 def test_compiled_is_eager(found: Found) -> None:
     """Around DDP the same bits; FSDP2's compiled gathers may round the norm another way."""
     assert same(done(found["compiled"][0]), done(found["run"][0]))

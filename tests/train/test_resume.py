@@ -395,11 +395,11 @@ def test_a_run_of_a_version_that_logged_other_metrics_goes_on(tmp_path: Path) ->
     """The weights to the last bit; the metrics of the interval are those of the steps that follow."""
     options: dict[str, Any] = {"steps": 6, "log_every": 4, "checkpoint_every": 3}
     older = make(**options)
-    gradients, step = older.step._gradients, older.step
+    gradients, step = older.step.gradients, older.step
     place = step.metric_names.index("spread/inner")
     del step.metric_names[place]
     step.totals = step.totals[:-1].clone()
-    step._gradients = lambda: [v for i, v in enumerate(gradients()) if i != place]  # type: ignore[method-assign]
+    step.gradients = lambda: [v for i, v in enumerate(gradients()) if i != place]  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         older.fit(tmp_path, progress=stop_after(4))
     newer, whole = make(**options), make(**options)

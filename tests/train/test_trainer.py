@@ -267,7 +267,7 @@ def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path) -> None:
 
 def train_on(directory: Path) -> None:
     torch.set_num_threads(1)
-    small.trainer(steps=10**6, checkpoint_every=1, log_every=1).fit(directory)
+    small.trainer(steps=10**6, execution="eager", checkpoint_every=1, log_every=1).fit(directory)
 
 
 def test_killed_at_any_moment_nothing_is_half_written(tmp_path: Path) -> None:

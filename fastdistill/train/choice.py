@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run on a CPU measures once, before its first step: the fastest of the ways in which a step can run.
+
+A choice changes the last bits of what is computed, so checkpoints keep it and a resumed run goes on with it; two runs
+of the same seed may choose differently, unless the configuration names what they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fastdistill.errors import quoted
+from fastdistill.models.fuse import fuse, unfuse
+from fastdistill.models.sharding import sharded
+from fastdistill.models.weights import shared
+from fastdistill.train import distributed
+from fastdistill.train.callbacks import Undisturbed
+from fastdistill.train.config import TrainConfig
+from fastdistill.train.graph import refuse_compiled, runner
+from fastdistill.train.randomness import drawing
+from fastdistill.train.step import TrainStep
+
+logger = logging.getLogger(__name__)
+LEAST = 500  # steps of a run that is worth measuring: a measurement takes as long as some ten steps
+PATIENCE = 20.0  # seconds of training that are left, below which nothing is measured either
+SHARE = 0.15  # of the time of an eager step that a compiled one is expected to save
+COMPILING = 0.25  # seconds that compiling takes for each layer of the models, by which it is tried or not
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, for the fields of a configuration that leave it open. ``execution``, ``channels_last`` (4-D
+    weights of both models in that layout), ``fuse`` and ``precision`` are None where the configuration says it, or
+    nothing was measured. ``why`` says in a few words what was measured."""
+
+    execution: Literal["eager", "compiled"] | None = None
+    channels_last: bool | None = None
+    fuse: bool | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    why: str = ""
+
+    @staticmethod
+    def of(values: Any) -> Choice | None:
+        """What a checkpoint has kept; None where that is nothing."""
+        fields = {field.name for field in dataclasses.fields(Choice)}
+        return Choice(**{k: v for k, v in values.items() if k in fields}) if isinstance(values, Mapping) else None
+
+    def __str__(self) -> str:
+        parts = [self.execution, "channels_last" if self.channels_last else None, "fused" if self.fuse else None]
+        return ", ".join(part for part in parts if part)
+
+
+def put(choice: Choice, step: TrainStep, student: nn.Module, teacher: nn.Module) -> None:
+    """Have both models as a choice has them; before there is any state of the optimizer."""
+    if choice.fuse is not None:
+        for model in (teacher, student):
+            fuse(model) if choice.fuse else unfuse(model)
+    if choice.channels_last:
+        _lay((teacher, student))
+        step.wrap()
+
+
+def open_in(choice: Choice, config: TrainConfig) -> Choice:
+    """What of a choice is for fields that the configuration leaves open."""
+    if config.execution != "auto":
+        choice = dataclasses.replace(choice, execution=None, channels_last=None)
+    return choice if config.fuse == "auto" else dataclasses.replace(choice, fuse=None)
+
+
+def choose(
+    step: TrainStep, student: nn.Module, teacher: nn.Module, config: TrainConfig, choice: Choice | None = None
+) -> Choice | None:
+    """The fastest way to run the steps of a new run, measured on the losses and gradients of the next one, with
+    everything afterwards as before; ``choice`` itself where the configuration leaves nothing open, or the device is no
+    CPU.
+
+    On several ranks all take part and rank 0's times decide; nothing is compiled there.
+    """
+    open_fuse, left = config.fuse == "auto", config.steps - int(step.counter[1])
+    if step.counter.device.type != "cpu" or (config.execution != "auto" and not open_fuse):
+        return choice
+    plain = dataclasses.replace(
+        choice or Choice(),
+        execution="eager" if config.execution == "auto" else None,
+        fuse=False if open_fuse else None,
+    )
+    if left < LEAST:
+        return dataclasses.replace(plain, why=f"auto: {left} steps are too few to measure")
+    if config.teacher_ahead:
+        return dataclasses.replace(plain, why="auto: the teacher is asked ahead")
+    if where := sharded(student):
+        return dataclasses.replace(plain, why=f"auto: {where}")
+    bench = Bench(step, student, teacher, config)
+    with bench.kept():
+        chosen = _measured(bench, plain, config, left)
+        bench.put(chosen)
+    if distributed.rank() == 0:
+        logger.info("training step: %s (%s)", chosen, chosen.why)
+    return chosen
+
+
+def running(step: TrainStep, student: nn.Module, config: TrainConfig, choice: Choice | None) -> Callable[[], None]:
+    """What the loop calls every step, by what was chosen for a configuration that leaves it open."""
+    if config.execution != "auto" or choice is None or choice.execution is None:
+        return runner(step, student, config.execution)
+    advance = runner(step, student, choice.execution)
+    step.execution, step.why = str(choice), choice.why
+    return advance
+
+
+def faster_precision(own: Bench, low: Bench) -> Literal["float32", "bfloat16"]:
+    """Whether an eager step is faster with the student in bfloat16, as in ``low``; rank 0's times decide."""
+    with own.kept(), low.kept():
+        turns = [(own.seconds(Choice()), low.seconds(Choice())) for _ in range(1 + ROUNDS)][1:]
+    times = distributed.first(lambda: [min(each) for each in zip(*turns, strict=True)])
+    chosen: Literal["float32", "bfloat16"] = "float32" if times[0] <= times[1] else "bfloat16"
+    if distributed.rank() == 0:
+        told = f"float32 {1e3 * times[0]:.1f} ms a step, bfloat16 {1e3 * times[1]:.1f} ms a step"
+        logger.info("precision: %s (measured: %s)", chosen, told)
+    return chosen
+
+
+def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Choice:
+    first = bench.times([plain], rounds=1)[plain]
+    if (total := first * left) < PATIENCE:
+        return dataclasses.replace(plain, why=f"auto: the {left} steps that are left take some {total:.0f} s")
+    layouts = [None] if config.execution != "auto" or not bench.has_layouts() else [None, True]
+    forms = [None] if plain.fuse is None else [False, True]
+    ways = [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, forms)]
+    times = bench.times(ways)
+    best = min(ways, key=times.__getitem__)
+    told = [f"{way} {1e3 * seconds:.1f} ms a step" for way, seconds in times.items()]
+    if config.execution == "auto":
+        why_not = bench.refuse_compiled(left * times[best])
+        if why_not is None:
+            fused = None if best.fuse is None else False  # the compiler's own are the faster ones in what it compiles
+            compiled = dataclasses.replace(best, execution="compiled", fuse=fused)
+            bench.put(best)
+            began = time.perf_counter()
+            if (why_not := bench.failure(compiled)) is None:
+                spent = time.perf_counter() - began
+                again = bench.times([best, compiled])
+                told = [f"{way} {1e3 * seconds:.1f} ms a step" for way, seconds in (times | again).items()]
+                told.append(f"compiling took {spent:.0f} s of {left} steps that are left")
+                best = min(again, key=again.__getitem__)
+        if why_not is not None:
+            told.append(f"not compiled, as {why_not}")
+    return dataclasses.replace(best, why="auto: " + ", ".join(told))
+
+
+class Bench:
+    """Runs the losses and gradients of a step as a choice has them, and leaves no trace."""
+
+    def __init__(self, step: TrainStep, student: nn.Module, teacher: nn.Module, config: TrainConfig) -> None:
+        self.step, self.student, self.teacher, self._config = step, student, teacher, config
+        self._now: Choice | None = None
+        self._flat = _strides((teacher, student))
+        self._trained = [student, *step.objective.trained]
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Afterwards buffers, the objective's state, modes, gradients and generators are as before."""
+        state = getattr(self.step.objective, "state", {})
+        tensors = [*state.values(), *(b for model in self._trained for b in model.buffers())]
+        saved = [tensor.clone() for tensor in tensors]
+        try:
+            with Undisturbed(self.step, self.student, self.teacher, self._config.seed)(0):
+                self.step.prepare(int(self.step.counter[1]))
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, before in zip(tensors, saved, strict=True):
+                    tensor.copy_(before)
+
+    def put(self, choice: Choice) -> None:
+        """Have step and models as it has them."""
+        was, self._now = self._now, choice
+        if was is None or was.fuse != choice.fuse:
+            put(dataclasses.replace(choice, channels_last=None), self.step, self.student, self.teacher)
+        if bool(was and was.channels_last) != bool(choice.channels_last):
+            if choice.channels_last:
+                _lay((self.teacher, self.student))
+            else:
+                _restore(self._flat)
+            self.step.wrap()
+        self.step.compile() if choice.execution == "compiled" else self.step.uncompile()
+
+    def seconds(self, choice: Choice) -> float:
+        """Of one thread those that it computes, however busy the machine is."""
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        self.put(choice)
+        began = clock()
+        with self.step.randomness():
+            self.step.gradients()
+        took = clock() - began
+        self.step.optimizer.zero_grad(set_to_none=True)
+        return took
+
+    def times(self, ways: list[Choice], rounds: int = ROUNDS) -> dict[Choice, float]:
+        """The shortest of some turns of each, which take them one after another; rank 0's on all."""
+        for way in ways:  # buffers come to be, kernels are found
+            self.seconds(way)
+        turns = [[self.seconds(way) for way in ways] for _ in range(rounds)]
+        found = distributed.first(lambda: [min(each) for each in zip(*turns, strict=True)])
+        return dict(zip(ways, found, strict=True))
+
+    def has_layouts(self) -> bool:
+        """Whether there are weights in another layout than channels_last, that no two tensors share."""
+        others = [p for p, _ in self._flat if not p.is_contiguous(memory_format=torch.channels_last)]
+        return bool(others) and not shared(self.student, self.teacher)
+
+    def refuse_compiled(self, seconds: float) -> str | None:
+        """Why compiling is not tried for that many seconds of eager training."""
+        layers = sum(1 for model in (self.teacher, self.student) for m in model.modules() if not [*m.children()])
+        expected = COMPILING * layers
+        if distributed.size() > 1:
+            return "there are several ranks"
+        if self.step.shapes > 1:
+            return f"it draws latents of {self.step.shapes} shapes"
+        if draws := drawing(self._trained):
+            return f"the student draws random numbers itself ({draws[0]})"
+        if SHARE * seconds < expected:
+            return f"that takes some {expected:.0f} s, and the steps that are left {seconds:.0f} s"
+        return refuse_compiled(self.step, self.student)
+
+    def failure(self, compiled: Choice) -> str | None:
+        """Compile; why that failed."""
+        try:
+            self.seconds(compiled)
+        except Exception as error:  # of a compiler, or of a C++ compiler that is not there
+            self.step.uncompile()
+            self.step.optimizer.zero_grad(set_to_none=True)
+            return f"that failed: {quoted(error)}"
+        return None
+
+
+def _weights(models: tuple[nn.Module, ...]) -> Iterator[nn.Parameter]:
+    """Those that have a layout; of quantized ones torch says no more than their shape."""
+    parameters = (p for model in models for p in model.parameters() if not hasattr(p, "__tensor_flatten__"))
+    return (p for p in parameters if p.dim() == 4 and p.is_floating_point() and not p.is_meta)
+
+
+def _strides(models: tuple[nn.Module, ...]) -> list[tuple[nn.Parameter, tuple[int, ...]]]:
+    return [(p, p.stride()) for p in _weights(models)]
+
+
+def _lay(models: tuple[nn.Module, ...]) -> None:
+    for parameter in _weights(models):
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _restore(strides: list[tuple[nn.Parameter, tuple[int, ...]]]) -> None:
+    for parameter, stride in strides:
+        if parameter.stride() != stride:
+            data = parameter.data
+            parameter.data = torch.empty_strided(data.shape, stride, dtype=data.dtype).copy_(data)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether this processor multiplies bfloat16 (AVX-512 BF16, AMX)."""
+    if device.type != "cpu":
+        return False
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))

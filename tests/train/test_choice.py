@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run on a CPU measures before its first step: it leaves no trace, is kept in checkpoints and used again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastdistill.models.fuse.form import is_fused
+from fastdistill.train import checkpoint, choice, products
+from fastdistill.train.choice import Bench, Choice
+from fastdistill.train.step import TrainStep
+from tests import small, tiny
+from tests.train import ranks
+
+Cost = Callable[[Choice], float]
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cost], list[Choice]]:
+    """Has every run measure, with these times of each way in place of its own; returns what is measured."""
+    monkeypatch.setattr(choice, "LEAST", 1)
+    monkeypatch.setattr("fastdistill.train.trainer.LEAST", 1)
+    monkeypatch.setattr(choice, "PATIENCE", 0.0)
+    monkeypatch.setattr(choice, "COMPILING", 0.0)
+    monkeypatch.setattr(TrainStep.compile, "__kwdefaults__", {"backend": "eager"})
+    seconds = Bench.seconds
+    torch._dynamo.reset()
+
+    def begin(cost: Cost) -> list[Choice]:
+        seen: list[Choice] = []
+
+        def pretended(bench: Bench, way: Choice) -> float:
+            seconds(bench, way)
+            seen.append(way)
+            return cost(way)
+
+        monkeypatch.setattr(Bench, "seconds", pretended)
+        return seen
+
+    return begin
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: object) -> float:
+        raise AssertionError("a measurement")
+
+    monkeypatch.setattr(Bench, "seconds", measured)
+
+
+def test_a_short_run_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch)
+    run = tiny.trainer(fuse="auto", precision="measured")
+    run.fit()
+    assert (run.step.execution, run.step.why) == ("eager", "auto: 2 steps are too few to measure")
+
+
+def test_what_is_named_is_not_measured(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring(lambda way: 1.0)
+    refuse(monkeypatch)
+    run = tiny.trainer(execution="eager")
+    run.fit()
+    assert (run.step.execution, run.step.why) == ("eager", "as set")
+
+
+class Normed(ranks.Tiny):
+    """With statistics that every forward changes, and random numbers of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.outer = nn.Sequential(nn.BatchNorm2d(width), nn.Dropout(0.5), self.outer)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("kind", [Normed, ranks.Tiny])
+def test_a_measurement_leaves_no_trace(measuring: Any, kind: Callable[[int], nn.Module]) -> None:
+    """The run is the eager one to the bit, where that is the fastest."""
+    runs = [ranks.make(student=kind(6), rolling=ranks.ROLLING, execution=way) for way in ("eager", "auto")]
+    seen = measuring(lambda way: 1.0 if way == Choice("eager") else 2.0)
+    one, two = map(ranks.finished, runs)
+    assert one["history"] == two["history"] and {way.channels_last for way in seen} == {None, True}
+    assert runs[1].step.execution == "eager" and "channels_last 2000.0 ms a step" in runs[1].step.why
+    assert one["state"].keys() == two["state"].keys() and "objective.timestep" in one["state"]
+    for name, value in one["state"].items():
+        assert torch.equal(value, two["state"][name]), name
+    assert all(p.grad is None for p in runs[1].student.parameters())
+    draws = kind is Normed
+    assert ("not compiled, as the student draws" in runs[1].step.why) == draws
+    assert ("compiled" in {way.execution for way in seen}) != draws
+
+
+def best(way: Choice) -> float:
+    """Compiled, in channels_last, fused, and the student in bfloat16."""
+    return 8.0 - 4 * (way.execution == "compiled") - 2 * bool(way.channels_last) - bool(way.fuse)
+
+
+def test_a_resumed_run_goes_on_as_chosen(
+    measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the bit as without an interruption; the choice is said in one line."""
+    caplog.set_level(logging.INFO, "fastdistill")
+    measuring(best)
+    whole = ranks.make(checkpoint_every=1)
+    one = ranks.finished(whole, tmp_path / "whole")
+    told = [line for line in caplog.messages if line.startswith("training step: ")]
+    assert len(told) == 1 and told[0].startswith("training step: compiled, channels_last (auto: eager 8000.0 ms")
+    with pytest.raises(ranks.Interrupted):
+        ranks.make(checkpoint_every=1).fit(tmp_path / "parts", progress=ranks.stop_after(3))
+    refuse(monkeypatch)
+    resumed = ranks.make(checkpoint_every=1)
+    two = ranks.finished(resumed, tmp_path / "parts")
+    assert resumed.step.execution == whole.step.execution == "compiled, channels_last"
+    for name, value in one["state"].items():
+        assert torch.equal(value, two["state"][name]), name
+    kept = Choice.of(checkpoint.chosen(tmp_path / "parts"))
+    assert kept is not None and kept == Choice("compiled", True, None, None, kept.why)
+
+
+def test_fused_ops_where_they_are_faster(measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept with the run, too; nothing else is measured where the execution is named."""
+    seen = measuring(best)
+    options: dict[str, Any] = {"fuse": "auto", "execution": "eager", "checkpoint_every": 1, "steps": 3}
+    run = small.trainer("channel_base", **options)
+    with pytest.raises(ranks.Interrupted):
+        run.fit(tmp_path, progress=ranks.stop_after(2))
+    assert {(way.execution, way.channels_last, way.fuse) for way in seen} == {(None, None, on) for on in (False, True)}
+    refuse(monkeypatch)
+    again = small.trainer("channel_base", **options)
+    again.fit(tmp_path)
+    for model in (run.teacher, run.student, again.teacher, again.student):
+        assert any(map(is_fused, model.modules()))
+    assert again.step.execution == "eager"
+
+
+def test_a_run_of_an_older_version_goes_on_eagerly(
+    measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoints say nothing of a choice, as those of a run whose execution is named."""
+    run = tiny.trainer(steps=2, execution="eager", lr_schedule="constant")
+    run.fit(tmp_path)
+    assert checkpoint.chosen(tmp_path) is None
+    measuring(best)
+    refuse(monkeypatch)
+    again = tiny.trainer(steps=3)
+    again.fit(tmp_path)
+    assert again.step.execution == "eager" and "CUDA" in again.step.why
+
+
+def test_a_step_that_cannot_be_compiled_runs_eagerly(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Any:
+        raise ValueError("no compiler")
+
+    measuring(best)
+    monkeypatch.setattr(TrainStep.compile, "__kwdefaults__", {"backend": broken})
+    run = ranks.make(steps=2)
+    run.fit()
+    assert run.step.execution == "eager, channels_last" and "not compiled, as that failed: " in run.step.why
+
+
+def test_compiling_has_to_pay(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule of thumb says how long it takes."""
+    measuring(best)
+    monkeypatch.setattr(choice, "COMPILING", 1.0)
+    run = ranks.make(steps=5)
+    run.fit()
+    assert run.step.execution == "eager, channels_last"
+    assert run.step.why.endswith("not compiled, as that takes some 8 s, and the steps that are left 30 s")
+
+
+@pytest.mark.parametrize(("faster", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_measured_precision(
+    measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool, dtype: torch.dtype
+) -> None:
+    """Kept with the run, whatever another sitting would measure."""
+    monkeypatch.setattr("fastdistill.train.trainer.has_bfloat16", lambda device: True)
+    measuring(best)
+    seconds = Bench.seconds
+
+    def by_dtype(bench: Bench, way: Choice) -> float:
+        return seconds(bench, way) - 0.5 * (bench.student.first.weight.dtype == torch.bfloat16)
+
+    if faster:
+        monkeypatch.setattr(Bench, "seconds", by_dtype)
+    options: dict[str, Any] = {"precision": "measured", "execution": "eager", "checkpoint_every": 1}
+    run = tiny.trainer(steps=2, **options)
+    run.fit(tmp_path)
+    assert run.student.first.weight.dtype == dtype and run.teacher.first.weight.dtype == torch.float32
+    refuse(monkeypatch)
+    again = tiny.trainer(steps=3, **options)
+    again.fit(tmp_path)
+    assert again.student.first.weight.dtype == dtype
+    run.close()
+    again.close()
+
+
+def test_products_by_onednn() -> None:
+    """Large ones only, with the result of torch's own; sums over many terms, as of a weight's gradient, if they are
+    wide enough."""
+
+    def computed(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, narrow: torch.Tensor) -> list[torch.Tensor]:
+        y = torch.addmm(bias, x, w.t())
+        return [y, y @ w, y.t() @ x, narrow.t() @ narrow, x[:8] @ w.t(), torch.addmm(y, x, w.t())]
+
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch without oneDNN")
+    g = torch.Generator().manual_seed(0)
+    shapes = (1024, 64), (96, 64), (96,), (4096, 32)
+    given = [torch.randn(*shape, generator=g) for shape in shapes]
+    fake = make_fx(computed, tracing_mode="fake")(*given)
+    assert products.replace(fake.graph) == 3
+    fake.recompile()
+    for one, two in zip(fake(*given), computed(*map(torch.Tensor.double, given)), strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=0, atol=2e-6 * float(two.abs().max()))
+
+
+class Attending(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        attend = torch.nn.functional.scaled_dot_product_attention
+        few = [attend(q, k, v), attend(query=q, key=k, value=v, is_causal=False), attend(q, k, v, None, 0.0, False)]
+        rest = [attend(q, k, v, mask), attend(q, k, v, scale=0.5), attend(q.double(), k.double(), v.double())]
+        return [*few, *rest, attend(*(torch.cat([t] * 50, 2) for t in (q, k, v)))]
+
+
+def test_attention_over_few_tokens_as_products() -> None:
+    """Where it has neither mask nor scale of its own; output and gradients are torch's."""
+    g = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, 3, tokens, 8, generator=g) for tokens in (7, 5, 5)]
+    mask = torch.zeros(7, 5)
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found.append(products.spell_out(graph.graph))
+        graph.recompile()
+        return graph
+
+    torch._dynamo.reset()
+    outcomes = []
+    for model in (Attending(), torch.compile(Attending(), backend=backend)):
+        own = [t.clone().requires_grad_() for t in given]
+        outputs = model(*own, mask)
+        sum(t.square().sum() for t in outputs).backward()
+        outcomes.append([*outputs, *(t.grad for t in own)])
+    assert found == [3]
+    for one, two in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_who_multiplies_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not products.wanted.__wrapped__()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    for vendor, wanted in (("GenuineIntel", False), ("AuthenticAMD", True)):
+        monkeypatch.setattr(products.Path, "read_text", lambda *_, vendor=vendor, **__: f"vendor_id\t: {vendor}\n")
+        assert products.wanted.__wrapped__() == (wanted and torch.backends.mkl.is_available())
