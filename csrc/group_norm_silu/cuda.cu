@@ -3,8 +3,8 @@
 // from the one read to the one write. Where channels are side by side.
 //
 // Grid      a cluster of 1 to 8 blocks (`CLUSTERS` in Python) a sample and slice, each with as many of the positions; 256
-// threads
-//           a block, of which each walks down one column of 16 bytes. The gradients of weight and bias take one launch more
+//           threads a block, of which each walks down one column of 16 bytes. The gradients of weight and bias take one
+//           launch more
 // Traffic   x and y, backward x, grad and dx, once each: in bf16 4 and 6 bytes an element
 // Precision a thread's moments in fp32 about its first number (squares lose at most its count of roundings), merged in double
 //           (Chan et al. 1979); a thread's gradient sums in fp32, above it in double; outputs rounded once; the order of all
