@@ -97,6 +97,7 @@ def _geglu(backward: bool) -> None:
     x, y = torch.empty(1, 2, device="meta"), torch.empty(1, 1, device="meta")
     if backward:
         _module("geglu").geglu_backward(y, x, False, x)
+        _module("geglu").geglu_backward(y, x, False, x, [torch.empty(2, device="meta")])
     else:
         _module("geglu").geglu(x, False, y)
 
@@ -125,6 +126,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
         for backward in (False, True)
         for keys in (1, 512)
     },
+    "add_bias": lambda: _module("add_bias").add_bias(*_ones(2, 2, 1, 2)),
+    "bias_gradient": lambda: _module("add_bias").bias_gradient(*_ones(2, 1)),
     "grad_square_sum": lambda: _module("adamw_ema").grad_square_sum(_ones(1), *_ones(0, dtype=DOUBLE)),
 }
 
