@@ -70,6 +70,7 @@ def run_file(name: str, seed: int, output: Path) -> tuple[DigitsConfig, RunConfi
     config = DigitsConfig(output=str(output), device="cpu", images_per_prompt=IMAGES).resolved()
     own = plain(dataclasses.asdict(config.run_file("random_conditioning", seed)))
     changed = _onto(own, CANDIDATES[name])
+    changed["train"]["execution"] = "eager"  # on every machine
     changed["directory"] = str(output / "students" / f"{name} {seed}" / "training")
     return config, from_mapping(RunConfig, changed)
 
