@@ -27,23 +27,30 @@ CONTEXT = {
 def digits(report: Mapping[str, Any]) -> str:
     """The table of ``docs/digits/report.json``."""
     lines = [
-        "| | correct, prompts in the cache | correct, prompts not in the cache | parameters | images/s |",
-        "|---|---|---|---|---|",
+        "| | correct, prompts in the cache | not in the cache | distance from the teacher, in the cache | not in it "
+        "| parameters | images/s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, model in {"teacher": report["teacher"], **report["students"]}.items():
         shares = []
         for kind in ("seen", "unseen"):
             spread = f" ± {100 * model[f'{kind}_std']:.1f}" if f"{kind}_std" in model else ""
             shares.append(f"{100 * model[kind]:.1f}{spread} %")
+        for kind in ("seen", "unseen"):
+            shares.append(f"{model['likeness'][kind]['distance']['value']:.3f}" if "likeness" in model else "")
         images = f"{model['images_per_second']:.0f}"
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(shares)} | {model['parameters']:,} | {images} |")
-    seeds = len(report["students"]["paired"].get("seeds", [0]))
+    paired = report["students"]["paired"]
+    seeds = len(paired.get("seeds", [0]))
+    apart = {kind: found["distance"]["unrelated"] for kind, found in paired["likeness"].items()}
     judge = report["judge"]
     lines.append("")
     images = report["teacher"]["seen_n"] + report["teacher"]["unseen_n"]
     lines.append(
         f"{seeds} seeds (mean ± standard deviation), {images} images per model and seed, judged by a classifier "
-        f"trained only on the real scans ({100 * judge['accuracy']:.1f} % correct on {judge['n']} held-out scans)."
+        f"trained only on the real scans ({100 * judge['accuracy']:.1f} % correct on {judge['n']} held-out scans). "
+        f"Distance: root mean square difference from the teacher's image of the same noise, of values in [-1, 1]; two "
+        f"images of the teacher for one prompt differ by {apart['seen']:.2f} and {apart['unseen']:.2f}."
     )
     return "\n".join(lines)
 

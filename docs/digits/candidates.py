@@ -67,7 +67,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 
 
 def run_file(name: str, seed: int, output: Path) -> tuple[DigitsConfig, RunConfig]:
-    config = DigitsConfig(output=str(output), device="cpu", images_per_prompt=IMAGES).resolved()
+    config = DigitsConfig(output=str(output), device="cpu", images_per_prompt=IMAGES, rolling=None).resolved()
     own = plain(dataclasses.asdict(config.run_file("random_conditioning", seed)))
     changed = _onto(own, CANDIDATES[name])
     changed["train"]["execution"] = "eager"  # on every machine

@@ -64,8 +64,8 @@ class DigitsConfig:
     """normalized_mse: divided by the teacher's mean square; huber: linear above 1; cosine: per sample."""
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Fraction of prompts that are replaced by the null prompt."""
-    rolling: Annotated[int, Field(ge=2)] | None = None
-    """Every so many-th sample is a state of a sampler that runs along (of random conditioning); none: none is."""
+    rolling: Annotated[int, Field(ge=2)] | None = 2
+    """With random conditioning every so many-th sample is a state of a sampler that runs along; None: none is."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             **EXPERIMENT["train"], preview=PreviewConfig(guidance_scale=Sampling().guidance_scale)
