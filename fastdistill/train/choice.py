@@ -36,6 +36,7 @@ PATIENCE = 20.0  # seconds of training that are left, below which nothing is mea
 SHARE = 0.15  # of the time of an eager step that a compiled one is expected to save
 COMPILING = 0.25  # seconds that compiling takes for each layer of the models, by which it is tried or not
 ROUNDS = 5
+MARGIN = 0.98  # of the time of the first way, above which another one counts as no faster
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Ch
     forms = [None] if plain.fuse is None else [False, True]
     ways = [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, forms)]
     times = bench.times(ways)
-    best = min(ways, key=times.__getitem__)
+    best = _fastest(times)
     told = [f"{way} {1e3 * seconds:.1f} ms a step" for way, seconds in times.items()]
     if config.execution == "auto":
         why_not = bench.refuse_compiled(left * times[best])
@@ -153,10 +154,16 @@ def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Ch
                 again = bench.times([best, compiled])
                 told = [f"{way} {1e3 * seconds:.1f} ms a step" for way, seconds in (times | again).items()]
                 told.append(f"compiling took {spent:.0f} s of {left} steps that are left")
-                best = min(again, key=again.__getitem__)
+                best = _fastest(again)
         if why_not is not None:
             told.append(f"not compiled, as {why_not}")
     return dataclasses.replace(best, why="auto: " + ", ".join(told))
+
+
+def _fastest(times: dict[Choice, float]) -> Choice:
+    """The first of them, unless another one is clearly faster."""
+    first, best = next(iter(times)), min(times, key=times.__getitem__)
+    return first if MARGIN * times[first] <= times[best] else best
 
 
 class Bench:
