@@ -70,7 +70,7 @@ def output_match(
         sample = first_sample + torch.arange(len(student), device=student.device)
         z = philox.normal(counter[0], counter[1], sample, s.shape[1:])
         signal, noise = coefficients[timestep].view(-1, 4, *shape[1:]).unbind(1)[2:]
-        clean = torch.where(signal == 0, 0.0, latents[latent_index].float())  # its value must not matter if it is unused
+        clean = torch.where(signal == 0, 0.0, latents[latent_index].float())  # unused, it may be anything
         differences[1] = s - (signal * clean + noise * z)
         weight[:, 1] = torch.where(choice == RANDOM, 0.0, weight[:, 1])
 
