@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients of cross_attention on Hopper, with all keys of a sample on chip.
 //
-// Grid      a block a head a chunk of queries a sample, heads fastest, as they share cache lines; it has one warpgroup if the
-//           registers of that hold dV and dK (two such blocks a multiprocessor), else two; tiles of 64 queries a warpgroup.
-//           Scores and their softmax are made again in registers, queries as rows, so that a row's sums are shuffles of four
-//           lanes. P and dS go through shared memory into dV and dK, which stay in registers to the end of the chunk; of two
-//           warpgroups the first adds up dV, the second dK, each of all queries. dQ takes dS from registers. The sum over
-//           chunks: a thread for four elements of a row
-// Traffic   q and grad_out read, grad_q written, once each, 16 bytes at a time; K and V once a chunk; gradients of K and V: an
-//           fp32 partial sum a chunk, written and read once (none where one chunk is all). The next tile comes while one is
-//           worked on; where shared memory is full, into the cache
+// Grid      one block per head, chunk of queries and sample; heads fastest, because they share cache lines. A block has one
+//           warpgroup if its registers can hold dV and dK (two such blocks per multiprocessor), else two; a warpgroup has
+//           tiles of 64 queries. Scores and softmax are recomputed in registers with queries as rows, so a row sum needs only
+//           shuffles of four lanes. P and dS go through shared memory into dV and dK, which stay in registers until the chunk
+//           ends; with two warpgroups the first accumulates dV, the second dK, each over all queries. dQ uses dS from
+//           registers. The sum over chunks has one thread per four elements of a row
+// Traffic   q and grad_out read, grad_q written, once each, 16 bytes at a time; K and V once per chunk; gradients of K and V:
+//           one fp32 partial sum per chunk, written and read once (none if there is one chunk). The next tile is fetched
+//           during the work on the current one: into shared memory, or into the cache if there is no space
 // Precision scores, softmax and sums in fp32; P and dS rounded to the dtype for the products
 // Limits    sm_90a; bf16 and fp16; head dims and keys of ``KEYS`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
-//           offsets; chunks depend on the shape alone and are added in order, over samples too: the same bits every run
+//           offsets; chunks depend only on the shape, and chunks and samples are added in order: the same bits in every run
 #include "cross_attention/math.h"
 #include "hopper.cuh"
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// group_norm_silu on a GPU with clusters: a slice of whole groups of a sample stays in the shared memory of a cluster's blocks
-// from the one read to the one write. Where channels are side by side.
+// group_norm_silu for channels last, on a GPU with clusters: a slice (whole groups of a sample) stays in the shared memory of
+// a cluster's blocks between its only read and its only write.
 //
-// Grid      a cluster of 1 to 8 blocks (`CLUSTERS` in Python) a sample and slice, each with as many of the positions; 256
-//           threads a block, of which each walks down one column of 16 bytes. The gradients of weight and bias take one
-//           launch more
-// Traffic   x and y, backward x, grad and dx, once each: in bf16 4 and 6 bytes an element
-// Precision a thread's moments in fp32 about its first number (squares lose at most its count of roundings), merged in double
-//           (Chan et al. 1979); a thread's gradient sums in fp32, above it in double; outputs rounded once; the order of all
-//           sums is fixed
+// Grid      one cluster of 1 to 8 blocks (`CLUSTERS` in Python) per sample and slice; its blocks share the positions equally.
+//           256 threads per block; each thread iterates over one column of 16 bytes. The gradients of weight and bias need
+//           one more launch
+// Traffic   x and y, backward x, grad and dx, once each: in bf16 4 and 6 bytes per element
+// Precision a thread's moments in fp32 around its first value (squares lose at most its count of roundings), merged in double
+//           (Chan et al. 1979); a thread's gradient sums in fp32, over threads in double; outputs rounded once; the order of
+//           all sums is fixed
 // Limits    slices start and end at 16 bytes; a slice fits into the cluster (`Cut`, chosen in Python); 256 columns
 #include "group_norm_silu/cut.cuh"
 
@@ -19,7 +19,7 @@ using namespace FD_ISA;
 
 constexpr int shared_samples = 8;  // whose sums add_channels holds side by side
 
-// Mean and sum of squares about it of each group over the positions of the block, from those of threads; a warp a group.
+// Mean and sum of squares around it, for each group over the block's positions, from those of the threads; one warp per group.
 template <typename T> __device__ void block_moments(const Cut& cut, const Part& p, const Forward& m) {
   const int lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups, used = p.full ? cut.rows : p.more;
   const T* first = reinterpret_cast<const T*>(m.vectors);  // the first position: threads count from it

@@ -242,7 +242,7 @@ class AdamWEMA(torch.optim.AdamW):
             target.copy_(average.full_tensor() if hasattr(average, "full_tensor") else average)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of this optimizer or of torch's; it is kept in float32, in the memory layout of the parameters.
+        """Load the state of this optimizer or of torch's; kept in float32, in the memory layout of the parameters.
         ``foreach`` and ``fused``, which select torch's implementation, are not changed."""
         self._again = None  # it contains the state that is replaced
         averaged = [group["ema"] for group in self.param_groups]
