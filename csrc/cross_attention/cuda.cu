@@ -24,15 +24,15 @@ using namespace FD_ISA;
 constexpr int core = 128;  // bytes of 8 rows of 8 elements
 
 constexpr int most = 232448;  // bytes of shared memory
-// Bytes between cores of 8 columns and the next. Where rows are summed over, a product seems to read 16 bytes a clock, as if
-// the eight columns of cores that it takes at once were in the same banks (an H200: 2.5 times the modelled clocks); 16 would
-// part them. Unmeasured.
+// Padding in bytes between a column of cores (8 columns) and the next. A product that sums over rows seems to read only 16
+// bytes per clock, as if its eight columns of cores were in the same banks (on an H200: 2.5 times the modelled clocks).
+// A padding of 16 would put them in different banks; this has not been measured.
 constexpr int gap = 0;
 
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 
-// A matrix of ``rows`` in cores: those of 8 columns after those of the 8 before. Its bytes at (row, column), and as an operand
-// that sums over its columns, or over its rows.
+// A matrix with ``rows`` rows in cores, 8 columns after 8 columns: byte offset of (row, column), and descriptors for products
+// that sum over its columns or over its rows.
 template <int rows> struct Cores {
   unsigned char* at;
   static constexpr int next = rows * 16 + gap, next_columns = 2 * next, next_rows = 2 * core;  // 8 columns; 16 of each
@@ -81,7 +81,7 @@ __device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, in
   }
 }
 
-// Columns of cores that no load fills.
+// Fills the columns of cores that are not loaded with zeros.
 template <int dims, int depth, int rows> __device__ void clear(Cores<rows> to) {
   if constexpr (dims < depth)
     for (int row = threadIdx.x; row < rows; row += blockDim.x) *reinterpret_cast<uint4*>(to.of(row, dims)) = uint4{};
@@ -100,8 +100,8 @@ __device__ float over_row(float x, bool sum) {
   return x;
 }
 
-// The weights of scores, unscaled, and what scales them, of both of a thread's rows. (Registers that a product writes are left
-// to products: what else writes them would have to wait for all that are under way.)
+// The unscaled weights of the scores, and their scale, for both rows of a thread. (Only products write the registers of a
+// product: any other write would have to wait for all products in flight.)
 template <int n>
 __device__ void softmax(const float (&s)[n], const float* bias, float scale, float (&weights)[n], float (&share)[2]) {
   float top[2] = {minus_infinity(), minus_infinity()}, total[2] = {};
@@ -364,7 +364,7 @@ const char* cross_attention_backward_cuda(const fd::CrossAttentionBackward& a, c
   return a.dtype == fd::Dtype::bf16 ? fd::launch<fd::bf16>(a, queue) : fd::launch<fd::f16>(a, queue);
 }
 
-// Whether this build holds the code for Hopper; that for other GPUs traps.
+// Whether this build contains the code for Hopper; on other GPUs the kernel traps.
 bool cross_attention_backward_cuda_built() {
 #ifdef __CUDACC__
   for (int arch : {__CUDA_ARCH_LIST__})

@@ -110,8 +110,8 @@ Sums sums_of(const Sums* chunks, int64_t count) {
   return sums;
 }
 
-// A tap's distance from the sums of its chunks. What its gradient needs of them takes the place of a first chunk's sums:
-// what it is divided by in the tap's, the cosine's two factors in each sample's.
+// A tap's distance from the sums of its chunks. Values for the gradient overwrite the sums of a first chunk: its divisor in
+// the first chunk of the tap, for cosine the two factors in the first chunk of each sample.
 double finish(const FeatureMatch& a, const Tap& tap, Sums* chunks) {
   const int64_t each = chunks_of_sample(tap, feature_match_chunk);
   if (each == 0) return 0.0;

@@ -124,8 +124,8 @@ template <Pass pass, Kind kind> __global__ void __launch_bounds__(threads_per_bl
   }
 }
 
-// The 1 - c of every sample from its chunks, to ``values``; the factors of its gradient take the place of its first chunk's
-// sums. A warp a sample.
+// Writes 1 - c of every sample, from its chunks, to ``values``; the factors of its gradient overwrite the sums of its first
+// chunk. One warp per sample.
 __global__ void __launch_bounds__(threads_per_block) add_samples(const __grid_constant__ Taps a, double* values) {
   const int lane = threadIdx.x % 32, warps = threads_per_block / 32;
   int64_t before = 0;

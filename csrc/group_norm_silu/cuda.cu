@@ -151,7 +151,7 @@ __device__ void cluster_means(const Cut& cut, const Backward& m) {
   }
 }
 
-// The gradients of what has no positions, each block those of some channels.
+// The gradients of the small tensors (without positions); each block computes those of some channels.
 __device__ void cluster_gradients(const Cut& cut, const Part& p, const Backward& m) {
   const GroupNormSilu& a = cut.a;
   if (!cut.sums && !a.dtime_bias.address && !a.dscale.address && !a.dshift.address) return;
@@ -283,7 +283,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
   cluster_wait();  // others may read this block's until here
 }
 
-// The gradients of weight and bias: what each sample gives, in order. 32 channels a block.
+// The gradients of weight and bias: the samples' contributions, added in order. 32 channels per block.
 __global__ void __launch_bounds__(threads) add_channels(const __grid_constant__ Cut cut) {
   __shared__ double sums[2][shared_samples][32];
   const GroupNormSilu& a = cut.a;
@@ -335,13 +335,13 @@ template <typename Use> auto with_kernel(const Cut& cut, bool backward, const Us
 }  // namespace
 }  // namespace fd
 
-// Bytes of shared memory that a block of a call takes.
+// Bytes of shared memory per block of a call.
 int64_t group_norm_silu_cuda_shared(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward) {
   using namespace fd;
   return int64_t(with_kernel(cut_of(a, how, nullptr), backward, [](auto, size_t bytes) { return bytes; }));
 }
 
-// How many clusters of a call run at once on the current GPU, of which it allows the launch; none: 0 or less.
+// How many clusters of a call run at once on the current GPU; 0 or less: none. Also allows the launch.
 int group_norm_silu_cuda_clusters(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward) {
   using namespace fd;
   return with_kernel(cut_of(a, how, nullptr), backward, [&](auto kernel, size_t bytes) {
@@ -349,7 +349,7 @@ int group_norm_silu_cuda_clusters(const fd::GroupNormSilu& a, const fd::GroupNor
   });
 }
 
-// Forward, or backward where dx is given; with sums [2, batch, channels] for the gradients of weight and bias.
+// Forward, or backward if dx is given; with sums [2, batch, channels] for the gradients of weight and bias.
 const char* group_norm_silu_cuda(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, float* sums, void* stream) {
   using namespace fd;
   const Cut cut = cut_of(a, how, sums);

@@ -30,7 +30,7 @@ struct Pieces {
   int64_t count, elements, bytes[most_banks];  // pieces of a sample; of a latent and of each bank's row in each
 };
 
-// What the drawing warp tells the others: rows to read, the prompt's -1 if the bank has no such row.
+// What the drawing warp passes to the others: rows to read; the prompt's row is -1 if it is out of range.
 struct Drawn {
   int64_t latent, prompt;
   float coefficients[4];
@@ -52,7 +52,7 @@ __device__ void draw_piece(const NoiseGather& a, int64_t b, bool first, Drawn& d
   a.choice[b] = d.choice;
 }
 
-// Two numbers, rounded as from_float does, by one instruction where there is one.
+// Two numbers, rounded like from_float, with one instruction if the GPU has one.
 template <typename T> __device__ void two_from_floats(T* to, float first, float second) {
   to[0] = from_float<T>(first), to[1] = from_float<T>(second);
 }
@@ -122,7 +122,7 @@ template <typename Word> __device__ void copy_words(const char* from, char* to, 
   }
 }
 
-// Piece ``piece`` of a bank's row; all bits set (NaN, -1) where there is none.
+// Copies piece ``piece`` of a bank's row; all bits set (NaN, -1) if the row is out of range.
 __device__ void copy_part(const Bank& bank, int64_t bytes, int64_t prompt, int64_t b, int64_t piece) {
   const int64_t first = piece * bytes, rest = smaller(bank.bytes - first, bytes);
   if (rest <= 0) return;
