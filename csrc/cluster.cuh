@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Clusters of blocks that run together and read each other's shared memory (sm_90 on; a cluster is one block elsewhere), and
-// what a kernel needs that keeps its data there: copies that do not wait, 16 bytes as numbers.
+// Clusters of blocks that run together and read each other's shared memory (from sm_90 on; elsewhere a cluster is one block),
+// and helpers for kernels that keep their data there: asynchronous copies, conversions of 16 bytes to numbers.
 #pragma once
 #include "common.cuh"
 
-// The launch of blocks in clusters. A kernel whose blocks read each other's memory has dynamic shared memory alone.
+// Launches blocks in clusters. A kernel whose blocks read each other's memory may only use dynamic shared memory.
 #ifndef FD_LAUNCH_CLUSTER
 #define FD_LAUNCH_CLUSTER(kernel, cluster, grid, block, shared, stream, ...) \
   fd::launch_cluster(kernel, cluster, grid, block, shared, stream, __VA_ARGS__)
@@ -30,8 +30,8 @@ template <typename... P, typename... A> void launch_cluster(void (*kernel)(P...)
   cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-// Allows launches with this much shared memory and this many blocks a cluster, on the current device. How many clusters it
-// runs at once; none, 0 or less, also where the kernel was compiled for an architecture without them.
+// Allows launches with this much shared memory and this many blocks per cluster on the current device. Returns how many
+// clusters run at once; 0 or less: none, for example if the kernel was compiled for an architecture without clusters.
 template <typename... P> int allow_clusters(void (*kernel)(P...), unsigned cluster, unsigned block, size_t shared) {
   int most = 0;
   cudaFuncAttributes found;
@@ -65,7 +65,7 @@ inline __device__ unsigned cluster_rank() {
   return rank;
 }
 
-// What the threads of a cluster wrote to its shared memory before they arrive is seen by those that have waited.
+// Writes to the cluster's shared memory before a thread arrives are visible to threads that have waited.
 inline __device__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -90,7 +90,7 @@ template <typename T> __device__ const T* of_block(const T* here, unsigned rank)
 #endif
 }
 
-// Copies of 16 bytes to shared memory. A thread sees its own after it has waited; ``wait<n>`` leaves the last n batches out.
+// Copies of 16 bytes to shared memory. A thread sees its own copies after a wait; ``wait<n>`` excludes the last n batches.
 inline __device__ void copy_later(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(global)

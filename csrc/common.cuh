@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every CUDA kernel shares: the one way to launch, errors as strings (null: no error), vectors of 16 bytes, sums over a
-// block in a fixed order.
+// Shared by all CUDA kernels: the launch macro, errors as strings (null: no error), vectors of 16 bytes, sums over a block
+// in a fixed order.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +27,7 @@ constexpr int threads_per_block = 256;
 // Blocks for n items, at least one: an empty grid is a launch error.
 inline unsigned blocks_for(int64_t n, int per_block) { return n > 0 ? unsigned((n + per_block - 1) / per_block) : 1u; }
 
-// Blocks of a grid that goes around: as many as there are items, at most ``each`` a multiprocessor.
+// Blocks of a persistent grid: as many as there are items, at most ``each`` per multiprocessor.
 inline unsigned persistent_blocks(const Queue& queue, int64_t items, int each) {
   const int64_t most = int64_t(queue.processors) * each;
   return unsigned(items < 1 ? 1 : items < most ? items : most);
@@ -40,7 +40,7 @@ template <typename T> struct alignas(16) Eight {
 
 inline __device__ bool starts_vector(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// The sum over a block, for thread 0: lanes by halves, then warps in their order. Every thread takes part.
+// The sum over a block, for thread 0: in a warp by halving, then over warps in order. Every thread must call it.
 template <int threads, typename F> __device__ F block_sum(F value, F* by_warp) {
   for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, bits);
   if (threadIdx.x % 32 == 0) by_warp[threadIdx.x / 32] = value;

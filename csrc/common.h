@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What every kernel shares: the host/device macro, the namespace of one instruction set, and the dtypes seen as float.
+// Shared by all kernels: the host/device macro, the namespace of one instruction set, and conversions of dtypes to float.
 //
 // A CPU source is compiled once per instruction set with FD_ISA naming its namespace (fd::baseline, fd::avx2, fd::avx512).
 // Every inline function below lives in that namespace, so the linker can never hand code compiled for AVX-512 to a caller
@@ -35,8 +35,8 @@ struct f16 {
   uint16_t bits;
 };
 
-// Where a GPU's kernel is launched: a stream, and how many multiprocessors its GPU has. Python says so, since a CUDA runtime
-// linked into this extension would have to guess the device that torch's own has made current.
+// Where a GPU's kernel is launched: a stream, and the GPU's number of multiprocessors. Python passes both, because the CUDA
+// runtime in this extension does not know which device torch's own runtime has made current.
 struct Queue {
   void* stream;
   int processors;

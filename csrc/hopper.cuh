@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// What only Hopper has (sm_90a), behind functions that a host emulation can put its own in place of: products of warpgroups
-// whose operands lie in shared memory, asynchronous copies, stores of matrices.
+// Instructions of Hopper (sm_90a), in functions that a host emulation can replace: warpgroup products (wgmma) with operands
+// in shared memory, asynchronous copies, stores of matrices.
 //
-// An operand is made of cores of 8 rows of 16 bytes, 128 bytes in one piece. Its product may read it as it is or transposed,
-// so one copy of a matrix serves both.
+// An operand consists of core matrices ("cores") of 8 rows of 16 bytes, 128 contiguous bytes. A product can read it as it is
+// or transposed, so one copy of a matrix is enough for both.
 #pragma once
 #include "common.cuh"
 
@@ -16,7 +16,7 @@ namespace hopper {
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Where an operand begins, and what lies between cores that follow each other: along the product's sum, and across it.
+// The descriptor of an operand: its address, and the strides between cores along the product's sum and across it.
 struct Operand {
   uint64_t bits;
   __device__ Operand(const void* at, int along, int across)
@@ -28,23 +28,23 @@ struct Operand {
   }
 };
 
-// Before the first product of a series, and where their registers were written.
+// wgmma.fence: before the first product of a series, and after other writes to their registers.
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most ``left`` series are under way.
+// Waits until at most ``left`` series are in flight.
 template <int left> __device__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
 }
-// What this thread has stored to shared memory becomes visible to products (after a barrier).
+// fence.proxy.async: makes this thread's stores to shared memory visible to products (after a barrier).
 __device__ inline void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// 16 bytes to shared memory, of which those past ``bytes`` (0 or 16) are zero.
+// Copies 16 bytes to shared memory; bytes from ``bytes`` (0 or 16) on are zero.
 __device__ inline void copy_16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int left> __device__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory"); }
-// The line of memory is on its way to the second level of the cache.
+// Prefetches the line of memory into the L2 cache.
 __device__ inline void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // Four cores of 8x8 elements: of each a lane holds row lane / 4, columns 2 (lane % 4) and the next; lane 8 i + r says where

@@ -4,10 +4,10 @@
 //
 // Threads   static split of all chunks of all parameters; partial sums are kept by chunk and added in order, so results have
 //           the same bits at any thread count and on any instruction set
-// Traffic   fp32 gradients: norm 4 bytes an element; update 28, + 8 with an average, + 2 with a copy, + 4 with zeroing
-// Precision elements in fp32 (128 squares a lane), sums above a lane and all constants in double; copies rounded once
+// Traffic   fp32 gradients: norm 4 bytes per element; update 28, + 8 with an average, + 2 with a copy, + 4 with zeroing
+// Precision elements in fp32 (128 squares per lane), sums over lanes and all constants in double; copies rounded once
 // Limits    any n >= 0 (64-bit); gradients fp32/bf16/fp16, copies bf16/fp16. A gradient beyond 1.8e19 overflows the sum of
-//           squares and so counts as not finite
+//           squares, so it is treated as not finite
 #include "adamw_ema/math.h"
 #include "simd.h"
 

@@ -2,11 +2,11 @@
 // grad_square_sum and adamw_ema on a GPU: the norm of all gradients, then clip, AdamW, average, low-precision copy and zeroing
 // in one pass over all parameters.
 //
-// Grid      256 threads a block, persistent: each block takes a run of neighboring chunks. The tables are kernel arguments
-//           (nothing is copied, a graph holds them): 1000 gradients or 250 parameters a launch. A launch of one thread a
-//           parameter goes before the update; one block adds the partial sums
-// Traffic   fp32 gradients: norm 4 bytes an element; update 28, + 8 with an average, + 2 with a copy, + 4 with zeroing;
-//           16-byte accesses (8 for two-byte dtypes) where arrays start at multiples of 16 bytes; stores leave the cache first
+// Grid      256 threads per block, persistent: each block takes a range of consecutive chunks. The tables are kernel arguments
+//           (no copy, and a graph keeps them): 1000 gradients or 250 parameters per launch. Before the update there is a
+//           launch with one thread per parameter; one block adds the partial sums
+// Traffic   fp32 gradients: norm 4 bytes per element; update 28, + 8 with an average, + 2 with a copy, + 4 with zeroing;
+//           16-byte accesses (8 for two-byte dtypes) if arrays start at multiples of 16 bytes; stores are evicted first
 // Precision elements in fp32 (a thread's sum has 32 terms), chunks in double in their order, constants in double; copies
 //           rounded once
 // Limits    any n >= 0 (64-bit); gradients fp32/bf16/fp16, copies bf16/fp16

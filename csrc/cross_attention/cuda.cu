@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradients of cross_attention on Hopper, with all keys of a sample on chip.
 //
-// Grid      a block a head a chunk of queries a sample, heads fastest, as they share cache lines; it has one warpgroup if the
-//           registers of that hold dV and dK (two such blocks a multiprocessor), else two; tiles of 64 queries a warpgroup.
-//           Scores and their softmax are made again in registers, queries as rows, so that a row's sums are shuffles of four
-//           lanes. P and dS go through shared memory into dV and dK, which stay in registers to the end of the chunk; of two
-//           warpgroups the first adds up dV, the second dK, each of all queries. dQ takes dS from registers. The sum over
-//           chunks: a thread for four elements of a row
-// Traffic   q and grad_out read, grad_q written, once each, 16 bytes at a time; K and V once a chunk; gradients of K and V: an
-//           fp32 partial sum a chunk, written and read once (none where one chunk is all). The next tile comes while one is
-//           worked on; where shared memory is full, into the cache
+// Grid      one block per head, chunk of queries and sample; heads fastest, because they share cache lines. A block has one
+//           warpgroup if its registers can hold dV and dK (two such blocks per multiprocessor), else two; a warpgroup has
+//           tiles of 64 queries. Scores and softmax are recomputed in registers with queries as rows, so a row sum needs only
+//           shuffles of four lanes. P and dS go through shared memory into dV and dK, which stay in registers until the chunk
+//           ends; with two warpgroups the first accumulates dV, the second dK, each over all queries. dQ uses dS from
+//           registers. The sum over chunks has one thread per four elements of a row
+// Traffic   q and grad_out read, grad_q written, once each, 16 bytes at a time; K and V once per chunk; gradients of K and V:
+//           one fp32 partial sum per chunk, written and read once (none if there is one chunk). The next tile is fetched
+//           during the work on the current one: into shared memory, or into the cache if there is no space
 // Precision scores, softmax and sums in fp32; P and dS rounded to the dtype for the products
 // Limits    sm_90a; bf16 and fp16; head dims and keys of ``KEYS`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
-//           offsets; chunks depend on the shape alone and are added in order, over samples too: the same bits every run
+//           offsets; chunks depend only on the shape, and chunks and samples are added in order: the same bits in every run
 #include "cross_attention/math.h"
 #include "hopper.cuh"
 
@@ -24,15 +24,15 @@ using namespace FD_ISA;
 constexpr int core = 128;  // bytes of 8 rows of 8 elements
 
 constexpr int most = 232448;  // bytes of shared memory
-// Bytes between cores of 8 columns and the next. Where rows are summed over, a product seems to read 16 bytes a clock, as if
-// the eight columns of cores that it takes at once were in the same banks (an H200: 2.5 times the modelled clocks); 16 would
-// part them. Unmeasured.
+// Padding in bytes between a column of cores (8 columns) and the next. A product that sums over rows seems to read only 16
+// bytes per clock, as if its eight columns of cores were in the same banks (on an H200: 2.5 times the modelled clocks).
+// A padding of 16 would put them in different banks; this has not been measured.
 constexpr int gap = 0;
 
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 
-// A matrix of ``rows`` in cores: those of 8 columns after those of the 8 before. Its bytes at (row, column), and as an operand
-// that sums over its columns, or over its rows.
+// A matrix with ``rows`` rows in cores, 8 columns after 8 columns: byte offset of (row, column), and descriptors for products
+// that sum over its columns or over its rows.
 template <int rows> struct Cores {
   unsigned char* at;
   static constexpr int next = rows * 16 + gap, next_columns = 2 * next, next_rows = 2 * core;  // 8 columns; 16 of each
@@ -81,7 +81,7 @@ __device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, in
   }
 }
 
-// Columns of cores that no load fills.
+// Fills the columns of cores that are not loaded with zeros.
 template <int dims, int depth, int rows> __device__ void clear(Cores<rows> to) {
   if constexpr (dims < depth)
     for (int row = threadIdx.x; row < rows; row += blockDim.x) *reinterpret_cast<uint4*>(to.of(row, dims)) = uint4{};
@@ -100,8 +100,8 @@ __device__ float over_row(float x, bool sum) {
   return x;
 }
 
-// The weights of scores, unscaled, and what scales them, of both of a thread's rows. (Registers that a product writes are left
-// to products: what else writes them would have to wait for all that are under way.)
+// The unscaled weights of the scores, and their scale, for both rows of a thread. (Only products write the registers of a
+// product: any other write would have to wait for all products in flight.)
 template <int n>
 __device__ void softmax(const float (&s)[n], const float* bias, float scale, float (&weights)[n], float (&share)[2]) {
   float top[2] = {minus_infinity(), minus_infinity()}, total[2] = {};
@@ -364,7 +364,7 @@ const char* cross_attention_backward_cuda(const fd::CrossAttentionBackward& a, c
   return a.dtype == fd::Dtype::bf16 ? fd::launch<fd::bf16>(a, queue) : fd::launch<fd::f16>(a, queue);
 }
 
-// Whether this build holds the code for Hopper; that for other GPUs traps.
+// Whether this build contains the code for Hopper; on other GPUs the kernel traps.
 bool cross_attention_backward_cuda_built() {
 #ifdef __CUDACC__
   for (int arch : {__CUDA_ARCH_LIST__})

@@ -3,9 +3,9 @@
 //
 // Threads   static split of all chunks of all taps; partial sums are kept by chunk and added in order, so the result has the
 //           same bits at any thread count and on any instruction set
-// Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in
+// Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes per element in fp32, 6 in
 //           bf16); normalized_mse and cosine read twice (20 and 10 bytes); without gradient 8 and 4
-// Precision elements and lane sums in fp32 (128 terms a lane), everything above a lane in double; gradients rounded once
+// Precision elements and lane sums in fp32 (128 terms per lane), sums over lanes in double; gradients rounded once
 // Limits    any n >= 0 (64-bit), fp32/bf16/fp16 for student and teacher independently; samples of cosine are blocks of memory
 #include "feature_match/math.h"
 #include "simd.h"
@@ -13,8 +13,8 @@
 namespace fd::FD_ISA {
 namespace {
 
-// Outputs larger than this go past the caches: they would evict the features, and a read for ownership costs a third of the
-// traffic.
+// Larger outputs are written with non-temporal stores: otherwise they evict the features, and the read for ownership is a
+// third of the traffic.
 constexpr int64_t stream_bytes_min = 4 << 20;
 
 struct Sums {
@@ -110,8 +110,8 @@ Sums sums_of(const Sums* chunks, int64_t count) {
   return sums;
 }
 
-// A tap's distance from the sums of its chunks. What its gradient needs of them takes the place of a first chunk's sums:
-// what it is divided by in the tap's, the cosine's two factors in each sample's.
+// A tap's distance from the sums of its chunks. Values for the gradient overwrite the sums of a first chunk: its divisor in
+// the first chunk of the tap, for cosine the two factors in the first chunk of each sample.
 double finish(const FeatureMatch& a, const Tap& tap, Sums* chunks) {
   const int64_t each = chunks_of_sample(tap, feature_match_chunk);
   if (each == 0) return 0.0;

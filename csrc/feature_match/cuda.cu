@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // feature_match on a GPU: the weighted distances of all taps and their gradients in one launch, and one block that adds the
-// partial sums in order (cosine: a warp a sample before it).
+// partial sums in order (for cosine, before it one warp per sample).
 //
-// Grid      256 threads a block, persistent over the chunks of all taps; the table of taps is a kernel argument
-// Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32, 6 in
-//           bf16); normalized_mse and cosine read twice (20 and 10 bytes); 16-byte accesses where a tap (cosine: a sample)
+// Grid      256 threads per block, persistent over the chunks of all taps; the table of taps is a kernel argument
+// Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes per element in fp32, 6 in
+//           bf16); normalized_mse and cosine read twice (20 and 10 bytes); 16-byte accesses if a tap (cosine: a sample)
 //           starts at a multiple of 16 bytes
-// Precision elements and a thread's sum in fp32 (at most 128 terms), above it in fp32 by halves of a warp and over warps in
-//           order, chunks in double in their order; gradients rounded once
-// Limits    any n >= 0 (64-bit), fp32/bf16/fp16 for student and teacher independently, 16 taps a launch
+// Precision elements and a thread's sum in fp32 (at most 128 terms); over threads in fp32, in a warp by halving and over
+//           warps in order; chunks in double in their order; gradients rounded once
+// Limits    any n >= 0 (64-bit), fp32/bf16/fp16 for student and teacher independently, 16 taps per launch
 #include "common.cuh"
 #include "feature_match/math.h"
 
@@ -124,8 +124,8 @@ template <Pass pass, Kind kind> __global__ void __launch_bounds__(threads_per_bl
   }
 }
 
-// The 1 - c of every sample from its chunks, to ``values``; the factors of its gradient take the place of its first chunk's
-// sums. A warp a sample.
+// Writes 1 - c of every sample, from its chunks, to ``values``; the factors of its gradient overwrite the sums of its first
+// chunk. One warp per sample.
 __global__ void __launch_bounds__(threads_per_block) add_samples(const __grid_constant__ Taps a, double* values) {
   const int lane = threadIdx.x % 32, warps = threads_per_block / 32;
   int64_t before = 0;

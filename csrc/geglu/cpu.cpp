@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// geglu: rows split evenly over the threads.
+// geglu: the rows are divided evenly among the threads.
 //
-// Traffic   12 bytes an element of y in fp32, 6 in bf16; backward 20 and 10
+// Traffic   12 bytes per element of y in fp32, 6 in bf16; backward 20 and 10
 // Precision fp32, within 2e-7 of the largest factor; outputs rounded once
 // Limits    any size (64-bit), fp32/bf16/fp16
 #include "activations.h"

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// group_norm_silu: a task is a group of a sample, from x to y; where channels are side by side, see channels_last.h.
+// group_norm_silu: a task is one group of one sample, from x to y; for channels last see channels_last.h.
 //
-// Threads   static split of the tasks; what samples give to weight and bias is added in their order: the same bits at any
+// Threads   static split of the tasks; contributions of samples to weight and bias are added in order: the same bits at any
 //           thread count
 // Traffic   x three times and y, backward x and grad, then x, dz and dx, of which all but the first come from the caches, where
 // a
 //           group fits: 40960 elements for the largest of SD-1.5 at 512 x 512
-// Precision lane sums in fp32 (up to 64 terms), above a lane in double, squares about the mean; outputs rounded once
+// Precision lane sums in fp32 (up to 64 terms), sums over lanes in double, squares around the mean; outputs rounded once
 // Limits    any size (64-bit); x, y and gradients fp32/bf16/fp16 of one dtype, small tensors of any of them
 
 #include "group_norm_silu/channels_last.h"
@@ -16,8 +16,8 @@ namespace {
 
 constexpr int64_t piece = 4096;  // elements between two flushes of lane sums
 
-// Calls term(element, valid lanes, Of, accumulators) on every vector of a task and adds the accumulators up in its sums, by
-// channel; where by_channel is false, those of all channels in the first of each.
+// Calls term(element, valid lanes, Of, accumulators) for every vector of a task and adds the accumulators to the sums of
+// the channel; if by_channel is false, all channels are added to the first element of each sum.
 template <int given, int kinds, bool by_channel, typename Term> FD_HD void walk(const Channels& task, const Term& term) {
   const int64_t positions = task.a.positions;
   for (int64_t i = 0; i < kinds * task.padded; ++i) task.sums[i] = 0;

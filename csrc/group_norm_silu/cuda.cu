@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// group_norm_silu on a GPU with clusters: a slice of whole groups of a sample stays in the shared memory of a cluster's blocks
-// from the one read to the one write. Where channels are side by side.
+// group_norm_silu for channels last, on a GPU with clusters: a slice (whole groups of a sample) stays in the shared memory of
+// a cluster's blocks between its only read and its only write.
 //
-// Grid      a cluster of 1 to 8 blocks (`CLUSTERS` in Python) a sample and slice, each with as many of the positions; 256
-//           threads a block, of which each walks down one column of 16 bytes. The gradients of weight and bias take one
-//           launch more
-// Traffic   x and y, backward x, grad and dx, once each: in bf16 4 and 6 bytes an element
-// Precision a thread's moments in fp32 about its first number (squares lose at most its count of roundings), merged in double
-//           (Chan et al. 1979); a thread's gradient sums in fp32, above it in double; outputs rounded once; the order of all
-//           sums is fixed
+// Grid      one cluster of 1 to 8 blocks (`CLUSTERS` in Python) per sample and slice; its blocks share the positions equally.
+//           256 threads per block; each thread iterates over one column of 16 bytes. The gradients of weight and bias need
+//           one more launch
+// Traffic   x and y, backward x, grad and dx, once each: in bf16 4 and 6 bytes per element
+// Precision a thread's moments in fp32 around its first value (squares lose at most its count of roundings), merged in double
+//           (Chan et al. 1979); a thread's gradient sums in fp32, over threads in double; outputs rounded once; the order of
+//           all sums is fixed
 // Limits    slices start and end at 16 bytes; a slice fits into the cluster (`Cut`, chosen in Python); 256 columns
 #include "group_norm_silu/cut.cuh"
 
@@ -19,7 +19,7 @@ using namespace FD_ISA;
 
 constexpr int shared_samples = 8;  // whose sums add_channels holds side by side
 
-// Mean and sum of squares about it of each group over the positions of the block, from those of threads; a warp a group.
+// Mean and sum of squares around it, for each group over the block's positions, from those of the threads; one warp per group.
 template <typename T> __device__ void block_moments(const Cut& cut, const Part& p, const Forward& m) {
   const int lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups, used = p.full ? cut.rows : p.more;
   const T* first = reinterpret_cast<const T*>(m.vectors);  // the first position: threads count from it
@@ -151,7 +151,7 @@ __device__ void cluster_means(const Cut& cut, const Backward& m) {
   }
 }
 
-// The gradients of what has no positions, each block those of some channels.
+// The gradients of the small tensors (without positions); each block computes those of some channels.
 __device__ void cluster_gradients(const Cut& cut, const Part& p, const Backward& m) {
   const GroupNormSilu& a = cut.a;
   if (!cut.sums && !a.dtime_bias.address && !a.dscale.address && !a.dshift.address) return;
@@ -283,7 +283,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
   cluster_wait();  // others may read this block's until here
 }
 
-// The gradients of weight and bias: what each sample gives, in order. 32 channels a block.
+// The gradients of weight and bias: the samples' contributions, added in order. 32 channels per block.
 __global__ void __launch_bounds__(threads) add_channels(const __grid_constant__ Cut cut) {
   __shared__ double sums[2][shared_samples][32];
   const GroupNormSilu& a = cut.a;
@@ -335,13 +335,13 @@ template <typename Use> auto with_kernel(const Cut& cut, bool backward, const Us
 }  // namespace
 }  // namespace fd
 
-// Bytes of shared memory that a block of a call takes.
+// Bytes of shared memory per block of a call.
 int64_t group_norm_silu_cuda_shared(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward) {
   using namespace fd;
   return int64_t(with_kernel(cut_of(a, how, nullptr), backward, [](auto, size_t bytes) { return bytes; }));
 }
 
-// How many clusters of a call run at once on the current GPU, of which it allows the launch; none: 0 or less.
+// How many clusters of a call run at once on the current GPU; 0 or less: none. Also allows the launch.
 int group_norm_silu_cuda_clusters(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward) {
   using namespace fd;
   return with_kernel(cut_of(a, how, nullptr), backward, [&](auto kernel, size_t bytes) {
@@ -349,7 +349,7 @@ int group_norm_silu_cuda_clusters(const fd::GroupNormSilu& a, const fd::GroupNor
   });
 }
 
-// Forward, or backward where dx is given; with sums [2, batch, channels] for the gradients of weight and bias.
+// Forward, or backward if dx is given; with sums [2, batch, channels] for the gradients of weight and bias.
 const char* group_norm_silu_cuda(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, float* sums, void* stream) {
   using namespace fd;
   const Cut cut = cut_of(a, how, sums);

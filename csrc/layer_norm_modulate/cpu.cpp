@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// layer_norm_modulate: a task is 32 rows of a sample, each read from memory once and held in the first cache.
+// layer_norm_modulate: a task is 32 rows of a sample; each row is read from memory once and stays in the L1 cache.
 //
 // Threads   static split of the tasks; their sums over rows are added in order: the same bits at any thread count
-// Traffic   forward x and y, with a residual x, h, s and y; backward s, grad and dx, with a residual grad_s, h and dh too
-// Precision lane sums in fp32, rows and sums over tasks in double, squares about the mean; outputs rounded once
-// Limits    any size (64-bit); tensors with rows fp32/bf16/fp16 of one dtype, the others of any of them
+// Traffic   forward x and y, with a residual x, h, s and y; backward s, grad and dx, with a residual also grad_s, h and dh
+// Precision lane sums in fp32, rows and sums over tasks in double, squares around the mean; outputs rounded once
+// Limits    any size (64-bit); tensors with rows all fp32, bf16 or fp16; each of the others may have any of these dtypes
 #include "layer_norm_modulate/math.h"
 
 namespace fd::FD_ISA {

@@ -3,12 +3,12 @@
 // parallel loop over pieces of rows.
 //
 // Threads   rows are drawn first (a few hundred integer operations each); then pieces of a sample, each a part of its
-//           latent and the matching part of its prompt, are split statically. Every output is a function of its own
+//           latent and the matching part of its prompt, are split statically. Every output depends only on its
 //           position: same bits at any thread count
-// Traffic   latent row read, x_t written (and target where wanted), prompt row read and written; the noise never in memory.
-//           The noise is arithmetic and the prompt is memory: while the one is computed, the row of the largest bank
-//           is fetched and copied a few lines at a time; those of the others follow. Outputs stay in the caches: the models
-//           read them next
+// Traffic   latent row read, x_t written (and target if requested), prompt row read and written; the noise never in memory.
+//           The noise is limited by arithmetic, the prompt by memory. So while noise is computed, the row of the largest
+//           bank is fetched and copied a few lines at a time; the other banks follow. Outputs stay in the caches, because
+//           the models read them next
 // Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents
 // Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 latents; prompts are bytes
 #include "noise_gather/math.h"

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // noise_gather on a GPU: the draws of a batch, its latents with noise, its prompts (rows of up to eight banks), in one launch.
 //
-// Grid      256 threads a block, a block for a piece of a sample: at most 2048 elements of its latent and the matching part of
-//           its prompt. Half of the warps copy: one of them draws the row (seven Philox blocks and more, one after the other).
-//           The others make noise: half before the row is known, which needs no draw, half while the latent is on its way.
-//           The first piece writes the indices
-// Traffic   latent row read, x_t written (and target where wanted), prompt rows read and written, 16 bytes at a time where
-//           rows and their parts are multiples of 16 bytes (else 4 or 1), eight loads of a thread under way at once. What is
-//           read leaves the cache first; the noise is never in memory. Banks may lie in pinned host memory: each byte then
+// Grid      256 threads per block, one block per piece of a sample: at most 2048 elements of its latent and the matching part
+//           of its prompt. Half of the warps copy; one of these draws the row (seven or more Philox blocks in sequence).
+//           The others generate noise: half of it before the row is known (noise does not depend on it), half while the
+//           latent is loaded. The first piece writes the indices
+// Traffic   latent row read, x_t written (and target if requested), prompt rows read and written, 16 bytes at a time if
+//           rows and their parts are multiples of 16 bytes (else 4 or 1), with eight loads per thread in flight. Data that
+//           was read is evicted first; the noise is never in memory. Banks may be in pinned host memory: each byte then
 //           crosses the bus once
 // Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents
 // Limits    rows of any size; contiguous banks and outputs; fp32/bf16/fp16 latents; prompts are bytes, and
-//           a row outside of the bank comes out with all bits set (NaN, -1)
+//           a prompt row out of range gives a row with all bits set (NaN, -1)
 #include "common.cuh"
 #include "noise_gather/math.h"
 
@@ -30,7 +30,7 @@ struct Pieces {
   int64_t count, elements, bytes[most_banks];  // pieces of a sample; of a latent and of each bank's row in each
 };
 
-// What the drawing warp tells the others: rows to read, the prompt's -1 if the bank has no such row.
+// What the drawing warp passes to the others: rows to read; the prompt's row is -1 if it is out of range.
 struct Drawn {
   int64_t latent, prompt;
   float coefficients[4];
@@ -52,7 +52,7 @@ __device__ void draw_piece(const NoiseGather& a, int64_t b, bool first, Drawn& d
   a.choice[b] = d.choice;
 }
 
-// Two numbers, rounded as from_float does, by one instruction where there is one.
+// Two numbers, rounded like from_float, with one instruction if the GPU has one.
 template <typename T> __device__ void two_from_floats(T* to, float first, float second) {
   to[0] = from_float<T>(first), to[1] = from_float<T>(second);
 }
@@ -122,7 +122,7 @@ template <typename Word> __device__ void copy_words(const char* from, char* to, 
   }
 }
 
-// Piece ``piece`` of a bank's row; all bits set (NaN, -1) where there is none.
+// Copies piece ``piece`` of a bank's row; all bits set (NaN, -1) if the row is out of range.
 __device__ void copy_part(const Bank& bank, int64_t bytes, int64_t prompt, int64_t b, int64_t piece) {
   const int64_t first = piece * bytes, rest = smaller(bank.bytes - first, bytes);
   if (rest <= 0) return;

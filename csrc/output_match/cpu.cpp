@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// output_match: a student's output against its teacher's and its own target, loss and gradient, in one parallel loop over
-// chunks of 2048 elements.
+// output_match: loss and gradient of a student's output with respect to the teacher's output and its own target, in one
+// parallel loop over chunks of 2048 elements.
 //
 // Threads   static split of all chunks of all samples; partial sums are kept by chunk and added in order, so the result has
 //           the same bits at any thread count
-// Traffic   student, teacher (twice under guidance), x_t where prediction types differ, the latent where the task's target
-//           holds some of it: each read once; gradient written once; targets and noise never in memory
-// Precision elements and lane sums in fp32 (128 terms a lane), everything above a lane in double; gradients rounded once
-// Limits    any n >= 0; contiguous rows; fp32/bf16/fp16 for each tensor independently: 128 elements at a time are brought to
-//           fp32 in the first-level cache
+// Traffic   student, teacher (two tensors with guidance), x_t if prediction types differ, the latent if the task's target
+//           contains it: each read once; gradient written once; targets and noise never in memory
+// Precision elements and lane sums in fp32 (128 terms per lane), sums over lanes in double; gradients rounded once
+// Limits    any n >= 0; contiguous rows; fp32/bf16/fp16 for each tensor independently: 128 elements at a time are converted to
+//           fp32 in the L1 cache
 #include "output_match/math.h"
 #include "simd.h"
 

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// output_match on a GPU: a student's output against its teacher's and its own target, loss and gradient in one launch, and
-// one block that adds the partial sums in order.
+// output_match on a GPU: loss and gradient of a student's output with respect to the teacher's output and its own target in
+// one launch, and one block that adds the partial sums in order.
 //
-// Grid      256 threads a block, persistent over chunks of 2048 elements of all samples: eight a thread
-// Traffic   student, teacher (twice under guidance), x_t where prediction types differ, the latent where the task's target
-//           holds some of it: each read once; gradient written once; targets and noise never in memory. 16-byte accesses
-//           where rows start at multiples of 16 bytes
-// Precision elements and a thread's sum in fp32, by halves of a warp and over warps in fp32 in order, chunks in double in
-//           their order; gradients rounded once
-// Limits    any n >= 0; contiguous rows; fp32/bf16/fp16 for each tensor independently; a sample whose timestep or latent is
-//           not in its table makes the loss NaN
+// Grid      256 threads per block, persistent over chunks of 2048 elements of all samples: eight per thread
+// Traffic   student, teacher (two tensors with guidance), x_t if prediction types differ, the latent if the task's target
+//           contains it: each read once; gradient written once; targets and noise never in memory. 16-byte accesses
+//           if rows start at multiples of 16 bytes
+// Precision elements and a thread's sum in fp32; over threads in fp32, in a warp by halving and over warps in order; chunks
+//           in double in their order; gradients rounded once
+// Limits    any n >= 0; contiguous rows; fp32/bf16/fp16 for each tensor independently; a timestep or latent index out of
+//           range makes the loss NaN
 #include "common.cuh"
 #include "output_match/math.h"
 

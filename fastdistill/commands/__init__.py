@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of ``fastdistill``, a file each, which is all that a new one needs.
+"""The commands of ``fastdistill``, one file each; a new command needs only its file.
 
 ``demo_digits.py`` is ``fastdistill demo digits``. The first line of its docstring is its help, and its
 ``run(arguments)`` does the work. Files are read for the list of commands, not imported, so that help is fast.

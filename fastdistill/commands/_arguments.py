@@ -14,7 +14,7 @@ from fastdistill.errors import FastdistillError
 
 
 def parsed(kinds: list[Any], arguments: list[str], name: str, *, own: Any = None, **options: Any) -> Any:
-    """What ``tyro.cli`` makes of the arguments.
+    """The result of ``tyro.cli`` for the arguments.
 
     Args:
         kinds: the dataclasses whose fields are options of this command; of two with the same option the first has it.

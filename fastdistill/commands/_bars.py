@@ -13,7 +13,7 @@ _PERIOD = 600.0  # seconds of the last steps, a thousand at most, by which speed
 
 
 class Bars(Progress):
-    """Progress bars on stderr: what is done of what, how fast, and the time that is left."""
+    """Progress bars on stderr: items done and in total, speed, and remaining time."""
 
     def __init__(self, shown: bool = True) -> None:
         columns = (
@@ -34,7 +34,7 @@ class Bars(Progress):
         self._lazy = not console.is_interactive
 
     def start(self) -> None:
-        """In a log, which gets the last state alone, not before there is something to show."""
+        """In a log: prints only the last state, once there is something to show."""
         if not self._lazy:
             super().start()
 

@@ -37,7 +37,7 @@ def configured(kind: type[Config], arguments: list[str], program: str) -> Config
 
 @dataclass(frozen=True)
 class Invocation(Generic[Own]):
-    """What a command of a run was called with.
+    """The arguments of a command for a run.
 
     config: of the run file, with the options of the command line on top. own: the command's own options. allow_code:
     ``--allow-code``. json: ``--json``.
@@ -91,7 +91,7 @@ def taken(arguments: list[str], flag: str) -> tuple[list[str], bool]:
 
 
 def import_pydantic() -> None:
-    """While signals wait: its compiled core panics where one interrupts its import."""
+    """Import it while signals are blocked: its compiled core panics if a signal interrupts the import."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         importlib.import_module("pydantic")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a training goes, in a line: in a terminal one that changes, in a log one for each line of the metrics."""
+"""The progress of a training in one line: updated in place in a terminal, in a log one line per line of metrics."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""encode the prompts of a run and sample its teacher, or go on with that"""
+"""encode the prompts of a run and sample its teacher, or resume this"""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fastdistill.documented import documented
 @documented
 @dataclass(frozen=True)
 class CacheOptions:
-    """Encode the prompts of a run, then sample its teacher for the seen ones. A call that was stopped goes on, and what
-    is there is not made again. Calls at the same time, such as torchrun's, share the work."""
+    """Encode the prompts of a run, then sample its teacher for the seen ones. A stopped call can be resumed by the same
+    command; existing rows are kept. Concurrent calls, such as those of torchrun, share the work."""
 
     only: Literal["prompts", "latents"] | None = None
-    """Make the encodings or the latents alone; none: both."""
+    """Create only the encodings or only the latents; none: both."""
     verify: bool = True
-    """Read what is there, and make anew what is damaged."""
+    """Check the existing rows, and create damaged ones again."""
 
 
 def run(arguments: list[str]) -> None:
@@ -60,7 +60,7 @@ def run(arguments: list[str]) -> None:
 
 @dataclass
 class _Stage:
-    """One bar. begun: when, and with how many rows there."""
+    """One bar. begun: start time, and number of rows that existed then."""
 
     task: TaskID
     begun: float
@@ -68,7 +68,7 @@ class _Stage:
     told: bool = False
 
     def estimate(self, done: int, total: int) -> str | None:
-        """How long it takes, by the first batch; once, and not where that is less than a minute."""
+        """Print the expected duration once, estimated from the first batch, unless it is below a minute."""
         if self.told or done <= self.first or done >= total:
             return None
         self.told = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train the student of a run, or go on with it"""
+"""train the student of a run, or resume it"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdistill.documented import documented
 @documented
 @dataclass(frozen=True)
 class DistillOptions:
-    """Train the student of a run to its last step; a run that was stopped goes on. Under torchrun, each process is a
+    """Train the student of a run to its last step; a stopped run is resumed. Under torchrun, each process is a
     rank."""
 
 

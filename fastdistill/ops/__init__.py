@@ -14,8 +14,8 @@
 ``output_match``         a student's output against a guided teacher's and the draw's own target, with gradient
 =======================  =============================================================================================
 
-All can be captured in a CUDA graph after one call of the same kind: kernels are loaded, and Triton's compiled, at
-their first launch.
+All can be captured in a CUDA graph after one call with the same shapes and dtypes: the first launch loads a kernel
+and, with Triton, compiles it.
 """
 
 from fastdistill.ops._dispatch import OPS, use, used

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What backwards share, those of losses above all, whose forward has made the gradient already."""
+"""Shared code of backwards, mainly for losses, which compute their gradient in the forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdistill.ops._dispatch import OPS, Kind, forced, quiet, use
 
 
 def wanted(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a call is to be differentiated. In forward mode too, which torch then refuses: the tangent would be 0."""
+    """Whether a call is differentiated. True also in forward mode, so that torch refuses it: the tangent would be 0."""
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():
@@ -26,14 +26,14 @@ def wanted(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def apply(kind: Kind | None, function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(kind, *args)``; for a call of a known kind past what that looks for first: functorch."""
+    """``function.apply(kind, *args)``; a call of a known kind skips its check for functorch transforms."""
     if kind is None:
         return function.apply(kind, *distinct(args))
     return super(torch.autograd.Function, function).apply(kind, *args)  # type: ignore[misc]
 
 
 def distinct(args: Sequence[Any]) -> list[Any]:
-    """The arguments with a view for a tensor that comes again, which torch's compiler asks for."""
+    """The arguments, with repeated tensors replaced by views, as torch's compiler requires."""
     if not torch.compiler.is_compiling():
         return list(args)
     tensors: list[Tensor] = []
@@ -48,15 +48,15 @@ def distinct(args: Sequence[Any]) -> list[Any]:
 
 
 def remember(ctx: Any, kind: Kind | None) -> None:
-    """What a backward needs to know of its forward's call: the kind, and the kernel where ``use`` asked for one."""
+    """Store for the backward: the kind of the forward's call, and the kernel if ``use`` selected one."""
     ctx.kind = kind
     if (kernel := forced()) is not None:
         ctx.kernel = kernel
 
 
 def with_its_kernel(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward with the forward's choice of kernels, as it may run in another thread or after the block of ``use``.
-    What it computes is not differentiable; see ``again``."""
+    """A backward with the kernel selection of its forward: it may run in another thread or after the block of ``use``.
+    Its results are not differentiable; see ``again``."""
     careful = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
@@ -72,18 +72,18 @@ def with_its_kernel(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_differentiated() -> bool:
-    """Whether the result of the backward that runs is to be differentiated itself (``create_graph=True``)."""
+    """Whether the result of the running backward will be differentiated itself (``create_graph=True``)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def again(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients that can be differentiated: by torch's autograd through ``function``, the eager reference.
+    """Differentiable gradients, computed by torch's autograd through ``function``, the eager reference.
 
     Args:
-        inputs: the forward's, as ``saved_tensors`` gives them with their graph; copies made in the forward have none.
+        inputs: those of the forward, from ``saved_tensors``, with their graph; copies made in the forward have none.
 
     Returns:
-        One gradient an input; None for those that require none.
+        One gradient per input; None for inputs that require none.
     """
     own = [None if t is None else t.view_as(t) for t in inputs]  # one tensor may be two inputs
     differentiated = [t for t in own if t is not None and t.requires_grad]
@@ -94,7 +94,7 @@ def again(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad
 
 
 def kind_of(ctx: Any, *grads: Tensor | None) -> Kind | None:
-    """``ctx.kind``, the kind of the forward's call, where the backward too may go past torch's dispatcher."""
+    """``ctx.kind``, the kind of the forward's call, if the backward may also bypass torch's dispatcher; else None."""
     if ctx.kind is None or torch.is_grad_enabled() or not quiet():
         return None
     for grad in grads:
@@ -105,20 +105,20 @@ def kind_of(ctx: Any, *grads: Tensor | None) -> Kind | None:
 
 
 def gradients(inputs: Sequence[Tensor | None], needed: Sequence[bool], zero: bool) -> list[Tensor | None]:
-    """Contiguous buffers, or zeros, for the gradients that are needed of small inputs."""
+    """Contiguous buffers (``zero``: filled with zeros) for the required gradients of small inputs."""
     make = torch.zeros_like if zero else torch.empty_like
     pairs = zip(inputs, needed, strict=True)
     return [None if t is None or not of else make(t, memory_format=torch.contiguous_format) for t, of in pairs]
 
 
 def on_cpu(kind: Kind | None) -> bool:
-    """Whether a call is of a known kind of a CPU, where constants of earlier calls serve and reading a number waits for
-    nobody. A GPU's constants would belong to a graph that captures the first call."""
+    """Whether a call is of a known kind on a CPU. There, constants of earlier calls can be reused, and reading a number
+    needs no synchronization. On a GPU, a constant created during graph capture would belong to that graph."""
     return kind is not None and kind.on_cpu
 
 
 def one(kind: Kind | None, device: torch.device) -> Tensor:
-    """The loss scale of who has none."""
+    """The default loss scale, 1."""
     return _one() if on_cpu(kind) else torch.ones((), dtype=torch.float32, device=device)
 
 
@@ -129,7 +129,7 @@ def _one() -> Tensor:
 
 
 def keep(ctx: Any, kind: Kind | None, grads: list[Tensor], grad_scale: Tensor | None) -> None:
-    """What ``hand_on`` needs; the buffers count as written to now, as torch counts its in-place operations."""
+    """Store what ``hand_on`` needs, and mark the buffers as modified, like torch after an in-place operation."""
     remember(ctx, kind)
     ctx.grads, ctx.grad_scale = grads, grad_scale
     ctx.set_materialize_grads(False)  # zeros for the outputs beside the loss
@@ -143,9 +143,9 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def hand_on(op: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
-    """``ctx.grads``, stored times ``ctx.grad_scale`` (None: 1), times what the loss was multiplied by since.
+    """``ctx.grads``, times ``grad_loss`` / ``ctx.grad_scale``: they were stored times ``ctx.grad_scale`` (None: 1).
 
-    In place where the graph is freed by this backward: the buffers then belong to whoever consumes them.
+    In place if this backward frees the graph: the consumers of the gradients then own the buffers.
     """
     if is_differentiated():
         raise RuntimeError(
@@ -163,12 +163,12 @@ def hand_on(op: str, ctx: Any, grad_loss: Tensor) -> list[Tensor]:
         )
     factor = grad_loss.float() if ctx.grad_scale is None else grad_loss.float() / ctx.grad_scale
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        # Compiled, the product fuses with whatever consumes it; with the graph kept, another backward will want the
+        # In a compiled function the product fuses with its consumer; if the graph is kept, another backward needs the
         # buffers.
         return [(g.float() * factor).to(g.dtype) for g in ctx.grads]
     grads: list[Tensor] = ctx.grads
     ctx.grads = None
     kind = kind_of(ctx, grad_loss)
-    if not on_cpu(kind) or factor.item() != 1.0:  # on a CPU, where nobody waits for a number
+    if not on_cpu(kind) or factor.item() != 1.0:  # `item` only on a CPU, where it needs no synchronization
         OPS["scale_gradients"](kind, grads, factor)
     return grads

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the arguments of an op itself, below the function beside it, fit together. The functions make sure of that,
-and kernels trust it; of a call that comes from a file nothing is known."""
+"""Check the arguments of a direct call of an op. Kernels do not check them, because the op's public function does;
+but the arguments of a call that was read from a file are unchecked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastdistill.ops.feature_match.reference import DISTANCES
 from fastdistill.ops.noise_gather import banks
 
 Arguments = SimpleNamespace
-# By their names in ``fastdistill.ops`` they are functions.
+# In ``fastdistill.ops`` these names are functions.
 _NAMES = (
     "adamw_ema add_bias cross_attention feature_match geglu group_norm_silu layer_norm_modulate output_match".split()
 )
@@ -29,7 +29,7 @@ adamw_ema, add_bias, cross_attention, feature_match, geglu, group_norm_silu, lay
 
 
 def check(op: str, arguments: Sequence[Any]) -> None:
-    """InputError unless the arguments are of the op's types, and of shapes and numbers that its kernels take."""
+    """InputError unless the arguments have the op's types, and shapes and numbers that its kernels support."""
     stated = OPS[op].overload._schema.arguments  # type: ignore[attr-defined]
     _check.require(len(arguments) == len(stated), "arguments", f"{len(stated)} of {op}", len(arguments))
     for argument, value in zip(stated, arguments, strict=True):
@@ -79,7 +79,7 @@ def _geglu(a: Arguments) -> None:
 
 
 def _add_bias(a: Arguments) -> None:
-    like = a.x.movedim(-1, 1), a.h.movedim(-1, 1)  # of the op itself channels lie last
+    like = a.x.movedim(-1, 1), a.h.movedim(-1, 1)  # in the op's arguments channels are last
     add_bias._checked((*like, a.bias))
     _like("y", a.y, a.x.shape, a.x.dtype)
 
@@ -91,7 +91,7 @@ def _bias_gradient(a: Arguments) -> None:
 
 
 def _small(a: Arguments, given: dict[str, Sequence[int] | None]) -> None:
-    """The gradients that the bits of ``wanted`` name, in their order."""
+    """The gradients selected by the bits of ``wanted``, in that order."""
     _check.require(0 <= a.wanted < 2 ** len(given), "wanted", f"{len(given)} bits", a.wanted)
     names = [name for i, name in enumerate(given) if a.wanted >> i & 1]
     _check.require(len(a.small) == len(names), "small", f"a gradient for each of {names}", len(a.small))
@@ -157,7 +157,7 @@ def _scale_gradients(a: Arguments) -> None:
 
 
 def _output_match(a: Arguments) -> None:
-    def given(*names: str) -> list[Tensor | None]:  # a tensor of no elements is none
+    def given(*names: str) -> list[Tensor | None]:  # a tensor without elements means None
         return [t if t.numel() else None for t in map(a.__dict__.__getitem__, names)]
 
     optional = given("teacher", "unconditional", "guidance", "weights", "x_t", "grad")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules that ops check before anything is launched, each with one wording."""
+"""The rules that ops check before a launch, each with the same message for all ops."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def require(condition: bool, argument: str, rule: object, value: object) -> None
 
 
 def _describe_unless(condition: bool, argument: str, rule: str, value: object) -> None:
-    """``require`` of a value of any kind. Its text is made where it is wrong alone: that of a tensor waits for its
-    device, that of a symbolic size cannot be traced."""
+    """``require`` for a value of any type. Its text is created only if the value is wrong: the text of a tensor needs
+    synchronization with the device, that of a symbolic size cannot be traced."""
     if not condition:
         raise InputError.of(argument, rule, described(value))
 
 
 def tensors(**given: object) -> None:
-    """Each is a dense tensor: not None, an array or a number."""
+    """Each is a dense tensor, and not None, an array or a number."""
     for argument, value in given.items():
         require(isinstance(value, Tensor), argument, "a tensor", type(value).__name__)
         if value.layout is not torch.strided:  # type: ignore[attr-defined]
@@ -55,7 +55,7 @@ def valued(**given: object) -> None:
 
 
 def real(value: Any, argument: str, rule: str = "a number") -> float:
-    """A number as a float; not a text, though it may spell one."""
+    """A number as a float; a string is refused, even if it spells a number."""
     if not isinstance(value, (float, int)):
         one = isinstance(value, (Real, Tensor, torch.SymInt, torch.SymFloat))
         if isinstance(value, Tensor):
@@ -68,13 +68,13 @@ def real(value: Any, argument: str, rule: str = "a number") -> float:
 
 
 def one_of(value: Any, argument: str, names: Sequence[str]) -> None:
-    """One of these texts."""
-    known = isinstance(value, str) and value in names  # an array would compare item by item
+    """One of these strings."""
+    known = isinstance(value, str) and value in names  # an array would be compared element by element
     _describe_unless(known, argument, f"one of {', '.join(names)}", value)
 
 
 def listed(values: Any, argument: str, rule: str = "a list of tensors") -> list[Tensor]:
-    """Dense tensors, as a list; a single tensor would be taken apart into its rows."""
+    """Dense tensors, as a list; a single tensor is refused, because it would be split into its rows."""
     several = isinstance(values, Iterable) and not isinstance(values, (Tensor, str, Mapping))
     require(several, argument, rule, type(values).__name__)
     found = list(values)
@@ -84,13 +84,13 @@ def listed(values: Any, argument: str, rule: str = "a list of tensors") -> list[
 
 
 def own_memory(tensor: Tensor, argument: str) -> None:
-    """No two elements share their memory, as those of an expanded tensor do: it is to be written to."""
+    """No two elements share their memory (as in an expanded tensor), because the tensor will be written to."""
     if _native.overlaps(tensor):
         require(False, argument, "memory of its own for each element", f"strides {tensor.stride()}")
 
 
 def single(value: Any, argument: str, rule: str = "a number") -> float:
-    """A number that is one in float32 too, in which the ops compute, as a float."""
+    """A number that is also finite in float32, in which the ops compute, as a float."""
     number = real(value, argument, rule)
     require(not LARGEST < abs(number) < math.inf, argument, f"{rule} within float32", number)
     return number
@@ -109,7 +109,7 @@ def within(value: Any, argument: str, low: float, high: float, rule: str) -> flo
 
 
 def flag(value: Any, argument: str) -> bool:
-    """True or False, and nothing else that counts as one of them."""
+    """True or False, and no other value such as 0 or 1."""
     _describe_unless(isinstance(value, bool), argument, "True or False", value)
     return bool(value)
 
@@ -144,7 +144,7 @@ def numbers(values: Any, argument: str) -> list[int]:
 
 
 def constants(**given: object) -> None:
-    """None of the values is to be differentiated: the ops would leave the gradient out."""
+    """None of the values requires a gradient, because the ops would not compute it."""
     tangents = forward_ad._current_level >= 0
     if not tangents and not torch.is_grad_enabled():
         return
@@ -165,7 +165,7 @@ def scale(value: float | None, dim: int) -> float:
 
 
 def rows(index: Tensor, argument: str, count: int, of: str) -> None:
-    """Each number is a row of another argument; looked at where that waits for no device and nothing traces."""
+    """Each number is a row of another argument; checked only on a CPU (no synchronization) and outside of tracing."""
     if index.device.type != "cpu" or not quiet() or type(index) not in (Tensor, Parameter) or _is_wrapper(index):
         return
     outside = (index < 0) | (index >= count)
@@ -196,10 +196,10 @@ def device(tensor: Tensor, argument: str, expected: torch.device, of: str) -> No
 def once(check: Callable[[Any, Any], None], tensors: tuple[Tensor | None, ...], values: Any) -> Kind | None:
     """Run a check of shapes, dtypes and devices unless one of the same passed before; ``values`` must be hashable.
 
-    A loop calls an op with the same kinds of tensors every step; telling that they are takes a tenth of checking them.
+    A loop calls an op with the same kinds of tensors in every step; recognizing them takes a tenth of the checks' time.
 
     Returns:
-        The kind of the call, with which kernels are launched past torch's dispatcher; None where that must not be.
+        The kind of the call, with which kernels are launched without torch's dispatcher; None if that is not allowed.
     """
     if torch.compiler.is_compiling():
         check(tensors, values)
@@ -207,7 +207,7 @@ def once(check: Callable[[Any, Any], None], tensors: tuple[Tensor | None, ...], 
     try:
         key = (check, values, *[None if t is None else _look(t) for t in tensors])
         kind = _passed.get(key, False)
-    except (TypeError, AttributeError):  # symbolic sizes, while something traces; no tensor
+    except (TypeError, AttributeError):  # symbolic sizes during tracing, or a value that is no tensor
         check(tensors, values)
         return None
     if kind is False:

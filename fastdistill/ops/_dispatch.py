@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One mechanism for every op: a schema, a reference, and kernels per device in order of preference.
 
-An op writes into tensors that its caller gives it (``Tensor(a!)`` arguments, nothing returned), so that a step can
-reuse its buffers; the public function beside each op allocates them when the caller brings none. Kernels are only ever
-reached through the dispatcher (under a fake tensor a raw pointer is 0 and would kill the process), or past it where the
-tensors are plain and nobody listens there.
+An op writes into tensors of its caller (``Tensor(a!)`` arguments, nothing returned), so that a step can reuse its
+buffers; the public function of each op allocates them if the caller passes none. Kernels are called through torch's
+dispatcher, because with fake tensors a raw pointer is 0 and would crash the process. They bypass it only if the tensors
+are plain and no dispatch mode, profiler or tracer is active.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fastdistill.ops._inductor import keep_order
 Function = TypeVar("Function", bound=Callable[..., Any])
 REFERENCE = "reference"
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("fastdistill_kernel")
-_forced.set(None)  # in this thread; autograd's own threads start without
+_forced.set(None)  # in this thread; autograd's own threads start without a value
 
 
 @contextlib.contextmanager
@@ -43,15 +43,15 @@ def use(kernel: str | None) -> Iterator[None]:
     """Force one kernel inside the block: ``"reference"``, ``"cpp"``, ``"triton"`` or ``"cuda"``; None restores the
     automatic choice.
 
-    The choice belongs to the thread (or asyncio task) of the block: other threads are not affected. A backward uses the
-    choice of its forward, in whatever thread it runs and also after the block. In a compiled function the choice is
-    read when it runs, by its backward in the thread that calls ``backward``; only ``attention`` and the fallback of
-    ``cross_attention`` to torch's attention keep what was chosen when they were traced.
+    The choice applies to the thread (or asyncio task) of the block; other threads are not affected. A backward uses the
+    choice of its forward, in any thread and also after the block. A compiled function reads the choice each time it
+    runs, and its backward reads it in the thread that calls ``backward``. Only ``attention`` and the fallback of
+    ``cross_attention`` to torch's attention keep the choice from the time of tracing.
 
     Raises:
         InputError: no op has a kernel of this name.
-        KernelError: when an op is called that has no such kernel for the device, or whose kernel refuses the call or
-            cannot be compiled; with the reason.
+        KernelError: raised by a call inside the block, if the op has no such kernel for the device, or the kernel
+            refuses the call or cannot be compiled; the message gives the reason.
     """
     names = sorted({name for op in OPS.values() for name in op.kernel_names()})
     if kernel is not None and not (isinstance(kernel, str) and kernel in names):
@@ -69,24 +69,25 @@ _BY_TORCH = torch.__version__ >= (2, 12)  # type: ignore[operator]  # is compare
 
 
 def _show() -> None:
-    """To autograd's threads, in which the backwards of a GPU run, what is asked for in this one. From 2.12 on torch
-    stashes the context itself, around each backward; before, tasks of one thread whose blocks overlap share it."""
+    """Make the choice of this thread visible in autograd's threads, which run the backwards of a GPU. From 2.12 on,
+    torch itself passes on the context at each backward; before, asyncio tasks with overlapping blocks share a choice.
+    """
     if not _BY_TORCH:
         context = contextvars.copy_context()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(context))  # torch takes a reference over and did not count it
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(context))  # torch takes over a reference that it did not count
         torch._C._stash_obj_in_tls("context", context)
 
 
 def constant(function: Function) -> Function:
-    """What ``torch.compiler.assume_constant_result`` does: a compiler that traces a call runs it and keeps the result.
-    Torch's own imports the compiler, which takes a second."""
+    """Like ``torch.compiler.assume_constant_result``: a tracing compiler executes the call and keeps the result as a
+    constant. Torch's own function imports the compiler, which takes a second."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @constant
 def forced() -> str | None:
-    """The kernel that ``use`` asks for here, if any; in a thread of autograd's, where ``backward`` was called."""
+    """The kernel that ``use`` selects in this thread; in autograd's threads, in the thread that called ``backward``."""
     kernel = _forced.get("")
     if kernel != "":
         return kernel
@@ -103,8 +104,8 @@ def _never(*args: Any) -> str | None:
 class Kernel:
     """One implementation of an op on one device type.
 
-    ``launch`` has the op's schema. ``available`` says why this installation cannot run it at all, ``refuse`` why not
-    this call; both return None when all is well.
+    ``launch`` has the op's schema. ``available`` returns the reason if this installation cannot run it, ``refuse`` the
+    reason if it does not support this call; otherwise both return None.
     """
 
     name: str
@@ -115,7 +116,7 @@ class Kernel:
 
 
 def later(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module that is imported when it is first called: Triton's import takes seconds."""
+    """A function of a module that is imported at the first call, because importing Triton takes seconds."""
 
     loaded: ModuleType | None = None
 
@@ -125,7 +126,7 @@ def later(module: str, name: str) -> Callable[..., Any]:
             try:
                 loaded = importlib.import_module(module)
                 getattr(loaded, name)
-            except Exception as error:  # of a Triton that lacks what the module uses, say
+            except Exception as error:  # for example a Triton without a function that the module uses
                 raise ImportError(f"{module} does not load: {error}") from error
         return getattr(loaded, name)(*args)
 
@@ -138,26 +139,26 @@ def _several_gpus() -> bool:
 
 
 def _gpu_of(args: Sequence[Any]) -> int | None:
-    """The number of the first GPU among those of the tensors, or of the first tensors of lists."""
+    """The index of the GPU of the first argument that is a tensor on a GPU, or a list that starts with one."""
     tensors = (a[0] if isinstance(a, (list, tuple)) and a else a for a in args)
     return next((t.get_device() for t in tensors if isinstance(t, Tensor) and t.is_cuda), None)
 
 
 class Kind:
-    """Calls on plain tensors of the same shapes and dtypes, all on CPUs or all on GPUs. On a CPU the kernel that takes
-    the first takes all of them, as the functions beside the ops bring every layout to one that kernels walk; on a GPU
-    each call asks them."""
+    """Calls with plain tensors of the same shapes and dtypes, all on CPUs or all on GPUs. On a CPU the kernel of the
+    first call serves all of them, because the public functions convert every layout to a supported one; on a GPU the
+    kernels are asked (``refuse``) for each call."""
 
     __slots__ = ("found", "on_cpu")
 
     def __init__(self, on_cpu: bool = True) -> None:
         self.on_cpu = on_cpu
-        # By op, and by the kernel that is forced where one is: the kernels to choose from, and the one chosen.
+        # For each op (and forced kernel, if any): the kernels to choose from, and the chosen one.
         self.found: dict[str | tuple[str, str], tuple[Sequence[Kernel], Kernel]] = {}
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None]) -> Kind | None:
-        """None where kernels are only to be reached through the dispatcher."""
+        """None if kernels may only be called through the dispatcher."""
         given = [t for t in tensors if t is not None]
         devices = {t.device.type for t in given}
         plain = devices <= {"cpu"} or devices == {"cuda"}
@@ -166,7 +167,7 @@ class Kind:
 
 @dataclass
 class Op:
-    """``failures``: the reason for each kernel and kind of call where it could not be compiled, loaded or launched."""
+    """``failures``: for each kernel and kind of call that could not be compiled, loaded or launched, the reason."""
 
     name: str
     summary: str
@@ -177,7 +178,7 @@ class Op:
     overload: Callable[..., Any] = _never  # fastdistill::<name>
 
     def __call__(self, kind: Kind | None, *args: Any) -> None:
-        """Straight on a kernel, on a CPU the one that took the first call of this kind; None: through torch's
+        """Call a kernel directly, on a CPU that of the first call of this kind; ``kind`` None: through torch's
         dispatcher."""
         if kind is None:
             self.overload(*args)
@@ -185,7 +186,7 @@ class Op:
         if not kind.on_cpu:
             self.run_on_gpu(*args)
             return
-        if (asked := _forced.get("")) is not None:  # None spares the call
+        if (asked := _forced.get("")) is not None:  # None, the common case, saves the call
             asked = forced()
         key = self.name if asked is None else (self.name, asked)
         found = kind.found.get(key)
@@ -208,11 +209,12 @@ class Op:
     def run(self, device: str, *args: Any) -> None:
         """Run the call on the first kernel of this device that can, else on the reference.
 
-        A kernel that cannot be compiled, loaded or launched is passed by, with one warning, in this call and in all
+        A kernel that cannot be compiled, loaded or launched is skipped, with one warning, in this call and in all
         others of its kind.
 
         Raises:
-            KernelError: a forced kernel cannot run the call. DeviceError: the device has failed.
+            KernelError: a forced kernel cannot run the call.
+            DeviceError: the device has failed.
         """
         kernel = self.kernel_for(device, args)
         try:
@@ -225,7 +227,7 @@ class Op:
         self.run(device, *args)
 
     def kernel_for(self, device: str, args: Sequence[Any]) -> Kernel:
-        """The kernel that ``run`` tries next, the reference as one too."""
+        """The kernel that ``run`` tries next; the reference counts as a kernel."""
         asked = forced()
         if asked != REFERENCE:
             for kernel in self.kernels:
@@ -242,7 +244,7 @@ class Op:
         return Kernel(REFERENCE, device, self.reference, lambda: None)
 
     def _refusal(self, kernel: Kernel, args: Sequence[Any]) -> str | None:
-        """Why the kernel cannot run the call, as far as is known before it is tried."""
+        """Why the kernel cannot run the call, as far as this is known before the launch."""
         try:
             reason = kernel.available() or kernel.refuse(*args)
         except ImportError as error:
@@ -252,7 +254,7 @@ class Op:
         return reason
 
     def _pass_by(self, kernel: Kernel, args: Sequence[Any], error: Exception) -> None:
-        """Have this call and others of its kind go to the next kernel, where this one could not be compiled, loaded or
+        """Send this call and others of its kind to the next kernel if this one could not be compiled, loaded or
         launched; else raise."""
         if _failures.is_final(error):
             raise DeviceError(
@@ -263,7 +265,7 @@ class Op:
         if reason is None or kernel.name == REFERENCE:
             raise error
         if kernel.device == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise error  # what a graph holds is decided before its capture
+            raise error  # the kernels of a graph must be known before its capture
         if forced() is not None:
             raise self._error(kernel.name, kernel.device, reason) from error
         known = any(name == kernel.name for name, _ in list(self.failures))  # other threads may add to it
@@ -279,7 +281,7 @@ class Op:
         return KernelError(f"{self.name}: kernel {kernel!r} cannot run this call on {device}: {reason}")
 
     def run_on_gpu(self, *args: Any) -> None:
-        """``run`` with the GPU of the call's tensors as the current one: launches and streams belong to that."""
+        """``run`` with the GPU of the call's tensors as the current device, which launches and streams use."""
         if _several_gpus() and (gpu := _gpu_of(args)) not in (None, torch.cuda.current_device()):
             with torch.cuda.device(gpu):
                 self.run("cuda", *args)
@@ -287,7 +289,7 @@ class Op:
             self.run("cuda", *args)
 
     def table(self) -> list[dict[str, str | None]]:
-        """One row a kernel: name, device and the reason why it cannot run in this installation (None: it can)."""
+        """One row per kernel: name, device and the reason why it cannot run in this installation (None: it can)."""
         rows = [{"kernel": k.name, "device": k.device, "reason": k.available()} for k in self.kernels]
         return [*rows, {"kernel": REFERENCE, "device": "any", "reason": None}]
 
@@ -296,14 +298,14 @@ OPS: dict[str, Op] = {}
 
 
 def used() -> dict[str, list[str]]:
-    """The kernels that each op has run with in this process, the most used first: ``{"feature_match": ["cpp"],
+    """For each op the kernels that were used in this process, the most used first: ``{"feature_match": ["cpp"],
     ...}``."""
     return {name: [kernel for kernel, _ in op.calls.most_common()] for name, op in OPS.items() if op.calls}
 
 
 def quiet() -> bool:
-    """Whether nobody listens at torch's dispatcher, which takes as long as a small kernel: no mode (fake tensors, a
-    guard, a profiler's ranges), profiler, compiler, tracer, functorch transform or forward-mode differentiation."""
+    """Whether torch's dispatcher, which takes as long as a small kernel, can be bypassed: no dispatch mode (such as
+    fake tensors), profiler, compiler, tracer, functorch transform or forward-mode differentiation is active."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -316,7 +318,7 @@ def quiet() -> bool:
 
 
 class Prepared:
-    """A call of an op on tensors that stay what they are: the kernel that takes it is found once."""
+    """A call of an op that is repeated with the same tensors; its kernel is chosen once."""
 
     def __init__(self, op: Op, *args: Any) -> None:
         self._op, self._args = op, args
@@ -327,8 +329,8 @@ class Prepared:
 
 
 def _fake(*args: Any) -> None:
-    """Outputs are the caller's: there is nothing to infer."""
-    if "torch._dynamo" in sys.modules:  # of a process that compiles
+    """The caller allocates the outputs, so there is nothing to infer."""
+    if "torch._dynamo" in sys.modules:  # this process compiles
         keep_order()
 
 
@@ -340,8 +342,8 @@ def register(
     Args:
         schema: the argument list in torch's schema language; outputs are mutable arguments, nothing is returned.
         summary: the formula in one line, shown by ``fastdistill doctor``.
-        reference: the eager specification, run wherever no kernel takes the call.
-        kernels: best first; those of a device that refuse a call pass it to the next.
+        reference: the eager specification, used if no kernel supports the call.
+        kernels: best first; if a kernel refuses a call, the next one of the same device is tried.
     """
     op = OPS[name] = Op(name, summary, reference, kernels)
     qualified = f"fastdistill::{name}"
@@ -354,7 +356,7 @@ def register(
 
 
 def _with_lists(run: Callable[..., None], overload: Any) -> Callable[..., None]:
-    """Packages of AOTInductor pass None in place of an empty list."""
+    """AOTInductor packages pass None instead of an empty list."""
     lists = {i for i, a in enumerate(overload._schema.arguments) if isinstance(a.type, torch.ListType)}
     if not lists:
         return run

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of a kernel's launch: which leave the call to another kernel, and which end all work on the device.
+"""Errors of a kernel's launch: after some of them another kernel can run the call, after others the device is unusable.
 
-A kernel that cannot be compiled, loaded or launched has executed nothing. A launch is asynchronous, so an error of an
-earlier kernel can come up in it too; after such an error nothing runs on the device any more.
+A kernel that cannot be compiled, loaded or launched has executed nothing. Launches are asynchronous, so a launch can
+also report the error of an earlier kernel; after such an error the device cannot be used any more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdistill.errors import FastdistillError
 
 _CUDA, _TRITON = "CUDA error", "Triton Error [CUDA]"  # in messages of torch and of csrc, and of Triton's launcher
-# In the words of CUDA: this GPU or its driver cannot load the kernel, nor any other that was built with it.
+# Messages of CUDA: this GPU or its driver can load neither this kernel nor any other that was built with it.
 _NOT_LOADED = (
     "no kernel image is available",
     "device kernel image is invalid",
@@ -28,9 +28,9 @@ _NOT_LOADED = (
     "PTX was compiled with an unsupported toolchain",
     "CUDA driver version is insufficient",
 )
-# One launch was refused. A call of csrc may have made others before, one of Triton's says so (``launch_all``).
+# One launch was refused. A call of csrc may have launched other kernels before; see ``launch_all`` for Triton.
 _NOT_LAUNCHED = ("too many resources requested for launch", "invalid configuration argument", "invalid argument")
-# Errors that stay with the process.
+# Errors after which the process cannot use the device.
 _FINAL = (
     "illegal memory access",
     "unspecified launch failure",
@@ -46,13 +46,13 @@ _FINAL = (
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether nothing runs on the device any more."""
+    """Whether the device cannot be used any more after this error."""
     text = str(error)
     return (_CUDA in text or _TRITON in text) and any(words in text for words in _FINAL)
 
 
 def reason(error: Exception) -> str | None:
-    """Why the kernel could not be compiled, loaded or launched, in one line; None where it may have been executed."""
+    """Why the kernel could not be compiled, loaded or launched, in one line; None if it may have been executed."""
     if isinstance(error, (FastdistillError, torch.OutOfMemoryError, MemoryError)):
         return None
     text = str(error)
@@ -63,20 +63,20 @@ def reason(error: Exception) -> str | None:
 
 
 def _is_of_triton(error: Exception) -> bool:
-    """Raised by Triton or below it: its compiler, ptxas, the host's C compiler."""
+    """Raised by Triton or by a tool that it calls: its compiler, ptxas, the host's C compiler."""
     frames = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(name.split(".")[0] == "triton" for name in (type(error).__module__, *frames))
 
 
 def _line(error: Exception) -> str:
-    """The first and the last line of the message: Triton puts the place first, the source between, the cause last."""
+    """The first and the last line of the message: in Triton's messages the location and the cause."""
     lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *dict.fromkeys(lines[:1] + lines[-1:])])
 
 
 def kind(args: Sequence[Any]) -> tuple[Any, ...]:
-    """What calls have in common that a kernel is compiled for: devices, dtypes, shapes and strides of tensors, whole
-    numbers and flags."""
+    """The properties for which a kernel is compiled: devices, dtypes, shapes and strides of tensors, integers and
+    flags. Calls with the same ones are of one kind."""
     return tuple(_kind(value) for value in args)
 
 
@@ -89,7 +89,7 @@ def _kind(value: Any) -> Any:
 
 
 def described(kind: Sequence[Any]) -> str:
-    """A kind of call for people: the tensors' dtypes and shapes."""
+    """A kind of call in readable form: the tensors' dtypes and shapes."""
     return ", ".join(_described(value) for value in kind if isinstance(value, tuple))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A repair of torch's compiler, without which compiled ops that write into their outputs give wrong numbers on a CPU.
+"""A fix for torch's compiler: without it, compiled ops that write into their outputs give wrong numbers on a CPU.
 
-``SchedulerNode.recompute_size_and_body`` works out anew what a loop reads, and forgets that a buffer of that name has
-been written to since (pytorch/pytorch#185509, in torch 2.13 and before): once two loops are brought to one shape, the
-fused one may be scheduled before the op whose output it reads.
+``SchedulerNode.recompute_size_and_body`` computes the reads of a loop again, but ignores that an op has written to the
+buffer since (pytorch/pytorch#185509, in torch 2.13 and before). When two loops are changed to one shape and fused, the
+fused loop may then be scheduled before the op whose output it reads.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 @functools.cache
 def keep_order() -> None:
-    """Have such a loop depend on the op that wrote last, as it did before; where torch does so itself, this changes
-    nothing."""
+    """Keep the dependency of such a loop on the op that wrote last. No effect in versions of torch that keep it
+    themselves."""
     try:
         from torch._inductor.scheduler import SchedulerNode
     except ImportError:  # no compiler in this build of torch

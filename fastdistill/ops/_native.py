@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled extensions, loaded once; without them the ops run on their references and say why."""
+"""The compiled extensions, loaded once; without them the ops use their references and report the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 def cpu() -> ModuleType:
-    """The C++ kernels; call only where ``cpu_reason`` is None."""
+    """The C++ kernels; call only if ``cpu_reason`` is None."""
     module = _load("_cpu")[0]
     assert module is not None
     return module
@@ -38,12 +38,12 @@ def cpu_reason() -> str | None:
 
 
 def cpu_summary() -> str:
-    """Which instruction set the C++ kernels use; call only where ``cpu_reason`` is None."""
+    """Which instruction set the C++ kernels use; call only if ``cpu_reason`` is None."""
     return f"built, uses {cpu().isa()} (this machine has {', '.join(cpu().isas())})"
 
 
 def cuda() -> ModuleType:
-    """The CUDA kernels; call only where ``cuda_reason`` is None."""
+    """The CUDA kernels; call only if ``cuda_reason`` is None."""
     module = _load("_cuda")[0]
     assert module is not None
     return module
@@ -66,13 +66,13 @@ def cuda_summary() -> str:
 
 
 def stream(tensor: Tensor) -> int:
-    """The handle of the stream that a kernel on this tensor belongs to."""
+    """The handle of the CUDA stream on which a kernel for this tensor must be launched."""
     return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
 
 
 def queue(tensor: Tensor) -> tuple[int, int]:
-    """The same, and how many multiprocessors the GPU has; where it is emulated few, so that persistent loops go
-    around."""
+    """The same handle, and the GPU's number of multiprocessors; small if the GPU is emulated, so that persistent loops
+    iterate."""
     return stream(tensor), _processors(tensor.get_device()) if tensor.is_cuda else 2
 
 
@@ -90,7 +90,7 @@ def triton_reason() -> str | None:
         return "no CUDA device"
     try:
         importlib.import_module("triton")
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return f"triton does not load: {error}"
     return None
 
@@ -111,7 +111,7 @@ def overlaps(tensor: Tensor) -> bool:
     """Whether two elements may share their memory, as those of an expanded tensor do."""
     if tensor.is_contiguous():
         return False
-    end = 0  # of the part of the dimensions so far
+    end = 0  # largest offset that the dimensions so far can reach
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride <= end:
             return tensor.numel() > 0

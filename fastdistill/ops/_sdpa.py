@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's ``scaled_dot_product_attention`` where several threads call it.
+"""torch's ``scaled_dot_product_attention``, made safe for calls from several threads.
 
-The switches by which it is told which backends it may choose belong to the process: set by two threads at once, those
-of one would stay for good, and a call of a third would find no backend that is allowed.
+The switches that allow its backends belong to the process. If two threads set them at the same time, those of one
+thread could stay set, and a call of a third thread could find no allowed backend.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def sdpa(
 ) -> Tensor:
     """softmax(scale q k^T + mask) v, [B, H, N, D], by one of ``backends`` (none: by any).
 
-    On a GPU calls take turns, as they only launch; on a CPU, where they compute, those with ``backends`` do.
+    A lock serializes calls: on a GPU all, because they only launch; on a CPU only those with ``backends``.
     """
-    if not torch.compiler.is_compiling() and _native.overlaps(q):  # the result of some would have its strides
+    if not torch.compiler.is_compiling() and _native.overlaps(q):  # some backends give the result q's strides
         q = q.contiguous()
-    if list(backends) == [SDPBackend.MATH]:  # is an operator of its own, which needs no switch
+    if list(backends) == [SDPBackend.MATH]:  # a separate operator, which needs no switch
         out: Tensor = torch.ops.aten._scaled_dot_product_attention_math.default(q, k, v, mask, scale=scale)[0]
         return out
     attend = functools.partial(F.scaled_dot_product_attention, q, k, v, attn_mask=mask, scale=scale)
-    if torch.compiler.is_compiling():  # one thread at a time
+    if torch.compiler.is_compiling():  # only one thread compiles at a time
         if not backends:
             return attend()
         with sdpa_kernel(list(backends)):
@@ -49,7 +49,7 @@ def sdpa(
 
 @contextlib.contextmanager
 def math_attention() -> Iterator[None]:
-    """Inside, torch's attention is its math form, which has forward mode and second derivatives; one thread at a
+    """Inside, torch's attention uses the math backend, which has forward mode and second derivatives; one thread at a
     time."""
     with _switches, sdpa_kernel(SDPBackend.MATH):
         yield

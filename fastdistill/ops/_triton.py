@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Triton kernels share: the GPU that tiles are chosen for, small tensors that may be missing, and the contract of
-random numbers.
+"""Shared code of the Triton kernels: the GPU for which tiles are chosen, optional small tensors, and random numbers.
 
-The arithmetic of the contract is that of ``csrc/philox.h``, operation by operation, so that the integers are equal and
-the normals have the same bits (every multiply-add is one ``fma``; nothing is left for the compiler to contract).
+The arithmetic of the random numbers is that of ``csrc/philox.h``, operation by operation, so that the integers are
+equal and the normals have the same bits (every multiply-add is an explicit ``fma``; the compiler can contract
+nothing).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _target: contextvars.ContextVar[int] = contextvars.ContextVar("fastdistill_targe
 
 
 def capability(tensor: Tensor) -> int:
-    """Major compute capability of the tensor's GPU, by which tiles are chosen; that of ``target`` where it has none."""
+    """Major compute capability of the tensor's GPU, which selects tiles; that of ``target`` if it is on no GPU."""
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else _target.get()
 
 
 @contextlib.contextmanager
 def target(major: int) -> Iterator[None]:
-    """Inside, kernels are launched on tensors without a GPU (compiled ahead of time) as for this compute capability."""
+    """Inside, kernels for tensors on no GPU (compiled ahead of time) use the tiles of this compute capability."""
     token = _target.set(major)
     try:
         yield
@@ -38,17 +38,17 @@ def target(major: int) -> Iterator[None]:
         _target.reset(token)
 
 
-#: An option of every launch, as Triton's default changes: multiply-adds are contracted where nothing needs exact bits.
+#: An option of every launch, because Triton's default changes: multiply-adds are fused where exact bits do not matter.
 FUSED = {"enable_fp_fusion": True}
 
 
 def cdiv(n: int, by: int) -> int:
-    """n / by, rounded up. Triton's own is for kernels too, and takes a hundred times as long on the host."""
+    """n / by, rounded up. Triton's own function also works in kernels, but is a hundred times as slow on the host."""
     return -(-n // by)
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of two from n > 0 on."""
+    """The smallest power of two that is >= n, for n > 0."""
     return 1 << (n - 1).bit_length()
 
 
@@ -56,8 +56,8 @@ Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel,
 
 
 def launch_all(launches: list[Launch], *, in_place: bool) -> None:
-    """Launch kernels one after another. ``in_place``: they write over what they read, so each is compiled and loaded
-    before the first one runs, and one that cannot be leaves everything as it was."""
+    """Launch kernels one after another. ``in_place``: they overwrite their inputs, so all are compiled and loaded
+    before the first one runs; if one fails to compile or load, nothing has changed."""
     if in_place and len(launches) > 1:
         for kernel, grid, args, options in launches:
             compiled = kernel.warmup(*args, grid=grid, **options)
@@ -161,7 +161,7 @@ def permute(at, n, half, seed, epoch):
 
 @triton.jit
 def optional(pointer, at, inside, GIVEN: tl.constexpr, DEFAULT: tl.constexpr):
-    """Numbers as float32; a constant where no tensor was given."""
+    """The values of a tensor as float32; a constant if no tensor was given."""
     if GIVEN:
         value = tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
     else:
@@ -181,7 +181,7 @@ def terms(a, b, ALONE: tl.constexpr):
 def norm_over_samples(
     sums, dweight, dbias, C, batch, WEIGHT: tl.constexpr, BIAS: tl.constexpr, LANES: tl.constexpr, BC: tl.constexpr
 ):
-    """The gradients of weight and bias: what each sample gives, in order."""
+    """The gradients of weight and bias: the contributions of the samples, added in order."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     weights = tl.full((LANES, BC), 0.0, tl.float64)
     biases = weights

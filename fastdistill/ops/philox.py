@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Philox4x32-10 and what is drawn from it, in torch int64 arithmetic: the specification of every kernel's random
+"""Philox4x32-10 and the draws from it, in torch int64 arithmetic: the specification of every kernel's random
 numbers.
 
-A draw is a function of (seed, step, sample, element) alone, so it is the same in every backend, under any split of the
+A draw depends only on (seed, step, sample, element), so it is the same in every backend, for any split of the
 batch, after any resume, and inside a replayed CUDA graph. Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy
 as 1, 2, 3" (SC 2011).
 
@@ -28,7 +28,7 @@ stream     use: counter = (block low 32, stream << 16 | block high 16, sample, s
 =========  =====================================================================================================
 
 The rows of a canonical set beside a batch of images are drawn from streams 0 and 2 with 2**63 added to the seed;
-so are, from streams 0 and 1, the samples of which p(t) is measured.
+the samples for the measurement of p(t) are drawn in the same way from streams 0 and 1.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _PERMUTATION_ROUNDS = 6
 
 
 def _high_low(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The 64-bit product of two 32-bit numbers as (high 32, low 32), by 16-bit halves so that int64 never overflows."""
+    """The 64-bit product of two 32-bit numbers as (high 32, low 32); computed from 16-bit halves, so int64 suffices."""
     p = multiplier * (x & 0xFFFF)
     q = multiplier * (x >> 16) + (p >> 16)
     return q >> 16, ((q & 0xFFFF) << 16) | (p & 0xFFFF)
@@ -129,14 +129,14 @@ def normal(seed: Tensor, step: Tensor, samples: Tensor, shape: Sequence[int], *,
 def permute(position: Tensor, n: int, seed: Tensor, epoch: Tensor) -> Tensor:
     """The keyed permutation of [0, n) that orders an epoch's latents.
 
-    A six-round Feistel network on Philox over the smallest even number of bits that holds n, walked until it lands
-    inside [0, n).
+    A six-round Feistel network with Philox, over the smallest even number of bits that holds n, is repeated until the
+    result is in [0, n).
 
     Args:
         position: int64 in [0, n). epoch: int64, broadcastable with it. n: 1 <= n < 2**62.
 
     Returns:
-        int64, like ``position``. (The walk's length is read on the host: at most a handful of turns, each over the
+        int64, like ``position``. (The host checks whether another iteration is needed: a few at most, each over the
         whole tensor.)
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny call of every op, by which ``fastdistill doctor`` tells whether a kernel that should run here does."""
+"""A tiny call of every op, with which ``fastdistill doctor`` tests whether the available kernels really run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from fastdistill.ops.output_match import output_match
 
 
 def failures(device: str) -> dict[tuple[str, str], str]:
-    """Try each kernel that is available on a type of device; the reason by (op, kernel) for those that do not run.
+    """Try each available kernel on a type of device. Returns the reason for each (op, kernel) that does not run.
 
-    Nothing is tried after an error that leaves the device unusable.
+    After an error that leaves the device unusable, nothing more is tried.
     """
-    before = [(op, op.calls.copy()) for op in OPS.values()]  # a trial is not a call of the user's
+    before = [(op, op.calls.copy()) for op in OPS.values()]  # trials do not count as calls of the user
     here = [
         (op.name, k.name) for op in OPS.values() for k in op.kernels if k.device == device and k.available() is None
     ]
@@ -44,12 +44,12 @@ def failures(device: str) -> dict[tuple[str, str], str]:
                     calls[name]()
                 if device == "cuda":
                     torch.cuda.synchronize()
-            except RuntimeError as error:  # a KernelError, or torch's of what was launched
+            except RuntimeError as error:  # a KernelError, or an error of torch from the launched kernel
                 found[name, kernel] = str(error)
                 if _failures.is_final(error):
                     break
         return found
-    except RuntimeError as error:  # of torch itself: a device that is taken or full
+    except RuntimeError as error:  # from torch itself: the device is in use or its memory is full
         return dict.fromkeys(here, f"{device} cannot be used: {error}")
     finally:
         for op, counted in before:
@@ -70,7 +70,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _calls() -> dict[str, Callable[[], object]]:
-    """A call of each op, backwards too, on the default device."""
+    """A call of each op and of each backward, on the default device."""
     with use(REFERENCE), _Recorder() as recorder:
         _model_ops()
         _losses()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: configuration, the step, checkpoints and the trainer around them.
 
-Loaded when they are first used: the optimizer alone needs nothing but torch.
+The modules are imported at first use, because the optimizer alone needs only torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher one step ahead: it depends on the counter alone, so its answer for the next step may be found beside the
-backward and the update of this one, which it fills where their kernels are small."""
+"""The teacher one step ahead: its output for the next step depends only on the counter. So it can be computed during
+the backward and the update of the current step, where small kernels leave the GPU partly idle."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fastdistill.errors import InputError
 
 
 class TeacherAhead:
-    """Every step has the answer that the one before has left (``TrainConfig.teacher_ahead``); the first of a run, and
-    one that follows no other, asks for its own. The bits are those of a teacher that is asked in its step.
+    """Each step uses the output that the previous step computed (``TrainConfig.teacher_ahead``); the first step of a
+    run, or one without a direct predecessor, computes its own. The bits are the same as without this class.
 
-    Side by side on streams in a CUDA graph; elsewhere one after the other, which gains nothing.
+    In a CUDA graph both run in parallel on two streams; elsewhere one after the other, which gains nothing.
 
     Raises:
-        InputError: an objective that cannot, with its reason.
+        InputError: the objective does not support this; the message gives the reason.
     """
 
     def __init__(self, objective: Any, counter: Tensor, parts: int) -> None:
@@ -38,33 +38,33 @@ class TeacherAhead:
         self._branch: torch.cuda.Stream | None = None
         if counter.is_cuda:
             self._branch = torch.cuda.Stream(counter.device)
-        self._beside: torch.cuda.Stream | None = None  # what is under way
+        self._beside: torch.cuda.Stream | None = None  # stream of the running forward
         self._teach: Callable[[Tensor], None] = objective.teach
-        self._held = -1  # the step whose answer is held
+        self._held = -1  # the step to which the stored output belongs
         self._due: int | None = None  # the step that was prepared
 
     def compile(self, backend: str) -> None:
         self._teach = torch.compile(self._objective.teach, dynamic=False, backend=backend)
 
     def prepare(self, step: int) -> None:
-        """Before step number ``step``, outside of what a graph captures."""
+        """Call before step number ``step``, outside of a captured graph."""
         self._due = step
         self._ready()
 
     def begin(self) -> None:
-        """Before what a step executes; while it is captured nothing is."""
+        """Call at the start of a step; does nothing during the capture of a graph."""
         if not _captures(self._counter):
             self._ready()
 
     def _ready(self) -> None:
-        """Ask for the answer of this step where another one's is held: at the start, after a step that failed."""
+        """Compute this step's output if the stored one belongs to another: at the start, or after a failed step."""
         if self._objective.taught and self._due in (None, self._held):
             return
         self._teach(self._counter)
         self._held = 0 if self._due is None else self._due
 
     def ask(self) -> None:
-        """Once the losses have read the answer that is held: ask for the next step's, beside what follows."""
+        """Call after the losses have read the stored output: start the next step's forward, in parallel to the rest."""
         torch.add(self._counter, self._one, out=self._coming)
         self._beside = self._branch if has_streams(self._counter) else None
         if self._beside is not None:
@@ -75,14 +75,14 @@ class TeacherAhead:
             self._held += 1
 
     def join(self) -> None:
-        """At the end of a step."""
+        """Call at the end of a step: wait for the forward."""
         if self._beside is not None:
             torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
         if not _captures(self._counter):
             self._due = None
 
     def replayed(self) -> None:
-        """After a graph has executed a step."""
+        """Call after a graph has executed a step."""
         self._held, self._due = self._held + 1, None
 
 

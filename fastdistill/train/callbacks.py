@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of the user's that a run calls between its steps, and what keeps them from changing it."""
+"""Functions of the user that a run calls between steps, and the protection of the run from their side effects."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: one safetensors file per moment, of a sharded student one per rank (``stored``), whole or not there,
-enough to go on to the last bit.
+"""Checkpoints: one safetensors file per saved step (for a sharded student one per rank, see ``stored``). It is
+complete or does not exist, and a run resumed from it is bit-identical.
 
 Everything is stored by name: weights and buffers of the student (``student.<key>``) and of other trained modules
 (``trained.<i>.<key>``), for each trained parameter the state of the optimizer (``optimizer.<parameter>.<kind>``), and
 what else the objective changes (``objective.<name>``).
-Metadata of the file: schema, step, seconds trained, what made it (fingerprint), names of the trained parameters, state
-that is no tensor, how the steps run where the run has measured that (``choice``), and the hash of the tensors.
+Metadata of the file: schema, step, seconds trained, fingerprint of the run, names of the trained parameters, state that
+is no tensor, the measured execution of the steps, if any (``choice``), and the hash of the tensors.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "ema", "master")  # float32, of the shape o
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``trained``: names of the trained parameters. ``state`` by name, read when it is asked for; ``outline``: the same
-    with tensors on the meta device."""
+    """``trained``: names of the trained parameters. ``state``: by name, read on access; ``outline``: the same with
+    tensors on the meta device."""
 
     step: int
     seconds: float
@@ -64,8 +64,8 @@ def head(
 
 
 def save(directory: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], going: Going = lambda: None) -> Path:
-    """Write ``step-<step>.safetensors``, of tensors on the CPU; StorageError when it cannot be written, and nothing is
-    left of the attempt. ``going``: see ``writing.write``."""
+    """Write ``step-<step>.safetensors`` from tensors on the CPU. StorageError if it cannot be written; then no partial
+    file remains. ``going``: see ``writing.write``."""
     path = _place(directory, head)
     write(path, tensors, head, going)
     return path
@@ -74,7 +74,7 @@ def save(directory: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any]
 def save_together(
     directory: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], going: Going, group: Any
 ) -> None:
-    """As ``save``, of what ``cut`` gave to each rank of a process group; the StorageError is rank 0's alone."""
+    """Like ``save``, from the result of ``cut`` on each rank of a group; only rank 0 raises the StorageError."""
     write_together(_place(directory, head), tensors, head, going, group)
 
 
@@ -88,8 +88,8 @@ def shared(student: nn.Module) -> bool:
 
 
 def cut(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a state that this rank writes, and for those that are parts where they belong: ``shape`` of the
-    whole and ``offset``, lists by the tensor's name. What is not cut is rank 0's; nothing is copied."""
+    """The tensors of a state that this rank writes, and for each shard its position: ``shape`` of the whole and
+    ``offset``, lists by the tensor's name. Rank 0 writes tensors that are not sharded; nothing is copied."""
     tensors: dict[str, Tensor] = {}
     parts: dict[str, Any] = {}
     for name, value in state.items():
@@ -113,8 +113,8 @@ def steps(directory: Path) -> dict[int, Path]:
 
 
 def prune(directory: Path, keep: int, every: int | None = None, best: int | None = None) -> None:
-    """Remove all but the newest ``keep``, those whose step is a multiple of ``every``, and that of step ``best``; not
-    while another rank writes."""
+    """Remove all checkpoints except the newest ``keep``, those whose step is a multiple of ``every``, and that of step
+    ``best``. Do not call it while another rank writes."""
     for step, path in list(steps(directory).items())[:-keep]:
         if step != best and (every is None or step % every):
             path.unlink(missing_ok=True)
@@ -122,18 +122,18 @@ def prune(directory: Path, keep: int, every: int | None = None, best: int | None
 
 
 def sweep(directory: Path) -> None:
-    """Remove the files of other ranks that belong to no checkpoint: of one that is removed, or was not completed."""
+    """Remove the files of other ranks whose checkpoint was removed or not completed."""
     for file, path in rank_files(directory):
         if not path.exists():
             file.unlink(missing_ok=True)
 
 
 def newest(directory: Path, *, together: bool = False) -> tuple[Path, Checkpoint, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its file and the fingerprint of its run; None if there is none at
-    all. Damaged ones are named in a warning and passed over. ``together``: see ``read``.
+    """The newest complete checkpoint, with its file and the fingerprint of its run; None if there are no checkpoints.
+    Damaged ones are skipped with a warning. ``together``: see ``read``.
 
     Raises:
-        StorageError: all are damaged, or one could not be read or is of another schema.
+        StorageError: all are damaged, or one cannot be read or has another schema.
     """
 
     def there() -> list[Path]:
@@ -155,8 +155,8 @@ def newest(directory: Path, *, together: bool = False) -> tuple[Path, Checkpoint
 
 
 def chosen(directory: Path) -> Any:
-    """How the steps of the run in a directory run, as its newest checkpoint that can be opened has it (``choice``);
-    None where none says so. Every rank has to ask; rank 0 looks."""
+    """The measured execution (``choice``) of the run in a directory, from its newest checkpoint that opens; None
+    if there is none. Every rank must call this; rank 0 reads."""
 
     def look() -> Any:
         for path in reversed(steps(directory).values()):
@@ -168,14 +168,14 @@ def chosen(directory: Path) -> Any:
 
 
 def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, student: nn.Module) -> Checkpoint | None:
-    """The newest checkpoint that is whole, to go on from, or None if there is none at all; every rank has to ask.
-    Damaged ones after it get names that end in ``.damaged``.
+    """The newest complete checkpoint, to resume from, or None if there are no checkpoints. Every rank must call this.
+    Newer damaged ones are renamed to end in ``.damaged``.
 
-    Where the student is sharded, each rank reads what it needs when it asks for it; else rank 0 reads, for all.
+    If the student is sharded, each rank reads its part on access; else rank 0 reads for all.
 
     Raises:
-        StorageError: all are damaged, or it is of another schema, or of a run with other settings, another student or
-            other frozen parameters; with what to do about it.
+        StorageError: all are damaged, or it has another schema or belongs to a run with other settings, another student
+            or other frozen parameters; the message says what to do.
     """
 
     together = shared(student)
@@ -211,7 +211,7 @@ def latest(directory: Path, fingerprint: Mapping[str, Any], step: TrainStep, stu
 
 
 def _set_aside(directory: Path, newest: int) -> None:
-    """Rename the damaged checkpoints after the newest whole one, which would count as newer."""
+    """Rename the damaged checkpoints after the newest complete one; otherwise they would count as newer."""
     for number, path in steps(directory).items():
         if number > newest:
             for file in (path, *(file for file, of in rank_files(directory) if of == path)):
@@ -219,7 +219,7 @@ def _set_aside(directory: Path, newest: int) -> None:
 
 
 def whole(state: Mapping[str, Any]) -> State:
-    """Copies on the CPU, on rank 0, of tensors that may be cut over the ranks; every rank has to ask for them."""
+    """Copies on the CPU of rank 0 of tensors that may be sharded over the ranks; every rank must call this."""
     copies: State = {}
     for name, value in state.items():
         full = distributed.whole(value.detach()) if isinstance(value, Tensor) else value
@@ -229,13 +229,13 @@ def whole(state: Mapping[str, Any]) -> State:
 
 
 def read(path: Path, *, together: bool = False) -> tuple[Checkpoint, dict[str, Any]]:
-    """A checkpoint, and the fingerprint of its run. All of its files are read once, for their hashes, block by block.
+    """A checkpoint and the fingerprint of its run. All of its files are read once, block by block, to check the hashes.
 
     Args:
-        together: every rank asks for it, and reads some of the files for their hashes.
+        together: every rank calls this, and checks the hashes of some of the files.
 
     Raises:
-        StorageError: it cannot be read or is of another schema; DamagedError if it is not whole. On every rank.
+        StorageError: it cannot be read or has another schema; DamagedError if it is incomplete. On every rank.
     """
     each: Any = distributed.everywhere if together else (lambda act: act())
     stored: Stored = each(lambda: Stored(path))
@@ -249,7 +249,7 @@ def read(path: Path, *, together: bool = False) -> tuple[Checkpoint, dict[str, A
 
 
 def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]:
-    """One line per name whose saved state has no place in this run, or the other way round.
+    """One line per name that is only in the checkpoint or only in this run, or differs between them.
 
     Floating-point tensors may have another precision (``restore`` converts them); nothing else may differ.
     """
@@ -281,7 +281,7 @@ def _unlike(saved: Checkpoint, step: TrainStep, student: nn.Module) -> list[str]
 
 
 def _kind(name: str, value: Any) -> str:
-    """What has to be the same between the sittings of a run."""
+    """The properties that must be equal when a run is resumed."""
     if not isinstance(value, Tensor):
         return "a JSON value"
     if name.endswith("_extra_state"):
@@ -291,12 +291,12 @@ def _kind(name: str, value: Any) -> str:
 
 @torch.no_grad()
 def restore(saved: Checkpoint, step: TrainStep, student: nn.Module) -> None:
-    """Put the state of a checkpoint that ``latest`` returned back in place, each tensor in the layout and on the device
-    that the run uses, and as cut over the ranks as there.
+    """Restore the state of a checkpoint that ``latest`` returned. Each tensor gets the layout, the device and the
+    sharding that the run uses.
 
-    What may differ is the precision of the weights. Weights that are trained in float32 now are the masters of the
-    checkpoint; of weights that are float32 in the checkpoint, bfloat16 and float16 ones are rounded, with the saved
-    ones as masters. Other tensors are cast. A loss scale that the checkpoint lacks begins anew.
+    The precision of the weights may differ. Weights that are now trained in float32 get the masters of the checkpoint.
+    If the checkpoint has float32 weights, bfloat16 and float16 weights are rounded from them, and the saved ones become
+    the masters. Other tensors are cast. If the checkpoint has no loss scale, it starts from its initial value.
     """
     names = {id(parameter): name for name, parameter in step.parameters_by_name.items()}
     for prefix, module in modules(step, student):
@@ -341,8 +341,8 @@ def restore(saved: Checkpoint, step: TrainStep, student: nn.Module) -> None:
 
 
 def _placed(saved: Checkpoint, name: str, like: Any) -> Any:
-    """A value of a checkpoint; if ``like`` is cut over the ranks, a tensor that is cut so, of which no more is read
-    than this rank has of it."""
+    """A value of a checkpoint. If ``like`` is sharded, a tensor with the same sharding; only this rank's part of it is
+    read."""
     if not hasattr(like, "device_mesh"):
         return saved.state[name]
     assert isinstance(saved.state, Stored)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run on a CPU measures once, before its first step: the fastest of the ways in which a step can run.
+"""A run on a CPU measures once, before its first step, which way to execute a step is the fastest.
 
-A choice changes the last bits of what is computed, so checkpoints keep it and a resumed run goes on with it; two runs
-of the same seed may choose differently, unless the configuration names what they do.
+The choice changes the last bits of the results, so checkpoints store it and a resumed run uses it. Two runs with the
+same seed may choose differently, unless the configuration names the execution.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from fastdistill.train.randomness import drawing
 from fastdistill.train.step import TrainStep
 
 logger = logging.getLogger(__name__)
-LEAST = 500  # steps of a run that is worth measuring: a measurement takes as long as some ten steps
-PATIENCE = 20.0  # seconds of training that are left, below which nothing is measured either
-SHARE = 0.15  # of the time of an eager step that a compiled one is expected to save
-COMPILING = 0.25  # seconds that compiling takes for each layer of the models, by which it is tried or not
+LEAST = 500  # minimum steps of a run that measures: a measurement takes as long as about ten steps
+PATIENCE = 20.0  # minimum seconds of remaining training; below, nothing is measured
+SHARE = 0.15  # fraction of the time of an eager step that compiling is expected to save
+COMPILING = 0.25  # estimated seconds of compiling per layer of the models, to decide whether to try it
 ROUNDS = 5
-MARGIN = 0.98  # of the time of the first way, above which another one counts as no faster
+MARGIN = 0.98  # another way counts as faster only below this fraction of the first way's time
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, for the fields of a configuration that leave it open. ``execution``, ``channels_last`` (4-D
-    weights of both models in that layout), ``fuse`` and ``precision`` are None where the configuration says it, or
-    nothing was measured. ``why`` says in a few words what was measured."""
+    """The choice for the fields that the configuration leaves open. ``execution``, ``channels_last`` (4-D weights of
+    both models in that layout), ``fuse`` and ``precision`` are None if the configuration sets them, or nothing was
+    measured. ``why`` describes the measurement in a few words."""
 
     execution: Literal["eager", "compiled"] | None = None
     channels_last: bool | None = None
@@ -53,7 +53,7 @@ class Choice:
 
     @staticmethod
     def of(values: Any) -> Choice | None:
-        """What a checkpoint has kept; None where that is nothing."""
+        """The choice that a checkpoint stores; None if there is none."""
         fields = {field.name for field in dataclasses.fields(Choice)}
         return Choice(**{k: v for k, v in values.items() if k in fields}) if isinstance(values, Mapping) else None
 
@@ -63,7 +63,7 @@ class Choice:
 
 
 def put(choice: Choice, step: TrainStep, student: nn.Module, teacher: nn.Module) -> None:
-    """Have both models as a choice has them; before there is any state of the optimizer."""
+    """Apply a choice to both models; call it before the optimizer has any state."""
     if choice.fuse is not None:
         for model in (teacher, student):
             fuse(model) if choice.fuse else unfuse(model)
@@ -73,7 +73,7 @@ def put(choice: Choice, step: TrainStep, student: nn.Module, teacher: nn.Module)
 
 
 def open_in(choice: Choice, config: TrainConfig) -> Choice:
-    """What of a choice is for fields that the configuration leaves open."""
+    """The part of a choice for fields that the configuration leaves open."""
     if config.execution != "auto":
         choice = dataclasses.replace(choice, execution=None, channels_last=None)
     return choice if config.fuse == "auto" else dataclasses.replace(choice, fuse=None)
@@ -82,11 +82,11 @@ def open_in(choice: Choice, config: TrainConfig) -> Choice:
 def choose(
     step: TrainStep, student: nn.Module, teacher: nn.Module, config: TrainConfig, choice: Choice | None = None
 ) -> Choice | None:
-    """The fastest way to run the steps of a new run, measured on the losses and gradients of the next one, with
-    everything afterwards as before; ``choice`` itself where the configuration leaves nothing open, or the device is no
-    CPU.
+    """The fastest way to execute the steps of a new run, measured on the losses and gradients of the next step;
+    afterwards everything is restored. Returns ``choice`` itself if the configuration leaves nothing open, or the device
+    is not a CPU.
 
-    On several ranks all take part and rank 0's times decide; nothing is compiled there.
+    With several ranks all take part and the times of rank 0 decide; nothing is compiled then.
     """
     open_fuse, left = config.fuse == "auto", config.steps - int(step.counter[1])
     if step.counter.device.type != "cpu" or (config.execution != "auto" and not open_fuse):
@@ -112,7 +112,7 @@ def choose(
 
 
 def running(step: TrainStep, student: nn.Module, config: TrainConfig, choice: Choice | None) -> Callable[[], None]:
-    """What the loop calls every step, by what was chosen for a configuration that leaves it open."""
+    """The function that the loop calls for every step, according to the configuration and the choice."""
     if config.execution != "auto" or choice is None or choice.execution is None:
         return runner(step, student, config.execution)
     advance = runner(step, student, choice.execution)
@@ -145,7 +145,7 @@ def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Ch
     if config.execution == "auto":
         why_not = bench.refuse_compiled(left * times[best])
         if why_not is None:
-            fused = None if best.fuse is None else False  # the compiler's own are the faster ones in what it compiles
+            fused = None if best.fuse is None else False  # in compiled code the compiler's own fusions are faster
             compiled = dataclasses.replace(best, execution="compiled", fuse=fused)
             bench.put(best)
             began = time.perf_counter()
@@ -161,13 +161,13 @@ def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Ch
 
 
 def _fastest(times: dict[Choice, float]) -> Choice:
-    """The first of them, unless another one is clearly faster."""
+    """The first one, unless another is clearly faster."""
     first, best = next(iter(times)), min(times, key=times.__getitem__)
     return first if MARGIN * times[first] <= times[best] else best
 
 
 class Bench:
-    """Runs the losses and gradients of a step as a choice has them, and leaves no trace."""
+    """Runs the losses and gradients of a step in the way of a choice, and restores everything afterwards."""
 
     def __init__(self, step: TrainStep, student: nn.Module, teacher: nn.Module, config: TrainConfig) -> None:
         self.step, self.student, self.teacher, self._config = step, student, teacher, config
@@ -177,7 +177,7 @@ class Bench:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Afterwards buffers, the objective's state, modes, gradients and generators are as before."""
+        """At the end, restore buffers, the objective's state, training modes, gradients and generators."""
         state = getattr(self.step.objective, "state", {})
         tensors = [*state.values(), *(b for model in self._trained for b in model.buffers())]
         saved = [tensor.clone() for tensor in tensors]
@@ -191,7 +191,7 @@ class Bench:
                     tensor.copy_(before)
 
     def put(self, choice: Choice) -> None:
-        """Have step and models as it has them."""
+        """Apply a choice to the step and the models."""
         was, self._now = self._now, choice
         if was is None or was.fuse != choice.fuse:
             put(dataclasses.replace(choice, channels_last=None), self.step, self.student, self.teacher)
@@ -204,7 +204,7 @@ class Bench:
         self.step.compile() if choice.execution == "compiled" else self.step.uncompile()
 
     def seconds(self, choice: Choice) -> float:
-        """Of one thread those that it computes, however busy the machine is."""
+        """Time of one step; with one thread its CPU time, which does not depend on other load."""
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         self.put(choice)
         began = clock()
@@ -215,20 +215,20 @@ class Bench:
         return took
 
     def times(self, ways: list[Choice], rounds: int = ROUNDS) -> dict[Choice, float]:
-        """The shortest of some turns of each, which take them one after another; rank 0's on all."""
-        for way in ways:  # buffers come to be, kernels are found
+        """The shortest time of each way over some alternating rounds; on all ranks that of rank 0."""
+        for way in ways:  # allocates buffers, chooses kernels
             self.seconds(way)
         turns = [[self.seconds(way) for way in ways] for _ in range(rounds)]
         found = distributed.first(lambda: [min(each) for each in zip(*turns, strict=True)])
         return dict(zip(ways, found, strict=True))
 
     def has_layouts(self) -> bool:
-        """Whether there are weights in another layout than channels_last, that no two tensors share."""
+        """Whether there are weights that are not in channels_last and share their memory with no other tensor."""
         others = [p for p, _ in self._flat if not p.is_contiguous(memory_format=torch.channels_last)]
         return bool(others) and not shared(self.student, self.teacher)
 
     def refuse_compiled(self, seconds: float) -> str | None:
-        """Why compiling is not tried for that many seconds of eager training."""
+        """Why compiling is not tried if eager training would take so many seconds."""
         layers = sum(1 for model in (self.teacher, self.student) for m in model.modules() if not [*m.children()])
         expected = COMPILING * layers
         if distributed.size() > 1:
@@ -242,10 +242,10 @@ class Bench:
         return refuse_compiled(self.step, self.student)
 
     def failure(self, compiled: Choice) -> str | None:
-        """Compile; why that failed."""
+        """Compile; returns the reason if this fails."""
         try:
             self.seconds(compiled)
-        except Exception as error:  # of a compiler, or of a C++ compiler that is not there
+        except Exception as error:  # the compiler fails, or there is no C++ compiler
             self.step.uncompile()
             self.step.optimizer.zero_grad(set_to_none=True)
             return f"that failed: {quoted(error)}"
@@ -253,7 +253,7 @@ class Bench:
 
 
 def _weights(models: tuple[nn.Module, ...]) -> Iterator[nn.Parameter]:
-    """Those that have a layout; of quantized ones torch says no more than their shape."""
+    """Weights with a memory layout; torch gives no strides for quantized ones."""
     parameters = (p for model in models for p in model.parameters() if not hasattr(p, "__tensor_flatten__"))
     return (p for p in parameters if p.dim() == 4 and p.is_floating_point() and not p.is_meta)
 
@@ -275,7 +275,7 @@ def _restore(strides: list[tuple[nn.Parameter, tuple[int, ...]]]) -> None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether this processor multiplies bfloat16 (AVX-512 BF16, AMX)."""
+    """Whether this processor has bfloat16 instructions (AVX-512 BF16, AMX)."""
     if device.type != "cpu":
         return False
     able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

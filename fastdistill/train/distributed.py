@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run over several processes (``torchrun``), one per device: the ranks of torch's default process group.
 
-Each draws its part of every batch; gradients are averaged by ``DistributedDataParallel``, or by FSDP2 where the student
-is sharded, so that all ranks make the same update. Rank 0 alone touches files, except for the checkpoints of a sharded
-student, of which each rank writes its part and reads what it needs. Without a process group there is one.
+Each draws its part of every batch. Gradients are averaged by ``DistributedDataParallel``, or by FSDP2 if the student
+is sharded, so that all ranks make the same update. Only rank 0 accesses files, except for checkpoints of a sharded
+student: each rank writes and reads its part. Without a process group there is one rank.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Evaluate = Callable[..., tuple[Tensor, list[Tensor]]]
 
 
 def without_averaging(evaluate: Evaluate) -> contextlib.AbstractContextManager[None]:
-    """In which a backward of what ``averaged`` returned leaves each rank its own gradients, to be averaged with those
-    of a later one."""
+    """A context in which a backward through the result of ``averaged`` does not average: each rank keeps its own
+    gradients, which a later backward averages, too."""
     inner: Any = getattr(evaluate, "_orig_mod", evaluate)
     ddp = isinstance(inner, nn.parallel.DistributedDataParallel)
     found: contextlib.AbstractContextManager[None] = inner.no_sync() if ddp else contextlib.nullcontext()
@@ -57,8 +57,8 @@ def started_as() -> int:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: its own GPU, made the current one, where ``torchrun`` started it and ``device`` is
-    auto or cuda."""
+    """The device of this process. If ``torchrun`` started it and ``device`` is auto or cuda: its own GPU, which becomes
+    the current device."""
     torchrun = dist.is_available() and dist.is_torchelastic_launched()
     if not torchrun or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
@@ -104,7 +104,7 @@ def part(batch: int, device: torch.device) -> tuple[int, int]:
 
 
 def first(act: Callable[[], T]) -> T:
-    """What ``act`` returns, or raises, on rank 0, where alone it runs: on every rank."""
+    """Run ``act`` on rank 0 only; every rank returns its result or raises its error."""
     if size() == 1:
         return act()
     outcome: list[Any] = [None, None]
@@ -120,8 +120,8 @@ def first(act: Callable[[], T]) -> T:
 
 
 def everywhere(act: Callable[[], T]) -> T:
-    """What ``act``, which every rank runs, returns here. Where it raises on some, all raise what the first of them met,
-    so that all go the same way."""
+    """Run ``act`` on every rank and return its result of this rank. If it raises on some ranks, all ranks raise the
+    error of the first of these, so that all continue in the same way."""
     if size() == 1:
         return act()
     result, failure = _tried(act)
@@ -149,8 +149,8 @@ def _told(failure: Exception | None) -> FastdistillError | None:
 
 @contextlib.contextmanager
 def naming_the_silent() -> Iterator[None]:
-    """In which a collective that fails, as after the timeout of the process group, names the ranks that caused it: with
-    their errors those that ended by one of their own, and those that do not say within seconds what they met.
+    """A context in which the error of a failed collective (for example after a timeout) names the ranks that caused it:
+    ranks that ended with an error, with this error, and ranks that do not answer within seconds.
 
     Raises:
         FastdistillError: from the error of the collective.
@@ -186,7 +186,7 @@ def naming_the_silent() -> Iterator[None]:
 
 
 def check_same(fingerprint: Mapping[str, Any]) -> None:
-    """Raises ``InputError``, on every rank, where one was given something else than rank 0."""
+    """Raise ``InputError``, on every rank, if a rank was given other arguments than rank 0."""
     if size() == 1:
         return
     found: list[Any] = [None] * size()
@@ -248,7 +248,7 @@ def require_seen(directory: Path) -> None:
 
 
 def beside() -> Any:
-    """A process group for threads that run beside the training, with the timeout of the default one; all ranks ask."""
+    """A process group for background threads, with the timeout of the default one; all ranks must call this."""
     world: Any = dist.group.WORLD
     device = dist.get_backend_config().split(":")[0]  # "cuda:nccl", of several the first
     options = getattr(world._get_backend(torch.device(device)), "options", None)
@@ -289,10 +289,10 @@ def averaged(
 
 
 def release(evaluate: Evaluate) -> None:
-    """Let go of the process group of what ``averaged`` returned, which cannot be called any more.
+    """Release the process group of the result of ``averaged``, which cannot be called any more.
 
-    As long as the group is initialized: at the end of the process DDP's reducer would be its last owner, and wait for
-    gloo's thread with Python's lock in its hand, which that thread may be waiting for.
+    Call it while the group is initialized. Otherwise DDP's reducer is the last owner at the end of the process, and
+    waits for gloo's thread while it holds Python's lock, for which that thread may be waiting: a deadlock.
     """
     wrapped: Any = getattr(evaluate, "_orig_mod", evaluate)  # inside of torch.compile
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
@@ -318,15 +318,15 @@ def _average(parameter: Tensor) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor with all its shards, which every rank has to ask for; other tensors themselves."""
+    """The full tensor of a DTensor (every rank must call this); other tensors unchanged."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a rank has of a tensor: ``local``, whose first value is at the index ``offset`` of the whole. ``own``:
-    whether it is this rank that writes it, of several that have the same."""
+    """A rank's part of a tensor: ``local``, which starts at index ``offset`` of the whole. ``own``: whether this rank
+    writes it, if several ranks have the same part."""
 
     local: Tensor
     offset: tuple[int, ...]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a step runs: eagerly, compiled, or, compiled or not, as one CUDA graph with everything in it, the draw too."""
+"""How a step runs: eager, compiled, or (either of them) as one CUDA graph that contains everything, also the draw."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ from fastdistill.train.randomness import drawing, generator_states
 from fastdistill.train.step import TrainStep
 
 logger = logging.getLogger(__name__)
-WARM_UP = 3  # steps of a run before it is captured: buffers, optimizer state and tuned kernels come to be in them
+WARM_UP = 3  # steps before the capture: they allocate buffers and optimizer state, and tune kernels
 _COMPILING = "compiling the training step: the first call takes minutes for a large model"
-DDP_WARM_UP = 11  # torch's notes on CUDA ask for as many; DDP orders its buckets and takes its times in them
+DDP_WARM_UP = 11  # as many as torch's notes on CUDA require; DDP orders its buckets and measures times in them
 _AS_SET = "as set"
 _UNSEEDED = "which a resumed run could not draw again; use 'eager', or switch that off"
 
 
 class GraphedStep:
-    """Calls run the first steps eagerly on a stream of its own, capture the next one and replay it from then on.
+    """The first calls run eagerly on a separate stream, the next one is captured, and all later ones replay the graph.
 
-    The last of them runs on the streams of the capture and under ``NoHostSync``, so what cannot be captured is named
-    with its line. Every step counts: capturing executes nothing and touches no state. Data, random numbers, learning
-    rate and EMA decay come from device memory, so between log intervals the host does nothing but launch the graph. On
-    several ranks the graph holds DDP's collectives too, as torch's notes on CUDA describe: not run on GPUs yet.
+    The last eager step runs on the streams of the capture and under ``NoHostSync``, so that an error names the line
+    that cannot be captured. Every step counts: capturing executes nothing and changes no state. Data, random numbers,
+    learning rate and EMA decay are in device memory, so between log intervals the host only launches the graph. With
+    several ranks the graph also contains DDP's collectives, as described in torch's notes on CUDA; this has not been
+    run on GPUs yet.
 
-    Of a compiled step (``compiled``) the calls before the capture compile and tune. They run without ``NoHostSync``,
-    under which torch would trace it anew; the capture itself refuses what waits for the device.
+    For a compiled step (``compiled``) the calls before the capture compile and tune. They run without ``NoHostSync``,
+    because torch would trace again under it; the capture itself refuses operations that wait for the device.
 
-    Where a step cannot be captured, ``strict`` raises KernelError with the reason; otherwise a warning gives it and the
-    step runs again from its beginning, and every later one, compiled. Too little memory for the capture, or an error
-    after which the device runs nothing more, ends the run in either case.
+    If a step cannot be captured, ``strict`` raises KernelError with the reason. Otherwise there is a warning with the
+    reason, and this step is repeated from its beginning and compiled, like all later ones. Too little memory for the
+    capture, or an error that makes the device unusable, ends the run in both cases.
     """
 
     def __init__(self, step: TrainStep, student: nn.Module, *, strict: bool, compiled: bool = False) -> None:
@@ -73,7 +74,7 @@ class GraphedStep:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
             self._next = (_eager if draws else _compiled)(self._step, str(error))
             if not getattr(error, "finished", False):
-                self._step.optimizer.zero_grad(set_to_none=True)  # nothing else of the step has been done
+                self._step.optimizer.zero_grad(set_to_none=True)  # the step has changed nothing else
                 self._next()
 
     def _eager(self) -> None:
@@ -84,7 +85,7 @@ class GraphedStep:
         with self._step.randomness(), torch.cuda.stream(self._stream), contextlib.ExitStack() as stack:
             if last and self._compiled:
                 stack.enter_context(_drawing_nothing(self._step.counter.device))
-            elif last:  # after what is tuned at first calls
+            elif last:  # after the tuning of the first calls
                 stack.enter_context(NoHostSync())
                 stack.enter_context(as_captured())
             with _compiler_errors() if self._compiled else contextlib.nullcontext():
@@ -105,13 +106,13 @@ class GraphedStep:
                 try:
                     self._step()
                 except RuntimeError as error:
-                    cause = error  # the end of a capture that failed raises another
+                    cause = error  # after a failed capture its end raises another error
                     raise
         except RuntimeError as error:
             cause = cause or error
             if _failures.is_final(cause):
                 raise cause from None
-        if distributed.anywhere(cause is not None, self._stream.device):  # all replay, or none
+        if distributed.anywhere(cause is not None, self._stream.device):  # all ranks replay, or none
             if distributed.anywhere(_out_of_memory(cause), self._stream.device):
                 rule = "a smaller batch, or config.execution 'eager', needs less"
                 why = f"step: out of memory while it was captured in a CUDA graph: {_first(cause)}"
@@ -133,15 +134,15 @@ def _out_of_memory(error: Exception | None) -> bool:
 
 
 def _first(error: Exception | None) -> str:
-    """The first line of an error's message; None is another rank's."""
+    """The first line of an error's message; None means an error of another rank."""
     lines = str(error or "another rank could not").strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def _checkpoints_without_rng(model: nn.Module) -> Iterator[None]:
-    """diffusers' gradient checkpoints keep the state of torch's generators, which cannot be read during a capture; a
-    step draws nothing from them."""
+    """Gradient checkpointing of diffusers saves the state of torch's generators, which cannot be read during a capture.
+    Inside, it does not: a step draws nothing from them."""
     name = "_gradient_checkpointing_func"
     before = [(module, getattr(module, name)) for module in model.modules() if hasattr(module, name)]
     try:
@@ -154,7 +155,7 @@ def _checkpoints_without_rng(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_graph(step: TrainStep, student: nn.Module) -> str | None:
-    """Why this run cannot be one CUDA graph, as far as can be told before it begins."""
+    """Why this run cannot use one CUDA graph, as far as this is known before it starts."""
     if step.counter.device.type != "cuda":
         return f"it runs on {step.counter.device.type}: a CUDA graph needs a CUDA device"
     if step.shapes > 1:
@@ -179,7 +180,7 @@ def _of_ranks() -> str | None:
 
 
 def _eager(step: TrainStep, why: str) -> Callable[[], None]:
-    """The step, with the random numbers that the student itself draws seeded in each."""
+    """The eager step; generators are seeded in each step if the student itself draws random numbers."""
     step.execution, step.why = "eager", why
 
     def advance() -> None:
@@ -203,7 +204,7 @@ def _compiler_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _drawing_nothing(device: torch.device) -> Iterator[None]:
-    """RandomnessError after a step that has drawn random numbers of a generator with a state."""
+    """RandomnessError if the step inside has drawn random numbers from a generator with a state."""
     before = generator_states(device)
     yield
     if before != generator_states(device):
@@ -213,8 +214,8 @@ def _drawing_nothing(device: torch.device) -> Iterator[None]:
 
 
 def _compiled(step: TrainStep, why: str) -> Callable[[], None]:
-    """The step, compiled by its first call; FastdistillError if that fails, and where both the second and the third
-    call draw random numbers of a generator with a state (compiling may do so once)."""
+    """The step, compiled by its first call. FastdistillError if this fails, or if both the second and the third call
+    draw random numbers from a generator with a state (compiling itself may do so once)."""
     step.execution, step.why = "compiled", why
     logger.info(_COMPILING)
     step.compile()
@@ -234,17 +235,17 @@ def _compiled(step: TrainStep, why: str) -> Callable[[], None]:
 
 
 def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callable[[], None]:
-    """What the loop calls every step.
+    """The function that the loop calls for every step.
 
-    ``eager``: the step itself. ``compiled``: draw, models and losses through ``torch.compile``. ``graph``: everything
-    in one CUDA graph. ``compiled_graph``: the compiled step in one. ``auto``: on a GPU a graph, compiled with a warning
-    that says why if there can be none; on a CPU eagerly, unless something else was chosen (``choice``). A student that
-    draws random numbers itself (dropout) runs eagerly: there they are seeded by the step.
+    ``eager``: the step itself. ``compiled``: draw, models and losses with ``torch.compile``. ``graph``: everything in
+    one CUDA graph. ``compiled_graph``: the compiled step in one CUDA graph. ``auto``: on a GPU a graph, or compiled
+    with a warning if a graph is not possible; on a CPU eager, unless something else was chosen (``choice``). A student
+    that draws random numbers itself (dropout) runs eagerly, because only an eager step can seed the generators.
 
     Raises:
-        FastdistillError: ``graph`` where it cannot be, with the reason; all but ``eager`` and ``auto`` for a student
-            that draws random numbers; ``compiled`` for a sharded student before torch 2.13; ``compiled_graph`` on
-            several ranks; from the first three steps, what cannot be compiled.
+        FastdistillError: ``graph`` is not possible (with the reason); the student draws random numbers, and execution
+            is not ``eager`` or ``auto``; ``compiled`` with a sharded student before torch 2.13; ``compiled_graph`` with
+            several ranks; in the first three steps, something cannot be compiled.
     """
     reason = None if execution in ("eager", "compiled") else refuse_graph(step, student)
     if execution == "eager" or (reason is not None and execution == "auto" and step.counter.device.type != "cuda"):

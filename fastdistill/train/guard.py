@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``NoHostSync``: a mode in which whatever a step must not do raises at the line that does it.
+"""``NoHostSync``: a mode in which forbidden operations of a step raise an error at their line.
 
-A step that reads nothing back and draws nothing from a stateful generator runs ahead of the device, can be captured in
-a CUDA graph, and draws the same numbers after any resume.
+A step that reads nothing from the device and does not use a stateful generator runs ahead of the device, can be
+captured in a CUDA graph, and draws the same numbers after any resume.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.defau
 
 
 class RandomnessError(KernelError):
-    """Random numbers of a generator with a state. ``finished``: noticed only at the end of what was guarded."""
+    """Random numbers from a generator with a state. ``finished``: detected only at the end of the guarded block."""
 
     finished = False
 
 
 class NoHostSync(TorchDispatchMode):
-    """Inside, these raise ``KernelError`` that names the operator and the line: ``.item()`` and its kin, results whose
-    size depends on values (boolean indexing, ``nonzero``), copies between devices, and random numbers of torch's,
-    Python's or NumPy's own generators. Works on any device, the meta device too.
+    """Inside, these operations raise a ``KernelError`` that names the operator and the line: ``.item()`` and similar
+    ones, results with a data-dependent size (boolean indexing, ``nonzero``), copies between devices, and random numbers
+    from the generators of torch, Python or NumPy. Works on any device, also on the meta device.
     """
 
     def __enter__(self) -> NoHostSync:
@@ -83,7 +83,7 @@ def _reason(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | N
 
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator that may draw does: a dropout of probability 0 does not."""
+    """Whether this call draws random numbers: a dropout with probability 0 does not."""
     arguments = func._schema.arguments
     values = {a.name: a.default_value for a in arguments if a.has_default_value()} | kwargs
     values |= {a.name: v for a, v in zip(arguments, args, strict=False)}
@@ -91,7 +91,7 @@ def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _devices(tree: Any) -> set[torch.device]:
-    """Of the tensors that are not scalars: a 0-dim tensor of the host may stand for a number."""
+    """The devices of all tensors except scalars: a 0-dim tensor on the host is allowed as a number."""
     leaves: Iterable[Any] = tree_leaves(tree)
     return {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and not (leaf.dim() == 0 and leaf.is_cpu)}
 
@@ -101,7 +101,7 @@ def _random_states() -> dict[str, object]:
 
 
 def _line() -> str:
-    """The innermost line that is neither torch's nor this file's."""
+    """The innermost line that is neither in torch nor in this file."""
     for frame in reversed(traceback.extract_stack()):
         if "/torch/" not in frame.filename and frame.filename != __file__:
             return f"{frame.filename}:{frame.lineno}"

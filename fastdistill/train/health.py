@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the metrics of a run say about its course."""
+"""Problems of a run that its metrics show."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ def spreads(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def concerns(history: Sequence[Mapping[str, float]]) -> dict[str, str]:
-    """What is wrong in the last line of a run's metrics, by the term that shows it: a part of the loss (of a tap,
-    ``feature/<module>``) that is more than ten times its median over the 20 lines before, ``spread/<module>`` where the
-    student's feature at a tap has collapsed, or ``skipped`` where a tenth of the updates since the line before were
-    skipped.
+    """The problems in the last line of a run's metrics, by term: a part of the loss (for a tap, ``feature/<module>``)
+    that is more than ten times its median over the previous 20 lines; ``spread/<module>`` if the student's feature at a
+    tap has collapsed; ``skipped`` if more than a tenth of the updates since the previous line were skipped.
 
-    A feature has collapsed where its spread is below a thousandth of what it was (in the first line, or at most in the
-    20 before), and of the teacher's; below a millionth of the teacher's in any case.
+    A feature has collapsed if its spread is below a thousandth of its earlier spread (the maximum of the first line and
+    the previous 20 lines) and of the teacher's spread, or below a millionth of the teacher's spread.
     """
     if len(history) <= _FEWEST:
         return {}

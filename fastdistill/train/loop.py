@@ -47,8 +47,8 @@ SCORES = "scores.json"  # values of keep_best by step
 class FitResult:
     """The result of ``fit``.
 
-    steps: steps done since the run began. seconds: training time, over all interruptions. history: one entry per log
-    interval, with means over it and ``skipped``, the updates skipped since the run began.
+    steps: steps done since the start of the run. seconds: training time, summed over all sessions. history: one entry
+    per log interval, with means over it and ``skipped``, the number of skipped updates since the start of the run.
     """
 
     steps: int
@@ -72,9 +72,9 @@ def fit(
 ) -> FitResult:
     """Run a step to the last one of its configuration; see ``DistillTrainer.fit``.
 
-    ``preview``: makes the PNG file of ``config.preview`` after so many steps. ``teacher``: callbacks leave it as it
-    was, like the student; a step's execution is measured with it (``choice.choose``). ``explain``: says why metrics are
-    not finite. ``choice``: what has been chosen already, in an earlier sitting or for this one.
+    ``preview``: renders the PNG file of ``config.preview`` after so many steps. ``teacher``: restored after callbacks,
+    like the student; also used to measure the execution (``choice.choose``). ``explain``: returns the likely cause of
+    metrics that are not finite. ``choice``: a choice that was made before, in an earlier session or for this one.
     """
     check_installed(config.trackers)
     with contextlib.ExitStack() as stack:
@@ -148,7 +148,7 @@ def _enter(directory: Path, stack: contextlib.ExitStack) -> None:
 
 
 class _Run:
-    """The side of a run that touches clocks and files."""
+    """The part of a run that uses clocks and files."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class _Run:
         return self._before + time.perf_counter() - self._start
 
     def open(self, directory: Path) -> None:
-        """Go on with the run of this directory, if it holds one. What a checkpoint needs is tried first."""
+        """Resume the run of this directory, if there is one. First checks that a checkpoint can be written."""
         self.directory = directory
         self._scores = _read_scores(directory / SCORES, self.config.keep_best)
         needed = functools.partial(check_storable, self.step, self.student, self.fingerprint)
@@ -212,7 +212,7 @@ class _Run:
             self.trackers = Trackers(self.config.trackers, directory, plain(settings), self._saved)
 
     def log(self, done: int) -> Metrics:
-        """Means of the metrics since the last line: the one place where the device is waited for."""
+        """Means of the metrics since the last line; only here the host waits for the device."""
         totals = distributed.rows(self.step.totals.double()).mean(0)
         read = torch.cat([totals, self.step.optimizer.skipped.double().reshape(1)])
         *sums, skipped = read.tolist()
@@ -246,7 +246,7 @@ class _Run:
         return metrics
 
     def _write_lines(self, path: Path) -> None:
-        """Append the lines that wait to a file, all or none of them."""
+        """Append the pending lines to a file, either all or none of them."""
         try:
             with open(path, "ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
@@ -263,7 +263,7 @@ class _Run:
         self._lines.clear()
 
     def save(self, done: int) -> None:
-        """Begin to write a checkpoint; the one before is there first."""
+        """Start to write a checkpoint, after the previous one is complete."""
         directory = self.directory
         if directory is None:
             return
@@ -293,14 +293,14 @@ class _Run:
         self._writer.begin(write)
 
     def warn(self) -> None:
-        """One line where a checkpoint could not be written: the run goes on, with the one before to resume from."""
+        """Warn if a checkpoint could not be written; the run continues, and can be resumed from the previous one."""
         if (error := self._writer.failure()) is not None:
             found = [] if self.directory is None else list(checkpoint.steps(self.directory))
             last = f"the last one is of step {found[-1]}" if found else "there is none yet"
             warnings.warn(f"checkpoint: {error}; training goes on, {last}", stacklevel=3)
 
     def score(self, done: int, values: Mapping[str, Any]) -> None:
-        """Note the value of ``keep_best`` for the checkpoint of this step, also for later sittings."""
+        """Store the value of ``keep_best`` for the checkpoint of this step, also for later sessions."""
         value = values.get(self.config.keep_best or "")
         if self.directory is None or distributed.rank() or done != self._saved or value is None:
             return
@@ -314,14 +314,14 @@ class _Run:
             warnings.warn(f"{error}; the value of step {done} is lost with this process", stacklevel=2)
 
     def _best(self, directory: Path) -> int | None:
-        """The step of the best of the checkpoints that are there."""
+        """The step of the best existing checkpoint."""
         sign = 1 if self.config.best == "lowest" else -1
         there = checkpoint.steps(directory)
         scores = {step: sign * v for step, v in dict(self._scores).items() if step in there and not math.isnan(v)}
         return min(scores, key=lambda step: (scores[step], step), default=None)
 
     def finish(self, done: int) -> None:
-        """A checkpoint of this moment, complete; what keeps it from being written is raised, on every rank."""
+        """Write a checkpoint now and wait for it; if it cannot be written, every rank raises the error."""
         if done != self._saved:
             self.save(done)
 
@@ -335,7 +335,7 @@ class _Run:
         distributed.first(wait)
 
     def close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """End the thread that writes: a checkpoint under way is completed, except for Ctrl-C."""
+        """End the writing thread: a checkpoint that is being written is completed, except after Ctrl-C."""
         if isinstance(error, KeyboardInterrupt):
             self._writer.cancel()
         self._writer.wait()
@@ -345,7 +345,7 @@ class _Run:
             torch.distributed.destroy_process_group(self._group)
 
     def preview(self, make: Callable[[int], bytes], done: int, _: object) -> None:
-        """Write ``previews/step-<done>.png``; where the device has no room for the samples, warn and go on."""
+        """Write ``previews/step-<done>.png``; if the samples do not fit into device memory, warn and continue."""
 
         def write() -> None:
             assert self.directory is not None
@@ -369,7 +369,7 @@ class _Run:
         return "nothing is saved without a directory" if self.directory is None else f"saved in {self.directory}"
 
     def keep(self, done: int) -> str:
-        """Save before an error ends the run, and say so; several ranks cannot, as the others may have none."""
+        """Save before an error ends the run, and report it; not with several ranks: the others may have no error."""
         if distributed.size() > 1:
             return "the last checkpoint is intact"
         self.finish(done)
@@ -377,7 +377,7 @@ class _Run:
 
 
 def _read_scores(path: Path, name: str | None) -> dict[int, float]:
-    """The values of that name; none where the file is not there or not what was written."""
+    """The values of that name; none if the file does not exist or is not valid."""
     try:
         found = json_value(path.read_bytes())
         if type(found.get("schema")) is int:  # else the scores alone, of before 0.1.0

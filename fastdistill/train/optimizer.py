@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW with clipping, an average of the weights and float32 master weights, in one pass over memory a step."""
+"""AdamW with clipping, an average of the weights and float32 master weights, in one pass over memory per step."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _SHARED = ("max_norm", "ema_decay", "ema_warmup", "zero_grads")  # arguments of 
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """``torch.optim.AdamW(fused=True)``, ``clip_grad_norm_`` and a moving average of the weights in one, by
-    ``adamw_ema``.
+    """``torch.optim.AdamW(fused=True)``, ``clip_grad_norm_`` and a moving average of the weights in one optimizer, with
+    the op ``adamw_ema``.
 
-    Its ``state_dict`` can be loaded into torch's optimizer and back. In addition to torch's state it holds ``ema``, the
-    average, and for bfloat16 and float16 parameters ``master``, the weights in float32. All state is float32, whatever
-    the dtype of the parameters. If a loaded master does not round to its weight, the weight counts, because torch's
-    optimizer has changed it meanwhile. A parameter without a gradient does not change, nor does its average. If a
-    gradient is not finite, nothing changes and the count ``skipped`` goes up.
+    Its ``state_dict`` can be loaded into torch's optimizer and back. In addition to torch's state it contains ``ema``,
+    the average, and for bfloat16 and float16 parameters ``master``, the weights in float32. All state is float32, for
+    any dtype of the parameters. If a loaded master, when rounded, differs from its weight, the weight is used, because
+    torch's optimizer has changed it in between. A parameter without a gradient does not change, nor does its average.
+    If a gradient is not finite, nothing changes and ``skipped`` increases by 1.
 
-    A step reads nothing back to the host and can be captured in a CUDA graph. Values that may change there are in
-    device memory: ``lr`` as a 0-dim tensor, and ``ema_weight``. ``torch.amp.GradScaler`` and learning-rate schedulers
-    work as with torch's optimizers.
+    A step needs no synchronization with the host and can be captured in a CUDA graph. Values that may change between
+    replays are in device memory: ``lr`` as a 0-dim tensor, and ``ema_weight``. ``torch.amp.GradScaler`` and
+    learning-rate schedulers work as with torch's optimizers.
 
     Args:
-        params: parameters, or groups of them, none empty; a group may have ``lr``, ``betas``, ``eps`` and
-            ``weight_decay`` of its own, and ``"ema": False``. All on one device: float32, bfloat16 or float16.
-        lr: a float, or a 0-dim tensor; one on the device is read there at every step.
-        betas, eps, weight_decay: AdamW's.
-        max_norm: largest norm of the gradient over all groups.
+        params: parameters, or groups of them, none of them empty; a group may have its own ``lr``, ``betas``, ``eps``
+            and ``weight_decay``, and ``"ema": False``. All on one device: float32, bfloat16 or float16.
+        lr: a float, or a 0-dim tensor; a tensor on the device is read there in every step.
+        betas, eps, weight_decay: as in AdamW.
+        max_norm: the norm of the gradient over all groups is clipped to this.
         ema_decay: decay of the averages (None: no averages).
         ema_warmup: the decay at step k (from 0) is at most (1 + k) / (10 + k).
         zero_grads: zero the gradients in the same pass, for a loop that keeps their buffers.
@@ -53,15 +53,15 @@ class AdamWEMA(torch.optim.AdamW):
 
     Raises:
         InputError: parameters of other dtypes or on several devices, also in groups that are added later; a max_norm
-            below 0 or a decay outside of its range; sparse gradients; a group with amsgrad, maximize, differentiable,
-            foreach, an unfused step or decay that is not decoupled; loaded state of such a group, or of parameters of
-            other shapes or names (nothing of it is taken then).
+            below 0 or a decay out of range; sparse gradients; a group with amsgrad, maximize, differentiable, foreach,
+            an unfused step or a decay that is not decoupled; loaded state from such a group, or of parameters with
+            other shapes or names (nothing is loaded then).
     """
 
-    grad_scale: Tensor  # of the step that comes, if there is a loss scale; torch.amp.GradScaler sets and deletes it
-    _again: Prepared | None = None  # the step before, to be made again; copies begin without
-    _before: Sequence[Counter[str]] = ()  # calls of the ops' kernels before a step's first
-    _step_supports_amp_scaling = True  # of copies too, which torch's fused optimizers forget
+    grad_scale: Tensor  # for the next step, if there is a loss scale; torch.amp.GradScaler sets and deletes it
+    _again: Prepared | None = None  # the previous step, prepared for repetition; a copy of the optimizer has none
+    _before: Sequence[Counter[str]] = ()  # counts of kernel calls before the first call of a step
+    _step_supports_amp_scaling = True  # also for copies, which torch's fused optimizers do not set
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class AdamWEMA(torch.optim.AdamW):
             _check.flag(value, name)
         given = _options({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, "{}")
         self._averaged = ema_decay is not None
-        self._loaded: set[Tensor] = set()  # parameters whose masters have not been held against them
+        self._loaded: set[Tensor] = set()  # parameters whose loaded masters have not been compared with them yet
         super().__init__(_entries(params, "params"), **given, fused=True)
         device = self._parameters()[0].device
         self.max_norm, self.ema_warmup, self.zero_grads = max_norm, ema_warmup, zero_grads
@@ -116,7 +116,7 @@ class AdamWEMA(torch.optim.AdamW):
             raise
 
     def _check_options(self) -> None:
-        """InputError if a group asks for what ``adamw_ema`` does not do, or has no parameters."""
+        """InputError if a group has options that ``adamw_ema`` does not support, or no parameters."""
         for i, group in enumerate(self.param_groups):
             name = f"param_groups[{i}]"
             _check.require(len(group["params"]) > 0, f"{name}['params']", "at least one parameter", "an empty group")
@@ -147,7 +147,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def square_sum(self) -> Tensor:
-        """The sum of squares of all gradients, 0-dim float64 on the device, as the loss scale left them.
+        """The sum of squares of all gradients, 0-dim float64 on the device; the loss scale is not divided out.
 
         Sums over the shards of DTensors are all-reduced. If you shard without DTensor, all-reduce the result yourself
         and call ``update``.
@@ -169,14 +169,14 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def allocate(self) -> None:
-        """Make the state of all parameters now; otherwise a step makes it for those that have a gradient."""
+        """Allocate the state of all parameters now; otherwise a step allocates it for parameters with a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 self._prepared(p, group["ema"])
 
     @torch.no_grad()
     def update(self, square_sum: Tensor) -> None:
-        """Clip by this sum of squares, update and average; what ``step`` does after ``square_sum``."""
+        """Clip with this sum of squares, update and average; the part of ``step`` after ``square_sum``."""
         self._check_options()
         groups = [AdamWGroup(self._rate(g["lr"]), g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
         scalars = self._scalar("grad_scale"), self._scalar("found_inf"), self.ema_weight
@@ -218,7 +218,7 @@ class AdamWEMA(torch.optim.AdamW):
         self._again = Prepared.of(trained, self, args, self._before)
 
     def weights(self, module: nn.Module, averaged: bool) -> dict[str, Tensor]:
-        """The trained parameters of a module by name: their averages, if these are asked for, or their float32 masters;
+        """The trained parameters of a module by name: their averages if requested, otherwise their float32 masters;
         if there are none, the parameters themselves."""
         kinds = ("ema", "master") if averaged else ("master",)
         found = {}
@@ -230,8 +230,8 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def copy_average(self, module: nn.Module, to: nn.Module) -> None:
-        """Write the averages of a module's parameters into the parameters of the same names of another one; those that
-        have none yet are their own. Where they are DTensors, every rank has to call it.
+        """Write the averages of a module's parameters into the parameters with the same names of another module. If a
+        parameter has no average yet, its value is written. With DTensors every rank must call this.
 
         Raises:
             InputError: ``to`` has other parameters, by name and shape; nothing is written then.
@@ -242,9 +242,9 @@ class AdamWEMA(torch.optim.AdamW):
             target.copy_(average.full_tensor() if hasattr(average, "full_tensor") else average)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of this optimizer or of torch's; state stays float32, in the memory layout of the parameters. ``foreach`` and
-        ``fused``, which say how torch computes, stay what they are here."""
-        self._again = None  # it holds the state that goes
+        """Load the state of this optimizer or of torch's; kept in float32, in the memory layout of the parameters.
+        ``foreach`` and ``fused``, which select torch's implementation, are not changed."""
+        self._again = None  # it contains the state that is replaced
         averaged = [group["ema"] for group in self.param_groups]
         saved: dict[str, Any] = {}
 
@@ -255,7 +255,7 @@ class AdamWEMA(torch.optim.AdamW):
                     raise InputError.of("state_dict", f"a state without {option}", f"{option}=True")
             self._check_shapes(state)
 
-        hook = self.register_load_state_dict_pre_hook(look)  # the last one: as other hooks leave it
+        hook = self.register_load_state_dict_pre_hook(look)  # the last hook: it sees the changes of the others
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -268,13 +268,13 @@ class AdamWEMA(torch.optim.AdamW):
             for name, value in saved["state"].get(number, {}).items():
                 if name == "step":
                     self.state[p][name] = torch.as_tensor(value, dtype=torch.float32, device=p.device).clone()
-                else:  # torch's loader has cast it to the dtype of the parameter
+                else:  # torch's loader cast it to the dtype of the parameter
                     self.state[p][name] = torch.empty_like(p, dtype=torch.float32).copy_(value)
         self._loaded = {p for p in self._parameters() if "master" in self.state.get(p, {})}
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
-        """InputError if state is not of the shape of its parameter, or of one of another name (in groups that have
-        ``param_names``): torch matches them by position alone."""
+        """InputError if state has another shape than its parameter, or (in groups with ``param_names``) belongs to
+        another name: torch matches them only by position."""
         for index, (own, theirs) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
             named = zip(own.get("param_names", ()), theirs.get("param_names", ()), strict=False)
             if renamed := [f"{found} in place of {name}" for name, found in named if name != found]:
@@ -290,7 +290,7 @@ class AdamWEMA(torch.optim.AdamW):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _prepared(self, p: Tensor, averaged: bool) -> dict[str, Tensor]:
-        """The state of a parameter, with what is not there yet."""
+        """The state of a parameter; missing entries are created."""
         state: dict[str, Tensor] = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -298,7 +298,7 @@ class AdamWEMA(torch.optim.AdamW):
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
         if p.dtype != torch.float32 and "master" not in state:
             state["master"] = p.detach().float()
-        elif p in self._loaded:  # only now, as the weights may be loaded after this
+        elif p in self._loaded:  # only now, because the weights may be loaded after the state
             master = state["master"]
             master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
             self._loaded.remove(p)
@@ -313,7 +313,7 @@ class AdamWEMA(torch.optim.AdamW):
         return torch.full((), lr, dtype=torch.float32, device=device)
 
     def _scalar(self, name: str) -> Tensor | None:
-        """What ``torch.amp.GradScaler`` left on the optimizer for this step."""
+        """An attribute that ``torch.amp.GradScaler`` set on the optimizer for this step."""
         value: Tensor | None = getattr(self, name, None)
         return None if value is None else value.reshape(()).to(self.skipped.device, torch.float32, non_blocking=True)
 

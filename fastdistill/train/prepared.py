@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer's two calls of ops for parameters that stay where they are: checked, and gathered into a table of
-addresses, once.
+"""The optimizer's two calls of ops, prepared once for parameters at fixed addresses: checked, and gathered into a table
+of addresses.
 
-A step of ``AdamWEMA`` hands seven tensors a parameter to its ops. To find and check them and to read their addresses
-takes thirty times as long as to see that they are those of the step before (22 ms and .7 ms, 686 parameters).
+A step of ``AdamWEMA`` passes seven tensors per parameter to its ops. Finding and checking them and reading their
+addresses takes thirty times as long as recognizing those of the previous step (22 ms and .7 ms, 686 parameters).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _is_wrapper = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class Prepared:
-    """What ``grad_square_sum`` and ``adamw_ema`` do in a step, for a kernel that takes tables.
+    """The calls of ``grad_square_sum`` and ``adamw_ema`` in a step, for a kernel that takes tables.
 
-    It holds for the next step where ``fits`` says so: the same parameters, with the same tensors of state at the same
-    addresses, and gradients, which may be new ones, of the same shapes, strides and dtypes.
+    It can be used for the next step if ``fits`` is true: the same parameters and the same tensors of state at the same
+    addresses. The gradients may be new tensors, but with the same shapes, strides and dtypes.
     """
 
     def __init__(self, kernel: str, parameters: Sequence[Tensor], optimizer: Optimizer, args: Sequence[Any]) -> None:
@@ -62,9 +62,9 @@ class Prepared:
     def of(
         parameters: Sequence[Tensor], optimizer: Optimizer, args: Sequence[Any], before: Sequence[Counter[str]]
     ) -> Prepared | None:
-        """After a step of these parameters with these arguments of the op ``adamw_ema``; ``before``: ``calls`` before
-        it. None if the next has to go through the ops too: tensors that are not plain ones, kernels that take no
-        tables, or somebody who listens at torch's dispatcher."""
+        """Create it after a step with these parameters and arguments of the op ``adamw_ema``; ``before``: ``calls``
+        before that step. None if the next step must call the ops, too: tensors are not plain, kernels take no tables,
+        or a dispatch mode, profiler or tracer is active."""
         kernels = {tuple(now - then) for now, then in zip(calls(), before, strict=False)}
         plain = all(type(p) in _PLAIN and type(p.grad) in _PLAIN for p in parameters)
         if not plain or not _dispatch.quiet() or len(kernels) != 1 or not kernels <= _NATIVE:
@@ -72,7 +72,7 @@ class Prepared:
         return Prepared(kernels.pop()[0], parameters, optimizer, args)
 
     def fits(self, optimizer: Optimizer) -> bool:
-        """Whether a step of the optimizer may be made by this."""
+        """Whether it can execute a step of the optimizer."""
         if not _dispatch.quiet() or _dispatch.forced() != self._forced or _failures() != self._failures:
             return False
         state = optimizer.state
@@ -96,7 +96,7 @@ class Prepared:
         return True
 
     def holds(self, optimizer: Optimizer) -> bool:
-        """``fits``, and quick where it was true a moment ago."""
+        """``fits``, but fast if it was true just before."""
         if self._found is None:
             return self.fits(optimizer)
         grads = [p.grad for p in self._parameters]

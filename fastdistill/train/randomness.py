@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random numbers that models draw themselves: dropout, stochastic depth.
 
-All other draws of a step come from its counter. These come from generators with a state, which no checkpoint holds: an
-eager step seeds them, so that a resumed run draws them again. A compiled or captured step cannot.
+All other draws of a step come from its counter. These come from generators with a state, which checkpoints do not
+store. An eager step seeds them, so that a resumed run draws the same numbers; a compiled or captured step cannot.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ FIRST, LARGEST, PATIENCE = 2.0**16, 2.0**24, 2000  # torch.amp.GradScaler's, and
 class LossScale:
     """Doubles after 2000 steps with finite gradients and halves after one without, which the optimizer skips.
 
-    ``value`` is 0-dim float32, ``good`` 0-dim int64, the steps since it last changed; both on the device. Nothing waits
-    for it, unlike ``torch.amp.GradScaler`` it takes no pass over the gradients: their norm is taken anyway.
+    ``value`` is 0-dim float32, ``good`` 0-dim int64, the steps since it last changed; both on the device. It needs no
+    synchronization and, unlike ``torch.amp.GradScaler``, no pass over the gradients, whose norm is computed anyway.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training step: a pure function of the parameters and the step counter, with nothing read back to the host.
+"""One training step: a pure function of the parameters and the step counter, without synchronization with the host.
 
     draw -> teacher -> student -> losses -> backward -> clip, AdamW, EMA -> counter + 1
 
@@ -60,23 +60,23 @@ def average_weights(config: TrainConfig) -> Tensor | None:
 
 
 class TrainStep:
-    """Calling it advances the student, the adapters, the optimizer, the EMA and the counter by one step; past the last
-    step of the configuration the learning rate stays what it was there.
+    """A call advances the student, the adapters, the optimizer, the EMA and the counter by one step. After the last
+    step of the configuration the learning rate stays constant.
 
     ``counter`` is [2] int64 on the device, (seed, step). ``totals`` [metrics] float32 sums the metrics of the steps
-    since it was last zeroed; ``metric_names`` says what each is. The last is the norm of the gradient, left out where
-    it is not finite: the optimizer skips that update and counts it (``optimizer.skipped``). ``scaling``: the loss scale
-    of float16 weights. ``shapes``: how many of latents there are, which the steps draw in turn. On several ranks
-    (``train.distributed``) every gradient is their mean, so that the norm, the update and what follows from them are
-    the same on each; ``totals`` are each rank's own.
+    since it was last zeroed, and ``metric_names`` has their names. The last one is the norm of the gradient, without
+    the steps in which it is not finite: the optimizer skips and counts them (``optimizer.skipped``). ``scaling`` is the
+    loss scale of float16 weights. ``shapes`` is the number of shapes of latents; each step draws one of them. On
+    several ranks (``train.distributed``) every gradient is the mean over ranks, so norm and update are the same on
+    each; ``totals`` belong to each rank.
 
     ``parameters_by_name`` are the trained parameters, those of the student as ``student.<name>`` and those of
     ``objective.trained`` as ``trained.<i>.<name>``; ``parameters`` is the list of them.
 
     Raises:
-        InputError: a student without a parameter to train, or with one that has no shape yet (lazy modules); a teacher
-            that cannot be ahead (``config.teacher_ahead``); by the first call on several ranks, a parameter that no
-            gradient reaches.
+        InputError: a student without trainable parameters, or with one that has no shape yet (lazy modules); a teacher
+            that cannot run ahead (``config.teacher_ahead``); in the first call on several ranks, a parameter without a
+            gradient.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TrainStep:
             raise InputError.of("student", "a parameter to train (requires_grad)", got)
         self.objective, self.scaling, self.shapes = objective, scaling, shapes
         self._seed, self._student, self._checked = config.seed, student, distributed.size() == 1
-        self.execution, self.why = "eager", ""  # what runs it, and why (``graph.runner``)
+        self.execution, self.why = "eager", ""  # how it is executed, and why (``graph.runner``)
         self.stream: torch.cuda.Stream | None = None  # on which the step may be captured
         if device.type == "cuda" and config.execution in ("auto", "graph", "compiled_graph"):
             self.stream = torch.cuda.Stream(device)
@@ -132,26 +132,26 @@ class TrainStep:
         self._number, self._first_sample = 0, distributed.rank() * (config.batch // distributed.size())
 
     def prepare(self, step: int) -> None:
-        """What happens on the host before step number ``step``, outside of what a graph captures."""
+        """The work of the host before step number ``step``, outside of a captured graph."""
         self._number = step
         self.objective.prepare(self._seed, step)
         if self._ahead is not None:
             self._ahead.prepare(step)
 
     def replayed(self) -> None:
-        """After a graph has executed a step in place of a call."""
+        """Call after a graph has executed a step."""
         if self._ahead is not None:
             self._ahead.replayed()
 
     def randomness(self) -> contextlib.AbstractContextManager[None]:
-        """In which a step runs whose student draws random numbers itself, such as dropout's: they are then those of the
-        step that was prepared, in every sitting of a run. Belongs outside of what a graph captures."""
+        """A context for a step whose student draws random numbers itself (dropout). It seeds the generators by the step
+        that was prepared, so that a resumed run draws the same. Use it outside of a captured graph."""
         return seeded(self._seed, self._number, self._first_sample, device=self.counter.device)
 
     def compile(self, *, backend: str = "inductor") -> None:
-        """Run draw, models and losses through ``torch.compile`` from now on; what has been compiled before is taken."""
+        """Run draw, models and losses with ``torch.compile`` from now on; code compiled before is reused."""
         if self._compiled is None:
-            if self.stream is not None:  # a capture that failed may have left DDP in the midst of a backward
+            if self.stream is not None:  # a failed capture may have left DDP inside a backward
                 self.wrap(None)
             by_onednn = backend == "inductor" and self.counter.device.type == "cpu" and products.wanted()
             options = products.options() if by_onednn else None
@@ -165,13 +165,13 @@ class TrainStep:
         self._evaluate = self._plain
 
     def wrap(self, stream: torch.cuda.Stream | None = None) -> None:
-        """Have the ranks average gradients anew: those of weights that lie in memory otherwise than before."""
+        """Set up the averaging of gradients again, after the memory layout of weights has changed."""
         self._plain = self._evaluate = self._loss  # nothing holds what was there
         self._plain = self._evaluate = distributed.averaged(self.objective, self._student, stream, self._loss)
         self._compiled = None
 
     def close(self) -> None:
-        """Nothing is called any more: the process group, if any, is free to end."""
+        """Release the process group, if any; the step cannot be called any more."""
         distributed.release(self._plain)
 
     def __call__(self) -> None:
@@ -198,10 +198,10 @@ class TrainStep:
             self._ahead.join()
 
     def gradients(self) -> Sequence[Tensor]:
-        """Leave the gradients of the batch; returns its metrics.
+        """Compute the gradients of the batch; returns its metrics.
 
-        In equal parts, a mean over samples is the mean of the parts' means, so that the sum of the gradients of
-        loss / parts is that of the whole except for the rounding of its additions (in the gradients' dtype).
+        With equal parts the mean over samples is the mean of the parts' means. So the sum of the gradients of
+        loss / parts equals the gradient of the whole batch, up to the rounding of additions (in the gradients' dtype).
         """
         if self._parts == 1:
             loss, metrics = self._evaluate(self.counter)
@@ -223,7 +223,7 @@ class TrainStep:
         return total.unbind()
 
     def _check_gradients(self) -> None:
-        """DDP waits for every gradient; alone, a parameter without one rests."""
+        """DDP needs a gradient for every parameter; a single process leaves a parameter without one unchanged."""
         self._checked = True
         named = self._student.named_parameters()
         resting = [name for name, p in named if p.requires_grad and p.grad is None]
@@ -233,7 +233,7 @@ class TrainStep:
 
 
 def _parts(objective: BoundObjective, config: TrainConfig) -> tuple[int, int]:
-    """Samples that go through the models at once, and how often a step does that."""
+    """Samples per pass through the models, and passes per step."""
     batch = config.batch // distributed.size()
     part = config.micro_batch or batch
     if batch % part:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state in a checkpoint, where it lies: a tensor is read when it is asked for, and only as much of it as is wanted.
+"""The state in a checkpoint on disk: a tensor is read on access, and only the required part of it.
 
-A checkpoint is ``step-N.safetensors``. Of a student that is cut over n ranks this is rank 0's file; it states the
-hashes of the other ranks' files ``step-N.rank-i-of-n.safetensors``. Each file states for the parts of cut tensors in it
-the ``shape`` of the whole and the ``offset`` of the part, an index in each dimension; other tensors are in one file.
+A checkpoint is ``step-N.safetensors``. For a student sharded over n ranks this is rank 0's file; it contains the hashes
+of the other ranks' files ``step-N.rank-i-of-n.safetensors``. For each shard a file states the ``shape`` of the whole
+tensor and the ``offset`` of the shard, an index in each dimension; other tensors are in one file only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Region = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size
 
 
 class DamagedError(StorageError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint that is incomplete or was changed after it was written."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Stored(Mapping[str, Any]):
                 raise DamagedError(f"{path}: damaged, the parts of {name} do not make up {list(self._shapes[name])}")
 
     def verify(self, number: int = 0, count: int = 1) -> None:
-        """Read every ``count``-th file from ``number`` on, block by block; DamagedError where it has another hash."""
+        """Read every ``count``-th file from ``number`` on, block by block; DamagedError if a hash does not match."""
         first = next(iter(self._files))
         for place, (file, sha256) in list(self._files.items())[number::count]:
             if sha256_of_tensors({name: file.get_tensor(name) for name in file.keys()}) != sha256:  # noqa: SIM118
@@ -98,7 +98,7 @@ class Stored(Mapping[str, Any]):
         return {**tensors, **self.head["values"]}
 
     def part(self, name: str, like: Tensor) -> Tensor:
-        """As much of a tensor as this rank has of ``like``, of the same shape; all of it where that is not cut."""
+        """The part of a tensor that this rank has of ``like`` (of the same shape); all of it without shards."""
         here = distributed.part_of(like)
         return self._read(name, (here.offset, tuple(here.local.shape)))
 
@@ -131,7 +131,7 @@ class Stored(Mapping[str, Any]):
             raise DamagedError(f"{place}: damaged, not a checkpoint ({error})") from error
 
     def _read(self, name: str, region: Region) -> Tensor:
-        """A region of a tensor: mapped where one file has just that, else copied."""
+        """A region of a tensor: memory-mapped if one file has exactly this region, else copied."""
         pieces = self._pieces[name]
         for piece in pieces:
             if (piece.offset, tuple(piece.tensor.shape)) == region:
@@ -172,7 +172,7 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _tiled(shape: tuple[int, ...], regions: Sequence[Region]) -> bool:
-    """Whether regions that are cut along one dimension make up the whole, each value once."""
+    """Whether regions along one dimension cover the whole tensor without overlap."""
     cut = {d for _, size in regions for d, length in enumerate(size) if length != shape[d]}
     if len(cut) > 1 or any(start for offset, _ in regions for d, start in enumerate(offset) if d not in cut):
         return False

@@ -82,7 +82,7 @@ class DistillTrainer:
             each rank holds all of it).
 
     Raises:
-        InputError: whatever does not fit together, before anything is launched or written.
+        InputError: arguments that do not match, before anything is launched or written.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class DistillTrainer:
             self._fitting = False
 
     def _chosen(self, directory: Path | None) -> Choice | None:
-        """What an earlier sitting of the run has measured, put in place, and the precision where it is to be."""
+        """Apply the choice of an earlier session of the run; measure the precision if the configuration requires it."""
         config, on_cpu = self.config, self.device.type == "cpu"
         if not on_cpu or not (config.execution == "auto" or config.fuse == "auto" or self._given is not None):
             return None
@@ -284,7 +284,7 @@ class DistillTrainer:
         return choice
 
     def _faster_precision(self) -> Literal["float32", "bfloat16"] | None:
-        """The one in which a step of the student is faster; None where there is no choice."""
+        """The precision in which a step of the student is faster; None if there is no choice."""
         trained = {p.dtype for p in self.student.parameters() if p.requires_grad}
         fixed = self._given is None or self._given["shard"] is not None or shared(self.student, self.teacher)
         if fixed or trained != {torch.float32} or not has_bfloat16(self.device) or self.config.steps < LEAST:
@@ -300,8 +300,8 @@ class DistillTrainer:
             return faster_precision(*both)
 
     def close(self) -> None:
-        """Take the trainer's hooks off the models, end its threads, and give the teacher back as trainable, and in the
-        modes, as it was. ``ema_student`` still works, ``fit`` does not."""
+        """Remove the trainer's hooks from the models, end its threads, and restore ``requires_grad`` and the training
+        modes of the teacher. ``ema_student`` still works, ``fit`` does not."""
         if self._closed:
             return
         self._check_idle()
@@ -387,13 +387,13 @@ class DistillTrainer:
 
 @contextlib.contextmanager
 def _computing() -> Iterator[None]:
-    """Gradients, also inside of ``torch.no_grad`` and ``torch.inference_mode``."""
+    """Enable gradients, also inside ``torch.no_grad`` and ``torch.inference_mode``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
-    """The teacher, as trainable and in the modes as it was."""
+    """Restore ``requires_grad`` and the training modes of the teacher."""
     for parameter, before in trainable:
         if before:
             parameter.requires_grad_(True)
@@ -402,8 +402,8 @@ def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.
 
 
 def _placed(sources: Sources, device: torch.device, config: TrainConfig) -> tuple[Bucket, ...]:
-    """The banks where the configuration has them, those that several shapes share once; on the disk, or encoded on
-    demand, they stay so."""
+    """The banks in the memory that the configuration names; banks shared by several shapes are placed once. Banks on
+    disk or encoded on demand stay there."""
     pinned = config.banks == "pinned" and device.type == "cuda"
     known: dict[int, Tensor] = {}
 

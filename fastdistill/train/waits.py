@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seconds for which a training stands still, by what it waits for."""
+"""The seconds for which training is stalled, by cause."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OPEN = 64  # spans that are kept before those that are over are added up
 
 
 class Waits:
-    """``with waits("data"):`` around what the next step has to wait for.
+    """Use ``with waits("data"):`` around work for which the next step has to wait.
 
-    On a GPU the seconds are those of its stream, from the end of what was launched to the moment when more may follow:
-    a host that is ahead of the device, and waits for it, holds nothing up. Nothing waits for the device here.
+    On a GPU the seconds are measured on its stream, from the end of the launched work until more can be launched: a
+    host that is ahead of the device and waits does not stall it. This class itself does not wait for the device.
     """
 
     def __init__(self, device: torch.device) -> None:

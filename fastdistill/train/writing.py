@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints written beside the training: a copy of the state in host memory, and a thread that writes it.
+"""Checkpoints written in the background: a copy of the state in host memory, and a thread that writes it.
 
     loop:    wait for the write before -> copy the state                    -> next step
     thread:                                write, hash, sync, rename, prune
 
-Of a sharded student each rank does so with its own part; rank 0 gives its file the name, by which there is a
-checkpoint, once it knows the hashes of the files of all others.
+For a sharded student each rank does this with its own part. Rank 0 renames its file to the final name, which makes the
+checkpoint exist, after it has received the hashes of all other files.
 
-The copy is made in the loop, so that no step changes what is written. Of a state on a GPU it goes to page-locked memory
-and is waited for: what an event could hide is a fraction of a second per checkpoint.
+The copy is made in the loop, so that no step changes what is written. From a GPU it goes to page-locked memory, and the
+loop waits for it: an asynchronous copy would save only a fraction of a second per checkpoint.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def write(
     going: Going = lambda: None,
     fill: Callable[[str], Mapping[str, str]] = lambda sha256: {},
 ) -> str:
-    """A safetensors file of tensors on the CPU, written from where they are, ``head`` and their ``sha256`` in its
-    metadata; the hash. ``going`` is called before each block of 64 MB; what it raises ends the write.
+    """Write a safetensors file of tensors on the CPU without copies, ``head`` and their ``sha256`` in its metadata;
+    returns the hash. ``going`` is called before each block of 64 MB; an exception from it ends the write.
 
-    The hash is that of ``sha256_of_tensors``, computed on the way: until the end other digits hold its place in the
-    header of the temporary file. So may others in ``head``: by ``fill``, which is called with the hash once the tensors
-    are written, texts in the header are replaced by ones as long.
+    The hash is that of ``sha256_of_tensors``, computed during the write; until the end the header of the temporary file
+    contains a placeholder. ``head`` may contain more placeholders: ``fill`` is called with the hash after the tensors
+    are written, and returns the texts (of equal length) that replace them.
     """
     place = secrets.token_hex(32)
     entries: dict[str, Any] = {"__metadata__": {"fastdistill": json.dumps({**head, "sha256": place})}}
@@ -87,9 +87,9 @@ def write(
 def write_together(
     path: Path, tensors: Mapping[str, Tensor], head: Mapping[str, Any], going: Going, group: dist.ProcessGroup
 ) -> None:
-    """As ``write``, by all ranks of a group, each a file of its own tensors: that of rank 0, ``path``, states the
-    hashes of the others (``files``) and is there only if they are. What ends the write of one is raised on rank 0, and
-    nothing is left of the checkpoint."""
+    """Like ``write``, for all ranks of a group; each writes a file of its own tensors. The file of rank 0, ``path``,
+    contains the hashes of the others (``files``), and exists only if they exist. If the write of a rank fails, rank 0
+    raises its error, and no file of the checkpoint remains."""
     number, count = dist.get_rank(group), dist.get_world_size(group)
     if number:
         own = rank_file(path, number, count)
@@ -174,12 +174,12 @@ class Staging:
 
 
 def _strides(tensor: Tensor) -> tuple[int, ...]:
-    """Those of a copy of the tensor: its own where they leave no gaps, so that a copy is one of memory."""
+    """The strides for a copy of the tensor: its own if they leave no gaps, so that the copy is a plain memory copy."""
     return torch.empty_like(tensor, device="meta").stride()
 
 
 class Writer:
-    """Runs one write at a time in a thread of its own."""
+    """Runs one write at a time in a separate thread."""
 
     def __init__(self) -> None:
         self.staging = Staging()
@@ -188,7 +188,7 @@ class Writer:
         self._cancelled = threading.Event()
 
     def begin(self, act: Callable[[Going], object]) -> None:
-        """Call ``act`` in a thread; the write before has to be waited for. It calls its argument now and then."""
+        """Call ``act`` in a thread, after ``wait`` for the previous write. ``act`` must regularly call its argument."""
 
         def run() -> None:
             try:
@@ -202,7 +202,7 @@ class Writer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written; an exception in here, such as Ctrl-C, cancels the write."""
+        """Wait for the end of the write; an exception during the wait, such as Ctrl-C, cancels it."""
         if self._thread is not None:
             try:
                 self._thread.join()
@@ -212,7 +212,7 @@ class Writer:
             self._thread = None
 
     def cancel(self) -> None:
-        """End the write that is under way, at its next block, and leave nothing of it."""
+        """Cancel the running write at its next block, and remove its files."""
         self._cancelled.set()
         while self._thread is not None and self._thread.is_alive():
             try:
@@ -223,7 +223,7 @@ class Writer:
         self._cancelled.clear()
 
     def failure(self) -> Exception | None:
-        """What ended a write, once."""
+        """The error that ended a write; returned only once."""
         error, self._failure = self._failure, None
         return error
 

@@ -3,9 +3,9 @@
 
     norm = sqrt(square_sum) / grad_scale,    g = grad / grad_scale * min(1, max_norm / (norm + 1e-6))
 
-then AdamW (arXiv 1711.05101) as ``torch.optim.AdamW(fused=True)``, and average += move (param - average). The norm and
-the update are two calls, so that a sharded run can all-reduce the sum between them. ``fastdistill.train.AdamWEMA`` is
-the optimizer made of both.
+then AdamW (arXiv 1711.05101) as in ``torch.optim.AdamW(fused=True)``, and average += move (param - average). The norm
+and the update are two calls, so that a sharded run can all-reduce the sum between them. The optimizer
+``fastdistill.train.AdamWEMA`` calls both.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def grad_square_sum(grads: Sequence[Tensor], *, out: Tensor | None = None) -> Te
 
     Args:
         grads: tensors of any shape and layout on one device, float32, bfloat16 or float16.
-        out: 0-dim float64 on the device to write into (None: a fresh one, on the CPU if there are no gradients).
+        out: 0-dim float64 on the device to write into (None: a new one, on the CPU if there are no gradients).
 
     Returns:
-        0-dim float64, not finite where a gradient is not (or is beyond 1.8e19, as squares are taken in float32). The
-        same bits on every run and for any number of threads.
+        0-dim float64. It is not finite if a gradient is not finite or exceeds 1.8e19 (squares are computed in
+        float32). The bits are the same in every run and for any number of threads.
 
     Raises:
         InputError: other dtypes or devices.
@@ -115,31 +115,31 @@ def adamw_ema(
     ema_warmup: bool = False,
     zero_grads: bool = False,
 ) -> None:
-    """One optimizer step in place, for all parameters of all groups at once; nothing is read back to the host.
+    """One optimizer step in place, for all parameters of all groups at once, without synchronization with the host.
 
-    If ``square_sum`` is not finite or ``found_inf`` is not 0, nothing changes (with ``zero_grads`` gradients
-    are zeroed nevertheless) and ``skipped`` goes up.
+    If ``square_sum`` is not finite or ``found_inf`` is not 0, nothing is updated and ``skipped`` increases by 1; with
+    ``zero_grads`` gradients are zeroed also in this case.
 
     Args:
         params: N float32 tensors, the weights or their master copies.
         grads: N tensors of the same shapes: float32, bfloat16 or float16.
         exp_avgs, exp_avg_sqs: the moments, float32 of the same shapes.
-        steps: N 0-dim float32 counts of the steps taken, raised by one.
-        groups, group: hyper-parameters, and for each parameter the index of its group (None: all are of the first).
-        square_sum: of ``grad_square_sum`` over all gradients of the model, 0-dim float64.
+        steps: N 0-dim float32 counts of the steps taken, increased by one.
+        groups, group: hyper-parameters, and for each parameter the index of its group (None: all in the first).
+        square_sum: 0-dim float64, the result of ``grad_square_sum`` for all gradients of the model.
         skipped: 0-dim int64, the count of skipped steps.
-        averages: empty, or N float32 tensors; those without elements are not wanted.
-        copies: empty, or N bfloat16 or float16 tensors that get the new weights rounded once; those without elements
-            are not wanted.
-        max_norm: the norm of all gradients (after ``grad_scale``) is clipped to this, as ``clip_grad_norm_`` does.
+        averages: empty, or N float32 tensors; a tensor without elements means no average for this parameter.
+        copies: empty, or N bfloat16 or float16 tensors that get the new weights, rounded once; a tensor without
+            elements means no copy of this parameter.
+        max_norm: the norm of all gradients (after ``grad_scale``) is clipped to this, as by ``clip_grad_norm_``.
         grad_scale: 0-dim float32, the loss scale that gradients are divided by (None: 1).
-        found_inf: 0-dim float32, as ``torch.amp.GradScaler`` gives it (None: 0).
+        found_inf: 0-dim float32, as from ``torch.amp.GradScaler`` (None: 0).
         ema_weight: 0-dim float32, 1 - decay; required with ``averages``.
         ema_warmup: the decay at step k (from 0) is then at most (1 + k) / (10 + k).
         zero_grads: write zeros over the gradients in the same pass.
 
     Raises:
-        InputError: counts, shapes, dtypes or devices that do not fit.
+        InputError: the counts, shapes, dtypes or devices do not match.
     """
     max_norm = _check.within(max_norm, "max_norm", 0, math.inf, "a number >= 0")
     for name, switch in {"ema_warmup": ema_warmup, "zero_grads": zero_grads}.items():

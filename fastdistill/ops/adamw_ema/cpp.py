@@ -24,7 +24,7 @@ def launch_square_sum(rows: table.Table, total: Tensor) -> None:
 
 
 def refuse_square_sum(grads: Sequence[Tensor], total: Tensor) -> str | None:
-    """The kernel walks flat memory."""
+    """The kernel needs dense tensors."""
     for i, g in enumerate(grads):
         if not _native.is_dense(g):
             return f"grads[{i}] has gaps or overlaps in memory (strides {g.stride()})"
@@ -51,7 +51,7 @@ def adamw_ema(
     ema_warmup: bool,
     zero_grads: bool,
 ) -> None:
-    """One parallel loop over all parameters; arguments as the reference's."""
+    """One parallel loop over all parameters; arguments as in the reference."""
     rows = table.parameters(params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps, lr, group, hyper)
     launch(rows, square_sum, grad_scale, found_inf, ema_weight, skipped, max_norm, ema_warmup, zero_grads)
 
@@ -76,7 +76,7 @@ def refuse(
     copies: Sequence[Tensor],
     *rest: object,
 ) -> str | None:
-    """Flat memory is what the kernel walks: a parameter's tensors must be dense and laid out like each other."""
+    """The kernel treats memory as flat: a parameter's tensors must be dense and have the same strides."""
     named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "averages": averages, "copies": copies}
     for i, p in enumerate(params):
         if not _native.is_dense(p):
@@ -88,5 +88,5 @@ def refuse(
 
 
 def address(tensor: Tensor | None) -> int:
-    """0 where there is no tensor."""
+    """The address of the data; 0 for None."""
     return tensor.data_ptr() if tensor is not None else 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norm, AdamW and average in CUDA: ``csrc/adamw_ema/cuda.cu``. It takes the calls that the C++ kernel takes."""
+"""Norm, AdamW and average in CUDA: ``csrc/adamw_ema/cuda.cu``. It supports the same calls as the C++ kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdistill.ops.adamw_ema import cpp, table
 
 
 def grad_square_sum(grads: Sequence[Tensor], total: Tensor) -> None:
-    """One launch for every 1000 gradients, and one that adds the sums of chunks in order."""
+    """One launch per 1000 gradients, and one that adds the sums of chunks in order."""
     launch_square_sum(table.gradients(grads), total)
 
 
@@ -44,7 +44,7 @@ def adamw_ema(
     ema_warmup: bool,
     zero_grads: bool,
 ) -> None:
-    """Two launches for every 250 parameters; arguments as the reference's."""
+    """Two launches per 250 parameters; arguments as in the reference."""
     rows = table.parameters(params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps, lr, group, hyper)
     launch(rows, square_sum, grad_scale, found_inf, ema_weight, skipped, max_norm, ema_warmup, zero_grads)
 
@@ -63,5 +63,5 @@ def launch(
 
 
 def refuse(*args: Sequence[Tensor]) -> str | None:
-    """As the C++ kernel, and without parameters nothing would be launched."""
+    """Like the C++ kernel; also refuses a call without parameters, which would launch nothing."""
     return cpp.refuse(*args) if args[0] else "there are no parameters"

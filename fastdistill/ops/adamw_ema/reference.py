@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def grad_square_sum(grads: Sequence[Tensor], total: Tensor) -> None:
-    """Fill ``total`` (0-dim float64) with the sum of all squares; not finite where a gradient is not.
+    """Fill ``total`` (0-dim float64) with the sum of all squares; it is not finite if a gradient is not finite.
 
-    Squares are taken in float32, so a gradient beyond 1.8e19 counts as not finite too.
+    Squares are computed in float32, so a gradient beyond 1.8e19 also makes the sum infinite.
     """
     total.zero_()
     for grad in grads:
@@ -42,7 +42,7 @@ def adamw_ema(
     """Advance everything by one step, or count it as skipped; see ``csrc/adamw_ema/math.h`` for the equations.
 
     ``group[i]`` is the group of parameter i; ``hyper`` holds beta1, beta2, eps and weight decay of each group in a row.
-    A tensor of ``averages`` or ``copies`` without elements is not wanted, and an empty list means none is.
+    Tensors of ``averages`` or ``copies`` without elements are skipped; an empty list skips all.
     """
     scale = grad_scale.double() if grad_scale is not None else 1.0
     skip = ~square_sum.isfinite() if found_inf is None else ~square_sum.isfinite() | (found_inf != 0)

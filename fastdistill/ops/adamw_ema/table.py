@@ -15,16 +15,16 @@ from torch import Tensor
 
 from fastdistill.ops import _native
 
-CHUNK = 8192  # elements of a partial sum and of a piece of work
+CHUNK = 8192  # elements per partial sum and per unit of work
 Table = npt.NDArray[np.int64]
 _MOST_COPIES = 64
-_copying = threading.Lock()  # a thread's copy must not be dropped by another between two lines below
+_copying = threading.Lock()  # another thread must not drop a copy that this one is about to use
 _copies: OrderedDict[tuple[bytes, torch.device], tuple[Tensor, Tensor]] = OrderedDict()  # on the host, on the device
-_captured: dict[tuple[bytes, torch.device], Tensor] = {}  # those that a CUDA graph reads, as long as the process lives
+_captured: dict[tuple[bytes, torch.device], Tensor] = {}  # tables that a CUDA graph reads: kept until the process ends
 
 
 def gradients(grads: Sequence[Tensor]) -> Table:
-    """[N, 4]: elements, chunks of the gradients before, address, dtype."""
+    """[N, 4]: number of elements, chunks of all previous gradients, address, dtype."""
     sizes = np.array([g.numel() for g in grads], np.int64)
     chunks = -(-sizes // CHUNK)
     addresses = np.array([g.data_ptr() for g in grads], np.int64)
@@ -49,7 +49,7 @@ def parameters(
     group: Sequence[int],
     hyper: Sequence[float],
 ) -> Table:
-    """[N, 16]: the gradient's four words, then addresses (0: not wanted), the copy's dtype and the hyper-parameters."""
+    """[N, 16]: the gradient's four words, then addresses (0: none), the copy's dtype and the hyper-parameters."""
 
     def addresses(tensors: Sequence[Tensor]) -> list[int]:
         return [t.data_ptr() for t in tensors] if tensors else [0] * len(params)
@@ -65,7 +65,7 @@ def parameters(
 
 
 def set_groups(table: Table, lr: Sequence[Tensor], group: Sequence[int], hyper: Sequence[float]) -> None:
-    """Write each parameter's learning rate and hyper-parameters, those of its group, into its row."""
+    """Write the learning rate and the hyper-parameters of each parameter's group into its row."""
     index = np.array(group, np.int64)
     table[:, 11] = np.array([t.data_ptr() for t in lr], np.int64)[index]
     table[:, 12:] = np.array(hyper, np.float64).reshape(-1, 4)[index].view(np.int64)
@@ -77,7 +77,7 @@ def hyper(groups: Sequence[Any]) -> list[float]:
 
 
 def selected(table: Table, rows: Sequence[int]) -> Table:
-    """Some rows, as a table of their own."""
+    """A table with the given rows only."""
     some = table[list(rows)]
     some[:, 1] = np.cumsum(-(-some[:, 0] // CHUNK)) - -(-some[:, 0] // CHUNK)
     return some
@@ -89,8 +89,8 @@ def is_on_device(table: Table, device: torch.device) -> bool:
 
 
 def on_device(table: Table, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The table and, for each chunk, the row that it is of. Copied from pinned memory once for the same addresses, so
-    that nothing waits and a captured graph can read them."""
+    """The table and the row of each chunk, on the device. Copied from pinned memory once for the same addresses, so
+    that the host does not wait and a captured graph can read them."""
     key = table.tobytes(), device
     with _copying:
         if key not in _copies:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Norm, AdamW and average in Triton: one launch for all gradients, two for all parameters of one kind.
 
-Grid      one program a chunk of 8192 elements; the table of addresses and the owner of each chunk are in device memory,
-          copied there once for the same addresses
-Traffic   fp32 gradients: norm 4 bytes an element; update 28, + 8 with an average, + 2 with a copy, + 4 with zeroing;
-          16-byte accesses where all tensors start at multiples of 16 bytes, unmasked but in a parameter's last chunk
+Grid      one program per chunk of 8192 elements; the table of addresses and the parameter of each chunk are in device
+          memory, copied there once for the same addresses
+Traffic   fp32 gradients: norm 4 bytes per element; update 28, + 8 with an average, + 2 with a copy, + 4 with zeroing;
+          16-byte accesses if all tensors start at multiples of 16 bytes; only a parameter's last chunk is masked
 Precision elements and the sum of a chunk in fp32 (a tree), chunks in fp64 in their order, constants in fp64
-Limits    any n >= 0 (64-bit); a kind is a dtype of gradient and copy, with or without average, aligned or not; a CUDA
-          graph can be captured over addresses that were seen before
+Limits    any n >= 0 (64-bit); a kind is a dtype of gradient and copy, with or without average, aligned or not; during
+          the capture of a CUDA graph only addresses of an earlier call are possible
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from fastdistill.ops._triton import FUSED, Launch, cdiv, launch_all
 from fastdistill.ops.adamw_ema import cpp, cuda, table
 from fastdistill.ops.adamw_ema.table import CHUNK, Table
 
-STEP = 2048  # elements of a norm that a program holds at once
-UPDATED = 1024  # of an update: four a thread, so that arrays of four and of two bytes are held alike
+STEP = 2048  # elements that a program of the norm holds at once
+UPDATED = 1024  # the same for the update: four per thread, so that arrays of 4 and of 2 bytes have the same layout
 WARPS = 8
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-ROWS = 128  # parameters whose constants a program makes
-CONSTANTS = 16  # floats of a row: those of ``AdamWConstants``, and whether the step is taken
+ROWS = 128  # parameters whose constants a program computes
+CONSTANTS = 16  # floats per row: those of ``AdamWConstants``, and whether the step is taken
 
 
 @triton.jit
 def _at(row, word, TYPE: tl.constexpr, offset, ALIGNED: tl.constexpr):
-    """The element ``offset`` of the array whose address is a word of a row."""
+    """A pointer to element ``offset`` of an array; word ``word`` of the row is its address."""
     pointer = tl.load(row + word).to(tl.pointer_type(TYPE))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)  # the cast has lost it
+        pointer = tl.multiple_of(pointer, 16)  # the cast dropped this hint
     return pointer + offset
 
 
@@ -101,7 +101,7 @@ def _adamw_ema_prepare(
     SCALED: tl.constexpr, FOUND: tl.constexpr, AVERAGE: tl.constexpr, WARMUP: tl.constexpr, LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The constants of each parameter, its step raised, and the count of skipped steps."""
+    """Compute the constants of each parameter, and increase its step or the count of skipped steps."""
     index = tl.program_id(0) * LANES + tl.arange(0, LANES)
     mask = index < count
     row = rows + 16 * index
@@ -146,7 +146,7 @@ def _update_chunk(
     arrays, constants, left, WITH_COPY: tl.constexpr, AVERAGE: tl.constexpr, ZERO: tl.constexpr, MASKED: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
-    """``left`` elements; pointers and constants are in registers, as stores might have changed what they come from."""
+    """Update ``left`` elements. Pointers and constants are kept in registers, because stores could alias the table."""
     grad, param, exp_avg, exp_avg_sq, average, copy = arrays
     factor, keep, rest1, beta2, rest2, rate, correction, eps, move = constants
     for start in range(0, left, STEP):
@@ -204,7 +204,7 @@ def _adamw_ema_update(
 
 
 def _kinds(count: int, kind: Callable[[int], Any]) -> Iterator[tuple[Any, list[int]]]:
-    """The tensors of each kind, by their numbers."""
+    """For each kind the indices of its tensors."""
     members: dict[Any, list[int]] = {}
     for i in range(count):
         members.setdefault(kind(i), []).append(i)
@@ -216,7 +216,7 @@ def _aligned(tensors: Sequence[Tensor]) -> bool:
 
 
 def _gradient_tables(grads: Sequence[Tensor]) -> list[tuple[Any, Table]]:
-    """Of each kind of gradient: its dtype, whether it is aligned, and the table."""
+    """For each kind of gradient: its dtype, whether it is aligned, and the table."""
 
     def kind(i: int) -> Any:
         return _TYPES[grads[i].dtype], _aligned([grads[i]])
@@ -225,7 +225,7 @@ def _gradient_tables(grads: Sequence[Tensor]) -> list[tuple[Any, Table]]:
 
 
 def grad_square_sum(grads: Sequence[Tensor], total: Tensor) -> None:
-    """One launch a kind of gradient, and one that adds the sums of chunks in order."""
+    """One launch per kind of gradient, and one that adds the sums of chunks in order."""
     tables = _gradient_tables(grads)
     counts = [table.chunks(rows) for _, rows in tables]
     partials = torch.empty(sum(counts), dtype=torch.float32, device=total.device)
@@ -250,7 +250,7 @@ def _tables(
     group: Sequence[int],
     hyper: Sequence[float],
 ) -> list[tuple[Any, Table]]:
-    """Of each kind of parameter: dtypes of gradient and copy, has a copy, has an average, is aligned; and the table."""
+    """For each kind of parameter: dtypes of gradient and copy, has a copy, has an average, is aligned; and a table."""
     arrays = [x for x in (params, grads, exp_avgs, exp_avg_sqs, averages, copies) if x]
     rows = table.parameters(params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps, lr, group, hyper)
 
@@ -282,7 +282,7 @@ def adamw_ema(
     ema_warmup: bool,
     zero_grads: bool,
 ) -> None:
-    """Two launches a kind of parameter; arguments as the reference's."""
+    """Two launches per kind of parameter; arguments as in the reference."""
     tables = _tables(params, grads, exp_avgs, exp_avg_sqs, averages, copies, steps, lr, group, hyper)
     scalars = [x if x is not None else square_sum for x in (grad_scale, found_inf, ema_weight)]
     given = grad_scale is not None, found_inf is not None
@@ -303,7 +303,7 @@ def adamw_ema(
 
 
 def refuse(*args: Any) -> str | None:
-    """As the C++ kernel; and a table of addresses cannot be copied to the device while a CUDA graph is captured."""
+    """Like the C++ kernel; also, no table of addresses can be copied to the device during the capture of a graph."""
     return cuda.refuse(*args) or _unseen(lambda: _tables(*args[:8], *args[13:15]), args[8])
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a residual block in one pass: the residual, what was added to it, and the bias of that: y = x + h + bias.
+"""The end of a residual block in one pass: y = x + h + bias, with the residual x and the output h of a convolution.
 
-For convolutions whose library would add the bias in a pass of its own. ``with_bias`` is for products that have added a
-bias: its gradient, the sum over rows, in one pass at the speed of memory.
+For convolutions that would add their bias in a separate pass (cuDNN). ``with_bias`` is for matrix products that have
+added their bias: it computes the gradient of the bias, the sum over rows, in one memory-bound pass.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def add_bias(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
     """x + h + bias, forward and backward.
 
     Args:
-        x, h: [B, C, *positions] in channels last, of one dtype, float32, bfloat16 or float16; another layout is copied.
+        x, h: [B, C, *positions], channels last (other layouts are copied), both float32, bfloat16 or float16.
         bias: [C], of any of these dtypes.
 
     Returns:
-        A tensor like ``x``; differentiable, also a second time. float32 inside, rounded once.
+        A tensor like ``x``, differentiable twice. Computed in float32, rounded once.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit.
+        InputError: the shapes, dtypes or devices do not match.
     """
     _check.tensors(x=x, h=h, bias=bias)
     kind = _check.once(_checked, (x, h, bias), None)
@@ -75,7 +75,7 @@ def _checked(tensors: tuple[Tensor, ...], _: Any = None) -> None:
 
 
 def _forward(kind: Kind | None, x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
-    """Of channels that lie last."""
+    """For channels last."""
     y = torch.empty_like(x)
     if y.numel():
         _add_bias(kind, x, h, bias.contiguous(), y)
@@ -96,8 +96,8 @@ class _AddBias(torch.autograd.Function):
 
 
 def with_bias(h: Tensor, bias: Tensor) -> Tensor:
-    """h [..., C] as it is, to which ``bias`` [C] has been added as a constant (``bias.detach()``): its gradient is the
-    sum of h's over the rows."""
+    """h [..., C] unchanged, with a gradient for ``bias`` [C]: the sum of the gradient of h over the rows. ``bias`` must
+    have been added to h as a constant (``bias.detach()``)."""
     result: Tensor = _WithBias.apply(h, bias)
     return result
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A residual, what is added to it and its bias in eager torch: the specification of the op's kernel."""
+"""x + h + bias in eager torch: the specification of the op's kernels."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch import Tensor
 
 
 def refuse(x: Tensor, h: Tensor, bias: Tensor, y: Tensor) -> str | None:
-    """Kernels walk rows of channels."""
+    """Kernels need contiguous rows of channels."""
     if not all(t.is_contiguous() for t in (x, h, bias, y)):
         return "tensors must be contiguous"
     return None if y.numel() else "a tensor is empty"
 
 
 def refuse_gradient(grad: Tensor, total: Tensor) -> str | None:
-    """See ``refuse``; rows may be apart."""
+    """See ``refuse``; there may be gaps between rows."""
     if grad.stride(1) != 1 or not total.is_contiguous():
         return "numbers of a row must be side by side"
     return None if grad.numel() else "a tensor is empty"
 
 
 def add_bias(x: Tensor, h: Tensor, bias: Tensor, y: Tensor) -> None:
-    """Fill ``y`` [..., C] with x + h + bias, x and h like it, bias [C]; float32 inside."""
+    """Fill ``y`` [..., C] with x + h + bias; x and h have its shape, bias is [C]. Computed in float32."""
     y.copy_(x.float() + h.float() + bias.float())
 
 
 def bias_gradient(grad: Tensor, total: Tensor) -> None:
-    """Fill ``total`` [C] with the sum of the rows of ``grad`` [N, C]; float32 inside."""
+    """Fill ``total`` [C] with the sum of the rows of ``grad`` [N, C]; computed in float32."""
     total.copy_(grad.sum(0, dtype=torch.float32))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A residual, what is added to it and its bias in Triton.
+"""x + h + bias in Triton, and the gradient of the bias.
 
-Grid      one program 64 channels of 64 positions; of sums 64 channels of 64 to 1024 rows, which another kernel adds up
-          in their order
-Traffic   3 accesses an element: 6 bytes in bf16; of sums one
-Precision fp32 inside, rounded once; sums in fp32 over the rows of a program, in fp64 over programs
+Grid      one program per 64 channels of 64 positions; for the gradient per 64 channels of 64 to 1024 rows, whose sums
+          another kernel adds in order
+Traffic   3 accesses per element (6 bytes in bf16); for the gradient one
+Precision computed in fp32, rounded once; sums in fp32 over the rows of a program, in fp64 over programs
 Limits    64-bit offsets; 2^31 programs
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdistill.ops._triton import FUSED
 
 ROWS, CHANNELS, WARPS = 64, 64, 4
-PROGRAMS, MOST_ROWS = 1024, 1024  # of sums: how many programs there are at least, as far as rows go, and rows of one
+PROGRAMS, MOST_ROWS = 1024, 1024  # for sums: minimum number of programs (if there are enough rows), most rows of one
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _bias_gradient_merge(partials, total, chunks, C, LANES: tl.constexpr, CHANNE
 
 
 def add_bias(x: Tensor, h: Tensor, bias: Tensor, y: Tensor) -> None:
-    """One launch; arguments as the reference's."""
+    """One launch; arguments as in the reference."""
     channels = bias.shape[0]
     rows = y.numel() // channels
     grid = (triton.cdiv(rows, ROWS) * triton.cdiv(channels, CHANNELS),)
@@ -67,7 +67,7 @@ def add_bias(x: Tensor, h: Tensor, bias: Tensor, y: Tensor) -> None:
 
 
 def bias_gradient(grad: Tensor, total: Tensor) -> None:
-    """Two launches; arguments as the reference's."""
+    """Two launches; arguments as in the reference."""
     rows, channels = grad.shape
     pieces = triton.cdiv(channels, CHANNELS)
     each = min(max(1 << max(rows * pieces // PROGRAMS, 1).bit_length() - 1, ROWS), MOST_ROWS)

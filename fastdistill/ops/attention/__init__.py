@@ -3,8 +3,8 @@
 
     out = softmax(scale Q K^T) V
 
-There is no kernel of this library here: torch's backends, xformers and FlashAttention 3 are within a few percent of the
-hardware, and which of them is ahead depends on the device, the versions and the shape.
+This library has no kernel of its own for this op: torch's backends, xformers and FlashAttention 3 are within a few
+percent of the hardware limit. Which of them is the fastest depends on the device, the versions and the shape.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VARIABLE = "FASTDISTILL_ATTENTION"
 DEFAULT = "default"
 NAMES = (*BACKENDS, REFERENCE, DEFAULT)
 
-# Its kernels are others': they stand in the index with their reasons, and are chosen here.
+# The kernels belong to other libraries: the index lists them with their reasons, and this module chooses among them.
 OPS["attention"] = Op(
     "attention",
     "softmax(scale q k^T) v by the backend measured to be the fastest for the shape",
@@ -56,29 +56,29 @@ def attention(
 ) -> Tensor:
     """Attention without a mask, differentiable.
 
-    The first call of a kind (device, versions, shapes, dtype, layout, with or without backward) measures the backends,
-    each behind a check against float64, and keeps the result in ``table.path()``; it takes a fraction of a second and
-    memory for the gradients. While a CUDA graph is captured nothing is measured: what is known is used, else torch's
-    own choice. While a call of fixed shapes is compiled, the same among torch's backends: measure first, by running
-    eagerly or by ``tune_attention``. In torch's deterministic mode only backends with a deterministic backward are
-    candidates.
+    The first call of a kind (device, versions, shapes, dtype, layout, with or without backward) checks each backend
+    against float64, measures it, and stores the result in ``table.path()``. This takes a fraction of a second and
+    memory for the gradients. During the capture of a CUDA graph nothing is measured: a stored result is used, or else
+    torch's own choice. The same holds during compilation with fixed shapes, with torch's backends only; so measure
+    before, by an eager call or by ``tune_attention``. In torch's deterministic mode only backends with a deterministic
+    backward are candidates.
 
     Args:
-        q: [B, N, H, D], or [B, N, H * D] with ``heads``, as a projection gives it; float32, bfloat16 or float16.
+        q: [B, N, H, D], or [B, N, H * D] with ``heads`` (the output of a projection); float32, bfloat16 or float16.
         k, v: [B, L, H, D] or [B, L, H * D], of the same dtype.
         heads: H, if the tensors have three dimensions.
-        scale: of the scores; None: 1 / sqrt(D).
+        scale: factor of the scores; None: 1 / sqrt(D).
         backend: ``"flash"``, ``"efficient"``, ``"cudnn"``, ``"math"`` (torch's), ``"xformers"``, ``"fa3"``,
-            ``"reference"``, or ``"default"`` (torch chooses, nothing is measured). None: that of ``ops.use``, if it
-            names one of these, else of the environment variable FASTDISTILL_ATTENTION, else the fastest.
+            ``"reference"``, or ``"default"`` (torch chooses, nothing is measured). None: the backend that ``ops.use``
+            names, else the one of the environment variable FASTDISTILL_ATTENTION, else the fastest.
 
     Returns:
-        A tensor of q's shape and dtype. A second derivative (``create_graph=True``) is refused by backends without one;
-        ``"math"`` and ``"reference"`` have one.
+        A tensor of q's shape and dtype. Second derivatives (``create_graph=True``) exist for ``"math"`` and
+        ``"reference"``; the other backends refuse them.
 
     Raises:
-        InputError: shapes, dtypes, devices or a backend's name that do not fit.
-        KernelError: a backend that was asked for cannot run the call; with the reason.
+        InputError: the shapes, dtypes or devices do not match, or the name of the backend is unknown.
+        KernelError: the requested backend cannot run the call; the message gives the reason.
     """
     _check.tensors(q=q, k=k, v=v)
     flat = q.dim() == 3
@@ -110,21 +110,21 @@ def tune_attention(
     device: torch.device | str = "cuda",
     backward: bool = True,
 ) -> dict[str, Any]:
-    """Measure the backends for one kind of call again and keep the result, ahead of a loop or a capture.
+    """Measure the backends for one kind of call again and store the result, before a loop or a capture.
 
     Args:
         batch, tokens, heads, dim: B, N, H, D of ``attention``; ``keys``: L (None: N).
-        backward: whether forward and backward are measured, or the forward alone.
+        backward: True measures forward and backward, False the forward only.
 
     Returns:
-        ``{"backend": the fastest, "ms": {backend: milliseconds}, "refused": {backend: why}}``
+        ``{"backend": the fastest, "ms": {backend: milliseconds}, "refused": {backend: reason}}``
 
     Raises:
-        InputError: a device that this torch was not built for.
+        InputError: this torch was not built for the device.
     """
     try:
         q = torch.empty(batch, tokens, heads, dim, dtype=dtype, device=device)
-    except AssertionError as error:  # torch's, where it was built without CUDA
+    except AssertionError as error:  # raised by a torch that was built without CUDA
         raise InputError.of("device", "one that torch can use here", f"{device} ({error})") from error
     k, v = (torch.empty(batch, keys or tokens, heads, dim, dtype=dtype, device=device) for _ in range(2))
     _checked((q, k, v))
@@ -147,7 +147,7 @@ def _checked(tensors: tuple[Tensor, ...], _: Any = None) -> None:
 
 
 def _asked(backend: str | None) -> str | None:
-    """The backend that the caller, ``ops.use`` or the environment names; kernels of other ops say nothing here."""
+    """The backend that the caller, ``ops.use`` or the environment names; names of other ops' kernels are ignored."""
     if backend is not None:
         _check.one_of(backend, "backend", NAMES)
         return backend
@@ -186,7 +186,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if all(fixed(n) for t in (q, k, v) for n in (*t.shape, *t.stride())):
             return _run(_known(*_kind(q, k, v)), q, k, v, scale)
         return _run(DEFAULT, q, k, v, scale)
-    tracing = torch._C._get_tracing_state() is not None  # to whom sizes are tensors
+    tracing = torch._C._get_tracing_state() is not None  # torch.jit.trace, in which sizes are tensors
     if tracing or type(q.data) is not Tensor or q.device.type not in ("cpu", "cuda"):
         return _run(DEFAULT, q, k, v, scale)
     kind = _kind(q, k, v)
@@ -208,8 +208,8 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _pass_by(key: str, known: dict[str, Any], q: Tensor, error: Exception) -> None:
-    """Have calls of this kind go to the next backend, where the fastest refuses what it took when it was measured (in
-    another version, say); else raise."""
+    """Send calls of this kind to the next backend if the fastest refuses a call that it accepted when it was measured
+    (for example in another version); else raise."""
     name = known["backend"]
     if _failures.is_final(error):
         raise DeviceError(f"attention: backend {name!r} met an error of this or an earlier call: {error}") from error
@@ -229,20 +229,20 @@ def _pass_by(key: str, known: dict[str, Any], q: Tensor, error: Exception) -> No
 
 @constant
 def _known(*kind: Any) -> str:
-    """The fastest of torch's backends, as others' kernels cannot be traced; called with constants while compiling."""
+    """The fastest of torch's backends (other kernels cannot be traced); called with constants during compilation."""
     known = table.found(_key(*kind)) or {"ms": {}}
     ms = {name: time for name, time in known["ms"].items() if name in backends.TORCH}
     return min(ms, key=ms.__getitem__, default=DEFAULT)
 
 
 def _may_measure(q: Tensor, k: Tensor) -> bool:
-    """Not while a graph is captured, nor under a mode that watches every operation, nor for nothing."""
+    """False during graph capture, under a dispatch mode that records every operation, and for empty tensors."""
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     return q.numel() > 0 and k.numel() > 0 and not capturing and _get_current_dispatch_mode() is None
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """What tells one kind of a call from another, as constants: the arguments of ``_key``."""
+    """What distinguishes the kinds of calls, as constants: the arguments of ``_key``."""
     packed = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
     strides = None if packed else (q.stride(), k.stride(), v.stride())
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -250,7 +250,7 @@ def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
 
 
 def _key(device: torch.device, *kind: Any) -> str:
-    """The kind of a call: device, versions, who may be chosen, shape, layout, dtype, direction."""
+    """The kind of a call: device, versions, candidates, shape, layout, dtype, with or without backward."""
     names = tuple(backends.candidates(device.type))
     return _named(device, torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), names, *kind)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who computes attention here: torch's backends, xformers and FlashAttention 3 where they are installed.
+"""The backends of attention: torch's, and xformers and FlashAttention 3 if they are installed.
 
-Each takes and gives [B, N, H, D] and is differentiable by its own backward.
+Inputs and outputs are [B, N, H, D]; each backend has its own backward.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def _always(device: str) -> str | None:
 
 @dataclass(frozen=True)
 class Backend:
-    """``available`` says why this installation cannot run it on a type of device, ``deterministic`` whether its
-    backward gives the same bits on every run in torch's deterministic mode as it is set now."""
+    """``available`` returns why this installation cannot run it on a type of device (None: it can), ``deterministic``
+    whether its backward gives the same bits in every run under torch's current deterministic mode."""
 
     name: str
     devices: tuple[str, ...]
@@ -50,13 +50,13 @@ TORCH = {
 
 def _sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    # torch's switches are left alone where it would choose so itself: to set them takes as long as a small kernel.
+    # No switch is set if torch would choose this backend itself: setting one takes as long as a small kernel.
     chosen = quiet() and torch._fused_sdp_choice(q, k, v, scale=scale) == TORCH[name].value
     return sdpa(q, k, v, scale=scale, backends=() if chosen else [TORCH[name]]).transpose(1, 2)
 
 
 def default(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The backend that torch itself chooses, in its deterministic mode of those that may be chosen then."""
+    """The backend that torch itself chooses; in its deterministic mode, among the deterministic ones."""
     allowed: list[SDPBackend] = []
     if torch.are_deterministic_algorithms_enabled():
         allowed = [TORCH[name] for name in candidates(q.device.type) if name in TORCH]
@@ -65,7 +65,7 @@ def default(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _once(out: Tensor) -> Tensor:
-    """The result of others' kernels, whose backwards torch would take for constants if differentiated themselves."""
+    """Refuse second derivatives of a result of other libraries: torch would treat their backwards as constants."""
 
     def refuse(grad: Tensor) -> None:
         if is_differentiated():
@@ -87,7 +87,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _fa3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     flash = importlib.import_module("flash_attn_interface").flash_attn_func
     given = flash(q, k, v, softmax_scale=scale, deterministic=torch.are_deterministic_algorithms_enabled())
-    out: Tensor = given[0] if isinstance(given, tuple) else given  # older versions give the log-sum-exp too
+    out: Tensor = given[0] if isinstance(given, tuple) else given  # older versions also return the log-sum-exp
     return _once(out)
 
 
@@ -102,7 +102,7 @@ def _installed(module: str, device: str) -> str | None:
 
 @functools.cache
 def _xformers_unbuilt() -> str | None:
-    """xformers is imported without its kernels too, where they were built for another torch or not for CUDA."""
+    """Why xformers has no kernels: it can be imported even if they were built for another torch or not for CUDA."""
     try:
         library = importlib.import_module("xformers._cpp_lib")
     except Exception as error:
@@ -125,8 +125,8 @@ def _fa3_here(device: str) -> str | None:
 
 
 def _switched(device: str) -> bool:
-    """Torch's flash and efficient backwards have a deterministic form, which they take where the mode is not merely to
-    warn."""
+    """Torch's flash and efficient backwards are deterministic if the deterministic mode is on and is not
+    ``warn_only``."""
     return device == "cpu" or not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
@@ -134,7 +134,7 @@ def _never(device: str) -> bool:
     return False
 
 
-# In torch's own order of preference, then the others: what is taken where nothing may be measured.
+# The order of preference if nothing may be measured: torch's own order, then the other libraries.
 BACKENDS = {
     b.name: b
     for b in (

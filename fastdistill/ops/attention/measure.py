@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures the backends for one kind of call: first a correctness gate, then the time, in turns.
+"""Measures the backends for one kind of call: first a check of correctness, then the time, in alternation.
 
-The gate is the house's rule of equality: error against float64 at most 2x (gradients 3x) that of the same-precision
-eager code, or 4 eps of the largest magnitude. It is computed for a few queries of two samples' outer heads, whose
-gradient alone is not zero, so that it costs little memory at any size.
+The check uses this project's tolerance: the error against float64 is at most 2x (gradients 3x) that of eager code in
+the same precision, or 4 eps of the largest magnitude. It covers a few queries of the outer heads of two samples. Only
+these have a nonzero output gradient, so the check needs little memory at any size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fastdistill.ops import _failures
 from fastdistill.ops.attention import reference
 from fastdistill.ops.attention.backends import BACKENDS
 
-QUERIES = 32  # of the gate, at either end
-ROUNDS, SECONDS = 5, 0.05  # of the timing: at least and at most, a backend
+QUERIES = 32  # that are checked at either end
+ROUNDS, SECONDS = 5, 0.05  # of timing: at least so many rounds, then until so many seconds per backend are over
 
 
 def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, backward: bool, names: list[str]) -> dict[str, Any]:
@@ -48,9 +48,9 @@ def measure(q: Tensor, k: Tensor, v: Tensor, scale: float, backward: bool, names
 
 @contextlib.contextmanager
 def _unseen() -> Iterator[None]:
-    """What is saved for a backward inside is the measurement's own: gradient checkpointing around the caller, say,
-    counts and keeps nothing of it."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # nobody has any
+    """Hide the measurement's saved tensors from the caller's hooks, for example those of gradient checkpointing,
+    which would count and keep them."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]  # no hooks allowed
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
@@ -58,9 +58,9 @@ def _unseen() -> Iterator[None]:
 
 
 def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Random numbers of the caller's own generator, laid out like ``tensor``; the global ones are not touched."""
+    """Random numbers from ``generator`` (not from the global one), with the layout of ``tensor``."""
     steps = tensor.stride()
-    once = [1 if step == 0 else size for size, step in zip(tensor.shape, steps, strict=True)]  # of what is expanded
+    once = [1 if step == 0 else size for size, step in zip(tensor.shape, steps, strict=True)]  # expanded dimensions
     made = torch.empty_strided(once, steps, dtype=tensor.dtype, device=tensor.device)
     return made.copy_(torch.randn(once, generator=generator, device=tensor.device)).expand(tensor.shape)
 
@@ -86,7 +86,7 @@ def _time(name: str, inputs: tuple[Tensor, ...], scale: float, cotangent: Tensor
 
 
 class _Gate:
-    """The truth and the eager result for a part of the call."""
+    """The float64 result and the eager result for a part of the call."""
 
     def __init__(self, inputs: tuple[Tensor, ...], scale: float, cotangent: Tensor | None) -> None:
         self._inputs, self._scale = inputs, scale
@@ -116,7 +116,7 @@ class _Gate:
         try:
             results = _run(name, self._inputs, self._scale, self._cotangent)
             again = _run(name, self._inputs, self._scale, self._cotangent)
-        except Exception as error:  # a backend refuses a call in its own ways
+        except Exception as error:  # each backend refuses calls with errors of its own
             if _failures.is_final(error):
                 raise DeviceError(f"attention: backend {name!r}, while it was measured: {error}") from error
             return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

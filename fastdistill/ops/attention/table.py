@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured: for each kind of call the fastest backend, in memory and in one small file of the user's cache.
+"""Stored measurements: for each kind of call the fastest backend, in memory and in one small file of the user's cache.
 
     {"schema": 1, "calls": {"<kind of call>": {"backend": "cudnn", "ms": {"cudnn": 0.41}, "refused": {"fa3": "why"}}}}
 
-The file is replaced as a whole; what another process wrote in the meantime is kept.
+The file is replaced as a whole; entries that another process wrote in the meantime are kept.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fastdistill.errors import StorageError
 from fastdistill.schemas import TABLE
 
 NAME = "attention.json"
-measuring = threading.RLock()  # of the threads of a process one measures at a time, and reads or writes the file
+measuring = threading.RLock()  # only one thread of a process at a time measures, or reads or writes the file
 _calls: dict[str, dict[str, Any]] = {}
 _PLACE = ("FASTDISTILL_CACHE", "XDG_CACHE_HOME", "HOME")
-_read: tuple[str | None, ...] | None = None  # the variables that named the file when it was read
+_read: tuple[str | None, ...] | None = None  # the environment variables when the file was read; they determine its path
 
 
 def path() -> Path:
-    """``attention.json`` in FASTDISTILL_CACHE, or in ``fastdistill`` of XDG_CACHE_HOME or ``~/.cache``; where there is
-    no home directory or it cannot be written to, in a folder of the user's among the temporary files."""
+    """``attention.json`` in FASTDISTILL_CACHE, or in ``fastdistill`` of XDG_CACHE_HOME or ``~/.cache``. If there is no
+    home directory or it is not writable, in a folder of the user in the directory for temporary files."""
     return _place()[0] / NAME
 
 
 def _place() -> tuple[Path, str | None]:
-    """The folder, and why it is not that of the user's cache."""
+    """The folder, and the reason if it is not the user's cache."""
     folder = _folder()
     if folder is not None and _can_be_written(folder):
         return folder, None
@@ -52,12 +52,12 @@ def _folder() -> Path | None:
         return located(cache, "XDG_CACHE_HOME") / "fastdistill"
     try:
         return Path.home() / ".cache" / "fastdistill"
-    except RuntimeError:  # no HOME, and no entry of the user's in the password database
+    except RuntimeError:  # no HOME, and the user is not in the password database
         return None
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Makes the folder, which says more than the permissions of those above it."""
+    """Create the folder: this is a better test than the permissions of its parents."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -66,7 +66,7 @@ def _can_be_written(folder: Path) -> bool:
 
 
 def _is_own(folder: Path) -> bool:
-    """Anybody may make a folder of this name among the temporary files."""
+    """Whether the folder belongs to this user: anybody can create a temporary folder of this name."""
     try:
         found = folder.lstat()
     except OSError:
@@ -75,7 +75,7 @@ def _is_own(folder: Path) -> bool:
 
 
 def found(key: str) -> dict[str, Any] | None:
-    """What was measured for this kind of call, here or by an earlier process."""
+    """The measurement of this kind of call, from this or an earlier process; None if there is none."""
     global _read
     place = tuple(map(os.environ.get, _PLACE))
     if _read != place:
@@ -89,10 +89,10 @@ def found(key: str) -> dict[str, Any] | None:
 
 
 def _load_all() -> dict[str, dict[str, Any]]:
-    """Of the cache, also where it can only be read, and of its stand-in."""
+    """All measurements, from the cache (which may be read-only) and from the folder that replaces it."""
     folder = _folder()
     calls = {} if folder is None else _load(folder / NAME)
-    with contextlib.suppress(OSError):  # there may be no temporary files
+    with contextlib.suppress(OSError):  # there may be no directory for temporary files
         stand_in, why = _place()
         if why and _is_own(stand_in):
             calls |= _load(stand_in / NAME)
@@ -100,10 +100,10 @@ def _load_all() -> dict[str, dict[str, Any]]:
 
 
 def _load(file: Path, *, named: bool = False) -> dict[str, dict[str, Any]]:
-    """``named``: a warning was given already where the file is not a table."""
+    """``named``: if the file is not a table, a warning was given already."""
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
-        if held["schema"] != TABLE.version:  # a cache: it is measured again
+        if held["schema"] != TABLE.version:  # only a cache: measure again
             return {}
         calls: dict[str, dict[str, Any]] = held["calls"]
         if not all(isinstance(c["backend"], str) and isinstance(c["ms"], dict) for c in calls.values()):
@@ -119,7 +119,7 @@ def _load(file: Path, *, named: bool = False) -> dict[str, dict[str, Any]]:
 
 
 def remember(key: str, result: dict[str, Any]) -> None:
-    """Keep a measurement, in memory where no file can be written; a warning says where it is not in the cache."""
+    """Store a measurement, in memory if no file can be written; a warning tells if it is not in the cache."""
     from fastdistill.files import atomic_write
 
     with measuring:
@@ -132,7 +132,7 @@ def remember(key: str, result: dict[str, Any]) -> None:
             merged = _load(folder / NAME, named=True) | _calls
             content = {"schema": TABLE.version, "calls": merged}
             atomic_write(folder / NAME, json.dumps(content, indent=1).encode())
-        except OSError as error:  # a StorageError, or no place for temporary files at all
+        except OSError as error:  # a StorageError, or no directory for temporary files
             _warn_once(f"the measured attention backends are not kept: {error}")
             return
         if why:

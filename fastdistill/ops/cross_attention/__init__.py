@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention from many queries to a few keys: an image's tokens to a prompt's, up to 512 of them.
+"""Attention from many queries to a few keys: from the tokens of an image to those of a prompt (at most 512).
 
     out = softmax(scale Q K^T + bias) V
 
-General attention kernels cut the work of a backward by keys, of which a prompt has 77; this one cuts it by queries.
+General attention kernels divide the work of a backward by keys, and a prompt has only 77; this one divides it by
+queries.
 """
 
 from __future__ import annotations
@@ -75,29 +76,29 @@ def cross_attention(
     rows: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of each sample's queries to its keys, heads apart.
+    """Attention of each sample's queries to its keys, for each head.
 
     Args:
-        q: [B, N, H, D], or [B, N, H * D] with ``heads``, as a projection gives it; float32, bfloat16 or float16, any
-            strides (a head's elements are copied together where they are not).
-        k, v: [R, L, H, D] or [R, L, H * D] of the same dtype; R is B unless ``rows`` is given. No keys give zeros. The
-            kernels take L up to 512 and D up to 256; beyond, and on a CPU, torch's own attention runs.
+        q: [B, N, H, D], or [B, N, H * D] with ``heads`` (the output of a projection); float32, bfloat16 or float16, any
+            strides (copied if the elements of a head are not contiguous).
+        k, v: [R, L, H, D] or [R, L, H * D] of the same dtype; R is B unless ``rows`` is given. With L = 0 the output is
+            0. The kernels support L up to 512 and D up to 256; beyond, and on a CPU, torch's own attention runs.
         heads: H, if the tensors have three dimensions.
         mask: [B, L], without gradient: bool, True for the keys to keep, or a float bias that is added to the scores in
-            float32 (-inf leaves a key out). A sample whose keys are all left out gives zeros, and no gradient.
-        rows: int64 [B], the row of ``k`` and ``v`` that each sample takes, in [0, R); on a GPU and in a compiled
-            function, where nothing is read back, a sample of another row is NaN. Rows may be shared: a prompt that a
-            whole batch has in common is projected once. Their gradient is the sum.
-        scale: of the scores before the bias; None: 1 / sqrt(D).
+            float32 (-inf masks a key). If all keys of a sample are masked, its output and gradients are 0.
+        rows: int64 [B], the row of ``k`` and ``v`` for each sample, in [0, R). Samples may share a row, so that a
+            prompt of the whole batch is projected once; the gradient of the row is the sum. On a GPU and in a
+            compiled function the values are not checked: a sample with a row outside [0, R) gives NaN.
+        scale: factor of the scores before the bias; None: 1 / sqrt(D).
 
     Returns:
-        A tensor of q's shape and dtype, contiguous if a kernel of this library made it. The kernels accumulate in
-        float32 and give the same bits on every run; they keep nothing for the backward but their inputs, and a second
-        derivative (``create_graph=True``) is the eager reference's. Torch's attention has one on some devices, and
-        refuses it on others.
+        A tensor of q's shape and dtype, contiguous if a kernel of this library computed it. The kernels accumulate in
+        float32, give the same bits in every run, and save only their inputs for the backward. Their second derivative
+        (``create_graph=True``) is that of the eager reference. Torch's attention has a second derivative on some
+        devices and refuses it on others.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit, or a row that is not there.
+        InputError: the shapes, dtypes or devices do not match, or a row is out of range.
     """
     _check.tensors(q=q, k=k, v=v)
     flat = q.dim() == 3
@@ -132,7 +133,7 @@ def _has_triton() -> bool:
 
 
 def _failed(q: Tensor, k: Tensor) -> bool:
-    """Whether a kernel could not be compiled for heads and keys like these, so that torch's attention is the next."""
+    """Whether a kernel could not be compiled for such heads and keys, so that torch's attention runs instead."""
     if torch.compiler.is_compiling():
         return False
     kinds = [kind for op in (_cross_attention, _cross_attention_backward) for _, kind in list(op.failures)]
@@ -182,7 +183,7 @@ def _by_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Te
 
 
 class _CrossAttention(torch.autograd.Function):
-    """The backward makes the softmax again from Q and K, which costs less than to keep it or its statistics."""
+    """The backward recomputes the softmax from Q and K, which costs less than storing it or its statistics."""
 
     @staticmethod
     def forward(

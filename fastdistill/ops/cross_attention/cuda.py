@@ -9,13 +9,13 @@ from torch import Tensor
 from fastdistill.ops import _native
 from fastdistill.ops._dispatch import forced
 
-#: By head dim the fewest keys that it takes, and the most: below, Triton's tiles fit as well.
+#: For each head dim the minimum and maximum number of keys. For fewer keys Triton's tiles fit as well.
 KEYS = {40: (65, 80), 64: (65, 80), 72: (65, 120), 80: (65, 80), 160: (1, 80)}
-#: Head dims of blocks of one warpgroup, two a multiprocessor (the others have two, and it has one): Triton's kernel was
-#: faster on an H200 than two warpgroups, and one is unmeasured, so these run when they are asked for.
+#: Head dims for which a block has one warpgroup, and a multiprocessor two blocks (otherwise two, and one block). On an
+#: H200 two warpgroups were slower than Triton; one has not been measured. So these run only if ``use`` selects them.
 SMALL = 40, 64
-MULTIPROCESSORS = 132  # of the largest GPU; a constant, as sums are cut by it
-_ALIGNED = 8  # elements of 16 bytes
+MULTIPROCESSORS = 132  # of the largest GPU; a constant, because the chunks of sums depend on it
+_ALIGNED = 8  # elements in 16 bytes
 
 
 def reason() -> str | None:
@@ -55,8 +55,8 @@ def refuse(
 
 
 def chunks_of(B: int, N: int, H: int, D: int) -> tuple[int, int]:
-    """Queries of a chunk, and chunks of a sample, by which a GPU is full for the least time: that of a block's tiles,
-    and of two more for K, V and its sums."""
+    """Queries per chunk, and chunks per sample, with the least estimated time on the whole GPU. A block's time is that
+    of its tiles plus two more for K, V and its sums."""
     queries, blocks = (64, 2 * MULTIPROCESSORS) if D in SMALL else (128, MULTIPROCESSORS)
     tiles, heads = -(-N // queries), B * H
     counts = range(1, min(tiles, blocks) + 1)
@@ -69,8 +69,8 @@ def cross_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, grad_out: Tensor,
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
 ) -> None:  # fmt: skip
-    """One launch, and one that adds where K and V have several chunks or samples a row; arguments as the
-    reference's."""
+    """One launch, and one that adds partial sums if a row of K and V has several chunks or samples; arguments as in
+    the reference."""
     (B, N, H, D), (R, L) = q.shape, k.shape[:2]
     span, chunks = chunks_of(B, N, H, D)
     partial = chunks > 1 or rows is not None

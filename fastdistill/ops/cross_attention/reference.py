@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-attention in eager torch: the specification of the op's kernels, and torch's own attention with its autograd.
 
-S = scale Q K^T + bias,  P = softmax(S) over the keys (0 where every key is left out),  out = P V
+S = scale Q K^T + bias,  P = softmax(S) over the keys (0 if all keys are masked),  out = P V
 dV = P^T dO,  dP = dO V^T,  dS = P (dP - sum_j P_j dP_j),  dQ = scale dS K,  dK = scale dS^T Q
 """
 
@@ -30,7 +30,7 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, out: Tensor
 ) -> None:
-    """Fill ``out``, with NaN where a row is not one of k's; in float32."""
+    """Fill ``out``, with NaN for samples whose row is out of range; computed in float32."""
     k, v = taken(k, rows), taken(v, rows)
     out.copy_(torch.einsum("bhnl,blhd->bnhd", _weights(q, k, mask, scale), v.float()))
 
@@ -47,7 +47,7 @@ def cross_attention_backward(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    """Fill ``grad_q``, and ``grad_k`` and ``grad_v``, where they are not empty; in float32."""
+    """Fill ``grad_q``, and ``grad_k`` and ``grad_v``, unless they are empty; computed in float32."""
     count = len(k)
     k, v = taken(k, rows), taken(v, rows)
     p, g = _weights(q, k, mask, scale), grad_out.float()
@@ -58,14 +58,14 @@ def cross_attention_backward(
     if grad_k.numel():
         for grad, weights, of in ((grad_k, s, q.float()), (grad_v, p, g)):
             samples = torch.einsum("bhnl,bnhd->blhd", weights, of)
-            if rows is not None:  # a matrix product, as torch's scattered sums have no fixed order on a GPU
+            if rows is not None:  # a matrix product, because torch's scatter adds in no fixed order on a GPU
                 owner = torch.arange(count, device=rows.device)[:, None] == rows
                 samples = (owner.float() @ samples.flatten(1)).view(grad.shape)
             grad.copy_(samples)
 
 
 def taken(bank: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of K or V, NaN for those that are not there; None: all of them."""
+    """The rows of K or V, NaN for rows out of range; None: all of them."""
     if rows is None:
         return bank
     there = (rows >= 0) & (rows < len(bank))
@@ -73,11 +73,11 @@ def taken(bank: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float) -> Tensor:
-    """The same by ``scaled_dot_product_attention``, differentiable by torch's own autograd."""
+    """The same with ``scaled_dot_product_attention``, differentiable by torch's own autograd."""
     k, v = taken(k, rows), taken(v, rows)
     kept, dtype = None, q.dtype
     backends: tuple[SDPBackend, ...] = ()
-    if mask is not None:  # a row without keys would be NaN in some backends: it attends to all, and is zeroed after
+    if mask is not None:  # without keys some backends give NaN: such a row attends to all keys, and is set to 0 after
         left_out = ~mask if mask.dtype == torch.bool else mask == -torch.inf
         kept = ~left_out.all(1, keepdim=True)
         if mask.dtype == torch.bool:
@@ -85,9 +85,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | 
         else:  # in float32: in half precision a large finite bias is -inf
             mask = torch.where(kept, mask, 0.0).float()
             q, k, v = q.float(), k.float(), v.float()
-            if wanted((q, k, v)):  # fused backwards lose the logarithm of a sum beside such a bias
+            if wanted((q, k, v)):  # fused backwards are inaccurate with a large bias
                 backends = (SDPBackend.MATH,)
         mask = mask[:, None, None, :]
     out = sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask, scale=scale, backends=backends)
-    out = out.transpose(1, 2).contiguous().to(dtype)  # which it is already where a fused kernel made it
+    out = out.transpose(1, 2).contiguous().to(dtype)  # no copy after a fused kernel
     return out if kept is None else torch.where(kept[:, :, None, None], out, 0.0)

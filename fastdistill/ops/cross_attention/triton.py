@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-attention in Triton: all keys of a sample on chip, the softmax in one pass, nothing kept for the backward.
+"""Cross-attention in Triton: all keys of a sample on chip, the softmax in one pass, nothing saved for the backward.
 
-A tile's side is cut into at most two powers of two (77 keys = 64 + 16, 40 dimensions = 32 + 16), so that little is
-computed for nothing and no memory is padded. Keys that do not fit at once are taken by ``triton_long``.
+A tile's side is split into at most two powers of two (77 keys = 64 + 16, 40 dimensions = 32 + 16): so there is little
+wasted computation, and no memory is padded. ``triton_long`` handles keys that do not fit on chip at once.
 
-Grid      a head a chunk of queries a sample, heads fastest, as they share cache lines; the sum: 1024 elements of a row
-Traffic   forward: q read, out written; backward: q and grad_out read, grad_q written, once each; K and V once a chunk;
-          gradients of K and V: an fp32 partial sum a chunk, written and read once (none where one chunk is all)
+Grid      one program per head, chunk of queries and sample, heads fastest because they share cache lines; the sum: one
+          program per 1024 elements of a row
+Traffic   forward: q read, out written; backward: q and grad_out read, grad_q written, once each; K, V once per chunk;
+          gradients of K and V: one fp32 partial sum per chunk, written and read once (none if there is one chunk)
 Precision scores, softmax and sums in fp32; weights rounded to the dtype for the products; fp32 products exact (no TF32)
-Limits    1..512 keys, head dim 1..256, any strides where a head's elements are contiguous (else one copy); 64-bit
-          offsets; chunks depend on the shape, whether there is a mask, and the alignment, and are added in order, over
-          samples too: the same bits every run
+Limits    1..512 keys, head dim 1..256, any strides if a head's elements are contiguous (else one copy); 64-bit offsets;
+          chunks depend on shape, presence of a mask, and alignment. Partial sums are added in order: the same bits
 """
 
 # ruff: noqa: RUF005 (Triton has no unpacking)
@@ -48,8 +48,8 @@ from fastdistill.ops.cross_attention.triton_tiles import (
 )
 
 LOG2E = 1.4426950408889634
-PROGRAMS = 512  # wanted: several for each multiprocessor of a large GPU
-ADDED = 1024  # elements of a row that a program of the sum takes
+PROGRAMS = 512  # at least, if possible: several for each multiprocessor of a large GPU
+ADDED = 1024  # elements of a row per program of the sum
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _keys_and_values(
 
 @triton.jit
 def _softmax(x, keys, biases, scale, M: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr):
-    """exp2(scores - their maximum) of each piece of the keys, and one over their sum."""
+    """exp2(scores - their maximum) for each piece of the keys, and 1 / their sum."""
     scores = ()
     top = tl.full((M,), float("-inf"), tl.float32)
     for i in tl.static_range(len(KEYS)):
@@ -121,7 +121,7 @@ def _cross_attention_backward(
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """With P the softmax and dP = dO V^T: dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q,
-    dV = P^T dO. Keys are rows here, so that P^T and dS^T are where the products over queries want them."""
+    dV = P^T dO. Keys are rows here, so that P^T and dS^T have the layout for the products over queries."""
     h, chunk, b, row, scale = place(rows, R, scale, H, chunks, ROWS)
     q += start(q_strides, b, h, UNIT)
     grad_out += start(g_strides, b, h, UNIT)
@@ -161,8 +161,8 @@ def _cross_attention_backward_rows(
     M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, GRAD_KV: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The backward with queries as rows: a warp has whole rows, whose sums cost a few shuffles. dK and dV are summed as
-    their transposes, for which tensor cores read Q and dO transposed from shared memory, as Hopper's can."""
+    """The backward with queries as rows: a warp has whole rows, so a row sum needs only a few shuffles. The transposes
+    of dK and dV are accumulated; Hopper's tensor cores can read Q and dO transposed from shared memory for this."""
     h, chunk, b, row, scale = place(rows, R, scale, H, chunks, ROWS)
     q += start(q_strides, b, h, UNIT)
     grad_out += start(g_strides, b, h, UNIT)
@@ -180,7 +180,7 @@ def _cross_attention_backward_rows(
         g = get(grad_out, query, N, g_strides[1], D, DIMS, UNIT)
         weights, share = _softmax(x, keys, biases, scale, M, KEYS, DIMS)
         weights = times(weights, share[:, None], KEYS)
-        if GRAD_KV:  # before dP is there, which takes as many registers as the weights
+        if GRAD_KV:  # before dP is computed, which needs as many registers as the weights
             value_sums = add_across(value_sums, g, rounded(weights, q, KEYS), DIMS, KEYS)
         products, changes = (), ()
         delta = tl.zeros((M,), tl.float32)
@@ -197,7 +197,7 @@ def _cross_attention_backward_rows(
             sums = zeros(M, DIMS)
             for i in tl.static_range(len(KEYS)):
                 sums = add_product(sums, changes[i], keys[i], DIMS)
-            query = begin | tl.arange(0, M)  # again: kept from the loads it takes registers
+            query = begin | tl.arange(0, M)  # recomputed: keeping it would need registers
             put(grad_q, query, N, dq_strides[1], sums, factor, D, DIMS, UNIT)
     if GRAD_KV:
         slot = ((b * chunks + chunk) * L * H + h) * D
@@ -209,7 +209,7 @@ def _cross_attention_backward_rows(
 def _cross_attention_add(
     partials, grad_k, grad_v, rows, samples, chunks, size, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row's gradient of K or V: its samples' chunks in order."""
+    """The gradient of one row of K or V: adds the chunks of its samples in order."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
@@ -230,8 +230,8 @@ def _cross_attention_add(
 
 
 class _Plan(NamedTuple):
-    """How a call is cut: pieces of the head dim; pieces of the keys, or one block of them that is taken in a loop;
-    queries of a tile; warps; tiles of queries in shared memory; whether the backward has queries as rows."""
+    """Tiling of a call: pieces of the head dim; pieces of the keys, or the block size of a loop over them; queries per
+    tile; warps; tiles of queries in shared memory; whether the backward has queries as rows."""
 
     dims: tuple[int, ...]
     keys: tuple[int, ...]
@@ -243,7 +243,7 @@ class _Plan(NamedTuple):
 
 
 def pieces(n: int) -> tuple[int, ...]:
-    """At most two powers of two, none below 16, of the least sum that covers n; the larger first."""
+    """At most two powers of two (each at least 16) with the smallest sum that is >= n; the larger first."""
     one = max(16, triton.next_power_of_2(n))
     rest = max(16, triton.next_power_of_2(n - one // 2))
     return (one // 2, rest) if one > 16 and one // 2 + rest < one else (one,)
@@ -252,11 +252,11 @@ def pieces(n: int) -> tuple[int, ...]:
 def _plan(
     L: int, D: int, dtype: torch.dtype, capability: int, backward: bool = False, masked: bool = False, unit: int = 8
 ) -> _Plan:  # fmt: skip
-    """The largest tiles that leave registers over (``make kernels-report``), by the GPU's major compute capability.
+    """The largest tiles without register spills (``make kernels-report``), for the GPU's major compute capability.
 
-    Where products read their operands from shared memory (9, 10) tiles are larger; elsewhere warps hold copies. On
-    Hopper (9) several blocks of four warps are better than one of eight, as each waits for its own products only; a
-    backward with queries as rows needs registers that a mask (more than 64 keys) or narrow accesses would take.
+    If products read their operands from shared memory (9, 10), tiles are larger; otherwise warps hold copies. On Hopper
+    (9) several blocks of four warps are better than one of eight, because each waits only for its own products. With a
+    mask (more than 64 keys) or narrow accesses, registers do not suffice for a backward with queries as rows.
     """
     dims, shared = pieces(D), capability in (9, 10)
     wide = sum(dims)
@@ -274,12 +274,12 @@ def _plan(
     if capability == 9 and unit == 8:
         keys, one = pieces(L), max(16, triton.next_power_of_2(L))
         if D <= 64 and sum(keys) <= (64 if masked else 80):
-            return _Plan((64,), keys, False, 64, 4, 3, True)  # a transposed product has 64 rows at least
+            return _Plan((64,), keys, False, 64, 4, 3, True)  # a transposed product has at least 64 rows
         if D <= 64 and sum(keys) <= 96:
             return _Plan((64,), keys, False, 128, 8, 3, True)
         if 64 < D <= 128 and one <= 64:
             return _Plan((128,), (one,), False, 128, 8, 2, True)
-    if L <= 128 and wide <= (96 if shared else 64):  # fewer rows of keys would be copies in several warps
+    if L <= 128 and wide <= (96 if shared else 64):  # with fewer rows of keys several warps hold copies
         return _Plan(dims, (128,), False, 64 if shared else 32, 8)
     if shared and wide <= 160:
         return _Plan(dims, (128 if wide <= 96 else 64,), True, 64, 8)
@@ -289,7 +289,7 @@ def _plan(
 
 
 def _unit(D: int, *tensors: Tensor) -> int:
-    """Elements of the widest access, at most 16 bytes, of which every stride and the head dim are multiples."""
+    """Elements of the widest access (at most 16 bytes) that divides every stride and the head dim."""
     unit = 16 // tensors[0].itemsize
     while any(n % unit for n in (D, *(s for t in tensors for s in t.stride()[:3]))):
         unit //= 2
@@ -305,7 +305,7 @@ def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
 
 
 def _spans(B: int, N: int, H: int, M: int) -> tuple[int, int]:
-    """Queries of a chunk and chunks of a sample: of the shape and the plan, as sums are cut by them."""
+    """Queries per chunk and chunks per sample. They depend only on shape and plan, because they determine the sums."""
     tiles = triton.cdiv(N, M)
     span = max(1, min(tiles, B * H * tiles // PROGRAMS)) * M
     return span, triton.cdiv(N, span)
@@ -319,7 +319,7 @@ def _masking(mask: Tensor | None, rows: Tensor | None, q: Tensor) -> tuple[Tenso
 def cross_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, out: Tensor
 ) -> None:
-    """One launch; arguments as the reference's."""
+    """One launch; arguments as in the reference."""
     (B, N, H, D), L = q.shape, k.shape[1]
     if not q.numel():
         return
@@ -341,8 +341,8 @@ def cross_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, grad_out: Tensor,
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
 ) -> None:  # fmt: skip
-    """One launch, and one that adds where K and V have several chunks or samples a row; arguments as the
-    reference's."""
+    """One launch, and one that adds partial sums if a row of K and V has several chunks or samples; arguments as in
+    the reference."""
     (B, N, H, D), (R, L) = q.shape, k.shape[:2]
     of_q, of_kv = grad_q.numel() > 0, grad_k.numel() > 0
     if not q.numel():

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-attention in Triton for keys that do not fit on chip at once: a loop over blocks of them.
+"""Cross-attention in Triton for keys that do not fit on chip at once: a loop over blocks of keys.
 
-Grid      forward, gradient of Q: a head a tile of queries a sample; gradients of K and V: a head a block of keys a
-          chunk of queries a sample
-Traffic   as where they fit, and K and V once a tile of queries (from L2), q and grad_out once more a block of keys
-Precision as where they fit; the softmax is rescaled as its maximum grows; a forward in fp32 adds what pieces of 16
-          dimensions or keys give apart, as the errors of one long chain of additions would add up
-Limits    as where they fit
+Grid      forward and gradient of Q: one program per head, tile of queries and sample; gradients of K and V: one per
+          head, block of keys, chunk of queries and sample
+Traffic   as in ``triton``, plus K and V once per tile of queries (from L2), and q and grad_out once per block of keys
+Precision as in ``triton``; the softmax is rescaled when its maximum grows; a forward in fp32 adds partial sums over 16
+          dimensions or keys, because the errors of one long chain of additions would accumulate
+Limits    as in ``triton``
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def cross_attention_forward_long(
         top = higher
     share = inverse(total)
     if q.dtype.element_ty == tl.float32:
-        share = tl.fma(share, tl.fma(-total, share, tl.full((M,), 1.0, tl.float32)), share)  # division errs by two ulp
+        share = tl.fma(share, tl.fma(-total, share, tl.full((M,), 1.0, tl.float32)), share)  # division errs by 2 ulp
     put(
         out + start(out_strides, b, h, UNIT), query, N, out_strides[1], sums, share[:, None], D, DIMS, UNIT
     )  # fmt: skip
@@ -78,8 +78,8 @@ def cross_attention_backward_long_q(
     q_strides, k_strides, v_strides, g_strides, dq_strides, D: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr,
     M: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, GRAD_Q: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """For each query the maximum of its scores, one over the sum of its weights (their logarithm would be lost in a
-    large maximum) and delta = sum_j P_j dP_j, kept for K and V; then its gradient."""
+    """For each query, stored for K and V: the maximum of its scores, 1 / the sum of its weights (added to a large
+    maximum, its logarithm would be lost to rounding) and delta = sum_j P_j dP_j. Then its gradient."""
     h, tile, b, row, scale = place(rows, R, scale, H, tiles, ROWS)
     k += start(k_strides, row, h, UNIT)
     v += start(v_strides, row, h, UNIT)
@@ -114,7 +114,7 @@ def cross_attention_backward_long_q(
             w = tl.exp2(product(x, keys, DIMS) * scale + key_bias(mask, at, L, MASK)[None, :] - top[:, None])
             p = product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS)
             sums = add_product(sums, (w * (p - delta[:, None])).to(q.dtype.element_ty), keys, DIMS)
-        tl.debug_barrier()  # read again: in the loop it would be one register too many
+        tl.debug_barrier()  # load it again: keeping it over the loop would need one register too many
         share = factor * tl.load(kept + 1, mask=query < N, other=0.0)[:, None]
         put(grad_q + start(dq_strides, b, h, UNIT), query, N, dq_strides[1], sums, share, D, DIMS, UNIT)
 
@@ -142,7 +142,7 @@ def cross_attention_backward_long_kv(
         g = get(grad_out, query, N, g_strides[1], D, DIMS, UNIT)
         delta = tl.load(statistics + query * 3 + 2, mask=query < N, other=0.0)
         s = product(values, g, DIMS) - delta[None, :]
-        top = tl.load(statistics + query * 3, mask=query < N, other=float("inf"))  # no weights, whatever the mask adds
+        top = tl.load(statistics + query * 3, mask=query < N, other=float("inf"))  # weight 0 with any mask
         w = tl.exp2(product(keys, x, DIMS) * scale + bias[:, None] - top[None, :])
         w *= tl.load(statistics + query * 3 + 1, mask=query < N, other=0.0)[None, :]
         value_sums = add_product(value_sums, w.to(q.dtype.element_ty), g, DIMS)

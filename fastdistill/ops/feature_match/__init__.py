@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The feature loss of all taps of a step in one launch, its gradient in the same pass.
+"""The feature loss of all taps of a step in one launch, with its gradient in the same pass.
 
     loss = sum_l weight_l * distance(student_l, teacher_l)
 
@@ -53,8 +53,8 @@ TAPS = "a list of tensors, one a tap"
 
 
 class FeatureMatch(NamedTuple):
-    """``loss``: 0-dim float32, differentiable with respect to the student. ``taps``: [L] float32, unweighted, for
-    logging."""
+    """``loss``: 0-dim float32, differentiable with respect to the student. ``taps``: [L] float32, the unweighted loss
+    of each tap, for logging."""
 
     loss: Tensor
     taps: Tensor
@@ -72,7 +72,7 @@ def feature_match(
     grads: Sequence[Tensor] | None = None,
     overwrite_teacher: bool = False,
 ) -> FeatureMatch:
-    """Match a student's features to a frozen teacher's over all taps at once.
+    """Compute the distance of a student's features from those of a frozen teacher, for all taps at once.
 
     Args:
         student: L tensors of any shape (cosine: two dimensions or more), float32, bfloat16 or float16, any dense
@@ -80,26 +80,25 @@ def feature_match(
         teacher: L tensors of the same shapes on the same device, without gradient; dtypes may differ from the
             student's.
         weights: L floats, or a float32 tensor [L] on the device (None: all 1; pass a tensor inside a CUDA graph).
-        distance: ``"mse"``, mean((s - t)^2); ``"normalized_mse"``, the same over mean(t^2) + eps, so that no tap
-            swamps the rest; ``"huber"``, (s - t)^2 / 2 up to a difference of delta and linear beyond
+        distance: ``"mse"``, mean((s - t)^2); ``"normalized_mse"``, the same divided by mean(t^2) + eps, so that no tap
+            dominates the sum; ``"huber"``, (s - t)^2 / 2 up to a difference of delta and linear beyond
             (``torch.nn.functional.huber_loss``); or ``"cosine"``, the mean over samples (the first dimension) of
             1 - s.t / (max(|s|, eps) max(|t|, eps)), ``torch.nn.functional.cosine_similarity`` with all of a sample's
             features as one vector. To compare tokens one by one, make them samples: ``tokens.flatten(0, 1)``.
-        eps: > 0 for cosine. A student's sample shorter than that has the gradient -t / (eps max(|t|, eps)), that of
-            the formula (torch's own has another term there); a zero teacher gives none.
-        delta: > 0, of huber.
+        eps: > 0 for cosine. If the norm of a student's sample is below eps, its gradient is -t / (eps max(|t|, eps)),
+            which follows from the formula (torch's own has another term); it is 0 if the teacher is 0.
+        delta: > 0, for huber.
         grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before
             ``backward``. The gradient is stored already multiplied by it, so that float16 gradients do not underflow.
             None: 1.
-        grads: L buffers like ``student`` to write the gradient into, so that a training step can reuse them; they are
-            handed to autograd by ``backward``, before which they must not be written to again. ``gradient_buffer``
-            makes one. None: fresh ones.
-        overwrite_teacher: write the gradient over the teacher's features, which saves as much memory as the taps take;
-            they are gone after the call. Each must be dense (cosine: sample after sample), of the student's dtype and
-            strides, and share its memory with no other tap.
+        grads: L buffers like ``student`` for the gradient, so that a training step can reuse them. ``backward`` passes
+            them to autograd; do not write to them before. ``gradient_buffer`` creates one. None: new buffers.
+        overwrite_teacher: write the gradient over the teacher's features, which are lost after the call; this saves as
+            much memory as the taps need. Each teacher feature must be dense (cosine: sample after sample), have the
+            student's dtype and strides, and share its memory with no other tap.
 
     Returns:
-        ``FeatureMatch(loss, taps)``; float32 accumulation, the same bits on every run and for any number of threads.
+        ``FeatureMatch(loss, taps)``; accumulated in float32, the same bits in every run and for any number of threads.
 
     Raises:
         InputError: mismatched counts, shapes, devices or dtypes, or a teacher that requires gradient.
@@ -131,7 +130,7 @@ def feature_match(
             raise InputError.of("weights", rule, described(weights)) from None
         _check.shape(factors, "weights", (len(student),), f"one weight a tap ({len(student)},)")
     else:
-        factors = factors.contiguous()  # a kernel once found is not asked about strides again
+        factors = factors.contiguous()  # strides are not checked again after a kernel was chosen
     parameter = delta if distance == "huber" else eps
     if wanted(student):
         if overwrite_teacher:
@@ -146,13 +145,13 @@ def feature_match(
 
 @functools.cache
 def _ones(count: int) -> Tensor:
-    """On the CPU, the weights of who has none; they are never written to."""
+    """Default weights on the CPU; never written to."""
     return torch.ones(count, dtype=torch.float32, device="cpu")
 
 
 def gradient_buffer(student: Tensor, distance: Distance = "mse") -> Tensor:
-    """An empty buffer for ``grads``: strides as the student's where it is dense (cosine: sample after sample), else
-    those of the copy that is made of it."""
+    """An uninitialized buffer for ``grads``. Its strides are those of the student if it is dense (cosine: sample after
+    sample), else those of the student's dense copy."""
     layout = torch.preserve_format if _is_flat(student, distance) else torch.contiguous_format
     return torch.empty_like(student, memory_format=layout, requires_grad=False)
 
@@ -193,7 +192,7 @@ def _checked(tensors: tuple[Any, ...], values: tuple[int, int, int | None, str, 
 
 
 def _check_overwritten(student: list[Tensor], teacher: list[Tensor], distance: str) -> None:
-    """A gradient may take the place of a teacher's feature only where nothing else is lost with it."""
+    """A gradient may overwrite a teacher's feature only if no other data is lost."""
     seen: dict[int, str] = {}
     for i, s in enumerate(student):
         seen[s.untyped_storage()._cdata] = f"student[{i}]"
@@ -210,18 +209,18 @@ def _check_overwritten(student: list[Tensor], teacher: list[Tensor], distance: s
 
 
 def _is_flat(tensor: Tensor, distance: str) -> bool:
-    """Whether a dense tensor's order in memory suits the distance: cosine wants sample after sample."""
+    """Whether the memory order of a dense tensor suits the distance: cosine needs sample after sample."""
     return distance != "cosine" or cpp.is_by_sample(tensor)
 
 
 def _dense(tensor: Tensor, distance: str) -> Tensor:
-    """The tensor itself where its memory has no gaps and no overlap (whatever the order of its dimensions, but see
+    """The tensor itself if its memory has no gaps and no overlap (in any order of the dimensions, but see
     ``_is_flat``), else a dense copy."""
     if not _is_flat(tensor, distance):
         return tensor.contiguous()
     if tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)):
         return tensor
-    twin = torch.empty_like(tensor, device="meta")  # takes over the strides of a dense tensor, and only of one
+    twin = torch.empty_like(tensor, device="meta")  # has the same strides only if the tensor is dense
     return tensor if twin.stride() == tensor.stride() else _laid_out_like(twin, tensor)
 
 
@@ -240,7 +239,7 @@ def _launch(
     parameter: float,
     grads: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Bring each tap's teacher to the dense layout of the student, so that kernels see flat memory, and run the op."""
+    """Copy each tap's teacher to the dense layout of the student, so that kernels see flat memory, and run the op."""
     teacher = [t if t.stride() == s.stride() else _laid_out_like(s, t) for s, t in zip(student, teacher, strict=True)]
     loss, taps = weights.new_empty(()), weights.new_empty(len(student))
     if grad_scale is None:
@@ -253,7 +252,7 @@ _Options = tuple[int, list[Tensor] | None, Tensor, Tensor | None, str, float]
 
 
 class _FeatureMatch(torch.autograd.Function):
-    """The gradient is made in the forward; the backward hands it on, times what the loss was multiplied by since."""
+    """The forward computes the gradient; the backward multiplies it by the incoming gradient of the loss."""
 
     @staticmethod
     def forward(ctx: Any, kind: Kind | None, options: _Options, *features: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def feature_match(
     taps: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    """One parallel loop over all taps; arguments as the reference's."""
+    """One parallel loop over all taps; arguments as in the reference."""
     _native.cpu().feature_match(
         [s.data_ptr() for s in student],
         [t.data_ptr() for t in teacher],
@@ -38,7 +38,7 @@ def feature_match(
 
 
 def samples(student: Sequence[Tensor], distance: int) -> list[int]:
-    """The samples of each tap where the distance tells them apart."""
+    """The number of samples of each tap, for distances per sample (cosine)."""
     return [max(1, s.size(0)) for s in student] if distance == COSINE else []
 
 
@@ -58,7 +58,7 @@ def refuse(
     taps: Tensor,
     grads: Sequence[Tensor],
 ) -> str | None:
-    """Flat memory is what the kernel walks: every tensor of a tap must be dense and laid out like the others."""
+    """The kernel treats memory as flat: the tensors of a tap must be dense and have the same strides."""
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         if s.stride() != t.stride() or (grads and grads[i].stride() != s.stride()):
             return f"student[{i}], teacher[{i}] and its gradient have different strides"
@@ -72,7 +72,7 @@ def refuse(
 
 
 def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """In place; nothing is touched where the factor is 1."""
+    """In place; does nothing if the factor is 1."""
     _native.cpu().scale_gradients(
         [g.data_ptr() for g in grads],
         [g.numel() for g in grads],
@@ -83,7 +83,7 @@ def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def refuse_scale(grads: Sequence[Tensor], factor: Tensor) -> str | None:
-    """The kernel walks flat memory."""
+    """The kernel needs dense tensors."""
     for i, g in enumerate(grads):
         if not _native.is_dense(g):
             return f"grads[{i}] has gaps or overlaps in memory (strides {g.stride()})"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature matching in CUDA: ``csrc/feature_match/cuda.cu``. It takes the calls that the C++ kernel takes."""
+"""Feature matching in CUDA: ``csrc/feature_match/cuda.cu``. It supports the same calls as the C++ kernel."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def feature_match(
     taps: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    """Two launches for every 16 taps (three for normalized_mse with a gradient, four for cosine); arguments as the
-    reference's."""
+    """Two launches per 16 taps (three for normalized_mse with a gradient, four for cosine); arguments as in
+    the reference."""
     sizes, rows = [s.numel() for s in student], samples(student, distance)
     cuda = _native.cuda()
     workspace = torch.empty(cuda.feature_match_workspace(sizes, rows), dtype=torch.float64, device=loss.device)
@@ -42,7 +42,7 @@ def feature_match(
 
 
 def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """In place, one launch for every 16 gradients; nothing is touched where the factor is 1."""
+    """In place, one launch per 16 gradients; does nothing if the factor is 1."""
     _native.cuda().scale_gradients(
         [g.data_ptr() for g in grads],
         [g.numel() for g in grads],

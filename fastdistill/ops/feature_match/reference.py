@@ -52,7 +52,7 @@ def feature_match(
     taps: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    """Fill ``loss`` and ``taps``, and ``grads`` where it is not empty; accumulates in float32."""
+    """Fill ``loss`` and ``taps``, and ``grads`` unless it is empty; accumulates in float32."""
     for tap, (s, t) in enumerate(zip(student, teacher, strict=True)):
         value, gradient = distance_and_gradient(s.float(), t.float(), distance, parameter)
         taps[tap].copy_(value)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feature matching in Triton: all taps in one launch, and one small launch that adds the partial sums in order.
 
-Grid      one program a chunk of one or sixteen steps of 2048 elements, over all taps; the addresses of the taps are
-          kernel arguments, so nothing is copied to the device and a CUDA graph holds them. Chunks of cosine end with
-          their sample, and one program a sample adds its sums
-Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes an element in fp32,
-          6 in bf16); normalized_mse and cosine read twice; 16-byte accesses, unmasked but in a tap's last chunk
-          (cosine: a sample's, and samples of a multiple of 16 elements)
+Grid      one program per chunk of one or sixteen steps of 2048 elements, over all taps; the addresses of the taps are
+          kernel arguments, so nothing is copied to the device and a CUDA graph keeps them. For cosine a chunk ends
+          with its sample, and one program per sample adds the sums
+Traffic   mse and huber with gradient: student + teacher read, gradient written, once (12 bytes per element in fp32,
+          6 in bf16); normalized_mse and cosine read twice; 16-byte accesses, masked only in a tap's last chunk (for
+          cosine in a sample's last chunk, and only if samples have a multiple of 16 elements)
 Precision elements and the sum of a chunk in fp32 (a tree), chunks added in fp64 in their order; gradients rounded once
 Limits    any n >= 0 (64-bit); dense taps of equal strides; TAPS of one pair of dtypes share a launch; samples of cosine
           are blocks of memory, and those below 2048 elements leave lanes idle
@@ -26,8 +26,8 @@ from fastdistill.ops._triton import FUSED, Launch, cdiv, launch_all
 from fastdistill.ops.feature_match import reference
 
 STEP = 2048  # elements that a program holds at once
-CHUNKS = 8192  # more chunks of one step than this, and a program takes sixteen steps: fewer partial sums to add
-TAPS = 16  # of a launch: an address takes 8 bytes of its 4 kilobytes of arguments
+CHUNKS = 8192  # if there are more chunks of one step, a chunk has sixteen steps: fewer partial sums to add
+TAPS = 16  # per launch: an address needs 8 bytes of the 4 kilobytes for arguments
 WARPS = 8
 NORMALIZED: tl.constexpr = tl.constexpr(reference.NORMALIZED_MSE)
 HUBER: tl.constexpr = tl.constexpr(reference.HUBER)
@@ -36,8 +36,8 @@ COSINE: tl.constexpr = tl.constexpr(reference.COSINE)
 
 @triton.jit
 def _tap(chunk, addresses, sizes, samples, COUNT: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
-    """The tap that a chunk belongs to: its address, its number, its samples; the chunk's sample (of all taps'), first
-    element, and how many the sample has from there."""
+    """The tap of a chunk: its address, its index, its samples; and the chunk's sample (counted over all taps), first
+    element, and number of elements from there to the end of the sample."""
     first = tl.full((), 0, tl.int64)
     address, size, count, tap, start, before, sample = first, first, first, first, first, first, first
     for i in tl.static_range(COUNT):
@@ -65,7 +65,7 @@ def _tap(chunk, addresses, sizes, samples, COUNT: tl.constexpr, CHUNK: tl.conste
 def _pointer(address, like, offset, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(like.dtype.element_ty))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)  # the cast has lost it
+        pointer = tl.multiple_of(pointer, 16)  # the cast dropped this hint
     return pointer + offset
 
 
@@ -74,7 +74,7 @@ def _chunk(
     student, teacher, gradient, factor, parameter, left, SUM: tl.constexpr, GRADIENT: tl.constexpr, KIND: tl.constexpr,
     MASKED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """The chunk's sums of the terms, of t^2 and of s^2 (unused ones the compiler drops), and its gradient written."""
+    """Sum the terms, t^2 and s^2 of the chunk (the compiler removes unused sums), and write its gradient."""
     lane = tl.arange(0, STEP)
     terms = tl.full((STEP,), 0.0, tl.float32)
     teachers, students = terms, terms
@@ -88,7 +88,7 @@ def _chunk(
             t = tl.load(teacher + e).to(tl.float32)
         d = s - t
         c = d
-        if KIND == HUBER:  # clamped; NaN stays
+        if KIND == HUBER:  # clamped; keeps NaN
             c = tl.where(d < -parameter, -parameter, tl.where(d > parameter, parameter, d))
         if SUM:
             if KIND == HUBER:
@@ -159,8 +159,8 @@ def _feature_match(
 def _feature_match_cosine(
     partials, sizes, samples, eps, found, COUNT: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr
 ):
-    """A sample's 1 - c, c = s.t / (S T), S = max(|s|, eps), T likewise, and its gradient's factors c / S^2 of s and
-    -1 / (S T) of t, from its chunks in order."""
+    """From a sample's chunks in order: 1 - c with c = s.t / (S T), S = max(|s|, eps), T = max(|t|, eps), and the
+    factors of its gradient, c / S^2 for s and -1 / (S T) for t."""
     sample = tl.program_id(0).to(tl.int64)
     chunks = tl.full((), 0, tl.int64)
     before, first, each = chunks, chunks, chunks
@@ -193,7 +193,7 @@ def _feature_match_finish(
     partials, sizes, weights, parameter, loss, taps, denominators, COUNT: tl.constexpr, NORM: tl.constexpr,
     FIRST: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Each tap's distance from its chunks in order, what its gradient is divided by, and the loss so far."""
+    """Each tap's distance from its chunks in order, the divisor of its gradient, and the loss so far."""
     lane = tl.arange(0, LANES).to(tl.int64)
     first = tl.full((), 0, tl.int64)
     total = tl.full((), 0.0, tl.float64)
@@ -221,7 +221,7 @@ def _feature_match_finish(
 
 
 def _groups(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
-    """Neighboring taps [first, last) of one pair of dtypes, at most TAPS."""
+    """Ranges [first, last) of consecutive taps with one pair of dtypes, at most TAPS each."""
     first = 0
     for i in range(1, len(student) + 1):
         same = i < len(student) and (student[i].dtype, teacher[i].dtype) == (student[first].dtype, teacher[first].dtype)
@@ -231,7 +231,7 @@ def _groups(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[tu
 
 
 def _cut(sizes: tuple[int, ...], samples: tuple[int, ...]) -> tuple[int, int]:
-    """Elements of a chunk, and how many chunks there are."""
+    """Elements per chunk, and the number of chunks."""
     elements = sum(n * rows for n, rows in zip(sizes, samples, strict=True))
     chunk = 16 * STEP if elements > CHUNKS * STEP and max(sizes) >= 16 * STEP else STEP
     return chunk, sum(rows * cdiv(n, chunk) for n, rows in zip(sizes, samples, strict=True))
@@ -248,8 +248,8 @@ def feature_match(
     taps: Tensor,
     grads: Sequence[Tensor],
 ) -> None:
-    """Two launches a group of taps (three for normalized_mse with a gradient, four for cosine); arguments as the
-    reference's."""
+    """Two launches per group of taps (three for normalized_mse with a gradient, four for cosine); arguments as in
+    the reference."""
     norm, cosine = distance == reference.NORMALIZED_MSE, distance == reference.COSINE
     two_passes = norm or cosine
     launches: list[Launch] = []
@@ -297,7 +297,7 @@ def _feature_match_scale(
 
 
 def scale_gradients(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """One launch a group of gradients of one dtype; nothing is touched where the factor is 1."""
+    """One launch per group of gradients of one dtype; does nothing if the factor is 1."""
     launches: list[Launch] = []
     for first, last in _groups(grads, grads):
         g = tuple(grads[first:last])

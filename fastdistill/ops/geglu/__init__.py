@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GEGLU (Shazeer, arXiv 2002.05202) after its projection: y = a gelu(g), (a, g) the halves of a row."""
+"""GEGLU (Shazeer, arXiv 2002.05202) after its projection: y = a gelu(g), where (a, g) are the halves of a row."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ _backward = register(
 
 
 def geglu(x: Tensor, approximate: str = "none", *, bias: Tensor | None = None) -> Tensor:
-    """The gated half of a feed-forward block, forward and backward; the projection keeps its bias.
+    """The gate of a feed-forward block, forward and backward; the projection adds its bias itself.
 
     Args:
-        x: [..., 2 D], float32, bfloat16 or float16: the values, then the gates, as diffusers' ``GEGLU`` projects them.
+        x: [..., 2 D], float32, bfloat16 or float16: the values, then the gates, in the order of diffusers' ``GEGLU``.
             Copied if it is not contiguous.
         approximate: ``"none"``, gelu(g) = g Phi(g), or ``"tanh"``, as in ``torch.nn.functional.gelu``.
-        bias: [2 D], what the projection has added to x as a constant (``bias.detach()``): its gradient, the sum of x's
-            over the rows, is made here, so that x's is not read again for it. No value depends on it.
+        bias: [2 D], which the projection has added to x as a constant (``bias.detach()``). Its gradient, the sum of
+            the gradient of x over the rows, is computed in the same pass. The output does not depend on it.
 
     Returns:
-        [..., D], contiguous; differentiable, a second time (``create_graph=True``) by the eager reference. float32
-        inside, rounded once.
+        [..., D], contiguous, differentiable; second derivatives (``create_graph=True``) are those of the eager
+        reference. Computed in float32, rounded once.
 
     Raises:
-        InputError: an odd last dimension, another dtype or another ``approximate``; a bias that does not fit.
+        InputError: an odd last dimension, another dtype or another ``approximate``; a bias that does not match.
     """
     _check.tensors(x=x)
     kind = _check.once(_checked, (x,) if bias is None else (x, bias), approximate)
@@ -95,7 +95,7 @@ def _forward(kind: Kind | None, x: Tensor, tanh: bool) -> Tensor:
 
 def _by_reference(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     if bias is not None:
-        x = x + (bias - bias.detach())  # x has it in it, as a constant
+        x = x + (bias - bias.detach())  # x already contains the bias as a constant; this adds its gradient
     y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     reference.geglu(x, tanh, y)
     return y

@@ -12,7 +12,7 @@ from fastdistill.ops import _native
 
 
 def refuse(x: Tensor, tanh: bool, y: Tensor) -> str | None:
-    """Kernels walk rows."""
+    """Kernels need contiguous rows."""
     return _refuse(x, y)
 
 
@@ -36,12 +36,12 @@ def _launch(x: Tensor, tanh: bool, y: int, grad: int, dx: int) -> None:
 
 
 def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
-    """One parallel loop over rows; arguments as the reference's."""
+    """One parallel loop over rows; arguments as in the reference."""
     _launch(x, tanh, y.data_ptr(), 0, 0)
 
 
 def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor, dbias: Sequence[Tensor] = ()) -> None:
-    """One parallel loop over rows, and torch's sums of what it has written; arguments as the reference's."""
+    """One parallel loop over rows, then torch sums its output for the bias; arguments as in the reference."""
     _launch(x, tanh, 0, grad.data_ptr(), dx.data_ptr())
     for total in dbias:
         total.copy_(dx.view(-1, dx.shape[-1]).sum(0, dtype=torch.float32))

@@ -14,7 +14,7 @@ def gelu_and_slope(g: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     """gelu(g) and its derivative.
 
     erf: g Phi(g), Phi(g) + g phi(g).  tanh: g s, s + g s (1 - s) 2u', with u = sqrt(2 / pi) (g + 0.044715 g^3),
-    s = sigmoid(2u) and 1 - s = sigmoid(-2u), which keeps its digits where s is near 1.
+    s = sigmoid(2u) and 1 - s = sigmoid(-2u), which is accurate also if s is near 1.
     """
     if tanh:
         root = 2 * math.sqrt(2 / math.pi)
@@ -26,13 +26,13 @@ def gelu_and_slope(g: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
 
 
 def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
-    """Fill ``y`` [..., D] from ``x`` [..., 2 D]; float32 inside."""
+    """Fill ``y`` [..., D] from ``x`` [..., 2 D]; computed in float32."""
     a, g = x.float().chunk(2, -1)
     y.copy_(a * gelu_and_slope(g, tanh)[0])
 
 
 def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor, dbias: Sequence[Tensor] = ()) -> None:
-    """Fill ``dx`` like ``x``: (grad gelu(g), grad a gelu'(g)); and with its sum over rows ``dbias`` [2 D], if any."""
+    """Fill ``dx`` like ``x``: (grad gelu(g), grad a gelu'(g)); and ``dbias`` [2 D], if any, with its sum over rows."""
     a, g = x.float().chunk(2, -1)
     value, slope = gelu_and_slope(g, tanh)
     d = torch.cat([grad.float() * value, grad.float() * a * slope], -1)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """GEGLU in Triton.
 
-Grid      one program ``BLOCK`` columns of a row; where the gradient is summed, of up to 128 rows, whose sums another
-          kernel adds up in their order
-Traffic   forward 3 accesses an element of y, backward 5: 6 and 10 bytes in bf16; the sums 2 % more
-Precision fp32 inside, rounded once; sums in fp32 over the rows of a program, in fp64 over programs
+Grid      one program per ``BLOCK`` columns of a row; if the gradient is summed, of up to 128 rows, and another kernel
+          adds the programs' sums in order
+Traffic   forward 3 accesses per element of y, backward 5: 6 and 10 bytes in bf16; the sums 2 % more
+Precision computed in fp32, rounded once; sums in fp32 over the rows of a program, in fp64 over programs
 Limits    64-bit offsets; 2^31 programs
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fastdistill.ops._triton import FUSED, cdiv, norm_over_samples
 
-BLOCK, WARPS = 512, 2  # of five pairs the fastest for rows of 1280 on an H200
-MOST_ROWS, PROGRAMS = 128, 4096  # of a program that sums; how many of them there are at least, as far as rows go
+BLOCK, WARPS = 512, 2  # the fastest of five pairs for rows of 1280 on an H200
+MOST_ROWS, PROGRAMS = 128, 4096  # for sums: most rows per program, minimum number of programs (if rows suffice)
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _gelu(g, TANH: tl.constexpr):
         twice_u = 1.5957691216057308 * g * (1.0 + 0.044715 * g * g)
         e = tl.exp(-tl.abs(twice_u))
         near = 1.0 / (1.0 + e)
-        far = e * near  # 1 - near, with all its digits
+        far = e * near  # 1 - near, without cancellation
         s = tl.where(twice_u < 0.0, far, near)
         slope = s + g * near * far * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     else:
@@ -41,7 +41,7 @@ def _gelu(g, TANH: tl.constexpr):
 
 @triton.jit
 def _place(width, BLOCK: tl.constexpr):
-    """Of a program: the row's first element in y, its columns, and which are inside."""
+    """For a program: the offset of its row in y, its columns, and which columns are inside the row."""
     blocks = tl.cdiv(width, BLOCK)
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     return (tl.program_id(0) // blocks).to(tl.int64) * width, columns, columns < width
@@ -72,7 +72,7 @@ def _geglu_backward(grad, x, dx, width, TANH: tl.constexpr, BLOCK: tl.constexpr)
 def _geglu_backward_summed(
     grad, x, dx, partials, rows, width, chunks, ROWS: tl.constexpr, TANH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The gradient of some rows, and its sums over them."""
+    """The gradient of a program's rows, and its sums over these rows."""
     blocks = tl.cdiv(width, BLOCK)
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     chunk, inside = (tl.program_id(0) // blocks).to(tl.int64), columns < width
@@ -101,13 +101,13 @@ def _grid(x: Tensor) -> tuple[tuple[int], int]:
 
 
 def geglu(x: Tensor, tanh: bool, y: Tensor) -> None:
-    """One launch; arguments as the reference's."""
+    """One launch; arguments as in the reference."""
     grid, width = _grid(x)
     _geglu_forward[grid](x, y, width, tanh, BLOCK, num_warps=WARPS, **FUSED)
 
 
 def geglu_backward(grad: Tensor, x: Tensor, tanh: bool, dx: Tensor, dbias: Sequence[Tensor] = ()) -> None:
-    """One launch, or two where there are sums; arguments as the reference's."""
+    """One launch, or two with sums; arguments as in the reference."""
     grid, width = _grid(x)
     if not dbias:
         _geglu_backward[grid](grad, x, dx, width, tanh, BLOCK, num_warps=WARPS, **FUSED)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group norm of a residual block in one op: the step's bias before the statistics, scale and shift after, SiLU last.
+"""Group norm of a residual block in one op: the time bias before the statistics, then scale and shift, then SiLU.
 
     u = x + time_bias    n = (u - mean(u)) / sqrt(var(u) + eps)    y = silu((n weight + bias) (1 + scale) + shift)
 
-mean and var over the channels of a group and all positions (Wu and He, arXiv 1803.08494); ``time_bias`` is Stable
-Diffusion's time embedding (``ResnetBlock2D`` with ``time_embedding_norm="default"``), scale and shift are those of
-``"scale_shift"``.
+mean and var are over the channels of a group and all positions (Wu and He, arXiv 1803.08494). ``time_bias`` is the
+time embedding of Stable Diffusion (``ResnetBlock2D`` with ``time_embedding_norm="default"``), scale and shift are
+those of ``"scale_shift"``.
 """
 
 from __future__ import annotations
@@ -75,23 +75,23 @@ def group_norm_silu(
     """Group norm with a bias before it, and scale, shift and SiLU after it, forward and backward.
 
     Args:
-        x: [B, C, *positions], float32, bfloat16 or float16; contiguous or channels last, neither is copied (another
-            layout is, once).
+        x: [B, C, *positions], float32, bfloat16 or float16, contiguous or channels last (other layouts are copied
+            once).
         weight, bias: [C], of any of these dtypes, or None.
         groups: divides C.
         eps: added to the variance.
-        time_bias: [B, C], added to every position before the statistics; any row stride, as chunks of a projection
-            have it.
+        time_bias: [B, C], added to every position before the statistics; any row stride, such as that of a chunk of a
+            projection.
         scale, shift: [B, C], after weight and bias: z (1 + scale) + shift; any row stride.
         silu: whether z sigmoid(z) follows.
 
     Returns:
-        A tensor like ``x``, its layout too; differentiable with respect to every tensor, a second time
-        (``create_graph=True``) by the eager reference. Statistics and all sums in float32 or wider, around the mean;
-        the same bits on every run.
+        A tensor like ``x``, in the same layout, differentiable with respect to every tensor; second derivatives
+        (``create_graph=True``) are those of the eager reference. The variance is computed around the mean, and all
+        sums in float32 or wider; the same bits in every run.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit.
+        InputError: the shapes, dtypes or devices do not match.
     """
     _check.tensors(x=x)
     given: tuple[Tensor | None, ...] = (weight, bias, time_bias, scale, shift)
@@ -130,7 +130,7 @@ def _checked(tensors: tuple[Any, ...], values: tuple[int, float, bool]) -> None:
 
 
 def _rows(given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The same with neighboring channels side by side in memory."""
+    """The same tensors, with a stride of 1 between channels (copied if necessary)."""
     return tuple([t if t is None or t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous() for t in given])
 
 

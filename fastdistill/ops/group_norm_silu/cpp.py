@@ -13,7 +13,7 @@ from fastdistill.ops import _native
 from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
 
-CHANNELS = 1 << 14  # of a group: a thread's or a program's sums of it
+CHANNELS = 1 << 14  # most channels per group: a thread or a program keeps a sum for each
 
 
 def refuse(
@@ -29,7 +29,7 @@ def refuse(
     y: Tensor,
     *statistics: Tensor,
 ) -> str | None:
-    """Kernels walk one of two layouts, and rows of channels."""
+    """Kernels support two layouts, and need contiguous rows of channels."""
     return _refuse(x, {"y": y}, (weight, bias, time_bias, scale, shift), groups)
 
 
@@ -49,7 +49,7 @@ def refuse_backward(
     dx: Tensor,
     small: Sequence[Tensor],
 ) -> str | None:
-    """See ``refuse``; and small gradients are contiguous."""
+    """See ``refuse``; also, small gradients must be contiguous."""
     if not all(g.is_contiguous() for g in small):
         return "the gradients of what has no positions must be contiguous"
     return _refuse(x, {"grad": grad, "dx": dx}, (weight, bias, time_bias, scale, shift), groups)
@@ -71,7 +71,7 @@ def _refuse(x: Tensor, like: dict[str, Tensor], given: tuple[Tensor | None, ...]
 
 
 def _row(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Address, dtype and the step from one sample to the next."""
+    """Address, dtype, and stride between samples."""
     if tensor is None:
         return 0, 0, 0
     return tensor.data_ptr(), _native.DTYPES[tensor.dtype], tensor.stride(0) if tensor.dim() == 2 else 0
@@ -102,7 +102,7 @@ def group_norm_silu(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """One parallel loop over groups; arguments as the reference's."""
+    """One parallel loop over groups; arguments as in the reference."""
     given = weight, bias, time_bias, scale, shift
     _native.cpu().group_norm_silu(*_common(x, groups, silu, eps, given, mean, rstd), y.data_ptr())
 
@@ -123,7 +123,7 @@ def group_norm_silu_backward(
     dx: Tensor,
     small: Sequence[Tensor],
 ) -> None:
-    """One parallel loop over groups, and the sums over samples; arguments as the reference's."""
+    """One parallel loop over groups, then the sums over samples; arguments as in the reference."""
     given = weight, bias, time_bias, scale, shift
     _native.cpu().group_norm_silu_backward(
         *_common(x, groups, silu, 0.0, given, mean, rstd), grad.data_ptr(), dx.data_ptr(),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Group norm, affine maps and SiLU in CUDA on clusters of blocks: ``csrc/group_norm_silu/cuda.cu``. It takes calls with
-channels side by side whose slices, some groups of a sample, fit into the shared memory of a cluster."""
+"""Group norm, affine maps and SiLU in CUDA on thread block clusters: ``csrc/group_norm_silu/cuda.cu``. It supports
+channels last, if a slice (one or more groups of a sample) fits into the shared memory of a cluster."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
 
 ARCH, MISSING = (9, 0), "clusters of blocks (sm_90)"
-SHARED = 227 << 10  # bytes that a block can have
+SHARED = 227 << 10  # most bytes per block
 PAIRED = (
     SHARED // 2 - 1024
-)  # and those with which two blocks share a multiprocessor: one computes while the other waits
-SECTOR = 32  # bytes that memory moves at once
-NARROW = 128  # bytes of a position that a slice should have at least
-BLOCKS = 132  # one for every multiprocessor of an H100
+)  # most bytes per block if two blocks share a multiprocessor, so that one computes while the other waits
+SECTOR = 32  # bytes per memory transaction
+NARROW = 128  # bytes that a slice should have at least per position
+BLOCKS = 132  # one per multiprocessor of an H100
 # Blocks. With 16 (32 x 320 x 64 x 64, bfloat16) an H200 took 122 µs and more, with 8 it took 94.
 CLUSTERS = (1, 2, 4, 8)
-THREADS = COLUMNS = 256  # of a block; of 16 bytes, in a slice
-STEPS = 2  # of a thread, at least
+THREADS = COLUMNS = 256  # threads per block; most columns of 16 bytes per slice
+STEPS = 2  # minimum steps per thread
 
 Sizes = tuple[int, int, int, int]  # batch, channels, positions, groups
-Cut = tuple[int, int]  # groups of a slice, blocks of a cluster
+Cut = tuple[int, int]  # groups per slice, blocks per cluster
 
 
 @functools.cache
@@ -55,7 +55,7 @@ def refuse(
     y: Tensor,
     *statistics: Tensor,
 ) -> str | None:
-    """What C++ refuses, and calls that no cluster holds."""
+    """Like the C++ kernel; also refuses calls that do not fit into a cluster."""
     reason = cpp.refuse(x, weight, bias, time_bias, scale, shift, groups, eps, silu, y, *statistics)
     return reason or _refuse(x, {"x": x, "y": y}, groups, silu, False)
 
@@ -100,10 +100,10 @@ def _sizes(x: Tensor, groups: int) -> Sizes:
 
 @functools.lru_cache(4096)
 def _cut(device: int, dtype: torch.dtype, sizes: Sizes, silu: bool, backward: bool) -> Cut | str:
-    """How a call is cut on a GPU (-1: emulated), or why it cannot be.
+    """How a call is divided on a GPU (-1: emulated), or the reason why it cannot be divided.
 
-    The best has two blocks a multiprocessor, some positions for each thread, enough blocks to go around, whole sectors;
-    then small clusters, which start and wait sooner, of narrow slices.
+    Preferred are, in this order: two blocks per multiprocessor, several positions per thread, enough blocks for all
+    multiprocessors, whole sectors; then small clusters (which start and synchronize faster), and narrow slices.
     """
     if device >= 0 and torch.cuda.get_device_capability(device) < ARCH:
         return f"the GPU has no {MISSING}"
@@ -156,7 +156,7 @@ def group_norm_silu(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """One launch; arguments as the reference's."""
+    """One launch; arguments as in the reference."""
     given = weight, bias, time_bias, scale, shift
     _native.cuda().group_norm_silu(*_common(x, groups, silu, eps, given, mean, rstd, False), y.data_ptr())
 
@@ -177,7 +177,7 @@ def group_norm_silu_backward(
     dx: Tensor,
     small: Sequence[Tensor],
 ) -> None:
-    """One launch, and one for weight and bias; arguments as the reference's."""
+    """One launch, and one more for weight and bias; arguments as in the reference."""
     given = weight, bias, time_bias, scale, shift
     sums = 0
     if wanted & 3:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two layouts of [B, C, *positions] that kernels walk: positions side by side, or channels side by side."""
+"""The two layouts of [B, C, *positions] that kernels support: contiguous, or channels last."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def channels_last(x: Tensor) -> bool | None:
-    """Whether neighboring channels are side by side in memory; None where the layout is neither of the two."""
+    """Whether the layout is channels last; None if it is neither of the two."""
     if x.is_contiguous():
         return False
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # without making a view
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # saves creating a view
         return True
     return True if x.movedim(1, -1).is_contiguous() else None
 

@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 def spread(wanted: int, small: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of weight, bias, time_bias, scale and shift; None for those whose bit is not in ``wanted``."""
+    """The gradients of weight, bias, time_bias, scale and shift; None if the bit is not set in ``wanted``."""
     held = iter(small)
     return [next(held) if wanted >> i & 1 else None for i in range(5)]
 
 
 def _over(tensor: Tensor | None, x: Tensor, default: float) -> Tensor:
-    """[C] or [B, C] as float32 over the positions of x [B, C, P]; None: a constant."""
+    """[C] or [B, C] as float32, broadcast over the positions of x [B, C, P]; None: a constant."""
     if tensor is None:
         return torch.full((1, 1, 1), default, dtype=torch.float32, device=x.device)
     return tensor.float().reshape(-1, x.shape[1], 1)
 
 
 def normalized(u: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """u [B, C, P] about the means [B, G] of its groups, times rstd [B, G]."""
+    """u [B, C, P] minus the means [B, G] of its groups, times rstd [B, G]."""
     groups = mean.shape[1]
     n = (u.reshape(len(u), groups, -1) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     return n.reshape(u.shape)
@@ -43,7 +43,7 @@ def group_norm_silu(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """Fill ``y`` (like x), and ``mean`` and ``rstd`` [B, groups] for the backward; float32 inside.
+    """Fill ``y`` (like x), and ``mean`` and ``rstd`` [B, groups] for the backward; computed in float32.
 
     u = x + time_bias;  n = (u - mean) rstd;  z = (n weight + bias) (1 + scale) + shift;  y = z sigmoid(z) or z.
     """
@@ -73,9 +73,9 @@ def group_norm_silu_backward(
     dx: Tensor,
     small: Sequence[Tensor],
 ) -> None:
-    """Fill ``dx`` and the gradients of those of weight, bias, time_bias, scale and shift whose bit is in ``wanted``.
+    """Fill ``dx``, and the gradients of weight, bias, time_bias, scale and shift that the bits of ``wanted`` select.
 
-    dn = dz weight (1 + scale);  du = rstd (dn - mean(dn) - n mean(dn n)), means over the group.
+    dn = dz weight (1 + scale);  du = rstd (dn - mean(dn) - n mean(dn n)), with means over the group.
     """
     u = x.float().reshape(*x.shape[:2], -1) + _over(time_bias, x, 0.0)
     n = normalized(u, mean, rstd)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Group norm, affine maps and SiLU in Triton, over tiles of channels by positions, in either layout.
 
-Grid      one program a tile of one sample; between the passes one program a sample and group merges the tiles' sums in
-          their order. A group that fits into one program takes one launch in all (``_group_norm_whole``)
-Traffic   forward x read twice, y written; backward x and grad read twice, dx written: in bf16 6 and 10 bytes an
+Grid      one program per tile of a sample; between the passes one program per sample and group merges the sums of the
+          tiles in order. A group that fits into one program needs one launch in total (``_group_norm_whole``)
+Traffic   forward x read twice, y written; backward x and grad read twice, dx written: in bf16 6 and 10 bytes per
           element. (Slices of the batch that stay in the L2 cache between the reads were slower on an H200: 511 us
-          against 417 for 32 x 320 x 64 x 64, forward and backward)
-Precision a tile's mean and squares about it in fp32, merged in fp64 (Chan et al. 1979); outputs rounded once
-Limits    64-bit offsets; 2^14 channels a group; a gradient for weight or bias takes one launch more
+          compared with 417 for 32 x 320 x 64 x 64, forward and backward)
+Precision a tile's mean and sum of squares around it in fp32, merged in fp64 (Chan et al. 1979); outputs rounded once
+Limits    64-bit offsets; 2^14 channels per group; a gradient for weight or bias needs one more launch
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastdistill.ops.group_norm_silu.reference import spread
 from fastdistill.ops.group_norm_silu.triton_tiles import affine, output, slopes, tile, whole_group
 
 TILE = 8192  # elements
-WHOLE = 16384  # elements of a group that one program holds, filled up to a power of two; half in the backward
+WHOLE = 16384  # most elements of a group in one program, padded to a power of two; half of it in the backward
 SUMS = 512  # partial sums that a program holds at once
 WARPS = 8
 
@@ -35,7 +35,7 @@ WARPS = 8
 def _group_norm_moments(
     x, partials, C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ALONE: tl.constexpr
 ):  # fmt: skip
-    """Mean of each channel over the tile, and the sum of squares about it."""
+    """Mean of each channel over the tile, and the sum of squares around it."""
     sample, chunk, c, p, at = tile(C, P, chunks, LAST, BC, BP)
     inside = (c < C)[:, None] & (p < P)[None, :]
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def _group_norm_merge_moments(
     partials, mean, rstd, time_bias, stride, eps, C, P, G, chunks, TIME: tl.constexpr, BP: tl.constexpr,
     CHANNELS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Mean and 1 / standard deviation of a group from those of its tiles and channels."""
+    """Mean and 1 / standard deviation of a group, from the moments of its tiles and channels."""
     sample, lane = (tl.program_id(0) // G).to(tl.int64), tl.arange(0, CHANNELS)
     of_group, c = lane < C // G, tl.program_id(0) % G * (C // G) + lane
     added = optional(time_bias, sample * stride + c, of_group, TIME, 0.0).to(tl.float64)
@@ -103,7 +103,7 @@ def _group_norm_whole(
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     middle = tl.sum(tl.where(inside, v + t[:, None], 0.0)) / n
     d = tl.where(inside, v - (middle - t)[:, None], 0.0)
-    middle += tl.sum(d) / n  # what the rounding of the first sum has left
+    middle += tl.sum(d) / n  # corrects the rounding of the first sum
     d = tl.where(inside, v - (middle - t)[:, None], 0.0)
     r = 1.0 / tl.sqrt(tl.sum(terms(d, d, ALONE)) / n + eps)
     tl.store(mean + tl.program_id(0), middle)
@@ -206,7 +206,7 @@ def _group_norm_whole_backward(
     x, grad, dx, mean, rstd, given, strides, sums, outs, C, P, G, batch, GIVEN: tl.constexpr, WANTED: tl.constexpr,
     SILU: tl.constexpr, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a group in one program, but those that samples share."""
+    """All gradients of a group in one program, except those that are summed over samples."""
     sample, c, of_group, at, inside = whole_group(C, P, G, LAST, BC, BP)
     t, w, b, s, h = affine(sample, c, of_group, given, strides, GIVEN)
     r = tl.load(rstd + tl.program_id(0))
@@ -226,7 +226,7 @@ def _group_norm_whole_backward(
 
 
 class _Shape:
-    """How x is cut: channels and positions of a tile or of a whole group."""
+    """How x is divided: channels and positions of a tile or of a whole group."""
 
     def __init__(
         self, batch: int, channels: int, positions: int, groups: int, last: bool, whole: int, tile: int, sums: int
@@ -260,7 +260,7 @@ def _shape_of(x: Tensor, groups: int, whole: int) -> _Shape:
 
 
 def _given(x: Tensor, *given: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, int, int], int]:
-    """The tensors, x for those that are missing; strides of the last three; a bit for each that is there."""
+    """The tensors, with x as placeholder for None; strides of the last three; a bit for each given tensor."""
     tensors = tuple(x if t is None else t for t in given)
     strides = tuple(t.stride(0) if t.dim() == 2 else 0 for t in tensors[2:])
     return tensors, strides, sum(1 << i for i, t in enumerate(given) if t is not None)  # type: ignore[return-value]
@@ -280,7 +280,7 @@ def group_norm_silu(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """One launch where a group fits into a program, else three; arguments as the reference's."""
+    """One launch if a group fits into a program, else three; arguments as in the reference."""
     cut = _shape_of(x, groups, WHOLE)
     tensors, strides, given = _given(x, weight, bias, time_bias, scale, shift)
     size = cut.channels, cut.positions
@@ -320,12 +320,12 @@ def group_norm_silu_backward(
     dx: Tensor,
     small: Sequence[Tensor],
 ) -> None:
-    """One launch where a group fits into a program, else three, and one for weight and bias."""
+    """One launch if a group fits into a program, else three; one more for weight and bias."""
     cut = _shape_of(x, groups, WHOLE // 2)
     tensors, strides, given = _given(x, weight, bias, time_bias, scale, shift)
     weights, biases = wanted & 1, wanted & 2
     outs, _, _ = _given(x, *spread(wanted, small))
-    wanted |= wanted >> 1 & 1  # from here on the bit of weight stands for bias too
+    wanted |= wanted >> 1 & 1  # from here on the bit of weight also stands for bias
     size = cut.channels, cut.positions
     shared = torch.empty((2, cut.batch, cut.channels), dtype=torch.float32, device=x.device) if wanted & 1 else x[None]
     if cut.whole:

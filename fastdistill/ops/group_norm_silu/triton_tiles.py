@@ -11,14 +11,14 @@ from fastdistill.ops._triton import optional, terms
 
 @triton.jit
 def within(C, P, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """The elements [BC, BP] of a tile, counted from its first; fewer than 2^31."""
+    """The offsets [BC, BP] of a tile's elements from its first element; below 2^31."""
     c, p = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
-    return p * C + c if LAST else c * P + p  # one of them while it is compiled
+    return p * C + c if LAST else c * P + p  # chosen at compile time
 
 
 @triton.jit
 def tile(C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """Of a program: sample, chunk, channels [BC], positions [BP] and elements [BC, BP], counted from the start of x."""
+    """For a program: sample, chunk, channels [BC], positions [BP] and offsets of elements [BC, BP] in x."""
     blocks = tl.cdiv(C, BC)
     rest = tl.program_id(0) // blocks
     sample, chunk, c, p = (
@@ -34,7 +34,7 @@ def tile(C, P, chunks, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
 
 @triton.jit
 def whole_group(C, P, G, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
-    """Of a program that holds a group: sample, channels, which are of the group, elements, and which are inside."""
+    """For a program with a whole group: sample, channels and their mask, offsets of elements and their mask."""
     sample, c = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G * (C // G)
     of_group = tl.arange(0, BC) < C // G
     first = sample * C * P
@@ -45,7 +45,7 @@ def whole_group(C, P, G, LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr)
 
 @triton.jit
 def affine(sample, c, inside, given, strides, GIVEN: tl.constexpr):
-    """Of each channel: time_bias, weight, bias, 1 + scale and shift."""
+    """For each channel: time_bias, weight, bias, 1 + scale and shift."""
     weight, bias, time_bias, scale, shift = given
     return (
         optional(time_bias, sample * strides[0] + c, inside, GIVEN & 4, 0.0),
@@ -58,7 +58,7 @@ def affine(sample, c, inside, given, strides, GIVEN: tl.constexpr):
 
 @triton.jit
 def output(v, middle, r, w, b, s, h, SILU: tl.constexpr):
-    """y of a tile; ``middle`` and ``r`` are the mean less the time bias and 1 / standard deviation of each channel."""
+    """y of a tile. For each channel, ``middle`` is the mean minus the time bias, ``r`` 1 / standard deviation."""
     z = (v - middle[:, None]) * (r * w * s)[:, None] + (b * s + h)[:, None]
     if SILU:
         z = z / (1.0 + tl.exp(-z))

@@ -3,7 +3,7 @@
 
     s = x + gate h    n = (s - mean(s)) / sqrt(var(s) + eps)    y = (n weight + bias) (1 + scale) + shift
 
-mean and var over the last dimension; DiT (Peebles and Xie, arXiv 2212.09748) calls it adaLN, PixArt adaLN-single.
+mean and var are over the last dimension. DiT (Peebles and Xie, arXiv 2212.09748) calls it adaLN, PixArt adaLN-single.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ def layer_norm_modulate(
 
     Args:
         x: [B, ..., D], float32, bfloat16 or float16; copied if it is not contiguous.
-        scale, shift: [B, D] or [B, 1, D], of any of these dtypes; any row stride, as chunks of a projection have it.
+        scale, shift: [B, D] or [B, 1, D], of any of these dtypes; any row stride, such as that of a chunk.
         weight, bias: [D], or None.
         eps: added to the variance.
 
     Returns:
-        A tensor like ``x``, contiguous; differentiable with respect to every tensor, a second time
-        (``create_graph=True``) by the eager reference. Statistics about the mean and all sums in float32 or wider; the
-        same bits on every run.
+        A contiguous tensor like ``x``, differentiable with respect to every tensor; second derivatives
+        (``create_graph=True``) are those of the eager reference. The variance is computed around the mean, and all
+        sums in float32 or wider; the same bits in every run.
 
     Raises:
-        InputError: shapes, dtypes or devices that do not fit.
+        InputError: the shapes, dtypes or devices do not match.
     """
     return _apply(x, None, None, scale, shift, weight, bias, eps)[0]
 
@@ -98,10 +98,10 @@ def residual_layer_norm_modulate(
         gate: [B, D] or [B, 1, D]; None: 1.
 
     Returns:
-        ``(y, s)``, both like ``x``; the norm is that of s as it is rounded. See ``layer_norm_modulate`` for the rest.
+        ``(y, s)``, both like ``x``; y is the norm of the rounded s. For the rest see ``layer_norm_modulate``.
 
     Raises:
-        InputError: as ``layer_norm_modulate``, and if h or gate does not match.
+        InputError: as for ``layer_norm_modulate``, or h or gate does not match.
     """
     _check.tensors(h=h)
     y, s = _apply(x, h, gate, scale, shift, weight, bias, eps)
@@ -158,7 +158,7 @@ def _checked(tensors: tuple[Any, ...], eps: float) -> None:
 
 
 def _laid_out(x: Tensor, h: Tensor | None, *given: Tensor | None) -> tuple[Any, ...]:
-    """x and h contiguous, the rest with neighboring channels side by side in memory."""
+    """x and h contiguous, the others with a stride of 1 between channels (copied if necessary)."""
     rows = [t if t is None or t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous() for t in given]
     return x.contiguous(), None if h is None else h.contiguous(), *rows
 
@@ -207,8 +207,8 @@ def _backward_again(
     eps: float, grad: Tensor | None, grad_s: Tensor | None, s: Tensor, h: Tensor | None, gate: Tensor | None,
     *given: Tensor | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of x, h, gate and ``given`` as differentiable functions of s, which has x, h and gate in its
-    graph."""
+    """The gradients of x, h, gate and ``given`` as differentiable functions of s; the graph of s contains x, h and
+    gate."""
 
     def norm(s: Tensor, *given: Any) -> Tensor:
         y, (mean, rstd) = torch.empty_like(s), (s.new_empty(s.shape[:-1], dtype=torch.float32) for _ in range(2))

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdistill.ops import _native
 from fastdistill.ops.layer_norm_modulate.reference import spread
 
-WIDTH = 1 << 14  # of a row that one program of a GPU holds
+WIDTH = 1 << 14  # most channels of a row, which one program holds on a GPU
 
 
 def refuse(
@@ -27,7 +27,7 @@ def refuse(
     s: Sequence[Tensor],
     *statistics: Tensor,
 ) -> str | None:
-    """Kernels walk rows."""
+    """Kernels need contiguous rows."""
     return _refuse([x, y, *s, *([] if h is None else [h])], (gate, scale, shift, weight, bias))
 
 
@@ -47,7 +47,7 @@ def refuse_backward(
     dh: Sequence[Tensor],
     small: Sequence[Tensor],
 ) -> str | None:
-    """See ``refuse``; and small gradients are contiguous."""
+    """See ``refuse``; also, small gradients must be contiguous."""
     if not all(g.is_contiguous() for g in small):
         return "the gradients of what rows share must be contiguous"
     optional = [t for t in (grad_s, h) if t is not None]
@@ -66,19 +66,19 @@ def _refuse(rows: Sequence[Tensor], given: Sequence[Tensor | None]) -> str | Non
 
 
 def _row(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Address, dtype and the step from one sample to the next."""
+    """Address, dtype, and stride between samples."""
     if tensor is None:
         return 0, 0, 0
     return tensor.data_ptr(), _native.DTYPES[tensor.dtype], tensor.stride(0) if tensor.dim() == 2 else 0
 
 
 def _address(tensors: Sequence[Tensor | None]) -> int:
-    """Of the first; 0 where there is none."""
+    """The address of the first tensor; 0 if there is none."""
     return tensors[0].data_ptr() if tensors and tensors[0] is not None else 0
 
 
 def _sizes(x: Tensor, *of_samples: Tensor | None) -> tuple[int, int, int]:
-    """Samples, rows of each, width; one sample where samples have nothing of their own."""
+    """Samples, rows per sample, width; one sample if there are no tensors per sample."""
     batch, width = x.shape[0] if any(t is not None for t in of_samples) else 1, x.shape[-1]
     return batch, x.numel() // (batch * width), width
 
@@ -97,7 +97,7 @@ def layer_norm_modulate(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """One parallel loop over rows; arguments as the reference's."""
+    """One parallel loop over rows; arguments as in the reference."""
     _native.cpu().layer_norm_modulate(
         x.data_ptr(), _address([h]), _native.DTYPES[x.dtype], _sizes(x, gate, scale, shift), eps,
         [_row(t) for t in (gate, scale, shift, weight, bias)], mean.data_ptr(), rstd.data_ptr(),
@@ -121,7 +121,7 @@ def layer_norm_modulate_backward(
     dh: Sequence[Tensor],
     small: Sequence[Tensor],
 ) -> None:
-    """One parallel loop over rows, and one that adds their sums; arguments as the reference's."""
+    """One parallel loop over rows, and one that adds the sums; arguments as in the reference."""
     outs = spread(wanted, small)
     _native.cpu().layer_norm_modulate_backward(
         s.data_ptr(), _address([h]), _native.DTYPES[s.dtype], _sizes(s, gate, scale, *outs[:3]),

@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def spread(wanted: int, small: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of gate, scale, shift, weight and bias; None for those whose bit is not in ``wanted``."""
+    """The gradients of gate, scale, shift, weight and bias; None if the bit is not set in ``wanted``."""
     held = iter(small)
     return [next(held) if wanted >> i & 1 else None for i in range(5)]
 
 
 def _over(tensor: Tensor | None, default: float) -> Tensor | float:
-    """[D] or [B, D] as float32 over [B, N, D]; None: a constant."""
+    """[D] or [B, D] as float32, broadcast over [B, N, D]; None: a constant."""
     return default if tensor is None else tensor.float().reshape(-1, 1, tensor.shape[-1])
 
 
@@ -34,9 +34,9 @@ def layer_norm_modulate(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """Fill ``y`` and, where there is an h, ``s`` (one tensor), like x; and ``mean`` and ``rstd`` for the backward.
+    """Fill ``y`` and, if h is given, ``s`` (one tensor), like x; and ``mean`` and ``rstd`` for the backward.
 
-    s = x + gate h;  n = (s - mean(s)) rstd;  y = (n weight + bias) (1 + scale) + shift; float32 inside.
+    s = x + gate h;  n = (s - mean(s)) rstd;  y = (n weight + bias) (1 + scale) + shift; computed in float32.
     """
     rows = x.shape[0], -1, x.shape[-1]
     if h is not None:
@@ -67,8 +67,8 @@ def layer_norm_modulate_backward(
     dh: Sequence[Tensor],
     small: Sequence[Tensor],
 ) -> None:
-    """Fill ``dx``, ``dh`` where there is an h, and the gradients of those of gate, scale, shift, weight and bias whose
-    bit is in ``wanted``.
+    """Fill ``dx``, ``dh`` if h is given, and the gradients of gate, scale, shift, weight and bias that the bits of
+    ``wanted`` select.
 
     dn = dy weight (1 + scale);  ds = rstd (dn - mean(dn) - n mean(dn n)) + grad_s;  dx = ds, dh = gate ds.
     """

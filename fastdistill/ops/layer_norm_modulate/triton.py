@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A gated residual, layer norm and modulation in Triton.
 
-Grid      forward one program a row; backward one program a chunk of rows, whose sums over rows are added in order
-Traffic   forward x read, y written; with a residual h read and s written too. Backward s and grad read, dx written;
-          with a residual grad_s and h read and dh written too
-Precision a row and a chunk's sums in fp32, squares about the mean; chunks added in fp64; outputs rounded once
-Limits    64-bit offsets; rows of 2^14 channels; a gradient for weight or bias takes one launch more
+Grid      forward one program per row; backward one per chunk of rows; the sums of the chunks are added in order
+Traffic   forward x read, y written; with a residual also h read and s written. Backward s and grad read, dx written;
+          with a residual also grad_s and h read and dh written
+Precision a row and a chunk's sums in fp32, squares around the mean; chunks added in fp64; outputs rounded once
+Limits    64-bit offsets; rows of at most 2^14 channels; a gradient for weight or bias needs one more launch
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 from fastdistill.ops._triton import FUSED, cdiv, norm_over_samples, optional, power_of_2, terms
 from fastdistill.ops.layer_norm_modulate.reference import spread
 
-ROWS, FEW = 32, 8  # rows of a chunk; where there would be fewer than PROGRAMS chunks, chunks are shorter
+ROWS, FEW = 32, 8  # rows per chunk; FEW if there would be fewer than PROGRAMS chunks
 PROGRAMS = 512
-AHEAD = 2  # rows of a chunk that are fetched ahead, if they fit into SHARED bytes
+AHEAD = 2  # rows of a chunk that are prefetched, if they fit into SHARED bytes
 SHARED = 1 << 16
-THREADS = tl.constexpr(128)  # of a program, at least
+THREADS = tl.constexpr(128)  # minimum threads per program
 
 
 @triton.jit
 def _affine(sample, c, inside, given, strides, GIVEN: tl.constexpr):
-    """Of each channel: gate, 1 + scale, shift, weight and bias."""
+    """For each channel: gate, 1 + scale, shift, weight and bias."""
     gate, scale, shift, weight, bias = given
     return (
         optional(gate, sample * strides[0] + c, inside, GIVEN & 1, 1.0),
@@ -55,7 +55,7 @@ def _layer_norm_forward(
         v = total.to(tl.float32)  # as rounded
     n = tl.cast(D, tl.float32)
     middle = tl.sum(v) / n
-    middle += tl.sum(tl.where(inside, v - middle, 0.0)) / n  # what the rounding of the first sum has left
+    middle += tl.sum(tl.where(inside, v - middle, 0.0)) / n  # corrects the rounding of the first sum
     d = tl.where(inside, v - middle, 0.0)
     r = 1.0 / tl.sqrt(tl.sum(terms(d, d, BLOCK <= THREADS)) / n + eps)
     tl.store(mean + row, middle)
@@ -105,7 +105,7 @@ def _layer_norm_merge(
     partials, given, strides, sums, outs, D, chunks, batch, GIVEN: tl.constexpr, WANTED: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a sample's gate, scale and shift, and what it gives to weight and bias."""
+    """The gradients of a sample's gate, scale and shift, and its contribution to those of weight and bias."""
     blocks = tl.cdiv(D, BLOCK)
     sample, c = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     ones = tl.full((LANES, BLOCK), 0.0, tl.float64)
@@ -134,20 +134,20 @@ def _layer_norm_merge(
 
 
 def _given(x: Tensor, *given: Tensor | None) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
-    """The tensors, x for those that are missing; strides of the first three; a bit for each that is there."""
+    """The tensors, with x as placeholder for None; strides of the first three; a bit for each given tensor."""
     tensors = tuple(x if t is None else t for t in given)
     strides = tuple(t.stride(0) if t.dim() == 2 else 0 for t in tensors[:3])
     return tensors, strides, sum(1 << i for i, t in enumerate(given) if t is not None)
 
 
 def _cut(x: Tensor) -> tuple[int, int, int, int]:
-    """Batch, rows of a sample, channels, and the power of two that holds them."""
+    """Batch, rows per sample, channels, and the channels rounded up to a power of two."""
     batch, width = x.shape[0], x.shape[-1]
     return batch, x.numel() // (batch * width), width, power_of_2(width)
 
 
 def _warps(block: int, backward: bool) -> int:
-    """The fastest of those tried for rows of 1152 on an H200: few, which wait for each other less."""
+    """The fastest of those tried for rows of 1152 on an H200; few warps need less synchronization."""
     return (4 if block <= 2048 else 8) if backward else max(1, block // 1024)
 
 
@@ -165,7 +165,7 @@ def layer_norm_modulate(
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """One launch; arguments as the reference's."""
+    """One launch; arguments as in the reference."""
     batch, rows, width, block = _cut(x)
     tensors, strides, given = _given(x, gate, scale, shift, weight, bias)
     residual = h is not None
@@ -191,7 +191,7 @@ def layer_norm_modulate_backward(
     dh: Sequence[Tensor],
     small: Sequence[Tensor],
 ) -> None:
-    """One launch, one more for gradients that rows share, and one for those that samples share."""
+    """One launch, one more for gradients summed over rows, and one for those summed over samples."""
     batch, rows, width, block = _cut(s)
     read = 2 + (h is not None) + (grad_s is not None)
     stages = 1 + AHEAD if AHEAD * read * block * s.element_size() <= SHARED else 1
@@ -209,7 +209,7 @@ def layer_norm_modulate_backward(
     if not wanted:
         return
     weights, biases = wanted & 8, wanted & 16
-    wanted |= wanted >> 1 & 8  # from here on the bit of weight stands for bias too
+    wanted |= wanted >> 1 & 8  # from here on the bit of weight also stands for bias
     shared = torch.empty((2, batch, width), dtype=torch.float32, device=s.device) if wanted & 8 else partials
     _layer_norm_merge[(batch * cdiv(width, 64),)](
         partials, tensors, strides, shared, outs[:3], width, chunks, batch, given, wanted, 8, 64, num_warps=4, **FUSED

@@ -5,7 +5,7 @@
     prompt = the latent's own with probability 1 - p(t), one of the pool with probability p(t); then null with
     probability p_null
 
-Random Conditioning (arXiv 2504.02011). The numbers come from a counter, never from a stateful generator
+Random Conditioning (arXiv 2504.02011). The random numbers come from a counter-based generator without state
 (``fastdistill.ops.philox``).
 """
 
@@ -43,7 +43,7 @@ _noise_gather = register(
 
 
 class Draw(NamedTuple, Generic[Banks]):
-    """A batch. ``choice`` is PAIRED (0), RANDOM (1) or NULL (2); ``target`` has 0 elements if it was not asked for."""
+    """A batch. ``choice`` is PAIRED (0), RANDOM (1) or NULL (2); ``target`` has 0 elements unless it was requested."""
 
     x_t: Tensor  # [B, *S] dtype of the latents
     timestep: Tensor  # [B] int64
@@ -64,7 +64,7 @@ def empty_draw(
 ) -> Draw[Banks]:
     """Buffers for ``noise_gather(..., out=...)``, so that every step writes into the same memory.
 
-    ``device``: where the step runs (None: where the latents are; they may be in pinned host memory).
+    ``device``: the device of the step (None: that of the latents, which may also be in pinned host memory).
     """
     device = latents.device if device is None else device
 
@@ -101,38 +101,38 @@ def noise_gather(
 
     Args:
         latents: [N, *S] float32, bfloat16 or float16: the cache.
-        latent_prompts: [N] int64: the row of ``prompts`` that each latent was made from.
-        prompts: [M, *P] of any dtype: encoded prompts or class labels, the null prompt among them. Or a list, tuple or
-            dict of banks of M rows each, such as embeddings, pooled embeddings, time ids and masks: the same row of all
-            is copied as it is, and ``Draw.prompt`` has the same structure.
-        coefficients: [T, 4] float32: signal, noise, target signal, target noise of each timestep: epsilon, sample and v
-            (``NoiseSchedule.coefficients``) or rectified flow (``flow_coefficients``).
+        latent_prompts: [N] int64: the row of ``prompts`` from which each latent was generated.
+        prompts: [M, *P] of any dtype: encoded prompts or class labels, including the null prompt. Or a list, tuple or
+            dict of banks of M rows each, such as embeddings, pooled embeddings, time ids and masks: the same row of
+            each bank is copied, and ``Draw.prompt`` has the same structure.
+        coefficients: [T, 4] float32: signal, noise, target signal and target noise for each timestep, from
+            ``NoiseSchedule.coefficients`` (epsilon, sample, v) or ``flow_coefficients`` (rectified flow).
         replace: [T] int64: floor(p(t) * 2**32), the probability of a random prompt (``conditioning.thresholds``).
         counter: [2] int64 on the device: seed and step.
         batch: number of samples of this process (or give ``out``).
-        null_index: row of the null prompt. null_probability: how often it replaces the chosen one.
-        pool: random prompts are drawn from rows [0, pool); None: all rows before ``null_index``, or all if it comes
-            first.
+        null_index: row of the null prompt. null_probability: probability that it replaces the chosen prompt.
+        pool: random prompts are drawn from rows [0, pool); None: all rows before ``null_index``, or all rows if
+            ``null_index`` is 0.
         first_sample, global_batch: this process draws samples [first_sample, first_sample + batch) of a global batch,
-            so that draws do not depend on how it is split. None: the batch is the whole.
-        with_replacement: draw latents independently; otherwise each comes once an epoch, in an order keyed by seed and
-            epoch.
+            so that draws do not depend on how the batch is split. None: ``batch`` is the global batch.
+        with_replacement: True draws latents independently; False draws each latent once per epoch, in an order that
+            depends on seed and epoch.
         target: also return target_signal(t) x + target_noise(t) eps.
-        latent_rows, prompt_rows: if not 0, ``latents`` or ``prompts`` is not the bank, which has this many rows, but
-            a ring [R * batch, ...] of rows staged for R steps: sample b of step s is row (s mod R) * batch + b. The
-            draw is the bank's (``fastdistill.data.staged`` fills such rings).
-        out: buffers from ``empty_draw`` to write into, each in memory of its own.
+        latent_rows, prompt_rows: 0, or the number of rows of the bank. Then ``latents`` or ``prompts`` is not the bank
+            but a ring buffer [R * batch, ...] with the rows of R steps: sample b of step s is row
+            (s mod R) * batch + b. The draw is the same (``fastdistill.data.staged`` fills such rings).
+        out: buffers from ``empty_draw`` to write into, without shared memory.
 
     Banks or buffers that are not contiguous, and more than eight banks, are left to the reference, which is slow.
-    All tensors are on the device of ``counter``, but with a GPU ``latents`` and ``prompts`` may also be in pinned host
-    memory, which its kernels read in place.
+    All tensors must be on the device of ``counter``. With a GPU, ``latents`` and ``prompts`` may also be in pinned host
+    memory, which the kernels read in place.
 
     Returns:
         ``Draw``. Integers are bit-equal in every kernel; noise agrees to 4e-6 absolute.
 
     Raises:
-        InputError: a wrong shape, dtype, device or range, or a tensor that requires gradient, before anything is
-            launched.
+        InputError: a wrong shape, dtype, device or range, or a tensor that requires gradient. Nothing is launched
+            then.
     """
     arguments, out = _prepared(
         (latents, latent_prompts, coefficients, replace, counter), prompts, batch, null_index, null_probability, pool,
@@ -143,10 +143,10 @@ def noise_gather(
 
 
 class NoiseGather(Generic[Banks]):
-    """``noise_gather`` with its arguments prepared and checked once: what a training loop calls every step.
+    """``noise_gather`` with arguments that are prepared and checked once, for the calls of a training loop.
 
-    It takes the arguments of ``noise_gather``. A call draws the batch of the step that ``counter`` holds by then, into
-    the same buffers every time, and returns them. None of the tensors may be resized in between.
+    It takes the arguments of ``noise_gather``. Each call draws the batch of the step that ``counter`` then contains,
+    always into the same buffers, and returns them. Do not resize any of the tensors between calls.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ def _prepared(
     prompt_rows: int,
     out: Draw[Banks] | None,
 ) -> tuple[tuple[Any, ...], Draw[Banks]]:
-    """The op's arguments, checked, and the buffers among them."""
+    """The op's checked arguments, and the output buffers."""
     latents, latent_prompts, coefficients, replace, counter = tables
     given, names = banks.listed(prompts), banks.labels(prompts)
     named = {"latents": latents} | {f"prompts{name}": bank for name, bank in zip(names, given, strict=True)}

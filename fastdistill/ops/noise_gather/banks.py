@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts as one bank, several, or several by name; and what a call of the op must satisfy."""
+"""Prompts as one bank, as a list or as a dict of banks; and the checks of the op's arguments."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def listed(prompts: Any) -> list[Any]:
 
 
 def labels(prompts: Any) -> tuple[str, ...]:
-    """How each bank is called in a message, after the argument's name."""
+    """The name of each bank in messages, after the argument's name."""
     if not isinstance(prompts, Mapping | Sequence):
         return ("",)
     keys = prompts if isinstance(prompts, Mapping) else range(len(prompts))
@@ -71,7 +71,7 @@ def check(call: tuple[Tensor, ...], values: tuple[tuple[str, ...], tuple[int, ..
 
 
 def check_host_memory(banks: Mapping[str, Tensor], device: torch.device) -> None:
-    """What a GPU reads in host memory is pinned; of fake tensors that is not known."""
+    """Host memory that a GPU reads must be pinned; for fake tensors this is unknown."""
     for name, bank in banks.items():
         if bank.device != device and not torch.compiler.is_compiling() and not isinstance(bank, FakeTensor):
             rule = f"memory of the device of counter ({device}) or pinned host memory (pin_memory())"

@@ -42,7 +42,7 @@ def arguments(
     prompt_index: Tensor,
     choice: Tensor,
 ) -> tuple[Any, ...]:
-    """What ``_cpu.noise_gather`` and ``_cuda.noise_gather`` take, but for the threads or the stream."""
+    """The arguments of ``_cpu.noise_gather`` and ``_cuda.noise_gather``, except the threads or the stream."""
     rows, texts, batch = latents.size(0), prompts[0].size(0), x_t.size(0)
     address = Tensor.data_ptr
     return (
@@ -56,10 +56,10 @@ def arguments(
 
 
 def noise_gather(*args: Any) -> None:
-    """One parallel loop over pieces of rows; arguments as the reference's.
+    """One parallel loop over pieces of rows; arguments as in the reference.
 
     Raises:
-        InputError: a latent names a prompt that the bank does not have.
+        InputError: the prompt of a latent is out of range.
     """
     outside = _native.cpu().noise_gather(*arguments(*args), torch.get_num_threads())
     if outside >= 0:
@@ -67,7 +67,7 @@ def noise_gather(*args: Any) -> None:
 
 
 def refuse(*args: Any) -> str | None:
-    """Rows are read and written as flat memory: banks and outputs must be contiguous."""
+    """Banks and outputs must be contiguous, because rows are read and written as flat memory."""
     if len(args[2]) > MOST_BANKS:
         return f"{len(args[2])} banks of prompts are more than {MOST_BANKS}"
     flat = (*args[:2], *args[2], *args[3:6], *args[14:16], *args[16], *args[17:])

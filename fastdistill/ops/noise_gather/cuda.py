@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The draw of a training batch in CUDA: ``csrc/noise_gather/cuda.cu``. It takes the calls that the C++ kernel takes."""
+"""The draw of a training batch in CUDA: ``csrc/noise_gather/cuda.cu``. It supports the same calls as the C++ kernel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from fastdistill.ops.noise_gather.cpp import arguments
 
 
 def noise_gather(*args: Any) -> None:
-    """One launch; arguments as the reference's. A prompt row that the bank does not have comes out with all bits set:
-    NaN, -1."""
+    """One launch; arguments as in the reference. A prompt row that is out of range gives a row with all bits set
+    (NaN, -1)."""
     _native.cuda().noise_gather(*arguments(*args), _native.queue(args[14]))

@@ -37,9 +37,9 @@ def noise_gather(
     prompt_index: Tensor,
     choice: Tensor,
 ) -> None:
-    """Fill the outputs; every number is a function of (seed, step, sample, element), see ``fastdistill.ops.philox``.
+    """Fill the outputs; every number depends only on (seed, step, sample, element), see ``fastdistill.ops.philox``.
 
-    ``latent_rows`` and ``prompt_rows`` are 0, or the rows of the bank of which ``latents``, ``prompts`` are a ring.
+    ``latent_rows`` and ``prompt_rows`` are 0, or the rows of the bank if ``latents`` or ``prompts`` is a ring buffer.
     """
     seed, step = counter[0], counter[1]
     sample = first_sample + torch.arange(len(x_t), device=x_t.device)
@@ -79,13 +79,13 @@ def noise_gather(
 
 
 def refuse(sample: int, latent_index: Tensor, prompt_index: Tensor, texts: int) -> None:
-    """The latent of a sample names a prompt that the bank does not have."""
+    """Raise the error for a sample whose latent has a prompt out of range."""
     name, rule = f"latent_prompts[{int(latent_index[sample])}]", f"a row of prompts, 0 to {texts - 1}"
     raise InputError.of(name, rule, int(prompt_index[sample]))
 
 
 def _rows(bank: Tensor, index: Tensor, staged: int, step: Tensor) -> Tensor:
-    """The drawn rows, or the ring's rows of this step; a bank in host memory is read there."""
+    """The drawn rows, or the ring buffer's rows of this step; a bank in host memory is indexed there."""
     if staged:
         batch = len(index)
         index = step % (len(bank) // max(batch, 1)) * batch + torch.arange(batch, device=index.device)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The draw of a training batch in Triton.
 
-Grid      (batch rows, chunks): a program draws its row (seven Philox blocks), makes the noise of ELEMENTS elements of
-          its latent and copies a share of its prompt from every bank; the first of a row writes the indices
-Traffic   latent read, x_t written (and target where wanted), prompt rows read and written; noise never in memory.
-          Banks may lie in pinned host memory
+Grid      (batch rows, chunks): a program draws its row (seven Philox blocks), generates the noise of ELEMENTS elements
+          of its latent and copies a part of its prompt from every bank; the first one of a row writes the indices
+Traffic   latent read, x_t written (and target if requested), prompt rows read and written; noise never in memory.
+          Banks may be in pinned host memory
 Precision integers exact; noise, mixing and coefficients in fp32, rounded once to the dtype of the latents; the same
           operations as csrc/philox.h
-Limits    contiguous banks and outputs; prompts are integers of their size; a prompt row outside of the bank comes out
-          with all bits set (NaN, -1)
+Limits    contiguous banks and outputs; prompts are copied as integers of the same size; a prompt row out of range gives
+          a row with all bits set (NaN, -1)
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch import Tensor
 from fastdistill.ops._triton import CHOICE, below, cdiv, normals, permute, philox_words, power_of_2
 
 ELEMENTS = 2048
-COPIED = 4096  # elements of a prompt that a program holds at once, at most
+COPIED = 4096  # most elements of a prompt that a program holds at once
 WARPS = 4
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
 def _place(drawn, ring, step, batch, b):
-    """The row to read: the drawn one, or the sample's place in the ring of a staged bank."""
+    """The row to read: the drawn one, or for a staged bank the sample's row in the ring buffer."""
     turn = step % tl.maximum(ring, 1)
     turn = tl.where(turn < 0, turn + ring, turn)
     return tl.where(ring == 0, drawn, turn * batch + b)
@@ -85,7 +85,7 @@ def _noise_gather(
     from_text = _place(text, prompt_ring, step, batch, b)
     for i in tl.static_range(BANKS):
         end = tl.minimum((chunk + 1) * share[i], prompt_row[i])
-        there = tl.where(text < 0, 0, tl.where(text < texts, end, 0))  # nothing of a row that is not in the bank
+        there = tl.where(text < 0, 0, tl.where(text < texts, end, 0))  # reads nothing if the row is out of range
         for start in range(chunk * share[i], end, COPIED[i]):
             e = start + tl.arange(0, COPIED[i])
             values = tl.load(prompts[i] + from_text * prompt_row[i] + e, mask=e < there, other=-1)
@@ -93,7 +93,7 @@ def _noise_gather(
 
 
 def _words(bank: Tensor) -> Tensor:
-    """The same memory as integers, copied without a look at what they mean."""
+    """The same memory as integers, so that the copy does not depend on the dtype."""
     return bank.detach().view(_WORDS[min(bank.element_size(), 8)])
 
 
@@ -120,7 +120,7 @@ def noise_gather(
     prompt_index: Tensor,
     choice: Tensor,
 ) -> None:
-    """One launch; arguments as the reference's."""
+    """One launch; arguments as in the reference."""
     rows, texts, batch = latents.size(0), prompts[0].size(0), x_t.size(0)
     if batch == 0:
         return

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A student's output against its targets, loss and gradient in one pass; the targets are never written.
+"""Loss and gradient of a student's output in one pass; the targets are never written to memory.
 
     target_b = from_x_t x_t + from_teacher (c + w (c - u))        c, u: the teacher with and without the prompt
-    task_b   = target_signal x + target_noise eps                 eps made again from the draw's counter
+    task_b   = target_signal x + target_noise eps                 eps recomputed from the draw's counter
     loss     = output_weight mean_b(weight_b |s - target_b|^2) + task_weight mean_b(weight_b |s - task_b|^2)
 
 Output and task loss of BK-SDM (arXiv 2305.15798) and Random Conditioning (arXiv 2504.02011); with a guidance weight w,
@@ -41,18 +41,18 @@ _output_match = register(
 
 
 class Task(NamedTuple):
-    """What is needed to compute the target of a draw again: the arguments of ``noise_gather``."""
+    """The arguments of ``noise_gather`` from which the target of a draw can be recomputed."""
 
     latents: Tensor  # [N, C, *S]: the cache
     latent_index: Tensor  # [B] int64
-    choice: Tensor  # [B] int64: samples that a RANDOM prompt replaced have no task
+    choice: Tensor  # [B] int64: samples with a RANDOM prompt have no task loss
     coefficients: Tensor  # [T, 4] float32
     counter: Tensor  # [2] int64: seed and step, as they were at the draw
     first_sample: int = 0
 
     @classmethod
     def of(cls, draw: Draw[Any], latents: Tensor, coefficients: Tensor, counter: Tensor, first_sample: int = 0) -> Task:
-        """The task of a draw that ``noise_gather`` made from these."""
+        """The task of a draw that ``noise_gather`` computed from these arguments."""
         return cls(latents, draw.latent_index, draw.choice, coefficients, counter, first_sample)
 
 
@@ -85,34 +85,34 @@ def output_match(
     grad_scale: Tensor | None = None,
     grad: Tensor | None = None,
 ) -> OutputMatch:
-    """Match a student's output to its teacher's and, if there is a task, to the draw's own target.
+    """Compute the distance of a student's output from its teacher's and, with a task, from the draw's own target.
 
     Args:
-        student: [B, C, *S], or [B, 2 C, *S] of a model that learns its variance too: those channels are left out, with
-            gradient 0. float32, bfloat16 or float16; so are teacher, unconditional, x_t and task.latents.
-        teacher: [B, C or 2 C, *S] without gradient, or None for the task alone.
+        student: [B, C, *S], or [B, 2 C, *S] for a model that also learns its variance: the variance channels are
+            ignored, with gradient 0. Like teacher, unconditional, x_t and task.latents: float32, bfloat16 or float16.
+        teacher: [B, C or 2 C, *S] without gradient, or None for the task loss only.
         timestep: [B] int64.
-        table: [T, 5] float32 from ``diffusion.matching.match_table``: guidance weight, how the teacher's prediction
-            becomes the student's (of x_t, of the prediction), weight of the output loss, weight of the task loss.
+        table: [T, 5] float32 from ``diffusion.matching.match_table``: guidance weight, factors of x_t and of the
+            teacher's prediction that convert it to the student's, weight of the output loss, weight of the task loss.
         unconditional: the teacher's output for the null prompt, of the teacher's shape and dtype; None: no guidance.
-        guidance: [B] float32 by which the table's guidance weight is multiplied, beside unconditional; None: 1.
-        weights: [B] float32 by which the table's loss weights are multiplied; None: 1.
-        x_t: [B, C, *S], needed if teacher and student predict different things (``match_table(teacher=...)``).
-        task: what the draw's own target is made of (``Task.of``); None: no task loss.
-        channels: C, if nothing else tells it (x_t, the task, or that one model learns its variance and the other does
-            not). None: from those, otherwise all channels of the student.
+        guidance: [B] float32, multiplied with the table's guidance weight; requires unconditional. None: 1.
+        weights: [B] float32, multiplied with the table's loss weights; None: 1.
+        x_t: [B, C, *S], required if the prediction types of teacher and student differ (``match_table(teacher=...)``).
+        task: from ``Task.of``, to recompute the draw's own target; None: no task loss.
+        channels: C. None: from x_t, from the task, or from the other model if only one learns its variance; otherwise
+            all channels of the student.
         distance: ``"mse"``, or ``"huber"``: d^2 / 2 up to a difference of delta and linear beyond.
         grad_scale: 0-dim float32 tensor on the device: the loss scale by which ``loss`` will be multiplied before
             ``backward``; the gradient is stored multiplied by it, so that float16 does not underflow. None: 1.
-        grad: a contiguous buffer like ``student`` for the gradient, handed to autograd by ``backward``, before which it
-            must not be written to again; None: fresh.
+        grad: a contiguous buffer like ``student`` for the gradient. ``backward`` passes it to autograd; do not write to
+            it before. None: a new buffer.
 
     Returns:
-        ``OutputMatch``; float32 accumulation, the same bits on every run. Tensors that are not contiguous are copied.
+        ``OutputMatch``; accumulated in float32, the same bits in every run. Tensors that are not contiguous are copied.
 
     Raises:
-        InputError: mismatched shapes, devices or dtypes, a teacher that requires gradient, a timestep or latent outside
-            of its table (on a GPU the loss is NaN then, as nothing is read back).
+        InputError: mismatched shapes, devices or dtypes, a teacher that requires gradient, or (on a CPU) a timestep or
+            latent index out of range. On a GPU these are not checked, and the loss is NaN.
     """
     own: tuple[Any, ...] = (None,) * 5
     if task is not None:
@@ -151,7 +151,7 @@ def output_match(
 
 @functools.cache
 def _nothing() -> tuple[Tensor, Tensor]:
-    """On the CPU, what stands for floats and integers that are not there."""
+    """On the CPU, placeholders for float and integer tensors that are not given."""
     return torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
 
 
@@ -183,7 +183,7 @@ def _launch(
 
 
 class _OutputMatch(torch.autograd.Function):
-    """The gradient is made in the forward; the backward hands it on, times what the loss was multiplied by since."""
+    """The forward computes the gradient; the backward multiplies it by the incoming gradient of the loss."""
 
     @staticmethod
     def forward(
@@ -256,7 +256,7 @@ def _checked(tensors: tuple[Tensor | None, ...], values: tuple[int | None, int, 
                 channels, source = min(channels, student.size(1)), "student or teacher"
     assert channels is not None
     twice = f"the {channels} channels of {source} or, with a learned variance, twice as many"
-    fits = student.size(1) == channels or student.size(1) == 2 * channels  # sizes of a compiler are not found by `in`
+    fits = student.size(1) == channels or student.size(1) == 2 * channels  # `in` does not work for symbolic sizes
     _check.require(fits, "student", twice, tuple(student.shape))
     _check_rows(given, batch, channels, size, twice)
     if "task.counter" in given:

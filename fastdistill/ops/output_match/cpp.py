@@ -15,10 +15,10 @@ _NOTHING = 0, 0, 0
 
 
 def output_match(*arguments: Any) -> None:
-    """One parallel loop over chunks of samples; arguments as the reference's.
+    """One parallel loop over chunks of samples; arguments as in the reference.
 
     Raises:
-        InputError: a timestep or latent that its table does not have.
+        InputError: a timestep or latent index is out of range.
     """
     unknown = _native.cpu().output_match(*addresses(*arguments), torch.get_num_threads())
     if unknown >= 0:
@@ -51,7 +51,7 @@ def addresses(
     samples: Tensor,
     grad: Tensor,
 ) -> tuple[Any, ...]:
-    """What both extensions take, in their order; the address of a tensor of no elements is 0."""
+    """The arguments of both extensions, in their order; the address of a tensor without elements is 0."""
     shape = student.shape
     matched = channels * (student.numel() // max(shape[0] * shape[1], 1))
     rows = [
@@ -67,7 +67,7 @@ def addresses(
 
 
 def refuse(*arguments: Any) -> str | None:
-    """Rows are read and written as flat memory: every tensor must be contiguous."""
+    """Every tensor must be contiguous, because rows are read and written as flat memory."""
     for tensor in arguments:
         if isinstance(tensor, Tensor) and not tensor.is_contiguous():
             return f"a tensor is not contiguous (shape {tuple(tensor.shape)}, strides {tensor.stride()})"

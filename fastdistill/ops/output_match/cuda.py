@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output matching in CUDA: ``csrc/output_match/cuda.cu``. It takes the calls that the C++ kernel takes."""
+"""Output matching in CUDA: ``csrc/output_match/cuda.cu``. It supports the same calls as the C++ kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdistill.ops.output_match.cpp import addresses
 
 
 def output_match(*arguments: Any) -> None:
-    """Two launches; arguments as the reference's. A timestep or latent that its table does not have makes the loss
+    """Two launches; arguments as in the reference. A timestep or latent index out of range makes the loss
     NaN."""
     student = arguments[0]
     given = addresses(*arguments)

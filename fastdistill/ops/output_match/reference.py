@@ -39,9 +39,9 @@ def output_match(
     samples: Tensor,
     grad: Tensor,
 ) -> None:
-    """Fill the outputs, ``grad`` where it has elements; float32 throughout. A tensor of no elements is not there.
+    """Fill the outputs, and ``grad`` if it has elements, in float32. A tensor without elements means None.
 
-    A sample whose timestep or latent is not in its table is refused on a CPU, and has NaN for weights elsewhere.
+    If a sample's timestep or latent index is out of range, a CPU raises an error; elsewhere its weights are NaN.
     """
     shape = (len(student), *[1] * (student.dim() - 1))
     there = (timestep >= 0) & (timestep < len(table))
@@ -70,7 +70,7 @@ def output_match(
         sample = first_sample + torch.arange(len(student), device=student.device)
         z = philox.normal(counter[0], counter[1], sample, s.shape[1:])
         signal, noise = coefficients[timestep].view(-1, 4, *shape[1:]).unbind(1)[2:]
-        clean = torch.where(signal == 0, 0.0, latents[latent_index].float())  # not read where it is not wanted
+        clean = torch.where(signal == 0, 0.0, latents[latent_index].float())  # unused, it may be anything
         differences[1] = s - (signal * clean + noise * z)
         weight[:, 1] = torch.where(choice == RANDOM, 0.0, weight[:, 1])
 
@@ -84,14 +84,14 @@ def output_match(
         factor = grad_scale * weight * ((1.0 if huber else 2.0) / max(s.numel(), 1))
         gradient = torch.zeros_like(s)
         for i, scale, given in ((0, output_weight, teacher), (1, task_weight, counter)):
-            if given.numel():  # a weight that is not finite weighs nothing that is not there
+            if given.numel():  # a weight that is not finite must not affect a missing term
                 gradient += (scale * factor[:, i]).view(shape) * slopes[i]
         grad.zero_()
         grad[:, :channels].copy_(gradient)
 
 
 def refuse(sample: int, timestep: Tensor, table: Tensor, latents: Tensor, latent_index: Tensor) -> None:
-    """A sample whose timestep or latent is not there."""
+    """Raise the error for a sample whose timestep or latent index is out of range."""
     name, rows, value = f"timestep[{sample}]", f"a row of table, 0 to {len(table) - 1}", int(timestep[sample])
     if 0 <= value < len(table):
         name, rows = f"task.latent_index[{sample}]", f"a row of task.latents, 0 to {len(latents) - 1}"

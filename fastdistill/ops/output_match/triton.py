@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Output matching in Triton: loss and gradient in one launch, and one small launch that adds the partial sums in order.
 
-Grid      one program a chunk of 1024 elements of a sample
-Traffic   student, teacher (twice under guidance), x_t where prediction types differ, the latent where the task's target
-          holds some of it: each read once; gradient written once; targets and noise never in memory
+Grid      one program per chunk of 1024 elements of a sample
+Traffic   student, teacher (two tensors with guidance), x_t if prediction types differ, the latent if the task's target
+          contains it: each read once; gradient written once; targets and noise never in memory
 Precision elements and the sum of a chunk in fp32 (a tree), chunks added in fp64 in their order; gradients rounded once
-Limits    any n >= 0 (64-bit); contiguous rows; a sample whose timestep or latent is not in its table makes the loss NaN
+Limits    any n >= 0 (64-bit); contiguous rows; a timestep or latent index out of range makes the loss NaN
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WARPS = 4
 
 @triton.jit
 def _known(timestep, latent_index, b, inside, steps, latent_count, TASK: tl.constexpr):
-    """The timestep and the latent of samples, and whether their tables have them."""
+    """The timestep and the latent of samples, and whether they are in range."""
     t = tl.load(timestep + b, mask=inside, other=0)
     there = (t >= 0) & (t < steps)
     latent = t * 0
@@ -36,7 +36,7 @@ def _known(timestep, latent_index, b, inside, steps, latent_count, TASK: tl.cons
 
 @triton.jit
 def _weights(table, weights, choice, b, t, there, inside, OWN: tl.constexpr, TASK: tl.constexpr, RANDOM: tl.constexpr):
-    """The weights of samples' output and task; NaN where a table does not have them."""
+    """The weights of samples' output and task; NaN if out of range."""
     own = tl.where(there, 1.0, float("nan"))
     if OWN:
         own *= tl.load(weights + b, mask=inside, other=0.0)
@@ -49,9 +49,9 @@ def _weights(table, weights, choice, b, t, there, inside, OWN: tl.constexpr, TAS
 
 @triton.jit
 def _term(d, delta, HUBER: tl.constexpr):
-    """A difference's term of the sum and its part of the gradient."""
+    """The loss term of a difference and its derivative."""
     c = d
-    if HUBER:  # clamped; NaN stays
+    if HUBER:  # clamped; keeps NaN
         c = tl.where(d < -delta, -delta, tl.where(d > delta, delta, d))
         return c * (d - 0.5 * c), c
     return d * d, c
@@ -105,7 +105,7 @@ def _output_match(
     if GRADIENT:
         to = gradient + b * student_row
         tl.store(to + e, g.to(gradient.dtype.element_ty), mask=inside)
-        if first + CHUNK >= n:  # channels that are not matched
+        if first + CHUNK >= n:  # channels that are ignored (a learned variance)
             for start in range(n, student_row, CHUNK):
                 rest = start + tl.arange(0, CHUNK)
                 tl.store(to + rest, tl.full((CHUNK,), 0.0, gradient.dtype.element_ty), mask=rest < student_row)
@@ -168,7 +168,7 @@ def output_match(
     samples: Tensor,
     grad: Tensor,
 ) -> None:
-    """Two launches; arguments as the reference's."""
+    """Two launches; arguments as in the reference."""
     batch = student.size(0)
     student_row = student.numel() // max(batch, 1)
     n = student_row // max(student.size(1), 1) * channels
