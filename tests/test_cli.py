@@ -116,10 +116,10 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
         (("--train.lr",), "--train.lr: expected 1 value, got nothing"),
         (("--train.betas", "0.9"), "--train.betas: expected 2 values, got 0.9"),
         (("--train.micro_batch", "two"), "--train.micro-batch: expected null or INT, got two"),
-        (("--train.fuse", "true"), "--train.fuse: expected --train.fuse or --train.no-fuse without a value, got true"),
+        (("--train.fuse", "maybe"), "--train.fuse: expected one of True, False, auto, got maybe"),
         (
             ("--train.precision", "int8"),
-            "--train.precision: expected one of auto, float32, bfloat16, float16, got int8",
+            "--train.precision: expected one of auto, measured, float32, bfloat16, float16, got int8",
         ),
         (("extra",), "demo digits: expected options (--...), got extra"),
     ],
@@ -139,7 +139,7 @@ def test_a_wrong_option_is_one_line(
         (("--step",), "--step: expected 1 value, got nothing"),
         (
             ("--train.precision", "int8"),
-            "--train.precision: expected one of auto, float32, bfloat16, float16, got int8",
+            "--train.precision: expected one of auto, measured, float32, bfloat16, float16, got int8",
         ),
         (("extra",), "export: expected options (--...), got extra"),
     ],
@@ -163,6 +163,14 @@ def test_a_wrong_option_is_one_line_in_every_encoding(
 def test_null_as_in_the_file(capsys: pytest.CaptureFixture[str], spelled: tuple[str, ...]) -> None:
     code, out, error = said(capsys, "demo", "digits", "--train.micro-batch", "2", *spelled, "--dry-run")
     assert (code, error) == (0, "") and "micro_batch: null" in out
+
+
+@pytest.mark.parametrize("spelled", [("--train.fuse", "true"), ("--train.fuse=true",)])
+def test_switches_with_other_values_as_in_the_file(
+    capsys: pytest.CaptureFixture[str], spelled: tuple[str, ...]
+) -> None:
+    code, out, error = said(capsys, "demo", "digits", *spelled, "--dry-run")
+    assert (code, error) == (0, "") and "fuse: true" in out
 
 
 def test_all_mistakes_of_a_configuration_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def _options(kind: Any, prefix: str = "--") -> dict[str, Any]:
 
 
 def _checked(arguments: list[str], types: dict[str, Any], name: str) -> list[str]:
-    """The arguments, with the ``null`` of YAML as ``None`` where a field may be None."""
+    """The arguments, with the ``null``, ``true`` and ``false`` of YAML as Python has them where a field may be that."""
     names = {*types, *(_negated(option) for option, kind in types.items() if kind is bool), "--help"}
     result = []
     option = ""
@@ -68,7 +68,7 @@ def _checked(arguments: list[str], types: dict[str, Any], name: str) -> list[str
                 near = difflib.get_close_matches(option, names, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"{name} --help lists them"
                 raise FastdistillError(f"{option}: no such option ({hint})")
-            result.append(f"{option}=None" if equals and _null(value, types.get(option)) else argument)
+            result.append(f"{option}={_spelled(value, types.get(option))}" if equals else argument)
         elif (
             option
             and types.get(option, bool) is bool
@@ -77,7 +77,7 @@ def _checked(arguments: list[str], types: dict[str, Any], name: str) -> list[str
             switch = option if option in types else option.replace(".no-", ".").replace("--no-", "--")
             raise FastdistillError(f"{option}: expected {switch} or {_negated(switch)} without a value, got {argument}")
         else:
-            result.append("None" if option and _null(argument, types.get(option)) else argument)
+            result.append(_spelled(argument, types.get(option)) if option else argument)
     return result
 
 
@@ -86,8 +86,10 @@ def _negated(option: str) -> str:
     return f"{place}.no-{last}" if dot else f"--no-{last[2:]}"
 
 
-def _null(value: str, kind: Any) -> bool:
-    return value in ("null", "none", "~") and type(None) in get_args(kind)
+def _spelled(value: str, kind: Any) -> str:
+    if value in ("null", "none", "~") and type(None) in get_args(kind):
+        return "None"
+    return value.title() if value in ("true", "false") and bool in get_args(kind) else value
 
 
 def _line(text: str, arguments: list[str], types: dict[str, Any], name: str) -> str:
@@ -113,8 +115,9 @@ def _line(text: str, arguments: list[str], types: dict[str, Any], name: str) -> 
 
 
 def _choices(kind: Any) -> str:
-    """The values of a type of literals, in their order."""
-    literals = [value for value in get_args(kind) if isinstance(value, str)]
+    """The values of a type of literals and switches, in their order."""
+    switches = ["True", "False"] * (bool in get_args(kind))
+    literals = switches + [value for value in get_args(kind) if isinstance(value, str)]
     literals += [value for inner in get_args(kind) for value in get_args(inner) if isinstance(value, str)]
     return ", ".join(literals + ["null"] * (type(None) in get_args(kind)))
 

@@ -48,7 +48,8 @@ class Measurement:
         counts = {}
         for name, low in (("points", 2), ("samples", 1)):
             value = parameters.get(name, getattr(cls, name))
-            _check.require(value == int(value) >= low, f"p(t) {MEASURED}: {name}", f"a whole number >= {low}", value)
+            whole = math.isfinite(value) and value == int(value) >= low
+            _check.require(whole, f"p(t) {MEASURED}: {name}", f"a whole number >= {low}", value)
             counts[name] = int(value)
         power = float(parameters.get("power", cls.power))
         _check.require(0 < power < math.inf, f"p(t) {MEASURED}: power", "a finite number > 0", power)

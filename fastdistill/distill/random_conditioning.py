@@ -8,6 +8,7 @@ large t the noised latent says little about its prompt, so the teacher's answer 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from fastdistill.data.buckets import Buckets
 from fastdistill.data.fingerprint import up_to_rounding
 from fastdistill.data.staged import Batches
-from fastdistill.diffusion.conditioning import replacement_probability, thresholds
+from fastdistill.diffusion.conditioning import REPLACEMENT, replacement_probability, thresholds
 from fastdistill.diffusion.matching import GAMMA, LossWeighting
 from fastdistill.distill.knowledge import Knowledge, Weights
 from fastdistill.distill.measured import MEASURED, MeasuredProbability, Measurement
@@ -73,6 +74,12 @@ class RandomConditioning:
         if self.probability == MEASURED:
             rule = "a p(t) that is known before the first step of a run"
             raise InputError.of("probability", rule, repr(MEASURED))
+        if isinstance(self.probability, str) and self.probability not in REPLACEMENT:
+            names = [*REPLACEMENT, MEASURED]
+            near = difflib.get_close_matches(self.probability, names, n=2, cutoff=0.4)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            rule = f"one of {', '.join(names)}, or a function of t/T"
+            raise InputError.of("probability", rule, repr(self.probability) + hint)
         return replacement_probability(self.probability, T, **self.parameters)
 
     def bind(self, setting: Setting) -> BoundRandomConditioning:

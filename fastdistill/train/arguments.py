@@ -207,12 +207,13 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def dtype(student: nn.Module, where: torch.device, precision: str, shared: Mapping[int, Tensor]) -> torch.dtype | None:
-    """To train the student in; None: as it is. ``shared``: its weights that are the teacher's, which stay as they are;
-    only adapters of PEFT compute in another dtype than the weights below them."""
+    """To train the student in, with ``measured`` that of before a measurement; None: as it is. ``shared``: its weights
+    that are the teacher's, which stay as they are; only adapters of PEFT compute in another dtype than the weights
+    below them."""
     kept = kept_in_float32(student)
     fixed = {t.dtype for key, t in shared.items() if t.is_floating_point() and key not in kept}
     fixed = set() if peft.configs(student) else fixed
-    if precision != "auto":
+    if precision not in ("auto", "measured"):
         wanted = cast(torch.dtype, getattr(torch, precision))
         if fixed - {wanted}:
             names = ", ".join(sorted(map(dtype_name, fixed)))

@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,20 +54,33 @@ class Choice:
 
     @staticmethod
     def of(values: Any) -> Choice | None:
-        """The choice that a checkpoint stores; None if there is none."""
-        fields = {field.name for field in dataclasses.fields(Choice)}
-        return Choice(**{k: v for k, v in values.items() if k in fields}) if isinstance(values, Mapping) else None
+        """The choice that a checkpoint stores; None if there is none. What this version does not know, such as a way that
+        a newer one has, counts as nothing measured."""
+        if not isinstance(values, Mapping):
+            return None
+        kept: dict[str, Any] = {name: values.get(name) for name, known in _VALUES.items() if values.get(name) in known}
+        return Choice(**kept, why=str(values.get("why") or ""))
 
     def __str__(self) -> str:
         parts = [self.execution, "channels_last" if self.channels_last else None, "fused" if self.fuse else None]
-        return ", ".join(part for part in parts if part)
+        return ", ".join(part for part in parts if part) or "not fused"
+
+
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "execution": ("eager", "compiled"),
+    "channels_last": (False, True),
+    "fuse": (False, True),
+    "precision": ("float32", "bfloat16"),
+}
 
 
 def put(choice: Choice, step: TrainStep, student: nn.Module, teacher: nn.Module) -> None:
     """Apply a choice to both models; call it before the optimizer has any state."""
     if choice.fuse is not None:
-        for model in (teacher, student):
-            fuse(model) if choice.fuse else unfuse(model)
+        with warnings.catch_warnings():  # one of the two may have nothing to fuse
+            warnings.filterwarnings("ignore", "fuse: nothing")
+            for model in (teacher, student):
+                fuse(model) if choice.fuse else unfuse(model)
     if choice.channels_last:
         _lay((teacher, student))
         step.wrap()
@@ -137,7 +151,7 @@ def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Ch
     if (total := first * left) < PATIENCE:
         return dataclasses.replace(plain, why=f"auto: the {left} steps that are left take some {total:.0f} s")
     layouts = [None] if config.execution != "auto" or not bench.has_layouts() else [None, True]
-    forms = [None] if plain.fuse is None else [False, True]
+    forms = [False, True] if plain.fuse is not None and bench.has_fused() else [plain.fuse]
     ways = [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, forms)]
     times = bench.times(ways)
     best = _fastest(times)
@@ -178,16 +192,17 @@ class Bench:
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """At the end, restore buffers, the objective's state, training modes, gradients and generators."""
-        state = getattr(self.step.objective, "state", {})
-        tensors = [*state.values(), *(b for model in self._trained for b in model.buffers())]
-        saved = [tensor.clone() for tensor in tensors]
+        own, sums, common = (list(getattr(self.step.objective, k, {}).values()) for k in ("state", "sums", "common"))
+        tensors = [*own, *sums, *(b for model in self._trained for b in model.buffers())]
+        saved = [(tensor, tensor.clone()) for tensor in tensors]
         try:
             with Undisturbed(self.step, self.student, self.teacher, self._config.seed)(0):
                 self.step.prepare(int(self.step.counter[1]))
+                saved += [(tensor, tensor.clone()) for tensor in common]  # with what was made ready for the first step
                 yield
         finally:
             with torch.no_grad():
-                for tensor, before in zip(tensors, saved, strict=True):
+                for tensor, before in saved:
                     tensor.copy_(before)
 
     def put(self, choice: Choice) -> None:
@@ -226,6 +241,15 @@ class Bench:
         """Whether there are weights that are not in channels_last and share their memory with no other tensor."""
         others = [p for p, _ in self._flat if not p.is_contiguous(memory_format=torch.channels_last)]
         return bool(others) and not shared(self.student, self.teacher)
+
+    def has_fused(self) -> bool:
+        """Whether there is anything to fuse."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            able = [any(swap.swapped for swap in fuse(model)) for model in (self.teacher, self.student)]
+        for model in (self.teacher, self.student):
+            unfuse(model)
+        return any(able)
 
     def refuse_compiled(self, seconds: float) -> str | None:
         """Why compiling is not tried if eager training would take so many seconds."""

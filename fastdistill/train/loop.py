@@ -93,6 +93,7 @@ def fit(
         done = int(step.counter[1])
         if done == 0 and teacher is not None and (choice is None or choice.execution is None):
             run.choice = choose(step, student, teacher, config, choice)
+        step.choice = run.choice
         advance = running(step, student, config, run.choice)
         undisturbed = Undisturbed(step, student, teacher, config.seed)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.optimizer import AdamWEMA
 from fastdistill.train.randomness import seeded
 from fastdistill.train.scaling import LossScale
+
+if TYPE_CHECKING:
+    from fastdistill.train.choice import Choice
 
 
 def learning_rates(config: TrainConfig) -> Tensor:
@@ -97,7 +101,8 @@ class TrainStep:
             raise InputError.of("student", "a parameter to train (requires_grad)", got)
         self.objective, self.scaling, self.shapes = objective, scaling, shapes
         self._seed, self._student, self._checked = config.seed, student, distributed.size() == 1
-        self.execution, self.why = "eager", ""  # how it is executed, and why (``graph.runner``)
+        self.execution, self.why = "eager", ""  # what runs it, and why (``graph.runner``)
+        self.choice: Choice | None = None  # what a run has measured for it
         self.stream: torch.cuda.Stream | None = None  # on which the step may be captured
         if device.type == "cuda" and config.execution in ("auto", "graph", "compiled_graph"):
             self.stream = torch.cuda.Stream(device)

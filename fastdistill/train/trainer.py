@@ -118,7 +118,7 @@ class DistillTrainer:
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
         common = shared(student, teacher)
-        dtype = arguments.dtype(student, self.device, "auto" if self._given else config.precision, common)
+        dtype = arguments.dtype(student, self.device, config.precision, common)
         adapters = peft.identity(student, teacher)
         was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
         with _computing(), contextlib.ExitStack() as undo:  # by close, or where something does not fit
@@ -271,13 +271,15 @@ class DistillTrainer:
         if not on_cpu or not (config.execution == "auto" or config.fuse == "auto" or self._given is not None):
             return None
         choice = None if directory is None else Choice.of(checkpoint.chosen(directory))
+        if choice is None and int(self.step.counter[1]):  # an earlier call has begun the run, and all is in place
+            return self.step.choice
         if self._given is not None:
             precision = self._faster_precision() if choice is None else choice.precision
             if precision == "bfloat16":
                 given, self._given = self._given, None
                 self.close()
                 low = dataclasses.replace(config, precision=precision)
-                self.__init__(self.teacher, self.student, config=low, **given)  # type: ignore[misc]
+                DistillTrainer.__init__(self, self.teacher, self.student, config=low, **given)
             choice = dataclasses.replace(choice or Choice(), precision=precision)
         if choice is not None:
             put(open_in(choice, config), self.step, self.student, self.teacher)

@@ -136,10 +136,16 @@ def test_what_cannot_be_measured_is_refused() -> None:
     for parameters, message in (
         ({"rate": 5.0}, "p\\(t\\) measured: expected parameters among points, samples, power, got rate"),
         ({"points": 1.0}, "points: expected a whole number >= 2, got 1.0"),
+        ({"points": math.nan}, "points: expected a whole number >= 2, got nan"),
+        ({"samples": math.inf}, "samples: expected a whole number >= 1, got inf"),
         ({"samples": 0.5}, "samples: expected a whole number >= 1, got 0.5"),
         ({"power": 0.0}, "power: expected a finite number > 0, got 0.0"),
     ):
         with pytest.raises(InputError, match=message):
             made(RandomConditioning("measured", parameters, weights=Weights(1.0, 0.0, 0.0)))
+    with pytest.raises(
+        InputError, match=r"probability: expected one of exp, .*, const, measured, or.*; did you mean meas"
+    ):
+        made(RandomConditioning("mesured", weights=Weights(1.0, 0.0, 0.0)))
     with pytest.raises(InputError, match="probability: expected a p\\(t\\) that is known before"):
         MEASURED.p(10)

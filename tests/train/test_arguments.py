@@ -24,7 +24,7 @@ from fastdistill.distill.denoising import Denoising
 from fastdistill.errors import InputError
 from fastdistill.models import Student
 from fastdistill.models.calling import compute_dtype
-from fastdistill.train import DistillTrainer, TrainConfig
+from fastdistill.train import DistillTrainer, TrainConfig, arguments
 from fastdistill.train.devices import moved, usable
 from tests import tiny
 from tests.models import tiny_families as families
@@ -246,3 +246,10 @@ def test_a_student_of_mixed_precision(precision: str) -> None:
     assert run.step.objective.trained[0][0].weight.dtype == dtype
     history = run.fit().history
     assert history[-1]["skipped"] == 0 and not torch.equal(student.mid.weight, before)
+
+
+def test_the_dtype_before_a_measurement() -> None:
+    """What a plan, and the trainer before its first step, take: that of ``auto``."""
+    for device in map(torch.device, ("cpu", "cuda")):
+        measured, auto = (arguments.dtype(tiny.Net(), device, name, {}) for name in ("measured", "auto"))
+        assert measured == auto

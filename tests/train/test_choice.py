@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fastdistill.distill import RandomConditioning, Regions, Weights
 from fastdistill.models.fuse.form import is_fused
-from fastdistill.train import checkpoint, choice, products
+from fastdistill.train import DistillTrainer, checkpoint, choice, products
 from fastdistill.train.choice import Bench, Choice
 from fastdistill.train.step import TrainStep
 from tests import small, tiny
@@ -93,6 +94,41 @@ def test_a_measurement_leaves_no_trace(measuring: Any, kind: Callable[[int], nn.
     draws = kind is Normed
     assert ("not compiled, as the student draws" in runs[1].step.why) == draws
     assert ("compiled" in {way.execution for way in seen}) != draws
+
+
+@pytest.mark.parametrize("probability", ["const", "measured"])
+def test_no_trace_in_what_the_objective_sums(measuring: Any, probability: str) -> None:
+    """The distances of regions; a p(t) that was measured for the first step stays."""
+    parameters = {"value": 1.0} if probability == "const" else {"samples": 2, "points": 2}
+    given = {"probability": probability, "parameters": parameters, "regions": Regions(count=2, every=2)}
+    runs = [ranks.make(conditioning=given, execution=way) for way in ("eager", "auto")]
+    measuring(lambda way: 1.0 if way == Choice("eager") else 2.0)
+    one, two = map(ranks.finished, runs)
+    assert (one["state"]["objective.region_distance"] >= 0).any()
+    for name, value in one["state"].items():
+        assert torch.equal(value, two["state"][name]), name
+
+
+def test_nothing_to_fuse_is_not_measured(measuring: Any, recwarn: pytest.WarningsRecorder) -> None:
+    seen = measuring(best)
+    run = ranks.make(fuse="auto", execution="eager")
+    run.fit()
+    assert not any(way.fuse for way in seen) and not [str(w.message) for w in recwarn if "fuse" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("kept", "known"),
+    [
+        (["eager"], None),
+        (
+            {"execution": "newer", "precision": 8, "fuse": "x", "channels_last": [], "why": None, "other": None},
+            Choice(),
+        ),
+        ({"execution": "eager", "fuse": False, "why": "auto"}, Choice("eager", fuse=False, why="auto")),
+    ],
+)
+def test_what_a_checkpoint_says_and_this_version_does_not_know(kept: Any, known: Choice | None) -> None:
+    assert Choice.of(kept) == known
 
 
 def best(way: Choice) -> float:
@@ -197,6 +233,31 @@ def test_a_measured_precision(
     assert again.student.first.weight.dtype == dtype
     run.close()
     again.close()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_second_call_goes_on_as_the_first(measuring: Any, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """Also without a directory, and of a trainer that takes other arguments: it neither measures nor begins anew."""
+
+    class Own(DistillTrainer):
+        def __init__(self) -> None:
+            objective = RandomConditioning(weights=Weights(1.0, 0.0, 0.0))
+            options = ranks.OPTIONS | {"precision": "measured"}
+            data = small.SCHEDULE, small.cache(), small.bank(), objective
+            super().__init__(ranks.Tiny(12), ranks.Tiny(6), *data, small.config(**options))
+
+    monkeypatch.setattr("fastdistill.train.trainer.has_bfloat16", lambda device: True)
+    monkeypatch.setattr("fastdistill.train.trainer.faster_precision", lambda *_: precision)
+    measuring(best)
+    run = Own()
+    with pytest.raises(ranks.Interrupted):
+        run.fit(progress=ranks.stop_after(2))
+    refuse(monkeypatch)
+    monkeypatch.setattr("fastdistill.train.trainer.faster_precision", refuse)
+    done: list[int] = []
+    run.fit(progress=lambda step, _: done.append(step))
+    assert done == [2, 3, 4] and run.step.execution == "compiled, channels_last"
+    assert {p.dtype for p in run.student.parameters()} == {getattr(torch, precision)}
 
 
 def test_products_by_onednn() -> None:
