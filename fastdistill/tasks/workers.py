@@ -114,8 +114,8 @@ def command(name: str, config: Any, default: Any) -> str:
     there is without any other option than the ``quick`` and ``full`` of the configuration."""
     words = ["fastdistill", name]
     words += [f"--{name}" for name in _SIZES if getattr(config, name, False)]
-    for option, value in _changed(dataclasses.asdict(config), dataclasses.asdict(default)):
-        if isinstance(value, bool):
+    for option, value, switch in _changed(config, default):
+        if switch:
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
             values = value if isinstance(value, tuple | list) else (value,)
@@ -123,12 +123,14 @@ def command(name: str, config: Any, default: Any) -> str:
     return " ".join(words)
 
 
-def _changed(config: Mapping[str, Any], default: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _changed(value, default[name], f"{within}{name}.")
-        elif name not in ("output", *_SIZES, "workers", "threads", "device") and value != default[name]:
-            yield within + name.replace("_", "-"), value
+def _changed(config: Any, default: Any, within: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Options, their values, and whether one is a switch, which takes no value."""
+    for field in dataclasses.fields(config):
+        name, value, usual = field.name, getattr(config, field.name), getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _changed(value, usual, f"{within}{name}.")
+        elif name not in ("output", *_SIZES, "workers", "threads", "device") and value != usual:
+            yield within + name.replace("_", "-"), value, field.type in ("bool", bool)
 
 
 def results(jobs: Sequence[Job], processes: Processes, progress: Progress) -> list[dict[str, Any]]:

@@ -54,8 +54,8 @@ class Choice:
 
     @staticmethod
     def of(values: Any) -> Choice | None:
-        """The choice that a checkpoint stores; None if there is none. What this version does not know, such as a way that
-        a newer one has, counts as nothing measured."""
+        """The choice that a checkpoint stores; None if there is none. What this version does not know, such as a way
+        that a newer one has, counts as nothing measured."""
         if not isinstance(values, Mapping):
             return None
         kept: dict[str, Any] = {name: values.get(name) for name, known in _VALUES.items() if values.get(name) in known}

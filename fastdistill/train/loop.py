@@ -81,7 +81,6 @@ def fit(
         run = _Run(step, student, fingerprint, config, explain)
         run.choice = choice
         stopped = stack.enter_context(signals())  # to the end: torchrun sends one where another rank has failed
-        distributed.check_same({"directory": "none" if directory is None else "given"})
         stack.enter_context(distributed.naming_the_silent())
         if directory is not None:
             distributed.first(lambda: _enter(directory, stack))

@@ -238,6 +238,7 @@ class DistillTrainer:
         arguments.check_surroundings(self.device)
         if changed := differences(self._layout, arguments.layout(self.student)):
             raise InputError.of("student", "weights as when the trainer was made", listed(changed, 3))
+        distributed.check_same({"directory": "none" if directory is None else "given"})
         choice = self._chosen(directory)
         self._freeze()
         if not self.student.training:

@@ -69,7 +69,7 @@ def test_from_a_folder_to_a_pipeline(name: str, saved: Callable[[str], Path], tm
     cached(config)
     told: list[str] = []
     result = runs.distill(config, tell=told.append)
-    assert told[0].startswith("teacher: ") and told[-1].startswith("first step: eager (auto: it runs on cpu")
+    assert told[0].startswith("teacher: ") and told[-1].startswith("first step: eager (auto: 3 steps are too few")
     taps = [line for line in told if line.startswith("tap: ")]
     assert (
         len(taps) == sum(name.startswith("feature/") for name in result.history[0])

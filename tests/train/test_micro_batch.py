@@ -41,7 +41,7 @@ def gradients(run: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     for name, p in run.step.parameters_by_name.items():
         p.register_hook(functools.partial(_add, sizes[name]))
     run.step.prepare(0)
-    run.metrics = run.step._gradients()
+    run.metrics = run.step.gradients()
     return {name: p.grad for name, p in run.step.parameters_by_name.items() if p.grad is not None}, sizes
 
 
