@@ -32,7 +32,6 @@ from fastdistill.errors import InputError, described
 from fastdistill.models import families
 from fastdistill.ops import Draw, philox
 from fastdistill.ops.noise_gather.banks import listed
-from fastdistill.train.config import validated
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -94,7 +93,7 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         """The same, with a ``Guidance`` for its schedule."""
         if self.grid is not None and not isinstance(self.grid, Grid | str):
             raise InputError.of("grid", "a Grid, its text or None", described(self.grid))
-        config = validated(dataclasses.replace(self, schedule=None, grid=None), "objective")
+        config = dataclasses.replace(self, schedule=None, grid=None)._validated()
         if config.lowest and config.scale is None:
             raise InputError.of("lowest", "0 without a scale", config.lowest)
         if config.rolling.every is not None:

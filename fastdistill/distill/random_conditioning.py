@@ -12,7 +12,7 @@ import difflib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import Field
@@ -83,10 +83,20 @@ class RandomConditioning:
         return replacement_probability(self.probability, T, **self.parameters)
 
     def bind(self, setting: Setting) -> BoundRandomConditioning:
-        return BoundRandomConditioning(validated(self, "objective"), setting)
+        return BoundRandomConditioning(self._validated(), setting)
+
+    def _validated(self) -> Self:
+        """The objective itself, after a check of all fields; InputError for settings of a part that is off."""
+        config = validated(self, "objective")
+        for name, switch in (("rolling", "every"), ("regions", "count")):
+            part = getattr(config, name)
+            if getattr(part, switch) is None and part != type(part)():
+                rule = f"a number, as other fields of {name} are set, which have no effect without it"
+                raise InputError.of(f"{name}.{switch}", rule, None)
+        return config
 
     def describe(self) -> dict[str, object]:
-        config = validated(self, "objective")
+        config = self._validated()
         if config.probability == MEASURED:
             Measurement.of(config.parameters)
         named = config if isinstance(config.probability, str) else dataclasses.replace(config, probability="a function")

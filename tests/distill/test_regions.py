@@ -78,7 +78,7 @@ def test_every_prompt_is_in_one_region(pool: int, count: int) -> None:
 
 
 def test_random_prompts_alone_are_replaced() -> None:
-    plain = made(regions={"count": None}, batch=64)
+    plain = made(conditioning={"regions": Regions()}, batch=64)
     own, counter = made(batch=64), torch.tensor([0, 3])
     for run in (plain, own):
         run.step.objective.prepare(0, 3)
@@ -112,7 +112,7 @@ def watched(run: Any, steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 @pytest.mark.parametrize("rolling", [None, 2])
 def test_the_table_follows_the_mean_distances(rolling: int | None) -> None:
-    run = made(batch=16, conditioning={"rolling": Rolling(every=rolling, steps=5, groups=1)})
+    run = made(batch=16, conditioning={"rolling": Rolling(every=rolling, steps=5, groups=1) if rolling else Rolling()})
     regions = run.step.objective._regions
     seen = watched(run, 8)
     run.step.prepare(8)
@@ -141,7 +141,7 @@ def test_what_is_not_known_is_the_mean_of_the_others() -> None:
 
 @pytest.mark.parametrize("rolling", [None, 2])
 def test_a_run_goes_on_with_its_regions(tmp_path: Path, rolling: int | None) -> None:
-    options = {"conditioning": {"rolling": Rolling(every=rolling, steps=5, groups=2)}}
+    options = {"conditioning": {"rolling": Rolling(every=rolling, steps=5, groups=2) if rolling else Rolling()}}
     whole = made(**options)
     whole.fit(tmp_path / "whole")
     with pytest.raises(Interrupted):

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastdistill.diffusion.flow import FlowSchedule
 from fastdistill.diffusion.sampler import ddim
 from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rolling, Weights
+from fastdistill.distill.regions import Regions
 from fastdistill.distill.rolling import ROLLING
 from fastdistill.errors import InputError
 from fastdistill.ops.noise_gather import NULL
@@ -190,6 +191,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"rolling": {"steps": 51}}, "rolling.steps: expected at most the 50 timesteps of the schedule, got 51"),
         ({"rolling": {"every": 4}, "micro_batch": 2}, "a divisor of the config.micro_batch, 2, got 4"),
         ({"rolling": {"every": 1}}, "every"),
+        ({"rolling": {"every": None}}, "rolling.every: expected a number, as other fields of rolling are set.*None"),
     ):
         with pytest.raises(InputError, match=message):
             made(**change)
@@ -198,6 +200,10 @@ def test_what_does_not_fit_is_refused() -> None:
         made(RandomConditioning(weights=Weights(1.0, 0.0, 1.0), rolling=rolling))
     with pytest.raises(InputError, match=r"rolling.every: expected None, as a step has no guided output"):
         made(GuidanceDistillation(schedule="4", weights=Weights(1.0, 0.0, 0.0), rolling=rolling))
+    regions = Regions(power=2.0)
+    for objective in (RandomConditioning(regions=regions), GuidanceDistillation(schedule="4", regions=regions)):
+        with pytest.raises(InputError, match=r"regions.count: expected a number, as other fields of regions are set"):
+            objective.describe()
 
 
 def test_without_rolling_states_a_run_is_described_as_before() -> None:
