@@ -140,14 +140,14 @@ fd::Heads heads_of(const Strided& x) { return {at<void>(std::get<0>(x)), std::ge
 void cross_attention_backward(const Strided& q, const Strided& k, const Strided& v, const Strided& grad_out,
                               const Strided& grad_q, Address mask, int masking, int mask_dtype, Address rows, Address grad_k,
                               Address grad_v, Address partials, int64_t batch, int64_t queries, int64_t heads, int64_t dim,
-                              int64_t keys, int64_t bank, int64_t chunks, int64_t span, float scale, int dtype,
+                              int64_t keys, int64_t bank, int64_t chunks, int64_t span, float scale, int dtype, bool swizzled,
                               const Stream& stream) {
   fd::CrossAttentionBackward a = {};
   a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v), a.grad_out = heads_of(grad_out), a.grad_q = heads_of(grad_q);
   a.mask = at<void>(mask), a.masking = fd::Mask(masking), a.mask_dtype = fd::Dtype(mask_dtype), a.rows = at<int64_t>(rows);
   a.grad_k = at<void>(grad_k), a.grad_v = at<void>(grad_v), a.partials = at<float>(partials);
   a.B = batch, a.N = queries, a.H = heads, a.D = dim, a.L = keys, a.R = bank, a.chunks = chunks, a.span = span;
-  a.scale = scale, a.dtype = fd::Dtype(dtype);
+  a.scale = scale, a.dtype = fd::Dtype(dtype), a.swizzled = swizzled;
   check("cross_attention_backward", cross_attention_backward_cuda(a, queue_of(stream)));
 }
 

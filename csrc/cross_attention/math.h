@@ -24,6 +24,7 @@ struct CrossAttentionBackward {
   Mask masking;
   Dtype mask_dtype, dtype;
   float scale;
+  bool swizzled;  // operands of products, where there is a choice
 };
 
 namespace FD_ISA {

@@ -36,6 +36,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("B", "N", "H", "D", "L", "R", "chunks", "span")),
         *((name, ctypes.c_int) for name in ("masking", "mask_dtype", "dtype")),
         ("scale", ctypes.c_float),
+        ("swizzled", ctypes.c_bool),
     ]
 
 
@@ -47,10 +48,14 @@ def compiled(folder: Path) -> str:
     return made.read_text()
 
 
-def kernel(text: str, dim: int, dtype: torch.dtype) -> Kernel:
+def kernel(text: str, dim: int, dtype: torch.dtype, swizzled: bool = False) -> Kernel:
     head, *entries = re.split(r"^(?=(?:\.visible |\.weak )?\.entry )", text, flags=re.M)
     name = "4bf16" if dtype == torch.bfloat16 else "3f16"
-    (entry,) = (e for e in entries if re.match(rf".*attention_gradientsILi{dim}ELi\d+ENS_{name}E", e.split("(")[0]))
+    (entry,) = (
+        e
+        for e in entries
+        if re.match(rf".*attention_gradientsILi{dim}ELi\d+ELb{swizzled:d}ENS_{name}E", e.split("(")[0])
+    )
     return parse(head + entry)
 
 

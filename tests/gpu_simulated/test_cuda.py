@@ -36,12 +36,15 @@ def inputs(dim: int, keys: int, tokens: int, dtype: torch.dtype) -> list[torch.T
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize(("dim", "keys"), [(40, 77), (64, 80), (72, 120), (80, 77), (160, 77)])
-def test_gradients(text: str, dim: int, keys: int, chunks: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dim", "keys", "swizzled"),
+    [(40, 77, 0), (40, 77, 1), (64, 80, 0), (64, 80, 1), (72, 120, 0), (80, 77, 0), (160, 77, 0)],
+)
+def test_gradients(text: str, dim: int, keys: int, swizzled: bool, chunks: int, dtype: torch.dtype) -> None:
     """Each within what rounding of the products' operands allows, and nothing that must not be done."""
     q, k, v, g = inputs(dim, keys, 400, dtype)
     mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.7 if chunks == 2 else None
-    got, report = gradients(kernel(text, dim, dtype), q, k, v, mask, dim**-0.5, g, chunks)
+    got, report = gradients(kernel(text, dim, dtype, bool(swizzled)), q, k, v, mask, dim**-0.5, g, chunks)
     assert not report, list(report.items())[:8]
     exact = [torch.empty(t.shape, dtype=torch.float32) for t in (q, k, v)]
     reference.cross_attention_backward(q, k, v, mask, None, dim**-0.5, g, *exact)

@@ -14,6 +14,8 @@ KEYS = {40: (65, 80), 64: (65, 80), 72: (65, 120), 80: (65, 80), 160: (1, 80)}
 #: Head dims for which a block has one warpgroup, and a multiprocessor two blocks (otherwise two, and one block). On an
 #: H200 two warpgroups were slower than Triton; one has not been measured. So these run only if ``use`` selects them.
 SMALL = 40, 64
+#: Head dims for which matrices in shared memory are swizzled, of 40 and 64, instead of padded. Neither has been measured.
+SWIZZLED: tuple[int, ...] = ()
 MULTIPROCESSORS = 132  # of the largest GPU; a constant, because the chunks of sums depend on it
 _ALIGNED = 8  # elements in 16 bytes
 
@@ -83,5 +85,5 @@ def cross_attention_backward(
         mask.data_ptr() if mask is not None else 0, kind, mask_dtype,
         rows.data_ptr() if rows is not None else 0, grad_k.data_ptr(), grad_v.data_ptr(),
         partials.data_ptr() if partial else 0, B, N, H, D, L, R, chunks, span, scale, _native.DTYPES[q.dtype],
-        _native.queue(q),
+        D in SWIZZLED, _native.queue(q),
     )  # fmt: skip

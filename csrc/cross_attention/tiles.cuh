@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of cross_attention for Hopper share: matrices in shared memory as warpgroup products take them, their way
+// from and to memory, and the softmax of scores in registers.
+#pragma once
+#include "cross_attention/math.h"
+#include "hopper.cuh"
+
+namespace fd {
+namespace {
+
+using namespace FD_ISA;
+
+constexpr int most = 232448;  // bytes of shared memory
+
+FD_HD constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
+
+// Shared memory, of which swizzled matrices start at multiples of 1024 bytes.
+struct alignas(1024) Shared {
+  unsigned char bytes[1024];
+};
+
+// A matrix with ``rows`` rows in shared memory, as operand of products that sum over its columns or over its rows: byte offset
+// of (row, column) if both, or the column, are multiples of 8; bytes to the i-th 16 columns and to the i-th 16 rows; and of
+// 64 columns.
+template <int rows, bool swizzled> struct Matrix;
+
+// In cores of 8 rows of 16 bytes, 8 columns after 8 columns. If these were not apart, the 8 cores that a product needs at a
+// time if it sums over rows would be in the same banks.
+template <int rows> struct Matrix<rows, false> {
+  unsigned char* at;
+  static constexpr int core = 128, apart = 16, next = rows * 16 + apart, next_64 = 8 * next;
+  static FD_HD constexpr int bytes(int columns) { return columns / 8 * next; }
+  static FD_HD constexpr int after_columns(int i) { return 2 * i * next; }
+  static FD_HD constexpr int after_rows(int i) { return 2 * i * core; }
+  __device__ unsigned char* of(int row, int column) const { return at + column / 8 * next + row / 8 * core + row % 8 * 16; }
+  __device__ hopper::Operand over_columns(int row) const { return {of(row, 0), next, core}; }
+  __device__ hopper::Operand over_rows(int column) const { return {of(0, column), core, next}; }
+};
+
+// 64 columns after 64 columns, in which rows are apart by 128 bytes, and their parts of 16 bytes swizzled.
+template <int rows> struct Matrix<rows, true> {
+  unsigned char* at;
+  static constexpr int next_64 = rows * 128;
+  static FD_HD constexpr int bytes(int columns) { return up(columns, 64) / 64 * next_64; }
+  static FD_HD constexpr int after_columns(int i) { return i / 4 * next_64 + i % 4 * 32; }
+  static FD_HD constexpr int after_rows(int i) { return i * 2048; }
+  __device__ unsigned char* of(int row, int column) const {
+    return at + column / 64 * next_64 + row * 128 + (column / 8 % 8 ^ row % 8) * 16;
+  }
+  __device__ hopper::Operand over_columns(int row) const { return {at + row * 128, next_64, 1024, true}; }
+  __device__ hopper::Operand over_rows(int column) const { return {at + column / 64 * next_64, next_64, 1024, true}; }
+};
+
+// Rows of ``dims`` elements from memory into a matrix, zeros past ``end``: eight rows of a warp at a time, 64 bytes of each.
+template <int dims, int warps, int rows, bool swizzled>
+__device__ void load(Matrix<rows, swizzled> to, const unsigned char* from, int64_t step, int64_t end) {
+  const int lane = threadIdx.x % 32, first = 8 * (threadIdx.x / 32) + lane % 8;
+  FD_UNROLL
+  for (int eight = 0; eight < rows; eight += 8 * warps) {
+    const int row = first + eight;
+    if (rows % (8 * warps) && row >= rows) break;
+    const bool inside = row < end;
+    const unsigned char* const source = from + (inside ? row : 0) * step + lane / 8 * 16;
+    FD_UNROLL
+    for (int part = 0; part < dims / 8; part += 4)
+      if (part + lane / 8 < dims / 8) hopper::copy_16(to.of(row, 8 * part + lane / 8 * 8), source + part * 16, inside ? 16 : 0);
+  }
+}
+
+// Fills the columns that are not loaded with zeros.
+template <int dims, int columns, int rows, bool swizzled> __device__ void clear(Matrix<rows, swizzled> to) {
+  FD_UNROLL
+  for (int column = dims; column < columns; column += 8)
+    for (int row = threadIdx.x; row < rows; row += blockDim.x) *reinterpret_cast<uint4*>(to.of(row, column)) = uint4{};
+}
+
+// Fills what is between columns with zeros, where another matrix's product reads it.
+template <int columns, int rows> __device__ void clear_between(Matrix<rows, false> to) {
+  if (threadIdx.x < columns / 8) *reinterpret_cast<uint4*>(to.at + (threadIdx.x + 1) * to.next - to.apart) = uint4{};
+}
+template <int columns, int rows> __device__ void clear_between(Matrix<rows, true>) {}
+
+__device__ const unsigned char* head_of(const Heads& x, int64_t b, int64_t h) {
+  return static_cast<const unsigned char*>(x.at) + 2 * (b * x.batch + h * x.head);
+}
+
+__device__ float over_row(float x, bool sum) {
+  FD_UNROLL
+  for (int bits = 1; bits < 4; bits *= 2) {
+    const float other = __shfl_xor_sync(0xFFFFFFFFu, x, bits);
+    x = sum ? x + other : fmaxf(x, other);
+  }
+  return x;
+}
+
+// The unscaled weights of the scores, and their scale, for both rows of a thread. (Only products write the registers of a
+// product: any other write would have to wait for all products in flight.)
+template <int n>
+__device__ void softmax(const float (&s)[n], const float* bias, float scale, float (&weights)[n], float (&share)[2]) {
+  float top[2] = {minus_infinity(), minus_infinity()}, total[2] = {};
+  FD_UNROLL
+  for (int i = 0; i < n; i += 4) {
+    const float2 added = *reinterpret_cast<const float2*>(bias + 2 * i + 2 * (threadIdx.x % 4));
+    weights[i] = muladd(s[i], scale, added.x), weights[i + 1] = muladd(s[i + 1], scale, added.y);
+    weights[i + 2] = muladd(s[i + 2], scale, added.x), weights[i + 3] = muladd(s[i + 3], scale, added.y);
+    top[0] = fmaxf(top[0], fmaxf(weights[i], weights[i + 1])), top[1] = fmaxf(top[1], fmaxf(weights[i + 2], weights[i + 3]));
+  }
+  FD_UNROLL
+  for (int r = 0; r < 2; ++r) top[r] = finite(over_row(top[r], false));
+  FD_UNROLL
+  for (int i = 0; i < n; ++i) {
+    weights[i] = power_of_two(weights[i] - top[i / 2 % 2]);
+    total[i / 2 % 2] += weights[i];
+  }
+  FD_UNROLL
+  for (int r = 0; r < 2; ++r) share[r] = inverse(over_row(total[r], true));
+}
+
+// Of a warp's 16 rows, as words of two columns, into a matrix.
+template <int words, int rows, bool swizzled>
+__device__ void store(Matrix<rows, swizzled> to, int row, const uint32_t (&x)[words]) {
+  const int own = row + threadIdx.x % 16, column = threadIdx.x % 32 / 16 * 8;
+  FD_UNROLL
+  for (int i = 0; i + 4 <= words; i += 4) hopper::store_cores(to.of(own, 4 * i + column), x[i], x[i + 1], x[i + 2], x[i + 3]);
+  if constexpr (words % 4 == 2) hopper::store_cores(to.of(own, 4 * (words - 2) + column), x[words - 2], x[words - 1]);
+}
+
+// Of four lanes' words, those of the own place in each.
+__device__ uint4 of_four(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  uint32_t x[4] = {a, b, c, d};
+  FD_UNROLL
+  for (int bits = 1; bits < 4; bits *= 2) {
+    const bool upper = threadIdx.x & bits;
+    FD_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (i & bits) continue;
+      const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, upper ? x[i] : x[i + bits], bits);
+      if (upper) x[i] = other;
+      else x[i + bits] = other;
+    }
+  }
+  return {x[0], x[1], x[2], x[3]};
+}
+
+// Accumulators of a warp's 16 rows to memory, 16 bytes of a lane at a time, rows from ``left`` on not.
+template <typename T, int n, typename F>
+__device__ void put(unsigned char* to, int64_t step, int64_t left, const float (&x)[n], const F& factor) {
+  const int lane = threadIdx.x % 32, row = lane / 4;
+  const auto word = [&](int group, int r) {
+    return two_of<T>(x[4 * group + 2 * r] * factor(r), x[4 * group + 2 * r + 1] * factor(r));
+  };
+  unsigned char* const rows[2] = {to + row * step, to + (row + 8) * step};
+  FD_UNROLL
+  for (int i = 0; i + 4 <= n / 4; i += 4) FD_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const uint4 own = of_four(word(i, r), word(i + 1, r), word(i + 2, r), word(i + 3, r));
+    if (row + 8 * r < left) *reinterpret_cast<uint4*>(rows[r] + 16 * (i + lane % 4)) = own;
+  }
+  FD_UNROLL
+  for (int i = n / 16 * 4; i < n / 4; ++i) {  // an even lane has the first row's 8 bytes, an odd one the second's
+    const bool odd = lane % 2;
+    const uint32_t first = word(i, 0), second = word(i, 1), other = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : second, 1);
+    const uint2 own = odd ? uint2{other, second} : uint2{first, other};
+    if (row + 8 * odd < left) *reinterpret_cast<uint2*>((odd ? rows[1] : rows[0]) + 16 * i + lane % 4 / 2 * 8) = own;
+  }
+}
+
+}  // namespace
+}  // namespace fd
