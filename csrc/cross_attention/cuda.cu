@@ -31,9 +31,9 @@ template <int D, int KEYS, bool swizzled> struct Sizes {
   using Bank = Matrix<keys, swizzled>;
   static constexpr int weights = Tile::bytes(KEYS), tile = Tile::bytes(depth), bank = Bank::bytes(depth);
   static constexpr int fixed = 2 * weights + 2 * bank + 4 * KEYS, least = 3 - groups;  // blocks of a multiprocessor
-  static constexpr int stages = least * (fixed + 6 * tile + 1024) <= most + 1024 ? 3 : fixed + 4 * tile <= most ? 2 : 1;
+  static constexpr int stages = least * (fixed + 6 * tile + 1024) <= most + 1024 ? 3 : 1;
   static constexpr int stage = 2 * tile + (by_dims ? weights : 0), p_at = (by_dims ? 1 : stages) * 2 * tile;
-  static constexpr int ds_at = p_at + (by_dims && stages > 1 ? stage : weights), k_at = stages * 2 * tile + 2 * weights;
+  static constexpr int ds_at = p_at + (by_dims && stages == 3 ? stage : weights), k_at = stages * 2 * tile + 2 * weights;
   static constexpr int v_at = k_at + bank, bias_at = v_at + bank, shared = bias_at + 4 * KEYS;
   static constexpr int past = Tile::bytes(by_dims ? up(D, 64) : up(KEYS, 64)) - (by_dims ? tile : weights);
   static constexpr int sum = 4 * D + 16;                   // of a row of dV or dK on its way out
@@ -54,25 +54,24 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
   const Tile p{memory + S::p_at}, ds{memory + S::ds_at};
   const typename S::Bank k{memory + S::k_at}, v{memory + S::v_at};
   float* const bias = reinterpret_cast<float*>(memory + S::bias_at);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = S::groups == 1 ? 0 : warp / 4;
   const int64_t h = blockIdx.x % a.H, chunk = blockIdx.x / a.H % a.chunks, b = blockIdx.x / a.H / a.chunks;
   const int64_t row = row_of(a, b), first = chunk * a.span, end = smaller(first + a.span, a.N);
   const float scale = row < 0 ? as_float(0x7FC00000u) : a.scale * log2_e;
-  const unsigned char* const q_head = head_of(a.q, b, h);
-  const unsigned char* const g_head = head_of(a.grad_out, b, h);
+  const Rows q_rows(head_of(a.q, b, h), a.q.token), g_rows(head_of(a.grad_out, b, h), a.grad_out.token);
 
   const auto tile = [&](int stage, int which) { return Tile{memory + stage * S::stage + which * S::tile}; };
   const auto load_tile = [&](int stage, int64_t begin) {
     if (begin < end) {
-      load<D, warps>(tile(stage, 0), q_head + 2 * begin * a.q.token, 2 * a.q.token, end - begin);
-      load<D, warps>(tile(stage, 1), g_head + 2 * begin * a.grad_out.token, 2 * a.grad_out.token, end - begin);
+      load<D, warps>(tile(stage, 0), q_rows, begin, end - begin);
+      load<D, warps>(tile(stage, 1), g_rows, begin, end - begin);
     }
     hopper::commit_copies();
   };
   const auto after = [](int stage) { return stage + 1 < S::stages ? stage + 1 : 0; };
   const int64_t bank = row < 0 ? 0 : row;
-  load<D, warps>(k, head_of(a.k, bank, h), 2 * a.k.token, a.L);
-  load<D, warps>(v, head_of(a.v, bank, h), 2 * a.v.token, a.L);
+  load<D, warps>(k, Rows(head_of(a.k, bank, h), a.k.token), 0, a.L);
+  load<D, warps>(v, Rows(head_of(a.v, bank, h), a.v.token), 0, a.L);
   load_tile(0, first);
   if (ahead) load_tile(1, first + queries);
   constexpr int cleared = swizzled ? up(D, 64) : S::depth;
@@ -103,18 +102,16 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
     uint32_t words[KEYS / 4];
     hopper::wait_products<1>();
     hopper::settle(s);
-    softmax(s, bias, scale, weights, share);
+    float top[2];
+    scale_scores(s, bias, scale, weights, top);
+    hopper::wait_products<0>();
+    hopper::settle(changes);
+    softmax(weights, top, share, delta, [&](int i) { return changes[i]; });
     FD_UNROLL
     for (int i = 0; i < KEYS / 2; ++i) weights[i] *= share[i / 2 % 2];
     FD_UNROLL
     for (int i = 0; i < KEYS / 4; ++i) words[i] = two_of<T>(weights[2 * i], weights[2 * i + 1]);
     store(p, 16 * warp, words);
-    hopper::wait_products<0>();
-    hopper::settle(changes);
-    FD_UNROLL
-    for (int i = 0; i < KEYS / 2; ++i) delta[i / 2 % 2] = muladd(weights[i], changes[i], delta[i / 2 % 2]);
-    FD_UNROLL
-    for (int r = 0; r < 2; ++r) delta[r] = over_row(delta[r], true);
     FD_UNROLL
     for (int i = 0; i < KEYS / 2; ++i) weights[i] *= changes[i] - delta[i / 2 % 2];
     FD_UNROLL
@@ -163,36 +160,33 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
   }
   for (int64_t begin = first; begin < end; begin += queries) {
     const int64_t next = begin + queries;
-    if constexpr (ahead) {
-      hopper::settle(s);
-      multiply_scores(changes, tile(stage, 1), v);
-      load_tile(after(after(stage)), next + queries);
-    } else {
+    if constexpr (!ahead) {
       hopper::wait_copies<0>();
       hopper::publish_to_products();
       __syncthreads();  // the tile is there
-      multiply_scores(s, tile(stage, 0), k);
-      multiply_scores(changes, tile(stage, 1), v);
-      if (S::stages == 2) {
-        load_tile(1 - stage, next);
-      } else if (const int64_t query = next + threadIdx.x / 2; query < end) {
-        for (int line = threadIdx.x % 2 * 128; line < 2 * D; line += 256) {  // of the cache
-          hopper::prefetch(q_head + 2 * query * a.q.token + line);
-          hopper::prefetch(g_head + 2 * query * a.grad_out.token + line);
-        }
-      }
+      multiply_scores(s, tile(0, 0), k);
     }
+    multiply_scores(changes, tile(stage, 1), v);
+    if (!ahead)
+      if (const int64_t left = end - next, own = threadIdx.x / 2; own < left)
+        for (int line = threadIdx.x % 2 * 128; line < 2 * D; line += 256) {  // of the cache
+          hopper::prefetch(head_of(a.q, b, h) + 2 * (next + own) * a.q.token + line);
+          hopper::prefetch(head_of(a.grad_out, b, h) + 2 * (next + own) * a.grad_out.token + line);
+        }
     weigh();
     hopper::publish_to_products();
     multiply_dq(0);
     if constexpr (ahead) {
-      hopper::wait_copies<1>();
+      hopper::wait_copies<0>();
       hopper::publish_to_products();
     }
     __syncthreads();  // P and dS of all queries, and the next tile if scores are computed ahead
     multiply_sums(stage);
     const int following = next < end ? after(stage) : stage;  // after the last tile it is multiplied again, for nothing
-    if constexpr (ahead) multiply_scores(s, tile(following, 0), k);
+    if constexpr (ahead) {
+      multiply_scores(s, tile(following, 0), k);
+      load_tile(after(after(stage)), next + queries);
+    }
     hopper::wait_products<ahead ? 2 : 1>();
     put_dq(begin, 0);
     if constexpr (S::out_columns < D) {
@@ -202,7 +196,7 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
     }
     hopper::wait_products<0>();
     __syncthreads();  // all are done with the tile, P and dS
-    if (S::stages == 1) load_tile(0, next);
+    if (!ahead) load_tile(0, next);
     stage = following;
   }
   hopper::wait_copies<0>();

@@ -70,7 +70,15 @@ FD_HD float key_bias(const CrossAttentionBackward& a, int64_t b, int64_t key) {
 FD_HD float finite(float top) { return is_minus_infinity(top) ? 0.0f : top; }
 
 // One over a sum of weights: 0 where every key is left out, so that such a row's gradients are 0.
-FD_HD float inverse(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
+FD_HD float inverse(float total) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(total));  // a total is 0, NaN, or at least 1, up to rounding
+#else
+  const float y = 1.0f / total;
+#endif
+  return total == 0.0f ? 0.0f : y;
+}
 
 // The row of K and V that a sample takes, -1: not one of those that are there.
 FD_HD int64_t row_of(const CrossAttentionBackward& a, int64_t b) {

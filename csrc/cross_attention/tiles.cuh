@@ -51,19 +51,32 @@ template <int rows> struct Matrix<rows, true> {
   __device__ hopper::Operand over_rows(int column) const { return {at + column / 64 * next_64, next_64, 1024, true}; }
 };
 
-// Rows of ``dims`` elements from memory into a matrix, zeros past ``end``: eight rows of a warp at a time, 64 bytes of each.
+// Rows of a head in memory, from a thread's first: a warp copies eight rows at a time, 64 bytes of each.
+struct Rows {
+  const unsigned char* at;
+  int64_t step;
+  __device__ Rows(const unsigned char* head, int64_t token) : step(2 * token) {
+    const int lane = threadIdx.x % 32;
+    at = head + (8 * (threadIdx.x / 32) + lane % 8) * step + lane / 8 * 16;
+  }
+};
+
+// ``rows`` rows of ``dims`` elements from ``begin`` on into a matrix; zeros for those from ``left`` on.
 template <int dims, int warps, int rows, bool swizzled>
-__device__ void load(Matrix<rows, swizzled> to, const unsigned char* from, int64_t step, int64_t end) {
+__device__ void load(Matrix<rows, swizzled> to, const Rows& from, int64_t begin, int64_t left) {
   const int lane = threadIdx.x % 32, first = 8 * (threadIdx.x / 32) + lane % 8;
+  const int end = int(smaller(left, int64_t(rows)));
+  const unsigned char* const own = from.at + begin * from.step;
   FD_UNROLL
   for (int eight = 0; eight < rows; eight += 8 * warps) {
     const int row = first + eight;
     if (rows % (8 * warps) && row >= rows) break;
-    const bool inside = row < end;
-    const unsigned char* const source = from + (inside ? row : 0) * step + lane / 8 * 16;
+    const int bytes = row < end ? 16 : 0;
+    const unsigned char* const source = own + eight * from.step;
     FD_UNROLL
     for (int part = 0; part < dims / 8; part += 4)
-      if (part + lane / 8 < dims / 8) hopper::copy_16(to.of(row, 8 * part + lane / 8 * 8), source + part * 16, inside ? 16 : 0);
+      if (part + 4 <= dims / 8 || part + lane / 8 < dims / 8)
+        hopper::copy_16(to.of(row, 8 * part + lane / 8 * 8), source + part * 16, bytes);
   }
 }
 
@@ -93,27 +106,35 @@ __device__ float over_row(float x, bool sum) {
   return x;
 }
 
-// The unscaled weights of the scores, and their scale, for both rows of a thread. (Only products write the registers of a
-// product: any other write would have to wait for all products in flight.)
+// Exponents of the weights, and their maxima, for both rows of a thread. (Only products write the registers of a product: any
+// other write would have to wait for all products in flight.)
 template <int n>
-__device__ void softmax(const float (&s)[n], const float* bias, float scale, float (&weights)[n], float (&share)[2]) {
-  float top[2] = {minus_infinity(), minus_infinity()}, total[2] = {};
+__device__ void scale_scores(const float (&s)[n], const float* bias, float scale, float (&exponents)[n], float (&top)[2]) {
+  top[0] = top[1] = minus_infinity();
   FD_UNROLL
   for (int i = 0; i < n; i += 4) {
     const float2 added = *reinterpret_cast<const float2*>(bias + 2 * i + 2 * (threadIdx.x % 4));
-    weights[i] = muladd(s[i], scale, added.x), weights[i + 1] = muladd(s[i + 1], scale, added.y);
-    weights[i + 2] = muladd(s[i + 2], scale, added.x), weights[i + 3] = muladd(s[i + 3], scale, added.y);
-    top[0] = fmaxf(top[0], fmaxf(weights[i], weights[i + 1])), top[1] = fmaxf(top[1], fmaxf(weights[i + 2], weights[i + 3]));
+    FD_UNROLL
+    for (int j = i; j < i + 4; ++j) exponents[j] = muladd(s[j], scale, j % 2 ? added.y : added.x);
+    FD_UNROLL
+    for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], fmaxf(exponents[i + 2 * r], exponents[i + 2 * r + 1]));
   }
   FD_UNROLL
   for (int r = 0; r < 2; ++r) top[r] = finite(over_row(top[r], false));
+}
+
+// Weights of exponents, in their place and unscaled; their scale; the sums of scaled weights times ``change``.
+template <int n, typename F>
+__device__ void softmax(float (&weights)[n], const float (&top)[2], float (&share)[2], float (&delta)[2], const F& change) {
+  float total[2] = {};
   FD_UNROLL
   for (int i = 0; i < n; ++i) {
     weights[i] = power_of_two(weights[i] - top[i / 2 % 2]);
     total[i / 2 % 2] += weights[i];
+    delta[i / 2 % 2] = muladd(weights[i], change(i), delta[i / 2 % 2]);
   }
   FD_UNROLL
-  for (int r = 0; r < 2; ++r) share[r] = inverse(over_row(total[r], true));
+  for (int r = 0; r < 2; ++r) share[r] = inverse(over_row(total[r], true)), delta[r] = over_row(delta[r], true) * share[r];
 }
 
 // Of a warp's 16 rows, as words of two columns, into a matrix.
