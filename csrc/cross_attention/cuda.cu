@@ -34,10 +34,12 @@ template <int D, int KEYS, bool swizzled> struct Sizes {
   static constexpr int stages = least * (fixed + 6 * tile + 1024) <= most + 1024 ? 3 : 1;
   static constexpr int stage = 2 * tile + (by_dims ? weights : 0), p_at = (by_dims ? 1 : stages) * 2 * tile;
   static constexpr int ds_at = p_at + (by_dims && stages == 3 ? stage : weights), k_at = stages * 2 * tile + 2 * weights;
-  static constexpr int v_at = k_at + bank, bias_at = v_at + bank, shared = bias_at + 4 * KEYS;
-  static constexpr int past = Tile::bytes(by_dims ? up(D, 64) : up(KEYS, 64)) - (by_dims ? tile : weights);
-  static constexpr int sum = 4 * D + 16;                   // of a row of dV or dK on its way out
+  static constexpr int v_at = k_at + bank, bias_at = v_at + bank, out_at = bias_at + 4 * KEYS;
   static constexpr int out_columns = D > 128 ? D / 2 : D;  // of dQ at once
+  static constexpr bool by_shuffles = groups == 2;         // the work is during products, and shared memory is short
+  static constexpr int shared = out_at + (by_shuffles ? 0 : 4 * groups * Out<out_columns>::bytes);
+  static constexpr int past = Tile::bytes(by_dims ? up(D, 64) : up(KEYS, 64)) - (by_dims ? tile : weights);
+  static constexpr int sum = 4 * D + 16;  // of a row of dV or dK on its way out
   static_assert(least * (shared + 1024) <= most + 1024 && past <= weights && past <= bank && 2 * KEYS * sum <= k_at, "");
 };
 
@@ -58,22 +60,24 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
   const int64_t h = blockIdx.x % a.H, chunk = blockIdx.x / a.H % a.chunks, b = blockIdx.x / a.H / a.chunks;
   const int64_t row = row_of(a, b), first = chunk * a.span, end = smaller(first + a.span, a.N);
   const float scale = row < 0 ? as_float(0x7FC00000u) : a.scale * log2_e;
-  const Rows q_rows(head_of(a.q, b, h), a.q.token), g_rows(head_of(a.grad_out, b, h), a.grad_out.token);
+  unsigned char* to = static_cast<unsigned char*>(a.grad_q.at) +
+                      2 * (b * a.grad_q.batch + h * a.grad_q.head + (first + 16 * warp) * a.grad_q.token);
 
+  using Tiles = Loader<D, warps, queries, swizzled>;
+  Tiles q_tiles(head_of(a.q, b, h) + 2 * first * a.q.token, a.q.token, end - first);
+  Tiles g_tiles(head_of(a.grad_out, b, h) + 2 * first * a.grad_out.token, a.grad_out.token, end - first);
+  const int tiles = int(ceil_div(end - first, queries));
   const auto tile = [&](int stage, int which) { return Tile{memory + stage * S::stage + which * S::tile}; };
-  const auto load_tile = [&](int stage, int64_t begin) {
-    if (begin < end) {
-      load<D, warps>(tile(stage, 0), q_rows, begin, end - begin);
-      load<D, warps>(tile(stage, 1), g_rows, begin, end - begin);
-    }
+  const auto load_tile = [&](int stage, int number) {
+    if (number < tiles) q_tiles.load(tile(stage, 0).at), g_tiles.load(tile(stage, 1).at);
     hopper::commit_copies();
   };
   const auto after = [](int stage) { return stage + 1 < S::stages ? stage + 1 : 0; };
   const int64_t bank = row < 0 ? 0 : row;
-  load<D, warps>(k, Rows(head_of(a.k, bank, h), a.k.token), 0, a.L);
-  load<D, warps>(v, Rows(head_of(a.v, bank, h), a.v.token), 0, a.L);
-  load_tile(0, first);
-  if (ahead) load_tile(1, first + queries);
+  Loader<D, warps, S::keys, swizzled>(head_of(a.k, bank, h), a.k.token, a.L).load(k.at);
+  Loader<D, warps, S::keys, swizzled>(head_of(a.v, bank, h), a.v.token, a.L).load(v.at);
+  load_tile(0, 0);
+  if (ahead) load_tile(1, 1);
   constexpr int cleared = swizzled ? up(D, 64) : S::depth;
   clear<D, cleared>(k), clear<D, cleared>(v), clear_between<S::depth>(k);
   for (int stage = 0; stage < S::stages; ++stage) clear<D, cleared>(tile(stage, 0)), clear<D, cleared>(tile(stage, 1));
@@ -143,11 +147,12 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
     }
     hopper::commit_products();
   };
-  unsigned char* const to = static_cast<unsigned char*>(a.grad_q.at) + 2 * (b * a.grad_q.batch + h * a.grad_q.head);
-  const auto put_dq = [&](int64_t begin, int column) {
+  int left = int(end - first) - 16 * warp;  // of the warp's queries
+  const auto put_dq = [&](int column) {
     hopper::settle(dq);
-    const int64_t query = begin + 16 * warp;
-    put<T>(to + 2 * (query * a.grad_q.token + column), 2 * a.grad_q.token, end - query, dq, [&](int) { return a.scale; });
+    put<T, S::out_columns, S::by_shuffles>(
+        to + 2 * column, 2 * a.grad_q.token, left, dq, [&](int) { return a.scale; },
+        memory + S::out_at + warp * Out<S::out_columns>::bytes);
   };
 
   int stage = 0;
@@ -158,8 +163,7 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
     multiply_scores(s, tile(0, 0), k);
     hopper::wait_products<0>();
   }
-  for (int64_t begin = first; begin < end; begin += queries) {
-    const int64_t next = begin + queries;
+  for (int number = 0; number < tiles; ++number) {
     if constexpr (!ahead) {
       hopper::wait_copies<0>();
       hopper::publish_to_products();
@@ -168,10 +172,11 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
     }
     multiply_scores(changes, tile(stage, 1), v);
     if (!ahead)
-      if (const int64_t left = end - next, own = threadIdx.x / 2; own < left)
+      if (int(threadIdx.x / 2) < int(end - first) - (number + 1) * queries)
         for (int line = threadIdx.x % 2 * 128; line < 2 * D; line += 256) {  // of the cache
-          hopper::prefetch(head_of(a.q, b, h) + 2 * (next + own) * a.q.token + line);
-          hopper::prefetch(head_of(a.grad_out, b, h) + 2 * (next + own) * a.grad_out.token + line);
+          const int64_t query = first + (number + 1) * queries + threadIdx.x / 2;
+          hopper::prefetch(head_of(a.q, b, h) + 2 * query * a.q.token + line);
+          hopper::prefetch(head_of(a.grad_out, b, h) + 2 * query * a.grad_out.token + line);
         }
     weigh();
     hopper::publish_to_products();
@@ -182,22 +187,23 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
     }
     __syncthreads();  // P and dS of all queries, and the next tile if scores are computed ahead
     multiply_sums(stage);
-    const int following = next < end ? after(stage) : stage;  // after the last tile it is multiplied again, for nothing
+    const int following = number + 1 < tiles ? after(stage) : stage;  // after the last tile it is multiplied again, for nothing
     if constexpr (ahead) {
       multiply_scores(s, tile(following, 0), k);
-      load_tile(after(after(stage)), next + queries);
+      load_tile(after(after(stage)), number + 2);
     }
     hopper::wait_products<ahead ? 2 : 1>();
-    put_dq(begin, 0);
+    put_dq(0);
     if constexpr (S::out_columns < D) {
       multiply_dq(S::out_columns);
       hopper::wait_products<0>();
-      put_dq(begin, S::out_columns);
+      put_dq(S::out_columns);
     }
     hopper::wait_products<0>();
     __syncthreads();  // all are done with the tile, P and dS
-    if (!ahead) load_tile(0, next);
+    if (!ahead) load_tile(0, number + 1);
     stage = following;
+    to += 2 * queries * a.grad_q.token, left -= queries;
   }
   hopper::wait_copies<0>();
   hopper::wait_products<0>();

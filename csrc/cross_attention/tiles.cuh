@@ -32,7 +32,9 @@ template <int rows> struct Matrix<rows, false> {
   static FD_HD constexpr int bytes(int columns) { return columns / 8 * next; }
   static FD_HD constexpr int after_columns(int i) { return 2 * i * next; }
   static FD_HD constexpr int after_rows(int i) { return 2 * i * core; }
-  __device__ unsigned char* of(int row, int column) const { return at + column / 8 * next + row / 8 * core + row % 8 * 16; }
+  static FD_HD unsigned moved(unsigned own, int row, int column) { return own + row / 8 * core + column / 8 * next; }
+  static FD_HD int offset(int row, int column) { return column / 8 * next + row / 8 * core + row % 8 * 16; }
+  __device__ unsigned char* of(int row, int column) const { return at + offset(row, column); }
   __device__ hopper::Operand over_columns(int row) const { return {of(row, 0), next, core}; }
   __device__ hopper::Operand over_rows(int column) const { return {of(0, column), core, next}; }
 };
@@ -44,41 +46,51 @@ template <int rows> struct Matrix<rows, true> {
   static FD_HD constexpr int bytes(int columns) { return up(columns, 64) / 64 * next_64; }
   static FD_HD constexpr int after_columns(int i) { return i / 4 * next_64 + i % 4 * 32; }
   static FD_HD constexpr int after_rows(int i) { return i * 2048; }
-  __device__ unsigned char* of(int row, int column) const {
-    return at + column / 64 * next_64 + row * 128 + (column / 8 % 8 ^ row % 8) * 16;
+  static FD_HD unsigned moved(unsigned own, int row, int column) {
+    return (own ^ column % 64 * 2) + row * 128 + column / 64 * next_64;
   }
+  static FD_HD int offset(int row, int column) { return column / 64 * next_64 + row * 128 + (column / 8 % 8 ^ row % 8) * 16; }
+  __device__ unsigned char* of(int row, int column) const { return at + offset(row, column); }
   __device__ hopper::Operand over_columns(int row) const { return {at + row * 128, next_64, 1024, true}; }
   __device__ hopper::Operand over_rows(int column) const { return {at + column / 64 * next_64, next_64, 1024, true}; }
 };
 
-// Rows of a head in memory, from a thread's first: a warp copies eight rows at a time, 64 bytes of each.
-struct Rows {
-  const unsigned char* at;
+// Keeps a number in a register: the compiler would rather compute it again in every turn of a loop.
+template <typename T> __device__ void keep(T& x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(x));
+  else asm volatile("" : "+r"(x));
+#endif
+}
+
+// Tiles of ``rows`` rows of ``dims`` elements of a head: eight rows of a warp at a time, 64 bytes of each. Rows from ``left``
+// on are filled with zeros.
+template <int dims, int warps, int rows, bool swizzled> struct Loader {
+  const unsigned char* at;  // the thread's part of the next tile
   int64_t step;
-  __device__ Rows(const unsigned char* head, int64_t token) : step(2 * token) {
-    const int lane = threadIdx.x % 32;
-    at = head + (8 * (threadIdx.x / 32) + lane % 8) * step + lane / 8 * 16;
+  int left;
+  unsigned place;
+  __device__ Loader(const unsigned char* head, int64_t token, int64_t count) : step(2 * token), left(int(count)) {
+    const int lane = threadIdx.x % 32, first = 8 * (threadIdx.x / 32) + lane % 8;
+    at = head + first * step + lane / 8 * 16;
+    left -= first;
+    place = unsigned(Matrix<rows, swizzled>::offset(first, lane / 8 * 8));
+    keep(at), keep(place);
+  }
+  __device__ void load(unsigned char* to) {
+    FD_UNROLL
+    for (int eight = 0; eight < rows; eight += 8 * warps) {
+      if (rows % (8 * warps) && eight + 8 * int(threadIdx.x / 32) >= rows) break;
+      const unsigned char* const source = at + eight * step;
+      FD_UNROLL
+      for (int part = 0; part < dims / 8; part += 4)
+        if (part + 4 <= dims / 8 || int(threadIdx.x % 32) / 8 < dims / 8 - part)
+          hopper::copy_16(to + Matrix<rows, swizzled>::moved(place, eight, 8 * part), source + part * 16,
+                          eight < left ? 16 : 0);
+    }
+    at += rows * step, left -= rows;
   }
 };
-
-// ``rows`` rows of ``dims`` elements from ``begin`` on into a matrix; zeros for those from ``left`` on.
-template <int dims, int warps, int rows, bool swizzled>
-__device__ void load(Matrix<rows, swizzled> to, const Rows& from, int64_t begin, int64_t left) {
-  const int lane = threadIdx.x % 32, first = 8 * (threadIdx.x / 32) + lane % 8;
-  const int end = int(smaller(left, int64_t(rows)));
-  const unsigned char* const own = from.at + begin * from.step;
-  FD_UNROLL
-  for (int eight = 0; eight < rows; eight += 8 * warps) {
-    const int row = first + eight;
-    if (rows % (8 * warps) && row >= rows) break;
-    const int bytes = row < end ? 16 : 0;
-    const unsigned char* const source = own + eight * from.step;
-    FD_UNROLL
-    for (int part = 0; part < dims / 8; part += 4)
-      if (part + 4 <= dims / 8 || part + lane / 8 < dims / 8)
-        hopper::copy_16(to.of(row, 8 * part + lane / 8 * 8), source + part * 16, bytes);
-  }
-}
 
 // Fills the columns that are not loaded with zeros.
 template <int dims, int columns, int rows, bool swizzled> __device__ void clear(Matrix<rows, swizzled> to) {
@@ -163,22 +175,45 @@ __device__ uint4 of_four(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return {x[0], x[1], x[2], x[3]};
 }
 
-// Accumulators of a warp's 16 rows to memory, 16 bytes of a lane at a time, rows from ``left`` on not.
-template <typename T, int n, typename F>
-__device__ void put(unsigned char* to, int64_t step, int64_t left, const float (&x)[n], const F& factor) {
+// A warp's 16 rows of ``columns`` accumulators to memory, 16 bytes of a lane at a time, rows from ``left`` on not: through
+// shared memory of the warp, or without any by shuffles, which are more instructions.
+template <int columns> struct Out {
+  static constexpr int row = (columns / 8 | 1) * 16, bytes = 16 * row;  // rows in different banks
+};
+template <typename T, int columns, bool by_shuffles, typename F> __device__ void put(unsigned char* to, int64_t step, int left,
+                                                                                     const float (&x)[columns / 2],
+                                                                                     const F& factor, unsigned char* shared) {
   const int lane = threadIdx.x % 32, row = lane / 4;
   const auto word = [&](int group, int r) {
     return two_of<T>(x[4 * group + 2 * r] * factor(r), x[4 * group + 2 * r + 1] * factor(r));
   };
+  constexpr int groups = columns / 8;
+  if constexpr (!by_shuffles) {
+    unsigned char* const own = shared + lane % 16 * Out<columns>::row;
+    FD_UNROLL
+    for (int i = 0; i + 2 <= groups; i += 2)
+      hopper::store_cores(own + lane / 16 * 16 + 16 * i, word(i, 0), word(i, 1), word(i + 1, 0), word(i + 1, 1));
+    if constexpr (groups % 2) hopper::store_cores(own + 16 * (groups - 1), word(groups - 1, 0), word(groups - 1, 1));
+    __syncwarp();
+    FD_UNROLL
+    for (int i = 0; i < (16 * groups + 31) / 32; ++i) {
+      const int one = 32 * i + lane, r = one / groups, part = one % groups * 16;
+      if (one < 16 * groups && r < left)
+        *reinterpret_cast<uint4*>(to + r * step + part) =
+            *reinterpret_cast<const uint4*>(shared + r * Out<columns>::row + part);
+    }
+    __syncwarp();
+    return;
+  }
   unsigned char* const rows[2] = {to + row * step, to + (row + 8) * step};
   FD_UNROLL
-  for (int i = 0; i + 4 <= n / 4; i += 4) FD_UNROLL
+  for (int i = 0; i + 4 <= groups; i += 4) FD_UNROLL
   for (int r = 0; r < 2; ++r) {
     const uint4 own = of_four(word(i, r), word(i + 1, r), word(i + 2, r), word(i + 3, r));
     if (row + 8 * r < left) *reinterpret_cast<uint4*>(rows[r] + 16 * (i + lane % 4)) = own;
   }
   FD_UNROLL
-  for (int i = n / 16 * 4; i < n / 4; ++i) {  // an even lane has the first row's 8 bytes, an odd one the second's
+  for (int i = groups / 4 * 4; i < groups; ++i) {  // an even lane has the first row's 8 bytes, an odd one the second's
     const bool odd = lane % 2;
     const uint32_t first = word(i, 0), second = word(i, 1), other = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : second, 1);
     const uint2 own = odd ? uint2{other, second} : uint2{first, other};
