@@ -241,6 +241,105 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
 #endif
 }
 
+// Sizes of the forward, of which shared memory is K, V, tiles of Q, the keys' bias, output on its way out.
+template <int D, int KEYS, bool swizzled> struct ForwardSizes {
+  static constexpr int depth = up(D, 16), keys = up(KEYS, 16), queries = 64, threads = 128;
+  using Tile = Matrix<queries, swizzled>;
+  using Bank = Matrix<keys, swizzled>;
+  static constexpr int tile = Tile::bytes(depth), bank = Bank::bytes(depth);
+  static constexpr int out_columns = D > 128 ? D / 2 : D;  // at once
+  static constexpr int rest = 2 * bank + 4 * KEYS + 4 * Out<out_columns>::bytes;
+  // Blocks of a multiprocessor, as many as its registers allow, and tiles in shared memory.
+  static constexpr int least = D > 80 ? 2 : KEYS > 80 || D > 64 ? 3 : 4;
+  static constexpr int stages = least * (rest + 3 * tile + 1024) <= most + 1024 ? 3 : 2;
+  static constexpr int v_at = bank, tiles_at = 2 * bank, bias_at = tiles_at + stages * tile, out_at = bias_at + 4 * KEYS;
+  static constexpr int shared = out_at + 4 * Out<out_columns>::bytes;
+  static_assert(least * (shared + 1024) <= most + 1024, "");
+};
+
+template <int D, int KEYS, bool swizzled, typename T>
+__global__ void __launch_bounds__(ForwardSizes<D, KEYS, swizzled>::threads, ForwardSizes<D, KEYS, swizzled>::least)
+    attention(CrossAttention a) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using S = ForwardSizes<D, KEYS, swizzled>;
+  using Tile = typename S::Tile;
+  using Bank = typename S::Bank;
+  FD_DYNAMIC_SHARED(Shared, all);
+  unsigned char* const memory = all->bytes;
+  constexpr int queries = S::queries, warps = S::threads / 32;
+  const Bank k{memory}, v{memory + S::v_at};
+  float* const bias = reinterpret_cast<float*>(memory + S::bias_at);
+  const int warp = threadIdx.x / 32;
+  const int64_t h = blockIdx.x % a.H, chunk = blockIdx.x / a.H % a.chunks, b = blockIdx.x / a.H / a.chunks;
+  const int64_t row = row_of(a, b), first = chunk * a.span, end = smaller(first + a.span, a.N);
+  const float scale = row < 0 ? as_float(0x7FC00000u) : a.scale * log2_e;
+  unsigned char* to =
+      static_cast<unsigned char*>(a.out.at) + 2 * (b * a.out.batch + h * a.out.head + (first + 16 * warp) * a.out.token);
+
+  Loader<D, warps, queries, swizzled> q_tiles(head_of(a.q, b, h) + 2 * first * a.q.token, a.q.token, end - first);
+  const int tiles = int(ceil_div(end - first, queries));
+  const auto tile = [&](int stage) { return Tile{memory + S::tiles_at + stage * S::tile}; };
+  const auto load_tile = [&](int stage, int number) {
+    if (number < tiles) q_tiles.load(tile(stage).at);
+    hopper::commit_copies();
+  };
+  const int64_t bank = row < 0 ? 0 : row;
+  Loader<D, warps, S::keys, swizzled>(head_of(a.k, bank, h), a.k.token, a.L).load(k.at);
+  Loader<D, warps, S::keys, swizzled>(head_of(a.v, bank, h), a.v.token, a.L).load(v.at);
+  FD_UNROLL
+  for (int stage = 0; stage + 1 < S::stages; ++stage) load_tile(stage, stage);
+  clear<D, S::depth>(k), clear<D, S::depth>(v);
+  FD_UNROLL
+  for (int stage = 0; stage < S::stages; ++stage) clear<D, S::depth>(tile(stage));
+  for (int key = threadIdx.x; key < KEYS; key += S::threads) bias[key] = key_bias(a, b, key);
+
+  int stage = 0, left = int(end - first) - 16 * warp;  // of the warp's queries
+  for (int number = 0; number < tiles; ++number) {
+    hopper::wait_copies<S::stages - 2>();
+    hopper::publish_to_products();
+    __syncthreads();  // the tile is there, and the one before it is done with
+    float s[KEYS / 2];
+    hopper::begin_products();
+    const hopper::Operand left_of_s = tile(stage).over_columns(0), right_of_s = k.over_columns(0);
+    FD_UNROLL
+    for (int i = 0; i < S::depth / 16; ++i)
+      hopper::multiply<KEYS, T, false, false>(s, left_of_s.after(Tile::after_columns(i)),
+                                              right_of_s.after(Bank::after_columns(i)), i > 0);
+    hopper::commit_products();
+    const int before = stage > 0 ? stage - 1 : S::stages - 1;
+    load_tile(before, number + S::stages - 1);
+    hopper::wait_products<0>();
+    hopper::settle(s);
+    float weights[KEYS / 2], top[2], share[2], nothing[2] = {};
+    scale_scores(s, bias, scale, weights, top);
+    softmax(weights, top, share, nothing, [](int) { return 0.0f; });
+    uint32_t parts[S::keys / 16][4] = {};  // as products want them, keys to 16 at a time
+    FD_UNROLL
+    for (int i = 0; i < KEYS / 4; ++i) parts[i / 4][i % 4] = two_of<T>(weights[2 * i], weights[2 * i + 1]);
+    FD_UNROLL
+    for (int column = 0; column < D; column += S::out_columns) {
+      float x[S::out_columns / 2];
+      hopper::begin_products();
+      const hopper::Operand values = v.over_rows(column);
+      FD_UNROLL
+      for (int i = 0; i < S::keys / 16; ++i)
+        hopper::multiply<S::out_columns, T, true>(x, parts[i], values.after(Bank::after_rows(i)), i > 0);
+      hopper::commit_products();
+      hopper::wait_products<0>();
+      hopper::settle(x);
+      put<T, S::out_columns, false>(
+          to + 2 * column, 2 * a.out.token, left, x, [&](int r) { return share[r]; },
+          memory + S::out_at + warp * Out<S::out_columns>::bytes);
+    }
+    stage = stage + 1 < S::stages ? stage + 1 : 0;
+    to += 2 * queries * a.out.token, left -= queries;
+  }
+  hopper::wait_copies<0>();
+#else
+  asm("trap;");
+#endif
+}
+
 // Four elements a thread of a row's gradient of K (y = 0) or V (y = 1).
 template <typename T> __global__ void __launch_bounds__(threads_per_block) add_chunks(CrossAttentionBackward a) {
   const int64_t size = a.L * a.H * a.D, blocks = ceil_div(size, 4 * threads_per_block);
@@ -267,7 +366,16 @@ template <int D, int KEYS, bool swizzled, typename T> const char* launch(const C
   return fd_launch_error();
 }
 
-template <typename T> const char* launch(const CrossAttentionBackward& a, const Queue& queue) {
+template <int D, int KEYS, bool swizzled, typename T> const char* launch(const CrossAttention& a, const Queue& queue) {
+  using S = ForwardSizes<D, KEYS, swizzled>;
+  if (const char* error = fd_error(
+          cudaFuncSetAttribute(attention<D, KEYS, swizzled, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared)))
+    return error;
+  FD_LAUNCH((attention<D, KEYS, swizzled, T>), unsigned(a.B * a.H * a.chunks), S::threads, S::shared, queue.stream, a);
+  return fd_launch_error();
+}
+
+template <typename T, typename A> const char* launch(const A& a, const Queue& queue) {
   if (a.L <= 80) {
     if (a.D == 40) return a.swizzled ? launch<40, 80, true, T>(a, queue) : launch<40, 80, false, T>(a, queue);
     if (a.D == 64) return a.swizzled ? launch<64, 80, true, T>(a, queue) : launch<64, 80, false, T>(a, queue);
@@ -281,12 +389,16 @@ template <typename T> const char* launch(const CrossAttentionBackward& a, const 
 }  // namespace
 }  // namespace fd
 
+const char* cross_attention_cuda(const fd::CrossAttention& a, const fd::Queue& queue) {
+  return a.dtype == fd::Dtype::bf16 ? fd::launch<fd::bf16>(a, queue) : fd::launch<fd::f16>(a, queue);
+}
+
 const char* cross_attention_backward_cuda(const fd::CrossAttentionBackward& a, const fd::Queue& queue) {
   return a.dtype == fd::Dtype::bf16 ? fd::launch<fd::bf16>(a, queue) : fd::launch<fd::f16>(a, queue);
 }
 
-// Whether this build contains the code for Hopper; on other GPUs the kernel traps.
-bool cross_attention_backward_cuda_built() {
+// Whether this build contains the code for Hopper; on other GPUs the kernels trap.
+bool cross_attention_cuda_built() {
 #ifdef __CUDACC__
   for (int arch : {__CUDA_ARCH_LIST__})
     if (arch == 900) return true;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradients of cross_attention: S = scale Q K^T + bias, P = softmax(S) over the keys, dV = P^T dO, dP = dO V^T,
-// dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q. Exponents are of two.
+// cross_attention, softmax(S) V, and its gradients: S = scale Q K^T + bias, P = softmax(S) over the keys, dV = P^T dO, dP = dO
+// V^T, dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q. Exponents are of two.
 #pragma once
 #include "common.h"
 
@@ -12,6 +12,17 @@ enum class Mask : int { none = 0, kept = 1, bias = 2 };  // kept: bytes; bias: n
 struct Heads {
   void* at;
   int64_t batch, token, head;
+};
+
+struct CrossAttention {
+  Heads q, k, v, out;
+  const void* mask;     // [B, L]
+  const int64_t* rows;  // [B], null: a sample's own
+  int64_t B, N, H, D, L, R, chunks, span;
+  Mask masking;
+  Dtype mask_dtype, dtype;
+  float scale;
+  bool swizzled;  // operands of products, where there is a choice
 };
 
 struct CrossAttentionBackward {
@@ -56,7 +67,7 @@ FD_HD float bias_of(float given) {
   return infinite ? given : clamp(scaled, limit);
 }
 
-FD_HD float key_bias(const CrossAttentionBackward& a, int64_t b, int64_t key) {
+template <typename A> FD_HD float key_bias(const A& a, int64_t b, int64_t key) {
   if (key >= a.L) return minus_infinity();
   const int64_t at = b * a.L + key;
   if (a.masking == Mask::kept) return static_cast<const uint8_t*>(a.mask)[at] ? 0.0f : minus_infinity();
@@ -81,7 +92,7 @@ FD_HD float inverse(float total) {
 }
 
 // The row of K and V that a sample takes, -1: not one of those that are there.
-FD_HD int64_t row_of(const CrossAttentionBackward& a, int64_t b) {
+template <typename A> FD_HD int64_t row_of(const A& a, int64_t b) {
   if (!a.rows) return b;
   const int64_t row = a.rows[b];
   return row >= 0 && row < a.R ? row : -1;
