@@ -13,6 +13,7 @@
 // Precision scores, softmax and sums in fp32; P and dS rounded to the dtype for the products
 // Limits    sm_90a; bf16 and fp16; head dims and keys of ``KEYS`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
 //           offsets; chunks depend only on the shape, and chunks and samples are added in order: the same bits in every run
+#include "cluster.cuh"
 #include "cross_attention/tiles.cuh"
 
 namespace fd {
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
   const typename S::Bank k{memory + S::k_at}, v{memory + S::v_at};
   float* const bias = reinterpret_cast<float*>(memory + S::bias_at);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = S::groups == 1 ? 0 : warp / 4;
-  const int64_t h = blockIdx.x % a.H, chunk = blockIdx.x / a.H % a.chunks, b = blockIdx.x / a.H / a.chunks;
+  const int64_t chunk = blockIdx.x % a.chunks, h = blockIdx.x / a.chunks % a.H, b = blockIdx.x / a.chunks / a.H;
   const int64_t row = row_of(a, b), first = chunk * a.span, end = smaller(first + a.span, a.N);
   const float scale = row < 0 ? as_float(0x7FC00000u) : a.scale * log2_e;
   unsigned char* to = static_cast<unsigned char*>(a.grad_q.at) +
@@ -114,12 +115,12 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
     FD_UNROLL
     for (int i = 0; i < KEYS / 2; ++i) weights[i] *= share[i / 2 % 2];
     FD_UNROLL
-    for (int i = 0; i < KEYS / 4; ++i) words[i] = two_of<T>(weights[2 * i], weights[2 * i + 1]);
+    for (int i = 0; i < KEYS / 4; ++i) words[i] = pair_of<T>(weights[2 * i], weights[2 * i + 1]);
     store(p, 16 * warp, words);
     FD_UNROLL
     for (int i = 0; i < KEYS / 2; ++i) weights[i] *= changes[i] - delta[i / 2 % 2];
     FD_UNROLL
-    for (int i = 0; i < KEYS / 4; ++i) parts[i / 4][i % 4] = words[i] = two_of<T>(weights[2 * i], weights[2 * i + 1]);
+    for (int i = 0; i < KEYS / 4; ++i) parts[i / 4][i % 4] = words[i] = pair_of<T>(weights[2 * i], weights[2 * i + 1]);
     store(ds, 16 * warp, words);
   };
   float dq[S::out_columns / 2];
@@ -225,17 +226,32 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
       if (of_row < S::rows) reinterpret_cast<float*>(memory + (of_k * KEYS + key) * S::sum)[dim] = sums[set][piece][i] * factor;
     }
   }
-  __syncthreads();
+  const int blocks = a.chunks > 1 && !a.partials ? int(a.chunks) : 1;  // of a cluster, which adds up its chunks
+  if (blocks > 1) cluster_arrive(), cluster_wait();
+  else __syncthreads();
   constexpr int fours = D / 4;
-  for (int i = threadIdx.x; i < 2 * int(a.L) * fours; i += S::threads) {
+  const int share = blocks > 1 ? int(chunk) : 0;
+  for (int i = share * S::threads + threadIdx.x; i < 2 * int(a.L) * fours; i += blocks * S::threads) {
     const int line = i / fours, four = i % fours, of_k = line >= a.L, key = line - of_k * int(a.L);
-    const float4 x = *reinterpret_cast<const float4*>(memory + (of_k * KEYS + key) * S::sum + 16 * four);
-    const int64_t at = slot_of(a, b * a.chunks + chunk, key, h, 4 * four);
-    if (a.partials) *reinterpret_cast<float4*>(a.partials + at + (of_k ? 0 : a.B * a.chunks * a.L * a.H * a.D)) = x;
+    const float4* const own = reinterpret_cast<const float4*>(memory + (of_k * KEYS + key) * S::sum + 16 * four);
+    float4 x;
+    if (blocks == 1) {
+      x = *own;
+    } else {
+      x = *of_block(own, 0);
+      for (int other = 1; other < blocks; ++other) {
+        const float4 y = *of_block(own, other);
+        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+      }
+    }
+    if (a.partials)
+      *reinterpret_cast<float4*>(a.partials + slot_of(a, b * a.chunks + chunk, key, h, 4 * four) +
+                                 (of_k ? 0 : a.B * a.chunks * a.L * a.H * a.D)) = x;
     else
-      *reinterpret_cast<uint2*>(static_cast<T*>(of_k ? a.grad_k : a.grad_v) + at) =
-          uint2{two_of<T>(x.x, x.y), two_of<T>(x.z, x.w)};
+      *reinterpret_cast<uint2*>(static_cast<T*>(of_k ? a.grad_k : a.grad_v) + slot_of(a, b, key, h, 4 * four)) =
+          uint2{pair_of<T>(x.x, x.y), pair_of<T>(x.z, x.w)};
   }
+  if (blocks > 1) cluster_arrive(), cluster_wait();  // others may read this block's memory until here
 #else
   asm("trap;");
 #endif
@@ -315,7 +331,7 @@ __global__ void __launch_bounds__(ForwardSizes<D, KEYS, swizzled>::threads, Forw
     softmax(weights, top, share, nothing, [](int) { return 0.0f; });
     uint32_t parts[S::keys / 16][4] = {};  // as products want them, keys to 16 at a time
     FD_UNROLL
-    for (int i = 0; i < KEYS / 4; ++i) parts[i / 4][i % 4] = two_of<T>(weights[2 * i], weights[2 * i + 1]);
+    for (int i = 0; i < KEYS / 4; ++i) parts[i / 4][i % 4] = pair_of<T>(weights[2 * i], weights[2 * i + 1]);
     FD_UNROLL
     for (int column = 0; column < D; column += S::out_columns) {
       float x[S::out_columns / 2];
@@ -349,7 +365,7 @@ template <typename T> __global__ void __launch_bounds__(threads_per_block) add_c
   float total[4];
   sum_of_chunks(a, partials, row, at, total);
   T* const to = static_cast<T*>(blockIdx.y ? a.grad_v : a.grad_k) + row * size + at;
-  *reinterpret_cast<uint2*>(to) = uint2{two_of<T>(total[0], total[1]), two_of<T>(total[2], total[3])};
+  *reinterpret_cast<uint2*>(to) = uint2{pair_of<T>(total[0], total[1]), pair_of<T>(total[2], total[3])};
 }
 
 template <int D, int KEYS, bool swizzled, typename T> const char* launch(const CrossAttentionBackward& a, const Queue& queue) {
@@ -357,8 +373,11 @@ template <int D, int KEYS, bool swizzled, typename T> const char* launch(const C
   if (const char* error = fd_error(cudaFuncSetAttribute(attention_gradients<D, KEYS, swizzled, T>,
                                                         cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared)))
     return error;
-  FD_LAUNCH((attention_gradients<D, KEYS, swizzled, T>), unsigned(a.B * a.H * a.chunks), S::threads, S::shared, queue.stream,
-            a);
+  const unsigned blocks = unsigned(a.B * a.H * a.chunks);
+  if (a.chunks > 1 && !a.partials)
+    FD_LAUNCH_CLUSTER((attention_gradients<D, KEYS, swizzled, T>), unsigned(a.chunks), blocks, S::threads, S::shared,
+                      queue.stream, a);
+  else FD_LAUNCH((attention_gradients<D, KEYS, swizzled, T>), blocks, S::threads, S::shared, queue.stream, a);
   if (a.partials) {
     const int64_t blocks = a.R * ceil_div(a.L * a.H * a.D, 4 * threads_per_block);
     FD_LAUNCH(add_chunks<T>, dim3(unsigned(blocks), 2), threads_per_block, 0, queue.stream, a);

@@ -99,16 +99,16 @@ template <typename A> FD_HD int64_t row_of(const A& a, int64_t b) {
 }
 
 // Two numbers in the two halves of a word, the first in the lower, rounded as from_float does.
-template <typename T> FD_HD uint32_t two_of(float first, float second) {
+template <typename T> FD_HD uint32_t pair_of(float first, float second) {
   return uint32_t(from_float<T>(first).bits) | uint32_t(from_float<T>(second).bits) << 16;
 }
 #ifdef __CUDA_ARCH__
-template <> FD_HD uint32_t two_of<bf16>(float first, float second) {
+template <> FD_HD uint32_t pair_of<bf16>(float first, float second) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
   return both;
 }
-template <> FD_HD uint32_t two_of<f16>(float first, float second) {
+template <> FD_HD uint32_t pair_of<f16>(float first, float second) {
   uint32_t both;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
   return both;

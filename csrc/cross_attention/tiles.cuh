@@ -185,7 +185,7 @@ template <typename T, int columns, bool by_shuffles, typename F> __device__ void
                                                                                      const F& factor, unsigned char* shared) {
   const int lane = threadIdx.x % 32, row = lane / 4;
   const auto word = [&](int group, int r) {
-    return two_of<T>(x[4 * group + 2 * r] * factor(r), x[4 * group + 2 * r + 1] * factor(r));
+    return pair_of<T>(x[4 * group + 2 * r] * factor(r), x[4 * group + 2 * r + 1] * factor(r));
   };
   constexpr int groups = columns / 8;
   if constexpr (!by_shuffles) {

@@ -125,6 +125,23 @@ def test_gradients_by_warpgroups_over_tiles(
 
 
 @pytest.mark.parametrize("kernel", WARPGROUPS)
+@pytest.mark.parametrize("D", [40, 72])
+def test_clusters_and_partial_sums_give_the_same_bits(kernel: str, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = device_of(kernel)
+    monkeypatch.setattr(module, "chunks_of", lambda *_: (128, 2))
+    q, g = (randn(2, 200, 1, D).half().to(device) for _ in range(2))
+    k, v = (randn(2, 77, 1, D).half().to(device) for _ in range(2))
+    got = []
+    for clusters in (1,), (1, 2):
+        monkeypatch.setattr(module, "CLUSTERS", clusters)
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        with use(kernel):
+            OPS["cross_attention_backward"](None, q, k, v, None, None, 0.2, g, *grads)
+        got.append(grads)
+    assert all(map(torch.equal, *got)) and got[0][1].any()
+
+
+@pytest.mark.parametrize("kernel", WARPGROUPS)
 def test_gradients_by_warpgroups_of_nothing_and_of_what_is_not_there(kernel: str) -> None:
     """A sample without keys has none, one of a row that is not there has NaN and adds to no row."""
     device = device_of(kernel)

@@ -21,6 +21,8 @@ FORWARD_BLOCKS = {40: 4, 64: 4, 72: 3, 80: 3, 160: 2}
 #: Head dims, of 40 and 64, for which matrices in shared memory are swizzled, not padded. Neither has been measured.
 SWIZZLED: tuple[int, ...] = ()
 MULTIPROCESSORS = 132  # of the largest GPU; a constant, because the chunks of sums depend on it
+#: Chunks whose blocks are a cluster, which adds up their sums of K and V.
+CLUSTERS = 1, 2, 4, 8
 _ALIGNED = 8  # elements in 16 bytes
 
 
@@ -118,11 +120,11 @@ def cross_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float, grad_out: Tensor,
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
 ) -> None:  # fmt: skip
-    """One launch, and one that adds partial sums if a row of K and V has several chunks or samples; arguments as in
-    the reference."""
+    """One launch, and one that adds partial sums if a row of K and V has several samples, or more chunks than blocks of
+    a cluster add up; arguments as in the reference."""
     (B, N, H, D), (R, L) = q.shape, k.shape[:2]
     span, chunks = chunks_of(B, N, H, D)
-    partial = chunks > 1 or rows is not None
+    partial = chunks not in CLUSTERS or rows is not None
     partials = torch.empty((2, B * chunks, L, H, D) if partial else 0, dtype=torch.float32, device=q.device)
     kind, mask_dtype = _kind(mask)
     mask, rows = (None if t is None else t.contiguous() for t in (mask, rows))
