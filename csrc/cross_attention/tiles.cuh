@@ -212,12 +212,18 @@ template <typename T, int columns, bool by_shuffles, typename F> __device__ void
     const uint4 own = of_four(word(i, r), word(i + 1, r), word(i + 2, r), word(i + 3, r));
     if (row + 8 * r < left) *reinterpret_cast<uint4*>(rows[r] + 16 * (i + lane % 4)) = own;
   }
-  FD_UNROLL
-  for (int i = groups / 4 * 4; i < groups; ++i) {  // an even lane has the first row's 8 bytes, an odd one the second's
-    const bool odd = lane % 2;
-    const uint32_t first = word(i, 0), second = word(i, 1), other = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : second, 1);
-    const uint2 own = odd ? uint2{other, second} : uint2{first, other};
-    if (row + 8 * odd < left) *reinterpret_cast<uint2*>((odd ? rows[1] : rows[0]) + 16 * i + lane % 4 / 2 * 8) = own;
+  if constexpr (groups % 4 >= 2) {
+    constexpr int i = groups / 4 * 4;
+    const int r = lane % 2;
+    const uint4 own = of_four(word(i, 0), word(i, 1), word(i + 1, 0), word(i + 1, 1));
+    if (row + 8 * r < left) *reinterpret_cast<uint4*>((r ? rows[1] : rows[0]) + 16 * (i + lane % 4 / 2)) = own;
+  }
+  if constexpr (groups % 2) {  // an even lane has the first row's 8 bytes, an odd one the second's
+    constexpr int i = groups - 1;
+    const int r = lane % 2;
+    const uint32_t first = word(i, 0), second = word(i, 1), other = __shfl_xor_sync(0xFFFFFFFFu, r ? first : second, 1);
+    const uint2 own = r ? uint2{other, second} : uint2{first, other};
+    if (row + 8 * r < left) *reinterpret_cast<uint2*>((r ? rows[1] : rows[0]) + 16 * i + lane % 4 / 2 * 8) = own;
   }
 }
 
