@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradients of cross_attention on Hopper, with all keys of a sample on chip.
+// cross_attention and its gradients on Hopper, with all keys of a sample on chip.
 //
-// Grid      one block per head, chunk of queries and sample; heads fastest, because they share cache lines. A block has one
-//           warpgroup if its registers can hold dV and dK (two such blocks per multiprocessor), else two; a warpgroup has
-//           tiles of 64 queries. Scores and softmax are recomputed in registers with queries as rows, so a row sum needs only
-//           shuffles of four lanes. P and dS go through shared memory into dV and dK, which stay in registers until the chunk
-//           ends; with two warpgroups the first accumulates dV, the second dK, each over all queries. dQ uses dS from
-//           registers. The sum over chunks has one thread per four elements of a row
-// Traffic   q and grad_out read, grad_q written, once each, 16 bytes at a time; K and V once per chunk; gradients of K and V:
-//           one fp32 partial sum per chunk, written and read once (none if there is one chunk). The next tile is fetched
-//           during the work on the current one: into shared memory, or into the cache if there is no space
+// Grid      one block per sample, head and chunk of queries; heads (of the gradients after chunks) fastest, because they share
+//           cache lines. Of the forward it has one warpgroup, and two to four are on a multiprocessor. Of the gradients it has
+//           one if its registers can hold dV and dK (two such blocks per multiprocessor), else two; a warpgroup has tiles of 64
+//           queries. Scores and softmax are (re)computed in registers with queries as rows, so a row sum needs only shuffles of
+//           four lanes; the output and dQ take P and dS from registers. P and dS go through shared memory into dV and dK, which
+//           stay in registers until the chunk ends; with two warpgroups the first accumulates dV, the second dK, each over all
+//           queries. Scores of the next tile are products while the sums of the current one are, if there is space for three
+//           tiles. Up to eight chunks (1, 2, 4 or 8) are a cluster, whose blocks add up their sums; else these go to memory,
+//           and a second kernel with one thread per four elements adds them
+// Traffic   q and grad_out read, the output and grad_q written, once each, 16 bytes at a time; K and V once per chunk;
+//           gradients of K and V: one fp32 partial sum per chunk, written and read once, unless a cluster adds them. The tile
+//           after the next is fetched during products, or the next one into the cache if there is no space
 // Precision scores, softmax and sums in fp32; P and dS rounded to the dtype for the products
 // Limits    sm_90a; bf16 and fp16; head dims and keys of ``KEYS`` in cuda.py; heads start at multiples of 16 bytes; 64-bit
 //           offsets; chunks depend only on the shape, and chunks and samples are added in order: the same bits in every run
