@@ -17,7 +17,8 @@ from fastdistill.errors import InputError
 
 class TeacherAhead:
     """Each step uses the output that the previous step computed (``TrainConfig.teacher_ahead``); the first step of a
-    run, or one without a direct predecessor, computes its own. The bits are the same as without this class.
+    run, or one without a direct predecessor, computes its own. The bits are the same as without this class, except
+    in a compiled step: the teacher is compiled separately there and rounds differently.
 
     In a CUDA graph both run in parallel on two streams; elsewhere one after the other, which gains nothing.
 

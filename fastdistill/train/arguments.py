@@ -40,7 +40,9 @@ def model(value: Any, argument: str) -> nn.Module:
     found = value.model if isinstance(value, Student) else value
     if not isinstance(found, nn.Module):
         part = next((name for name in ("unet", "transformer") if isinstance(getattr(found, name, None), nn.Module)), "")
-        raise InputError.of(argument, "a torch.nn.Module", described(found) + (f" (pass its {part})" if part else ""))
+        raise InputError.of(
+            argument, "a torch.nn.Module", str(described(found)) + (f" (pass its {part})" if part else "")
+        )
     for name, tensor in itertools.chain(found.named_parameters(), found.named_buffers()):
         if tensor.is_meta:
             offloaded = any(hasattr(part, "_hf_hook") for part in found.modules())
@@ -108,7 +110,7 @@ def check_like(value: PromptBank, other: PromptBank, argument: str, like: str) -
 def check_functions(objective: Any, **functions: Any) -> None:
     missing = [name for name in ("bind", "describe") if not callable(getattr(objective, name, None))]
     if missing or isinstance(objective, type):
-        got = described(objective) + (f" without {' and '.join(missing)}" if missing else "")
+        got = str(described(objective)) + (f" without {' and '.join(missing)}" if missing else "")
         raise InputError.of("objective", "an objective, such as RandomConditioning(...)", got)
     for name, value in functions.items():
         if value is not None:

@@ -97,7 +97,8 @@ class TrainSettings:
     """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU what is measured
     to be the fastest. compiled_graph: one CUDA graph of the compiled step."""
     teacher_ahead: bool = False
-    """Ask the teacher for the next step beside the backward of this one (CUDA graphs; the same bits, more memory)."""
+    """Run the teacher of the next step beside the backward of this one (CUDA graphs; more memory). Same bits, except in
+    a compiled step, where the teacher is compiled separately and rounds differently."""
     banks: Literal["device", "pinned"] = "device"
     """Where banks that were loaded are kept: on the device, or in pinned host memory that a GPU reads in place."""
     ahead: Annotated[int, Field(ge=1, le=1024)] = 3
@@ -188,7 +189,7 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
         for e in found:
             if e["type"] != "unexpected_keyword_argument" and not (e["type"] == "too_short" and e["loc"] in wrong):
                 place, rule = _place(kind, e["loc"]), e["msg"][0].lower() + e["msg"][1:]
-                rules.setdefault((place, described(e["input"])), []).append(rule)
+                rules.setdefault((place, str(described(e["input"]))), []).append(rule)
         problems += [f"{place}: {', or '.join(rule)}, got {value}" for (place, value), rule in rules.items()]
     else:
         problems += _converted(values, config, "")

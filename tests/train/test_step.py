@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistill.distill import Regions, Rolling, Weights
+from benchmarks.ops.step import digits
+from fastdistill.distill import RandomConditioning, Regions, Rolling, Weights
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import KernelError
@@ -203,6 +204,22 @@ def test_a_graph_is_eager(precision: Any) -> None:
         strict=True,
     ):
         assert torch.equal(one, two)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("rolling", [Rolling(), Rolling(every=2, steps=10, groups=4)])
+def test_a_graph_is_eager_with_fused_models(rolling: Rolling) -> None:
+    """The digits' U-Nets; also the step before the capture, which runs in a mode that watches it, has the same bits."""
+    weights = []
+    for execution in ("eager", "graph"):
+        setup = digits(torch.device("cuda"))
+        data = setup.schedule, setup.cache, setup.bank, RandomConditioning(taps=setup.taps, rolling=rolling)
+        config = TrainConfig(steps=WARM_UP + 4, batch=64, lr=1e-3, execution=execution, fuse=True)  # type: ignore[arg-type]
+        run = DistillTrainer(setup.teacher, setup.student, *data, config, device="cuda")
+        run.fit()
+        weights.append([p.detach().clone() for p in run.step.parameters])
+    assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill.diffusion.schedule import NoiseSchedule
@@ -29,7 +29,7 @@ from fastdistill.train.metrics import read_metrics
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.state import state_of
 from fastdistill.train.step import learning_rates
-from tests import small
+from tests import small, tiny
 from tests.harness import EPS
 from tests.processes import begin
 
@@ -385,3 +385,14 @@ def test_the_teacher_is_left_alone() -> None:
     assert not any(p.requires_grad for p in trainer.teacher.parameters())
     held = {id(p) for group in trainer.step.optimizer.param_groups for p in group["params"]}
     assert held.isdisjoint(id(p) for p in trainer.teacher.parameters())
+
+
+def test_a_run_makes_no_text_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a tensor's text takes long and waits for the device; it belongs in messages alone."""
+
+    def refused(self: Tensor, **_: Any) -> str:
+        raise AssertionError("a text of a tensor")
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", refused)
+    monkeypatch.setattr(nn.Parameter, "__repr__", refused)
+    tiny.trainer(steps=2).fit()
