@@ -55,8 +55,8 @@ class Rolling:
 class RollingStates:
     """The states of one process. K is the number of states in a batch.
 
-    state: x [groups, K, *S] float32; timestep [groups, K] int64 (below 0: the trajectory has ended); for each prompt bank
-    the rows [groups, K, *P]; with random prompts by region, their row numbers [groups, K] int64.
+    state: x [groups, K, *S] float32; timestep [groups, K] int64 (below 0: the trajectory has ended); for each prompt
+    bank the rows [groups, K, *P]; with random prompts by region, their row numbers [groups, K] int64.
 
     Raises:
         InputError: the schedule has fewer timesteps than ``steps``; the batch of a process (or of its parts) is not a
