@@ -49,7 +49,7 @@ class Bars(Progress):
     def show(
         self, task: TaskID, done: int, description: str, images: int | None = None, *, total: int | None = None
     ) -> None:
-        """Show that ``done`` of ``total`` items are done (None: total as before); each is ``images`` images (None: 1)."""
+        """Show that ``done`` of ``total`` items (None: as before) are done; an item is ``images`` images (None: 1)."""
         if self._lazy and done:
             self._lazy = False
             self.start()
