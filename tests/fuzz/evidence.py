@@ -47,7 +47,7 @@ def text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:
         "`make fuzz` (`tests/fuzz/`): hypothesis generates calls, files and configurations; a child process runs them"
         " with limits on memory and time. Each round of a target is a run of hypothesis with a seed that follows from"
         " the number of the round. So every round can be repeated: `python -m tests.fuzz --replay TARGET ROUND`. This"
-        " page lists the rounds so far and the faults that they found; `fuzz.json` has all counts and the rounds of each"
+        " page lists the rounds and the faults that they found; `fuzz.json` has all counts and the rounds of each"
         " commit.", "",
         f"Seed {state['seed']}, commits {', '.join(commits)}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",
