@@ -17,12 +17,13 @@ namespace {
 
 using namespace FD_ISA;
 
-constexpr int shared_samples = 8;  // whose sums add_channels holds side by side
+constexpr int shared_samples = 8;  // add_channels keeps the sums of this many samples in shared memory at once
 
-// Mean and sum of squares around it, for each group over the block's positions, from those of the threads; one warp per group.
+// Mean and sum of squares around it, per group over the positions of the block: the threads' moments merged, a warp per group.
 template <typename T> __device__ void block_moments(const Cut& cut, const Part& p, const Forward& m) {
   const int lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups, used = p.full ? cut.rows : p.more;
-  const T* first = reinterpret_cast<const T*>(m.vectors);  // the first position: threads count from it
+  const T* first =
+      reinterpret_cast<const T*>(m.vectors);  // the values of the first position: the threads' means are relative to them
   for (int g = int(threadIdx.x) / 32; g < cut.groups; g += warps) {
     const auto of_entry = [&](int i, int& n, double& mean) {
       const int row = i / channels, c = g * channels + i % channels;
@@ -43,7 +44,7 @@ template <typename T> __device__ void block_moments(const Cut& cut, const Part& 
   }
 }
 
-// Mean and 1 / standard deviation of each group, from those of the cluster's blocks.
+// Mean and 1 / standard deviation of each group: the moments of the cluster's blocks merged.
 __device__ void cluster_moments(const Cut& cut, const Part& p, const Forward& m) {
   const int lane = int(threadIdx.x) % 32, channels = cut.width / cut.groups;
   const double n = lane < cut.cluster ? double(positions_of(cut, lane)) * channels : 0.0;
@@ -111,7 +112,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
   cluster_wait();
   cluster_moments(cut, p, m);
   __syncthreads();
-  cluster_arrive();  // this block reads no other's memory any more
+  cluster_arrive();  // this block no longer reads the memory of the others
   float middle[n], factor[n], offset[n];
   if (p.steps > 0) {
     const int channels = cut.width / cut.groups;
@@ -136,10 +137,10 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     *reinterpret_cast<uint4*>(y) = word_of<T>(v);
     y += down;
   }
-  cluster_wait();  // others may read this block's until here
+  cluster_wait();  // the other blocks may read this one's memory until here
 }
 
-// The means of dn and dn n of each group, over the cluster.
+// The means of dn and of dn n per group, from the sums of all blocks of the cluster.
 __device__ void cluster_means(const Cut& cut, const Backward& m) {
   const int lane = int(threadIdx.x) % 32;
   const double inverse = 1.0 / (double(cut.a.positions) * (cut.width / cut.groups));
@@ -216,7 +217,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
       r[k] = of[rstd * cut.width];
     }
   }
-  // n and dz of the vector of a step.
+  // n and dz of the vector of step i.
   const auto slopes = [&](int i, float* normal, float* dz) {
     numbers_of(static_cast<const T*>(nullptr), own[i * around], normal);
     numbers_of(static_cast<const T*>(nullptr), own_grad[i * around], dz);
@@ -262,7 +263,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
   cluster_means(cut, m);
   __syncthreads();
   cluster_gradients(cut, p, m);
-  cluster_arrive();  // this block reads no other's memory any more
+  cluster_arrive();  // this block no longer reads the memory of the others
   float of_dn[n] = {}, of_dn_n[n] = {};
   if (p.steps > 0) {
 #pragma unroll
@@ -280,7 +281,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     *reinterpret_cast<uint4*>(dx) = word_of<T>(dz);
     dx += down;
   }
-  cluster_wait();  // others may read this block's until here
+  cluster_wait();  // the other blocks may read this one's memory until here
 }
 
 // The gradients of weight and bias: the samples' contributions, added in order. 32 channels per block.
@@ -317,7 +318,7 @@ Cut cut_of(const GroupNormSilu& a, const GroupNormCut& how, float* sums) {
   return cut;
 }
 
-// Calls use(kernel, shared bytes) with the kernel of the call.
+// Calls use(kernel, bytes of shared memory) with the kernel for this call.
 template <typename T, typename Use> auto with_kernel(const Cut& cut, bool backward, const Use& use) {
   const size_t bytes = size_t(backward ? Backward::bytes(cut) : Forward::bytes(cut));
   if (backward) return cut.a.silu ? use(&cluster_backward<T, true>, bytes) : use(&cluster_backward<T, false>, bytes);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How group_norm_silu is cut for clusters of blocks: what a block and a thread are to do, and what a block keeps.
+// How group_norm_silu is divided among clusters, blocks and threads, and the layout of a block's shared memory.
 #pragma once
 #include "cluster.cuh"
 #include "group_norm_silu/math.h"
@@ -11,26 +11,27 @@ using namespace FD_ISA;
 
 constexpr int threads = threads_per_block, warps = threads / 32, batches = 4;
 
-// Numbers by channel: what the call gives, 1 + scale, and of a backward the statistics of the channel's group.
+// The numbers stored for each channel: the tensors of the call (scale as 1 + scale); in a backward also the mean and rstd of
+// the channel's group.
 enum Number { weight, bias, time_bias, scale, shift, given_count, mean = given_count, rstd, number_count };
 
-// How a call is cut. The threads of a block are rows by columns, of 16 bytes each.
+// How a call is divided. The threads of a block form a grid of rows and columns; a column is 16 bytes wide.
 struct Cut {
   GroupNormSilu a;
   Row given[given_count];
   int cluster;        // blocks
-  int groups, width;  // of a slice; width in channels
+  int groups, width;  // groups and channels of a slice
   int columns, rows;  // of a block
-  int64_t positions;  // of a block, of the last ones fewer
-  float* sums;        // [2, batch, channels]: what samples give to weight and bias
+  int64_t positions;  // of a block; the last blocks have fewer
+  float* sums;        // [2, batch, channels]: the samples' contributions to the gradients of weight and bias
 };
 
-// What a block is to do.
+// The work of a block and of a thread.
 struct Part {
-  int64_t sample, channel, position, group;  // the first ones
-  int rank, count;                           // in the cluster; positions
-  int row, column, steps;                    // of the thread; vectors that it walks
-  int full, more;                            // steps of every row, and rows that have one more
+  int64_t sample, channel, position, group;  // the first ones of the block
+  int rank, count;                           // rank in the cluster; number of positions
+  int row, column, steps;                    // of the thread; steps: how many vectors it reads
+  int full, more;                            // each row has ``full`` steps, the first ``more`` rows one more
 };
 
 __device__ int64_t positions_of(const Cut& cut, int64_t rank) {
@@ -50,14 +51,14 @@ __device__ Part part_of(const Cut& cut) {
   return p;
 }
 
-// From the start of x to the thread's first vector.
+// Elements from the start of x to the thread's first vector.
 template <typename T> __device__ int64_t start_of(const Cut& cut, const Part& p) {
   return ((p.sample * cut.a.positions + p.position + p.row) * cut.a.channels + p.channel) + p.column * wide<T>;
 }
 
-// The steps [first, end) of a batch of the thread.
+// The thread's first step after a batch.
 __device__ int end_of_batch(const Part& p, int batch) {
-  const int each = (p.full + batches) / batches, end = each * (batch + 1);  // of at most full + 1 steps
+  const int each = (p.full + batches) / batches, end = each * (batch + 1);  // a thread has at most full + 1 steps
   return end < p.steps ? end : p.steps;
 }
 
@@ -78,15 +79,15 @@ __device__ double warp_sum(double value) {
   return value;
 }
 
-// The shared memory of a block: vectors of the slice, what threads leave, numbers by channel, and by group.
+// The shared memory of a block: vectors of the slice, results of the threads, numbers per channel and per group.
 template <int held, int left, int numbers, int sums> struct Memory {
   uint4* vectors;   // [held][positions][columns]
   float* leave;     // [left][rows][width]
   float* number;    // [Number][width]
-  double* channel;  // [sums][width], for the cluster
-  double* group;    // [groups][2], for the cluster
+  double* channel;  // [sums][width], read by the cluster
+  double* group;    // [groups][2], read by the cluster
   float* final;     // [groups][2]
-  int each;         // numbers of one of leave
+  int each;         // elements of leave[i]
 
   static FD_HD int64_t bytes(const Cut& c) {
     const int64_t width = c.width;
@@ -106,7 +107,7 @@ template <int held, int left, int numbers, int sums> struct Memory {
 using Forward = Memory<1, 2, given_count, 0>;
 using Backward = Memory<2, 3, number_count, 3>;
 
-// The numbers of the slice's channels: each thread some, so that it waits for memory once or twice.
+// Loads the numbers of the slice's channels, split over all threads, so that each waits for memory only once or twice.
 template <int count> __device__ void get_numbers(const Cut& cut, const Part& p, float* to) {
   for (int i = int(threadIdx.x); i < count * cut.width; i += threads) {
     const int which = i / cut.width, c = i % cut.width;

@@ -9,7 +9,7 @@
 namespace fd {
 
 struct GroupNormSilu {
-  const void* x;  // [batch, channels, positions], or [batch, positions, channels] where channels_last
+  const void* x;  // [batch, channels, positions], or [batch, positions, channels] if channels_last
   Dtype dtype;
   int64_t batch, channels, positions, groups;
   bool channels_last, silu;
@@ -23,7 +23,7 @@ struct GroupNormSilu {
   int threads;
 };
 
-// How a GPU cuts it: whole groups of a sample, on a cluster of blocks.
+// How a GPU divides it: ``groups`` groups of a sample per cluster of ``cluster`` blocks.
 struct GroupNormCut {
   int groups, cluster;
 };
@@ -41,7 +41,7 @@ template <typename F> FD_HD F gradient(F dz, F n, F rstd, F factor, F mean, F me
 
 FD_HD float sigmoid(float z) {
 #ifdef __CUDA_ARCH__
-  float power, gate;  // to two units of the last place; 0 where the power of two is infinite
+  float power, gate;  // error at most 2 ulp; 0 if the power of two overflows to infinity
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.44269504f));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(gate) : "f"(1.0f + power));
   return gate;

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher one step ahead: its output for the next step depends only on the counter. So it can be computed during
-the backward and the update of the current step, where small kernels leave the GPU partly idle."""
+"""Runs the teacher one step ahead. Its output for the next step depends only on the counter, so it can be computed
+during the backward and the update of the current step, when small kernels leave the GPU partly idle."""
 
 from __future__ import annotations
 
