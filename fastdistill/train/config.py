@@ -97,8 +97,8 @@ class TrainSettings:
     """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU what is measured
     to be the fastest. compiled_graph: one CUDA graph of the compiled step."""
     teacher_ahead: bool = False
-    """Run the teacher for the next step during the backward of this one (CUDA graphs; more memory). Same bits, except in
-    a compiled step, where the teacher is compiled separately and rounds differently."""
+    """Run the teacher for the next step during the backward of this one (CUDA graphs; more memory). Same bits, except
+    in a compiled step, where the teacher is compiled separately and rounds differently."""
     banks: Literal["device", "pinned"] = "device"
     """Where banks in memory are stored: on the device, or in pinned host memory that a GPU reads directly."""
     ahead: Annotated[int, Field(ge=1, le=1024)] = 3
