@@ -68,12 +68,12 @@ def show(found: Plan, console: Console) -> None:
     largest = "none fits" if found.largest_micro_batch is None else str(found.largest_micro_batch)
     trained, images = found.parameters["trained"], found.images_per_second
     phases = ", ".join(f"{name} {_amount(operations / 1e9)}" for name, operations in found.flops.items())
-    speed = f"{images:,.1f} images/s, {found.step_seconds:.3g} s a step"
+    speed = f"{images:,.1f} images/s, {found.step_seconds:.3g} s per step"
     lines = {
         "largest micro-batch": f"{largest} (divisors of {found.batch})",
         "parameters": f"teacher {found.parameters['teacher']:,}, student {found.parameters['student']:,}"
         + ("" if trained == found.parameters["student"] else f", {trained:,} trained"),
-        "GFLOP an image": f"{_amount(sum(found.flops.values()) / 1e9)} ({phases}; counted)",
+        "GFLOP per image": f"{_amount(sum(found.flops.values()) / 1e9)} ({phases}; counted)",
         "speed": f"{speed}, {_amount(found.hours)} hours ({card.source})",
         "disk": ", ".join(f"{name} {_amount(size / GIB)} GiB" for name, size in found.disk.items()),
     }

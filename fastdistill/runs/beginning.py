@@ -30,7 +30,7 @@ def before(trainer: DistillTrainer, planned: Plan | None) -> list[str]:
         return [*lines, "memory: no plan, as models this small need far less than is free"]
     gflop, card = sum(planned.flops.values()) / 1e9, planned.card
     ceiling = f"{card.name} reaches {card.matmul / 1e12:.3g} TFLOP/s ({card.source})"
-    return [*lines, f"memory: {readable(planned.total)} planned", f"{gflop:,.3g} GFLOP an image; {ceiling}"]
+    return [*lines, f"memory: {readable(planned.total)} planned", f"{gflop:,.3g} GFLOP per image; {ceiling}"]
 
 
 def after(trainer: DistillTrainer) -> list[str]:

@@ -34,7 +34,7 @@ class PromptSettings:
     column: str | None = None
     """Column or key of the prompts in a table; none: the only column, or the one called prompt, caption or text."""
     seen: Count | None = None
-    """The first n prompts get latents (n is this number; none: all prompts); all prompts are in the pool."""
+    """Only the first n prompts get latents (none: all of them); the student learns all prompts of the pool."""
     strip: bool = True
     """Remove white space around prompts."""
     unique: bool = True

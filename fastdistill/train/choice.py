@@ -140,7 +140,7 @@ def faster_precision(own: Bench, low: Bench) -> Literal["float32", "bfloat16"]:
     times = distributed.first(lambda: [min(each) for each in zip(*turns, strict=True)])
     chosen: Literal["float32", "bfloat16"] = "float32" if times[0] <= times[1] else "bfloat16"
     if distributed.rank() == 0:
-        told = f"float32 {1e3 * times[0]:.1f} ms a step, bfloat16 {1e3 * times[1]:.1f} ms a step"
+        told = f"float32 {1e3 * times[0]:.1f} ms per step, bfloat16 {1e3 * times[1]:.1f} ms per step"
         logger.info("precision: %s (measured: %s)", chosen, told)
     return chosen
 
@@ -154,7 +154,7 @@ def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Ch
     ways = [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, forms)]
     times = bench.times(ways)
     best = _fastest(times)
-    told = [f"{way} {1e3 * seconds:.1f} ms a step" for way, seconds in times.items()]
+    told = [f"{way} {1e3 * seconds:.1f} ms per step" for way, seconds in times.items()]
     if config.execution == "auto":
         why_not = bench.refuse_compiled(left * times[best])
         if why_not is None:
@@ -165,7 +165,7 @@ def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Ch
             if (why_not := bench.failure(compiled)) is None:
                 spent = time.perf_counter() - began
                 again = bench.times([best, compiled])
-                told = [f"{way} {1e3 * seconds:.1f} ms a step" for way, seconds in (times | again).items()]
+                told = [f"{way} {1e3 * seconds:.1f} ms per step" for way, seconds in (times | again).items()]
                 told.append(f"compiling took {spent:.0f} s of {left} steps that are left")
                 best = _fastest(again)
         if why_not is not None:

@@ -32,7 +32,7 @@ def geglu_call(draw: Any) -> Call:
 
 
 def _geglu_truth(x: Tensor, approximate: str) -> tuple[Tensor]:
-    """Without the difference of 1 and nearly 1 that torch's own formula has far below 0."""
+    """Avoids torch's formula, in which 1 and nearly 1 cancel far below 0."""
     a, g = x.chunk(2, -1)
     if approximate == "tanh":
         return (a * g * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)),)
@@ -48,7 +48,7 @@ def group_norm_call(draw: Any) -> Call:
     for name in test_group_norm_silu.NAMES:
         shape = (channels,) if name in ("weight", "bias") else (batch, channels)
         arguments[name] = _given(draw, shape, small)
-    if each * math.prod(x.shape[2:]) == 1:  # one value a group: all that is left of x + time_bias is its rounding
+    if each * math.prod(x.shape[2:]) == 1:  # with one value per group, only the rounding of x + time_bias is left
         arguments["time_bias"] = None
 
     def function(x: Tensor, weight: Any, bias: Any, groups: Any, eps: Any, **rest: Any) -> tuple[Tensor]:
@@ -63,7 +63,7 @@ def group_norm_call(draw: Any) -> Call:
         return (F.silu(z) if silu else z,)
 
     def eager(x: Tensor, **given: Any) -> tuple[Tensor]:
-        """In float32, by the same formula: torch's own group norm can crash in its backward."""
+        """In float32 with the same formula, because torch's own group norm can crash in its backward."""
         return (truth(x.float(), **given)[0].to(x.dtype),)
 
     return Call("group_norm_silu", function, arguments, None if 0 in x.shape else truth, eager)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions and projections of fused models with fewer passes, as they are on a GPU."""
+"""Convolutions and projections of fused models with fewer passes, as on a GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def laid_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 class Operations(TorchDispatchMode):
-    """Of convolutions: whether there was a bias; how many products there were, and of how many columns."""
+    """Records for convolutions whether they have a bias, and the number and the columns of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ CASES = [
 
 
 def compared(name: str, dtype: torch.dtype, device: str) -> None:
-    """The bounds of ``tests/models/test_fuse.py``."""
+    """Checks the bounds of ``tests/models/test_fuse.py``."""
     model, inputs = laid_out(name)
     given = batches(inputs)
     truth, true_gradients = run(copy.deepcopy(model).double(), [cast(i, torch.float64) for i in given])
@@ -116,7 +116,7 @@ def test_same_bits_where_a_step_is_watched(name: str, watch: Any) -> None:
 
 
 def test_biases_that_are_passes() -> None:
-    """Of the convolutions that are no products, the first, the last and those of resampling keep their bias."""
+    """Of the convolutions that are not matrix products, the first, the last and the resampling ones keep their bias."""
     model, inputs = laid_out(UNETS[0])
     fuse(model)
     resnets = parts(model, ResnetBlock2D)
@@ -139,7 +139,7 @@ def test_projections_are_one_product() -> None:
 
 
 def test_in_another_layout_convolutions_stay() -> None:
-    """A product of channels that do not lie side by side would copy the map."""
+    """In other layouts a matrix product would have to copy the map."""
     conv, x = nn.Conv2d(8, 4, 1), torch.randn(2, 8, 5, 5)
     assert not products.is_product(conv, x) and products.is_product(conv, x.contiguous(memory_format=LAST))
     for other in (
@@ -153,7 +153,7 @@ def test_in_another_layout_convolutions_stay() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_map_is_doubled_bit_by_bit(dtype: torch.dtype) -> None:
-    """NaN and -0 too; gradients and the derivatives of those are torch's."""
+    """Also for NaN and -0; first and second derivatives are torch's."""
     x = torch.randn(3, 16, 5, 4).to(dtype)
     x[0, 0, 0, :2] = torch.tensor([torch.nan, -0.0])
     x = x.contiguous(memory_format=LAST)
@@ -217,7 +217,7 @@ def parametrized(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [hooked, before, patched, another_class, parametrized])
 def test_modules_that_are_more_than_their_class(change: Any) -> None:
-    """Changed after the model was fused: the result is that of the model without ``fuse``."""
+    """If changed after ``fuse``, the result is that of the model without ``fuse``."""
     model, inputs = laid_out(UNETS[0])
     fused, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     fuse(fused)
@@ -233,7 +233,7 @@ def test_modules_that_are_more_than_their_class(change: Any) -> None:
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "SD3Transformer2DModel"])
 def test_compiled(name: str) -> None:
-    """Values and gradients by a compiler that traces the same code."""
+    """Outputs and gradients with a compiler that traces the same code."""
     model, inputs = laid_out(name)
     given = batches(inputs)
     truth, true_gradients = run(copy.deepcopy(model).double(), [cast(i, torch.float64) for i in given])
@@ -258,7 +258,7 @@ def test_gradient_checkpointing() -> None:
 
 
 def test_adapters() -> None:
-    """Of peft: the layers that they take the place of are called, the others put together."""
+    """With PEFT: layers with adapters are called; the other weights are concatenated."""
     peft = pytest.importorskip("peft")
     model, inputs = laid_out(UNETS[0])
     targets = ["to_q", "to_v", "conv1", "conv_shortcut", "proj_in", "proj"]
@@ -288,8 +288,8 @@ def process_group(tmp_path: Any) -> Any:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "SD3Transformer2DModel"])
 def test_sharded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks whose weights are gathered for a call: they are put together then, and values and gradients are those of
-    the whole model."""
+    """Blocks whose weights are gathered for a call: the weights are concatenated then; outputs and gradients are those
+    of the unsharded model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -314,7 +314,7 @@ def test_sharded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Quantized(Tensor):
-    """A weight that takes part in a layer's own call alone."""
+    """A weight that works only in a call of its own layer."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -340,8 +340,8 @@ def layers(bias: bool) -> tuple[list[nn.Linear], Tensor]:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
 def test_gradients_of_projections(bias: bool, frozen: tuple[int, ...]) -> None:
-    """Of parameters and input, whichever of them are learned; also of a result of which a part is not used, and a
-    second time."""
+    """For parameters and input, whichever require a gradient; also if a part of the result is not used, and for second
+    derivatives."""
     own, x = layers(bias)
     for i in frozen:
         own[i].requires_grad_(False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of planned steps against what real ones allocate, and against the sizes of what they keep."""
+"""The memory of planned steps compared with the allocations of real ones, and with the sizes of what they keep."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUICK = [("sd3", "checkpointed"), ("pixart_sigma", "fused"), ("dit", "parts"), (
 
 
 def job(run: DistillTrainer, name: str) -> Job:
-    """The run of a trainer, without its memory."""
+    """The run of a trainer as a ``Job``, without its tensors."""
     spec = trained.UNETS if small.TINY[name][0] == "unet" else "half_depth"
     setting = run._setting
     return Job(
@@ -57,7 +57,7 @@ def living() -> dict[int, int]:
     places = {}
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
-            with contextlib.suppress(RuntimeError):  # of the compiler's tensors without memory
+            with contextlib.suppress(RuntimeError):  # tensors of the compiler without memory
                 places[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return places
 
@@ -74,14 +74,14 @@ def cases() -> Iterator[Any]:
 def test_planned_memory_is_that_of_a_real_step(
     name: str, options: str, execution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a tenth of what the allocator has given out at once: what operators of a CPU, or the compiler's kernels,
-    allocate differs a little from what those of the meta device do."""
-    monkeypatch.setenv("FASTDISTILL_ATTENTION", "default")  # not what is the fastest here
+    """Within a tenth of the most memory that the allocator had given out at once: a CPU's operators, or the compiler's
+    kernels, allocate slightly different amounts than those of the meta device."""
+    monkeypatch.setenv("FASTDISTILL_ATTENTION", "default")  # not the measured choice
     gc.collect()
     before = living()
     run = trained.make(name, execution=execution, **OPTIONS[options])
     advance = runner(run.step, run.student, run.config.execution)
-    for done in range(3):  # a compiled one is compiled anew while there are no gradients yet
+    for done in range(3):  # a compiled step is compiled again while there are no gradients yet
         run.step.prepare(done)
         advance()
     gc.collect()

@@ -12,23 +12,24 @@ from fastdistill.runs import RunConfig
 from fastdistill.train.config import from_mapping
 from tests.models import tiny_pipelines as tiny
 
-#: A student that is smaller than each of the tiny teachers.
+#: A student that is smaller than every tiny teacher.
 STUDENTS = {"unet": {"width": 0.5}, "transformer": {"every": 2}}
 
 
 def quickly(names: Iterable[str], *quick: str) -> list[Any]:
-    """Parameters of which the others are slow tests."""
+    """Parameters of a test; all except ``quick`` are slow tests."""
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of the tiny pipeline of a name."""
+    """The folder of the tiny pipeline with this name."""
     return tiny.saver(tmp_path_factory)
 
 
 def run_config(folder: Path, directory: Path, **changes: Any) -> RunConfig:
-    """A run of a few steps with this teacher, everything in ``directory``; ``changes`` are laid over it by section."""
+    """A run of a few steps with this teacher, with all files in ``directory``; ``changes`` replace fields by
+    section."""
     file, texts = directory / "prompts.txt", "a cat\na dog\ntwo cats\na red bird\nthe sea\n"
     if not file.exists() or file.read_text() != texts:  # another process may be reading it
         file.write_text(texts)
@@ -48,6 +49,6 @@ def run_config(folder: Path, directory: Path, **changes: Any) -> RunConfig:
 
 
 def cached(config: RunConfig) -> RunConfig:
-    """The configuration itself, after its prompts were encoded and its teacher sampled."""
+    """Encode the prompts and sample the teacher; returns the configuration."""
     runs.cache(config)
     return config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way: from a pipeline folder to an exported student that a pipeline of diffusers samples with."""
+"""The complete way: from a pipeline folder to an exported student with which a pipeline of diffusers samples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = {"cache": {"sizes": [[32, 32]]}}
 
 @pytest.fixture(scope="module")
 def ended(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
-    """A run of Stable Diffusion that has ended, and its run file."""
+    """A finished run of Stable Diffusion, and its run file."""
 
     def make(place: Path) -> None:
         place.mkdir()
@@ -54,7 +54,7 @@ def ended(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def again(ended: tuple[RunConfig, Path], tmp_path: Path) -> Path:
-    """The run file of a copy of that run, for tests that go on with it: a process at a time may."""
+    """The run file of a copy of that run, for tests that continue it (only one process at a time may do so)."""
     config = dataclasses.replace(ended[0], directory=str(tmp_path / "again"))
     shutil.copytree(ended[0].directory, config.directory)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
@@ -129,11 +129,11 @@ def test_what_is_stored_is_read_once(ended: tuple[RunConfig, Path], read: Any, m
     counted("stored", "read_shard")
     bank, (latents,) = distilling.stored_sources(runs.opened(config))
     assert all(isinstance(rows, torch.Tensor) == (read == "memory") for rows in (bank.embeddings, latents.latents))
-    assert len(files) == len(set(files)) == (3 if read == "memory" else 2)  # prompts on the disk are not read at all
+    assert len(files) == len(set(files)) == (3 if read == "memory" else 2)  # prompts on disk are not read
 
 
 def test_a_run_goes_on(saved: Callable[[str], Path], tmp_path: Path, ended: tuple[RunConfig, Path]) -> None:
-    """To the last bit as without the interruption; with other settings it is refused."""
+    """The bits are those of an uninterrupted run; with other settings it is refused."""
     whole = ended[0]
     parts = run_config(saved("sd"), tmp_path, cache={"directory": whole.cache.directory})
 
@@ -154,7 +154,7 @@ def test_a_run_goes_on(saved: Callable[[str], Path], tmp_path: Path, ended: tupl
         runs.distill(other)
     with pytest.raises(InputError, match=r"train.steps: expected at least the 3 that the run in .* has done, got 2"):
         runs.distill(dataclasses.replace(parts, train=dataclasses.replace(parts.train, steps=2)))
-    assert runs.load(Path(parts.directory) / "run.yaml") == parts  # not of the refused ones
+    assert runs.load(Path(parts.directory) / "run.yaml") == parts  # not those of the refused calls
 
 
 def test_adapters_are_exported_alone(
@@ -187,7 +187,7 @@ def test_adapters_are_exported_alone(
 def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], tmp_path: Path) -> None:
     config, _ = ended
     runs.sample(config, ["a cat", "a dog"], tmp_path / "two", seeds=(3, 4))
-    runs.sample(config, ["a dog"], tmp_path / "one", seeds=(4, 4))  # once
+    runs.sample(config, ["a dog"], tmp_path / "one", seeds=(4, 4))  # equal seeds count once
     lines = [json.loads(line) for line in (tmp_path / "two" / "metadata.jsonl").read_text().splitlines()]
     assert [(line["file_name"], line["text"], line["seed"]) for line in lines] == [
         ("00000-3.png", "a cat", 3), ("00000-4.png", "a cat", 4),
@@ -196,7 +196,7 @@ def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], 
     assert len((tmp_path / "one" / "metadata.jsonl").read_text().splitlines()) == 1
     pair = [torch.frombuffer(bytearray(Image.open(file).tobytes()), dtype=torch.uint8).int() for file in (
         tmp_path / "two" / "00001-4.png", tmp_path / "one" / "00000-4.png")]  # fmt: skip
-    assert int((pair[0] - pair[1]).abs().max()) <= 1  # rounding of a batch of two
+    assert int((pair[0] - pair[1]).abs().max()) <= 1  # rounding in a batch of two
     taught = runs.sample(config, ["a dog"], tmp_path / "taught", seeds=(4,), teacher=True)
     assert taught[0].read_bytes() != (tmp_path / "one" / "00000-4.png").read_bytes()
     for options, message in (
@@ -214,7 +214,7 @@ def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], 
 
 
 def test_the_card_says_what_it_is(ended: tuple[RunConfig, Path], tmp_path: Path) -> None:
-    longer = dataclasses.replace(ended[0], train=dataclasses.replace(ended[0].train, steps=99))  # the file of today
+    longer = dataclasses.replace(ended[0], train=dataclasses.replace(ended[0].train, steps=99))  # the current file
     folder = runs.export(longer, tmp_path / "exported", link=True)
     card = (folder / "README.md").read_text()
     head = card.split("---\n")[1]
@@ -248,7 +248,7 @@ def test_nothing_is_there_yet(saved: Callable[[str], Path], tmp_path: Path) -> N
 def test_the_micro_batch_is_what_fits(
     ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the same in the next sitting, whatever fits then."""
+    """The same when the run is continued, whatever fits then."""
     monkeypatch.setattr(distilling.plans, "available", lambda device: 1_500_000)
     config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory})
     runs.distill(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
@@ -270,7 +270,7 @@ def test_a_run_that_does_not_fit(
 
 
 def test_the_student_of_a_sharded_checkpoint(again: Path, tmp_path: Path) -> None:
-    """The same, from the files of three ranks: exported by one command, sampled."""
+    """It is exported with one command from the files of three ranks, and sampled."""
     config = runs.load(again)
     whole = runs.export(config, tmp_path / "whole")
     path = Path(config.directory) / "step-00000003.safetensors"
@@ -287,7 +287,7 @@ def test_the_student_of_a_sharded_checkpoint(again: Path, tmp_path: Path) -> Non
 def test_a_sharded_run_of_two_processes_is_exported(
     ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """And goes on in one process."""
+    """The run then continues in one process."""
     config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory}, shard=True)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastdistill")
@@ -304,7 +304,7 @@ def test_a_sharded_run_of_two_processes_is_exported(
     student = runs.trained_student(runs.opened(config)).state_dict()
     assert model.keys() == student.keys() and all(torch.equal(model[key], value) for key, value in student.items())
     wanted = runs.trained_student(runs.opened(ended[0])).state_dict()
-    for key, value in student.items():  # AdamW's updates are at most lr, of whatever sign where a gradient is rounding
+    for key, value in student.items():  # updates are at most lr; the sign of a rounding error is random
         torch.testing.assert_close(value, wanted[key], rtol=0, atol=2 * 3 * config.train.lr)
     longer = dataclasses.replace(config, shard=False, train=dataclasses.replace(config.train, steps=4))
     assert runs.distill(longer).steps == 4
@@ -312,7 +312,7 @@ def test_a_sharded_run_of_two_processes_is_exported(
 
 @pytest.mark.slow
 def test_on_two_processes(ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path) -> None:
-    """The cache of one process, byte for byte, and its loss but for the rounding of sums in another order."""
+    """The cache has the bytes of one process, and the loss differs only by the order of sums."""
     config = run_config(saved("sd"), tmp_path)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     for command in ("cache", "distill"):
@@ -330,7 +330,7 @@ def test_on_two_processes(ended: tuple[RunConfig, Path], saved: Callable[[str], 
         ]
         assert shards[0] == shards[1] and shards[0]
     one, two = (read_metrics(Path(c.directory) / "metrics.jsonl")[0]["loss"] for c in (ended[0], config))
-    count = 4 * 4 * 8 * 8  # elements of the largest mean, 4 eps of each
+    count = 4 * 4 * 8 * 8  # elements of the largest mean; 4 eps for each
     assert abs(one - two) <= 4 * torch.finfo().eps * count**0.5 * one
 
 
@@ -371,7 +371,7 @@ def test_commands(
     assert code == 0 and [Image.open(file).size for file in json.loads(out)] == [(32, 16)] * 2
     code, out, error = said("export", file, "--to", str(tmp_path / "exported"), "--dtype", "bfloat16")
     assert code == 0 and out.startswith(f"{tmp_path / 'exported'}: ") and (tmp_path / "exported" / "README.md").exists()
-    with monkeypatch.context() as ranks:  # another of torchrun's processes has nothing to do
+    with monkeypatch.context() as ranks:  # the other process of torchrun has nothing to do
         ranks.setenv("TORCHELASTIC_RUN_ID", "a run")
         ranks.setenv("RANK", "1")
         assert said("export", file, "--to", str(tmp_path / "never")) == (0, "", "")

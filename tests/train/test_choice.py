@@ -86,7 +86,7 @@ def test_a_measurement_leaves_no_trace(measuring: Any, kind: Callable[[int], nn.
     seen = measuring(lambda way: 1.0 if way == Choice("eager") else 2.0)
     one, two = map(ranks.finished, runs)
     assert one["history"] == two["history"] and {way.channels_last for way in seen} == {None, True}
-    assert runs[1].step.execution == "eager" and "channels_last 2000.0 ms a step" in runs[1].step.why
+    assert runs[1].step.execution == "eager" and "channels_last 2000.0 ms per step" in runs[1].step.why
     assert one["state"].keys() == two["state"].keys() and "objective.timestep" in one["state"]
     for name, value in one["state"].items():
         assert torch.equal(value, two["state"][name]), name
