@@ -23,9 +23,9 @@ struct GroupNormSilu {
   int threads;
 };
 
-// How a GPU cuts it: whole groups of a sample, on a cluster of blocks.
+// How a GPU cuts it: whole groups of a sample, on a cluster of blocks; as many clusters as run at once.
 struct GroupNormCut {
-  int groups, cluster;
+  int groups, cluster, clusters;
 };
 
 namespace FD_ISA {

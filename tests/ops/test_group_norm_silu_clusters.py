@@ -138,11 +138,11 @@ def test_what_starts_between_vectors(kernel: str) -> None:
     ],
 )
 def test_how_models_are_cut(
-    shape: tuple[int, int, int], dtype: torch.dtype, forward: cuda.Cut | None, backward: cuda.Cut | None
+    shape: tuple[int, int, int], dtype: torch.dtype, forward: tuple[int, int] | None, backward: tuple[int, int] | None
 ) -> None:
     if not CLUSTERED or not emulated(CLUSTERED[0]):
         pytest.skip("of an emulated GPU")
     cuda._cut.cache_clear()
     for back, expected in ((False, forward), (True, backward)):
         cut = cuda._cut(-1, dtype, (*shape, 32), True, back)
-        assert isinstance(cut, str) if expected is None else cut == expected
+        assert isinstance(cut, str) if expected is None else cut[:2] == expected

@@ -28,9 +28,10 @@ BLOCKS = 132  # one per multiprocessor of an H100
 CLUSTERS = (1, 2, 4, 8)
 THREADS = COLUMNS = 256  # threads per block; most columns of 16 bytes per slice
 STEPS = 2  # minimum steps per thread
+EMULATED = 3  # clusters at once where there is no GPU
 
 Sizes = tuple[int, int, int, int]  # batch, channels, positions, groups
-Cut = tuple[int, int]  # groups per slice, blocks per cluster
+Cut = tuple[int, int, int]  # groups per slice, blocks per cluster, clusters that run at once (each takes several slices)
 
 
 @functools.cache
@@ -109,14 +110,14 @@ def _cut(device: int, dtype: torch.dtype, sizes: Sizes, silu: bool, backward: bo
         return f"the GPU has no {MISSING}"
     batch, channels, positions, groups = sizes
     step, number, cuda = channels // groups * dtype.itemsize, _native.DTYPES[dtype], _native.cuda()
-    found: list[tuple[tuple[Any, ...], Cut]] = []
+    found: list[tuple[tuple[Any, ...], tuple[int, int]]] = []
     for some in (n for n in range(1, groups + 1) if groups % n == 0):
         width = some * step
         if width % 16 or width > 16 * COLUMNS:
             continue
         whole, wide = width % SECTOR == 0, width >= min(NARROW, groups * step)
         for cluster in CLUSTERS:
-            shared = cuda.group_norm_silu_shared(number, sizes, (some, cluster), backward)
+            shared = cuda.group_norm_silu_shared(number, sizes, (some, cluster, 0), backward)
             blocks = batch * (groups // some) * cluster
             if shared <= SHARED and blocks < 1 << 31:
                 busy = cluster == 1 or positions * width >= STEPS * 16 * THREADS * cluster
@@ -126,8 +127,9 @@ def _cut(device: int, dtype: torch.dtype, sizes: Sizes, silu: bool, backward: bo
     if not found:
         return "no slice of whole groups of 16 bytes fits into the shared memory of a cluster"
     for _, cut in sorted(found, reverse=True):
-        if device < 0 or cuda.group_norm_silu_clusters(number, sizes, silu, cut, backward) > 0:
-            return cut
+        most = EMULATED if device < 0 else cuda.group_norm_silu_clusters(number, sizes, silu, (*cut, 0), backward)
+        if most > 0:
+            return *cut, most
     return "the GPU runs no cluster of this size"
 
 
