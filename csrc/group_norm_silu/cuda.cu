@@ -77,7 +77,7 @@ __device__ void cluster_moments(const Cut& cut, const Part& p, const Slice& s, c
   }
 }
 
-template <typename T, bool silu> __global__ void __launch_bounds__(threads, 3)
+template <typename T, bool silu> __global__ void __launch_bounds__(threads, sizeof(T) == 2 ? 3 : 2)
     cluster_forward(const __grid_constant__ Cut cut) {
   constexpr int n = wide<T>;
   FD_DYNAMIC_SHARED(uint4, memory);
@@ -267,20 +267,24 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     __syncthreads();
     double* const channel = m.channel(turn);
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < 3 * cut.width; i += threads) {
-      const int which = over(i, cut.width), c = i - which * cut.width;
-      const float* from = m.leave + which * m.each + c;
+    for (int first = int(threadIdx.x); first - lane < 3 * cut.width * cut.parts; first += threads) {
+      const int i = over(first, cut.parts), which = over(i, cut.width), c = i - which * cut.width;
       double some[4] = {};  // sums that do not wait for each other
-      int row = 0;
-#pragma unroll 2
-      for (; row + 3 < cut.rows; row += 4) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) some[j] += double(from[(row + j) * cut.width]);
-      }
+      if (which < 3) {
+        const float* from = m.leave + which * m.each + c;
+        int row = first - i * cut.parts;
 #pragma unroll 1
-      for (; row < cut.rows; ++row) some[0] += double(from[row * cut.width]);
+        for (; row + 3 * cut.parts < cut.rows; row += 4 * cut.parts) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) some[j] += double(from[(row + j * cut.parts) * cut.width]);
+        }
+#pragma unroll 1
+        for (; row < cut.rows; row += cut.parts) some[0] += double(from[row * cut.width]);
+      }
+      const double sum = warp_sum((some[0] + some[1]) + (some[2] + some[3]), cut.parts);
+      if (which >= 3 || first != i * cut.parts) continue;
       const double r = m.number(turn)[rstd * cut.width + c];
-      channel[i] = ((some[0] + some[1]) + (some[2] + some[3])) * (which ? r : 1.0) * (which < 2 ? of_unit : 1.0);
+      channel[i] = sum * (which ? r : 1.0) * (which < 2 ? of_unit : 1.0);
     }
     __syncthreads();
 #pragma unroll 1
@@ -362,13 +366,15 @@ Cut cut_of(const GroupNormSilu& a, const GroupNormCut& how, float* sums) {
   const Row given[number_count] = {
       a.weight, a.bias, a.time_bias, a.scale, a.shift, {a.mean, Dtype::f32, a.groups}, {a.rstd, Dtype::f32, a.groups}};
   for (int i = 0; i < number_count; ++i) cut.given[i] = given[i];
-  cut.a = a, cut.sums = sums, cut.cluster = how.cluster, cut.groups = how.groups;
+  cut.a = a, cut.sums = sums, cut.parts = 1, cut.cluster = how.cluster, cut.groups = how.groups;
   cut.channels = int(a.channels / a.groups), cut.width = cut.channels * how.groups;
   cut.columns = int(cut.width * bytes_of(a.dtype) / 16);
   cut.rows = threads / cut.columns;
   cut.positions = ceil_div(a.positions, how.cluster);
   cut.of_sample = int(a.groups / how.groups), cut.slices = int(a.batch) * cut.of_sample;
-  cut.clusters = int(smaller(cut.slices, how.clusters));
+  const int64_t turns = ceil_div(cut.slices, how.clusters > 0 ? how.clusters : 1);
+  cut.clusters = int(ceil_div(cut.slices, turns));  // so that all take equally many slices, or one fewer
+  while (2 * cut.parts * 3 * cut.width <= threads) cut.parts *= 2;
   return cut;
 }
 

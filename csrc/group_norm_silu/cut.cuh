@@ -22,6 +22,7 @@ struct Cut {
   int groups, width, channels;  // groups and channels of a slice, channels of a group
   int columns, rows;            // of a block
   int slices, of_sample;        // of the call and of a sample
+  int parts;                    // lanes that add up the sums of a column (backward)
   int64_t positions;            // of a block, of the last ones fewer
   float* sums;                  // [2, batch, channels]: what samples give to weight and bias
 };
@@ -137,7 +138,7 @@ template <int count> __device__ void set_vector(float* to, const float* from) {
     *reinterpret_cast<float4*>(to + k) = float4{from[k], from[k + 1], from[k + 2], from[k + 3]};
 }
 
-// The sum over a warp, or over its first ``lanes`` (a power of two; the other lanes repeat them).
+// The sum over each ``lanes`` neighbors (a power of two) of a warp.
 __device__ double warp_sum(double value, int lanes = 32) {
   for (int bits = lanes / 2; bits > 0; bits /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, bits);
   return value;
