@@ -63,9 +63,7 @@ def sizes_of(x: Tensor, groups: int) -> tuple[int, int, int, int]:
     return batch, channels, x.numel() // (batch * channels), groups
 
 
-def common(
-    x: Tensor, given: Given, groups: int, silu: bool, eps: float, mean: Tensor, rstd: Tensor
-) -> tuple[Any, ...]:
+def common(x: Tensor, given: Given, groups: int, silu: bool, eps: float, mean: Tensor, rstd: Tensor) -> tuple[Any, ...]:
     """The arguments that begin every call of a compiled kernel."""
     return (
         x.data_ptr(), _native.DTYPES[x.dtype], sizes_of(x, groups), silu, eps, rows(given), mean.data_ptr(),

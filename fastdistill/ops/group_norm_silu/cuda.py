@@ -30,7 +30,7 @@ STEPS = 2  # minimum steps per thread
 EMULATED = 3  # clusters at once where there is no GPU
 
 Sizes = tuple[int, int, int, int]  # batch, channels, positions, groups
-Cut = tuple[int, int, int]  # groups per slice, blocks per cluster, clusters that run at once (each takes several slices)
+Cut = tuple[int, int, int]  # groups per slice, blocks per cluster, clusters at once (each takes several slices)
 
 
 @functools.cache
