@@ -20,12 +20,24 @@ class InputError(FastdistillError, ValueError):
         return cls(f"{argument}: expected {rule}, got {value}")
 
 
-def described(value: object) -> str:
-    """A wrong argument, to be named in a message: itself where that is short, else its type."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    text = repr(value)
-    return text if len(text) <= 80 and "\n" not in text and not text.startswith("<") else type(value).__name__
+class _Described:
+    """Its text is made only if a message is: that of a tensor takes seconds on a GPU, and waits for it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        if isinstance(self._value, type):
+            return f"the class {self._value.__name__}"
+        text = repr(self._value)
+        return text if len(text) <= 80 and "\n" not in text and not text.startswith("<") else type(self._value).__name__
+
+
+def described(value: object) -> _Described:
+    """A wrong argument in a message: itself if that is short, else its type."""
+    return _Described(value)
 
 
 def quoted(error: BaseException) -> str:

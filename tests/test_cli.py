@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line and the doctor: what they print, and what they say when something is wrong."""
+"""The command line and the doctor: their output, and their messages for errors."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_wrong_option_is_one_line_in_every_encoding(
     options: tuple[str, ...],
     message: str,
 ) -> None:
-    """The library that parses options draws boxes around its errors, with characters that the encoding has."""
+    """tyro draws boxes around its errors if the encoding has the characters."""
     (tmp_path / "run.yaml").write_text("teacher: folder")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert main(["export", str(tmp_path / "run.yaml"), *options]) == 2
@@ -186,7 +186,8 @@ def test_all_mistakes_of_a_configuration_at_once(capsys: pytest.CaptureFixture[s
 def test_a_teacher_is_compared_by_its_recipe(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by its bits, which no other machine gives; a stop while it trains has said so itself."""
+    """The weights are not compared, because other machines give other bits; a stop during training is reported by
+    itself."""
     made = teacher.provenance() | {"sha256": "0" * 64}
     monkeypatch.setattr(teacher, "train_teacher", lambda *_: made)
     code, out, error = said(capsys, "teacher", "digits")
@@ -225,7 +226,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(capsys, "doctor")
     assert code == 0 and all(op in out for op in OPS)
     summary = found["extensions"]["_cuda"]
-    assert summary == "built" or out.count(summary) == 1  # not once a kernel
+    assert summary == "built" or out.count(summary) == 1  # once, not once per kernel
 
 
 class Hidden(importlib.abc.MetaPathFinder):
@@ -235,7 +236,7 @@ class Hidden(importlib.abc.MetaPathFinder):
 
 
 def without_extension() -> tuple[str, str]:
-    """What ``doctor`` prints where the extension is not found, and how the C++ kernel is refused."""
+    """The output of ``doctor`` without the extension, and the error for the C++ kernel."""
     sys.meta_path.insert(0, Hidden())
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["doctor", "--json"]) == 0
@@ -250,14 +251,14 @@ def without_extension() -> tuple[str, str]:
 def test_without_the_extension_the_reference_runs_and_the_reason_is_told() -> None:
     out, refused = call(without_extension)
     reason = "the extension fastdistill._cpu was not built (no C++ compiler when it was installed?)"
-    rows = [row for row in json.loads(out)["kernels"] if row["op"] != "attention"]  # which is torch's own
+    rows = [row for row in json.loads(out)["kernels"] if row["op"] != "attention"]  # its kernels are torch's
     assert all(row["reason"] == reason for row in rows if row["kernel"] == "cpp")
     assert all(row["chosen_for"] == ["cpu"] for row in rows if row["kernel"] == "reference")
     assert f"feature_match: kernel 'cpp' cannot run this call on cpu: {reason}" in refused
 
 
 def test_a_reader_that_has_gone() -> None:
-    """As of ``| head``."""
+    """As with ``| head``."""
     done = subprocess.run(f"{sys.executable} -m fastdistill --help | true", shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -273,7 +274,7 @@ def test_the_same_warning_comes_once(capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_a_bar_that_shows_nothing_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """A mistake that is found before the first step is its own line alone."""
+    """An error before the first step prints only its own line."""
     with Bars() as bars:
         bars.begin("samples")
     assert capsys.readouterr().err == ""

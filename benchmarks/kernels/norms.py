@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the Triton kernels of norms and activations are launched by real models; see ``launches.py``."""
+"""How real models launch the Triton kernels of norms and activations; see ``launches.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _meta(shapes: Iterable[tuple[int, ...]]) -> list[torch.Tensor]:
 
 
 def _norm(x: torch.Tensor, given: int) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
-    """weight, bias, time_bias, scale and shift of group_norm_silu, those whose bit is in ``given``; mean and rstd."""
+    """weight, bias, time_bias, scale and shift of group_norm_silu (``given`` has a bit for each); mean and rstd."""
     sizes = [x.shape[1:2]] * 2 + [x.shape[:2]] * 3
     tensors = [torch.empty(s, dtype=x.dtype, device="meta") if given >> i & 1 else None for i, s in enumerate(sizes)]
     return tensors, _meta([(x.shape[0], 32)] * 2)

@@ -31,30 +31,33 @@ constexpr int gap = 0;
 
 constexpr int up(int n, int to) { return (n + to - 1) / to * to; }
 
-// A matrix with ``rows`` rows in cores, 8 columns after 8 columns: byte offset of (row, column), and descriptors for products
-// that sum over its columns or over its rows.
+// A matrix with ``rows`` rows, stored as columns of cores (8 matrix columns each): the address of (row, column), and the
+// descriptors for products that sum over its columns or over its rows.
 template <int rows> struct Cores {
   unsigned char* at;
-  static constexpr int next = rows * 16 + gap, next_columns = 2 * next, next_rows = 2 * core;  // 8 columns; 16 of each
+  static constexpr int next = rows * 16 + gap, next_columns = 2 * next,
+                       next_rows = 2 * core;  // bytes to the next 8 columns, 16 columns, 16 rows
   static constexpr int bytes(int columns) { return columns / 8 * next; }
   __device__ unsigned char* of(int row, int column) const { return at + column / 8 * next + row / 8 * core + row % 8 * 16; }
   __device__ hopper::Operand over_columns(int row) const { return {of(row, 0), next, core}; }
   __device__ hopper::Operand over_rows(int column) const { return {of(0, column), core, next}; }
 };
 
-// Sizes in bytes and elements. Shared memory is the first tile of Q and dO, P, dS, K, the second tile, V, dQ on its way out,
-// the keys' bias: a product that takes 64 rows where a matrix has fewer reads on in what is not written meanwhile.
+// Sizes in bytes and elements. The order in shared memory: first tile of Q and dO, P, dS, K, second tile, V, buffer for dQ,
+// bias of the keys. A product always reads 64 rows. If a matrix has fewer, the product also reads the memory behind it; in
+// this order nothing writes there during the product.
 template <int D, int KEYS> struct Sizes {
-  static constexpr int depth = up(D, 16), keys = up(KEYS, 16);                   // as sums of products take them
-  static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;          // dims are rows of dV and dK, else keys
+  static constexpr int depth = up(D, 16), keys = up(KEYS, 16);           // products sum over multiples of 16
+  static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;  // whether the rows of dV and dK are dims (else keys)
   static constexpr int rows = by_dims ? D : KEYS, columns = by_dims ? KEYS : D;  // of dV and dK in registers
   static constexpr int pieces = up(rows, 64) / 64;
-  // Warpgroups of a block: one has dV and dK both if it has registers for them, else each has one of them.
+  // Warpgroups of a block: one if its registers can hold both dV and dK, else two with one of them each.
   static constexpr int groups = pieces * columns <= 80 ? 1 : 2, queries = 64 * groups, threads = 128 * groups;
   static constexpr int weights = Cores<queries>::bytes(KEYS), tile = Cores<queries>::bytes(depth);
   static constexpr int bank = Cores<keys>::bytes(depth);
-  static constexpr int out_columns = D > 128 ? D / 2 : D;                              // of dQ at once
-  static constexpr int out_row = (out_columns / 8 | 1) * 16, out = queries * out_row;  // rows in different banks
+  static constexpr int out_columns = D > 128 ? D / 2 : D;  // of dQ, in one step
+  static constexpr int out_row = (out_columns / 8 | 1) * 16,
+                       out = queries * out_row;  // consecutive rows are in different banks
   static constexpr int fixed = 2 * weights + 2 * bank + out + 4 * KEYS;
   static constexpr int stages = fixed + 4 * tile <= most ? 2 : 1;
   static constexpr int p_at = 2 * tile, ds_at = p_at + weights, k_at = ds_at + weights, second_at = k_at + bank;
@@ -64,7 +67,7 @@ template <int D, int KEYS> struct Sizes {
   static_assert(shared <= most && past <= weights && past <= bank && past <= tile, "");
 };
 
-// Rows of ``dims`` elements from memory into cores, zeros past ``end``: eight rows of a warp at a time, 64 bytes of each.
+// Loads rows of ``dims`` elements into cores, zeros from row ``end`` on. A warp loads 64 bytes of eight rows at a time.
 template <int dims, int warps, int rows>
 __device__ void load(Cores<rows> to, const unsigned char* from, int64_t step, int64_t end) {
   const int lane = threadIdx.x % 32, first = 8 * (threadIdx.x / 32) + lane % 8;
@@ -100,8 +103,8 @@ __device__ float over_row(float x, bool sum) {
   return x;
 }
 
-// The unscaled weights of the scores, and their scale, for both rows of a thread. (Only products write the registers of a
-// product: any other write would have to wait for all products in flight.)
+// Softmax of both rows of a thread: the weights before the division, and the factors (``share``) that normalize them. (Only
+// products may write the accumulators of a product: any other write would have to wait for all products in flight.)
 template <int n>
 __device__ void softmax(const float (&s)[n], const float* bias, float scale, float (&weights)[n], float (&share)[2]) {
   float top[2] = {minus_infinity(), minus_infinity()}, total[2] = {};
@@ -123,7 +126,7 @@ __device__ void softmax(const float (&s)[n], const float* bias, float scale, flo
   for (int r = 0; r < 2; ++r) share[r] = inverse(over_row(total[r], true));
 }
 
-// Of a warp's 16 rows, as words of two columns, into cores.
+// Stores a warp's 16 rows, given as words of two columns, into cores.
 template <int words, int rows> __device__ void store(Cores<rows> to, int row, const uint32_t (&x)[words]) {
   const int lane = threadIdx.x % 32;
   unsigned char* const own = to.of(row + lane % 16, 0) + lane / 16 * to.next;
@@ -163,7 +166,8 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
   for (int stage = 0; stage < S::stages; ++stage) clear<D, S::depth>(tile(stage, 0)), clear<D, S::depth>(tile(stage, 1));
   for (int key = threadIdx.x; key < KEYS; key += S::threads) bias[key] = key_bias(a, b, key);
 
-  float sums[sets][S::pieces][S::columns / 2];  // dV and dK / scale; of the first warpgroup dV, of the second dK / scale
+  float sums[sets][S::pieces]
+            [S::columns / 2];  // dV and dK / scale; with two warpgroups the first has dV, the second dK / scale
   FD_UNROLL
   for (int set = 0; set < sets; ++set) FD_UNROLL
   for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
@@ -184,8 +188,8 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
       hopper::multiply<KEYS, T, false, false>(changes, left.after(i * g.next_columns), right.after(i * v.next_columns), i > 0);
     hopper::commit_products();
   };
-  uint32_t parts[S::keys / 16][4] = {};  // dS as products want it, keys to 16 at a time
-  // P and dS of the warp's queries.
+  uint32_t parts[S::keys / 16][4] = {};  // dS as the operand of products: 16 keys each
+  // Computes P and dS of the warp's queries.
   const auto weigh = [&] {
     float weights[KEYS / 2], share[2], delta[2] = {};
     uint32_t words[KEYS / 4];
@@ -244,7 +248,7 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
     if constexpr (S::out_columns % 16)
       hopper::store_cores(own + 2 * S::out_columns - 16, changed[S::out_columns / 4 - 2], changed[S::out_columns / 4 - 1]);
     __syncwarp();
-    constexpr int width = S::out_columns / 8;  // 16 bytes each
+    constexpr int width = S::out_columns / 8;  // in vectors of 16 bytes
     FD_UNROLL
     for (int i = 0; i < (16 * width + 31) / 32; ++i) {
       const int one = 32 * i + lane, r = one / width;
@@ -260,7 +264,7 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
   for (int64_t begin = first; begin < end; begin += queries) {
     hopper::wait_copies<0>();
     hopper::publish_to_products();
-    __syncthreads();  // the tile is there, and the one before it is done with
+    __syncthreads();  // the tile is loaded, and no thread uses the previous one any more
     const int64_t next = begin + queries;
     if (S::stages == 2 && next < end) {
       load_tile(1 - stage, next);
@@ -268,7 +272,7 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
     } else if (S::stages == 1 && next < end) {
       const int64_t query = next + threadIdx.x / 2;
       if (query < end)
-        for (int line = threadIdx.x % 2 * 128; line < 2 * D; line += 256) {  // of the cache
+        for (int line = threadIdx.x % 2 * 128; line < 2 * D; line += 256) {  // cache lines
           hopper::prefetch(q_head + 2 * query * a.q.token + line);
           hopper::prefetch(g_head + 2 * query * a.grad_out.token + line);
         }
@@ -277,7 +281,7 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
     weigh();
     hopper::publish_to_products();
     multiply_dq(0);
-    __syncthreads();  // P and dS of all queries
+    __syncthreads();  // P and dS of all queries are written
     multiply_sums(stage);
     hopper::wait_products<1>();
     put_dq(begin, 0);
@@ -290,7 +294,7 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
     if (S::stages == 2) {
       stage = 1 - stage;
     } else if (next < end) {
-      __syncthreads();  // both warpgroups are done with the tile
+      __syncthreads();  // both warpgroups have finished with the tile
       load_tile(0, next);
       hopper::commit_copies();
     }
@@ -320,7 +324,7 @@ template <int D, int KEYS, typename T> __global__ void __launch_bounds__(Sizes<D
 #endif
 }
 
-// Four elements a thread of a row's gradient of K (y = 0) or V (y = 1).
+// Adds the partial sums: four elements per thread of the gradient of K (blockIdx.y = 0) or V (blockIdx.y = 1).
 template <typename T> __global__ void __launch_bounds__(threads_per_block) add_chunks(CrossAttentionBackward a) {
   const int64_t size = a.L * a.H * a.D, blocks = ceil_div(size, 4 * threads_per_block);
   const int64_t row = blockIdx.x / blocks, at = (blockIdx.x % blocks * threads_per_block + threadIdx.x) * 4;

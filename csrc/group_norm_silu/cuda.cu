@@ -18,7 +18,7 @@ namespace {
 
 using namespace FD_ISA;
 
-constexpr int shared_samples = 8;  // whose sums add_channels holds side by side
+constexpr int shared_samples = 8;  // add_channels keeps the sums of this many samples in shared memory at once
 
 // Starts to copy the block's part of a slice, in batches.
 template <typename T> __device__ void copy_slice(const Cut& cut, const Part& p, const T* x, uint4* to) {
@@ -33,7 +33,7 @@ __device__ void moments_of(double n, double pivot, double sum, double squares, d
   to[0] = pivot + mean, to[1] = about > 0 ? about : 0.0;
 }
 
-// Mean and sum of squares around it, for each group over the block's positions, from those of the threads; one warp per group.
+// Mean and sum of squares around it, per group over the positions of the block: the threads' moments merged, a warp per group.
 template <typename T> __device__ void block_moments(const Cut& cut, const Part& p, const Forward& m, int turn) {
   const int lane = int(threadIdx.x) % 32, channels = cut.channels, used = p.full ? cut.rows : p.more;
   const int rows_on = over(32, channels), channels_on = 32 - rows_on * channels;  // from one entry of a lane to the next
@@ -58,7 +58,7 @@ template <typename T> __device__ void block_moments(const Cut& cut, const Part& 
   }
 }
 
-// Mean and 1 / standard deviation of each group, from those of the cluster's blocks.
+// Mean and 1 / standard deviation of each group: the moments of the cluster's blocks merged.
 __device__ void cluster_moments(const Cut& cut, const Part& p, const Slice& s, const Forward& m, int turn) {
   const int lane = int(threadIdx.x) % 32, from = lane & (cut.cluster - 1), channels = cut.channels;
   const double n = double(positions_of(cut, from)) * channels, all = double(cut.a.positions) * channels;
@@ -156,10 +156,10 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, size
     s = next;
   }
   cluster_arrive();
-  cluster_wait();  // others may read this block's memory until here
+  cluster_wait();  // the other blocks may read this one's memory until here
 }
 
-// The means of dn and dn n of each group, over the cluster.
+// The means of dn and of dn n per group, from the sums of all blocks of the cluster.
 __device__ void cluster_means(const Cut& cut, const Backward& m, int turn) {
   const int lane = int(threadIdx.x) % 32;
   const double inverse = 1.0 / (double(cut.a.positions) * (cut.channels));
@@ -239,7 +239,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
         factor[k] *= of[rstd * cut.width] * unit, offset[k] *= unit;
       }
     }
-    // d and dz (in its unit) of the vector of a step.
+    // d and dz (in its unit) of the vector of step i.
     const auto slopes = [&](int i, float* d, float* dz) {
       numbers_of(static_cast<const T*>(nullptr), own[i * around], d);
       numbers_of(static_cast<const T*>(nullptr), own_grad[i * around], dz);
@@ -336,7 +336,7 @@ template <typename T, bool silu> __global__ void __launch_bounds__(threads, 2)
     s = next;
   }
   cluster_arrive();
-  cluster_wait();  // others may read this block's memory until here
+  cluster_wait();  // the other blocks may read this one's memory until here
 }
 
 // The gradients of weight and bias: the samples' contributions, added in order. 32 channels per block.
@@ -378,7 +378,7 @@ Cut cut_of(const GroupNormSilu& a, const GroupNormCut& how, float* sums) {
   return cut;
 }
 
-// Calls use(kernel, shared bytes) with the kernel of the call.
+// Calls use(kernel, bytes of shared memory) with the kernel for this call.
 template <typename T, typename Use> auto with_kernel(const Cut& cut, bool backward, const Use& use) {
   const size_t bytes = size_t(backward ? Backward::bytes(cut) : Forward::bytes(cut));
   if (backward) return cut.a.silu ? use(&cluster_backward<T, true>, bytes) : use(&cluster_backward<T, false>, bytes);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How group_norm_silu is cut for clusters of blocks: what a block and a thread are to do, and what a block keeps.
+// How group_norm_silu is divided among clusters, blocks and threads, and the layout of a block's shared memory.
 #pragma once
 #include "cluster.cuh"
 #include "group_norm_silu/math.h"
@@ -11,10 +11,11 @@ using namespace FD_ISA;
 
 constexpr int threads = threads_per_block, warps = threads / 32, batches = 4;
 
-// Numbers by channel: what the call gives, 1 + scale, and of a backward the statistics of the channel's group.
+// The numbers stored for each channel: the tensors of the call (scale as 1 + scale); in a backward also the mean and rstd of
+// the channel's group.
 enum Number { weight, bias, time_bias, scale, shift, given_count, mean = given_count, rstd, number_count };
 
-// How a call is cut. The threads of a block are rows by columns, of 16 bytes each.
+// How a call is divided. The threads of a block form a grid of rows and columns; a column is 16 bytes wide.
 struct Cut {
   GroupNormSilu a;
   Row given[number_count];
@@ -23,16 +24,16 @@ struct Cut {
   int columns, rows;            // of a block
   int slices, of_sample;        // of the call and of a sample
   int parts;                    // lanes that add up the sums of a column (backward)
-  int64_t positions;            // of a block, of the last ones fewer
-  float* sums;                  // [2, batch, channels]: what samples give to weight and bias
+  int64_t positions;            // of a block; the last blocks have fewer
+  float* sums;                  // [2, batch, channels]: the samples' contributions to the gradients of weight and bias
 };
 
-// What a block is to do in every slice.
+// The work of a block and of a thread, the same in every slice.
 struct Part {
   int64_t position;        // the first one
-  int rank, count;         // in the cluster; positions
-  int row, column, steps;  // of the thread; vectors that it walks
-  int full, more;          // steps of every row, and rows that have one more
+  int rank, count;         // rank in the cluster; number of positions
+  int row, column, steps;  // of the thread; steps: how many vectors it reads
+  int full, more;          // each row has ``full`` steps, the first ``more`` rows one more
   int group, left;         // of the first channel of the column, in the slice; channels from there to the group's end
 };
 
@@ -79,14 +80,14 @@ template <int n, typename F> __device__ void walk_channels(const Cut& cut, const
   }
 }
 
-// From the start of x to the thread's first vector.
+// Elements from the start of x to the thread's first vector.
 template <typename T> __device__ int64_t start_of(const Cut& cut, const Part& p, const Slice& s) {
   return ((s.sample * cut.a.positions + p.position + p.row) * cut.a.channels + s.channel) + p.column * wide<T>;
 }
 
-// The steps [first, end) of a batch of the thread; all but the last batch have an even number.
+// The thread's first step after a batch; all batches but the last have an even number of steps.
 __device__ int end_of_batch(const Part& p, int batch) {
-  const int each = ((p.full + batches) / batches + 1) / 2 * 2, end = each * (batch + 1);  // of at most full + 1 steps
+  const int each = ((p.full + batches) / batches + 1) / 2 * 2, end = each * (batch + 1);  // a thread has at most full + 1 steps
   return end < p.steps ? end : p.steps;
 }
 
@@ -144,15 +145,15 @@ __device__ double warp_sum(double value, int lanes = 32) {
   return value;
 }
 
-// The shared memory of a block: vectors of the slice, what threads leave, numbers by channel, and by group. What the next
-// slice's may not overwrite is there twice; ``turn`` is 0 or 1.
+// The shared memory of a block: vectors of the slice, results of the threads, numbers per channel and per group. There are two
+// copies of what the work on the next slice must not overwrite; ``turn`` (0 or 1) selects one.
 template <int held, int left, int numbers, int sums> struct Memory {
   uint4* vectors;  // [held][positions][columns]
   float* leave;    // [left][rows][width]
   float* given;    // [2][Number][width]
-  double* shared;  // [2]: [sums][width] and [groups][2], for the cluster
+  double* shared;  // [2]: [sums][width] and [groups][2], read by the cluster
   float* final;    // [groups][2]
-  int each;        // numbers of one of leave
+  int each;        // elements of leave[i]
   int width, groups;
 
   static FD_HD int64_t bytes(const Cut& c) {
@@ -176,7 +177,8 @@ template <int held, int left, int numbers, int sums> struct Memory {
 using Forward = Memory<1, 2, given_count, 0>;
 using Backward = Memory<2, 3, number_count, 3>;
 
-// The numbers of the slice's channels. A thread reads four at a time before it stores them, so that it waits once for memory.
+// Loads the numbers of the slice's channels, split over all threads. A thread loads four before it stores the first, so that it
+// seldom waits for memory.
 template <int count> __device__ void get_numbers(const Cut& cut, const Slice& s, float* to) {
   constexpr int together = 4;
   const int all = count * cut.width;

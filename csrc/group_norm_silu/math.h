@@ -9,7 +9,7 @@
 namespace fd {
 
 struct GroupNormSilu {
-  const void* x;  // [batch, channels, positions], or [batch, positions, channels] where channels_last
+  const void* x;  // [batch, channels, positions], or [batch, positions, channels] if channels_last
   Dtype dtype;
   int64_t batch, channels, positions, groups;
   bool channels_last, silu;
@@ -23,7 +23,8 @@ struct GroupNormSilu {
   int threads;
 };
 
-// How a GPU cuts it: whole groups of a sample, on a cluster of blocks; as many clusters as run at once.
+// How a GPU divides it: ``groups`` groups of a sample (a slice) per cluster of ``cluster`` blocks, and at most ``clusters`` of
+// these, which take one slice after the other.
 struct GroupNormCut {
   int groups, cluster, clusters;
 };
@@ -42,7 +43,7 @@ template <typename F> FD_HD F gradient(F dz, F n, F rstd, F factor, F mean, F me
 // sigmoid(z), where power = -z log2(e).
 FD_HD float sigmoid_of_power(float power) {
 #ifdef __CUDA_ARCH__
-  float two, gate;  // to two units of the last place; 0 where the power of two is infinite
+  float two, gate;  // error at most 2 ulp; 0 if the power of two overflows to infinity
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(two) : "f"(power));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(gate) : "f"(1.0f + two));
   return gate;

@@ -15,10 +15,10 @@ from fastdistill.errors import FastdistillError
 @documented
 @dataclass(frozen=True)
 class ReportOptions:
-    """Write a page of a training from its directory, whether it runs, was stopped or is done."""
+    """Write a page about a training from its directory; the training may be running, stopped or done."""
 
     output: str | None = None
-    """Folder of report.html and report.json; none: report, in the directory."""
+    """Folder for report.html and report.json; none: report/ in the directory."""
 
 
 def run(arguments: list[str]) -> None:

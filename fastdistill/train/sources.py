@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of a run: what identifies them on any machine, whether they belong together, whether they are finite."""
+"""The data and models of a run: their identity on any machine, and checks that they fit together and are finite."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from fastdistill.models.weights import weights_hash
 from fastdistill.ops.noise_gather.banks import labels, listed
 from fastdistill.train.config import APART, TrainConfig
 
-Sources = list[tuple[LatentCache, PromptBank]]  # a pair for every shape of latents
+Sources = list[tuple[LatentCache, PromptBank]]  # one pair per shape of latents
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_sources(latents: LatentCache, prompts: PromptBank, teacher: nn.Module, weights: str) -> None:
-    """Compare what a cache says of its prompts and its teacher, if it holds their hashes, with the ones given.
+    """If a cache contains the hashes of its prompts and its teacher, compare them with the given ones.
 
     ``weights``: ``weights_hash`` of the teacher.
 
     Raises:
-        InputError: the cache points into another bank, or into this one in another order; or another teacher made it.
-            One that made it in a lower precision than it has now is recognized, in a higher precision it is not.
+        InputError: the cache belongs to another bank (or to this one in another order), or to another teacher. If the
+            teacher created it in a lower precision than it has now, it is recognized; in a higher precision it is not.
     """
     told, bank = latents.fingerprint.get("prompts"), prompts.identity
     if hashes(told, bank) and told != bank:
@@ -50,14 +50,14 @@ def check_sources(latents: LatentCache, prompts: PromptBank, teacher: nn.Module,
 
 
 def fingerprint(setting: Setting, sources: Sources, objective: Objective, config: TrainConfig) -> dict[str, Any]:
-    """What must be the same for a run to be continued, on this machine or another.
+    """The properties that must be equal when a run is continued, on this machine or another.
 
-    The student's parameters are compared by name (``checkpoint.latest``). What a machine computes may differ in its
-    last bits from what another did, so nothing here is a hash of it.
+    The student's parameters are compared by name (``checkpoint.latest``). Computed results may differ in the last bits
+    between machines, so no hash of such results is used here.
     """
     free = {*APART, "execution", "log_every", "precision", "micro_batch", "gradient_checkpointing"}
     if config.lr_schedule == "constant":
-        free.add("steps")  # a constant rate can simply go on
+        free.add("steps")  # with a constant rate, a run can simply continue
     constant = config.ema_schedule == "constant"
     free |= {"ema_schedule", "ema_width"} if constant else {"ema_decay"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
@@ -82,7 +82,7 @@ def _dtypes(model: nn.Module) -> str:
 
 
 def banks_of(setting: Setting) -> dict[str, Rows]:
-    """Latents and prompts of every shape, by the names of a message."""
+    """Latents and prompts of every shape, by the names that messages use."""
     found: dict[str, Rows] = {}
     for i, bucket in enumerate(setting.buckets):
         place = f"[{i}]" if setting.others else ""
@@ -93,7 +93,7 @@ def banks_of(setting: Setting) -> dict[str, Rows]:
 
 
 def explain(banks: Mapping[str, Rows], teacher: nn.Module, student: nn.Module) -> str:
-    """The likely cause of a loss that is not finite. Reads all rows of the banks, until one is not finite."""
+    """The likely cause of a loss that is not finite. Reads the rows of the banks until one is not finite."""
     for name, rows in banks.items():
         for dtype in {p.dtype for model in (teacher, student) for p in model.parameters() if p.dtype in _PRECISIONS}:
             if (row := _not_finite(rows, dtype)) is not None:
@@ -106,8 +106,8 @@ def explain(banks: Mapping[str, Rows], teacher: nn.Module, student: nn.Module) -
 
 
 def _not_finite(rows: Rows, dtype: torch.dtype) -> int | None:
-    """The first row that holds something else than finite numbers once it is cast."""
-    if not rows.dtype.is_floating_point or isinstance(rows, EncodedRows):  # these are checked as they are encoded
+    """The first row that is not finite after a cast to ``dtype``; None if there is none."""
+    if not rows.dtype.is_floating_point or isinstance(rows, EncodedRows):  # checked when they are encoded
         return None
     for start, block in values.blocks(rows):
         if (row := values.misfit(block, dtype)) is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random prompts by the distance of student and teacher in regions of the pool."""
+"""Random prompts drawn by region, according to the distance between student and teacher."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_alias_table_has_the_probabilities(weights: list[float]) -> None:
 
 
 def test_a_region_is_drawn_as_often_as_it_is_said() -> None:
-    own = sampler(POOL, 3)  # of 2, 2 and 3 prompts
+    own = sampler(POOL, 3)  # regions of 2, 2 and 3 prompts
     distance = [1.0, 4.0, 2.0]
     own._write(distance)
     weights = torch.tensor([2 * 1.0, 2 * 4.0, 3 * 2.0], dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_random_prompts_alone_are_replaced() -> None:
 
 
 def watched(run: Any, steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Choice, prompt and distance of the samples of so many steps."""
+    """Choice, prompt and distance of the samples in the first ``steps`` steps."""
     seen, objective = [], run.step.objective
 
     def spy(draw: Any, distances: Tensor, choices: Any, add: Any = objective._regions.add) -> None:

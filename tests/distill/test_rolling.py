@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of a sampler that runs along with the training, against the sampler itself."""
+"""Rolling states compared with the sampler itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastdistill.train.state import state_of
 from tests import tiny
 from tests.train.ranks import Interrupted, stop_after
 
-STEPS, GROUPS = 5, 2  # of the 50 timesteps every tenth
+STEPS, GROUPS = 5, 2  # every tenth of the 50 timesteps
 ROUNDS = GROUPS * (STEPS + 1)
 
 
@@ -39,7 +39,7 @@ def made(objective: Any = None, **options: Any) -> Any:
 
 
 def drawn(run: Any, steps: int) -> list[Any]:
-    """The batches of so many steps, each with the states after it."""
+    """The batches of the first ``steps`` steps, each with the states after it."""
     seen, objective, steps_of = [], run.step.objective, run.step
 
     def spy(draw: Any, counter: Tensor, loss: Any = objective.loss) -> Any:
@@ -58,7 +58,7 @@ def drawn(run: Any, steps: int) -> list[Any]:
 @pytest.mark.parametrize("by", ["teacher", "student"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_trajectory_is_that_of_the_sampler(by: str, prediction: str) -> None:
-    """From noise and a random prompt, by the model that moves it: the student's weights stay, at a rate of almost 0."""
+    """From noise and a random prompt; at a learning rate of almost 0 the student's weights do not change."""
     run = made(rolling={"by": by, "clip_sample": 2.0}, prediction_type=prediction)
     model = run.teacher if by == "teacher" else run.student
     seen = drawn(run, 4 * ROUNDS)
@@ -104,7 +104,7 @@ def test_the_other_samples_are_those_of_random_conditioning() -> None:
 
 
 def test_all_levels_are_under_way_from_the_start() -> None:
-    """In the first round the states are the batch's own samples, of all timesteps."""
+    """In the first round the states are the batch's own samples, with all timesteps."""
     run = made(batch=64, rolling={"groups": 4})
     seen = drawn(run, 8)
     later = torch.cat([draw.timestep[::2] for draw, _ in seen[4:]])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions without side effects, on one number a thread."""
+"""Instructions without side effects, on one number per thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def from_bf16(x: Array) -> NDArray[np.float32]:
 
 
 def to_bf16(x: Array) -> NDArray[np.uint16]:
-    """To the nearest, ties to even."""
+    """Rounds to nearest, ties to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
@@ -38,10 +38,10 @@ def _to_half(x: Array, kind: str) -> NDArray[np.uint16]:
 
 
 def compute(parts: tuple[str, ...], source: Source) -> Array:
-    """The number that an instruction gives each thread.
+    """The result of an instruction for each thread.
 
     Raises:
-        KeyError: an instruction that is not known.
+        KeyError: an unknown instruction.
     """
     kind = parts[-1]
     if kind == "pred":
@@ -56,7 +56,7 @@ def _fma(kind: str, a: Array, b: Array, c: Array) -> Array:
 
 def _quotient(a: Array, b: Array) -> Array:
     b = np.where(b == 0, np.ones(1, b.dtype), b)
-    q = a // b  # toward minus infinity, where PTX goes toward zero
+    q = a // b  # rounds toward minus infinity; PTX rounds toward zero
     return (q + ((q * b != a) & ((a < 0) != (b < 0)))).astype(a.dtype)
 
 
@@ -166,7 +166,7 @@ def _compare(parts: tuple[str, ...], kind: str, source: Source) -> NDArray[np.bo
 
 
 def compare(parts: tuple[str, ...], source: Source) -> NDArray[np.bool_]:
-    """``setp``, combined with a third operand where it has one."""
+    """``setp``, combined with a third operand if there is one."""
     value = _compare(parts, parts[-1], source)
     return _LOGIC[parts[2]](value, source(2, "pred")) if parts[2] in _LOGIC else value
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernel of cross_attention's gradients, compiled for Hopper, computes them and does nothing it must not."""
+"""The CUDA kernel for cross_attention's gradients, compiled for Hopper: right results, no forbidden operation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.gpu_simulated.driver import missing
 
 REASON = missing() or (None if shutil.which("nvcc") else "no nvcc")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
-#: Taken out, and what of it is found.
+#: The instruction that is removed, and what is then detected.
 PLANTED = {
     "bar.sync": {memory.READ_AFTER_WRITE, memory.NO_BARRIER},
     "fence.proxy.async": {memory.NO_FENCE},
@@ -38,7 +38,7 @@ def inputs(dim: int, keys: int, tokens: int, dtype: torch.dtype) -> list[torch.T
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize(("dim", "keys"), [(40, 77), (64, 80), (72, 120), (80, 77), (160, 77)])
 def test_gradients(text: str, dim: int, keys: int, chunks: int, dtype: torch.dtype) -> None:
-    """Each within what rounding of the products' operands allows, and nothing that must not be done."""
+    """Each gradient is within the rounding of the products' operands, and no forbidden operation is found."""
     q, k, v, g = inputs(dim, keys, 400, dtype)
     mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.7 if chunks == 2 else None
     got, report = gradients(kernel(text, dim, dtype), q, k, v, mask, dim**-0.5, g, chunks)

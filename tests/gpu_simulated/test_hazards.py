@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No instruction of a compiled kernel touches registers of a wgmma under way; one that is planted is found."""
+"""No instruction of a compiled kernel accesses registers of an unfinished wgmma; a planted one is detected."""
 
 from __future__ import annotations
 

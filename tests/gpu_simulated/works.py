@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.gpu_simulated.works [NAME ...]``: steps of ops by Triton's compiled kernels, as JSON.
+"""``python -m tests.gpu_simulated.works [NAME ...]``: steps of ops with Triton's compiled kernels, as JSON.
 
 Each step of tests/gpu/work.py (and more, until every kernel has run) is computed by the kernels and by the reference.
-``--plant`` adds the same with instructions taken out. It is a program, as Triton decides at its import whether it
-interprets.
+``--plant`` adds runs with removed instructions. This is a program of its own, because Triton decides at its import
+whether it interprets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import triton.language  # before tests.gpu_on_cpu, whose variable would make Triton interpret
+import triton.language  # must come before tests.gpu_on_cpu, which makes Triton interpret
 
 import tests.gpu_on_cpu  # noqa: F401 (registers the kernels for CPU tensors)
 
@@ -36,7 +36,7 @@ from tests.gpu_simulated.ptx import Kernel
 
 
 def _group_norm(device: str, last: bool) -> work.Work:
-    """Groups that do not fit into a program: moments, their merge, the output, and the same of the backward."""
+    """Groups that do not fit into a program: moments, their merge, the output, and the backward's counterparts."""
 
     def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last) if last else x
@@ -65,7 +65,7 @@ WORKS: dict[str, Callable[[str], work.Work]] = {
     "cross_attention-77-fp32": lambda device: _cross_attention(device, 35, 77, 80, dtype=torch.float32),
     "cross_attention-300": lambda device: _cross_attention(device, 70, 300, 72),
 }
-#: Instructions that are taken out of a kernel, by the step that runs it.
+#: Instructions that are removed from a kernel, by the step that runs it.
 PLANTS = {
     "bar.sync": "cross_attention",
     "fence.proxy.async": "cross_attention",
@@ -76,8 +76,8 @@ PLANTS = {
 
 @dataclass
 class Result:
-    """``errors``: of each tensor of a dtype the largest error and magnitude. ``found``: (kernel, what, instruction,
-    times). ``ran``: kernel -> blocks, instructions. ``fault``: what ended it."""
+    """``errors``: for each tensor of a dtype the largest error and magnitude. ``found``: (kernel, finding, instruction,
+    count). ``ran``: kernel -> blocks, instructions. ``fault``: what ended it."""
 
     errors: list[tuple[str, float, float]] = field(default_factory=list)
     found: list[tuple[str, str, str, int]] = field(default_factory=list)

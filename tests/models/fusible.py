@@ -163,7 +163,7 @@ def run(model: nn.Module, inputs: list[Inputs]) -> tuple[Tensor, dict[str, Tenso
     for given in inputs:
         model.zero_grad()
         output = model(**given).sample
-        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
         (output * weights).sum().backward()
         outputs.append(output.detach())
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill.models.fuse import convolutional, fuse, products
+from fastdistill.train.guard import NoHostSync
 from tests.harness import assert_alike
 from tests.models.fusible import MODELS, assert_close, batches, call, cast, made, moved, parts, run
 
@@ -98,6 +99,20 @@ def test_values_and_gradients(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_values_and_gradients_on_a_gpu(name: str) -> None:
     compared(name, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("watch", [NoHostSync, torch.profiler.profile])
+@pytest.mark.parametrize("name", [UNETS[0], "DiTTransformer2DModel"])
+def test_same_bits_where_a_step_is_watched(name: str, watch: Any) -> None:
+    """A graph's last step before its capture runs in a mode that looks for what cannot be captured."""
+    model, inputs = laid_out(name)
+    fuse(model)
+    given = batches(inputs, 1)
+    output, gradients = run(model, given)
+    with watch():
+        watched, watched_gradients = run(model, given)
+    assert torch.equal(output, watched)
+    assert [key for key, value in gradients.items() if not torch.equal(value, watched_gradients[key])] == []
 
 
 def test_biases_that_are_passes() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of cross_attention in CUDA for Hopper, by products of warpgroups."""
+"""The gradients of cross_attention in CUDA for Hopper (warpgroup products)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WARPGROUPS = [k for k in kernels_of("cross_attention_backward") if k == "cuda"]
 
 
 class _Gradients(torch.autograd.Function):
-    """The reference's values, and the gradients of the kernel that is asked for."""
+    """The values of the reference, and the gradients of the selected kernel."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
@@ -52,7 +52,7 @@ def of_gradients(case: Case, device: str) -> Case:
 @pytest.mark.parametrize("kernel", WARPGROUPS)
 @crossed("D, L, dtype", [40, 64, 80, 160, 72], [77, 80, 66], [torch.float16, torch.bfloat16])
 def test_gradients_by_warpgroups(kernel: str, D: int, L: int, dtype: torch.dtype) -> None:
-    """Several tiles, of which the last is not full."""
+    """Several tiles, the last of which is not full."""
     check_values(of_gradients(make(1, 130, 2, D, L, dtype), device_of(kernel)), kernel)
 
 
@@ -71,7 +71,7 @@ def test_gradients_by_warpgroups_of_masks_and_rows(
 def test_gradients_by_warpgroups_over_tiles(
     kernel: str, D: int, queries: int, chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three tiles in one chunk, which writes the gradients of K and V itself, and in three."""
+    """Three tiles in one chunk (the kernel writes the gradients of K and V itself), and in three chunks."""
     module = importlib.import_module("fastdistill.ops.cross_attention.cuda")
     monkeypatch.setattr(module, "chunks_of", lambda *_: (3 // chunks * queries, chunks))
     check_values(of_gradients(make(1, 2 * queries + 44, 1, D, 77, torch.float16), device_of(kernel)), kernel)
@@ -79,7 +79,7 @@ def test_gradients_by_warpgroups_over_tiles(
 
 @pytest.mark.parametrize("kernel", WARPGROUPS)
 def test_gradients_by_warpgroups_of_nothing_and_of_what_is_not_there(kernel: str) -> None:
-    """A sample without keys has none, one of a row that is not there has NaN and adds to no row."""
+    """A sample without keys has no gradient; a sample whose row does not exist has NaN and adds to no row."""
     device = device_of(kernel)
     q, g = (randn(2, 20, 1, 160).half().to(device) for _ in range(2))
     k, v = (randn(3, 9, 1, 160).half().to(device) for _ in range(2))
@@ -95,7 +95,7 @@ def test_gradients_by_warpgroups_of_nothing_and_of_what_is_not_there(kernel: str
 
 @pytest.mark.parametrize("kernel", WARPGROUPS)
 def test_gradients_by_warpgroups_of_slices(kernel: str) -> None:
-    """K and V as one projection made them, heads before tokens; what begins elsewhere is refused."""
+    """K and V as slices of one projection, heads before tokens; other alignments are refused."""
     device = device_of(kernel)
     q, g = (randn(1, 2, 20, 40).half().to(device).transpose(1, 2) for _ in range(2))
     k, v = randn(1, 66, 4, 40).half().to(device).split(2, 2)
@@ -127,7 +127,7 @@ def test_warpgroups_where_they_are_faster() -> None:
 
 
 def test_chunks_of_warpgroups() -> None:
-    """As many as fill a GPU once, or nearly so; every query is in one."""
+    """There are enough chunks to fill a GPU (nearly) once; every query is in exactly one chunk."""
     chunks_of = importlib.import_module("fastdistill.ops.cross_attention.cuda").chunks_of
     shapes = (4096, 40), (1024, 80), (256, 160)
     assert [chunks_of(16, n, 8, dim) for n, dim in shapes] == [(2048, 2), (1024, 1), (256, 1)]

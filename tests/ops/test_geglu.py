@@ -69,7 +69,7 @@ def with_bias(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Cas
     return Case("geglu", inputs, call_with_bias, eager_with_bias, eager_with_bias)
 
 
-#: Rows of several programs, the last of which has fewer, and columns of several.
+#: Rows for several programs, the last of which has fewer, and columns for several programs.
 SUMMED = {**SHAPES, "rows": (5, 53, 6), "columns": (9, 2 * 520)}
 
 
@@ -130,7 +130,7 @@ def test_far_from_zero(kernel: str, approximate: str) -> None:
     y, dx = y.flatten(), dx.view(5, 2, 161).transpose(0, 1).flatten(1)
     pairs = torch.stack([torch.full((801,), 2.0), g[:801]], -1).double().requires_grad_()
     (expected,), (d,) = evaluate(eager, (pairs, approximate), 1.0)
-    # erf and tanh err by some EPS of 1, which the factors 2 and g, at most 5 where they are not saturated, magnify.
+    # erf and tanh have an error of some EPS; the factors 2 and g (at most 5 without saturation) amplify it.
     bounds = {"rtol": 8 * EPS, "atol": 16 * EPS}
     torch.testing.assert_close(y[:801].double(), expected.flatten(), **bounds)
     torch.testing.assert_close(dx[:, :801].double(), d.T, **bounds)

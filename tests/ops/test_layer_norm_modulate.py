@@ -40,7 +40,7 @@ def over(t: Tensor | None, x: Tensor, default: float) -> Tensor | float:
 
 
 def eager(x: Tensor, h: Tensor | None, given: Given, eps: float) -> tuple[Tensor, ...]:
-    """What a user writes, in the dtype of x."""
+    """The code of a user, in the dtype of x."""
     gate, scale, shift, weight, bias = given
     s = x if h is None else x + over(gate, x, 1.0) * h
     if weight is None and bias is not None:  # F.layer_norm has no gradient for this
@@ -103,7 +103,7 @@ def test_float32_weights_beside_half_precision(kernel: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_mean_far_above_the_deviation(kernel: str) -> None:
-    """Where E[x^2] - E[x]^2 has no digit left in float32."""
+    """Where E[x^2] - E[x]^2 has no correct digit in float32."""
     for residual in (False, True):
         case = make((2, 6, 50), names=MODULATED, mean=3000.0, residual=residual)
         check_op(case, kernel, compiled=(), registration=False)
@@ -119,7 +119,7 @@ def test_layouts(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_chunks_of_a_projection(kernel: str) -> None:
-    """[B, 1, D] with the row stride of six chunks, as PixArt and DiT have them."""
+    """[B, 1, D] with the row stride of six chunks, as in PixArt and DiT."""
     x, h, (*_, weight, bias), eps = make((3, 5, 8)).inputs
     chunks = [t.requires_grad_() for t in torch.randn(3, 6, 8).chunk(6, 1)]
     given = (*chunks[1:4], weight, bias)
@@ -129,7 +129,7 @@ def test_chunks_of_a_projection(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_alone(kernel: str, used: int) -> None:
-    """The last block uses no y, a block without a residual stream no s."""
+    """The last block does not use y, a block without a residual stream does not use s."""
 
     def one(*inputs: object) -> tuple[Tensor]:
         return (call(*inputs)[used],)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of two processes does for ``test_distributed``: scenarios that return tensors, or the error they met."""
+"""What each of two processes does for ``test_distributed``: scenarios that return tensors, or the error they got."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from fastdistill.train.step import TrainStep
 from tests import small
 from tests.harness import untimed
 
-SMOOTH = {"clip": 0.5, "eps": 1e-2}  # so that an update is no sign of gradients that are rounding errors
+SMOOTH = {"clip": 0.5, "eps": 1e-2}  # so that the sign of an update does not depend on rounding errors
 OPTIONS = SMOOTH | {"steps": 4}
 Scenario = Callable[[int, Path], Any]
 
 
-class Interrupted(BaseException):  # as a kill: nothing is saved
+class Interrupted(BaseException):  # like a kill: nothing is saved
     pass
 
 
@@ -50,7 +50,7 @@ def stop_after(step: int) -> Callable[[int, object], None]:
 
 
 class Tiny(nn.Module):
-    """A model of diffusers' call shape; a whole U-Net would take minutes where two processes share a core."""
+    """A model with the interface of diffusers; a whole U-Net would take minutes if two processes share a core."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def make(
 
 
 def finished(trainer: DistillTrainer, directory: Path | None = None) -> dict[str, Any]:
-    """Run it to the end; on every rank the whole state, and what was logged but for the time."""
+    """Run it to the end; returns, on every rank, the whole state and everything that was logged except times."""
     history = trainer.fit(directory).history
     state = {k: getattr(v, "full_tensor", lambda v=v: v)() for k, v in state_of(trainer.step, trainer.student).items()}
     return {"state": {k: v.detach().clone() for k, v in state.items()}, "history": untimed(history)}
@@ -102,7 +102,7 @@ def draws(rank: int, directory: Path) -> Any:
 
 
 def from_disk(rank: int, directory: Path) -> Any:
-    """The same draws, each rank reading only the rows of its own ahead."""
+    """The same draws; each rank reads ahead only its own rows."""
     cache, where = small.cache(), directory / str(rank)
     generate_latent_cache(
         where / "latents",
@@ -116,7 +116,7 @@ def from_disk(rank: int, directory: Path) -> Any:
 
 
 def encoded(rank: int, directory: Path) -> Any:
-    """The same, each rank encoding only the rows of its own ahead."""
+    """The same draws; each rank encodes ahead only the prompts of its own rows."""
     bank = small.bank()
 
     def encode(texts: list[str]) -> Tensor:
@@ -160,7 +160,7 @@ def shards_parts(rank: int, directory: Path) -> Any:
     return finished(make(shard=shard, micro_batch=1))
 
 
-ROLLING = Rolling(every=2, groups=1, by="student")  # with states that move in every step
+ROLLING = Rolling(every=2, groups=1, by="student")  # with states that advance in every step
 
 
 def rolling(rank: int, directory: Path) -> Any:
@@ -174,7 +174,7 @@ def rolling_interrupted(rank: int, directory: Path) -> Any:
     return finished(make(**options), directory / "rolling")
 
 
-ADAPTIVE: dict[str, Any] = {  # a measured p(t), and a new table of regions in every second step
+ADAPTIVE: dict[str, Any] = {  # a measured p(t), and new region probabilities every second step
     "rolling": ROLLING,
     "steps": 5,
     "conditioning": {
@@ -219,7 +219,7 @@ def compiled(rank: int, directory: Path) -> Any:
 
 
 def measured(rank: int, directory: Path) -> Any:
-    """On rank 0 a step is faster in channels_last, on rank 1 it is not."""
+    """On rank 0 a step is faster in channels_last, on rank 1 it is slower."""
     seconds = choice.Bench.seconds
 
     def pretended(bench: choice.Bench, way: choice.Choice) -> float:
@@ -237,12 +237,12 @@ def measured(rank: int, directory: Path) -> Any:
 
 
 def fused(rank: int, directory: Path) -> Any:
-    """A U-Net with adapters, fused and then wrapped."""
+    """A U-Net with adapters; it is fused before DDP wraps it."""
     return small.trainer("channel_base", fuse=True, steps=2, **SMOOTH).fit().history[0]["gradient_norm"]
 
 
 def guided(rank: int, directory: Path) -> Any:
-    """A fused U-Net that reads guidance weights drawn by counter."""
+    """A fused U-Net that reads guidance weights; they are drawn by counter."""
     own = small.teacher()
     made = make_student(own, "bk_base", guidance_embedding=True)
     taps = tuple(zip(made.teacher_taps, made.student_taps, strict=True))
@@ -260,7 +260,7 @@ def shards_fused(rank: int, directory: Path) -> Any:
 
 
 def guarded(rank: int, directory: Path) -> Any:
-    """DDP too waits for nothing, once it has ordered its buckets in the second step."""
+    """DDP does not wait for the device either, after it has ordered its buckets in the second step."""
     step = make().step
     for _ in range(2):
         step()
@@ -270,7 +270,7 @@ def guarded(rank: int, directory: Path) -> Any:
 
 
 def pressed(rank: int, directory: Path) -> Any:
-    """Ctrl-C on one rank in the midst of a log interval: all stop at its end."""
+    """Ctrl-C on one rank in the middle of a log interval: all ranks stop at the end of the interval."""
 
     def press(done: int, _: object) -> None:
         if done == 1 and rank == 1:
@@ -287,11 +287,11 @@ def nowhere(rank: int, directory: Path) -> Any:
 
 
 def full(rank: int, directory: Path) -> Any:
-    """Rank 0 cannot write its second checkpoint, and goes on, nor its third, the last."""
+    """Rank 0 cannot write the second checkpoint (the run continues), nor the third, which is the last."""
 
     def remove(done: int, _: object) -> None:
         if done == 2 and rank == 0:
-            while 2 not in steps(directory):  # written beside the training
+            while 2 not in steps(directory):  # a thread writes it during the training
                 time.sleep(0.01)
             for file in directory.iterdir():
                 file.unlink()
@@ -309,7 +309,7 @@ def unlike(rank: int, directory: Path) -> Any:
 
 
 def unlike_logs(rank: int, directory: Path) -> Any:
-    """A setting that a run may be gone on with, but not one rank."""
+    """A setting that may differ between the two parts of a run, but not between ranks."""
     return make(log_every=rank + 1)
 
 
@@ -368,7 +368,7 @@ def shards_in_float32(rank: int, directory: Path) -> Any:
 
 
 def adapted() -> nn.Module:
-    """Adapters of PEFT on frozen weights."""
+    """PEFT adapters on frozen weights."""
     import peft
 
     student = Tiny(12)
@@ -390,7 +390,7 @@ def adapters(rank: int, directory: Path, **options: Any) -> Any:
 
 def shards_adapters(rank: int, directory: Path) -> Any:
     def shard_inside(student: Any) -> None:
-        fully_shard(student.get_base_model())  # which PEFT calls
+        fully_shard(student.get_base_model())  # PEFT calls the inner model
         fully_shard(student)
 
     return adapters(rank, directory, shard=shard_inside)
@@ -430,7 +430,7 @@ SCENARIOS |= {precision: lower(precision) for precision in ("float16", "bfloat16
 
 
 def work(rank: int, directory: str, scenarios: dict[str, Scenario] = SCENARIOS, size: int = 2) -> None:
-    """One process of ``size``: run the scenarios, leave what they returned or raised in ``<directory>/<rank>.pt``."""
+    """One of ``size`` processes: run the scenarios and write their results or errors to ``<directory>/<rank>.pt``."""
     torch.set_num_threads(1)
     store, wait = f"file://{directory}/store", datetime.timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=wait)

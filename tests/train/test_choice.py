@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run on a CPU measures before its first step: it leaves no trace, is kept in checkpoints and used again."""
+"""The measurement of a run on a CPU before its first step: it has no side effects; checkpoints store the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Cost = Callable[[Choice], float]
 
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cost], list[Choice]]:
-    """Has every run measure, with these times of each way in place of its own; returns what is measured."""
+    """Every run measures, with these times instead of real ones; returns what is measured."""
     monkeypatch.setattr(choice, "LEAST", 1)
     monkeypatch.setattr("fastdistill.train.trainer.LEAST", 1)
     monkeypatch.setattr(choice, "PATIENCE", 0.0)
@@ -72,7 +72,7 @@ def test_what_is_named_is_not_measured(measuring: Any, monkeypatch: pytest.Monke
 
 
 class Normed(ranks.Tiny):
-    """With statistics that every forward changes, and random numbers of its own."""
+    """Has statistics that every forward changes, and draws random numbers itself."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -81,7 +81,7 @@ class Normed(ranks.Tiny):
 
 @pytest.mark.parametrize("kind", [Normed, ranks.Tiny])
 def test_a_measurement_leaves_no_trace(measuring: Any, kind: Callable[[int], nn.Module]) -> None:
-    """The run is the eager one to the bit, where that is the fastest."""
+    """The run is bit-identical to an eager run if eager is the fastest."""
     runs = [ranks.make(student=kind(6), rolling=ranks.ROLLING, execution=way) for way in ("eager", "auto")]
     seen = measuring(lambda way: 1.0 if way == Choice("eager") else 2.0)
     one, two = map(ranks.finished, runs)
@@ -98,7 +98,7 @@ def test_a_measurement_leaves_no_trace(measuring: Any, kind: Callable[[int], nn.
 
 @pytest.mark.parametrize("probability", ["const", "measured"])
 def test_no_trace_in_what_the_objective_sums(measuring: Any, probability: str) -> None:
-    """The distances of regions; a p(t) that was measured for the first step stays."""
+    """The distances of regions are not changed; a p(t) measured for the first step stays."""
     parameters = {"value": 1.0} if probability == "const" else {"samples": 2, "points": 2}
     given = {"probability": probability, "parameters": parameters, "regions": Regions(count=2, every=2)}
     runs = [ranks.make(conditioning=given, execution=way) for way in ("eager", "auto")]
@@ -132,14 +132,14 @@ def test_what_a_checkpoint_says_and_this_version_does_not_know(kept: Any, known:
 
 
 def best(way: Choice) -> float:
-    """Compiled, in channels_last, fused, and the student in bfloat16."""
+    """Compiled, channels_last, fused and bfloat16 are faster."""
     return 8.0 - 4 * (way.execution == "compiled") - 2 * bool(way.channels_last) - bool(way.fuse)
 
 
 def test_a_resumed_run_goes_on_as_chosen(
     measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """To the bit as without an interruption; the choice is said in one line."""
+    """The bits are those of an uninterrupted run; one line reports the choice."""
     caplog.set_level(logging.INFO, "fastdistill")
     measuring(best)
     whole = ranks.make(checkpoint_every=1)
@@ -159,7 +159,7 @@ def test_a_resumed_run_goes_on_as_chosen(
 
 
 def test_fused_ops_where_they_are_faster(measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept with the run, too; nothing else is measured where the execution is named."""
+    """The choice is stored too; nothing else is measured if the execution is named."""
     seen = measuring(best)
     options: dict[str, Any] = {"fuse": "auto", "execution": "eager", "checkpoint_every": 1, "steps": 3}
     run = small.trainer("channel_base", **options)
@@ -177,7 +177,7 @@ def test_fused_ops_where_they_are_faster(measuring: Any, tmp_path: Path, monkeyp
 def test_a_run_of_an_older_version_goes_on_eagerly(
     measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checkpoints say nothing of a choice, as those of a run whose execution is named."""
+    """Like a run with a named execution, its checkpoints contain no choice."""
     run = tiny.trainer(steps=2, execution="eager", lr_schedule="constant")
     run.fit(tmp_path)
     assert checkpoint.chosen(tmp_path) is None
@@ -200,7 +200,7 @@ def test_a_step_that_cannot_be_compiled_runs_eagerly(measuring: Any, monkeypatch
 
 
 def test_compiling_has_to_pay(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule of thumb says how long it takes."""
+    """Compiling is tried only if its estimated time is small compared with the run."""
     measuring(best)
     monkeypatch.setattr(choice, "COMPILING", 1.0)
     run = ranks.make(steps=5)
@@ -213,7 +213,7 @@ def test_compiling_has_to_pay(measuring: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_a_measured_precision(
     measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool, dtype: torch.dtype
 ) -> None:
-    """Kept with the run, whatever another sitting would measure."""
+    """The stored choice is used, whatever a new measurement would choose."""
     monkeypatch.setattr("fastdistill.train.trainer.has_bfloat16", lambda device: True)
     measuring(best)
     seconds = Bench.seconds
@@ -237,7 +237,7 @@ def test_a_measured_precision(
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_second_call_goes_on_as_the_first(measuring: Any, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    """Also without a directory, and of a trainer that takes other arguments: it neither measures nor begins anew."""
+    """Also without a directory, and with a trainer that has other arguments: it neither measures nor starts again."""
 
     class Own(DistillTrainer):
         def __init__(self) -> None:
@@ -261,8 +261,8 @@ def test_a_second_call_goes_on_as_the_first(measuring: Any, monkeypatch: pytest.
 
 
 def test_products_by_onednn() -> None:
-    """Large ones only, with the result of torch's own; sums over many terms, as of a weight's gradient, if they are
-    wide enough."""
+    """Only large products, with the same result as torch's; also products that sum over many terms, like the gradient
+    of a weight, if the result is wide enough."""
 
     def computed(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, narrow: torch.Tensor) -> list[torch.Tensor]:
         y = torch.addmm(bias, x, w.t())
@@ -289,7 +289,7 @@ class Attending(nn.Module):
 
 
 def test_attention_over_few_tokens_as_products() -> None:
-    """Where it has neither mask nor scale of its own; output and gradients are torch's."""
+    """Only without a mask and without an explicit scale; output and gradients equal torch's."""
     g = torch.Generator().manual_seed(0)
     given = [torch.randn(2, 3, tokens, 8, generator=g) for tokens in (7, 5, 5)]
     mask = torch.zeros(7, 5)

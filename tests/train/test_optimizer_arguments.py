@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options and parameters that AdamWEMA does not take: each is refused by its name, on its own or in a group."""
+"""Options and parameters that AdamWEMA does not support: each is refused by name, globally or in a group."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State by name: what a run continues from, what is converted, and what is refused before anything is touched."""
+"""State by name: what a run continues from, what is converted, and what is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def refused(trainer: DistillTrainer, directory: Path, message: str) -> None:
-    """It refuses the run of the directory, and is as it was."""
+    """It refuses to continue the run in the directory, and does not change."""
     before = state(trainer)
     with pytest.raises(StorageError, match=message):
         trainer.fit(directory)
@@ -95,7 +95,7 @@ def test_a_student_of_another_shape_or_other_names_is_refused(tmp_path: Path) ->
 
 
 def edited(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
-    """Write the newest checkpoint again with other tensors, or another head, and a hash that is right."""
+    """Write the newest checkpoint again with other tensors or metadata, and the correct hash."""
     path = list(steps(directory).values())[-1]
     with safetensors.safe_open(path, framework="pt") as file:
         head = json.loads(file.metadata()["fastdistill"])
@@ -125,7 +125,7 @@ def test_checkpoints_of_another_schema_are_refused(tmp_path: Path) -> None:
 
 
 class Tied(Tiny):
-    """Two names of one parameter, a frozen parameter, and a buffer."""
+    """Two names for one parameter, a frozen parameter, and a buffer."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -144,11 +144,11 @@ def test_from_low_precision_to_float32_the_masters_carry_over(tmp_path: Path, lo
     first = make(student=Tied(6), precision=low, steps=3)
     first.fit(tmp_path)
     again = make(student=Tied(6), steps=3)
-    again.fit(tmp_path)  # restores only
+    again.fit(tmp_path)  # only restores
     for (name, p), old in zip(trained(again).items(), trained(first).values(), strict=True):
         theirs, own = first.step.optimizer.state[old], again.step.optimizer.state[p]
         assert p.dtype == torch.float32
-        if theirs:  # "again.bias" rests
+        if theirs:  # "again.bias" is not trained
             assert torch.equal(p, theirs["master"]), name
             assert own.keys() == theirs.keys() - {"master"} and all(torch.equal(own[k], theirs[k]) for k in own)
     student: Any = again.student
@@ -175,7 +175,7 @@ def test_from_float32_the_weights_are_rounded_and_kept_as_masters(tmp_path: Path
 
 
 class Extra(Tiny):
-    """Modules with state beside their tensors: JSON values, and a tensor whose length changes."""
+    """Modules with state in addition to their tensors: JSON values, and a tensor whose length changes."""
 
     def __init__(self, width: int, value: Any = None) -> None:
         super().__init__(width)
@@ -232,7 +232,7 @@ def test_extra_state_that_cannot_be_kept_is_refused_before_the_first_step(tmp_pa
         with pytest.raises(InputError, match=message):
             trainer.fit(tmp_path)
     assert trainer.step.counter.tolist() == [0, 0]
-    trainer.fit()  # which keeps nothing
+    trainer.fit()  # saves nothing
 
 
 def test_a_dtype_that_no_checkpoint_has_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
-    """The run of the Python numbers, which its own goes on with."""
+    """The run is equal to that with Python numbers, and continues it."""
     weights = Weights(np.float32(1), torch.tensor(0.5), np.int64(0))  # type: ignore[arg-type]
     objective = RandomConditioning("const", {"value": np.float32(0.5)}, torch.tensor(0.25), weights, taps=TAPS)  # type: ignore[arg-type]
     given = Tiny(12), Tiny(6), small.SCHEDULE, small.cache(), small.bank(), objective
@@ -309,7 +309,7 @@ def test_an_average_is_written_only_where_it_fits() -> None:
         trainer.ema_student(to=other)
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
     flat = Tiny(6)
-    flat.inner.bias = nn.Parameter(torch.ones(1))  # which could be broadcast
+    flat.inner.bias = nn.Parameter(torch.ones(1))  # would be broadcast
     with pytest.raises(InputError, match=r"to: .*inner.bias: expected \[6\], got \[1\]"):
         trainer.step.optimizer.copy_average(trainer.student, flat)
     with pytest.raises(InputError, match=r"to: expected weights with values, got inner.weight on the meta device"):
@@ -320,7 +320,7 @@ def test_an_average_is_written_only_where_it_fits() -> None:
 
 
 def test_a_student_that_cannot_be_copied_can_still_be_exported() -> None:
-    """As one whose hook keeps a feature of the last forward."""
+    """For example because a hook keeps a feature of the last forward."""
     trainer = make(steps=1)
     trainer.fit(progress=lambda done, _: setattr(trainer.student, "kept", next(trainer.student.parameters()) * 2))
     with pytest.raises(InputError, match=r"to: expected a model .*, and the student cannot be copied \(RuntimeError"):
@@ -345,11 +345,11 @@ def test_an_optimizer_takes_no_state_of_another_shape_or_name() -> None:
     assert all(torch.equal(before[k], after[k]) for k in before)
     with pytest.raises(InputError, match=r"param_groups\[0\]: .*, got b in place of a"):
         optimizer((3,), named="a").load_state_dict(optimizer((3,), named="b").state_dict())
-    optimizer((3,), named="a").load_state_dict(optimizer((3,)).state_dict())  # without names, by position
+    optimizer((3,), named="a").load_state_dict(optimizer((3,)).state_dict())  # without names: by position
 
 
 class Dropping(Tiny):
-    """Dropout as a module, by a function, and by Python's and NumPy's generators."""
+    """Dropout as a module, as a function, and with the generators of Python and NumPy."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -364,7 +364,7 @@ class Dropping(Tiny):
 
 
 def test_a_student_that_draws_random_numbers_resumes_exactly(tmp_path: Path) -> None:
-    """Whatever else draws from the generators meanwhile, and without a change to these."""
+    """Although other code draws from the generators in between; their states do not change."""
     torch.manual_seed(1)
     whole = make(student=Dropping(6))
     before = torch.get_rng_state()
@@ -392,7 +392,7 @@ def test_draws_differ_from_step_to_step_and_from_part_to_part_of_a_batch() -> No
 
 
 def test_a_run_of_a_version_that_logged_other_metrics_goes_on(tmp_path: Path) -> None:
-    """The weights to the last bit; the metrics of the interval are those of the steps that follow."""
+    """The weights are equal to the bit; the metrics of the interval cover only the later steps."""
     options: dict[str, Any] = {"steps": 6, "log_every": 4, "checkpoint_every": 3}
     older = make(**options)
     gradients, step = older.step.gradients, older.step

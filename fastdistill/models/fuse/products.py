@@ -16,7 +16,7 @@ from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
 from fastdistill.models.fuse.form import altered
-from fastdistill.ops._dispatch import quiet
+from fastdistill.ops._dispatch import transformed
 from fastdistill.ops.add_bias import add_bias, with_bias
 
 #: Device types: cuDNN writes what it has convolved and torch adds the bias then, while oneDNN adds it as it writes.
@@ -80,7 +80,7 @@ def affine(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or not quiet():
+    if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or transformed():
         return F.linear(x, weight, bias)
     return with_bias(F.linear(x, weight, bias.detach()), bias)
 
@@ -101,7 +101,7 @@ def doubles(x: Tensor) -> bool:
     # Torch's backward has been known to fail for many samples in this layout.
     if x.shape[1] % unit or x.storage_offset() % unit or (learned and (len(x) >= 64 or 4 * x.numel() >= 2**31)):
         return False
-    return quiet()
+    return not transformed()
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *weights, *biases)):
         return _together(x, weights, biases)
-    if not quiet():  # a compiler, which has its own plan, or functorch
+    if transformed():  # a compiler has its own plan
         return [layer(x) for layer in layers]
     result: tuple[Tensor, ...] = _Projections.apply(x, len(layers), *weights, *biases)
     return result
