@@ -71,16 +71,17 @@ void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, c
   kernels->scale_gradients(arguments, at<float>(factor));
 }
 
-void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu, double eps,
-                     const std::array<Given, 5>& given, Address mean, Address rstd, int threads, Address y) {
+void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
+                     const std::array<Given, 5>& given, Address mean, Address rstd, bool channels_last, int threads,
+                     Address y) {
   fd::GroupNormSilu a = norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads);
   a.y = at<void>(y);
   const std::unique_ptr<double[]> workspace(new double[size_t(kernels->group_norm_silu_workspace(a))]);
   kernels->group_norm_silu(a, workspace.get());
 }
 
-void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu,
-                              double eps, const std::array<Given, 5>& given, Address mean, Address rstd, int threads,
+void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
+                              const std::array<Given, 5>& given, Address mean, Address rstd, bool channels_last, int threads,
                               Address grad, Address dx, const std::array<Given, 5>& outs) {
   const fd::GroupNormSilu a =
       backward_of(norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads), grad, dx, outs);

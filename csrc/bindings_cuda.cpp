@@ -103,18 +103,18 @@ void adamw_ema(Address rows, int64_t count, int64_t chunk, Address square_sum, A
                                     queue_of(stream)));
 }
 
-using Cut = std::pair<int, int>;  // groups per cluster, blocks per cluster
+using Cut = std::array<int, 3>;  // groups per slice, blocks per cluster, clusters at once
 
 fd::GroupNormSilu shaped(int dtype, const std::array<int64_t, 4>& sizes, bool silu) {
   return norm_of(0, dtype, sizes, true, silu, 0.0, {}, 0, 0, 1);
 }
 
 int64_t group_norm_silu_shared(int dtype, const std::array<int64_t, 4>& sizes, const Cut& cut, bool backward) {
-  return group_norm_silu_cuda_shared(shaped(dtype, sizes, true), {cut.first, cut.second}, backward);
+  return group_norm_silu_cuda_shared(shaped(dtype, sizes, true), {cut[0], cut[1], cut[2]}, backward);
 }
 
 int group_norm_silu_clusters(int dtype, const std::array<int64_t, 4>& sizes, bool silu, const Cut& cut, bool backward) {
-  return group_norm_silu_cuda_clusters(shaped(dtype, sizes, silu), {cut.first, cut.second}, backward);
+  return group_norm_silu_cuda_clusters(shaped(dtype, sizes, silu), {cut[0], cut[1], cut[2]}, backward);
 }
 
 void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
@@ -122,14 +122,15 @@ void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, 
                      Address y) {
   fd::GroupNormSilu a = norm_of(x, dtype, sizes, true, silu, eps, given, mean, rstd, 1);
   a.y = at<void>(y);
-  check("group_norm_silu", group_norm_silu_cuda(a, {cut.first, cut.second}, nullptr, queue_of(stream).stream));
+  check("group_norm_silu", group_norm_silu_cuda(a, {cut[0], cut[1], cut[2]}, nullptr, queue_of(stream).stream));
 }
 
 void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
                               const std::array<Given, 5>& given, Address mean, Address rstd, const Cut& cut,
                               const Stream& stream, Address grad, Address dx, const std::array<Given, 5>& outs, Address sums) {
   const fd::GroupNormSilu a = backward_of(norm_of(x, dtype, sizes, true, silu, eps, given, mean, rstd, 1), grad, dx, outs);
-  check("group_norm_silu_backward", group_norm_silu_cuda(a, {cut.first, cut.second}, at<float>(sums), queue_of(stream).stream));
+  check("group_norm_silu_backward",
+        group_norm_silu_cuda(a, {cut[0], cut[1], cut[2]}, at<float>(sums), queue_of(stream).stream));
 }
 
 // The address of a tensor, and the strides of batch, tokens and heads in elements.
