@@ -18,7 +18,7 @@ from filelock import FileLock
 
 METHOD = "forkserver"
 _context = multiprocessing.get_context(METHOD)
-_context.set_forkserver_preload(["tests.train.ranks"])  # a module with most of the imports
+_context.set_forkserver_preload(["tests.train.scenarios"])  # a module that imports the most
 
 
 def begin(function: Callable[..., object], *arguments: Any) -> ForkServerProcess:

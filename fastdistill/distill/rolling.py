@@ -157,17 +157,17 @@ class RollingStates:
             new = torch.where(over, begun.prompt_index, -1)
             draw.prompt_index[places] = torch.where(early, draw.prompt_index[places], new)
         if self._null:
-            resting = self._resting(counter, self._rows)
+            resting = self._resting(counter)
             for null, drawn in zip(self._null_rows, listed(draw.prompt), strict=True):
                 where = resting.view(-1, *[1] * (drawn.dim() - 1))
                 drawn[places] = torch.where(where, null.to(drawn.dtype), drawn[places])
             draw.choice[places] = torch.where(resting, NULL, draw.choice[places])
         return draw
 
-    def _resting(self, counter: Tensor, rows: Tensor) -> Tensor:
-        """Which of these states are shown with the null prompt; in the first round none."""
+    def _resting(self, counter: Tensor) -> Tensor:
+        """Which states are shown with the null prompt: none of the first round."""
         zero = torch.zeros_like(counter[0])
-        word = philox.words(counter[0], counter[1], self._numbers[rows], zero, philox.CHOICE)[3]
+        word = philox.words(counter[0], counter[1], self._numbers, zero, philox.CHOICE)[3]
         return (word < self._null) & (counter[1] >= self.config.groups)
 
     @torch.no_grad()
@@ -193,7 +193,7 @@ class RollingStates:
         s, n, _, _ = levels(later.clamp_min(0))
         moved = s * clean + n * noise
         if self._null:
-            resting = self._resting(counter, rows)
+            resting = (draw.choice[places] == NULL) & (counter[1] >= self.config.groups)  # as ``put`` has drawn it
             moved = torch.where(resting.view(-1, *[1] * (x.dim() - 1)), x, moved)
             later = torch.where(resting, t, later)
         fine = moved.flatten(1).isfinite().all(1)

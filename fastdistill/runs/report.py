@@ -37,7 +37,7 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
     """Write ``report.html`` and ``report.json`` of a training: losses, also of each tap, spread of features, norm of
     the gradient, learning rate, images per second and waits over the steps, previews, what the run said of itself
     (``runs.about``), settings, and how to reproduce it. Nothing of the run is changed, so it may be running; how one
-    ended that does not is told.
+    ended that does not is told. Files of the run that are damaged are left out and named among the ``concerns``.
 
     Args:
         directory: of a run, or of ``DistillTrainer.fit``. output: folder of the report; None: ``report`` in it.
@@ -57,17 +57,18 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
         rule = f"the directory of a training ({METRICS} with a line or more)"
         how = f", whose training ended before it ({ended})" if (ended := about.get("ended")) else ""
         raise InputError.of("directory", rule, f"{directory}{how}")
-    run, config, made = _settings(folder)
+    run, config, made, damaged = _settings(folder)
+    previews, unread = _previews(folder)
     steps = int(lines[-1]["step"])
-    rates = [float(rate) for rate in learning_rates(config)] if config is not None else []
+    rates = learning_rates(config) if config is not None else ()
     found: dict[str, Any] = {
         "title": f"Training in {directory}",
         "metrics": lines,
         "steps": max(steps, config.steps) if config is not None else steps,
         "batch": config.batch if config is not None else 1,
-        "rates": [rates[int(line["step"]) - 1] if line["step"] <= len(rates) else None for line in lines],
+        "rates": [float(rates[int(line["step"]) - 1]) if line["step"] <= len(rates) else None for line in lines],
         "settings": None if run is None else to_yaml(run),
-        "concerns": [f"{text}." for text in health.concerns(lines).values()],
+        "concerns": [f"{text}." for text in [*health.concerns(lines).values(), *damaged, *unread]],
         "seconds": {"total": lines[-1]["seconds"]} | _waited(lines),
         "versions": about.get("versions") or versions(),
         "date": datetime.date.today().isoformat(),
@@ -84,22 +85,33 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
     before = {"step": 0, "seconds": 0.0} if len(lines) == 1 else lines[-2]
     if (seconds := lines[-1]["seconds"] - before["seconds"]) > 0:
         found |= utilization(about, (steps - before["step"]) / seconds)
-    write_training(folder / FOLDER if output is None else located(output, "output"), found, _previews(folder))
+    write_training(folder / FOLDER if output is None else located(output, "output"), found, previews)
     return found
 
 
-def _settings(folder: Path) -> tuple[RunConfig | None, TrainConfig | None, dict[str, Any] | None]:
-    """What the run file says; without one, the settings of the training in its newest checkpoint. And the fingerprint
-    there."""
+def _settings(folder: Path) -> tuple[RunConfig | None, TrainConfig | None, dict[str, Any] | None, list[str]]:
+    """What the run file says; without one that can be read, the settings of the training in its newest checkpoint. The
+    fingerprint there, and what could not be read."""
     checkpoints = reversed(checkpoint.steps(folder).items())
     step, made = next(((step, found) for step, path in checkpoints if (found := _made_by(path))), (0, None))
+    damaged = []
     file = folder / RUN_FILE
     if file.exists():
-        run = from_yaml(RunConfig, file)
-        return run, TrainConfig(**dataclasses.asdict(run.train), seed=run.seed), made
+        try:
+            run = from_yaml(RunConfig, file)
+            return run, TrainConfig(**dataclasses.asdict(run.train), seed=run.seed), made, []
+        except InputError as error:
+            damaged = [_left_out(RUN_FILE, error)]
     if made is not None and isinstance(known := made.get("config"), dict):
-        return None, from_mapping(TrainConfig, {"steps": step, **known}), made
-    return None, None, made
+        try:
+            return None, from_mapping(TrainConfig, {"steps": step, **known}), made, damaged
+        except InputError as error:
+            damaged += [_left_out(f"the settings in the checkpoint of step {step}", error)]
+    return None, None, made, damaged
+
+
+def _left_out(what: str, why: object) -> str:
+    return f"{what} could not be read and is left out ({' '.join(str(why).split())})"
 
 
 def _made_by(path: Path) -> dict[str, Any] | None:
@@ -136,13 +148,17 @@ def _commands(file: Path, directory: str | Path) -> list[str]:
     return [f"fastdistill cache {own}", f"fastdistill distill {own} --directory {other}"]
 
 
-def _previews(folder: Path) -> dict[int, bytes]:
-    """Some of the previews, evenly over the training."""
+def _previews(folder: Path) -> tuple[dict[int, bytes], list[str]]:
+    """Some of the previews, evenly over the training, and what of them could not be read."""
     files = {int(m[1]): p for p in (folder / PREVIEWS).glob("step-*.png") if (m := _PREVIEW.fullmatch(p.name))}
     steps = sorted(files)
     if len(steps) > _PREVIEWS:
         steps = [steps[round(i * (len(steps) - 1) / (_PREVIEWS - 1))] for i in range(_PREVIEWS)]
-    try:
-        return {step: files[step].read_bytes() for step in steps}
-    except OSError as error:
-        raise StorageError(f"{folder / PREVIEWS}: could not be read: {reason(error)}") from error
+    found: dict[int, bytes] = {}
+    damaged = []
+    for step in steps:
+        try:
+            found[step] = files[step].read_bytes()
+        except OSError as error:
+            damaged.append(_left_out(f"{PREVIEWS}/{files[step].name}", reason(error)))
+    return found, damaged

@@ -104,3 +104,12 @@ def checkpointed(student: nn.Module) -> Callable[[], None]:
             model.disable_gradient_checkpointing()  # type: ignore[operator]
 
     return undo
+
+
+def given_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
+    """Restore ``requires_grad`` and the training modes of the teacher."""
+    for parameter, before in trainable:
+        if before:
+            parameter.requires_grad_(True)
+    for module, training in modes:
+        module.training = training

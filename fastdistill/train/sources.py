@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data and models of a run: their identity on any machine, and checks that they fit together and are finite."""
+"""Sources of a run: what identifies them on any machine, whether they belong together, where their rows are, whether
+these are finite."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdistill.data import values
 from fastdistill.data.encoded import EncodedRows
@@ -17,10 +18,11 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.data.staged import Rows
 from fastdistill.diffusion.schedule import NoiseSchedule
-from fastdistill.distill.objective import Objective, Setting
+from fastdistill.distill.objective import Bucket, Objective, Setting, Trajectory
+from fastdistill.distill.trajectory import TrajectoryCache
 from fastdistill.errors import InputError
 from fastdistill.models.weights import weights_hash
-from fastdistill.ops.noise_gather.banks import labels, listed
+from fastdistill.ops.noise_gather.banks import labels, listed, mapped
 from fastdistill.train.config import APART, TrainConfig
 
 Sources = list[tuple[LatentCache, PromptBank]]  # one pair per shape of latents
@@ -79,6 +81,35 @@ def fingerprint(setting: Setting, sources: Sources, objective: Objective, config
 
 def _dtypes(model: nn.Module) -> str:
     return ", ".join(sorted({dtype_name(p.dtype) for p in model.parameters()}))
+
+
+def placed(sources: Sources, device: torch.device, config: TrainConfig) -> tuple[Bucket, ...]:
+    """The banks in the memory that the configuration names; banks shared by several shapes are placed once. Banks on
+    disk or encoded on demand stay there."""
+    pinned = config.banks == "pinned" and device.type == "cuda"
+    known: dict[int, Tensor] = {}
+
+    def place(rows: Any) -> Any:
+        if not isinstance(rows, Tensor):
+            return rows
+        if id(rows) not in known:
+            known[id(rows)] = rows.cpu().pin_memory() if pinned else rows.to(device)
+        return known[id(rows)]
+
+    def rows_of(bank: PromptBank) -> Any:
+        whole = all(isinstance(rows, Tensor) for rows in bank.banks.values())
+        expanded = {id(rows): rows.contiguous() for rows in bank.banks.values() if whole and 0 in rows.stride()}
+        return mapped(lambda rows: place(expanded.get(id(rows), rows)), bank.rows)  # kernels read contiguous ones
+
+    def trajectory(cache: LatentCache) -> Trajectory | None:
+        if not isinstance(cache, TrajectoryCache) or cache.step is None:
+            return None
+        return Trajectory(cache.step.to(device), {name: cache.fingerprint[name] for name in ("guidance", "grid")})
+
+    return tuple(
+        Bucket(place(cache.latents), cache.prompt_index.to(device), rows_of(bank), trajectory(cache))
+        for cache, bank in sources
+    )
 
 
 def banks_of(setting: Setting) -> dict[str, Rows]:

@@ -18,8 +18,7 @@ from fastdistill.data.fingerprint import differences, listed
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.schedule import PredictionType, Schedule
-from fastdistill.distill.objective import Bucket, Objective, Setting, Trajectory
-from fastdistill.distill.trajectory import TrajectoryCache
+from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError, quoted
 from fastdistill.files import located
 from fastdistill.models import families, peft
@@ -28,7 +27,6 @@ from fastdistill.models.fuse import fuse
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student
 from fastdistill.models.weights import shared, storage
-from fastdistill.ops.noise_gather.banks import mapped
 from fastdistill.train import arguments, checkpoint, devices, distributed
 from fastdistill.train.callbacks import Callbacks, Progress
 from fastdistill.train.choice import LEAST, Bench, Choice, faster_precision, has_bfloat16, open_in, put
@@ -36,7 +34,7 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult, fit
 from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
-from fastdistill.train.sources import Sources, banks_of, check_sources, explain, fingerprint
+from fastdistill.train.sources import banks_of, check_sources, explain, fingerprint, placed
 from fastdistill.train.step import TrainStep
 
 
@@ -122,7 +120,7 @@ class DistillTrainer:
         adapters = peft.identity(student, teacher)
         was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
         with _computing(), contextlib.ExitStack() as undo:  # by close, or where something does not fit
-            undo.callback(_give_back, *was)
+            undo.callback(devices.given_back, *was)
             self.teacher = devices.moved(teacher, self.device, "teacher")
             self._freeze()
             devices.cast(student, self.device, dtype, common | {id(b): b for b in self.teacher.buffers()})
@@ -134,7 +132,7 @@ class DistillTrainer:
                 fuse(self.student)
             low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
             scaling = LossScale(self.device) if low else None
-            first, *others = _placed(sources, self.device, config)
+            first, *others = placed(sources, self.device, config)
             setting = self._setting = Setting(
                 teacher=self.teacher,
                 student=self.student,
@@ -393,41 +391,3 @@ def _computing() -> Iterator[None]:
     """Enable gradients, also inside ``torch.no_grad`` and ``torch.inference_mode``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
-    """Restore ``requires_grad`` and the training modes of the teacher."""
-    for parameter, before in trainable:
-        if before:
-            parameter.requires_grad_(True)
-    for module, training in modes:
-        module.training = training
-
-
-def _placed(sources: Sources, device: torch.device, config: TrainConfig) -> tuple[Bucket, ...]:
-    """The banks in the memory that the configuration names; banks shared by several shapes are placed once. Banks on
-    disk or encoded on demand stay there."""
-    pinned = config.banks == "pinned" and device.type == "cuda"
-    known: dict[int, Tensor] = {}
-
-    def place(rows: Any) -> Any:
-        if not isinstance(rows, Tensor):
-            return rows
-        if id(rows) not in known:
-            known[id(rows)] = rows.cpu().pin_memory() if pinned else rows.to(device)
-        return known[id(rows)]
-
-    def placed(bank: PromptBank) -> Any:
-        whole = all(isinstance(rows, Tensor) for rows in bank.banks.values())
-        expanded = {id(rows): rows.contiguous() for rows in bank.banks.values() if whole and 0 in rows.stride()}
-        return mapped(lambda rows: place(expanded.get(id(rows), rows)), bank.rows)  # kernels read contiguous ones
-
-    def trajectory(cache: LatentCache) -> Trajectory | None:
-        if not isinstance(cache, TrajectoryCache) or cache.step is None:
-            return None
-        return Trajectory(cache.step.to(device), {name: cache.fingerprint[name] for name in ("guidance", "grid")})
-
-    return tuple(
-        Bucket(place(cache.latents), cache.prompt_index.to(device), placed(bank), trajectory(cache))
-        for cache, bank in sources
-    )

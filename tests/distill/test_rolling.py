@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rollin
 from fastdistill.distill.regions import Regions
 from fastdistill.distill.rolling import ROLLING
 from fastdistill.errors import InputError
+from fastdistill.ops import philox
 from fastdistill.ops.noise_gather import NULL
 from fastdistill.train import DistillTrainer
 from fastdistill.train.graph import runner
@@ -137,6 +139,19 @@ def test_some_states_are_shown_with_the_null_prompt_and_rest() -> None:
         assert torch.equal(later.prompt[::2][goes_on], kept["prompt.0"][0][goes_on])
         shares.append(resting.float().mean())
     assert abs(float(torch.stack(shares).mean()) - 0.25) < 5 * (0.1875 / (32 * len(shares))) ** 0.5
+
+
+def test_who_rests_is_drawn_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of the first round with the null prompt are the batch's own, not states that rest: they move."""
+    run = made(batch=64, rolling={"groups": 1, "null": 0.25}, execution="eager")
+    draws = []
+    words = SimpleNamespace(words=lambda *a: draws.append(a) or philox.words(*a), CHOICE=philox.CHOICE)
+    monkeypatch.setattr("fastdistill.distill.rolling.philox", words)
+    (draw, _), (later, _) = drawn(run, 2)
+    assert len(draws) == 2
+    null = draw.choice[::2] == NULL
+    ended = draw.timestep[::2] < 10
+    assert bool(null.any()) and bool((draw.timestep[::2] - 10 == later.timestep[::2])[null & ~ended].all())
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2])

@@ -70,9 +70,30 @@ def group_norm_call(draw: Any) -> Call:
 
 
 def normalized(u: Tensor, eps: float, over: Any) -> Tensor:
-    u = rounded(u)
-    d = rounded(u - rounded(u.mean(tuple(over), keepdim=True)))
-    return rounded(d * rounded((d.square().mean(tuple(over), keepdim=True) + eps).rsqrt()))
+    u, over = rounded(u), tuple(over)
+    mean = u.mean(over, keepdim=True)
+    kept = rounded(mean)
+    d = rounded(u - kept)
+    r = rounded((d.square().mean(over, keepdim=True) + eps).rsqrt())
+    n = rounded(d * r)
+    return n + _Uncentred.apply(u, n.detach(), r.detach(), (kept - mean).detach(), over)
+
+
+class _Uncentred(torch.autograd.Function):
+    """0, with the gradient that a mean which is kept as a float is off by: n is off by as much in all of a row then,
+    and so, times mean(dn n), are the gradients r (dn - mean(dn) - n mean(dn n)), which take it for centred."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, n: Tensor, r: Tensor, off: Tensor, over: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(n, r, off)
+        ctx.over = over
+        return torch.zeros_like(u)
+
+    @staticmethod
+    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor | None, ...]:
+        n, r, off = ctx.saved_tensors
+        error = r * r * off * (dn * n).mean(ctx.over, keepdim=True)
+        return torch.where(off == 0, 0.0, error).expand_as(dn), None, None, None, None
 
 
 def layer_norm_call(draw: Any) -> Call:

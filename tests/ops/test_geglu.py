@@ -20,6 +20,7 @@ from tests.harness import (
     check_fake,
     check_op,
     crossed,
+    device_of,
     emulated,
     evaluate,
     generator,
@@ -177,6 +178,23 @@ def test_slope_of_the_reference(tanh: bool) -> None:
     value, slope = gelu_and_slope(g, tanh)
     (expected,) = torch.autograd.grad(value.sum(), g)
     torch.testing.assert_close(slope, expected, rtol=0, atol=16 * torch.finfo(torch.float64).eps)  # of slopes up to 1.1
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "triton"])  # whose 1 + erf cancels there, as torch's
+def test_far_below_0_no_digits_are_lost(kernel: str) -> None:
+    """Relative to gelu itself, which a relative change of g moves by 1 + g^2 of it."""
+    g = torch.linspace(-12, -0.5, 999, device=device_of(kernel))
+    x = torch.cat([torch.ones_like(g), g]).requires_grad_()
+    with use(kernel):
+        y = call(x, "none")[0]
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    wide = g.double()
+    below, density = torch.special.erfc(-wide / 2**0.5) / 2, (-wide * wide / 2).exp() / (2 * torch.pi) ** 0.5
+    condition = 4 * EPS * (1 + wide * wide)
+    gelu, slope = wide * below, below + wide * density
+    for got in (y.detach(), dx[: len(g)]):
+        assert bool(((got - gelu).abs() <= condition * gelu.abs()).all())
+    assert bool(((dx[len(g) :] - slope).abs() <= condition * (below + density * wide.abs())).all())
 
 
 def test_fake_cuda_tensors() -> None:

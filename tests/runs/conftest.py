@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ import pytest
 
 from fastdistill import runs
 from fastdistill.runs import RunConfig
-from fastdistill.train.config import from_mapping
+from fastdistill.train.config import from_mapping, to_yaml
 from tests.models import tiny_pipelines as tiny
+from tests.processes import once
 
 #: A student that is smaller than every tiny teacher.
 STUDENTS = {"unet": {"width": 0.5}, "transformer": {"every": 2}}
@@ -52,3 +55,27 @@ def cached(config: RunConfig) -> RunConfig:
     """Encode the prompts and sample the teacher; returns the configuration."""
     runs.cache(config)
     return config
+
+
+@pytest.fixture(scope="session")
+def ended(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run of Stable Diffusion that has ended, and its run file."""
+
+    def make(place: Path) -> None:
+        place.mkdir()
+        preview = {"every": 2, "prompts": ["a cat", "no prompt of the pool"]}
+        config = cached(run_config(saved("sd"), place, preview=preview))
+        runs.distill(config)
+        (place / "run.yaml").write_text(to_yaml(config))
+
+    place = once(tmp_path_factory, "ended", make)
+    return runs.load(place / "run.yaml"), place / "run.yaml"
+
+
+@pytest.fixture
+def again(ended: tuple[RunConfig, Path], tmp_path: Path) -> Path:
+    """The run file of a copy of that run, for tests that go on with it: a process at a time may."""
+    config = dataclasses.replace(ended[0], directory=str(tmp_path / "again"))
+    shutil.copytree(ended[0].directory, config.directory)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    return tmp_path / "run.yaml"

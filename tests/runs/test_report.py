@@ -145,6 +145,58 @@ def test_of_a_directory_without_a_run_file(tmp_path: Path) -> None:
     assert found["batch"] == 4 and found["rates"][0] > found["rates"][-1] > 0
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_damaged_files_are_left_out_and_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    training(folder)
+    (folder / "previews" / "step-00000010.png").mkdir(parents=True)
+    (folder / "previews" / "step-00000020.png").write_bytes(b"")
+    head = {"fingerprint": {"config": {"batch": 4, "lr_schedule": "cosine", "warmup": 0, "steps": 600}}}
+    content = safetensors.torch.save({"a": torch.ones(1)}, metadata={"fastdistill": json.dumps(head)})
+    (folder / "step-00000060.safetensors").write_bytes(content)
+    contents = (b"train: {steps: [", b"\xff\xfe", b"[1]", b"train: {steps: -1, batch: x}", b"schema: 99", b"a: b")
+    for damaged in contents:
+        (folder / "run.yaml").write_bytes(damaged)
+        found = runs.report(folder)
+        assert (found["steps"], found["batch"], found["settings"]) == (600, 4, None), "those of the checkpoint"
+        told, preview = found["concerns"]
+        assert told.startswith("run.yaml could not be read and is left out (") and "\n" not in told
+        assert preview == "previews/step-00000010.png could not be read and is left out (Is a directory)."
+    (folder / "run.yaml").unlink()
+    (folder / "run.yaml").mkdir()
+    assert "Is a directory" in runs.report(folder)["concerns"][0]
+
+    head["fingerprint"]["config"]["gone"] = 1
+    content = safetensors.torch.save({"a": torch.ones(1)}, metadata={"fastdistill": json.dumps(head)})
+    (folder / "step-00000060.safetensors").write_bytes(content)
+    found = runs.report(folder)
+    assert (found["steps"], found["rates"]) == (60, [None] * 6)
+    assert found["concerns"][1].startswith("the settings in the checkpoint of step 60 could not be read")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_of_several_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(tmp_path / name) for name in ("a", "b", "c", "d")]
+    for folder in (folders[0], folders[2], folders[3]):
+        training(Path(folder))
+    (tmp_path / "a" / "run.yaml").write_bytes(b"\xff")
+    (tmp_path / "c" / "metrics.jsonl").write_text("gone")
+    assert cli.main(["report", *folders]) == 2
+    told = capsys.readouterr()
+    assert [f"Report: {folder}/report/report.html" in told.out for folder in folders] == [True, False, False, True]
+    assert "run.yaml could not be read and is left out" in told.out
+    first, second, last = told.err.splitlines()
+    for line, folder in ((first, folders[1]), (second, folders[2])):
+        assert line.startswith("fastdistill: directory: expected the directory of a training") and folder in line
+    assert last == f"fastdistill: report: no page of 2 of 4: {folders[1]}, {folders[2]}"
+    assert cli.main(["report", folders[0], folders[3], "--json"]) == 0
+    assert [json.loads(line)["title"] for line in capsys.readouterr().out.splitlines()] == [
+        f"Training in {folder}" for folder in (folders[0], folders[3])
+    ]
+    assert cli.main(["report", *folders, "--output", "page"]) == 2
+    assert capsys.readouterr().err == "fastdistill: --output: expected none for several directories, got page\n"
+
+
 def test_what_is_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "early").mkdir()
     (tmp_path / "early" / "about.json").write_text(json.dumps(ABOUT | {"ended": "FastdistillError: a tap is nan"}))

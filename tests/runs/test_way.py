@@ -6,11 +6,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +26,12 @@ from fastdistill.train.config import to_yaml
 from fastdistill.train.metrics import read_metrics
 from tests import small
 from tests.models import tiny_pipelines as tiny
-from tests.processes import once
 from tests.runs.conftest import cached, run_config
 
 distilling: Any = importlib.import_module("fastdistill.runs.distill")
 QUICK = ("sd", "sd3")
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny.PIPELINES]
 SMALL = {"cache": {"sizes": [[32, 32]]}}
-
-
-@pytest.fixture(scope="module")
-def ended(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
-    """A finished run of Stable Diffusion, and its run file."""
-
-    def make(place: Path) -> None:
-        place.mkdir()
-        preview = {"every": 2, "prompts": ["a cat", "no prompt of the pool"]}
-        config = cached(run_config(saved("sd"), place, preview=preview))
-        runs.distill(config)
-        (place / "run.yaml").write_text(to_yaml(config))
-
-    place = once(tmp_path_factory, "ended", make)
-    return runs.load(place / "run.yaml"), place / "run.yaml"
-
-
-@pytest.fixture
-def again(ended: tuple[RunConfig, Path], tmp_path: Path) -> Path:
-    """The run file of a copy of that run, for tests that continue it (only one process at a time may do so)."""
-    config = dataclasses.replace(ended[0], directory=str(tmp_path / "again"))
-    shutil.copytree(ended[0].directory, config.directory)
-    (tmp_path / "run.yaml").write_text(to_yaml(config))
-    return tmp_path / "run.yaml"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -342,83 +315,3 @@ def test_prompts_in_another_order(ended: tuple[RunConfig, Path], saved: Callable
     config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory, "steps": 9})
     with pytest.raises(StorageError, match=r"latents: made differently \(sampling.steps: expected 9, got 2\)"):
         runs.distill(config)
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(list(arguments))
-        out, error = capsys.readouterr()
-        return code, out, error
-
-    yield call
-
-
-def test_commands(
-    again: Path,
-    said: Callable[..., tuple[int, str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    saved: Callable[[str], Path],
-) -> None:
-    file = str(again)
-    code, out, error = said("init", str(saved("sd")))
-    assert code == 0 and out == runs.init(saved("sd")) and not error
-    code, out, error = said("distill", file, "--json")
-    assert code == 0 and json.loads(out)["steps"] == 3
-    given = ("--prompt", "a cat", "a dog", "--to", str(tmp_path / "images"), "--size", "16", "32", "--json")
-    code, out, error = said("sample", file, *given)
-    assert code == 0 and [Image.open(file).size for file in json.loads(out)] == [(32, 16)] * 2
-    code, out, error = said("export", file, "--to", str(tmp_path / "exported"), "--dtype", "bfloat16")
-    assert code == 0 and out.startswith(f"{tmp_path / 'exported'}: ") and (tmp_path / "exported" / "README.md").exists()
-    with monkeypatch.context() as ranks:  # the other process of torchrun has nothing to do
-        ranks.setenv("TORCHELASTIC_RUN_ID", "a run")
-        ranks.setenv("RANK", "1")
-        assert said("export", file, "--to", str(tmp_path / "never")) == (0, "", "")
-    assert not (tmp_path / "never").exists()
-    code, out, _ = said("distill", file, "--train.steps", "7", "--dry-run")
-    assert code == 0
-    (tmp_path / "dry.yaml").write_text(out)
-    assert runs.load(tmp_path / "dry.yaml").train.steps == 7
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("distill",), r"distill: expected a run file \(fastdistill init FOLDER > run.yaml\), got nothing"),
-        (("distill", "--json"), "distill: expected a run file .*, got '--json'"),
-        (("distill", "nothing.yaml"), "nothing.yaml"),
-        (("init",), "init: expected a pipeline folder of diffusers, got nothing"),
-        (("init", "nothing"), "nothing: expected a pipeline folder of diffusers, got no folder"),
-        (("sample", "RUN"), "sample: expected one of --prompts FILE and --prompt TEXT"),
-        (("sample", "RUN", "--prompts", "nothing.txt"), r"--prompts: nothing.txt: could not be read: No such file"),
-        (("sample", "RUN", "--prompts", "."), r"--prompts: \.: could not be read: Is a directory"),
-        (("sample", "RUN", "--prompts", ""), r"--prompts: expected the path of a file or directory, got ''"),
-        (("sample", "RUN", "--prompt", "a", "--to", ""), r"to: expected the path of a file or directory, got ''"),
-        (
-            ("sample", "RUN", "--prompt", "a", "--seeds", "0", "-1"),
-            r"seeds: expected numbers in \[0, .*\), got -1",
-        ),
-        (
-            ("sample", "RUN", "--prompt", "a", "--guidance-scale", "nan"),
-            "guidance_scale: expected a finite .* nan",
-        ),
-        (
-            ("sample", "RUN", "--prompt", "a", "--size", "16", "65538"),
-            "width: expected at most 65,536 pixels",
-        ),
-        (("evaluate", "RUN", "--evaluate.features", ""), r"evaluate.features: expected the path of .*, got ''"),
-        (("export", "RUN", "--to", "x", "--dtype", "float17"), r"--dtype: expected one of .*, got float17"),
-        (("export", "RUN"), r"export: expected a new folder \(--to FOLDER\), got none"),
-        (("export", "RUN", "--to", "x", "--train.lr", "-3"), r"export: 1 problem"),
-    ],
-)
-def test_mistakes(
-    arguments: tuple[str, ...],
-    message: str,
-    ended: tuple[RunConfig, Path],
-    said: Callable[..., tuple[int, str, str]],
-) -> None:
-    code, out, error = said(*(str(ended[1]) if argument == "RUN" else argument for argument in arguments))
-    assert code == 2 and not out
-    assert error.startswith("fastdistill: ") and re.search(message, error), error

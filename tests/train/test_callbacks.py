@@ -16,7 +16,7 @@ from fastdistill.errors import InputError
 from fastdistill.train.checkpoint import steps
 from fastdistill.train.state import state_of
 from tests.train.ranks import make
-from tests.train.test_resume import Dropping
+from tests.train.test_randomness import Dropping
 
 
 def state(run: Any) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from fastdistill.train import DistillTrainer, checkpoint, choice, products
 from fastdistill.train.choice import Bench, Choice
 from fastdistill.train.step import TrainStep
 from tests import small, tiny
-from tests.train import ranks
+from tests.train import ranks, scenarios
 
 Cost = Callable[[Choice], float]
 
@@ -81,8 +81,8 @@ class Normed(ranks.Tiny):
 
 @pytest.mark.parametrize("kind", [Normed, ranks.Tiny])
 def test_a_measurement_leaves_no_trace(measuring: Any, kind: Callable[[int], nn.Module]) -> None:
-    """The run is bit-identical to an eager run if eager is the fastest."""
-    runs = [ranks.make(student=kind(6), rolling=ranks.ROLLING, execution=way) for way in ("eager", "auto")]
+    """The run is the eager one to the bit, where that is the fastest."""
+    runs = [ranks.make(student=kind(6), rolling=scenarios.ROLLING, execution=way) for way in ("eager", "auto")]
     seen = measuring(lambda way: 1.0 if way == Choice("eager") else 2.0)
     one, two = map(ranks.finished, runs)
     assert one["history"] == two["history"] and {way.channels_last for way in seen} == {None, True}

@@ -14,7 +14,7 @@ import torch
 from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.train import distributed
 from tests import processes
-from tests.train import ranks
+from tests.train import ranks, scenarios
 
 Found = dict[str, tuple[Any, Any]]
 
@@ -25,7 +25,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(directory: Path) -> None:
         directory.mkdir()
-        processes.as_ranks(ranks.work, str(directory))
+        processes.as_ranks(scenarios.both, str(directory))
 
     return processes.once(tmp_path_factory, "ranks", make)
 
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(place: Path) -> Found:
     """The results of the scenarios on each rank."""
     one, two = (torch.load(place / f"{rank}.pt", weights_only=False) for rank in (0, 1))
-    return {name: (one[name], two[name]) for name in ranks.SCENARIOS}
+    return {name: (one[name], two[name]) for name in scenarios.SCENARIOS}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def assert_close(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["draws", "from_disk", "encoded"])
 def test_the_draws_are_those_of_one_process(found: Found, name: str) -> None:
-    for *halves, whole in zip(*found[name], ranks.draws(0, Path()), strict=True):
+    for *halves, whole in zip(*found[name], scenarios.draws(0, Path()), strict=True):
         for one, two, wanted in zip(*halves, whole, strict=True):
             assert torch.equal(torch.cat([one, two]), wanted)
 
@@ -90,7 +90,7 @@ def test_rolling_states_are_those_of_one_process(found: Found) -> None:
     """Each rank has its part of them; a checkpoint contains all, and a run can be continued from it."""
     one, two = map(done, found["rolling"])
     assert same(one, two) and one["state"]["objective.timestep"].shape == (1, 2)
-    assert_close(one, ranks.finished(ranks.make(rolling=ranks.ROLLING, steps=5)))
+    assert_close(one, ranks.finished(ranks.make(rolling=scenarios.ROLLING, steps=5)))
     again, other = map(done, found["rolling_interrupted"])
     assert same(again, other)
     for name, value in one["state"].items():
@@ -100,7 +100,7 @@ def test_rolling_states_are_those_of_one_process(found: Found) -> None:
 def test_ranks_agree_on_a_measured_probability_and_on_regions(found: Found) -> None:
     """Their distances are summed over the ranks; a checkpoint between two updates of the table contains the sums."""
     one, two = map(done, found["adaptive"])
-    alone = ranks.finished(ranks.make(**ranks.ADAPTIVE))
+    alone = ranks.finished(ranks.make(**scenarios.ADAPTIVE))
     assert same(one, two) and int(alone["state"]["objective.region_seen"].sum()) > 0
     assert torch.equal(one["state"]["objective.region_seen"], alone["state"]["objective.region_seen"])
     assert_close(one, alone)
@@ -118,7 +118,7 @@ def test_a_closed_trainer_lets_go_of_the_process_group(found: Found) -> None:
 def test_ranks_draw_from_the_same_of_several_caches(found: Found) -> None:
     one, two = map(done, found["buckets"])
     assert same(one, two)
-    assert_close(one, ranks.finished(ranks.make(latents=ranks.sizes())))
+    assert_close(one, ranks.finished(ranks.make(latents=scenarios.sizes())))
 
 
 @pytest.mark.parametrize(("name", "whole"), [("interrupted", "run"), ("shards_interrupted", "shards")])
@@ -139,7 +139,7 @@ def test_any_number_of_ranks_goes_on(found: Found, place: Path, name: str) -> No
 def test_lower_precision(found: Found, precision: str) -> None:
     """The ranks skip the same updates and have the same scale as one process; also with shards."""
     one, two = map(done, found[precision])
-    wanted = done(ranks.SCENARIOS[precision](0, Path()))
+    wanted = done(scenarios.SCENARIOS[precision](0, Path()))
     assert same(one, two)
     for mine, theirs in zip(parted(one["history"]), parted(wanted["history"]), strict=True):
         assert mine == pytest.approx(theirs, rel=0.01)
@@ -160,12 +160,12 @@ def test_a_sharded_student_is_cut_and_its_average_whole(found: Found) -> None:
 
 @pytest.mark.parametrize("name", ["fused", "shards_fused"])
 def test_fused_unets_too(found: Found, name: str) -> None:
-    """Fused before they are wrapped or sharded; the means over two steps are compared."""
-    assert found[name] == pytest.approx((ranks.fused(0, Path()),) * 2, rel=1e-5)
+    """Fused, then wrapped or sharded; in the mean of two steps."""
+    assert found[name] == pytest.approx((scenarios.fused(0, Path()),) * 2, rel=1e-5)
 
 
 def test_guidance_weights_are_those_of_one_process(found: Found) -> None:
-    assert found["guided"] == pytest.approx((ranks.guided(0, Path()),) * 2, rel=1e-5)
+    assert found["guided"] == pytest.approx((scenarios.guided(0, Path()),) * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adapters", "shards_adapters"])
@@ -173,7 +173,7 @@ def test_adapters_on_frozen_weights(found: Found, place: Path, name: str) -> Non
     """Interrupted, and compared with an uninterrupted process; one rank exports the whole averages."""
     one, two = map(done, found[name])
     assert same(one, two)
-    single = ranks.make(student=ranks.adapted())
+    single = ranks.make(student=scenarios.adapted())
     wanted = ranks.finished(single)
     trained = {key for key in wanted["state"] if key.startswith("student.")}
     assert len(trained) == 6 and trained == {key for key in one["state"] if key.startswith("student.")}

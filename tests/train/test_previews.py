@@ -25,7 +25,7 @@ from tests import tiny
 from tests.harness import EPS
 from tests.models import tiny_families
 from tests.train.ranks import make
-from tests.train.test_resume import Dropping
+from tests.train.test_randomness import Dropping
 
 FLOW = ("sd3", "flux", "sana")
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from fastdistill import files
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import InputError, StorageError
-from fastdistill.train import AdamWEMA, DistillTrainer
+from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import steps
 from fastdistill.train.state import check_storable, state_of
 from tests import small
@@ -290,105 +289,6 @@ def test_nothing_to_train_is_an_error() -> None:
         InputError, match=r"student: expected a parameter to train \(requires_grad\), got 8 frozen ones"
     ):
         make(student=Tiny(6).requires_grad_(False))
-
-
-def test_an_average_goes_by_name() -> None:
-    trainer = make(steps=2, ema_decay=0.5)
-    trainer.fit()
-    wanted = trainer.ema_student().state_dict()
-    found = trainer.ema_student(to=Reordered(6)).state_dict()
-    assert wanted.keys() == found.keys() and all(torch.equal(wanted[k], found[k]) for k in wanted)
-
-
-def test_an_average_is_written_only_where_it_fits() -> None:
-    trainer = make(steps=1)
-    trainer.fit()
-    other = Tiny(4)
-    before = [p.clone() for p in other.parameters()]
-    with pytest.raises(InputError, match=r"to: .*inner.weight: expected \[6, 3, 3, 3\], got \[4, 3, 3, 3\]"):
-        trainer.ema_student(to=other)
-    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
-    flat = Tiny(6)
-    flat.inner.bias = nn.Parameter(torch.ones(1))  # would be broadcast
-    with pytest.raises(InputError, match=r"to: .*inner.bias: expected \[6\], got \[1\]"):
-        trainer.step.optimizer.copy_average(trainer.student, flat)
-    with pytest.raises(InputError, match=r"to: expected weights with values, got inner.weight on the meta device"):
-        trainer.ema_student(to=Tiny(6).to("meta"))
-    with pytest.raises(InputError, match=r"to: expected a model of its own, got one that shares inner\.weight"):
-        trainer.ema_student(to=trainer.student)
-    assert all(p.requires_grad for p in trainer.student.parameters())
-
-
-def test_a_student_that_cannot_be_copied_can_still_be_exported() -> None:
-    """For example because a hook keeps a feature of the last forward."""
-    trainer = make(steps=1)
-    trainer.fit(progress=lambda done, _: setattr(trainer.student, "kept", next(trainer.student.parameters()) * 2))
-    with pytest.raises(InputError, match=r"to: expected a model .*, and the student cannot be copied \(RuntimeError"):
-        trainer.ema_student()
-    trainer.ema_student(to=Tiny(6))
-
-
-def optimizer(shape: tuple[int, ...], *, named: str | None = None) -> AdamWEMA:
-    parameter = nn.Parameter(torch.ones(shape))
-    made = AdamWEMA([(named, parameter)] if named else [parameter], ema_decay=0.9)
-    parameter.grad = torch.ones(shape)
-    made.step()
-    return made
-
-
-def test_an_optimizer_takes_no_state_of_another_shape_or_name() -> None:
-    own = optimizer((2, 3))
-    before = {k: v.clone() for k, v in own.state[own.param_groups[0]["params"][0]].items()}
-    with pytest.raises(InputError, match=r"state_dict: exp_avg of parameter 0: expected \(2, 3\), got \(3,\)"):
-        own.load_state_dict(optimizer((3,)).state_dict())
-    after = own.state[own.param_groups[0]["params"][0]]
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    with pytest.raises(InputError, match=r"param_groups\[0\]: .*, got b in place of a"):
-        optimizer((3,), named="a").load_state_dict(optimizer((3,), named="b").state_dict())
-    optimizer((3,), named="a").load_state_dict(optimizer((3,)).state_dict())  # without names: by position
-
-
-class Dropping(Tiny):
-    """Dropout as a module, as a function, and with the generators of Python and NumPy."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.dropout = nn.Dropout(0.3)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        output = self.dropout(super().forward(*args, **kwargs))
-        if not self.training:
-            return output
-        output = nn.functional.dropout(output, 0.1)
-        return output * (1 + random.random() + np.random.rand())  # noqa: NPY002
-
-
-def test_a_student_that_draws_random_numbers_resumes_exactly(tmp_path: Path) -> None:
-    """Although other code draws from the generators in between; their states do not change."""
-    torch.manual_seed(1)
-    whole = make(student=Dropping(6))
-    before = torch.get_rng_state()
-    whole.fit()
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    with pytest.raises(Interrupted):
-        make(student=Dropping(6)).fit(tmp_path, progress=stop_after(3))
-    again = make(student=Dropping(6))
-    again.fit(tmp_path, progress=lambda *_: torch.rand(3))
-    assert same(state(again), state(whole))
-    other = make(student=Dropping(6), seed=1)
-    other.fit()
-    assert not same(state(other), state(whole))
-
-
-def test_draws_differ_from_step_to_step_and_from_part_to_part_of_a_batch() -> None:
-    trainer, seen = make(), []
-    for number, first_sample in ((0, 0), (1, 0), (0, 2), (0, 0)):
-        trainer.step.prepare(number)
-        trainer.step._first_sample = first_sample
-        with trainer.step.randomness():
-            seen.append(torch.rand(2).tolist())
-    assert seen[0] == seen[3] and len({tuple(pair) for pair in seen}) == 3
 
 
 def test_a_run_of_a_version_that_logged_other_metrics_goes_on(tmp_path: Path) -> None:
