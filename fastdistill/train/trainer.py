@@ -29,7 +29,7 @@ from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student
 from fastdistill.models.weights import shared, storage
 from fastdistill.ops.noise_gather.banks import mapped
-from fastdistill.train import arguments, checkpoint, devices, distributed
+from fastdistill.train import arguments, checkpoint, devices, distributed, float8
 from fastdistill.train.callbacks import Callbacks, Progress
 from fastdistill.train.choice import LEAST, Bench, Choice, faster_precision, has_bfloat16, open_in, put
 from fastdistill.train.config import TrainConfig
@@ -49,8 +49,9 @@ class DistillTrainer:
     that the student draws itself (dropout, stochastic depth): these depend on seed, step and the rank's first sample,
     and so on how the batch is split.
 
-    A trainer has hooks on the modules that it taps, and keeps the teacher frozen in eval mode. ``close``, or leaving a
-    ``with`` statement, ends both; the end of ``fit`` also removes the hooks.
+    A trainer has hooks on the modules that it taps, and keeps the teacher frozen in eval mode, with
+    ``config.teacher_fp8`` in float8. ``close``, or leaving a ``with`` statement, ends all that; the end of ``fit`` also
+    removes the hooks. ``about_teacher`` has lines on what changes the teacher's numbers.
 
     Args:
         teacher: a diffusers model of a family (``fastdistill.models.families``), or any module of the call shape
@@ -117,6 +118,7 @@ class DistillTrainer:
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
+        float8.check(teacher, config, self.device)
         common = shared(student, teacher)
         dtype = arguments.dtype(student, self.device, config.precision, common)
         adapters = peft.identity(student, teacher)
@@ -162,6 +164,11 @@ class DistillTrainer:
             layout = {name: [list(p.shape), p.requires_grad] for name, p in self.student.named_parameters()}
             given = {"config": each, "shard": "none" if shard is None else "given", "student": layout}
             distributed.check_same(self._fingerprint | given)
+            self.about_teacher: list[str] = []
+            if config.teacher_fp8:
+                as_it_was, line = float8.put(setting, objective)
+                undo.callback(as_it_was)
+                self.about_teacher.append(line)
             bound = objective.bind(setting)
             undo.callback(bound.close)
             if shard is not None:
