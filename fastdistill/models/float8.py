@@ -47,7 +47,8 @@ class Float8Linear(nn.Module):
 
     def product(self, q: Tensor, scale: Tensor, like: Tensor) -> Tensor:
         """Of rows in float8 with their scales; with the dtype and but for the last size the shape of ``like``."""
-        bias, dtype = self.bias, like.dtype
+        dtype = like.dtype
+        bias: Tensor | None = self.bias
         if q.device.type == "cpu":
             out = q.float() @ self.weight.float().t() * scale * self.scale
         else:
@@ -58,7 +59,7 @@ class Float8Linear(nn.Module):
             bias = None if inside is not None else bias
         if bias is not None:
             out = out.float() + bias.float()
-        return out.to(dtype).unflatten(0, like.shape[:-1])
+        return out.to(dtype).view(*like.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -81,13 +82,13 @@ def feed_forward(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
         return None
     if type(dropout) is not nn.Dropout or dropout.training or not all(map(_plain, layers)):
         return None
-    h = first.proj(x)
+    h: Tensor = first.proj(x)  # type: ignore[operator]
     return last.product(*quantize_rows(h.flatten(0, -2), gelu=True), h)
 
 
 def _plain(module: Any) -> bool:
     """Whether nothing else is called where the module is."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
+    hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()  # type: ignore[no-untyped-call]
     return not hooks and "forward" not in module.__dict__
 
 
@@ -155,7 +156,7 @@ def quantize(teacher: nn.Module, student: nn.Module | None = None) -> Callable[[
         parent = core.get_submodule(place)
         setattr(parent, last, Float8Linear(linear))
         undo.append(_restoring(parent, last, linear))
-        weight = linear.weight
+        weight: Any = linear.weight
         if weight.is_cuda and storage(weight) not in common and uses.count(id(weight)) == 1:
             undo.append(_kept_on_the_host(weight))
 

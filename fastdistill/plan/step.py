@@ -72,8 +72,7 @@ class Job:
         """A step without memory: of one part, or of two whose gradients are accumulated. It takes seconds; a job keeps
         what it has found, and so do those that ``dataclasses.replace`` makes of it."""
         config = self.config
-        kind = config.precision, config.fuse, config.gradient_checkpointing, config.teacher_ahead
-        kind += (config.teacher_fp8,)
+        kind = config.precision, config.fuse, config.gradient_checkpointing, config.teacher_ahead, config.teacher_fp8
         key = accumulated, self.device, self.teacher_dtype, *kind
         if key not in self.known:
             self.known[key] = self._traced(1 + accumulated)

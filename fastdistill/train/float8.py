@@ -113,4 +113,5 @@ def _of_part(setting: Setting, draw: Draw[Any], weights: Any, null: Any) -> Tens
     output = setting.predict(setting.teacher, torch.cat([x_t] * 2), torch.cat([timestep] * 2), both)
     unconditional, conditional = (half[:, :channels].double() for half in output.chunk(2))
     w = weights(conditional, unconditional, timestep, torch.ones_like(timestep, dtype=torch.float32))
-    return conditional + w.double().reshape(-1, *[1] * (x_t.ndim - 1)) * (conditional - unconditional)
+    target: Tensor = conditional + w.double().reshape(-1, *[1] * (x_t.ndim - 1)) * (conditional - unconditional)
+    return target
