@@ -219,6 +219,7 @@ def _step(
             global_batch=batch,
             micro_batch=micro_batch,
             call=job.call,
+            null_once=config.teacher_null_once,
         )
         bound = job.objective(made).bind(setting)
         undo.callback(bound.close)

@@ -58,11 +58,11 @@ def fingerprint(setting: Setting, sources: Sources, objective: Objective, config
     free = {*APART, "execution", "log_every", "precision", "micro_batch", "gradient_checkpointing"}
     if config.lr_schedule == "constant":
         free.add("steps")  # with a constant rate, a run can simply continue
-    if not config.teacher_fp8:
-        free.add("teacher_fp8")  # also where a version did not have it yet
     constant = config.ema_schedule == "constant"
     free |= {"ema_schedule", "ema_width"} if constant else {"ema_decay"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    if config.teacher_fp8:
+        settings["teacher_fp8"] = True  # which runs of before do not have
     schedule = setting.schedule.to_config()
     if isinstance(setting.schedule, NoiseSchedule) and "alphas_cumprod" in schedule:
         schedule["alphas_cumprod"] = up_to_rounding(setting.schedule.alphas_cumprod)

@@ -29,7 +29,7 @@ from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student
 from fastdistill.models.weights import shared, storage
 from fastdistill.ops.noise_gather.banks import mapped
-from fastdistill.train import arguments, checkpoint, devices, distributed, float8
+from fastdistill.train import arguments, checkpoint, devices, distributed
 from fastdistill.train.callbacks import Callbacks, Progress
 from fastdistill.train.choice import LEAST, Bench, Choice, faster_precision, has_bfloat16, open_in, put
 from fastdistill.train.config import TrainConfig
@@ -38,6 +38,7 @@ from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.sources import Sources, banks_of, check_sources, explain, fingerprint
 from fastdistill.train.step import TrainStep
+from fastdistill.train.teacher import check_float8, check_null_once, in_float8
 
 
 class DistillTrainer:
@@ -118,7 +119,7 @@ class DistillTrainer:
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
-        float8.check(teacher, config, self.device)
+        check_float8(teacher, config, self.device)
         common = shared(student, teacher)
         dtype = arguments.dtype(student, self.device, config.precision, common)
         adapters = peft.identity(student, teacher)
@@ -151,6 +152,7 @@ class DistillTrainer:
                 call=call,
                 micro_batch=config.micro_batch,
                 others=tuple(others),
+                null_once=config.teacher_null_once,
             )
             self._fingerprint = fingerprint(setting, sources, objective, config)
             if adapters:
@@ -166,11 +168,12 @@ class DistillTrainer:
             distributed.check_same(self._fingerprint | given)
             self.about_teacher: list[str] = []
             if config.teacher_fp8:
-                as_it_was, line = float8.put(setting, objective)
+                as_it_was, line = in_float8(setting, objective)
                 undo.callback(as_it_was)
                 self.about_teacher.append(line)
             bound = objective.bind(setting)
             undo.callback(bound.close)
+            check_null_once(bound, self.teacher, config, self.device)
             if shard is not None:
                 distributed.shard(self.student, bound, shard)
             self.step = TrainStep(bound, self.student, config, self.device, scaling, shapes=len(sources))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher in float8 (``TrainConfig.teacher_fp8``): checked, put in place, and how far its target moves by it."""
+"""What a configuration changes in how the frozen teacher computes: linear layers in float8 (``teacher_fp8``), and how
+far its target moves by that; the null prompt projected once (``teacher_null_once``)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from fastdistill.data.encoded import rows_of
@@ -17,8 +19,9 @@ from fastdistill.data.staged import Batches
 from fastdistill.diffusion.prompts import after_null
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError
-from fastdistill.models import float8
+from fastdistill.models import families, float8
 from fastdistill.models.calling import trial
+from fastdistill.models.fuse.form import is_fused
 from fastdistill.ops import Draw
 from fastdistill.ops.noise_gather.banks import listed
 from fastdistill.train import distributed
@@ -29,7 +32,7 @@ SAMPLES = 8  # of a measurement
 _OWN_KEY = 0x464C4F4154  # of its draws, which are no steps of a run
 
 
-def check(teacher: nn.Module, config: TrainConfig, device: torch.device) -> None:
+def check_float8(teacher: nn.Module, config: TrainConfig, device: torch.device) -> None:
     """InputError where this configuration has a teacher in float8 and cannot."""
     if not config.teacher_fp8:
         return
@@ -43,7 +46,22 @@ def check(teacher: nn.Module, config: TrainConfig, device: torch.device) -> None
     float8.layers_of(teacher)
 
 
-def put(setting: Setting, objective: Objective) -> tuple[Callable[[], None], str]:
+def check_null_once(bound: object, teacher: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """InputError where this configuration projects the null prompt once, and there is none or no way to."""
+    if not config.teacher_null_once:
+        return
+    reason = None
+    if not getattr(bound, "guided", False):
+        reason = "the objective asks for no answers to the null prompt beside others (GuidanceDistillation does)"
+    elif not config.fused(device.type):
+        reason = "the models are not fused (fuse)"
+    elif not any(isinstance(m, Attention) and m.is_cross_attention and is_fused(m) for m in teacher.modules()):
+        reason = f"{type(families.unwrapped(teacher)).__name__} has no fused attention to the prompt alone"
+    if reason is not None:
+        raise InputError.of("config.teacher_null_once", "false", f"true, and {reason}")
+
+
+def in_float8(setting: Setting, objective: Objective) -> tuple[Callable[[], None], str]:
     """Put the teacher's linear layers in float8. Returns what undoes it, and a line on how far the target moves.
 
     Raises:
