@@ -20,6 +20,7 @@ from fastdistill.models import float8, make_student
 from fastdistill.models.float8 import Float8Linear
 from fastdistill.train import DistillTrainer
 from fastdistill.train.sources import explain
+from fastdistill.train.step import TrainStep
 from tests import tiny
 from tests.harness import untimed
 from tests.models import tiny_families as small
@@ -97,8 +98,8 @@ def test_other_options(options: dict[str, Any]) -> None:
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
-@pytest.mark.slow
-def test_compiled() -> None:
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TrainStep.compile.__kwdefaults__, "backend", "aot_eager")  # type: ignore[attr-defined]
     run, plain = trainer(execution="compiled"), trainer(execution="eager")
     found = [each.fit().history[-1]["output"] for each in (run, plain)]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
