@@ -71,10 +71,29 @@ def _patch_once() -> None:
     interpreter._patch_lang = patch_what_is_not
 
 
+def _round_float8() -> None:
+    """Triton's interpreter loses the carry of a rounded significand in float8; a GPU rounds as torch does."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    convert = interpreter._convert_float
+
+    def rounded(input: Any, input_dtype: Any, output_dtype: Any, rounding_mode: Any) -> Any:
+        if input_dtype != tl.float32 or output_dtype != tl.float8e4nv:
+            return convert(input, input_dtype, output_dtype, rounding_mode)
+        values = torch.frombuffer(bytearray(input.tobytes()), dtype=torch.float32)
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).reshape(input.shape).numpy()
+
+    interpreter._convert_float = rounded
+
+
 if sanitizers.SANITIZE:
     fastdistill.__path__.insert(0, str(sanitizers.BUILT / "fastdistill"))
 if EMULATED:
     _patch_once()
+    _round_float8()
     _native.cuda = cuda_on_cpu.module
     for op in OPS.values():
         op.kernels = [*op.kernels, *(_emulated(k) for k in op.kernels if k.device == "cuda" and k.name in OURS)]

@@ -96,6 +96,17 @@ def _bias_gradient() -> None:
     _module("add_bias").bias_gradient(grad, total)
 
 
+def _quantize_rows(width: int, gelu: bool) -> Callable[[], None]:
+    """Activations of PixArt's layers."""
+
+    def launch() -> None:
+        x, q = (torch.empty(32768, width, dtype=d, device="meta") for d in (torch.bfloat16, torch.float8_e4m3fn))
+        scale = torch.empty(32768, 1, dtype=torch.float32, device="meta")
+        _module("quantize_rows").quantize_rows(x, gelu, q, scale)
+
+    return launch
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     **{
         f"{name}{suffix}": make(*arguments)
@@ -133,5 +144,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     },
     "add_bias": _add_bias,
     "bias_gradient": _bias_gradient,
+    "quantize_rows": _quantize_rows(1152, False),
+    "quantize_rows gelu": _quantize_rows(4608, True),
     "geglu_backward bias": _geglu(torch.bfloat16, False, True, summed=True),
 }

@@ -34,7 +34,10 @@ ARCHS = (80, 90, 100) if tuple(map(int, triton.__version__.split(".")[:2])) > (3
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
+#: Ops whose kernels need instructions that older GPUs do not have.
+SINCE = {"quantize_rows": 89}
 
 
 class Recorder:
@@ -106,6 +109,8 @@ class Compiled:
 def compiled(launches: dict[str, Callable[[], None]], archs: tuple[int, ...]) -> Iterator[Compiled]:
     for name, launch in launches.items():
         for arch in archs:
+            if arch < SINCE.get(name.split()[0], 0):
+                continue
             with Recorder() as recorder, target(arch // 10):
                 launch()
             if not recorder.launched:

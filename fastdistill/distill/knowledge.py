@@ -24,6 +24,7 @@ from fastdistill.diffusion.prompts import Rows, after_null
 from fastdistill.distill.objective import Setting, has_streams
 from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
+from fastdistill.models.fuse.repeated import Repeated
 from fastdistill.models.taps import Taps, channels
 from fastdistill.ops import Draw, FeatureMatch, Task, feature_match, output_match
 from fastdistill.ops.feature_match import Distance, gradient_buffer
@@ -91,6 +92,9 @@ class Knowledge:
             )
         table = match_table(coefficients, weights=loss_weighting, guidance=0.0 if null is None else 1.0)
         self._table, self._null = table.to(setting.device), null
+        self._repeated: Repeated | None = None
+        if setting.null_once and null is not None:
+            self._repeated = Repeated(self.teacher, setting.micro_batch or setting.batch, setting.device)
         self._channels = setting.latents.shape[1]  # a learned variance beside them is left alone
         self._branch: torch.cuda.Stream | None = None  # the teacher's, in a CUDA graph
         if setting.device.type == "cuda":
@@ -126,6 +130,8 @@ class Knowledge:
 
     def attach(self) -> None:
         """Hook the tapped modules, unless they are."""
+        if self._repeated is not None:
+            self._repeated.attach()
         if self._names and self._taps is None:
             with contextlib.ExitStack() as hooks:
                 theirs = hooks.enter_context(Taps(self.teacher, self._names[0]))
@@ -136,6 +142,8 @@ class Knowledge:
     def close(self) -> None:
         """Take the hooks off the models, and let go of the buffers."""
         self._gradient = self._gradients = self._held = None
+        if self._repeated is not None:
+            self._repeated.detach()
         if self._taps is not None:
             self._taps = None
             self._detach()
@@ -254,7 +262,8 @@ class Knowledge:
                 output = self._predict_teacher(draw.x_t, draw.timestep, draw.prompt)
                 return output, None, self._taps[0].features() if self._taps else []
             both = after_null(draw.prompt, self._null[tuple(draw.x_t.shape[1:])])
-            output = self._predict_teacher(torch.cat([draw.x_t] * 2), torch.cat([draw.timestep] * 2), both)
+            with contextlib.nullcontext() if self._repeated is None else self._repeated:
+                output = self._predict_teacher(torch.cat([draw.x_t] * 2), torch.cat([draw.timestep] * 2), both)
             unconditional, output = output.chunk(2)
             features = self._taps[0].features() if self._taps else []
             return output, unconditional, [feature.chunk(2)[1] for feature in features]

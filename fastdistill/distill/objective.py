@@ -76,7 +76,8 @@ class Setting:
     will be multiplied before the backward, for losses that store their gradient; None: 1. first_sample, global_batch:
     if several processes share a step, which of its samples are those of this process (``noise_gather``). micro_batch:
     how many samples the losses are computed for at once (``TrainConfig.micro_batch``); None: all. others: latents of
-    other shapes, from which steps draw in turn. trajectory: for latents that are states of a sampler.
+    other shapes, from which steps draw in turn. trajectory: for latents that are states of a sampler. null_once:
+    whether a guided, fused teacher projects the null prompt's keys and values once (``TrainConfig.teacher_null_once``).
     """
 
     teacher: nn.Module
@@ -95,6 +96,7 @@ class Setting:
     call: Call | None = None
     others: tuple[Bucket, ...] = ()
     trajectory: Trajectory | None = None
+    null_once: bool = False
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:

@@ -14,7 +14,7 @@ import torch
 
 from fastdistill.errors import InputError
 from fastdistill.plan import cost
-from fastdistill.plan.cards import GIB, Card
+from fastdistill.plan.cards import GIB, WITHOUT_FLOAT8, Card
 from fastdistill.plan.memory import Layout, memory, total
 from fastdistill.plan.step import Job, Traced
 from fastdistill.train.config import TrainConfig
@@ -126,6 +126,8 @@ def planned(
         raise InputError.of("ranks", "at least 1", ranks)
     if config.batch % ranks:
         raise InputError.of("train.batch", f"a multiple of the {ranks} ranks that share it", config.batch)
+    if config.teacher_fp8 and card.name in WITHOUT_FLOAT8:
+        raise InputError.of("train.teacher_fp8", f"false on the {card.name}, whose products take no float8", True)
     batch = config.batch // ranks
     if config.micro_batch is not None and batch % config.micro_batch:
         raise InputError.of("train.micro_batch", f"a divisor of the {batch} samples of each rank", config.micro_batch)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdistill.diffusion.schedule import PredictionType, Schedule
 from fastdistill.distill.objective import Objective, Setting
-from fastdistill.models import families
+from fastdistill.models import families, float8
 from fastdistill.models.calling import Call
 from fastdistill.models.fuse import fuse
 from fastdistill.models.students import Student
@@ -72,7 +72,7 @@ class Job:
         """A step without memory: of one part, or of two whose gradients are accumulated. It takes seconds; a job keeps
         what it has found, and so do those that ``dataclasses.replace`` makes of it."""
         config = self.config
-        kind = config.precision, config.fuse, config.gradient_checkpointing, config.teacher_ahead
+        kind = config.precision, config.fuse, config.gradient_checkpointing, config.teacher_ahead, config.teacher_fp8
         key = accumulated, self.device, self.teacher_dtype, *kind
         if key not in self.known:
             self.known[key] = self._traced(1 + accumulated)
@@ -201,6 +201,8 @@ def _step(
         if config.fused(job.device):
             fuse(teacher)
             fuse(student)
+        if config.teacher_fp8:
+            undo.callback(float8.quantize(teacher, student))
         low = any(p.dtype == torch.float16 for p in student.parameters() if p.requires_grad)
         scaling = LossScale(META) if low else None
         setting = Setting(
@@ -217,6 +219,7 @@ def _step(
             global_batch=batch,
             micro_batch=micro_batch,
             call=job.call,
+            null_once=config.teacher_null_once,
         )
         bound = job.objective(made).bind(setting)
         undo.callback(bound.close)

@@ -23,6 +23,7 @@ def before(trainer: DistillTrainer, planned: Plan | None) -> list[str]:
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     count = sum(p.numel() for p in student.parameters())
     lines = [f"teacher: {_size(trainer.teacher)}; student: {_size(student)}, {_share(trained, count)} trained"]
+    lines += trainer.about_teacher
     for (theirs, own), wide, narrow in getattr(trainer.step.objective, "tapped", ()):
         adapter = "" if wide == narrow else " by an adapter"
         lines.append(f"tap: student {own} {list(narrow)} to teacher {theirs} {list(wide)}{adapter}")

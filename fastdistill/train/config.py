@@ -99,6 +99,11 @@ class TrainSettings:
     teacher_ahead: bool = False
     """Run the teacher for the next step during the backward of this one (CUDA graphs; more memory). Same bits, except
     in a compiled step, where the teacher is compiled separately and rounds differently."""
+    teacher_fp8: bool = False
+    """Run the linear layers of a transformer teacher in float8 (GPUs from 8.9 on): faster, half the memory, other
+    targets; how far they move is measured at the start."""
+    teacher_null_once: bool = False
+    """Project the null prompt's keys and values once a step (guidance distillation, a fused U-Net, PixArt or Sana)."""
     banks: Literal["device", "pinned"] = "device"
     """Where banks in memory are stored: on the device, or in pinned host memory that a GPU reads directly."""
     ahead: Annotated[int, Field(ge=1, le=1024)] = 3
@@ -133,10 +138,11 @@ class TrainConfig(TrainSettings):
     preview: PreviewConfig = PreviewConfig()
 
 
-#: Fields that do not change the results: what is kept and shown, how data are read, and when the teacher runs.
+#: Fields that do not change the results beyond last bits: what is kept and shown, how data are read, when the teacher
+#: runs. ``teacher_fp8`` changes them; where it is on, a fingerprint has it (``train.sources``).
 APART = frozenset({
     "ahead", "banks", "best", "checkpoint_every", "keep_best", "keep_checkpoints", "keep_every", "preview",
-    "teacher_ahead", "trackers",
+    "teacher_ahead", "teacher_fp8", "teacher_null_once", "trackers",
 })  # fmt: skip
 
 

@@ -63,6 +63,8 @@ def fingerprint(setting: Setting, sources: Sources, objective: Objective, config
     constant = config.ema_schedule == "constant"
     free |= {"ema_schedule", "ema_width"} if constant else {"ema_decay"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    if config.teacher_fp8:
+        settings["teacher_fp8"] = True  # which runs of before do not have
     schedule = setting.schedule.to_config()
     if isinstance(setting.schedule, NoiseSchedule) and "alphas_cumprod" in schedule:
         schedule["alphas_cumprod"] = up_to_rounding(setting.schedule.alphas_cumprod)
@@ -131,9 +133,14 @@ def explain(banks: Mapping[str, Rows], teacher: nn.Module, student: nn.Module) -
                 cast = f" as {dtype_name(dtype)}" if rows[row : row + 1].isfinite().all() else ""
                 return f"row {row} of {name} is not finite{cast}"
     for name, parameter in teacher.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
+        if parameter.is_floating_point() and not _wide(parameter).isfinite().all():
             return f"the teacher's {name} is not finite"
     return "latents, prompts and the teacher's weights are finite: a lower learning rate or more warm-up usually helps"
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In a dtype for which torch can tell what is finite: not float8."""
+    return tensor.float() if tensor.dtype.itemsize < 2 else tensor
 
 
 def _not_finite(rows: Rows, dtype: torch.dtype) -> int | None:

@@ -36,6 +36,7 @@ from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.sources import banks_of, check_sources, explain, fingerprint, placed
 from fastdistill.train.step import TrainStep
+from fastdistill.train.teacher import check_float8, check_null_once, in_float8
 
 
 class DistillTrainer:
@@ -47,8 +48,9 @@ class DistillTrainer:
     that the student draws itself (dropout, stochastic depth): these depend on seed, step and the rank's first sample,
     and so on how the batch is split.
 
-    A trainer has hooks on the modules that it taps, and keeps the teacher frozen in eval mode. ``close``, or leaving a
-    ``with`` statement, ends both; the end of ``fit`` also removes the hooks.
+    A trainer has hooks on the modules that it taps, and keeps the teacher frozen in eval mode, with
+    ``config.teacher_fp8`` in float8. ``close``, or leaving a ``with`` statement, ends all that; the end of ``fit`` also
+    removes the hooks. ``about_teacher`` has lines on what changes the teacher's numbers.
 
     Args:
         teacher: a diffusers model of a family (``fastdistill.models.families``), or any module of the call shape
@@ -115,6 +117,7 @@ class DistillTrainer:
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
+        check_float8(teacher, config, self.device)
         common = shared(student, teacher)
         dtype = arguments.dtype(student, self.device, config.precision, common)
         adapters = peft.identity(student, teacher)
@@ -147,6 +150,7 @@ class DistillTrainer:
                 call=call,
                 micro_batch=config.micro_batch,
                 others=tuple(others),
+                null_once=config.teacher_null_once,
             )
             self._fingerprint = fingerprint(setting, sources, objective, config)
             if adapters:
@@ -160,8 +164,14 @@ class DistillTrainer:
             layout = {name: [list(p.shape), p.requires_grad] for name, p in self.student.named_parameters()}
             given = {"config": each, "shard": "none" if shard is None else "given", "student": layout}
             distributed.check_same(self._fingerprint | given)
+            self.about_teacher: list[str] = []
+            if config.teacher_fp8:
+                as_it_was, line = in_float8(setting, objective)
+                undo.callback(as_it_was)
+                self.about_teacher.append(line)
             bound = objective.bind(setting)
             undo.callback(bound.close)
+            check_null_once(bound, self.teacher, config, self.device)
             if shard is not None:
                 distributed.shard(self.student, bound, shard)
             self.step = TrainStep(bound, self.student, config, self.device, scaling, shapes=len(sources))

@@ -26,7 +26,7 @@ def test_triton_ahead_of_time() -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     for op in (name for name, op in OPS.items() if any(k.name == "triton" for k in op.kernels)):
-        for arch in ("sm_80", "sm_90", "sm_100"):
+        for arch in ("sm_90", "sm_100") if op == "quantize_rows" else ("sm_80", "sm_90", "sm_100"):
             compiled = [row for row in rows if row["op"].split()[0] == op and row["arch"] == arch]
             assert compiled, f"{op} was not compiled for {arch}"
             assert all(row["spill_bytes"] == 0 and row["registers"] > 0 for row in compiled), compiled

@@ -18,7 +18,7 @@ WIDE = set(
     "_adamw_ema_square_sum _adamw_ema_update _cross_attention_forward _cross_attention_backward_rows _feature_match "
     "_geglu_forward _geglu_backward _geglu_backward_summed _group_norm_moments _group_norm_output _group_norm_sums "
     "_group_norm_gradient _layer_norm_forward _layer_norm_backward _noise_gather gather match scale square_sum "
-    "update _add_bias _bias_gradient".split()
+    "update _add_bias _bias_gradient _quantize_rows".split()
 )
 NARROW = {"layer_norm_modulate affine", "layer_norm_modulate_backward affine"}  # 320 channels for 128 threads
 DUMP = """

@@ -29,6 +29,7 @@ from fastdistill.ops import (
     grad_square_sum,
     group_norm_silu,
     output_match,
+    quantize_rows,
     residual_layer_norm_modulate,
     use,
 )
@@ -199,6 +200,18 @@ def group_norm_silu_work(device: str, last: bool) -> Work:
     return model_work(device, call, (2, 16, 5, 7), (16,), (16,), (2, 16), (2, 16), (2, 16), dtype=torch.bfloat16)
 
 
+def quantize_rows_work(device: str) -> Work:
+    """Rows of several vectors of a thread, and a rest."""
+    x = torch.randn((3, 530), generator=torch.Generator().manual_seed(8)).to(device, torch.bfloat16)
+
+    def step() -> list[Tensor]:
+        found = [quantize_rows(x), quantize_rows(x, gelu=True)]
+        x.sub_((found[0][0].float() * found[0][1]).to(x.dtype), alpha=0.01)
+        return [t for q, scale in found for t in (q.float(), scale)]
+
+    return Work([x], step)
+
+
 WORKS: dict[str, Callable[[str], Work]] = {
     "noise_gather": noise_gather_work,
     "feature_match-mse": lambda device: feature_match_work(device, "mse"),
@@ -217,6 +230,7 @@ WORKS: dict[str, Callable[[str], Work]] = {
     ),
     "geglu": lambda device: model_work(device, geglu, (2, 9, 80), dtype=torch.float16),
     "add_bias": lambda device: model_work(device, add_bias, (2, 70, 3, 5), (2, 70, 3, 5), (70,), dtype=torch.bfloat16),
+    "quantize_rows": quantize_rows_work,
     "geglu-bias": lambda device: model_work(
         device, lambda x, bias: geglu(x + bias.detach(), bias=bias), (2, 9, 80), (80,), dtype=torch.float16
     ),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tests.gpu_simulated.ptx import BYTES, NUMPY, UNSIGNED
@@ -35,6 +36,12 @@ def halves(x: Array, kind: str) -> NDArray[np.float32]:
 
 def _to_half(x: Array, kind: str) -> NDArray[np.uint16]:
     return to_bf16(x) if kind == "bf16" else x.astype(np.float16).view(np.uint16)
+
+
+def _to_e4m3(x: Array) -> NDArray[np.uint16]:
+    """8-bit patterns: to the nearest, ties to even, limited to 448."""
+    limited = torch.from_numpy(np.ascontiguousarray(x, np.float32)).clamp(-448, 448)
+    return limited.to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint16)
 
 
 def compute(parts: tuple[str, ...], source: Source) -> Array:
@@ -181,6 +188,8 @@ def _convert(parts: tuple[str, ...], kind: str, source: Source) -> Array:
     if to in ("bf16x2", "f16x2"):
         high, low = (_to_half(source(i, "f32"), to[:-2]).astype(np.uint32) for i in (0, 1))
         return high << 16 | low
+    if to == "e4m3x2":
+        return _to_e4m3(source(0, "f32")) << 8 | _to_e4m3(source(1, "f32"))
     value = halves(source(0, "b16"), kind) if kind in ("bf16", "f16") else source(0, kind)
     if to in ("bf16", "f16"):
         return _to_half(value, to)

@@ -65,6 +65,8 @@ WORKS: dict[str, Callable[[str], work.Work]] = {
     "cross_attention-77-fp32": lambda device: _cross_attention(device, 35, 77, 80, dtype=torch.float32),
     "cross_attention-300": lambda device: _cross_attention(device, 70, 300, 72),
 }
+#: Steps for architectures from this one on.
+SINCE = {"quantize_rows": 89}
 #: Instructions that are removed from a kernel, by the step that runs it.
 PLANTS = {
     "bar.sync": "cross_attention",
@@ -126,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plant", action="store_true")
     options = parser.parse_args(arguments)
     made: dict[str, Any] = {"triton": triton.__version__, "works": {}, "planted": {}}
-    for name in options.names or WORKS:
+    for name in options.names or (name for name in WORKS if options.arch >= SINCE.get(name, 0)):
         made["works"][name] = dataclasses.asdict(result(name, options.arch))
         print(name, made["works"][name]["fault"], file=sys.stderr, flush=True)
     for pattern, name in PLANTS.items() if options.plant else ():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from benchmarks.measure import allocated_gb
-from fastdistill.models import make_student
+from fastdistill.errors import InputError
+from fastdistill.models import float8, make_student
 from fastdistill.models.families import family_of
-from fastdistill.plan import Job
+from fastdistill.plan import Job, card_named, planned
 from fastdistill.plan.memory import Layout, memory, total
 from fastdistill.train import DistillTrainer
 from fastdistill.train.graph import runner
@@ -91,3 +93,19 @@ def test_planned_memory_is_that_of_a_real_step(
     size = run.config.micro_batch or run.config.batch
     parts = memory(job(run, name).traced(size < run.config.batch).trace, size, run.config.batch, Layout(cuda=False))
     assert abs(total(parts) - parts["workspace"] - real) < 0.1 * real
+
+
+def test_a_teacher_in_float8_takes_half() -> None:
+    """Of its linear layers: a byte a weight and four an output channel, where there were two a weight."""
+    with trained.make("pixart_sigma", teacher_fp8=True) as run:
+        made = dataclasses.replace(job(run, "pixart_sigma"), teacher_dtype=torch.bfloat16)
+        plain = dataclasses.replace(made, config=dataclasses.replace(run.config, teacher_fp8=False))
+        found = [planned(each, card_named("h100")) for each in (plain, made)]
+        with pytest.raises(InputError, match=r"train.teacher_fp8: expected false on the NVIDIA A100 .* no float8"):
+            planned(made, card_named("a100-80gb"))
+    layers = float8.layers_of(small.model("pixart_sigma")).values()
+    spared = sum(layer.weight.numel() - 4 * layer.out_features for layer in layers)
+    assert found[0].memory["teacher"] - found[1].memory["teacher"] == spared > 0
+    assert {**found[0].memory, "teacher": 0, "activations": 0, "workspace": 0} == {
+        **found[1].memory, "teacher": 0, "activations": 0, "workspace": 0
+    }  # fmt: skip

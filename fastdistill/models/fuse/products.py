@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, cat, nn
 from torch.nn import functional as F
 
+from fastdistill.models import float8
 from fastdistill.models.fuse.form import altered
 from fastdistill.ops._dispatch import transformed
 from fastdistill.ops.add_bias import add_bias, with_bias
@@ -141,6 +142,8 @@ def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
     beside the accesses of x that are saved.
     """
     layers: list[Any] = list(projections)
+    if (found := float8.projected(x, layers)) is not None:
+        return found
     fit = saves(x) and plain(*layers, kind=nn.Linear) and not torch.is_autocast_enabled(x.device.type)
     if not fit or len({layer.bias is None for layer in layers}) > 1:
         return [layer(x) for layer in layers]

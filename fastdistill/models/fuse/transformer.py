@@ -13,6 +13,7 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdistill.models import float8
 from fastdistill.models.fuse.attention import autocasts
 from fastdistill.models.fuse.form import Form, Part, altered, instead_of, own
 from fastdistill.models.fuse.products import affine, plain, saves
@@ -135,7 +136,10 @@ def _basic(
 
 def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
     """Layer by layer, as the class does it."""
-    if not saves(x) or altered((("ff", ff, FeedForward),)) is not None:
+    own = altered((("ff", ff, FeedForward),)) is None
+    if own and (found := float8.feed_forward(list(ff.net), x)) is not None:  # type: ignore[arg-type]
+        return found
+    if not saves(x) or not own:
         result: Tensor = ff(x)
         return result
     assert isinstance(ff, FeedForward)
