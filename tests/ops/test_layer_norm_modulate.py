@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import layer_norm_modulate, residual_layer_norm_modulate, use
+from fastdistill.ops.layer_norm_modulate import layer_norm_beside
 from tests.harness import (
     Case,
     assert_alike,
@@ -93,6 +94,24 @@ def test_values_and_contract(kernel: str, residual: bool, dtype: torch.dtype, sh
 @crossed("residual, names", [False, True], [MODULATED, (), ("weight", "bias"), ("bias", "shift"), ("scale",)])
 def test_options(kernel: str, residual: bool, names: tuple[str, ...]) -> None:
     check_op(make((2, 6, 19), names=names, residual=residual), kernel, compiled=("aot_eager",))
+
+
+def call_beside(x: Tensor, h: Tensor | None, given: Given, eps: float) -> tuple[Tensor, ...]:
+    y, same = layer_norm_beside(x, *given[1:], eps)
+    return y, 2 * same
+
+
+def eager_beside(x: Tensor, h: Tensor | None, given: Given, eps: float) -> tuple[Tensor, ...]:
+    return *eager(x, h, given, eps), 2 * x
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@crossed("dtype, names", FLOATS, [NAMES[1:], ()])
+def test_the_gradient_of_what_is_beside(kernel: str, dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    """Of the residual, added in the pass of the backward."""
+    case = make((2, 6, 19), dtype, names, residual=False)
+    case = Case(case.op, case.inputs, call_beside, eager_beside, eager_beside)
+    check_op(case, kernel, compiled=("aot_eager",) if dtype == torch.float32 else (), registration=False)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
