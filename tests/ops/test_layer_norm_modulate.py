@@ -190,6 +190,31 @@ def test_long_chunks_of_the_triton_kernel(kernel: str, monkeypatch: pytest.Monke
     check_op(make((2, 37, 70)), kernel, compiled=(), registration=False)
 
 
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k == "triton"])
+@pytest.mark.parametrize(("rows", "held"), [(37, 64), (8, 64), (3, 64), (7, 32)])
+def test_several_rows_of_a_program(kernel: str, rows: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last program of a sample has fewer."""
+    module = importlib.import_module("fastdistill.ops.layer_norm_modulate.triton")
+    monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(module, "MANY", 1)
+    for residual in (True, False):
+        check_op(
+            make((2, rows, 470), names=NAMES[not residual :], residual=residual),
+            kernel,
+            compiled=(),
+            registration=False,
+        )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_a_gate_both_summands_have_one_gradient(kernel: str) -> None:
+    x, h, given, eps = make((2, 5, 12), names=("weight", "bias")).inputs
+    with use(kernel):
+        y, s = call(x, h, given, eps)
+        dx, dh = torch.autograd.grad((y * s).sum(), [x, h])
+    assert torch.equal(dx, dh)
+
+
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference" and not emulated(k)])
 def test_same_bits_for_any_number_of_threads(kernel: str) -> None:
     case, before, results = make((3, 101, 70)), torch.get_num_threads(), []

@@ -89,7 +89,7 @@ def branched(conv: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, T
         bias = conv.bias
     elif conv.bias is not None:
         bias = conv.bias + bias
-    beside, out = _Branched.apply(x, conv.weight, None if bias is None else bias.detach())  # type: ignore[no-untyped-call]
+    beside, out = _Branched.apply(x, conv.weight, None if bias is None else bias.detach())
     if bias is not None and bias.requires_grad:
         out = with_bias(out, bias)
     return beside, out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)

@@ -197,7 +197,10 @@ class _LayerNormModulate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         x, h, gate, scale, shift, weight, bias = tensors
         y, s, mean, rstd = _run(kind, x, h, gate, scale, shift, weight, bias, eps)
-        ctx.save_for_backward(s[0] if s else x, h, gate, scale, shift, weight, bias, mean, rstd)
+        # Without a gate the gradients of x and h are one.
+        own = None if gate is None else h
+        ctx.save_for_backward(s[0] if s else x, own, gate, scale, shift, weight, bias, mean, rstd)
+        ctx.both = h is not None and gate is None
         remember(ctx, kind)
         ctx.eps = eps
         return (y, x.view_as(x)) if beside else (y, *s)
@@ -208,7 +211,8 @@ class _LayerNormModulate(torch.autograd.Function):
         kind = kind_of(ctx, grad, grad_s)
         s, h, gate, scale, shift, weight, bias, mean, rstd = ctx.saved_tensors
         if is_differentiated():
-            return None, *_backward_again(ctx.eps, grad, grad_s, s, h, gate, scale, shift, weight, bias), None, None
+            dx, dh, *small = _backward_again(ctx.eps, grad, grad_s, s, h, gate, scale, shift, weight, bias)
+            return None, dx, dx if ctx.both else dh, *small, None, None
         grad = torch.zeros_like(s) if grad is None else grad.contiguous()
         grad_s = None if grad_s is None else grad_s.contiguous()
         small = gradients((gate, scale, shift, weight, bias), ctx.needs_input_grad[3:8], s.numel() == 0)
@@ -218,7 +222,7 @@ class _LayerNormModulate(torch.autograd.Function):
             wanted = sum([1 << i for i, g in enumerate(small) if g is not None])
             held = [g for g in small if g is not None]
             _backward(kind, grad, grad_s, s, h, gate, scale, weight, bias, mean, rstd, wanted, dx, dh, held)
-        return None, dx, dh[0] if dh else None, *small, None, None
+        return None, dx, dx if ctx.both else dh[0] if dh else None, *small, None, None
 
 
 def _backward_again(
@@ -239,8 +243,7 @@ def _backward_again(
         ds = grad_s if ds is None else ds + grad_s
     if h is None or ds is None:
         return ds, None, None, *small
-    if gate is None:
-        return ds, ds, None, *small
+    assert gate is not None
     wide, over = ds.float(), gate.float().reshape(len(gate), *[1] * (s.dim() - 2), -1)
     dgate = (wide * h.float()).reshape(len(h), -1, h.shape[-1]).sum(1)
     return ds, (wide * over).to(h.dtype), dgate.to(gate.dtype), *small
