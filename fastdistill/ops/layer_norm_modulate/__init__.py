@@ -211,8 +211,8 @@ class _LayerNormModulate(torch.autograd.Function):
         kind = kind_of(ctx, grad, grad_s)
         s, h, gate, scale, shift, weight, bias, mean, rstd = ctx.saved_tensors
         if is_differentiated():
-            dx, dh, *small = _backward_again(ctx.eps, grad, grad_s, s, h, gate, scale, shift, weight, bias)
-            return None, dx, dx if ctx.both else dh, *small, None, None
+            ds, of_h, *rest = _backward_again(ctx.eps, grad, grad_s, s, h, gate, scale, shift, weight, bias)
+            return None, ds, ds if ctx.both else of_h, *rest, None, None
         grad = torch.zeros_like(s) if grad is None else grad.contiguous()
         grad_s = None if grad_s is None else grad_s.contiguous()
         small = gradients((gate, scale, shift, weight, bias), ctx.needs_input_grad[3:8], s.numel() == 0)
