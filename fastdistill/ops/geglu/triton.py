@@ -36,7 +36,7 @@ def _gelu(g, TANH: tl.constexpr):
         slope = s + g * near * far * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     else:
         # 1 - Phi(|g|) = e^(-g^2 / 2) t P(t), t = 1 / (1 + 0.23 |g|), as in csrc/activations.h: fewer instructions than
-        # erf, whose two polynomials take a thread that moves few bytes as long as its loads and stores.
+        # erf, with which the kernel computed for as long as it moved data.
         size = tl.minimum(tl.abs(g), 1e30)
         t = 1.0 / (1.0 + 0.23 * size)
         p = 0.2791156449 - 0.0762817742 * t
