@@ -202,6 +202,21 @@ def test_skips_are_joined_bit_by_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_a_convolution(padding_mode: str) -> None:
+    conv = nn.Conv2d(8, 4, 3, padding=1, padding_mode=padding_mode).double()
+    found = []
+    for convolution in (products.convolution, lambda conv, x: conv(x)):
+        torch.manual_seed(0)
+        x = torch.randn(2, 8, 5, 3, dtype=torch.float64, requires_grad=True)
+        wanted = [x, *conv.parameters()]
+        out = convolution(conv, x)
+        first = torch.autograd.grad(out.sin().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)  # type: ignore[arg-type]
+        found.append([out, *first, *second])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("learned", [0, 1])
 def test_one_of_the_joined_maps_is_learned(learned: int) -> None:
     maps = [torch.randn(2, 8, 3, 3).contiguous(memory_format=LAST) for _ in range(2)]

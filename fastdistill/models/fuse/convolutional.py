@@ -19,6 +19,7 @@ from fastdistill.models.fuse.products import (
     bias_left,
     biased_sum,
     branched,
+    convolution,
     convolved,
     doubled,
     doubles,
@@ -135,7 +136,7 @@ def _upsample(
         return result
     x = doubled(hidden_states)
     if block.use_conv:
-        x = block.conv(x) if block.name == "conv" else block.Conv2d_0(x)
+        x = convolution(block.conv if block.name == "conv" else block.Conv2d_0, x)
     return x
 
 

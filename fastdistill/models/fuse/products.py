@@ -55,6 +55,18 @@ def bias_left(conv: nn.Module, x: Tensor) -> Tensor | None:
     return conv.bias
 
 
+def convolution(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution; the gradient of its bias as that of ``affine``."""
+    bias = bias_left(conv, x)
+    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if bias is None or not learned or x.dim() != 4 or transformed():
+        result: Tensor = conv(x)
+        return result
+    assert isinstance(conv, nn.Conv2d)
+    out = conv._conv_forward(x, conv.weight, bias.detach())
+    return with_bias(out.permute(0, 2, 3, 1), bias).permute(0, 3, 1, 2)
+
+
 def is_product(conv: nn.Module, x: Tensor) -> bool:
     """Whether a convolution is one product of the channels of a map in channels_last, whose epilogue adds the bias."""
     if not saves(x) or x.dim() != 4 or not plain(conv, kind=nn.Conv2d):
