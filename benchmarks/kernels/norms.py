@@ -66,8 +66,21 @@ def _layer_norm_modulate(
         if backward:
             small = [torch.empty_like(t) for t in tensors if t is not None]
             gate, scale, _, weight, bias = tensors
+            h, s = (h, s) if gate is not None else (None, [])  # as the op passes them on
             module.layer_norm_modulate_backward(
-                x, h, x, h, gate, scale, weight, bias, *statistics, given, torch.empty_like(x), s, small
+                x,
+                x if residual else None,
+                x,
+                h,
+                gate,
+                scale,
+                weight,
+                bias,
+                *statistics,
+                given,
+                torch.empty_like(x),
+                s,
+                small,
             )
         else:
             module.layer_norm_modulate(x, h, *tensors, 1e-6, torch.empty_like(x), s, *statistics)
@@ -131,6 +144,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
             " residual": (torch.bfloat16, True, 7),
             " residual fp32": (torch.float32, True, 7),
             " affine": (torch.float16, False, 24, (32, 4096, 320)),
+            " affine residual": (torch.bfloat16, True, 24, (32, 4096, 320)),
         }.items()
     },
     **{

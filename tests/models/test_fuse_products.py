@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdistill.models.fuse import convolutional, fuse, products
+from fastdistill.models.fuse import convolutional, fuse, products, unfuse
 from fastdistill.train.guard import NoHostSync
 from tests.harness import assert_alike
 from tests.models.fusible import MODELS, assert_close, batches, call, cast, made, moved, parts, run
@@ -178,6 +178,144 @@ def test_maps_that_are_not_doubled_so() -> None:
     assert products.doubles(many) and not products.doubles(many.requires_grad_())
     with torch.no_grad():
         assert products.doubles(many)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skips_are_joined_bit_by_bit(dtype: torch.dtype) -> None:
+    """NaN and -0 too; gradients and the derivatives of those are torch's, in one block of memory each."""
+    x, skip = torch.randn(3, 16, 5, 4).to(dtype), torch.randn(3, 24, 5, 4).to(dtype)
+    x[0, 0, 0, :2] = torch.tensor([torch.nan, -0.0])
+    x, skip = (t.contiguous(memory_format=LAST) for t in (x, skip))
+    assert products.joins(x, skip)
+    expected, got = torch.cat([x, skip], dim=1), products.joined(x, skip)
+    words = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(got.view(words), expected.view(words)) and got.stride() == expected.stride()
+    found = []
+    for join in (products.joined, lambda *maps: torch.cat(maps, dim=1)):
+        leaves = [t.nan_to_num().requires_grad_() for t in (x, skip)]
+        plain = torch.autograd.grad(join(*leaves).square().sum(), leaves)
+        first = torch.autograd.grad(join(*leaves).square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), leaves)
+        found.append([*plain, *first, *second])
+        if join is products.joined:
+            assert all(t.is_contiguous(memory_format=LAST) for t in plain)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_a_convolution(padding_mode: str) -> None:
+    conv = nn.Conv2d(8, 4, 3, padding=1, padding_mode=padding_mode).double()
+    found = []
+    for convolution in (products.convolution, lambda conv, x: conv(x)):
+        torch.manual_seed(0)
+        x = torch.randn(2, 8, 5, 3, dtype=torch.float64, requires_grad=True)
+        wanted = [x, *conv.parameters()]
+        out = convolution(conv, x)
+        first = torch.autograd.grad(out.sin().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)  # type: ignore[arg-type]
+        found.append([out, *first, *second])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("learned", [0, 1])
+def test_one_of_the_joined_maps_is_learned(learned: int) -> None:
+    maps = [torch.randn(2, 8, 3, 3).contiguous(memory_format=LAST) for _ in range(2)]
+    maps[learned].requires_grad_()
+    weights = torch.randn(2, 16, 3, 3).contiguous(memory_format=LAST)
+    (products.joined(*maps) * weights).sum().backward()
+    assert torch.equal(maps[learned].grad, weights.split(8, dim=1)[learned])  # type: ignore[arg-type]
+    assert maps[1 - learned].grad is None
+
+
+def test_maps_that_are_not_joined_so() -> None:
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=LAST)
+    assert products.joins(x, x)
+    assert not products.joins(x, x.contiguous()) and not products.joins(x, x[:, :4]) and not products.joins(x, x[:1])
+    assert not products.joins(x, x.bfloat16()) and not products.joins(x, x[..., :2])
+    assert not products.joins(x, torch.randn(2, 6, 4, 4).contiguous(memory_format=LAST))
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("bias",)])
+@pytest.mark.parametrize("biases", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_branch(biases: tuple[bool, bool], frozen: tuple[str, ...]) -> None:
+    """The norm and the shortcut of a resnet's input: gradients and their derivatives."""
+    conv = nn.Conv2d(8, 4, 1, bias=biases[0]).double().to(memory_format=LAST)  # type: ignore[call-overload]
+    norm = nn.GroupNorm(2, 8).double()
+    other = torch.randn(4, dtype=torch.float64, requires_grad="bias" not in frozen) if biases[1] else None
+    conv.weight.requires_grad_("weight" not in frozen)
+    if conv.bias is not None:
+        conv.bias.requires_grad_("bias" not in frozen)
+    found = []
+    for branched in (products.branched, None):
+        torch.manual_seed(1)
+        x = torch.randn(2, 8, 5, 3, dtype=torch.float64).contiguous(memory_format=LAST)
+        x.requires_grad_("x" not in frozen)
+        if branched is not None:
+            beside, out = branched(conv, x, other)
+        else:
+            beside, out = x, conv(x) if other is None else conv(x) + other[:, None, None]
+        total = (norm(beside).sin().mean(1, keepdim=True) * out).cos().sum()
+        wanted = [t for t in (x, conv.weight, conv.bias, other) if t is not None and t.requires_grad]
+        plain = torch.autograd.grad(total, wanted, retain_graph=True)
+        again = torch.autograd.grad(total, wanted, retain_graph=True)
+        first = torch.autograd.grad(total, wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)  # type: ignore[arg-type]
+        found.append([beside, out, *plain, *again, *first, *second])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_branch_of_which_one_part_is_used(used: int) -> None:
+    conv = nn.Conv2d(8, 4, 1).to(memory_format=LAST)  # type: ignore[call-overload]
+    x = torch.randn(2, 8, 5, 3).contiguous(memory_format=LAST).requires_grad_()
+    products.branched(conv, x, None)[used].square().sum().backward()
+    got, x.grad = x.grad, None
+    (x, conv(x))[used].square().sum().backward()
+    torch.testing.assert_close(got, x.grad)
+
+
+def test_skips_of_a_model() -> None:
+    """Of every resnet of the up blocks, with checkpointing too; not with FreeU, whose maps change first."""
+    model, inputs = laid_out(UNETS[0])
+    model.train()
+    fuse(model)
+    count = sum(len(block.resnets) for block in model.up_blocks)  # type: ignore[union-attr, misc]
+    calls: list[int] = []
+    original = products.joined
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolutional, "joined", lambda *maps: (calls.append(1), original(*maps))[1])
+        for switch in ("disable_gradient_checkpointing", "enable_gradient_checkpointing"):
+            getattr(model, switch)()
+            calls.clear()
+            model(**inputs)
+            assert len(calls) == count
+        model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)  # type: ignore[operator]
+        calls.clear()
+        got = call(model, inputs)
+        assert not calls
+        plain, exact = copy.deepcopy(model), copy.deepcopy(model)
+        for other in (plain, exact):
+            unfuse(other)
+        assert_alike(got, call(plain, inputs), call(exact.double(), cast(inputs, torch.float64)))
+
+
+def test_additions_of_gradients() -> None:
+    """None has parts of a tensor for operands, which torch adds element by element."""
+
+    class Additions(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.add.Tensor and all(isinstance(a, Tensor) and a.dim() == 4 for a in args):
+                parts.extend(a for a in args if torch.empty_like(a).stride() != a.stride())
+            return func(*args, **(kwargs or {}))
+
+    parts: list[Tensor] = []
+    model, inputs = laid_out(UNETS[0])
+    fuse(model)
+    total = model(**inputs).sample.square().sum()
+    with Additions():
+        total.backward()
+    assert not parts
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import layer_norm_modulate, residual_layer_norm_modulate, use
+from fastdistill.ops.layer_norm_modulate import layer_norm_beside
 from tests.harness import (
     Case,
     assert_alike,
@@ -95,6 +96,24 @@ def test_options(kernel: str, residual: bool, names: tuple[str, ...]) -> None:
     check_op(make((2, 6, 19), names=names, residual=residual), kernel, compiled=("aot_eager",))
 
 
+def call_beside(x: Tensor, h: Tensor | None, given: Given, eps: float) -> tuple[Tensor, ...]:
+    y, same = layer_norm_beside(x, *given[1:], eps)
+    return y, 2 * same
+
+
+def eager_beside(x: Tensor, h: Tensor | None, given: Given, eps: float) -> tuple[Tensor, ...]:
+    return *eager(x, h, given, eps), 2 * x
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@crossed("dtype, names", FLOATS, [NAMES[1:], ()])
+def test_the_gradient_of_what_is_beside(kernel: str, dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    """Of the residual, added in the pass of the backward."""
+    case = make((2, 6, 19), dtype, names, residual=False)
+    case = Case(case.op, case.inputs, call_beside, eager_beside, eager_beside)
+    check_op(case, kernel, compiled=("aot_eager",) if dtype == torch.float32 else (), registration=False)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_weights_beside_half_precision(kernel: str, dtype: torch.dtype) -> None:
@@ -169,6 +188,31 @@ def test_only_what_is_wanted(kernel: str) -> None:
 def test_long_chunks_of_the_triton_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("fastdistill.ops.layer_norm_modulate.triton"), "PROGRAMS", 1)
     check_op(make((2, 37, 70)), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k == "triton"])
+@pytest.mark.parametrize(("rows", "held"), [(37, 64), (8, 64), (3, 64), (7, 32)])
+def test_several_rows_of_a_program(kernel: str, rows: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last program of a sample has fewer."""
+    module = importlib.import_module("fastdistill.ops.layer_norm_modulate.triton")
+    monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(module, "MANY", 1)
+    for residual in (True, False):
+        check_op(
+            make((2, rows, 470), names=NAMES[not residual :], residual=residual),
+            kernel,
+            compiled=(),
+            registration=False,
+        )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_a_gate_both_summands_have_one_gradient(kernel: str) -> None:
+    x, h, given, eps = make((2, 5, 12), names=("weight", "bias")).inputs
+    with use(kernel):
+        y, s = call(x, h, given, eps)
+        dx, dh = torch.autograd.grad((y * s).sum(), [x, h])
+    assert torch.equal(dx, dh)
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference" and not emulated(k)])

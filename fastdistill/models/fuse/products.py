@@ -41,10 +41,31 @@ def plain(*modules: Any, kind: type) -> bool:
 
 def convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The convolution, and its bias where that is left to what follows."""
-    if not saves(x) or not plain(conv, kind=nn.Conv2d) or conv.bias is None:
+    bias = bias_left(conv, x)
+    if bias is None:
         return conv(x), None
     assert isinstance(conv, nn.Conv2d)
-    return conv._conv_forward(x, conv.weight, None), conv.bias
+    return conv._conv_forward(x, conv.weight, None), bias
+
+
+def bias_left(conv: nn.Module, x: Tensor) -> Tensor | None:
+    """The bias that ``convolved`` leaves to what follows."""
+    if not saves(x) or not plain(conv, kind=nn.Conv2d):
+        return None
+    assert isinstance(conv, nn.Conv2d)
+    return conv.bias
+
+
+def convolution(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution; the gradient of its bias as that of ``affine``."""
+    bias = bias_left(conv, x)
+    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if bias is None or not learned or x.dim() != 4 or transformed():
+        result: Tensor = conv(x)
+        return result
+    assert isinstance(conv, nn.Conv2d)
+    out = conv._conv_forward(x, conv.weight, bias.detach())
+    return with_bias(out.permute(0, 2, 3, 1), bias).permute(0, 3, 1, 2)
 
 
 def is_product(conv: nn.Module, x: Tensor) -> bool:
@@ -66,9 +87,52 @@ def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     assert isinstance(conv, nn.Conv2d)
     if bias is not None and conv.bias is not None:
         bias = conv.bias + bias
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    out = _affine(rows, conv.weight.flatten(1), conv.bias if bias is None else bias)
+    out = _affine(_rows(x), conv.weight.flatten(1), conv.bias if bias is None else bias)
     return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def branched(conv: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x`` for what else reads it (one op, whose gradient of it is a tensor of its own), and ``pointwise``, whose
+    backward adds its product to that gradient."""
+    assert isinstance(conv, nn.Conv2d)
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    if not differentiated or torch.is_autocast_enabled(x.device.type) or transformed():
+        return x, pointwise(conv, x, bias)
+    if bias is None:
+        bias = conv.bias
+    elif conv.bias is not None:
+        bias = conv.bias + bias
+    beside, out = _Branched.apply(x, conv.weight, None if bias is None else bias.detach())
+    if bias is not None and bias.requires_grad:
+        out = with_bias(out, bias)
+    return beside, out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+class _Branched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), F.linear(_rows(x), weight.flatten(1), bias)
+
+    @staticmethod
+    def backward(ctx: Any, beside: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if grad is None:
+            return beside, None, None
+        dx: Tensor | None = beside
+        if ctx.needs_input_grad[0]:
+            if beside is None or torch.is_grad_enabled() or not beside.is_contiguous(memory_format=torch.channels_last):
+                own = (grad @ weight.flatten(1)).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+                dx = own if beside is None else beside + own
+            else:
+                _rows(beside).addmm_(grad, weight.flatten(1))
+        dw = (grad.t() @ _rows(x)).view_as(weight) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
 
 
 def affine(layer: nn.Module, x: Tensor) -> Tensor:
@@ -197,3 +261,66 @@ class _Projections(torch.autograd.Function):
             else []
         )
         return None if dx is None else dx.view_as(x), None, *dw, *db
+
+
+def joins(x: Tensor, skip: Tensor) -> bool:
+    """Whether ``joined`` takes two maps: as for ``doubles``, of the same positions."""
+    if not saves(x) or x.dim() != 4 or skip.dim() != 4 or x.dtype != skip.dtype or x.device != skip.device:
+        return False
+    if x.shape[0] != skip.shape[0] or x.shape[2:] != skip.shape[2:]:
+        return False
+    return _has_units(x) and _has_units(skip) and not transformed()
+
+
+def _has_units(x: Tensor) -> bool:
+    """Whether the channels of each position of a map in channels_last are whole units of 16 bytes."""
+    if not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
+        return False
+    return not (x.shape[1] * x.element_size() % 16 or x.storage_offset() * x.element_size() % 16)
+
+
+def joined(x: Tensor, skip: Tensor) -> Tensor:
+    """``cat([x, skip], dim=1)``, the same bits moved by 16 bytes. Gradients are maps in one block of memory each: parts
+    of one tensor would be copied or added element by element by what comes before."""
+    if not torch.is_grad_enabled() or not (x.requires_grad or skip.requires_grad):
+        return _join(x, skip)
+    result: Tensor = _Joined.apply(x, skip)
+    return result
+
+
+def _units(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).view(torch.complex128)
+
+
+def _join(*maps: Tensor) -> Tensor:
+    first = maps[0]
+    channels = sum(x.shape[1] for x in maps)
+    out = torch.empty(
+        (len(first), channels, *first.shape[2:]),
+        dtype=first.dtype, device=first.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    units, at = _units(out), 0
+    for x in maps:
+        part = _units(x)
+        units[..., at : at + part.shape[-1]] = part
+        at += part.shape[-1]
+    return out
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, skip: Tensor) -> Tensor:
+        ctx.channels = x.shape[1], skip.shape[1]
+        return _join(x, skip)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or not _has_units(grad):
+            parts = grad.split(ctx.channels, dim=1)
+        else:
+            units = [channels * grad.element_size() // 16 for channels in ctx.channels]
+            parts = [
+                part.contiguous().view(grad.dtype).permute(0, 3, 1, 2) if needed else part
+                for part, needed in zip(_units(grad).split(units, dim=-1), ctx.needs_input_grad, strict=True)
+            ]
+        return tuple(part if needed else None for part, needed in zip(parts, ctx.needs_input_grad, strict=True))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A gated residual, layer norm and modulation in Triton.
 
-Grid      forward one program per row; backward one per chunk of rows; the sums of the chunks are added in order
+Grid      forward one program per row, or per 2 or 4 short ones; backward one per chunk of rows; the sums of the chunks
+          are added in order
 Traffic   forward x read, y written; with a residual also h read and s written. Backward s and grad read, dx written;
           with a residual also grad_s and h read and dh written
 Precision a row and a chunk's sums in fp32, squares around the mean; chunks added in fp64; outputs rounded once
@@ -22,6 +23,7 @@ from fastdistill.ops.layer_norm_modulate.reference import spread
 
 ROWS, FEW = 32, 8  # rows per chunk; FEW if there would be fewer than PROGRAMS chunks
 PROGRAMS = 512
+HELD, MOST, MANY = 32, 4, 4096  # forward: numbers of several rows that a thread holds, most rows, fewest programs
 AHEAD = 2  # rows of a chunk that are prefetched, if they fit into SHARED bytes
 SHARED = 1 << 16
 THREADS = tl.constexpr(128)  # minimum threads per program
@@ -42,25 +44,30 @@ def _affine(sample, c, inside, given, strides, GIVEN: tl.constexpr):
 
 @triton.jit
 def _layer_norm_forward(
-    x, h, y, s, mean, rstd, given, strides, eps, rows, D, GIVEN: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, h, y, s, mean, rstd, given, strides, eps, rows, D, chunks, GIVEN: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside, at = c < D, tl.program_id(0).to(tl.int64) * D + c
-    gate, scale, shift, w, b = _affine(row // rows, c, inside, given, strides, GIVEN)
+    sample, c = (tl.program_id(0) // chunks).to(tl.int64), tl.arange(0, BLOCK)
+    first = tl.program_id(0) % chunks * ROWS + tl.arange(0, ROWS)
+    row, exists, inside = sample * rows + first, first < rows, (first < rows)[:, None] & (c < D)[None, :]
+    at = row[:, None] * D + c[None, :]
+    gate, scale, shift, w, b = _affine(sample, c, c < D, given, strides, GIVEN)
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
-        total = (v + gate * tl.load(h + at, mask=inside, other=0.0).to(tl.float32)).to(s.dtype.element_ty)
+        more = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        total = (v + gate[None, :] * more).to(s.dtype.element_ty)
         tl.store(s + at, total, mask=inside)
         v = total.to(tl.float32)  # as rounded
     n = tl.cast(D, tl.float32)
-    middle = tl.sum(v) / n
-    middle += tl.sum(tl.where(inside, v - middle, 0.0)) / n  # corrects the rounding of the first sum
-    d = tl.where(inside, v - middle, 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(terms(d, d, BLOCK <= THREADS)) / n + eps)
-    tl.store(mean + row, middle)
-    tl.store(rstd + row, r)
-    tl.store(y + at, (d * r * (w * scale) + (b * scale + shift)).to(y.dtype.element_ty), mask=inside)
+    middle = tl.sum(v, 1) / n
+    # The second sum corrects the rounding of the first.
+    middle += tl.sum(tl.where(inside, v - middle[:, None], 0.0), 1) / n
+    d = tl.where(inside, v - middle[:, None], 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(terms(d, d, BLOCK <= THREADS), 1) / n + eps)
+    tl.store(mean + row, middle, mask=exists)
+    tl.store(rstd + row, r, mask=exists)
+    z = d * r[:, None] * (w * scale)[None, :] + (b * scale + shift)[None, :]
+    tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -169,10 +176,13 @@ def layer_norm_modulate(
     """One launch; arguments as in the reference."""
     batch, rows, width, block = _cut(x)
     tensors, strides, given = _given(x, gate, scale, shift, weight, bias)
-    residual = h is not None
-    _layer_norm_forward[(batch * rows,)](
-        x, h if residual else x, y, s[0] if residual else y, mean, rstd, tensors, strides, eps, rows, width, given,
-        residual, block, num_warps=_warps(block, False), **FUSED,
+    residual, warps = h is not None, _warps(block, False)
+    length = min(max(HELD * 32 * warps // block, 1), MOST)
+    length = length if batch * cdiv(rows, length) >= MANY else 1
+    chunks = cdiv(rows, length)
+    _layer_norm_forward[(batch * chunks,)](
+        x, h if residual else x, y, s[0] if residual else y, mean, rstd, tensors, strides, eps, rows, width, chunks,
+        given, residual, length, block, num_warps=warps, **FUSED,
     )  # fmt: skip
 
 
