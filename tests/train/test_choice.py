@@ -307,9 +307,26 @@ def test_attention_over_few_tokens_as_products() -> None:
         outputs = model(*own, mask)
         sum(t.square().sum() for t in outputs).backward()
         outcomes.append([*outputs, *(t.grad for t in own)])
-    assert found == [3]
+    torch.compile(Attending(), backend=backend)(*(t.bfloat16() for t in given), mask.bfloat16())
+    assert found == [3, 3]
     for one, two in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_attention_over_few_tokens_in_bfloat16() -> None:
+    """Computed in float32 and rounded at the end: the output differs from the exact one by no more than rounding it
+    does, and so do the gradients."""
+    g = torch.Generator().manual_seed(1)
+    own = [torch.randn(4, 2, tokens, 16, generator=g).bfloat16().requires_grad_() for tokens in (16, 5, 5)]
+    exact = [t.detach().double().requires_grad_() for t in own]
+    outputs = []
+    for attend, given in ((products.attention, own), (torch.nn.functional.scaled_dot_product_attention, exact)):
+        output = attend(*given)
+        output.backward(torch.ones_like(output).cumsum(-1))
+        outputs.append([output, *(t.grad for t in given)])
+    assert all(t.dtype == torch.bfloat16 for t in outputs[0])
+    for one, two in zip(*outputs, strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=2**-8, atol=1e-5 * float(two.abs().max()))
 
 
 def test_who_multiplies_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
