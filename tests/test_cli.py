@@ -117,6 +117,14 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
         (("--train.betas", "0.9"), "--train.betas: expected 2 values, got 0.9"),
         (("--train.micro_batch", "two"), "--train.micro-batch: expected null or INT, got two"),
         (("--train.fuse", "maybe"), "--train.fuse: expected one of True, False, auto, got maybe"),
+        *(
+            (
+                (f"--train.{option}", "maybe"),
+                f"--train.{option.replace('_', '-')}: expected --train.teacher-ahead or --train.no-teacher-ahead"
+                " without a value, got maybe",
+            )
+            for option in ("teacher_ahead", "no-teacher-ahead")
+        ),
         (
             ("--train.precision", "int8"),
             "--train.precision: expected one of auto, measured, float32, bfloat16, float16, got int8",
