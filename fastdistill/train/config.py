@@ -226,8 +226,9 @@ def _settled(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     settled = dict(values)
     for field in dataclasses.fields(kind):
         given, make = values.get(field.name), field.default_factory
-        power = isinstance(given, Mapping) and given.get("ema_schedule") == "power"
-        if power and callable(make) and getattr(make(), "ema_decay", None) == given.get("ema_decay"):
+        if not isinstance(given, Mapping) or given.get("ema_schedule") != "power" or not callable(make):
+            continue
+        if getattr(make(), "ema_decay", None) == given.get("ema_decay"):
             settled[field.name] = {**given, "ema_decay": TrainSettings.ema_decay}
     return settled
 

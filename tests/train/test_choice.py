@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,63 @@ def test_a_measured_precision(
     assert again.student.first.weight.dtype == dtype
     run.close()
     again.close()
+
+
+def test_compiling_pays_for_every_shape(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents of two shapes take twice the time to compile."""
+    measuring(best)
+    compiled = ranks.make(latents=ranks.sizes(), steps=4)
+    eager = ranks.make(latents=ranks.sizes(), steps=4, execution="eager")
+    one, two = (ranks.finished(run) for run in (compiled, eager))
+    assert compiled.step.execution == "compiled, channels_last" and compiled.step.shapes == 2
+    for mine, theirs in zip(one["history"], two["history"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    monkeypatch.setattr(choice, "COMPILING", 0.5)
+    run = ranks.make(latents=ranks.sizes(), steps=5)
+    run.fit()
+    assert run.step.why.endswith("not compiled, as that takes some 8 s, and the steps that are left 30 s")
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_begins_anew(measuring: Any, tmp_path: Path) -> None:
+    """What a kill leaves is no choice: the run measures again, and is one that has chosen so from its start."""
+
+    def leave(done: int, _: object) -> None:
+        if done == 2:
+            shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+
+    measuring(best)
+    ranks.make(log_every=1, checkpoint_every=3).fit(tmp_path / "whole", progress=leave)
+    assert checkpoint.chosen(tmp_path / "killed") is None and (tmp_path / "killed" / "metrics.jsonl").stat().st_size
+    measuring(lambda way: -best(way))
+    again = ranks.make(log_every=1, checkpoint_every=3)
+    one = ranks.finished(again, tmp_path / "killed")
+    assert again.step.execution == "eager"
+    two = ranks.finished(ranks.make(execution="eager", log_every=1, checkpoint_every=3), tmp_path / "named")
+    assert one["history"] == two["history"]
+    for name, value in one["state"].items():
+        assert torch.equal(value, two["state"][name]), name
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("killed", "named")]
+    assert lines[0] == lines[1]
+
+
+def test_a_precision_counts_in_its_fastest_way(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 that is slower, except fused."""
+    monkeypatch.setattr("fastdistill.train.trainer.has_bfloat16", lambda device: True)
+    measuring(best)
+    seconds = Bench.seconds
+
+    def by_dtype(bench: Bench, way: Choice) -> float:
+        low = next(bench.student.parameters()).dtype == torch.bfloat16
+        assert {any(map(is_fused, model.modules())) for model in (bench.teacher, bench.student)} == {bool(way.fuse)}
+        return seconds(bench, way) + low * (1.0 if not way.fuse else -2.0)
+
+    monkeypatch.setattr(Bench, "seconds", by_dtype)
+    run = small.trainer("channel_base", steps=2, fuse="auto", precision="measured", execution="eager")
+    own = {name: p.clone() for name, p in run.teacher.named_parameters()}
+    run.fit()
+    assert next(run.student.parameters()).dtype == torch.bfloat16
+    for name, p in run.teacher.named_parameters():
+        assert torch.equal(p, own[name]) and p.is_contiguous()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
