@@ -7,6 +7,7 @@ import contextlib
 import importlib.abc
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -165,6 +166,22 @@ def test_a_wrong_option_is_one_line_in_every_encoding(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert main(["export", str(tmp_path / "run.yaml"), *options]) == 2
     assert capsys.readouterr().err == f"fastdistill: {message}\n"
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, ("5000", "1")), ({"OMP_WAIT_POLICY": "active"}, (None, None))])
+def test_threads_of_commands_wait_briefly(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: tuple[str | None, ...]
+) -> None:
+    """Said before torch is imported, where the environment says nothing."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # restored in the end
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--version"]) == 0
+    assert (os.environ.get("GOMP_SPINCOUNT"), os.environ.get("KMP_BLOCKTIME")) == expected
+    loaded = "import sys, fastdistill.cli, fastdistill.commands; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", loaded], check=True)
 
 
 @pytest.mark.parametrize("spelled", [("--train.micro-batch", "null"), ("--train.micro_batch=none",)])

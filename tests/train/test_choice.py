@@ -280,9 +280,10 @@ def test_a_precision_counts_in_its_fastest_way(measuring: Any, monkeypatch: pyte
     seconds = Bench.seconds
 
     def by_dtype(bench: Bench, way: Choice) -> float:
-        low = next(bench.student.parameters()).dtype == torch.bfloat16
+        took = seconds(bench, way)
         assert {any(map(is_fused, model.modules())) for model in (bench.teacher, bench.student)} == {bool(way.fuse)}
-        return seconds(bench, way) + low * (1.0 if not way.fuse else -2.0)
+        low = next(bench.student.parameters()).dtype == torch.bfloat16
+        return took + low * (1.0 if not way.fuse else -2.0)
 
     monkeypatch.setattr(Bench, "seconds", by_dtype)
     run = small.trainer("channel_base", steps=2, fuse="auto", precision="measured", execution="eager")
