@@ -13,6 +13,8 @@ import fastdistill
 from fastdistill import commands
 from fastdistill.errors import FastdistillError, Stopped
 
+_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+
 # Heavy modules are imported where they are used, so that help is fast and Ctrl-C during an import is handled.
 
 _USAGE = """\
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for an error of the user's or the machine's, 130 for Ctrl-C (143 for
     SIGTERM while a model trains)."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _wait_briefly()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is as clean as Ctrl-C
     try:
         with warnings.catch_warnings():
@@ -54,6 +57,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _wait_briefly() -> None:
+    """Let OpenMP's threads wait actively for some 0.1 ms, then asleep, unless the environment says otherwise. Its own
+    limit is of the order of 10 ms: two runs on the same cores would spend most of their time waiting for threads that
+    the other run keeps from a core. OpenMP reads this when torch is imported."""
+    if not _WAITING & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "5000"  # GNU's: iterations
+        os.environ["KMP_BLOCKTIME"] = "1"  # LLVM's and Intel's: milliseconds
 
 
 def _warn(message: Warning | str, told: set[str]) -> None:

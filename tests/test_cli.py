@@ -7,6 +7,7 @@ import contextlib
 import importlib.abc
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -117,6 +118,14 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
         (("--train.betas", "0.9"), "--train.betas: expected 2 values, got 0.9"),
         (("--train.micro_batch", "two"), "--train.micro-batch: expected null or INT, got two"),
         (("--train.fuse", "maybe"), "--train.fuse: expected one of True, False, auto, got maybe"),
+        *(
+            (
+                (f"--train.{option}", "maybe"),
+                f"--train.{option.replace('_', '-')}: expected --train.teacher-ahead or --train.no-teacher-ahead"
+                " without a value, got maybe",
+            )
+            for option in ("teacher_ahead", "no-teacher-ahead")
+        ),
         (
             ("--train.precision", "int8"),
             "--train.precision: expected one of auto, measured, float32, bfloat16, float16, got int8",
@@ -157,6 +166,22 @@ def test_a_wrong_option_is_one_line_in_every_encoding(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert main(["export", str(tmp_path / "run.yaml"), *options]) == 2
     assert capsys.readouterr().err == f"fastdistill: {message}\n"
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, ("5000", "1")), ({"OMP_WAIT_POLICY": "active"}, (None, None))])
+def test_threads_of_commands_wait_briefly(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: tuple[str | None, ...]
+) -> None:
+    """Said before torch is imported, where the environment says nothing."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # restored in the end
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--version"]) == 0
+    assert (os.environ.get("GOMP_SPINCOUNT"), os.environ.get("KMP_BLOCKTIME")) == expected
+    loaded = "import sys, fastdistill.cli, fastdistill.commands; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", loaded], check=True)
 
 
 @pytest.mark.parametrize("spelled", [("--train.micro-batch", "null"), ("--train.micro_batch=none",)])

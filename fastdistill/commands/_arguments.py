@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 from typing import Any, get_args, get_type_hints
 
@@ -74,8 +75,7 @@ def _checked(arguments: list[str], types: dict[str, Any], name: str) -> list[str
             and types.get(option, bool) is bool
             and argument.lower() in ("true", "false", "yes", "no", "on", "off")
         ):
-            switch = option if option in types else option.replace(".no-", ".").replace("--no-", "--")
-            raise FastdistillError(f"{option}: expected {switch} or {_negated(switch)} without a value, got {argument}")
+            raise FastdistillError(_without_value(option, argument, types))
         else:
             result.append(_spelled(argument, types.get(option)) if option else argument)
     return result
@@ -84,6 +84,12 @@ def _checked(arguments: list[str], types: dict[str, Any], name: str) -> list[str
 def _negated(option: str) -> str:
     place, dot, last = option.rpartition(".")
     return f"{place}.no-{last}" if dot else f"--no-{last[2:]}"
+
+
+def _without_value(option: str, value: str, types: dict[str, Any]) -> str:
+    """The line for a switch with a value."""
+    switch = option if option in types else option.replace(".no-", ".").replace("--no-", "--")
+    return f"{option}: expected {switch} or {_negated(switch)} without a value, got {value}"
 
 
 def _spelled(value: str, kind: Any) -> str:
@@ -110,6 +116,10 @@ def _line(text: str, arguments: list[str], types: dict[str, Any], name: str) -> 
     if found := re.match(r"Missing value for argument '(--\S+)'\. Expected (\d+) value", message):
         return f"{found[1]}: expected {found[2]} value{'s' * (found[2] != '1')}, got {_given(found[1], arguments)}"
     if found := re.match(r"Unrecognized options: (.+)", message):
+        for before, value in itertools.pairwise(arguments):
+            option = before.replace("_", "-")
+            if option.startswith("--") and types.get(option, bool) is bool and found[1].split()[0] == value:
+                return _without_value(option, value, types)
         return f"{name.removeprefix('fastdistill ')}: expected options (--...), got {found[1]}"
     return f"{name.removeprefix('fastdistill ')}: {message}"
 

@@ -27,6 +27,7 @@ from fastdistill.models.calling import trial
 from fastdistill.ops import _check
 
 MEASURED = "measured"
+MOST = 2**16  # points, and samples: these are drawn at once, before the first step
 _OWN_KEY = -(2**63)  # added to the seed: the samples are none of the training's
 
 
@@ -48,8 +49,8 @@ class Measurement:
         counts = {}
         for name, low in (("points", 2), ("samples", 1)):
             value = parameters.get(name, getattr(cls, name))
-            whole = math.isfinite(value) and value == int(value) >= low
-            _check.require(whole, f"p(t) {MEASURED}: {name}", f"a whole number >= {low}", value)
+            whole = math.isfinite(value) and low <= value == int(value) <= MOST
+            _check.require(whole, f"p(t) {MEASURED}: {name}", f"a whole number, {low} to {MOST}", value)
             counts[name] = int(value)
         power = float(parameters.get("power", cls.power))
         _check.require(0 < power < math.inf, f"p(t) {MEASURED}: power", "a finite number > 0", power)

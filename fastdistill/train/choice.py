@@ -37,6 +37,7 @@ PATIENCE = 20.0  # minimum seconds of remaining training; below, nothing is meas
 SHARE = 0.15  # fraction of the time of an eager step that compiling is expected to save
 COMPILING = 0.25  # estimated seconds of compiling per layer of the models, to decide whether to try it
 ROUNDS = 5
+PRECISION_ROUNDS = 3  # of each way in two precisions
 MARGIN = 0.98  # another way counts as faster only below this fraction of the first way's time
 
 
@@ -104,11 +105,7 @@ def choose(
     open_fuse, left = config.fuse == "auto", config.steps - int(step.counter[1])
     if step.counter.device.type != "cpu" or (config.execution != "auto" and not open_fuse):
         return choice
-    plain = dataclasses.replace(
-        choice or Choice(),
-        execution="eager" if config.execution == "auto" else None,
-        fuse=False if open_fuse else None,
-    )
+    plain = _plain(config, choice)
     if left < LEAST:
         return dataclasses.replace(plain, why=f"auto: {left} steps are too few to measure")
     if config.teacher_ahead:
@@ -133,11 +130,17 @@ def running(step: TrainStep, student: nn.Module, config: TrainConfig, choice: Ch
     return advance
 
 
-def faster_precision(own: Bench, low: Bench) -> Literal["float32", "bfloat16"]:
-    """The faster dtype of the student in an eager step: as in ``own`` or as in ``low``; the times of rank 0 decide."""
-    with own.kept(), low.kept():
-        turns = [(own.seconds(Choice()), low.seconds(Choice())) for _ in range(1 + ROUNDS)][1:]
-    times = distributed.first(lambda: [min(each) for each in zip(*turns, strict=True)])
+def faster_precision(own: Bench, low: Bench, config: TrainConfig) -> Literal["float32", "bfloat16"]:
+    """Whether an eager step is faster with the student in bfloat16, as in ``low``; each in its fastest way among those
+    that the configuration leaves open. Rank 0's times decide."""
+    plain = _plain(config)
+    ways = _ways(own, plain, config)
+    with own.kept(), low.kept():  # both have the same teacher, so one way at a time
+        turns = [[[bench.seconds(way) for bench in (own, low)] for way in ways] for _ in range(1 + PRECISION_ROUNDS)]
+        for bench in (own, low):
+            bench.put(plain)
+    best = torch.tensor(turns[1:], dtype=torch.float64, device="cpu").amin((0, 1))
+    times = distributed.first(best.tolist)
     chosen: Literal["float32", "bfloat16"] = "float32" if times[0] <= times[1] else "bfloat16"
     if distributed.rank() == 0:
         told = f"float32 {1e3 * times[0]:.1f} ms per step, bfloat16 {1e3 * times[1]:.1f} ms per step"
@@ -145,14 +148,27 @@ def faster_precision(own: Bench, low: Bench) -> Literal["float32", "bfloat16"]:
     return chosen
 
 
+def _plain(config: TrainConfig, choice: Choice | None = None) -> Choice:
+    """The first way, on top of what was chosen before."""
+    return dataclasses.replace(
+        choice or Choice(),
+        execution="eager" if config.execution == "auto" else None,
+        fuse=False if config.fuse == "auto" else None,
+    )
+
+
+def _ways(bench: Bench, plain: Choice, config: TrainConfig) -> list[Choice]:
+    """The eager ways that the configuration leaves open."""
+    layouts = [None] if config.execution != "auto" or not bench.has_layouts() else [None, True]
+    forms = [False, True] if plain.fuse is not None and bench.has_fused() else [plain.fuse]
+    return [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, forms)]
+
+
 def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Choice:
     first = bench.times([plain], rounds=1)[plain]
     if (total := first * left) < PATIENCE:
         return dataclasses.replace(plain, why=f"auto: the {left} steps that are left take some {total:.0f} s")
-    layouts = [None] if config.execution != "auto" or not bench.has_layouts() else [None, True]
-    forms = [False, True] if plain.fuse is not None and bench.has_fused() else [plain.fuse]
-    ways = [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, forms)]
-    times = bench.times(ways)
+    times = bench.times(_ways(bench, plain, config))
     best = _fastest(times)
     told = [f"{way} {1e3 * seconds:.1f} ms per step" for way, seconds in times.items()]
     if config.execution == "auto":
@@ -253,11 +269,9 @@ class Bench:
     def refuse_compiled(self, seconds: float) -> str | None:
         """Why compiling is not tried; None: it is. ``seconds``: of the remaining training in eager mode."""
         layers = sum(1 for model in (self.teacher, self.student) for m in model.modules() if not [*m.children()])
-        expected = COMPILING * layers
+        expected = COMPILING * layers * self.step.shapes  # torch compiles each shape by itself
         if distributed.size() > 1:
             return "there are several ranks"
-        if self.step.shapes > 1:
-            return f"it draws latents of {self.step.shapes} shapes"
         if draws := drawing(self._trained):
             return f"the student draws random numbers itself ({draws[0]})"
         if SHARE * seconds < expected:

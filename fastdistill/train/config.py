@@ -185,6 +185,7 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
 
 def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems: list[str]) -> Config:
     """The configuration with these values. InputError lists ``problems`` and everything that pydantic finds."""
+    values = _settled(kind, values)
     try:
         any_kind: Any = kind
         config: Config = _adapter(any_kind).validate_python(values)
@@ -199,6 +200,7 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
         problems += [f"{place}: {', or '.join(rule)}, got {value}" for (place, value), rule in rules.items()]
     else:
         problems += _converted(values, config, "")
+        problems += _without_effect(config, "")
     if problems:
         plural = "" if len(problems) == 1 else "s"
         raise InputError(f"{name}: {len(problems)} problem{plural}\n" + "\n".join(f"  {p}" for p in problems))
@@ -224,6 +226,31 @@ def _converted(given: Any, made: Any, place: str) -> Iterator[str]:
         return
     for key, own, result in pairs:
         yield from _converted(own, result, f"{place}.{key}".lstrip("."))
+
+
+def _settled(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, without the ``ema_decay`` that is a task's default where the average is of a power of time."""
+    settled = dict(values)
+    for field in dataclasses.fields(kind):
+        given, make = values.get(field.name), field.default_factory
+        if not isinstance(given, Mapping) or given.get("ema_schedule") != "power" or not callable(make):
+            continue
+        if getattr(make(), "ema_decay", None) == given.get("ema_decay"):
+            settled[field.name] = {**given, "ema_decay": TrainSettings.ema_decay}
+    return settled
+
+
+def _without_effect(config: Any, place: str) -> Iterator[str]:
+    """Lines for what is set of the average that is not the chosen one."""
+    if not dataclasses.is_dataclass(config):
+        return
+    if isinstance(config, TrainSettings):
+        schedule, idle = config.ema_schedule, "ema_width" if config.ema_schedule == "constant" else "ema_decay"
+        if (value := getattr(config, idle)) != (default := getattr(TrainSettings, idle)):
+            rule = f"expected {default} (its default), as it has no effect with ema_schedule {schedule}"
+            yield f"{place}{idle}: {rule}, got {value}"
+    for field in dataclasses.fields(config):
+        yield from _without_effect(getattr(config, field.name), f"{place}{field.name}.")
 
 
 def _place(kind: Any, parts: tuple[int | str, ...]) -> str:

@@ -298,7 +298,9 @@ class DistillTrainer:
         """The precision in which a step of the student is faster; None if there is no choice."""
         trained = {p.dtype for p in self.student.parameters() if p.requires_grad}
         fixed = self._given is None or self._given["shard"] is not None or shared(self.student, self.teacher)
-        if fixed or trained != {torch.float32} or not has_bfloat16(self.device) or self.config.steps < LEAST:
+        if fixed or trained != {torch.float32} or self.config.steps < LEAST:
+            return None
+        if not distributed.first(lambda: has_bfloat16(self.device)):  # for all ranks, whatever their processors
             return None
         assert self._given is not None
         low = dataclasses.replace(self.config, precision="bfloat16", execution="eager")
@@ -307,8 +309,8 @@ class DistillTrainer:
         except Exception:  # as of a module that holds what cannot be copied
             return None
         with DistillTrainer(self.teacher, copied, config=low, **self._given) as other, _computing():
-            both = (Bench(each.step, each.student, each.teacher, self.config) for each in (self, other))
-            return faster_precision(*both)
+            own, lower = (Bench(each.step, each.student, each.teacher, self.config) for each in (self, other))
+            return faster_precision(own, lower, self.config)
 
     def close(self) -> None:
         """Remove the trainer's hooks from the models, end its threads, and restore ``requires_grad`` and the training

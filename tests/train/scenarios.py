@@ -170,6 +170,23 @@ def measured(rank: int, directory: Path) -> Any:
     return outcome | {"execution": trainer.step.execution, "strides": strides}
 
 
+def unlike_processors(rank: int, directory: Path) -> Any:
+    """Rank 0's multiplies bfloat16, and is faster then."""
+    seconds = choice.Bench.seconds
+
+    def pretended(bench: choice.Bench, way: choice.Choice) -> float:
+        seconds(bench, way)
+        return float((next(bench.student.parameters()).dtype == torch.bfloat16) != (rank == 0))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastdistill.train.trainer.LEAST", 1)
+        patch.setattr("fastdistill.train.trainer.has_bfloat16", lambda device: rank == 0)
+        patch.setattr(choice.Bench, "seconds", pretended)
+        trainer = make(precision="measured")
+        outcome = finished(trainer)
+    return outcome | {"dtypes": {str(p.dtype) for p in trainer.student.parameters()}}
+
+
 def fused(rank: int, directory: Path) -> Any:
     """A U-Net with adapters, fused and then wrapped."""
     return small.trainer("channel_base", fuse=True, steps=2, **SMOOTH).fit().history[0]["gradient_norm"]
@@ -354,7 +371,7 @@ def unsharded(rank: int, directory: Path) -> Any:
 
 _ALL: tuple[Any, ...] = (
     draws, from_disk, encoded, buckets, run, parts, shards_parts, interrupted,
-    fused, guided, compiled, measured, guarded, pressed, nowhere, full, uneven, unlike,
+    fused, guided, compiled, measured, unlike_processors, guarded, pressed, nowhere, full, uneven, unlike,
     unlike_logs, unlike_places, unlike_shards, wrapped, resting, shards, shards_interrupted, shards_fused,
     shards_compiled, shards_half, shards_in_float32, shards_copied, sharded_before, unsharded, adapters,
     shards_adapters, rolling, rolling_interrupted, adaptive, adaptive_interrupted, released,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def test_a_run_of_an_older_version_goes_on_eagerly(
     refuse(monkeypatch)
     again = tiny.trainer(steps=3)
     again.fit(tmp_path)
-    assert again.step.execution == "eager" and "CUDA" in again.step.why
+    assert again.step.execution == "eager" and again.step.why == "auto: nothing was measured"
 
 
 def test_a_step_that_cannot_be_compiled_runs_eagerly(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +234,64 @@ def test_a_measured_precision(
     assert again.student.first.weight.dtype == dtype
     run.close()
     again.close()
+
+
+def test_compiling_pays_for_every_shape(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents of two shapes take twice the time to compile."""
+    measuring(best)
+    compiled = ranks.make(latents=ranks.sizes(), steps=4)
+    eager = ranks.make(latents=ranks.sizes(), steps=4, execution="eager")
+    one, two = (ranks.finished(run) for run in (compiled, eager))
+    assert compiled.step.execution == "compiled, channels_last" and compiled.step.shapes == 2
+    for mine, theirs in zip(one["history"], two["history"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    monkeypatch.setattr(choice, "COMPILING", 0.5)
+    run = ranks.make(latents=ranks.sizes(), steps=5)
+    run.fit()
+    assert run.step.why.endswith("not compiled, as that takes some 8 s, and the steps that are left 30 s")
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_begins_anew(measuring: Any, tmp_path: Path) -> None:
+    """What a kill leaves is no choice: the run measures again, and is one that has chosen so from its start."""
+
+    def leave(done: int, _: object) -> None:
+        if done == 2:
+            shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+
+    measuring(best)
+    ranks.make(log_every=1, checkpoint_every=3).fit(tmp_path / "whole", progress=leave)
+    assert checkpoint.chosen(tmp_path / "killed") is None and (tmp_path / "killed" / "metrics.jsonl").stat().st_size
+    measuring(lambda way: -best(way))
+    again = ranks.make(log_every=1, checkpoint_every=3)
+    one = ranks.finished(again, tmp_path / "killed")
+    assert again.step.execution == "eager"
+    two = ranks.finished(ranks.make(execution="eager", log_every=1, checkpoint_every=3), tmp_path / "named")
+    assert one["history"] == two["history"]
+    for name, value in one["state"].items():
+        assert torch.equal(value, two["state"][name]), name
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("killed", "named")]
+    assert lines[0] == lines[1]
+
+
+def test_a_precision_counts_in_its_fastest_way(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 that is slower, except fused."""
+    monkeypatch.setattr("fastdistill.train.trainer.has_bfloat16", lambda device: True)
+    measuring(best)
+    seconds = Bench.seconds
+
+    def by_dtype(bench: Bench, way: Choice) -> float:
+        took = seconds(bench, way)
+        assert {any(map(is_fused, model.modules())) for model in (bench.teacher, bench.student)} == {bool(way.fuse)}
+        low = next(bench.student.parameters()).dtype == torch.bfloat16
+        return took + low * (1.0 if not way.fuse else -2.0)
+
+    monkeypatch.setattr(Bench, "seconds", by_dtype)
+    run = small.trainer("channel_base", steps=2, fuse="auto", precision="measured", execution="eager")
+    own = {name: p.clone() for name, p in run.teacher.named_parameters()}
+    run.fit()
+    assert next(run.student.parameters()).dtype == torch.bfloat16
+    for name, p in run.teacher.named_parameters():
+        assert torch.equal(p, own[name]) and p.is_contiguous()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -307,9 +366,26 @@ def test_attention_over_few_tokens_as_products() -> None:
         outputs = model(*own, mask)
         sum(t.square().sum() for t in outputs).backward()
         outcomes.append([*outputs, *(t.grad for t in own)])
-    assert found == [3]
+    torch.compile(Attending(), backend=backend)(*(t.bfloat16() for t in given), mask.bfloat16())
+    assert found == [3, 3]
     for one, two in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_attention_over_few_tokens_in_bfloat16() -> None:
+    """Computed in float32 and rounded at the end: the output differs from the exact one by no more than rounding it
+    does, and so do the gradients."""
+    g = torch.Generator().manual_seed(1)
+    own = [torch.randn(4, 2, tokens, 16, generator=g).bfloat16().requires_grad_() for tokens in (16, 5, 5)]
+    exact = [t.detach().double().requires_grad_() for t in own]
+    outputs = []
+    for attend, given in ((products.attention, own), (torch.nn.functional.scaled_dot_product_attention, exact)):
+        output = attend(*given)
+        output.backward(torch.ones_like(output).cumsum(-1))
+        outputs.append([output, *(t.grad for t in given)])
+    assert all(t.dtype == torch.bfloat16 for t in outputs[0])
+    for one, two in zip(*outputs, strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=2**-8, atol=1e-5 * float(two.abs().max()))
 
 
 def test_who_multiplies_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

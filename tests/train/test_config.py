@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,21 @@ def test_a_field_of_several_kinds_is_one_line() -> None:
         from_mapping(TrainConfig, {"preview": {"seeds": [-1]}})
     with pytest.raises(InputError, match=r"1 problem\n  betas.1: input should be less than 1, got 2$"):
         from_mapping(TrainConfig, {"betas": [0, 2]})
+
+
+def test_settings_of_the_other_average() -> None:
+    """Refused, unless they are a task's defaults."""
+    rule = "(its default), as it has no effect with ema_schedule"
+    with pytest.raises(InputError, match=re.escape(f"  ema_width: expected 0.1 {rule} constant, got 0.2")):
+        validated(TrainConfig(ema_width=0.2))
+    with pytest.raises(InputError, match=re.escape(f"  train.ema_decay: expected 0.9999 {rule} power, got 0.9")):
+        from_mapping(RunConfig, {"train": {"ema_schedule": "power", "ema_decay": 0.9}})
+    assert validated(TrainConfig(ema_schedule="power", ema_width=0.2)).ema_width == 0.2
+    own = DigitsConfig()
+    assert own.train.ema_decay != TrainConfig.ema_decay
+    train = dataclasses.replace(own.train, ema_schedule="power")
+    assert validated(dataclasses.replace(own, train=train)).train.ema_decay == TrainConfig.ema_decay
+    assert from_mapping(DigitsConfig, {"train": {"ema_schedule": "power"}}).train.ema_decay == TrainConfig.ema_decay
 
 
 def test_counts_that_no_run_has() -> None:

@@ -235,6 +235,11 @@ def test_rank_0_says_how_all_run(found: Found, alone: dict[str, Any]) -> None:
     assert_close(one, alone)
 
 
+def test_rank_0_says_whether_processors_multiply_bfloat16(found: Found) -> None:
+    one, two = map(done, found["unlike_processors"])
+    assert same(one, two) and one["dtypes"] == two["dtypes"] == {"torch.bfloat16"}
+
+
 def test_compiled_is_eager(found: Found) -> None:
     """With DDP the bits are equal; the compiled gathers of FSDP2 may round the norm differently."""
     assert same(done(found["compiled"][0]), done(found["run"][0]))
