@@ -76,21 +76,21 @@ def generate_trajectory_cache(
     call: Call | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Writes the states of one trajectory for each of ``prompt_index`` [N] to the directory ``path``, or goes on with
-    what was left unfinished: N len(grid) rows, those of a trajectory together, the first of each pure noise.
+    """Writes the states of one trajectory for each of ``prompt_index`` [N] to the directory ``path``, or continues an
+    unfinished directory: N len(grid) rows. Rows of a trajectory are consecutive; the first one is pure noise.
 
-    Row r depends on its number, its prompt and the arguments alone; processes that make the same call share its shards.
+    Row r depends only on its number, its prompt and the arguments. Processes that make the same call share its shards.
 
     Args:
-        teacher: in eval mode. prompts: the bank, the null prompt last. row_shape: of a latent, [*S].
-        grid, guidance, prediction_type, clip_sample: as of ``diffusion.guided.sample``, whose method is DDIM.
-        seed: of the initial noise. dtype: of the stored states. images_per_shard: trajectories in a file, which is what
-            an interruption loses at most. batch: trajectories at once. call: how the teacher is called.
+        teacher: in eval mode. prompts: the bank, the null prompt last. row_shape: shape of a latent, [*S].
+        grid, guidance, prediction_type, clip_sample: see ``diffusion.guided.sample``; the method is DDIM.
+        seed: of the initial noise. dtype: of the stored states. images_per_shard: trajectories per file; an
+            interruption loses at most one file. batch: trajectories at once. call: how the teacher is called.
         progress: called with (trajectories done, N) at the start and after each shard.
 
     Raises:
-        InputError: before anything is written, what ``sample`` refuses of grid and schedule; states not finite.
-        StorageError: a directory that holds something made otherwise, and what the disk says.
+        InputError: a grid or schedule that ``sample`` refuses (before anything is written); states that are not finite.
+        StorageError: the directory contains other data, or cannot be written.
     """
     schedule = Guidance.parse(guidance)
     if not isinstance(grid, Grid):
