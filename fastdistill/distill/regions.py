@@ -37,8 +37,9 @@ _LARGEST = 1e6
 
 @dataclass(frozen=True)
 class Regions:
-    """count: number of regions, at most one per prompt of the pool; None: random prompts are drawn uniformly. every: steps between two updates of the table. decay: of the moving average. uniform: fraction of uniform
-    draws. power: of the distances."""
+    """count: number of regions, at most one per prompt of the pool; None: random prompts are drawn uniformly. every:
+    steps between two updates of the table. decay: of the moving average. uniform: fraction of uniform draws. power: of
+    the distances."""
 
     count: Annotated[int, Field(ge=2, le=2**16)] | None = None
     every: Annotated[int, Field(ge=1)] = 50

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States that a guided sampler visits, as training data: a student is asked what its sampler will ask it (adapter
-guidance distillation, arXiv 2503.07274)."""
+"""States that a guided sampler visits, as training data: the student is trained on the inputs that it gets in sampling
+(adapter guidance distillation, arXiv 2503.07274)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from fastdistill.ops import _check
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryCache(LatentCache):
-    """States that a sampler visits, made by ``generate_trajectory_cache``. ``latents`` [N, *S] are the states at which
-    it calls its model, ``step`` [N] int64 is the step of each. The ``fingerprint``, which has to be there, holds the
-    schedule and the grid of the sampler.
+    """States of a sampler, written by ``generate_trajectory_cache``. ``latents`` [N, *S]: the states at which the
+    sampler calls its model; ``step`` [N] int64: the step of each. The required ``fingerprint`` contains the schedule
+    and the grid of the sampler.
 
     Raises:
-        InputError: what ``LatentCache`` refuses; steps that are none.
+        InputError: what ``LatentCache`` refuses; invalid steps.
     """
 
     step: Tensor | None = None
