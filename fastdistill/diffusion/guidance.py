@@ -88,8 +88,7 @@ class Guidance(ABC):
 
     @staticmethod
     def piecewise(stretches: Sequence[tuple[float, float]], tail: float, *, by: By = "sigma") -> Guidance:
-        """Pairs (threshold, w): the first pair whose threshold is below the noise gives w; below all thresholds the
-        tail.
+        """Pairs (threshold, w): w is that of the first pair whose threshold is below the noise, else the tail.
 
         With ``by="step"``: w of the first pair whose share of the steps is not done yet.
         """

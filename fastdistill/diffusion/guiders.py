@@ -87,8 +87,7 @@ class ScheduledGuidance(BaseGuidance):
 
 @contextmanager
 def scheduled_guidance(pipeline: Any, schedule: Guidance | float | str) -> Iterator[Any]:
-    """A context in which a classic pipeline of diffusers samples with a schedule of w; call it with a guidance_scale >
-    1.
+    """In this context a classic pipeline of diffusers samples with a schedule of w; call it with guidance_scale > 1.
 
     Such pipelines have one scale g for all steps, and skip guidance for g <= 1. Here the forward of the denoiser
     (``unet`` or ``transformer``) is wrapped: it evaluates those of (null prompts, prompts) that w needs (one half if w
