@@ -61,7 +61,7 @@ class Spread:
             mean, variance = moments(weights, own)
             direction = self.directions[place]
             length = direction.square().sum()
-            # The square of a draw's shift contains that error twice: its own, and that of the samples from which it is drawn.
+            # The square of a draw's shift contains that error twice: its own, and that of the samples it is drawn from.
             error = variance / n * torch.cat([torch.ones(1), torch.full((draws,), 2.0)]).double()
             shift = ((mean - direction).square().sum(1) - error).clamp(min=0)
             values = [mean @ direction / length, (shift / length).sqrt()]
