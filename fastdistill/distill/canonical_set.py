@@ -142,8 +142,7 @@ def extract_canonical(
         prompts: the bank to which ``data`` refers.
         per_class, classes: which rows (``draw_rows`` with the seed of ``clarid``).
         inverted: the data are already latents at t_e, such as noise. directions: [len(data), n, any]; for each row of
-        the
-            data, they are projected out instead of the top ones.
+            the data, they are projected out instead of the top ones.
         encode: images [b, ...] -> latents; decode: samples -> images; for example of a VAE.
         fingerprint: other things that determine the values, such as a hash of the VAE's weights.
         batch: batch size. Batches start again at each shard, so a set that was interrupted ends with the same bits.
@@ -151,8 +150,7 @@ def extract_canonical(
 
     Raises:
         InputError: what ``canonical`` and ``draw_rows`` refuse, or prompts or a model other than those of ``data``;
-        before
-            anything is written. StorageError: those of ``RowWriter``.
+            before anything is written. StorageError: those of ``RowWriter``.
     """
     from fastdistill.train.sources import check_sources  # imported here: it imports this package
 

@@ -55,20 +55,17 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         teacher; ``guidance_scale`` of diffusers is 1 + w. ``power:2^0.9`` has one weight per sample; schedules with
         noised prompts (cads) are refused.
     scale: (v_min, v_max): the student gets a number v as an input, drawn for each sample, and the positive weights of
-    the
-        schedule are multiplied by it (with schedule 1, v is the guidance weight). ``make_student(...,
+        the schedule are multiplied by it (with schedule 1, v is the guidance weight). ``make_student(...,
         guidance_embedding=True)`` makes such a student. None: it has no such input.
     lowest: fraction of the samples with v = v_min. Without such samples a student with v_min = 0 differed strongly from
         its teacher at v = 0 (docs/guidance.md).
     grid: the sampler's steps (a ``Grid`` or its text); only their timesteps are drawn. Schedules by step require it.
-    None:
-        all timesteps of training.
+        None: all timesteps of training.
     states: ``noised`` samples, or states of a ``trajectory``: those that the guided sampler visits, stored by
         ``generate_trajectory_cache`` for this schedule and grid.
     weight_limit: the loss at each timestep has the weight min(1 / (a q - b p)^2, weight_limit), for a model that
-    predicts
-        p x_0 + q eps: for epsilon min(1 / abar, weight_limit), for v and flow 1. Only used if ``loss_weighting`` is
-        None.
+        predicts p x_0 + q eps: for epsilon min(1 / abar, weight_limit), for v and flow 1. Only used if
+        ``loss_weighting`` is None.
 
     The other fields are those of ``RandomConditioning``, but the default of ``probability`` is 0. For null prompts the
     target is the unconditional prediction, for any w.

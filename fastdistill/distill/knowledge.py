@@ -64,8 +64,7 @@ class Knowledge:
 
     Raises:
         InputError: no loss to compute; taps that a model does not have or whose sizes differ; a model that cannot
-        process
-            the latents and prompts (tested by one forward of the first sample).
+            process the latents and prompts (tested by one forward of the first sample).
     """
 
     def __init__(

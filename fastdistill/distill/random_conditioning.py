@@ -49,8 +49,7 @@ class RandomConditioning:
     null_probability: probability that the null prompt replaces the chosen one.
     weights: of output, feature and task loss.
     feature_distance: ``mse``, ``normalized_mse``, ``huber`` or ``cosine`` (``fastdistill.feature_match``, with its
-    default
-        eps and delta).
+        default eps and delta).
     taps: pairs (teacher module, student module), as ``make_student`` returns them.
     with_replacement: draw latents independently; otherwise each occurs once per epoch.
     loss_weighting: weights of the output and the task loss at each timestep (``fastdistill.loss_weights``).

@@ -45,8 +45,7 @@ class Spread:
 
         Returns:
             The five values [5] and draws [draws, 5], float64; the mean of the draws is the values. Draw i uses the same
-            rows
-                for any samples with the same labels.
+                rows for any samples with the same labels.
         """
         random = torch.Generator().manual_seed(0)
         totals = torch.zeros(draws + 1, 5, dtype=torch.float64)

@@ -78,8 +78,7 @@ def cache(
     Raises:
         InputError: what ``opened`` refuses; values that are not finite in ``cache.dtype``.
         StorageError: the directory has a cache with other prompts, another encoder, teacher or other settings; a disk
-        that
-            is too small; an image that is too small or cannot be opened. All before anything is written.
+            that is too small; an image that is too small or cannot be opened. All before anything is written.
     """
     if only not in (None, "prompts", "latents"):
         raise InputError.of("only", "prompts or latents", repr(only))

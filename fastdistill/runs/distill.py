@@ -49,8 +49,7 @@ def distill(
     Args:
         allow_code: whether ``config.call``, code of the user, may be imported.
         progress: as in ``DistillTrainer.fit``. If the run has a plan, the metrics also have ``mfu``: the operations
-        since
-            the last line, as a fraction of those that the device can do in this time (docs/monitoring.md).
+            since the last line, as a fraction of those that the device can do in this time (docs/monitoring.md).
         tell: called on rank 0 with lines about models, taps and memory before the first step, and with one about
             execution, kernels and memory after it.
     """

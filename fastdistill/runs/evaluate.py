@@ -88,8 +88,7 @@ def evaluate(
     Raises:
         InputError: a value outside of its range, or a student that does not fit.
         StorageError: a folder, a file of weights or a checkpoint that is missing or damaged, before anything is
-        sampled.
-            FastdistillError: a missing package.
+            sampled. FastdistillError: a missing package.
     """
     start = time.perf_counter()
     run = opened(config, allow_code=allow_code)

@@ -56,8 +56,7 @@ def init(
     Raises:
         StorageError: no pipeline folder, or a damaged one.
         InputError: a pipeline of an unknown family without ``call``; an unknown recipe, or one whose student does not
-        fit
-            the model.
+            fit the model.
     """
     pipeline, _ = open_teacher(os.fspath(folder), call, allow_code)
     name = pipeline.name
