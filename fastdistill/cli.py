@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: finds the command (``fastdistill.commands``), and makes a line and a status of what goes wrong."""
+"""The command line: finds the command (``fastdistill.commands``), and turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ options of commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for an error of the user's or the machine's, 130 for Ctrl-C (143 for
-    SIGTERM while a model trains)."""
+    """Run a command; returns the exit status: 0, 2 for an error of the user or the machine, 130 for Ctrl-C (143 for
+    SIGTERM during a training)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _wait_briefly()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is as clean as Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends as cleanly as Ctrl-C
     try:
         with warnings.catch_warnings():
             told: set[str] = set()
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Stopped as stopped:  # it has said so itself
+    except Stopped as stopped:  # the command has reported it
         return stopped.code
     except KeyboardInterrupt:
         print("\nfastdistill: stopped; run the same command again to go on", file=sys.stderr)

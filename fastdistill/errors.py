@@ -41,7 +41,7 @@ def described(value: object) -> _Described:
 
 
 def quoted(error: BaseException) -> str:
-    """Kind and first line of another error, to be quoted in a message: ``"RuntimeError: no data"``."""
+    """Kind and first line of another error, for a message: ``"RuntimeError: no data"``."""
     lines = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *lines[:1]])
 
@@ -61,7 +61,7 @@ def named(field: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def called(field: str, argument: str | None = None) -> Iterator[None]:
-    """Names, in an InputError about ``argument`` (None: about whichever), the field that holds it."""
+    """Names, in an InputError about ``argument`` (None: about any argument), the field that contains it."""
     try:
         yield
     except InputError as error:
@@ -76,11 +76,11 @@ class KernelError(FastdistillError, RuntimeError):
 
 
 class DeviceError(FastdistillError, RuntimeError):
-    """The device has failed: nothing more can run on it in this process, which has to be started again."""
+    """The device has failed: nothing can run on it in this process any more; start a new process."""
 
 
 class Stopped(KeyboardInterrupt, SystemExit):
-    """Ctrl-C or SIGTERM ended a run after a whole step. Where nothing catches it the process ends without a traceback,
+    """Ctrl-C or SIGTERM ended a run after a complete step. If it is not caught, the process ends without a traceback,
     with exit status 128 + the number of the signal (130, 143)."""
 
     code: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself before its first step and after it."""
+"""The lines that a run prints before its first step and after it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastdistill.train import DistillTrainer
 
 
 def before(trainer: DistillTrainer, planned: Plan | None) -> list[str]:
-    """Lines on the models, the taps with the shapes of their features (the batch first), and the memory that the plan
+    """Lines about the models, the taps with the shapes of their features (batch first), and the memory that the plan
     expects."""
     student = trainer.student
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -35,7 +35,7 @@ def before(trainer: DistillTrainer, planned: Plan | None) -> list[str]:
 
 
 def after(trainer: DistillTrainer) -> list[str]:
-    """Lines on what the first step used. It has refused a tap whose feature carries no gradient."""
+    """Lines about what the first step used. (The step itself refuses a tap whose feature has no gradient.)"""
     device = trainer.step.counter.device
     kernels = ", ".join(f"{op} {found[0]}" for op, found in sorted(ops.used().items()))
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a training (``fastdistill report``): read from its directory, whether it runs, was stopped or is done."""
+"""A page about a training (``fastdistill report``), from its directory; the training may be running, stopped or
+done."""
 
 from __future__ import annotations
 
@@ -30,14 +31,14 @@ from fastdistill.train.waits import WAITED
 
 FOLDER = "report"  # in the directory of the run
 _PREVIEW = re.compile(r"step-(\d{8})\.png")
-_PREVIEWS = 5  # on the page, the first and the last among them
+_PREVIEWS = 5  # number of previews on the page, including the first and the last
 
 
 def report(directory: str | Path, output: str | Path | None = None) -> dict[str, Any]:
-    """Write ``report.html`` and ``report.json`` of a training: losses, also of each tap, spread of features, norm of
-    the gradient, learning rate, images per second and waits over the steps, previews, what the run said of itself
-    (``runs.about``), settings, and how to reproduce it. Nothing of the run is changed, so it may be running; how one
-    ended that does not is told. Files of the run that are damaged are left out and named among the ``concerns``.
+    """Write ``report.html`` and ``report.json`` of a training: curves of the losses (also of each tap), spreads,
+    gradient norm, learning rate, images per second and waits; previews; the information of ``runs.about``; settings;
+    how to reproduce it; and how the training ended. Nothing of the run is changed, so it may be running. Damaged files
+    of the run are left out and listed in the ``concerns``.
 
     Args:
         directory: of a run, or of ``DistillTrainer.fit``. output: folder of the report; None: ``report`` in it.
@@ -46,7 +47,7 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
         The report, as in ``report.json`` (``fastdistill.evaluate.training.write_training``).
 
     Raises:
-        InputError: no directory, or one without a line of metrics. StorageError: it cannot be read or written.
+        InputError: no directory, or one without metrics. StorageError: it cannot be read or written.
     """
     from fastdistill.evaluate.training import write_training
 
@@ -90,8 +91,8 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
 
 
 def _settings(folder: Path) -> tuple[RunConfig | None, TrainConfig | None, dict[str, Any] | None, list[str]]:
-    """What the run file says; without one that can be read, the settings of the training in its newest checkpoint. The
-    fingerprint there, and what could not be read."""
+    """The settings from the run file, or without a readable one, those of the training from its newest checkpoint; the
+    fingerprint in that checkpoint; and messages about files that could not be read."""
     checkpoints = reversed(checkpoint.steps(folder).items())
     step, made = next(((step, found) for step, path in checkpoints if (found := _made_by(path))), (0, None))
     damaged = []
@@ -115,7 +116,7 @@ def _left_out(what: str, why: object) -> str:
 
 
 def _made_by(path: Path) -> dict[str, Any] | None:
-    """The fingerprint of a checkpoint, of which its tensors are not read; None if it is damaged."""
+    """The fingerprint of a checkpoint, without reading its tensors; None if it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(json_value(file.metadata()["fastdistill"])["fingerprint"])
@@ -124,13 +125,13 @@ def _made_by(path: Path) -> dict[str, Any] | None:
 
 
 def _waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of all waits, of lines that have them."""
+    """Seconds of all waits, from the lines that have them."""
     names = [name for name in WAITED.values() if any(name in line for line in lines)]
     return {name.replace("waited", "waiting_for"): sum(line.get(name, 0.0) for line in lines) for name in names}
 
 
 def _silence(folder: Path) -> str | None:
-    """What is known of a training that has not said how it ended; None if it goes on, or nobody can tell."""
+    """What is known if a training has not recorded its end; None if it is running, or nothing is known."""
     place = folder / LOCK_NAME
     try:
         held = lock(place, shared=True) if place.exists() else None
@@ -143,13 +144,13 @@ def _silence(folder: Path) -> str | None:
 
 
 def _commands(file: Path, directory: str | Path) -> list[str]:
-    """That make the run anew, beside the one that is there."""
+    """Commands that repeat the run in another directory."""
     own, other = shlex.quote(str(file)), shlex.quote(f"{directory}-again")
     return [f"fastdistill cache {own}", f"fastdistill distill {own} --directory {other}"]
 
 
 def _previews(folder: Path) -> tuple[dict[int, bytes], list[str]]:
-    """Some of the previews, evenly over the training, and what of them could not be read."""
+    """Some of the previews, evenly spaced over the training, and messages about those that could not be read."""
     files = {int(m[1]): p for p in (folder / PREVIEWS).glob("step-*.png") if (m := _PREVIEW.fullmatch(p.name))}
     steps = sorted(files)
     if len(steps) > _PREVIEWS:
