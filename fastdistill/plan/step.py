@@ -29,6 +29,8 @@ from fastdistill.train.step import TrainStep
 META = torch.device("meta")
 
 
+#: Settings on which a trace depends.
+_KINDS = "precision", "fuse", "gradient_checkpointing", "teacher_ahead", "teacher_fp8", "teacher_null_once"
 #: Samples of a trace, of which one is taken that divides the size of no weight.
 _UNITS = (61, 59, 53, 47, 43, 41, 37, 31)
 
@@ -72,7 +74,7 @@ class Job:
         """A step without memory: of one part, or of two whose gradients are accumulated. It takes seconds; a job keeps
         what it has found, and so do those that ``dataclasses.replace`` makes of it."""
         config = self.config
-        kind = config.precision, config.fuse, config.gradient_checkpointing, config.teacher_ahead, config.teacher_fp8
+        kind = tuple(getattr(config, name) for name in _KINDS)
         key = accumulated, self.device, self.teacher_dtype, *kind
         if key not in self.known:
             self.known[key] = self._traced(1 + accumulated)
