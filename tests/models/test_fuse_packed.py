@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill.models.fuse import fuse, products
-from fastdistill.models.fuse.packed import joined, pack
+from fastdistill.models.fuse.packed import pack, side_by_side
 from tests import tiny
 from tests.models import tiny_families as small
 from tests.models.test_float8 import predict
@@ -99,14 +99,14 @@ def _is_packed(attention: Any) -> bool:
 def test_side_by_side_is_seen() -> None:
     whole = torch.arange(24.0).reshape(6, 4)
     parts = whole.split([1, 2, 3])
-    assert joined(parts).data_ptr() == whole.data_ptr() and torch.equal(joined(parts), whole)
+    assert side_by_side(parts).data_ptr() == whole.data_ptr() and torch.equal(side_by_side(parts), whole)
     for others in (parts[::-1], (parts[0], parts[2]), (parts[0], parts[1].clone()), (parts[0], whole[1:3, :2])):
         if others[0].shape[1:] == others[-1].shape[1:]:
-            assert joined(others).data_ptr() not in {t.data_ptr() for t in others}
-            assert torch.equal(joined(others), torch.cat(tuple(others)))
+            assert side_by_side(others).data_ptr() not in {t.data_ptr() for t in others}
+            assert torch.equal(side_by_side(others), torch.cat(tuple(others)))
     later = whole[2:].split([2, 2])
-    assert joined(later).data_ptr() == later[0].data_ptr() and torch.equal(joined(later), whole[2:])
-    assert torch.equal(joined(list(torch.arange(6).split(2))), torch.arange(6))
+    assert side_by_side(later).data_ptr() == later[0].data_ptr() and torch.equal(side_by_side(later), whole[2:])
+    assert torch.equal(side_by_side(list(torch.arange(6).split(2))), torch.arange(6))
 
 
 @pytest.mark.parametrize("options", [{}, {"teacher_fp8": True}])

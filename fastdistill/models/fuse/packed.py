@@ -60,7 +60,7 @@ def _kind(p: Tensor) -> Any:
     return p.dtype, p.device, p.shape[1:]
 
 
-def joined(tensors: Sequence[Tensor]) -> Tensor:
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """One tensor of several along their first dimension: the memory that they are in where they lie side by side."""
     first = tensors[0]
     if torch.compiler.is_compiling() or not _side_by_side(tensors):

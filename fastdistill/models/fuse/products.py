@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from fastdistill.models import float8
 from fastdistill.models.fuse.form import altered
-from fastdistill.models.fuse.packed import joined
+from fastdistill.models.fuse.packed import side_by_side
 from fastdistill.ops._dispatch import transformed
 from fastdistill.ops.add_bias import add_bias, with_bias
 
@@ -222,7 +222,7 @@ def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
 
 
 def _together(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    out = F.linear(x, joined(weights), joined(biases) if biases else None)
+    out = F.linear(x, side_by_side(weights), side_by_side(biases) if biases else None)
     return torch.unsafe_split_with_sizes(out, [len(weight) for weight in weights], dim=-1)
 
 
