@@ -29,6 +29,8 @@ from fastdistill.train.step import TrainStep
 META = torch.device("meta")
 
 
+#: Settings on which a trace depends.
+_KINDS = "precision", "fuse", "gradient_checkpointing", "teacher_ahead", "teacher_fp8", "teacher_null_once"
 #: Numbers of samples for a trace; one that divides no size of a weight is used.
 _UNITS = (61, 59, 53, 47, 43, 41, 37, 31)
 
@@ -72,7 +74,7 @@ class Job:
         """A step without memory, with one part, or with two whose gradients are accumulated. This takes seconds; the
         result is kept by the job and by jobs that ``dataclasses.replace`` creates from it."""
         config = self.config
-        kind = config.precision, config.fuse, config.gradient_checkpointing, config.teacher_ahead, config.teacher_fp8
+        kind = tuple(getattr(config, name) for name in _KINDS)
         key = accumulated, self.device, self.teacher_dtype, *kind
         if key not in self.known:
             self.known[key] = self._traced(1 + accumulated)

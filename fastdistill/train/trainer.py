@@ -23,7 +23,8 @@ from fastdistill.errors import InputError, quoted
 from fastdistill.files import located
 from fastdistill.models import families, peft
 from fastdistill.models.calling import Call
-from fastdistill.models.fuse import fuse
+from fastdistill.models.fuse import fuse, products
+from fastdistill.models.fuse.packed import pack
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student
 from fastdistill.models.weights import shared, storage
@@ -133,6 +134,8 @@ class DistillTrainer:
             if self.config.fused(self.device.type):
                 fuse(self.teacher)
                 fuse(self.student)
+            if self.device.type in products.PLACES and not common and not config.teacher_fp8:  # of a fused teacher
+                undo.callback(devices.held(self.teacher, pack))
             low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
             scaling = LossScale(self.device) if low else None
             first, *others = placed(sources, self.device, config)

@@ -42,6 +42,17 @@ def test_of_a_run_that_fails(saved: Callable[[str], Path], tmp_path: Path, monke
     assert found["ceiling"] > 0 and found["source"] == "measured" and told[-1].startswith("first step: eager (auto")
 
 
+def test_what_float8_does_to_the_target(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """One line at the start, kept in the directory; and the student is exported as ever."""
+    config = cached(run_config(saved("pixart_sigma"), tmp_path, train={"teacher_fp8": True}))
+    told: list[str] = []
+    runs.distill(config, tell=told.append)
+    (line,) = (line for line in told if line.startswith("fp8 teacher: target changes by "))
+    found = json.loads((Path(config.directory) / ABOUT).read_text())
+    assert line in found["lines"] and told.index(line) == 1
+    assert "float8_e4m3fn" in told[0].split(";")[0] and "float8" not in told[0].split(";")[1]
+
+
 def test_of_steps_in_the_time_since_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = About(tmp_path, torch.device("cpu"), None)
     clock = iter([10.0, 12.0, 13.0, 13.0])

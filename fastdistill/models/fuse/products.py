@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdistill.models import float8
 from fastdistill.models.fuse.form import altered
+from fastdistill.models.fuse.packed import side_by_side
 from fastdistill.ops._dispatch import transformed
 from fastdistill.ops.add_bias import add_bias, with_bias
 
@@ -203,7 +204,7 @@ def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
     """Each linear projection of x [..., C], all by one product of their weights side by side.
 
     The weights are put together for the call alone, so that each stays a parameter of its own: 2 accesses of theirs
-    beside the accesses of x that are saved.
+    beside the accesses of x that are saved. Those of a frozen model may lie side by side already (``packed``).
     """
     layers: list[Any] = list(projections)
     if (found := float8.projected(x, layers)) is not None:
@@ -221,7 +222,7 @@ def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
 
 
 def _together(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    out = F.linear(x, cat(tuple(weights)), cat(tuple(biases)) if biases else None)
+    out = F.linear(x, side_by_side(weights), side_by_side(biases) if biases else None)
     return torch.unsafe_split_with_sizes(out, [len(weight) for weight in weights], dim=-1)
 
 
