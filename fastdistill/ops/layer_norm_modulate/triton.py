@@ -43,31 +43,45 @@ def _affine(sample, c, inside, given, strides, GIVEN: tl.constexpr):
 
 
 @triton.jit
+def _row_sum(v, ROWS: tl.constexpr):
+    """The sum of a row, or of each of several: [ROWS, 1]."""
+    return tl.sum(v) if ROWS == 1 else tl.sum(v, 1, keep_dims=True)
+
+
+@triton.jit
 def _layer_norm_forward(
     x, h, y, s, mean, rstd, given, strides, eps, rows, D, chunks, GIVEN: tl.constexpr, RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    sample, c = (tl.program_id(0) // chunks).to(tl.int64), tl.arange(0, BLOCK)
-    first = tl.program_id(0) % chunks * ROWS + tl.arange(0, ROWS)
-    row, exists, inside = sample * rows + first, first < rows, (first < rows)[:, None] & (c < D)[None, :]
-    at = row[:, None] * D + c[None, :]
-    gate, scale, shift, w, b = _affine(sample, c, c < D, given, strides, GIVEN)
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    sample, first = row // chunks, tl.program_id(0) % chunks * ROWS
+    if ROWS > 1:
+        row = sample * rows + first
+    inside, at = c < D, row * D + c
+    gate, scale, shift, w, b = _affine(sample, c, inside, given, strides, GIVEN)
+    exists = True
+    if ROWS > 1:  # side by side
+        i = tl.arange(0, ROWS)
+        row, exists, at = row + i, i < rows - first, at[None, :] + i[:, None] * D
+        inside = exists[:, None] & inside[None, :]
+        gate, scale, shift, w, b = gate[None, :], scale[None, :], shift[None, :], w[None, :], b[None, :]
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
-        more = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-        total = (v + gate[None, :] * more).to(s.dtype.element_ty)
+        total = (v + gate * tl.load(h + at, mask=inside, other=0.0).to(tl.float32)).to(s.dtype.element_ty)
         tl.store(s + at, total, mask=inside)
         v = total.to(tl.float32)  # as rounded
     n = tl.cast(D, tl.float32)
-    middle = tl.sum(v, 1) / n
-    # The second sum corrects the rounding of the first.
-    middle += tl.sum(tl.where(inside, v - middle[:, None], 0.0), 1) / n
-    d = tl.where(inside, v - middle[:, None], 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(terms(d, d, BLOCK <= THREADS), 1) / n + eps)
-    tl.store(mean + row, middle, mask=exists)
-    tl.store(rstd + row, r, mask=exists)
-    z = d * r[:, None] * (w * scale)[None, :] + (b * scale + shift)[None, :]
-    tl.store(y + at, z.to(y.dtype.element_ty), mask=inside)
+    middle = _row_sum(v, ROWS) / n
+    middle += _row_sum(tl.where(inside, v - middle, 0.0), ROWS) / n  # corrects the rounding of the first sum
+    d = tl.where(inside, v - middle, 0.0)
+    r = 1.0 / tl.sqrt(_row_sum(terms(d, d, BLOCK <= THREADS), ROWS) / n + eps)
+    if ROWS > 1:
+        tl.store(mean + row, tl.reshape(middle, (ROWS,)), mask=exists)
+        tl.store(rstd + row, tl.reshape(r, (ROWS,)), mask=exists)
+    else:
+        tl.store(mean + row, middle)
+        tl.store(rstd + row, r)
+    tl.store(y + at, (d * r * (w * scale) + (b * scale + shift)).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
