@@ -17,6 +17,7 @@ regions. The loss is not reweighted: regions that are drawn more often count mor
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -128,11 +129,22 @@ class RegionSampler:
         sizes: list[int] = self._size.tolist()
         known = [value for value in distance if value >= 0]
         usual = sum(known) / len(known) if known else 0.0
-        found = [n * (d if d >= 0 else usual) ** self.config.power for n, d in zip(sizes, distance, strict=True)]
-        whole, even = sum(found), self.config.uniform
-        if not 0 < whole < float("inf"):
+        each = [d if d >= 0 else usual for d in distance]
+        found, whole = self._powers(sizes, each)
+        if not 0 < whole < math.inf:  # the powers of none, or beyond floats: the same shares of smaller ones
+            found, whole = self._powers(sizes, [d / (max(each) or 1.0) for d in each])
+        even = self.config.uniform
+        if not 0 < whole < math.inf:
             return [n / self._pool for n in sizes]
         return [even * n / self._pool + (1 - even) * one / whole for n, one in zip(sizes, found, strict=True)]
+
+    def _powers(self, sizes: Sequence[int], distance: Sequence[float]) -> tuple[list[float], float]:
+        """n D^power of the regions, and their sum."""
+        try:
+            found = [n * d**self.config.power for n, d in zip(sizes, distance, strict=True)]
+        except OverflowError:
+            return [], math.inf
+        return found, sum(found)
 
     def _write(self, distance: Sequence[float]) -> None:
         threshold, alias = alias_table(self.probabilities(distance))

@@ -40,8 +40,8 @@ def made(objective: Any = None, **options: Any) -> Any:
     return DistillTrainer(tiny.Net(seed=1), tiny.Net(seed=2), *data, objective, config)
 
 
-def sampler(pool: int, count: int) -> RegionSampler:
-    return made(prompts=bank(pool), regions={"count": count}).step.objective._regions
+def sampler(pool: int, count: int, **regions: Any) -> RegionSampler:
+    return made(prompts=bank(pool), regions={"count": count, **regions}).step.objective._regions
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0], [0.0, 3.0, 1.0], [5.0, 1e-3, 2.0, 2.0, 0.7], [1e-30, 1.0]])
@@ -137,6 +137,15 @@ def test_what_is_not_known_is_the_mean_of_the_others() -> None:
     assert own.probabilities([0.0, 0.0, -1.0]) == [1 / 3] * 3
     found = own.probabilities([1.0, 3.0, -1.0])
     assert found == pytest.approx([0.2 / 3 + 0.8 / 6, 0.2 / 3 + 0.8 / 2, 0.2 / 3 + 0.8 / 3])
+
+
+@pytest.mark.parametrize("power", [400.0, 1e3, 1e300])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_powers_beyond_floats_keep_their_shares(power: float, scale: float) -> None:
+    own = sampler(6, 3, power=power)
+    found = own.probabilities([scale, 0.5 * scale, -1.0])
+    assert found == pytest.approx([0.2 / 3 + 0.8, 0.2 / 3, 0.2 / 3])
+    assert own.probabilities([scale] * 3) == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize("rolling", [None, 2])

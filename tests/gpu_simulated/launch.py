@@ -21,6 +21,8 @@ def storages() -> set[tuple[int, int]]:
     found = set()
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+            if thing.layout is not torch.strided:  # no kernel is given one
+                continue
             storage = thing.untyped_storage()
             if storage.nbytes():
                 found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))

@@ -8,7 +8,7 @@ import torch
 
 from tests.gpu_simulated import block, memory
 from tests.gpu_simulated.driver import missing
-from tests.gpu_simulated.launch import run
+from tests.gpu_simulated.launch import run, storages
 from tests.gpu_simulated.memory import Fault, Report
 from tests.gpu_simulated.ptx import parse
 
@@ -196,3 +196,11 @@ def test_threads_that_part_and_meet_again() -> None:
 def test_an_instruction_that_is_not_covered_is_an_error() -> None:
     with pytest.raises(Fault, match="not covered: popc"):
         launched("mov.u32 %r1, %tid.x; popc.b32 %r2, %r1;", output("passed on"))
+
+
+def test_tensors_of_other_layouts_are_passed_over() -> None:
+    """Those of other tests in the same process: they have no storage that a launch could be given."""
+    others = [torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr()]
+    own = torch.ones(3)
+    places = storages()
+    assert (own.data_ptr(), own.data_ptr() + own.nbytes) in places and len(others) == 2
