@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the milliseconds of a training step go, from torch's profiler.
+"""How the milliseconds of a training step are distributed over kinds of ops, from torch's profiler.
 
-On a GPU the time of every kernel, by the op that launched it; in a CUDA graph no op does, and its own name has to do
-(plain elementwise kernels are "other" there). On a CPU the time of every op less that of those inside of it; a compiled
-region is one op, "other".
+On a GPU each kernel is counted for the op that launched it. In a CUDA graph no op launches kernels, so a kernel is
+counted by its own name (plain elementwise kernels are "other" there). On a CPU each op counts without the ops that it
+calls; a compiled region is a single op, "other".
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PATTERNS = {group: re.compile(pattern) for group, pattern in GROUPS.items()}
 
 
 def group(names: Iterable[str]) -> str:
-    """The group of the first of these names, innermost first, that has one."""
+    """The group of the first name (innermost first) that belongs to one."""
     for name in names:
         for found, pattern in _PATTERNS.items():
             if pattern.search(name.lower()):
@@ -44,7 +44,7 @@ def group(names: Iterable[str]) -> str:
 
 
 def attribution(run: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Milliseconds of one run, the mean of a few, by group; on a GPU of its kernels, on a CPU of the whole run."""
+    """Milliseconds of one run by group, mean over a few runs; on a GPU of its kernels, on a CPU of the whole run."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     run()
@@ -67,8 +67,8 @@ def ops(events: Iterable[Any]) -> Counter[str]:
 
 
 def kernels(events: Iterable[Any]) -> Counter[str]:
-    """Microseconds of profiled kernels on a GPU, by group: of those that ops launched, or where most were not, all by
-    their names."""
+    """Microseconds of profiled kernels on a GPU, by group. Kernels count for the op that launched them; if most were
+    not launched by ops, all count by their own names."""
     by_op, by_name = Counter[str](), Counter[str]()
     for event in events:
         if event.device_type == DeviceType.CUDA:

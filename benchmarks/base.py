@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This tree against another commit: two processes with the kernels of each, which take turns.
+"""Compares this tree with another commit: two processes, one with the kernels of each, take turns.
 
-The commit is checked out and built in a temporary worktree, with the benchmarks of this tree, so that both are asked
-the same. ``python -m benchmarks.base`` is such a process: it reads cases and numbers of rounds, and answers with times.
+The commit is checked out and built in a temporary worktree with the benchmarks of this tree, so that both run the same
+benchmarks. ``python -m benchmarks.base`` is such a process: it reads cases and numbers of rounds and returns times.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from benchmarks.measure import Row, Settings, line, row
 from benchmarks.registry import Case, Workload, cases
 from benchmarks.timing import copies, graphed, stopwatch, summary
 
-_TURN = 5  # rounds before the other process has its turn
+_TURN = 5  # number of rounds in a turn
 
 
 class Base:
-    """Measures cases of this tree against a commit; leaving its context takes the worktree away."""
+    """Compares cases of this tree with a commit; when its context ends, the worktree is removed."""
 
     def __init__(self, commit: str, settings: Settings) -> None:
         self._commit, self._settings = commit, settings
@@ -51,7 +51,7 @@ class Base:
         self._stack.close()
 
     def measure(self, case: Case) -> list[Row]:
-        """A row a mode: how many times faster this tree is than the commit."""
+        """One row per mode: how many times as fast this tree is as the commit."""
         rival = f"base {self._commit}"
         rows = []
         for mode in ("eager", "graph") if self._settings.device.type == "cuda" else ("eager",):
@@ -66,7 +66,7 @@ class Base:
             while len(times["base"]) < self._settings.rounds:
                 for name, worker in turns:
                     times[name] += worker.ask({**request, "rounds": _TURN})["times"]
-                turns.reverse()  # who goes first alternates, so that a machine that drifts favours neither
+                turns.reverse()  # the first one alternates, so that a drift of the machine affects both equally
             timings, ratios = summary(times)
             ours, theirs = timings["ours"], timings["base"]
             rows.append(
@@ -126,7 +126,7 @@ class _Worker:
 
 
 def _answer(request: dict[str, Any], device: torch.device, made: dict[str, Any]) -> list[float]:
-    """Times of one case; what was made for it stays until another is asked for."""
+    """Times of one case; its tensors are kept until another case is requested."""
     key = f"{request['case']} {request['mode']}"
     if key not in made:
         made.clear()
@@ -143,7 +143,7 @@ def main() -> int:
     device = torch.device(sys.argv[1])
     torch.set_num_threads(int(sys.argv[2]))
     answers, made = sys.stdout, {}  # type: ignore[var-annotated]
-    sys.stdout = sys.stderr  # whatever else is printed
+    sys.stdout = sys.stderr  # stdout carries only the answers
     for request in sys.stdin:
         try:
             answer: dict[str, Any] = {"times": _answer(json.loads(request), device, made)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of results: one CSV a device, appended to and never overwritten."""
+"""The result files: one CSV per device; rows are appended, never overwritten."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read(path: Path, needed: Iterable[str] = ()) -> list[Row]:
     """The rows of a file, with "" for columns that it does not have.
 
     Raises:
-        InputError: it has a column that no result has, lacks one that is ``needed``, or a ratio is no number.
+        InputError: it has an unknown column, lacks one that is ``needed``, or a ratio is not a number.
     """
     if not path.exists():
         return []
@@ -38,12 +38,12 @@ def read(path: Path, needed: Iterable[str] = ()) -> list[Row]:
                 raise InputError.of(where, f"{len(columns)} values, the ratio a number", list(row.values()))
             found.append(dict.fromkeys(FIELDS, "") | row)
     for row in found:
-        row["mode"] = row["mode"] or "eager"  # the only one there was before it had a column
+        row["mode"] = row["mode"] or "eager"  # older files have no column for the mode; all their rows are eager
     return found
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Rows after those of a file. A file of fewer columns is given the new ones; its rows stay as they are."""
+    """Append rows to a file. If it lacks columns, they are added; its old rows keep their values."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = path.open(encoding="utf-8").readline().strip().split(",") if path.exists() else None
     if header is not None and header != FIELDS:
@@ -58,7 +58,8 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def append_parts(path: Path, rows: Iterable[Row]) -> None:
-    """Where the milliseconds of training steps went, a line of JSON a contestant, beside the CSV ``path``."""
+    """Append where the milliseconds of training steps went, one line of JSON per contestant, next to the CSV
+    ``path``."""
     about = "date op shape dtype threads torch commit".split()
     with contextlib.ExitStack() as stack:
         file = None
@@ -73,7 +74,7 @@ def append_parts(path: Path, rows: Iterable[Row]) -> None:
 
 
 def latest_parts(path: Path) -> list[Row]:
-    """Of every contestant at every size the last line beside the CSV ``path``."""
+    """The last line of every contestant at every size, from the file next to the CSV ``path``."""
     beside = path.with_suffix(".steps.jsonl")
     lines = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines()] if beside.exists() else []
     newest: dict[tuple[str, ...], Row] = {}
@@ -83,8 +84,8 @@ def latest_parts(path: Path) -> list[Row]:
 
 
 def latest(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of the last run of each op, shape, dtype, mode and thread count, one a rival; those that only say why
-    there is none where there never was one. Comparisons of two commits are left out."""
+    """The rows of the last run of each op, shape, dtype, mode and thread count, one per rival. Rows that only give the
+    reason for a missing measurement are used if there never was one. Comparisons of two commits are left out."""
     newest: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row["rival"].startswith("base "):

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make gpu`` or ``python -m benchmarks.gpu``: build, test and measure on a machine with a GPU, offline, the most
-valuable and the cheapest first.
+"""``make gpu`` or ``python -m benchmarks.gpu``: build, test and measure on a machine with a GPU, offline; the most
+valuable and cheapest parts come first.
 
-    1/3  the tests on the GPU, compute-sanitizer's among them, and the headline benchmarks of the ops
-    2/3  the headline of whole training steps
+    1/3  tests on the GPU, including compute-sanitizer, and the headline benchmarks of the ops
+    2/3  headline benchmark of whole training steps
     3/3  the headline kernels under Nsight Compute, the other shapes and steps
 
-It needs torch, Triton, NumPy and pytest; from the wheels that ``make gpu-wheels`` has put into build/gpu-wheels it
-installs what else is missing, into build/gpu-packages. What is not there is said, not required. A crash costs one op:
-the ops behind it are measured by another process.
+It needs torch, Triton, NumPy and pytest. Other missing packages are installed into build/gpu-packages, from the wheels
+that ``make gpu-wheels`` has put into build/gpu-wheels. Anything still missing is reported but not required. A crash
+costs only one op: another process measures the ops after it.
 
-What is known is written to a folder at once: the output of all stages to stages.log, how each ended to stages.jsonl,
-rows to <device>.csv and .steps.jsonl (as always to benchmarks/results too), at the end a plot. A stage that takes too
-long is interrupted, and ten seconds later killed. What the compilers made is kept in build/, for the next part.
+All results are written to a folder at once: the output of all stages to stages.log, how each stage ended to
+stages.jsonl, rows to <device>.csv and .steps.jsonl (as always also to benchmarks/results), at the end a plot. A stage
+that takes too long is interrupted, and killed ten seconds later. Compilation caches stay in build/ for the next part.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ from typing import TextIO
 ROOT = Path(__file__).parent.parent
 WHEELS, PACKAGES, CACHES = (ROOT / "build" / name for name in ("gpu-wheels", "gpu-packages", "gpu-caches"))
 PARTS = ("1/3", "2/3", "3/3")
-MINUTES = 4.0  # of a part; the limits of its stages are for these, and grow and shrink with them
+MINUTES = 4.0  # of a part; the limits of its stages are written for this and scale with --minutes
 REPORT = "report"
-_KEPT = 20.0  # seconds that are kept for it
-_LEAST = 5.0  # seconds that a stage is worth beginning for
-_GRACE = 10.0  # seconds from the interrupt to the end of a stage
+_KEPT = 20.0  # seconds reserved for the plot
+_LEAST = 5.0  # a stage is not started with fewer seconds left
+_GRACE = 10.0  # seconds that a stage has to end after the interrupt
 TESTS = "-m pytest -v --tell --tb=short -rfE --maxfail=20 --continue-on-collection-errors -p no:cacheprovider".split()
-TESTS += ["-o", "faulthandler_timeout=60"]  # where a test hangs
+TESTS += ["-o", "faulthandler_timeout=60"]  # prints where a test hangs
 PLACES = "tests/gpu tests/ops tests/train/test_step.py tests/train/test_graph.py tests/data/test_staged.py".split()
-_CASE = re.compile(r"\[\d+/\d+\] (\w+), ")  # of an op, as benchmarks.run begins it
+_CASE = re.compile(r"\[\d+/\d+\] (\w+), ")  # the line with which benchmarks.run begins a case: its op
 
 
 @dataclass
 class Purse:
-    """Seconds that some stages share: each has at least half of an even share, and leaves that to all that follow."""
+    """Seconds that several stages share. Each gets at least half of an equal share; unused seconds go to later
+    stages."""
 
     seconds: float
     stages: int
@@ -68,7 +69,7 @@ class Purse:
 
 @dataclass
 class Stage:
-    """A command and how it ended; ``seconds`` is first its limit, then what it took, ``begun`` the last op."""
+    """A command and how it ended. ``seconds``: its limit, later the time it took; ``begun``: the last op that began."""
 
     name: str
     command: list[str]
@@ -79,7 +80,7 @@ class Stage:
     ended: str = "not begun: no time left"
 
     def run(self, left: float, log: TextIO | None = None) -> None:
-        """For at most ``left`` seconds; the output is printed, and written to ``log``, as it comes."""
+        """Run it for at most ``left`` seconds; the output is printed and written to ``log`` at once."""
         limit = min(self.seconds, left, self.purse.limit() if self.purse else left)
         start = time.monotonic()
         if limit < _LEAST:
@@ -89,7 +90,7 @@ class Stage:
             return
         tell(f"== {self.name}, at most {limit:.0f} s: {' '.join(self.command)}\n", log)
         environment = os.environ | {"PYTHONUNBUFFERED": "1"} | self.environment
-        process = subprocess.Popen(  # a group, which ends with its children, of this session, which ends with this one
+        process = subprocess.Popen(  # a process group of this session: both end with its children
             self.command, cwd=ROOT, env=environment, text=True, errors="replace", process_group=0,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -123,7 +124,7 @@ class Stage:
 
 
 def tell(line: str, log: TextIO | None) -> None:
-    """Written to the log, and printed where there is still someone who reads."""
+    """Write a line to the log, and print it if stdout is still open."""
     if log:
         log.write(line)
         log.flush()
@@ -132,19 +133,20 @@ def tell(line: str, log: TextIO | None) -> None:
 
 
 def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> Iterator[Stage]:
-    """The stages of a part, in their order; ``device`` is "cuda", or "cpu" for a rehearsal."""
+    """The stages of a part, in order; ``device`` is "cuda", or "cpu" for a rehearsal."""
 
     def python(name: str, seconds: float, *arguments: str, prefix: tuple[str, ...] = (), **environment: str) -> Stage:
         return Stage(name, [*prefix, sys.executable, *arguments], scale * seconds, environment)
 
     def benchmark(name: str, seconds: float, *arguments: str) -> Stage:
         its = "-m", "benchmarks.run", "--device", device, "--out", str(out)
-        if device == "cpu":  # which has no headline, and whose rows are no results
+        if device == "cpu":  # a CPU has no headline cases, and the rows of a rehearsal are no results
             return python(name, seconds, *its, "--csv", "none", *(a for a in arguments if "headline" not in a))
         return python(name, seconds, *its, *arguments)
 
     def each_op(name: str, seconds: float, *arguments: str) -> Iterator[Stage]:
-        """All in one process, as imports take seconds; where an op ends it, those behind are left to another."""
+        """Run all ops in one process, because imports take seconds. If an op ends it, a new process runs the ops after
+        it."""
         names = ops(without="step")
         while names:
             stage = benchmark(
@@ -164,7 +166,7 @@ def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> It
     else:
         if ncu := shutil.which("ncu"):
             flags = "--clock-control none --profile-from-start off --set detailed".split()
-            heavy_last = sorted(ops(without="step"), key="adamw_ema".__eq__)  # it is run again for each set of counters
+            heavy_last = sorted(ops(without="step"), key="adamw_ema".__eq__)  # run for each set of counters
             purse = Purse(scale * 100, len(heavy_last))
             for op in heavy_last:
                 once = "-m", "benchmarks.run", "--headline", "--once", "--op", op
@@ -178,7 +180,7 @@ def stages(part: str, out: Path, device: str = "cuda", scale: float = 1.0) -> It
 
 
 def first(archs: str, scale: float = 1.0) -> Iterator[Stage]:
-    """What comes before any part: the packages that the machine lacks, the compiled kernels."""
+    """The stages before any part: install missing packages, compile the kernels."""
     wheels, done = sorted(map(str, WHEELS.glob("*.whl"))), PACKAGES / "installed"
     if wheels and not done.exists():
         pip = "-m pip install --quiet --no-index --no-deps --no-compile --upgrade --target".split()
@@ -192,7 +194,7 @@ def first(archs: str, scale: float = 1.0) -> Iterator[Stage]:
 
 
 def ops(without: str) -> list[str]:
-    """All but one; first what this package alone has."""
+    """All ops but one; first those that exist only in this package."""
     names = {path.stem for path in (ROOT / "benchmarks" / "ops").glob("[a-z]*.py")} - {without}
     first = ("feature_match", "noise_gather", "adamw_ema")
     return [*first, *sorted(names - set(first))]
@@ -243,14 +245,14 @@ def main(arguments: list[str]) -> int:
     for number in (
         signal.SIGINT,
         signal.SIGTERM,
-    ):  # of a shell's background jobs SIGINT is ignored, and by their children
+    ):  # in background jobs of a shell, SIGINT is ignored, also by their children
         signal.signal(number, signal.default_int_handler)
     _keep_what_compilers_make()
     return run(plan(parts, options.out.resolve(), options.device, archs, minutes), options.out.resolve(), minutes)
 
 
 def plan(parts: Iterable[str], out: Path, device: str, archs: str, minutes: float) -> Iterator[Stage]:
-    """All stages of these parts, with limits that fit the minutes."""
+    """All stages of these parts, with limits that fit the given minutes."""
     parts = tuple(parts)
     scale = minutes / MINUTES / len(parts)
     yield from first(archs, scale)
@@ -260,7 +262,7 @@ def plan(parts: Iterable[str], out: Path, device: str, archs: str, minutes: floa
 
 
 def run(planned: Iterable[Stage], out: Path, minutes: float) -> int:
-    """The stages one after another, each with what it leaves in ``out`` at once; 1 where one did not end well."""
+    """Run the stages one after another and copy their results to ``out`` at once; returns 1 if one failed."""
     start, done = time.monotonic(), list[Stage]()
     out.mkdir(parents=True, exist_ok=True)
     with (out / "stages.log").open("a", encoding="utf-8") as log:
@@ -272,7 +274,7 @@ def run(planned: Iterable[Stage], out: Path, minutes: float) -> int:
                     stage.run(60 * minutes - kept - (time.monotonic() - start), log)
                 finally:
                     _record(out / "stages.jsonl", stage)
-        finally:  # where it is stopped, too
+        finally:  # also if it is stopped
             tell(f"\nmake gpu: {time.monotonic() - start:.0f} s; results in {out}\n", log)
             for stage in done:
                 tell(f"  {stage.name:30} {stage.ended}\n", log)
@@ -280,7 +282,7 @@ def run(planned: Iterable[Stage], out: Path, minutes: float) -> int:
 
 
 def _keep_what_compilers_make() -> None:
-    """Inductor's and Triton's caches in the tree, and the packages of the wheels where Python looks for them."""
+    """Put the caches of Inductor and Triton into the tree, and installed wheels on Python's path."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHES / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHES / "triton"))
     places = [os.environ.get("PYTHONPATH", ""), str(PACKAGES)]

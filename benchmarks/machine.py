@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine of a measurement: its name, its versions, and what it reaches at best, measured in the same run."""
+"""The machine of a measurement: its name, versions, and its peak rates, measured in the same run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
+    """The name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -42,7 +42,7 @@ def slug(device: torch.device) -> str:
 
 @functools.cache
 def versions(device: torch.device) -> dict[str, Any]:
-    """What a row says of where it comes from."""
+    """The fields of a row that tell where it comes from."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -50,7 +50,7 @@ def versions(device: torch.device) -> dict[str, Any]:
     now = datetime.datetime.now(datetime.UTC)
     return {
         "date": now.date().isoformat(),
-        "run": now.time().isoformat("seconds"),  # the same in all rows of a process
+        "run": now.time().isoformat("seconds"),  # equal in all rows of a process
         "isa": _native.cpu().isa() if device.type == "cpu" and _native.cpu_reason() is None else "",
         "driver": _smi("driver_version", device),
         "torch": torch.__version__,
@@ -61,7 +61,7 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 
 def commit(name: str = "") -> str:
-    """The commit of this tree (FASTDISTILL_COMMIT, or git's, with "-dirty" where it was changed), or of ``name``."""
+    """The commit of this tree (FASTDISTILL_COMMIT, or git's, with "-dirty" if it was changed), or of ``name``."""
     if not name and (told := os.environ.get("FASTDISTILL_COMMIT")):
         return told
     described = "git describe --always --dirty".split()
@@ -71,7 +71,7 @@ def commit(name: str = "") -> str:
 
 
 def load(device: torch.device) -> dict[str, str]:
-    """A GPU's clocks in MHz and power in watts at this moment; "" where nvidia-smi does not tell."""
+    """A GPU's current clocks in MHz and power in watts; "" if nvidia-smi does not report them."""
     names = ("sm_mhz", "memory_mhz", "watts")
     told = _smi("clocks.sm,clocks.mem,power.draw", device)
     values = [value.strip() for value in told.split(",")]
@@ -79,7 +79,7 @@ def load(device: torch.device) -> dict[str, str]:
 
 
 def _smi(fields: str, device: torch.device) -> str:
-    """What nvidia-smi tells of this GPU. It numbers the GPUs of the machine, CUDA those that are visible."""
+    """What nvidia-smi reports for this GPU. It numbers all GPUs of the machine, CUDA only the visible ones."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return ""
     uuid = torch.cuda.get_device_properties(device).uuid
@@ -93,8 +93,8 @@ def _smi(fields: str, device: torch.device) -> str:
 
 @functools.cache
 def copy_gb_s(device: torch.device) -> float:
-    """Bytes that a copy of 256 MiB (1 GiB on a GPU) reads and writes a second, the median of some. More than 100 % of
-    it is what a cache holds."""
+    """Bytes per second that a copy of 256 MiB (1 GiB on a GPU) reads and writes, median of several. An op can only
+    reach more than 100 % of it if its data are in a cache."""
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -105,7 +105,7 @@ def copy_gb_s(device: torch.device) -> float:
 
 @functools.cache
 def matmul_tflop_s(dtype: torch.dtype, device: torch.device) -> float:
-    """Of a square matrix product, random numbers: 8192 a side on a GPU, 1024 on a CPU."""
+    """TFLOP/s of a square matrix product of random numbers: size 8192 on a GPU, 1024 on a CPU."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     out = torch.empty_like(a)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One case into rows: checked, timed against its rivals in one interleaved run, compared with the ceilings."""
+"""Turns a case into rows: checks it, times it against its rivals in one interleaved run, compares it with the peaks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WRONG, FAILED = "wrong: ", "failed: "
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: ``rivals`` are those alone (None: all); at least ``rounds`` are counted."""
+    """How to measure. ``rivals``: only these (None: all). ``rounds``: minimum number of counted rounds."""
 
     device: torch.device
     threads: int = 1
@@ -42,7 +42,7 @@ class Settings:
     warm_up: int = 5
     seconds: float = 2.0
     rivals: Sequence[str] | None = None
-    compiled: bool | None = None  # None: as ``compiles`` has it
+    compiled: bool | None = None  # None: decided by ``compiles``
 
 
 def row(case: Case, settings: Settings, **fields: Any) -> Row:
@@ -51,18 +51,19 @@ def row(case: Case, settings: Settings, **fields: Any) -> Row:
 
 
 def unmeasured(case: Case, settings: Settings, note: str) -> list[Row]:
-    """Rows that say why there is no measurement."""
+    """Rows that give the reason for a missing measurement."""
     names = [r for r in case.rivals if settings.rivals is None or r in settings.rivals]
     return [row(case, settings, rival=name, note=note) for name in names]
 
 
 def measure(case: Case, settings: Settings) -> Iterator[Row]:
-    """One row a rival and mode, as they are measured, compiled rivals last. A kernel that does not match its reference
-    is not timed, and its rows say so; an error is the reason of the rows that are left, unless the device is unusable,
-    which ends the process after them. Rows of training steps have two more entries than FIELDS, ``ours_parts`` and
-    ``rival_parts``: where the milliseconds went."""
+    """One row per rival and mode, as they are measured; compiled rivals come last. A kernel that does not match its
+    reference is not timed, and its rows say so. After an error the remaining rows give it as the reason; if the device
+    is unusable then, the process ends after them. Rows of training steps have two more entries than FIELDS,
+    ``ours_parts``
+    and ``rival_parts``: where the milliseconds went."""
     workloads: list[Workload] = []
-    _ceilings(case, settings)  # while the memory is free
+    _ceilings(case, settings)  # before memory is allocated
     told: set[str] = set()
     note = ""
     try:
@@ -89,11 +90,11 @@ def measure(case: Case, settings: Settings) -> Iterator[Row]:
         forget_compiled()
     if note:
         yield from (found for found in unmeasured(case, settings, note) if found["rival"] not in told)
-    free(settings.device)  # raises where an error has left the device unusable
+    free(settings.device)  # raises if an error has made the device unusable
 
 
 def once(case: Case, settings: Settings) -> None:
-    """Each kernel of ours once, warm, in a range of the profiler's that has the op's name."""
+    """Run each of our kernels once, warm, in a range of the profiler with the op's name."""
     workload = case.build(settings.device)
     on_gpu = settings.device.type == "cuda"
     for kernel in (None, *_other_kernels(case.op, settings.device)):
@@ -118,7 +119,7 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
     for group in first.groups:
         wanted = {name: runs[name] for name in ("ours", *group.rivals) if name in runs}
         missing = {name: absent[name] for name in group.rivals if name in absent}
-        if wanted.keys() <= {"ours"} and not missing:  # none of these rivals was asked for
+        if wanted.keys() <= {"ours"} and not missing:  # none of these rivals was requested
             continue
         try:
             yield from _steps(case, first, wanted, missing, settings, group.seconds)
@@ -138,7 +139,7 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
         return
     kernel = _kernel_of(case.op, first.ours)
     modes = {"eager": stopwatch} | ({"graph": graphed} if settings.device.type == "cuda" and first.graphs else {})
-    late = [name for name in runs if name.startswith(COMPILED)]  # its compiler may take minutes
+    late = [name for name in runs if name.startswith(COMPILED)]  # compiling may take minutes
     turns = [([name for name in runs if name not in late], absent)] + ([(["ours", *late], {})] if late else [])
     for (names, missing), (mode, make) in itertools.product(turns, modes.items()):
         if names == ["ours"] and not missing:
@@ -167,7 +168,7 @@ def _timed(case: Case, workloads: list[Workload], others: list[str], settings: S
 
 
 def _images(samples: int, timings: dict[str, Timing], rival: str) -> Row:
-    """Images per second of both, where a run makes some."""
+    """Images per second of both, if a run produces images."""
     both = {"ours": "ours", "rival": rival} if samples else {}
     return {f"{side}_img_s": round(1e3 * samples / timings[k].median, 2) for side, k in both.items() if k in timings}
 
@@ -180,7 +181,8 @@ def _steps(
     settings: Settings,
     seconds: float = 0.0,
 ) -> Iterator[Row]:
-    """Rows of training steps; with ``seconds`` each runs some steps at a time, with the memory for itself."""
+    """Rows of training steps. With ``seconds``, each contestant runs several steps at a time and has the memory
+    alone."""
     contestants: dict[str, Contestant] = {}
     failed, seen = dict(absent), {}
     for name, (run,) in runs.items():
@@ -211,19 +213,19 @@ def _steps(
             | _images(workload.samples, timed[0], found["rival"])
             | {f"{side}_{k}": v for side, name in both.items() for k, v in seen.get(name, {}).items()}
         )
-        seen["ours"].pop("parts", None)  # once is enough
+        seen["ours"].pop("parts", None)  # only in the first row
 
 
 def _tell_load(device: torch.device, name: str, times: list[float]) -> None:
-    """The clocks of a turn, which a GPU lowers where it gets too hot or takes too much power."""
+    """Print the clocks during a turn; a GPU lowers them if it gets too hot or takes too much power."""
     its = ", ".join(f"{key} {value or 'unknown'}" for key, value in machine.load(device).items())
     print(f"  a turn of {name}: {statistics.median(times):.2f} ms; {its}", file=sys.stderr, flush=True)
 
 
 def peak_gb(run: Contestant, device: torch.device) -> float | str:
-    """Most memory, in 10^9 bytes, that torch had allocated at once for a run and what it holds; "" without a GPU.
+    """The most memory, in 10^9 bytes, that torch had allocated at once for a run and what it holds; "" without a GPU.
 
-    Of a CUDA graph at its capture: what other contestants hold is not in it.
+    For a CUDA graph measured at its capture, so memory of other contestants is not included.
     """
     if device.type != "cuda":
         return ""
@@ -238,8 +240,8 @@ def peak_gb(run: Contestant, device: torch.device) -> float | str:
 
 
 def allocated_gb(run: Run, device: torch.device) -> float:
-    """Most memory, in 10^9 bytes, that a run has allocated at once beside what was there before: on a GPU by torch's
-    allocator, on a CPU in tensors."""
+    """The most memory, in 10^9 bytes, that a run has allocated at once in addition to what was allocated before: on a
+    GPU by torch's allocator, on a CPU in tensors."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -278,7 +280,7 @@ def _rows(
 def _contestants(
     case: Case, workloads: list[Workload], others: list[str], settings: Settings
 ) -> tuple[dict[str, list[Run]], dict[str, str]]:
-    """Ours first, its other kernels, the rivals, each with one run a copy of the inputs; and why others are missing."""
+    """Ours, its other kernels and the rivals, each with one run per copy of the inputs; and why others are missing."""
     first = workloads[0]
     if set(first.rivals) != set(case.rivals):
         raise ValueError(f"{case}: expected the rivals {case.rivals}, got {tuple(first.rivals)}")
@@ -303,7 +305,7 @@ def _contestants(
 
 
 def _other_kernels(op: str, device: torch.device) -> list[str]:
-    """Kernels of the op that would run here if the first were not there."""
+    """Our other kernels of the op that can run here."""
     if device.type != "cuda" or op not in OPS:
         return []
     return [k.name for k in OPS[op].kernels if k.device == "cuda" and k.available() is None][1:]
@@ -326,12 +328,12 @@ def _kernel_of(op: str, run: Run) -> str:
 
 
 def _ceilings(case: Case, settings: Settings) -> tuple[float, float]:
-    """GB/s of a copy and TFLOP/s of a matrix product, measured once per run."""
+    """GB/s of a copy and TFLOP/s of a matrix product; measured once per process."""
     return machine.copy_gb_s(settings.device), machine.matmul_tflop_s(DTYPES[case.dtype], settings.device)
 
 
 def _reached(case: Case, workload: Workload, ours: Timing, settings: Settings) -> Row:
-    """Ours beside the ceilings of the machine: percent of the time that bytes and FLOPs need at the least."""
+    """How close ours is to the peaks of the machine: the time that its bytes or FLOPs need at least, in percent."""
     copy, matmul = _ceilings(case, settings)
     floor = max(workload.bytes / copy / 1e6, workload.flops / matmul / 1e9)
     return {
@@ -351,12 +353,12 @@ def not_installed(error: ImportError) -> str:
 
 
 def traced(error: BaseException) -> str:
-    """Its line, after where it came from has been printed."""
+    """The error in one line; its traceback is printed before."""
     traceback.print_exception(error, limit=-12)
     return line(error)
 
 
 def line(error: BaseException) -> str:
-    """A message of one line, without what torch says of how to debug it."""
+    """A message in one line, without torch's hints on debugging."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])[:200]}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of a device: a line per shape and dtype, a mark a rival, ops one below the other."""
+"""The plot of a device: one line per shape and dtype, one mark per rival, ops one below the other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _TOP, _LINE = 1.0, 0.19  # inches
 
 
 def plot(name: str, measured: list[list[Row]], target: Path) -> None:
-    """``measured`` as ``files.latest`` has it. Hollow marks are the second of two: two threads, a CUDA graph.
+    """``measured``: from ``files.latest``. Hollow marks are the second variant: two threads, or a CUDA graph.
 
     Raises:
-        ImportError: there is no matplotlib.
+        ImportError: matplotlib is missing.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -68,10 +68,10 @@ def _key(row: Row) -> tuple[str, str, str]:
 
 
 def _lines(found: list[Row]) -> tuple[dict[tuple[str, str, str], int], dict[str, int]]:
-    """From above, the place of each shape and dtype, and of the name of each op."""
+    """The vertical position of each shape and dtype, and of the name of each op, counted from the top."""
     lines: dict[tuple[str, str, str], int] = {}
     heads: dict[str, int] = {}
-    order = list(dict.fromkeys(_key(row)[:2] for row in found))  # the dtypes of a shape together
+    order = list(dict.fromkeys(_key(row)[:2] for row in found))  # keeps the dtypes of a shape together
     for key in sorted(dict.fromkeys(map(_key, found)), key=lambda key: order.index(key[:2])):
         heads.setdefault(key[0], len(lines) + len(heads))
         lines[key] = len(lines) + len(heads)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many products the top directions of a Jacobian take, by method: ``python -m benchmarks.products``.
+"""How many products each method needs for the top directions of a Jacobian: ``python -m benchmarks.products``.
 
-Each method goes on until the sine of the largest angle to the exact directions is at most 0.01. The Jacobians are those
-of the digits teacher and of a U-Net with random weights; they are formed once, so that products cost nothing.
+Each method runs until the sine of the largest angle to the exact directions is at most 0.01. The Jacobians are those of
+the digits teacher and of a U-Net with random weights; they are formed once, so that products are cheap.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SINE = 1e-2
 
 
 def deflation(f: Any, x: Tensor, k: int, tolerance: float, most: int = 500) -> tuple[Tensor, Tensor]:
-    """One right singular vector after another by power iteration on J^T J, orthogonal to those before, each until it
-    moves by less than the tolerance: vectors [B, n, k] and products [B]."""
+    """One right singular vector after another, by power iteration on J^T J orthogonal to the previous ones, each until
+    it changes by less than the tolerance. Returns the vectors [B, n, k] and the numbers of products [B]."""
     found = x.new_zeros(len(x), x[0].numel(), 0)
     products = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for number in range(k):
@@ -43,8 +43,8 @@ def deflation(f: Any, x: Tensor, k: int, tolerance: float, most: int = 500) -> t
 
 
 def least(find: Callable[[int], Subspace], exact: Tensor, step: int, most: int = 1024) -> tuple[int, float]:
-    """The fewest products, in iterations of ``step``, with which the largest angle is small enough, and its sine; as
-    many as ``most`` iterations where that is not enough."""
+    """The minimum number of products (in iterations of ``step``) for which the largest angle is small enough, and its
+    sine; ``most`` iterations if that is not reached."""
 
     def error(iterations: int) -> float:
         return sine(find(iterations * step).vectors, exact)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: per op the shapes of real models, the bytes and FLOPs that they must cost, the rivals, the check
-before any timing. ``pytest --benchmark`` and ``python -m benchmarks.run`` both read it.
+"""What is measured: for each op the shapes of real models, the minimum bytes and FLOPs, the rivals, and the check
+before the timing. ``pytest --benchmark`` and ``python -m benchmarks.run`` both use it.
 
-An op's cases are in ``benchmarks/ops/<op>.py``: a function ``cases()`` that yields them, the smallest first. A rival is
-the strongest form that a user would write, with its outputs reused where ours are.
+The cases of an op are in ``benchmarks/ops/<op>.py``: its function ``cases()`` yields them, the smallest first. A rival
+is the fastest code that a user would write. It may reuse output buffers if ours does.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Run = Callable[[], object]
 
 
 class Holder(Protocol):
-    """A run with memory of its own: ``held`` are the tensors that stay between two runs, ``rest`` lets go of whatever
-    can be made again."""
+    """A run with its own memory. ``held``: the tensors that stay between two runs. ``rest`` releases everything that
+    can be created again."""
 
     def __call__(self) -> object: ...
 
@@ -41,7 +41,7 @@ class Holder(Protocol):
 
 
 class Contestant:
-    """A holder that is made at its first run, and let go of by ``close``."""
+    """A holder that is created at its first run and released by ``close``."""
 
     def __init__(self, make: Callable[[], Holder]) -> None:
         self._make = make
@@ -51,7 +51,7 @@ class Contestant:
         self._holder()()
 
     def held(self) -> int:
-        """Bytes."""
+        """The bytes of the held tensors."""
         storages = {s._cdata: s.nbytes() for t in self._holder().held() for s in (t.untyped_storage(),)}
         return sum(storages.values())
 
@@ -77,13 +77,15 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """A case with its tensors. ``ours`` and ``rivals`` run it once; ``check`` raises where ours is wrong.
+    """A case with its tensors. ``ours`` and ``rivals`` run it once; ``check`` raises if ours is wrong.
 
-    A rival that is not here stands as the reason. ``bytes`` and ``flops`` are the least that one run must move and
-    compute; 0 where that is not counted. ``samples``: how many a run makes or trains on; rows say images per second.
-    ``memory``: rows say the most that a run allocates at once. The runs of training steps are Contestants: their rows
-    say peak memory too, and where the time went. Without ``groups`` rivals take turns run by run; with them, those of a
-    group do, some runs at a time, and are closed after it.
+    If a rival is not available, the reason is in its place. ``bytes`` and ``flops``: the minimum that a run must move
+    and compute, or 0 if not counted. ``samples``: how many samples a run makes or trains on; rows then have images per
+    second.
+    ``memory``: rows then have the most memory that a run allocates at once. Runs of training steps are Contestants;
+    their rows also have the peak memory and where the time went. Without ``groups``, the rivals alternate after each
+    run. With ``groups``, only the rivals of one group alternate, each for several runs at a time; afterwards they are
+    closed.
     """
 
     ours: Run
@@ -94,14 +96,14 @@ class Workload:
     samples: int = 0
     memory: bool = False
     groups: tuple[Group, ...] = ()
-    graphs: bool = True  # on a GPU each contestant is timed in a CUDA graph too
+    graphs: bool = True  # on a GPU, also time each contestant in a CUDA graph
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape, made when ``build(device)`` is called. ``rivals`` are the names that it will have.
+    """One op at one shape; ``build(device)`` creates its tensors. ``rivals``: the names of the rivals.
 
-    ``device``: "cpu" or "cuda", where this size is worth a measurement. ``headline``: among the first on a GPU.
+    ``device``: "cpu" or "cuda", wherever this size is worth measuring. ``headline``: measured first on a GPU.
     """
 
     op: str
@@ -117,12 +119,12 @@ class Case:
 
 
 def ops() -> list[str]:
-    """The names of what can be measured."""
+    """The names of all ops that can be measured."""
     return sorted(module.name for module in pkgutil.iter_modules(benchmarks.ops.__path__))
 
 
 def cases(device: str, op: Sequence[str] | None = None, dtype: Sequence[str] | None = None) -> Iterator[Case]:
-    """The cases for a device ("cpu" or "cuda"), those of an op together, its smallest first."""
+    """The cases for a device ("cpu" or "cuda"), grouped by op, the smallest first."""
     for name in ops() if op is None else op:
         for case in importlib.import_module(f"benchmarks.ops.{name}").cases():
             if case.device == device and (dtype is None or case.dtype in dtype):
@@ -130,7 +132,7 @@ def cases(device: str, op: Sequence[str] | None = None, dtype: Sequence[str] | N
 
 
 def compiles(case: Case) -> bool:
-    """Whether torch.compile is timed by default: on a CPU, where it takes long, at an op's smallest shape alone."""
+    """Whether torch.compile is timed by default; on a CPU, where compiling is slow, only at an op's smallest shape."""
     return case.device == "cuda" or str(case) == str(next(cases(case.device, [case.op], [case.dtype])))
 
 
@@ -139,7 +141,7 @@ def generator(device: torch.device) -> torch.Generator:
 
 
 def forward_backward(function: Callable[..., Tensor], *inputs: Any, cotangent: Tensor | None = None) -> Run:
-    """One forward and backward of a function of (lists of) tensors: ``(output, *gradients)``."""
+    """One forward and backward of a function of (lists of) tensors: returns ``(output, *gradients)``."""
     leaves = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
 
     def run() -> tuple[Tensor, ...]:
@@ -150,7 +152,7 @@ def forward_backward(function: Callable[..., Tensor], *inputs: Any, cotangent: T
 
 
 def agrees(run: Callable[[], Sequence[Tensor]], factor: float = 2.0) -> Callable[[], None]:
-    """A check: what ``run`` returns is what it returns on the reference, to ``factor`` eps of the largest value."""
+    """A check that ``run`` returns the values of the reference, within ``factor`` eps of the largest value."""
 
     def check() -> None:
         got = [t.detach().clone() for t in run()]
@@ -166,20 +168,20 @@ def agrees(run: Callable[[], Sequence[Tensor]], factor: float = 2.0) -> Callable
 
 @functools.cache
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """``function`` compiled for its shapes, tuned where there is a GPU. CUDA graphs are captured for every rival alike,
-    so the compiler makes none of its own."""
+    """``function`` compiled for its shapes, on a GPU with autotuning. Without the compiler's own CUDA graphs, because
+    every rival is captured in one."""
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
     return torch.compile(function, mode=mode, dynamic=False)
 
 
 def forget_compiled() -> None:
-    """Between cases, so that no case inherits the dynamic shapes of the last."""
+    """Call it between cases, so that no case inherits dynamic shapes from an earlier one."""
     compiled.cache_clear()
     torch._dynamo.reset()
 
 
 def optional(module: str, make: Callable[[Any], Run]) -> Run | str:
-    """``make(module)`` where a rival's package is installed and works, else why there is none."""
+    """``make(module)`` if a rival's package is installed and works, else the reason."""
     package = module.split(".")[0]
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"

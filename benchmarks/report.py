@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.report``: the README's table, docs/benchmarks.md and its plots, from benchmarks/results alone.
+"""``python -m benchmarks.report``: the README's table, docs/benchmarks.md and its plots, only from benchmarks/results.
 
-Another folder of results (``--results``) is plotted into itself, and the README stays as it is.
+Another folder of results (``--results``) gets its own plots, and the README is not changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NEEDED = "date op shape dtype threads rival ratio".split()
 
 
 def current(path: Path) -> list[list[Row]]:
-    """The last measurements of a file, without cases and rivals that are no longer in the registry."""
+    """The last measurements of a file, without cases and rivals that the registry no longer has."""
     known = {(c.op, c.shape, c.dtype): c.rivals for kind in ("cpu", "cuda") for c in cases(kind)}
     rows = read(path, needed=NEEDED)
     rivals = [known.get((row["op"], row["shape"], row["dtype"]), ()) for row in rows]
@@ -36,12 +36,12 @@ def current(path: Path) -> list[list[Row]]:
 
 
 def _kernel(row: Row, names: Sequence[str]) -> bool:
-    """Whether it is of another kernel of ours, of a case that is known."""
+    """Whether the row is about another kernel of ours, for a known case."""
     return bool(names) and row["rival"].startswith("ours, ")
 
 
 def summary(results: Path = RESULTS) -> str:
-    """Of every op the least and the most that it was faster, over shapes and threads."""
+    """For each op, the smallest and largest speedup over all shapes and thread counts."""
     lines = []
     for path, measured in _measured(results):
         gpu = path.stem.startswith("gpu")
@@ -62,13 +62,13 @@ def summary(results: Path = RESULTS) -> str:
 
 
 def gpu_state(results: Path = RESULTS) -> str:
-    """For the README: each op at its worst shape on a GPU against the fastest rival there, and what is unmeasured."""
+    """For the README: each op at its worst shape on a GPU against the fastest rival there, and what is not measured."""
     lines = []
     for path, measured in _measured(results):
         if not path.stem.startswith("gpu"):
             continue
         found: dict[str, dict[str, float]] = {}
-        for rows in (rows for rows in measured if rows[0]["op"] != "step"):  # whose modes are other ones
+        for rows in (rows for rows in measured if rows[0]["op"] != "step"):  # training steps have other modes
             if ratios := [float(r["ratio"]) for r in rows if r["ratio"] and not r["rival"].startswith("ours, ")]:
                 modes = found.setdefault(rows[0]["op"], {})
                 mode = rows[0]["mode"]
@@ -86,7 +86,7 @@ def gpu_state(results: Path = RESULTS) -> str:
 
 
 def _steps(path: Path, card: str) -> list[str]:
-    """Whole training steps: of each rival the last measurement, beside ours of the same run."""
+    """Whole training steps: the last measurement of each rival, next to ours of the same run."""
     found = {(row["shape"], row["rival"]): row for row in read(path, needed=NEEDED) if row["op"] == "step"}
     rows = [row for row in found.values() if row["ratio"]]
     if not rows:
@@ -104,7 +104,7 @@ def _range(ratios: list[float]) -> str:
 
 
 def _waiting(results: Path) -> list[Case]:
-    """The headline cases that no GPU has measured."""
+    """The headline cases that were not measured on a GPU."""
     rows = itertools.chain.from_iterable(r for path in results.glob("gpu*.csv") for r in current(path))
     measured = {(row["op"], row["shape"], row["dtype"]) for row in rows if row["ratio"]}
     return [c for c in cases("cuda") if c.headline and (c.op, c.shape, c.dtype) not in measured]
@@ -117,7 +117,7 @@ def _measured(results: Path) -> Iterator[tuple[Path, list[list[Row]]]]:
 
 
 def table(results: Path = RESULTS) -> str:
-    """Per device the last measurement of every case, and the headline cases that wait for a GPU."""
+    """For each device the last measurement of every case, and the headline cases that were not measured on a GPU."""
     lines = []
     for path, measured in _measured(results):
         gpu = path.stem.startswith("gpu")
@@ -126,7 +126,7 @@ def table(results: Path = RESULTS) -> str:
         if results == RESULTS:
             lines += [f"![Times faster than each rival, {path.stem}](images/benchmarks-{path.stem}.png)", ""]
         columns = ["op", "shape", "dtype", "mode" if gpu else "threads", "times faster than"]
-        columns += ["% of ceiling"] if gpu else []  # a shared CPU's is not the same from one minute to the next
+        columns += ["% of ceiling"] if gpu else []  # on a shared CPU the peaks change from minute to minute
         lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(_cells(rows, columns))} |" for rows in measured]
         lines += [*_where(path, gpu), ""]
@@ -145,7 +145,7 @@ def page() -> str:
 
 
 def _where(path: Path, gpu: bool) -> list[str]:
-    """Where the milliseconds of training steps went; of a shared CPU the shares."""
+    """Where the milliseconds of training steps go; for a shared CPU in percent."""
     found = latest_parts(path)
     if not found:
         return []
@@ -174,7 +174,7 @@ def _cells(rows: list[Row], columns: list[str]) -> list[str]:
 
 
 def _memory(row: Row) -> str:
-    """The peak beside the rival's, where it was measured."""
+    """Our peak memory next to the rival's, if measured."""
     if not row["rival_peak_gb"]:
         return ""
     ours, rival = (f"{float(row[f'{side}_peak_gb']):.3g}" for side in ("ours", "rival"))
@@ -182,10 +182,10 @@ def _memory(row: Row) -> str:
 
 
 def plots(results: Path, into: Path) -> Iterator[Path]:
-    """One picture per device: ``benchmarks-<device>.png``.
+    """One plot per device: ``benchmarks-<device>.png``.
 
     Raises:
-        ImportError: there is no matplotlib.
+        ImportError: matplotlib is missing.
     """
     for path in sorted(results.glob("*.csv")):
         if measured := [rows for rows in current(path) if any(row["ratio"] for row in rows)]:
@@ -195,7 +195,7 @@ def plots(results: Path, into: Path) -> Iterator[Path]:
 
 
 def filled(readme: str, name: str, text: str) -> str:
-    """The README with a text between the marks of that name."""
+    """The README with ``text`` between the marks with this name."""
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     return re.sub(pattern, lambda m: f"{m[1]}{text}\n{m[2]}", readme, flags=re.DOTALL)
 

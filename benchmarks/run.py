@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.run``: check each op, time it against its rivals in one interleaved run, print, append to
-results/<device>.csv."""
+"""``python -m benchmarks.run``: check each op, time it against its rivals in one interleaved run, print the rows and
+append them to results/<device>.csv."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = _chosen(p, options)
     there = not gpu or torch.cuda.is_available()
-    torch.backends.cudnn.benchmark |= gpu and there  # for ours and for rivals alike
+    torch.backends.cudnn.benchmark |= gpu and there  # for ours and for the rivals
     if options.once and there:
         for case in chosen:
             once(case, settings)
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _chosen(p: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
-    """The cases that are asked for; an error where an argument leaves none."""
+    """The requested cases; an error if an argument leaves none."""
 
     def wrong(argument: str, rule: str, known: Iterable[str], got: Iterable[str]) -> NoReturn:
         p.error(f"--{argument}: expected {rule} {', '.join(map(repr, known))}, got {', '.join(map(repr, got))}")
@@ -131,7 +131,7 @@ def _chosen(p: argparse.ArgumentParser, options: argparse.Namespace) -> list[Cas
 
 
 def _measured(chosen: list[Case], settings: Settings, base_commit: str, minutes: float) -> Iterator[list[Row]]:
-    """The rows, one or some at a time, so that what was measured is kept whatever comes."""
+    """Yields the rows as they are measured, so that they are saved whatever happens later."""
     start = time.perf_counter()
     if settings.device.type == "cuda" and not torch.cuda.is_available():
         yield from (unmeasured(case, settings, NO_GPU) for case in chosen)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of real models, as their published configurations give them."""
+"""Sizes of real models, from their published configurations."""
 
 from __future__ import annotations
 
 Sizes = tuple[int, ...]
 
-# Outputs of the down and up blocks of a U-Net of Stable Diffusion 1.5 at 512 x 512: bk_base's taps.
+# Outputs of the down and up blocks of the Stable Diffusion 1.5 U-Net at 512 x 512: the taps of bk_base.
 SD15_TAPS = (
     (320, 32, 32),
     (640, 16, 16),
@@ -16,7 +16,7 @@ SD15_TAPS = (
     (640, 64, 64),
     (320, 64, 64),
 )
-# The same of SDXL's at 1024 x 1024, its mid block with them.
+# The same for SDXL at 1024 x 1024, with its mid block.
 SDXL_TAPS = (
     (320, 64, 64),
     (640, 32, 32),
@@ -29,16 +29,16 @@ SDXL_TAPS = (
 # Every other block of the 28 of PixArt-XL/2 at 512 x 512: 1024 tokens.
 PIXART_TAPS = ((1024, 1152),) * 14
 
-# (latent, prompt) of a sample.
+# (latent, prompt) of one sample.
 SD15_SAMPLE: tuple[Sizes, Sizes] = (4, 64, 64), (77, 768)
 SDXL_SAMPLE: tuple[Sizes, Sizes] = (4, 128, 128), (77, 2048)
 PIXART_SAMPLE: tuple[Sizes, Sizes] = (4, 64, 64), (120, 4096)
-DIT_SAMPLE: tuple[Sizes, Sizes] = (4, 32, 32), ()  # the prompt is a class
-# What else follows the prompt: pooled embeddings and time ids; the mask of the tokens.
+DIT_SAMPLE: tuple[Sizes, Sizes] = (4, 32, 32), ()  # the prompt is a class number
+# Other inputs that belong to the prompt: pooled embeddings and time ids; the mask of the tokens.
 SDXL_CONDITIONS: tuple[Sizes, ...] = (1280,), (6,)
 PIXART_CONDITIONS: tuple[Sizes, ...] = ((120,),)
 
-# Widths of the stages of a U-Net of Stable Diffusion 1.5; a block is a resnet with its time projection, a transformer.
+# Widths of the stages of the SD 1.5 U-Net; a block is a resnet with its time projection, and a transformer.
 SD15_WIDTHS = (320, 640, 1280)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole training steps of random conditioning and of guidance distillation under it: the trainer's, and those of the
-scripts that a user would write, which ask the teacher twice for a guided prediction.
+"""Whole training steps of random conditioning, also with guidance distillation: those of the trainer, and those of
+scripts that a user would write (which call the teacher twice for a guided prediction).
 
 The models and sizes are in ``benchmarks/ops/step.py``. Rivals are compiled in the compiler's default mode: tuning two
-U-Nets of 1.4 billion parameters takes longer than the measurement.
+U-Nets with 1.4 billion parameters would take longer than the measurement.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ _BEST_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBacken
 
 @dataclass(frozen=True)
 class Setup:
-    """What every contestant starts from; the models lie in memory, and have the dtype, as ours and the tuned ones.
-    guidance: weight w of the teacher's prediction; None: its plain one."""
+    """What every contestant starts from. The models have the memory layout and dtype that ours and the tuned rivals
+    use.
+    guidance: weight w of the teacher's prediction; None: no guidance."""
 
     teacher: nn.Module
     student: nn.Module
@@ -59,8 +60,8 @@ class Setup:
 
 
 def rivals(batch: int, gpu: bool = True, low: bool = False) -> tuple[str, ...]:
-    """Who competes; CUDA graphs of the compiler's are strong where launches take most of the time, at small batches.
-    ``low``: bfloat16 on a CPU, against float32 too."""
+    """The names of the rivals. At small batches, where launches dominate, CUDA graphs of the compiler are added.
+    ``low``: bfloat16 on a CPU, compared also with float32."""
     others = (*((REDUCED,) if batch <= 4 else ()), *((OURS_COMPILED,) if gpu else ()), *((IN_FLOAT32,) if low else ()))
     return (COMPILED, BEST_SDPA, PRODUCTS, *others, UNFUSED, TUNED, LITERAL)
 
@@ -72,11 +73,11 @@ def workload(
     measured: bool = False,
     whole: Callable[[torch.device], Setup] | None = None,
 ) -> Workload:
-    """Ours, fused, against its rivals. ``measured``: ours runs as a run of 10,000 steps on a CPU would, by what it
-    measures before the first one. ``whole``: the same setup in float32, for a rival in it.
+    """Ours (fused) against its rivals. ``measured``: ours runs in the way that a run of 10,000 steps on a CPU would
+    choose by its measurement. ``whole``: the same setup in float32, for a rival that uses it.
 
-    On a GPU one rival at a time beside ours, as the memory of all would be too much: first those that need no compiler,
-    for ten seconds; then the compiled ones, which are expected to be the strongest, for ``sustained`` seconds.
+    On a GPU only one rival at a time runs beside ours, because the memory of all would be too much: first, for ten
+    seconds each, those that need no compiler; then, for ``sustained`` seconds, the compiled ones, the likely fastest.
     """
     setup = build(device)
     trainer = _trainer(setup, fuse="auto" if measured else True)
@@ -120,12 +121,12 @@ def workload(
         flops=flops(build),
         samples=setup.batch,
         groups=groups,
-        graphs=False,  # ours is one where there is a GPU; scripts cannot
+        graphs=False,  # on a GPU ours is a CUDA graph already; scripts cannot be captured
     )
 
 
 def flops(build: Callable[[torch.device], Setup]) -> int:
-    """Of the literal step's forwards and backward, counted by torch on meta tensors."""
+    """FLOPs of the forwards and the backward of the literal step, counted by torch on meta tensors."""
     with FlopCounterMode(display=False) as counter:
         its = Script(build(torch.device("meta")), literal=True)
         its.loss(its.teacher, its.student, _distance).backward()
@@ -154,8 +155,8 @@ def _trainer(setup: Setup, fuse: bool | Literal["auto"], execution: Execution = 
 
 
 class _Trained:
-    """What the trainer runs, a CUDA graph where there is a GPU; at rest there is none. ``measured``: what a run of its
-    own would, which measures that on a CPU."""
+    """The trainer's step, in a CUDA graph on a GPU; ``rest`` releases the graph. ``measured``: execute it in the way
+    that a run would choose by its measurement on a CPU."""
 
     def __init__(self, trainer: DistillTrainer, measured: bool = False) -> None:
         self._trainer, self._measured = trainer, measured
@@ -187,23 +188,23 @@ class _Trained:
 
 
 class _Scripted:
-    """A script with its models and its loss as they are, or compiled."""
+    """A script with its models and its loss, eager or compiled."""
 
     def __init__(self, script: Script, *parts: Callable[..., Any], compiled: bool = False) -> None:
         self._script, self._parts, self._compiled = script, parts, compiled
         self.held = script.held
 
     def __call__(self) -> None:
-        if self._compiled:  # what the last step has written may be written over
+        if self._compiled:  # the next step may overwrite outputs of the last one
             torch.compiler.cudagraph_mark_step_begin()
         self._script(*self._parts)
 
     def rest(self) -> None:
-        """It holds nothing that could be made again."""
+        """Does nothing: it holds nothing that could be created again."""
 
 
 def _check(trainer: DistillTrainer) -> None:
-    """The loss of the fused models and ops is that of diffusers' own and the references."""
+    """Check that the fused models and ops give the loss of diffusers' models and the reference ops."""
     from fastdistill.models.calling import compute_dtype
     from fastdistill.models.fuse import fuse, unfuse
 
@@ -221,11 +222,11 @@ def _check(trainer: DistillTrainer) -> None:
 
 
 class Script:
-    """The step of the public scripts: hooks for the features, AdamW, a loop for the average, the loss read every step,
-    NCHW; where the models are in a low precision, fp32 weights of the student under autocast.
+    """The step of the published scripts: hooks for the features, AdamW, a loop for the average, the loss read in every
+    step, NCHW. If the models have low precision, the student has fp32 weights and runs under autocast.
 
-    Other than ``literal``: the layout of ours, low-precision weights with fp32 masters, fused AdamW, averages by
-    ``torch._foreach``, and nothing read. Called with the two models and ``_distance``, as they are or compiled.
+    If not ``literal``: our memory layout, low-precision weights with fp32 masters, fused AdamW, averages by
+    ``torch._foreach``, and no reads. Called with the two models and ``_distance``, each eager or compiled.
     """
 
     def __init__(self, setup: Setup, literal: bool) -> None:
@@ -291,7 +292,7 @@ class Script:
         else:
             dtype = self.weights[0].dtype
             output = self.family.call(student, x_t.to(dtype), t, cast(prompt, dtype)).sample
-        channels = x.shape[1]  # a learned variance follows them
+        channels = x.shape[1]  # the other channels are a learned variance
         theirs, own = self.features
         loss = distance(
             [output[:, :channels], *(own[i] for i in own)], [target[:, :channels], *(theirs[i] for i in own)]
@@ -323,14 +324,14 @@ class Script:
 
 
 def _distance(own: list[Tensor], theirs: list[Tensor]) -> Tensor:
-    """The mean square of each pair, in float32, added up."""
+    """The sum over all pairs of the mean squared difference, in float32."""
     return torch.stack([F.mse_loss(a.float(), b.float()) for a, b in zip(own, theirs, strict=True)]).sum()
 
 
 def _inductor_with_best_sdpa(module: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
-    """torch.compile's backend with cuDNN's attention where it takes the shape: the choice is made while it traces.
+    """torch.compile's backend with cuDNN's attention if it supports the shape; this is decided during tracing.
 
-    The cache of traces is left out, as its key says nothing of that choice.
+    The cache of traces is not used, because its key does not contain this decision.
     """
     from torch._inductor.compile_fx import compile_fx
 
@@ -344,7 +345,7 @@ def _and_with_products(module: torch.fx.GraphModule, inputs: Any) -> Any:
 
 
 def _sharing(model: nn.Module) -> nn.Module:
-    """A copy of the modules alone: parameters and buffers are those of the model."""
+    """A copy of the modules that shares the model's parameters and buffers."""
     kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, kept)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pytest --benchmark``: every op and its rivals through pytest-benchmark, for regressions and equivalence.
+"""``pytest --benchmark``: every op and its rivals with pytest-benchmark, to find regressions and check equivalence.
 
-The ratios that count are those of ``python -m benchmarks.run``, which interleaves both sides. On a CPU torch.compile
-is timed at the smallest shapes only.
+Published ratios are those of ``python -m benchmarks.run``, which interleaves both sides. On a CPU torch.compile is
+timed only at the smallest shapes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def _contestants() -> Iterator[Any]:
         for name in ("ours", *case.rivals):
             if not name.startswith(COMPILED) or compiles(case):
                 words = f"{case} {name}".replace("B=", "B")
-                yield pytest.param(case, name, id=re.sub(r"[^\w.]+", "-", words))  # words that -k takes
+                yield pytest.param(case, name, id=re.sub(r"[^\w.]+", "-", words))  # an id that works with -k
 
 
 class _Built:
-    """The workload of one case at a time, built and checked once for all its contestants."""
+    """The workload of one case at a time; it is built and checked once for all contestants."""
 
     case: Case | None = None
     workload: Workload | Exception | None = None

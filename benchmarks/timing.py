@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved timing: every round runs each contestant once, so that a machine that drifts drifts for all of them.
+"""Interleaved timing: every round runs each contestant once, so that a drift of the machine affects all of them.
 
-On a GPU a round waits for the device first and is timed by its events, so that what Python and the launches cost is in
-it; in a captured CUDA graph they are not. Inputs rotate through copies that together exceed the L2 cache.
+On a GPU a round waits for the device first and is timed by events, so it includes the time of Python and of launches; a
+captured CUDA graph excludes both. Inputs rotate through copies that together exceed the L2 cache.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 
 from benchmarks.registry import Contestant, Run
 
-Stopwatch = Callable[[], float]  # runs once and returns milliseconds
+Stopwatch = Callable[[], float]  # executes a run and returns milliseconds
 _MOST_COPIES = 64
-_CAPTURED = 8  # runs in a graph at the least
-_LONGEST, _FEWEST = 30.0, 11  # seconds, rounds
-UNCOUNTED, _TURN = 4, 11  # the trainer's step is a CUDA graph from its fourth run on
+_CAPTURED = 8  # minimum number of runs in a graph
+_LONGEST, _FEWEST = 30.0, 11  # after 30 seconds, 11 rounds are enough
+UNCOUNTED, _TURN = 4, 11  # the trainer's step becomes a CUDA graph at its fourth run
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Timing:
 
 
 def copies(moved: int, device: torch.device) -> int:
-    """How many copies of inputs of so many bytes keep each one cold in a GPU's L2. (On a CPU one: inputs are larger
-    than the caches of a core, or other rows every round.)"""
+    """How many copies of the inputs (``moved`` bytes) are needed so that each one is cold in a GPU's L2. On a CPU one:
+    the inputs are larger than a core's caches, or every round uses other rows."""
     if device.type != "cuda" or not moved:
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -45,7 +45,7 @@ def copies(moved: int, device: torch.device) -> int:
 
 
 def stopwatch(runs: Sequence[Run], device: torch.device) -> Stopwatch:
-    """Each call times the next of ``runs``."""
+    """Each call executes and times the next of ``runs``."""
     turns = itertools.cycle(runs)
     if device.type != "cuda":
 
@@ -71,10 +71,10 @@ def stopwatch(runs: Sequence[Run], device: torch.device) -> Stopwatch:
 
 
 def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
-    """All of ``runs`` in one CUDA graph, again and again until it has a few, so that what a replay itself costs is
-    little of them; a call replays it and returns the time of one run.
+    """All of ``runs`` in one CUDA graph, repeated until there are enough runs that the cost of a replay is negligible.
+    A call replays the graph and returns the time of one run.
 
-    Raises whatever cannot be captured.
+    Raises any error of the capture.
     """
     count = len(runs) * math.ceil(_CAPTURED / len(runs))
     side = torch.cuda.Stream(device)
@@ -85,7 +85,7 @@ def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
                 run()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    kept = collections.deque[object](maxlen=len(runs))  # what is given back to the graph, the next runs write over
+    kept = collections.deque[object](maxlen=len(runs))  # runs may overwrite what was returned to the graph's memory
     with torch.cuda.graph(graph):
         for run in itertools.islice(itertools.cycle(runs), count):
             kept.append(run())
@@ -96,10 +96,10 @@ def graphed(runs: Sequence[Run], device: torch.device) -> Stopwatch:
 def interleaved(
     contestants: Mapping[str, Stopwatch], rounds: int, warm_up: int, seconds: float = 2.0
 ) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Times of each contestant, and for all but the first the median over rounds of its time by the first's.
+    """Times of each contestant; and for all but the first, the median over rounds of (its time / the first one's time).
 
-    At least ``rounds`` are counted, and as many as fit into ``seconds``; ``warm_up`` and a tenth of ``seconds`` go
-    before, uncounted. After half a minute eleven are enough.
+    At least ``rounds`` rounds are counted, and more if they fit into ``seconds``. Before them, ``warm_up`` and a tenth
+    of ``seconds`` are not counted. After half a minute, eleven rounds are enough.
     """
     _times(contestants, warm_up, seconds / 10)
     return summary(_times(contestants, rounds, seconds))
@@ -111,9 +111,9 @@ def in_turns(
     seconds: float,
     watch: Callable[[str, list[float]], object] = lambda name, times: None,
 ) -> dict[str, list[float]]:
-    """Times of contestants whose memory would be too much together: in a turn one runs some times uncounted, as many
-    counted, then lets go of what it can. Turns go round for ``seconds``; ``watch`` is called after the runs of each,
-    before the GPU has been idle for long."""
+    """Times of contestants whose memory would be too much together. In a turn, one contestant runs several times
+    uncounted, then as many times counted, then releases what it can. Turns repeat for ``seconds``. ``watch`` is called
+    after the runs of each turn, before the GPU has been idle for long."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or not all(times.values()):
@@ -129,14 +129,14 @@ def in_turns(
 
 
 def free(device: torch.device) -> None:
-    """Give back memory that nothing holds."""
+    """Free memory that nothing holds."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def summary(times: Mapping[str, Sequence[float]]) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Of the rounds of each contestant: medians and spreads, and the ratios to the first."""
+    """From the rounds of each contestant: medians and spreads, and the ratios to the first."""
     ours, *rivals = times
     ratios = {r: statistics.median(b / a for a, b in zip(times[ours], times[r], strict=True)) for r in rivals}
     timings = {}

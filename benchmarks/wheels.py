@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make gpu-wheels``: the packages that a machine with torch, but without a network, lacks, as wheels in
-build/gpu-wheels, from where ``benchmarks.gpu`` installs them.
+"""``make gpu-wheels``: the packages that a machine with torch but without a network lacks, as wheels in
+build/gpu-wheels; ``benchmarks.gpu`` installs them from there.
 
-Versions are those of constraints.txt, where none is named here. Each wheel is checked to fit the machine's Python, and
-what it requires to be among the wheels or expected there.
+Versions not named here are those of constraints.txt. Each wheel is checked to fit the machine's Python, and its
+requirements must be among the wheels or be expected on the machine.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ WANTED = (
     "diffusers importlib_metadata pydantic pydantic_core annotated_types typing_inspection typing_extensions tyro"
     " docstring_parser typeguard rich pygments markdown-it-py mdurl lazy-importer zipp pybind11 ninja xformers"
     " liger_kernel setuptools<82"
-).split()  # torch 2.11 takes no later setuptools
-#: With torch, and with the libraries of models that come with it.
+).split()  # torch 2.11 does not work with later setuptools
+#: Installed with torch and with the libraries of models.
 THERE = "torch triton numpy filelock huggingface-hub packaging pillow pyyaml regex requests safetensors".split()
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 MARKERS = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "extra": ""}
 
 
 def download(folder: Path, python: str) -> None:
-    """The wheels, in place of those that are in the folder.
+    """Download the wheels and replace those in the folder.
 
     Raises:
         subprocess.CalledProcessError: pip found no fitting wheel of a package.
@@ -55,7 +55,7 @@ def download(folder: Path, python: str) -> None:
 
 
 def faults(folder: Path, python: str) -> Iterator[str]:
-    """What is wrong with the wheels of a folder for that Python ("3.12") on Linux."""
+    """What is wrong with the wheels in a folder, for this Python ("3.12") on Linux."""
     major, minor = map(int, python.split("."))
     tags = {
         *cpython_tags((major, minor), platforms=PLATFORMS),

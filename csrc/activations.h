@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elementary functions of sixteen lanes, within two units of the last place; NaN stays.
+// Elementary functions on sixteen lanes, error at most 2 ulp; NaN stays NaN.
 #pragma once
 #include "simd.h"
 
 namespace fd::FD_ISA {
 
-// x in [-87, 87], where e^x is a normal number; NaN stays.
+// x limited to [-87, 87], where e^x is a normal number; NaN stays NaN.
 FD_HD vfloat in_range(vfloat x) {
   const vfloat high = vfloat{} + 87.0f, low = vfloat{} - 87.0f;
 #ifdef FD_X86
-  return (vfloat)FD_INTRINSIC(min_ps)(high, (vfloat)FD_INTRINSIC(max_ps)(low, x));  // of NaN and a number the second: NaN
+  return (vfloat)FD_INTRINSIC(min_ps)(high, (vfloat)FD_INTRINSIC(max_ps)(low, x));  // returns the second if one is NaN
 #else
   return x < low ? low : x > high ? high : x;
 #endif
 }
 
-// e^x for x in that range: x = k ln 2 + r, e^r = 1 + r + r^2 Q(r).
+// e^x for x in [-87, 87]: x = k ln 2 + r, e^r = 1 + r + r^2 Q(r).
 FD_HD vfloat exponential(vfloat x) {
   const vfloat one = vfloat{} + 1.0f;
   const vfloat shifted = muladd(x, 1.44269504f, 12582912.0f), k = shifted - 12582912.0f;
@@ -35,7 +35,7 @@ FD_HD vfloat exponential(vfloat x) {
 // 1 / x for normal x.
 FD_HD vfloat reciprocal(vfloat x) {
   const vfloat one = vfloat{} + 1.0f;
-#if defined(__AVX512F__)  // a division takes as long as all the rest of a sigmoid
+#if defined(__AVX512F__)  // a division would take as long as the rest of the sigmoid
   const vfloat y = (vfloat)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)x);
   return muladd(y, muladd(-x, y, one), y);
 #else
@@ -48,7 +48,7 @@ FD_HD Lanes sigmoid(Lanes x) {
   return x;
 }
 
-// sigmoid(x) and 1 - sigmoid(x) = sigmoid(-x), each with all its digits.
+// sigmoid(x) and 1 - sigmoid(x) = sigmoid(-x), each with full relative precision.
 struct Sigmoids {
   Lanes value, rest;
 };

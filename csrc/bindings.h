@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both extension modules make of Python's arguments: addresses as integers, structures of the ops.
+// Shared by both extension modules: converts the arguments from Python (addresses as integers) to the structures of the ops.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,7 +25,7 @@ using Addresses = std::vector<uintptr_t>;
 
 template <typename T> T* at(Address a) { return reinterpret_cast<T*>(a); }
 
-// samples is empty where every tap is one.
+// samples is empty if every tap is a single sample.
 inline std::vector<fd::Tap> taps_of(const Addresses& student, const Addresses& teacher, const Addresses& gradient,
                                     const std::vector<int64_t>& n, const std::vector<int64_t>& samples,
                                     const std::vector<int>& student_dtype, const std::vector<int>& teacher_dtype) {
@@ -77,7 +77,7 @@ inline fd::NoiseGather draw_of(Address latents, Address latent_prompts, const Ad
   return a;
 }
 
-// What is not given has address 0.
+// Address, dtype, elements from one sample to the next. A tensor that is not given has address 0.
 using Given = std::tuple<Address, int, int64_t>;
 inline fd::Row row_of(const Given& given) {
   return {at<void>(std::get<0>(given)), fd::Dtype(std::get<1>(given)), std::get<2>(given)};

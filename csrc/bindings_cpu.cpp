@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// fastdistill._cpu: one line an entry point; addresses as integers, the GIL released. Choice of the instruction set.
-// Nothing is checked here: fastdistill/ops/<op>/cpp.py does, under torch's dispatcher.
+// fastdistill._cpu: one line per entry point (addresses as integers, the GIL released), and the choice of the instruction
+// set. The functions here check nothing: fastdistill/ops/<op>/cpp.py checks the arguments, called by torch's dispatcher.
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
@@ -11,7 +11,7 @@
 
 namespace {
 
-// What this machine can run, the best last.
+// The instruction sets that this machine can run, the best last.
 const std::vector<fd::Kernels>& available() {
   static const std::vector<fd::Kernels> table = [] {
     std::vector<fd::Kernels> t = {FD_KERNELS(baseline)};
@@ -71,16 +71,17 @@ void scale_gradients(const Addresses& gradient, const std::vector<int64_t>& n, c
   kernels->scale_gradients(arguments, at<float>(factor));
 }
 
-void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu, double eps,
-                     const std::array<Given, 5>& given, Address mean, Address rstd, int threads, Address y) {
+void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
+                     const std::array<Given, 5>& given, Address mean, Address rstd, bool channels_last, int threads,
+                     Address y) {
   fd::GroupNormSilu a = norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads);
   a.y = at<void>(y);
   const std::unique_ptr<double[]> workspace(new double[size_t(kernels->group_norm_silu_workspace(a))]);
   kernels->group_norm_silu(a, workspace.get());
 }
 
-void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool channels_last, bool silu,
-                              double eps, const std::array<Given, 5>& given, Address mean, Address rstd, int threads,
+void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
+                              const std::array<Given, 5>& given, Address mean, Address rstd, bool channels_last, int threads,
                               Address grad, Address dx, const std::array<Given, 5>& outs) {
   const fd::GroupNormSilu a =
       backward_of(norm_of(x, dtype, sizes, channels_last, silu, eps, given, mean, rstd, threads), grad, dx, outs);
@@ -175,7 +176,7 @@ void convert(Address from, int from_dtype, Address to, int to_dtype, int64_t n) 
 
 PYBIND11_MODULE(_cpu, m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "C++ kernels on raw addresses. Call fastdistill.ops instead: it checks what is unchecked here.";
+  m.doc() = "C++ kernels on raw addresses. Call fastdistill.ops instead: these functions check no arguments.";
   m.def("feature_match", &feature_match, release());
   m.def("scale_gradients", &scale_gradients, release());
   m.def("group_norm_silu", &group_norm_silu, release());
@@ -191,7 +192,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("convert", &convert, release(), "n elements between fp32 (0), bf16 (1) and fp16 (2)");
   m.def("isa", [] { return kernels->isa; }, "the instruction set in use");
   m.def("isas", &isas, "the instruction sets that this machine can run, the best last");
-  m.def("use_isa", &use_isa, "force a lower instruction set (FASTDISTILL_CPU_ISA does so from the start)");
+  m.def("use_isa", &use_isa, "use a lower instruction set (at import: the environment variable FASTDISTILL_CPU_ISA)");
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// fastdistill._cuda: one line an entry point; addresses and the stream as integers, launch errors as RuntimeError.
+// fastdistill._cuda: one line per entry point; addresses and the stream as integers, launch errors as RuntimeError.
 #include <stdexcept>
 
 #include "bindings.h"
@@ -104,18 +104,18 @@ void adamw_ema(Address rows, int64_t count, int64_t chunk, Address square_sum, A
                                     queue_of(stream)));
 }
 
-using Cut = std::pair<int, int>;  // groups and blocks of a cluster
+using Cut = std::array<int, 3>;  // groups per slice, blocks per cluster, clusters at once
 
 fd::GroupNormSilu shaped(int dtype, const std::array<int64_t, 4>& sizes, bool silu) {
   return norm_of(0, dtype, sizes, true, silu, 0.0, {}, 0, 0, 1);
 }
 
 int64_t group_norm_silu_shared(int dtype, const std::array<int64_t, 4>& sizes, const Cut& cut, bool backward) {
-  return group_norm_silu_cuda_shared(shaped(dtype, sizes, true), {cut.first, cut.second}, backward);
+  return group_norm_silu_cuda_shared(shaped(dtype, sizes, true), {cut[0], cut[1], cut[2]}, backward);
 }
 
 int group_norm_silu_clusters(int dtype, const std::array<int64_t, 4>& sizes, bool silu, const Cut& cut, bool backward) {
-  return group_norm_silu_cuda_clusters(shaped(dtype, sizes, silu), {cut.first, cut.second}, backward);
+  return group_norm_silu_cuda_clusters(shaped(dtype, sizes, silu), {cut[0], cut[1], cut[2]}, backward);
 }
 
 void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
@@ -123,17 +123,18 @@ void group_norm_silu(Address x, int dtype, const std::array<int64_t, 4>& sizes, 
                      Address y) {
   fd::GroupNormSilu a = norm_of(x, dtype, sizes, true, silu, eps, given, mean, rstd, 1);
   a.y = at<void>(y);
-  check("group_norm_silu", group_norm_silu_cuda(a, {cut.first, cut.second}, nullptr, queue_of(stream).stream));
+  check("group_norm_silu", group_norm_silu_cuda(a, {cut[0], cut[1], cut[2]}, nullptr, queue_of(stream).stream));
 }
 
 void group_norm_silu_backward(Address x, int dtype, const std::array<int64_t, 4>& sizes, bool silu, double eps,
                               const std::array<Given, 5>& given, Address mean, Address rstd, const Cut& cut,
                               const Stream& stream, Address grad, Address dx, const std::array<Given, 5>& outs, Address sums) {
   const fd::GroupNormSilu a = backward_of(norm_of(x, dtype, sizes, true, silu, eps, given, mean, rstd, 1), grad, dx, outs);
-  check("group_norm_silu_backward", group_norm_silu_cuda(a, {cut.first, cut.second}, at<float>(sums), queue_of(stream).stream));
+  check("group_norm_silu_backward",
+        group_norm_silu_cuda(a, {cut[0], cut[1], cut[2]}, at<float>(sums), queue_of(stream).stream));
 }
 
-// An address and strides.
+// The address of a tensor, and the strides of batch, tokens and heads in elements.
 using Strided = std::tuple<Address, int64_t, int64_t, int64_t>;
 
 fd::Heads heads_of(const Strided& x) { return {at<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
@@ -166,7 +167,7 @@ void cross_attention_backward(const Strided& q, const Strided& k, const Strided&
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels on raw addresses. Call fastdistill.ops instead: it checks what is unchecked here.";
+  m.doc() = "CUDA kernels on raw addresses. Call fastdistill.ops instead: these functions check no arguments.";
   using release = py::call_guard<py::gil_scoped_release>;
   m.def("unavailable", &unavailable_cuda, "why the current GPU or its driver cannot run these kernels, or None");
   m.def("feature_match", &feature_match, release());
@@ -175,8 +176,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("noise_gather", &noise_gather, release());
   m.def("output_match_workspace", &output_match_cuda_workspace, "doubles that output_match needs for batch samples of n");
   m.def("output_match", &output_match, release());
-  m.def("group_norm_silu_shared", &group_norm_silu_shared, "bytes of shared memory of a block that a cut takes");
-  m.def("group_norm_silu_clusters", &group_norm_silu_clusters, "how many clusters of a cut the current GPU runs at once");
+  m.def("group_norm_silu_shared", &group_norm_silu_shared, "bytes of shared memory that a block needs with this cut");
+  m.def("group_norm_silu_clusters", &group_norm_silu_clusters, "how many clusters with this cut the current GPU runs at once");
   m.def("group_norm_silu", &group_norm_silu, release());
   m.def("group_norm_silu_backward", &group_norm_silu_backward, release());
   m.def("grad_square_sum", &grad_square_sum, release());
@@ -184,7 +185,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("adamw_ema", &adamw_ema, release());
   m.def("cross_attention", &cross_attention, release());
   m.def("cross_attention_backward", &cross_attention_backward, release());
-  m.def("cross_attention_built", &cross_attention_cuda_built, "whether its code for Hopper was built");
+  m.def("cross_attention_built", &cross_attention_cuda_built, "whether this build contains the kernels for Hopper");
   m.def("philox4x32", &philox, release(),
         "words[n, 4] and normals[n, 4] of counter[n, 4] under key[2], on the device and the stream");
 }

@@ -22,7 +22,7 @@ inline cudaLaunchConfig_t configured(cudaLaunchAttribute* attribute, unsigned cl
   return config;
 }
 
-// An error stays for cudaGetLastError, as that of any launch.
+// An error is read later with cudaGetLastError, as for other launches.
 template <typename... P, typename... A> void launch_cluster(void (*kernel)(P...), unsigned cluster, unsigned grid,
                                                             unsigned block, size_t shared, void* stream, const A&... args) {
   cudaLaunchAttribute attribute = {};
@@ -37,7 +37,7 @@ template <typename... P> int allow_clusters(void (*kernel)(P...), unsigned clust
   cudaFuncAttributes found;
   cudaError_t error = cudaFuncGetAttributes(&found, kernel);
   if (error == cudaSuccess && found.ptxVersion < 90) return 0;
-  if (error == cudaSuccess && size_t(found.maxDynamicSharedSizeBytes) < shared)  // what others were allowed stays
+  if (error == cudaSuccess && size_t(found.maxDynamicSharedSizeBytes) < shared)  // never lower the limit of other calls
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   if (error == cudaSuccess && cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -47,7 +47,7 @@ template <typename... P> int allow_clusters(void (*kernel)(P...), unsigned clust
     error = cudaOccupancyMaxActiveClusters(&most, kernel, &config);
   }
   if (error == cudaSuccess) return most;
-  cudaGetLastError();  // it is no launch's
+  cudaGetLastError();  // clears the error, so that no launch reports it
   return -1;
 }
 
@@ -65,7 +65,7 @@ inline __device__ unsigned cluster_rank() {
   return rank;
 }
 
-// Writes to the cluster's shared memory before a thread arrives are visible to threads that have waited.
+// Writes to shared memory before cluster_arrive are visible to all threads of the cluster after their cluster_wait.
 inline __device__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -79,7 +79,7 @@ inline __device__ void cluster_wait() {
 #endif
 }
 
-// The same place in the shared memory of another block of the cluster.
+// The address that corresponds to ``here`` in the shared memory of block ``rank`` of the cluster.
 template <typename T> __device__ const T* of_block(const T* here, unsigned rank) {
 #if __CUDA_ARCH__ >= 900
   uint64_t there;
@@ -90,7 +90,8 @@ template <typename T> __device__ const T* of_block(const T* here, unsigned rank)
 #endif
 }
 
-// Copies of 16 bytes to shared memory. A thread sees its own copies after a wait; ``wait<n>`` excludes the last n batches.
+// Asynchronous copies of 16 bytes to shared memory. A thread sees its own copies after wait_for_copies<n>, which waits for
+// all but the last n batches.
 inline __device__ void copy_later(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(global)
@@ -109,7 +110,7 @@ template <int n> __device__ void wait_for_copies() {
 }
 #endif
 
-// The numbers in 16 bytes.
+// How many numbers fit into 16 bytes.
 template <typename T> constexpr int wide = 16 / int(sizeof(T));
 
 inline __device__ void numbers_of(const float*, const uint4& word, float* x) {
@@ -133,7 +134,7 @@ inline __device__ void numbers_of(const f16*, const uint4& word, float* x) {
   }
 }
 
-// Two numbers in 4 bytes, each rounded once.
+// Two numbers packed into 4 bytes, each rounded once.
 template <typename T> __device__ uint32_t two_of(float low, float high) {
   const T a = FD_ISA::from_float<T>(low), b = FD_ISA::from_float<T>(high);
   return uint32_t(a.bits) | uint32_t(b.bits) << 16;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared by all kernels: the host/device macro, the namespace of one instruction set, and conversions of dtypes to float.
+// Shared by all kernels: the host/device macro, the namespace per instruction set, and conversions between dtypes and float.
 //
-// A CPU source is compiled once per instruction set with FD_ISA naming its namespace (fd::baseline, fd::avx2, fd::avx512).
-// Every inline function below lives in that namespace, so the linker can never hand code compiled for AVX-512 to a caller
-// that runs on an older machine; for the same reason these sources use nothing of namespace std.
+// A CPU source is compiled once per instruction set, with FD_ISA as its namespace (fd::baseline, fd::avx2, fd::avx512).
+// Every inline function below is in that namespace, so the linker cannot replace a baseline function by its AVX-512 version,
+// which an older CPU could not run. For the same reason these sources use nothing of namespace std.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -35,8 +35,8 @@ struct f16 {
   uint16_t bits;
 };
 
-// Where a GPU's kernel is launched: a stream, and the GPU's number of multiprocessors. Python passes both, because the CUDA
-// runtime in this extension does not know which device torch's own runtime has made current.
+// Where a CUDA kernel is launched: the stream, and the GPU's number of multiprocessors. Python passes both, because the CUDA
+// runtime in this extension does not know which device is current in torch's own runtime.
 struct Queue {
   void* stream;
   int processors;
@@ -55,7 +55,7 @@ FD_HD float muladd(float a, float b, float c) { return a * b + c; }
 #endif
 FD_HD int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// x in [-limit, limit]; NaN stays.
+// x limited to [-limit, limit]; NaN stays NaN.
 FD_HD float clamp(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
 
 FD_HD uint32_t as_bits(float x) {
@@ -96,7 +96,7 @@ FD_HD double power(double x, double y) {
 
 FD_HD uint64_t multiply(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__
-  uint64_t product;  // nvcc widens the factors first in larger kernels, and adds zeros to the upper halves
+  uint64_t product;  // without this, nvcc multiplies 64-bit numbers in larger kernels
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   return product;
 #else
@@ -106,7 +106,7 @@ FD_HD uint64_t multiply(uint32_t a, uint32_t b) {
 FD_HD uint32_t upper(uint64_t product) { return uint32_t(product >> 32); }
 FD_HD uint32_t lower(uint64_t product) { return uint32_t(product); }
 
-// To float: exact for every bit pattern (a signaling NaN may come out quiet).
+// To float: exact for every bit pattern (a signaling NaN may become a quiet NaN).
 FD_HD float to_float(float x) { return x; }
 FD_HD float to_float(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 FD_HD float to_float(f16 x) {
@@ -122,7 +122,7 @@ FD_HD float to_float(f16 x) {
 #endif
 }
 
-// From float: rounded once, to nearest even, as the hardware does it; NaN stays NaN (its payload is not kept).
+// From float: rounded once, to nearest even, like the hardware; NaN stays NaN, but its payload is not kept.
 template <typename T> FD_HD T from_float(float x);
 template <> FD_HD float from_float<float>(float x) { return x; }
 template <> FD_HD bf16 from_float<bf16>(float x) {

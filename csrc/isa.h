@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU entry points, once for each instruction set they are compiled for, and the table that is chosen at run time.
+// The CPU entry points, declared once per instruction set, and the function table of an instruction set (chosen at run time).
 #pragma once
 #include "adamw_ema/math.h"
 #include "feature_match/math.h"

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) and normals by Box-Muller. Branch-free, and written once for a scalar (one
-// block, as a GPU thread runs it) and for a SIMD register of blocks; the functions that differ have the same names in
-// common.h and simd.h.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011) and normals by Box-Muller. Branch-free, and written once for scalars (one
+// block, as in a GPU thread) and for SIMD registers (several blocks). The functions that differ have the same names in
+// common.h (scalars) and simd.h (registers).
 //
 // Contract: key = (seed low, seed high); counter = (block low, stream << 16 | block high, sample, step); one block is four
-// words. The integers are equal in every backend. The normals are within 1.5e-6 of the exact value (bound of the contract:
-// 4e-6). muladd is one fused operation where the machine has it (AVX2, AVX-512, a GPU) and two elsewhere, so the normals of
-// the baseline instruction set may differ from the others' in their last bits; those of AVX2 and AVX-512 are equal.
+// words. The integers are equal in every backend. The normals are within 1.5e-6 of the exact value (the contract allows
+// 4e-6). muladd is one fused operation with AVX2, AVX-512 and on GPUs, and two operations in the baseline instruction set,
+// so the last bits of its normals may differ from the others; AVX2 and AVX-512 give equal bits.
 #pragma once
 #include "common.h"
 #ifndef __CUDACC__
@@ -17,7 +17,7 @@ namespace fd {
 
 enum Stream : uint32_t { stream_choice = 0, stream_noise = 1, stream_permutation = 2 };
 
-// Which prompt a draw took.
+// Which kind of prompt was drawn.
 enum Choice : int64_t { choice_paired = 0, choice_random = 1, choice_null = 2 };
 
 namespace FD_ISA {
@@ -41,7 +41,7 @@ template <typename W> FD_HD Block<W> philox4x32(Block<W> c, uint32_t key0, uint3
   return philox_rounds(c, key0, key1, 0);
 }
 
-// The same for blocks that differ in their first word alone: half of the first two rounds is then one scalar's.
+// The same for blocks that differ only in their first word: half of the first two rounds can then use scalars.
 template <typename W> FD_HD Block<W> philox4x32(W x, Block<uint32_t> c, uint32_t key0, uint32_t key1) {
   const auto p0 = multiply(x, 0xD2511F53u);
   const uint64_t p1 = multiply(c.z, 0xCD9E8D57u);
@@ -59,7 +59,7 @@ template <typename W> FD_HD Block<W> philox4x32(W x, Block<uint32_t> c, uint32_t
 // Word -> integer in [0, n), n < 2^32.
 FD_HD int64_t below(uint32_t word, int64_t n) { return int64_t((uint64_t(word) * uint64_t(n)) >> 32); }
 
-// Word -> u in (0, 1), exact in fp32. U is uint32_t or a register of them.
+// Word -> u in (0, 1), exact in fp32. U is uint32_t or a register of uint32_t.
 template <typename U> FD_HD auto uniform(U word) { return muladd(int_to_float(word >> 9), 0x1p-23f, 0x1p-24f); }
 
 // -2 ln u, relative error < 2e-7: u = 2^e m with m in [sqrt(1/2), sqrt(2)), ln(1 + f) = f + f^2 Q(f), Q minimax.
@@ -75,16 +75,16 @@ template <typename F> FD_HD F minus_two_log(F u) {
   q = muladd(q, f, 0.33333950f);
   q = muladd(q, f, -0.49999992f);
   const F tail = muladd(f * f, q, e * -2.12194440e-4f) + f;
-  return -2.0f * muladd(e, 0.693359375f, tail);  // ln 2 in two parts, the larger exact times e
+  return -2.0f * muladd(e, 0.693359375f, tail);  // ln 2 in two parts; the product of the larger one with e is exact
 }
 
 template <typename F> struct Pair {
   F even, odd;
 };
 
-// The square root, rounded to nearest, of numbers that are neither tiny nor huge.
+// The square root, rounded to nearest, for numbers that are neither tiny nor huge.
 #ifdef __CUDA_ARCH__
-// What the compiler makes of __fsqrt_rn for such numbers, without its branch for others, across which it schedules nothing.
+// These are the instructions of __fsqrt_rn without its branch for other numbers. nvcc moves no instructions past that branch.
 FD_HD float plain_root(float x) {
   float inverse;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
@@ -95,8 +95,8 @@ FD_HD float plain_root(float x) {
 template <typename F> FD_HD F plain_root(F x) { return square_root(x); }
 #endif
 
-// sqrt(-2 ln u1) (cos 2 pi u2, sin 2 pi u2). 4 u2 = q + f with |f| < 1/2 is exact, and integer arithmetic: q is the nearest
-// quadrant, in the upper two bits of ``quadrant``, f what the other bits are past it. Sine and cosine of f pi/2 by minimax.
+// sqrt(-2 ln u1) (cos 2 pi u2, sin 2 pi u2). Integer arithmetic splits 4 u2 = q + f exactly, with |f| < 1/2: q, the nearest
+// quadrant, is in the upper two bits of ``quadrant``; f is the remainder. Sine and cosine of f pi/2 are minimax polynomials.
 template <typename U> FD_HD auto box_muller(U word1, U word2) {
   const U quadrant = word2 + (1u << 29);
   const auto f = muladd(int_to_float(shift_signed(word2 << 2, 11)), 0x1p-21f, 0x1p-22f), z = f * f;
@@ -106,7 +106,7 @@ template <typename U> FD_HD auto box_muller(U word1, U word2) {
   const U swap = shift_signed(quadrant << 1, 31);
   const auto c = as_float(((sine & swap) | (cosine & ~swap)) ^ ((quadrant + (1u << 30)) & 0x80000000u));
   const auto s = as_float(((cosine & swap) | (sine & ~swap)) ^ (quadrant & 0x80000000u));
-  const auto r = plain_root(minus_two_log(uniform(word1)));  // of 2^-23 to 34
+  const auto r = plain_root(minus_two_log(uniform(word1)));  // the argument of the root is in [2^-23, 34]
   return Pair<decltype(r * c)>{r * c, r * s};
 }
 
@@ -117,7 +117,7 @@ FD_HD Words draw(uint64_t seed, uint32_t stream, uint64_t block, uint32_t sample
   return philox4x32(Words{uint32_t(block), high, sample, uint32_t(step)}, uint32_t(seed), uint32_t(seed >> 32));
 }
 
-// z[0, 8): a sample's noise from element `first` on, a multiple of 4.
+// z[0, 8): the noise of a sample from element `first` on; `first` is a multiple of 4.
 FD_HD void eight_normals(uint64_t seed, uint64_t step, uint32_t sample, int64_t first, float* z) {
   for (int half = 0; half < 2; ++half) {
     const Words w = draw(seed, stream_noise, uint64_t(first) / 4 + half, sample, step);
@@ -127,15 +127,15 @@ FD_HD void eight_normals(uint64_t seed, uint64_t step, uint32_t sample, int64_t 
 }
 
 #ifndef __CUDACC__
-constexpr int blocks_at_once = 32;                   // two chains of Philox rounds side by side
-constexpr int64_t noise_group = 4 * blocks_at_once;  // elements whose noise is made together
+constexpr int blocks_at_once = 32;                   // even and odd lanes: two independent chains of rounds
+constexpr int64_t noise_group = 4 * blocks_at_once;  // elements of noise generated together
 
-// z[0, noise_group): a sample's noise from element `first` on, a multiple of noise_group.
+// z[0, noise_group): the noise of a sample from element `first` on; `first` is a multiple of noise_group.
 FD_HD void group_normals(uint64_t seed, uint64_t step, uint32_t sample, int64_t first, float* z) {
   const uint64_t block = uint64_t(first) / 4;
   const Words counter = {uint32_t(block), stream_noise << 16 | (uint32_t(block >> 32) & 0xFFFFu), sample, uint32_t(step)};
   const uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-  vwide even, odd;  // columns of the even and of the odd lanes
+  vwide even, odd;  // the columns in the even and in the odd lanes
   for (int i = 0; i < simd_width / 2; ++i) even[i] = column(2 * i), odd[i] = column(2 * i + 1);
   for (int part = 0; part < blocks_at_once / simd_width; ++part) {
     const uint64_t at = counter.x + part * simd_width;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The building blocks as entry points, so that tests can hold them against published vectors and torch's own conversions.
+// Philox and the dtype conversions as entry points, so that tests can compare them with published vectors and with torch.
 #include "philox.h"
 
 namespace fd::FD_ISA {
@@ -36,7 +36,7 @@ void philox(const uint32_t* counter, const uint32_t* key, uint32_t* words, float
   }
 }
 
-// Through fp32: the SIMD conversions for full registers, the scalar ones for the rest.
+// Converts via fp32: full registers with the SIMD conversions, the remaining elements with the scalar ones.
 void convert(const void* from, Dtype from_dtype, void* to, Dtype to_dtype, int64_t n) {
   switch (from_dtype) {
     case Dtype::f32: return convert_from<float>(from, to, to_dtype, n);

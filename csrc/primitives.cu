@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Philox words and normals by themselves, so that tests on a GPU can hold them against the published vectors.
+// Only Philox words and normals, so that tests on a GPU can compare them with the published vectors.
 //
-// Grid      one thread a block of four words, 256 threads a CTA
-// Traffic   16 bytes read, 32 written a block
-// Precision words exact; normals as philox.h states
+// Grid      one thread per Philox block (four words), 256 threads per CTA
+// Traffic   16 bytes read, 32 written per Philox block
+// Precision words exact; normals as described in philox.h
 // Limits    n < 2^31 * 256
 #include "common.cuh"
 #include "philox.h"
@@ -34,7 +34,7 @@ const char* philox_cuda(const uint32_t* counter, const uint32_t* key, uint32_t* 
   return fd_launch_error();
 }
 
-// Why the current GPU runs no kernel of this file, which is built as the others are: its architecture, or an old driver.
+// Why the current GPU cannot run a kernel of this file (built like all others): its architecture, or an old driver.
 const char* unavailable_cuda() {
   cudaFuncAttributes attributes;
   return fd_error(cudaFuncGetAttributes(&attributes, philox_kernel));

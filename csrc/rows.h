@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What kernels of rows share: small tensors of any dtype as numbers, vectors that may be cut off, sums of lanes.
+// Shared by the kernels that work on rows: access to small tensors of any dtype, vectors with fewer than sixteen valid
+// elements, sums over lanes.
 #pragma once
 #include <utility>
 
@@ -10,11 +11,11 @@
 
 namespace fd {
 
-// Numbers of channels, [C] or [B, C]; a null address stands for what is not given.
+// A small tensor with one number per channel, [C] or [B, C]; the address is null if the tensor is not given.
 struct Row {
   void* address;
   Dtype dtype;
-  int64_t stride;  // from one sample to the next
+  int64_t stride;  // elements from one sample to the next
 };
 
 namespace FD_ISA {
@@ -47,7 +48,7 @@ template <typename T> FD_HD void set(T* p, Lanes a, int64_t n) {
 }
 FD_HD Lanes keep(Lanes a, int64_t n) { return n == lanes ? a : first_of(a, n); }
 
-// The channels [c, c + n), n <= lanes.
+// The numbers of channels [c, c + n), n <= lanes.
 inline Lanes vector(const Row& row, int64_t sample, int64_t c, int64_t n, float missing) {
   const int64_t at = sample * row.stride + c;
   if (!row.address) return splat(missing);
@@ -66,7 +67,7 @@ template <int by, int... i> FD_HD vfloat turned(vfloat x, std::integer_sequence<
 #endif
 }
 
-// A sum of lanes as a tree, in float.
+// The sum of the lanes in fp32, added pairwise (a tree).
 FD_HD double total(Lanes a) {
   for (int n = simd_parts / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) a.part[i] += a.part[i + n];

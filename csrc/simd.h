@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sixteen float lanes in the widest registers of the instruction set at hand. Every operation is lane by lane, so a sum kept
-// in lanes has the same bits on all instruction sets. GCC and clang vector extensions; intrinsics only where those have no
-// words: fp16 conversion and stores that go past the caches.
+// Sixteen float lanes in the widest registers of the instruction set. Every operation works lane by lane, so a sum kept in
+// lanes has the same bits on all instruction sets. Written with the vector extensions of GCC and clang; intrinsics only for
+// what these cannot express (fp16 conversion, non-temporal stores) or compile badly.
 #pragma once
 #include "common.h"
 #if defined(__x86_64__) || defined(_M_X64)
@@ -86,7 +86,7 @@ FD_HD Lanes load(const float* p) {
 }
 FD_HD Lanes load(const bf16* p) {
   Lanes r;
-  for (int i = 0; i < simd_parts; ++i) {  // left to itself, the compiler widens half a register at a time
+  for (int i = 0; i < simd_parts; ++i) {  // without intrinsics, the compiler widens half a register at a time
 #if defined(__AVX512F__)
     const vuint wide = (vuint)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__AVX2__)
@@ -101,7 +101,7 @@ FD_HD Lanes load(const bf16* p) {
   return r;
 }
 #if !defined(__AVX512F__) && !defined(__F16C__)
-// The scalar conversions of common.h, four lanes at a time; not inlined, as they are long.
+// The scalar conversions of common.h on registers of four lanes; not inlined because they are long.
 static __attribute__((noinline, unused)) Lanes load_f16(const f16* p) {
   Lanes r;
   for (int i = 0; i < simd_parts; ++i) {
@@ -143,7 +143,7 @@ FD_HD Lanes load(const f16* p) {
   return r;
 }
 
-// One register, as the scalar functions of the same names.
+// The same functions as for scalars in common.h, on one register.
 FD_HD vuint as_bits(vfloat x) { return (vuint)x; }
 FD_HD vfloat as_float(vuint bits) { return (vfloat)bits; }
 FD_HD vfloat int_to_float(vuint x) { return __builtin_convertvector((vint)x, vfloat); }
@@ -162,7 +162,7 @@ FD_HD Lanes square_root(Lanes a) {
   return a;
 }
 
-// a b + c, in one rounding where the instruction set has it.
+// a b + c, with one rounding if the instruction set has FMA.
 FD_HD vfloat muladd(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__) || defined(__FMA__)
   return (vfloat)FD_INTRINSIC(fmadd_ps)(a, b, c);
@@ -178,7 +178,7 @@ FD_HD Lanes muladd(Lanes a, Lanes b, Lanes c) {
   return a;
 }
 
-// 32-bit words in 64-bit places whose upper halves hold anything: a product is then one instruction.
+// 32-bit words in 64-bit lanes, whose upper halves may hold any bits: this makes a product one instruction.
 FD_HD vwide multiply(vwide a, uint32_t b) {
 #if defined(__AVX512F__)
   return (vwide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
@@ -192,7 +192,8 @@ FD_HD vwide multiply(vwide a, uint32_t b) {
 }
 FD_HD vwide upper(vwide product) {
 #if defined(__AVX512F__)
-  return (vwide)_mm512_shuffle_epi32((__m512i)product, (_MM_PERM_ENUM)0xF5);  // a shift would wait for the multiplier's port
+  return (vwide)_mm512_shuffle_epi32((__m512i)product,
+                                     (_MM_PERM_ENUM)0xF5);  // a shift would use the same port as the multiplication
 #else
   return product >> 32;
 #endif
@@ -206,8 +207,8 @@ FD_HD vuint pack(vwide even, vwide odd) {
 #endif
 }
 
-// p[4 i + k] = lane of part k that holds column i; lane l holds column (l mod 4) * width / 4 + l / 4, which makes the
-// transposition one of 4 x 4 blocks inside 128 bits.
+// p[4 i + k] = column i of register k (a, b, c, d). Lane l holds column (l mod 4) * width / 4 + l / 4, so only 4 x 4 blocks
+// inside 128 bits need to be transposed.
 FD_HD constexpr int column(int lane) { return lane % 4 * (simd_width / 4) + lane / 4; }
 FD_HD void store_columns(float* p, vfloat a, vfloat b, vfloat c, vfloat d) {
 #ifdef FD_X86
@@ -232,8 +233,8 @@ FD_HD void stream_bytes(void* p, vfloat v) {
 #endif
 }
 
-// Streaming stores need addresses that are multiples of 64 bytes (of 32 for two-byte dtypes), and stream_fence() after the
-// last one of a thread.
+// Streaming stores need addresses that are multiples of 64 bytes (of 32 for two-byte dtypes). A thread must call
+// stream_fence() after its last one.
 FD_HD void stream_fence() {
 #ifdef FD_X86
   _mm_sfence();
@@ -267,7 +268,7 @@ template <bool stream> FD_HD void store(bf16* p, Lanes a) {
     const __mmask16 ordered = _mm512_cmp_ps_mask((__m512)a.part[i], (__m512)a.part[i], _CMP_ORD_Q);
     half[i] = (vhalf)_mm512_mask_cvtepi32_epi16(_mm256_set1_epi16(0x7FC0), ordered, (__m512i)rounded);
 #else
-    const vuint ordered = (vuint)(a.part[i] == a.part[i]);  // all ones unless NaN
+    const vuint ordered = (vuint)(a.part[i] == a.part[i]);  // all bits set, or 0 for NaN
     half[i] = __builtin_convertvector((rounded & ordered) | (~ordered & 0x7FC0u), vhalf);
 #endif
   }
@@ -288,8 +289,8 @@ template <bool stream> FD_HD void store(f16* p, Lanes a) {
 #endif
 }
 
-// The first n lanes, the others zero: of memory, of lanes; and the first n lanes written.
-#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)  // which sees nothing of what masked instructions touch
+// load_first, first_of: the first n lanes, the others zero. store_first writes only the first n lanes.
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)  // AddressSanitizer does not check masked instructions
 #define FD_MASKS 1
 FD_HD __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
 #endif

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: finds the command (``fastdistill.commands``), and makes a line and a status of what goes wrong."""
+"""The command line: finds the command (``fastdistill.commands``), and turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from difflib import get_close_matches
 import fastdistill
 from fastdistill import commands
 from fastdistill.errors import FastdistillError, Stopped
+
+_WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 
 # Heavy modules are imported where they are used, so that help is fast and Ctrl-C during an import is handled.
 
@@ -30,10 +32,11 @@ options of commands:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for an error of the user's or the machine's, 130 for Ctrl-C (143 for
-    SIGTERM while a model trains)."""
+    """Run a command; returns the exit status: 0, 2 for an error of the user or the machine, 130 for Ctrl-C (143 for
+    SIGTERM during a training)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is as clean as Ctrl-C
+    _wait_briefly()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends as cleanly as Ctrl-C
     try:
         with warnings.catch_warnings():
             told: set[str] = set()
@@ -47,13 +50,22 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Stopped as stopped:  # it has said so itself
+    except Stopped as stopped:  # the command has reported it
         return stopped.code
     except KeyboardInterrupt:
         print("\nfastdistill: stopped; run the same command again to go on", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _wait_briefly() -> None:
+    """Let OpenMP's threads wait actively for some 0.1 ms, then asleep, unless the environment says otherwise. Its own
+    limit is of the order of 10 ms: two runs on the same cores would spend most of their time waiting for threads that
+    the other run keeps from a core. OpenMP reads this when torch is imported."""
+    if not _WAITING & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "5000"  # GNU's: iterations
+        os.environ["KMP_BLOCKTIME"] = "1"  # LLVM's and Intel's: milliseconds
 
 
 def _warn(message: Warning | str, told: set[str]) -> None:

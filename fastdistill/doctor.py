@@ -24,12 +24,12 @@ def examine(*, try_kernels: bool = False) -> dict[str, Any]:
     """Versions, devices, extensions, and a row for every kernel of every op with the reason why it cannot run here.
 
     Args:
-        try_kernels: make a tiny call of every kernel that should run, and take its error for a reason. On a GPU this
+        try_kernels: make a tiny call of every kernel that should run, and use its error as the reason. On a GPU this
             compiles the Triton kernels, which takes some seconds if they are not in Triton's cache.
 
     Returns:
-        A dict that JSON can hold. Its ``"failures"`` are the calls of this process that a kernel was chosen for but
-        could not be compiled, loaded or launched for, so that they went to the next one.
+        A dict of JSON values. ``"failures"``: calls in this process whose kernel could not be compiled, loaded or
+        launched, so that the next kernel got them.
     """
     devices = ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
     kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()

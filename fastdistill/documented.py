@@ -13,11 +13,11 @@ Class = TypeVar("Class", bound=type)
 
 
 def documented(cls: Class) -> Class:
-    """Class decorator: appends the docstrings of the fields, inherited ones first, to the class docstring, as a section
+    """Class decorator: appends the docstrings of the fields, inherited ones first, to the class docstring as a section
     ``Attributes``.
 
-    The command line reads the same strings as help of its options. The class stays as it is where its source cannot be
-    read (a frozen application, an interactive session).
+    The command line uses the same strings as help for its options. If the source cannot be read (a frozen application,
+    an interactive session), the class is not changed.
     """
     if texts := field_texts(cls):
         lines = [f"    {name}: {text}" for name, text in texts.items()]

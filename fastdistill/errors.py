@@ -20,16 +20,28 @@ class InputError(FastdistillError, ValueError):
         return cls(f"{argument}: expected {rule}, got {value}")
 
 
-def described(value: object) -> str:
-    """A wrong argument, to be named in a message: itself where that is short, else its type."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    text = repr(value)
-    return text if len(text) <= 80 and "\n" not in text and not text.startswith("<") else type(value).__name__
+class _Described:
+    """Its text is made only if a message is: that of a tensor takes seconds on a GPU, and waits for it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __str__(self) -> str:
+        if isinstance(self._value, type):
+            return f"the class {self._value.__name__}"
+        text = repr(self._value)
+        return text if len(text) <= 80 and "\n" not in text and not text.startswith("<") else type(self._value).__name__
+
+
+def described(value: object) -> _Described:
+    """A wrong argument in a message: itself if that is short, else its type."""
+    return _Described(value)
 
 
 def quoted(error: BaseException) -> str:
-    """Kind and first line of another error, to be quoted in a message: ``"RuntimeError: no data"``."""
+    """Kind and first line of another error, for a message: ``"RuntimeError: no data"``."""
     lines = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *lines[:1]])
 
@@ -49,7 +61,7 @@ def named(field: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def called(field: str, argument: str | None = None) -> Iterator[None]:
-    """Names, in an InputError about ``argument`` (None: about whichever), the field that holds it."""
+    """Names, in an InputError about ``argument`` (None: about any argument), the field that contains it."""
     try:
         yield
     except InputError as error:
@@ -64,11 +76,11 @@ class KernelError(FastdistillError, RuntimeError):
 
 
 class DeviceError(FastdistillError, RuntimeError):
-    """The device has failed: nothing more can run on it in this process, which has to be started again."""
+    """The device has failed: nothing can run on it in this process any more; start a new process."""
 
 
 class Stopped(KeyboardInterrupt, SystemExit):
-    """Ctrl-C or SIGTERM ended a run after a whole step. Where nothing catches it the process ends without a traceback,
+    """Ctrl-C or SIGTERM ended a run after a complete step. If it is not caught, the process ends without a traceback,
     with exit status 128 + the number of the signal (130, 143)."""
 
     code: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either whole or not there: atomic replacement and a lock on a directory (POSIX)."""
+"""Files that are either complete or absent: atomic replacement, and a lock on a directory (POSIX)."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def located(value: Any, argument: str = "path") -> Path:
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Replaces ``path`` by ``content``: afterwards it holds all of it, or what it held before, whatever interrupts.
+    """Replaces the file ``path`` by ``content``; after any interruption it contains either all of the new or the old
+    content.
 
-    ``content`` is the bytes, or a function that writes them into the open binary file it is given. The bytes go to a
-    temporary file of the same directory, reach the disk (fsync), take the name (``os.replace``), and the directory
-    reaches the disk. On any failure, Ctrl-C included, the temporary file is removed; what a process that was killed
-    leaves is, by the next write of this file. A full disk, a read-only place and other I/O errors are raised as
-    StorageError.
+    ``content``: bytes, or a function that writes into the open binary file that it gets. The bytes are written to a
+    temporary file in the same directory and synced (fsync), the file is renamed (``os.replace``), and the directory is
+    synced. After any failure, including Ctrl-C, the temporary file is removed. If the process is killed, the next write
+    of this file removes it. A full disk, a read-only directory and other I/O errors raise StorageError.
     """
     path = Path(path)
     sweep(path.parent, path.name)
@@ -73,19 +73,19 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | Callable[[Binary
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
-    """A new directory beside ``path`` to be filled, which takes that name when the block ends without an error.
+    """Yields a new directory next to ``path``, which is renamed to ``path`` if the block ends without an error.
 
-    On any failure, Ctrl-C included, nothing of it is left and ``path`` is as before; a process that is killed leaves
-    ``.<name>.new.tmp``, or ``.<name>.old.tmp`` of what was to be replaced, until the next call for this ``path``. What
-    is there already is refused, or replaced. A full disk, a read-only place, another writer and other I/O errors are
-    raised as StorageError.
+    After any failure, including Ctrl-C, it is removed and ``path`` is unchanged. A process that is killed leaves
+    ``.<name>.new.tmp``, or ``.<name>.old.tmp`` of what was to be replaced, until the next call for this ``path``. If
+    ``path`` exists, it is refused, or replaced. A full disk, a read-only directory, another writer and other I/O errors
+    raise StorageError.
     """
     path = Path(path)
     make_directory(path.parent)
     temporary, former = (path.with_name(f".{path.name}.{kind}{_TEMPORARY_SUFFIX}") for kind in ("new", "old"))
     descriptor = _own_directory(temporary)
     try:
-        for entry in temporary.iterdir():  # of a killed process, as are these:
+        for entry in temporary.iterdir():  # left by a killed process, like these:
             _remove(entry)
         if os.path.lexists(former) and not os.path.lexists(path):
             os.rename(former, path)
@@ -114,7 +114,8 @@ def atomic_directory(path: str | os.PathLike[str], *, replace: bool = False) -> 
 
 
 def _own_directory(path: Path) -> int:
-    """Makes a directory, or takes one that a killed process left; its descriptor, locked until it is closed."""
+    """Creates a directory, or takes over one that a killed process left; returns a descriptor that locks it until
+    closed."""
     try:
         while True:
             path.mkdir(exist_ok=True)
@@ -126,7 +127,7 @@ def _own_directory(path: Path) -> int:
             except BaseException:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)  # its owner has just renamed or removed it
+            os.close(descriptor)  # the owner has just renamed or removed it
     except BlockingIOError:
         raise StorageError(f"{path}: another process is writing here; wait for it, or end it") from None
     except OSError as error:
@@ -134,7 +135,7 @@ def _own_directory(path: Path) -> int:
 
 
 def make_directory(path: Path) -> None:
-    """Creates ``path`` and its parents if they are not there; StorageError if that cannot be."""
+    """Creates ``path`` and its parents if they do not exist; StorageError if this is not possible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -144,7 +145,7 @@ def make_directory(path: Path) -> None:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """StorageError when the disk that holds (or will hold) ``path`` has fewer than ``needed`` bytes free."""
+    """StorageError if the disk of ``path`` (existing or not) has fewer than ``needed`` bytes free."""
     place = path
     while not os.path.isdir(place):
         if place == place.parent:
@@ -160,11 +161,11 @@ def require_space(path: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds the directory for one writer; a second one, of this or of another process, gets a StorageError at once, or
+    """Locks the directory for one writer. A second one, in this or another process, gets a StorageError at once, or
     waits.
 
-    The lock is the kernel's (``flock``): it ends with the process that holds it, so that a killed run leaves nothing
-    to clean up. The lock file itself stays; it says which process held the directory last.
+    The lock is the kernel's (``flock``): it ends with the process that holds it, so a killed run leaves nothing to
+    clean up. The lock file itself stays and contains the process that held the directory last.
     """
     descriptor = lock(directory / LOCK_NAME, wait=wait)
     if descriptor is None:
@@ -175,7 +176,7 @@ def locked(directory: Path, *, wait: bool = False) -> Iterator[None]:
             f"{directory}: another process is writing here (process {holder or 'unknown'}); wait for it, or end it"
         )
     try:
-        # The number is only for the message above: a disk too full to hold it must not stop a resumable run here.
+        # The number is only for the message above: a full disk must not prevent a run from resuming here.
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -185,7 +186,8 @@ def locked(directory: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def lock(path: Path, *, shared: bool = False, wait: bool = False) -> int | None:
-    """The descriptor of a lock file, locked until it is closed; None if another holds it and ``wait`` is false."""
+    """The descriptor of a lock file, locked until it is closed; None if another process has it and ``wait`` is
+    false."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -204,14 +206,14 @@ def lock(path: Path, *, shared: bool = False, wait: bool = False) -> int | None:
 
 
 def sign(descriptor: int) -> None:
-    """Write into a locked file whose process holds it, for ``holder``."""
-    with contextlib.suppress(OSError):  # a disk too full for it must not stop anything
+    """Write this process and the time into a lock file that it holds, for ``holder``."""
+    with contextlib.suppress(OSError):  # a full disk must not stop anything
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} of {socket.gethostname()}\n".encode(), 0)
 
 
 def holder(path: Path) -> str:
-    """Who has signed a lock file, and when."""
+    """The process that holds a lock file, and since when."""
     try:
         who = path.read_text(errors="replace").strip() or "another process"
         return f"{who} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(path.stat().st_mtime))}"
@@ -220,8 +222,8 @@ def holder(path: Path) -> str:
 
 
 def sweep(directory: Path, name: str = "") -> None:
-    """Removes the temporary files of ``atomic_write``, of the file ``name`` or of all in a directory, whose processes
-    were killed: those that nobody holds."""
+    """Removes temporary files of ``atomic_write`` that killed processes left (nobody locks them): for the file
+    ``name``, or all in a directory."""
     with contextlib.suppress(OSError):
         for leftover in directory.glob(f".{glob.escape(name)}*{_TEMPORARY_SUFFIX}"):
             with contextlib.suppress(OSError), open(leftover, "r+b") as file:
@@ -230,22 +232,22 @@ def sweep(directory: Path, name: str = "") -> None:
 
 
 def _temporary(path: Path) -> BinaryIO:
-    """A new file, locked for as long as it is open, against ``sweep``."""
+    """A new file that is locked while it is open, so that ``sweep`` does not remove it."""
     while True:
         file = open(path, "xb")  # noqa: SIM115
         try:
-            with contextlib.suppress(OSError):  # where a file system has no locks, nothing is swept
+            with contextlib.suppress(OSError):  # on file systems without locks, nothing is removed
                 fcntl.flock(file, fcntl.LOCK_EX)
             if path.exists():
                 return file
         except BaseException:
             file.close()
             raise
-        file.close()  # it was swept before it was locked
+        file.close()  # it was removed before it was locked
 
 
 def json_value(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError for any other text, one that nests deeper than Python reads too."""
+    """The value of a JSON text; ValueError for any other text, also if it is nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -253,7 +255,7 @@ def json_value(text: str | bytes) -> Any:
 
 
 def reason(error: OSError) -> str:
-    """The operating system's words, without the number and the path; of a copied folder those of the first file."""
+    """The operating system's message, without the number and the path; for a copied folder that of the first file."""
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
         return str(error.args[0][0][-1])
     return error.strerror or str(error)
@@ -268,7 +270,7 @@ def readable(size: int) -> str:
 
 
 def _remove(path: Path) -> None:
-    """A file, link or directory, as far as it can be removed."""
+    """Removes a file, link or directory, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

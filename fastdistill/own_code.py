@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code of the user's own: what a module in the current directory, or an installed one, has by a name."""
+"""Code of the user: imports a name from a module in the current directory or from an installed module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def imported(module: str, name: str, argument: str) -> Any:
     """``name`` of ``module``; None if the module does not have it.
 
     Raises:
-        FastdistillError: the module is not there, or fails; it names ``argument``.
+        FastdistillError: the module does not exist, or its import fails; the message names ``argument``.
     """
     sys.path.insert(0, here := str(Path.cwd()))
     try:

@@ -20,7 +20,7 @@ from fastdistill.train.profiling import profile_steps, replay
 @documented
 @dataclass(frozen=True)
 class ProfileConfig:
-    """A few steps of the digits task under a profiler."""
+    """Profile a few training steps of the digits task."""
 
     steps: Annotated[int, Field(ge=1)] = 3
     """Number of steps to profile."""

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schemas of the files that the package writes, each with its version (docs/compatibility.md has their table).
+"""The schemas of the files that the package writes, each with its version (docs/compatibility.md has a table of them).
 
-A file states the version it was written in. One of an older version is converted where it is read, or refused with the
-version of fastdistill that reads it; one of a newer version is refused. A file of before 0.1.0 that states none is of
-version 1.
+A file states the version of its schema. An older version is converted when it is read, or refused with the version of
+fastdistill that reads it; a newer version is refused. A file from before 0.1.0 that states no version has version 1.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from fastdistill.errors import StorageError, described
 
 @dataclass(frozen=True)
 class Schema:
-    """Of one kind of file: ``version`` is written, ``oldest`` to ``version`` are read, and what is older by the
-    ``former`` version of fastdistill."""
+    """The schema of one kind of file: ``version`` is written, ``oldest`` to ``version`` can be read; for older files
+    use the ``former`` version of fastdistill."""
 
     name: str
     version: int = 1
@@ -25,11 +24,11 @@ class Schema:
     former: str = ""
 
     def check(self, stated: object, place: str | Path) -> None:
-        """Refuse a version that is not read here.
+        """Refuse a version that cannot be read.
 
         Raises:
-            StorageError: a newer fastdistill wrote the file ``place``, or an older one reads it.
-            ValueError: what the file states is no version.
+            StorageError: a newer fastdistill wrote the file ``place``, or only an older one can read it.
+            ValueError: the file states an invalid version.
         """
         if type(stated) is not int or stated < 1:
             raise ValueError(f"schema {described(stated)} is not a whole number from 1 on")
@@ -42,7 +41,7 @@ class Schema:
 
 
 ROWS = Schema("rows")
-CHECKPOINT = Schema("checkpoint", 5, oldest=5, former="0.1.0.dev0 (of before the release of 0.1.0)")
+CHECKPOINT = Schema("checkpoint", 5, oldest=5, former="0.1.0.dev0 (from before the release of 0.1.0)")
 RUN = Schema("run file")
 LINES = Schema("metrics")
 ABOUT = Schema("about")

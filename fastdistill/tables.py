@@ -19,9 +19,9 @@ def print_table(
     title: str | None = None,
     left: Sequence[str] = (),
 ) -> None:
-    """Print a table whose cells are whole, also where it is wider than the terminal or the output is a file.
+    """Print a table without truncated cells, even if it is wider than the terminal or the output is a file.
 
-    left: columns that are aligned to the left, as the first is; the others are aligned to the right.
+    left: columns aligned to the left, in addition to the first; the others are aligned to the right.
     """
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for column in columns:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaded before any test module: Triton decides at its first import whether it interprets."""
+"""Loaded before any test module, because Triton decides at its first import whether it interprets."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import torch
 import tests.gpu_on_cpu  # noqa: F401
 from tests.harness import On, device_of
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 os.environ["FASTDISTILL_ATTENTION"] = "default"  # nothing is measured, and nothing written to the user's cache
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for a GPU on a machine without one: each is registered for CPU tensors too and runs when a test forces it.
+"""GPU kernels on a machine without a GPU: each is also registered for CPU tensors and runs if a test selects it.
 
-Triton's run in its interpreter, CUDA's under ``tests/cuda_on_cpu``, between pages that must not be touched. It is
-import-time work, as Triton decides when a kernel is defined whether it will be interpreted. Where there is a GPU the
-kernels run there, and nothing is emulated.
+Triton kernels run in its interpreter, CUDA kernels under ``tests/cuda_on_cpu``, on tensors between protected pages.
+This module must be imported first, because Triton decides when a kernel is defined whether it will be interpreted. If
+there is a GPU, the kernels run on it and nothing is emulated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 EMULATED = not torch.cuda.is_available()
-OURS = ("triton", "cuda")  # the backends of attention are others' kernels
+OURS = ("triton", "cuda")  # the backends of attention are kernels of other packages
 if EMULATED:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -37,8 +37,8 @@ def _emulated(kernel: Kernel) -> Kernel:
 
 
 def _patch_once() -> None:
-    """Triton's interpreter patches the modules of its language for a launch, and again in every call of a device
-    function, which takes half of its time: there only those that the launch has not yet patched are."""
+    """Triton's interpreter patches the modules of its language for each launch, and again in every call of a device
+    function, which takes half of its time. With this patch, each module is patched only once per launch."""
     try:
         import triton.language as tl
         from triton.runtime import interpreter
@@ -71,10 +71,29 @@ def _patch_once() -> None:
     interpreter._patch_lang = patch_what_is_not
 
 
+def _round_float8() -> None:
+    """Triton's interpreter loses the carry of a rounded significand in float8; a GPU rounds as torch does."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    convert = interpreter._convert_float
+
+    def rounded(input: Any, input_dtype: Any, output_dtype: Any, rounding_mode: Any) -> Any:
+        if input_dtype != tl.float32 or output_dtype != tl.float8e4nv:
+            return convert(input, input_dtype, output_dtype, rounding_mode)
+        values = torch.frombuffer(bytearray(input.tobytes()), dtype=torch.float32)
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).reshape(input.shape).numpy()
+
+    interpreter._convert_float = rounded
+
+
 if sanitizers.SANITIZE:
     fastdistill.__path__.insert(0, str(sanitizers.BUILT / "fastdistill"))
 if EMULATED:
     _patch_once()
+    _round_float8()
     _native.cuda = cuda_on_cpu.module
     for op in OPS.values():
         op.kernels = [*op.kernels, *(_emulated(k) for k in op.kernels if k.device == "cuda" and k.name in OURS)]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``check_op``: everything an op's kernel must satisfy, for any kernel that the op registers.
+"""``check_op``: what every kernel of an op must satisfy.
 
-A ``Case`` says how to call the op's public function, what it should return in float64 (written independently), and what
-a user's eager code of the same precision returns. The rule for floats: error against float64 at most 2x (gradients 3x)
-that of the same-precision eager code, or 4 eps of the largest magnitude (for sums eps sqrt(n) of the sum of the terms'
-magnitudes), whichever is larger. Integers are equal.
+A ``Case`` contains the call of the op's public function, the expected result in float64 (written independently), and
+the result of a user's eager code in the same precision. The rule for floats: the error against float64 is at most 2x
+(gradients 3x) that of the eager code in the same precision, or 4 eps of the largest magnitude (for sums eps sqrt(n) of
+the sum of the terms' magnitudes), whichever is larger. Integers are equal.
 
-``kernels_of`` names each kernel with the device to test it on: on a CPU emulated where it is for a GPU, and where there
-is a GPU on that. Tests of a parameter ``kernel`` then make all their tensors there (``tests/conftest.py``).
+``kernels_of`` gives each kernel with the device to test it on: without a GPU the CPU (GPU kernels are emulated), with a
+GPU also that. Tests with a parameter ``kernel`` then create all their tensors there (``tests/conftest.py``).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Case:
 
 
 def crossed(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
-    """All combinations as parameters of a test. Those that differ from the first of every axis in more than one place
-    are slow: the quick tests have each value once."""
+    """All combinations as parameters of a test. Combinations that differ from the first value in more than one axis are
+    slow tests, so the quick tests have each value once."""
     values = [list(axis) for axis in axes]
     return pytest.mark.parametrize(
         names,
@@ -77,7 +77,7 @@ def crossed(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
 
 
 class On(str):
-    """The name of a kernel, with the type of device on which it is tested."""
+    """The name of a kernel, with the type of device to test it on."""
 
     device: str
 
@@ -95,7 +95,7 @@ PARTIAL = {("group_norm_silu", "cuda"), ("cross_attention", "cuda")}
 
 
 def kernels_of(op: str, devices: Sequence[str] = DEVICES) -> list[str]:
-    """The kernels of an op that can run here and take any of its calls, the reference first on each device."""
+    """The kernels of an op that can run here and support any call; on each device the reference comes first."""
     return [
         On(name, device)
         for device in devices
@@ -105,7 +105,7 @@ def kernels_of(op: str, devices: Sequence[str] = DEVICES) -> list[str]:
 
 
 def partial_kernels_of(op: str, devices: Sequence[str] = DEVICES) -> list[str]:
-    """Those that can run here and take some calls alone."""
+    """The kernels that can run here but support only some calls."""
     return [On(name, d) for d in devices for name in _available(op, d) if (op, name) in PARTIAL]
 
 
@@ -114,22 +114,22 @@ def _available(op: str, device: str) -> list[str]:
 
 
 def device_of(kernel: object) -> str:
-    """Where a kernel is tested: a name alone means the CPU."""
+    """The device on which a kernel is tested; a plain name means the CPU."""
     return getattr(kernel, "device", "cpu")
 
 
 def generator(seed: int) -> torch.Generator:
-    """Random numbers for the tensors of a test, on the device where it makes them."""
+    """A generator for the tensors of a test, on the device where the test creates them."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def emulated(kernel: str) -> bool:
-    """Whether a kernel for a GPU is emulated here, a few milliseconds a block: its tests take small sizes."""
+    """Whether a GPU kernel is emulated here. A block takes some milliseconds, so its tests use small sizes."""
     return kernel in ("triton", "cuda") and device_of(kernel) == "cpu"
 
 
 def large(kernels: Sequence[str]) -> list[Any]:
-    """Kernels as parameters of a test of large sizes, which is slow where Triton's are interpreted."""
+    """Kernels as parameters of a test with large sizes, which is slow if Triton kernels are interpreted."""
     return [
         pytest.param(kernel, marks=pytest.mark.slow if kernel == "triton" and emulated(kernel) else ())
         for kernel in kernels
@@ -138,7 +138,7 @@ def large(kernels: Sequence[str]) -> list[Any]:
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Inside, ``torch.empty`` and its kin come filled with NaN (integers with their maximum)."""
+    """Inside, ``torch.empty`` and similar functions return NaN (the maximum for integers)."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -150,7 +150,7 @@ def poisoned_empty() -> Iterator[None]:
 
 
 def detached(tree: Any, dtype: torch.dtype | None = None) -> Any:
-    """A copy with leaves of their own (requires_grad kept), floats optionally in another dtype, strides kept."""
+    """A copy with its own leaves (requires_grad and strides are kept), optionally with floats in another dtype."""
 
     def leaf(t: Tensor) -> Tensor:
         room = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
@@ -163,7 +163,7 @@ def detached(tree: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def on(device: str, tree: Any) -> Any:
-    """A copy on a device, with leaves of their own; strides kept."""
+    """A copy on a device, with its own leaves; strides are kept."""
     return detached(tree_map_only(Tensor, lambda t: t.detach().to(device).requires_grad_(t.requires_grad), tree))
 
 
@@ -174,7 +174,7 @@ def leaves(tree: Any) -> list[Tensor]:
 def evaluate(
     function: Callable[..., Any], inputs: tuple[Any, ...], cotangent: float
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of ``cotangent`` times the sum of the differentiable ones."""
+    """The outputs, and the gradients of ``cotangent`` times the sum of the differentiable outputs."""
     outputs = list(function(*inputs))
     wrt = leaves(inputs)
     differentiable = [o for o in outputs if o.requires_grad]
@@ -185,8 +185,8 @@ def evaluate(
 
 
 def nudged(value: Tensor, eps: float = EPS) -> Tensor:
-    """The same where each element differs by up to 4 eps of itself, by torch's generator: what float numbers of a
-    computation cannot tell. How far a result moves by it is its condition."""
+    """The values changed randomly by up to 4 eps each, which a computation in this precision cannot distinguish. How
+    far a result moves is its condition. Uses torch's generator."""
     return value * (1 + 4 * eps * (2 * torch.rand_like(value) - 1))
 
 
@@ -199,8 +199,8 @@ def assert_close(
     terms: tuple[int, float] | None = None,
     moved: Tensor | None = None,
 ) -> None:
-    """The rule of equality; see the head of this file. ``moved``: the truth of inputs that are ``nudged``; what it is
-    off by is allowed too."""
+    """The rule of equality; see the top of this file. ``moved``: the truth for ``nudged`` inputs; its distance from
+    ``truth`` is allowed in addition."""
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}, should be {tuple(truth.shape)}"
     if not got.is_floating_point():
         assert torch.equal(got, truth), f"{name}: integers differ at {(got != truth).nonzero()[:4].tolist()}"
@@ -223,8 +223,8 @@ def assert_close(
 def assert_alike(
     got: Any, eager: Any, truth: Any, factor: float = 2.0, name: str = "result", moved: Any = None
 ) -> None:
-    """The rule of equality for trees of tensors: ``got`` is as near to ``truth`` (float64) as ``eager``, the same
-    computation in the same precision by other means, times ``factor``, or as ``moved`` (see ``assert_close``)."""
+    """The rule of equality for trees of tensors: ``got`` is as near to ``truth`` (float64) as ``factor`` times the
+    distance of ``eager``, the same computation in the same precision by other code, or as near as ``moved``."""
     leaves_of = [tree_flatten(tree)[0] for tree in (got, truth, eager, truth if moved is None else moved)]
     assert len({len(some) for some in leaves_of}) == 1, f"{name}: {[len(some) for some in leaves_of]} tensors"
     for i, leaves in enumerate(zip(*leaves_of, strict=True)):
@@ -254,13 +254,13 @@ def check_values(case: Case, kernel: str, repeat: bool = True) -> None:
 
 
 def compiles(kernel: str) -> bool:
-    """Whether an op is compiled with a kernel in the tests: a compiler sees the op and never its kernel, so the
-    reference will do, and those of a real GPU, where memory and streams matter."""
+    """Whether the tests compile an op with this kernel. A compiler sees only the op, not its kernel, so the reference
+    is enough; on a real GPU also its kernels, because memory and streams matter there."""
     return kernel == REFERENCE or device_of(kernel) == "cuda"
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the arguments of every call of this library's ops."""
+    """Records the arguments of every call of this library's ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,8 +273,8 @@ class _Recorder(TorchDispatchMode):
 
 
 def check_registration(case: Case, kernel: str) -> None:
-    """torch.library.opcheck on every op that the call reaches, forward and backward; for other kernels than the
-    reference the part that depends on them, what they write."""
+    """torch.library.opcheck for every op that the call uses, forward and backward; for kernels other than the reference
+    only the checks that depend on the kernel (what it writes)."""
     options = {} if compiles(kernel) else {"test_utils": "test_schema"}
     with use(str(kernel)):
         with _Recorder() as recorder:
@@ -287,8 +287,8 @@ def check_registration(case: Case, kernel: str) -> None:
 
 
 def check_compiled(case: Case, kernel: str, backend: str = "aot_eager") -> None:
-    """Compiled as one graph: the same bits as eager under ``aot_eager``, the rule of equality under inductor."""
-    with use(str(kernel)):  # torch 2.11 compares no subclasses of str
+    """Compiled as one graph: the bits of eager code under ``aot_eager``, the rule of equality under inductor."""
+    with use(str(kernel)):  # torch 2.11 does not compare subclasses of str
         expected, gradients = evaluate(case.call, detached(case.inputs), case.cotangent)
         torch._dynamo.reset()
         compiled = torch.compile(case.call, fullgraph=True, backend=backend)
@@ -302,8 +302,8 @@ def check_compiled(case: Case, kernel: str, backend: str = "aot_eager") -> None:
 
 
 def check_fake(case: Case, device: str = "cpu") -> None:
-    """Fake and meta tensors go through without touching memory, and give shapes, dtypes and strides as the real
-    ones."""
+    """Fake and meta tensors work without memory accesses, and have the shapes, dtypes and strides of the real
+    outputs."""
     real, real_gradients = evaluate(case.call, detached(case.inputs), case.cotangent)
     meta = tree_map_only(Tensor, lambda t: t.detach().to("meta").requires_grad_(t.requires_grad), case.inputs)
     with FakeTensorMode():
@@ -321,10 +321,10 @@ def check_fake(case: Case, device: str = "cpu") -> None:
 
 
 def check_op(case: Case, kernel: str, *, compiled: Sequence[str] = ("aot_eager",), registration: bool = True) -> None:
-    """All of the above for one kernel on one case, whose inputs are brought to the kernel's device.
+    """All of the checks above for one kernel and one case; the inputs are moved to the kernel's device.
 
-    What does not depend on the kernel is checked with the reference. Triton's interpreter runs programs in one order,
-    so it repeats only where registration is checked.
+    Checks that do not depend on the kernel use the reference. Triton's interpreter always executes programs in one
+    order, so calls are repeated only if the registration is checked.
     """
     if any(t.device.type != device_of(kernel) for t in tree_flatten(case.inputs)[0] if isinstance(t, Tensor)):
         case = dataclasses.replace(case, inputs=on(device_of(kernel), case.inputs))
@@ -339,7 +339,7 @@ def check_op(case: Case, kernel: str, *, compiled: Sequence[str] = ("aot_eager",
 
 
 def layouts(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The same values in other memory: contiguous, channels_last, permuted, and a slice with gaps."""
+    """The same values with other strides: contiguous, channels_last, permuted, and a slice with gaps."""
 
     def like(view: Tensor) -> Tensor:
         return view.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)

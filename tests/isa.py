@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make test-isa``: the tests that compute with models, under every instruction set that this processor has, on one
-and on two threads.
+"""``make test-isa``: tests that compute with models, under every instruction set of this processor, with one and two
+threads.
 
-A result that depends on the instruction set (torch's own kernels, oneDNN's, MKL's and ours all choose by it) would be
-red on another machine. Before the tests of a level, a probe asks each library which instruction set it uses: a variable
-that a library ignores proves nothing. Levels that the processor does not have are listed as not run.
+torch's own kernels, oneDNN, MKL and our kernels choose code by the instruction set. A test whose result depends on it
+would fail on another machine. Before the tests of a level, a probe asks each library which instruction set it uses,
+because a library may ignore the variable. Levels that the processor does not have are listed as not run.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LEVELS = {
 }
 FLAGS = {"baseline": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
 TESTS = "diffusion distill evaluate models ops tasks train test_readme.py".split()
-#: Those whose results hang on rounding the most, in a minute.
+#: The tests that are most sensitive to rounding; they take about a minute.
 SHORT = [
     "tests/diffusion",
     "tests/distill",
@@ -73,7 +73,7 @@ def missing(level: str) -> str | None:
 
 
 def _processor() -> str:
-    """/proc/cpuinfo; empty where there is none."""
+    """/proc/cpuinfo; empty if it does not exist."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -81,13 +81,13 @@ def _processor() -> str:
 
 
 def environment(level: str, threads: int) -> dict[str, str]:
-    # Inductor keeps what it compiled for the instruction set of an earlier level, and does not tell them apart.
+    # Inductor's cache does not distinguish instruction sets, so each level has its own.
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "isa" / level)}
     return os.environ | LEVELS[level] | cache | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
 
 def probe(level: str) -> dict[str, str]:
-    """The instruction set that each library says it uses at a level."""
+    """The instruction set that each library reports at a level."""
     verbose = environment(level, 1) | {"ONEDNN_VERBOSE": "1", "MKL_VERBOSE": "1"}
     told = subprocess.run([sys.executable, "-c", _PROBE], cwd=ROOT, env=verbose, capture_output=True, text=True)
     if told.returncode:
@@ -103,8 +103,8 @@ def probe(level: str) -> dict[str, str]:
 
 
 def effective(level: str, used: dict[str, str]) -> list[str]:
-    """Libraries whose instruction set is not that of the level; those that are not part of this torch are left out. On
-    processors that are not Intel's, MKL takes the lowest level alone, and chooses by itself at others (AUTO)."""
+    """Libraries whose instruction set is not that of the level; libraries that this torch does not have are left out.
+    On processors of other makers than Intel, MKL obeys only the lowest level and else chooses itself (AUTO)."""
     wanted = {
         "torch": LEVELS[level]["ATEN_CPU_CAPABILITY"],
         "fastdistill": level,

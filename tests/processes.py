@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of tests. They are forked from one that has imported torch and this package, which takes seconds, and has
-done nothing else; it is started when the first of them is."""
+"""Processes for tests. They are forked from a server process that has only imported torch and this package (which takes
+seconds). The server starts with the first of them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from filelock import FileLock
 
 METHOD = "forkserver"
 _context = multiprocessing.get_context(METHOD)
-_context.set_forkserver_preload(["tests.train.ranks"])  # a module that imports the most
+_context.set_forkserver_preload(["tests.train.scenarios"])  # a module that imports the most
 
 
 def begin(function: Callable[..., object], *arguments: Any) -> ForkServerProcess:
-    """A process that calls a function of a module."""
+    """Start a process that calls a module-level function."""
     process = _context.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns in a process of its own, or the error that it raises there."""
+    """Call the function in a new process; returns its result or raises its error."""
     with _context.Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
 def as_ranks(function: Callable[..., object], *arguments: Any, count: int = 2) -> None:
-    """``function(rank, *arguments)`` in two processes or more at once, until all have ended."""
+    """Run ``function(rank, *arguments)`` in ``count`` processes at once, and wait for all."""
     torch.multiprocessing.start_processes(function, arguments, nprocs=count, start_method=METHOD)
 
 
@@ -46,14 +46,14 @@ def shared(factory: pytest.TempPathFactory) -> Path:
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The directory ``name`` that ``make(directory)`` makes, once for all processes of a parallel test run: tests that
-    change it change a copy."""
+    """The directory ``name``, filled by ``make(directory)`` once for all processes of a parallel test run. Tests that
+    change it must copy it."""
     place = shared(factory) / name
     place.parent.mkdir(parents=True, exist_ok=True)
     made = Path(f"{place}.made")
     with FileLock(f"{place}.lock"):
         if not made.exists():
-            shutil.rmtree(place, ignore_errors=True)  # of one that failed in another process
+            shutil.rmtree(place, ignore_errors=True)  # left by a failed call in another process
             make(place)
             made.touch()
     return place

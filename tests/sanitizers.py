@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops' tests with all compiled code under the compiler's sanitizers: ``python -m tests.sanitizers [pytest's]``.
 
-Address and undefined behavior, over the C++ kernels and over the CUDA kernels as ``tests/cuda_on_cpu`` runs them. Both
-are built beside the ordinary ones, with ``FASTDISTILL_SANITIZE`` set; a first finding ends the process with its report.
+AddressSanitizer and UndefinedBehaviorSanitizer check the C++ kernels and the CUDA kernels emulated by
+``tests/cuda_on_cpu``. Both are built separately with ``FASTDISTILL_SANITIZE``; the first finding ends the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SANITIZE = os.environ.get(
     "FASTDISTILL_SANITIZE", ""
-)  # what -fsanitize takes; set: this process loads what was built so
+)  # the value of -fsanitize; if set, this process loads the sanitized build
 BUILT = ROOT / "build" / "sanitized"
 TESTS = [
     "tests/ops",
@@ -29,13 +29,13 @@ TESTS = [
 
 
 def environment(sanitize: str) -> dict[str, str]:
-    """For a Python that was built without sanitizers; nothing is seen of a GPU, so that CUDA kernels are emulated."""
+    """The environment for a Python without sanitizers. GPUs are hidden, so that CUDA kernels are emulated."""
     names = "libasan.so", "libstdc++.so"
     runtimes = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
     return os.environ | {
         "FASTDISTILL_SANITIZE": sanitize,
         "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps much to its end
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python frees much memory only at exit or not at all
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -42,7 +42,7 @@ def teacher() -> UNet2DConditionModel:
 
 
 def copied(model: nn.Module, dtype: torch.dtype, near: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of the model in ``dtype`` without gradients, its parameters moved to what ``near`` makes of them."""
+    """A copy of the model in ``dtype`` without gradients; ``near`` changes its parameters."""
     made = copy.deepcopy(model).to(dtype)
     made.zero_grad()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def trainer(kind: str = "bk_base", changes: dict[str, Any] | None = None, **opti
 
 
 def recut(path: Path, ranks: int) -> None:
-    """Write a checkpoint again as that many ranks of a sharded student do: what has rows in chunks of them."""
+    """Write a checkpoint again as ``ranks`` ranks of a sharded student would: tensors with rows are divided."""
     stored, hashes = Stored(path), []
     for rank in reversed(range(ranks)):
         tensors, parts = {}, {}

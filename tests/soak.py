@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``make soak``: the students of the digits, killed at random moments, end with the bits of a run that was left alone.
+"""``make soak``: a run of the digits that is killed at random moments ends with the same bits as an undisturbed run.
 
-Each sitting is the command of a user, ``fastdistill distill``, on one process and under ``torchrun`` on two. Some are
-killed between steps, some while a checkpoint is being written, some while they start; of two processes one is killed,
-or all with ``torchrun``. The final checkpoint and the metrics (but for what is timed) are compared with those of a run
-of the same command that nothing interrupted.
+A sitting is one execution of the command ``fastdistill distill``, on one process or under ``torchrun`` on two. Some
+sittings are killed between steps, some while a checkpoint is being written, some while they start. With two processes
+one of them is killed, or both and ``torchrun``. The final checkpoint and the metrics (except times) are compared with
+those of an undisturbed run of the same command.
 """
 
 from __future__ import annotations
@@ -38,40 +38,43 @@ from tests.tasks.test_digits_run import run_config
 
 ROOT = Path(__file__).parent.parent
 EVIDENCE = ROOT / "docs" / "evidence" / "soak.md"
-PATIENCE = 600.0  # seconds in which a sitting gets to the next kill, or ends after it
-WHOLE = 3600.0  # seconds in which one that is left alone ends
-MOMENTS = {"step": 9, "write": 9, "start": 2}  # when a sitting is killed, and how often of 20
+PATIENCE = 600.0  # maximum seconds until a sitting reaches the next kill, or ends after it
+WHOLE = 3600.0  # maximum seconds of an undisturbed sitting
+MOMENTS = {"step": 9, "write": 9, "start": 2}  # when a sitting is killed, and how often in 20 kills
 
 
 PAGE = """\
 # Killed at random moments: the digits
 
-Written by `make soak` (`tests/soak.py`). `fastdistill distill` on the digits was ended by SIGKILL at random moments and
-begun again by the same command, on one process and under `torchrun` on two. All tensors and values of the last
-checkpoint, and the metrics but for what is timed, are compared with those of the same command that nothing interrupted.
+Written by `make soak` (`tests/soak.py`). `fastdistill distill` on the digits was killed (SIGKILL) at random moments and
+started again with the same command, on one process and under `torchrun` on two. All tensors and values of the last
+checkpoint, and the metrics except times, are compared with those of an undisturbed run of the same command.
 
 - date: {date}; commit: {commit}; seed: {seed}
 - processor: {processor}
-- Python {python}, torch {torch}, eager steps, one thread a process
+- Python {python}, torch {torch}, eager steps, one thread per process
 
-| processes | steps | kills | which left half a checkpoint | while it started | minutes | outcome |
+In the tables, a kill during "write" came while a checkpoint was being written, "start" before the first step, and
+"step" at any other time.
+
+| processes | steps | kills | kills that left a half-written checkpoint | kills during the start | minutes | outcome |
 |---|---|---|---|---|---|---|
 {runs}
 
-| processes | killed | moment | from the checkpoint of step | newest checkpoint after it | half of another |
+| processes | killed | moment | checkpoint at the start | newest checkpoint after the kill | half-written file |
 |---|---|---|---|---|---|
 {kills}
 """
 
 
 class Sitting(Protocol):
-    """What runs ``fastdistill distill``."""
+    """One execution of ``fastdistill distill``."""
 
     def ranks(self) -> list[int]:
-        """The numbers of its processes, in the order of their ranks; fewer while it starts."""
+        """The process ids of the ranks, in their order; while it starts there may be fewer."""
 
     def others(self) -> list[int]:
-        """Of those that belong to it besides."""
+        """The process ids of its other processes (``torchrun``)."""
 
     def status(self) -> int | None:
         """The exit status; None while it runs."""
@@ -81,7 +84,7 @@ Start = Callable[[Path, int], Sitting]
 
 
 class Command:
-    """A sitting of one process, or of several under ``torchrun``; what it prints is in a file beside the run file."""
+    """A sitting of one process, or of several under ``torchrun``; its output goes to a file next to the run file."""
 
     def __init__(self, file: Path, ranks: int, command: str = "distill") -> None:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
@@ -89,7 +92,7 @@ class Command:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *torchrun, "fastdistill", command, str(file)], cwd=ROOT, stdout=log, stderr=log
             )
-        self._single, self._started = ranks == 1, list[int]()  # by torchrun, whom they may outlive
+        self._single, self._started = ranks == 1, list[int]()  # children of torchrun; they may outlive it
 
     def ranks(self) -> list[int]:
         pid = self._process.pid
@@ -107,7 +110,7 @@ class Command:
 
 
 def _forked(rank: int, ranks: int, port: int, command: str, file: Path) -> None:
-    """What ``torchrun`` starts, or a single command."""
+    """What a rank under ``torchrun``, or a single process, executes."""
     torch.set_num_threads(1)
     distributed.ANSWER = 1.0
     if ranks > 1:
@@ -117,8 +120,8 @@ def _forked(rank: int, ranks: int, port: int, command: str, file: Path) -> None:
 
 
 class Forked:
-    """A sitting without torchrun, whose processes have imported everything. Where one has died the others are ended, as
-    torchrun does: by SIGTERM, and by SIGKILL where that is not enough."""
+    """A sitting without torchrun, with processes that are forked after all imports. If one dies, the others are ended
+    like torchrun does: with SIGTERM, and later with SIGKILL."""
 
     def __init__(self, file: Path, ranks: int, command: str = "distill") -> None:
         with socket.create_server(("localhost", 0)) as free:
@@ -148,8 +151,8 @@ class Forked:
 
 @dataclass(frozen=True)
 class Kill:
-    """``moment``: of MOMENTS. ``victim``: "rank N" or "all". ``begun``, ``reached``: the newest checkpoint before the
-    sitting and after it. ``half``: whether a checkpoint was left half written."""
+    """``moment``: a key of MOMENTS. ``victim``: "rank N" or "all". ``begun``, ``reached``: step of the newest
+    checkpoint before and after the sitting. ``half``: whether it left a half-written checkpoint."""
 
     moment: str
     victim: str
@@ -162,7 +165,7 @@ class Kill:
 class Outcome:
     ranks: int
     kills: list[Kill] = field(default_factory=list)
-    unlike: list[str] = field(default_factory=list)  # what is not as in the run that was left alone
+    unlike: list[str] = field(default_factory=list)  # differences from the undisturbed run
     seconds: float = 0.0
 
 
@@ -173,7 +176,7 @@ def running(pid: int) -> bool:
 
 
 def newest(directory: Path) -> int:
-    """The step of the newest checkpoint, 0 where there is none."""
+    """The step of the newest checkpoint, 0 if there is none."""
     return max(checkpoint.steps(directory), default=0)
 
 
@@ -194,18 +197,18 @@ def give_up(sitting: Sitting, why: str) -> NoReturn:
 
 
 def until(condition: Callable[[], object], sitting: Sitting) -> None:
-    """Wait for it; an error where the sitting ends before, or gets nowhere."""
+    """Wait for the condition; an error if the sitting ends before, or after ``PATIENCE`` seconds."""
     end = time.monotonic() + PATIENCE
     while not condition():
         if sitting.status() is not None:
             give_up(sitting, f"a sitting ended by itself (status {sitting.status()})")
         if time.monotonic() > end:
-            give_up(sitting, f"a sitting got nowhere in {PATIENCE:.0f} seconds")
+            give_up(sitting, f"a sitting did not reach the next kill in {PATIENCE:.0f} seconds")
         time.sleep(0.0005)
 
 
 def ended(sitting: Sitting, seconds: float) -> int:
-    """Its exit status, once there is one; an error where it hangs."""
+    """Wait for its exit status; an error after ``seconds`` seconds."""
     end = time.monotonic() + seconds
     while (status := sitting.status()) is None:
         if time.monotonic() > end:
@@ -217,7 +220,7 @@ def ended(sitting: Sitting, seconds: float) -> int:
 def strike(
     sitting: Sitting, directory: Path, moment: str, target: int, ranks: int, early: float, draw: random.Random
 ) -> Kill:
-    """Kill a sitting once it has a new checkpoint and has got to the target; while it starts, at any time."""
+    """Kill a sitting after it has a new checkpoint and has reached the target step; or (``start``) while it starts."""
     begun, before = newest(directory), half_written(directory)
     if moment == "start":
         until(lambda: len(sitting.ranks()) == ranks, sitting)
@@ -239,8 +242,8 @@ def strike(
 def soak(
     place: Path, ranks: int, steps: int, kills: int, seed: int, start: Start, early: float = 8.0, **train: Any
 ) -> Outcome:
-    """A run that is killed so often, and one that is left alone, in folders of ``place``. ``early``: seconds that a
-    sitting takes to its first step."""
+    """One run that is killed ``kills`` times and one undisturbed run, in folders of ``place``. ``early``: seconds until
+    the first step of a sitting."""
     began, draw, outcome = time.monotonic(), random.Random(seed), Outcome(ranks)
     settings = {"steps": steps, "execution": "eager", **train}
     files = {}
@@ -250,7 +253,7 @@ def soak(
         atomic_write(files[name], to_yaml(config).encode())
     runs.cache(config)
     if ended(start(files["alone"], ranks), WHOLE) != 0:
-        raise SystemExit(f"soak: the run that was left alone failed; see {place}")
+        raise SystemExit(f"soak: the undisturbed run failed; see {place}")
     killed = place / "killed"
     moments = draw.sample(list(MOMENTS), kills, counts=[-(-count * kills // 20) for count in MOMENTS.values()])
     targets = sorted(draw.sample(range(1, steps - max(20, steps // 10)), kills))
@@ -266,8 +269,8 @@ def soak(
 
 
 def unlike(alone: Path, killed: Path, steps: int) -> list[str]:
-    """What two runs do not share to the bit: tensors and values of the last checkpoint, lines of the metrics; and what
-    a killed one should not have left."""
+    """The differences of two runs: tensors and values of the last checkpoint that are not equal to the bit, the
+    metrics, and files that only one of them has."""
     one, two = (checkpoint.read(place / f"step-{steps:08d}.safetensors")[0].state for place in (alone, killed))
     found = sorted(one.keys() ^ two.keys())
     found += [name for name in one.keys() & two.keys() if content(one[name]) != content(two[name])]
@@ -283,7 +286,7 @@ def content(value: Any) -> Any:
 
 
 def described(outcomes: list[Outcome], steps: int, seed: int) -> str:
-    """The evidence: what ran where, and how it ended."""
+    """The text of the page: what ran where, and the results."""
     told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     models = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
@@ -313,9 +316,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; another one each time by default")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the moments; by default a random one")
     parser.add_argument("--place", type=Path, default=ROOT / "build" / "soak")
-    parser.add_argument("--to", type=Path, default=EVIDENCE, help="file of the evidence")
+    parser.add_argument("--to", type=Path, default=EVIDENCE, help="page to write")
     options = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(2**31) if options.seed is None else options.seed
     os.environ["OMP_NUM_THREADS"] = "1"

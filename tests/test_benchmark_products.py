@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counts of products, on a map whose directions are known."""
+"""The counts of products, for a map with known directions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdistill.models.subspace import top_subspace
 
 
 def test_counts() -> None:
-    """Products are those of the iterations; block Golub-Kahan needs the fewest."""
+    """Products are counted by iterations; block Golub-Kahan needs the fewest."""
     values = 0.8 ** torch.arange(40.0)
     U, V = (torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(i)))[0] for i in (0, 1))
     W, x, exact = (U * values) @ V.T, torch.zeros(1, 40), V[None, :, :4]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of whole training steps: contestants of every model, their columns, where the time goes."""
+"""The benchmark of whole training steps: contestants for every model, their columns, and where the time goes."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_groups(names: list[str], group: str) -> None:
 
 
 def test_names_of_our_kernels_say_what_they_are_for() -> None:
-    """In a CUDA graph there is nothing else to go by."""
+    """In a CUDA graph, kernels can only be attributed by name."""
     of = {
         "adamw_ema": "optimizer",
         "grad_square_sum": "optimizer",
@@ -237,7 +237,7 @@ def test_attribution_of_a_run_is_all_of_its_time() -> None:
 
 
 def event(name: str, us: float, launched: float = 0.0, annotation: bool = False) -> SimpleNamespace:
-    """A kernel, or with ``launched`` an op that launched one of so many microseconds."""
+    """A kernel, or with ``launched`` an op that launched a kernel of that many microseconds."""
     if launched:
         return SimpleNamespace(
             name=name,
@@ -278,7 +278,7 @@ def test_small_batches_have_a_rival_with_graphs_of_the_compiler() -> None:
 
 
 def test_a_compiled_rival_with_products_in_place_of_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the backward too, which is compiled later: the compiler keeps the option."""
+    """Also in the backward, which is compiled later: the compiler keeps the option."""
     given: list[dict[str, Any]] = []
 
     def keep(module: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
@@ -298,7 +298,7 @@ def test_a_compiled_rival_with_products_in_place_of_convolutions(monkeypatch: py
 def test_a_graph_holds_several_runs_and_tells_the_time_of_one(
     copies: int, captured: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On planted CUDA calls."""
+    """With simulated CUDA calls."""
     ran: list[int] = []
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks: when they run, that they are gated, and what they say of what is missing."""
+"""The benchmarks: when they run, their checks before the timing, and what they report as missing."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_rows_of_rivals_that_are_there_and_that_are_not() -> None:
 
 
 def test_compiled_rivals_come_after_all_others() -> None:
-    """Rows of the others are there before the compiler begins."""
+    """The rows of the others are written before the compiler starts."""
     case, ran = case_of(right=True)
     workload = case.build(torch.device("cpu"))
     workload.rivals[COMPILED] = lambda: ran.append("compiled")
@@ -147,7 +147,7 @@ def test_an_op_that_cannot_run_is_a_row_and_the_next_is_measured(
 
 
 def test_failures_are_told_as_they_happen(tmp_path: Path) -> None:
-    """Before the summary, of which nothing is left where a run is killed."""
+    """Before the summary, so that they are not lost if the run is killed."""
     (tmp_path / "conftest.py").write_text((ROOT / "conftest.py").read_text())
     (tmp_path / "test_planted.py").write_text("def test_a():\n    assert 1 == 2\ndef test_b():\n    print('then b')\n")
     done = run_pytest("--tell", "-q", "-s", "--rootdir", str(tmp_path), str(tmp_path))
@@ -156,7 +156,7 @@ def test_failures_are_told_as_they_happen(tmp_path: Path) -> None:
 
 
 def test_nvidia_smi_is_asked_for_the_gpu_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its UUID: the first visible GPU need not be the machine's first."""
+    """By its UUID: the first visible GPU need not be the machine's first GPU."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text('#!/bin/sh\ncase "$*" in *--id=GPU-12ab-34*) echo 1410, 2619, 350.5;; esac\n')
     smi.chmod(0o755)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run on a machine with a GPU, with planted stages: limits, interrupts, crashes, and what is left of each."""
+"""``make gpu`` with simulated stages: limits, interrupts, crashes, and the results that are left."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _passing(descriptor: int) -> object:
 
 
 def _wait_for(number: int) -> None:
-    for _ in range(100):  # a killed process is there until its parent has asked
+    for _ in range(100):  # a killed process exists until its parent has waited for it
         os.kill(number, 0)
         if Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
             raise ProcessLookupError
@@ -116,7 +116,7 @@ sys.exit(gpu.main(["1/3", "--device", "cpu", "--minutes", "9", "--out", sys.argv
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_was_known_is_left_when_all_of_it_is_stopped(number: int, tmp_path: Path) -> None:
-    """Also where SIGINT was ignored, as it is in a shell's background jobs."""
+    """Also if SIGINT was ignored, as in background jobs of a shell."""
     start = f"import os, signal, sys; signal.signal(2, signal.SIG_IGN); os.execv({sys.executable!r}, sys.argv[1:])"
     command = [sys.executable, "-c", start, sys.executable, "-c", PLANTED, str(tmp_path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -154,7 +154,7 @@ def test_a_purse_leaves_something_to_every_stage() -> None:
     assert purse.limit() == 10
     purse.pay(0)
     assert purse.limit() == 20
-    purse.pay(35)  # it took its time to end
+    purse.pay(35)  # it needed this time to end
     assert purse.limit() == 10
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line and the doctor: what they print, and what they say when something is wrong."""
+"""The command line and the doctor: their output, and their messages for errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import importlib.abc
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -117,6 +118,14 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
         (("--train.betas", "0.9"), "--train.betas: expected 2 values, got 0.9"),
         (("--train.micro_batch", "two"), "--train.micro-batch: expected null or INT, got two"),
         (("--train.fuse", "maybe"), "--train.fuse: expected one of True, False, auto, got maybe"),
+        *(
+            (
+                (f"--train.{option}", "maybe"),
+                f"--train.{option.replace('_', '-')}: expected --train.teacher-ahead or --train.no-teacher-ahead"
+                " without a value, got maybe",
+            )
+            for option in ("teacher_ahead", "no-teacher-ahead")
+        ),
         (
             ("--train.precision", "int8"),
             "--train.precision: expected one of auto, measured, float32, bfloat16, float16, got int8",
@@ -152,11 +161,27 @@ def test_a_wrong_option_is_one_line_in_every_encoding(
     options: tuple[str, ...],
     message: str,
 ) -> None:
-    """The library that parses options draws boxes around its errors, with characters that the encoding has."""
+    """tyro draws boxes around its errors if the encoding has the characters."""
     (tmp_path / "run.yaml").write_text("teacher: folder")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     assert main(["export", str(tmp_path / "run.yaml"), *options]) == 2
     assert capsys.readouterr().err == f"fastdistill: {message}\n"
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, ("5000", "1")), ({"OMP_WAIT_POLICY": "active"}, (None, None))])
+def test_threads_of_commands_wait_briefly(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], expected: tuple[str | None, ...]
+) -> None:
+    """Said before torch is imported, where the environment says nothing."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # restored in the end
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--version"]) == 0
+    assert (os.environ.get("GOMP_SPINCOUNT"), os.environ.get("KMP_BLOCKTIME")) == expected
+    loaded = "import sys, fastdistill.cli, fastdistill.commands; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", loaded], check=True)
 
 
 @pytest.mark.parametrize("spelled", [("--train.micro-batch", "null"), ("--train.micro_batch=none",)])
@@ -186,7 +211,8 @@ def test_all_mistakes_of_a_configuration_at_once(capsys: pytest.CaptureFixture[s
 def test_a_teacher_is_compared_by_its_recipe(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by its bits, which no other machine gives; a stop while it trains has said so itself."""
+    """The weights are not compared, because other machines give other bits; a stop during training is reported by
+    itself."""
     made = teacher.provenance() | {"sha256": "0" * 64}
     monkeypatch.setattr(teacher, "train_teacher", lambda *_: made)
     code, out, error = said(capsys, "teacher", "digits")
@@ -225,7 +251,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = said(capsys, "doctor")
     assert code == 0 and all(op in out for op in OPS)
     summary = found["extensions"]["_cuda"]
-    assert summary == "built" or out.count(summary) == 1  # not once a kernel
+    assert summary == "built" or out.count(summary) == 1  # once, not once per kernel
 
 
 class Hidden(importlib.abc.MetaPathFinder):
@@ -235,7 +261,7 @@ class Hidden(importlib.abc.MetaPathFinder):
 
 
 def without_extension() -> tuple[str, str]:
-    """What ``doctor`` prints where the extension is not found, and how the C++ kernel is refused."""
+    """The output of ``doctor`` without the extension, and the error for the C++ kernel."""
     sys.meta_path.insert(0, Hidden())
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["doctor", "--json"]) == 0
@@ -250,14 +276,14 @@ def without_extension() -> tuple[str, str]:
 def test_without_the_extension_the_reference_runs_and_the_reason_is_told() -> None:
     out, refused = call(without_extension)
     reason = "the extension fastdistill._cpu was not built (no C++ compiler when it was installed?)"
-    rows = [row for row in json.loads(out)["kernels"] if row["op"] != "attention"]  # which is torch's own
+    rows = [row for row in json.loads(out)["kernels"] if row["op"] != "attention"]  # its kernels are torch's
     assert all(row["reason"] == reason for row in rows if row["kernel"] == "cpp")
     assert all(row["chosen_for"] == ["cpu"] for row in rows if row["kernel"] == "reference")
     assert f"feature_match: kernel 'cpp' cannot run this call on cpu: {reason}" in refused
 
 
 def test_a_reader_that_has_gone() -> None:
-    """As of ``| head``."""
+    """As with ``| head``."""
     done = subprocess.run(f"{sys.executable} -m fastdistill --help | true", shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -273,7 +299,7 @@ def test_the_same_warning_comes_once(capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_a_bar_that_shows_nothing_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """A mistake that is found before the first step is its own line alone."""
+    """An error before the first step prints only its own line."""
     with Bars() as bars:
         bars.begin("samples")
     assert capsys.readouterr().err == ""

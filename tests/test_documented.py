@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Field docstrings of configurations are in ``help()``."""
+"""Field docstrings of configurations appear in ``help()``."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_class_without_source_or_fields_stays_as_it_is() -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_help_of_a_configuration_has_its_fields(kind: type) -> None:
     shown = pydoc.plain(pydoc.render_doc(kind))
-    own = classes().get(f"{kind.__module__}.{kind.__name__}", ([], {}))  # of a class without fields of its own
+    own = classes().get(f"{kind.__module__}.{kind.__name__}", ([], {}))  # None for a class without its own fields
     for name, text in own[1].items():
         assert f"{name}: {text}" in shown
 

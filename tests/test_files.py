@@ -29,7 +29,7 @@ def killed_as_it_writes(path):
 
 
 def test_what_a_killed_write_leaves_goes_with_the_next_of_that_file(tmp_path):
-    """What another process is writing stays, whoever sweeps."""
+    """Temporary files that another process is writing stay, whoever cleans up."""
     for name in ("a.json", "b.json"):
         processes.begin(killed_as_it_writes, tmp_path / name).join(60)
     assert len(list(tmp_path.glob(".*.tmp"))) == 2
@@ -86,7 +86,7 @@ def test_interrupted_write_keeps_what_was_there(tmp_path, monkeypatch, error, wh
 
 
 def written_under_a_limit(path):
-    """What is said of files that are too large, and what is left; the kernel itself refuses the write (EFBIG)."""
+    """The message and the remaining files if files are too large; the operating system refuses the write (EFBIG)."""
     files.atomic_write(path, b"old")
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     told = []
@@ -139,7 +139,7 @@ def test_a_directory_is_there_as_a_whole(tmp_path):
     filled(target, "other", replace=True)
     assert (target / "part" / "file").read_text() == "other" and os.listdir(target.parent) == ["pipeline"]
     (tmp_path / "link").symlink_to(target)
-    filled(tmp_path / "link", "third", replace=True)  # the link goes, what it points to stays
+    filled(tmp_path / "link", "third", replace=True)  # the link is removed, its target stays
     assert (target / "part" / "file").read_text() == "other" and not (tmp_path / "link").is_symlink()
 
 
@@ -158,7 +158,7 @@ def killed(target, before):
 
 @pytest.mark.parametrize("before", [0, 1])
 def test_what_a_killed_process_left_goes_with_the_next_call(tmp_path, before):
-    """Also where it had moved the former directory aside already; while a process lives, another one is refused."""
+    """Also if the old directory was already moved aside; while that process lives, another one is refused."""
     target = tmp_path / "pipeline"
     filled(target, "old")
     process = processes.begin(killed, target, before)
@@ -175,7 +175,7 @@ def test_what_a_killed_process_left_goes_with_the_next_call(tmp_path, before):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("call", range(6))
 def test_an_interrupted_directory_keeps_what_was_there(tmp_path, monkeypatch, error, call):
-    """Whichever call of the operating system does not come back."""
+    """Whichever system call fails."""
     target = tmp_path / "pipeline"
     filled(target, "old")
     left = [call]
@@ -194,7 +194,7 @@ def test_an_interrupted_directory_keeps_what_was_there(tmp_path, monkeypatch, er
     with pytest.raises(StorageError if isinstance(error, OSError) else error):
         filled(target, replace=True)
     monkeypatch.undo()
-    whole = "new" if call == 5 else "old"  # the last one only brings the new name to the disk
+    whole = "new" if call == 5 else "old"  # the last call only syncs the new name to the disk
     assert (target / "part" / "file").read_text() == whole and os.listdir(tmp_path) == ["pipeline"]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of the package: there after ``import fastdistill``, and loaded when they are first used."""
+"""The names of the package: available after ``import fastdistill``, and loaded at first use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_public_name_is_there() -> None:
 @pytest.mark.parametrize("name", [*MODULES, "errors"])
 def test_a_module_is_an_attribute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
-    monkeypatch.delattr(fastdistill, name, raising=False)  # as in a process that has not imported it
+    monkeypatch.delattr(fastdistill, name, raising=False)  # as in a process that has not used it
     module = getattr(fastdistill, name)
     assert module is sys.modules[f"fastdistill.{name}"]
     assert f"fastdistill.{name} - " in pydoc.plain(pydoc.render_doc(module))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths as users give them: ``~`` is the home directory wherever one is taken, and what is no path is refused."""
+"""Paths from users: ``~`` is the home directory everywhere, and invalid paths are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def bank() -> PromptBank:
     return PromptBank.build(["a", "b"], lambda texts: torch.zeros(len(texts), 2, 3))
 
 
-#: What takes a path, and what it leaves there.
+#: Functions that take a path, and the files that they write there.
 TAKERS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda path: bank().save(path), "manifest.json"),
     (PromptBank.load, ""),

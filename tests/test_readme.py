@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README and the pages name is there; their code is run by ``tests/pages``."""
+"""Everything that the README and the pages name exists; ``tests/pages`` executes their code."""
 
 from __future__ import annotations
 

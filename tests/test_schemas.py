@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files state their schema: newer ones are refused, older ones converted or refused; docs/compatibility.md has all."""
+"""Files state their schema: newer ones are refused, older ones converted or refused; docs/compatibility.md lists
+all."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ from tests import tiny
 ROOT = Path(__file__).parent.parent
 ALL = {name: value for name, value in vars(schemas).items() if isinstance(value, Schema)}
 METRICS: dict[str, float] = {"step": 1, "loss": 0.5, "seconds": 2.0, "skipped": 0}
-# What writes files without a schema of fastdistill's own, and why.
+# Code that writes files without a schema of fastdistill, and why.
 APART = {
     "commands.canonical_show": "pictures",
     "commands.guidance_show": "pictures",
@@ -112,8 +113,8 @@ def test_versions() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """write: makes a file in a folder and returns it. read: reads it, to be compared. bare: what the file was before it
-    stated a schema, of its content; None: it always did."""
+    """write: creates a file in a folder and returns it. read: reads it, for a comparison. bare: content -> the file
+    from before it had a schema; None: it always had one."""
 
     write: Callable[[Path], Path]
     read: Callable[[Path], Any]
@@ -230,7 +231,7 @@ def test_of_kept_calls(tmp_path: Path) -> None:
 
 
 def test_of_teachers(tmp_path: Path) -> None:
-    """The shipped one is of before 0.1.0, and states none."""
+    """The shipped file is from before 0.1.0 and states no schema."""
     path = tmp_path / "teacher.safetensors"
     path.write_bytes(teacher.WEIGHTS.read_bytes())
     assert "schema" not in teacher.provenance(path)
@@ -258,7 +259,7 @@ def test_hashes_of_another_version_are_computed_again(tmp_path: Path) -> None:
     assert content["schema"] == schemas.HASHES.version and known == right
     for written, found in (
         ({"schema": schemas.HASHES.version, "hashes": {key: "told"}}, "told"),
-        ({key: "told"}, "told"),  # of before 0.1.0
+        ({key: "told"}, "told"),  # from before 0.1.0
         ({"schema": schemas.HASHES.version + 1, "hashes": {key: "told"}}, right),
     ):
         memo.write_text(json.dumps(written))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The line of a training, in a terminal and in a log."""
+"""The progress line of a training, in a terminal and in a log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINE = {"step": 100, "loss": 0.0123456, "mfu": 0.342, "skipped": 2.0, "seconds":
 
 
 def course(monkeypatch: pytest.MonkeyPatch, terminal: bool, seconds: float) -> tuple[Bars, _training.Course]:
-    """Of 400,000 steps of 256 images, whose clock goes on by so many seconds whenever it is looked at."""
+    """A run of 400,000 steps with 256 images; each read of its clock advances it by ``seconds``."""
     monkeypatch.setattr(_training.time, "perf_counter", itertools.count(50, seconds).__next__)
     bars = Bars()
     bars.console.file, bars.console.is_interactive = io.StringIO(), terminal
@@ -26,7 +26,7 @@ def course(monkeypatch: pytest.MonkeyPatch, terminal: bool, seconds: float) -> t
 
 
 def test_what_is_said() -> None:
-    """A wait of less than a hundredth of the time, and updates that were not skipped, are not worth a word."""
+    """Waits below a hundredth of the time are not shown, nor the number of skipped updates if it is 0."""
     assert _training.said(LINE, 12.0) == "loss 0.0123, MFU 34%, 2 skipped, data 3%, saves 1%"
     quiet = LINE | {"skipped": 0.0, "waited_checkpoint": 0.11}
     del quiet["mfu"]
@@ -34,7 +34,7 @@ def test_what_is_said() -> None:
 
 
 def test_a_log_has_a_line_for_each_of_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The speed is that of the interval, also of a run that goes on."""
+    """The speed is that of the interval, also in a continued run."""
     bars, line = course(monkeypatch, False, 10.0)
     for done, metrics in ((300_000, None), (300_100, LINE), (300_150, None), (300_200, LINE)):
         line.show(done, metrics)
@@ -49,7 +49,7 @@ def test_a_log_has_a_line_for_each_of_the_metrics(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("columns", [100, 120])
 def test_a_terminal_of_a_hundred_columns_has_room(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
-    """Where the bar gives way."""
+    """In a narrow terminal, only the bar shrinks."""
     bars, line = course(monkeypatch, True, 6.0)
     bars.get_time = itertools.count(0, 0.5).__next__
     for done, metrics in ((123_400, None), (123_406, None), (123_456, LINE)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheels for a machine without a network: one that does not fit, or lacks what it requires, is named."""
+"""Wheels for a machine without a network: a wheel that does not fit, or lacks a requirement, is named."""
 
 from __future__ import annotations
 

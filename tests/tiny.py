@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of three layers that sees time and prompt, and banks for it: what costs nothing to train or to compile."""
+"""A model with three layers and inputs for time and prompt, and banks for it: cheap to train and to compile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastdistill.models import families
 from fastdistill.train import DistillTrainer, TrainConfig
 
 SCHEDULE = NoiseSchedule.linear(50)
-LAYERS = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}  # by the dimensions of a map
+LAYERS = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}  # by the number of dimensions
 
 
 class Net(nn.Module):
@@ -44,10 +44,10 @@ class Net(nn.Module):
 
 
 def packed(model: nn.Module) -> nn.Module:
-    """With the weights of its linear layers as torch's own int8, which are no parameters."""
+    """Its linear layers with torch's int8 weights, which are not parameters."""
     quantization = pytest.importorskip("torch.ao.quantization")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch means to move it into torchao
+        warnings.simplefilter("ignore")  # torch moves this to torchao
         made: nn.Module = quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     return made
 
@@ -63,13 +63,13 @@ def bank(dtype: torch.dtype = torch.float32) -> PromptBank:
 
 
 def features(*pairs: tuple[str, str], **options: Any) -> RandomConditioning:
-    """Every loss, with these taps (none: the middle layers)."""
+    """All losses, with these taps (none given: the middle layers)."""
     return RandomConditioning(weights=Weights(1.0, 0.5, 0.25), taps=pairs or (("mid", "mid"),), **options)
 
 
 def trainer(teacher: Any = None, student: Any = None, objective: Any = None, **given: Any) -> DistillTrainer:
-    """Data, ``device``, ``call``, ``decode``, ``preview_prompts``, ``schedule`` as the trainer's; the rest configures
-    it. The noise is what the teacher's family takes."""
+    """Data, ``device``, ``call``, ``decode``, ``preview_prompts``, ``schedule`` are passed to the trainer; the rest are
+    fields of its configuration. The default schedule is that of the teacher's family."""
     family = None if teacher is None else families.find(teacher)
     flow = family is not None and family.prediction_type == "flow_prediction"
     arguments = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What nvcc made of every CUDA kernel of the built extension, for the architectures that the report names."""
+"""What nvcc produced for every CUDA kernel of the built extension, for the architectures of the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.kernels import lint
 from benchmarks.kernels.resources import SYSTEM_SHARED, Row, binary, cuobjdump, occupancy, usage
 
 ARCHS = (80, 90, 100)
-THREADS = {"add_squares": 1024, "finish": 1024, "prepare": 128}  # of a block; 256 everywhere else
+THREADS = {"add_squares": 1024, "finish": 1024, "prepare": 128}  # per block; 256 for all others
 THREADS |= {
     f"attention_gradients<{dim}, 80, {swizzled}, {dtype}>": 128
     for dim in (40, 64) for swizzled in ("false", "true") for dtype in ("bf16", "f16")
@@ -33,16 +33,16 @@ _OPS |= {"prepare": "adamw_ema", "update": "adamw_ema", "philox_kernel": "philox
 
 
 def rows() -> Iterator[Row]:
-    """One row a kernel and architecture.
+    """One row per kernel and architecture.
 
     Raises:
-        RuntimeError: the extension was not built, or holds a kernel that this table does not know.
+        RuntimeError: the extension was not built, or it contains a kernel that this table does not know.
     """
     return (row for row, _ in _kernels())
 
 
 def figures() -> Iterator[lint.Figures]:
-    """What costs time in each kernel; see ``rows`` for errors."""
+    """What costs time in each kernel; raises the same errors as ``rows``."""
     path, code = _extension(), lint.code_of(_extension())
     listed = subprocess.run([cuobjdump(), "-elf", "-arch", binary(lint.ARCH), path], capture_output=True, text=True)
     version = re.search(r"toolkit=([\d.]+)", listed.stdout)
@@ -60,7 +60,7 @@ def _extension() -> str:
 
 
 def _kernels() -> Iterator[tuple[Row, str]]:
-    """Rows with mangled names."""
+    """Rows with the mangled names of their kernels."""
     for arch, mangled, used in usage(_extension()):
         if arch not in ARCHS:
             continue
@@ -70,7 +70,7 @@ def _kernels() -> Iterator[tuple[Row, str]]:
             raise RuntimeError(f"{name}: a kernel without an op in benchmarks/kernels/cuda.py")
         threads, shared = THREADS.get(name, THREADS.get(base, 256)), used["SHARED"]
         if arch >= 90 and shared:
-            shared -= SYSTEM_SHARED  # counted by the compiler there
+            shared -= SYSTEM_SHARED  # on these architectures the compiler includes it
         row = Row(
             _OPS[base], name, "cuda", "", f"sm_{arch}", used["REG"], used["STACK"] + used["LOCAL"], shared, threads,
             occupancy(arch, used["REG"], shared, threads),
@@ -79,7 +79,7 @@ def _kernels() -> Iterator[tuple[Row, str]]:
 
 
 def _demangled(name: str) -> str:
-    """``match<2, false>`` of a mangled name."""
+    """``match<2, false>`` from a mangled name."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
         raise RuntimeError("c++filt was not found (it comes with the compiler)")

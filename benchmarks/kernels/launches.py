@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each op's Triton kernels are launched by real models: shapes and dtypes alone, no memory is touched."""
+"""How real models launch the Triton kernels of each op: only shapes and dtypes; no memory is touched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from benchmarks.kernels import norms
 from benchmarks.shapes import SD15_TAPS, sd15_weights
 
-# Of both text encoders, pooled, and the time ids (original size, crop, target size); a mask as PixArt's.
+# Pooled embeddings of both text encoders, and the time ids (original size, crop, target size); a mask like PixArt's.
 SDXL_PROMPTS = [
     ((77, 2048), torch.bfloat16), ((1280,), torch.bfloat16), ((6,), torch.float32), ((120,), torch.bool),
 ]  # fmt: skip
@@ -113,7 +113,7 @@ def _output_match(
 def _cross_attention(
     dtype: torch.dtype, dim: int, keys: int, backward: bool, mask: torch.dtype | None = None, shared: bool = False
 ) -> Callable[[], None]:
-    """Sixteen samples of 1024 queries of eight heads."""
+    """Sixteen samples with 1024 queries and eight heads."""
 
     def launch() -> None:
         q, grad_out, grad_q = _meta([(16, 1024, 8, dim)] * 3, dtype)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What costs time in a compiled kernel, read off its SASS for Hopper, and what became worse.
+"""What costs time in a compiled kernel (from its SASS for Hopper), and what became worse.
 
-``make kernels-report`` writes benchmarks/kernels/lint.csv; a test compares what is compiled now with it.
+``make kernels-report`` writes benchmarks/kernels/lint.csv; a test compares it with the code that is compiled now.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from benchmarks.kernels.timing import Multiprocessor
 
 PATH = Path(__file__).parent / "lint.csv"
 ARCH = 90
-# Of a multiprocessor a clock: an H100 SXM copies 3 TB/s with 132 of them at 1.7 GHz.
+# Bytes per clock of a multiprocessor: an H100 SXM copies 3 TB/s with 132 of them at 1.7 GHz.
 BYTES_A_CLOCK = 13.4
-SLACK = 1.02  # of the modelled clocks, which move with the order of instructions
+SLACK = 1.02  # tolerance of the modelled clocks, which change with the order of instructions
 _LOCAL = "LDL", "STL"
 
 
 @dataclass(frozen=True)
 class Figures:
-    """One compiled kernel of ``report.csv``. Of its main loop (see ``sass.main_loop``), a tile: 16-byte and narrower
-    accesses of a thread to global memory, shuffles, barriers, clocks of a block by the model of ``timing`` with as
-    many blocks as fit, and those that its bytes take. ``local``: accesses to local memory in all of the kernel.
+    """One compiled kernel of ``report.csv``. For one iteration of its main loop (see ``sass.main_loop``): 16-byte and
+    narrower accesses of a thread to global memory, shuffles, barriers, clocks of a block in the model of ``timing``
+    (with as many blocks as fit), and the clocks that its bytes take. ``local``: accesses to local memory in the whole
+    kernel.
     ``compiler``: "triton 3.9.0" or "cuda 13.0"."""
 
     op: str
@@ -47,7 +48,7 @@ class Figures:
 def figures(
     op: str, kernel: str, compiler: str, code: Sequence[Instruction], threads: int, occupancy: float
 ) -> Figures:
-    """``occupancy``: resident warps over the most, which are 64."""
+    """``occupancy``: resident warps / maximum (64)."""
     body = main_loop(code)
     warps = -(-threads // 32)
     blocks = max(1, round(64 * occupancy) // warps)
@@ -82,8 +83,8 @@ def write(rows: Iterable[Figures], path: Path = PATH) -> None:
 
 
 def worse(before: Sequence[Figures], now: Sequence[Figures]) -> list[str]:
-    """What of ``now`` is worse than ``before``, both figures each; kernels that only one of them has; by compilers that
-    both have."""
+    """What is worse in ``now`` than in ``before``, with both figures, and kernels that only one of them has. Only
+    compilers that both have are compared."""
     said = []
     for compiler in sorted({row.compiler for row in before} & {row.compiler for row in now}):
         old, new = ({_key(row, i): row for i, row in _numbered(rows, compiler)} for rows in (before, now))
@@ -96,7 +97,7 @@ def worse(before: Sequence[Figures], now: Sequence[Figures]) -> list[str]:
 
 
 def _numbered(rows: Sequence[Figures], compiler: str) -> list[tuple[int, Figures]]:
-    """Each with how many of its name came before it: a kernel has several where it was specialized."""
+    """Each row with the number of earlier rows of the same name: a specialized kernel has several rows."""
     counts: dict[tuple[str, str], int] = {}
     found = []
     for row in rows:

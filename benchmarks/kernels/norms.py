@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the Triton kernels of norms and activations are launched by real models; see ``launches.py``."""
+"""How real models launch the Triton kernels of norms and activations; see ``launches.py``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _meta(shapes: Iterable[tuple[int, ...]]) -> list[torch.Tensor]:
 
 
 def _norm(x: torch.Tensor, given: int) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
-    """weight, bias, time_bias, scale and shift of group_norm_silu, those whose bit is in ``given``; mean and rstd."""
+    """weight, bias, time_bias, scale and shift of group_norm_silu (``given`` has a bit for each); mean and rstd."""
     sizes = [x.shape[1:2]] * 2 + [x.shape[:2]] * 3
     tensors = [torch.empty(s, dtype=x.dtype, device="meta") if given >> i & 1 else None for i, s in enumerate(sizes)]
     return tensors, _meta([(x.shape[0], 32)] * 2)
@@ -66,8 +66,21 @@ def _layer_norm_modulate(
         if backward:
             small = [torch.empty_like(t) for t in tensors if t is not None]
             gate, scale, _, weight, bias = tensors
+            h, s = (h, s) if gate is not None else (None, [])  # as the op passes them on
             module.layer_norm_modulate_backward(
-                x, h, x, h, gate, scale, weight, bias, *statistics, given, torch.empty_like(x), s, small
+                x,
+                x if residual else None,
+                x,
+                h,
+                gate,
+                scale,
+                weight,
+                bias,
+                *statistics,
+                given,
+                torch.empty_like(x),
+                s,
+                small,
             )
         else:
             module.layer_norm_modulate(x, h, *tensors, 1e-6, torch.empty_like(x), s, *statistics)
@@ -96,6 +109,17 @@ def _bias_gradient() -> None:
     _module("add_bias").bias_gradient(grad, total)
 
 
+def _quantize_rows(width: int, gelu: bool) -> Callable[[], None]:
+    """Activations of PixArt's layers."""
+
+    def launch() -> None:
+        x, q = (torch.empty(32768, width, dtype=d, device="meta") for d in (torch.bfloat16, torch.float8_e4m3fn))
+        scale = torch.empty(32768, 1, dtype=torch.float32, device="meta")
+        _module("quantize_rows").quantize_rows(x, gelu, q, scale)
+
+    return launch
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     **{
         f"{name}{suffix}": make(*arguments)
@@ -120,6 +144,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
             " residual": (torch.bfloat16, True, 7),
             " residual fp32": (torch.float32, True, 7),
             " affine": (torch.float16, False, 24, (32, 4096, 320)),
+            " affine residual": (torch.bfloat16, True, 24, (32, 4096, 320)),
         }.items()
     },
     **{
@@ -133,5 +158,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     },
     "add_bias": _add_bias,
     "bias_gradient": _bias_gradient,
+    "quantize_rows": _quantize_rows(1152, False),
+    "quantize_rows gelu": _quantize_rows(4608, True),
     "geglu_backward bias": _geglu(torch.bfloat16, False, True, summed=True),
 }

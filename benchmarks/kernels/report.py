@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks.kernels.report``: registers, spills, shared memory and occupancy of every kernel for a GPU.
 
-Writes benchmarks/kernels/report.csv and fails where a kernel spills or does not compile. ``--triton`` adds the kernels
-as another Triton compiles them, one of a folder that ``pip install --no-deps --target`` made. Beside it lint.csv gets
-what costs time in each (see ``lint``).
+Writes benchmarks/kernels/report.csv and fails if a kernel spills or does not compile. ``--triton`` adds the kernels
+compiled by another Triton, in a folder made by ``pip install --no-deps --target``. It also writes lint.csv with what
+costs time in each kernel (see ``lint``).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PATH = Path(__file__).parent / "report.csv"
 
 
 def by_tritons(folders: Iterable[Path], *options: str) -> list[dict[str, Any]]:
-    """What ``benchmarks.kernels.triton`` prints with the installed Triton, and then with those of the folders, each in
-    a process of its own, in which Triton compiles whatever this one does; all at once.
+    """The output of ``benchmarks.kernels.triton`` with the installed Triton and with those in the folders. Each runs in
+    a process of its own, in which Triton compiles (this process may use the interpreter); all run at once.
 
     Raises:
         RuntimeError: a kernel does not compile.
@@ -47,7 +47,7 @@ def by_tritons(folders: Iterable[Path], *options: str) -> list[dict[str, Any]]:
             own = {"PYTHONPATH": os.pathsep.join(places)} if path else {}
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment | own)
             processes[path] = stack.enter_context(process)
-            stack.callback(process.kill)  # before it is waited for
+            stack.callback(process.kill)  # runs before the wait for the process
         for path, process in processes.items():
             printed, _ = process.communicate()
             if process.returncode:
@@ -57,13 +57,13 @@ def by_tritons(folders: Iterable[Path], *options: str) -> list[dict[str, Any]]:
 
 
 def linted(folders: Iterable[Path]) -> list[lint.Figures]:
-    """What costs time in every kernel: Triton's, and those of the built extension if there is one.
+    """What costs time in every kernel: those of Triton, and those of the extension if it was built.
 
     Raises:
         RuntimeError: a kernel does not compile.
     """
     found = [lint.Figures(**row) for row in by_tritons(folders, "--lint")]
-    with contextlib.suppress(RuntimeError):  # not built
+    with contextlib.suppress(RuntimeError):  # the extension was not built
         found += cuda.figures()
     return found
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers, spills and shared memory of a cubin, the occupancy that they allow, and what PTX must not have."""
+"""Registers, spills and shared memory of a cubin, the occupancy that they allow, and forbidden patterns in PTX."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# Of a multiprocessor: threads, blocks, bytes of shared memory (CUDA C++ Programming Guide, compute capabilities).
+# Per multiprocessor: threads, blocks, bytes of shared memory (CUDA C++ Programming Guide, compute capabilities).
 _LIMITS = {80: (2048, 32, 167936), 86: (1536, 16, 102400), 89: (1536, 24, 102400), 90: (2048, 32, 233472)}
 _LIMITS[100] = _LIMITS[90]
-SYSTEM_SHARED = 1024  # bytes of shared memory that every block takes beside its own
+SYSTEM_SHARED = 1024  # bytes of shared memory that the system reserves in every block
 _REGISTERS, _PARTITIONS, _GRANULE = 65536, 4, 256
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel. ``triton``: the version that compiled it, "" for nvcc. ``spill_bytes``: local memory of a
-    thread. ``occupancy``: resident warps over the most."""
+    """One compiled kernel. ``triton``: the version that compiled it, "" for nvcc. ``spill_bytes``: local memory per
+    thread. ``occupancy``: resident warps / maximum."""
 
     op: str
     kernel: str
@@ -35,7 +35,7 @@ class Row:
 
 
 def cuobjdump() -> str:
-    """The tool's path: of the CUDA toolkit, or of Triton's wheel."""
+    """The path of the tool: from the CUDA toolkit, or from Triton's wheel."""
     found = shutil.which("cuobjdump")
     if found is None:
         import triton
@@ -45,7 +45,7 @@ def cuobjdump() -> str:
 
 
 def binary(arch: int) -> str:
-    """What setup.py and Triton compile for an architecture: Hopper's with what only it has."""
+    """The target that setup.py and Triton compile for: for Hopper sm_90a, with its own instructions."""
     return "sm_90a" if arch == 90 else f"sm_{arch}"
 
 
@@ -64,7 +64,7 @@ def usage(path: str | Path) -> list[tuple[int, str, dict[str, int]]]:
 
 
 def occupancy(arch: int, registers: int, shared: int, threads: int) -> float:
-    """Resident warps of a multiprocessor over the most it can hold, by registers, shared memory, threads and blocks."""
+    """Resident warps of a multiprocessor / maximum, as limited by registers, shared memory, threads and blocks."""
     most_threads, most_blocks, most_shared = _LIMITS[arch]
     warps = math.ceil(threads / 32)
     of_warp = math.ceil(max(registers, 1) * 32 / _GRANULE) * _GRANULE
@@ -75,8 +75,9 @@ def occupancy(arch: int, registers: int, shared: int, threads: int) -> float:
 
 
 def unequal_copies(ptx: str) -> list[str]:
-    """Instructions after which threads hold unequal copies of what they have added up together: each fuses a product of
-    its own into the addition of a neighbour's, which was rounded before it was sent. Which copy is written is open."""
+    """Instructions after which threads hold unequal copies of a sum that they computed together. Each of them fuses its
+    own product into the addition of a neighbour's value, which was rounded before the shuffle; any copy may be
+    stored."""
     sent: set[str] = set()
     found = []
     for line in ptx.splitlines():

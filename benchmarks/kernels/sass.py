@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instructions of a compiled kernel, with what the compiler told the scheduler, and their loops."""
+"""The instructions of a compiled kernel with the compiler's scheduling information, and their loops."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ _STORES = "STG", "RED", "ATOMG"
 
 @dataclass(frozen=True)
 class Instruction:
-    """``text`` without its predicate. ``stall``: clocks until the warp's next instruction; ``sets`` and ``frees``: the
-    scoreboards that its result and its operands release (7: none); ``waits``: a bit for each that it needs."""
+    """``text`` without its predicate. ``stall``: clocks until the warp's next instruction. ``sets`` and ``frees``: the
+    scoreboards that its result and its operands release (7: none). ``waits``: one bit per scoreboard that it waits
+    for."""
 
     address: int
     text: str
@@ -31,7 +32,7 @@ class Instruction:
 
     @cached_property
     def operation(self) -> str:
-        """With its modifiers: LDG.E.128."""
+        """The opcode with its modifiers: LDG.E.128."""
         return self.text.split()[0]
 
     @cached_property
@@ -44,13 +45,13 @@ class Instruction:
 
     @cached_property
     def bytes(self) -> int:
-        """Of a thread's access."""
+        """Bytes that one thread accesses."""
         widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
         return next((widths[part] for part in self.operation.split(".")[1:] if part in widths), 4)
 
     @cached_property
     def target(self) -> int | None:
-        """Where a branch goes."""
+        """The target address of a branch."""
         found = re.search(r"\b0x([0-9a-f]+)\s*$", self.text) if self.name == "BRA" else None
         return int(found[1], 16) if found else None
 
@@ -64,7 +65,7 @@ def disassembled(path: str | Path, arch: int) -> dict[str, list[Instruction]]:
 
 
 def parse(text: str) -> dict[str, list[Instruction]]:
-    """The output of ``cuobjdump -sass``: an instruction is two lines, each with half of its bits."""
+    """Parses the output of ``cuobjdump -sass``: an instruction takes two lines, each with half of its bits."""
     found: dict[str, list[Instruction]] = {}
     instructions: list[Instruction] = []
     pending: tuple[int, str] | None = None
@@ -88,8 +89,8 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
-    """First and last index of each: from the target of a branch backwards to the branch. (The endless loop that ends a
-    kernel is none.)"""
+    """First and last index of each loop: from the target of a backward branch to the branch. (The endless loop after
+    the end of a kernel does not count.)"""
     index = {instruction.address: i for i, instruction in enumerate(instructions)}
     found = []
     for i, instruction in enumerate(instructions):
@@ -100,9 +101,9 @@ def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
 
 
 def main_loop(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
-    """The innermost loop that loads from global memory, of several the one with the most 16-byte loads (then the
-    longest). Where only what is outside of loops has such (a loop was unrolled, and another takes a rest), or without
-    loops, all of the kernel is a tile."""
+    """The innermost loop that loads from global memory; if there are several, the one with the most 16-byte loads, then
+    the longest. If there are no loops, or only code outside of loops has such loads (one loop was unrolled and another
+    handles the remainder), the whole kernel counts as one iteration."""
     loading = [(a, b) for a, b in loops(instructions) if any(map(is_load, instructions[a : b + 1]))]
     inner = [one for one in loading if not any(one[0] <= a and b <= one[1] and (a, b) != one for a, b in loading)]
 

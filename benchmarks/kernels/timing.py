@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of one multiprocessor of Hopper that runs a loop of SASS again and again: warps issue in order, with the
-compiler's stalls and scoreboards, into pipes of published rates; memory has a latency and no bandwidth.
+"""A model of one Hopper multiprocessor that repeats a loop of SASS. Warps issue in order, with the compiler's stalls
+and scoreboards, into pipes with published rates; memory has a latency and unlimited bandwidth.
 
-It is good for what limits a loop, and to compare two. It was compared with published rates of FlashAttention-2 of
-Triton (forward: 396 TFLOP/s for 396 to 403 at head dim 64, 365 to 485 for 389 to 477 at 128) before partitions took
-turns at the pipe to memory, and with no device.
+Use it to see what limits a loop, and to compare two loops. It was compared with published rates of FlashAttention-2 in
+Triton (forward: 396 TFLOP/s, published 396 to 403, at head dim 64; 365 to 485, published 389 to 477, at 128), before
+partitions took turns at the memory pipe. It was not compared with a GPU.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from benchmarks.kernels.sass import Instruction
 
 PARTITIONS = 4
-MEMORY, BARRIER, TENSOR = 700, 22, 34  # clocks: of a cp.async, a barrier, and a wgmma beside its multiplications
-SHARED_QUEUE = 8  # clocks by which the pipe to memory may be behind
+MEMORY, BARRIER, TENSOR = 700, 22, 34  # clocks: of a cp.async, a barrier, and a wgmma without its multiplications
+SHARED_QUEUE = 8  # the memory pipe may be this many clocks behind
 _NEVER = 1 << 60
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """``pipe`` of a partition and clocks that it is taken for; clocks until the result; clocks of the pipe to memory,
-    which the partitions share."""
+    """``pipe`` of a partition and the clocks that it is busy; clocks until the result; clocks of the memory pipe, which
+    the partitions share."""
 
     pipe: str
     taken: int
@@ -65,13 +65,13 @@ class _Warp:
     turn: int = 0
     ready: int = 0
     scoreboards: list[int] = field(default_factory=lambda: [0] * 6)
-    products: list[int] = field(default_factory=list)  # when each group of wgmmas ends; _NEVER: not all have begun
-    copies: int = 0  # when those that were committed are there
+    products: list[int] = field(default_factory=list)  # when each group of wgmmas ends; _NEVER: some have not started
+    copies: int = 0  # when the committed copies arrive
     copying: int = 0
 
 
 class Multiprocessor:
-    """``body`` is run by ``warps`` of each of ``blocks``."""
+    """``body`` is executed by ``warps`` warps of each of ``blocks`` blocks."""
 
     def __init__(self, body: Sequence[Instruction], warps: int, blocks: int) -> None:
         self.body, self.costs, self.size = body, [_cost(i) for i in body], warps
@@ -81,12 +81,12 @@ class Multiprocessor:
         self._pipes: list[dict[str, int]] = [{} for _ in range(PARTITIONS)]
         self._tensor = [0] * PARTITIONS
         self._memory = 0
-        self._soonest = [0] * PARTITIONS  # when one of a partition's warps may issue, as far as is known
+        self._soonest = [0] * PARTITIONS  # per partition the earliest clock at which a warp may issue
         self._arrived: dict[int, list[_Warp]] = {}
         self._together: dict[tuple[int, int, int, int], list[_Warp]] = {}
 
     def clocks(self, turns: int = 5) -> float:
-        """Of a turn of one block, in the steady state: the second turn is the first that counts.
+        """Clocks per iteration of one block in the steady state; the first iteration does not count.
 
         Raises:
             RuntimeError: warps wait for each other.
@@ -94,7 +94,7 @@ class Multiprocessor:
         now, last, left = 0, [0] * PARTITIONS, len(self.warps)
         ends: dict[tuple[int, int], int] = {}
         while left > 0:
-            for p in range(now, now + PARTITIONS):  # they take turns at what they share
+            for p in range(now, now + PARTITIONS):  # the partitions take turns at shared resources
                 p %= PARTITIONS
                 if self._soonest[p] > now:
                     continue
@@ -111,7 +111,7 @@ class Multiprocessor:
                     soonest = now + 1
                     if warp.at == len(self.body):
                         warp.at, warp.turn = 0, warp.turn + 1
-                        ends[warp.block, warp.turn] = now  # the block's last warp comes last
+                        ends[warp.block, warp.turn] = now  # the last warp of the block overwrites the others
                         if warp.turn == turns:
                             warp.ready = _NEVER
                             left -= 1
@@ -125,7 +125,7 @@ class Multiprocessor:
         return sum(each) / len(each) / self.blocks
 
     def _when(self, warp: _Warp, p: int, now: int) -> int:
-        """The first clock at which a warp may issue, as far as is known."""
+        """The earliest clock at which a warp may issue, as far as known."""
         if warp.ready > now:
             return warp.ready
         i, cost = self.body[warp.at], self.costs[warp.at]
@@ -179,7 +179,7 @@ class Multiprocessor:
             self._soonest = [now + 1] * PARTITIONS
 
     def _multiply(self, warp: _Warp, i: Instruction, now: int) -> None:
-        """A wgmma begins with the last warp of four."""
+        """A wgmma starts when the last of its four warps has issued it."""
         commits = "gsb0" in i.text
         if commits:
             warp.products.append(_NEVER)
@@ -202,6 +202,6 @@ class Multiprocessor:
 
 
 def _kept(i: Instruction) -> int:
-    """Groups of wgmmas that a wait leaves under way."""
+    """How many groups of wgmmas may still run after a wait."""
     found = re.search(r"gsb0,\s*0x([0-9a-f]+)", i.text)
     return int(found[1], 16) if found else 0

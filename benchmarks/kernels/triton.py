@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel compiled ahead of time for GPUs that are not here: ``python -m benchmarks.kernels.triton`` prints
-rows as JSON, ``--lint`` the figures of ``lint``.
+"""Compiles every Triton kernel ahead of time, without a GPU: ``python -m benchmarks.kernels.triton`` prints rows as
+JSON, with ``--lint`` the figures of ``lint``.
 
-The ops' own launch functions run on tensors that are never touched; in place of a launch, what would be launched is
-compiled. It needs a process in which Triton does not interpret.
+The ops' own launch functions run on tensors without memory; instead of being launched, the kernels are compiled. This
+needs a process in which Triton does not interpret.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ from benchmarks.kernels.launches import LAUNCHES
 from benchmarks.kernels.resources import Row, occupancy, unequal_copies, usage
 from fastdistill.ops._triton import target
 
-# Triton 3.6's assembler keeps one register of feature_match in memory on sm_100; it is there for Hopper.
+# Triton 3.6's assembler keeps one register of feature_match in memory on sm_100; that version is only used for Hopper.
 ARCHS = (80, 90, 100) if tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6) else (80, 90)
 _TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int64: "i64",
     torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+    torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
+#: Ops whose kernels need instructions that older GPUs do not have.
+SINCE = {"quantize_rows": 89}
 
 
 class Recorder:
-    """Inside, launching a Triton kernel keeps (kernel, signature, constants, attributes, options) and runs nothing."""
+    """Inside, a launch of a Triton kernel records (kernel, signature, constants, attributes, options) and runs
+    nothing."""
 
     def __init__(self) -> None:
         self.launched: dict[str, tuple[JITFunction, Any, Any, Any, dict[str, int]]] = {}
@@ -73,7 +77,7 @@ class Recorder:
 
 
 def _specialized(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
-    """The type of an argument as Triton's launcher specializes it: 1 is a constant, multiples of 16 are known to be."""
+    """The type of an argument as Triton's launcher specializes it: 1 is a constant, multiples of 16 are marked."""
     if isinstance(value, tuple):
         return tuple(_specialized(v, (*path, i), constants, attributes) for i, v in enumerate(value))
     if isinstance(value, Tensor):
@@ -91,8 +95,8 @@ def _specialized(value: Any, path: tuple[int, ...], constants: dict[Any, Any], a
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's specialization for an architecture; ``op`` is the name of the launch, ``cubin`` a file that is there
-    until the next one is made."""
+    """A kernel's specialization for an architecture. ``op``: the name of the launch. ``cubin``: a file that exists
+    until the next one is compiled."""
 
     op: str
     kernel: str
@@ -105,6 +109,8 @@ class Compiled:
 def compiled(launches: dict[str, Callable[[], None]], archs: tuple[int, ...]) -> Iterator[Compiled]:
     for name, launch in launches.items():
         for arch in archs:
+            if arch < SINCE.get(name.split()[0], 0):
+                continue
             with Recorder() as recorder, target(arch // 10):
                 launch()
             if not recorder.launched:
@@ -121,7 +127,7 @@ def compiled(launches: dict[str, Callable[[], None]], archs: tuple[int, ...]) ->
 
 
 def rows(launches: dict[str, Callable[[], None]] = LAUNCHES, archs: tuple[int, ...] = ARCHS) -> Iterator[Row]:
-    """One row a kernel, specialization and architecture."""
+    """One row per kernel, specialization and architecture."""
     for one in compiled(launches, archs):
         ((_, _, used),) = usage(one.cubin)
         yield Row(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file an op: what is measured of it."""
+"""One file per op: its benchmark cases."""

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``adamw_ema``: clip, AdamW, average of the weights and low-precision copy. bf16 is bf16 weights and gradients with
-fp32 masters. Gradients stay, as torch's optimizers leave them."""
+"""``adamw_ema``: clip, AdamW, average of the weights and low-precision copy. The dtype bf16 means bf16 weights and
+gradients with fp32 masters. Gradients are kept, as torch's optimizers do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.shapes import Sizes, pixart_weights, sd15_weights
 from fastdistill.ops import use
 from fastdistill.train import AdamWEMA
 
-SHAPES = [  # label, parameters, device, among the first
+SHAPES = [  # label, parameters, device, headline
     ("SD-1.5 blocks 320 640 1280", sd15_weights(), "cpu", False),
     ("SD-1.5 blocks 320 640 1280, 6 of each", sd15_weights() * 6, "cuda", True),
     ("PixArt-XL/2", pixart_weights(), "cuda", False),
@@ -88,7 +88,7 @@ def _average(averages: list[Tensor], parameters: list[Tensor], weight: float) ->
 
 
 def _check(weights: list[Tensor], grads: list[Tensor]) -> None:
-    """Two steps over the first rows of every tensor, against the reference."""
+    """Compare two steps with the reference, on the first rows of every tensor."""
     results = []
     for kernel in (None, "reference"):
         some = [w[:8].clone().requires_grad_() for w in weights]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``attention``, forward and backward: the measured choice against each backend by name."""
+"""``attention``, forward and backward: the backend chosen by measurement against each backend by name."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def _build(
             return missing(name) or optional("xformers.ops", xformers)
         return works(functools.partial(sdpa, BACKENDS[name]), *inputs)
 
-    factor = math.sqrt(tokens * dim) if dtype == torch.float32 else 8.0  # sums in two orders; weights rounded
+    factor = math.sqrt(tokens * dim) if dtype == torch.float32 else 8.0  # different order of sums; rounded weights
     flops = 14 * batch * heads * tokens * tokens * dim  # two products forward, five backward
     return Workload(ours, {n: of(n) for n in rivals}, agrees(ours, factor), 11 * q.numel() * q.element_size(), flops)

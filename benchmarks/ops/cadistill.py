@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of CaDistill, B images and as many canonical ones, against the script that a user would write in PyTorch:
-shuffled rows, one forward, the same losses, clipping, AdamW and averaged weights by its multi-tensor kernels."""
+"""A step of CaDistill (B images and as many canonical ones) against the script that a user would write in PyTorch:
+shuffled rows, one forward, the same losses, clipping, AdamW and averaged weights with torch's multi-tensor kernels."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 class Tables:
-    """Images, labels, and the set: samples, labels and pooled features of the teacher."""
+    """Images and labels; the canonical set: samples, labels and pooled features of the teacher."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         g = generator(device)
@@ -56,7 +56,7 @@ class Tables:
 
 
 def losses(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor, own: Tensor, target: Tensor) -> Tensor:
-    """CaDistill's default loss as a script has it."""
+    """CaDistill's default loss as a user would write it."""
     z, logits = model(torch.cat([images, samples]))
     count = len(images)
     loss = F.cross_entropy(logits[:count], labels) + F.cross_entropy(logits[count:], own)
@@ -70,7 +70,7 @@ def losses(model: nn.Module, images: Tensor, labels: Tensor, samples: Tensor, ow
 
 
 def hsic(x: Tensor, y: Tensor) -> Tensor:
-    """HSIC_1 (Song et al. 2012, eq. 5), but for its factor."""
+    """HSIC_1 (Song et al. 2012, eq. 5) without its constant factor."""
     n = len(x)
     x, y = x - x.mean(0), y - y.mean(0)
     k, m = x @ x.T, y @ y.T
@@ -81,7 +81,7 @@ def hsic(x: Tensor, y: Tensor) -> Tensor:
 def script(
     model: nn.Module, tables: Tables, batch: int, loss_of: Callable[..., Tensor], draw: torch.Generator
 ) -> Callable[[], None]:
-    """A step of it, rows in shuffled epochs."""
+    """A step of the script, with rows in shuffled epochs."""
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=_LR, fused=tables.images.is_cuda or None)
@@ -107,7 +107,7 @@ def script(
 
 
 def ours(model: nn.Module, tables: Tables, batch: int) -> Any:
-    """The step of ``TrainStep``."""
+    """A step of ``TrainStep``."""
     from fastdistill.distill.cadistill import CaDistill
     from fastdistill.distill.canonical_set import CanonicalSet
     from fastdistill.distill.classifier import ClassifierSetting
@@ -132,7 +132,7 @@ def _workload(size: int, width: int, batch: int, device: torch.device) -> Worklo
     step = ours(net(), tables, batch)
 
     def run() -> None:
-        step.prepare(0)  # its rows are in memory: nothing is read ahead
+        step.prepare(0)  # the rows are in memory, so nothing is read ahead
         step()
 
     compiled = functools.partial(torch.compile, dynamic=False)(losses)
@@ -144,7 +144,8 @@ def _workload(size: int, width: int, batch: int, device: torch.device) -> Worklo
 
 
 def _check(model: nn.Module, tables: Tables, batch: int) -> None:
-    """The loss of a step and its gradients, beside the script's on the rows that were drawn: sums in another order."""
+    """Compare the loss and gradients of a step with those of the script for the same rows; only the sums' order
+    differs."""
     bound = ours(model, tables, batch).objective
     counter = torch.tensor([0, 3], device=tables.images.device)
     draw = bound.draw(counter)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint stops the training loop for, against one copy of as much memory.
+"""How long a checkpoint stops the training loop, compared with one copy of as much memory.
 
-The state is that of a trained float32 student: weights, two moments and averages, in tensors of the sizes of a U-Net's.
-No write is under way, as between two checkpoints that are further apart than a write takes. Before the timing a
-checkpoint is written and read back, and the memory of the host that this takes beside the state is at most 1.1 times
-the state: the peak is printed.
+The state is that of a trained float32 student: weights, two moments and averages, in tensors with the sizes of a U-Net.
+No earlier write is in progress, as if the time between checkpoints were longer than a write. Before the timing, a
+checkpoint is written and read back, and the peak of host memory is printed: beside the state it may take at most 1.1
+times the state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.registry import Case, Workload
 
 SIZES = (0.5, 2.0, 8.0)  # GB
-SHAPES = ((1280, 1280, 3, 3), (1280,), (640, 640, 3, 3), (10240, 1280), (320, 768), (1280, 1280))  # of weights
+SHAPES = ((1280, 1280, 3, 3), (1280,), (640, 640, 3, 3), (10240, 1280), (320, 768), (1280, 1280))  # shapes of weights
 COPY = "one memory copy"
 FINGERPRINT = {"benchmark": "checkpoint"}
 
@@ -38,7 +38,7 @@ def cases() -> Iterator[Case]:
 
 
 def _state(memory: Tensor) -> dict[str, Tensor]:
-    """The whole memory [N] float32 as tensors by name."""
+    """The whole memory [N] float32, divided into named tensors."""
     state: dict[str, Tensor] = {}
     start = 0
     for i, shape in enumerate(itertools.cycle(SHAPES)):
@@ -88,6 +88,6 @@ def _workload(size: float, device: torch.device) -> Workload:
 
 
 def _resident() -> int:
-    """Bytes of this process that are in memory."""
+    """The resident bytes of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cross_attention``, forward and backward: an image's tokens to its prompt's, as the projections give them.
+"""``cross_attention``, forward and backward: from an image's tokens to its prompt's, in the layout of the projections.
 
-The rivals are torch's attention on each of its backends and xformers, on views of the same memory.
+The rivals are torch's attention with each of its backends, and xformers, on views of the same memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def works(function: Callable[..., Tensor], *inputs: Tensor) -> Run | str:
-    """A forward and backward, or why there is none."""
+    """A forward and backward, or the reason why it is not possible."""
     run = forward_backward(lambda *t: function(*t), *inputs, cotangent=torch.randn_like(inputs[0]))
     try:
         run()
@@ -59,7 +59,7 @@ def works(function: Callable[..., Tensor], *inputs: Tensor) -> Run | str:
 
 
 def missing(backend: str) -> str | None:
-    """Why a backend of ``attention`` cannot run on a GPU here."""
+    """Why a backend of ``attention`` cannot run on this GPU."""
     (kernel,) = (k for k in OPS["attention"].kernels if (k.name, k.device) == (backend, "cuda"))
     return kernel.available()
 
@@ -89,5 +89,5 @@ def _build(
             others[name] = works(functools.partial(sdpa, BACKENDS[name]), q, k, v)
     moved = (5 * q.numel() + 6 * k.numel()) * q.element_size()  # q, out; q, its gradient and the output's; K, V
     flops = 14 * batch * heads * tokens * keys * dim  # two products forward, five backward
-    factor = math.sqrt(tokens * dim) if dtype == torch.float32 else 8.0  # sums in two orders; weights rounded
+    factor = math.sqrt(tokens * dim) if dtype == torch.float32 else 8.0  # different order of sums; rounded weights
     return Workload(ours, others, agrees(ours, factor), moved, flops)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``feature_match``, loss and gradient: the taps of a step."""
+"""``feature_match``, loss and gradient, for the taps of a training step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.registry import COMPILED, DTYPES, Case, Run, Workload, agrees, c
 from benchmarks.shapes import PIXART_TAPS, SD15_TAPS, SDXL_TAPS, Sizes
 from fastdistill.ops import feature_match
 
-SHAPES = [  # label, taps, batch, device, among the first
+SHAPES = [  # label, taps, batch, device, headline
     ("SD-1.5 8 taps", SD15_TAPS, 4, "cpu", False),
     ("SD-1.5 8 taps", SD15_TAPS, 16, "cpu", False),
     ("SD-1.5 8 taps", SD15_TAPS, 32, "cuda", True),
@@ -35,17 +35,17 @@ def cases() -> Iterator[Case]:
 
 
 def literal(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """As BK-SDM's and Random Conditioning's scripts have it."""
+    """As in the scripts of BK-SDM and Random Conditioning."""
     return torch.stack([F.mse_loss(s.float(), t.float()) for s, t in zip(student, teacher, strict=True)]).sum()
 
 
 def eager(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-    """In the features' own precision."""
+    """In the precision of the features."""
     return torch.stack([F.mse_loss(s, t) for s, t in zip(student, teacher, strict=True)]).sum()
 
 
 def _foreach(student: list[Tensor], teacher: list[Tensor], buffers: list[Tensor]) -> Run:
-    """The gradient written by hand."""
+    """With a handwritten gradient."""
     factors = [2 / s.numel() for s in student]
 
     @torch.no_grad()

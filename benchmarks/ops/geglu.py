@@ -26,7 +26,7 @@ from benchmarks.registry import (
 from fastdistill.ops import geglu
 
 RIVALS = ("eager", COMPILED, "Liger")
-SHAPES = [  # tokens, width, batch, device, among the first
+SHAPES = [  # tokens, width, batch, device, headline
     (256, 5120, 2, "cpu", False),
     (1024, 2560, 2, "cpu", False),
     (4096, 1280, 32, "cuda", True),
@@ -44,13 +44,13 @@ def cases() -> Iterator[Case]:
 
 
 def eager(x: Tensor) -> Tensor:
-    """As diffusers' GEGLU has it."""
+    """As in diffusers' GEGLU."""
     a, g = x.chunk(2, dim=-1)
     return a * F.gelu(g)
 
 
 def _liger(module: Any, x: Tensor, cotangent: Tensor) -> Run:
-    """Liger knows the tanh form alone, which is cheaper; its first argument is the gate."""
+    """Liger has only the tanh form, which is cheaper; its first argument is the gate."""
     leaf = x.detach().requires_grad_()
 
     def run(x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``group_norm_silu``, forward and backward: the norms of a residual block, the second with the step's bias."""
+"""``group_norm_silu``, forward and backward: the norms of a residual block; the second adds the time embedding."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastdistill.ops import group_norm_silu
 
 GROUPS, EPS = 32, 1e-5
 RIVALS = ("eager", COMPILED, "apex")
-SHAPES: list[tuple[Sizes, int, str, bool]] = [  # channels and positions of SD-1.5, batch, device, among the first
+SHAPES: list[tuple[Sizes, int, str, bool]] = [  # channels and positions of SD-1.5, batch, device, headline
     ((1280, 16, 16), 2, "cpu", False),
     ((320, 64, 64), 2, "cpu", False),
     ((320, 64, 64), 32, "cuda", True),
@@ -51,7 +51,7 @@ def cases() -> Iterator[Case]:
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor, time_bias: Tensor | None) -> Tensor:
-    """As diffusers' ResnetBlock2D has it, in the dtype of x."""
+    """As in diffusers' ResnetBlock2D, in the dtype of x."""
     if time_bias is not None:
         x = x + time_bias[:, :, None, None]
     return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))

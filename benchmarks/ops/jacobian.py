@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with the Jacobian of ``mid_block``, 8 vectors for each sample, and the top 10 directions from them.
+"""Products with the Jacobian of ``mid_block``, 8 vectors per sample, and the top 10 directions computed with them.
 
-Rivals of the products compute the whole forward and read a hook, differentiate twice, or are ``torch.func`` under vmap;
-those of ``top_subspace`` are its other methods and one vector after another with deflation
-(``benchmarks.products`` says how many products each takes).
+Rivals of the products compute the whole forward and read a hook, differentiate twice, or use ``torch.func`` with vmap.
+Rivals of ``top_subspace`` are its other methods, and one vector after another with deflation
+(``benchmarks.products`` prints how many products each needs).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.registry import Case, Run, Workload, generator
 from fastdistill.ops._sdpa import math_attention
 
-SHAPES = [  # model, batch, device, among the first
+SHAPES = [  # model, batch, device, headline
     ("digits 3x8x8", 4, "cpu", False),
     ("U-Net 4x32x32", 1, "cpu", False),
     ("SD-1.5 4x64x64", 1, "cuda", True),
@@ -40,7 +40,7 @@ def cases() -> Iterator[Case]:
 
 
 class Setup(NamedTuple):
-    """``f`` leaves at the tap; ``whole`` computes all of the model."""
+    """``f`` stops at the tap; ``whole`` computes the whole model."""
 
     f: Any
     whole: Callable[[Tensor], Tensor]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``layer_norm_modulate``, forward and backward: AdaLN of PixArt and DiT, alone and with its residual."""
+"""``layer_norm_modulate``, forward and backward: AdaLN of PixArt and DiT, with and without the residual."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdistill.ops import layer_norm_modulate, residual_layer_norm_modulate
 
 EPS = 1e-6
 RIVALS = ("eager", COMPILED)
-SHAPES = [  # model, tokens, width, batch, device, among the first
+SHAPES = [  # model, tokens, width, batch, device, headline
     ("DiT-XL/2", 256, 1152, 4, "cpu", False),
     ("PixArt-XL/2", 1024, 1152, 4, "cpu", False),
     ("PixArt-XL/2", 1024, 1152, 32, "cuda", True),
@@ -33,7 +33,7 @@ def cases() -> Iterator[Case]:
 
 
 def eager(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-    """As diffusers' BasicTransformerBlock has it."""
+    """As in diffusers' BasicTransformerBlock."""
     return (F.layer_norm(x, x.shape[-1:], None, None, EPS) * (1 + scale) + shift,)
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``noise_gather``: a training batch from the banks. Its rival is what a training script would write, not the
-reference, which computes the contract's random numbers in eager torch. Compiled, that script is a rival on a GPU alone:
-on a CPU its ``randn`` is many times slower than eager's.
+"""``noise_gather``: a training batch from the banks. The rival is what a training script would write, not the
+reference (which computes the same random numbers in eager torch). The compiled script is a rival only on a GPU: on a
+CPU, compiled ``randn`` is many times slower than eager.
 
-"rows alone" is the gather of prompts: latents of one number, as for banks that wait elsewhere. The rivals are given the
-rows; ours draws them, and timesteps and choices, all the same.
+"rows alone" measures the gather of prompts: latents have one element, as if they were in other banks. The rivals are
+given the rows; ours also draws rows, timesteps and choices.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _literal(
 
 
 def _fusible(latents: Tensor, prompts: list[Tensor], signal: Tensor, noise: Tensor, batch: int) -> list[Tensor]:
-    """The same without buffers, as a compiler likes it."""
+    """The same without output buffers, so that a compiler can fuse it."""
     row, t, text = (torch.randint(n, (batch,), device=latents.device) for n in (len(latents), STEPS, len(prompts[0])))
     z = torch.randn(batch, *latents.shape[1:], dtype=latents.dtype, device=latents.device)
     x_t = latents[row] * signal[t].view(-1, 1, 1, 1) + noise[t].view(-1, 1, 1, 1) * z
@@ -78,12 +78,12 @@ def _fusible(latents: Tensor, prompts: list[Tensor], signal: Tensor, noise: Tens
 
 
 def _ours(latents: Tensor, prompts: list[Tensor], coefficients: Tensor, batch: int) -> tuple[Run, Callable[[], None]]:
-    """A draw of the next step, and its check."""
+    """A draw of the next step, and the check of it."""
     device = latents.device
     own = torch.arange(len(latents), device=device) % TEXTS
     replace = torch.full((STEPS,), 2**31, device=device)
     numbers = np.array([1, 0])
-    host = torch.from_numpy(numbers)  # the step is counted in the same memory
+    host = torch.from_numpy(numbers)  # shares its memory with the step counter
     counter = host.to(device)
     banks = prompts if len(prompts) > 1 else prompts[0]
     draw = NoiseGather(latents, own, banks, coefficients, replace, counter, null_index=TEXTS - 1, batch=batch)

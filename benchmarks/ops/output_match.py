@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``output_match``, loss and gradient: the output loss of a step, alone and with guidance and the task loss.
 
-The rivals of the task loss read a target that the draw has stored; ours makes its noise again.
+For the task loss, the rivals read a target that the draw has stored; ours computes its noise again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fastdistill.diffusion.matching import match_table
 from fastdistill.diffusion.schedule import NoiseSchedule
 from fastdistill.ops import Task, output_match
 
-SHAPES = [  # label, latent, batch, device, among the first
+SHAPES = [  # label, latent, batch, device, headline
     ("SD-1.5", SD15_SAMPLE[0], 4, "cpu", False),
     ("SD-1.5", SD15_SAMPLE[0], 16, "cpu", False),
     ("SD-1.5", SD15_SAMPLE[0], 32, "cuda", True),
     ("SDXL", SDXL_SAMPLE[0], 32, "cuda", False),
     ("PixArt-XL/2", PIXART_SAMPLE[0], 32, "cuda", False),
 ]
-GUIDED = [  # the target of guidance distillation, with a weight of each sample
+GUIDED = [  # the target of guidance distillation, with one weight per sample
     ("SD-1.5", SD15_SAMPLE[0], 4, "cpu"),
     ("SD-1.5", SD15_SAMPLE[0], 8, "cuda"),
     ("SD-1.5", SD15_SAMPLE[0], 32, "cuda"),
@@ -70,7 +70,7 @@ def _workload(ours: Run, literal: object, inputs: tuple[object, ...], tensors: i
 
 
 def literal_output(student: Tensor, teacher: Tensor) -> Tensor:
-    """As BK-SDM's and Random Conditioning's scripts have it."""
+    """As in the scripts of BK-SDM and Random Conditioning."""
     return F.mse_loss(student.float(), teacher.float())
 
 
@@ -85,7 +85,7 @@ def _output(latent: Sizes, batch: int, dtype: torch.dtype, device: torch.device)
 def literal_guided(
     student: Tensor, teacher: Tensor, unconditional: Tensor, target: Tensor, w: Tensor, weights: Tensor, mask: Tensor
 ) -> Tensor:
-    """Guidance in the teacher's target, min-SNR weights, the task on the samples whose prompt is their own."""
+    """Guidance in the teacher's target, min-SNR weights, and the task loss for samples with their own prompt."""
     guided = unconditional + w.view(-1, 1, 1, 1) * (teacher - unconditional)
     output = F.mse_loss(student.float(), guided.float(), reduction="none").mean(dim=(1, 2, 3))
     task = F.mse_loss(student.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
@@ -113,20 +113,21 @@ def _guided(latent: Sizes, batch: int, dtype: torch.dtype, device: torch.device)
 def literal_scaled(
     student: Tensor, teacher: Tensor, unconditional: Tensor, x_t: Tensor, w: Tensor, of_x: Tensor, of_teacher: Tensor
 ) -> Tensor:
-    """Meng et al.'s target with a drawn weight, where x_t is used as the student's kind of prediction."""
+    """The target of Meng et al. with a drawn weight; x_t converts it to the student's prediction type."""
     guided = teacher + w.view(-1, 1, 1, 1) * (teacher - unconditional)
     target = of_x.view(-1, 1, 1, 1) * x_t + of_teacher.view(-1, 1, 1, 1) * guided
     return F.mse_loss(student.float(), target.float())
 
 
 def literal_scaled_alike(student: Tensor, teacher: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
-    """The same where teacher and student predict one thing."""
+    """The same if teacher and student have the same prediction type."""
     guided = teacher + w.view(-1, 1, 1, 1) * (teacher - unconditional)
     return F.mse_loss(student.float(), guided.float())
 
 
 def _of_each_sample(converted: bool, latent: Sizes, batch: int, dtype: torch.dtype, device: torch.device) -> Workload:
-    """``guidance`` [B] beside the teacher's two predictions; with conversion of epsilon to v by x_t."""
+    """One ``guidance`` weight per sample [B] for the teacher's two predictions; optionally converts epsilon to v by
+    x_t."""
     student, teacher, unconditional, x_t, time = _tensors(latent, batch, dtype, device)
     noise = NoiseSchedule.scaled_linear(STEPS)
     own = noise.coefficients("v_prediction" if converted else "epsilon")

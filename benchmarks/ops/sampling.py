@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images by a schedule of guidance, and by a student that makes guided images in one pass.
+"""Images with a schedule of guidance, and with a student that makes guided images in one pass per step.
 
-The rival of a schedule evaluates prompt and null prompt at every step in one batch, as pipelines of diffusers do; the
-rivals of the student are the teacher with each schedule. A case says how many evaluations an image takes.
+The rival of a schedule evaluates prompt and null prompt in one batch at every step, like the pipelines of diffusers.
+The rivals of the student are the teacher with each schedule. A case states how many evaluations an image takes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.registry import Case, Run, Workload, generator
 
-#: Text of a schedule, and the evaluations that an image takes.
+#: Text of a schedule, and the number of evaluations per image.
 SCHEDULES = {"constant": ("2", 60), "interval": ("0@8,2@2,0", 38), "window": ("8@8,-1@2,0", 39)}
 STEPS = 30
 GRID = f"karras:{STEPS}@30..0.09"
@@ -45,7 +45,7 @@ class Setup(NamedTuple):
 def _grid() -> Any:
     from fastdistill import Grid, NoiseSchedule
 
-    return Grid.parse(GRID, NoiseSchedule.cosine())  # the schedule of the digits
+    return Grid.parse(GRID, NoiseSchedule.cosine())  # the noise schedule of the digits
 
 
 def _setup(name: str, batch: int, device: torch.device) -> Setup:
@@ -95,14 +95,14 @@ def _scheduled(name: str, batch: int, schedule: str, evaluations: int, device: t
 
         assert Guidance.parse(schedule).evaluations(_grid()) == evaluations
         ours, theirs = _sampled(setup, schedule), _every_step(setup, schedule)
-        bound = 1e3 * torch.finfo(next(setup.model.parameters()).dtype).eps  # rounding of 30 steps of a stiff map
+        bound = 1e3 * torch.finfo(next(setup.model.parameters()).dtype).eps  # rounding errors grow over 30 steps
         torch.testing.assert_close(ours, theirs, rtol=0, atol=bound * float(theirs.abs().max()))
 
     return Workload(lambda: _sampled(setup, schedule), rivals, check, samples=batch, graphs=False)
 
 
 def _student(name: str, batch: int, device: torch.device) -> Workload:
-    """The teacher without guidance has the size and the passes of such a student."""
+    """The teacher without guidance, which has the size and the number of passes of such a student."""
     setup = _setup(name, batch, device)
     rivals: dict[str, Run | str] = {k: functools.partial(_sampled, setup, text) for k, (text, _) in SCHEDULES.items()}
 

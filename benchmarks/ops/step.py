@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Not an op but all of them: whole training steps of random conditioning, and of guidance distillation, on real models,
-weights random (``benchmarks/step.py``)."""
+"""Not one op but all of them: whole training steps of random conditioning and of guidance distillation, with real
+models and random weights (``benchmarks/step.py``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.step import Setup, rivals, workload
 
 BATCHES = (32, 4, 16, 1)
 GUIDED_BATCHES = (32, 4, 16)
-SUSTAINED = 60.0  # seconds of the headline
+SUSTAINED = 60.0  # seconds of the headline measurement
 _ROWS, _PROMPTS, _NO_CLASS = 256, 600, 1000
 
 
@@ -40,12 +40,12 @@ def cases() -> Iterator[Case]:
 
 
 def _guided(build: Callable[..., Setup], *arguments: Any) -> Setup:
-    """The same with a teacher that is guided by a guidance scale of 7.5."""
+    """The same with a teacher that uses a guidance scale of 7.5."""
     return dataclasses.replace(build(*arguments), guidance=6.5)
 
 
 def _low(build: Callable[..., Setup], *arguments: Any) -> Setup:
-    """The same with both models, and what they are given, in bfloat16."""
+    """The same with both models and their inputs in bfloat16."""
     from fastdistill import LatentCache, PromptBank
 
     setup = build(*arguments)
@@ -63,7 +63,7 @@ def _workload(
 
 
 def digits(device: torch.device) -> Setup:
-    """The shipped teacher and its student without a mid block, on noise."""
+    """The shipped teacher and its student without a mid block, on random latents."""
     from fastdistill import LatentCache
     from fastdistill.models import make_student
     from fastdistill.tasks import open_task
@@ -79,7 +79,7 @@ def digits(device: torch.device) -> Setup:
 
 
 def sd15(batch: int, device: torch.device, **changes: Any) -> Setup:
-    """Stable Diffusion 1.5's U-Net and BK-SDM's base student."""
+    """The U-Net of Stable Diffusion 1.5 and BK-SDM's base student."""
     from diffusers import UNet2DConditionModel
 
     from fastdistill.models.specs import student_config
@@ -93,7 +93,7 @@ def sd15(batch: int, device: torch.device, **changes: Any) -> Setup:
 
 
 def pixart(batch: int, device: torch.device, **changes: Any) -> Setup:
-    """PixArt-alpha XL/2 at 512 x 512 and a student of half its blocks."""
+    """PixArt-alpha XL/2 at 512 x 512 and a student with half of its blocks."""
     from diffusers import PixArtTransformer2DModel
 
     sizes = {"sample_size": 64, "caption_channels": 4096} | changes
@@ -101,7 +101,7 @@ def pixart(batch: int, device: torch.device, **changes: Any) -> Setup:
 
 
 def dit(batch: int, device: torch.device, **changes: Any) -> Setup:
-    """DiT-XL/2 at 256 x 256 and a student of half its blocks; a prompt is the number of a class."""
+    """DiT-XL/2 at 256 x 256 and a student with half of its blocks; a prompt is a class number."""
     from diffusers import DiTTransformer2DModel
 
     return _transformers(DiTTransformer2DModel, {"out_channels": 8} | changes, DIT_SAMPLE, batch, device)
@@ -113,7 +113,7 @@ MODELS = {"SD-1.5 to bk_base 512x512": sd15, "PixArt-XL/2 to 14 blocks 512x512":
 def _transformers(
     kind: Any, sizes: dict[str, Any], sample: tuple[Sizes, Sizes], batch: int, device: torch.device
 ) -> Setup:
-    """Teacher and student, which is compared after each of its blocks with the teacher after two."""
+    """Teacher and student. The taps compare each block of the student with every second block of the teacher."""
     with device:
         teacher = kind(**sizes)
         blocks = teacher.config.num_layers
@@ -131,7 +131,7 @@ def _setup(
     batch: int,
     device: torch.device,
 ) -> Setup:
-    """bfloat16 and channels_last, with banks of random numbers (of classes where a prompt has no sizes)."""
+    """bfloat16 and channels_last, with banks of random numbers (class numbers if the prompt has no shape)."""
     from fastdistill import LatentCache, NoiseSchedule, PromptBank
 
     for model in (teacher, student):

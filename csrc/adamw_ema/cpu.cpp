@@ -49,7 +49,7 @@ AdamWConstants<Lanes> in_lanes(const AdamWConstants<float>& c) {
           splat(c.rate),   splat(c.correction), splat(c.eps),   splat(c.move)};
 }
 
-// Sixteen elements, or the first `some` of them.
+// Load and store sixteen elements, or only the first `some` of them.
 template <bool whole, typename T> FD_HD Lanes get(const T* p, int64_t some) { return whole ? load(p) : load_first(p, some); }
 template <bool whole, typename T> FD_HD void put(T* p, Lanes a, int64_t some) {
   if (whole) store<false>(p, a);

@@ -22,13 +22,13 @@ constexpr int finishing_threads = 1024, preparing_threads = 128, norm_blocks = 8
 #if defined(CUDART_VERSION) && CUDART_VERSION < 12010
 constexpr int table_bytes = 3900;
 #else
-constexpr int table_bytes = 32000;  // of the 32764 of a kernel's arguments
+constexpr int table_bytes = 32000;  // kernel arguments may have 32764 bytes
 #endif
 
 template <typename Row> struct Rows {
   static constexpr int most = table_bytes / int(sizeof(Row));
   int64_t chunk;        // elements of a chunk
-  int64_t first, many;  // chunks of these rows
+  int64_t first, many;  // first chunk and number of chunks of these rows
   int count;
   Row row[most];
 };
@@ -43,7 +43,7 @@ template <typename Row> Rows<Row> table(const Row* rows, int64_t count, int64_t 
   return a;
 }
 
-// Calls body for this block's share of the chunks.
+// Calls body for the chunks of this block.
 template <typename Row, typename Body> __device__ void for_share(const Rows<Row>& a, const Body& body) {
   const int64_t from = a.first + a.many * blockIdx.x / gridDim.x, until = a.first + a.many * (blockIdx.x + 1) / gridDim.x;
   for_chunks(a.row, a.count, a.chunk, from, until, body);
@@ -53,7 +53,7 @@ template <int n, typename T> struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) :
   T x[n];
 };
 
-// What one instruction stores.
+// The type that one instruction stores.
 template <int bytes> struct Word;
 template <> struct Word<2> {
   typedef unsigned short Type;
@@ -79,7 +79,7 @@ template <int n, typename T> __device__ void put_as(void* to, int64_t i, const f
   for (int k = 0; k < n; ++k) vector.x[k] = from_float<T>(from[k]);
   typename Word<sizeof vector>::Type word;
   memcpy(&word, &vector, sizeof word);
-  __stcs(reinterpret_cast<decltype(word)*>(static_cast<T*>(to) + i), word);  // a plain store is taken apart by the compiler
+  __stcs(reinterpret_cast<decltype(word)*>(static_cast<T*>(to) + i), word);  // the compiler would split a plain store
 }
 template <int n> __device__ void get(float (&to)[n], const void* from, int64_t i, Dtype dtype) {
   switch (dtype) {
@@ -215,7 +215,7 @@ const char* grad_square_sum_cuda(const fd::GradientRow* rows, int64_t count, int
   return fd_launch_error();
 }
 
-// Floats of workspace for each parameter.
+// The size of the workspace per parameter, in floats.
 int64_t adamw_ema_cuda_workspace() { return sizeof(fd::Prepared) / sizeof(float); }
 
 const char* adamw_ema_cuda(const fd::AdamWRow* rows, int64_t count, int64_t chunk, const fd::AdamWInputs& inputs,
@@ -224,7 +224,7 @@ const char* adamw_ema_cuda(const fd::AdamWRow* rows, int64_t count, int64_t chun
   Prepared* prepared = reinterpret_cast<Prepared*>(workspace);
   for (int64_t i = 0; i < count; i += Rows<AdamWRow>::most) {
     const Rows<AdamWRow> a = table(rows + i, count - i, chunk);
-    int64_t* counted = i == 0 ? skipped : nullptr;  // once a step
+    int64_t* counted = i == 0 ? skipped : nullptr;  // count a skipped step only once
     const unsigned blocks = blocks_for(a.count, preparing_threads), grid = persistent_blocks(queue, a.many, update_blocks);
     Prepared* some = prepared + i;
     FD_LAUNCH(prepare, blocks, preparing_threads, 0, queue.stream, a, inputs, some, counted);

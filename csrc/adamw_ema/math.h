@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Clipped AdamW with an average of the weights, element by element; written for a number type F that is a float on a GPU and
-// sixteen lanes on a CPU.
+// Clipped AdamW with an average of the weights, element by element. The number type F is float on a GPU and sixteen lanes on
+// a CPU.
 //
-//   g     = grad / grad_scale * min(1, max_norm / (norm + 1e-6)),  norm over all gradients, grad_scale taken out
+//   g     = grad / grad_scale * min(1, max_norm / (norm + 1e-6)),  norm: of all gradients / grad_scale
 //   m     = m + (1 - beta1) (g - m)
 //   v     = beta2 v + (1 - beta2) g^2
 //   p     = p (1 - lr weight_decay) - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
-//   e     = e + move (p - e),  move = max(1 - decay, 9 / (9 + t)) while it warms up, else 1 - decay
+//   e     = e + move (p - e),  move = max(1 - decay, 9 / (9 + t)) with ema_warmup, else 1 - decay
 //
 // Loshchilov and Hutter, arXiv 1711.05101; t counts from 1.
 #pragma once
@@ -14,14 +14,14 @@
 
 namespace fd {
 
-// One gradient: a flat array of n elements. Rows of this kind and of the next come as tables of 64-bit words.
+// One gradient: a flat array of n elements. Python passes a table of these rows, or of AdamWRow, as 64-bit words.
 struct GradientRow {
   int64_t n, first_chunk;  // chunks of the gradients before this one
   void* grad;
   int64_t grad_dtype;
 };
 
-// One parameter: flat arrays in one memory order, fp32 but for grad and copy. average and copy are null where none is wanted.
+// One parameter: flat arrays with the same memory order, fp32 except grad and copy. average and copy are null if not wanted.
 struct AdamWRow {
   GradientRow gradient;
   float* param;
@@ -35,7 +35,8 @@ struct AdamWRow {
   double beta1, beta2, eps, weight_decay;
 };
 
-// What a step's scalars in device memory are. grad_scale, found_inf and ema_weight may be null: 1, 0 and no average.
+// The scalars of a step. The pointers are to device memory. grad_scale, found_inf and ema_weight may be null; then they are 1,
+// 0 and no average.
 struct AdamWInputs {
   const double* square_sum;
   const float* grad_scale;
@@ -48,7 +49,7 @@ struct AdamWInputs {
 namespace FD_ISA {
 
 struct Gate {
-  float factor;  // of the gradients
+  float factor;  // the gradients are multiplied by it
   bool skip;
 };
 
@@ -63,7 +64,7 @@ template <typename F> struct AdamWConstants {
   F factor, keep, rest1, beta2, rest2, rate, correction, eps, move;
 };
 
-// The constants of a parameter in the step with number t.
+// The constants of a parameter in step number t.
 FD_HD AdamWConstants<float> adamw_constants(const AdamWRow& row, const AdamWInputs& a, float factor, double t) {
   const double lr = *row.lr, warm = 9.0 / (9.0 + t);
   const double weight = row.average && a.ema_weight ? double(*a.ema_weight) : 0.0;
@@ -94,15 +95,15 @@ template <typename F> FD_HD F averaged(F average, F param, const AdamWConstants<
   return average + c.move * (param - average);
 }
 
-// Calls body(row, first element, elements) for the chunks [from, until) of all rows. Chunks are cut by position alone, so
-// sums over them do not depend on who runs which.
+// Calls body(row, first element, number of elements, chunk) for the chunks [from, until) of all rows. The chunks depend only on
+// the sizes of the rows, so their sums do not depend on which thread or block computes them.
 template <typename Row> FD_HD const GradientRow& gradient_of(const Row& row);
 template <> FD_HD const GradientRow& gradient_of(const GradientRow& row) { return row; }
 template <> FD_HD const GradientRow& gradient_of(const AdamWRow& row) { return row.gradient; }
 
 template <typename Row, typename Body>
 FD_HD void for_chunks(const Row* rows, int64_t count, int64_t chunk, int64_t from, int64_t until, const Body& body) {
-  int64_t row = 0;  // the last one that begins at or before `from`
+  int64_t row = 0;  // the last row that begins at or before chunk `from`
   for (int64_t end = count; row + 1 < end;) {
     const int64_t middle = (row + end) / 2;
     if (gradient_of(rows[middle]).first_chunk <= from) row = middle;

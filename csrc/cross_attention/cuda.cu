@@ -29,7 +29,7 @@ template <int D, int KEYS, bool swizzled> struct Sizes {
   static constexpr bool by_dims = up(D, 64) * KEYS <= up(KEYS, 64) * D;          // dims are rows of dV and dK, else keys
   static constexpr int rows = by_dims ? D : KEYS, columns = by_dims ? KEYS : D;  // of dV and dK in registers
   static constexpr int pieces = up(rows, 64) / 64;
-  // Warpgroups of a block: one has dV and dK both if it has registers for them, else each has one of them.
+  // Warpgroups of a block: one if its registers can hold both dV and dK, else two with one of them each.
   static constexpr int groups = pieces * columns <= 80 ? 1 : 2, queries = 64 * groups, threads = 128 * groups;
   using Tile = Matrix<queries, swizzled>;
   using Bank = Matrix<keys, swizzled>;
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
   for (int stage = 0; stage < S::stages; ++stage) clear<D, cleared>(tile(stage, 0)), clear<D, cleared>(tile(stage, 1));
   for (int key = threadIdx.x; key < KEYS; key += S::threads) bias[key] = key_bias(a, b, key);
 
-  float sums[sets][S::pieces][S::columns / 2];  // dV and dK / scale; of the first warpgroup dV, of the second dK / scale
+  float sums[sets][S::pieces]
+            [S::columns / 2];  // dV and dK / scale; with two warpgroups the first has dV, the second dK / scale
   FD_UNROLL
   for (int set = 0; set < sets; ++set) FD_UNROLL
   for (int piece = 0; piece < S::pieces; ++piece) FD_UNROLL
@@ -103,8 +104,8 @@ __global__ void __launch_bounds__(Sizes<D, KEYS, swizzled>::threads, Sizes<D, KE
                                               i > 0);
     hopper::commit_products();
   };
-  uint32_t parts[S::keys / 16][4] = {};  // dS as products want it, keys to 16 at a time
-  // P and dS of the warp's queries.
+  uint32_t parts[S::keys / 16][4] = {};  // dS as the operand of products: 16 keys each
+  // Computes P and dS of the warp's queries.
   const auto weigh = [&] {
     float weights[KEYS / 2], share[2], delta[2] = {};
     uint32_t words[KEYS / 4];
@@ -359,7 +360,7 @@ __global__ void __launch_bounds__(ForwardSizes<D, KEYS, swizzled>::threads, Forw
 #endif
 }
 
-// Four elements a thread of a row's gradient of K (y = 0) or V (y = 1).
+// Adds the partial sums: four elements per thread of the gradient of K (blockIdx.y = 0) or V (blockIdx.y = 1).
 template <typename T> __global__ void __launch_bounds__(threads_per_block) add_chunks(CrossAttentionBackward a) {
   const int64_t size = a.L * a.H * a.D, blocks = ceil_div(size, 4 * threads_per_block);
   const int64_t row = blockIdx.x / blocks, at = (blockIdx.x % blocks * threads_per_block + threadIdx.x) * 4;

@@ -110,8 +110,8 @@ Sums sums_of(const Sums* chunks, int64_t count) {
   return sums;
 }
 
-// A tap's distance from the sums of its chunks. Values for the gradient overwrite the sums of a first chunk: its divisor in
-// the first chunk of the tap, for cosine the two factors in the first chunk of each sample.
+// Computes a tap's distance from the sums of its chunks. Overwrites some sums with what the gradient needs: the first chunk of
+// the tap with the divisor; for cosine the first chunk of each sample with the two factors.
 double finish(const FeatureMatch& a, const Tap& tap, Sums* chunks) {
   const int64_t each = chunks_of_sample(tap, feature_match_chunk);
   if (each == 0) return 0.0;
@@ -199,7 +199,7 @@ template <typename T> void scale_chunk(T* x, int64_t n, float factor) {
 
 }  // namespace
 
-// scale_gradients: every gradient times *factor, in place; returns at once when that is 1. 8 bytes an element (fp32).
+// scale_gradients: multiplies every gradient by *factor in place; does nothing if it is 1. Traffic: 8 bytes per element (fp32).
 void scale_gradients(const FeatureMatch& a, const float* factor) {
   if (*factor == 1.0f) return;
   int64_t total = 0;

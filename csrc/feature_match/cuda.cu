@@ -22,10 +22,10 @@ constexpr int64_t short_chunk = 4096, long_chunk = 32768, many_chunks = 4096;
 
 struct Taps {
   Tap tap[most_taps];
-  int64_t first[most_taps + 1];  // chunk of each tap
+  int64_t first[most_taps + 1];  // first chunk of each tap
   int64_t chunk;                 // elements of a chunk
   int count;
-  bool continues;  // an earlier launch has begun the loss
+  bool continues;  // add to the loss of an earlier launch
   const float* weights;
   const float* grad_scale;
   float parameter;       // eps of normalized_mse and cosine, delta of huber
@@ -34,7 +34,7 @@ struct Taps {
 };
 
 struct Sums {
-  float difference, teacher, student;  // of the terms, of t^2 and of s^2
+  float difference, teacher, student;  // sums of the terms, of t^2 and of s^2
 };
 
 template <Pass pass, Kind kind, typename S, typename T>
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(threads_per_block) scale(const __grid_constant
   }
 }
 
-// The next taps of a call: at most 16, cut into chunks.
+// The next taps of a call (at most 16), divided into chunks.
 Taps table(const Tap* taps, int64_t count) {
   Taps a = {};
   a.count = int(smaller(count, most_taps));
@@ -219,7 +219,7 @@ Taps table(const Tap* taps, int64_t count) {
   return a;
 }
 
-// The same taps with a sample's value for a chunk: their mean is the tap's distance.
+// The same taps with one value per sample instead of sums per chunk; the mean of the values is the tap's distance.
 Taps table_of_samples(const Taps& a, double* values) {
   Taps b = a;
   b.chunk = 1, b.partials = values;
@@ -245,7 +245,7 @@ template <Pass pass, Kind kind> void launch_match(const Taps& a, const Queue& qu
 }  // namespace
 }  // namespace fd
 
-// Doubles of workspace that feature_match_cuda needs.
+// The size of the workspace of feature_match_cuda, in doubles.
 int64_t feature_match_cuda_workspace(const fd::Tap* taps, int64_t count) {
   int64_t most = 0;
   for (int64_t l = 0; l < count; l += fd::most_taps) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distances between student and teacher features, element by element; written for a number type F that is a float on a GPU
-// and sixteen lanes on a CPU.
+// Distances between student and teacher features, element by element. The number type F is float on a GPU and sixteen lanes
+// on a CPU.
 //
 //   mse             tap = mean((s - t)^2)                       d tap / d s = 2 (s - t) / n
 //   normalized_mse  tap = mean((s - t)^2) / (mean(t^2) + eps)   d tap / d s = 2 (s - t) / n / (mean(t^2) + eps)
@@ -17,8 +17,8 @@ enum class Distance : int { mse = 0, normalized_mse = 1, huber = 2, cosine = 3 }
 // Whether the gradient needs sums over the whole tap or sample.
 FD_HD constexpr bool two_passes(Distance d) { return d == Distance::normalized_mse || d == Distance::cosine; }
 
-// One tap: flat arrays of n elements in one memory order, cut into samples of equal size where the distance is cosine, one
-// sample elsewhere. gradient is null where none is wanted.
+// One tap: flat arrays of n elements with the same memory order. For the cosine distance they consist of samples of equal
+// size; for the others samples is 1. gradient is null if it is not wanted.
 struct Tap {
   const void* student;
   const void* teacher;
@@ -36,13 +36,13 @@ struct FeatureMatch {
   float parameter;   // eps of normalized_mse and cosine, delta of huber
   float* loss;       // []
   float* tap_loss;   // [count]
-  double* partials;  // workspace: 3 numbers a chunk
+  double* partials;  // workspace: 3 numbers per chunk
   int threads;
 };
 
 namespace FD_ISA {
 
-// Elements of one partial sum. Chunks are cut by position alone, so sums do not depend on the thread count.
+// Elements per partial sum. The chunks depend only on the sizes, so the sums do not depend on the number of threads.
 constexpr int64_t feature_match_chunk = 8192;
 
 template <typename F> FD_HD F square(F x) { return x * x; }
@@ -50,7 +50,7 @@ template <typename F> FD_HD F square(F x) { return x * x; }
 enum Pass { sum_only, gradient_only, sum_and_gradient };
 enum Kind { squared, normalized, huber, cosine };
 
-// An element's term of the sum (of s.t for cosine), and its gradient: a factor times the slope (cosine: two factors).
+// The term that an element adds to the sum (cosine: to s.t), and its gradient: a factor times the slope (cosine: two factors).
 template <Kind kind, typename F, typename H> FD_HD F term(F s, F t, F delta, H half) {
   if (kind == cosine) return s * t;
   const F d = s - t;
@@ -68,7 +68,7 @@ FD_HD float gradient_factor(float grad_scale, float weight, double denominator, 
   return float(double(grad_scale) * double(weight) * (huber ? 1.0 : 2.0) / (double(n) * denominator));
 }
 
-// Where a chunk of a tap begins and how long it is: chunks never go across samples.
+// The first element, length and sample of a chunk of a tap. A chunk never spans two samples.
 struct Piece {
   int64_t first, n, sample;
 };
@@ -81,7 +81,7 @@ FD_HD Piece piece_of(const Tap& tap, int64_t at, int64_t chunk) {
   return {sample * size + offset, smaller(size - offset, chunk), sample};
 }
 
-// One sample's 1 - c and its gradient ``student`` s + ``teacher`` t, from s.t, s.s and t.t.
+// 1 - c of one sample, and the factors of its gradient ``student`` s + ``teacher`` t; computed from s.t, s.s and t.t.
 struct Cosine {
   double value, student, teacher;
 };
@@ -92,7 +92,7 @@ FD_HD Cosine cosine_of(double product, double student_square, double teacher_squ
   return {1.0 - c, norm < eps ? 0.0 : c / (s * s), -1.0 / (s * t)};
 }
 
-// Its gradient's factors in the loss.
+// One of these factors in the gradient of the loss.
 FD_HD float cosine_factor(float grad_scale, float weight, double factor, int64_t samples) {
   return float(double(grad_scale) * double(weight) * factor / double(samples));
 }

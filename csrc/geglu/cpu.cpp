@@ -51,7 +51,7 @@ template <typename T> void run_row(const Geglu& a, int64_t row) {
 
 }  // namespace
 
-// The backward where there is a dx.
+// Forward, or backward if dx is given.
 void geglu(const Geglu& a) {
   const int threads = int(smaller(a.threads, a.rows));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The channels of a sample in group_norm_silu: what each multiplies and adds, sums by channel, and what is made of them.
+// group_norm_silu on a CPU, per channel of a sample: factors and offsets, sums, and the statistics and gradients from the sums.
 #pragma once
 #include "activations.h"
 #include "group_norm_silu/math.h"
@@ -8,16 +8,16 @@ namespace fd::FD_ISA {
 
 constexpr int unroll = 4;
 
-// Numbers by channel.
+// The numbers stored for each channel.
 enum Number { middle, rstd, factor, offset, mean, mean_n, time_bias, weight, bias, scale, number_count };
 constexpr int sum_count = 3;
 
-// The channels [first, first + count) of one sample, whole groups; padded: count rounded up to whole vectors.
+// The channels [first, first + count) of one sample: whole groups. padded is count rounded up to whole vectors.
 struct Channels {
   const GroupNormSilu& a;
   int64_t sample, first, count, padded;
   double* sums;    // [sum_count][padded]
-  float* numbers;  // [number_count][padded]; scale is 1 + scale, mean and mean_n are those of dn and dn n
+  float* numbers;  // [number_count][padded]; scale holds 1 + scale; mean and mean_n are the means of dn and dn n
 
   float* of(Number which) const { return numbers + which * padded; }
   int64_t width() const { return a.channels / a.groups; }
@@ -30,19 +30,19 @@ struct Channels {
     for (int64_t i = g * width(); i < (g + 1) * width(); ++i) sum += sums[i];
     return sum;
   }
-  // What is taken from x in a group of this mean.
+  // Writes what is subtracted from x in group g: its mean minus the time bias of the channel.
   void take(double mean, int64_t g, float* middle) const {
     for (int64_t i = g * width(); i < (g + 1) * width(); ++i) middle[i] = float(mean) - of(time_bias)[i];
   }
 };
 
-// Doubles: of sums and numbers, and of dz in float between the passes of a backward where dx cannot hold it.
+// Sizes in doubles: the sums and numbers; and dz as float between the two passes of a backward, if dx has only two bytes.
 inline int64_t workspace_of(int64_t padded) { return sum_count * padded + number_count * padded / 2; }
 inline int64_t held_of(const GroupNormSilu& a, int64_t channels) {
   return a.dx && a.silu && a.dtype != Dtype::f32 ? ceil_div(channels * a.positions, 2) : 0;
 }
 
-// The six numbers of the channels of a vector, or of one channel in all lanes.
+// The first six numbers (middle to mean_n): lane by lane for the channels of a vector, or one channel in all lanes.
 struct Of {
   Lanes value[time_bias];
 };
@@ -73,14 +73,14 @@ inline void keep_mean(const Channels& c, int64_t g, double mean) {
   c.take(mean, g, c.of(middle));
 }
 
-// From the sum of squares about the mean; the factors are times rstd from here on.
+// squares: sum of squares around the mean. Stores rstd and multiplies the factors by it.
 inline void keep_rstd(const Channels& c, int64_t g, double squares) {
   const float r = float(1.0 / square_root(squares / c.of_group() + c.a.eps));
   c.a.rstd[c.group() + g] = r;
   for (int64_t i = g * c.width(); i < (g + 1) * c.width(); ++i) c.of(rstd)[i] = r, c.of(factor)[i] *= r;
 }
 
-inline void statistics(const Channels& c) {  // the forward's
+inline void statistics(const Channels& c) {  // reads the mean and rstd that the forward has written
   for (int64_t g = 0; g < c.groups(); ++g) {
     c.take(c.a.mean[c.group() + g], g, c.of(middle));
     for (int64_t i = g * c.width(); i < (g + 1) * c.width(); ++i) c.of(rstd)[i] = c.a.rstd[c.group() + g];
@@ -100,8 +100,8 @@ inline void write(const Channels& c, Number which, const Row& row) {
   }
 }
 
-// From the sums of dz, dz n and n: the means over the groups, and the gradients of what has no positions. shared takes what
-// this sample gives to weight and bias.
+// Computes from the sums of dz, dz n and n the means over the groups and the gradients of the small tensors (those without
+// positions). The sample's contributions to the gradients of weight and bias go to shared.
 inline void reduce(const Channels& c, double* shared) {
   const double *ones = c.sums, *products = ones + c.padded, *normals = products + c.padded;
   const float *r = c.of(rstd), *f = c.of(factor), *w = c.of(weight), *b = c.of(bias), *s = c.of(scale);

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// group_norm_silu where channels are side by side: a sample in chunks of whole positions, each read in one stretch.
+// group_norm_silu for channels last: a sample is divided into chunks of whole positions, each contiguous in memory.
 //
-// Threads   samples where they go evenly into the threads, else the chunks of each; sums are a chunk's own and added in the
-//           order of the chunks: the same bits at any thread count
-// Traffic   x twice and y, backward x and grad, then x, dz and dx; the second time from the last chunk to the first, as the
-// caches
-//           still hold the end of the sample
-// Precision lane sums in fp32 (up to 64 terms) within a chunk, double across chunks; squares about the chunk's own mean,
-// moments
-//           then merged (Chan, Golub and LeVeque, 1983)
+// Threads   divide the samples if these split evenly, else the chunks of one sample after another. Each chunk has its own sums,
+//           added in the order of the chunks: the same bits at any thread count
+// Traffic   forward: x read twice, y written; backward: x and grad read, then x and dz read, dx written. The second pass goes
+//           from the last chunk to the first, because the caches still hold the end of the sample
+// Precision lane sums in fp32 (up to 64 terms) within a chunk, double across chunks; squares around the mean of the chunk,
+//           then the moments are merged (Chan, Golub and LeVeque, 1983)
 #pragma once
 #include "group_norm_silu/channels.h"
 
@@ -16,21 +14,21 @@ namespace fd::FD_ISA {
 
 constexpr int64_t chunk_elements = 1 << 16, chunk_rows = 64 * unroll;
 
-// A sample, its chunks and what they are summed up in.
+// A sample, its chunks and the arrays for their sums.
 struct Chunks {
   Channels all;
   int64_t rows, count;
   float* sums;    // [count][3][padded]
   double* means;  // [count][groups]
-  float* held;    // [positions][channels]: dz between the passes, where dx cannot hold it
+  float* held;    // [positions][channels]: dz between the passes, if dx has only two bytes
 
   float* of(int64_t chunk, int kind) const { return sums + (3 * chunk + kind) * all.padded; }
   int64_t from(int64_t chunk) const { return chunk * rows; }
   int64_t until(int64_t chunk) const { return smaller(from(chunk) + rows, all.a.positions); }
 };
 
-// n rows, apart positions from one to the next: term(element, valid lanes, Of, sums) on every vector; sums are added up by
-// channel in total.
+// Calls term(element, valid lanes, Of, sums) for every vector of n rows, which are ``apart`` positions from each other, and
+// adds the sums to total, by channel.
 template <int n, int given, int kinds, typename Term> FD_HD void walk_rows(int64_t p, int64_t apart, const float* numbers,
                                                                            float* total, int64_t channels, int64_t padded,
                                                                            const Term& term) {
@@ -54,13 +52,13 @@ template <int given, int kinds, typename Term>
 FD_HD void walk_chunk(const Chunks& c, int64_t chunk, const float* numbers, float* total, const Term& term) {
   const int64_t channels = c.all.count, padded = c.all.padded, until = c.until(chunk);
   for (int64_t i = 0; i < kinds * padded; ++i) total[i] = 0;
-  const int64_t from = c.from(chunk), part = (until - from) / unroll;  // a core fetches more from several pages at once
+  const int64_t from = c.from(chunk), part = (until - from) / unroll;  // a core reads faster from several pages at once
   for (int64_t i = 0; i < part; ++i) walk_rows<unroll, given, kinds>(from + i, part, numbers, total, channels, padded, term);
   for (int64_t p = from + unroll * part; p < until; ++p)
     walk_rows<1, given, kinds>(p, 0, numbers, total, channels, padded, term);
 }
 
-// Calls body(chunk) for every chunk; a thread has neighbors.
+// Calls body(chunk) for every chunk; the chunks of a thread are consecutive.
 template <bool backwards, typename Body> void for_chunks(const Chunks& c, int threads, const Body& body) {
   threads = int(smaller(threads, c.count));
 #pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1)
@@ -70,7 +68,7 @@ template <bool backwards, typename Body> void for_chunks(const Chunks& c, int th
   }
 }
 
-// Sums of the kinds over all chunks.
+// Adds the sums of all chunks, for the first ``kinds`` kinds of sums.
 inline void add_chunks(const Chunks& c, int kinds) {
   const int64_t n = kinds * c.all.padded;
   for (int64_t i = 0; i < n; ++i) c.all.sums[i] = 0;
@@ -150,7 +148,7 @@ template <typename T, bool silu> void backward_last(const Chunks& c, int threads
   });
 }
 
-// Threads that take samples of their own; the others of each sample's share its chunks.
+// How many threads work on different samples: all of them, or 1 if all share the chunks of one sample at a time.
 inline int sample_threads(const GroupNormSilu& a) {
   return a.batch % a.threads == 0 || a.batch >= 4 * a.threads ? a.threads : 1;
 }

@@ -3,11 +3,10 @@
 //
 // Threads   static split of the tasks; contributions of samples to weight and bias are added in order: the same bits at any
 //           thread count
-// Traffic   x three times and y, backward x and grad, then x, dz and dx, of which all but the first come from the caches, where
-// a
-//           group fits: 40960 elements for the largest of SD-1.5 at 512 x 512
+// Traffic   forward: x read three times, y written; backward: x and grad read, then x and dz read, dx written. All reads but
+//           the first come from the caches if a group fits there (SD-1.5 at 512 x 512: at most 40960 elements)
 // Precision lane sums in fp32 (up to 64 terms), sums over lanes in double, squares around the mean; outputs rounded once
-// Limits    any size (64-bit); x, y and gradients fp32/bf16/fp16 of one dtype, small tensors of any of them
+// Limits    any size (64-bit); x, y and gradients all fp32, bf16 or fp16; each small tensor may have any of these dtypes
 
 #include "group_norm_silu/channels_last.h"
 
@@ -72,7 +71,7 @@ template <typename T, bool silu> void forward(const Channels& task) {
                               __attribute__((always_inline)) { set(y + at, output<silu>(get(x + at, k), of), k); });
 }
 
-// dz is kept from the first pass to the second, in the place of dx or in held.
+// dz is kept from the first pass to the second: in dx (fp32) or in held (two-byte dtypes).
 template <typename T, bool silu> void backward(const Channels& task, double* shared, float* held) {
   const GroupNormSilu& a = task.a;
   const int64_t start = (task.sample * a.channels + task.first) * a.positions;
@@ -101,7 +100,7 @@ int64_t thread_workspace(const GroupNormSilu& a) {
   return a.channels_last ? workspace_last(a) : workspace_of(padded_width(a)) + held_of(a, a.channels / a.groups);
 }
 
-// Calls body(task, room for dz) for every task, split evenly over the threads.
+// Calls body(task, buffer for dz) for every task, split evenly over the threads.
 template <typename Body> void for_groups(const GroupNormSilu& a, double* workspace, const Body& body) {
   const int64_t width = a.channels / a.groups, padded = padded_width(a), all = a.batch * a.groups;
   const int threads = int(smaller(a.threads, all));
@@ -139,12 +138,12 @@ template <typename T> void run(const GroupNormSilu& a, double* workspace) {
 
 }  // namespace
 
-// Doubles that a call needs beside its tensors.
+// The size of the workspace of a call, in doubles.
 int64_t group_norm_silu_workspace(const GroupNormSilu& a) {
   return a.threads * thread_workspace(a) + (a.dx ? 2 * a.batch * a.channels : 0);
 }
 
-// Forward, or backward where dx is given.
+// Forward, or backward if dx is given.
 void group_norm_silu(const GroupNormSilu& a, double* workspace) {
   switch (a.dtype) {
     case Dtype::f32: return run<float>(a, workspace);

@@ -9,7 +9,7 @@
 namespace fd {
 
 struct GroupNormSilu {
-  const void* x;  // [batch, channels, positions], or [batch, positions, channels] where channels_last
+  const void* x;  // [batch, channels, positions], or [batch, positions, channels] if channels_last
   Dtype dtype;
   int64_t batch, channels, positions, groups;
   bool channels_last, silu;
@@ -23,9 +23,10 @@ struct GroupNormSilu {
   int threads;
 };
 
-// How a GPU cuts it: whole groups of a sample, on a cluster of blocks.
+// How a GPU divides it: ``groups`` groups of a sample (a slice) per cluster of ``cluster`` blocks, and at most ``clusters`` of
+// these, which take one slice after the other.
 struct GroupNormCut {
-  int groups, cluster;
+  int groups, cluster, clusters;
 };
 
 namespace FD_ISA {
@@ -39,15 +40,33 @@ template <typename F> FD_HD F gradient(F dz, F n, F rstd, F factor, F mean, F me
   return rstd * (dz * factor - mean - n * mean_n);
 }
 
+// sigmoid(z), where power = -z log2(e).
+FD_HD float sigmoid_of_power(float power) {
+#ifdef __CUDA_ARCH__
+  float two, gate;  // error at most 2 ulp; 0 if the power of two overflows to infinity
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(two) : "f"(power));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(gate) : "f"(1.0f + two));
+  return gate;
+#else
+  return 1.0f / (1.0f + __builtin_exp2f(power));
+#endif
+}
+
+constexpr float minus_log2e = -1.44269504f, minus_ln2 = -0.693147181f;
+
 FD_HD float sigmoid(float z) {
 #ifdef __CUDA_ARCH__
-  float power, gate;  // to two units of the last place; 0 where the power of two is infinite
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(z * -1.44269504f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(gate) : "f"(1.0f + power));
-  return gate;
+  return sigmoid_of_power(z * minus_log2e);
 #else
   return 1.0f / (1.0f + __builtin_expf(-z));
 #endif
+}
+
+// -ln 2 times the slope of SiLU at z, where power = -z log2(e), gate = sigmoid(z). In dx = dz factor + ... both constants
+// cancel, where power is computed with the factor times -log2(e).
+FD_HD float silu_slope_of_power(float power, float gate) {
+  constexpr float square = minus_ln2 * minus_ln2;
+  return gate * muladd(power, muladd(gate, -square, square), minus_ln2);
 }
 
 }  // namespace FD_ISA

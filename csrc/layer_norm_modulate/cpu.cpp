@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t task_rows = 32;
 
-struct Coefficients {  // of each channel
+struct Coefficients {  // one number per channel
   float *factor, *offset, *gate, *sums;
 };
 
@@ -25,7 +25,7 @@ template <typename T, bool residual> void forward(const LayerNormModulate& a, in
     Lanes v = get(x + i, k);
     if (residual) {
       set(s + i, muladd(load(c.gate + i), get(h + i, k), v), k);
-      v = get(s + i, k);  // as rounded
+      v = get(s + i, k);  // with the rounding of the store
     }
     sum = sum + v;
   }
@@ -37,7 +37,7 @@ template <typename T, bool residual> void forward(const LayerNormModulate& a, in
     const Lanes d = keep(get(from + i, k) - middle, k);
     sum = i ? sum + d : d, squares = muladd(d, d, squares);
   }
-  const double off = total(sum) / double(a.width);  // what the rounding of the first sum has left
+  const double off = total(sum) / double(a.width);  // the rounding error of the first mean
   const float center = float(double(float(mean)) + off);
   const float r = float(1.0 / square_root(total(squares) / double(a.width) - off * off + a.eps));
   a.mean[row] = center, a.rstd[row] = r;
@@ -76,7 +76,7 @@ template <typename T, bool residual> void backward(const LayerNormModulate& a, i
   }
 }
 
-// weight (1 + scale), bias (1 + scale) + shift and gate of a sample.
+// Computes weight (1 + scale), bias (1 + scale) + shift and the gate of a sample.
 void coefficients(const LayerNormModulate& a, int64_t sample, const Coefficients& c) {
   for (int64_t i = 0; i < a.width; i += lanes) {
     const int64_t k = smaller(a.width - i, lanes);
@@ -90,7 +90,7 @@ void coefficients(const LayerNormModulate& a, int64_t sample, const Coefficients
 int64_t padded_width(const LayerNormModulate& a) { return ceil_div(a.width, lanes) * lanes; }
 int64_t tasks_of(const LayerNormModulate& a) { return ceil_div(a.rows, task_rows); }
 
-// Calls body(row, coefficients) on every row; sums of a task [3][padded] start from zero, and stay in the workspace.
+// Calls body(row, coefficients) for every row. The sums of each task, [3][padded], start at zero and stay in the workspace.
 template <typename Body> void for_rows(const LayerNormModulate& a, float* workspace, bool sums, const Body& body) {
   const int64_t tasks = tasks_of(a), all = a.batch * tasks, padded = padded_width(a);
   const int threads = int(smaller(a.threads, all));
@@ -110,7 +110,7 @@ template <typename Body> void for_rows(const LayerNormModulate& a, float* worksp
   }
 }
 
-// The gradients of what rows share, from the sums of the tasks in their order.
+// The gradients of the small tensors (shared by rows), from the sums of the tasks, added in order.
 void merge(const LayerNormModulate& a, float* workspace) {
   const int64_t padded = padded_width(a), tasks = tasks_of(a);
   const float* partials = workspace + a.threads * 3 * padded;
@@ -151,7 +151,7 @@ template <typename T> void backward_typed(const LayerNormModulate& a, float* wor
 
 }  // namespace
 
-// Floats that a call needs beside its tensors.
+// The size of the workspace of a call, in floats.
 int64_t layer_norm_modulate_workspace(const LayerNormModulate& a) {
   return 3 * padded_width(a) * (a.threads + (a.dx ? a.batch * tasks_of(a) : 0));
 }

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// A gated residual, layer norm and modulation; F is sixteen lanes on a CPU.
+// A gated residual, layer norm and modulation; F is sixteen lanes on a CPU. Means are over a row.
 //
-//   s = x + gate h      n = (s - mean(s)) rstd      y = (n weight + bias) (1 + scale) + shift, means over a row
-//   dn = dy weight (1 + scale)    ds = rstd (dn - mean(dn) - n mean(dn n)) + what s itself is given    dh = gate ds
+//   s = x + gate h      n = (s - mean(s)) rstd      y = (n weight + bias) (1 + scale) + shift
+//   dn = dy weight (1 + scale)    ds = rstd (dn - mean(dn) - n mean(dn n)) + grad_s    dx = ds    dh = gate ds
 #pragma once
 #include "rows.h"
 
 namespace fd {
 
 struct LayerNormModulate {
-  const void* x;  // [batch, rows, width]; in the backward s, which the forward has written
+  const void* x;  // [batch, rows, width]; in the backward this is s, written by the forward
   const void* h;  // like x, or null
   Dtype dtype;
   int64_t batch, rows, width;
@@ -18,7 +18,7 @@ struct LayerNormModulate {
   Row weight, bias;        // [width]
   float *mean, *rstd;      // [batch, rows]
   void *y, *s;
-  const void *grad, *grad_s;  // grad_s: null where nothing else uses s
+  const void *grad, *grad_s;  // grad_s: the gradient of s from its other uses, or null
   void *dx, *dh;
   Row dgate, dscale, dshift, dweight, dbias;
   int threads;

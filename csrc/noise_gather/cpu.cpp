@@ -17,17 +17,17 @@
 namespace fd::FD_ISA {
 namespace {
 
-constexpr int64_t noise_piece = 8192;        // elements of a latent in a piece at most
-constexpr int64_t copy_piece = 128 << 10;    // bytes of a prompt in a piece at most
-constexpr int64_t fetch_distance = 1 << 10;  // bytes
+constexpr int64_t noise_piece = 8192;        // at most so many elements of a latent per piece
+constexpr int64_t copy_piece = 128 << 10;    // at most so many bytes of a prompt per piece
+constexpr int64_t fetch_distance = 1 << 10;  // bytes that are prefetched ahead
 constexpr int64_t copy_streams = 8;
 
-// Bytes copied a few lines at a time: in several streams, as a core fetches more from many pages at once than from one.
+// A copy that proceeds a few cache lines at a time, in several streams: a core reads faster from many pages at once.
 struct Copy {
   char* to;
   const char* from;
-  const char* next;            // what will be copied after this
-  int64_t size, stream, done;  // bytes: of all, of a stream, of a stream so far
+  const char* next;            // source of the next copy
+  int64_t size, stream, done;  // bytes of all, of a stream, of a stream copied so far
 };
 
 FD_HD void fetch_start(const Copy& copy) {
@@ -92,7 +92,7 @@ const char* prompt_of(const NoiseGather& a, const Bank& bank, int64_t b) {
   return static_cast<const char*>(bank.rows) + place(a, a.prompt_index[b], a.prompt_ring, b) * bank.bytes;
 }
 
-// One of ``pieces`` equal parts of a bank's row.
+// Copies one of ``pieces`` equal parts of a bank's row.
 void copy_part(const NoiseGather& a, const Bank& bank, int64_t b, int64_t piece, int64_t pieces) {
   const int64_t part = ceil_div(bank.bytes, pieces), first = piece * part, n = smaller(bank.bytes - first, part);
   if (n > 0) memcpy(static_cast<char*>(bank.out) + b * bank.bytes + first, prompt_of(a, bank, b) + first, n);
@@ -100,7 +100,7 @@ void copy_part(const NoiseGather& a, const Bank& bank, int64_t b, int64_t piece,
 
 }  // namespace
 
-// Returns -1, or the first batch row whose prompt is not in the bank, before anything but the indices is written.
+// Returns -1. If a prompt is not in the bank, it returns the first such batch row and has written nothing but the indices.
 int64_t noise_gather(const NoiseGather& a) {
   int64_t outside = -1;
   for (int64_t b = 0; b < a.batch; ++b) {

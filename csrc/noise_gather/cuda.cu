@@ -21,23 +21,23 @@ namespace {
 using namespace FD_ISA;
 
 constexpr int copying_threads = threads_per_block / 2, noise_threads = threads_per_block - copying_threads;
-constexpr int loads = 8;                                       // of a thread under way at once
-constexpr int64_t noise_piece = 16 * noise_threads;            // elements of a latent in a piece at most
-constexpr int64_t most_copied = loads * 16 * copying_threads;  // bytes of the largest bank's row in a piece at most
-constexpr int64_t least_copied = 16 * copying_threads;         // of any bank's, but for the last piece that has some of it
+constexpr int loads = 8;                                       // loads in flight per thread
+constexpr int64_t noise_piece = 16 * noise_threads;            // at most so many elements of a latent per piece
+constexpr int64_t most_copied = loads * 16 * copying_threads;  // at most so many bytes of the largest row per piece
+constexpr int64_t least_copied = 16 * copying_threads;         // at least so many bytes of a row per piece, except the last
 
 struct Pieces {
-  int64_t count, elements, bytes[most_banks];  // pieces of a sample; of a latent and of each bank's row in each
+  int64_t count, elements, bytes[most_banks];  // pieces per sample; latent elements and bytes of each bank's row per piece
 };
 
-// What the drawing warp passes to the others: rows to read; the prompt's row is -1 if it is out of range.
+// What the drawing warp passes to the others: the rows to read (prompt is -1 if out of range) and the coefficients.
 struct Drawn {
   int64_t latent, prompt;
   float coefficients[4];
 };
 
 __device__ void draw_piece(const NoiseGather& a, int64_t b, bool first, Drawn& drawn) {
-  const int lane = threadIdx.x % 32;  // all do the same
+  const int lane = threadIdx.x % 32;  // all lanes draw the same
   const Words w = choice_words(a, b);
   const float coefficient = lane < 4 ? a.coefficients[4 * below(w.x, a.steps) + lane] : 0.0f;
   const Draw d = draw_row(a, b, w);
@@ -69,7 +69,7 @@ template <> __device__ void two_from_floats<f16>(f16* to, float first, float sec
 }
 #endif
 
-// Elements [i, i + 8) of a row, those of the first n.
+// Elements [i, i + 8) of a row; zeros from element n on.
 template <typename T> __device__ Eight<T> read(const T* row, int i, int n, bool vector) {
   constexpr int words = sizeof(Eight<T>) / sizeof(uint4);
   Eight<T> x = {};
@@ -98,7 +98,7 @@ template <typename T> __device__ void write_mixed(T* row, int i, int n, bool vec
     uint4 word[words];
     memcpy(word, &mixed, sizeof mixed);
     FD_UNROLL
-    for (int k = 0; k < words; ++k) __stwb(reinterpret_cast<uint4*>(row + i) + k, word[k]);  // a plain store is taken apart
+    for (int k = 0; k < words; ++k) __stwb(reinterpret_cast<uint4*>(row + i) + k, word[k]);  // nvcc would split a plain store
   } else {
     FD_UNROLL
     for (int k = 0; k < 8; ++k)
@@ -106,13 +106,13 @@ template <typename T> __device__ void write_mixed(T* row, int i, int n, bool vec
   }
 }
 
-// Copies n bytes, a multiple of Word's, between multiples of it.
+// Copies n bytes. n and both addresses are multiples of the size of Word.
 template <typename Word> __device__ void copy_words(const char* from, char* to, int n) {
   const Word* source = reinterpret_cast<const Word*>(from);
   Word* target = reinterpret_cast<Word*>(to);
   const int words = n / int(sizeof(Word));
   for (int i = threadIdx.x; i < words; i += loads * copying_threads) {
-    Word word[loads] = {};  // else each stays in a register all along
+    Word word[loads] = {};  // without the zeros, nvcc keeps them in registers all the time
     FD_UNROLL
     for (int k = 0; k < loads; ++k)
       if (i + k * copying_threads < words) word[k] = __ldcs(source + i + k * copying_threads);
@@ -146,7 +146,7 @@ template <typename T> __global__ void __launch_bounds__(threads_per_block, 4)
   if (b >= a.batch) return;
   const bool copies = threadIdx.x < copying_threads;
   const int64_t first = piece * pieces.elements;
-  const int n = int(smaller(pieces.elements, a.row - first));  // none of a small latent in its last pieces
+  const int n = int(smaller(pieces.elements, a.row - first));  // 0 or less in the last pieces of a small latent
   const int i = 8 * (int(threadIdx.x) - copying_threads), j = i + 8 * noise_threads;
   const uint64_t seed = uint64_t(a.counter[0]), step = uint64_t(a.counter[1]);
   const uint32_t sample = uint32_t(a.first_sample + b);

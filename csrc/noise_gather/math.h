@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The draws of one batch row and its mixing with noise: the random-number contract, scalar, for host and device.
+// The random draws of one batch row and the mixing with noise: the random-number contract, scalar, for host and device.
 //
-//   stream 0 block 0  word 0 timestep, 1 replace the prompt?, 2 random prompt, 3 null prompt?   block 1 word 0  latent (with
-//                     replacement); stream 1 noise; stream 2 the permutation of an epoch
+//   stream 0  block 0: word 0 timestep, 1 whether to replace the prompt, 2 random prompt, 3 whether to use the null prompt
+//             block 1: word 0 latent (with replacement)
+//   stream 1  noise            stream 2  permutation of an epoch
 //   x_t = signal x + noise z      target = target_signal x + target_noise z
 #pragma once
 #include "philox.h"
@@ -11,30 +12,30 @@ namespace fd {
 
 constexpr int most_banks = 8;
 
-// Rows that follow the prompt index, copied as bytes whatever they hold.
+// A tensor whose rows are picked by the prompt index and copied as bytes, whatever their dtype.
 struct Bank {
   const void* rows;  // [M, bytes]
   void* out;         // [batch, bytes]
-  int64_t bytes;     // of a row
+  int64_t bytes;     // bytes of a row
 };
 
-// A staged bank is a ring of R batches in place of its rows: sample b of step s is row (s mod R) batch + b.
+// A staged bank does not hold all rows but a ring of R batches: sample b of step s is row (s mod R) batch + b.
 struct NoiseGather {
   const void* latents;            // [N, row]
   const int64_t* latent_prompts;  // [N]
-  Bank banks[most_banks];         // the largest first
+  Bank banks[most_banks];         // banks[0] has the largest rows
   int bank_count;
   const float* coefficients;                  // [T, 4] signal, noise, target_signal, target_noise
   const int64_t* replace;                     // [T] thresholds floor(p 2^32)
   const int64_t* counter;                     // [2] seed, step
   int64_t latent_count, prompt_count, steps;  // N, M, T
-  int64_t latent_ring, prompt_ring;           // R where latents, prompts are staged; 0 where they are not
+  int64_t latent_ring, prompt_ring;           // R if the latents (prompts) are staged, else 0
   int64_t row;                                // elements of a latent
   int64_t batch, first_sample, global_batch, pool, null_index, null_threshold;
   bool with_replacement;
   Dtype dtype;
   void* x_t;          // [batch, row]
-  int64_t* timestep;  // [batch], as the three below
+  int64_t* timestep;  // [batch], like the three index tensors below
   void* target;       // [batch, row] or null
   int64_t* latent_index;
   int64_t* prompt_index;
@@ -44,12 +45,12 @@ struct NoiseGather {
 
 namespace FD_ISA {
 
-// a = quotient n + rest with 0 <= rest < n, n > 0, as Python divides.
+// a = quotient n + rest with 0 <= rest < n, n > 0, like divmod in Python.
 struct Quotient {
   int64_t quotient, rest;
 };
 FD_HD Quotient divide(int64_t a, int64_t n) {
-  if (uint64_t(a | n) >> 32 == 0) {  // the wide division is many times slower
+  if (uint64_t(a | n) >> 32 == 0) {  // 64-bit division is many times slower
     const uint32_t quotient = uint32_t(a) / uint32_t(n);
     return {quotient, uint32_t(a) - quotient * uint32_t(n)};
   }
@@ -57,7 +58,7 @@ FD_HD Quotient divide(int64_t a, int64_t n) {
   return rest < 0 ? Quotient{quotient - 1, rest + n} : Quotient{quotient, rest};
 }
 
-// Binary digits of half of the numbers below n, at least 1.
+// Half the bits of n - 1, rounded up, at least 1: the width of one side of the Feistel network.
 FD_HD int half_bits(int64_t n) {
 #ifdef __CUDA_ARCH__
   const int bits = 64 - __clzll(n - 1);
@@ -68,7 +69,8 @@ FD_HD int half_bits(int64_t n) {
   return bits < 2 ? 1 : (bits + 1) / 2;
 }
 
-// A permutation of [0, n), n <= 2^32, for every (seed, epoch): six Feistel rounds, repeated until the value is below n again.
+// Element ``at`` of the permutation of [0, n), n <= 2^32, for (seed, epoch): six Feistel rounds, repeated while the value is
+// not below n.
 FD_HD int64_t permute(int64_t at, int64_t n, uint64_t seed, uint64_t epoch) {
   const int half = half_bits(n);
   const uint32_t mask = (1u << half) - 1, last = uint32_t(n - 1);
@@ -101,7 +103,7 @@ FD_HD Draw draw_row(const NoiseGather& a, int64_t b, const Words& w) {
   const int64_t sample = a.first_sample + b;
   Draw d;
   d.timestep = below(w.x, a.steps);
-  const int64_t replace = a.replace[d.timestep];  // on its way while the latent is drawn
+  const int64_t replace = a.replace[d.timestep];  // loaded early: it arrives while the latent is drawn
   if (a.with_replacement) {
     d.latent = below(draw(seed, stream_choice, 1, uint32_t(sample), step).x, a.latent_count);
   } else {
@@ -121,7 +123,7 @@ FD_HD Draw draw_row(const NoiseGather& a, int64_t b, const Words& w) {
   return d;
 }
 
-// The row to read for sample b: the drawn one, or its place in the ring.
+// The row to read for sample b: the drawn one, or the sample's row in the ring.
 FD_HD int64_t place(const NoiseGather& a, int64_t drawn, int64_t ring, int64_t b) {
   if (ring == 0) return drawn;
   return divide(a.counter[1], ring).rest * a.batch + b;

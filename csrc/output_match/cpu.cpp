@@ -22,7 +22,7 @@ template <typename T> void widen(const T* from, int64_t n, float* to) {
 
 constexpr float zeros[noise_group] = {};
 
-// Elements [first, first + n) of row b as floats, zeros up to noise_group; all zeros where there are no rows.
+// Elements [first, first + n) of row b as floats, then zeros up to noise_group; all zeros if the matrix is not given.
 const float* floats(const Rows& rows, int64_t b, int64_t first, int64_t n, float* buffer) {
   const int64_t at = b * rows.row + first;
   if (!rows.data) return zeros;
@@ -95,7 +95,7 @@ template <bool huber> Sums run_chunk(const OutputMatch& a, const MatchRow& r, in
 
 }  // namespace
 
-// Returns -1, or the first sample whose timestep or latent is not in its table, before anything is written.
+// Returns -1. If a timestep or latent is not in its table, it returns the first such sample and has written nothing.
 int64_t output_match(const OutputMatch& a) {
   for (int64_t b = 0; b < a.batch; ++b)
     if (!known(a, b)) return b;

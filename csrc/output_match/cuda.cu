@@ -31,7 +31,7 @@ template <typename T> __device__ void widen(const T* from, int64_t n, float* to)
   }
 }
 
-// Elements [first, first + n) of row b, n <= 8, as floats; zeros beyond, and where there are no rows.
+// Elements [first, first + n) of row b, n <= 8, as floats, then zeros; all zeros if the matrix is not given.
 __device__ void floats(const Rows& rows, int64_t b, int64_t first, int64_t n, float* to) {
   const int64_t at = b * rows.row + first;
   if (!rows.data) n = 0;
@@ -63,7 +63,7 @@ struct Sums {
   float output, task;
 };
 
-// Elements [i, i + n), n <= 8, of sample b.
+// Writes the gradient of elements [i, i + n), n <= 8, of sample b, and returns their terms of the sums.
 __device__ Sums eight(const OutputMatch& a, const MatchRow& r, int64_t b, int64_t i, int64_t n) {
   float s[8], gradient[8] = {}, target[8];
   Sums sums = {0.0f, 0.0f};
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(finishing_threads) finish_output(const __grid_
 }  // namespace
 }  // namespace fd
 
-// Doubles of workspace that output_match_cuda needs.
+// The size of the workspace of output_match_cuda, in doubles.
 int64_t output_match_cuda_workspace(int64_t batch, int64_t n) {
   fd::OutputMatch a = {};
   a.n = n;

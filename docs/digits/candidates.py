@@ -33,7 +33,7 @@ from fastdistill.tasks.digits import data, worker  # noqa: E402
 from fastdistill.tasks.digits.config import DigitsConfig  # noqa: E402
 from fastdistill.tasks.digits.judge import Judge  # noqa: E402
 from fastdistill.tasks.digits.likeness import likeness  # noqa: E402
-from fastdistill.train.config import from_mapping  # noqa: E402
+from fastdistill.train.config import TrainConfig, from_mapping  # noqa: E402
 
 FIGURES = Path(__file__).with_suffix(".json")
 IMAGES = 8  # of each prompt
@@ -71,6 +71,8 @@ def run_file(name: str, seed: int, output: Path) -> tuple[DigitsConfig, RunConfi
     own = plain(dataclasses.asdict(config.run_file("random_conditioning", seed)))
     changed = _onto(own, CANDIDATES[name])
     changed["train"]["execution"] = "eager"  # on every machine
+    if changed["train"]["ema_schedule"] == "power":
+        changed["train"]["ema_decay"] = TrainConfig.ema_decay  # the demo's own is for the other schedule
     changed["directory"] = str(output / "students" / f"{name} {seed}" / "training")
     return config, from_mapping(RunConfig, changed)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines as fields of dataclasses: tyro parses them and prints the help; a mistake is one line."""
+"""Parses a command line into dataclasses with tyro, which also prints the help; an error is one line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 from typing import Any, get_args, get_type_hints
 
@@ -17,13 +18,13 @@ def parsed(kinds: list[Any], arguments: list[str], name: str, *, own: Any = None
     """The result of ``tyro.cli`` for the arguments.
 
     Args:
-        kinds: the dataclasses whose fields are options of this command; of two with the same option the first has it.
-        name: the command, as the usage line names it.
-        own: the one of them to parse, if there are several; what is another's is returned, too.
-        options: of ``tyro.cli``.
+        kinds: the dataclasses whose fields are options of this command; if two have the same option, the first gets it.
+        name: the command's name in the usage line.
+        own: the dataclass to parse, if there are several; the options of the others are returned too.
+        options: further arguments of ``tyro.cli``.
 
     Raises:
-        FastdistillError: an option that no dataclass has, or a value that its field does not take.
+        FastdistillError: an unknown option, or a value that is invalid for its field.
     """
     import tyro
 
@@ -43,7 +44,7 @@ def parsed(kinds: list[Any], arguments: list[str], name: str, *, own: Any = None
 
 
 def _options(kind: Any, prefix: str = "--") -> dict[str, Any]:
-    """The options of a dataclass and those nested in it, with their types; without ``--x.no-y`` of switches."""
+    """The options of a dataclass and of nested ones, with their types; without the ``--x.no-y`` of booleans."""
     found: dict[str, Any] = {}
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -56,7 +57,7 @@ def _options(kind: Any, prefix: str = "--") -> dict[str, Any]:
 
 
 def _checked(arguments: list[str], types: dict[str, Any], name: str) -> list[str]:
-    """The arguments, with the ``null``, ``true`` and ``false`` of YAML as Python has them where a field may be that."""
+    """The arguments; YAML's ``null``, ``true`` and ``false`` become None, True and False if the field allows these."""
     names = {*types, *(_negated(option) for option, kind in types.items() if kind is bool), "--help"}
     result = []
     option = ""
@@ -74,8 +75,7 @@ def _checked(arguments: list[str], types: dict[str, Any], name: str) -> list[str
             and types.get(option, bool) is bool
             and argument.lower() in ("true", "false", "yes", "no", "on", "off")
         ):
-            switch = option if option in types else option.replace(".no-", ".").replace("--no-", "--")
-            raise FastdistillError(f"{option}: expected {switch} or {_negated(switch)} without a value, got {argument}")
+            raise FastdistillError(_without_value(option, argument, types))
         else:
             result.append(_spelled(argument, types.get(option)) if option else argument)
     return result
@@ -86,6 +86,12 @@ def _negated(option: str) -> str:
     return f"{place}.no-{last}" if dot else f"--no-{last[2:]}"
 
 
+def _without_value(option: str, value: str, types: dict[str, Any]) -> str:
+    """The line for a switch with a value."""
+    switch = option if option in types else option.replace(".no-", ".").replace("--no-", "--")
+    return f"{option}: expected {switch} or {_negated(switch)} without a value, got {value}"
+
+
 def _spelled(value: str, kind: Any) -> str:
     if value in ("null", "none", "~") and type(None) in get_args(kind):
         return "None"
@@ -93,8 +99,8 @@ def _spelled(value: str, kind: Any) -> str:
 
 
 def _line(text: str, arguments: list[str], types: dict[str, Any], name: str) -> str:
-    """One line of an error of tyro's: a title, the message, the option's help and where to find help, with lines of
-    dashes between them; or, where the encoding has such characters, a box with the title in its upper edge."""
+    """Reduces an error of tyro to one line. tyro prints a title, the message, the option's help and a hint, separated
+    by lines of dashes, or in a box with the title in its upper edge, depending on the encoding."""
     text = re.sub(r"^╭─ (.+?) ─*╮$", r"\1\n─────────", text.strip(), flags=re.MULTILINE)
     text = re.sub(r"[│╭╮╰╯]", " ", text)
     parts = re.split(r"\n\W*(?:-{9,}|─{9,})\W*(?:\n|$)", text)
@@ -110,12 +116,16 @@ def _line(text: str, arguments: list[str], types: dict[str, Any], name: str) -> 
     if found := re.match(r"Missing value for argument '(--\S+)'\. Expected (\d+) value", message):
         return f"{found[1]}: expected {found[2]} value{'s' * (found[2] != '1')}, got {_given(found[1], arguments)}"
     if found := re.match(r"Unrecognized options: (.+)", message):
+        for before, value in itertools.pairwise(arguments):
+            option = before.replace("_", "-")
+            if option.startswith("--") and types.get(option, bool) is bool and found[1].split()[0] == value:
+                return _without_value(option, value, types)
         return f"{name.removeprefix('fastdistill ')}: expected options (--...), got {found[1]}"
     return f"{name.removeprefix('fastdistill ')}: {message}"
 
 
 def _choices(kind: Any) -> str:
-    """The values of a type of literals and switches, in their order."""
+    """The values of a type that consists of literals and booleans, in their order."""
     switches = ["True", "False"] * (bool in get_args(kind))
     literals = switches + [value for value in get_args(kind) if isinstance(value, str)]
     literals += [value for inner in get_args(kind) for value in get_args(inner) if isinstance(value, str)]
@@ -123,7 +133,7 @@ def _choices(kind: Any) -> str:
 
 
 def _given(option: str, arguments: list[str]) -> str:
-    """The values that follow an option."""
+    """The values after an option on the command line."""
     values: list[str] = []
     taking = False
     for argument in arguments:

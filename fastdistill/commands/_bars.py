@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-_PERIOD = 600.0  # seconds of the last steps, a thousand at most, by which speed and time left go
+_PERIOD = 600.0  # speed and remaining time are estimated from the last steps: these seconds, at most 1000 steps
 
 
 class Bars(Progress):
@@ -25,7 +25,7 @@ class Bars(Progress):
         console = Console(stderr=True)
         super().__init__(
             *columns,
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),  # so that the bar alone gives way
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),  # in a narrow terminal, only the bar shrinks
             console=console,
             refresh_per_second=2,
             speed_estimate_period=_PERIOD,
@@ -34,7 +34,7 @@ class Bars(Progress):
         self._lazy = not console.is_interactive
 
     def start(self) -> None:
-        """In a log: prints only the last state, once there is something to show."""
+        """In a log, print only the last state, and only if there is something to show."""
         if not self._lazy:
             super().start()
 
@@ -49,7 +49,7 @@ class Bars(Progress):
     def show(
         self, task: TaskID, done: int, description: str, images: int | None = None, *, total: int | None = None
     ) -> None:
-        """``done`` of ``total`` (None: as before) items, each of so many ``images``; None: each is one."""
+        """Show that ``done`` of ``total`` items (None: as before) are done; an item is ``images`` images (None: 1)."""
         if self._lazy and done:
             self._lazy = False
             self.start()
@@ -60,7 +60,7 @@ class Bars(Progress):
 
 
 def rate(speed: float, images: int) -> str:
-    """Of so many steps per second of ``images`` each."""
+    """The text for ``speed`` steps per second with ``images`` images each."""
     return f"{_figure(speed)} it/s {_figure(speed * images)} img/s"
 
 

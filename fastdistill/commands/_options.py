@@ -39,7 +39,7 @@ def configured(kind: type[Config], arguments: list[str], program: str) -> Config
 class Invocation(Generic[Own]):
     """The arguments of a command for a run.
 
-    config: of the run file, with the options of the command line on top. own: the command's own options. allow_code:
+    config: the run file, overridden by options of the command line. own: the command's own options. allow_code:
     ``--allow-code``. json: ``--json``.
     """
 
@@ -50,10 +50,11 @@ class Invocation(Generic[Own]):
 
 
 def run_file(kind: type[Own], arguments: list[str], program: str, *, ranks: bool = False) -> Invocation[Own] | None:
-    """A command's run file and options; None after a dry run, and in all but the first of ``torchrun``'s processes.
+    """A command's run file and options. None after a dry run; under ``torchrun`` also in all processes but the first,
+    unless ``ranks``.
 
     Args:
-        kind: a dataclass of the command's own options.
+        kind: the dataclass of the command's own options.
         ranks: whether all processes of ``torchrun`` share the work.
     """
     import_pydantic()
@@ -100,7 +101,7 @@ def import_pydantic() -> None:
 
 
 def quiet() -> None:
-    """Keep the bars and notices of diffusers and transformers out of a command's output."""
+    """Hide the progress bars and notices of diffusers and transformers in the output of a command."""
     for library in ("diffusers", "transformers"):
         with contextlib.suppress(ImportError):
             logging: Any = importlib.import_module(f"{library}.utils.logging")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The progress of a training in one line: updated in place in a terminal, in a log one line per line of metrics."""
+"""Shows the progress of a training: in a terminal one line that is updated, in a log one line per line of metrics."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from fastdistill.commands._bars import Bars, rate
 from fastdistill.train.waits import WAITED
 
-_SHARE = 0.01  # of the time, below which a wait is not worth a word
+_SHARE = 0.01  # waits below this fraction of the time are not shown
 
 
 class Course:
-    """``show`` is the progress of ``runs.distill``, of a run of ``steps`` with ``batch`` images each."""
+    """``show`` is the ``progress`` argument of ``runs.distill``, for ``steps`` steps with ``batch`` images each."""
 
     def __init__(self, bars: Bars, steps: int, batch: int) -> None:
         self._bars, self._steps, self._batch = bars, steps, batch
@@ -44,7 +44,7 @@ class Course:
 
 
 def said(metrics: dict[str, float], seconds: float) -> str:
-    """A line of metrics in some words; ``seconds``: since the line before."""
+    """A line of metrics as text; ``seconds``: time since the previous line."""
     text = f"loss {metrics['loss']:.3g}"
     if "mfu" in metrics:
         text += f", MFU {100 * metrics['mfu']:.2g}%"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """train classifiers with a diffusion teacher's canonical images (context task)
 
-``--json`` prints the results; ``kinds`` and ``seeds`` say which are trained.
+``--json`` prints the results; ``--kinds`` and ``--seeds`` select what is trained.
 """
 
 from __future__ import annotations

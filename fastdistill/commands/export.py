@@ -15,20 +15,20 @@ from fastdistill.errors import FastdistillError
 @documented
 @dataclass(frozen=True)
 class ExportOptions:
-    """Write the student of a checkpoint as a pipeline folder, with a model card; of adapters, these alone."""
+    """Write the student of a checkpoint as a pipeline folder with a model card; with LoRA, only the adapters."""
 
     to: str | None = None
-    """New folder."""
+    """The folder to create."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the weights; none: float32."""
     step: int | None = None
     """Step of the checkpoint; none: the newest."""
     averaged: bool = True
-    """The averages of the weights, not those of the last step."""
+    """Write the averaged weights instead of those of the last step."""
     link: bool = False
     """Link the other components to the teacher's folder instead of copying them."""
     overwrite: bool = False
-    """Replace a pipeline folder that is there already."""
+    """Replace an existing pipeline folder."""
 
 
 def run(arguments: list[str]) -> None:

@@ -68,7 +68,7 @@ def _text(config: SolveConfig, report: dict[str, Any], words: str) -> str:
 
 
 def _given(config: SolveConfig, allow_code: bool, shown: bool) -> tuple[Spectrum, Schedule]:
-    """The variances and the noise that are asked for."""
+    """The variances and the noise schedule from the options."""
     from fastdistill.diffusion.schedule import NoiseSchedule
     from fastdistill.diffusion.spectrum import Spectrum
 

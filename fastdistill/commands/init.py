@@ -14,16 +14,16 @@ from fastdistill.errors import FastdistillError
 @documented
 @dataclass(frozen=True)
 class InitOptions:
-    """Print a run file for the teacher in FOLDER, a pipeline folder of diffusers, to be changed as you like."""
+    """Print a run file for the teacher in FOLDER, a folder of a diffusers pipeline; edit it as you like."""
 
     recipe: str | None = None
-    """Settings of a paper; --recipes lists them."""
+    """Use the settings of a paper; --recipes lists them."""
     recipes: bool = False
     """List the recipes."""
     call: str | None = None
-    """module:function that calls a model of no family; needs --allow-code."""
+    """module:function that calls a model whose family is unknown; needs --allow-code."""
     allow_code: bool = False
-    """Import the module of --call."""
+    """Allow the import of the module of --call."""
 
 
 def run(arguments: list[str]) -> None:

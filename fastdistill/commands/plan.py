@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 @documented
 @dataclass(frozen=True)
 class PlanConfig:
-    """Print what a run needs, without a GPU and without weights."""
+    """Print the memory, time and disk space that a run needs. This needs neither a GPU nor weights."""
 
     card: str | None = None
-    """Card to plan for (h100, a100-80gb, rtx4090, ...); none: the run's device, as it is on this machine."""
+    """GPU to plan for (h100, a100-80gb, rtx4090, ...); none: the run's device on this machine."""
     ranks: int = 1
-    """Processes that share the batch, each on such a card."""
+    """Number of processes that share the batch, each on its own card."""
 
 
 def run(arguments: list[str]) -> None:
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> None:
 
 
 def show(found: Plan, console: Console) -> None:
-    """The plan as a table; every line says where its figures come from."""
+    """The plan as a table; each line states the source of its figures."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -68,12 +68,12 @@ def show(found: Plan, console: Console) -> None:
     largest = "none fits" if found.largest_micro_batch is None else str(found.largest_micro_batch)
     trained, images = found.parameters["trained"], found.images_per_second
     phases = ", ".join(f"{name} {_amount(operations / 1e9)}" for name, operations in found.flops.items())
-    speed = f"{images:,.1f} images/s, {found.step_seconds:.3g} s a step"
+    speed = f"{images:,.1f} images/s, {found.step_seconds:.3g} s per step"
     lines = {
         "largest micro-batch": f"{largest} (divisors of {found.batch})",
         "parameters": f"teacher {found.parameters['teacher']:,}, student {found.parameters['student']:,}"
         + ("" if trained == found.parameters["student"] else f", {trained:,} trained"),
-        "GFLOP an image": f"{_amount(sum(found.flops.values()) / 1e9)} ({phases}; counted)",
+        "GFLOP per image": f"{_amount(sum(found.flops.values()) / 1e9)} ({phases}; counted)",
         "speed": f"{speed}, {_amount(found.hours)} hours ({card.source})",
         "disk": ", ".join(f"{name} {_amount(size / GIB)} GiB" for name, size in found.disk.items()),
     }
@@ -84,5 +84,5 @@ def show(found: Plan, console: Console) -> None:
 
 
 def _amount(value: float) -> str:
-    """Two decimals; what is less is told from nothing."""
+    """Two decimals; a smaller amount is shown differently from zero."""
     return f"{value:,.0f}" if value >= 100 or not value else f"{value:,.2f}" if value >= 0.01 else "<0.01"

@@ -20,11 +20,11 @@ class SampleOptions:
     prompts: str | None = None
     """File of prompts: text with one per line, CSV, TSV, JSON lines or Parquet."""
     prompt: tuple[str, ...] = ()
-    """Prompts themselves."""
+    """Prompts, given directly."""
     to: str | None = None
     """New folder for the images; none: samples/ of the run."""
     of_teacher: bool = False
-    """Of the teacher instead of the student."""
+    """Sample the teacher instead of the student."""
     step: int | None = None
     """Step of the student's checkpoint; none: the newest."""
     seeds: tuple[int, ...] = (0,)

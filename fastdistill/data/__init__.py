@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data a run reads: latents made by the teacher, embeddings of prompts, and their format on disk."""
+"""The data of a run: latents made by the teacher, embeddings of prompts, and their format on disk."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents of several shapes (aspect buckets), each in a cache of its own: every step draws from one of them."""
+"""Latents of several shapes (aspect buckets), each in its own cache: every step draws from one of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _STRIDE = 0x9E3779B97F4A7C15  # between the seeds of two buckets
 
 
 def turn(sizes: Sequence[int], step: int) -> tuple[int, int]:
-    """The bucket of a step, and how many steps before it were that bucket's.
+    """The bucket of a step, and the number of earlier steps with this bucket.
 
-    Of each sum(sizes) steps a bucket has as many as its size, evenly spread: the first bucket takes the steps at which
-    step * its share passes a whole number, the second one those of the rest at which the same is true of its share of
-    the rest, and so on.
+    Of each sum(sizes) steps, a bucket gets as many as its size, evenly spread: the first bucket takes the steps at
+    which step * its share passes a whole number; the second bucket takes, by the same rule, its share of the remaining
+    steps; and so on.
     """
     for bucket, size in enumerate(sizes[:-1]):
         rest = sum(sizes[bucket:])
@@ -33,10 +33,11 @@ def turn(sizes: Sequence[int], step: int) -> tuple[int, int]:
 
 
 class Buckets:
-    """``Batches`` of several caches in turn, with their methods; call ``prepare`` once before each draw.
+    """``Batches`` of several caches, with the same methods; each step draws from one. Call ``prepare`` before each
+    draw.
 
-    Which cache a step draws from follows from its number alone (``turn`` by the caches' rows). The cache counts its own
-    steps and has a seed of its own, so that its latents come once per epoch, and no two caches have the same draws.
+    The cache of a step follows from the step's number alone (``turn`` by the caches' rows). Each cache counts its own
+    steps and has its own seed, so its latents are drawn once per epoch, and no two caches have the same draws.
     """
 
     def __init__(self, parts: Sequence[Batches], sizes: Sequence[int], device: torch.device) -> None:
@@ -45,23 +46,23 @@ class Buckets:
         self._counter = torch.zeros(2, dtype=torch.int64, device=device)  # seed and step of the cache
 
     def prepare(self, seed: int, step: int) -> None:
-        """Choose the cache of this step; otherwise as ``Batches.prepare``."""
+        """Choose the cache of this step; otherwise as in ``Batches.prepare``."""
         self._now, own = turn(self._sizes, step)
         seed = (seed + self._now * _STRIDE) % 2**63
         self._parts[self._now].prepare(seed, own)
-        self._counter[0].fill_(seed)  # fills do not wait for the device
+        self._counter[0].fill_(seed)  # filling does not wait for the device
         self._counter[1].fill_(own)
 
     def __call__(self, counter: Tensor) -> Draw[Any]:
-        """The batch of the step that was prepared; ``counter``, that of the run, is not read."""
+        """The batch of the step that was prepared; ``counter`` (the run's) is not used."""
         return self._part()(self._counter)
 
     def task(self, draw: Draw[Any], counter: Tensor) -> Task:
-        """As ``Batches.task``."""
+        """As in ``Batches.task``."""
         return self._part().task(draw, self._counter)
 
     def refresh(self) -> None:
-        """As ``Batches.refresh``."""
+        """As in ``Batches.refresh``."""
         for part in self._parts:
             part.refresh()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that are encoded part by part: to be stored, or when they are read, of a pool too large to store."""
+"""Prompts that are encoded in parts: to be stored, or, if a pool is too large to store, whenever they are read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fastdistill.data.indexing import split
 from fastdistill.errors import InputError
 from fastdistill.ops.noise_gather.banks import mapped
 
-EMBEDDINGS = "encoder_hidden_states"  # the bank that a single tensor of embeddings stands for
+EMBEDDINGS = "encoder_hidden_states"  # the bank's name if there is only one tensor of embeddings
 Encode = Callable[[list[str]], Tensor | Mapping[str, Tensor]]
 
 
 class Encodings:
-    """What a text encoder makes of M texts and, last, of the null prompt; of the latter alone the rows are kept.
+    """The text encoder's output for M texts and, last, the null prompt; only the null prompt's rows are kept in memory.
 
-    encode: maps b <= ``batch`` texts to rows [b, ...] by bank, like those of ``null`` [1, ...] except for the values.
-    It is called by one thread at a time, as tokenizers have a state.
+    encode: maps b <= ``batch`` texts to rows [b, ...] by bank, with the shapes and dtypes of ``null`` [1, ...]. It is
+    called by one thread at a time, because tokenizers have state.
     """
 
     def __init__(
@@ -51,19 +51,19 @@ class Encodings:
 
     @torch.no_grad()
     def rows(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Rows ``numbers`` of every bank. A text that is asked for several times is encoded once."""
+        """Rows ``numbers`` of every bank. A text that occurs several times in the request is encoded once."""
         wanted, place = torch.unique(torch.tensor(numbers, dtype=torch.int64, device="cpu"), return_inverse=True)
         texts = [self._texts[number] for number in wanted.tolist() if number < len(self._texts)]
         with self._lock:
             parts = [self._encode(texts[i : i + self._batch]) for i in range(0, len(texts), self._batch)]
-        parts.append(self.null)  # whose number is the largest
+        parts.append(self.null)  # it has the largest number
         found = {name: torch.cat([part[name] for part in parts]) for name in self.null}
         return {name: rows[place.to(rows.device)] for name, rows in found.items()}
 
 
 class EncodedRows:
-    """One bank [M + 1, *S] of ``Encodings``. Indexing, by whatever torch or NumPy takes, encodes the rows it needs;
-    ``rows_of`` reads several banks of one encoder at once."""
+    """One bank [M + 1, *S] of ``Encodings``. Indexing (as in torch or NumPy) encodes the rows it needs; ``rows_of``
+    reads several banks of one encoder at once."""
 
     __contains__ = None  # "in" would encode everything
 
@@ -88,7 +88,7 @@ class EncodedRows:
 def rows_of(banks: Any, index: Tensor | slice, device: torch.device | str | None = None) -> Any:
     """Rows ``index`` of banks (one, or several as ``noise_gather`` takes them), as tensors in the banks' structure.
 
-    What is encoded on demand is encoded once for all banks. ``device``: where to; None: where each bank is.
+    Rows that are encoded on demand are encoded once for all banks. ``device``: of the result; None: each bank's own.
     """
     encoded: dict[Encodings, dict[str, Tensor]] = {}
 
@@ -107,8 +107,8 @@ def rows_of(banks: Any, index: Tensor | slice, device: torch.device | str | None
 def encodings(
     encoded: Any, texts: list[str], before: Mapping[str, Tensor], source: str, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """What a text encoder returned, checked, by name; ``before``: rows of the batches before it. ``dtype``: what
-    floating-point rows are cast to."""
+    """The output of a text encoder by name, after checks. ``before``: rows of earlier batches. ``dtype``:
+    floating-point rows are cast to it."""
     named = dict(encoded) if isinstance(encoded, Mapping) else {EMBEDDINGS: encoded}
     if before and list(named) != list(before):
         raise InputError.of(source, f"banks {', '.join(before)}, as before", ", ".join(map(str, named)))
@@ -122,7 +122,7 @@ def encodings(
 def _encoding(
     encoded: Any, texts: list[str], before: Tensor | None, name: str, argument: str, dtype: torch.dtype | None
 ) -> Tensor:
-    """One bank of what a text encoder returned, checked."""
+    """One bank of a text encoder's output, after checks."""
     sizes = "length, width" if name == EMBEDDINGS else "..."
     tensor = values.as_tensor(encoded, argument, f"a tensor [{len(texts)} texts, {sizes}]")
     wanted = (len(texts), *(tensor.shape[1:] if before is None else before.shape[1:]))
@@ -143,7 +143,7 @@ def _encoding(
 
 @dataclass(frozen=True, eq=False)
 class Begun:
-    """A bank that is encoded part by part: its arguments, checked, and its null prompt, as encoded and as stored."""
+    """A bank that is encoded in parts: its arguments, checked, and its null prompt, as encoded and as stored."""
 
     pool: list[str]
     fingerprint: dict[str, Any]
@@ -183,7 +183,7 @@ class Begun:
 
 
 def checked_pool(texts: Iterable[str], null_text: str, encode: Any, encode_null: Any, batch: int) -> list[str]:
-    """The texts of a bank that is to be built; InputError for arguments that ``build`` refuses."""
+    """The texts of a bank to build; InputError for arguments that ``build`` refuses."""
     pool = prompt_texts.listed(texts)
     prompt_texts.checked(null_text, "null_text")
     if not pool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hashes of files by their content, read again only where a file has changed."""
+"""Hashes of files by content; a file is read again only if it has changed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastdistill import files, schemas
 from fastdistill.data.fingerprint import sha256_of_json
 from fastdistill.errors import StorageError
 
-_NOTES = ("transformers_version",)  # what a configuration says of the package that wrote it, as ``_...`` does
+_NOTES = ("transformers_version",)  # fields about the package that wrote a file, as are those with "_"
 
 
 class FileHashes:
-    """SHA-256 of files, the same on every machine and wherever they lie.
+    """SHA-256 of files, the same on every machine and in every folder.
 
-    ``memo``: a file in which they are kept with the size, inode and last change of each file, so that large ones are
-    read once; None: nowhere.
+    ``memo``: a file that stores the hashes with the size, inode and last change of each file, so that large files are
+    read only once; None: no such file.
     """
 
     def __init__(self, memo: Path | None = None) -> None:
@@ -29,13 +29,13 @@ class FileHashes:
         if memo is not None:
             with contextlib.suppress(OSError, ValueError):
                 found = files.json_value(memo.read_text(encoding="utf-8"))
-                if found.get("schema", 1) == schemas.HASHES.version:  # else they are read again
-                    known = found.get("hashes", found)  # before 0.1.0 there were these alone
+                if found.get("schema", 1) == schemas.HASHES.version:  # other versions: all files are read again
+                    known = found.get("hashes", found)  # before 0.1.0 the file had only the hashes
                     self._known = {str(key): str(value) for key, value in known.items()}
 
     def of(self, paths: Iterable[Path]) -> str:
-        """The hash of several files and their names; JSON files count by their values, except for notes on who wrote
-        them.
+        """The hash of several files and their names; of JSON files the values count, except for fields about the
+        package that wrote them.
 
         Raises:
             StorageError: a file cannot be read.
@@ -44,7 +44,7 @@ class FileHashes:
         return sha256_of_json(dict(zip((path.name for path in given), self.each(given), strict=True)))
 
     def each(self, paths: Iterable[Path]) -> list[str]:
-        """The hash of each file; those that were read are remembered, also where a later one cannot be.
+        """The hash of each file. All hashes are stored in the memo, even if a later file cannot be read.
 
         Raises:
             StorageError: a file cannot be read.
@@ -69,7 +69,7 @@ class FileHashes:
     def _remember(self) -> None:
         if self._memo is not None and self._memo.parent.is_dir():
             content = {"schema": schemas.HASHES.version, "hashes": self._known}
-            with contextlib.suppress(StorageError):  # where nothing can be written, files are read again
+            with contextlib.suppress(StorageError):  # if the memo cannot be written, files are read again
                 files.atomic_write(self._memo, json.dumps(content, indent=0).encode())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of images with captions, and the images in them cut to one size."""
+"""Folders of images with captions, and loading of images cropped to one size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FILES, _TEXTS = ("file_name", "file", "image"), ("text", "caption", "prompt")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images of a folder and of those below it, in the order of their paths; StorageError if there are none."""
+    """The images of a folder and its subfolders, sorted by path; StorageError if there are none."""
     if not folder.is_dir():
         raise StorageError(f"{folder}: expected a folder of images, got none")
     images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
@@ -32,11 +32,12 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def captioned_images(folder: Path) -> list[tuple[Path, str]]:
-    """The images of a folder and of those below it, each with its caption: rows of a table in the folder, such as
-    ``metadata.jsonl`` or ``captions.csv`` with ``file_name`` and ``text``, or else a text file of its name beside it.
+    """The images of a folder and its subfolders, each with its caption: from a table in the folder, such as
+    ``metadata.jsonl`` or ``captions.csv`` with ``file_name`` and ``text``, or else from a text file with the image's
+    name.
 
     Raises:
-        StorageError: no folder, no images, an image without a caption or a caption without an image; with the file.
+        StorageError: no folder, no images, an image without caption or a caption without image; the file is named.
     """
     images = image_files(folder)
     tables = [folder / name for name in _TABLES if (folder / name).exists()]
@@ -57,24 +58,24 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
 
 
 def check_images(images: Iterable[Path], size: tuple[int, int]) -> None:
-    """StorageError, with its name, unless each can be opened and is not smaller than ``size`` (height, width)."""
+    """StorageError with the file name if an image cannot be opened or is smaller than ``size`` (height, width)."""
     for path in images:
         with _opened(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise StorageError(f"{path}: expected 8 bits a channel, got {image.mode!r}")
             exif = Image.Exif()
-            exif.load(image.info.get("exif") or b"")  # image.getexif() would read the pixels of some
+            exif.load(image.info.get("exif") or b"")  # image.getexif() would read the pixels of some formats
             width, height = image.size
             _check_size(path, (width, height) if exif.get(_ORIENTATION, 1) >= 5 else (height, width), size)
 
 
 def load_image(path: Path, size: tuple[int, int], *, enlarge: bool = False) -> Tensor:
-    """An image as [3, height, width] float32 in [0, 1]: shrunk until one side fits, the middle of the other cut out.
+    """An image as [3, height, width] float32 in [0, 1]: resized until one side fits, then center-cropped.
 
-    It is turned as its camera says; where it is transparent it is white. ``enlarge``: smaller ones too.
+    EXIF orientation is applied; transparent areas become white. ``enlarge``: smaller images are enlarged.
 
     Raises:
-        StorageError: it cannot be read, or is smaller.
+        StorageError: the image cannot be read, or is too small.
     """
     height, width = size
     with _opened(path) as image:
@@ -107,7 +108,7 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _beside(image: Path) -> str:
-    """The caption in the text file of the image's name."""
+    """The caption in the text file with the image's name."""
     file = image.with_suffix(".txt")
     try:
         return file.read_text(encoding="utf-8-sig").strip("\r\n")
@@ -121,7 +122,7 @@ def _beside(image: Path) -> str:
 
 
 def _columns(table: Path, names: list[str]) -> list[str]:
-    """The columns of the file names and of the captions."""
+    """The columns with the file names and the captions."""
     found = [next((name for name in known if name in names), None) for known in (_FILES, _TEXTS)]
     picked = [name for name in found if name is not None]
     if len(picked) < 2:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An index of an array of rows, split into the rows to read and an index of what was read."""
+"""Splits an index of an array of rows into the rows to read and an index into these rows."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _RULE = "integers, slices, Ellipsis, None, or lists, arrays and tensors of integ
 
 
 class RowIndexError(InputError, IndexError):
-    """A row that does not exist. Also an IndexError, as Python expects of a sequence."""
+    """A row that does not exist. Also an IndexError, which Python expects from sequences."""
 
 
 def split(index: Any, shape: Sequence[int]) -> tuple[range | list[int], tuple[Any, ...]]:
-    """The rows that ``array[index]`` needs, and the index that gives the result from these rows alone.
+    """The rows that ``array[index]`` needs, and an index into these rows that gives the result.
 
-    ``array[index]`` equals ``read(rows)[rest]``, where ``rows`` counts from 0 and an empty ``rest`` changes nothing.
-    The meaning of an index is torch's, or NumPy's where torch has none (slices of rows with a negative step, unsigned
-    arrays).
+    ``array[index]`` equals ``read(rows)[rest]``; numbers in ``rows`` are from 0 to N - 1, and an empty ``rest`` means
+    no further indexing. An index means the same as in torch, or as in NumPy if torch does not support it (slices of
+    rows with a negative step, unsigned arrays).
 
     Args:
-        index: what stands between the brackets. shape: of the array, the rows first.
+        index: the value between the brackets. shape: of the array, the rows first.
 
     Raises:
-        InputError: an index of another kind; a uint8 tensor, which torch reads as a mask and NumPy as numbers.
+        InputError: an unsupported index; a uint8 tensor, which torch reads as a mask and NumPy as numbers.
         RowIndexError: a row that does not exist.
     """
     items = [_plain(item) for item in (index if isinstance(index, tuple) else (index,))]

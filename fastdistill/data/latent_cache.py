@@ -25,16 +25,16 @@ from fastdistill.errors import InputError, StorageError
 class LatentCache:
     """Latents and the prompt of each.
 
-    latents: [N, *S], in the scale of the model. prompt_index: [N] int64, the row of the prompt bank that each latent
-    belongs to. fingerprint: what made the latents (JSON values).
+    latents: [N, *S], scaled as for the model. prompt_index: [N] int64, the row of the prompt bank for each latent.
+    fingerprint: the origin of the latents (JSON values).
 
     Raises:
-        InputError: the two have different lengths or wrong dtypes; a value is not finite (checked in memory; for a
-            cache on the disk call ``check_finite``).
+        InputError: different lengths or wrong dtypes; a value that is not finite (checked in memory; for a cache on
+            disk call ``check_finite``).
     """
 
     kind: ClassVar[str] = "latent_cache"
-    columns: ClassVar[tuple[str, ...]] = ()  # tensors beside these two
+    columns: ClassVar[tuple[str, ...]] = ()  # additional tensors
 
     latents: Any  # Tensor, or StoredRows of an opened cache
     prompt_index: Tensor
@@ -55,9 +55,9 @@ class LatentCache:
 
     @cached_property
     def identity(self) -> str:
-        """A hash that identifies the cache in the fingerprints of what is made with it, the same on every machine.
+        """A hash that identifies the cache in fingerprints of results made from it, the same on every machine.
 
-        It is a hash of the cache's fingerprint, or, without one, of its values; a cache on the disk is then read once.
+        It is a hash of the cache's fingerprint, or if there is none, of its values; a cache on disk is then read once.
         """
         if self.fingerprint:
             return sha256_of_json(self.fingerprint)
@@ -73,12 +73,12 @@ class LatentCache:
         dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> Self:
-        """The cache of a directory, its latents as ``dtype`` (None: as stored).
+        """Load the cache of a directory, its latents as ``dtype`` (None: as stored).
 
-        ``expect`` holds fields of the fingerprint that must have these values, such as ``{"teacher": sha256}``: a cache
-        made by another teacher is refused with both values (StorageError), before its latents are read. So are
-        directories that are not there or unfinished and shards that are missing or damaged (named);
-        ``verify=False`` skips the checksums. InputError if a latent does not fit ``dtype``.
+        ``expect`` has the required values of some fields of the fingerprint, such as ``{"teacher": sha256}``: a cache
+        of another teacher is refused with both values (StorageError), before its latents are read. StorageError also
+        for directories that are missing or unfinished, and for shards (named) that are missing or damaged;
+        ``verify=False`` skips the checksums. InputError if a latent is out of the range of ``dtype``.
         """
         check = _as_expected(path, expect)
         manifest, rows = load_rows(path, kind=cls.kind, device=device, dtype=dtype, verify=verify, check=check)
@@ -87,24 +87,24 @@ class LatentCache:
 
     @classmethod
     def open(cls, path: str | Path, *, expect: Mapping[str, Any] | None = None, verify: bool = True) -> Self:
-        """The same with its latents left on the disk (``StoredRows``), for a cache larger than the memory.
+        """Like ``load``, but the latents stay on disk (``StoredRows``), for a cache larger than the memory.
 
-        ``verify`` reads all of it once.
+        ``verify`` reads the whole cache once.
         """
         manifest, rows = open_rows(path, kind=cls.kind, verify=verify, check=_as_expected(path, expect))
         others = {name: rows[name][:] for name in cls.columns}
         return cls(rows["latents"], rows["prompt_index"][:], manifest.fingerprint, **others)
 
     def remapped(self, made_with: PromptBank, prompts: PromptBank) -> Self:
-        """The same latents for another bank that has their prompts: a larger pool, or one in another order.
+        """The same latents for another bank that contains their prompts: a larger pool, or one in another order.
 
         Args:
-            made_with: the bank that the rows of this cache point into. prompts: the bank they shall point into, row by
-                row to the same text.
+            made_with: the bank that the rows of this cache refer to. prompts: the bank that they will refer to, by
+                equal texts.
 
         Raises:
-            InputError: this cache points into another bank than ``made_with``; ``prompts`` lacks one of its texts, or
-                comes from another text encoder (where both banks tell theirs).
+            InputError: this cache refers to another bank than ``made_with``; ``prompts`` lacks one of its texts, or is
+                from another text encoder (if both banks have its fingerprint).
         """
         told, own = self.fingerprint.get("prompts"), made_with.identity
         if hashes(told, own) and told != own:
@@ -119,13 +119,13 @@ class LatentCache:
         return replace(self, prompt_index=rows[place], fingerprint=fingerprint)
 
     def check_prompts(self, prompts: int) -> None:
-        """InputError unless every row points at one of ``prompts`` prompts (``len`` of the prompt bank)."""
+        """InputError unless every row refers to one of ``prompts`` prompts (``len`` of the prompt bank)."""
         for row in map(int, self.prompt_index.aminmax()):
             if not 0 <= row < prompts:
                 raise InputError.of("prompt_index", f"rows of a bank of {prompts} prompts", f"row {row}")
 
     def check_finite(self) -> None:
-        """InputError, naming the row, if a value is not finite; a cache on the disk is read in blocks."""
+        """InputError, naming the row, if a value is not finite; a cache on disk is read in blocks."""
         values.check_finite(self.latents, "latents")
 
 
@@ -141,23 +141,23 @@ def generate_latent_cache(
     batch: int = 64,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Writes a cache of N = len(prompt_index) latents to the directory ``path``, or goes on with one left unfinished.
+    """Writes a cache of N = len(prompt_index) latents to the directory ``path``, or continues an unfinished one.
 
     ``generate(rows, prompt_index[rows])``, both int64 [b] on the CPU and b <= batch, returns latents [b, *row_shape]
-    on any device, stored as ``dtype``. Latent n must depend on n and its prompt alone (``initial_noise`` of
-    ``diffusion.sampler`` is made for it): batches start anew at each shard, so an interrupted run, resumed with the
-    same ``batch``, ends with the same bits; another ``batch`` may change their rounding only.
-    ``fingerprint`` must hold everything else that decides the values, such as ``{"teacher": weights_hash(teacher),
+    on any device, stored as ``dtype``. Latent n must depend only on n and its prompt (use ``initial_noise`` of
+    ``diffusion.sampler``): batches begin at each shard, so an interrupted run that is resumed with the same ``batch``
+    gives the same bits; with another ``batch`` only the rounding may differ.
+    ``fingerprint`` must contain all other inputs that affect the values, such as ``{"teacher": weights_hash(teacher),
     "prompts": bank.identity, "sampling": ..., "seed": 0}`` (``fastdistill.models.weights.weights_hash``): a
     trainer compares the first two with its own teacher and bank. A hash of ``prompt_index`` is added to it.
     ``progress(rows done, N)`` is called at the start and after each batch.
 
-    Processes that make the same call at once, such as the ranks of ``torchrun`` or any others that reach ``path``,
-    share its shards, and all return when the cache is whole: the same bytes as those of one process.
+    Processes that make the same call at the same time (the ranks of ``torchrun``, or any that can access ``path``)
+    share the shards, and all return when the cache is complete. The bytes are those of a single process.
 
-    Errors: those of RowWriter, before anything is written; InputError when ``generate`` returns another shape or a
-    value that is not finite as ``dtype``; StorageError for a full disk. What was finished by then stays and is
-    continued by the next call.
+    Errors: those of RowWriter, before anything is written; InputError if ``generate`` returns another shape or a value
+    that is not finite as ``dtype``; StorageError for a full disk. Finished shards stay, and the next call continues
+    after them.
     """
     _check_prompt_index(prompt_index)
     rows = len(prompt_index)
@@ -212,7 +212,7 @@ def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_prompt_index(prompt_index: Tensor, rows: int | None = None) -> None:
-    """``rows``: as many as there are latents; None: any number."""
+    """``rows``: the number of latents; None: any number."""
     if not isinstance(prompt_index, Tensor) or prompt_index.is_meta:
         got = "one on the meta device" if isinstance(prompt_index, Tensor) else type(prompt_index).__name__
         raise InputError.of("prompt_index", "a tensor with values", got)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``manifest.json``: what a directory of rows holds, and what made it."""
+"""``manifest.json``: the contents of a directory of rows, and their origin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastdistill.data.values import spelled
 from fastdistill.errors import StorageError, described
 
 MANIFEST_NAME = "manifest.json"
-_MOST = 2**48  # rows, elements of a row and bytes: more than there are, less than counts overflow at
+_MOST = 2**48  # limit of rows, elements of a row and bytes, so that products do not overflow
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class TensorSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes a row."""
+        """Bytes per row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Size and SHA-256 of a file as it was written."""
+    """Size and SHA-256 of a file when it was written."""
 
     size: int
     sha256: str
@@ -50,7 +50,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Each shard has ``rows_per_shard`` rows, the last one what is left; ``shards`` maps index to what is written."""
+    """Each shard has ``rows_per_shard`` rows, the last one the rest; ``shards`` maps an index to what is written."""
 
     kind: str
     fingerprint: dict[str, Any]
@@ -62,7 +62,7 @@ class Manifest:
 
     @property
     def shard_count(self) -> int:
-        """Shards of the finished directory."""
+        """Number of shards of the finished directory."""
         return -(-self.rows // self.rows_per_shard)
 
     @property
@@ -71,11 +71,11 @@ class Manifest:
         return len(self.shards) == self.shard_count
 
     def shard_rows(self, index: int) -> int:
-        """Rows of shard ``index``."""
+        """Number of rows in shard ``index``."""
         return min(self.rows_per_shard, self.rows - index * self.rows_per_shard)
 
     def layout(self) -> dict[str, Any]:
-        """What must agree, beside the fingerprint, before a writer may continue a directory."""
+        """The fields that must agree, besides the fingerprint, before a writer may continue a directory."""
         return {
             "kind": self.kind,
             "rows": self.rows,
@@ -111,7 +111,7 @@ def shard_name(index: int) -> str:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of the directory ``path``; StorageError when there is none, or none that this version can read."""
+    """The manifest of the directory ``path``; StorageError if there is none, or if this version cannot read it."""
     file = files.located(path) / MANIFEST_NAME
     try:
         value = files.json_value(file.read_bytes())

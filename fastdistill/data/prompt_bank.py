@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompt bank: what the prompts of the pool and, last, the empty prompt are to a model, encoded once."""
+"""The prompt bank: the encodings of the prompts of the pool and, last, of the empty prompt."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class PromptBank:
 
     Raises:
         InputError: rows and texts do not belong together; a text is not a str or cannot be written as UTF-8; a value is
-            not finite (checked in memory; for a bank on the disk call ``check_finite``).
+            not finite (checked in memory; for a bank on disk call ``check_finite``).
     """
 
-    banks: Any  # Tensor, StoredRows of an opened bank, EncodedRows of one on demand, or a mapping of them
+    banks: Any  # Tensor, StoredRows of an opened bank, EncodedRows if encoded on demand, or a mapping of these
     texts: list[str]
     null_text: str = ""
     encoder: Mapping[str, Any] = field(default_factory=dict)
@@ -80,7 +80,8 @@ class PromptBank:
 
     @property
     def rows(self) -> Any:
-        """What ``noise_gather`` and ``Batches`` take: the embeddings if there is nothing else, otherwise all banks."""
+        """The argument of ``noise_gather`` and ``Batches``: the embeddings if there is no other bank, otherwise all
+        banks."""
         return self.embeddings if list(self.banks) == [EMBEDDINGS] else self.banks
 
     @property
@@ -91,11 +92,12 @@ class PromptBank:
 
     @cached_property
     def identity(self) -> str:
-        """A hash that identifies the bank in the fingerprints of what is made with it, the same on every machine.
+        """A hash that identifies the bank in fingerprints of results made from it, the same on every machine.
 
-        With a fingerprint of the encoder it is a hash of that, the texts and the shape of a row, but not of the values,
-        whose last bits depend on the processor that computed them. Without one it is a hash of the texts and of the
-        values with which the bank was made; saving, loading, opening, moving and casting keep it.
+        With a fingerprint of the encoder it is a hash of the fingerprint, the texts and the shape of a row. The values
+        are not included, because their last bits depend on the processor. Without a fingerprint it is a hash of the
+        texts and of the values with which the bank was made; saving, loading, opening, moving and casting do not change
+        it.
         """
         stored = {stored_name(name): bank for name, bank in self.banks.items()}
         if self.encoder:
@@ -115,13 +117,13 @@ class PromptBank:
         encoder: Mapping[str, Any] | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> PromptBank:
-        """Encode every text once: ``encode`` maps b <= batch texts to [b, L, D], the same L, D and dtype for all, or to
-        a mapping of such tensors [b, ...] of any dtype.
+        """Encode every text once: ``encode`` maps b <= batch texts to [b, L, D], with the same L, D and dtype for all,
+        or to a mapping of such tensors [b, ...] of any dtype.
 
-        ``encode_null`` encodes the null prompt ([1, ...]), if ``encode`` would not encode its text correctly.
-        The rows keep the device and dtype of what ``encode`` returns (a tensor, or a NumPy array).
-        ``progress(texts done, M + 1)`` is called after each batch. Empty texts and duplicates are encoded like any
-        other and get rows of their own, with a warning; ``read_prompts`` leaves them out.
+        ``encode_null`` encodes the null prompt ([1, ...]), if ``encode`` would not encode its text correctly. The rows
+        keep the device and dtype of the output of ``encode`` (a tensor or a NumPy array). ``progress(texts done, M +
+        1)`` is called after each batch. Empty texts and duplicates are encoded like others and get their own rows, with
+        a warning; ``read_prompts`` leaves them out.
 
         Raises:
             InputError: a text that the constructor would refuse, before ``encode`` is called; an encoding of another
@@ -161,19 +163,20 @@ class PromptBank:
         batch: int = 64,
         dtype: torch.dtype | None = None,
     ) -> PromptBank:
-        """The bank that ``build`` makes, its rows encoded whenever they are read (``EncodedRows``): for a pool whose
-        encodings are too large to store. A trainer encodes those of the coming steps ahead.
+        """The bank that ``build`` makes, but its rows are encoded whenever they are read (``EncodedRows``): for a pool
+        whose encodings are too large to store. A trainer encodes the rows of the coming steps in advance.
 
-        Now only the null prompt is encoded. ``encoder``, which identifies the bank, is not optional; ``identity`` is
+        This call encodes only the null prompt. ``encoder``, which identifies the bank, is required; ``identity`` is
         that of the bank that ``build`` makes with it. ``dtype``: of floating-point rows (None: as encoded). ``save``
-        encodes everything. Other arguments and errors as ``build``; those of an encoding come when it is read.
+        encodes everything. Other arguments and errors are those of ``build``; errors of an encoding occur when it is
+        read.
         """
         begun = Begun.of(texts, encode, encoder, null_text, encode_null, batch, dtype)
         rows = Encodings(begun.pool, begun.encoded, begun.stored_null, batch=batch)
         return cls(rows.banks(), begun.pool, null_text, begun.fingerprint)
 
     def indices_of(self, texts: Iterable[str]) -> Tensor:
-        """Row of each text, int64 [len(texts)] (the first one if the bank has it twice); InputError for other texts."""
+        """Row of each text, int64 [len(texts)] (the first row if the bank has it twice); InputError for other texts."""
         texts = prompt_texts.listed(texts)
         missing = next((text for text in texts if text not in self._row_of), None)
         if missing is not None:
@@ -189,11 +192,11 @@ class PromptBank:
         return PromptBank(rows_of(self.banks, torch.tensor(rows, device="cpu")), texts, self.null_text, self.encoder)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PromptBank:
-        """The same bank in the memory of a device (None: where it is), floating-point values as ``dtype`` (None: as
-        they are).
+        """The same bank in the memory of a device (None: the present one), floating-point values as ``dtype`` (None:
+        the present one).
 
         Raises:
-            InputError: ``dtype`` is not a floating-point one, or a row does not fit it.
+            InputError: ``dtype`` is not a floating-point dtype, or a row is out of its range.
         """
         if isinstance(device, torch.dtype):
             raise InputError.of("device", "a device (a dtype is given by name, dtype=)", device)
@@ -201,7 +204,7 @@ class PromptBank:
             values.require_dtype(dtype, "dtype")
         cast = {n: dtype if dtype and b.dtype.is_floating_point else b.dtype for n, b in self.banks.items()}
         same = all(cast[name] == bank.dtype for name, bank in self.banks.items())
-        identity = None if same else self.identity  # where the values are the same, so it is
+        identity = None if same else self.identity  # if the values are the same, the identity is too
         moved = {
             name: values.in_memory(bank, bank.device if device is None else device, cast[name], _label(name))
             for name, bank in self.banks.items()
@@ -209,16 +212,16 @@ class PromptBank:
         return replace(self, banks=moved)._known_as(identity or self.__dict__.get("identity"))
 
     def check_finite(self) -> None:
-        """InputError, naming the row, if a value is not finite; a bank on the disk is read in blocks."""
+        """InputError, naming the row, if a value is not finite; a bank on disk is read in blocks."""
         for name, bank in self.banks.items():
             values.check_finite(bank, _label(name))
 
     def check_width(self, cross_attention_dim: int) -> None:
-        """InputError naming both widths unless the rows have the width that the model's cross-attention reads."""
+        """InputError with both widths unless the rows have the width that the model's cross-attention expects."""
         _check_width(self.embeddings.shape[-1], cross_attention_dim)
 
     def save(self, path: str | Path, *, rows_per_shard: int = 4096) -> None:
-        """Writes the bank to a directory; a bank interrupted there is finished. Errors: those of RowWriter."""
+        """Writes the bank to a directory, or finishes an interrupted one there. Errors: those of RowWriter."""
         banks = {stored_name(name): bank for name, bank in self.banks.items()}
         with RowWriter(
             path,
@@ -243,27 +246,27 @@ class PromptBank:
         dtype: torch.dtype | None = None,
         verify: bool = True,
     ) -> PromptBank:
-        """The bank of a directory, its floating-point values as ``dtype`` (None: as stored).
+        """Load the bank of a directory, its floating-point values as ``dtype`` (None: as stored).
 
         ``width``: the ``cross_attention_dim`` of the model that will read it; a bank of another width is refused
-        (InputError) before its rows are read. So is a row that does not fit ``dtype``. StorageError, naming the file,
-        for what is missing or damaged.
+        (InputError) before its rows are read. InputError also if a row is out of the range of ``dtype``. StorageError,
+        naming the file, for missing or damaged files.
         """
         manifest, rows = load_rows(path, kind=KIND, device=device, dtype=dtype, verify=verify, check=_as_wide(width))
         return cls(_loaded(rows), *_texts(path, manifest))._known_as(_identity(manifest))
 
     @classmethod
     def open(cls, path: str | Path, *, width: int | None = None, verify: bool = True) -> PromptBank:
-        """The same with its rows left on the disk (``StoredRows``), for a bank larger than the memory.
+        """Like ``load``, but the rows stay on disk (``StoredRows``), for a bank larger than the memory.
 
-        ``verify`` reads all of it once.
+        ``verify`` reads the whole bank once.
         """
         manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_wide(width))
         return cls(_loaded(rows), *_texts(path, manifest))._known_as(_identity(manifest))
 
     @staticmethod
     def texts_of(path: str | Path, manifest: Manifest) -> list[str]:
-        """The texts of a stored bank, also of one that is not finished; StorageError if they are damaged."""
+        """The texts of a stored bank, even if it is not finished; StorageError if they are damaged."""
         return _texts(path, manifest)[0]
 
     def _known_as(self, identity: str | None) -> PromptBank:
@@ -279,7 +282,7 @@ class PromptBank:
 def identity_of(
     texts: list[str], null_text: str, encoder: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> str:
-    """The identity of a bank of a known encoder; ``shapes`` of a row in each bank, by its stored name."""
+    """The identity of a bank whose encoder is known; ``shapes`` of a row in each bank, by its stored name."""
     listed: Any = {name: list(shape) for name, shape in shapes.items()}
     return sha256_of_json(
         [texts, null_text, encoder, listed["embeddings"] if list(listed) == ["embeddings"] else listed]
@@ -287,13 +290,13 @@ def identity_of(
 
 
 def attachments(texts: list[str], null_text: str) -> dict[str, bytes]:
-    """The files of a stored bank beside its rows."""
+    """The files of a stored bank other than its rows."""
     value = {"texts": texts, "null_text": null_text}
     return {_TEXTS: json.dumps(value, indent=0, ensure_ascii=False).encode()}
 
 
 def _label(name: str) -> str:
-    """How a bank is called in a message."""
+    """The name of a bank in a message."""
     return "embeddings" if name == EMBEDDINGS else f"banks[{name!r}]"
 
 
@@ -315,7 +318,7 @@ def _check_bank(bank: Any, name: str, texts: int) -> None:
 
 
 def _identity(manifest: Manifest) -> str | None:
-    """The identity that was saved; None: to be computed. Older directories have a hash of the values in its place."""
+    """The identity that was saved; None: it must be computed. Older directories have a hash of the values instead."""
     known = manifest.fingerprint
     identity: str | None = known.get("identity") or (None if known.get("encoder") else known.get("sha256"))
     return identity

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt banks that are written as they are encoded, for pools whose encodings do not fit into the memory."""
+"""Writes prompt banks while they are encoded, for pools whose encodings do not fit into the memory."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ def build_prompt_bank(
     rows_per_shard: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Writes what ``PromptBank.build`` makes to the directory ``path`` as it is made, or goes on with what is there.
+    """Writes the bank that ``PromptBank.build`` makes to the directory ``path`` as it is encoded, or continues it.
 
-    Memory holds one shard at a time. Batches start anew at each shard and the null prompt is encoded first, alone, so
-    that an interrupted bank ends with the same bits. Processes that make the same call at once share its shards, and
-    all return when the bank is whole.
+    Memory holds one shard at a time. Batches begin at each shard, and the null prompt is encoded first and separately,
+    so an interrupted bank gets the same bits. Processes that make the same call at the same time share the shards, and
+    all return when the bank is complete.
 
     Args:
-        encoder: fingerprint of the text encoder, which alone tells whether what is there is of the same encoder.
+        encoder: fingerprint of the text encoder; only it shows whether existing rows are from the same encoder.
         dtype: floating-point encodings are stored as this; None: as they are.
-        rows_per_shard: None: as many as 128 MiB hold, at most 4096.
+        rows_per_shard: None: as many as fit into 128 MiB, at most 4096.
         progress: ``progress(rows done, M + 1)``, at the start and after each batch.
         Other arguments are those of ``PromptBank.build``.
 
     Raises:
-        InputError: what ``PromptBank.build`` refuses; no ``encoder``; an encoding beyond the range of ``dtype``.
+        InputError: arguments that ``PromptBank.build`` refuses; no ``encoder``; an encoding out of the range of
+        ``dtype``.
         StorageError: those of RowWriter, before anything is written; a full disk.
     """
     begun = Begun.of(texts, encode, encoder, null_text, encode_null, batch, dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One shard (a safetensors file): read in blocks, and checked in the same pass.
+"""Reads one shard (a safetensors file) in blocks and checks it in the same pass.
 
-Files are read (``preadv``), not mapped: a read that fails is an error that names the file, while a mapped page that
-cannot be read ends the process with SIGBUS.
+Files are read (``preadv``), not mapped: a failed read is an error that names the file, while a failed page of a mapping
+ends the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ REMEDY = "run what made it again: only this file is made anew"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of a shard are."""
+    """The positions of the tensors in a shard."""
 
-    offsets: dict[str, int]  # by name: the first byte of the tensor in the file; in the order of the file
-    header: bytes  # everything before the tensors
+    offsets: dict[str, int]  # by name, in the order of the file: the tensor's first byte
+    header: bytes  # the bytes before the tensors
     inode: tuple[int, int]
 
 
@@ -46,7 +46,7 @@ def read_shard(
 ) -> Iterator[tuple[str, int, Tensor]]:
     """Yield a shard as (name, first row, block [b, *row shape]), reading each byte once.
 
-    The checksum is compared after the last block, so nothing may be used before the end. ``verify=False`` skips it.
+    The checksum is compared after the last block, so do not use any block before the end. ``verify=False`` skips it.
 
     Raises:
         StorageError: the file is missing, cannot be read or is damaged.
@@ -99,7 +99,7 @@ def readable(file: Path) -> Iterator[int]:
 
 
 def inode_of(descriptor: int) -> tuple[int, int]:
-    """(device, inode number): tells a file from another one that later takes its name."""
+    """(device, inode number): distinguishes a file from another file that later has the same name."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 
@@ -116,7 +116,7 @@ def _opened(file: Path, stored: StoredFile) -> Iterator[int]:
 
 
 def _layout(descriptor: int, file: Path, stored: StoredFile, manifest: Manifest, rows: int) -> Layout:
-    """safetensors: 8 bytes of the header's length, the header (JSON), the tensors one after the other."""
+    """safetensors: the header's length (8 bytes), the header (JSON), then the tensors."""
     prefix = bytearray(8)
     fill(descriptor, file, 0, memoryview(prefix))
     length = int.from_bytes(prefix, "little")

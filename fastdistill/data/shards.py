@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row data on disk: a directory with ``manifest.json`` and safetensors shards; the one format of the package.
+"""Row data on disk: a directory with ``manifest.json`` and safetensors shards; the only such format of the package.
 
-The manifest says what made the rows (fingerprint), how many are wanted, the tensors of a row, and for each shard its
-size and SHA-256. Every file is written atomically and the manifest after each shard, so that whatever interrupts a
-writer leaves a directory that the same call continues; a shard is read only when its checksum is right. Any number of
-processes that make the same call at once share its work, shard by shard, without knowing of each other.
+The manifest has the origin of the rows (fingerprint), their total number, the tensors of a row, and the size and
+SHA-256 of each shard. Every file is written atomically, and the manifest after each shard. So after any interruption
+the same call continues the directory, and only shards with the right checksum are used. Any number of processes that
+make the same call at the same time share its work by shards, without communication.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fastdistill.data.values import cast, require_dtype, spelled
 from fastdistill.errors import InputError, StorageError
 
 _WRITERS = ".writers"
-_PATIENCE = 0.2  # seconds between two looks at what the others do
-_LONG = 60.0  # seconds without a new shard after which it is said who makes those that are missing
+_PATIENCE = 0.2  # seconds between two checks of the other writers' progress
+_LONG = 60.0  # seconds without a new shard after which a warning names the writers of the missing ones
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,10 @@ class RowWriter:
             for span in writer.claims():
                 writer.write(span, {"latents": make(span.start, span.stop)})
 
-    Shards that are already there and whole are kept; damaged ones are reported as a warning and are among ``missing``.
-    Several writers, in any processes, share the shards. Errors, all before anything is written: InputError for
-    arguments that make no sense; StorageError if ``path`` is not a directory, is not writable, is too small, or
-    holds something made differently (the fields are named). ``attachments`` are small files that belong to the rows
-    (name -> bytes).
+    Existing valid shards are kept; damaged ones are reported in a warning and are part of ``missing``. Several writers,
+    in any processes, share the shards. Errors, all before anything is written: InputError for invalid arguments;
+    StorageError if ``path`` is not a directory, is not writable, has too little space, or has contents of another
+    origin (the fields are named). ``attachments`` are small files that belong to the rows (name -> bytes).
     """
 
     def __init__(
@@ -91,15 +90,15 @@ class RowWriter:
         )
         self._row_bytes = sum(spec.row_bytes for spec in tensors.values())
         self._cleanup = contextlib.ExitStack()
-        self._claimed: tuple[int, Path, int] | None = None  # shard, its lock and the open descriptor of that
-        self._read: tuple[int, int, int] | None = None  # the manifest on the disk that ``_manifest`` has the shards of
+        self._claimed: tuple[int, Path, int] | None = None  # shard, its lock file and the open descriptor of the lock
+        self._read: tuple[int, int, int] | None = None  # identifies the manifest on disk whose shards ``_manifest`` has
         self._check()
 
     def __enter__(self) -> RowWriter:
         files.make_directory(self.path)
         with contextlib.ExitStack() as stack:
             with files.locked(self.path, wait=True):
-                self._check()  # again, now that nobody else can change it
+                self._check()  # again, now that no other process can change it
                 alone = files.lock(self.path / _WRITERS)
                 others = None if alone is not None else files.lock(self.path / _WRITERS, shared=True, wait=True)
                 stack.callback(os.close, alone if others is None else others)  # type: ignore[arg-type]
@@ -129,13 +128,13 @@ class RowWriter:
 
     @property
     def rows_done(self) -> int:
-        """Rows in shards that are written and whole."""
+        """Number of rows in shards that are written and valid."""
         m = self._manifest
         return sum(m.shard_rows(index) for index in m.shards)
 
     def claims(self, waiting: Callable[[], object] = lambda: None) -> Iterator[Span]:
-        """The missing shards that no other writer has, each to be written before the next one; ends when all shards
-        are written, by whomever.
+        """The missing shards that no other writer has claimed, each to be written before the next; ends when all shards
+        are written, by any writer.
 
         If a writer fails or is killed, the others write its shards. ``waiting`` is called a few times per second while
         others write the last ones.
@@ -159,7 +158,7 @@ class RowWriter:
                 progressed = time.monotonic()
 
     def _tell(self, shards: Iterable[int]) -> None:
-        """Warns of shards that others make, with who does."""
+        """Warns about shards that other writers are making, and names the writers."""
         for index in shards:
             who = files.holder(self._lock(index))
             told = (
@@ -189,7 +188,7 @@ class RowWriter:
             self._write_manifest()
 
     def _claim(self, span: Span) -> bool:
-        """Whether this writer may write the shard: nobody else does, or has."""
+        """Whether this writer may write the shard: no other writer is writing it, or has written it."""
         path = self._lock(span.index)
         descriptor = files.lock(path)
         if descriptor is None:
@@ -206,29 +205,29 @@ class RowWriter:
         if self._claimed is not None:
             index, path, descriptor = self._claimed
             self._claimed = None
-            if index in self._manifest.shards:  # whoever opened the file before now sees that
+            if index in self._manifest.shards:  # processes that opened the lock file before notice it now
                 with contextlib.suppress(OSError):
                     path.unlink()
             os.close(descriptor)
 
     def _prepare(self) -> None:
-        """What is there is checked, and the manifest says what is whole; while there is no other writer."""
+        """While there is no other writer: checks the existing files; the manifest then lists the valid ones."""
         files.sweep(self.path)
         self._manifest = replace(self._manifest, shards=self._good_shards())
         files.require_space(self.path, self._row_bytes * (self._manifest.rows - self.rows_done))
         for name, data in self._attachments.items():
             files.atomic_write(self.path / name, data)
-        self._write_manifest()  # last, so that a manifest never lists an attachment that is not there
+        self._write_manifest()  # last, so that the manifest never lists a missing attachment
         tidy(self.path)
 
     def _refresh(self) -> None:
-        """The manifest as it is on the disk, where other writers have added shards."""
+        """Reads the manifest on disk, to which other writers have added shards."""
         if (mark := self._mark()) != self._read:
             self._manifest = replace(self._manifest, shards=read_manifest(self.path).shards)
             self._read = mark
 
     def _mark(self) -> tuple[int, int, int]:
-        """Tells a file from what was there before."""
+        """Identifies the present version of a file."""
         try:
             status = os.stat(self.path / MANIFEST_NAME)
         except OSError as error:
@@ -249,7 +248,7 @@ class RowWriter:
             return
         if not os.path.exists(self.path / MANIFEST_NAME):
             other = sorted(entry.name for entry in _entries(self.path) if not entry.name.startswith("."))
-            other = [name for name in other if name not in m.attachments]  # written before the first manifest
+            other = [name for name in other if name not in m.attachments]  # these are written before the first manifest
             if other:
                 raise StorageError(
                     f"{self.path}: expected an empty directory or one with {MANIFEST_NAME}, got one with {other[0]}"
@@ -274,8 +273,8 @@ class RowWriter:
 
 
 def tidy(path: Path) -> None:
-    """Removes what killed writers left in a directory of rows: temporary files that nobody writes, and the locks of
-    shards that are there. At any time; where nothing can be removed, nothing is."""
+    """Removes what killed writers left in a directory of rows: temporary files without a writer, and locks of finished
+    shards. It can be called at any time; files that cannot be removed stay."""
     files.sweep(path)
     with contextlib.suppress(OSError):
         done = {_lock_name(index) for index in read_manifest(path).shards}
@@ -289,7 +288,7 @@ def _lock_name(index: int) -> str:
 
 
 def damaged_shards(path: Path, manifest: Manifest) -> dict[int, StorageError]:
-    """The shards that the manifest lists and that are missing or damaged, each with the reason; all others are read."""
+    """The listed shards that are missing or damaged, each with the reason; all shards are read."""
     found = {}
     for index, stored in manifest.shards.items():
         try:
@@ -311,19 +310,19 @@ def load_rows(
 ) -> tuple[Manifest, dict[str, Tensor]]:
     """All rows of a complete directory: its manifest and name -> [rows, *row shape] on ``device``.
 
-    Floating-point tensors come as ``dtype`` (None: as they are stored). Beside the result, memory holds one block of a
-    shard at a time. ``check`` may refuse a manifest, by raising, before any row is read.
+    Floating-point tensors are returned as ``dtype`` (None: as stored). In addition to the result, memory holds one
+    block of a shard at a time. ``check`` may raise an error for a manifest before any row is read.
 
     Raises:
-        StorageError: naming the file, for a directory that is not there, of another kind or unfinished, and for a
-            shard that is missing, truncated or damaged; ``verify=False`` skips the checksums only.
-        InputError: ``dtype`` is not a floating-point one, or a row does not fit it (``cast``).
+        StorageError: naming the file, for a directory that is missing, of another kind or unfinished, and for a shard
+            that is missing, truncated or damaged; ``verify=False`` skips only the checksums.
+        InputError: ``dtype`` is not a floating-point dtype, or a row is out of its range (``cast``).
     """
     path = files.located(path)
     if dtype is not None:
         require_dtype(dtype, "dtype")
     manifest = complete_manifest(path, kind, check)
-    for index in range(manifest.shard_count):  # before there is memory for what they do not hold
+    for index in range(manifest.shard_count):  # before memory is allocated for a damaged shard
         layout(path / shard_name(index), manifest.shards[index], manifest, manifest.shard_rows(index))
     out = {
         name: torch.empty(
@@ -341,7 +340,7 @@ def load_rows(
             at = first + start
             try:
                 out[name][at : at + len(block)] = cast(block, out[name].dtype, name, at)
-            except InputError as error:  # unless the shard turns out to be damaged
+            except InputError as error:  # unless the shard is damaged
                 misfit = misfit or error
         if misfit is not None:
             raise misfit
@@ -350,7 +349,7 @@ def load_rows(
 
 
 def complete_manifest(path: Path, kind: str, check: Callable[[Manifest], object] | None = None) -> Manifest:
-    """The manifest of a complete directory of this kind that ``check`` does not refuse; StorageError for any other."""
+    """The manifest of a complete directory of this kind that passes ``check``; StorageError for any other."""
     manifest = read_manifest(path)
     if manifest.kind != kind:
         raise StorageError(f"{path}: expected a {kind}, got a {manifest.kind}")
@@ -365,7 +364,7 @@ def complete_manifest(path: Path, kind: str, check: Callable[[Manifest], object]
 
 
 def load_attachment(path: str | Path, manifest: Manifest, name: str) -> bytes:
-    """The bytes of a file that belongs to the rows; StorageError when it is not there or damaged."""
+    """The bytes of a file that belongs to the rows; StorageError if it is missing or damaged."""
     if name not in manifest.attachments:
         raise StorageError(f"{path}: expected a file {name} in its manifest, got none")
     file, stored = files.located(path) / name, manifest.attachments[name]

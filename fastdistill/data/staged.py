@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches from banks of any size: in the memory of the device, in pinned host memory, on the disk, or not stored.
+"""Batches from banks of any size: in device memory, in pinned host memory, on disk, or not stored.
 
-The draws come from a counter, so the rows of the coming steps are known. Banks on the disk (``StoredRows``) have them
-read ahead by a thread into a ring of buffers, pinned where the device is a GPU, from which ``noise_gather`` reads in
-their place. The batches have the same bits wherever the banks are. Prompts that are encoded on demand (``EncodedRows``)
-are encoded ahead by that thread, on a stream of its own, into a ring on the device.
+The draws are computed from a counter, so the rows of the coming steps are known. For banks on disk (``StoredRows``) a
+thread reads these rows in advance into a ring of buffers (pinned if the device is a GPU), and ``noise_gather`` reads
+from the ring. The batches have the same bits wherever the banks are. Prompts that are encoded on demand
+(``EncodedRows``) are encoded in advance by this thread, on its own stream, into a ring on the device.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ Rows = Tensor | StoredRows | EncodedRows
 
 
 class Batches:
-    """``noise_gather`` on banks in memory, on the disk or encoded on demand; call ``prepare`` once before each draw.
+    """``noise_gather`` on banks in memory, on disk or encoded on demand; call ``prepare`` once before each draw.
 
         batches = Batches(latents, latent_prompts, prompts, coefficients, replace, batch=64, null_index=M)
         for step in range(steps):
             batches.prepare(seed, step)
             draw = batches(counter)
 
-    It takes the arguments of ``noise_gather``, but ``latents`` and ``prompts`` may also be ``StoredRows``, and
-    ``prompts`` ``EncodedRows`` (if one of several banks of prompts is, all are staged). ``latent_prompts`` and the
+    It takes the arguments of ``noise_gather``, but ``latents`` and ``prompts`` can also be ``StoredRows``, and
+    ``prompts`` can be ``EncodedRows`` (if one of several prompt banks is, all are staged). ``latent_prompts`` and the
     tables are on the device. If everything is in memory, ``prepare`` does nothing.
 
-    ``prepare`` waits until the rows of its step are there. It belongs outside of what a graph captures, on the stream
-    of the draws (capture with ``capture_error_mode="thread_local"``: the thread waits for events meanwhile).
-    ``ahead``: steps that are read ahead of the one under way. ``task``: ``task()`` will be asked for. ``dtype``: of x_t
-    and of floating-point prompts in the draws; None: the dtypes of the banks. ``in_parts``: whether ``task()`` will be
-    asked for parts of a batch.
+    ``prepare`` waits until the rows of its step are there. Call it outside of a captured graph, on the stream of the
+    draws (capture with ``capture_error_mode="thread_local"``, because the thread waits for events during the capture).
+    ``ahead``: number of steps that are read in advance. ``task``: ``task()`` will be called. ``dtype``: of x_t and of
+    floating-point prompts in the draws; None: the dtypes of the banks. ``in_parts``: ``task()`` will be called for
+    parts of a batch.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Batches:
             raise InputError.of("prompts", "banks of as many rows", [len(bank) for bank in banks])
         _check_rows(latent_prompts, len(banks[0]))
         self._turns, self._batch, self._device, self._dtype = ahead + 1, batch, latent_prompts.device, dtype
-        self._latents: list[tuple[Rows, Tensor]] = []  # a bank, and the ring in its place
+        self._latents: list[tuple[Rows, Tensor]] = []  # a bank, and the ring that replaces it
         self._prompts: list[tuple[Rows, Tensor]] = []
         given: Any = latents, prompts
         if isinstance(latents, StoredRows):
@@ -94,15 +94,15 @@ class Batches:
         target = target or (task and not self._made_again)
         self.out: Draw[Any] = empty_draw(given[0], given[1], batch, target=target, device=self._device)
         self._counter: Tensor | None = None
-        self._draw: NoiseGather[Any] | None = None  # for that counter
+        self._draw: NoiseGather[Any] | None = None  # made for that counter
         self._rows = torch.arange(batch, device=self._device)
-        self._as_stored = torch.zeros_like(coefficients)  # a target that is a row itself
+        self._as_stored = torch.zeros_like(coefficients)  # with this table, the target is the row itself
         self._as_stored[:, 2] = 1.0
         self._index: _Index | None = None
         if any(staged.values()):
             self._index = _Index(batch, latent_prompts.cpu(), coefficients.cpu(), replace.cpu(), options | rows)
         self._reader: ThreadPoolExecutor | None = None
-        self._stream: torch.cuda.Stream | None = None  # of the reader
+        self._stream: torch.cuda.Stream | None = None  # the reader's stream
         self._reads: dict[int, Future[None]] = {}  # by step, in order
         self._seed: int | None = None
         self._ready = False
@@ -117,18 +117,17 @@ class Batches:
 
     @property
     def staged(self) -> bool:
-        """Whether rows are read ahead, so that a draw needs ``prepare``."""
+        """Whether rows are read in advance, so that a draw needs ``prepare``."""
         return self._index is not None
 
     def prepare(self, seed: int, step: int) -> None:
-        """Wait until the rows of this step are there, and begin to read those of the next steps.
+        """Wait until the rows of this step are there, and start reading those of the next steps.
 
-        Steps in any order give the right rows; if they do not follow one another, they wait for the disk or the
-        encoder.
+        Steps can be in any order, but if they are not consecutive, the call waits for the disk or the encoder.
 
         Raises:
             StorageError: a file could not be read. The next call tries again.
-            InputError: a latent names a prompt that the bank does not have; a prompt's encoding is not finite.
+            InputError: a latent refers to a prompt that the bank does not have; a prompt's encoding is not finite.
         """
         if self._index is None:
             return
@@ -154,13 +153,13 @@ class Batches:
         self._ready = True
 
     def __call__(self, counter: Tensor) -> Draw[Any]:
-        """The batch of the step that ``counter`` [2] int64 (seed, step) holds, in the same buffers every time.
+        """The batch of the step in ``counter`` [2] int64 (seed, step), in the same buffers every time.
 
         Raises:
-            InputError: rows are read ahead and the step was not prepared (on a GPU only that there was none since
-                the last draw is noticed, as nothing is read back; nothing is noticed in compiled code).
+            InputError: rows are read in advance and the step was not prepared. (On a GPU nothing is read back, so the
+                only check is for a ``prepare`` since the last draw; in compiled code there is no check.)
         """
-        if torch.compiler.is_compiling():  # what changes from step to step would be compiled anew in each
+        if torch.compiler.is_compiling():  # compiled code would be compiled again for values that change with the step
             return self._cast(noise_gather(*self._tables, counter, out=self.out, **self._options))
         if self._index is not None:
             prepared = [self._seed, *list(self._reads)[:1]]
@@ -179,8 +178,8 @@ class Batches:
         return draw._replace(x_t=cast(draw.x_t, self._dtype), prompt=cast(draw.prompt, self._dtype))
 
     def task(self, draw: Draw[Any], counter: Tensor) -> Task:
-        """What ``output_match`` makes the target of this batch of: the latents and the counter, or, where the latents
-        are not on the device or batches come ``in_parts``, the target that the draw has stored.
+        """The argument ``task`` of ``output_match`` for this batch: the latents and the counter; or, if the latents are
+        not on the device or batches are used ``in_parts``, the target that the draw has stored.
 
         Raises:
             InputError: a part of a batch (``Draw.part``) without ``in_parts``.
@@ -193,13 +192,13 @@ class Batches:
         return Task(draw.target, self._rows[: len(draw.choice)], draw.choice, self._as_stored, counter)
 
     def refresh(self) -> None:
-        """The table ``replace`` has changed in its place: what was read ahead is drawn anew."""
+        """Call this after changing the table ``replace`` in place: rows read in advance are drawn again."""
         if self._index is not None:
             self.close()
             self._index.replace.copy_(self._tables[4])
 
     def close(self) -> None:
-        """Stop reading ahead, after the batch that is being read; ``prepare`` begins it again."""
+        """Stop reading in advance, after the batch that is being read; ``prepare`` starts it again."""
         if self._reader is not None:
             self._reader.shutdown(wait=True, cancel_futures=True)
             if drawn := self._event():
@@ -207,7 +206,7 @@ class Batches:
         self._reader, self._reads, self._ready = None, {}, False
 
     def _event(self) -> torch.cuda.Event | None:
-        """The moment when the draws so far will be over; None if they are."""
+        """The event at which the draws so far are finished; None if they are."""
         if self._device.type != "cuda":
             return None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -215,7 +214,7 @@ class Batches:
         return event
 
     def _read(self, step: int, latent: Tensor, prompt: Tensor, drawn: torch.cuda.Event | None) -> None:
-        """Fill the step's place in the rings, once the draw that read there last is over."""
+        """Fill the step's slot in the rings, after the last draw from this slot has finished."""
         if drawn is not None:
             drawn.synchronize()
         first = step % self._turns * self._batch
@@ -233,7 +232,7 @@ class Batches:
 
 
 def _check_rows(latent_prompts: Tensor, prompts: int) -> None:
-    """Checked once, here: kernels on a GPU cannot raise."""
+    """Checked once, here, because kernels on a GPU cannot raise errors."""
     if not has_values(latent_prompts):
         return
     outside = (latent_prompts < 0) | (latent_prompts >= prompts)
@@ -244,7 +243,7 @@ def _check_rows(latent_prompts: Tensor, prompts: int) -> None:
 
 
 class _Index:
-    """The rows that a step will draw: the op itself on the host, with banks of nothing."""
+    """The rows that a step will draw: computed by the op itself on the host, with empty banks."""
 
     def __init__(
         self, batch: int, latent_prompts: Tensor, coefficients: Tensor, replace: Tensor, options: dict[str, Any]

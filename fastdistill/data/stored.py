@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that stay on the disk: a bank larger than the memory, read row by row."""
+"""Rows that stay on disk: a bank larger than the memory, read row by row."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from fastdistill.errors import InputError, StorageError
 
 @dataclass(frozen=True)
 class Part:
-    """``rows`` rows of a file, one after the other from byte ``offset`` on.
+    """``rows`` consecutive rows of a file, from byte ``offset`` on.
 
-    ``inode`` (device, number) identifies the file that was opened; another file of the same name is refused. None: any.
+    ``inode`` (device, number) identifies the opened file; another file with the same name is refused. None: any file.
     """
 
     file: Path
@@ -39,11 +39,11 @@ class Part:
 
 
 class StoredRows:
-    """A tensor [N, *S] whose rows stay on the disk. Indexing reads the rows that are needed and returns a copy.
+    """A tensor [N, *S] whose rows stay on disk. Indexing reads the rows that are needed and returns a copy.
 
-    It takes every index that torch or NumPy takes: ``rows[5]``, ``rows[-1]``, ``rows[a:b:step]``, ``rows[mask]``,
-    ``rows[numbers, ..., 0]``. ``for row in rows`` reads one row at a time. Any number of threads may read. No file is
-    kept open.
+    It supports every index of torch or NumPy: ``rows[5]``, ``rows[-1]``, ``rows[a:b:step]``, ``rows[mask]``,
+    ``rows[numbers, ..., 0]``. ``for row in rows`` reads one row at a time. Any number of threads can read. No file
+    stays open.
     """
 
     device = torch.device("cpu")
@@ -61,9 +61,9 @@ class StoredRows:
         """The rows of a ``numpy.memmap``, or of a part of one (``memmap[1000:]``), read from its file.
 
         Raises:
-            InputError: it has no file, is not in C order, has a dtype that torch lacks, or the mode "c", whose changes
-                are not in the file.
-            StorageError: the file was replaced or cut short after it was mapped.
+            InputError: it has no file, is not in C order, has a dtype that torch does not have, or mode "c", whose
+                changes are not in the file.
+            StorageError: the file was replaced or truncated after it was mapped.
         """
         rule = "a numpy.memmap [N, ...] of a file, in C order"
         if not isinstance(array, np.memmap):
@@ -82,7 +82,7 @@ class StoredRows:
             dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
         except (TypeError, ValueError):
             raise InputError.of("array", "a dtype of torch in this machine's byte order", array.dtype) from None
-        # array.offset is that of the whole array, for a part of it too: the address tells where the part begins.
+        # array.offset is that of the whole array, also for a part; the part's beginning follows from the address.
         mapped_from = array.offset - array.offset % mmap.ALLOCATIONGRANULARITY
         offset = mapped_from + _address(array) - _address(np.frombuffer(base, np.uint8))
         file = Path(array.filename)
@@ -119,11 +119,11 @@ class StoredRows:
     def read(self, index: Tensor, out: Tensor) -> None:
         """Copy rows ``index`` [B] int64, from 0, into ``out`` [B, *S], contiguous and in host memory.
 
-        They are read in the order of the disk.
+        They are read in the order of the file.
 
         Raises:
-            InputError: a row that is not there; an ``out`` of another shape, dtype or place.
-            StorageError: a file that is missing, replaced, cut short or cannot be read; with its name.
+            InputError: a row that does not exist; an ``out`` of another shape, dtype or device.
+            StorageError: a file that is missing, replaced, truncated or unreadable; it is named.
         """
         wanted = (len(index), *self.shape[1:])
         fits = out.device.type == "cpu" and out.is_contiguous()
@@ -157,9 +157,9 @@ def open_rows(
     verify: bool = True,
     check: Callable[[Manifest], object] | None = None,
 ) -> tuple[Manifest, dict[str, StoredRows]]:
-    """What ``load_rows`` loads, left on the disk: manifest and name -> [rows, *row shape].
+    """Like ``load_rows``, but the rows stay on disk: manifest and name -> [rows, *row shape].
 
-    ``verify`` reads every shard once, block by block, and checks it; without it only sizes and headers are read.
+    ``verify`` reads and checks every shard once, block by block; without it only sizes and headers are read.
     Errors: those of ``load_rows``.
     """
     path = files.located(path)
@@ -184,7 +184,7 @@ def _address(array: np.ndarray) -> int:
 def _check_mapped(descriptor: int, file: Path, offset: int, array: np.memmap) -> None:
     """StorageError if the file is too short, or differs from the memmap in samples of its values."""
     size, wanted = os.fstat(descriptor).st_size, offset + array.nbytes
-    if size < wanted:  # reading memory beyond the file's end would end the process
+    if size < wanted:  # reading a mapping beyond the end of the file would end the process
         raise StorageError(f"{file}: expected at least {wanted} bytes, got {size}")
     mapped = array.reshape(-1).view(np.uint8)
     for start in {0, len(mapped) // 2, max(len(mapped) - 4096, 0)}:

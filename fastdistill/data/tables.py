@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts in files, row by row: lines of text, columns of CSV, TSV, JSON lines and Parquet."""
+"""Texts in files, row by row: lines of text, or columns of CSV, TSV, JSON lines and Parquet."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from fastdistill.errors import FastdistillError, InputError, StorageError, descr
 
 Pick = Callable[[list[str]], list[str]]
 _ABSENT = object()
-_LONGEST = 60  # characters of a name in a message
+_LONGEST = 60  # longest name in a message, in characters
 _ARCHIVES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
 
 
 def read_rows(file: Path, pick: Pick) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a file, one at a time, as (where it is, its texts); by its ending: ``.csv``, ``.tsv``, ``.jsonl`` (or
-    ``.ndjson``, ``.json``) and ``.parquet`` are tables, in any other file each line is a row of one text.
+    """The rows of a file, one at a time, as (position, texts). By the file name's ending: ``.csv``, ``.tsv``,
+    ``.jsonl`` (or ``.ndjson``, ``.json``) and ``.parquet`` are tables; in any other file each line is a row with one
+    text.
 
-    ``pick`` is given the columns of the file, none where its rows are single texts, and returns those that are wanted.
+    ``pick`` gets the columns of the file (none if its rows are single texts), and returns those that are wanted.
 
     Raises:
-        StorageError: a file that cannot be read, is not UTF-8 or has other rows than its first; with the line.
+        StorageError: a file that cannot be read or is not UTF-8, or a row that does not fit the first; with the line.
     """
     suffix = file.suffix.lower()
     if suffix in _ARCHIVES:
@@ -38,7 +39,7 @@ def read_rows(file: Path, pick: Pick) -> Iterator[tuple[str, list[str]]]:
 
 
 def named(file: Path, column: str, names: list[str]) -> str:
-    """``column``, which is among the ``names``; InputError for others."""
+    """``column``; InputError if it is not among the ``names``."""
     if not names:
         raise InputError.of("column", f"none, as {file} is no table", spelled([column]))
     if column not in names:
@@ -146,7 +147,7 @@ def _text(file: Path, where: str, name: str, cell: Any) -> str:
 
 
 def _decoded(file: Path, newline: str | None) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, as ``open(newline=)`` has them; without a byte order mark."""
+    """The lines of a UTF-8 file with their line ends, as for ``open(newline=)``; without a byte order mark."""
     try:
         with file.open(encoding="utf-8-sig", newline=newline) as lines:
             yield from lines
@@ -158,7 +159,7 @@ def _decoded(file: Path, newline: str | None) -> Iterator[str]:
 
 
 def _undecodable(file: Path) -> tuple[int, str]:
-    """The first line that is not UTF-8, and why."""
+    """The first line that is not UTF-8, and the reason."""
     number = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -176,7 +177,7 @@ def _once(file: Path, names: list[str]) -> None:
 
 
 def spelled(names: Iterable[str]) -> str:
-    """At most twenty names, of long ones the beginning, for a message."""
+    """At most twenty names for a message, long ones shortened."""
     shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names]
     return ", ".join(map(repr, shown[:20])) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts of prompts: checked before anything is encoded or written; files of prompts."""
+"""Texts of prompts: checks before they are encoded or written; files of prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLUMNS = ("prompt", "caption", "text")
 class PromptFile:
     """The result of ``read_prompts``.
 
-    texts: the prompts, in the order of the file. lines: how many lines, or rows of a table, the file has. empty,
+    texts: the prompts, in the order of the file. lines: the number of lines, or rows of a table, in the file. empty,
     duplicates: how many of them were left out.
     """
 
@@ -39,23 +39,22 @@ def read_prompts(
     unique: bool = True,
     skip_empty: bool = True,
 ) -> PromptFile:
-    """Read the prompts of a file: text with one per line, or a table (CSV and TSV with a first line of names, JSON
-    lines, Parquet) by its ending ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
+    """Read the prompts of a file: text with one prompt per line, or a table (CSV or TSV with a header, JSON lines, or
+    Parquet), if the name ends with ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
 
-    Text is UTF-8, with or without a byte order mark, and stays as it is written (no normalization); lines end in LF,
-    CRLF or CR. Lines of JSON are objects or strings, empty ones are not counted. Nothing but the prompts is held in
-    memory.
+    Text is UTF-8, with or without a byte order mark, and is not changed (no normalization); lines end with LF, CRLF or
+    CR. Lines of JSON are objects or strings; empty lines are not counted. Memory holds only the prompts.
 
     Args:
-        column: of a table. None: its only one, or the only one with the name prompt, caption or text.
+        column: of a table. None: the only one, or the only one with the name prompt, caption or text.
         strip: remove white space at both ends of each prompt.
-        unique: keep only the first of equal prompts. Otherwise each is a prompt of its own, and a random draw finds
-            that text more often.
-        skip_empty: leave out prompts of white space alone. Otherwise each is a prompt like any other.
+        unique: keep only the first of equal prompts. Otherwise each has its own row, and a random draw selects the text
+            more often.
+        skip_empty: leave out prompts of white space only. Otherwise they are treated like any other prompt.
 
     Raises:
         StorageError: the file cannot be read, is not UTF-8, has a row without a text (the line is named) or no prompts.
-        InputError: a column that the table does not have, or none where that does not tell which.
+        InputError: a column that the table does not have, or no column if there is no obvious one.
     """
     file = located(path)
     kept: list[str] | dict[str, None] = {} if unique else []
@@ -76,7 +75,7 @@ def read_prompts(
 
 
 def listed(texts: Iterable[str], argument: str = "texts") -> list[str]:
-    """The texts of any iterable with an order, such as a generator, a NumPy array or a pandas Series, as plain str.
+    """The texts of any ordered iterable, such as a generator, a NumPy array or a pandas Series, as plain str.
 
     Raises:
         InputError: an item is not a str or cannot be written as UTF-8 (its position is named); ``texts`` is a single
@@ -119,7 +118,7 @@ def warning(texts: list[str]) -> str | None:
 
 
 def _column(file: Path, column: str | None) -> tables.Pick:
-    """The column of the prompts."""
+    """Selects the column of the prompts."""
 
     def pick(names: list[str]) -> list[str]:
         if column is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of a bank: read block by block, checked to be finite, and to fit the dtype that they are cast to."""
+"""Values of a bank: reading block by block, and checks that they are finite and fit the dtype of a cast."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastdistill.errors import InputError
 
-BLOCK = 64 * 2**20  # bytes that are read at once where all of a bank is read
+BLOCK = 64 * 2**20  # bytes per read if a whole bank is read
 
 
 def block_rows(row_bytes: int) -> int:
-    """Rows in a block, at least one; of rows without bytes all."""
+    """Rows per block, at least one; all if rows have no bytes."""
     return max(1, BLOCK // row_bytes) if row_bytes else 2**62
 
 
@@ -44,8 +44,8 @@ def cast(rows: Tensor, dtype: torch.dtype, argument: str, first: int = 0) -> Ten
     """Rows [n, *S] as another floating-point dtype; ``first`` is the number of rows[0] in the error.
 
     Raises:
-        InputError: a row holds a value that is not finite, or larger than the largest of ``dtype`` (it would become
-            infinite, NaN or, in some float8 types, that largest value).
+        InputError: a row has a value that is not finite, or larger than the maximum of ``dtype`` (it would become
+            infinite, NaN or, in some float8 types, the maximum).
     """
     if rows.dtype == dtype:
         return rows
@@ -66,11 +66,11 @@ def check_finite(rows: Any, argument: str) -> None:
 
 
 def misfit(rows: Tensor, dtype: torch.dtype) -> int | None:
-    """The first of rows [n, *S] with a value that is not finite or not in the range of ``dtype``; None if all fit."""
+    """The first of rows [n, *S] with a value that is not finite or out of the range of ``dtype``; None if all fit."""
     if not rows.numel():
         return None
     flat = rows.reshape(len(rows), -1)
-    flat = flat.float() if flat.dtype.itemsize == 1 else flat  # torch computes nothing in float8
+    flat = flat.float() if flat.dtype.itemsize == 1 else flat  # torch cannot compute in float8
     limit = torch.finfo(dtype).max
 
     def fits(extremes: tuple[Tensor, Tensor]) -> Tensor:  # both are NaN if a value is
@@ -83,7 +83,7 @@ def misfit(rows: Tensor, dtype: torch.dtype) -> int | None:
 
 
 def require_bank(bank: Any, argument: str, *, floating: bool = True) -> None:
-    """InputError unless it is a bank (Tensor or StoredRows) of (floating-point) values that a file can hold."""
+    """InputError unless it is a bank (Tensor or StoredRows) of (floating-point) values that a file can store."""
     if isinstance(bank, np.memmap):
         raise InputError.of(argument, "a tensor or StoredRows", "a numpy.memmap (StoredRows.of_memmap reads its file)")
     if isinstance(bank, np.ndarray):
@@ -96,7 +96,7 @@ def require_bank(bank: Any, argument: str, *, floating: bool = True) -> None:
 
 
 def require_dtype(dtype: Any, argument: str, *, floating: bool = True) -> None:
-    """InputError unless it is a dtype, by default a floating-point one, that a file can hold."""
+    """InputError unless it is a dtype, by default a floating-point dtype, that a file can store."""
     if not isinstance(dtype, torch.dtype):
         raise InputError.of(argument, "a dtype of torch", repr(dtype))
     if (floating and not dtype.is_floating_point) or spelled(dtype) is None:
@@ -106,12 +106,12 @@ def require_dtype(dtype: Any, argument: str, *, floating: bool = True) -> None:
 
 
 def has_values(bank: Any) -> bool:
-    """Whether it is a tensor whose values are in memory: not StoredRows, a meta tensor or a fake tensor."""
+    """Whether it is a tensor with values in memory: not StoredRows, a meta tensor or a fake tensor."""
     return isinstance(bank, Tensor) and not bank.is_meta and not isinstance(bank, FakeTensor)
 
 
 def as_tensor(value: Any, argument: str, rule: str) -> Tensor:
-    """What a user's function has returned, a tensor or a NumPy array; InputError for anything else."""
+    """The output of a user's function, a tensor or a NumPy array; InputError for anything else."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, np.ndarray):
@@ -125,7 +125,7 @@ def as_tensor(value: Any, argument: str, rule: str) -> Tensor:
 @cache
 def spelled(dtype: torch.dtype) -> str | None:
     """The name of a dtype in the header of a safetensors file, such as "F16"; None if such a file cannot hold it."""
-    import safetensors.torch  # here, as the ops and the optimizer run without it
+    import safetensors.torch  # imported here, because the ops and the optimizer work without it
 
     try:
         data = safetensors.torch.save({"x": torch.empty(0, dtype=dtype, device="cpu")})
@@ -137,5 +137,5 @@ def spelled(dtype: torch.dtype) -> str | None:
 
 
 def range_of(dtype: torch.dtype) -> str:
-    """The finite values of a dtype, in words."""
+    """The range of finite values of a dtype, in words."""
     return f"+-{torch.finfo(dtype).max:g}, the range of {dtype}"

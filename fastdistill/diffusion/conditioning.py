@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """p(t) of random conditioning (Kim et al., CVPR 2025, arXiv 2504.02011): the probability of a random prompt.
 
-At small t a noised latent still shows its image, at large t hardly anything of it. p(t) usually increases with t, so
+At small t a noised latent still shows its image; at large t it shows hardly anything of it. p(t) usually increases with
+t, so that random prompts are mainly combined with latents that contain little information about their own prompt.
 that random prompts are mainly combined with latents that say little about their own prompt.
 """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guidance does to a Gaussian: closed forms, and the exact law that a sampler gives on its grid.
+"""The effect of guidance on a Gaussian: closed forms, and the exact distribution that a sampler gives on its grid.
 
-p(x | c) = N(mu, c) and p(x) = N(0, u) in one direction; with covariances that commute each eigenvector is one.
-R = u / c, tau = sigma^2. Guidance s_c + w (s_c - s_u) with w > 0 moves the mean away from 0 and, where R > 1, shrinks
-the variance (Ventura et al. 2026, 2602.00716). The closed forms follow from integrating the linear equations.
+p(x | c) = N(mu, c) and p(x) = N(0, u) in one dimension; if the covariances commute, this holds for each common
+eigenvector. R = u / c, tau = sigma^2. Guidance s_c + w (s_c - s_u) with w > 0 moves the mean away from 0 and, if R > 1,
+reduces the variance (Ventura et al. 2026, 2602.00716). The closed forms are integrals of the linear equations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastdistill.ops import _check
 Process = Literal["ode", "sde", "tilted"]
 Method = Literal["ddim", "euler", "heun", "ancestral"]
 Start = Literal["exact", "noise"]
-_POINTS = 256  # of the quadrature, whose error then is that of float64
+_POINTS = 256  # number of quadrature points; the error is then at the level of float64 rounding
 
 
 class Moments(NamedTuple):
@@ -34,7 +34,7 @@ class Moments(NamedTuple):
 
 
 class Neutral(NamedTuple):
-    """The weight that leaves the variance as it is without guidance, and whether it is at least the floor."""
+    """The weight at small noise that restores the variance without guidance, and whether it is at least the floor."""
 
     w: float
     reachable: bool
@@ -81,7 +81,7 @@ def recursion(
     method: Method = "ddim",
     eta: float = 1.0,
 ) -> Moments:
-    """Moments of what a sampler with exact scores gives on a grid, exactly.
+    """Exact moments of the samples of a sampler with exact scores on a grid.
 
     With signal a and noise b, each step is x' = A x + B + (new noise), so that m' = A m + B and V' = A^2 V + (its
     variance). ``ddim`` is x' = a' x_0 + b' eps with the guided x_0 and eps at x (Song et al. 2010.02502, eq. 12);
@@ -203,7 +203,7 @@ def _tensor(value: Any, argument: str) -> Tensor:
 
 
 def directions(**given: Any) -> list[Tensor]:
-    """Each as float64, in the shape of all of them together."""
+    """Each argument as float64, broadcast to the common shape."""
     found = {name: _tensor(value, name) for name, value in given.items()}
     for name in ("c", "u"):
         _check.require(bool((found[name] > 0).all()), name, "variances above 0", found[name].tolist())

@@ -20,7 +20,7 @@ from fastdistill.diffusion.schedule import NoiseSchedule, PredictionType, Schedu
 from fastdistill.errors import InputError, described
 
 Density = Literal["uniform", "logit_normal", "mode"]
-_OF = {"mean": "logit_normal", "std": "logit_normal", "scale": "mode"}  # the density of an argument
+_OF = {"mean": "logit_normal", "std": "logit_normal", "scale": "mode"}  # the density to which an argument belongs
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class FlowSchedule(Schedule):
 
     Args:
         T: number of rows.
-        shift: sigma -> shift sigma / (1 + (shift - 1) sigma), after the density (2403.03206, eq. 23).
+        shift: sigma -> shift sigma / (1 + (shift - 1) sigma), applied after the density (2403.03206, eq. 23).
         density: ``uniform``; ``logit_normal``: logit(sigma) is normal with ``mean`` and ``std`` (eq. 19; a higher mean
             is more noise); ``mode`` with ``scale`` (eq. 20), from -1 to 2 / (pi - 2).
-        mean, std, scale: of the density; those of another one keep their defaults.
+        mean, std, scale: parameters of the density; keep the defaults of those that it does not use.
         factor: models are given sigma times this (``num_train_timesteps`` of diffusers' schedulers).
 
     Raises:

@@ -32,13 +32,13 @@ class Grid:
         signal, noise: [n + 1]; sigma = noise / signal never rises from level to level. The first
             signal may be 0 (sigma is infinite there); the last level is (1, 0), or where a scheduler ends.
         times: [n], what the model is given at each step.
-        clock: [n] in [0, 1], the same as a share of the training timesteps (of rectified flow its sigma).
+        clock: [n] in [0, 1], the time as a share of the training timesteps (for rectified flow: sigma).
         text: the text from which ``parse`` makes this grid; empty if there is none.
 
     All are float64 on the CPU.
 
     Raises:
-        InputError: levels that are no such grid.
+        InputError: levels that do not form such a grid.
     """
 
     signal: Tensor
@@ -103,12 +103,12 @@ class Grid:
     ) -> Grid:
         """sigma_i = (max^(1/rho) + i / (n - 1) (min^(1/rho) - max^(1/rho)))^rho (Karras et al. 2206.00364, eq. 5).
 
-        Each is moved to the timestep with the nearest logarithm of sigma. Those that fall on the same timestep are one
-        step, so that there may be fewer: ``len`` of the grid says how many.
+        Each sigma is moved to the timestep with the nearest logarithm of sigma. If several fall on the same timestep,
+        they become one step, so there may be fewer than n: see ``len`` of the grid.
 
         Args:
-            sigma_max, sigma_min: of the first and the last step; None: the largest finite one of the schedule, and its
-                smallest above 0.
+            sigma_max, sigma_min: of the first and the last step; None: the largest finite sigma of the schedule, and
+                its smallest above 0.
         """
         sigmas = _schedule(schedule).noise / schedule.signal
         usable = ((sigmas > 0) & sigmas.isfinite()).nonzero().flatten()
@@ -183,12 +183,12 @@ class Grid:
     def visited(cls, scheduler: Any) -> Grid:
         """The levels at which a scheduler of diffusers, whose timesteps are set, evaluates the model, and the data.
 
-        They follow from the timesteps that the model is given. So this also takes schedulers that evaluate it between
-        their levels or twice at one (Heun, PNDM), which ``of`` refuses: guidance has a weight for each evaluation.
-        Between the timesteps of training the logarithm of sigma is linear.
+        They follow from the timesteps that the model gets. Therefore schedulers are possible that evaluate the model
+        between their levels or twice at one level (Heun, PNDM), which ``of`` refuses: guidance has a weight for each
+        evaluation. Between the training timesteps the logarithm of sigma is interpolated linearly.
 
         Raises:
-            InputError: a scheduler without timesteps, or whose models take none.
+            InputError: a scheduler without timesteps, or whose models take no timesteps.
         """
         kind, config = type(scheduler).__name__, getattr(scheduler, "config", None)
         times = getattr(scheduler, "timesteps", None)
@@ -202,8 +202,8 @@ class Grid:
 
     @classmethod
     def at(cls, schedule: Schedule, times: Tensor) -> Grid:
-        """The levels at these times [n] as a model is given them, and the data. Between the timesteps of a
-        ``NoiseSchedule`` the logarithm of sigma is linear."""
+        """The levels at these times [n], given as the model gets them, and the data. Between the timesteps of a
+        ``NoiseSchedule`` the logarithm of sigma is interpolated linearly."""
         times = times.to("cpu", torch.float64)
         if isinstance(_schedule(schedule), FlowSchedule):
             noise = times / schedule.factor  # type: ignore[attr-defined]
@@ -244,7 +244,7 @@ class GridSchedule(Schedule):
     """The levels at which a grid's steps start as those of training, of models that were trained on ``schedule``.
 
     Raises:
-        InputError: levels of another process than the schedule's.
+        InputError: levels of a process other than the schedule's.
     """
 
     grid: Grid
@@ -287,8 +287,8 @@ class GridSchedule(Schedule):
 def trailing_timesteps(T: int, steps: int) -> list[int]:
     """``steps`` evenly spaced decreasing timesteps that start at T - 1 ("trailing", Lin et al. 2305.08891, table 2).
 
-    Sampling starts from pure noise, so the first timestep should be the last of training; with "leading" spacing it is
-    an earlier one.
+    Sampling starts from pure noise, so the first timestep should be the last training timestep; with "leading" spacing
+    it is an earlier one.
     """
     if not isinstance(steps, int) or not 1 <= steps <= T:
         raise InputError.of("steps", f"1 to {T}, the timesteps of the schedule", described(steps))
@@ -296,7 +296,7 @@ def trailing_timesteps(T: int, steps: int) -> list[int]:
 
 
 def _holds(condition: Tensor, values: Tensor, argument: str, rule: str) -> None:
-    """Refuses the first value for which a rule does not hold."""
+    """InputError for the first value that breaks a rule."""
     for index, (holds, value) in enumerate(zip(condition.tolist(), values.tolist(), strict=True)):
         _check.require(holds, argument, rule, f"{value} at {index}")
 
@@ -309,13 +309,13 @@ def _schedule(schedule: Any) -> Schedule:
 
 def _sigma(value: Any, argument: str, low: float, high: float) -> float:
     sigma = _check.real(value, argument)
-    if not low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6):  # a float32 table's rounding
+    if not low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6):  # tolerance for the rounding of a float32 table
         raise InputError.of(argument, f"a sigma of the schedule, {low:.6g} to {high:.6g}", sigma)
     return sigma
 
 
 def _at(schedule: Schedule, rows: list[int], text: str) -> Grid:
-    """The grid at these rows of a schedule's tables, to the data."""
+    """The grid at these rows of a schedule's tables, ending at the data."""
     index = torch.tensor(rows, device="cpu")
     times = index.double() if schedule.times is None else schedule.times[index]
     signal, noise = (_ended(table[index], end) for table, end in ((schedule.signal, 1.0), (schedule.noise, 0.0)))
@@ -331,7 +331,7 @@ def _flow(sigmas: Tensor, factor: float, text: str) -> Grid:
 
 
 def _of_table(scheduler: Any, kind: str, times: Tensor, steps: int) -> Grid:
-    """Of schedulers that step from alphas_cumprod[t] to alphas_cumprod[t - T // steps] or that of the next timestep."""
+    """For schedulers that step from alphas_cumprod[t] to alphas_cumprod[t - T // steps] or to the next timestep."""
     abar = NoiseSchedule.from_diffusers(scheduler).alphas_cumprod
     rows = [int(t) for t in times]
     stride = scheduler.config["num_train_timesteps"] // steps

@@ -2,8 +2,8 @@
 """Schedules of classifier-free guidance: the weight w in s_c + w (s_c - s_u) as a function of the noise.
 
 w = 0 is the conditional model, w = -1 the unconditional one; ``guidance_scale`` of diffusers is g = 1 + w. Constant
-guidance moves means and shrinks variances; negative weights at small noise give variance back (Ventura et al. 2026,
-2602.00716). ``distortion`` computes how much.
+guidance moves means and reduces variances; negative weights at small noise restore variance (Ventura et al. 2026,
+2602.00716). ``distortion`` computes both effects.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ FORMS = (
 class Guidance(ABC):
     """A schedule of the guidance weight w, made by ``parse`` or one of the methods below. Immutable, comparable.
 
-    A step of a sampler takes the weight of the level where it starts. ``by`` says what thresholds are: ``sigma``
-    (noise / signal), ``t`` (the timestep as a share of training's, of rectified flow its sigma), or ``step`` (the share
-    of a sampler's steps that is done).
+    A step of a sampler uses the weight at the level where it starts. ``by`` is the unit of the thresholds: ``sigma``
+    (noise / signal), ``t`` (the timestep as a share of the training timesteps; for rectified flow: sigma), or ``step``
+    (the share of the sampler's steps that is done).
 
     ``str`` gives the text of a schedule, from which ``parse`` makes an equal one.
     """
@@ -88,7 +88,7 @@ class Guidance(ABC):
 
     @staticmethod
     def piecewise(stretches: Sequence[tuple[float, float]], tail: float, *, by: By = "sigma") -> Guidance:
-        """Of the pairs (threshold, w), w of the first whose threshold is below the noise; the tail below all of them.
+        """Pairs (threshold, w): w is that of the first pair whose threshold is below the noise, else the tail.
 
         With ``by="step"``: w of the first pair whose share of the steps is not done yet.
         """
@@ -122,8 +122,8 @@ class Guidance(ABC):
     def parse(text: str | float | Guidance) -> Guidance:
         """The schedule of a text, a number or a schedule.
 
-        ``2``: constant. ``8@10,-1@2,0``: 8 while sigma > 10, -1 while sigma > 2, then 0. Thresholds are sigma,
-        with ``t`` behind them timesteps as a share of training's, with ``%`` the part of the steps that is done.
+        ``2``: constant. ``8@10,-1@2,0``: 8 while sigma > 10, -1 while sigma > 2, then 0. Thresholds are sigma; with the
+        suffix ``t`` they are timesteps as a share of training's, with ``%`` the percentage of the steps that is done.
         ``linear:-0.5+0.02``: w = -0.5 + 0.02 sigma^2. ``power:2^0.9``: w = 2 |Delta_s|^0.9 for each sample.
         ``cads:0.6..0.9,0.25,1:2``: w = 2 with prompts noised from t = 0.6 T to 0.9 T by 0.25, rescaled in full.
 
@@ -142,7 +142,7 @@ class Guidance(ABC):
 
     @abstractmethod
     def weights_at(self, values: Tensor) -> Tensor:
-        """w at these values of what ``by`` names, float64 in their shape."""
+        """w at these values (in the unit ``by``), float64 in their shape."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -152,7 +152,7 @@ class Guidance(ABC):
         """w of each step, float64 [steps].
 
         Raises:
-            InputError: a threshold outside of the grid, a stretch in which no step starts, a weight that is not finite.
+            InputError: a threshold outside of the grid, a stretch with no step in it, a weight that is not finite.
         """
         if not isinstance(grid, Grid):
             raise InputError.of("grid", "a Grid", described(grid))
@@ -167,7 +167,7 @@ class Guidance(ABC):
         Args:
             levels: a schedule, or coefficients [T, 4] whose first two columns are signal and noise; t is then t/T.
 
-        Raises:
+        InputError: ``by="step"``, which has no meaning in training; a threshold outside of the levels.
             InputError: ``by="step"``, which training does not know; a threshold outside of the levels.
         """
         if self.by == "step":
@@ -203,7 +203,7 @@ class Guidance(ABC):
         return int(passes.sum() + (passes[corrected].sum() if order == 2 else 0))
 
     def _check_within(self, values: Tensor, end: float, steps: bool) -> None:  # noqa: B027
-        """Refuses what the schedule would do nowhere among these values, which go to ``end``."""
+        """InputError for a part of the schedule that has no effect at these values, which go to ``end``."""
 
     def _finite(self, values: Tensor) -> Tensor:
         w = self.weights_at(values)
@@ -340,11 +340,11 @@ def _threshold(value: Any, by: By) -> float:
 
 
 def _of_text(threshold: float, by: By) -> float | Decimal:
-    """A threshold as it is written: of steps in percent, exactly."""
+    """A threshold as it is written; steps in percent, exactly."""
     return Decimal(repr(threshold)).scaleb(2) if by == "step" else threshold
 
 
 def shown(value: float | Decimal) -> str:
-    """The shortest text of a number that gives it back."""
+    """The shortest text that is read as the same number."""
     text = f"{value:f}" if isinstance(value, Decimal) else repr(value)
     return re.sub(r"\.0*$", "", text.rstrip("0")) if "." in text and "e" not in text else text

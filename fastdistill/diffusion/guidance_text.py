@@ -19,7 +19,7 @@ def parsed(text: str) -> Guidance:
     """The schedule of a text (``Guidance.parse``).
 
     Raises:
-        InputError: no schedule, with the column where the text stops to be one.
+        InputError: no schedule; the message has the column of the first wrong character.
     """
     return _Text(text).schedule()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling on a ``Grid`` with a schedule of guidance, which evaluates one pass where the weight is 0 or -1."""
+"""Sampling on a ``Grid`` with a schedule of guidance; steps whose weight is 0 or -1 evaluate only one prompt."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def sample(
     Each step is that of ``distortion.recursion``.
 
     Args:
-        model, prompts, null_prompt: as of ``ddim``; None if every weight is 0. The model is given the times of the
-            grid, int64 if all of them are whole, else float32.
-        x: standard normal noise where a^2 + b^2 = 1 or a = 0 there. The state is at least float32.
+        model, prompts, null_prompt: as for ``ddim``; null_prompt None if every weight is 0. The model gets the times of
+            the grid, int64 if all of them are whole, else float32.
+        x: standard normal noise if a^2 + b^2 = 1 or a = 0 there. The state is at least float32.
         method: ``ddim``; ``euler``, the same; ``heun``, with a second evaluation at the end of a step (``evaluations``
             of order 2); ``ancestral``, with ``eta`` in [0, 1] and noise by (seed, row, step, element).
         guidance: a schedule, its text or a constant w: unconditional + (1 + w) (conditional - unconditional), in one
-            batch of 2 B unless w is 0 (the prompts alone) or -1 (the null prompt alone). Of ``power_law`` w is of each
-            sample; of ``cads`` the prompts are noised by (seed, row, step, element).
+            batch of 2 B unless w is 0 (the prompts alone) or -1 (the null prompt alone). With ``power_law`` each sample
+            has its own w; with ``cads`` the prompts are noised by (seed, row, step, element).
         clip_sample: limit of the predicted x_0; eps is computed again from the clipped x_0.
         rows: [B] int64, numbers of the rows for the noise; None: 0..B-1.
         callback: called after each step with (index, time, state).
@@ -62,7 +62,7 @@ def sample(
         x_0 in the dtype of x. Row i depends only on x[i], prompts[i] and rows[i].
 
     Raises:
-        InputError: shapes that do not fit, no null prompt where a weight is not 0, thresholds outside of the grid, a
+        InputError: shapes that do not fit, no null prompt although a weight is not 0, thresholds outside of the grid, a
             prediction that does not determine x_0 at a level, Heun's method on a grid that does not end at the data.
     """
     _check.tensors(x=x)

@@ -29,7 +29,7 @@ class ScheduledGuidance(BaseGuidance):
 
     Args:
         schedule: a schedule or its text, without hooks (``power_law``, ``cads``).
-        noise: of which timesteps the pipeline's are: a ``Schedule``, a scheduler of diffusers, or ``to_config()`` of a
+        noise: the noise of the pipeline's timesteps: a ``Schedule``, a scheduler of diffusers, or ``to_config()`` of a
             schedule.
     """
 
@@ -39,12 +39,12 @@ class ScheduledGuidance(BaseGuidance):
         super().__init__()
         self._guidance = _plain(schedule)
         self._noise = _noise(noise)
-        # a function has no text that would give it back
+        # a function has no text from which it could be loaded
         self.register_to_config(schedule=str(Guidance.parse(str(self._guidance))), noise=self._noise.to_config())
         self._w = 0.0
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
-        """As of ``BaseGuidance``; raises InputError if a threshold is not below the noise of the first step."""
+        """See ``BaseGuidance``; raises InputError if a threshold is not below the noise of the first step."""
         super().set_state(step, num_inference_steps, timestep)
         time = torch.as_tensor(timestep).detach().flatten()[:1]
         grid = Grid.at(self._noise, time)
@@ -79,7 +79,7 @@ class ScheduledGuidance(BaseGuidance):
 
     @property
     def _asked(self) -> list[int]:
-        """Which predictions the step needs: 0 of the prompt, 1 of the null prompt."""
+        """The predictions that the step needs: 0 for the prompt, 1 for the null prompt."""
         if not self._enabled or self._w == 0:
             return [0]
         return [1] if self._w == -1 else [0, 1]
@@ -87,12 +87,12 @@ class ScheduledGuidance(BaseGuidance):
 
 @contextmanager
 def scheduled_guidance(pipeline: Any, schedule: Guidance | float | str) -> Iterator[Any]:
-    """Inside, a classic pipeline of diffusers samples with a schedule of w; call it with a ``guidance_scale`` above 1.
+    """In this context a classic pipeline of diffusers samples with a schedule of w; call it with guidance_scale > 1.
 
-    Those pipelines have one scale g for all steps, and leave guidance out for g <= 1. Here the forward of the denoiser
-    (``unet`` or ``transformer``) is wrapped: of the batch (null prompts, prompts) it evaluates what w needs, one half
-    if w is 0 or -1, and returns the guided prediction in both halves, of which u + g (c - u) is that prediction for
-    any g. w is taken at the timestep of each evaluation (``Grid.visited``).
+    Such pipelines have one scale g for all steps, and skip guidance for g <= 1. Here the forward of the denoiser
+    (``unet`` or ``transformer``) is wrapped: it evaluates those of (null prompts, prompts) that w needs (one half if w
+    is 0 or -1), and returns the guided prediction in both halves. Then u + g (c - u) is that prediction for any g. w is
+    taken at the timestep of each evaluation (``Grid.visited``).
 
     Args:
         pipeline: with one batch for both predictions, the null prompts first: Stable Diffusion 1 to 3, SDXL, PixArt,
@@ -129,12 +129,12 @@ def scheduled_guidance(pipeline: Any, schedule: Guidance | float | str) -> Itera
 
 
 class _Halves:
-    """The forward of a denoiser that sees (null prompts, prompts) and returns the guided prediction in both halves."""
+    """A denoiser's forward that gets (null prompts, prompts) and returns the guided prediction in both halves."""
 
     def __init__(self, pipeline: Any, model: nn.Module, guidance: Guidance) -> None:
         self.pipeline, self.guidance, self.inner = pipeline, guidance, model.forward
-        self.factor = getattr(getattr(model, "config", None), "timestep_scale", 1.0)  # of Sana
-        self.signature = inspect.signature(type(model).forward.__get__(model))  # hooks may hide that of inner
+        self.factor = getattr(getattr(model, "config", None), "timestep_scale", 1.0)  # for Sana
+        self.signature = inspect.signature(type(model).forward.__get__(model))  # hooks may hide the inner one
         self.timesteps: Tensor | None = None
         self.weights: list[float] = []
         self.times: list[float] = []
@@ -154,9 +154,9 @@ class _Halves:
         return _doubled(self.inner(*args, **kwargs), 1 + w)
 
     def _advance(self, time: float) -> bool:
-        """Goes on to the evaluation at this time; whether it is the first of a call."""
+        """Moves to the evaluation at this time; returns whether it is the first one of a call."""
         scheduler = self.pipeline.scheduler
-        if self.timesteps is not scheduler.timesteps:  # which each call of a pipeline sets anew
+        if self.timesteps is not scheduler.timesteps:  # every call of a pipeline sets them again
             grid = Grid.visited(scheduler)
             self.weights, self.timesteps = self.guidance.weights(grid).tolist(), scheduler.timesteps
             self.times, self.at = (torch.as_tensor(scheduler.timesteps) * self.factor).tolist(), -1
@@ -196,7 +196,7 @@ def _noise(noise: Any) -> Schedule:
     config = getattr(noise, "config", None)
     if isinstance(config, Mapping) and flow_matching(type(noise).__name__, config):
         T = int(config["num_train_timesteps"])
-        return FlowSchedule(T, factor=float(T))  # whatever its shift: the timesteps say the noise
+        return FlowSchedule(T, factor=float(T))  # any shift: the timesteps define the noise
     return schedule_of(noise)
 
 
@@ -212,7 +212,7 @@ def _rows(value: Any, batch: int, rows: slice) -> Any:
 
 
 def _doubled(output: Any, scale: float | None = None) -> Any:
-    """An output whose prediction is in both halves: that of one half, or of both halves the guided one."""
+    """An output with the prediction in both halves: the one of the evaluated half, or the guided one of two halves."""
     found = output[0] if isinstance(output, tuple) else output.sample
     if scale is not None:
         unconditional, conditional = found.chunk(2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance that is more than a number per step: a weight for each sample, prompts that are noised."""
+"""Guidance that is more than one number per step: a weight for each sample, or noised prompts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
 from fastdistill.ops.philox import CONDITION, normal
 
-_NOISED = (EMBEDDINGS, "text_embeds", "pooled_projections")  # the banks of a prompt's embeddings
+_NOISED = (EMBEDDINGS, "text_embeds", "pooled_projections")  # the banks with a prompt's embeddings
 
 
 def score_scale(signal: Tensor, noise: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """|Delta_s| / |Delta_out| at levels x = a x_0 + b eps, for predictions p x_0 + q eps: a^2 / (b |a q - b p|).
 
-    s is the score of x / a, whose noise is sigma = b / a. For epsilon Delta_s = -Delta_eps / sigma; the difference of
-    two predictions of another type at the same x gives Delta_eps = a / (a q - b p) times it.
+    s is the score of x / a, whose noise is sigma = b / a. For epsilon Delta_s = -Delta_eps / sigma; for another type,
+    Delta_eps is a / (a q - b p) times the difference of two predictions at the same x.
 
     Args:
         signal, noise, p, q: tensors of one shape, such as the columns of ``Schedule.coefficients``.
@@ -38,8 +38,8 @@ def score_scale(signal: Tensor, noise: Tensor, p: Tensor, q: Tensor) -> Tensor:
 class PowerLaw(Guidance):
     """s_c + omega Delta_s |Delta_s|^alpha, Delta_s = s_c - s_u (Pavasovic et al. 2025, 2502.07849).
 
-    The norm is the Euclidean one over all elements of a sample, without a division by their number, and s the score of
-    x / signal: Delta_s = -Delta_eps / sigma. alpha = 0 is a constant. Where Delta_s = 0 and alpha is not, w = 0.
+    The norm is the Euclidean norm over all elements of a sample, not divided by their number; s is the score of
+    x / signal: Delta_s = -Delta_eps / sigma. alpha = 0 is a constant. If Delta_s = 0 and alpha is not 0, w = 0.
     """
 
     omega: float
@@ -80,11 +80,11 @@ class PowerLaw(Guidance):
 class Cads(Guidance):
     """``base`` with annealed prompts (condition-annealed sampling, Sadat et al. 2023, 2310.17347, section 4).
 
-    A prompt's row y becomes sqrt(gamma) y + scale sqrt(1 - gamma) n, with n standard normal and gamma 1 up to t = tau1
-    T, 0 from tau2 T on, linear between. Of that, ``mix`` parts are moved to the mean and standard deviation that the
-    row's elements had. The null prompt stays. Noise is a function of (seed, row, step, element).
+    A row y of a prompt becomes sqrt(gamma) y + scale sqrt(1 - gamma) n. n is standard normal; gamma is 1 up to t = tau1
+    T, 0 from tau2 T on, and linear between. This is then blended, with share ``mix``, with itself rescaled to the row's
+    original mean and standard deviation. The null prompt stays. Noise is a function of (seed, row, step, element).
 
-    Noised are the embeddings: of banks ``encoder_hidden_states``, ``text_embeds`` and ``pooled_projections``.
+    The embeddings are noised: with banks ``encoder_hidden_states``, ``text_embeds`` and ``pooled_projections``.
     """
 
     base: Guidance
@@ -115,13 +115,13 @@ class Cads(Guidance):
         return f"{self.base.describe()}, prompts noised {ends} by {shown(self.scale)}"
 
     def annealed(self, prompts: Rows, clock: float, seed: Tensor, step: Tensor, rows: Tensor) -> Rows:
-        """The prompts [B, ...] as the model is given them at t = ``clock`` T.
+        """The prompts [B, ...] that the model gets at t = ``clock`` T.
 
         Args:
             seed, step: int64, 0-dim. rows: [B] int64.
 
         Raises:
-            InputError: banks without embeddings of floating point, such as class labels.
+            InputError: banks without floating-point embeddings, such as class labels.
         """
         gamma = min(1.0, max(0.0, (self.tau2 - clock) / (self.tau2 - self.tau1)))
         if gamma == 1:

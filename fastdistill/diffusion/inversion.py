@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From data to noise: the steps of a sampler backwards, without guidance."""
+"""From data to noise: the steps of a sampler in reverse, without guidance."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def invert(
     correct: int = 0,
     prediction_type: PredictionType = "epsilon",
 ) -> Tensor:
-    """The state [B, *S] at the first level of a grid from x [B, *S] at its last one: its steps backwards.
+    """The state [B, *S] at the first level of a grid from x [B, *S] at the last level: the sampler's steps in reverse.
 
-    A step of the sampler goes from level (a, b) to (a', b') by x' = a'/a x + D eps, D = b' - a' b/a, with eps at (x, a,
-    b), or, of ``heun``, with the mean of this one and that at its end. Backwards eps is that at x' (DDIM inversion:
-    Song et al. 2010.02502, section 4.3), or the mean of it and that at the end. From the data, for which the model has
-    no time, it is that of the level before, ``heun`` then corrects it once.
+    A step of the sampler goes from level (a, b) to (a', b') by x' = a'/a x + D eps, D = b' - a' b/a. eps is evaluated
+    at (x, a, b); ``heun`` takes the mean with eps at the end of the step. The reverse step takes eps at x' (DDIM
+    inversion: Song et al. 2010.02502, section 4.3), or this mean. The model has no time for the data, so the step from
+    the data takes eps at the time of the level before, and ``heun`` then corrects it once.
 
     Args:
-        model, prompts, prediction_type: as of ``guided.sample``. grid: from the level that is wanted, whose signal is
-            above 0, to the data.
-        correct: fixed-point passes for each step, x <- a/a' (x' - D eps(x)): the inverse of the sampler's own step is
-            their limit. A pass evaluates the model as often as a step of the sampler.
+        model, prompts, prediction_type: as for ``guided.sample``. grid: from the wanted level, whose signal is above 0,
+            to the data.
+        correct: number of fixed-point passes per step, x <- a/a' (x' - D eps(x)); they converge to the inverse of the
+            sampler's own step. A pass evaluates the model as often as a step of the sampler.
 
     Returns:
         In the dtype of x; between the steps it is at least float32.

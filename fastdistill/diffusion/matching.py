@@ -2,8 +2,8 @@
 """The table of ``ops.output_match`` with a row per timestep: guidance, conversion of predictions, loss weights.
 
 A model predicts o = p x_0 + q eps, where x_t = a x_0 + b eps (``NoiseSchedule.coefficients``, ``flow_coefficients``).
-Every type of prediction therefore follows from another one and x_t. An error of x_0 is multiplied by |(a q - b p) / b|
-in the prediction.
+So any type of prediction follows from any other type and x_t. An error in x_0 becomes an error in the prediction that
+is |(a q - b p) / b| times as large.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def loss_weights(coefficients: Tensor, weighting: LossWeighting = "uniform", gam
             is min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v. ``sigma_sqrt`` (sigma^-2) and
             ``cosmap`` (2 / (pi (1 - 2 sigma + 2 sigma^2))) are weights for the prediction of rectified flow (Esser et
             al. 2024, 2403.03206, section 3.1, as in diffusers' training scripts).
-        gamma: of ``min_snr``; the default where the weighting is another one.
+        gamma: for ``min_snr``; keep the default for other weightings.
 
     Raises:
         InputError: an unknown weighting, gamma not finite, not above 0 or without min_snr, a prediction that does not
@@ -79,7 +79,7 @@ def loss_weights(coefficients: Tensor, weighting: LossWeighting = "uniform", gam
 
 
 def named_weights(coefficients: Tensor, weighting: str, gamma: float, argument: str, gamma_argument: str) -> Tensor:
-    """``loss_weights``, whose errors call weighting and gamma by these names."""
+    """``loss_weights``, with these names for weighting and gamma in error messages."""
     _check_weighting(weighting, argument, "")
     _check_gamma(gamma, gamma_argument, [weighting])
     return _weights(coefficients, weighting, float(gamma), argument)
@@ -112,10 +112,10 @@ def _weights(coefficients: Tensor, weighting: str, gamma: float, argument: str) 
 
 
 def limited_weights(coefficients: Tensor, limit: float) -> Tensor:
-    """min(1 / (a q - b p)^2, limit), float64 [T]: of epsilon min(1 / abar, limit), of v and flow min(1, limit).
+    """min(1 / (a q - b p)^2, limit), float64 [T]: for epsilon min(1 / abar, limit), for v and flow min(1, limit).
 
-    1 / (a q - b p)^2 is what makes the loss of every prediction that of v, or of rectified flow's velocity; in plain
-    epsilon the early steps, where a prompt decides, weigh next to nothing.
+    With the factor 1 / (a q - b p)^2 the loss of every prediction equals that of v, or of rectified flow's velocity.
+    Without it, an epsilon loss gives almost no weight to the early steps, where the prompt matters most.
     """
     _check_coefficients(coefficients, "coefficients")
     a, b, p, q = coefficients.detach().to("cpu", torch.float64).unbind(1)
@@ -150,7 +150,7 @@ def match_table(
     """
     _check_coefficients(coefficients, "coefficients")
     T = len(coefficients)
-    if hasattr(guidance, "table"):  # a Guidance, whose module needs more than this one
+    if hasattr(guidance, "table"):  # a Guidance; its module is loaded only if needed
         guidance = cast("Guidance", guidance).table(coefficients)
     elif callable(guidance):
         guidance = torch.tensor([guidance(t / T) for t in range(T)], dtype=torch.float64, device="cpu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guided prediction of a model at the steps of a grid, in as few evaluations as a schedule needs."""
+"""The guided prediction of a model at the steps of a grid, with as few evaluations as the schedule allows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ Predict = Callable[[Tensor, Tensor, Rows], Any]
 
 
 class Passes:
-    """unconditional + g (conditional - unconditional) at each step: in one batch of 2 B, or the prompts alone where g
-    is 1, or the null prompt alone where g is 0.
+    """unconditional + g (conditional - unconditional) at each step: in one batch of 2 B, or the prompts alone if g is
+    1, or the null prompt alone if g is 0.
 
     Args:
         scales: g = 1 + w of each step.
-        x: the first state [B, ...]; prompts, null_prompt: as of ``ddim``.
-        law, scores: a ``PowerLaw`` and ``score_scale`` at each level; then w is of each sample, and no g counts.
-        annealing, clock: a ``Cads`` and the share t / T of each level; seed, rows [B] int64: of its noise.
+        x: the first state [B, ...]; prompts, null_prompt: as for ``ddim``.
+        law, scores: a ``PowerLaw`` and ``score_scale`` at each level; then each sample has its own w, and scales is
+            ignored. annealing, clock: a ``Cads`` and the share t / T of each level; seed, rows [B] int64: for its
+            noise.
 
     Raises:
-        InputError: prompts that do not fit, no null prompt where a scale is not 1, thresholds outside of the grid.
+        InputError: prompts that do not fit, no null prompt although a scale is not 1, thresholds outside of the grid.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Passes:
         self.rows = torch.arange(len(x), device=x.device) if rows is None else rows
         self._inputs: dict[str, Rows] = {}
         if annealing:
-            annealing.annealed(prompts, max(clock), self.key, self.key, self.rows)  # refuses what it cannot noise
+            annealing.annealed(prompts, max(clock), self.key, self.key, self.rows)  # checks the prompts
 
     @classmethod
     def of(
@@ -83,8 +84,8 @@ class Passes:
         return cls(scales, x, prompts, null_prompt, **hooks)
 
     def __call__(self, predict: Predict, x: Tensor, time: Tensor, level: int, step: int | None = None) -> Tensor:
-        """The prediction [B, ...] in the dtype of x, at the level of number ``level``, with the weight of a step (None:
-        the step that starts there)."""
+        """The prediction [B, ...] in the dtype of x at level number ``level``, with the weight of step number ``step``
+        (None: the step that starts there)."""
         step = level if step is None else step
         kind = self._kind(step)
         both = kind == "both"

@@ -32,15 +32,15 @@ def diffusion_posterior(
 ) -> Tensor:
     """p(c | x) for a uniform prior, [N, classes] float32: the softmax over classes of - mean |target - f(x_t, t, c)|^2.
 
-    Square norms are sums over the elements of a sample, as in the paper. Every class has the same noise, at ``draws``
-    timesteps evenly over the schedule; that of a row is drawn by counter from (seed, row).
+    Squared norms are sums over the elements of a sample, as in the paper. All classes share the same noise, at
+    ``draws`` timesteps evenly spaced over the schedule; the noise of a row is drawn by counter from (seed, row).
 
     Args:
-        model: the teacher, in eval mode. x: [N, *S], in its scale.
-        prompts: rows [classes, ...] of the classes.
-        prediction_type: what the model predicts; None: what is usual with the schedule.
+        model: the teacher, in eval mode. x: [N, *S], scaled as for the teacher.
+        prompts: one row per class, [classes, ...].
+        prediction_type: what the model predicts; None: the default of the schedule.
         rows: [N] int64, the numbers of the rows; None: 0 to N - 1.
-        batch: forwards at once. progress: called with (draws done, draws).
+        batch: samples per forward. progress: called with (draws done, draws).
     """
     _check.valued(x=x)
     if x.ndim < 2 or not x.dtype.is_floating_point:
@@ -65,7 +65,7 @@ def diffusion_posterior(
         for pair in torch.split(pairs, batch):
             image, label = pair.unbind(1)
             told = predict(x_t[image], torch.full_like(image, t), rows_of(prompts, label, x.device))
-            told = told[:, : x.shape[1]]  # a learned variance beside it
+            told = told[:, : x.shape[1]]  # drop the channels of a learned variance
             errors[image, label] += (told - target[image]).double().square().flatten(1).sum(1) / draws
         if progress is not None:
             progress(draw + 1, draws)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""x_0 and eps of a prediction."""
+"""Conversion of a prediction to x_0 and eps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def clean_and_noise(
 ) -> tuple[Tensor, Tensor]:
     """(x_0, eps) of a state x = signal x_0 + noise eps and a prediction out = p x_0 + q eps.
 
-    With a = signal, b = noise they are (q x - b out) / (a q - b p) and (a out - p x) / (a q - b p), so that no level
-    needs a case of its own.
+    With a = signal, b = noise they are (q x - b out) / (a q - b p) and (a out - p x) / (a q - b p); no level is a
+    special case.
     """
     a, b = signal, noise
     p, q = _parts(prediction_type, a, b)
@@ -24,7 +24,7 @@ def clean_and_noise(
 
 
 def determines(prediction_type: PredictionType, signal: float, noise: float) -> bool:
-    """Whether x_0 follows from a prediction at this level: not from eps where there is no signal."""
+    """Whether x_0 follows from a prediction at this level: not from eps if there is no signal."""
     p, q = _parts(check_prediction_type(prediction_type), signal, noise)
     return signal * q - noise * p != 0
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What samplers give a model, the rows of its prompts alone or after those of the null prompt; and what it returns."""
+"""The prompts that samplers pass to a model (alone, or after the rows of the null prompt), and its prediction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = Tensor | Mapping[str, Tensor]
 
 
 def check_prompts(x_T: Tensor, prompts: Rows, null_prompt: Rows | None, scale: float) -> None:
-    """InputError unless ``prompts`` are rows for the batch of ``x_T`` and ``null_prompt`` is one more (None if
+    """InputError unless ``prompts`` are rows for the batch of ``x_T`` and ``null_prompt`` is one row more (None if
     ``scale`` is 1), in the same banks and on the same device."""
     check_scale(scale)
     if null_prompt is None and scale != 1:
@@ -45,7 +45,7 @@ def check_scale(scale: object) -> None:
 
 
 def null_rows(prompts: Rows, null_prompt: Rows) -> Rows:
-    """The null prompt as many times as there are rows in each bank of ``prompts``, in their dtypes."""
+    """The null prompt, repeated once for each row of ``prompts``, in the dtype of each bank."""
     if isinstance(prompts, Mapping):
         assert isinstance(null_prompt, Mapping)
         return {name: null_prompt[name].to(bank.dtype).expand_as(bank) for name, bank in prompts.items()}
@@ -54,7 +54,7 @@ def null_rows(prompts: Rows, null_prompt: Rows) -> Rows:
 
 
 def after_null(prompts: Rows, null_prompt: Rows) -> Rows:
-    """Null rows, then the prompts, in every bank: what a guided model reads in one batch of 2 B."""
+    """Null rows, then the prompts, in every bank: the input of a guided model in one batch of 2 B."""
     null = null_rows(prompts, null_prompt)
     if isinstance(prompts, Mapping):
         assert isinstance(null, Mapping)
@@ -64,7 +64,7 @@ def after_null(prompts: Rows, null_prompt: Rows) -> Rows:
 
 
 def prediction_like(x: Tensor, output: Any) -> Tensor:
-    """The prediction for x [B, C, ...] in a model's output: of 2 C channels the first C."""
+    """The prediction for x [B, C, ...] from a model's output; if it has 2 C channels, the first C."""
     output = getattr(output, "sample", output)
     output = output[0] if isinstance(output, tuple) else output
     if isinstance(output, Tensor) and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
@@ -76,7 +76,7 @@ def prediction_like(x: Tensor, output: Any) -> Tensor:
 
 
 def _labelled(argument: str, rows: Rows | None) -> dict[str, tuple[str, Tensor]]:
-    """Each bank by name, with what it is called in a message."""
+    """Each bank by name, with the argument's name for error messages."""
     if isinstance(rows, Mapping):
         found = {str(name): (f"{argument}[{name!r}]", bank) for name, bank in rows.items()}
     else:

@@ -28,7 +28,7 @@ from fastdistill.ops.philox import INITIAL_NOISE, normal
 def initial_noise(seed: int, rows: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal noise [B, *shape], float32 on the device of ``rows``. Row i depends only on (seed, rows[i]).
 
-    The noise is from a stream of the counter-based generator that no training step uses.
+    The noise comes from a stream of the counter-based generator that no training step uses.
 
     Args:
         seed: any int64.
@@ -66,12 +66,13 @@ def ddim(
     """x_0 [B, *S] from noise x_T [B, *S] by DDIM with eta = 0 (Song, Meng, Ermon 2021, 2010.02502, eq. 12).
 
     Args:
-        model: in eval mode. A module of a family is called as that has it; anything else as
+        model: in eval mode. A module of a known family is called as this family requires; anything else as
             ``model(x, t, encoder_hidden_states=prompts)``, or with banks as ``model(x, t, **prompts)``, with t int64
             [b]. Returns the prediction in the shape of x, an object with ``.sample``, or a tuple that starts with it
-            (as in diffusers); of twice as many channels the first half, as of models that learn their variance too.
-        x_T: floating point; the state between the steps is at least float32. A module sees state and prompts in the
-            dtype in which it computes, whatever theirs is; any other callable sees the state in the dtype of x_T.
+            (as in diffusers). If it has twice as many channels, the first half is used (such models also learn their
+            variance).
+        x_T: floating point; the state between the steps is at least float32. A module gets state and prompts in the
+            dtype in which it computes; any other callable gets the state in the dtype of x_T.
         prompts: embeddings [B, L, D], or banks [B, ...] by name. null_prompt: one row [...] or [1, ...] of each; None
             only when guidance_scale is 1 (or guidance 0).
         schedule: a ``NoiseSchedule``, or a ``DDIMScheduler`` of diffusers, whose settings then apply: timestep spacing,
@@ -81,8 +82,8 @@ def ddim(
         steps: number of steps, 1 to T.
         guidance_scale: g as in diffusers: prediction = null + g (conditional - null), computed in one batch of 2 B. Any
             finite g (g = 1 + w in the notation s_c + w (s_c - s_u)). g = 1 skips the null prompt, g = 0 the prompts.
-        guidance: in place of guidance_scale a schedule of w (``Guidance`` or its text), at the noise where each step
-            starts; or a number w. Without ``cads``, whose noise ``guided.sample`` and ``sample_with`` number.
+        guidance: instead of guidance_scale, a schedule of w (``Guidance`` or its text), taken at the noise where a step
+            starts; or a number w. ``cads`` is not possible here, only in ``guided.sample`` and ``sample_with``.
         prediction_type: what the model predicts; None: epsilon. Only with a NoiseSchedule, as are the next two.
         timesteps: ``steps`` decreasing timesteps; None: ``trailing_timesteps``. The last step goes to abar = 1
             (``set_alpha_to_one`` of diffusers).
@@ -94,8 +95,8 @@ def ddim(
         x_0 in the dtype of x_T. Row i depends only on x_T[i] and prompts[i].
 
     Raises:
-        InputError: shapes that do not fit, an epsilon prediction where abar is 0, and with a scheduler whatever DDIM
-            would ignore: another class than DDIM's, ``thresholding``, a second value for one of its settings.
+        InputError: shapes that do not fit, an epsilon prediction where abar is 0; with a scheduler, anything that DDIM
+            would ignore: a class other than DDIM's, ``thresholding``, a second value for one of its settings.
     """
     _check.tensors(x_T=x_T)
     if x_T.ndim < 2 or not x_T.dtype.is_floating_point:
@@ -129,7 +130,7 @@ def ddim(
 
 @dataclass(frozen=True)
 class _Plan:
-    """A trajectory: for each step its timestep and abar before and after it; and how x_0 and the noise are computed."""
+    """A trajectory: the timestep of each step, abar before and after it; and how x_0 and the noise are computed."""
 
     levels: list[tuple[int, float, float]]
     prediction_type: PredictionType
@@ -162,7 +163,7 @@ def _schedule_plan(
 
 
 def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
-    """As ``DDIMScheduler.set_timesteps`` and ``step`` choose timesteps and noise levels."""
+    """Timesteps and noise levels as chosen by ``DDIMScheduler.set_timesteps`` and ``step``."""
     abar = NoiseSchedule._of(scheduler, "schedule").alphas_cumprod
     kind = type(scheduler).__name__
     if kind not in ("DDIMScheduler", "DDIMParallelScheduler"):
@@ -201,10 +202,10 @@ def _scheduler_plan(scheduler: Any, steps: int, given: dict[str, Any]) -> _Plan:
 
 
 def one_guidance(guidance_scale: Any, guidance: Any) -> Guidance | float:
-    """The scale g or the schedule, of which one is given.
+    """The scale g or the schedule, whichever is given.
 
     Raises:
-        InputError: both or neither are given, no schedule.
+        InputError: both or neither are given, or the value is no schedule.
     """
     if (guidance is None) == (guidance_scale is None):
         got = "neither" if guidance is None else "both"
@@ -216,9 +217,9 @@ def one_guidance(guidance_scale: Any, guidance: Any) -> Guidance | float:
 
 
 def predictor(model: Callable[..., Any], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Rows], Any]:
-    """How to call the model: a module in the dtype in which it computes, anything else with states of ``dtype``."""
+    """A function that calls a module in the dtype in which it computes, and anything else with states of ``dtype``."""
     if isinstance(model, nn.Module):
-        from fastdistill.models.calling import Predictor  # loads diffusers
+        from fastdistill.models.calling import Predictor  # here, because it loads diffusers
 
         return Predictor(model)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedules: what every one has, and those of DDPM and DDIM."""
+"""Noise schedules: the base class, and those of DDPM and DDIM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 class Schedule(ABC):
     """Noise levels for training: x_t = signal_t x_0 + noise_t noise, t = 0..T-1, as tables in double precision.
 
-    ``prediction_types``: what models of this noise may predict, the usual first.
+    ``prediction_types``: what models for this noise can predict, the most common type first.
     """
 
     prediction_types: ClassVar[tuple[PredictionType, ...]]
@@ -44,17 +44,17 @@ class Schedule(ABC):
 
     @property
     def clock(self) -> Tensor:
-        """[T] float64 in [0, 1]: how far each timestep is from the data, by which p(t) goes."""
+        """[T] float64 in [0, 1]: the distance of each timestep from the data, the argument of p(t)."""
         return torch.arange(len(self), dtype=torch.float64, device="cpu") / len(self)
 
     @property
     def times(self) -> Tensor | None:
-        """[T] float64: what a model is given for each timestep; None: the timestep itself."""
+        """[T] float64: the time that the model gets for each timestep; None: the timestep itself."""
         return None
 
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
-        """JSON values that say which schedule it is."""
+        """JSON values that describe the schedule."""
 
     def coefficients(self, target: PredictionType | None = None) -> Tensor:
         """Coefficients [T, 4] float32 with x_t = c0 x_0 + c1 noise and target = c2 x_0 + c3 noise.
@@ -143,7 +143,7 @@ class NoiseSchedule(Schedule):
     def from_diffusers(cls, scheduler: Any) -> NoiseSchedule:
         """The ``alphas_cumprod`` of a diffusers scheduler, its float32 or float64 values exactly.
 
-        This is the noise that a model was trained with. A schedule holds none of the settings for sampling: pass the
+        This is the noise that a model was trained with. A schedule contains no settings for sampling: pass the
         scheduler itself to ``ddim`` to keep its timestep spacing, prediction type and clipping.
 
         With ``rescale_betas_zero_snr``, the Euler, DPM-Solver++ and UniPC schedulers of diffusers store 2**-24 as the
@@ -159,7 +159,7 @@ class NoiseSchedule(Schedule):
 
     @classmethod
     def _of(cls, scheduler: Any, argument: str) -> NoiseSchedule:
-        """``from_diffusers``, for errors that name this argument."""
+        """``from_diffusers``, with this argument's name in error messages."""
         kind, config = type(scheduler).__name__, getattr(scheduler, "config", {})
         rule = "a diffusers scheduler with alphas_cumprod"
         if isinstance(scheduler, (str, os.PathLike, Mapping)):
@@ -205,14 +205,14 @@ class NoiseSchedule(Schedule):
 def check_prediction_type(
     value: str, argument: str = "prediction_type", among: tuple[PredictionType, ...] = get_args(PredictionType)
 ) -> PredictionType:
-    """``value`` itself; InputError unless it is one of these."""
+    """Returns ``value``; InputError unless it is one of these."""
     if not isinstance(value, str) or value not in among:
         raise InputError.of(argument, f"one of {', '.join(among)}", described(value))
     return value
 
 
 def targets(signal: Tensor, noise: Tensor) -> dict[PredictionType, tuple[Tensor, Tensor]]:
-    """(p, q) of each type of prediction p x_0 + q eps at these levels."""
+    """(p, q) for each type of prediction p x_0 + q eps at these levels."""
     zero, one = torch.zeros_like(signal), torch.ones_like(signal)
     return {
         "epsilon": (zero, one),

@@ -46,24 +46,24 @@ def sample_with(
 
     Args:
         scheduler: with ``set_timesteps`` and ``step``; a copy of it is used.
-        model: in eval mode; called as its family has it, or by ``call`` (``Predictor``).
+        model: in eval mode; called as its family requires, or by ``call`` (``Predictor``).
         prompts: rows [B, ...], a tensor of embeddings or banks by name. null_prompt: one row [...] of each; not needed
-            where guidance_scale is 1.
+            if guidance_scale is 1.
         guidance_scale: prediction = null + g (conditional - null), in one batch of 2 B; 1 (or None): the conditional
             alone, 0: the null prompt alone.
-        guidance: in its place a schedule of w = g - 1 (``Guidance``, its text or a number), at the noise of each
-            evaluation (``Grid.visited``).
-        seed, rows: stochastic schedulers draw for sample i from a generator of its own, seeded by (seed, rows[i]);
-            rows [B] int64 (None: 0..B-1). So do the prompts of ``cads``.
+        guidance: instead of guidance_scale, a schedule of w = g - 1 (``Guidance``, its text or a number), taken at the
+            noise of each evaluation (``Grid.visited``).
+        seed, rows: stochastic schedulers draw sample i from its own generator, seeded by (seed, rows[i]); rows [B]
+            int64 (None: 0..B-1). The prompts of ``cads`` use them too.
         callback: called after each step with (index, timestep, state).
 
     Returns:
         x_0 in the dtype of x_T; the state between the steps is at least float32.
 
     Raises:
-        InputError: an object that is no scheduler, one that learns its variance, prompts of another batch, no steps
-            or more than it can make, a guidance scale that is not finite, or beside a schedule; thresholds outside of
-            the levels.
+        InputError: an object that is no scheduler, a scheduler with learned variance, prompts of another batch size, a
+            number of steps below 1 or above its maximum, a guidance scale that is not finite or given together with a
+            schedule; thresholds outside of the levels.
     """
     check_scheduler(scheduler)
     _check.tensors(x_T=x_T)
@@ -96,14 +96,14 @@ def sample_with(
 
 
 def _prediction_type(scheduler: Any) -> PredictionType:
-    """What models of a scheduler predict."""
+    """The type of prediction that a scheduler expects."""
     if flow_matching(type(scheduler).__name__, scheduler.config):
         return "flow_prediction"
     return check_prediction_type(scheduler.config.get("prediction_type", "epsilon"))
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """InputError unless ``sample_with`` can use it."""
+    """InputError unless ``sample_with`` supports it."""
     if not all(hasattr(scheduler, name) for name in ("set_timesteps", "step", "config")):
         raise InputError.of("scheduler", "a scheduler of diffusers", type(scheduler).__name__)
     if str(scheduler.config.get("variance_type")).startswith("learned"):
@@ -111,11 +111,11 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def scheduler_of(schedule: Schedule, prediction_type: PredictionType, clip_sample: float | None = None) -> Any:
-    """A deterministic scheduler of diffusers at these levels of noise: DDIM's with trailing timesteps, or Euler's with
-    the shift of a ``FlowSchedule``. ``clip_sample``: limit of the predicted clean sample, of DDIM.
+    """A deterministic scheduler of diffusers for these noise levels: DDIM with trailing timesteps, or Euler with the
+    shift of a ``FlowSchedule``. ``clip_sample``: limit of the predicted clean sample, for DDIM.
 
     Raises:
-        InputError: a prediction that it cannot sample from: epsilon where the signal is 0; of rectified flow any
+        InputError: a prediction that it cannot sample from: epsilon if the signal is 0; for rectified flow, anything
             but flow_prediction.
     """
     if isinstance(schedule, FlowSchedule):
@@ -140,10 +140,10 @@ def set_timesteps(
     *,
     argument: str = "steps",
 ) -> None:
-    """As the pipelines of the model's family do it, for states [B, *shape].
+    """Set the timesteps as the pipelines of the model's family do it, for states [B, *shape].
 
     Raises:
-        InputError: more steps, by the name ``argument``, than the scheduler has timesteps, or than it takes.
+        InputError: more steps (argument ``argument``) than the scheduler has timesteps or supports.
     """
     options: dict[str, Any] = {}
     if (mu := mu_of(scheduler, families.tokens_of(model, shape))) is not None:
@@ -165,7 +165,7 @@ def set_timesteps(
 
 
 def _options(scheduler: Any, seed: int, rows: Tensor) -> dict[str, Any]:
-    """A generator for each row, where the scheduler takes some."""
+    """A generator for each row, if the scheduler takes generators."""
     if "generator" not in _takes(scheduler.step):
         return {}
     key = torch.tensor(seed, dtype=torch.int64, device=rows.device)

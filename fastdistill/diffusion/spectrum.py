@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variances of classes and of all data by direction, measured from data, and the window of guidance that keeps them."""
+"""Variances of classes and of all data by direction, measured from data; guidance windows that keep the variance."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from fastdistill.schemas import SPECTRUM
 
 #: Called with (rows read, rows to read in all passes so far).
 Progress = Callable[[int, int], object]
-_MOST_PASSES = 20  # over the data for the directions
-_SETTLED = 1e-4  # of the variance in them, from pass to pass
-_MORE = 8  # directions than wanted that are followed, so that these settle faster
-_LOWEST = -64.0  # weight that is looked for
+_MOST_PASSES = 20  # passes over the data for the directions
+_SETTLED = 1e-4  # change of their variance between passes, as a share, at which iteration stops
+_MORE = 8  # additional directions in the iteration, for faster convergence
+_LOWEST = -64.0  # lowest weight in the search
 _MOST_STEPS = 4096
 
 
@@ -38,12 +38,12 @@ _MOST_STEPS = 4096
 class Spectrum:
     """Variances by direction: c of each class, u of all data.
 
-    c: [K, r] float64 > 0 or, where a class does not vary, 0. u: [r] or [K, r] float64 > 0. multiplicity: [r] float64,
-    how many dimensions a direction stands for: 1, of the isotropic remainder many. labels: [K] int64. fingerprint: what
-    it was measured from, JSON values.
+    c: [K, r] float64, per class, > 0, or 0 if a class does not vary. u: [r] or [K, r] float64 > 0, of all data.
+    multiplicity: [r] float64, the number of dimensions that a direction stands for: 1, or many for the isotropic
+    remainder. labels: [K] int64. fingerprint: JSON values that identify the data.
 
     Raises:
-        InputError: variances that are not finite or below 0, shapes that do not fit, no class that varies.
+        InputError: variances that are not finite or below 0, shapes that do not fit, no class with variance.
     """
 
     c: Tensor
@@ -69,7 +69,7 @@ class Spectrum:
 
     @classmethod
     def of(cls, c: Any, u: Any) -> Spectrum:
-        """Of one class with given variances: numbers or tensors [r] above 0."""
+        """For one class with given variances: numbers or tensors [r] above 0."""
         inner, outer = (value.reshape(1, -1) for value in directions(c=c, u=u))
         return cls(inner, outer, torch.ones(inner.shape[1]), torch.zeros(1, dtype=torch.int64))
 
@@ -80,17 +80,17 @@ class Spectrum:
         """From a latent cache, whose classes are its prompts, or from images [N, *S] and labels [N] int64.
 
         The directions are those in which classes vary most: the first ``rank`` principal components of the data around
-        their class's mean, by subspace iteration from a fixed start. What is left of each class and of all data is
-        one isotropic remainder. Unbiased (n - 1), in float64; data on the disk are read in blocks, some passes. Needs
-        memory for K class means and rank + 8 directions.
+        the means of their classes, by subspace iteration from a fixed start. The rest is one isotropic remainder.
+        Unbiased (n - 1), in float64; data on disk are read in blocks, in several passes. Needs memory for K class means
+        and rank + 8 directions.
 
-        c and u are variances along these directions: exact for guidance where the covariances have them in common.
+        c and u are variances along these directions; this is exact for guidance if the covariances share eigenvectors.
 
         Args:
             data: Tensor or ``StoredRows`` of a float dtype.
 
         Raises:
-            InputError: a class with one sample, another number of labels, a rank below 1, values that are not finite.
+            InputError: a class with one sample, a wrong number of labels, a rank below 1, values that are not finite.
         """
         fingerprint: dict[str, Any] = {}
         if isinstance(data, LatentCache):
@@ -111,8 +111,8 @@ class Spectrum:
 
     @classmethod
     def beside(cls, path: str | os.PathLike[str], rank: int = 16, *, progress: Progress | None = None) -> Spectrum:
-        """Of the latent cache in a directory: from ``<directory>.spectrum.json`` beside it where that is of this cache
-        and rank, else measured and saved there."""
+        """The spectrum of the latent cache in a directory: from ``<directory>.spectrum.json`` beside it if that belongs
+        to this cache and rank, else measured and saved there."""
         folder = located(path)
         cache = LatentCache.open(folder)
         file = folder.with_name(f"{folder.name}.spectrum.json")
@@ -125,17 +125,17 @@ class Spectrum:
         return made
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """As JSON, from which ``load`` makes an equal one."""
+        """Save as JSON; ``load`` makes an equal spectrum."""
         content = {name: getattr(self, name).tolist() for name in ("c", "u", "multiplicity", "labels")}
         content |= {"kind": "spectrum", "version": SPECTRUM.version, "fingerprint": dict(self.fingerprint)}
         atomic_write(located(path), json.dumps(content).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, expect: Mapping[str, Any] | None = None) -> Spectrum:
-        """A saved one; ``expect`` holds fields of the fingerprint that must have these values.
+        """A saved spectrum; ``expect`` has the required values of some fields of the fingerprint.
 
         Raises:
-            StorageError: it is not there, damaged, of something else, or a newer fastdistill wrote it.
+            StorageError: the file is missing, damaged, of other data, or from a newer fastdistill.
         """
         file = located(path)
         try:
@@ -160,7 +160,7 @@ class Spectrum:
     def variance(
         self, grid: Grid, guidance: Guidance | float, start: Start = "noise", method: Method = "ddim"
     ) -> float:
-        """Variance within a class of what a sampler gives on a grid, summed over dimensions and classes."""
+        """Variance within a class of a sampler's results on a grid, summed over dimensions and classes."""
         weight = self.multiplicity.expand_as(self.c)
         counted = (self.c > 0) & (weight > 0)
         c, u = self.c[counted], self.u.expand_as(self.c)[counted]
@@ -170,12 +170,12 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Solved:
-    """A window of guidance and what it leaves of the variance.
+    """A window of guidance and the variance with it.
 
-    w_minus: the weight that gives all of it back, however low (NaN: none above -64); reachable: whether that is at
-    least the floor. schedule: the window with it, or, if it is not reachable, with the floor. ratio: the variance
-    with ``schedule`` over that of w = 0. steps: of a grid of this kind on which the wanted window is reachable (that
-    of the grid where it is; None: on none of up to 4096).
+    w_minus: the weight that restores the whole variance, however low (NaN: none above -64); reachable: whether it is
+    at least the floor. schedule: the window with w_minus, or with the floor if w_minus is not reachable. ratio: the
+    variance with ``schedule`` divided by that of w = 0. steps: number of steps of a grid of this kind on which the
+    wanted window is reachable (None: not up to 4096).
     """
 
     schedule: Guidance
@@ -198,17 +198,17 @@ def variance_neutral(
 ) -> Solved:
     """The window w_plus while sigma > switch, w_minus while sigma > stop, then 0, that keeps the variance of w = 0.
 
-    w_minus is solved by bisection on ``recursion`` for this sampler and grid: the variance within the classes, summed
-    over directions, is that of w = 0. (A window that is neutral with infinitely many steps is not on a coarse grid.)
+    w_minus is solved by bisection on ``recursion`` for this sampler and grid, so that the variance within the classes,
+    summed over directions, is that of w = 0. (A window that is neutral in the limit is not neutral on a coarse grid.)
 
     Args:
-        switch: None: the lowest level of the grid at which it is reachable, so that w_plus acts as long as it can;
-            where it is at none, the one that comes nearest.
+        switch: None: the lowest level of the grid at which it is reachable, so that w_plus acts as long as possible;
+            if there is none, the level that comes nearest.
         floor: the lowest weight that counts as reachable, at most 0.
-        start, method: as of ``recursion``.
+        start, method: as for ``recursion``.
 
     Raises:
-        InputError: u <= c in every direction, or so much that w_plus does not shrink the variance; w_plus <= 0; a
+        InputError: u <= c in every direction, or so often that w_plus does not reduce the variance; w_plus <= 0; a
             threshold outside of the grid.
     """
     if not isinstance(spectrum, Spectrum):
@@ -229,7 +229,7 @@ def variance_neutral(
         return spectrum.variance(on, 0.0, start, method)
 
     def share(on: Grid, w: float, switch: float) -> float:
-        """The variance with a window over that of w = 0."""
+        """The variance with a window divided by that of w = 0."""
         return spectrum.variance(on, Guidance.window(w_plus, w, switch, stop), start, method) / free(on)
 
     if switch is None:
@@ -246,7 +246,7 @@ def variance_neutral(
 
 
 def _latest(grid: Grid, stop: float, share: Callable[[float], float]) -> float:
-    """The lowest level above ``stop`` at which the floor gives at least all of the variance, else the best."""
+    """The lowest level above ``stop`` at which the floor restores the whole variance; if there is none, the best."""
     levels: list[float] = [level for level in grid.sigma[1:-1].tolist() if level > stop]
     _check.require(bool(levels), "stop", f"a level below {float(grid.sigma[1]):g}, the second of the grid", stop)
     best, most = levels[0], -math.inf
@@ -260,7 +260,7 @@ def _latest(grid: Grid, stop: float, share: Callable[[float], float]) -> float:
 
 
 def _root(excess: Callable[[float], float]) -> float:
-    """The first w below 0 at which ``excess``, below 0 at w = 0, is 0; NaN: none."""
+    """The first w below 0 at which ``excess`` (which is below 0 at w = 0) is 0; NaN: none."""
     high, low = 0.0, -0.125
     while excess(low) < 0:
         high, low = low, 2 * low
@@ -273,7 +273,7 @@ def _root(excess: Callable[[float], float]) -> float:
 
 
 def _enough(grid: Grid, reachable: Callable[[Grid], bool]) -> int | None:
-    """The smallest number of steps, above that of the grid, with which it is; a larger one is taken to be, too."""
+    """The smallest number of steps above the grid's with which it is reachable (assumed monotonic)."""
     low, high = len(grid), 2 * len(grid)
     while not reachable(_refined(grid, high)):
         low, high = high, 2 * high
@@ -286,10 +286,10 @@ def _enough(grid: Grid, reachable: Callable[[Grid], bool]) -> int | None:
 
 
 def _refined(grid: Grid, steps: int) -> Grid:
-    """Levels spaced as those of a grid, by interpolating the logarithm of sigma, in more steps."""
+    """Levels spaced like those of a grid, but in more steps: the logarithm of sigma is interpolated."""
     sigma = grid.sigma[:-1]
     known = sigma[sigma.isfinite()].log()
-    first = len(sigma) - len(known)  # 1 where the grid starts at infinity
+    first = len(sigma) - len(known)  # 1 if the grid starts at infinity
     place = torch.linspace(0, len(known) - 1, steps - first, dtype=torch.float64, device="cpu")
     left = place.long().clamp(max=max(len(known) - 2, 0))
     right = (left + 1).clamp(max=len(known) - 1)
@@ -316,11 +316,11 @@ class _Passes:
         self.means /= counts[:, None]
 
     def measured(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """c [K, r], u [r] and the multiplicities [r]; the remainder is the last, if there is one."""
+        """c [K, r], u [r] and the multiplicities [r]; if there is a remainder, it comes last."""
         N, K, D = len(self.data), len(self.counts), self.size
         rank = min(rank, D, N - K)
         basis = self._directions(rank)
-        inside = torch.zeros(K, rank + 1, dtype=torch.float64)  # and the trace
+        inside = torch.zeros(K, rank + 1, dtype=torch.float64)  # the last column is the trace
         around = torch.zeros(rank + 1, dtype=torch.float64)
         for rows, classes in self._rows():
             own, all_of = rows - self.means[classes], rows - self.center
@@ -340,7 +340,7 @@ class _Passes:
         return c, u, multiplicity
 
     def _directions(self, rank: int) -> Tensor:
-        """[D, rank]: principal components of the data around their class's mean."""
+        """[D, rank]: principal components of the data around the means of their classes."""
         width = min(self.size, rank + _MORE)
         random = torch.Generator().manual_seed(0)
         basis, _ = torch.linalg.qr(torch.randn(self.size, width, dtype=torch.float64, generator=random))
@@ -362,7 +362,7 @@ class _Passes:
         return found_directions
 
     def _rows(self) -> Any:
-        """(rows [n, D] float64, their classes [n]) of a pass."""
+        """(rows [n, D] float64, their classes [n]), block by block, in one pass."""
         for first, block in values.blocks(self.data):
             rows = block.detach().cpu().double().reshape(len(block), -1)
             yield rows, self.place[first : first + len(rows)]
@@ -371,5 +371,5 @@ class _Passes:
 
 
 def _squares(rows: Tensor, basis: Tensor) -> Tensor:
-    """[n, r + 1]: squares along each direction, and in all of them together."""
+    """[n, r + 1]: squared norms along each direction, and in total (last)."""
     return torch.cat([(rows @ basis).square(), rows.square().sum(1, keepdim=True)], 1)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CaDistill: a classifier learns from all its data, and from a diffusion teacher by canonical samples of a few of them.
+"""CaDistill: a classifier learns from all its data, and from a diffusion teacher through canonical samples of a few.
 
 Xu, Zhang, Pajouheshgar, Suesstrunk 2025 (2506.09955):
 
     L = L_CE + w_align L_align + w_cano L_cano + w_dist L_dist
 
-The paper names these terms; their forms are not public. Ours, with z the student's feature of an image, z' that of a
-canonical sample, h' the teacher's canonical feature, and a class's prototype the mean of its z' in the batch:
+The paper names these terms, but their formulas are not public. Ours, where z is the student's feature of an image, z'
+that of a canonical sample, h' the teacher's canonical feature, and the prototype of a class the mean of its z' in the
+batch:
 
     L_align = mean 1 - cos(z_i, sg[prototype of y_i])      L_cano = mean 1 - cos(z'_i, prototype of y_i)
     L_dist  = 1 - CKA(Z', H')                              own labels: cross-entropy on the canonical samples
@@ -33,27 +34,27 @@ from fastdistill.ops import Draw, _check
 from fastdistill.train.config import validated
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LEAST = 4  # rows that the debiased form needs
-OF_RANK = 4  # rows that the biased form needs for each dimension of a feature
+LEAST = 4  # minimum number of rows for the debiased form
+OF_RANK = 4  # the biased form needs this many rows per dimension of a feature
 _WEIGHTED = ("own_labels", "align", "canonical", "distance", "posterior")
-_OWN_KEY = -(2**63)  # added to the seed: the canonical set has draws of its own
+_OWN_KEY = -(2**63)  # added to the seed: the canonical set has its own draws
 
 
 def cka(x: Tensor, y: Tensor, *, debiased: bool = True, eps: float = 1e-8) -> Tensor:
     """Linear centered kernel alignment of two features of the same rows, 0-dim.
 
     HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y)) of the Gram matrices (Kornblith et al. 2019, 1905.00414): 1 for features
-    that are equal except for rotation, scale and shift. The biased form, |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F), is
-    near 1 for independent features where there are fewer rows than dimensions. The debiased one has HSIC_1 of Song et
-    al. 2012, of mean 0 for independent features; it may be below 0.
+    that are equal up to rotation, scale and shift. The biased form is |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F); it is
+    near 1 even for independent features if there are fewer rows than dimensions. The debiased form uses HSIC_1 of Song
+    et al. 2012, whose mean is 0 for independent features; it can be negative.
 
     Args:
-        x: [n, p], y: [n, q]; computed in float32, or float64 where x is, also under autocast.
-        eps: added, as eps^2, to the product under the root, of Gram matrices of mean diagonal 1: features without
+        x: [n, p], y: [n, q]; computed in float32, or in float64 if x is float64, also under autocast.
+        eps: eps^2 is added to the product under the root (for Gram matrices of mean diagonal 1), so features without
             variance have alignment 0 and no gradient.
 
     Raises:
-        InputError: other shapes; fewer than 4 rows (debiased) or 2.
+        InputError: other shapes; fewer than 4 rows (debiased) or 2 rows (biased).
     """
     _check.tensors(x=x, y=y)
     _check.shape(x, "x", (None, None), "features [n, p]")
@@ -69,8 +70,8 @@ def cka(x: Tensor, y: Tensor, *, debiased: bool = True, eps: float = 1e-8) -> Te
 
 
 def _gram(feature: Tensor, debiased: bool) -> Tensor:
-    """The Gram matrix of centered rows of mean square 1; debiased: without diagonal and U-centered, so that sums of
-    products over n (n - 3) are HSIC_1."""
+    """The Gram matrix of centered rows with mean square 1. Debiased: without the diagonal and U-centered, so that sums
+    of products divided by n (n - 3) are HSIC_1."""
     feature = feature - feature.mean(0)
     square = feature.detach().square().sum(1).mean()  # alignment does not change with scale, so this has no gradient
     feature = feature * square.clamp(min=torch.finfo(square.dtype).tiny).rsqrt()
@@ -110,7 +111,7 @@ class CaDistill:
 
     @classmethod
     def plain(cls, augment: Augmentation | None = None) -> CaDistill:
-        """Cross-entropy alone."""
+        """Only cross-entropy."""
         return cls(0.0, 0.0, 0.0, own_labels=False, augment=augment)
 
     def bind(self, setting: ClassifierSetting) -> BoundCaDistill:
@@ -126,18 +127,18 @@ class CaDistill:
 
 
 class CanonicalDraw(NamedTuple):
-    """Images of a batch, their ``prompt_index`` the label, and the rows of the canonical set beside them."""
+    """A batch of images, whose ``prompt_index`` is the label, and the rows of the canonical set."""
 
     batch: Draw[Any]
     canonical: Draw[Any] | None
 
     def part(self, start: int, stop: int) -> CanonicalDraw:
-        """Images ``start`` to ``stop`` (exclusive), in the same memory, beside all canonical rows."""
+        """Images ``start`` to ``stop`` (exclusive) in the same memory, and all canonical rows."""
         return CanonicalDraw(self.batch.part(start, stop), self.canonical)
 
 
 class BoundCaDistill:
-    """Draws images and canonical rows by counter: each once per epoch. Both go through the student in one forward."""
+    """Draws images and canonical rows by counter, each once per epoch. Both go through the student in one forward."""
 
     metric_names = ("loss", "cross_entropy", *_WEIGHTED, "right")
     trained: Sequence[nn.Module] = ()
@@ -185,7 +186,7 @@ class BoundCaDistill:
         first_sample: int = 0,
         global_batch: int | None = None,
     ) -> Batches:
-        """Rows of which the label stands where a latent's prompt does."""
+        """Draws rows; the label takes the place of a latent's prompt."""
         device = self._setting.device
         nothing = torch.zeros(self._classes + 1, 1, device=device)
         never = torch.zeros(len(coefficients), dtype=torch.int64, device=device)
@@ -195,7 +196,7 @@ class BoundCaDistill:
         )  # fmt: skip
 
     def _targets_of(self, labels: Tensor, rows: int, size: int) -> Tensor:
-        """H' of all rows of the set [n, D] float32, with what the alignment asks of a batch."""
+        """H' of all rows of the set, [n, D] float32; checks what the alignment requires of a batch."""
         canonical = self._setting.canonical
         assert canonical is not None
         of_labels = self._config.target == "labels"

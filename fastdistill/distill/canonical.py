@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLARID: canonical latents, what a teacher keeps of an image where the directions that move its feature most are gone.
+"""CLARID: canonical latents, that is, noised latents without the directions that change a feature of the teacher most.
 
-Xu, Zhang, Pajouheshgar, Suesstrunk 2025 (2506.09955): (1) invert an image to the noise level t_e; (2) the top k right
-singular vectors V of the Jacobian of a feature there are its extraneous directions; (3) project them out of the latent,
-x - V V^T x, once; (4) decode. The numbers t_e, k and the feature are not public.
+Xu, Zhang, Pajouheshgar, Suesstrunk 2025 (2506.09955): (1) invert an image to the noise level t_e; (2) compute the
+extraneous directions: the top k right singular vectors V of the Jacobian of a feature there; (3) project them out of
+the latent once, x - V V^T x; (4) decode. The values of t_e and k and the feature are not public.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from fastdistill.ops import _check
 
 @dataclass(frozen=True)
 class Clarid:
-    """A setting of CLARID.
+    """Settings of CLARID.
 
     Args:
-        t_e: timestep to which images are inverted, a row of the schedule from 1 on.
-        k: directions to project out; 0: none, which leaves inverted and decoded images.
-        tap: the feature, as of ``TapFunction``: a module's name, ``output`` or ``x0``.
-        steps: of the inversion, and of decoding; evenly spaced timesteps from t_e.
-        guidance: text of a ``Guidance`` for decoding; the inversion and the feature have none.
-        method: of both, ``ddim`` or ``heun``. correct: fixed-point passes of the inversion, for each step.
-        search, oversample, tolerance, seed: of ``top_subspace``.
+        t_e: timestep to which images are inverted, a row of the schedule, at least 1.
+        k: number of directions to project out; 0: none, so images are only inverted and decoded.
+        tap: the feature, as in ``TapFunction``: a module's name, ``output`` or ``x0``.
+        steps: number of steps of the inversion, and of the decoding; evenly spaced timesteps from t_e.
+        guidance: text of a ``Guidance`` for the decoding; the inversion and the feature use none.
+        method: ``ddim`` or ``heun``, for both. correct: fixed-point passes per step of the inversion.
+        search, oversample, tolerance, seed: see ``top_subspace``.
     """
 
     t_e: int
@@ -69,10 +69,10 @@ class Clarid:
         object.__setattr__(self, "guidance", str(Guidance.parse(self.guidance)))
 
     def grid(self, schedule: Schedule) -> Grid:
-        """The levels from t_e to the data.
+        """The noise levels from t_e to the data.
 
         Raises:
-            InputError: t_e outside of the schedule, or where it has no signal; more steps than timesteps.
+            InputError: t_e is outside of the schedule or has no signal; more steps than timesteps.
         """
         if not isinstance(schedule, Schedule):
             raise InputError.of("schedule", "a NoiseSchedule or a FlowSchedule", described(schedule))
@@ -116,21 +116,21 @@ def canonical(
     rows: Tensor | None = None,
     chunk: int | None = None,
 ) -> Canonical:
-    """Canonical latents and samples of x [B, *S], each sample's by itself.
+    """Canonical latents and samples of x [B, *S]; samples are independent of each other.
 
     Args:
         model: the teacher, in eval mode, float32 or float64, neither fused nor compiled.
-        x: in the latents' scale of the model.
+        x: images or latents, in the scale of the model's latents.
         prompts: rows [B, ...] of the images' classes or captions. null_prompt: one row; None if the guidance is 0.
-        schedule: the teacher's noise. prediction_type: what it predicts; None: what is usual with the schedule.
-        clip_sample: limit of the predicted x_0 while decoding.
-        inverted: x are latents at t_e already, such as noise.
-        directions: [B, n, any], orthonormal, to be projected out in place of the top ones.
-        rows, chunk: as of ``top_subspace``.
+        schedule: the teacher's noise schedule. prediction_type: what it predicts; None: the schedule's usual one.
+        clip_sample: limit of the predicted x_0 during decoding.
+        inverted: x are already latents at t_e, such as noise.
+        directions: [B, n, any], orthonormal; they are projected out instead of the top ones.
+        rows, chunk: see ``top_subspace``.
 
     Raises:
-        InputError: a setting, a model or arguments that do not fit, before anything runs except for k larger than the
-            feature.
+        InputError: a setting, a model or arguments that do not fit. It is raised before anything runs, except if k is
+            larger than the feature.
     """
     if not isinstance(clarid, Clarid):
         raise InputError.of("clarid", "a Clarid", described(clarid))

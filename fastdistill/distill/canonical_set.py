@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Canonical samples of some images per class, made once and kept in the package's format of rows."""
+"""Canonical samples of some images per class, created once and stored in the package's format of rows."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ Convert = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class CanonicalSet:
-    """Rows of ``extract_canonical``, N of them; tensors, or ``StoredRows`` of an opened set.
+    """N rows written by ``extract_canonical``; tensors, or ``StoredRows`` of an opened set.
 
     Attributes:
-        rows: [N] int64, the row of the data that each was made of. prompt_index: [N] int64, its class or prompt.
+        rows: [N] int64, the row of the data from which each was made. prompt_index: [N] int64, its class or prompt.
         clareps: [N, *S]. samples: [N, ...], decoded. features: [N, *F], the tap at the clareps.
-        values: [N, k], singular values. energy: [N], the part that was projected out. settled: [N] bool.
-        fingerprint: of what made it: ``teacher``, ``data``, ``prompts``, ``clarid`` and so on.
+        values: [N, k], singular values. energy: [N], fraction that was projected out. settled: [N] bool.
+        fingerprint: how the set was made: ``teacher``, ``data``, ``prompts``, ``clarid`` and so on.
     """
 
     rows: Any
@@ -66,19 +66,18 @@ class CanonicalSet:
         device: torch.device | str = "cpu",
         verify: bool = True,
     ) -> CanonicalSet:
-        """The set of a directory.
+        """Loads the set in a directory.
 
-        ``expect`` holds fields of the fingerprint that must have these values, such as ``{"teacher":
-        weights_hash(model), "data": cache.identity}``: a set of another model or other data is refused with both values
-        (StorageError), before its rows are read. So are directories that are not there or unfinished, and damaged
-        shards.
+        ``expect`` contains required values of the fingerprint, such as ``{"teacher": weights_hash(model), "data":
+        cache.identity}``: a set of another model or other data raises a StorageError with both values, before its rows
+        are read. A StorageError is also raised if the directory is missing or incomplete, or a shard is damaged.
         """
         manifest, rows = load_rows(path, kind=KIND, device=device, verify=verify, check=_as_expected(path, expect))
         return cls(**rows, fingerprint=manifest.fingerprint)
 
     @classmethod
     def open(cls, path: str | Path, *, expect: Mapping[str, Any] | None = None, verify: bool = True) -> CanonicalSet:
-        """The same with its rows left on the disk (``StoredRows``)."""
+        """The same, but its rows stay on disk (``StoredRows``)."""
         manifest, rows = open_rows(path, kind=KIND, verify=verify, check=_as_expected(path, expect))
         return cls(**rows, fingerprint=manifest.fingerprint)
 
@@ -86,13 +85,14 @@ class CanonicalSet:
 def draw_rows(
     prompt_index: Tensor, per_class: int | None, *, classes: Sequence[int] | None = None, seed: int = 0
 ) -> Tensor:
-    """[N] int64, ``per_class`` rows of each class (None: all) by counter from (seed, class), class after class.
+    """[N] int64: for each class ``per_class`` rows (None: all), drawn by counter from (seed, class), one class after
+    another.
 
     Args:
-        prompt_index: [rows] int64, the class of each row. classes: those wanted; None: all that occur.
+        prompt_index: [rows] int64, the class of each row. classes: the wanted ones; None: all that occur.
 
     Raises:
-        InputError: a class without a row, or with fewer than asked.
+        InputError: a class without rows, or with fewer than ``per_class``.
     """
     _check.valued(prompt_index=prompt_index)
     _check.dtype(prompt_index, "prompt_index", torch.int64)
@@ -134,26 +134,25 @@ def extract_canonical(
     chunk: int | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Writes the canonical samples of rows of ``data`` to the directory ``path``, or goes on with one left unfinished.
+    """Writes the canonical samples of rows of ``data`` to the directory ``path``, or continues an unfinished set there.
 
     Args:
-        model, clarid, schedule, prediction_type, clip_sample, chunk: as of ``canonical``. The model's device is used.
+        model, clarid, schedule, prediction_type, clip_sample, chunk: see ``canonical``. The model's device is used.
         data: latents in the model's scale with the class or prompt of each; with ``encode``: images.
-        prompts: the bank into which they point.
-        per_class, classes: which rows (``draw_rows``, by the seed of ``clarid``).
-        inverted: the data are latents at t_e already, such as noise. directions: [len(data), n, any], those of each row
-            of the data to be projected out in place of the top ones.
-        encode: images [b, ...] -> latents; decode: samples -> images; of a VAE, say.
-        fingerprint: more that decides the values, such as a hash of the VAE's weights.
-        batch: samples at once. Batches start anew at each shard, so that a set that was interrupted ends with the same
-            bits.
+        prompts: the bank to which ``data`` refers.
+        per_class, classes: which rows (``draw_rows`` with the seed of ``clarid``).
+        inverted: the data are already latents at t_e, such as noise. directions: [len(data), n, any]; for each row of
+            the data, they are projected out instead of the top ones.
+        encode: images [b, ...] -> latents; decode: samples -> images; for example of a VAE.
+        fingerprint: other things that determine the values, such as a hash of the VAE's weights.
+        batch: batch size. Batches start again at each shard, so a set that was interrupted ends with the same bits.
         progress: called with (rows done, N) at the start and after each batch.
 
     Raises:
-        InputError: what ``canonical`` and ``draw_rows`` refuse, prompts or a model other than those of ``data``, before
-            anything is written. StorageError: those of ``RowWriter``.
+        InputError: what ``canonical`` and ``draw_rows`` refuse, or prompts or a model other than those of ``data``;
+            before anything is written. StorageError: those of ``RowWriter``.
     """
-    from fastdistill.train.sources import check_sources  # imports this package
+    from fastdistill.train.sources import check_sources  # imported here: it imports this package
 
     for name, value, kind in (
         ("data", data, LatentCache),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifiers as students: what they are trained on, how they are called, and augmentation by counter."""
+"""Classifiers as students: their data, how they are called, and augmentation by counter."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from fastdistill.ops import _check, philox
 
 @dataclass(frozen=True)
 class ClassifierSetting:
-    """What an objective for classifiers works with: the student in place, data and canonical set where they fit.
+    """The models and data of an objective for classifiers. The student is on its device; data and set may be elsewhere.
 
-    student: gives logits [B, classes], or (feature, logits); see ``ClassifierCall``. images: [N, *S], a tensor or
-    ``StoredRows``. labels: [N] int64 on the device. canonical: None for objectives without one; its ``rows`` are rows
-    of ``images`` unless there are ``canonical_labels`` [n] int64. posterior: [n, classes] float32, what a teacher says
-    of the originals of the set. feature: the module whose output is the feature. batch: images of a step.
-    canonical_batch: rows of the set of a step (None: batch, or the whole set where that is smaller). expect: fields
-    that the fingerprint of the set must have, as of ``CanonicalSet.load``. ahead, micro_batch, first_sample,
-    global_batch: as of ``Setting``; every process has the whole canonical batch, so that what compares its rows is
-    the same for any number of them.
+    student: returns logits [B, classes], or (feature, logits); see ``ClassifierCall``. images: [N, *S], a tensor or
+    ``StoredRows``. labels: [N] int64 on the device. canonical: None for objectives without one; its ``rows`` are row
+    numbers of ``images``, unless ``canonical_labels`` [n] int64 are given. posterior: [n, classes] float32, the
+    teacher's posterior for the originals of the set. feature: the module whose output is the feature. batch: images per
+    step.
+    canonical_batch: rows of the set per step (None: ``batch``, or the whole set if that is smaller). expect: required
+    values of the set's fingerprint, see ``CanonicalSet.load``. ahead, micro_batch, first_sample, global_batch: as in
+    ``Setting``; every process has the whole canonical batch, so losses that compare its rows do not depend on the
+    number of processes.
     """
 
     student: nn.Module
@@ -60,11 +61,11 @@ class ClassifierSetting:
 
     @cached_property
     def call(self) -> ClassifierCall:
-        """How the student is called; its hooks are on from the first use to ``close``."""
+        """How the student is called; its hooks exist from the first use until ``close``."""
         return ClassifierCall(self.student, self.feature)
 
     def check_data(self) -> None:
-        """Raises InputError for images and labels that do not belong together."""
+        """Raises InputError if images and labels do not fit together."""
         require_bank(self.images, "images")
         _check.require(self.images.dtype in _check.FLOATS, "images", "float32, bfloat16 or float16", self.images.dtype)
         _check.valued(labels=self.labels)
@@ -75,13 +76,13 @@ class ClassifierSetting:
         _check.whole(self.batch, "batch", "a whole number from 1")
 
     def check_student(self, wanted: bool) -> tuple[int, int]:
-        """Elements of the feature (0 if there is none) and classes, from one forward that leaves no trace.
+        """The size of the feature (0 without one) and the number of classes, from one forward without side effects.
 
         Args:
             wanted: whether a feature is needed.
 
         Raises:
-            InputError: the student does not take the images, gives no feature, or has fewer classes than labels.
+            InputError: the student cannot process the images, returns no feature, or has fewer classes than labels.
         """
         x = self.images[:1].to(self.device)
         try:
@@ -102,10 +103,10 @@ class ClassifierSetting:
         return 0 if z is None else z.shape[1], classes
 
     def check_canonical(self, classes: int) -> tuple[Tensor, int]:
-        """The class of each row of the set [n] int64 on the device, and the rows of a step.
+        """The class of each row of the set, [n] int64 on the device, and the number of rows per step.
 
         Raises:
-            InputError: no set; one of another model, of other data or of other images; classes without a row.
+            InputError: no set, or one of another model, other data or other images; classes without a row.
         """
         found = self.canonical
         if not isinstance(found, CanonicalSet):
@@ -156,7 +157,7 @@ class ClassifierSetting:
         return labels.to(self.device)
 
     def fingerprint(self) -> dict[str, Any]:
-        """For ``fit``: what a run depends on beside its objective and configuration."""
+        """For ``fit``: what a run depends on besides its objective and configuration."""
         made: dict[str, Any] = {"data": sha256_of_tensors({"images": self.images, "labels": self.labels})}
         if self.canonical is not None:
             names = {"samples": self.canonical.samples, "features": self.canonical.features}
@@ -169,15 +170,14 @@ class ClassifierSetting:
 
 
 class ClassifierCall:
-    """``call(images)`` is (feature [B, D] or None, logits [B, K]) of a classifier, its images cast to the dtype in
+    """``call(images)`` returns (feature [B, D] or None, logits [B, K]) of a classifier. Images are cast to the dtype in
     which it computes; maps and tokens are averaged over their positions.
 
     The classifier returns (feature, logits), or logits: a tensor or an object with ``.logits``. ``feature`` names the
-    module whose output is the feature, as ``Taps`` do; its hook is on the model until ``close``, and again from
-    ``attach`` on.
+    module whose output is the feature, as in ``Taps``. Its hook exists until ``close``, and again after ``attach``.
 
     Raises:
-        InputError: a name that the model does not have; output that is neither.
+        InputError: the model has no module with this name; another kind of output.
     """
 
     def __init__(self, model: nn.Module, feature: str | None = None) -> None:
@@ -190,7 +190,7 @@ class ClassifierCall:
         self.attach()
 
     def attach(self) -> None:
-        """Hook the named module, unless it is."""
+        """Add the hook to the named module, if it is not there."""
         if self._name is not None and self._taps is None:
             with contextlib.ExitStack() as hooks:
                 self._taps = hooks.enter_context(Taps(self.model, [self._name]))
@@ -198,7 +198,7 @@ class ClassifierCall:
                 self._detach.atexit = False
 
     def close(self) -> None:
-        """Take the hook off the model."""
+        """Remove the hook from the model."""
         if self._taps is not None:
             self._taps = None
             self._detach()
@@ -213,7 +213,7 @@ class ClassifierCall:
 
 
 def outputs(output: Any) -> tuple[Tensor | None, Tensor]:
-    """(feature or None, logits) of what a classifier returned."""
+    """(feature or None, logits) from a classifier's output."""
     if isinstance(output, Tensor):
         return None, output
     if isinstance(output, tuple | list) and len(output) == 2 and all(isinstance(t, Tensor) for t in output):
@@ -224,7 +224,7 @@ def outputs(output: Any) -> tuple[Tensor | None, Tensor]:
 
 
 def pooled(feature: Tensor) -> Tensor:
-    """[B, D] of vectors [B, D], tokens [B, L, D] or maps [B, D, ...]: the mean over positions."""
+    """[B, D] from vectors [B, D], tokens [B, L, D] or maps [B, D, ...]: the mean over positions."""
     if feature.ndim < 2:
         raise InputError.of("feature", "vectors [B, D], tokens [B, L, D] or maps [B, D, ...]", tuple(feature.shape))
     if feature.ndim == 2:
@@ -240,9 +240,9 @@ def rows_pooled(features: Any, whole: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Of each image, drawn by counter: its hues turned by up to ``hue`` parts of a circle either way about the gray
-    axis (images of 3 channels), and Gaussian noise of a standard deviation drawn from ``LEVELS`` levels, 0 to
-    ``noise``."""
+    """For each image, drawn by counter: a rotation of the hues around the gray axis by up to ``hue`` of a full circle
+    in both directions (images with 3 channels), and Gaussian noise whose standard deviation is one of ``LEVELS`` levels
+    from 0 to ``noise``."""
 
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.5
     noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
@@ -250,13 +250,13 @@ class Augmentation:
     LEVELS = 64
 
     def coefficients(self) -> Tensor:
-        """[LEVELS, 4] float32, for ``noise_gather``: x + s eps."""
+        """[LEVELS, 4] float32 for ``noise_gather``: x + s eps."""
         table = torch.zeros(self.LEVELS, 4, device="cpu")
         table[:, 0], table[:, 1] = 1, torch.linspace(0, self.noise, self.LEVELS, device="cpu")
         return table
 
     def turned(self, images: Tensor, counter: Tensor, samples: Tensor) -> Tensor:
-        """Images [B, 3, ...] of the samples [B] int64 of the global batch in the step of ``counter`` [2]."""
+        """Rotated images [B, 3, ...] for the samples [B] int64 of the global batch in the step of ``counter`` [2]."""
         if not self.hue:
             return images
         word = philox.words(counter[0], counter[1], samples, torch.zeros_like(counter[0]), philox.AUGMENT)[0]
@@ -264,7 +264,7 @@ class Augmentation:
 
 
 def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Images [B, 3, ...] with their colors turned about the gray axis by ``turns`` [B] parts of a circle."""
+    """Images [B, 3, ...] with colors rotated around the gray axis by ``turns`` [B], fractions of a full circle."""
     angle = 2 * math.pi * turns.double()
     one, third = torch.eye(3, device=images.device).double(), torch.full((3, 3), 1 / 3, device=images.device).double()
     across = torch.tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=images.device).double() / math.sqrt(3)
@@ -274,10 +274,10 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
 
 
 def classes_of(labels: Tensor, classes: int) -> Tensor:
-    """[B, classes] float32: 1 at the label of each row. (``one_hot`` of torch waits for the device.)"""
+    """[B, classes] float32: 1 at the label of each row. (torch's ``one_hot`` would wait for the device.)"""
     return (labels[:, None] == torch.arange(classes, device=labels.device)).float()
 
 
 def named(names: Sequence[str], values: Mapping[str, Tensor], zero: Tensor) -> list[Tensor]:
-    """The detached values in the order of the names; zero for those that there are not."""
+    """The detached values in the order of the names; zero for missing ones."""
     return [values[name].detach() if name in values else zero for name in names]

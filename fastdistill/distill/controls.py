@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What canonical latents are measured by, and what they are compared with."""
+"""Measures of canonical latents, and the controls that they are compared with."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastdistill.ops import _check
 from fastdistill.ops.philox import CONTROL, normal
 
 Measure = Callable[[Tensor], Tensor]
-_NOISE, _DIRECTIONS = 0, 1  # steps of the stream CONTROL
-_GROUPS = 10  # of an interval, at most
-_PERMUTED = 50  # labels, of the agreement by chance
+_NOISE, _DIRECTIONS = 0, 1  # steps of the random stream CONTROL
+_GROUPS = 10  # maximum number of groups for an interval
+_PERMUTED = 50  # random labelings, for the agreement by chance
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What samples [n, ...] are measured by.
+    """How samples [n, ...] are measured.
 
-    irrelevant: what canonical samples should lose, [n, ...]. relevant: what they should keep, [n, ...]; None: that the
-    judge says of a sample what it says of its image. judge: the class [n] int64.
+    irrelevant: what canonical samples should lose, [n, ...]. relevant: what they should keep, [n, ...]; None: whether
+    the judge gives a sample the same class as its image. judge: samples -> the class [n] int64.
     """
 
     irrelevant: Measure
@@ -40,8 +40,9 @@ class Measures:
 
     @classmethod
     def of_classifier(cls, classifier: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Measures:
-        """For a task without such measures: an independent classifier, samples -> (features, logits). Irrelevant is the
-        variance of its features within a class, relevant that it agrees about a sample and its image."""
+        """For a task without its own measures. ``classifier``: an independent classifier, samples -> (features,
+        logits). The irrelevant variance is that of its features within a class; relevant is that it agrees on a sample
+        and its image."""
         return cls(
             irrelevant=lambda samples: classifier(samples)[0], judge=lambda samples: classifier(samples)[1].argmax(1)
         )
@@ -49,8 +50,8 @@ class Measures:
 
 @dataclass(frozen=True)
 class Agreement:
-    """NMI of clusters of features with the classes, [1 + groups] each: of flat and of pooled features; of flat ones
-    with the classes of shuffled prompts, and with the classes in random order."""
+    """NMI of clusters of features with the classes, each [1 + groups]: with flat features; with pooled features; with
+    flat features and the classes of shuffled prompts; and with the classes in random order."""
 
     flat: Tensor
     pooled: Tensor
@@ -59,9 +60,9 @@ class Agreement:
 
 
 class Subject:
-    """Images [N, *S] with their classes [N], and how samples that were made of them are measured.
+    """Images [N, *S] with their classes [N], and measures of samples that were made from them.
 
-    Figures are [1 + groups]: of all samples, then of all but one group after the other (``jackknife``).
+    Figures are [1 + groups]: first over all samples, then without each group in turn (``jackknife``).
     """
 
     def __init__(
@@ -93,11 +94,11 @@ class Subject:
         self.others = others(labels)
         self._kept = left_out(labels, _GROUPS)
         self.judged = None if measures is None or measures.judge is None else self._judged(self._decoded(images))
-        self.measured(images)  # what its measures refuse, they refuse now
+        self.measured(images)  # so that invalid measures raise an error now
 
     def measured(self, samples: Tensor) -> dict[str, Tensor]:
-        """``irrelevant`` and ``relevant``: the traces of their covariances within classes, the mean over classes, or
-        the share of agreement; ``right``: the share that the judge sees the class in."""
+        """``irrelevant`` and ``relevant``: traces of the covariances within classes, averaged over classes (or the
+        fraction of agreement). ``right``: the fraction in which the judge sees the class."""
         if self.measures is None:
             return {}
         shown, found = self._decoded(samples), {}
@@ -115,8 +116,8 @@ class Subject:
         return found
 
     def seen(self, samples: Tensor) -> dict[str, float] | None:
-        """Shares of samples, decoded under another class's prompt, in which the judge sees the class of the latent and
-        that of the prompt; None without a judge."""
+        """For samples decoded with the prompt of another class: the fractions in which the judge sees the class of the
+        latent and that of the prompt; None without a judge."""
         if self.judged is None:
             return None
         found = self._judged(self._decoded(samples))
@@ -126,7 +127,7 @@ class Subject:
         }
 
     def agreement(self, features: Tensor) -> Agreement:
-        """Of features [N, *F] of the tap."""
+        """The agreement for features [N, *F] of the tap."""
 
         def clusters(values: Tensor) -> Tensor:
             return kmeans(values, len(self.classes), starts=self._starts, seed=self.seed, kept=self._kept)[0]
@@ -140,7 +141,7 @@ class Subject:
         return Agreement(found, mean, float(nmi(flat[:1], self.others)), float(chance))
 
     def noise(self, latents: Tensor) -> Tensor:
-        """As large as each of the latents [N, *S]."""
+        """Noise with the size of each of the latents [N, *S]."""
         drawn = _drawn(latents, self.seed, _NOISE)
         return drawn * latents.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (latents.ndim - 1))
 
@@ -165,10 +166,10 @@ class Subject:
 
 
 def random_directions(latents: Tensor, energy: Tensor, seed: int) -> Tensor:
-    """[B, n, 1]: what a random subspace does to each latent [B, *S], given that it takes this energy [B].
+    """[B, n, 1]: directions with the effect of a random subspace that takes the energy [B] of each latent [B, *S].
 
-    The projection of x on a random subspace, of any dimension, lies at an angle to x that its energy e tells, and
-    around x in a uniform direction r. So one direction, sqrt(e) x / ||x|| + sqrt(1 - e) r, stands for all of it.
+    The projection of x onto a random subspace of any dimension has an angle to x that follows from its energy e, and a
+    uniform direction r around x. So the single direction sqrt(e) x / ||x|| + sqrt(1 - e) r has the same effect.
     """
     along = torch.nn.functional.normalize(latents.flatten(1).double(), dim=1)
     r = _drawn(latents, seed, _DIRECTIONS).flatten(1).double()
@@ -178,7 +179,7 @@ def random_directions(latents: Tensor, energy: Tensor, seed: int) -> Tensor:
 
 
 def others(labels: Tensor) -> Tensor:
-    """Another class for each label [N]; the images of a class have all others in turn."""
+    """Another class for each label [N]; the images of a class get the other classes in turn."""
     classes, place = torch.unique(labels, return_inverse=True)
     turn = 1 + numbers(labels) % (len(classes) - 1)
     found: Tensor = classes[(place + turn) % len(classes)]
@@ -186,7 +187,7 @@ def others(labels: Tensor) -> Tensor:
 
 
 def _drawn(latents: Tensor, seed: int, step: int) -> Tensor:
-    """Normals by counter from (seed, row)."""
+    """Normal numbers by counter from (seed, row)."""
     key, number = torch.tensor([_check.seed(seed), step], dtype=torch.int64, device=latents.device)
     rows = torch.arange(len(latents), device=latents.device)
     return normal(key, number, rows, latents.shape[1:], stream=CONTROL).to(latents.dtype)

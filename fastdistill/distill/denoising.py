@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain diffusion training, without a teacher: how a teacher itself is made (Ho, Jain, Abbeel 2020, arXiv 2006.11239,
+"""Plain diffusion training without a teacher, to train a teacher itself (Ho, Jain, Abbeel 2020, arXiv 2006.11239,
 eq. 14)."""
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fastdistill.train.config import validated
 class Denoising:
     """mean over samples of min(1 / abar(t), weight_limit) |target - S(x_t, c, t)|^2.
 
-    In terms of the clean sample the weight 1 / abar is what the plain loss leaves out at large t, where the prompt
-    decides; the limit 1 gives the plain loss. ``null_probability`` of the prompts are null, for guidance.
+    The weight 1 / abar makes this a loss on the clean sample. The plain loss (limit 1) gives little weight to large t,
+    where the prompt matters most. ``null_probability``: fraction of null prompts, for guidance.
     """
 
     weight_limit: Annotated[float, Field(gt=0)] = 1.0

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance distillation: one pass of the student is the teacher's guided prediction (Meng et al., arXiv 2210.03142).
+"""Guidance distillation: one pass of the student predicts what the guided teacher predicts (Meng et al., arXiv
+2210.03142).
 
     target = c + w (c - u),    w = h(t) of a schedule, or w = v max(h(t), 0) + min(h(t), 0) with v ~ U[v_min, v_max]
 
-c and u are the teacher's predictions with the prompt and with the null prompt, of one batch of 2 B. The target is made
-inside of ``output_match``; v is given to the student too.
+c and u are the teacher's predictions with the prompt and with the null prompt, computed in one batch of 2 B. The target
+is computed inside of ``output_match``; v is also an input of the student.
 """
 
 from __future__ import annotations
@@ -50,24 +51,24 @@ class _Guided:
 class GuidanceDistillation(RandomConditioning, _Guided):
     """Settings of guidance distillation (arXiv 2210.03142), checked when they are used.
 
-    schedule: the guidance weight w of each noise level: a ``Guidance``, its text or a number. w = 0 is the conditional
-        teacher; ``guidance_scale`` of diffusers is 1 + w. ``power:2^0.9`` has a weight for each sample; noised prompts
-        (cads) are refused.
+    schedule: the guidance weight w for each noise level: a ``Guidance``, its text or a number. w = 0 is the conditional
+        teacher; ``guidance_scale`` of diffusers is 1 + w. ``power:2^0.9`` has one weight per sample; schedules with
+        noised prompts (cads) are refused.
     scale: (v_min, v_max): the student gets a number v as an input, drawn for each sample, and the positive weights of
-        the schedule are multiplied by it (the schedule 1 makes v the guidance weight itself). Such a student is made by
-        ``make_student(..., guidance_embedding=True)``. None: it has no such input.
-    lowest: share of the samples whose v is v_min itself. Without such samples a student with v_min = 0 was far from its
-        teacher at v = 0 (docs/guidance.md).
-    grid: the sampler's steps (a ``Grid`` or its text), from which the timesteps are drawn; schedules by step need one.
+        the schedule are multiplied by it (with schedule 1, v is the guidance weight). ``make_student(...,
+        guidance_embedding=True)`` makes such a student. None: it has no such input.
+    lowest: fraction of the samples with v = v_min. Without such samples a student with v_min = 0 differed strongly from
+        its teacher at v = 0 (docs/guidance.md).
+    grid: the sampler's steps (a ``Grid`` or its text); only their timesteps are drawn. Schedules by step require it.
         None: all timesteps of training.
-    states: ``noised`` samples, or the states of a ``trajectory`` that the guided sampler visits, stored by
+    states: ``noised`` samples, or states of a ``trajectory``: those that the guided sampler visits, stored by
         ``generate_trajectory_cache`` for this schedule and grid.
-    weight_limit: the loss at each timestep is weighted by min(1 / (a q - b p)^2, weight_limit), where a model predicts
-        p x_0 + q eps: for epsilon min(1 / abar, weight_limit), for v and flow 1. It is used if ``loss_weighting``
-        is None.
+    weight_limit: the loss at each timestep has the weight min(1 / (a q - b p)^2, weight_limit), for a model that
+        predicts p x_0 + q eps: for epsilon min(1 / abar, weight_limit), for v and flow 1. Only used if
+        ``loss_weighting`` is None.
 
-    The other fields are those of ``RandomConditioning``, but here ``probability`` is 0 by default. The target for a
-    null prompt is the unconditional prediction, whatever w is.
+    The other fields are those of ``RandomConditioning``, but the default of ``probability`` is 0. For null prompts the
+    target is the unconditional prediction, for any w.
     """
 
     probability: str | Callable[[float], float] = "const"
@@ -82,7 +83,7 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         return RandomConditioning.describe(dataclasses.replace(config, **told))
 
     def guiding(self, setting: Setting) -> tuple[Setting, Guiding]:
-        """The setting at the levels of the grid, if there is one, and the weights at these."""
+        """The setting, restricted to the levels of the grid if there is one, and the weights at these levels."""
         config = self._checked()
         if config.grid is not None:
             grid = Grid.parse(config.grid, setting.schedule) if isinstance(config.grid, str) else config.grid
@@ -90,7 +91,7 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         return setting, Guiding(config.schedule, setting)
 
     def _checked(self) -> GuidanceDistillation:
-        """The same, with a ``Guidance`` for its schedule."""
+        """The same settings, with a ``Guidance`` as the schedule."""
         if self.grid is not None and not isinstance(self.grid, Grid | str):
             raise InputError.of("grid", "a Grid, its text or None", described(self.grid))
         config = dataclasses.replace(self, schedule=None, grid=None)._validated()
@@ -109,13 +110,13 @@ class GuidanceDistillation(RandomConditioning, _Guided):
 class Guiding:
     """The guidance weights of samples at the timesteps of a setting's schedule.
 
-    positive, negative: [T] float32, the weights of the schedule above and below 0 (of a power law, omega).
+    positive, negative: [T] float32, the schedule's weights above and below 0 (for a power law, omega).
     """
 
     def __init__(self, guidance: Guidance, setting: Setting) -> None:
         schedule, device = setting.schedule, setting.device
         self._law = guidance if isinstance(guidance, PowerLaw) else None
-        self._channels = setting.latents.shape[1]  # a learned variance beside them is left alone
+        self._channels = setting.latents.shape[1]  # the other channels are a learned variance, which is not guided
         if self._law is not None:
             weights = torch.full((len(schedule),), self._law.omega, device="cpu")
             coefficients = schedule.coefficients(setting.prediction_type).double()
@@ -136,7 +137,7 @@ class Guiding:
 
 
 class GuidedDraw(NamedTuple):
-    """A batch, and the v of each of its samples [B] float32."""
+    """A batch, and v of each of its samples, [B] float32."""
 
     batch: Draw[Any]
     scale: Tensor
@@ -149,7 +150,7 @@ class GuidedDraw(NamedTuple):
 class BoundGuidanceDistillation(BoundRandomConditioning):
     """Draws a batch and its guidance weights by counter and compares the student with the guided teacher on it."""
 
-    guided = True  # the student's own pass is: previews add no guidance
+    guided = True  # the student's single pass is guided: previews add no guidance
 
     def __init__(self, config: GuidanceDistillation, setting: Setting) -> None:
         device, (setting, self._guiding) = setting.device, config.guiding(setting)
@@ -209,10 +210,10 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
 
 
 def _check_trajectory(config: GuidanceDistillation, setting: Setting) -> Tensor:
-    """Coefficients [T, 4] at which a state is drawn as it is stored.
+    """Coefficients [T, 4] with which a draw returns a state as it is stored.
 
     Raises:
-        InputError: latents that are no states of this sampler; options that need noised samples.
+        InputError: latents that are no states of this sampler; options that require noised samples.
     """
     if not isinstance(setting.schedule, GridSchedule):
         raise InputError.of("grid", "that of the trajectories (states='trajectory')", None)
@@ -241,7 +242,7 @@ def _check_trajectory(config: GuidanceDistillation, setting: Setting) -> Tensor:
 
 
 def _embedding(config: GuidanceDistillation, setting: Setting, positive: bool) -> Callable[[Tensor], Tensor]:
-    """What the student is given for v [B]."""
+    """The function that computes the student's input from v [B]."""
     low, high = config.scale or (0.0, 0.0)
     if not low < high:
         raise InputError.of("scale", "(lowest, highest) guidance weight", (low, high))

@@ -24,17 +24,18 @@ from fastdistill.diffusion.prompts import Rows, after_null
 from fastdistill.distill.objective import Setting, has_streams
 from fastdistill.errors import InputError
 from fastdistill.models.adapters import Adapters
+from fastdistill.models.fuse.repeated import Repeated
 from fastdistill.models.taps import Taps, channels
 from fastdistill.ops import Draw, FeatureMatch, Task, feature_match, output_match
 from fastdistill.ops.feature_match import Distance, gradient_buffer
 
-Taught = tuple[Tensor, Tensor | None, list[Tensor]]  # output, that for the null prompt, features
-_WIDEST = 1e6  # of a spread, where the teacher's feature hardly differs
+Taught = tuple[Tensor, Tensor | None, list[Tensor]]  # output, output for the null prompt, features
+_WIDEST = 1e6  # maximum of a spread (the teacher's feature may hardly differ)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the three losses. With the weight 0 a loss is not computed, nor what only that loss needs."""
+    """Weights of the three losses. A loss with weight 0 is not computed."""
 
     output: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     feature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -42,26 +43,28 @@ class Weights:
 
 
 class Knowledge:
-    """Teacher and student side by side on one draw.
+    """Compares teacher and student on a draw.
 
-    ``null``: the null prompt's row of each bank, by the shape of a latent; the teacher is then asked with and without
-    the prompt, in one batch of 2 B, and the target is guided (``output_match``) by the ``guidance`` of each call, a
-    function of its two outputs (c, u) that gives the weight w of each sample [B] float32. Taps see the prompt's half.
-    ``loss_weighting``: a name, or weights [T]. ``timestep_cond``: of one sample, an example of what the student is
-    given beside the prompt.
+    ``null``: the null prompt's row of each bank, by the shape of a latent. If given, the teacher is called with and
+    without the prompt, in one batch of 2 B, and the target is guided (``output_match``) by the ``guidance`` of each
+    call: a function of its two outputs (c, u) that returns the weight w of each sample [B] float32. Taps see the half
+    with the prompt.
+    ``loss_weighting``: a name, or weights [T]. ``timestep_cond``: an example for one sample of the student's additional
+    input.
 
-    ``taps`` pairs (teacher module, student module). Where their channels differ, a linear adapter projects the
-    student's feature; adapters are trained with the student (``trained``) and belong to no export.
+    ``taps``: pairs (teacher module, student module). If their channels differ, a linear adapter projects the student's
+    feature. Adapters are trained with the student (``trained``) and are not exported.
 
-    ``metric_names``: the loss, its parts, the distance at each tap as ``feature/<student module>``, and as
-    ``spread/<student module>`` how much its feature differs between two samples, in the teacher's own (``_spread``).
+    ``metric_names``: the loss, its parts, the distance at each tap as ``feature/<student module>``, and
+    ``spread/<student module>``: how much its feature differs between two samples, relative to the teacher
+    (``_spread``).
 
-    The hooks of the taps are on the models from the start until ``close``, and again from ``attach`` on; they go with
-    the last reference to this object, too.
+    The hooks of the taps exist from the start until ``close``, and again after ``attach``; they are also removed with
+    the last reference to this object.
 
     Raises:
-        InputError: no loss to compute; taps that a model does not have or whose sizes differ; a model that does not
-            take the latents and prompts (one forward of the first sample tells).
+        InputError: no loss to compute; taps that a model does not have or whose sizes differ; a model that cannot
+            process the latents and prompts (tested by one forward of the first sample).
     """
 
     def __init__(
@@ -91,23 +94,26 @@ class Knowledge:
             )
         table = match_table(coefficients, weights=loss_weighting, guidance=0.0 if null is None else 1.0)
         self._table, self._null = table.to(setting.device), null
-        self._channels = setting.latents.shape[1]  # a learned variance beside them is left alone
-        self._branch: torch.cuda.Stream | None = None  # the teacher's, in a CUDA graph
+        self._repeated: Repeated | None = None
+        if setting.null_once and null is not None:
+            self._repeated = Repeated(self.teacher, setting.micro_batch or setting.batch, setting.device)
+        self._channels = setting.latents.shape[1]  # the other channels are a learned variance, which is not compared
+        self._branch: torch.cuda.Stream | None = None  # the teacher's stream, in a CUDA graph
         if setting.device.type == "cuda":
             self._branch = torch.cuda.Stream(setting.device)  # type: ignore[no-untyped-call]
         self._grad_scale = setting.grad_scale
-        self._held: Taught | None = None  # the answer of a teacher that is ahead
-        self._gradient: Tensor | None = None  # buffers that every step writes into
+        self._held: Taught | None = None  # the stored output of a teacher that runs ahead
+        self._gradient: Tensor | None = None  # buffers that every step overwrites
         self._gradients: list[Tensor] | None = None
         self._names = list(zip(*taps, strict=True)) if weights.feature else []
         tapped = self._names[1] if self._names else ()
         by_tap = [f"{kind}/{name}" for kind in ("feature", "spread") for name in tapped]
         self.metric_names = ("loss", "output", "feature", "task", *by_tap)
-        #: Names of each pair of taps, teacher's first, and the shapes of their features.
+        #: Names of each pair of taps (teacher's first), and the shapes of their features.
         self.tapped: list[tuple[tuple[str, str], tuple[int, ...], tuple[int, ...]]] = []
         self._taps: tuple[Taps, Taps] | None = None
         self._predict_teacher, self._predict_student = setting.predictors
-        with contextlib.ExitStack() as failed:  # where something does not fit
+        with contextlib.ExitStack() as failed:  # undone if something does not fit
             failed.callback(self.close)
             self.attach()
             if weights.output or weights.feature:
@@ -125,7 +131,9 @@ class Knowledge:
             failed.pop_all()
 
     def attach(self) -> None:
-        """Hook the tapped modules, unless they are."""
+        """Add the hooks to the tapped modules, if they are not there."""
+        if self._repeated is not None:
+            self._repeated.attach()
         if self._names and self._taps is None:
             with contextlib.ExitStack() as hooks:
                 theirs = hooks.enter_context(Taps(self.teacher, self._names[0]))
@@ -134,8 +142,10 @@ class Knowledge:
                 self._detach.atexit = False
 
     def close(self) -> None:
-        """Take the hooks off the models, and let go of the buffers."""
+        """Remove the hooks from the models, and release the buffers."""
         self._gradient = self._gradients = self._held = None
+        if self._repeated is not None:
+            self._repeated.detach()
         if self._taps is not None:
             self._taps = None
             self._detach()
@@ -149,9 +159,9 @@ class Knowledge:
         outputs: Callable[[Tensor | None, Tensor], object] | None = None,
         distances: Callable[[Tensor], object] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The loss and ``metric_names`` (unweighted, but the first); the task loss needs ``task``, and where there is
-        ``null`` the output loss ``guidance``. ``outputs`` is called with those of teacher and student,
-        ``distances`` with the unweighted mean square [B] by which the outputs of each sample differ."""
+        """The loss, and the values of ``metric_names`` (unweighted except the first). The task loss needs ``task``;
+        with ``null``, the output loss needs ``guidance``. ``outputs`` is called with the outputs of teacher and
+        student, ``distances`` with the unweighted mean squared difference between the outputs of each sample, [B]."""
         branch = self._branch if has_streams(draw.x_t) else None
         taught: Taught | tuple[None, None, list[Tensor]] = (None, None, [])
         if self._held is not None:
@@ -184,7 +194,7 @@ class Knowledge:
 
     @torch.no_grad()
     def teach(self, draw: Draw[Any]) -> None:
-        """Keep the teacher's answer for the batch that the next call will have."""
+        """Store the teacher's output for the batch of the next call."""
         answer = self._teacher(draw, None)
         if self._held is None:
             self._held = _copies(answer)
@@ -222,8 +232,8 @@ class Knowledge:
         return loss, parts.unbind(), samples
 
     def _output_gradient(self, output: Tensor) -> Tensor | None:
-        """The buffer for the gradient of the output, made by the first step; compiled code manages its own memory, and
-        would be compiled anew once there is a buffer."""
+        """The buffer for the gradient of the output, created by the first step. Compiled code gets none: it manages its
+        memory itself, and a buffer would trigger a new compilation."""
         if torch.compiler.is_compiling():
             return None
         if self._gradient is None or self._gradient.shape != output.shape:
@@ -231,7 +241,7 @@ class Knowledge:
         return self._gradient
 
     def _feature_gradients(self, own: list[Tensor]) -> list[Tensor] | None:
-        """The same for the features."""
+        """The buffers for the gradients of the features."""
         if torch.compiler.is_compiling():
             return None
         if self._gradients is None or any(
@@ -242,10 +252,11 @@ class Knowledge:
 
     @torch.no_grad()
     def _teacher(self, draw: Draw[Any], branch: torch.cuda.Stream | None) -> Taught:
-        """Output, that for the null prompt if it is asked for, and features of the prompt, on a stream beside the
-        student's if there is one: whoever reads them waits for it.
+        """Output, output for the null prompt (if needed), and features with the prompt. They are computed on
+        ``branch``, if given, in parallel to the student; whoever reads them must wait for it.
 
-        Their memory is that stream's, which does nothing else in a step, so it lasts until the losses have read it.
+        Their memory belongs to that stream. It has no other work in a step, so the memory is valid until the losses
+        have read it.
         """
         if branch is not None:
             branch.wait_stream(torch.cuda.current_stream(branch.device))
@@ -254,7 +265,8 @@ class Knowledge:
                 output = self._predict_teacher(draw.x_t, draw.timestep, draw.prompt)
                 return output, None, self._taps[0].features() if self._taps else []
             both = after_null(draw.prompt, self._null[tuple(draw.x_t.shape[1:])])
-            output = self._predict_teacher(torch.cat([draw.x_t] * 2), torch.cat([draw.timestep] * 2), both)
+            with contextlib.nullcontext() if self._repeated is None else self._repeated:
+                output = self._predict_teacher(torch.cat([draw.x_t] * 2), torch.cat([draw.timestep] * 2), both)
             unconditional, output = output.chunk(2)
             features = self._taps[0].features() if self._taps else []
             return output, unconditional, [feature.chunk(2)[1] for feature in features]
@@ -288,8 +300,8 @@ def _copies(answer: Taught) -> Taught:
 
 @torch.no_grad()
 def _spread(own: list[Tensor], theirs: list[Tensor]) -> Tensor:
-    """[taps] float32: the mean square by which the student's feature differs between the first two samples, over the
-    teacher's; 1 where neither differs. A feature that has collapsed, so that it says nothing of the sample, has 0."""
+    """[taps] float32: the mean square difference of the student's feature between the first two samples, divided by the
+    teacher's; 1 if both are 0. A feature that has collapsed (it is the same for all samples) has 0."""
     norms = []
     for features in (own, theirs):
         one, other = ([pair[i] for pair in map(_two, features)] for i in (0, 1))
@@ -301,19 +313,18 @@ def _spread(own: list[Tensor], theirs: list[Tensor]) -> Tensor:
 
 
 def _two(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """The features of two samples; of a batch of one, its feature and its mirror image over the positions."""
+    """The features of two samples; for a batch of one, its feature and the mirror image over the positions."""
     first = feature[0]
     return first, feature[1] if len(feature) > 1 else first.flip(-min(2, first.dim()))
 
 
 def _channels(names: tuple[str, str], theirs: tuple[int, ...], own: tuple[int, ...], signals: bool) -> tuple[int, int]:
-    """Channels of the student's and of the teacher's feature, which must agree in every other size.
+    """Channels of the student's and of the teacher's feature; all other sizes must agree.
 
-    ``signals``: latents are [N, C, L], so that a feature of three dimensions may be tokens [B, L, C] or a map
-    [B, C, L].
+    ``signals``: latents are [N, C, L], so a feature with three dimensions may be tokens [B, L, C] or a map [B, C, L].
     """
     axis = 2 if len(own) == 3 else 1
-    known = 2 <= len(own) <= 5 and not (signals and len(own) == 3)  # which axis holds the channels
+    known = 2 <= len(own) <= 5 and not (signals and len(own) == 3)  # is it known where the channels are?
     others = [shape[:axis] + shape[axis + 1 :] for shape in (own, theirs)]
     if len(own) == len(theirs) >= 2 and (own == theirs or (known and others[0] == others[1])):
         return channels(own), channels(theirs)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""p(t) from how much the teacher's answer depends on the prompt: ``probability="measured"`` of random conditioning.
+"""p(t) from how much the teacher's output depends on the prompt: ``probability="measured"`` of random conditioning.
 
-A latent x of the cache with its own prompt c, noise z and a random prompt c' of the pool, at noise level t:
+For a latent x of the cache with its own prompt c, noise z and a random prompt c' of the pool, at noise level t:
 
     x_t = s x + n z,    d(t)^2 = E | x_0(T(x_t, t, c)) - x_0(T(x_t, t, c')) |^2,    p(t) = (d(t) / max d)^power
 
-x_0(y) = (b x_t - n y) / (s b - n a) is the clean sample that an output y = a x_0 + b eps stands for, so that levels and
-types of prediction are compared in one unit: d is n / |s b - n a| times the distance of the outputs. Where the image
-in x_t already answers for the teacher, d is small, and a random prompt next to it is a sample that no sampler visits;
-where the prompt answers, d is large, and the latent is as good as any other.
+x_0(y) = (b x_t - n y) / (s b - n a) is the clean sample for an output y = a x_0 + b eps. So levels and prediction types
+are compared in one unit: d is n / |s b - n a| times the distance of the outputs. If d is small, the output is
+determined by the image in x_t, and x_t with a random prompt is a sample that no sampler visits. If d is large, the
+output is determined by the prompt, so any latent is suitable.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from fastdistill.models.calling import trial
 from fastdistill.ops import _check
 
 MEASURED = "measured"
-_OWN_KEY = -(2**63)  # added to the seed: the samples are none of the training's
+MOST = 2**16  # limit of points and of samples: all are drawn at once, before the first step
+_OWN_KEY = -(2**63)  # added to the seed: these samples differ from those of the training
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """points: timesteps at which it is measured, evenly spread. samples: at each of them, the same ones. power: of the
-    relative distance that p(t) is."""
+    """points: number of timesteps at which it is measured, evenly spaced. samples: number of samples at each timestep
+    (the same ones). power: p(t) is the relative distance to this power."""
 
     points: int = 20
     samples: int = 64
@@ -41,33 +42,33 @@ class Measurement:
 
     @classmethod
     def of(cls, parameters: Mapping[str, float]) -> Measurement:
-        """From ``RandomConditioning.parameters``; InputError for others, and for values that make no measurement."""
+        """From ``RandomConditioning.parameters``; InputError for unknown parameters and invalid values."""
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(parameters) - set(names)):
             raise InputError.of(f"p(t) {MEASURED}", f"parameters among {', '.join(names)}", ", ".join(unknown))
         counts = {}
         for name, low in (("points", 2), ("samples", 1)):
             value = parameters.get(name, getattr(cls, name))
-            whole = math.isfinite(value) and value == int(value) >= low
-            _check.require(whole, f"p(t) {MEASURED}: {name}", f"a whole number >= {low}", value)
+            whole = math.isfinite(value) and low <= value == int(value) <= MOST
+            _check.require(whole, f"p(t) {MEASURED}: {name}", f"a whole number, {low} to {MOST}", value)
             counts[name] = int(value)
         power = float(parameters.get("power", cls.power))
         _check.require(0 < power < math.inf, f"p(t) {MEASURED}: power", "a finite number > 0", power)
         return cls(**counts, power=power)
 
     def timesteps(self, T: int) -> list[int]:
-        """The middles of as many equal parts of 0..T - 1."""
+        """The middles of ``points`` equal parts of 0..T - 1."""
         points = min(self.points, T)
         return [(2 * i + 1) * T // (2 * points) for i in range(points)]
 
     def probability(self, distance: Tensor, T: int) -> Tensor:
-        """p [T] float64 of the distances at ``timesteps(T)``, linear between them and constant outside."""
+        """p [T] float64 from the distances at ``timesteps(T)``: linear between them, constant outside."""
         at = torch.tensor(self.timesteps(T), dtype=torch.float64, device="cpu")
         d = distance.to("cpu", torch.float64)
         largest = d.max()
         if not bool(d.isfinite().all()):
             raise InputError.of("teacher", "finite outputs for its prompts, to measure p(t)", d.tolist())
-        if largest == 0:  # the prompt says nothing to it
+        if largest == 0:  # the teacher ignores the prompt
             return torch.zeros(T, dtype=torch.float64, device="cpu")
         t = torch.arange(T, dtype=torch.float64, device="cpu")
         right = (
@@ -81,9 +82,9 @@ class Measurement:
 
 @torch.no_grad()
 def prompt_dependence(setting: Setting, measurement: Measurement, seed: int) -> Tensor:
-    """d at the points, [points] float64 on the CPU. The samples follow from the seed alone: latents, prompts and noise
-    are drawn by counter, those of all points are the same. ``setting.micro_batch`` or ``batch`` of them are in the
-    teacher at once. Of latents of several shapes those of the first are used."""
+    """d at the points, [points] float64 on the CPU. The samples depend only on the seed: latents, prompts and noise are
+    drawn by counter, equal for all points. The teacher gets ``setting.micro_batch`` or ``batch`` of them at once. If
+    there are latents of several shapes, those of the first shape are used."""
     device, count = setting.device, measurement.samples
     clean_and_noise = torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float32, device=device)
     whole = dataclasses.replace(
@@ -118,9 +119,9 @@ def prompt_dependence(setting: Setting, measurement: Measurement, seed: int) -> 
 
 
 class MeasuredProbability:
-    """The table of p(t) that the first step of a run measures, and a checkpoint keeps.
+    """The table of p(t); the first step of a run measures it, and checkpoints store it.
 
-    replace: [T] int64 on the device, as ``noise_gather`` takes it; below 0 until it is measured.
+    replace: [T] int64 on the device, as for ``noise_gather``; below 0 until it is measured.
     """
 
     def __init__(self, measurement: Measurement, setting: Setting) -> None:
@@ -136,9 +137,9 @@ class MeasuredProbability:
         return {"replace": self.replace, "prompt_dependence": self.distance}
 
     def prepare(self, seed: int) -> bool:
-        """Measure where neither this run nor its checkpoint has; returns whether the table may be another than before.
-        Of several ranks one measures."""
-        from fastdistill.train import distributed  # which needs the objectives' interface
+        """Measure if neither this run nor its checkpoint has done so; returns whether the table may have changed. With
+        several ranks, only one measures."""
+        from fastdistill.train import distributed  # imported here: it imports the interface of objectives
 
         if self._known:
             return False
@@ -150,5 +151,5 @@ class MeasuredProbability:
         return True
 
     def close(self) -> None:
-        """Look at the table again before the next step, which may be that of a checkpoint."""
+        """Check the table again before the next step, because a checkpoint may have replaced it."""
         self._known = self.replace.device.type == "meta"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an objective must offer, so that a new one is one new file beside this."""
+"""The interface of objectives. A new objective is one new file in this folder."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _as_captured: contextvars.ContextVar[bool] = contextvars.ContextVar("fastdistill
 
 @contextlib.contextmanager
 def as_captured() -> Iterator[None]:
-    """Inside, an eager step runs on the streams that it will have in a CUDA graph. What a library allocates once for
-    each stream, such as cuBLAS's workspace, is then there before the capture and not a part of the graph's memory."""
+    """Inside, an eager step uses the same streams as in a CUDA graph. Memory that libraries allocate once per stream,
+    such as cuBLAS's workspace, then exists before the capture and does not belong to the graph's memory."""
     token = _as_captured.set(True)
     try:
         yield
@@ -39,7 +39,7 @@ def as_captured() -> Iterator[None]:
 
 
 def has_streams(tensor: Tensor) -> bool:
-    """Whether parts of a step on this tensor's device run side by side on streams: in a CUDA graph, and in a step that
+    """Whether parts of a step on this tensor's device run in parallel on streams: in a CUDA graph, and in a step that
     runs ``as_captured``."""
     if not tensor.is_cuda or torch.compiler.is_compiling():
         return False
@@ -47,8 +47,8 @@ def has_streams(tensor: Tensor) -> bool:
 
 
 class Trajectory(NamedTuple):
-    """Of latents that are states of a sampler: the step of each [N] int64, on the device, and its schedule and grid as
-    the fingerprint of their cache has them."""
+    """For latents that are states of a sampler: the step of each, [N] int64 on the device, and its schedule and grid
+    from the fingerprint of their cache."""
 
     step: Tensor
     sampler: Mapping[str, Any]
@@ -56,8 +56,8 @@ class Trajectory(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Latents of one shape [N, *S], the rows of the prompts that they were made from [N] int64, the prompts, as
-    ``Setting`` has them, and what is known of latents that are states of a sampler."""
+    """Latents of one shape [N, *S], the row of each latent's prompt [N] int64, the prompts (as in ``Setting``), and a
+    ``Trajectory`` if the latents are states of a sampler."""
 
     latents: Rows
     latent_prompts: Tensor
@@ -67,16 +67,18 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a trainer gives an objective: models and tables on the device, and banks wherever they fit.
+    """What a trainer passes to an objective. Models and tables are on the device; banks may be elsewhere.
 
     latents: [N, *S]. latent_prompts: [N] int64 on the device, rows of prompts. prompts: [M + 1, L, D], or banks
     [M + 1, ...] by name, the null prompt last. call: how both models are called, if not as in their family
-    (``fastdistill.models.calling.Predictor``). batch: samples of a step. prediction_type: what teacher and student put
-    out. ahead: how many steps ahead rows are read if banks are on the disk. grad_scale: 0-dim float32 by which the loss
-    will be multiplied before the backward, for losses that store their gradient; None: 1. first_sample, global_batch:
-    if several processes share a step, which of its samples are those of this process (``noise_gather``). micro_batch:
-    how many samples the losses are computed for at once (``TrainConfig.micro_batch``); None: all. others: latents of
-    other shapes, from which steps draw in turn. trajectory: for latents that are states of a sampler.
+    (``fastdistill.models.calling.Predictor``). batch: samples per step. prediction_type: what teacher and student
+    predict. ahead: for how many steps rows are read in advance if banks are on disk. grad_scale: 0-dim float32 by which
+    the loss will be multiplied before the backward, for losses that compute their gradient in the forward; None: 1.
+    first_sample, global_batch: if several processes share a step, which of its samples this process has
+    (``noise_gather``). micro_batch: for how many samples the losses are computed at once
+    (``TrainConfig.micro_batch``); None: all. others: latents of other shapes; each step draws from one shape.
+    trajectory: for latents that are states of a sampler. null_once: whether a guided, fused teacher projects the null
+    prompt's keys and values once (``TrainConfig.teacher_null_once``).
     """
 
     teacher: nn.Module
@@ -95,6 +97,7 @@ class Setting:
     call: Call | None = None
     others: tuple[Bucket, ...] = ()
     trajectory: Trajectory | None = None
+    null_once: bool = False
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -121,13 +124,13 @@ class Setting:
     def predict(
         self, model: nn.Module, x_t: Tensor, timestep: Tensor, prompt: Any, timestep_cond: Tensor | None = None
     ) -> Tensor:
-        """The prediction of a model, its inputs cast to the dtype in which it computes, whatever the banks have.
+        """The prediction of a model; its inputs are cast to the dtype in which it computes.
 
         Args:
-            model: the teacher or the student (another model is looked at anew in every call).
+            model: the teacher or the student (any other model is inspected again in every call).
             x_t: [B, *S]. timestep: [B] int64. prompt: [B, L, D], or rows [B, ...] by the names of the banks.
-            timestep_cond: [B, ...], what says the guidance weight to models that read it (``Family.guidance_rows``), in
-                place of the prompt's own.
+            timestep_cond: [B, ...], replaces the prompt's own guidance weight for models that read one
+                (``Family.guidance_rows``).
         """
         for predictor in self.predictors:
             if predictor.model is model:
@@ -135,10 +138,10 @@ class Setting:
         return self._predictor(model)(x_t, timestep, prompt, timestep_cond)
 
     def batches(self, replace: Tensor, coefficients: Tensor | None = None, **options: Any) -> Batches | Buckets:
-        """The draws of ``noise_gather`` on these banks; ``replace`` [T] int64, options as ``Batches``.
+        """The draws of ``noise_gather`` from these banks; ``replace`` [T] int64; options as for ``Batches``.
 
-        ``coefficients``: [T, 4], the noise levels that are drawn from; None: those of the schedule. Where teacher and
-        student compute in one dtype, x_t and the prompts of a draw have it.
+        ``coefficients``: [T, 4], the noise levels that are drawn from; None: those of the schedule. If teacher and
+        student compute in one dtype, x_t and the prompts of a draw have this dtype.
         """
         if coefficients is None:
             if any(bucket.trajectory for bucket in self.buckets):
@@ -162,13 +165,14 @@ class Setting:
         return Buckets(parts, [len(bucket.latents) for bucket in self.buckets], self.device)
 
     def check(self, name: Literal["teacher", "student"], timestep_cond: Tensor | None = None) -> None:
-        """One forward of a model on the first sample of each shape. It changes nothing, but taps on the model fire.
-        ``timestep_cond``: of one sample, as of ``predict``.
+        """One forward of a model on the first sample of each shape. It has no side effects except that taps fire.
+        ``timestep_cond``: of one sample, as in ``predict``.
 
         Raises:
-            InputError: the model does not take the latents and prompts, or its prediction is not like the latents.
+            InputError: the model cannot process the latents and prompts, or its prediction has another shape than the
+            latents.
         """
-        for bucket in reversed(self.buckets):  # the taps fire on the first last
+        for bucket in reversed(self.buckets):  # so that the taps fire last for the first shape
             self._check(name, bucket.latents, bucket.prompts, timestep_cond)
 
     def _check(self, name: str, latents: Any, prompts: Any, timestep_cond: Tensor | None) -> None:
@@ -189,11 +193,11 @@ class Setting:
         except Exception as error:
             raise self._refusal(name, x, prompt, error) from error
         channels = x.shape[1]
-        if shape not in {(1, c, *x.shape[2:]) for c in (channels, 2 * channels)}:  # a learned variance beside it
+        if shape not in {(1, c, *x.shape[2:]) for c in (channels, 2 * channels)}:  # or with a learned variance
             raise InputError.of(name, f"a prediction of its latents' shape {tuple(x.shape)}", shape)
 
     def explained(self, error: RuntimeError) -> InputError | None:
-        """What to do about an error of torch about unequal dtypes, where models and banks have several; else None."""
+        """Advice for an error of torch about unequal dtypes if models and banks have several; else None."""
         teacher, student = self.predictors
         found = {"teacher": teacher.dtype, "student": student.dtype, "latents": self.latents.dtype}
         floating = [bank.dtype for bank in listed(self.prompts) if bank.dtype.is_floating_point]
@@ -206,7 +210,7 @@ class Setting:
         return InputError.of("objective", rule, f"{quoted(error)} ({dtypes})")
 
     def _refusal(self, name: str, x: Tensor, prompt: Any, error: Exception) -> InputError:
-        """Why a model failed: what its configuration asks for, else what it said."""
+        """Why a model failed: an input that its configuration requires, else its own message."""
         config = getattr(getattr(self, name), "config", None)
         config = config if isinstance(config, Mapping) else {}
         channels = config.get("in_channels")
@@ -224,24 +228,24 @@ class Setting:
 class BoundObjective(Protocol):
     """An objective bound to its models and data.
 
-    Called with the counter [2] int64 (seed, step) on the device; returns the loss to differentiate and one 0-dim
-    float32 tensor per name in ``metric_names``. It must not wait for the device or use any other source of randomness.
-    It calls the models by ``Setting.predict``, which casts their inputs; ``bind`` may check them by ``Setting.check``.
-    Before each step the host calls ``prepare(seed, step)``, and after the last one ``close()``: there it does what has
-    to happen outside of the step (``Batches``, hooks on the models). ``prepare`` may follow ``close``.
+    It is called with the counter [2] int64 (seed, step) on the device, and returns the loss to differentiate and one
+    0-dim float32 tensor per name in ``metric_names``. It must not wait for the device or use any other source of
+    randomness. It calls the models by ``Setting.predict``, which casts their inputs; ``bind`` may check them by
+    ``Setting.check``. The host calls ``prepare(seed, step)`` before each step, and ``close()`` after the last one, for
+    work outside of the step (``Batches``, hooks on the models). ``prepare`` may follow ``close``.
 
-    For gradients that are accumulated over parts of a batch (``TrainConfig.micro_batch``) it has ``draw(counter)``, a
-    ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter)`` of a part of it, which returns what a call
-    does. The loss is a mean over samples; if it is not, ``whole`` is a text that says why.
+    To support gradients accumulated over parts of a batch (``TrainConfig.micro_batch``), it has ``draw(counter)``,
+    which returns a ``fastdistill.Draw`` of the whole batch, and ``loss(draw, counter)`` of a part of it, which returns
+    the same as a call. The loss must be a mean over samples; if it is not, ``whole`` is a text with the reason.
 
-    For a teacher that is called a step ahead (``TrainConfig.teacher_ahead``) it has ``begin_ahead()``, which returns
-    why this is not possible, or None; and ``teach(counter)``, which stores the teacher's answer for that step, in the
-    same memory every time. The next call takes it from there. ``taught``: whether there is one.
+    To support a teacher that runs a step ahead (``TrainConfig.teacher_ahead``), it has ``begin_ahead()``, which returns
+    None, or the reason why this is not possible; and ``teach(counter)``, which stores the teacher's output for that
+    step, always in the same memory. The next call uses it. ``taught``: whether there is a stored output.
 
-    ``trained`` holds modules that are trained, clipped and checkpointed together with the student, and left out of the
-    export. ``state``, if it has one, holds tensors by name that the steps change and that a checkpoint keeps; their
-    second axis goes over the samples of all processes. ``common`` has tensors that are the same on every rank, ``sums``
-    integers of which every rank has a part of the sum: a checkpoint keeps them too.
+    ``trained`` contains modules that are trained, clipped and checkpointed together with the student, but not exported.
+    ``state`` (optional) contains tensors by name that the steps change; their dimension 1 is divided among the
+    processes. ``common`` has tensors that are equal on all ranks, ``sums`` integers that are summed over the ranks.
+    Checkpoints store all of them.
     """
 
     @property
@@ -258,8 +262,8 @@ class BoundObjective(Protocol):
 
 
 class Objective(Protocol):
-    """The settings of an objective. ``bind`` makes what a step calls, ``describe`` its part of a checkpoint's
-    fingerprint.
+    """The settings of an objective. ``bind`` returns the bound objective; ``describe`` returns its part of a
+    checkpoint's fingerprint.
     """
 
     def bind(self, setting: Setting) -> BoundObjective: ...

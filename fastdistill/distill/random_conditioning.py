@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random conditioning: image-free distillation from few latents and many prompts (arXiv 2504.02011).
 
-A latent made for one prompt is noised and shown with another one, drawn from the whole pool with probability p(t): at
-large t the noised latent says little about its prompt, so the teacher's answer for the other prompt is a lesson too.
+A latent made for one prompt is noised and, with probability p(t), combined with another prompt from the whole pool. At
+large t the noised latent shows little of its prompt, so the teacher's output for the other prompt is a useful target.
 """
 
 from __future__ import annotations
@@ -37,24 +37,26 @@ from fastdistill.train.config import validated
 
 @dataclass(frozen=True)
 class RandomConditioning:
-    """Settings of random conditioning (arXiv 2504.02011), checked when they are used; the defaults are the paper's.
+    """Settings of random conditioning (arXiv 2504.02011), checked when they are used; the defaults are those of the
+    paper.
 
     probability: p(t), the probability that a latent gets a random prompt at timestep t: a name
-        (``fastdistill.diffusion.conditioning``) or a function of t/T. ``"const"`` with the parameters
-        ``{"value": 0.0}`` is plain distillation on the latents' own prompts. ``"measured"``: from how much the
-        teacher's answer depends on the prompt at each t, measured before the first step
-        (``fastdistill.distill.measured``), with its points, samples and power as parameters.
-    parameters: those of p(t), by name.
-    null_probability: how often the null prompt replaces the chosen one.
+        (``fastdistill.diffusion.conditioning``) or a function of t/T. ``"const"`` with the parameters ``{"value":
+        0.0}`` is plain distillation on the latents' own prompts. ``"measured"``: from how much the teacher's output
+        depends on the prompt at each t, measured before the first step (``fastdistill.distill.measured``); its
+        parameters are points, samples and power.
+    parameters: the parameters of p(t), by name.
+    null_probability: probability that the null prompt replaces the chosen one.
     weights: of output, feature and task loss.
     feature_distance: ``mse``, ``normalized_mse``, ``huber`` or ``cosine`` (``fastdistill.feature_match``, with its
         default eps and delta).
     taps: pairs (teacher module, student module), as ``make_student`` returns them.
-    with_replacement: draw latents independently; otherwise each comes once per epoch.
+    with_replacement: draw latents independently; otherwise each occurs once per epoch.
     loss_weighting: weights of the output and the task loss at each timestep (``fastdistill.loss_weights``).
     min_snr_gamma: gamma of the weighting ``min_snr``.
-    rolling: which samples of a batch are states of a sampler that runs along (``Rolling``); by default none.
-    regions: random prompts come more often from where student and teacher differ more (``Regions``); by default evenly.
+    rolling: which samples of a batch are states of a sampler that runs during the training (``Rolling``); default:
+    none.
+    regions: draw random prompts more often where student and teacher differ more (``Regions``); default: uniformly.
     """
 
     probability: str | Callable[[float], float] = "exp"
@@ -70,7 +72,7 @@ class RandomConditioning:
     regions: Regions = Regions()
 
     def p(self, T: int | Tensor) -> Tensor:
-        """[T] float64: the probability of a random prompt at each timestep; InputError where a run measures it."""
+        """[T] float64: the probability of a random prompt at each timestep; InputError if it is measured in the run."""
         if self.probability == MEASURED:
             rule = "a p(t) that is known before the first step of a run"
             raise InputError.of("probability", rule, repr(MEASURED))
@@ -86,7 +88,7 @@ class RandomConditioning:
         return BoundRandomConditioning(self._validated(), setting)
 
     def _validated(self) -> Self:
-        """The objective itself, after a check of all fields; InputError for settings of a part that is off."""
+        """Checks all fields and returns the objective; InputError also for settings of a part that is switched off."""
         config = validated(self, "objective")
         for name, switch in (("rolling", "every"), ("regions", "count")):
             part = getattr(config, name)
@@ -142,7 +144,7 @@ class BoundRandomConditioning:
             with_replacement=config.with_replacement,
         )
         self._batches = self._make_batches(task=config.weights.task > 0)
-        self._coming: Batches | Buckets | None = None  # of a teacher that is a step ahead
+        self._coming: Batches | Buckets | None = None  # for a teacher that runs a step ahead
         self._regions: RegionSampler | None = None
         if config.regions.count is not None:
             if not config.weights.output:
@@ -187,7 +189,7 @@ class BoundRandomConditioning:
         return self.loss(self.draw(counter), counter)
 
     def begin_ahead(self) -> str | None:
-        """Have ``teach`` draw into buffers of its own; or why it cannot."""
+        """Let ``teach`` draw into its own buffers; returns the reason if this is not possible."""
         if self._rolling is not None:
             return "the states of the next step (rolling) come out of this one"
         if self._regions is not None:
@@ -211,7 +213,7 @@ class BoundRandomConditioning:
         self._knowledge.teach(self._placed(self._coming(counter)))
 
     def _placed(self, batch: Draw[Any]) -> Draw[Any]:
-        """The batch with the timesteps at which the teacher is asked."""
+        """The batch with the timesteps for the teacher."""
         return batch
 
     @torch.no_grad()
@@ -226,7 +228,7 @@ class BoundRandomConditioning:
         return self._knowledge(draw, task, **self._observers(draw, counter))
 
     def _observers(self, draw: Draw[Any], counter: Tensor) -> dict[str, Any]:
-        """What looks at the outputs of a step, and at their distances, to go by them later."""
+        """Functions that get the outputs of a step, and their distances, to use them later."""
         found: dict[str, Any] = {}
         if (rolling := self._rolling) is not None:
 

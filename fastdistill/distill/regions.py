@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which random prompts a step gets: more of those regions of the pool where student and teacher differ more.
+"""Draws random prompts more often from regions of the pool in which student and teacher differ more.
 
-The idea is that of ARIA (arXiv 2606.23898), the form is this package's own. The M prompts of the pool are cut into R
-regions of consecutive rows, each of prompts r M / R to (r + 1) M / R. Every step adds the distances of the outputs of
-its samples with random prompts to their regions. Every so many steps the mean of each, m_r, is taken into an average:
+The idea is that of ARIA (arXiv 2606.23898); the formula is specific to this package. The M prompts of the pool are
+divided into R regions of consecutive rows: region r has the prompts r M / R to (r + 1) M / R. Every step adds the
+distances between the outputs for samples with random prompts to their regions. Every ``every`` steps, the mean m_r of
+each region is added to a moving average:
 
-    D_r <- decay D_r + (1 - decay) m_r        (the first m_r of a region as it is; without one, the mean of the others')
+    D_r <- decay D_r + (1 - decay) m_r        (the first m_r is taken as it is; regions without one get the mean)
     q_r = uniform n_r / M + (1 - uniform) n_r D_r^power / sum_k n_k D_k^power        (n_r prompts)
 
-A random prompt is then one of region r, drawn with probability q_r from an alias table (Walker 1977, Vose 1991), and
-any of its prompts alike. Distances are compared among samples with random prompts alone, whose timesteps are
-distributed alike in all regions. The loss is not weighted: the regions that are drawn more count more.
+Then region r is drawn with probability q_r from an alias table (Walker 1977, Vose 1991), and one of its prompts
+uniformly. Only samples with random prompts are compared, because their timesteps have the same distribution in all
+regions. The loss is not reweighted: regions that are drawn more often count more.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -30,14 +32,14 @@ from fastdistill.ops import Draw, philox
 from fastdistill.ops.noise_gather import RANDOM
 from fastdistill.ops.noise_gather.banks import labels, listed
 
-_FRACTION = 2.0**20  # distances are summed as whole numbers, so that their order does not matter
+_FRACTION = 2.0**20  # distances are summed as integers, so that the order of the sum does not matter
 _LARGEST = 1e6
 
 
 @dataclass(frozen=True)
 class Regions:
-    """count: of regions, at most the pool's prompts (then each is one); None: random prompts are drawn evenly. every:
-    steps between two tables. decay: of the average over tables. uniform: share of the draws that stay even. power: of
+    """count: number of regions, at most one per prompt of the pool; None: random prompts are drawn uniformly. every:
+    steps between two updates of the table. decay: of the moving average. uniform: fraction of uniform draws. power: of
     the distances."""
 
     count: Annotated[int, Field(ge=2, le=2**16)] | None = None
@@ -48,8 +50,8 @@ class Regions:
 
 
 def alias_table(weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """thresholds and aliases, each [R] int64: cell r, drawn evenly, is kept where a 32-bit word is below the threshold,
-    and is the alias otherwise. Vose's construction; the weights need not sum to 1."""
+    """Returns thresholds and aliases, each [R] int64. To draw: choose a cell r uniformly; keep it if a 32-bit word is
+    below its threshold, else take its alias. Vose's construction; the weights need not sum to 1."""
     R, total = len(weights), sum(weights)
     scaled = [weight * R / total for weight in weights]
     kept, alias = [2**32] * R, list(range(R))
@@ -65,10 +67,10 @@ def alias_table(weights: Sequence[float]) -> tuple[Tensor, Tensor]:
 
 
 class RegionSampler:
-    """The regions of a run, in memory of the device that steps only read, and add to.
+    """The regions of a run; steps only read the tables and add to the sums, all in device memory.
 
-    distance: [R] float64, D_r, below 0 where nothing is known. ``common`` and ``sums`` are what a checkpoint holds; the
-    tables are the same on every rank, the sums over the samples of each are its own.
+    distance: [R] float64, D_r, below 0 if unknown. A checkpoint contains ``common`` (tables, equal on all ranks) and
+    ``sums`` (over the samples of all ranks; here only the rank's part).
 
     Raises:
         InputError: more regions than prompts; prompts that are not in the device's memory, or of several shapes.
@@ -107,10 +109,10 @@ class RegionSampler:
         return {"region_total": self.total, "region_seen": self.seen}
 
     def prepare(self, step: int) -> None:
-        """A new table where it is time for one, on the host: the one place where the device is waited for."""
+        """Update the table on the host if it is due; only here the host waits for the device."""
         if step == 0 or step % self.config.every or self.distance.device.type == "meta":
             return
-        from fastdistill.train import distributed  # which needs the objectives' interface
+        from fastdistill.train import distributed  # imported here: it imports the interface of objectives
 
         total, seen = distributed.rows(torch.stack([self.total, self.seen])).sum(0).tolist()
         before, decay, after = self.distance.tolist(), self.config.decay, []
@@ -123,15 +125,26 @@ class RegionSampler:
         self.seen.zero_()
 
     def probabilities(self, distance: Sequence[float]) -> list[float]:
-        """q of the regions."""
+        """The probabilities q of the regions."""
         sizes: list[int] = self._size.tolist()
         known = [value for value in distance if value >= 0]
         usual = sum(known) / len(known) if known else 0.0
-        found = [n * (d if d >= 0 else usual) ** self.config.power for n, d in zip(sizes, distance, strict=True)]
-        whole, even = sum(found), self.config.uniform
-        if not 0 < whole < float("inf"):
+        each = [d if d >= 0 else usual for d in distance]
+        found, whole = self._powers(sizes, each)
+        if not 0 < whole < math.inf:  # the powers of none, or beyond floats: the same shares of smaller ones
+            found, whole = self._powers(sizes, [d / (max(each) or 1.0) for d in each])
+        even = self.config.uniform
+        if not 0 < whole < math.inf:
             return [n / self._pool for n in sizes]
         return [even * n / self._pool + (1 - even) * one / whole for n, one in zip(sizes, found, strict=True)]
+
+    def _powers(self, sizes: Sequence[int], distance: Sequence[float]) -> tuple[list[float], float]:
+        """n D^power of the regions, and their sum."""
+        try:
+            found = [n * d**self.config.power for n, d in zip(sizes, distance, strict=True)]
+        except OverflowError:
+            return [], math.inf
+        return found, sum(found)
 
     def _write(self, distance: Sequence[float]) -> None:
         threshold, alias = alias_table(self.probabilities(distance))
@@ -139,17 +152,17 @@ class RegionSampler:
         self.alias.copy_(alias)
 
     def rows(self, counter: Tensor, samples: Tensor) -> Tensor:
-        """Rows of the pool [B] int64 for samples by their numbers: of stream 13 of ``ops.philox``."""
+        """Rows of the pool [B] int64 for sample numbers; uses stream 13 of ``ops.philox``."""
         zero = torch.zeros_like(counter[0])
         cell, keep, row, _ = philox.words(counter[0], counter[1], samples, zero, philox.REGION)
         region = philox.below(cell, self._count)
         region = torch.where(keep < self.threshold[region], region, self.alias[region])
         size = self._size[region]
-        within = (row * (size >> 16) + ((row * (size & 0xFFFF)) >> 16)) >> 16  # ``philox.below`` of sizes in a tensor
+        within = (row * (size >> 16) + ((row * (size & 0xFFFF)) >> 16)) >> 16  # ``philox.below`` for sizes in a tensor
         return self._first[region] + within
 
     def put(self, draw: Draw[Any], counter: Tensor, samples: Tensor | None = None) -> Draw[Any]:
-        """The batch with other random prompts. ``samples``: their numbers; None: those of the step's own batch."""
+        """The batch with other random prompts. ``samples``: sample numbers; None: those of the step's own batch."""
         row = self.rows(counter, self._samples if samples is None else samples)
         chosen = draw.choice == RANDOM
         for bank, drawn in zip(self._banks, listed(draw.prompt), strict=True):
@@ -160,7 +173,7 @@ class RegionSampler:
 
     @torch.no_grad()
     def add(self, draw: Draw[Any], distances: Tensor, choices: tuple[int, ...]) -> None:
-        """Note the distances [B] of a batch, or of a part of it, of samples with one of these choices."""
+        """Record the distances [B] of samples with one of these choices, for a batch or a part of it."""
         row = draw.prompt_index
         counted = (row >= 0) & (row < self._pool)
         counted &= torch.stack([draw.choice == choice for choice in choices]).any(0)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of a sampler that runs along with the training, as noised latents: for prompts that the cache has none of.
+"""Rolling states: noised latents of prompts that are not in the cache, from a sampler that runs during the training.
 
-Random conditioning shows other prompts mostly at large t, where a noised latent says little about its own. What a
-student sees at small t of a prompt that is not in the cache, it has never learned. Here some samples of each batch are
-states of trajectories of random prompts instead, and the output of the training step itself, of teacher or student,
-takes each of them one DDIM step on (Song et al. 2021, 2010.02502, eq. 12): no forward is added, no image is stored.
+Random conditioning uses other prompts mostly at large t, where a noised latent shows little of its own image. So the
+student never learns small t for prompts that are not in the cache. Here some samples of each batch are replaced by
+states of sampling trajectories for random prompts. The training step computes the output of teacher and student for
+them anyway, and one DDIM step with this output (Song et al. 2021, 2010.02502, eq. 12) gives the next state: this needs
+no additional forward and no stored images.
 
     x_0 = (b x - n y) / (s b - n a),   eps = (s y - a x) / (s b - n a),   x' = s' x_0 + n' eps,   t' = t - T / steps
 
-where a model that sees x = s x_0 + n eps puts out y = a x_0 + b eps.
+for a model whose input is x = s x_0 + n eps and whose output is y = a x_0 + b eps.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from fastdistill.ops import Draw, philox
 from fastdistill.ops.noise_gather import NULL
 from fastdistill.ops.noise_gather.banks import listed, mapped
 
-ROLLING = 3  # ``Draw.choice`` of a state
+ROLLING = 3  # ``Draw.choice`` of a sample that is a state
 
 
 @dataclass(frozen=True)
 class Rolling:
-    """Which samples of a batch are states of a sampler that runs along with the training, and how these move.
+    """Which samples of a batch are states of a sampler that runs during the training, and how the states advance.
 
-    every: with 2, every second sample is a state; None: no sample is. by: the model whose output moves them. steps: of
-    a trajectory. groups: the states are in so many groups, of which each step moves one, so two states of one
-    trajectory are that many steps apart. clip_sample: limit of the magnitude of x_0, as in the sampler of the models;
-    None: no limit.
-    null: how often a state is shown with the null prompt; it then stays where it is.
+    every: n replaces every n-th sample of a batch by a state; None: none. by: the model whose output advances the
+    states. steps: number of sampling steps of a trajectory. groups: number of groups of states; a training step uses
+    and advances one group, so consecutive states of a trajectory are this many training steps apart. clip_sample:
+    limit of the magnitude of x_0, as in the sampler of the models; None: no limit. null: probability that a state is
+    shown with the null prompt; it does not advance then.
     """
 
     every: Annotated[int, Field(ge=2)] | None = None
@@ -52,15 +53,14 @@ class Rolling:
 
 
 class RollingStates:
-    """The states of one process: its part of those of all.
+    """The states of one process. K is the number of states in a batch.
 
-    state: x [groups, K, *S] float32, timestep [groups, K] int64 (below 0: the trajectory is over), and the rows of the
-    prompts [groups, K, *P] of each bank, K states being in a batch; where random prompts go by region, their numbers
-    [groups, K] int64.
+    state: x [groups, K, *S] float32; timestep [groups, K] int64 (below 0: the trajectory has ended); for each prompt
+    bank the rows [groups, K, *P]; with random prompts by region, their row numbers [groups, K] int64.
 
     Raises:
-        InputError: fewer timesteps than steps; a batch (of a process, or its parts) that cannot be cut; latents of
-            several shapes; a task loss, as a state is of no latent.
+        InputError: the schedule has fewer timesteps than ``steps``; the batch of a process (or of its parts) is not a
+            multiple of ``every``; latents of several shapes; a task loss (a state belongs to no latent).
     """
 
     def __init__(self, config: Rolling, setting: Setting, *, task: bool, regions: RegionSampler | None = None) -> None:
@@ -78,14 +78,14 @@ class RollingStates:
         device, count = setting.device, setting.batch // every
         coefficients = setting.schedule.coefficients(setting.prediction_type)
         self._coefficients = coefficients.to(device, torch.float32)
-        self._first = T - self._stride  # trajectories begin at one of the timesteps from here on
+        self._first = T - self._stride  # trajectories begin at a random timestep of [first, T)
         whole = setting.global_batch or setting.batch
         begun = dataclasses.replace(
             setting,
             batch=count,
             micro_batch=None,
             global_batch=whole + whole // every,
-            first_sample=whole + setting.first_sample // every,  # other numbers than those of the samples
+            first_sample=whole + setting.first_sample // every,  # not the numbers of the batch's samples
             trajectory=None,
         )
         certain = torch.full((self._stride,), 2**32, dtype=torch.int64)
@@ -112,7 +112,7 @@ class RollingStates:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; the second axis of each tensor is cut over the processes."""
+        """The tensors for a checkpoint; dimension 1 of each is divided among the processes."""
         banks = {f"prompt.{i}": rows for i, rows in enumerate(listed(self.prompts))}
         row = {} if self.row is None else {"prompt_row": self.row}
         return {"x": self.x, "timestep": self.timestep, **banks, **row}
@@ -124,10 +124,10 @@ class RollingStates:
         self._begun.close()
 
     def put(self, draw: Draw[Any], counter: Tensor) -> Draw[Any]:
-        """The batch with the states of this step's group in their places.
+        """The batch with the states of this step's group in the places of samples.
 
-        A trajectory that is over begins anew: from the sample in whose place it is, in the first round of the groups,
-        so that states of all noise levels are under way; then from noise and a random prompt.
+        A trajectory that has ended starts again: in the first round of the groups from the sample that it replaces, so
+        that there are states of all noise levels; later from noise and a random prompt.
         """
         group = counter[1] % self.config.groups
         places = slice(None, None, self.every)
@@ -157,22 +157,22 @@ class RollingStates:
             new = torch.where(over, begun.prompt_index, -1)
             draw.prompt_index[places] = torch.where(early, draw.prompt_index[places], new)
         if self._null:
-            resting = self._resting(counter, self._rows)
+            resting = self._resting(counter)
             for null, drawn in zip(self._null_rows, listed(draw.prompt), strict=True):
                 where = resting.view(-1, *[1] * (drawn.dim() - 1))
                 drawn[places] = torch.where(where, null.to(drawn.dtype), drawn[places])
             draw.choice[places] = torch.where(resting, NULL, draw.choice[places])
         return draw
 
-    def _resting(self, counter: Tensor, rows: Tensor) -> Tensor:
-        """Which of these states are shown with the null prompt: none of the first round."""
+    def _resting(self, counter: Tensor) -> Tensor:
+        """Which states are shown with the null prompt: none of the first round."""
         zero = torch.zeros_like(counter[0])
-        word = philox.words(counter[0], counter[1], self._numbers[rows], zero, philox.CHOICE)[3]
+        word = philox.words(counter[0], counter[1], self._numbers, zero, philox.CHOICE)[3]
         return (word < self._null) & (counter[1] >= self.config.groups)
 
     @torch.no_grad()
     def move(self, draw: Draw[Any], output: Tensor, counter: Tensor) -> None:
-        """Take the states of a batch, or of a part of it, one step on by what a model has put out for it."""
+        """Advance the states of a batch, or of a part of it, by one step, with the output of a model for it."""
         group = counter[1] % self.config.groups
         places = slice(None, None, self.every)
         rows = draw.latent_index[places]
@@ -193,7 +193,7 @@ class RollingStates:
         s, n, _, _ = levels(later.clamp_min(0))
         moved = s * clean + n * noise
         if self._null:
-            resting = self._resting(counter, rows)
+            resting = (draw.choice[places] == NULL) & (counter[1] >= self.config.groups)  # as ``put`` has drawn it
             moved = torch.where(resting.view(-1, *[1] * (x.dim() - 1)), x, moved)
             later = torch.where(resting, t, later)
         fine = moved.flatten(1).isfinite().all(1)
@@ -203,5 +203,5 @@ class RollingStates:
 
 
 def _of(kept: Tensor, group: Tensor) -> Tensor:
-    """[K, ...] of kept [groups, K, ...], without waiting for the device."""
+    """kept[group], [K, ...] of [groups, K, ...], without waiting for the device."""
     return kept.index_select(0, group.view(1)).squeeze(0)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which setting of CLARID: a sweep of t_e, k and the tap, chosen by selectivity, with the controls that it needs.
+"""Choice of a CLARID setting: a sweep over t_e, k and the tap, selected by selectivity, with the necessary controls.
 
-The paper (2506.09955) chooses by the agreement of clusters of canonical features with the classes. Features of a
-conditional model follow the prompt, also those of noise, so that this says nothing about the images. Ours is
-selectivity: the share of the irrelevant variance within classes that a setting removes from the decoded samples, less
-that of the relevant variance, beside random directions that remove as much of the latent.
+The paper (2506.09955) chooses by the agreement of clusters of canonical features with the classes. But features of a
+conditional model follow the prompt, even for pure noise, so this says nothing about the images. We use selectivity: the
+fraction of the irrelevant variance within classes that a setting removes from the decoded samples, minus that of the
+relevant variance; compared with random directions that remove as much of the latent.
 """
 
 from __future__ import annotations
@@ -49,42 +49,44 @@ def sweep(
     on_row: Callable[[dict[str, Any]], object] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """What settings of CLARID do to images, and to what they are compared with: a row of figures for each.
+    """Measures settings of CLARID on images, with their controls: one row of figures per setting.
 
-    Images are inverted once for each t_e, and there is one search for each t_e and tap, at the largest k: the leading
-    singular vectors are those of a smaller k. Where it is dense, one Jacobian serves all taps.
+    Images are inverted once for each t_e. There is one search for each t_e and tap, at the largest k, because the
+    leading singular vectors are those of a smaller k. If the search is dense, one Jacobian serves all taps.
 
     Args:
-        model, schedule, prediction_type, clip_sample, chunk: as of ``canonical``.
-        images: [N, *S], in the model's scale, at least three of each class. labels: [N] int64, their classes.
-        prompts: rows of all classes; row ``labels[i]`` is that of image i. null_prompt: one row.
-        settings: of any t_e, k and taps, each once; k = 0 for images that are inverted and decoded alone.
-        measures: of decoded samples, and of the images.
-        decode: samples -> what is measured; of a VAE, say.
-        seed: of the noise, the random directions and the starts of K-means. starts: of K-means.
-        batch: images at once.
-        known: rows of an earlier call, whose settings are not computed again.
-        on_row: called with each new row. progress: with (evaluations of the model done, about all of them).
+        model, schedule, prediction_type, clip_sample, chunk: see ``canonical``.
+        images: [N, *S], in the model's scale, at least three per class. labels: [N] int64, their classes.
+        prompts: rows of all classes; row ``labels[i]`` belongs to image i. null_prompt: one row.
+        settings: with any t_e, k and taps, each once; k = 0: images are only inverted and decoded.
+        measures: for decoded samples and for the images.
+        decode: samples -> what is measured; for example of a VAE.
+        seed: of the noise, the random directions and the starts of K-means. starts: number of starts of K-means.
+        batch: number of images at once.
+        known: rows of an earlier call; their settings are not computed again.
+        on_row: called with each new row. progress: called with (evaluations of the model done, estimated total).
 
     Returns:
         Rows in the order of the settings. A figure that is not defined is None.
 
-        - t_e, sigma (noise over signal), k, tap;
-        - nmi_raw, nmi: NMI with the classes of K-means on the tap's features of latents and of canonical latents;
-          nmi_noise, nmi_noise_projected: the same of noise under the same prompts; nmi_shuffled_prompt, nmi_null: of
-          latents, all under another class's and under the null prompt;
-        - judge_right; irrelevant_removed, relevant_removed: shares of the variance within classes of what is inverted
-          and decoded alone; energy: ||x - x~||^2 / ||x||^2, the mean; selectivity, and selectivity_random of random
-          directions of the same energy;
-        - products, seconds_per_image: of this setting by itself, the products of the first image;
-        - details: intervals (95 %, jackknife over groups of images); the same NMI of pooled features; nmi_chance;
+        - t_e, sigma (noise over signal), k, tap; - nmi_raw, nmi: NMI between the classes and K-means clusters of the
+        tap's features, for latents and for canonical
+          latents; nmi_noise, nmi_noise_projected: the same for noise with the same prompts; nmi_shuffled_prompt,
+          nmi_null: for latents with the prompt of another class and with the null prompt;
+        - judge_right; irrelevant_removed, relevant_removed: fractions of the variance within classes, relative to
+        images
+          that are only inverted and decoded; energy: mean of ||x - x~||^2 / ||x||^2; selectivity; selectivity_random:
+          for random directions with the same energy;
+        - products, seconds_per_image: cost of this setting alone, measured with the first image;
+        - details: intervals (95 %, jackknife over groups of images); the same NMI for pooled features; nmi_chance;
           nmi_shuffled_by_prompt: with the class of the prompt; judge_right_before (k = 0) and judge_right_images;
-          random: of the random directions; other_prompt: shares of samples, decoded under another class's prompt, in
-          which the judge sees the latent's class and the prompt's; settled: share of the searches; nested: sine of the
-          largest angle between the directions and those of a search for this k alone, of the first image.
+          random: for the random directions; other_prompt: for samples decoded with the prompt of another class, the
+          fractions in which the judge sees the latent's class and the prompt's; settled: fraction of the searches;
+          nested: sine of the largest angle between the directions and those of a search for this k alone, for the first
+          image.
 
     Raises:
-        InputError: what ``canonical`` refuses, classes with fewer than three images, settings twice; before anything
+        InputError: what ``canonical`` refuses, classes with fewer than three images, repeated settings; before anything
             runs.
     """
     _check_settings(settings)
@@ -116,12 +118,11 @@ def sweep(
 
 
 def chosen(rows: Sequence[Mapping[str, Any]], *, least_right: float = 0.95) -> dict[str, Any]:
-    """The row that removes most of the irrelevant variance among those whose selectivity has an interval that overlaps
-    that of the highest; with ``reason`` and ``neighbours``, the rows next to it in t_e, k or tap.
+    """The row that removes the most irrelevant variance, among those whose interval of the selectivity overlaps that of
+    the highest; with ``reason`` and ``neighbours``, the rows next to it in t_e, k or tap.
 
-    Fewer directions are often the more selective and leave much in place, hence the second criterion. The judge has to
-    be right on a share ``least_right`` of what it is right on among the images; if there is no judge, that is not
-    asked.
+    Fewer directions are often more selective but remove little, therefore the second criterion. The judge must be right
+    on at least ``least_right`` of its accuracy on the images; without a judge this is not checked.
 
     Raises:
         InputError: no row with directions and a selectivity, or none that is judged right.
@@ -154,7 +155,7 @@ def chosen(rows: Sequence[Mapping[str, Any]], *, least_right: float = 0.95) -> d
 
 
 def _beside(row: Mapping[str, Any], best: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a row differs in one thing: the next t_e or k on either side, or the tap."""
+    """Whether a row differs in one property only: the next t_e or k on either side, or the tap."""
     changed = [name for name in ("t_e", "k", "tap") if row[name] != best[name]]
     if len(changed) != 1 or changed == ["tap"]:
         return len(changed) == 1
@@ -174,7 +175,7 @@ def _check_settings(settings: Sequence[Clarid]) -> None:
 
 
 def _grouped(settings: Sequence[Clarid]) -> list[list[Clarid]]:
-    """By all but k and tap."""
+    """Groups of settings that differ only in k and tap."""
     groups: dict[Clarid, list[Clarid]] = {}
     for setting in settings:
         groups.setdefault(replace(setting, k=0, tap=""), []).append(setting)

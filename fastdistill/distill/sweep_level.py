@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a sweep that share a noise level: one inversion, one search for each tap, a row for each setting."""
+"""The settings of a sweep with one noise level: one inversion, one search per tap, one row per setting."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from fastdistill.models.subspace import Subspace, project, top_subspace, top_sub
 from fastdistill.ops import _check
 
 Tick = Callable[[int], None]
-_JVP = 4  # about as many evaluations of the model as a J v takes, for the time that is left
-_TOGETHER = 8  # images of a search, between two steps of the progress
+_JVP = 4  # a product J v costs about as much as this many evaluations of the model; used to estimate the remaining time
+_TOGETHER = 8  # images per search, between two updates of the progress
 
 
 def key(row: Mapping[str, Any]) -> tuple[int, int, str]:
-    """What tells a setting, or its row, from others."""
+    """What identifies a setting, or its row."""
     return row["t_e"], row["k"], row["tap"]
 
 
@@ -43,7 +43,7 @@ class _Directions(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A model, with the prompts of all classes and how it is sampled."""
+    """A model with the prompts of all classes and the way it is sampled."""
 
     model: nn.Module
     prompts: Rows
@@ -56,10 +56,10 @@ class Teacher:
 
 
 class Level:
-    """Settings that are equal except for k and tap.
+    """Settings that differ only in k and tap.
 
     Raises:
-        InputError: what of them does not fit the model or the images.
+        InputError: a setting that does not fit the model or the images.
     """
 
     def __init__(self, subject: Subject, teacher: Teacher, settings: Sequence[Clarid]) -> None:
@@ -71,7 +71,7 @@ class Level:
         self.level = float(self.grid.signal[0]), float(self.grid.noise[0])
         if self.first.guidance != "0" and teacher.null is None:
             raise InputError.of("null_prompt", f"a row, for a guidance of {self.first.guidance}", None)
-        self.most: dict[str, int] = {}  # directions of each tap
+        self.most: dict[str, int] = {}  # the largest number of directions for each tap
         for setting in settings:
             self.most[setting.tap] = max(setting.k, self.most.get(setting.tap, 0))
         images, n = subject.images[:1], subject.images[0].numel()
@@ -85,7 +85,7 @@ class Level:
         return [setting for setting in self.settings if key(vars(setting)) not in known]
 
     def work(self, known: Mapping[Any, Any]) -> int:
-        """About how many evaluations of the model it takes."""
+        """The estimated number of evaluations of the model."""
         left, n, steps = self.left(known), len(self.subject.images), self.first.steps
         if not left:
             return 0
@@ -93,7 +93,7 @@ class Level:
         return n * steps * (4 + decoded) + 2 * n * self._search({setting.tap for setting in left})
 
     def rows(self, known: Mapping[Any, Any], tick: Tick) -> Iterator[dict[str, Any]]:
-        """Of the settings without a row; ``tick`` is told the evaluations that are done."""
+        """Rows of the settings without one; ``tick`` is called with the number of evaluations done."""
         left, subject, steps = self.left(known), self.subject, self.first.steps
         if not left:
             return
@@ -161,7 +161,7 @@ class Level:
             yield slice(start, start + self.teacher.batch)
 
     def _inverted(self, prompts: Rows) -> Tensor:
-        """All images at t_e, under these prompts."""
+        """All images inverted to t_e, with these prompts."""
         teacher, options = self.teacher, {"method": self.first.method, "correct": self.first.correct}
         images = self.subject.images.to(self._functions(prompts, [self.first.tap])[0].dtype)
         parts = [
@@ -180,7 +180,7 @@ class Level:
         return {tap: torch.cat([part[place] for part in parts]) for place, tap in enumerate(taps)}
 
     def _canonical(self, prompts: Rows, latents: Tensor, tap: str, directions: Tensor | None) -> Canonical:
-        """Of latents at t_e, without these directions."""
+        """Canonical results from latents at t_e, with these directions projected out."""
         teacher, first = self.teacher, self.first
         clarid = Clarid(first.t_e, 0, tap, first.steps, first.guidance, first.method)
         parts = [
@@ -196,7 +196,7 @@ class Level:
         return Canonical(**joined, subspace=None)
 
     def _searched(self, prompts: Rows, latents: Tensor, taps: Sequence[str], tick: Tick) -> dict[str, _Directions]:
-        """The top directions of each tap, as many as any of its settings has."""
+        """The top directions of each tap, as many as its largest setting needs."""
         found: dict[str, list[Subspace]] = {tap: [] for tap in taps}
         every = torch.arange(len(latents), device=latents.device)
         functions = self._functions(prompts, taps)
@@ -220,7 +220,7 @@ class Level:
         return {name: getattr(self.first, field) for name, field in names.items()} | {"chunk": self.teacher.chunk}
 
     def _search(self, taps: set[str]) -> int:
-        """About how many evaluations of the model the search for one image takes."""
+        """The estimated number of evaluations of the model for the search on one image."""
         size = self.subject.images[0].numel()
         each = [min(size, 4 * self.most[tap]) for tap in taps if self.most[tap]]
         return _JVP * (size if size in each else sum(each))
@@ -228,8 +228,8 @@ class Level:
     def _alone(
         self, setting: Clarid, prompts: Rows, latents: Tensor, found: _Directions
     ) -> tuple[int, float, float | None]:
-        """What a search for this setting takes of the first image, products and seconds; and the sine of the largest
-        angle between its directions and those that were found."""
+        """The cost of a search for this setting alone, on the first image: products and seconds; and the sine of the
+        largest angle between its directions and the ones found before."""
         if not setting.k:
             return 0, 0.0, None
         one = torch.zeros(1, dtype=torch.int64, device=latents.device)
@@ -245,7 +245,7 @@ class Level:
 def _changes(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], random: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """[1 + groups] each: shares that were removed of what was there before, and what the judge sees."""
+    """[1 + groups] each: the removed fractions of the earlier variance, and what the judge sees."""
     if not before:
         return {}
     found: dict[str, Tensor] = {}
@@ -269,7 +269,7 @@ def _row(
     cost: dict[str, Any],
     details: dict[str, Any],
 ) -> dict[str, Any]:
-    """A row as ``sweep`` describes it."""
+    """A row as described in ``sweep``."""
     values = {name: found.flat for name, found in agreed.items()} | dict(figures)
 
     def value(name: str) -> float | None:
@@ -281,7 +281,7 @@ def _row(
     row |= {"energy": energy, "selectivity": value("selectivity"), "selectivity_random": value("selectivity_random")}
     ends = {name: interval(found) for name, found in values.items()}
     for name in (*nmis, "judge_right", "judge_right_before", "judge_right_random"):
-        if name in ends:  # between 0 and 1, as they are; NaN stays
+        if name in ends:  # limited to 0 and 1; NaN stays NaN
             low, high = ends[name]
             ends[name] = (low if math.isnan(low) else max(low, 0.0), high if math.isnan(high) else min(high, 1.0))
     return row | cost | {

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States that a guided sampler visits, as training data: a student is asked what its sampler will ask it (adapter
-guidance distillation, arXiv 2503.07274)."""
+"""States that a guided sampler visits, as training data: the student is trained on the inputs that it gets in sampling
+(adapter guidance distillation, arXiv 2503.07274)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from fastdistill.ops import _check
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryCache(LatentCache):
-    """States that a sampler visits, made by ``generate_trajectory_cache``. ``latents`` [N, *S] are the states at which
-    it calls its model, ``step`` [N] int64 is the step of each. The ``fingerprint``, which has to be there, holds the
-    schedule and the grid of the sampler.
+    """States of a sampler, written by ``generate_trajectory_cache``. ``latents`` [N, *S]: the states at which the
+    sampler calls its model; ``step`` [N] int64: the step of each. The required ``fingerprint`` contains the schedule
+    and the grid of the sampler.
 
     Raises:
-        InputError: what ``LatentCache`` refuses; steps that are none.
+        InputError: what ``LatentCache`` refuses; invalid steps.
     """
 
     step: Tensor | None = None
@@ -76,21 +76,21 @@ def generate_trajectory_cache(
     call: Call | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Writes the states of one trajectory for each of ``prompt_index`` [N] to the directory ``path``, or goes on with
-    what was left unfinished: N len(grid) rows, those of a trajectory together, the first of each pure noise.
+    """Writes the states of one trajectory for each of ``prompt_index`` [N] to the directory ``path``, or continues an
+    unfinished directory: N len(grid) rows. Rows of a trajectory are consecutive; the first one is pure noise.
 
-    Row r depends on its number, its prompt and the arguments alone; processes that make the same call share its shards.
+    Row r depends only on its number, its prompt and the arguments. Processes that make the same call share its shards.
 
     Args:
-        teacher: in eval mode. prompts: the bank, the null prompt last. row_shape: of a latent, [*S].
-        grid, guidance, prediction_type, clip_sample: as of ``diffusion.guided.sample``, whose method is DDIM.
-        seed: of the initial noise. dtype: of the stored states. images_per_shard: trajectories in a file, which is what
-            an interruption loses at most. batch: trajectories at once. call: how the teacher is called.
+        teacher: in eval mode. prompts: the bank, the null prompt last. row_shape: shape of a latent, [*S].
+        grid, guidance, prediction_type, clip_sample: see ``diffusion.guided.sample``; the method is DDIM.
+        seed: of the initial noise. dtype: of the stored states. images_per_shard: trajectories per file; an
+            interruption loses at most one file. batch: trajectories at once. call: how the teacher is called.
         progress: called with (trajectories done, N) at the start and after each shard.
 
     Raises:
-        InputError: before anything is written, what ``sample`` refuses of grid and schedule; states not finite.
-        StorageError: a directory that holds something made otherwise, and what the disk says.
+        InputError: a grid or schedule that ``sample`` refuses (before anything is written); states that are not finite.
+        StorageError: the directory contains other data, or cannot be written.
     """
     schedule = Guidance.parse(guidance)
     if not isinstance(grid, Grid):

@@ -10,7 +10,7 @@ from fastdistill.errors import FastdistillError
 
 
 def require(module: str, extra: str = "demo") -> Any:
-    """Import a module of an extra. FastdistillError with the command that installs it if it is missing."""
+    """Import a module of an extra; if it is missing, FastdistillError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

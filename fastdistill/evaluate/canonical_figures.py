@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of canonical images and of the directions that they lack."""
+"""Figures of canonical images and of the directions that are projected out of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def canonical_figure(images: dict[str, Tensor], directions: Tensor, values: Sequ
     Args:
         images: name -> [C, H, W] in [0, 1] (clipped), C 1 or 3.
         directions: [k, C, H, W]; gray is 0, and each is scaled to its largest value.
-        values: k singular values, falling; their shares of the first are drawn.
+        values: k singular values, descending; drawn divided by the first.
     """
     if not images or len(directions) != len(values):
         raise InputError.of("values", f"{len(directions)} values of as many directions", len(values))

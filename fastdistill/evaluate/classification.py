@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How right a classifier is, how well it knows that, and where in an image it looks.
+"""The accuracy of a classifier, its calibration, and which pixels of an image it uses.
 
-A classifier is any module whose output is logits [n, K], or a tuple that ends with them, such as (feature, logits). Its
-forwards here run in eval mode and leave no trace in it.
+A classifier is any module whose output is logits [n, K], or a tuple that ends with logits, such as (feature, logits).
+Its forwards here run in eval mode and do not change it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Calibration(NamedTuple):
 class Frozen(nn.Module):
     """A classifier as a function of images [n, C, H, W] alone: float32 logits [n, K] on the images' device.
 
-    The model is no submodule, and its weights are constants: whoever holds this cannot train, move or change it.
+    The model is no submodule and its weights are constants, so this module cannot train, move or change it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,7 +51,7 @@ def logits_of(model: nn.Module, images: Tensor, *, batch: int = 512) -> Tensor:
     """Logits [n, K] float32 of images [n, C, H, W], on the images' device.
 
     Raises:
-        InputError: arguments or an output of another kind.
+        InputError: invalid arguments or an output that is not logits.
     """
     check_images(images)
     _check.whole(batch, "batch", "a whole number from 1")
@@ -69,7 +69,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 5
 
 def calibration(logits: Tensor, labels: Tensor) -> Calibration:
     """Expected calibration error, by 15 bins of confidence of equal width (Guo et al. 2017, eq. 3), and mean negative
-    log likelihood, of logits [n, K] and labels [n] int64; computed in float64."""
+    log likelihood, for logits [n, K] and labels [n] int64; computed in float64."""
     _check.valued(logits=logits, labels=labels)
     _check.shape(logits, "logits", (None, None), "[n, K]")
     check_labels(labels, logits)
@@ -83,8 +83,8 @@ def calibration(logits: Tensor, labels: Tensor) -> Calibration:
 
 
 def reliance(model: nn.Module, own: Tensor, other: Tensor, labels: Tensor, *, batch: int = 512) -> float:
-    """How much a classifier relies on backgrounds: its accuracy on ``own`` [n, C, H, W], images in front of the
-    background of their own label [n], minus that on ``other``, the same in front of backgrounds of other labels."""
+    """How much a classifier relies on backgrounds: its accuracy on ``own`` [n, C, H, W] (images in front of the
+    background of their own label [n]) minus that on ``other`` (the same with backgrounds of other labels)."""
     check_images(other, "other", own.shape if isinstance(own, Tensor) else None)
     return accuracy(model, own, labels, batch=batch) - accuracy(model, other, labels, batch=batch)
 
@@ -92,8 +92,8 @@ def reliance(model: nn.Module, own: Tensor, other: Tensor, labels: Tensor, *, ba
 def saliency(model: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 512) -> Tensor:
     """[n, H, W] float32, the magnitude of the gradient of a margin in each pixel, summed over channels.
 
-    The margin is the logit of the label [n] less the largest other one: its gradient does not vanish where the
-    classifier is sure, as that of a likelihood does.
+    The margin is the logit of the label [n] minus the largest other logit: unlike the gradient of a likelihood, its
+    gradient does not vanish if the classifier is certain.
     """
     check_images(images)
     _check.whole(batch, "batch", "a whole number from 1")
@@ -110,8 +110,8 @@ def saliency(model: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 5
 def saliency_on(model: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, *, batch: int = 512) -> float:
     """The share of the ``saliency`` of images that is on mask [n, H, W], values in [0, 1]; mean over the images.
 
-    A gradient that is the same in all pixels has the share that the mask has of the area (``mask.mean()``), and so has
-    an image where it is 0 everywhere.
+    A gradient that is the same in all pixels gives the mask's share of the area (``mask.mean()``), and so does an image
+    whose gradient is 0 everywhere.
     """
     check_images(images)
     _check.valued(mask=mask)
@@ -125,7 +125,7 @@ def saliency_on(model: nn.Module, images: Tensor, labels: Tensor, mask: Tensor, 
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """[n], the logit of the label less the largest other one."""
+    """[n], the logit of the label minus the largest other logit."""
     own = labels[:, None]
     other = logits.scatter(1, own, float("-inf")).amax(1)
     return logits.gather(1, own)[:, 0] - other
@@ -134,7 +134,7 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 def check_images(
     images: Tensor, argument: str = "images", shape: torch.Size | None = None, bounds: tuple[float, float] | None = None
 ) -> None:
-    """InputError unless images are finite [n, C, H, W] with n from 1, of this shape and within these bounds."""
+    """InputError unless images are finite [n, C, H, W] with n >= 1, of this shape and within these bounds."""
     _check.valued(**{argument: images})
     is_one = images.ndim == 4 and images.numel() > 0 and images.dtype.is_floating_point
     _check.require(is_one, argument, "floating point [n, C, H, W]", f"{images.dtype} {tuple(images.shape)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well clusters of features agree with classes: K-means and normalized mutual information, many at a time."""
+"""Agreement of clusters of features with classes: K-means and normalized mutual information, many at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdistill.errors import InputError, described
 from fastdistill.ops import _check
 from fastdistill.ops.philox import CLUSTERS, uniform, words
 
-_MOST = 100  # iterations of Lloyd
+_MOST = 100  # iterations of Lloyd's algorithm
 
 
 def kmeans(
@@ -21,13 +21,13 @@ def kmeans(
     Args:
         features: [n, ...], flattened.
         clusters: 1 to n. starts: runs, each from centers drawn by counter from (seed, start).
-        kept: [R, n] bool, R selections of the rows, each clustered by itself; None: one of all rows.
+        kept: [R, n] bool, R selections of the rows; each is clustered separately; None: one selection of all rows.
 
     Returns:
-        The cluster of each row [R, n] int64, -1 of those that are not kept, and the sum of squares [R] within clusters.
+        The cluster of each row [R, n] int64, -1 for rows that are not kept, and the sum of squares [R] within clusters.
 
     Raises:
-        InputError: features that are no finite rows, fewer rows in a selection than clusters.
+        InputError: features that are not finite or not rows, a selection with fewer rows than clusters.
     """
     _check.valued(features=features)
     _check.require(features.ndim >= 2 and len(features) > 0, "features", "rows [n, ...]", tuple(features.shape))
@@ -62,9 +62,9 @@ def kmeans(
 
 
 def nmi(first: Tensor, second: Tensor) -> Tensor:
-    """[R] float64: mutual information over the mean of the two entropies, of labels [R, n] and [R, n] or [n] int64.
+    """[R] float64: mutual information divided by the mean of both entropies, for labels [R, n] and [R, n] or [n] int64.
 
-    Rows with a negative label in either do not count. 1 if neither has more than one label.
+    Rows with a negative label in either argument are ignored. 1 if neither has more than one label.
     """
     for name, labels in (("first", first), ("second", second)):
         _check.valued(**{name: labels})
@@ -94,7 +94,7 @@ def pooled(features: Tensor) -> Tensor:
 
 
 def _coordinates(features: Tensor) -> Tensor:
-    """[n, at most n], of the same distances: wide features cost no more than their rows."""
+    """[n, at most n], with the same distances: the cost of wide features is limited by the number of rows."""
     flat = features.detach().flatten(1).double()
     flat = flat - flat.mean(0)
     if flat.shape[1] <= len(flat):
@@ -113,7 +113,7 @@ def _uniform(seed: int, starts: int, clusters: int, device: torch.device) -> Ten
 
 
 def _spread_out(points: Tensor, alive: Tensor, drawn: Tensor) -> Tensor:
-    """k-means++: each center a row, by the square of its distance to the nearest center before it."""
+    """k-means++: each center is a row, drawn by its squared distance to the nearest center so far."""
     weights = alive
     centers: list[Tensor] = []
     nearest = torch.full_like(alive, torch.inf)
@@ -123,12 +123,12 @@ def _spread_out(points: Tensor, alive: Tensor, drawn: Tensor) -> Tensor:
         centers.append(points[place])
         nearest = torch.minimum(nearest, _distances(points, centers[-1])[:, :, 0])
         weights = torch.where(alive > 0, nearest, 0)
-        # Where every row is a center already, any row will do.
+        # If every row is a center already, any row is taken.
         weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, alive)
     return torch.cat(centers, 1)
 
 
 def _distances(points: Tensor, centers: Tensor) -> Tensor:
-    """Squares of distances [R, n, C] of points [n, d] to centers [R, C, d]."""
+    """Squared distances [R, n, C] of points [n, d] to centers [R, C, d]."""
     squares = points.square().sum(1)[:, None] + centers.square().sum(2)[:, None]
     return (squares - 2 * points @ centers.mT).clamp(min=0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a student beside its teacher: ``report.json`` and ``report.html``."""
+"""The report of a student compared with its teacher: ``report.json`` and ``report.html``."""
 
 from __future__ import annotations
 
@@ -55,10 +55,11 @@ def write_comparison(
     Args:
         report: plain JSON values. ``teacher`` and ``student``: ``parameters``, ``images_per_second`` and ``measures``,
             name (``MEASURES``) -> {value, interval: [low, high] or None}. ``sampling``: settings by name.
-            ``reference``: what precision, FID and so on compare with. ``left_out``: name -> reason. ``prompts``: a
-            list of {text, seen, images_distance}. Others as ``write_page``. Optional: ``title``, ``finding``, and
-            ``sizes``: of other sizes of images, by name, ``teacher``, ``student`` (without parameters) and
-            ``left_out``; then ``sampling.pixels`` lists the sizes, first the one that all else is of.
+            ``reference``: the images that precision, FID etc. compare with. ``left_out``: name -> reason. ``prompts``:
+            a list of {text, seen, images_distance}. Other entries as in ``write_page``. Optional: ``title``,
+            ``finding``, and
+            ``sizes``: for other image sizes, by name, ``teacher``, ``student`` (without parameters) and ``left_out``;
+            then ``sampling.pixels`` lists the sizes, first the size of all other entries.
         figures: ``samples``, ``losses`` (with a size, ``samples 64 x 48``) and any others, in the order of the page.
 
     Raises:
@@ -90,12 +91,12 @@ def pixels(size: tuple[int, int]) -> str:
 
 
 def _first_size(report: Mapping[str, Any]) -> str:
-    """The name of the size that a report of several is of; empty of one."""
+    """The name of the first size of a report about several sizes; empty for one size."""
     return str(report["sampling"]["pixels"]).partition(",")[0] if report.get("sizes") else ""
 
 
 def _table(size: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    """The measures of a size of images."""
+    """The measures for one size of images."""
     rows = [
         {"heading": heading, "note": note, "cells": [_cell(report[model]["measures"].get(name)) for model in MODELS]}
         for name, (heading, note) in MEASURES.items()
@@ -106,7 +107,7 @@ def _table(size: str, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finding(report: Mapping[str, Any]) -> str:
-    """The comparison in one or two sentences, worded from its numbers."""
+    """The comparison in one or two sentences, made from the numbers."""
     text = (
         f"The student has {_share(report, 'parameters')} of the teacher's parameters and makes "
         f"{_times(report)} times as many images per second."

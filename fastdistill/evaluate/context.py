@@ -52,7 +52,7 @@ CAPTIONS = {
         "with the Jacobian, J v and J\u1d40u together, of an image.",
     ),
 }
-#: Fields of a student that are accuracies, with the words of the page.
+#: Fields of a student that are accuracies, with their names on the page.
 ACCURACIES = {
     "clean": "Own hue",
     "independent": "Any hue",
@@ -62,7 +62,7 @@ ACCURACIES = {
     "apgd": "APGD",
     "square": "Square",
 }
-_WHITE = ("pgd", "apgd")  # figures that mean nothing where gradients are masked
+_WHITE = ("pgd", "apgd")  # figures that are meaningless if gradients are masked
 NMI = {
     "nmi_raw": "images, raw",
     "nmi": "images, canonical",
@@ -74,7 +74,7 @@ NMI = {
 _REMOVED = ("irrelevant_removed", "relevant_removed", "selectivity", "selectivity_random")
 _ROW = ("t_e", "sigma", "k", "tap", *NMI, "judge_right", *_REMOVED, "energy", "products", "seconds_per_image")
 _SEVERITIES = 5
-#: What CaDistill is compared with first, and what the comparison says.
+#: The student that CaDistill is compared with first, and the words for this comparison.
 _CAUSES = {
     "samples": "the same losses without the projection",
     "random": "the same losses with random directions",
@@ -86,14 +86,14 @@ _CAUSES = {
 
 
 def figure(values: Sequence[float], n: int, *, successes: bool = True) -> dict[str, Any]:
-    """A figure of a student over seeds, as a report has it: ``mean``, ``std``, ``each``, ``n``, ``interval``.
+    """A figure of a student over seeds, in the form of a report: ``mean``, ``std``, ``each``, ``n``, ``interval``.
 
     Args:
-        values: one for each seed. n: images on which each was measured.
-        successes: whether a value is the share of images that are right. Then one seed has a Wilson interval.
+        values: one per seed. n: number of images in each measurement.
+        successes: whether a value is the share of correct images. Then one seed has a Wilson interval.
 
     Returns:
-        ``std`` (of seeds) and ``interval`` (95 %, Student's t over seeds) are None of one seed. Needs scipy.
+        ``std`` (over seeds) and ``interval`` (95 %, Student's t over seeds) are None for one seed. Needs scipy.
     """
     each = [float(value) for value in values]
     if not each or not all(map(math.isfinite, each)):
@@ -113,9 +113,9 @@ def write_context_report(
 
     Args:
         report: plain JSON values. A *figure* is what ``figure`` makes.
-            ``teacher``: ``kind``, ``right`` (share), ``round_trip``.
-            ``sweep[]``: rows of ``distill.selection.sweep``, of whose ``details`` the page shows ``intervals`` and
-            ``random``. ``chosen``: one of them with ``reason``.
+            ``teacher``: ``kind``, ``right`` (share), ``round_trip``. ``sweep[]``: rows of ``distill.selection.sweep``;
+            the page shows ``intervals`` and ``random`` from ``details``.
+                ``chosen``: one of the rows, with ``reason``.
             ``students.<kind>``: figures ``clean``, ``independent``, ``swapped``, ``clutter``, ``pgd``, ``apgd``,
             ``square``, ``ece``, ``reliance``, ``saliency``, ``seconds``; ``corruptions.<name>``: five figures.
             ``fraction[]``: ``share`` of the data, figures ``independent`` and ``apgd``.
@@ -167,8 +167,8 @@ def write_context_report(
 
 
 def finding(report: Mapping[str, Any]) -> str:
-    """What the numbers say: what the chosen setting removes, what CaDistill gains by it, and whether that is the
-    projection's doing."""
+    """What the numbers say: what the chosen setting removes, what CaDistill gains with it, and whether the projection
+    is the cause."""
     chosen, students = report["chosen"], report["students"]
     parts = []
     if chosen["selectivity"] is not None:
@@ -201,7 +201,7 @@ def named(kind: str) -> str:
 
 
 def shown(row: Mapping[str, Any]) -> str:
-    """What NMI shows in a row, in a sentence."""
+    """What NMI shows in a row, as part of a sentence."""
     canonical, noise = row["nmi"], row["nmi_noise_projected"]
     if canonical is None or noise is None:
         return "NMI was not measured."
@@ -219,7 +219,7 @@ def shown(row: Mapping[str, Any]) -> str:
 
 
 def _against(students: Mapping[str, Any], kind: str, name: str) -> str:
-    """Points of CaDistill's mean above another's, and whether their intervals are apart."""
+    """By how many points CaDistill's mean is above another student's, and whether their intervals are disjoint."""
     ours, theirs = students["cadistill"][name], students[kind][name]
     points = f"{100 * (ours['mean'] - theirs['mean']):+.1f}".replace("-", "\u2212")
     ends = ours["interval"], theirs["interval"]
@@ -245,7 +245,7 @@ def _masked(report: Mapping[str, Any], kind: str) -> bool:
 
 
 def _middle(report: Mapping[str, Any]) -> float | None:
-    """The epsilon at which the students' attacks are."""
+    """The epsilon of the attacks in the students' figures."""
     radii = next((found["epsilon"] for found in report["masking"].values() if found.get("epsilon")), None)
     return None if radii is None else float(radii[len(radii) // 2])
 
@@ -256,7 +256,7 @@ def _intervals(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _agreement(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of NMI: the taps at the chosen t_e and k, the chosen one first."""
+    """Rows of the NMI table: the taps at the chosen t_e and k, the chosen tap first."""
     chosen = report["chosen"]
     rows = [row for row in report["sweep"] if (row["t_e"], row["k"]) == (chosen["t_e"], chosen["k"])]
     rows.sort(key=lambda row: bool(row["tap"] != chosen["tap"]))
@@ -283,7 +283,7 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 
 
 def _check(report: Mapping[str, Any]) -> None:
-    """InputError unless all required entries exist and are possible."""
+    """InputError unless all required entries exist and have possible values."""
     for part in ("teacher", "chosen", "students", "masking"):
         _mapping(report, part)
     if not report["students"]:

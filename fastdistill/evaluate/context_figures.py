@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of canonical latents: what is left of images, what settings remove, how students fare that learn of it."""
+"""Figures of canonical latents: canonical images, what settings remove, and the students that learn from them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from fastdistill.evaluate.lettering import Lettering
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Colors of students that are drawn; others are gray.
+#: Colors of students in figures; others are gray.
 STUDENTS = {"cadistill": BLUE, "plain": ORANGE, "augment": GREEN, "samples": PURPLE, "random": RED}
 _TAPS = (BLUE, ORANGE, GREEN, PURPLE, RED, INK)
 _MARKERS = ("o", "s", "D", "^", "v")
 
 
 def canonical_pairs(originals: Any, canonical: Any, classes: Sequence[str]) -> Figure:
-    """For each class two originals above what is left of them.
+    """For each class two original images above their canonical images.
 
     Args:
-        originals, canonical: [2 K, C, H, W], values in [0, 1] (clipped): two of each of the K classes, one after
-            another.
+        originals, canonical: [2 K, C, H, W], values in [0, 1] (clipped): two images of each of the K classes, class by
+            class.
         classes: their K names.
     """
     count = len(classes)
@@ -77,10 +77,10 @@ def canonical_pairs(originals: Any, canonical: Any, classes: Sequence[str]) -> F
 
 
 def removal_plane(sweep: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> Figure:
-    """The share of irrelevant variance over that of relevant variance that each setting removes: a color for each tap,
-    a marker for each t_e, larger for more directions.
+    """The share of irrelevant variance over the share of relevant variance that each setting removes: a color for each
+    tap, a marker for each t_e, larger for more directions.
 
-    sweep, chosen: as of ``write_context_report``; settings without both measures are left out.
+    sweep, chosen: as for ``write_context_report``; settings without both measures are left out.
     """
     rows = [row for row in sweep if row["k"] and row["irrelevant_removed"] is not None]
     if not rows:
@@ -124,9 +124,9 @@ def removal_plane(sweep: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any])
 
 
 def attack_curves(students: Mapping[str, Mapping[str, Any]], masking: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """The accuracy of students under APGD over epsilon, from that without an attack.
+    """The accuracy of students under APGD over epsilon, starting at the accuracy without an attack.
 
-    students, masking: as of ``write_context_report``. Drawn are those with ``epsilon`` and ``apgd`` in masking.
+    students, masking: as for ``write_context_report``. Students with ``epsilon`` and ``apgd`` in masking are drawn.
     """
     figure, axes = _axes(9.0, 4.2)
     ends, texts = [], []
@@ -154,7 +154,7 @@ def attack_curves(students: Mapping[str, Mapping[str, Any]], masking: Mapping[st
 
 
 def fraction_curve(fraction: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracies of CaDistill over the share of the data that has canonical images, on a logarithmic axis."""
+    """Accuracies of CaDistill over the share of the data with canonical images, on a logarithmic axis."""
     rows = sorted(fraction, key=lambda row: float(row["share"]))
     if not rows:
         raise InputError.of("fraction", "at least one share", "none")
@@ -176,7 +176,7 @@ def fraction_curve(fraction: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def saliency_grid(images: Any, maps: Mapping[str, Any]) -> Figure:
-    """Images [n, C, H, W] in [0, 1] above the saliency [n, H, W] of each student, each over its largest value."""
+    """Images [n, C, H, W] in [0, 1] above the saliency [n, H, W] of each student, each divided by its maximum."""
     count = len(images)
     shown = {"images": _images("images", images, count)}
     lettering = Lettering([*map(named, maps)])
@@ -204,9 +204,9 @@ def saliency_grid(images: Any, maps: Mapping[str, Any]) -> Figure:
 
 
 def spectrum(values: Any, products: Mapping[str, float]) -> Figure:
-    """Singular values over the largest, and the products that searches took.
+    """Singular values divided by the largest, and the number of products that searches needed.
 
-    values: [N, k] of N images, descending. products: name of a search -> J v and J^T u of an image.
+    values: [N, k] for N images, descending. products: name of a search -> number of J v and J^T u per image.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 2 or not values.size or not (values[:, 0] > 0).all():
@@ -250,7 +250,7 @@ def _banded(
     axes: Any, x: Sequence[float], figures: Sequence[Mapping[str, Any]], color: str, *, dashed: bool = False,
     thin: bool = False,
 ) -> list[float]:  # fmt: skip
-    """A line of means with a band of intervals, in per cent; the means."""
+    """Draws means as a line with a band of intervals, in percent; returns the means."""
     y = [float(found["mean"]) for found in figures]
     style = (0, (4, 3)) if dashed else "-"
     axes.plot(x, [100 * value for value in y], color=color, linewidth=1.2 if thin else 2, linestyle=style,
@@ -266,7 +266,7 @@ def _names(axes: Any, kinds: Sequence[str]) -> list[Any]:
 
 
 def _saliency(axes: Any, values: np.ndarray, x: float, y: float, size: float) -> None:
-    """A map as squares of ink of this opacity, so that it follows the colors of the page."""
+    """A map as squares in the text color with this opacity, so that it fits light and dark pages."""
     high, wide = size / values.shape[0], size / values.shape[1]
     corners = np.array([(0, 0), (wide, 0), (wide, high), (0, high)])
     places = np.array([(x + column * wide, y + row * high) for row, column in np.ndindex(*values.shape)])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Common corruptions of images at five severities, drawn by counter, and the accuracy of a classifier under them.
+"""Common corruptions of images at five severities, drawn by counter, and a classifier's accuracy under them.
 
-After Hendrycks and Dietterich (1903.12261), whose strengths are for large photographs; those here suit small images.
+After Hendrycks and Dietterich (1903.12261), whose strengths are for large photographs; these suit small images.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fastdistill.evaluate.classification import accuracy, check_images
 from fastdistill.ops import _check, philox
 
 SEVERITIES = (1, 2, 3, 4, 5)
-#: Strengths by severity: standard deviation of noise and size of an occlusion as parts of the images' range and side,
-#: blur as a part of the side, factor of contrast, turns of the hue, and the part of the way to another background.
+#: Strengths by severity: standard deviation of noise relative to the range, size of an occlusion and blur relative to
+#: the side, factor of contrast, turns of the hue, and share of the way to another background.
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "noise": (0.04, 0.08, 0.12, 0.18, 0.26),
     "blur": (0.05, 0.075, 0.1, 0.125, 0.16),
@@ -29,7 +29,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "clutter": (0.2, 0.4, 0.6, 0.8, 1.0),
 }
 CORRUPTIONS = tuple(STRENGTHS)
-#: Those that need to know what the images become.
+#: Corruptions that need ``towards``.
 TOWARDS = ("background_swap", "clutter")
 
 
@@ -47,10 +47,10 @@ def corruptions(
 ) -> dict[str, list[float]]:
     """Corruption -> the accuracy of a classifier at each of the five severities.
 
-    Args:
-        model, images, labels: as of ``accuracy``. names: of ``CORRUPTIONS``; None: all that can be made.
+    model, images, labels: as for ``accuracy``. names: from ``CORRUPTIONS``; None: all that are possible.
+        towards: for ``background_swap`` and ``clutter``, the images [n, C, H, W] at severity 5.
         towards: for ``background_swap`` and ``clutter``, what the images [n, C, H, W] are at severity 5.
-        seed, bounds: as of ``corrupted``. progress: called with (corruptions done, all).
+        seed, bounds: as for ``corrupted``. progress: called with (corruptions done, all).
 
     Raises:
         InputError: arguments that do not fit, before anything runs.
@@ -93,13 +93,13 @@ def corrupted(
     towards: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Images [n, C, H, W] float32 with a corruption, cut off at ``bounds``.
+    """Images [n, C, H, W] float32 with a corruption, clipped to ``bounds``.
 
-    What is drawn depends on (seed, row) alone, and is the same at every severity.
+    The random numbers depend only on (seed, row), and are the same at every severity.
 
     Args:
-        images: within ``bounds``, the range of their values. name: of ``CORRUPTIONS``. severity: 1 to 5.
-        towards: of ``background_swap`` and ``clutter``: the images at severity 5; lower ones are on the way there.
+        images: within ``bounds``, the range of their values. name: from ``CORRUPTIONS``. severity: 1 to 5.
+        towards: for ``background_swap`` and ``clutter``: the images at severity 5; lower severities interpolate.
         rows: [n] int64, numbers of the images; None: 0 to n - 1.
     """
     _named(name)
@@ -123,7 +123,7 @@ def corrupted(
 
 
 class _Draws:
-    """What is drawn for each row of a corruption."""
+    """The random numbers for each row of a corruption."""
 
     def __init__(self, key: Tensor, step: Tensor, rows: Tensor) -> None:
         self.key, self.step, self.rows = key, step, rows
@@ -142,7 +142,7 @@ def _noise(x: Tensor, strength: float, bounds: tuple[float, float], draws: _Draw
 
 
 def _blur(x: Tensor, strength: float, bounds: tuple[float, float], draws: _Draws) -> Tensor:
-    """Gaussian, with the edges repeated."""
+    """Gaussian blur, with repeated edges."""
     for side in (2, 3):
         sigma = strength * x.shape[side]
         reach = max(1, math.ceil(3 * sigma))
@@ -161,7 +161,7 @@ def _contrast(x: Tensor, strength: float, bounds: tuple[float, float], draws: _D
 
 
 def _occlusion(x: Tensor, strength: float, bounds: tuple[float, float], draws: _Draws) -> Tensor:
-    """A rectangle of the middle of the range, as high and wide as the image except for the strength."""
+    """A rectangle in the middle value of the range; its height and width are ``strength`` times the image's."""
     top, left, _, _ = draws.words()
     inside = torch.ones(len(x), 1, 1, 1, dtype=torch.bool, device=x.device)
     for word, side in ((top, 2), (left, 3)):
@@ -175,7 +175,7 @@ def _occlusion(x: Tensor, strength: float, bounds: tuple[float, float], draws: _
 
 
 def _hue_shift(x: Tensor, strength: float, bounds: tuple[float, float], draws: _Draws) -> Tensor:
-    """Colors turned around the line of grays by this part of a circle, to either side."""
+    """Colors rotated around the axis of grays by this share of a circle, in either direction."""
     turn = 2 * math.pi * strength * torch.where(draws.words()[0] < 2**31, 1.0, -1.0)
     cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
     same = torch.eye(3, device=x.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What schedules of guidance do to the samples of any model, measured against real samples."""
+"""The effect of guidance schedules on the samples of any model, measured against real samples."""
 
 from __future__ import annotations
 
@@ -65,23 +65,23 @@ def diagnose(
 
     Args:
         sample: called with (schedule, prompts [n], noises [n], seed) for at most ``batch`` samples [n, ...]; a sample
-            should depend on its own prompt, noise and seed alone, so that schedules are compared on the same noise.
-        features: samples [n, ...] -> features [n, D], for the reference too.
+            should depend only on its own prompt, noise and seed, so that schedules are compared on the same noise.
+        features: samples [n, ...] -> features [n, D], used for the reference too.
         prompts: [N] int64, one per sample; noise n is that of prompts[n].
         reference: real samples [M, ...] and their classes [M] int64.
-        schedules: schedules, texts or weights. With 0 and at least one more constant, ``recovered`` is known.
-        grid: of the sampler, for the evaluations; thresholds are checked before anything is sampled.
-        classes: [N] int64, of the samples; None: the prompts. At least two of each, and the reference's.
+        schedules: schedules, texts or weights. ``recovered`` needs 0 and at least one other constant among them.
+        grid: the sampler's, for the number of evaluations; thresholds are checked before anything is sampled.
+        classes: [N] int64, of the samples; None: the prompts. At least two samples of each class, as in the reference.
         right: (samples, prompts) -> [n] bool, whether a judge finds the prompt in the sample.
         seeds: each makes N samples.
-        draws: of an interval; a quarter of it for those by neighbours.
-        keep: a directory for the features of what is done, so that an interrupted call goes on. made_from: JSON value
-            that says what the samples are made from beside the arguments here (the weights, say), with ``keep``.
+        draws: for an interval; a quarter of them for figures by neighbours.
+        keep: a directory for the features computed so far, so that an interrupted call can be resumed. made_from: JSON
+            value for all other inputs of the samples (for example the weights), with ``keep``.
         progress: called with (samples made, all of them).
 
     Raises:
-        InputError: before anything is sampled: a schedule that does not fit the grid, no schedule or one twice, classes
-            that are not the reference's or have one sample, features of another width, fewer than ``neighbours`` + 1.
+        InputError: before anything is sampled: a schedule that does not fit the grid, no schedule, a schedule twice,
+            classes that are not in the reference or have one sample, features of another width, too few samples.
     """
     parsed = _schedules(schedules, grid)
     _check.valued(prompts=prompts)
@@ -93,7 +93,7 @@ def diagnose(
     if draws < 8:
         raise InputError.of("draws", "at least 8", draws)
     if right is not None:
-        require("scipy.stats")  # of the interval of a share
+        require("scipy.stats")  # for the interval of a share
     if not isinstance(reference, tuple) or len(reference) != 2:
         raise InputError.of("reference", "real samples and their classes", described(reference))
     real, real_labels = reference
@@ -149,7 +149,7 @@ def diagnose(
 
 
 class _Measure:
-    """The figures of samples against a reference."""
+    """The figures of samples compared with a reference."""
 
     def __init__(self, reference: Tensor, labels: Tensor, draws: int, neighbours: int) -> None:
         self.spread = Spread(reference, labels)
@@ -168,7 +168,7 @@ class _Measure:
         if right is not None:
             figures["right"] = Interval(float(value[3]), *wilson_interval(int(right.sum()), len(right)))
         fewer = max(2, self.draws // 4)
-        count = min(len(x), len(self.reference))  # the reference's size changes recall
+        count = min(len(x), len(self.reference))  # the size of the reference affects recall
         order = torch.randperm(len(self.reference), generator=torch.Generator().manual_seed(0))
         real = self.reference[order[:count]]
         near = bootstrap_all(self._near, real, x, n=fewer, replace=False)
@@ -194,7 +194,7 @@ class _Measure:
 
 @dataclass(frozen=True)
 class _Cell:
-    """What one schedule and one seed gave: features [N, D], right [N] bool, seconds of sampling."""
+    """The results of one schedule and one seed: features [N, D], right [N] bool, seconds of sampling."""
 
     features: Tensor
     right: Tensor
@@ -224,13 +224,13 @@ class _Cell:
 
     @classmethod
     def kept(cls, keep: str | Path | None, key: dict[str, Any], count: int) -> _Cell | None:
-        """What an earlier call kept; None if it kept nothing, or something damaged."""
+        """The results kept by an earlier call; None if there are none, or if they are damaged."""
         if keep is None or not (path := cls.path(keep, key)).exists():
             return None
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("schema", "1") != str(SAMPLES.version):
-                    return None  # they are made again
+                    return None  # they are computed again
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             cell = cls(tensors["features"], tensors["right"], float(tensors["seconds"]))
         except (OSError, KeyError, safetensors.SafetensorError):
@@ -284,14 +284,14 @@ def _schedules(schedules: Sequence[Guidance | str | float], grid: Grid) -> list[
         raise InputError.of("schedules", "at least one", "none")
     texts = [str(schedule) for schedule in parsed]
     for schedule, text in zip(parsed, texts, strict=True):
-        schedule.passes(grid)  # refuses thresholds outside of the grid
+        schedule.passes(grid)  # InputError for thresholds outside of the grid
         if texts.count(text) > 1:
             raise InputError.of("schedules", "each once", f"{text!r} twice")
     return parsed
 
 
 def _identity(schedule: Guidance, grid: Grid) -> Any:
-    """What tells a schedule from any other: its text, and the weights of one that has none."""
+    """What identifies a schedule: its text, or the weights if it has no text."""
     return [str(schedule), schedule.weights(grid).tolist()] if isinstance(schedule, Function) else str(schedule)
 
 

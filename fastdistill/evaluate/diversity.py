@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a distribution samples cover, and what guidance or distillation did to it, by any features.
+"""How much of a distribution the samples cover, and how guidance or distillation changed it, for any features.
 
-Features are [N, D], tensors or arrays of any float dtype, and computed on in float64 on the device where they are.
-Distances are made in chunks: 50,000 features of 2048 values need about 2 GB beside the features.
+Features are [N, D], tensors or arrays of any float dtype; computed in float64 on their own device. Distances are
+computed in chunks: 50,000 features of 2048 values need about 2 GB in addition to the features.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from fastdistill.errors import InputError, described
 
-_CHUNK = 2**26  # distances in memory at once, of which there are three copies
+_CHUNK = 2**26  # number of distances in memory at once; there are three copies of them
 _EPS = torch.finfo(torch.float64).eps
 
 
 class PrecisionRecall(NamedTuple):
-    """precision: share of the fake samples that look real. recall: share of the real ones that could be made."""
+    """precision: share of fake samples that look real. recall: share of real samples that the model could make."""
 
     precision: float
     recall: float
 
 
 class DensityCoverage(NamedTuple):
-    """density: in how many real neighbourhoods a fake sample lies, over k (may be above 1). coverage: share of the real
-    neighbourhoods with a fake sample in them."""
+    """density: the number of real neighbourhoods that contain a fake sample, divided by k (can be above 1). coverage:
+    share of the real neighbourhoods that contain a fake sample."""
 
     density: float
     coverage: float
@@ -43,20 +43,20 @@ class Interval(NamedTuple):
     high: float
 
     def within(self, low: float, high: float = math.inf) -> Interval:
-        """The same with ends of at least ``low`` and at most ``high``, the values that are possible."""
+        """The same interval, with ends clipped to the possible values ``low`` to ``high``."""
         return Interval(self.value, min(max(self.low, low), high), min(max(self.high, low), high))
 
 
-#: The figures by neighbours, and the highest value that each can have.
+#: The figures by neighbours, and the highest possible value of each.
 LIMITS = {"precision": 1.0, "recall": 1.0, "density": math.inf, "coverage": 1.0}
 
 
 def precision_recall(real: Any, fake: Any, k: int = 5) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991, eq. 1 and 2).
 
-    The manifold of a set is the union of closed balls around its samples, each up to its k-th nearest neighbour in the
-    set. Precision is the share of ``fake`` [M, D] in the manifold of ``real`` [N, D], recall the reverse. Both need
-    more than k samples; InputError.
+    The manifold of a set is the union of closed balls around its samples, each with the radius of the k-th nearest
+    neighbour in the set. Precision is the share of ``fake`` [M, D] in the manifold of ``real`` [N, D], recall the
+    reverse. InputError unless both have more than k samples.
     """
     real, fake = _pair(real, fake)
     near, far = _radii(real, k, "real"), _radii(fake, k, "fake")
@@ -71,8 +71,8 @@ def precision_recall(real: Any, fake: Any, k: int = 5) -> PrecisionRecall:
 def density_coverage(real: Any, fake: Any, k: int = 5) -> DensityCoverage:
     """Density and coverage (Naeem et al., arXiv 2002.09797) of ``fake`` [M, D] in ``real`` [N, D].
 
-    Of two sets of one distribution the density is 1 on average, the coverage 1 - prod_{i=1..k} (N - i) / (M + N - i).
-    Needs more than k real samples; InputError.
+    If both sets have the same distribution, the density is 1 on average and the coverage
+    1 - prod_{i=1..k} (N - i) / (M + N - i). InputError unless there are more than k real samples.
     """
     real, fake = _pair(real, fake)
     near = _radii(real, k, "real")
@@ -90,11 +90,12 @@ def vendi_score(features: Any, kernel: Literal["cosine"] | Callable[[Tensor, Ten
     exp of the entropy of the eigenvalues of K / N, K being the similarities of all pairs.
 
     Args:
-        kernel: ``cosine``, or a positive semi-definite function of features [N, D] twice -> [N, N] with ones on its
-            diagonal.
+        kernel: ``cosine``, or a positive semi-definite function of two feature matrices [N, D] -> [N, N] with ones on
+            the diagonal.
 
     Raises:
-        InputError: a feature of zeros with ``cosine``; a kernel of another shape, not symmetric, or not 1 for equals.
+        InputError: a feature of zeros with ``cosine``; a kernel matrix of another shape, asymmetric or not 1 on the
+        diagonal.
     """
     x = _features(features, "features")
     if callable(kernel):
@@ -105,7 +106,7 @@ def vendi_score(features: Any, kernel: Literal["cosine"] | Callable[[Tensor, Ten
             row = int((norms[:, 0] == 0).nonzero()[0])
             raise InputError.of("features", "vectors other than 0, for their cosines", f"zeros in row {row}")
         x = x / norms
-        similarity = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # which have the same eigenvalues, except for zeros
+        similarity = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # both have the same eigenvalues, except for zeros
     else:
         raise InputError.of("kernel", "'cosine' or a function", described(kernel))
     values = torch.linalg.eigvalsh(similarity / len(x)).clamp(min=0)
@@ -113,12 +114,11 @@ def vendi_score(features: Any, kernel: Literal["cosine"] | Callable[[Tensor, Ten
 
 
 def variance_ratio(features: Any, labels: Any, reference: Any, reference_labels: Any) -> float:
-    """Trace of the covariance within a class over that in the reference, mean over classes: below 1 if guidance
-    took diversity away.
+    """Trace of the covariance within a class divided by that in the reference, mean over classes: below 1 if guidance
+    reduced diversity.
 
-    Args:
-        features: [N, D], of classes labels [N] (integers). reference: [M, D] with reference_labels [M]: the same
-            classes, each with at least two samples and some variance.
+    features: [N, D], with classes labels [N] (integers). reference: [M, D] with reference_labels [M]: the same
+        classes, each with at least two samples and some variance.
     """
     own, theirs = _classes(features, labels, reference, reference_labels, 2)
     spreads = [(_spread(own[label]), _spread(theirs[label])) for label in theirs]
@@ -129,17 +129,17 @@ def variance_ratio(features: Any, labels: Any, reference: Any, reference_labels:
 
 
 def mean_shift(features: Any, labels: Any, reference: Any, reference_labels: Any) -> float:
-    """How far the mean of a class moved from the reference's, over the distance of that from the center of all classes;
-    mean over classes. 0: nothing moved. Arguments as ``variance_ratio``, at least two classes of different means.
+    """How far the mean of a class moved from the reference's, divided by the distance of the latter from the center of
+    all classes; mean over classes. 0: nothing moved. Arguments as for ``variance_ratio``; at least two different means.
     """
     moved = _displacements(features, labels, reference, reference_labels)
     return math.fsum(float((own - theirs).norm() / theirs.norm()) for own, theirs in moved) / len(moved)
 
 
 def class_separation(features: Any, labels: Any, reference: Any, reference_labels: Any) -> float:
-    """How far the mean of a class is from the center, along the direction of the reference's and over its distance;
-    mean over classes. 1: as in the reference, above 1: guidance overshoots. The center is the mean of the reference's
-    class means. Arguments as ``mean_shift``.
+    """How far the mean of a class is from the center, in the direction of the reference's mean and divided by its
+    distance; mean over classes. 1: as in the reference, above 1: guidance overshoots. The center is the mean of the
+    reference's class means. Arguments as for ``mean_shift``.
     """
     moved = _displacements(features, labels, reference, reference_labels)
     return math.fsum(float(own @ theirs / theirs.square().sum()) for own, theirs in moved) / len(moved)
@@ -153,19 +153,19 @@ def bootstrap(
     level: float = 0.95,
     replace: bool = True,
 ) -> Interval:
-    """The statistic of samples (each [N, ...]), and its confidence interval by resampling the rows of each.
+    """A statistic of samples (each [N, ...]), and its confidence interval by resampling the rows of each.
 
-    The interval has the percentiles of the draws' deviations from their mean around the value: the draws of a variance,
-    for one, are smaller by 1 / N on average.
+    The interval is the value plus the percentiles of the draws' deviations from their mean, because draws can be
+    biased: those of a variance are smaller by 1 / N on average.
 
     Args:
-        n: how often. level: of confidence.
-        replace: True: as many rows, with replacement (Efron 1979). False: half of the rows, none twice, whose
-            deviations are spread like those of all rows (delete-half jackknife, Shao and Wu 1989): for statistics that
-            equal rows would change, such as those of neighbours, and Vendi's.
+        n: number of draws. level: of confidence.
+        replace: True: as many rows, with replacement (Efron 1979). False: half of the rows, without replacement
+            (delete-half jackknife, Shao and Wu 1989; the deviations have the same spread): for statistics that change
+            with repeated rows, such as those of neighbours, and Vendi's.
 
     Raises:
-        InputError: n below 2, a level that is not between 0 and 1, a sample of one row.
+        InputError: n below 2, a level that is not between 0 and 1, a sample with one row.
     """
     options: dict[str, Any] = {"n": n, "seed": seed, "level": level, "replace": replace}
     return bootstrap_all(lambda *rows: (statistic(*rows),), *samples, **options)[0]
@@ -179,7 +179,7 @@ def bootstrap_all(
     level: float = 0.95,
     replace: bool = True,
 ) -> list[Interval]:
-    """``bootstrap`` of a statistic of several values, such as ``precision_recall``: an interval of each."""
+    """``bootstrap`` for a statistic with several values, such as ``precision_recall``: an interval for each."""
     if n < 2:
         raise InputError.of("n", "at least 2", n)
     if not 0 < level < 1:
@@ -215,7 +215,7 @@ def _features(value: Any, name: str) -> Tensor:
 
 
 def _pair(real: Any, fake: Any) -> tuple[Tensor, Tensor]:
-    """Both sets around the mean of the real one: their distances lose nothing to a common offset."""
+    """Both sets minus the mean of the real one: a common offset then costs the distances no precision."""
     real, fake = _features(real, "real"), _features(fake, "fake")
     if real.shape[1] != fake.shape[1]:
         raise InputError.of("fake", f"{real.shape[1]} values per feature, as real has", fake.shape[1])
@@ -224,9 +224,9 @@ def _pair(real: Any, fake: Any) -> tuple[Tensor, Tensor]:
 
 
 def _distances(one: Tensor, two: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Squared distances of ``one`` [N, D] from ``two`` [M, D] in chunks: (rows of one, [n, M], their rounding [n, M]).
+    """Squared distances of ``one`` [N, D] from ``two`` [M, D] in chunks: (rows of one, [n, M], rounding error [n, M]).
 
-    |a|^2 + |b|^2 - 2 a.b is rounded by about eps sqrt(D) (|a|^2 + |b|^2), within which distances count as equal.
+    The rounding error of |a|^2 + |b|^2 - 2 a.b is about eps sqrt(D) (|a|^2 + |b|^2); closer distances count as equal.
     """
     squares = one.square().sum(1), two.square().sum(1)
     rows = max(1, _CHUNK // len(two))
@@ -266,7 +266,7 @@ def _similarities(value: Any, n: int) -> Tensor:
 def _classes(
     features: Any, labels: Any, reference: Any, reference_labels: Any, least: int
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Features by class, of the same classes in both sets."""
+    """Features by class, with the same classes in both sets."""
     own = _by_class(features, labels, "features", "labels")
     theirs = _by_class(reference, reference_labels, "reference", "reference_labels")
     if own.keys() != theirs.keys():
@@ -296,7 +296,7 @@ def _spread(rows: Tensor) -> float:
 
 
 def _displacements(features: Any, labels: Any, reference: Any, reference_labels: Any) -> list[tuple[Tensor, Tensor]]:
-    """For each class, its mean and the reference's, from the mean of the reference's class means."""
+    """For each class, its mean and the reference's, relative to the mean of the reference's class means."""
     own, theirs = _classes(features, labels, reference, reference_labels, 1)
     means = {label: rows.mean(0) for label, rows in theirs.items()}
     center = torch.stack(list(means.values())).mean(0)

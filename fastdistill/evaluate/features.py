@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features of images: of their pixels, of a CLIP or DINO model in a folder, or of Inception-v3. Nothing is downloaded.
 
-An extractor maps images [b, 1 or 3, H, W] in [0, 1] to features [b, D]; any such function is one.
+An extractor is any function that maps images [b, 1 or 3, H, W] in [0, 1] to features [b, D].
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastdistill.files import json_value, located
 
 Extractor = Callable[[Tensor], Tensor]
 
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity's releases call them
-_SIDE = 8  # of the pictures that stand for pixels
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # file name in torch-fidelity's releases
+_SIDE = 8  # side of the small images in ``pixel_features``
 
 
 def pixel_features(images: Tensor) -> Tensor:
     """Colors of 8 x 8 areas, from -1 to 1, and a constant, so that no image is a vector of zeros: [b, 3 x 64 + 1].
 
-    They need no weights and see composition and color, but no objects.
+    They need no weights and describe composition and color, but no objects.
     """
     images = _rgb(images)
     areas = nn.functional.adaptive_avg_pool2d(images, _SIDE).flatten(1)
@@ -36,10 +36,10 @@ def pixel_features(images: Tensor) -> Tensor:
 
 
 class FolderFeatures:
-    """A model of transformers saved in a folder with its preprocessor_config.json: CLIP's or SigLIP's projected image
-    embedding, of others (DINO, DINOv2, ViT) the first token, float32 on the device of the model.
+    """A model of transformers saved in a folder with its preprocessor_config.json. Features are the projected image
+    embedding of CLIP or SigLIP, or else (DINO, DINOv2, ViT) the first token; float32 on the device of the model.
 
-    ``texts`` gives the embeddings of texts in the same space, where the model has one.
+    ``texts`` gives the embeddings of texts in the same space, if the model has a text encoder.
 
     Raises:
         FastdistillError: transformers is not installed.
@@ -58,7 +58,7 @@ class FolderFeatures:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise StorageError(f"{self.folder}: could not be loaded: {quoted(error)}") from error
-        if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):  # is not used
+        if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):  # not used
             raise StorageError(f"{self.folder}: expected all weights of its config.json, got none for {missing[0]}")
         self.model = model.to(self.device).float().eval()
         self._tokenizer: Any = None
@@ -73,7 +73,7 @@ class FolderFeatures:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """[b, D]. InputError for a model of images alone."""
+        """[b, D]. InputError for a model without a text encoder."""
         if not hasattr(self.model, "get_text_features"):
             raise InputError.of("clip", "a model of images and texts, such as CLIP", f"{self.folder}, of images alone")
         if self._tokenizer is None:
@@ -89,7 +89,7 @@ class FolderFeatures:
         return _embedding(self.model.get_text_features(**given))
 
     def preprocessed(self, images: Tensor) -> Tensor:
-        """[b, 3, h, w] as the model takes them: scaled (antialiased), cut to the middle and normalized."""
+        """[b, 3, h, w] as the model expects: resized (antialiased), center-cropped and normalized."""
         settings = self._settings
         images = _rgb(images).to(self.device)
         if settings.get("do_resize", True) and (size := settings.get("size")):
@@ -108,10 +108,10 @@ def inception_features(weights: str | os.PathLike[str] | None = None, device: to
     """The 2048 features of Inception-v3 for FID and KID, as torch-fidelity and torchmetrics compute them.
 
     Args:
-        weights: torch-fidelity's file of weights; None: where torch keeps it (``torch.hub.get_dir()/checkpoints``).
+        weights: torch-fidelity's file of weights; None: in torch's cache (``torch.hub.get_dir()/checkpoints``).
 
     Raises:
-        StorageError: the file is not there. FastdistillError: torchmetrics or torch-fidelity is not installed.
+        StorageError: the file is missing. FastdistillError: torchmetrics or torch-fidelity is not installed.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION if weights is None else located(weights, "weights")
     if not path.is_file():
@@ -151,7 +151,7 @@ def _resized(images: Tensor, size: Any, mode: str) -> Tensor:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """How a model takes images."""
+    """The preprocessing settings of a model."""
     try:
         settings = json_value(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -163,6 +163,6 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _embedding(output: Any) -> Tensor:
-    """The projected embedding, which newer versions of transformers return inside of an object."""
+    """The projected embedding, which newer versions of transformers return inside an object."""
     embedding: Tensor = getattr(output, "pooler_output", output)
     return embedding

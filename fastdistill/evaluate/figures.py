@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a report. They use a few named colors for a light page, which ``png`` can replace by those of a dark page.
+"""Figures of a report. They use a few named colors for a light page; ``png`` can replace them by those of a dark page.
 
 The label of a figure (``figure.get_label()``) is its alternative text.
 """
@@ -47,7 +47,7 @@ def label(name: str) -> str:
 
 
 def png(figure: Figure, *, dark: bool = False, transparent: bool = True, dpi: int = 200) -> bytes:
-    """The figure as a PNG file; ``dark`` draws it with the colors of a dark page."""
+    """The figure as a PNG file; ``dark`` replaces the colors by those of a dark page."""
     figure.draw_without_rendering()  # creates all ticks before their colors are replaced
     buffer = io.BytesIO()
     if dark:
@@ -68,15 +68,15 @@ def sample_grid(
 ) -> Figure:
     """Samples with a row per model and a column per prompt. A red frame and a cross mark wrong samples.
 
-    Prompts and names may be any text. A prompt is drawn in at most five lines; a longer one is shortened. The label of
-    the figure contains the full texts.
+    Prompts and names can be any text. A prompt is drawn in at most five lines; longer prompts are shortened. The label
+    of the figure contains the full texts.
 
     Args:
         samples: model -> images [P, C, H, W] or [P, H, W], values in [0, 1] (clipped), C 1 or 3; tensors or arrays.
         prompts: P texts.
         correct: model -> P values: whether the judge accepts the sample.
         seen: for each prompt, whether it is in the cache; gives two panels, seen above unseen.
-        panels: for each prompt, the heading of the panel that it is in; instead of ``seen``.
+        panels: for each prompt, the heading of its panel; instead of ``seen``.
     """
     count = len(prompts)
     for index, text in enumerate(prompts):
@@ -156,10 +156,11 @@ def loss_curves(runs: Mapping[str, tuple[Sequence[float], Any]]) -> Figure:
 
 
 def curves(runs: Mapping[str, tuple[Sequence[float], Any]], what: str, *, linear: bool = False) -> Figure:
-    """Values over optimizer steps: logged values in a light color, their running mean in full. One run has no name.
+    """Values over optimizer steps: logged values in a light color, their running mean on top. A single run has no
+    label.
 
-    runs: name -> (steps [n], values [n] or [seeds, n]). With several seeds, the mean is over seeds too. Values above 0.
-    what: the name of the values. linear: from 0, in place of logarithmic.
+    runs: name -> (steps [n], values [n] or [seeds, n]). With several seeds, the mean is also over seeds. Values above
+        0. what: the name of the values. linear: a linear axis from 0, instead of a logarithmic one.
     """
     figure, axes = _axes(9.0, 3.9)
     ends, texts = [], []
@@ -189,7 +190,7 @@ def curves(runs: Mapping[str, tuple[Sequence[float], Any]], what: str, *, linear
 
 
 def losses_over_time(timestep: Sequence[int], losses: Mapping[str, Sequence[float]], parts: int = 10) -> Figure:
-    """Losses of n samples over their timesteps [n], logarithmic, with the mean in each of ``parts`` equal stretches."""
+    """Losses of n samples over their timesteps [n], logarithmic, with the mean in each of ``parts`` equal intervals."""
     t = np.asarray(timestep, dtype=float)
     figure, axes = _axes(9.0, 3.4)
     edges = np.linspace(t.min(), t.max() + 1, parts + 1)
@@ -246,8 +247,8 @@ def schedule_curve(
     """The weights w of schedules of guidance over the steps of a grid, from the noise to the data.
 
     Args:
-        schedules: of any number, with their names or named by their texts. grid: whose sigmas are told below the steps.
-        band: two sigmas between which the figure is shaded, such as where the classes are decided.
+        schedules: any number, with their names or named by their texts. grid: its sigmas are shown below the steps.
+        band: two sigmas; the figure is shaded between them, for example where the classes are decided.
     """
     from fastdistill.diffusion.guidance import Guidance
 
@@ -310,7 +311,7 @@ def _images(name: str, value: Any, count: int) -> np.ndarray:
 
 
 def _cell(axes: Any, image: np.ndarray, x: float, y: float, size: float, *, wrong: bool) -> None:
-    """An image in the middle of a square, in its proportions; a signal of a few lines fills it."""
+    """An image in the middle of a square, with its aspect ratio kept; a signal of a few lines fills the square."""
     patches = require("matplotlib.patches")
     longest = max(image.shape[:2])
     height, width = (size * side / longest if 4 * min(image.shape[:2]) >= longest else size for side in image.shape[:2])
@@ -362,7 +363,7 @@ def _log_ticks(axes: Any) -> None:
 
 
 def _end_labels(figure: Figure, axes: Any, ends: list[tuple[float, str, str, float]]) -> None:
-    """Names at the ends of their lines, moved apart where they would overlap."""
+    """Names at the ends of their lines, moved apart if they would overlap."""
     figure.draw_without_rendering()
     points = 72 / figure.dpi
     lowest = -np.inf

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of the variance that constant guidance takes another schedule gives back at equal effect.
+"""How much of the variance lost to constant guidance another schedule restores, at equal effect.
 
-That is what decides: more variance alone is no finding, as a smaller constant gives that too.
+Only this comparison counts: more variance alone is no result, because a smaller constant has that effect too.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from fastdistill.evaluate.guidance import constant_of
 
 At = Literal["separation", "accuracy"]
 MEASURED = ("separation", "mean_shift", "variance_ratio", "right", "right_variance_ratio")  # columns of ``Row.draws``
-_SHARE = 0.9  # of the draws of an interval of ``recovered``, at least, that have to be within the constants' range
+_SHARE = 0.9  # lowest share of the draws within the constants' range for an interval of ``recovered``
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a schedule makes of a model, each figure with its 95 % interval.
+    """The results of a schedule with a model, each figure with its 95 % interval.
 
-    schedule, grid: texts. seeds, images: how many; images are those of all seeds.
+    schedule, grid: texts. seeds, images: numbers; images is the total over all seeds.
 
-    separation, mean_shift, variance_ratio: as ``class_separation``, ``mean_shift`` (less what the error of a mean of so
-    few images adds) and ``variance_ratio``, by bootstrap within classes. right: share of the images judged right, with
-    Wilson's interval; right_variance_ratio: the variance ratio among them, as wrong images are no diversity; NaN
-    without a judge, or where a class has fewer than two right images.
+    separation, mean_shift, variance_ratio: as ``class_separation``, ``mean_shift`` (minus the expected error of a mean
+    of this number of images) and ``variance_ratio``, by bootstrap within classes. right: share of the images judged
+    right, with Wilson's interval; right_variance_ratio: the variance ratio among these, because wrong images are no
+    diversity; NaN without a judge, or if a class has fewer than two right images.
     precision, recall, density, coverage: of all images against the reference. vendi: effective number of different
-    images of a class, mean over classes, with a Gaussian kernel as wide as the reference's class. These five by the
-    jackknife, as equal rows would change them.
-    evaluations_per_image: of the model. images_per_second: measured; NaN where it was not.
+    images of a class, mean over classes, with a Gaussian kernel as wide as the reference's class. Their intervals are
+    by the jackknife, because repeated rows would change these five.
+    evaluations_per_image: of the model. images_per_second: measured; NaN if not measured.
 
     draws: [n, 5] float64, the first five by bootstrap; rows of the same classes are drawn together.
     """
@@ -60,7 +60,7 @@ class Row:
     draws: Tensor | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: each figure as itself and ``<figure>_interval`` [low, high]; None for NaN or an end of it."""
+        """Plain values: each figure and ``<figure>_interval`` [low, high]; NaN becomes None, also in an interval."""
         found: dict[str, Any] = {}
         for name, value in self.__dict__.items():
             if isinstance(value, Interval):
@@ -73,8 +73,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Recovered:
-    """The share of the variance lost to constant guidance that a schedule gives back: 0 on the constants' line, 1 at
-    the variance without guidance. at: of which equal effect. NaN outside of the constants' range."""
+    """The share of the variance lost to constant guidance that a schedule restores: 0: as constants, 1: the variance
+    without guidance. at: which effect is equal. NaN outside of the constants' range."""
 
     schedule: str
     at: At
@@ -93,7 +93,7 @@ class Recovered:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """rows: one a schedule, in their order. recovered: of each schedule that is no constant."""
+    """rows: one per schedule, in their order. recovered: one per schedule that is not constant."""
 
     rows: list[Row]
     recovered: list[Recovered]
@@ -104,13 +104,13 @@ class Diagnosis:
 
 
 def frontier(rows: Sequence[Row]) -> list[Recovered]:
-    """How much of the variance that constant guidance takes each other schedule gives back, at equal separation and at
-    equal accuracy: (V - V_const) / (V_0 - V_const).
+    """How much of the variance lost to constant guidance each other schedule restores, at equal separation and at equal
+    accuracy: (V - V_const) / (V_0 - V_const).
 
-    V_0 is the variance ratio of w = 0; V_const that of constant guidance with the same separation (or share of right
-    images), interpolated linearly between the constants in the order of w: the first place that has it, which of a
-    saturated accuracy is that of the smallest w. NaN outside of the constants' range, and if nothing is lost there.
-    Intervals by the draws of the rows, NaN where fewer than 90 % of them are within the range.
+    V_0 is the variance ratio of w = 0. V_const is that of constant guidance with the same separation (or share of right
+    images), interpolated linearly between the constants in the order of w, at the first such place (the smallest w, if
+    the accuracy is saturated). NaN outside of the constants' range, and if no variance is lost there. Intervals are
+    from the draws of the rows, NaN if fewer than 90 % of them are within the range.
 
     Raises:
         InputError: no row of w = 0, or no other constant.
@@ -153,7 +153,7 @@ def _points(rows: Sequence[Row], key: str) -> Tensor:
 
 
 def _recovered(effect: Tensor, variance: Tensor) -> Tensor:
-    """[n]: of [n, constants + 1] each, those of the constants in the order of w and of the schedule last."""
+    """[n], from [n, constants + 1] each: the constants in the order of w, then the schedule."""
     x, y = effect[:, -1:], variance[:, -1]
     low, high = effect[:, :-2], effect[:, 1:-1]
     inside = ((low <= x) & (x <= high)) | ((high <= x) & (x <= low))

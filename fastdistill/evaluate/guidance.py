@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of schedules of guidance: worlds with exact scores, models, students; ``report.json`` and
+"""The report of guidance schedules for worlds with exact scores, models and students: ``report.json`` and
 ``report.html``."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CAPTIONS = {
     ),
     "phase": ("Exact worlds", "Shift of the mean and variance against the dimension and the number of classes."),
 }
-_SHIFTED = 1.25  # separation, over that of w = 0, above which a window counts as guidance
+_SHIFTED = 1.25  # ratio of the separation to that of w = 0 above which a window counts as guidance
 _ROW = ("schedule", "grid", "seeds", "images", "separation", "variance_ratio", "evaluations_per_image")
 
 
@@ -57,8 +57,8 @@ def write_guidance_report(
             ``worlds.<world>.rows[]``: ``schedule``, ``method``, ``grid``, ``dimension``, ``classes``, ``alpha``,
             ``mean``, ``variance``, ``shift``, ``variance_ratio``, ``standard_error`` and ``expected`` (each ``mean``
             and ``variance``), ``source`` ("closed_form", "recursion" or None).
-            ``students.<name>``: the fields of a model's row, ``parameters`` and ``seconds``; of the task that is the
-            first of ``models``.
+            ``students.<name>``: the fields of a model's row, ``parameters`` and ``seconds``; for the first task in
+                ``models``.
             ``seconds.total``, ``versions``; optional ``title``, ``finding`` (default: made from the numbers),
             ``device``, ``date``, ``backend``, ``reproduce`` (a list of commands).
         figures: ``samples``, ``plane``, ``schedules``, ``phase`` and any others, in the order of the page.
@@ -89,8 +89,8 @@ def write_guidance_report(
 
 
 def finding(report: Mapping[str, Any]) -> str:
-    """What the first task's numbers say: what constant guidance costs, what the best window gives back, what a student
-    of it keeps."""
+    """What the first task's numbers say: the cost of constant guidance, what the best window restores, and what a
+    student distilled with it keeps."""
     task, model = next(iter(report["models"].items()))
     constants = constants_and_others(model["rows"])[0]
     free, one = (_at(constants, w) for w in (0.0, 1.0))
@@ -119,7 +119,7 @@ def finding(report: Mapping[str, Any]) -> str:
 
 
 def _best(model: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """The window, of those that move the classes apart, that gives back most at equal separation: its row and that."""
+    """Among the windows that separate the classes, the one that restores most at equal separation: both its entries."""
     rows = {row["schedule"]: row for row in model["rows"]}
     free = _at(constants_and_others(model["rows"])[0], 0.0)
     least = _SHIFTED * free["separation"] if free else float("-inf")
@@ -141,7 +141,7 @@ def constant_of(schedule: str) -> float | None:
 
 
 def constants_and_others(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """The rows of constant schedules by their weight, and all others in their order."""
+    """The rows of constant schedules sorted by weight, and all others in their order."""
     constants = [row for row in rows if constant_of(row["schedule"]) is not None]
     others = [row for row in rows if constant_of(row["schedule"]) is None]
     return sorted(constants, key=lambda row: float(row["schedule"])), others
@@ -152,7 +152,7 @@ def _at(constants: list[Mapping[str, Any]], w: float) -> Mapping[str, Any] | Non
 
 
 def _like(report: Mapping[str, Any], student: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The teacher's row of the student's schedule."""
+    """The teacher's row for the student's schedule."""
     rows = next(iter(report["models"].values()))["rows"]
     return next((row for row in rows if row["schedule"] == student["schedule"]), None)
 
@@ -192,7 +192,7 @@ def _tiles(report: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 
 
 def _check(report: Mapping[str, Any]) -> None:
-    """InputError unless all required entries exist and are possible."""
+    """InputError unless all required entries exist and have possible values."""
     for part in ("models", "students", "worlds"):
         if not isinstance(entry(report, part), Mapping):
             raise InputError.of(f"report.{part}", "a mapping by name", report[part])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of schedules of guidance: samples of a prompt, and the variance over the separation of the classes."""
+"""Figures of guidance schedules: samples by prompt, and the variance over the separation of the classes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def prompt_samples(samples: Mapping[str, Any], prompts: Sequence[str], right: Mapping[str, Sequence[bool]]) -> Figure:
-    """Samples with a panel for each prompt and in it a row for each schedule; a red frame and a cross mark wrong ones.
+    """Samples: a panel per prompt with a row per schedule; a red frame and a cross mark wrong samples.
 
     Args:
-        samples: name of the schedule -> images [P, n, C, H, W], values in [0, 1]: n of each of P prompts.
-        prompts: P texts. right: name -> P n values, as the images are ordered: whether the judge accepts the image.
+        samples: name of the schedule -> images [P, n, C, H, W], values in [0, 1]: n for each of P prompts.
+        prompts: P texts. right: name -> P n values in the order of the images: whether the judge accepts the image.
     """
     flat: dict[str, Any] = {}
     for name, images in samples.items():
@@ -38,8 +38,8 @@ def diversity_plane(
     """The variance ratio over the separation: a line through the constant weights, a point for each other schedule and
     each student.
 
-    rows, students: as of ``write_guidance_report``, with ``schedule``, ``separation``, ``variance_ratio`` and perhaps
-    ``variance_ratio_interval``.
+    rows, students: as for ``write_guidance_report``, with ``schedule``, ``separation``, ``variance_ratio`` and
+    optionally ``variance_ratio_interval``.
     """
     constants, others = constants_and_others(rows)
     figure, axes = _axes(9.0, 5.2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a student predicts what its teacher predicts, on latents and prompts that it was not trained on."""
+"""How well a student predicts the teacher's predictions, on latents and prompts that were not in its training."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fastdistill.ops.noise_gather.banks import listed
 class HeldOut(NamedTuple):
     """The losses of n noised latents, on the CPU.
 
-    output: [n] float64, mean square of the difference of the predictions. features: [n, taps] float64, the same of
-    each tap; None: there are no taps, or they have other channels than the teacher's and no adapters were given.
+    output: [n] float64, mean square of the difference of the predictions. features: [n, taps] float64, the same for
+    each tap; None: there are no taps, or they have other channels than the teacher's and there are no adapters.
     timestep: [n]. latent: [n], the row of the latent.
     """
 
@@ -51,17 +51,17 @@ def held_out_losses(
 ) -> HeldOut:
     """Output and feature loss (arXiv 2504.02011) of ``setting.student`` for each latent with its own prompt.
 
-    Each latent comes ``rounds`` times with timestep and noise of (seed, round, latent), uniform over the schedule's
+    Each latent is used ``rounds`` times with timestep and noise from (seed, round, latent), uniform over the schedule's
     timesteps, whatever ``setting.batch`` is. Losses are not weighted.
 
     Args:
         setting: models in eval mode; latents [N, *S], prompts and the schedule. Latents and prompts are in memory.
-        taps: pairs (teacher module, student module). adapters: of features of other channels (``Adapters``).
-        guided: of a student that was distilled with guidance: the weights of the teacher's prediction, and their v,
-            which the student is told where it reads it (``GuidanceDistillation``).
+        taps: pairs (teacher module, student module). adapters: for features with other channels (``Adapters``).
+        guided: for a student distilled with guidance: the guidance weights of the teacher's prediction, and the
+            corresponding v, which the student gets if it takes one (``GuidanceDistillation``).
 
     Raises:
-        InputError: no rounds; modules that a model does not have.
+        InputError: no rounds; modules that do not exist in a model.
     """
     if rounds < 1:
         raise InputError.of("rounds", "at least 1", rounds)
@@ -82,9 +82,9 @@ def held_out_losses(
                     batch=min(setting.batch, len(latents) - first), first_sample=first, global_batch=len(latents),
                     null_index=len(listed(prompts)[0]) - 1, null_probability=0.0,
                 )  # fmt: skip
-                channels = latents.shape[1]  # a learned variance beside them is left alone
+                channels = latents.shape[1]  # the channels of a learned variance are ignored
                 asked: Any = draw.prompt
-                if guided is not None:  # before the prompts, whose features are the last
+                if guided is not None:  # before the prompts, whose features must be the last ones
                     null = null_rows(asked, rows_of(prompts, slice(-1, None), setting.device))
                     without = setting.predict(setting.teacher, draw.x_t, draw.timestep, null)[:, :channels].float()
                     asked = with_guidance(setting.student, asked, guided[1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intervals of any figure of labelled samples, from the same figure of most of them."""
+"""Intervals for any figure of labelled samples, computed from the same figure of subsets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastdistill.ops import _check
 
 
 def left_out(labels: Tensor, groups: int) -> Tensor:
-    """[1 + G, N] bool: all of N labels, then all but one group, G of them; a group has some samples of every class.
+    """[1 + G, N] bool: all of N labels, then all but one of G groups; every group has samples of every class.
 
-    G is ``groups``, or the samples of the smallest class where these are fewer.
+    G is ``groups``, or the size of the smallest class if that is less.
     """
     _check.whole(groups, "groups", "at least 1")
     number = numbers(labels)
@@ -25,7 +25,7 @@ def left_out(labels: Tensor, groups: int) -> Tensor:
 
 
 def numbers(labels: Tensor) -> Tensor:
-    """[N] int64, how many of the same label come before each."""
+    """[N] int64, for each label the number of equal labels before it."""
     found = torch.zeros_like(labels)
     for label in torch.unique(labels):
         own = labels == label
@@ -34,10 +34,10 @@ def numbers(labels: Tensor) -> Tensor:
 
 
 def interval(values: Tensor) -> tuple[float, float]:
-    """The 95 % interval of a figure from ``values`` [1 + G], those of the selections of ``left_out``.
+    """The 95 % interval of a figure from ``values`` [1 + G], one for each selection of ``left_out``.
 
     Delete-a-group jackknife (Kott 2001): the variance is (G - 1) / G times the sum of squares around the mean of the G
-    figures, with t of G - 1 degrees of freedom. (nan, nan) with fewer than two groups or where one has no figure.
+    figures, with t of G - 1 degrees of freedom. (nan, nan) with fewer than two groups or if a figure is missing.
     """
     value, each = float(values[0]), values[1:].double()
     G = len(each)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""User text in a figure: fonts that have its characters, escapes if no font has them, and lines that fit."""
+"""User text in a figure: fonts that have its characters, escapes for characters in no font, and line breaks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from fastdistill.evaluate._optional import require
 
-#: No line of a figure is longer; it bounds what is measured of a long text.
+#: Maximum length of a line of a figure; this limits the cost of measuring a long text.
 _LONGEST = 200
 
 
@@ -20,8 +20,8 @@ class Lettering:
     """Fonts for the texts of one figure, chosen together.
 
     Args:
-        texts: whatever will be drawn. Characters that matplotlib's configured fonts lack are looked for in all
-            installed fonts; those found in none are drawn as Python's escapes, with one warning for all of them.
+        texts: everything that will be drawn. Characters missing in matplotlib's configured fonts are looked up in all
+            installed fonts; those found in none are drawn as Python escapes, with one warning for all of them.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -33,7 +33,7 @@ class Lettering:
                 "escapes. A font such as Noto Sans CJK or Symbola has them",
                 stacklevel=3,
             )
-        #: Arguments for every ``Text`` of the figure; ``$``, ``%`` and ``_`` mean themselves.
+        #: Arguments for every ``Text`` of the figure; ``$``, ``%`` and ``_`` have no special meaning.
         self.style: dict[str, Any] = {"fontfamily": families, "parse_math": False, "usetex": False}
         self._figure = require("matplotlib.figure").Figure()
 
@@ -54,7 +54,7 @@ class Lettering:
 
 
 def printable(text: str, missing: Collection[str] = ()) -> str:
-    """``text`` on one line: whitespace as single spaces; control characters and those of ``missing`` as escapes.
+    """``text`` on one line: whitespace as single spaces; control characters and characters in ``missing`` as escapes.
 
     Characters without a shape of their own (joiners, variation selectors) are left out if they are missing or follow an
     escape.
@@ -69,10 +69,10 @@ def printable(text: str, missing: Collection[str] = ()) -> str:
 
 
 def fitted(text: str, fits: Callable[[str], bool], lines: int) -> list[str]:
-    """``text`` in at most ``lines`` lines for which ``fits`` is true; an ellipsis stands for what is left out.
+    """``text`` in at most ``lines`` lines for which ``fits`` is true; an ellipsis replaces text that does not fit.
 
     Lines are broken at spaces, beside wide characters (Chinese, Japanese, Korean, emoji) and before escapes, else
-    inside a word, but never inside a character that is made of several (accents, joined emoji).
+    inside a word, but never inside a character that consists of several code points (accents, joined emoji).
     """
     found: list[str] = []
     while text and len(found) < lines:
@@ -90,7 +90,7 @@ def fitted(text: str, fits: Callable[[str], bool], lines: int) -> list[str]:
 
 
 def _cut(text: str, most: int, anywhere: bool = False) -> int:
-    """Where to break ``text``, at most after ``most`` characters if there is such a place above 0."""
+    """Where to break ``text``: after at most ``most`` characters, if there is such a place above 0."""
 
     def whole(n: int) -> bool:
         return not (_continues(text[n]) or text[n - 1] == "\u200d")
@@ -100,7 +100,7 @@ def _cut(text: str, most: int, anywhere: bool = False) -> int:
         return anywhere or " " in (before, after) or _wide(before) or _wide(after) or after == "\\"
 
     places = [n for n in range(most, 0, -1) if whole(n)]
-    if not places:  # one character of many parts, longer than the line
+    if not places:  # one character of many code points, longer than the line
         return next((n for n in range(most + 1, len(text)) if whole(n)), 0 if anywhere else len(text))
     return next(filter(good, places), places[0])
 
@@ -122,11 +122,11 @@ def _ignorable(c: str) -> bool:
 def _families(characters: Collection[str]) -> tuple[list[str], set[str]]:
     """matplotlib's families and those added for ``characters``, and the characters that no installed font has."""
     families = [family for family in require("matplotlib").rcParams["font.family"] if _font(family) is not None]
-    families = families or ["DejaVu Sans"]  # which matplotlib ships
+    families = families or ["DejaVu Sans"]  # matplotlib contains this font
     missing = set(characters).difference(*(_drawn(family, characters) for family in families))
     installed: list[str] = _installed() if any(not _ignorable(c) for c in missing) else []
     while missing and installed:
-        best = max(installed, key=lambda family: len(_drawn(family, missing)))  # the first of several
+        best = max(installed, key=lambda family: len(_drawn(family, missing)))  # the first one, if several are equal
         if not (drawn := _drawn(best, missing)):
             break
         families.append(best)
@@ -135,7 +135,7 @@ def _families(characters: Collection[str]) -> tuple[list[str], set[str]]:
 
 
 def _installed() -> list[str]:
-    """Installed families, sans-serif ones first, without those of matplotlib itself (formulas, boxes for anything)."""
+    """Installed families, sans-serif first, without matplotlib's own special fonts (formulas, placeholder boxes)."""
     own = require("matplotlib").get_data_path()
     names = {
         font.name
@@ -147,7 +147,7 @@ def _installed() -> list[str]:
 
 
 def _drawn(family: str, characters: Iterable[str]) -> set[str]:
-    """Those of ``characters`` for which the family has an outline; emoji in color are pictures, which have none."""
+    """Those of ``characters`` for which the family has an outline; colored emoji are bitmaps and have none."""
     font = _font(family)
     return {
         c
@@ -164,7 +164,7 @@ def _outline(font: Any, c: str, index: int) -> bool:
 
 
 def _font(family: str) -> Any:
-    """The font that matplotlib draws the family with; None if there is none or it cannot be read."""
+    """The font that matplotlib uses for the family; None if there is none or it cannot be read."""
     manager = require("matplotlib.font_manager")
     try:
         return manager.get_font(manager.findfont(manager.FontProperties(family=[family]), fallback_to_default=False))

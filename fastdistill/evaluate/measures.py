@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a comparison of student and teacher, each with an interval where it has one."""
+"""The figures of a comparison of student and teacher, with intervals if possible."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from fastdistill.evaluate.metrics import frechet_distance
 from fastdistill.evaluate.samples import MODELS, Samples
 from fastdistill.evaluate.scores import KID_SIZE, clip_scores, kid
 
-_RESAMPLES = 200  # fewer of many images
+_RESAMPLES = 200  # fewer for many images
 
 
 class Measures:
-    """``values``: by model and name, {value, interval: [low, high] or None}. ``left_out``: by name, why.
+    """``values``: by model and name, {value, interval: [low, high] or None}. ``left_out``: by name, the reason.
 
-    Samples are I images of each of P prompts, sample n having prompt n mod P. Prompts are what is resampled for the
-    intervals (95 %): all images of one come or go together, of teacher and student.
+    Samples are I images for each of P prompts; sample n has prompt n mod P. Intervals (95 %) are from resampling the
+    prompts: all images of a prompt, of teacher and student, are resampled together.
 
     Args:
         prompts: P. seed: of the resampling.
@@ -46,7 +46,7 @@ class Measures:
         self._options: dict[str, Any] = {"n": self.resamples, "seed": seed}
 
     def distances(self) -> None:
-        """From the teacher's sample of the same noise; of the teacher, what samples of other noise differ by."""
+        """From the teacher's sample with the same noise; for the teacher, from its sample with other noise."""
         for kind, distance in self.samples.distances.items():
             name = f"{kind}_distance"
             self._means("student", name, distance.each.view(-1, self.prompts).mean(0))
@@ -54,7 +54,7 @@ class Measures:
                 self.values["teacher"][name] = {"value": distance.unrelated, "interval": None}
 
     def losses(self, losses: HeldOut) -> None:
-        """Of sample ``losses.latent``."""
+        """The loss with index i is that of sample ``losses.latent[i]``."""
         for name, each in (("output_loss", losses.output), ("feature_loss", losses.feature)):
             if each is None:
                 self.left_out[name] = "the features have other channels than the teacher's, or there are no taps"
@@ -65,8 +65,8 @@ class Measures:
             self._means("student", name, sums / counts)
 
     def diversity(self, extractor: str, reference: Tensor | None = None) -> None:
-        """Precision, recall, density and coverage against the features ``reference`` [M, D] of real images, else the
-        teacher's; the Vendi score of both; with several images of a prompt, their spread and separation."""
+        """Precision, recall, density and coverage against the features ``reference`` [M, D] of real images, or else the
+        teacher's; the Vendi score of both; with several images per prompt, their spread and separation."""
         by = self._by_prompt(extractor)
         for model in MODELS if reference is not None else ("student",):
 
@@ -100,12 +100,12 @@ class Measures:
         self._each("student", ("variance_ratio", "class_separation"), spread)
 
     def scores(self, extractor: str, names: Sequence[str], reference: Tensor | None = None) -> None:
-        """FID and KID against the features of real images, else the teacher's.
+        """FID and KID against the features of real images, or else the teacher's.
 
-        Both are smooth functions of means over images, so the delete-half jackknife has their spread. The bias of the
-        FID, about c / N, stays in its value: halves have twice as much, which taking the deviations from their mean
-        removes, so the interval is that of so many images. The KID of more images than it is computed of at once has
-        none.
+        Both are smooth functions of means over images, so the delete-half jackknife gives their spread. The FID has a
+        bias of about c / N, which stays in its value. It is doubled in the halves, but the deviations from their mean
+        do not contain it; so the interval is for this number of images. There is no interval for a KID of more images
+        than are computed at once.
         """
         by = self._by_prompt(extractor)
         functions: dict[str, Callable[[Tensor, Tensor], float]] = {"fid": frechet_distance, "kid": kid}
@@ -131,7 +131,7 @@ class Measures:
         return {model: features.view(-1, self.prompts, features.shape[1]) for model, features in found}
 
     def _means(self, model: str, name: str, each: Tensor) -> None:
-        """The mean of a value of each prompt [P]."""
+        """The mean of one value per prompt [P]."""
         interval = None
         if len(each) > 1:
             found = bootstrap_all(lambda x: [float(x.mean())], each, **self._options)[0]
@@ -141,7 +141,8 @@ class Measures:
     def _each(
         self, model: str, names: Sequence[str], statistic: Callable[[Tensor], Sequence[float]], *, interval: bool = True
     ) -> None:
-        """Values of rows of prompts; without an interval where half of them are too few, left out if all are."""
+        """Values of rows of prompts; without an interval if half of the rows are too few, left out if all are too
+        few."""
         rows = torch.arange(self.prompts)
         try:
             values = list(statistic(rows))

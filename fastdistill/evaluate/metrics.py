@@ -40,8 +40,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Fréchet distance between Gaussians fitted to two sets of features [N, D] and [M, D], computed in float64.
 
     |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1^1/2 C_2 C_1^1/2)^1/2), the FID for Inception features (Heusel et al. 2017,
-    eq. 6). It is too large by about c (1 / N + 1 / M) on average, so compare distances of equal N and M only; of fewer
-    samples than features the covariances are singular, and it is too large by more than that.
+    eq. 6). On average it is too large by about c (1 / N + 1 / M), so compare only distances with equal N and M. With
+    fewer samples than features the covariances are singular, and the error is larger than that.
     """
     for name, features in (("first", first), ("second", second)):
         if features.ndim != 2 or len(features) < 2:
@@ -51,11 +51,11 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     one, two = first.double(), second.double().to(first.device)
     roots = [_root(x) for x in (one, two)]
     means = (one.mean(0) - two.mean(0)).square().sum()
-    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()  # the trace of the root of C_1 C_2
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()  # the trace of the square root of C_1 C_2
     return float(means + roots[0].square().sum() + roots[1].square().sum() - 2 * cross)
 
 
 def _root(x: Tensor) -> Tensor:
-    """R [at most D, D] with R^T R the covariance of x [N, D]."""
+    """R [at most D, D]; R^T R is the covariance of x [N, D]."""
     centered = (x - x.mean(0)) / math.sqrt(len(x) - 1)
     return torch.linalg.qr(centered, mode="r").R if len(x) > x.shape[1] else centered

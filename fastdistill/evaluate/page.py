@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The skeleton of every report: ``report.json`` for programs, ``report.html`` as a self-contained page, light and dark.
+"""The frame of every report: ``report.json`` for programs, ``report.html`` as a self-contained page, light and dark.
 
-``page.html.j2`` has the head, the tiles, the figures, the environment and how to reproduce it. A kind of report is a
-template that extends it, and a module that checks its numbers and words its finding.
+``page.html.j2`` has the head, the tiles, the figures, the environment and how to reproduce it. Each kind of report has
+a template that extends it, and a module that checks the numbers and writes the finding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastdistill.schemas import REPORT
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Heading and caption of figures by name; any other has its name as heading.
+#: Heading and caption of figures by name; a figure with another name has this name as heading.
 Captions = Mapping[str, tuple[str, str]]
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n\f\r"}
@@ -47,19 +47,19 @@ def write_page(
     """Write ``report.json`` and ``report.html`` into ``directory``, which is created. Each file is written atomically.
 
     Args:
-        template: file beside this one that extends ``page.html.j2``; it gets ``context`` and what is named here.
+        template: file in this folder that extends ``page.html.j2``; it gets ``context`` and the values listed here.
         report: plain JSON values, with ``versions`` (package -> version) and ``seconds`` (part -> seconds, ``total``
             among them), and optionally ``title``, ``finding``, ``backend`` (op -> kernel), ``device``, ``date`` and
             ``reproduce`` (a list of commands).
-        title, finding: of a report without: the title, and the report -> its result in a sentence.
-        tiles: ``value`` and ``text``, and as ``key`` the model whose color it has.
-        lead: names of figures that stand above the tables.
+        title, finding: for a report without these entries: the title, and a function report -> result in a sentence.
+        tiles: ``value`` and ``text``, and as ``key`` the model whose color is used.
+        lead: names of figures above the tables.
 
     Returns:
         The path of the HTML file.
 
     Raises:
-        InputError: an entry that is missing or is no JSON; nothing is written.
+        InputError: an entry that is missing or not JSON; nothing is written.
         StorageError: the directory cannot be written.
     """
     for name in ("versions", "seconds.total"):
@@ -80,14 +80,14 @@ def write_page(
     page = str(environment.get_template(template).render(**given, **context)).translate(_CONTROLS)
     folder = located(directory, "directory")
     make_directory(folder)
-    # A lone surrogate, which UTF-8 does not have, becomes its escape; in JSON that is the same text.
+    # A lone surrogate cannot be encoded in UTF-8 and becomes its escape; in JSON that is the same text.
     atomic_write(folder / "report.json", data.encode(errors="backslashreplace"))
     atomic_write(folder / "report.html", page.encode(errors="backslashreplace"))
     return folder / "report.html"
 
 
 def entry(report: Mapping[str, Any], path: str) -> Any:
-    """What a report has at ``a.b.c``, of a list by its number. InputError if it has nothing."""
+    """The entry of a report at ``a.b.c``; list items by number. InputError if there is none."""
     value: Any = report
     for key in path.split("."):
         if isinstance(value, list) and key.isdecimal() and int(key) < len(value):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phase picture: what guidance does to classes, over their dimension and number."""
+"""The phase figure: what guidance does to classes, by their dimension and number."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 
 
 def phase_picture(worlds: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """A column for each world, above the relative shift of the mean, below the variance over that of the class.
+    """A column per world; top: the relative shift of the mean, bottom: the variance divided by the class's own.
 
-    ``two_class`` and ``hypercube`` are drawn over the dimension d, with logarithmic axes and a dashed line falling as
-    1 / sqrt(d) through the first point of two classes; ``random_centres`` over alpha = ln K / d, a line for each d.
+    ``two_class`` and ``hypercube`` are drawn over the dimension d, with logarithmic axes and a dashed line through the
+    first point of two classes, falling as 1 / sqrt(d); ``random_centres`` over alpha = ln K / d, a line for each d.
 
     Args:
         worlds: world -> rows with ``dimension``, ``alpha``, ``mean``, ``variance``, ``shift``, ``variance_ratio``,
@@ -87,10 +87,10 @@ def phase_picture(worlds: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], over: str, key: str, part: str) -> tuple[Any, Any, Any]:
-    """(x, value, standard error) in the order of x."""
+    """(x, value, standard error), sorted by x."""
     ordered = sorted(rows, key=lambda row: float(row[over]))
     x, y = (np.array([float(row[name]) for row in ordered]) for name in (over, key))
-    unit = np.array([float(row[part]) for row in ordered]) / (y + (key == "shift"))  # of the class itself
+    unit = np.array([float(row[part]) for row in ordered]) / (y + (key == "shift"))  # of the class without guidance
     return x, y, np.array([float(row["standard_error"][part]) for row in ordered]) / unit
 
 

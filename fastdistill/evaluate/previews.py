@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Previews of a run: what teacher and student make of the same prompts and noise, as a grid of images."""
+"""Previews of a run: samples of teacher and student for the same prompts and noise, as a grid of images."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass
 class Previews:
-    """``previews(student, done)``: a PNG file with a row of samples of the teacher and one of the student.
+    """``previews(student, done)``: a PNG file with a row of samples of the teacher and a row of the student.
 
-    A column belongs to a prompt and a seed, those of a prompt side by side. Its noise is that of (seed, position of the
-    prompt), so that every grid of a run, in every sitting, has the same. The teacher samples once.
+    A column is a prompt and a seed; the columns of a prompt are side by side. The noise is drawn from (seed, position
+    of the prompt), so it is the same in all grids of a run, also after resuming. The teacher samples once.
 
     Args:
-        scheduler: of diffusers (``sample_with``). shape: of a latent.
-        wanted: how many prompts, from the first, or a list of rows and texts of the bank. seeds: of the initial noise.
+        scheduler: of diffusers (``sample_with``). shape: of one latent.
+        wanted: the number of prompts, from the first, or a list of rows and texts of the bank. seeds: of the initial
+        noise.
         guidance: the argument ``guidance_scale`` or ``guidance`` of ``sample_with``.
-        guided: whether the student's own pass is guided already, so that it is sampled without guidance.
-        batch: samples that a model makes at once. call: how models are called (``Predictor``).
+        guided: whether a single forward of the student is guided already; then it is sampled without guidance.
+        batch: samples per forward. call: how models are called (``Predictor``).
         decode: latents [b, *shape] float32 -> images [b, 1 or 3, H, W] in [0, 1]; None: ``pictured``.
 
     Raises:
@@ -79,8 +80,8 @@ class Previews:
 
     @torch.no_grad()
     def _samples(self, model: nn.Module, guidance: Mapping[str, Any] | None = None) -> Tensor:
-        """Latents, or images where there is ``decode``, of each prompt by every seed, on the CPU; ``guidance`` None:
-        that of the previews."""
+        """Latents (or images if ``decode`` is given) for each prompt with every seed, on the CPU; ``guidance`` None:
+        the guidance of the previews."""
         given = self.guidance if guidance is None else guidance
         return torch.stack([self._of_seed(model, seed, given) for seed in self.seeds], 1).flatten(0, 1)
 
@@ -161,10 +162,10 @@ def previews_of(
 
 
 def pictured(latents: Tensor, limits: tuple[float, float]) -> Tensor:
-    """Latents [P, C, *S] as images [P, 1 or 3, H, W], ``limits`` being black and white.
+    """Latents [P, C, *S] as images [P, 1 or 3, H, W]; ``limits`` are the values of black and white.
 
-    Of maps the first three channels (two: and an empty one), of videos those of the first frame; signals [P, C, L] and
-    vectors [P, C] as gray images C x L and 1 x C.
+    Maps: the first three channels (if there are two, the third is empty). Videos: the same, of the first frame. Signals
+    [P, C, L] and vectors [P, C]: gray images C x L and 1 x C.
     """
     while latents.ndim < 4:
         latents = latents[:, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of students with accuracies, such as those of the digits: ``report.json`` and ``report.html``."""
+"""The report of students with accuracies, such as in the digits demo: ``report.json`` and ``report.html``."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def write_report(
         report: plain JSON values. Required: ``teacher`` and ``students.<name>``, each with ``seen`` and ``unseen``
             (accuracies from 0 to 1) and ``parameters``; ``seconds.total``; ``versions``; ``backend`` (op -> kernel).
             Optional for a model: ``seen_interval`` [low, high] and ``seen_n``; for several ``seeds`` also ``seen_mean``
-            and ``seen_std`` (the same for ``unseen``); ``seconds``; ``images_per_second``; for a student ``likeness``
-            {seen, unseen}, of each ``distance`` and ``frechet`` {value, interval, each}: root mean square difference
-            from the teacher's samples of the same noise, and Fréchet distance of both. Optional at the top level:
+                and ``seen_std`` (the same for ``unseen``); ``seconds``; ``images_per_second``; for a student
+                ``likeness`` {seen, unseen}, each with ``distance`` and ``frechet`` {value, interval, each}: root mean
+                square difference from the teacher's samples with the same noise, and Fréchet distance to them. Optional
+                at the top level:
             ``title``, ``finding`` (default: made from the numbers), ``judge`` {accuracy, interval, n}, ``prompts``
             {seen, unseen}, ``device``, ``date``, ``reproduce`` (a list of commands).
         figures: ``samples``, ``loss``, ``probability`` and any others, in the order of the page.
@@ -94,7 +95,7 @@ def finding(report: Mapping[str, Any]) -> str:
 
 
 def _farther(report: Mapping[str, Any]) -> str:
-    """How much farther from the teacher's samples the best student's unseen ones are than its seen ones."""
+    """How much farther the best student is from the teacher's samples on unseen prompts than on seen ones."""
     students, best = report["students"], _best(report)
     if (ratio := _ratio(students[best])) is None:
         return ""
@@ -104,13 +105,13 @@ def _farther(report: Mapping[str, Any]) -> str:
 
 
 def _best(report: Mapping[str, Any]) -> str:
-    """The name of the student that is best at unseen prompts."""
+    """The name of the student with the highest accuracy on unseen prompts."""
     students: Mapping[str, Any] = report["students"]
     return max(students, key=lambda name: _accuracy(students[name], "unseen"))
 
 
 def _ratio(student: Mapping[str, Any]) -> float | None:
-    """The distance of unseen samples in units of that of seen ones."""
+    """The distance of unseen samples divided by that of seen samples."""
     if "likeness" not in student:
         return None
     seen, unseen = (student["likeness"][kind]["distance"]["value"] for kind in ("seen", "unseen"))
@@ -118,7 +119,7 @@ def _ratio(student: Mapping[str, Any]) -> float | None:
 
 
 def _kept(student: Mapping[str, Any], whole: float) -> str:
-    """The student's share of ``whole``, the teacher's accuracy on unseen prompts."""
+    """The student's accuracy as a share of ``whole``, the teacher's accuracy on unseen prompts."""
     return percent(_accuracy(student, "unseen") / whole, 0) if whole else "n/a"
 
 
@@ -162,7 +163,7 @@ def _row(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(report: Mapping[str, Any]) -> None:
-    """InputError unless all required entries exist and are possible."""
+    """InputError unless all required entries exist and have possible values."""
     if not isinstance(entry(report, "students"), Mapping) or not report["students"]:
         raise InputError.of("report.students", "at least one student by name", report["students"])
     for model in ("teacher", *(f"students.{name}" for name in report["students"])):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a classifier fares under attack, and whether that can be believed.
+"""The accuracy of a classifier under attack, and checks whether the result can be trusted.
 
-The attacks are those of the adversarial-robustness-toolbox (the extra ``robustness``), within the ball of the largest
-norm: PGD (Madry et al., 1706.06083), APGD with cross-entropy and with the difference of logits ratio (Croce and Hein,
-2003.01690), and Square, which sees outputs alone (Andriushchenko et al., 1912.00049).
+The attacks are from the adversarial-robustness-toolbox (the extra ``robustness``), with a limit on the maximum norm:
+PGD (Madry et al., 1706.06083), APGD with cross-entropy and with the difference of logits ratio (Croce and Hein,
+2003.01690), and Square, which only uses outputs (Andriushchenko et al., 1912.00049).
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from fastdistill.models.calling import trial
 from fastdistill.ops import _check
 from fastdistill.ops.philox import permute
 
-#: Names of ``robustness``; ``attacked`` knows the two losses of APGD apart.
+#: Names for ``robustness``; ``attacked`` distinguishes the two losses of APGD.
 ATTACKS = ("pgd", "apgd", "square")
 _SINGLE = ("pgd", "apgd_ce", "apgd_dlr", "square")
-_TOLERANCE = 0.01  # of accuracies in the checks of masking: a point
-_SQUARE = 0.8  # part of an image that the first square covers
-_LOSS_STEPS = (1, 5, 20)  # of PGD, over which the loss has to rise
-_FALL = 0.01  # part of a loss that it may fall between two of them, once it has reached its end
+_TOLERANCE = 0.01  # of accuracies in the checks for masking: one percentage point
+_SQUARE = 0.8  # share of an image that the first square covers
+_LOSS_STEPS = (1, 5, 20)  # numbers of PGD steps over which the loss must rise
+_FALL = 0.01  # allowed fall of the loss between two of them, as a share
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Whether the gradients that the white-box attack follows lead where they should (Carlini et al., 1902.06705, 3.1).
+    """Whether the gradients used by the white-box attack are meaningful (Carlini et al., 1902.06705, 3.1).
 
     Attributes:
-        failed: a sentence for each check that does not hold; then the white-box accuracy means nothing.
-        square, transfer: for each epsilon, the accuracy under the black-box attack less that of the same images under
+        failed: a sentence for each failed check; if there are any, the white-box accuracy means nothing.
+        square, transfer: for each epsilon, the accuracy under the black-box attack minus that of the same images under
             the white-box attack; below -0.01 the check fails. None: not run.
-        beyond: accuracy under the white-box attack with the whole range of the images as epsilon, at most 0.01.
-        steps, loss: mean cross-entropy at the middle epsilon after so many steps of PGD; it rises.
+        beyond: accuracy under the white-box attack with epsilon = the whole range of the images; must be at most 0.01.
+        steps, loss: numbers of PGD steps, and the mean cross-entropy after them at the middle epsilon; it must rise.
     """
 
     failed: tuple[str, ...]
@@ -82,18 +82,18 @@ def robustness(
 ) -> dict[str, Any]:
     """The accuracy of a classifier under attacks, and the checks of gradient masking.
 
-    An image that is classified wrong without an attack counts as wrong under every attack. For ``apgd`` an image counts
+    An image that is misclassified without an attack counts as wrong under every attack. For ``apgd``, an image counts
     as right if it is right after the attacks with both losses (with two classes only cross-entropy is used, because the
     other loss needs three).
 
     Args:
         model: gives logits, or a tuple that ends with them. images: [n, C, H, W] within ``bounds``. labels: [n] int64.
-        epsilon: largest change of a value, in the images' own units; several, ascending.
-        attacks: of ``ATTACKS``. steps: of APGD. pgd_steps: of PGD, each epsilon / 4 long.
-        queries: of Square for each image. queried: images that Square attacks, drawn by the seed; None: all.
-        seed: of the attacks' starts; the same numbers give the same result, for the same ``batch``.
-        transfer_from: another classifier, for which APGD makes images that are shown to this one too.
-        batch: images at once. progress: called with (attacks done, all).
+        epsilon: largest change of a value, in units of the images; several values in ascending order.
+        attacks: from ``ATTACKS``. steps: of APGD. pgd_steps: of PGD, with step size epsilon / 4.
+        queries: of Square per image. queried: number of images for Square, drawn by the seed; None: all.
+        seed: for the starts of the attacks; the same values give the same result if ``batch`` is the same.
+        transfer_from: another classifier; the images that APGD makes for it are also tested on this one.
+        batch: images per forward. progress: called with (attacks done, all).
 
     Returns:
         ``n``, ``clean`` (accuracy), ``epsilon``, ``steps``, ``pgd_steps``, ``queries``, ``square_n``, ``seed``; for
@@ -123,7 +123,7 @@ def robustness(
     report(done, total)
 
     def right(name: str, radius: float) -> Tensor:
-        """[n] bool (of Square: of its rows)."""
+        """[n] bool (for Square: only of its rows)."""
         nonlocal done
         options: dict[str, Any] = {"epsilon": radius, "seed": seed, "bounds": bounds, "batch": batch}
         chosen = rows if name == "square" else torch.arange(len(images))
@@ -182,11 +182,11 @@ def attacked(
     bounds: tuple[float, float] = (-1.0, 1.0),
     batch: int = 512,
 ) -> Tensor:
-    """Images [n, C, H, W] float32 that an attack makes of images, within epsilon of them and within ``bounds``.
+    """The images [n, C, H, W] float32 that an attack makes, within epsilon of the originals and within ``bounds``.
 
     Args:
-        attack: ``pgd``, ``apgd_ce``, ``apgd_dlr`` (from three classes on) or ``square``. steps: of Square, queries.
-        Other arguments are those of ``robustness``.
+        attack: ``pgd``, ``apgd_ce``, ``apgd_dlr`` (needs three classes) or ``square``. steps: for Square, queries.
+            Other arguments as for ``robustness``.
     """
     _check.require(attack in _SINGLE, "attack", f"one of {', '.join(_SINGLE)}", described(attack))
     (radius,) = _radii([epsilon])
@@ -198,7 +198,7 @@ def attacked(
     with trial(model), torch.enable_grad(), _seeded(seed):
         for part, own in zip(torch.split(x, batch), torch.split(y, batch), strict=True):
             made.append(torch.from_numpy(_attack(model, part, own, attack, radius, steps, bounds, classes)))
-    found = torch.maximum(torch.minimum(torch.cat(made), x + radius), x - radius)  # except for the toolbox's rounding
+    found = torch.maximum(torch.minimum(torch.cat(made), x + radius), x - radius)  # corrects the toolbox's rounding
     return found.clamp(*bounds).to(images.device)
 
 
@@ -215,7 +215,7 @@ def _attack(
     evasion = require("art.attacks.evasion", "robustness")
     given: dict[str, Any] = {"eps": radius, "max_iter": steps, "batch_size": len(x), "verbose": False}
     y = nn.functional.one_hot(labels, classes).numpy()
-    if attack == "square":  # it asks thrice about an image that it has not changed
+    if attack == "square":  # it asks three times for an unchanged image
         padded = nn.functional.pad(x, (0, 1, 0, 1))
         height, width = x.shape[2:]
         share = min(_SQUARE * height * width, min(height, width) ** 2) / padded[0, 0].numel()
@@ -230,7 +230,7 @@ def _attack(
     descent = evasion.AutoProjectedGradientDescent(seen, eps_step=2 * radius, nb_random_init=1, loss_type=loss, **given)
     right = seen.predict(x.numpy()).argmax(1) == labels.numpy()
     found = np.asarray(descent.generate(x.numpy(), y), np.float32)
-    if right.any():  # the toolbox returns the last point of a search where that is wrong, not the one of highest loss
+    if right.any():  # the toolbox returns the last point if that is wrong, not the one with the highest loss
         still = seen.predict(found[right]).argmax(1) == labels.numpy()[right]
         best = np.flatnonzero(right)[still]
         found[best] = descent.x_max[still]
@@ -238,7 +238,7 @@ def _attack(
 
 
 class Remembered(nn.Module):
-    """A classifier that evaluates only images [n, *S] that are not among those of its last calls."""
+    """A classifier that caches the results of its last calls, and evaluates only other images [n, *S]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -259,10 +259,10 @@ class Remembered(nn.Module):
 
 
 class Cropped(Frozen):
-    """A classifier of images without their last row and column.
+    """A classifier that ignores the last row and column of its images.
 
-    The toolbox's Square never puts a square on those, and fails where one is as large as the image: its images get a
-    row and a column that the classifier does not see, and squares that fit into the rest.
+    The toolbox's Square never covers those, and fails if a square is as large as the image. Therefore its images get an
+    additional row and column that the classifier ignores, and squares always fit.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -270,12 +270,12 @@ class Cropped(Frozen):
 
 
 def _estimator(seen: nn.Module, shape: tuple[int, ...], classes: int, bounds: tuple[float, float]) -> Any:
-    """The adapter through which every attack sees the model."""
+    """The toolbox's adapter through which every attack calls the model."""
     base = require("art.estimators.classification", "robustness").PyTorchClassifier
 
     class Estimator(base):  # type: ignore[misc, valid-type]
         def predict(self, x: np.ndarray, batch_size: int = 0, **options: Any) -> np.ndarray:
-            """All at once: the toolbox's loader takes longer than a small model."""
+            """All images at once: the toolbox's loader would take longer than a small model."""
             with torch.no_grad():
                 logits: Tensor = seen(torch.from_numpy(np.asarray(x, np.float32)))
             return logits.numpy()
@@ -304,7 +304,7 @@ def _masking(
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """NumPy's global generator, which the toolbox draws from, starts from the seed; afterwards it is as before."""
+    """Seeds NumPy's global generator, which the toolbox uses; afterwards its former state is restored."""
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(np.random.SeedSequence(seed % 2**64).generate_state(4))  # noqa: NPY002
     try:
@@ -316,7 +316,7 @@ def _seeded(seed: int) -> Iterator[None]:
 def _checked(
     model: nn.Module, images: Tensor, labels: Tensor, bounds: tuple[float, float], seed: int, batch: int
 ) -> Tensor:
-    """The logits of the images, if all fits and the extra is there."""
+    """The logits of the images, after checks of all arguments and of the extra."""
     _check.seed(seed)
     low, high = (_check.real(end, "bounds") for end in bounds)
     _check.require(-math.inf < low < high < math.inf, "bounds", "(lowest, highest) finite value of the images", bounds)
@@ -350,7 +350,7 @@ def _losses(name: str, classes: int) -> tuple[str, ...]:
 
 
 def _drawn(n: int, many: int | None, seed: int) -> Tensor:
-    """The rows that Square attacks, ascending."""
+    """The rows for Square, ascending."""
     if many is None or many >= n:
         return torch.arange(n)
     key = torch.tensor([seed, 0], dtype=torch.int64)

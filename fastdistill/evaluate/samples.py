@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a teacher and its student make of the same prompts and noise, batch by batch: distances, features, time."""
+"""Samples of a teacher and its student for the same prompts and noise, by batch: distances, features, time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MODELS = ("teacher", "student")
 class Distance(NamedTuple):
     """Root mean square differences of student and teacher.
 
-    each: [N] float64. unrelated: mean difference of the teacher's own samples of other prompts and noise; None: there
-    is one sample in a batch.
+    each: [N] float64. unrelated: mean difference between the teacher's own samples for other prompts and noise; None: a
+    batch has only one sample.
     """
 
     each: Tensor
@@ -33,11 +33,11 @@ class Distance(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Of N samples, on the CPU.
+    """The results for N samples, on the CPU.
 
     latents: [N, *S] of each model, float32. distances: of ``latents`` and of ``images`` (values in [0, 1]).
-    features: by extractor and model, [N, D]. shown: by model, the images asked for [n, 3, H, W].
-    images_per_second: by model, warm; without the VAE, which both share.
+    features: by extractor and model, [N, D]. shown: by model, the images to show [n, 3, H, W].
+    images_per_second: by model, after a warm-up; without the VAE, which both share.
     """
 
     latents: Mapping[str, Tensor]
@@ -59,17 +59,17 @@ def compared(
     shown: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> Samples:
-    """Sample n of both models has the prompt prompts[n] and noise n, so that it does not depend on ``batch``.
+    """Sample n of both models has the prompt prompts[n] and noise n; so it does not depend on ``batch``.
 
-    The first batch is made twice: once to warm up, once for the time. Teacher and student take turns.
+    The first batch is sampled twice: once to warm up, once to measure. Teacher and student take turns.
 
     Args:
         teacher, student: in eval mode. decode: latents -> images [b, 3, H, W] in [0, 1].
-        prompts: [N] int64. shown: how many images to keep, from the first.
-        progress: called with (samples made by both, 2 N).
+        prompts: [N] int64. shown: the number of images to keep, from the first.
+        progress: called with (samples done by both models, 2 N).
 
     Raises:
-        InputError: latents of another shape from the student, or that are not finite.
+        InputError: latents of the student with another shape, or that are not finite.
     """
     makes = dict(zip(MODELS, (teacher, student), strict=True))
     found = _Found()
@@ -97,7 +97,7 @@ def compared(
 
 
 class _Found:
-    """Grows by a batch at a time."""
+    """Results that grow by one batch at a time."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(MODELS, 0.0)
@@ -142,7 +142,7 @@ def _joined(lists: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
 
 
 def _waited(tensor: Tensor) -> Tensor:
-    """Once it is computed."""
+    """Returns the tensor after its computation has finished."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
     return tensor

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KID, by torchmetrics, and the CLIP score, of features that are given; the FID is their ``frechet_distance``."""
+"""KID (by torchmetrics) and CLIP score from given features; for the FID use ``frechet_distance`` of the features."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fastdistill.errors import InputError
 from fastdistill.evaluate._optional import require
 
-KID_SIZE = 1000  # images of a subset
+KID_SIZE = 1000  # images per subset
 
 
 class _Given(nn.Module):
-    """The extractor of a metric whose images are features already."""
+    """A metric's extractor for images that are features already."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -27,11 +27,11 @@ class _Given(nn.Module):
 
 
 def kid(real: Tensor, fake: Tensor, *, subsets: int = 100, size: int = KID_SIZE, seed: int = 0) -> float:
-    """Squared maximum mean discrepancy of features under (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401):
-    the KID, where they are Inception's. Unbiased, and below 0 by chance.
+    """Squared maximum mean discrepancy of features under (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401). With
+    Inception features it is the KID. It is unbiased, so it can be below 0 by chance.
 
-    Of more than ``size`` images on both sides it is the mean over ``subsets`` of so many, drawn by ``seed``; of fewer
-    that of all (of the first of the larger side).
+    With more than ``size`` images on both sides it is the mean over ``subsets`` subsets of ``size`` images, drawn by
+    ``seed``; otherwise that of all images (on the larger side, of its first ones).
     """
     least = min(len(real), len(fake))
     if least <= size:
@@ -43,7 +43,7 @@ def kid(real: Tensor, fake: Tensor, *, subsets: int = 100, size: int = KID_SIZE,
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
     """[N] float64: 100 times the cosine of the CLIP embeddings [N, D] of images and of their prompts, at least 0
-    (Hessel et al., arXiv 2104.08718, in the scale of torchmetrics)."""
+    (Hessel et al., arXiv 2104.08718, scaled as in torchmetrics)."""
     if images.ndim != 2 or images.shape != texts.shape:
         raise InputError.of("texts", f"embeddings like those of the images {tuple(images.shape)}", tuple(texts.shape))
     return 100 * nn.functional.cosine_similarity(images.double(), texts.double()).clamp(min=0)
@@ -56,7 +56,7 @@ def _metric(real: Tensor, fake: Tensor, **options: Any) -> Any:
     if real.shape[1] != fake.shape[1]:
         raise InputError.of("fake", f"{real.shape[1]} values per feature, as real has", fake.shape[1])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that all features are kept in memory
+        warnings.simplefilter("ignore")  # a warning that all features are kept in memory
         make = require("torchmetrics.image.kid", "metrics").KernelInceptionDistance
         metric = make(feature=_Given(real.shape[1]), **options).to(real.device)
         metric.update(real.double(), real=True)

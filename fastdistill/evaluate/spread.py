@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Separation and variance of classes, with draws of the bootstrap within classes.
+"""Separation and variance of classes, with bootstrap draws within classes.
 
-The figures are those of ``diversity``; here all draws are made at once, from weighted sums. The error of a mean of N
-samples adds the trace of their covariance over N to the square of the mean shift; that is taken off here.
+The figures are those of ``diversity``; here all draws are computed at once, from weighted sums. The error of a mean of
+N samples adds the trace of their covariance divided by N to the square of the mean shift; here it is subtracted.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from fastdistill.errors import InputError
 
 
 class Spread:
-    """Figures of samples by class, against a reference.
+    """Figures of samples by class, compared with a reference.
 
     Args:
-        reference: features [M, D] of classes labels [M]. Its own error is not part of an interval: use more of it.
+        reference: features [M, D] of classes labels [M]. Its own error is not part of an interval, so use many samples.
 
     Raises:
-        InputError: a class of the reference without variance, or at the center of all.
+        InputError: a class of the reference without variance, or with its mean at the center of all classes.
     """
 
     def __init__(self, reference: Tensor, labels: Tensor) -> None:
@@ -39,13 +39,13 @@ class Spread:
                 raise InputError.of("reference", "classes of different means", f"class {label} at the center of all")
 
     def __call__(self, x: Tensor, labels: Tensor, right: Tensor | None, draws: int) -> tuple[Tensor, Tensor]:
-        """Of samples [N, D]: separation, mean shift, variance ratio, share right, variance ratio among the right ones.
+        """For samples [N, D]: separation, mean shift, variance ratio, share right, variance ratio among the right ones.
 
-        The last two are NaN without ``right`` [N], the last also where a class has fewer than two right samples.
+        The last two are NaN without ``right`` [N]; the last one also if a class has fewer than two right samples.
 
         Returns:
-            The five values [5] and draws [draws, 5], float64, whose mean is the values. Draw i takes the same rows for
-            any samples with the same labels.
+            The five values [5] and draws [draws, 5], float64; the mean of the draws is the values. Draw i uses the same
+                rows for any samples with the same labels.
         """
         random = torch.Generator().manual_seed(0)
         totals = torch.zeros(draws + 1, 5, dtype=torch.float64)
@@ -60,7 +60,7 @@ class Spread:
             mean, variance = moments(weights, own)
             direction = self.directions[place]
             length = direction.square().sum()
-            # The square of a draw's shift has that error twice: its own, and that of the samples it is drawn from.
+            # The square of a draw's shift contains that error twice: its own, and that of the samples it is drawn from.
             error = variance / n * torch.cat([torch.ones(1), torch.full((draws,), 2.0)]).double()
             shift = ((mean - direction).square().sum(1) - error).clamp(min=0)
             values = [mean @ direction / length, (shift / length).sqrt()]
@@ -80,8 +80,8 @@ class Spread:
 
 
 def moments(weights: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means [n, D] and traces of the covariances [n] (with count - 1) of rows x [N, D] counted weights [n, N] times;
-    NaN for fewer than two."""
+    """Means [n, D] and traces of the covariances [n] (with count - 1) of rows x [N, D] with multiplicities weights
+    [n, N]; NaN for fewer than two."""
     count = weights.sum(1)
     middle = x.mean(0)
     x = x - middle

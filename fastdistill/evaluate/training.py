@@ -30,7 +30,7 @@ _CAPTIONS = {
     "waits": ("Waiting", "Share of the time between two log lines in which the training stood still."),
 }
 _WAITS = {"data": WAITED["data"], "checkpoints": WAITED["checkpoint"]}
-_MOST_TAPS = 7  # lines in a figure that can be told apart
+_MOST_TAPS = 7  # more lines in a figure could not be distinguished
 
 
 def write_training(
@@ -39,10 +39,11 @@ def write_training(
     """Write ``report.json`` and ``report.html`` into ``directory``, which is created. Each file is written atomically.
 
     Args:
-        report: plain JSON values. ``metrics``: the lines of ``metrics.jsonl``, one or more; ``steps``: of the whole
-            run; ``batch``: samples of a step; ``rates``: learning rate at each logged step, or none; ``settings``: the
-            run file, or none; ``concerns``: sentences; ``ended``: how it did before its last step, or none; ``mfu``,
-            ``about``, ``seed``, ``identity`` and ``fingerprint`` as of ``runs.report``. Others as ``write_page``.
+        report: plain JSON values. ``metrics``: the lines of ``metrics.jsonl``, at least one; ``steps``: of the whole
+            run; ``batch``: samples per step; ``rates``: learning rate at each logged step, or none; ``settings``: the
+            run file, or none; ``concerns``: sentences; ``ended``: the reason for an end before the last step, or none;
+            ``mfu``, ``about``, ``seed``, ``identity`` and ``fingerprint`` as in ``runs.report``. Others as
+            ``write_page``.
         previews: PNG files by step.
 
     Raises:
@@ -68,7 +69,7 @@ def write_training(
 
 
 def finding(report: Mapping[str, Any]) -> str:
-    """How far the run is and how its loss fell, in a sentence or two."""
+    """How far the run is and how much its loss fell, in one or two sentences."""
     first, last = report["metrics"][0], report["metrics"][-1]
     ended = report.get("ended")
     far = "The training is " + ("finished" if last["step"] >= report["steps"] else "over" if ended else "on its way")
@@ -107,10 +108,10 @@ def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
         figures["loss"] = curves(parts, "loss")
     spread = {tap: found for tap in spreads(lines[-1]) if (found := _positive(lines, f"{SPREAD}{tap}"))}
     short = _shortened({**taps, **spread})
-    if taps:  # the largest: a figure of all of a large model says nothing
+    if taps:  # the largest ones: a figure with all taps of a large model is unreadable
         largest = sorted(taps, key=lambda name: -taps[name][1][-1])[:_MOST_TAPS]
         figures["taps"] = curves({short[name]: taps[name] for name in taps if name in largest}, "loss")
-    if spread:  # the smallest
+    if spread:  # the smallest ones
         smallest = sorted(spread, key=lambda name: spreads(lines[-1])[name])[:_MOST_TAPS]
         figures["spread"] = curves({short[name]: spread[name] for name in spread if name in smallest}, "spread")
     if norm := _positive(lines, "gradient_norm"):
@@ -125,13 +126,13 @@ def _figures(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _positive(lines: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]] | None:
-    """Steps and values of a metric, of the lines in which it is above 0, as it is drawn over a logarithm."""
+    """Steps and values of a metric, from the lines in which it is above 0 (for a logarithmic axis)."""
     found = [(line["step"], line[name]) for line in lines if line.get(name, 0) > 0]
     return ([step for step, _ in found], [value for _, value in found]) if found else None
 
 
 def _shortened(names: Iterable[str]) -> dict[str, str]:
-    """Names of modules, with as many of their parts as tell them apart: ``down_blocks.0`` for
+    """Names of modules, with as many of their parts as are needed to distinguish them: ``down_blocks.0`` for
     ``down_blocks.0.downsamplers.0.conv``."""
     parts = {name: name.split(".") for name in names}
     found = {}
@@ -143,7 +144,7 @@ def _shortened(names: Iterable[str]) -> dict[str, str]:
 
 
 def _waited(lines: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]] | None:
-    """Steps, and the share of the time before their log line that was waited."""
+    """Steps, and the share of the time before their log line that was spent waiting."""
     found = [
         (after["step"], after[name] / (after["seconds"] - before["seconds"]))
         for before, after in itertools.pairwise([{"step": 0, "seconds": 0.0}, *lines])

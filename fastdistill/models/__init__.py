@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students made from teachers, the taps their features are read at, and the adapters between them."""
+"""Students made from teachers, the taps at which their features are read, and the adapters between them."""
 
 from fastdistill.models.adapters import Adapters
 from fastdistill.models.blocks import BLOCK_SPECS, BlockSpec

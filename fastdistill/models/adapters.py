@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: linear maps of student features to the teacher's channels, before the two are compared."""
+"""Adapters: linear maps of student features to the teacher's channels, applied before the comparison."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Project(nn.Linear):
     """A linear map of the channels of a vector [B, C], of tokens [B, L, C], or of a map [B, C, ...]."""
 
     def forward(self, feature: Tensor) -> Tensor:
-        feature = feature.to(self.weight.dtype)  # a module kept in float32 puts out float32
+        feature = feature.to(self.weight.dtype)  # a module kept in float32 outputs float32
         if feature.ndim <= 3:
             return super().forward(feature)
         convolve = nn.functional.conv2d if feature.ndim == 4 else nn.functional.conv3d
@@ -28,16 +28,16 @@ class Adapters(nn.ModuleList):
     """A linear map from the student's channels to the teacher's for each tap, in their order (for maps a 1x1
     convolution); the identity if the channels are equal.
 
-    They are trained with the student: hand their parameters to the same optimizer and gradient clipping and save their
-    ``state_dict`` in checkpoints. An exported student does not need them. (BK-SDM's and random conditioning's students
-    of smaller width, arXiv 2305.15798 and 2504.02011.)
+    They are trained with the student: pass their parameters to the same optimizer and gradient clipping, and save their
+    ``state_dict`` in checkpoints. An exported student does not need them. (As for the narrower students of BK-SDM and
+    random conditioning, arXiv 2305.15798 and 2504.02011.)
 
     Args:
         pairs: (student channels, teacher channels) of each tap.
-        seed: fixes the initial weights; torch's global generator is left alone. Weights are float32 on the CPU.
+        seed: determines the initial weights; torch's global generator is not used. Weights are float32 on the CPU.
 
     Raises:
-        InputError: a pair that is not two positive integers; a seed that is no int64.
+        InputError: a pair that is not two positive integers; a seed that is not an int64.
     """
 
     def __init__(self, pairs: Sequence[tuple[int, int]], *, seed: int = 0) -> None:
@@ -55,7 +55,7 @@ class Adapters(nn.ModuleList):
         self.pairs = tuple((s, t) for s, t in pairs)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """One feature per tap -> the same with the teacher's channels, in the adapters' dtype if they are mapped.
+        """One feature per tap -> the same with the teacher's channels; mapped features have the adapters' dtype.
 
         Features are vectors [B, C], tokens [B, L, C] or maps [B, C, ...].
         """

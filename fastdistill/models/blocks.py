@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students of transformers: some of the teacher's blocks, in their order, and as many heads as its width allows."""
+"""Students of transformers: some of the teacher's blocks, in order, with a number of heads that follows from the
+width."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from fastdistill.models.families import Family
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """How a student differs from its teacher, a transformer: which blocks it keeps (by ``every``, ``first`` or
-    ``blocks``; all of them if only ``width`` is given), and how wide it is.
+    """How a student differs from its teacher, a transformer: the blocks it keeps (by ``every``, ``first`` or
+    ``blocks``; all of them if only ``width`` is given), and its width.
 
-    every: with 2, every second block, counted back from the last one, in every list of blocks. first: the first so many
-    blocks. blocks: the numbers of the blocks (for Flux those of its double blocks; all single blocks are kept unless
-    ``single_blocks`` says which ones).
-    width: factor on the number of heads, each as wide as the teacher's; all numbers of channels follow from it.
+    every: with 2, every second block in every list of blocks, counted backwards from the last one. first: this number
+    of blocks from the beginning. blocks: the numbers of the blocks (for Flux of its double blocks; all single blocks
+    are kept unless ``single_blocks`` lists some).
+    width: factor for the number of heads, whose size is the teacher's; all numbers of channels follow from it.
     """
 
     every: int | None = None
@@ -42,14 +43,14 @@ BLOCK_SPECS: dict[str, BlockSpec] = {
 @dataclass(frozen=True)
 class BlockPlan:
     """A student of a transformer before it is built: its configuration, the kept blocks of each list, and its taps
-    (teacher module, student module), the output of each kept block."""
+    (teacher module, student module) at the output of each kept block."""
 
     config: dict[str, Any]
     kept: dict[str, tuple[int, ...]]
     taps: list[tuple[str, str]]
 
     def source_of(self, key: str) -> str:
-        """The teacher's tensor that a tensor of the student is a copy of."""
+        """The teacher's tensor from which a tensor of the student is copied."""
         match = re.match(r"(\w+)\.(\d+)\.", key)
         if match is None or match[1] not in self.kept:
             return key
@@ -57,10 +58,10 @@ class BlockPlan:
 
 
 def block_plan(family: Family, config: Mapping[str, Any], spec: BlockSpec) -> BlockPlan:
-    """The student that ``spec`` makes of a teacher with this configuration.
+    """The student that ``spec`` makes from a teacher with this configuration.
 
     Raises:
-        InputError: a spec that says nothing or two things, a block that the teacher does not have, or one that removes
+        InputError: a spec without a choice or with two, a block that the teacher does not have, or a spec that removes
             nothing.
     """
     given = [name for name in ("every", "first", "blocks") if getattr(spec, name) is not None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calling a model: the dtype of its inputs, its prediction, and forwards that leave no trace."""
+"""Calling a model: the dtype of its inputs, its prediction, and forwards without side effects."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Any]
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype in which a model computes, which is that of its inputs.
+    """The dtype in which a model computes and expects its inputs.
 
-    The compute dtype of diffusers' layerwise casting where it is enabled. Otherwise the dtype of the first
-    floating-point weight, else buffer, of at least 16 bits: float8, int8 and 4-bit weights are only stored as such.
-    Modules that diffusers keeps in float32 (``_keep_in_fp32_modules``) count last. float32 where nothing tells.
+    The compute dtype of diffusers' layerwise casting, if it is enabled. Otherwise the dtype of the first floating-point
+    weight (or else buffer) with at least 16 bits, because float8, int8 and 4-bit weights are only a storage format.
+    Modules that diffusers keeps in float32 (``_keep_in_fp32_modules``) come last. If there is none, float32.
     """
     casting = layerwise_casting(model)
     if casting is not None:
@@ -37,7 +37,7 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
 
 
 def layerwise_casting(model: nn.Module) -> torch.dtype | None:
-    """The compute dtype of diffusers' layerwise casting, where a part of the model has it."""
+    """The compute dtype of diffusers' layerwise casting, if a part of the model has it."""
     for module in model.modules():
         registry = getattr(module, "_diffusers_hook", None)
         hook = None if registry is None else registry.get_hook("layerwise_casting")
@@ -48,7 +48,7 @@ def layerwise_casting(model: nn.Module) -> torch.dtype | None:
 
 
 def kept_in_float32(model: nn.Module) -> set[int]:
-    """``id`` of the parameters and buffers that diffusers keeps in float32 whatever the dtype of the model."""
+    """``id`` of the parameters and buffers that diffusers keeps in float32 for any dtype of the model."""
     kept: set[int] = set()
     for module in model.modules():
         if parts := getattr(module, "_keep_in_fp32_modules", None):
@@ -59,21 +59,21 @@ def kept_in_float32(model: nn.Module) -> set[int]:
 
 
 class Predictor:
-    """``predictor(x_t, timestep, prompt)``: the prediction of a model, its floating-point inputs cast to the dtype in
-    which it computes.
+    """``predictor(x_t, timestep, prompt)``: the prediction of a model, after casting floating-point inputs to the dtype
+    in which it computes.
 
-    A model of a family (``fastdistill.models.families``) is called as that has it. Any other is called as
+    A model of a family (``fastdistill.models.families``) is called as the family requires. Any other is called as
     ``model(x_t, timestep, encoder_hidden_states=prompt)``, or with several banks as ``model(x_t, timestep, **banks)``;
-    with ``timestep=`` where its forward has an argument of that name. It returns a tensor, an object with ``.sample``,
+    with ``timestep=`` if its forward has an argument with this name. It returns a tensor, an object with ``.sample``,
     or a tuple that starts with the prediction.
 
     Args:
-        call: how it is called instead: ``call(model, x_t, timestep, rows)``, with the rows of the prompt's banks by
-            name.
-        times: [T], on the device: what the model is given for each timestep; None: the timestep itself.
+        call: used instead to call the model: ``call(model, x_t, timestep, rows)``, with the rows of the prompt's banks
+            by name.
+        times: [T], on the device: the time that the model gets for each timestep; None: the timestep itself.
 
     Attributes:
-        dtype: in which the model computes, as it was when the predictor was made.
+        dtype: the dtype in which the model computed when the predictor was made.
     """
 
     def __init__(self, model: nn.Module, call: Call | None = None, times: Tensor | None = None) -> None:
@@ -85,8 +85,8 @@ class Predictor:
         self._times = times
 
     def __call__(self, x_t: Tensor, timestep: Tensor, prompt: Any, timestep_cond: Tensor | None = None) -> Tensor:
-        """``timestep_cond``: the rows of the bank in which the model reads the guidance weight
-        (``Family.guidance_rows``), in place of the prompt's; None: those of the prompt, if it has them."""
+        """``timestep_cond``: the rows of the bank with the guidance weight (``Family.guidance_rows``), instead of the
+        prompt's rows; None: the prompt's rows, if it has them."""
         rows = prompt if isinstance(prompt, Mapping) else {families.EMBEDDINGS: prompt}
         if timestep_cond is not None:
             rows = {**rows, self._guidance: timestep_cond}
@@ -96,8 +96,8 @@ class Predictor:
 
 
 def with_guidance(model: nn.Module, rows: Any, w: float) -> Any:
-    """The rows [b, ...] of a prompt's banks, or one row [...] of each, with what says the guidance weight w to a model
-    that reads it, where they do not have that yet."""
+    """The rows [b, ...] of a prompt's banks, or one row [...] of each, with the bank for the guidance weight w added if
+    the model has such an input and the bank is missing."""
     family = families.find(model)
     config = families.unwrapped(model).config if family else {}
     bank = family.guidance_bank(config) if family else None
@@ -111,7 +111,7 @@ def with_guidance(model: nn.Module, rows: Any, w: float) -> Any:
 
 
 def _by_name(model: nn.Module) -> Call:
-    """Rows and, where it has an argument of that name, the timestep as named arguments."""
+    """Rows (and the timestep, if there is an argument with this name) as named arguments."""
     try:
         named = "timestep" in inspect.signature(families.unwrapped(model).forward).parameters
     except (TypeError, ValueError):  # a forward without a signature
@@ -137,10 +137,10 @@ def prediction(output: Any) -> Tensor:
 
 @contextlib.contextmanager
 def trial(model: nn.Module) -> Iterator[None]:
-    """Forwards of ``model`` inside leave no trace.
+    """Inside, forwards of ``model`` have no side effects.
 
     They run uncompiled, in eval mode and without gradient; afterwards the modes of its modules, its buffers and torch's
-    random generators are as before.
+    random generators are restored.
     """
     modes = [(module, module.training) for module in model.modules()]
     named = [(module, name, b) for module, _ in modes for name, b in module._buffers.items() if b is not None]

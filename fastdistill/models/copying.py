@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A student starts from its teacher's weights, by an explicit map of names: whole tensors, or slices of them."""
+"""Initializes a student from its teacher's weights by an explicit map of names: whole tensors, or slices of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _UP_BLOCK = re.compile(r"up_blocks\.(\d+)(?:\.(resnets|attentions)\.(\d+))?(?=\.
 
 @dataclass(frozen=True)
 class CopyReport:
-    """Which weights a student took from its teacher: student tensor -> teacher tensor, the teacher's tensors that were
-    not used, and which part was taken of those that were not copied whole."""
+    """Which weights a student took from its teacher: student tensor -> teacher tensor; the unused tensors of the
+    teacher; and, for tensors that were not copied whole, which part was taken."""
 
     sources: dict[str, str]
     unused: tuple[str, ...]
@@ -29,7 +29,7 @@ class CopyReport:
 
     @property
     def moved(self) -> dict[str, str]:
-        """Only the tensors whose name differs between student and teacher."""
+        """Only the tensors whose names differ between student and teacher."""
         return {own: source for own, source in self.sources.items() if own != source}
 
     def __str__(self) -> str:
@@ -39,19 +39,19 @@ class CopyReport:
         )
 
     def table(self) -> str:
-        """The whole map, one line per tensor: the student's, the teacher's, and which part of it was taken."""
+        """The whole map, one line per tensor: the student's, the teacher's, and the part that was copied."""
         return "\n".join(f"{key} <- {source}: {self.sliced.get(key, 'all')}" for key, source in self.sources.items())
 
 
 def copy_from_teacher(
     student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None = None, new: str = ""
 ) -> CopyReport:
-    """Copy into every tensor of ``student`` the teacher's tensor it stands for (BK-SDM, arXiv 2305.15798), or the slice
-    of it where the student is narrower (``fastdistill.models.slicing``).
+    """Copy into every tensor of ``student`` the corresponding tensor of the teacher (BK-SDM, arXiv 2305.15798), or, if
+    the student is narrower, a slice of it (``fastdistill.models.slicing``).
 
-    ``source_of``: the teacher's name for a name of the student's; None: that of ``copy_sources`` for U-Nets. ``new``: a
-    module that the teacher does not have, which stays as it is. Nothing is copied unless all of it fits; values are
-    cast to the student's dtype. Raises as ``copy_sources``.
+    ``source_of``: the teacher's name for a name of the student; None: as in ``copy_sources`` for U-Nets. ``new``: a
+    module that the teacher does not have, which is not changed. Nothing is copied unless all of it fits; values are
+    cast to the student's dtype. Raises the errors of ``copy_sources``.
     """
     sources, parts = _map(student, teacher, source_of, new)
     own, theirs = student.state_dict(), teacher.state_dict()
@@ -69,14 +69,14 @@ def copy_from_teacher(
 def copy_sources(
     student: nn.Module, teacher: nn.Module, source_of: Callable[[str], str] | None = None, new: str = ""
 ) -> dict[str, str]:
-    """The map student tensor -> teacher tensor, by name; either model may be on the meta device.
+    """The map student tensor -> teacher tensor, by name; both models can be on the meta device.
 
-    ``source_of`` tells; None: as for U-Nets, where under ``up_blocks`` a block's last layer is the teacher's last, as
-    only that one takes the channels of the next stage, and blocks are counted from the outermost; every other name is
-    the teacher's own. Copying equal names alone would mismatch some tensors and silently take others from the wrong
-    layer.
+    It is given by ``source_of``. None: the rule for U-Nets: under ``up_blocks`` a block's last layer is the teacher's
+    last (only this layer has the channels of the next stage), and blocks are counted from the outermost; every other
+    name is the teacher's own. Copying only equal names would fail for some tensors and silently copy others from the
+    wrong layer.
 
-    Raises ``InputError`` naming both tensors where a pair does not match, by its shape or as a slice.
+    Raises ``InputError`` naming both tensors if the shapes of a pair do not fit, whole or as a slice.
     """
     return _map(student, teacher, source_of, new)[0]
 

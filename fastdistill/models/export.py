@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline folder in which a student has the place of the model."""
+"""A pipeline folder in which a student replaces the model."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def export(
     overwrite: bool = False,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes ``target``, a whole pipeline folder, or nothing.
+    """Writes ``target``, a complete pipeline folder, or in case of an error nothing.
 
-    ``DiffusionPipeline.from_pretrained`` loads it as the source: with the same ``variant``, where that needs one.
+    ``DiffusionPipeline.from_pretrained`` loads it like the source: with the same ``variant``, if the source needs one.
 
     Args:
-        source: whose components, licence and index it gets.
-        student: of the model's family, or a ``Student``; what wraps it is left out. Its weights are copied as they are.
-        dtype: its weights in this one; None: in their own. What diffusers keeps in float32 stays so.
-        link: the other components are symbolic links to the source's folders, which then have to stay where they are.
-        overwrite: a pipeline folder that is there already is replaced.
-        texts: further files of the folder by name, such as a model card ``README.md``.
+        source: the folder whose components, licence and index are used.
+        student: of the model's family, or a ``Student``; wrappers are removed. Its weights are copied unchanged.
+        dtype: of the stored weights; None: their own. What diffusers keeps in float32 stays in float32.
+        link: the other components are symbolic links to the source's folders, which must then stay at their place.
+        overwrite: an existing pipeline folder is replaced.
+        texts: additional files of the folder by name, such as a model card ``README.md``.
 
     Raises:
-        InputError: a student of another kind, or that reads other latents or prompts than the source's model; weights
-            that are quantized, sharded, not finite or on the meta device, or adapters that are not merged; a target
-            that is there already, or that has to do with the source.
-        StorageError: a component of the source is missing; no space; what the disk says.
+        InputError: a student of another kind, or with latents or prompts other than the source's model; weights that
+            are quantized, sharded, not finite or on the meta device, or adapters that are not merged; a target that
+            exists already, or that overlaps with the source.
+        StorageError: a component of the source is missing; no space; any error of the disk.
     """
     for argument, value in {"link": link, "overwrite": overwrite}.items():
         if not isinstance(value, bool):
@@ -100,8 +100,8 @@ def export_model(
     overwrite: bool = False,
     texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes ``target``, the folder of a model alone, which ``from_pretrained`` of its class loads, or nothing.
-    Arguments and errors as ``export``."""
+    """Writes ``target``, the folder of a model alone, which ``from_pretrained`` of its class loads, or in case of an
+    error nothing. Arguments and errors as in ``export``."""
     family = families.family_of(student.model if isinstance(student, Student) else student, "student")
     model = _model(student, family, "what is exported")
     state = _weights(model, dtype)
@@ -117,7 +117,7 @@ def export_model(
 
 
 def save_model(model: Any, folder: Path, variant: str | None = None) -> None:
-    """``model.save_pretrained``; StorageError for whatever the disk says."""
+    """``model.save_pretrained``; StorageError for any error of the disk."""
     try:
         model.save_pretrained(folder, variant=variant)
     except (OSError, SafetensorError) as error:
@@ -125,7 +125,7 @@ def save_model(model: Any, folder: Path, variant: str | None = None) -> None:
 
 
 def _model(student: Any, family: families.Family, where: str) -> Any:
-    """The model in ``student``, of this family, as ``where`` has it."""
+    """The model in ``student``, which must be of this family (that of ``where``)."""
     model = student.model if isinstance(student, Student) else student
     if not isinstance(model, nn.Module):
         raise InputError.of("student", "a model of diffusers, or a Student", described(student))
@@ -145,12 +145,12 @@ def _model(student: Any, family: families.Family, where: str) -> Any:
 
 
 def _check_reads_the_same(model: Any, source: PipelineFolder) -> None:
-    """Whether the pipeline can call the model."""
+    """InputError unless the pipeline can call the model."""
     family = source.family
     own, theirs = ((family.channels(c), family.conditions(c)) for c in (model.config, source.config))
     if own[0] != theirs[0]:
         raise InputError.of("student", f"latents of {theirs[0]} channels, as {source.path}", own[0])
-    new = {family.guidance_bank(model.config)} - theirs[1].keys()  # which the pipelines give to models that read it
+    new = {family.guidance_bank(model.config)} - theirs[1].keys()  # the pipelines pass it to models that have it
     for name in (own[1].keys() | theirs[1].keys()) - new:
         if own[1].get(name) != theirs[1].get(name):
             rule = f"prompts as {source.path} has them: {name} {_shape(theirs[1].get(name))}"
@@ -164,7 +164,7 @@ def _shape(condition: families.Condition | None) -> str:
 
 
 def _weights(model: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """On the CPU, as they are to be stored."""
+    """The weights on the CPU, as they will be stored."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError.of("dtype", "a floating-point dtype, or None", described(dtype))
     kept = kept_in_float32(model)
@@ -180,13 +180,13 @@ def _weights(model: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
                 value = value.to(dtype)
             if not bool(value.float().isfinite().all()):
                 raise InputError.of("student", f"weights that are finite as {value.dtype}", f"others in {name}")
-        found[name] = value.clone() if storage(value) in places else value  # the file has no tied tensors
+        found[name] = value.clone() if storage(value) in places else value  # the file format has no tied tensors
         places.add(storage(value))
     return found
 
 
 def _written(family: families.Family, config: dict[str, Any], state: dict[str, torch.Tensor]) -> Any:
-    """A plain model with these weights, to be saved: without the wrappers, hooks and fused forwards of the student."""
+    """A plain model with these weights, ready to save: without the student's wrappers, hooks and fused forwards."""
     kind: Any = family.kind
     with torch.device("meta"):
         model = kind.from_config(config)
@@ -198,7 +198,8 @@ def _written(family: families.Family, config: dict[str, Any], state: dict[str, t
 
 
 def _place(target: Path, source: Path | None, overwrite: bool, mark: str) -> Path:
-    """Where to write, with links in its parents resolved; ``mark``: a file of what may be overwritten."""
+    """Where to write, with links in its parents resolved; ``mark``: a file that shows that a folder may be
+    overwritten."""
     whole = Path(os.path.abspath(target))
     place = whole.parent.resolve() / whole.name
     home = None if source is None else source.resolve()

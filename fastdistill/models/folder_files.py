@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a component in a pipeline folder of diffusers: which are its weights, and which decide what it does."""
+"""The files of a component in a pipeline folder of diffusers: which are weights, and which affect the results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ WEIGHTS = (".safetensors", ".bin")
 
 
 def deciding(folder: Path) -> list[Path]:
-    """Those that decide what a component computes: configurations, vocabularies, and of the weights those that are
-    loaded."""
+    """The files that affect what a component computes: configurations, vocabularies, and those of the weight files that
+    are loaded."""
     found = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
     weights = [file for file in found if file.suffix in WEIGHTS]
     suffix = ".safetensors" if any(file.suffix == ".safetensors" for file in weights) else ".bin"
@@ -25,13 +25,14 @@ def deciding(folder: Path) -> list[Path]:
 
 
 def variant_in(folder: Path) -> str | None:
-    """The variant of the weights in a folder (``model.fp16.safetensors``), if there are none without."""
+    """The variant of the weights in a folder (``model.fp16.safetensors``), if there are no weights without a
+    variant."""
     variants = sorted({found for file in folder.iterdir() if (found := variant_of(file)) is not None})
     return variants[0] if variants and variants[0] else None
 
 
 def variant_of(file: Path) -> str | None:
-    """The variant of a file of weights, ``""`` for none; None for other files."""
+    """The variant of a weights file, ``""`` if it has none; None for other files."""
     found = re.fullmatch(r"\w+(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)", file.name)
     return None if found is None else found[1] or ""
 

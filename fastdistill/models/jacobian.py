@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with the Jacobian of a model's feature, none of which forms it.
+"""Products with the Jacobian of a model's feature, without forming the Jacobian.
 
-Forward mode gives J v at twice the cost of J^T u. Where a model has none, J v is the derivative of J^T u by u, at about
-three times its cost.
+Forward mode gives J v at twice the cost of J^T u. If a model does not support it, J v is the derivative of J^T u with
+respect to u, at about three times its cost.
 """
 
 from __future__ import annotations
@@ -35,36 +35,35 @@ from fastdistill.ops._sdpa import math_attention
 
 Function = Callable[[Tensor], Tensor]
 OUTPUT, CLEAN = "output", "x0"
-_MOST_ROWS = 64  # of a chunk on a CPU, where more do not run faster
+_MOST_ROWS = 64  # rows per chunk on a CPU, where larger chunks are not faster
 
 _without_forward_mode: WeakSet[Any] = WeakSet()
 _bytes_of: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
 
 
 class _Left(BaseException):
-    """Ends a forward at its tap; no ``Exception``, which a model might catch."""
+    """Ends a forward at its tap. It is no ``Exception``, because a model might catch that."""
 
 
 class TapFunction:
-    """x [B, *S] -> the feature [B, m] of a model at a tap, flattened; row i depends on row i alone.
+    """x [B, *S] -> the feature [B, m] of a model at a tap, flattened; row i depends only on row i.
 
-    The forward ends at the tap, so that nothing behind it is computed. There is a hook on the tapped module only while
-    it runs.
+    The forward ends at the tap, so nothing after it is computed. The tapped module has a hook only during the call.
 
     Args:
-        model: in eval mode, float32 or float64, neither fused nor compiled; called as its family has it.
-        name: a module as in ``Taps``; ``output``: the prediction; ``x0``: the x_0 that follows from it.
-        timestep: what the model is given, a number or [B].
+        model: in eval mode, float32 or float64, neither fused nor compiled; called as its family requires.
+        name: a module as in ``Taps``; ``output``: the prediction; ``x0``: x_0 computed from the prediction.
+        timestep: what the model gets, a number or [B].
         prompt: rows [B, ...], a tensor of embeddings or banks by name.
         level: (signal, noise) of x, which ``x0`` needs.
         prediction_type: what the model predicts, for ``x0``.
 
     Attributes:
-        shape: of one sample's feature before it is flattened; known after the first call.
+        shape: of one sample's feature before flattening; known after the first call.
 
     Raises:
-        InputError: a name that is no module (near matches are shown), a model that has no such products (and what to
-            do), arguments that do not belong together; from a call, a tap that does not fire.
+        InputError: a name that is not a module (near matches are shown), a model without such products (with advice),
+            arguments that do not fit together; from a call, a tap that did not fire.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class TapFunction:
         check_prompts(self._timestep[:, None], prompt, None, 1)
 
     def of_rows(self, index: Tensor) -> Self:
-        """The function of these rows [b] int64 of the prompt, for as many samples."""
+        """The function for these rows [b] int64 of the prompt, for batches of b samples."""
         made = copy.copy(self)
         made._timestep = self._timestep[index]
         if isinstance(self._prompt, Mapping):
@@ -123,7 +122,7 @@ class TapFunction:
         return value
 
     def _features(self, x: Tensor, taps: Sequence[TapFunction]) -> list[Tensor]:
-        """Of each tap of this model, from one forward, which ends where the last of them is known."""
+        """The feature of each tap of this model, from one forward, which ends at the last of them."""
         if self.model.training:
             raise InputError.of("model", "eval mode (model.eval())", "training mode")
         if len(x) != len(self):
@@ -171,7 +170,7 @@ class TapFunction:
 
 
 class TapFunctions(TapFunction):
-    """x [B, *S] -> the features of several taps one after another, [B, m_1 + m_2 + ...], from one forward.
+    """x [B, *S] -> the features of several taps, concatenated to [B, m_1 + m_2 + ...], from one forward.
 
     taps: functions of the same model, time, prompt and level.
     """
@@ -181,7 +180,7 @@ class TapFunctions(TapFunction):
         self.taps, self.name = tuple(taps), ", ".join(tap.name for tap in taps)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Of each tap, [B, *shape]."""
+        """The feature of each tap, [B, *shape]."""
         return self._features(x, self.taps)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -189,7 +188,7 @@ class TapFunctions(TapFunction):
 
 
 def share(f: Function, x: Tensor) -> float:
-    """FLOPs (of matrix products and convolutions) that ``f`` evaluates, as a share of its model's; 1 of a function."""
+    """FLOPs (of matrix products and convolutions) that ``f`` evaluates, as a share of its model's; 1 for a function."""
     if not isinstance(f, TapFunction):
         return 1.0
     one = torch.zeros(1, dtype=torch.int64, device=x.device)
@@ -204,24 +203,24 @@ def share(f: Function, x: Tensor) -> float:
 
 
 def jvp(f: Function, x: Tensor, V: Tensor, *, chunk: int | None = None) -> Tensor:
-    """J V [B, m, k] with J = df/dx at x, in forward mode; if ``f`` has none, by the double VJP, with a warning.
+    """J V [B, m, k] with J = df/dx at x, in forward mode; if ``f`` has none, by a double VJP, with a warning.
 
     Args:
-        f: a ``TapFunction``, or any function [b, *S] -> [b, m] that treats every row alike and by itself.
-        x: [B, *S] float32 or float64, the dtype of the model. V: [B, n, k] in that dtype, n the elements of a sample.
-        chunk: samples of a call, of the B k into which the products are folded; None: as many as fit into the memory,
-            measured once.
+        f: a ``TapFunction``, or any function [b, *S] -> [b, m] that treats all rows equally and independently.
+        x: [B, *S] float32 or float64, the dtype of the model. V: [B, n, k] in that dtype; n: elements of a sample.
+        chunk: samples per call, out of the B k into which the products are folded; None: as many as fit into the
+            memory, measured once.
 
     Raises:
-        InputError: shapes or dtypes that do not fit, a feature that does not depend on x, a model that can be
-            differentiated in neither way.
+        InputError: shapes or dtypes that do not fit, a feature that does not depend on x, a model that supports neither
+            way of differentiation.
     """
     _check_products(f, x, V, "V", x[0].numel() if x.ndim > 1 and len(x) else 0)
     return _chunked(_forward, f, x, V, chunk)
 
 
 def vjp(f: Function, x: Tensor, U: Tensor, *, chunk: int | None = None) -> Tensor:
-    """J^T U [B, n, k] for U [B, m, k], by one backward for each vector; other arguments as in ``jvp``."""
+    """J^T U [B, n, k] for U [B, m, k], by one backward per vector; other arguments as in ``jvp``."""
     _check_products(f, x, U, "U", None)
     return _chunked(_backward, f, x, U, chunk)
 
@@ -232,7 +231,7 @@ def at(f: Function, index: Tensor) -> Function:
 
 
 def check_input(f: Function, x: Tensor) -> None:
-    """InputError unless x is a batch for ``f``, in a precision that Jacobians need."""
+    """InputError unless x is a batch for ``f``, in a precision suitable for Jacobians."""
     _check.valued(x=x)
     dtypes = (f.dtype,) if isinstance(f, TapFunction) else (torch.float32, torch.float64)
     if x.ndim < 2 or len(x) == 0 or x.dtype not in dtypes:
@@ -251,7 +250,7 @@ def _check_products(f: Function, x: Tensor, vectors: Tensor, argument: str, size
 
 
 def _check_model(model: nn.Module) -> None:
-    """InputError, with what to do, for a model whose Jacobian cannot be computed, or not precisely."""
+    """InputError, with advice, for a model whose Jacobian cannot be computed, or not precisely."""
     for name, module in model.named_modules():
         where = name or "the model"
         if is_fused(module):
@@ -272,7 +271,7 @@ def _check_model(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _products(x: Tensor) -> Iterator[None]:
-    """Math attention, which has derivatives of both kinds; no autocast; out of inference mode."""
+    """Math attention, which supports both kinds of derivatives; autocast off; not in inference mode."""
     with torch.inference_mode(False), torch.autocast(x.device.type, enabled=False), math_attention():
         yield
 
@@ -305,7 +304,7 @@ def _chunked(product: Callable[..., Tensor], f: Function, x: Tensor, vectors: Te
 
 
 def _forward(f: Function, x: Tensor, v: Tensor) -> Tensor:
-    """J v for each row, in forward mode if there is one."""
+    """J v for each row, in forward mode if it is supported."""
     owner = _owner(f)
     if owner not in _without_forward_mode:
         try:
@@ -322,7 +321,7 @@ def _forward(f: Function, x: Tensor, v: Tensor) -> Tensor:
 
 
 def _twice_backward(f: Function, x: Tensor, v: Tensor) -> Tensor:
-    """J v as the derivative of <J^T u, v> by u, at any u."""
+    """J v as the derivative of <J^T u, v> with respect to u, at any u."""
     with torch.enable_grad():
         y = f(x.requires_grad_())
         u = torch.zeros_like(y, requires_grad=True)
@@ -361,7 +360,7 @@ def _owner(f: Function) -> Any:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of what the ops of a forward return, views left out: at least what its graph can hold."""
+    """Bytes of the outputs of a forward's ops, without views: a lower limit of what its graph can hold."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -375,8 +374,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _fitting(f: Function, x: Tensor) -> int:
-    """Samples of a chunk for which half of the free memory will do, twice what a forward makes each."""
-    from fastdistill.plan.cards import available  # loads the planner
+    """Samples per chunk so that half of the free memory is enough, with twice the bytes of a forward per sample."""
+    from fastdistill.plan.cards import available  # imported here, because it loads the planner
 
     known = _bytes_of.setdefault(_owner(f), {})
     key = (getattr(f, "name", ""), tuple(x.shape[1:]), x.dtype)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Students that are a frozen model with adapters of PEFT: LoRA (arXiv 2106.09685) and its relatives.
 
-PEFT is imported only where there are adapters.
+PEFT is imported only if there are adapters.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from fastdistill.files import atomic_write, make_directory
 from fastdistill.models import families
 from fastdistill.models.weights import memory, plain_tensors, storage
 
-# Fields of a configuration that say where an adapter came from, not what it computes.
+# Fields of a configuration about the origin of an adapter, not about what it computes.
 _ORIGIN = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-_KEEPS_BASE = (True, False, "gaussian")  # values of init_lora_weights; others change the weights below
+_KEEPS_BASE = (True, False, "gaussian")  # values of init_lora_weights that do not change the weights below
 
 
 def require() -> Any:
@@ -40,7 +40,7 @@ def require() -> Any:
 
 
 def owner(model: nn.Module) -> tuple[str, Any]:
-    """The outermost module that has adapters, and its name with a dot behind it; ("", None) if none has."""
+    """The outermost module that has adapters, and its name followed by a dot; ("", None) if there is none."""
     for name, module in model.named_modules():
         if isinstance(found := getattr(module, "peft_config", None), Mapping) and found:
             return name + "." * bool(name), module
@@ -61,11 +61,11 @@ def is_config(value: Any) -> bool:
 
 
 def with_adapters(teacher: nn.Module, config: Any, seed: int) -> Any:
-    """A copy of the teacher whose weights are in the same memory, frozen, with new adapters in it.
+    """A copy of the teacher whose weights share the teacher's memory and are frozen, with new adapters.
 
-    Where the initialization of the adapters changes the weights below (PiSSA, OLoRA), these are copied. torch's random
-    state is left alone. With LoRA, a diffusers model that can hold it (``add_adapter``) stays one; others become a
-    ``PeftModel``.
+    If the initialization of the adapters changes the weights below (PiSSA, OLoRA), these are copied. torch's random
+    state does not change. With LoRA, a diffusers model that supports it (``add_adapter``) keeps its class; others
+    become a ``PeftModel``.
 
     Raises:
         InputError: a teacher with adapters, or a configuration that does not fit it.
@@ -94,14 +94,14 @@ def with_adapters(teacher: nn.Module, config: Any, seed: int) -> Any:
         raise InputError.of("spec", "adapters that PEFT can put into the teacher", quoted(error)) from error
     taken = {storage(p) for p in whole.parameters()}
     for p in model.parameters():
-        if p.requires_grad and storage(p) in taken:  # biases, where the configuration trains them
+        if p.requires_grad and storage(p) in taken:  # biases, if the configuration trains them
             p.data = p.data.clone()
     return model.to(next(whole.parameters()).device)
 
 
 def _from_mapping(values: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of unknown fields, which PEFT ignores
+        warnings.simplefilter("ignore")  # about unknown fields, which PEFT ignores
         made = require().PeftConfig.from_peft_type(**values)
     if unknown := sorted(values.keys() - {field.name for field in dataclasses.fields(made)}):
         raise InputError.of("spec", f"fields of {type(made).__name__}", ", ".join(unknown))
@@ -114,7 +114,7 @@ def _frozen(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def check(student: nn.Module) -> None:
-    """Whether the adapters of a student, if it has any, can be trained.
+    """InputError unless the adapters of a student, if it has any, can be trained.
 
     Raises:
         InputError: they are merged into the weights, disabled, or all frozen.
@@ -133,9 +133,9 @@ def check(student: nn.Module) -> None:
 
 
 def identity(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
-    """What a student's adapters are and which weights they stand on, for a fingerprint; empty for other students.
+    """The student's adapters and the weights below them, for a fingerprint; empty for other students.
 
-    Weights equal to the teacher's are those; others have the hash of what was given. Call it before a cast.
+    Weights equal to the teacher's are identified by it; others by the hash of the given values. Call it before a cast.
     """
     if not (found := configs(student)):
         return {}
@@ -152,7 +152,7 @@ def identity(student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
 
 
 def left_out(student: nn.Module) -> set[str]:
-    """Names of the frozen weights under a student's adapters, which belong to no checkpoint of it."""
+    """Names of the frozen weights below a student's adapters, which are not stored in checkpoints."""
     if not configs(student):
         return set()
     return {name for name, p in student.named_parameters(remove_duplicate=False) if not p.requires_grad}
@@ -162,7 +162,7 @@ def chosen(student: nn.Module, adapter: Any) -> str:
     """The name of an adapter; None: the one that is trained.
 
     Raises:
-        InputError: there is none of that name, or not one that is trained.
+        InputError: there is none with that name, or the number of trained adapters is not one.
     """
     if not (found := configs(student)):
         raise InputError.of("student", "a model with adapters of PEFT", f"{type(student).__name__} without any")
@@ -177,10 +177,10 @@ def chosen(student: nn.Module, adapter: Any) -> str:
 
 
 def exported(student: nn.Module, values: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
-    """The weights of an adapter under PEFT's names, with ``values`` by the student's names in the place of its own.
+    """The weights of an adapter under PEFT's names; ``values``, by the student's names, replace its own weights.
 
     Raises:
-        InputError: something that is of no adapter is trained, which PEFT's format has no place for.
+        InputError: a trained weight belongs to no adapter, which PEFT's format cannot store.
     """
     prefix, module = owner(student)
     state = module.state_dict()
@@ -196,8 +196,8 @@ def exported(student: nn.Module, values: Mapping[str, Tensor], adapter: str) -> 
 
 
 def write(student: nn.Module, tensors: Mapping[str, Tensor], adapter: str, directory: Path) -> None:
-    """What ``exported`` returned, in files of diffusers where its pipelines can load them, else of PEFT: they refuse
-    trained biases and modules, and adapters whose initialization changes the weights below."""
+    """Write the result of ``exported`` in diffusers' format if its pipelines can load it, else in PEFT's: pipelines
+    refuse trained biases and modules, and adapters whose initialization changes the weights below."""
     _, module = owner(student)
     config, family = module.peft_config[adapter], families.find(module)
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
@@ -226,7 +226,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _described(config: Any) -> dict[str, Any]:
-    """The fields of a configuration that are not the usual ones, as JSON values."""
+    """The fields of a configuration that differ from the defaults, as JSON values."""
     usual = {
         f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         for f in dataclasses.fields(config)
@@ -247,7 +247,7 @@ def _base(student: nn.Module, teacher: nn.Module) -> str:
 
 
 def _bare(name: str) -> str:
-    """The name that a weight had before there were adapters."""
+    """The name of a weight before adapters were added."""
     for part in ("base_model.model.", "base_layer.", "original_module."):
         name = name.replace(part, "")
     return name

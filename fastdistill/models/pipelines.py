@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipeline folders of diffusers: what is in them, the parts that distillation needs, and a student put into one."""
+"""Pipeline folders of diffusers: their contents, the parts that distillation needs, and export of a student."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from fastdistill.models.export import INDEX, export
 from fastdistill.models.folder_files import WEIGHTS, deciding, read_json, variant_in
 from fastdistill.models.weights import weights_hash
 
-_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # by what samples from texts
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # not used for sampling from texts
 
 
 def open_pipeline(folder: str | os.PathLike[str], *, any_model: bool = False) -> PipelineFolder:
     """Open a pipeline folder of diffusers (``DiffusionPipeline.save_pretrained``); no weights are read.
 
     Args:
-        any_model: also take a model of no known family, which a function has to call (``call``). If its class is not
-            one of diffusers, its module is imported, which runs the user's own code.
+        any_model: also accept a model of no known family; it must be called by a function (``call``). If its class is
+            not from diffusers, its module is imported, which runs the user's own code.
 
     Raises:
         StorageError: no folder, or a file that is missing or damaged.
-        InputError: a pipeline whose model is of no family (``fastdistill.models.families``); with ``any_model`` one
-            without a model, or whose prompts are not what diffusers' class encodes.
+        InputError: a pipeline whose model has no family (``fastdistill.models.families``); with ``any_model``, a
+            pipeline without a model, or whose prompts are encoded differently than in diffusers' class.
     """
     path = files.located(folder, "folder")
     if not path.is_dir():
@@ -80,7 +80,7 @@ class PipelineFolder:
 
     kind: the class of the pipeline. family: the family of its model. index: the content of ``model_index.json``.
     config: the configuration of the model, with the defaults of its class. A ``size`` is (height, width) of images in
-    pixels; None: the size that the model was made for.
+    pixels; None: the size for which the model was made.
     """
 
     path: Path
@@ -101,7 +101,7 @@ class PipelineFolder:
 
     @cached_property
     def variant(self) -> str | None:
-        """The ``variant`` of weights with which the folder is loaded: ``fp16`` if a component has no others."""
+        """The ``variant`` of weights with which the folder is loaded: ``fp16`` if a component has no other weights."""
         folders = [self.path / name for name in self.components()]
         return next(filter(None, (variant_in(folder) for folder in folders if folder.is_dir())), None)
 
@@ -112,7 +112,7 @@ class PipelineFolder:
         return height * factor, width * factor
 
     def latent_shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """[C, H, W] of the latents of images of this size; InputError for a size that the model does not have."""
+        """[C, H, W] of the latents of images of this size; InputError for a size that the model does not support."""
         with _read(self.path, "used", f"the configurations of {self.family.part} and vae "):
             return self.family.latent_shape(self.config, self.vae, size)
 
@@ -121,12 +121,12 @@ class PipelineFolder:
         return self.family.scheduler(self.kind, self._part("scheduler"))
 
     def schedule(self, size: tuple[int, int] | None = None) -> Schedule:
-        """The noise that the model is trained with, from its scheduler; a dynamic shift depends on ``size``."""
+        """The noise with which the model is trained, from its scheduler; a dynamic shift depends on ``size``."""
         return schedule_of(self.scheduler(), self.family.tokens(self.config, self.latent_shape(size)))
 
     @property
     def prediction_type(self) -> PredictionType:
-        """What the model predicts: what the scheduler says, else what is usual for the family."""
+        """What the model predicts: from the scheduler, or else the default of the family."""
         stated = self.scheduler().config.get("prediction_type") or self.family.prediction_type
         return check_prediction_type(stated or self.schedule().prediction_types[0])
 
@@ -174,9 +174,9 @@ class PipelineFolder:
         Args:
             pipeline: with the text encoders; None: ``encoders()``.
             on_demand: prompts are encoded whenever their rows are read, for a pool whose encodings are too large to
-                store; while a trainer has the bank, nothing else may use the pipeline.
-            options: ``size``, ``guidance_scale`` and others of ``family.encode``; ``null_text``, ``batch`` and
-                ``progress`` of ``PromptBank.build``, or ``dtype`` of ``PromptBank.on_demand``.
+                store; as long as a trainer has the bank, nothing else may use the pipeline.
+            options: ``size``, ``guidance_scale`` and others from ``family.encode``; ``null_text``, ``batch`` and
+                ``progress`` from ``PromptBank.build``, or ``dtype`` from ``PromptBank.on_demand``.
         """
         make = PromptBank.on_demand if on_demand else PromptBank.build
         own = {"null_text", "batch", "dtype" if on_demand else "progress"}
@@ -195,28 +195,27 @@ class PipelineFolder:
         )
 
     def sized(self, prompts: PromptBank, size: tuple[int, int] | None = None) -> PromptBank:
-        """The bank for images of another size: the rows that hold the size (SDXL, PixArt-alpha) are replaced."""
+        """The bank for images of another size: the rows with the size (SDXL, PixArt-alpha) are replaced."""
         said = self.family.of_size(self.config, self.size(size))
         rows = {name: row.expand(len(prompts) + 1, *row.shape) for name, row in said.items()}
         return replace(prompts, banks=prompts.banks | rows) if rows else prompts
 
     def own_prompts(self) -> list[str] | None:
-        """The prompts that it has itself, its classes by a name that no other has or by their numbers; None: it reads
-        texts."""
+        """The built-in prompts of the model: its classes, by a unique name or by number; None: it reads texts."""
         if any(name.startswith("text_encoder") for name in self.components()):
             return None
         names = self.index.get("id2label")
         if not names:
             return [str(number) for number in range(self.config["num_embeds_ada_norm"])]
         named = {int(number): [name.strip() for name in text.split(",")] for number, text in names.items()}
-        found = {name: number for number, own in named.items() for name in own}  # as the pipeline understands them
+        found = {name: number for number, own in named.items() for name in own}  # as the pipeline interprets them
         return [
             next((name for name in own if name and found[name] == number), str(number))
             for number, own in sorted(named.items())
         ]
 
     def usual(self) -> dict[str, Any]:
-        """Sections of a run file for it: steps and guidance as its class has them by default."""
+        """Sections of a run file for this pipeline: steps and guidance are the defaults of its class."""
         import diffusers
 
         takes = inspect.signature(getattr(diffusers, self.kind).__call__).parameters
@@ -224,7 +223,7 @@ class PipelineFolder:
         return {"cache": {field: takes[name].default for field, name in named.items() if name in takes}}
 
     def loads(self, base: str | None = None) -> list[str]:
-        """Lines of Python that load what ``export`` leaves; or, on a ``base``, adapters."""
+        """Lines of Python that load the result of ``export``, or with a ``base``, adapters."""
         lines = ["from diffusers import DiffusionPipeline", ""]
         if base is None:
             return [*lines, 'pipeline = DiffusionPipeline.from_pretrained("this folder")']
@@ -232,11 +231,11 @@ class PipelineFolder:
         return [*lines, own, 'pipeline.load_lora_weights("this folder")']
 
     def files(self, name: str) -> list[Path]:
-        """The files of a component that decide what it computes."""
+        """The files of a component that affect what it computes."""
         return deciding(self._folder(name))
 
     def row(self) -> dict[str, Tensor]:
-        """A row of each bank that ``encode`` makes, without values: on the meta device."""
+        """A row of each bank that ``encode`` makes, without values (on the meta device)."""
         if isinstance(self.family, families.Other):
             try:
                 with _Unread():  # type: ignore[no-untyped-call]
@@ -265,15 +264,15 @@ class PipelineFolder:
     ) -> Tensor:
         """Latents [b, C, H, W] of prompts by the pipeline's scheduler, float32 on the model's device.
 
-        Latent i depends on its prompt and (seed, rows[i]) alone, as ``generate_latent_cache`` wants it.
+        Latent i depends only on its prompt and (seed, rows[i]), as ``generate_latent_cache`` requires.
 
         Args:
             model: teacher or student, in eval mode. prompt_index: [b] int64, rows of the bank.
             rows: [b] int64, numbers of the initial noise; None: 0..b-1.
-            guidance_scale: as in diffusers. A model that reads the scale (LCM, Flux) gets the one of the bank if it
-                holds one, otherwise this, and is evaluated once per step. None: 1, or by ``guidance``.
-            guidance: in place of guidance_scale a schedule of w = g - 1, which models that read the scale do not take.
-                Other arguments are those of ``sample_with``.
+            guidance_scale: as in diffusers. A model that has the scale as an input (LCM, Flux) gets the scale in the
+                bank if there is one, otherwise this one, and is evaluated once per step. None: 1, or by ``guidance``.
+            guidance: instead of guidance_scale, a schedule of w = g - 1; not for models that have the scale as an
+                input. Other arguments are those of ``sample_with``.
         """
         if prompt_index.ndim != 1 or prompt_index.dtype != torch.int64:
             raise InputError.of("prompt_index", "int64 rows [b]", f"{prompt_index.dtype} {tuple(prompt_index.shape)}")
@@ -299,11 +298,11 @@ class PipelineFolder:
     def check_steps(
         self, model: Any, steps: int, guidance: Guidance | float | str | None = None, *, argument: str = "steps"
     ) -> None:
-        """InputError unless ``sample`` can make so many steps, and use the schedule ``guidance`` at the levels of noise
-        that the scheduler visits in them.
+        """InputError unless ``sample`` can make this number of steps, and use the schedule ``guidance`` at the noise
+        levels of these steps.
 
         Args:
-            model: on any device, also meta. argument: what the message calls the steps.
+            model: on any device, also meta. argument: the name of the steps in the message.
         """
         scheduler = self.scheduler()
         set_timesteps(scheduler, steps, self.latent_shape(), model, argument=argument)
@@ -375,7 +374,7 @@ class PipelineFolder:
 
 @contextmanager
 def _read(place: Path, how: str = "loaded", what: str = "") -> Iterator[None]:
-    """StorageError about ``place`` for whatever other libraries make of its values, each with errors of its own."""
+    """StorageError about ``place`` for any error of other libraries, each of which has its own exceptions."""
     try:
         yield
     except (FastdistillError, ImportError, MemoryError, torch.OutOfMemoryError):
@@ -385,7 +384,7 @@ def _read(place: Path, how: str = "loaded", what: str = "") -> Iterator[None]:
 
 
 class _Unread(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tensors without values are true wherever code asks: masks whether they are of ones alone, say."""
+    """Makes tensors without values true if code tests them, for example whether masks are all ones."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:

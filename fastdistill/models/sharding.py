@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models have given their parameters away."""
+"""Detects models whose parameters are sharded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def sharded(model: nn.Module) -> str | None:
-    """What shards the model, or a part of it, by FSDP (1 or 2), in words; None if nothing does."""
+    """The kind of FSDP (1 or 2) that shards the model or a part of it, in words; None if there is none."""
     for name, module in model.named_modules():
         if hasattr(module, "unshard") or type(module).__name__ == "FullyShardedDataParallel":
             return f"{name or 'the model'} is sharded by {type(module).__name__}"

@@ -2,12 +2,12 @@
 """Weights of a narrower student: evenly spaced entries of its teacher's (weight selection, arXiv 2311.18823).
 
 Along an axis on which the student has ``own`` entries and the teacher ``n``, the student's entry i is the teacher's
-i * n // own. That selects the same channels in every tensor, and in each of the equal parts of an axis that has several
-(shifts, scales and gates of a modulation, both halves of a GEGLU). Of the channels of an attention it selects whole
-heads where the student has fewer of them.
+i * n // own. That selects the same channels in every tensor. If an axis has several equal parts (shifts, scales and
+gates of a modulation, both halves of a GEGLU), it selects in each part. If the student has fewer heads in an attention,
+it selects whole heads.
 
-A weight whose inputs are narrowed is multiplied by sqrt(n / own) (which the paper does not), so that sums over fewer
-inputs keep their size where these are independent.
+A weight with fewer inputs is multiplied by sqrt(n / own) (which the paper does not do), so that sums over fewer
+independent inputs keep their magnitude.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastdistill.models import families
 
 
 class Slice(NamedTuple):
-    """Entries of a teacher's tensor along each axis (None: all), and what they are multiplied by."""
+    """Entries of a teacher's tensor along each axis (None: all), and the factor for the copied values."""
 
     axes: tuple[Tensor | None, ...]
     scale: float
@@ -42,10 +42,10 @@ class Slice(NamedTuple):
 
 
 def slices(student: nn.Module, teacher: nn.Module, sources: Mapping[str, str]) -> dict[str, Slice]:
-    """The slices in the map ``sources`` (student tensor -> teacher tensor); what is not in it is copied whole.
+    """The slices in the map ``sources`` (student tensor -> teacher tensor); tensors without a slice are copied whole.
 
     Raises:
-        InputError: names both tensors of a pair whose shapes do not come from the widths of the two models.
+        InputError: names both tensors of a pair whose shapes do not follow from the widths of the two models.
     """
     family = families.find(teacher)
     own, theirs = student.state_dict(), teacher.state_dict()
@@ -66,7 +66,7 @@ def slices(student: nn.Module, teacher: nn.Module, sources: Mapping[str, str]) -
 
 
 class _Heads(NamedTuple):
-    """The axis on which a tensor has the heads of an attention: number and size of the student's and the teacher's."""
+    """The axis of a tensor that has an attention's heads: their number and size, for student and teacher."""
 
     axis: int
     number: tuple[int, int]
@@ -109,7 +109,7 @@ def _spaced(own: int, n: int) -> Tensor:
 
 
 def _of_heads(heads: _Heads, own: int, n: int, ratio: Fraction) -> Tensor | None:
-    """Whole heads, or evenly spaced channels of each; evenly spaced ones of what follows them on the axis."""
+    """Whole heads, or evenly spaced channels of each; for channels after the heads on the axis, evenly spaced ones."""
     inner, whole = heads.number[0] * heads.size[0], heads.number[1] * heads.size[1]
     same = heads.number[0] == heads.number[1] or heads.size[0] == heads.size[1]
     if not same or (own > inner and Fraction(own - inner, n - whole) != ratio):

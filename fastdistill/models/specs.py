@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a student leaves out of its teacher: the named recipes and the U-Net configuration each one gives."""
+"""What a student leaves out of its teacher: named specs, and the U-Net configuration for each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdistill.errors import InputError, described
 
 Spec = TypeVar("Spec")
 
-# One value a stage, outermost first; `up_block_types` and `reverse_transformer_layers_per_block` run the other way.
+# One value per stage, outermost first; `up_block_types` and `reverse_transformer_layers_per_block` are in reverse.
 _PER_STAGE = (
     "down_block_types",
     "block_out_channels",
@@ -31,14 +31,15 @@ StudentTaps = Literal["blocks", "self_attention"]
 class StudentSpec:
     """How a student differs from its teacher, a ``UNet2DConditionModel``. By default nothing differs.
 
-    layers_per_block: layers in every down block (up blocks get one more); the innermost ones of each block are dropped.
+    layers_per_block: layers in every down block (up blocks have one more); the innermost ones of each block are
+    dropped.
     remove_mid: drop the mid block. remove_stages: drop this many of the innermost stages.
-    width: factor on the channels of every stage, rounded to the groups of the norms.
-    block_out_channels: the channels of every stage that is kept, instead of ``width``.
+    width: factor for the channels of every stage, rounded to the groups of the norms.
+    block_out_channels: the channels of every remaining stage, instead of ``width``.
     transformer_layers: number of transformer blocks in each attention of every stage; the teacher's first ones are
         kept.
-    taps: where student and teacher are compared: after the ``blocks``, or at every ``self_attention`` (KOALA, arXiv
-        2312.04005).
+    taps: where student and teacher are compared: at the outputs of the ``blocks``, or at every ``self_attention``
+        (KOALA, arXiv 2312.04005).
     """
 
     layers_per_block: int | None = None
@@ -50,8 +51,8 @@ class StudentSpec:
     taps: StudentTaps = "blocks"
 
 
-#: Students by name. bk_*: BK-SDM's block-removed students; channel_*: random conditioning's students of smaller width;
-#: koala_*: of SDXL. whole: the teacher's own size, for an objective that changes what a model computes.
+#: Students by name. bk_*: BK-SDM's block-removed students; channel_*: random conditioning's narrower students;
+#: koala_*: for SDXL. whole: the teacher's own size, for an objective that changes what a model computes.
 SPECS: dict[str, StudentSpec] = {
     "bk_base": StudentSpec(layers_per_block=1),
     "bk_small": StudentSpec(layers_per_block=1, remove_mid=True),
@@ -67,8 +68,8 @@ SPECS: dict[str, StudentSpec] = {
 
 
 def spec_of(kind: type[Spec], named: Mapping[str, Spec], spec: object, of: str = "") -> Spec:
-    """The spec of this name, of these fields (as read from YAML), or itself; ``of`` says in a message which teachers
-    have such."""
+    """The spec with this name or these fields (as read from YAML), or the spec itself; ``of``: the kind of teachers,
+    for the message."""
     if isinstance(spec, kind):
         return _of_its_types(spec)
     if isinstance(spec, str):
@@ -87,7 +88,7 @@ def spec_of(kind: type[Spec], named: Mapping[str, Spec], spec: object, of: str =
     )
 
 
-#: What a value of a field is, by its annotation.
+#: The expected value of a field, in words, by its annotation.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "int": ("a whole number", lambda v: isinstance(v, numbers.Integral) and not isinstance(v, bool)),
@@ -109,15 +110,15 @@ def _of_its_types(spec: Spec) -> Spec:
 
 
 def student_spec(spec: str | StudentSpec | Mapping[str, Any]) -> StudentSpec:
-    """The spec of this name in ``SPECS``, of these fields, or itself."""
+    """The spec with this name in ``SPECS`` or these fields, or the spec itself."""
     return spec_of(StudentSpec, SPECS, spec)
 
 
 def student_config(teacher_config: Mapping[str, Any], spec: str | StudentSpec | Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of the student of a teacher with ``teacher_config`` (of a ``UNet2DConditionModel``).
 
-    Raises ``InputError`` for a spec that asks for more than the teacher has, removes nothing, or leaves no way for the
-    prompt to enter.
+    Raises ``InputError`` for a spec that requires more than the teacher has, removes nothing, or leaves no input for
+    the prompt.
     """
     if "down_block_types" not in teacher_config or "cross_attention_dim" not in teacher_config:
         raise InputError.of(
@@ -154,7 +155,7 @@ def student_config(teacher_config: Mapping[str, Any], spec: str | StudentSpec | 
 
 
 def check_config(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
-    """Refuse a student configuration that does not fit the teacher's inputs, or is deeper or wider than the teacher."""
+    """InputError for a student configuration that does not fit the teacher's inputs, or is deeper or wider."""
     for key in ("in_channels", "out_channels"):
         if teacher[key] != student[key]:
             raise InputError.of(f"student.{key}", f"the teacher's {teacher[key]}", student[key])
@@ -178,13 +179,13 @@ def check_config(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None
 
 
 def per_stage(config: Mapping[str, Any], key: str) -> list[Any]:
-    """``config[key]`` as one value a stage, outermost first."""
+    """``config[key]`` as one value per stage, outermost first."""
     value = config[key]
     return list(value) if isinstance(value, list | tuple) else [value] * len(config["down_block_types"])
 
 
 def cross_attends(block_type: str | None) -> bool:
-    """Whether blocks of this type hold transformers (with a ``proj_out``) that see the prompt."""
+    """Whether blocks of this type contain transformers (with a ``proj_out``) that attend to the prompt."""
     return block_type is not None and "CrossAttn" in block_type and "Simple" not in block_type
 
 
@@ -223,9 +224,10 @@ def _given(config: Mapping[str, Any], widths: tuple[int, ...]) -> tuple[int, ...
 
 
 def _heads(config: Mapping[str, Any], before: Sequence[int]) -> int | tuple[int, ...]:
-    """Heads a stage for channels that were ``before``: the teacher's number of heads, else heads of the teacher's size.
+    """Heads per stage for channels that were ``before``: the teacher's number of heads, else heads of the teacher's
+    size.
 
-    (``attention_head_dim`` is the number of heads where blocks cross-attend: a misnomer of diffusers.)
+    (``attention_head_dim`` is the number of heads if blocks cross-attend: a misnomer of diffusers.)
     """
     heads = per_stage(config, "attention_head_dim")
     chosen = []

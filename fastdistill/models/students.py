@@ -26,13 +26,13 @@ from fastdistill.ops import _check
 
 @dataclass(frozen=True)
 class Student:
-    """A student, with what is needed to distil it.
+    """A student, with what is needed to distill it.
 
     model: of the teacher's class, float32, on the teacher's device.
     teacher_taps, student_taps: names of modules whose outputs are compared, in pairs.
-    channels: (student channels, teacher channels) of each pair, to build ``Adapters`` from; empty if the teacher is of
-        no known family, because such a student has the teacher's width.
-    copied: which tensors of the teacher its weights came from.
+    channels: (student channels, teacher channels) of each pair, for ``Adapters``; empty if the teacher has no known
+        family, because such a student has the teacher's width.
+    copied: the tensors of the teacher from which its weights were copied.
     """
 
     model: Any
@@ -57,21 +57,21 @@ def make_student(
     """Make a student of ``teacher`` by ``spec``, initialized from the teacher's weights or randomly from ``seed``.
 
     A ``StudentSpec`` (``SPECS``) is for U-Nets, a ``BlockSpec`` (``BLOCK_SPECS``) for the transformers of the other
-    families, and without a width for any model of diffusers with lists of blocks. A configuration of PEFT, such as
-    ``LoraConfig``, or a mapping with ``peft_type`` as in ``adapter_config.json``, gives the teacher itself with new
-    adapters: the weights below them are frozen and in the teacher's own memory, so that merging adapters into them
-    would change the teacher.
+    families; without a width it is also for any model of diffusers with lists of blocks. A configuration of PEFT, such
+    as ``LoraConfig``, or a mapping with ``peft_type`` as in ``adapter_config.json``, gives the teacher itself with new
+    adapters: the weights below them are frozen and share the teacher's memory, so merging adapters into them would
+    change the teacher.
 
-    A student of the teacher's width starts from copies of its tensors, a narrower one from slices of them
+    A student with the teacher's width is initialized from copies of its tensors, a narrower one from slices of them
     (``fastdistill.models.slicing``).
 
-    guidance_embedding: the student gets the guidance weight as an input (``GuidanceDistillation.scale``), as latent
-    consistency models and Flux do, even if the teacher does not have it. The new weights begin at zero, so that the
-    student starts as the one without this input. For U-Nets and Flux.
+    guidance_embedding: the student gets the guidance weight as an input (``GuidanceDistillation.scale``), like latent
+    consistency models and Flux, even if the teacher does not have it. The new weights are zero at first, so that the
+    student starts as if it had no such input. For U-Nets and Flux.
 
-    The global random state does not change. A teacher on the meta device gives a student there, to count and plan with.
-    Raises ``InputError``, before anything is allocated, if the spec does not fit the teacher, and ``FastdistillError``
-    if PEFT is needed and not installed.
+    The global random state does not change. For a teacher on the meta device the student is there too, for counting and
+    planning. Raises ``InputError``, before anything is allocated, if the spec does not fit the teacher, and
+    ``FastdistillError`` if PEFT is needed and not installed.
     """
     family = families.family_of(teacher, "teacher")
     if init not in ("teacher", "random"):
@@ -146,10 +146,10 @@ def _adapted(family: families.Family, teacher: nn.Module, config: Any, init: str
 
 
 def check_parameters(teacher: nn.Module, student: nn.Module) -> None:
-    """Refuse a student that trains more parameters than its teacher has.
+    """InputError for a student that trains more parameters than its teacher has.
 
-    Frozen ones do not count, as of a student with LoRA beside the teacher's own weights, nor does what reads the
-    guidance weight; nor is anything refused by a quantized teacher, whose parameters do not count its weights.
+    Frozen parameters do not count (for example below LoRA), nor do those for the guidance weight. With a quantized
+    teacher there is no check, because its parameters do not show the number of its weights.
     """
     if quantized(teacher):
         return
@@ -162,11 +162,11 @@ def check_parameters(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def student_taps(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Pairs (teacher module, student module) to compare, for two configurations of which one is the other's student.
+    """Pairs (teacher module, student module) to compare, for two configurations of a teacher and its student.
 
-    Same widths: the outputs of the blocks; where innermost stages were removed, the student's new innermost down block
-    is compared at its last transformer instead, as the teacher's goes on to downsample. Other widths: the last
-    convolution of every block, for which 1x1 adapters are needed.
+    Equal widths: the outputs of the blocks. If innermost stages were removed, the student's innermost down block is
+    compared at its last transformer instead, because the teacher's block also downsamples. Other widths: the last
+    convolution of every block, with 1x1 adapters.
     """
     stages, removed = (
         len(student["block_out_channels"]),
@@ -198,8 +198,8 @@ def student_taps(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list
 
 
 def self_attention_taps(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Pairs (teacher module, student module) to compare, of KOALA (arXiv 2312.04005): every self-attention of the
-    student's down and up blocks, and of blocks without attention the downsampler or the last convolution."""
+    """Pairs (teacher module, student module) to compare as in KOALA (arXiv 2312.04005): every self-attention in the
+    student's down and up blocks; in blocks without attention the downsampler or the last convolution."""
     stages, pairs = len(student["block_out_channels"]), []
     removed = len(teacher["block_out_channels"]) - stages
     own, theirs = per_stage(student, "layers_per_block"), per_stage(teacher, "layers_per_block")
@@ -235,7 +235,7 @@ def _last_layer(block: str, kind: str, layers: int) -> str:
 
 
 def _channels(module: nn.Module) -> int:
-    """Channels that this module, a block or its last layer, puts out."""
+    """Number of output channels of this module, a block or its last layer."""
     if isinstance(module, Attention):
         return int(module.out_dim)
     blocks = getattr(module, "resnets", None)
@@ -244,7 +244,7 @@ def _channels(module: nn.Module) -> int:
 
 
 def _build(teacher: Any, config: Mapping[str, Any], seed: int) -> Any:
-    """A model with initial weights from ``seed``, on the CPU. Only the CPU's generator is used, and it is put back."""
+    """A model with initial weights from ``seed``, on the CPU. Only the CPU's generator is used, and it is restored."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         return _made(teacher, config)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Top right singular vectors of a model's Jacobian from products with it, for many samples at once."""
+"""Top right singular vectors of a model's Jacobian, computed from products with it for many samples at once."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from fastdistill.ops import _check
 from fastdistill.ops.philox import START, normal
 
 Method = Literal["auto", "dense", "krylov", "subspace"]
-_BASIS = 6  # times (k + oversample): the widest basis, and the most inputs of which the whole Jacobian is cheaper
-_TOGETHER = 256  # columns of dense Jacobians at once, unless one has more
-_ROUNDING = 64  # times eps: residuals below it count as 0
-_PATIENCE = 64  # times (k + oversample): products after which a spectrum counts as flat
+_BASIS = 6  # times (k + oversample): the widest basis, and the largest input for which the dense Jacobian is cheaper
+_TOGETHER = 256  # columns of dense Jacobians at once, unless a single one has more
+_ROUNDING = 64  # times eps: smaller residuals count as 0
+_PATIENCE = 64  # times (k + oversample): the number of products after which a spectrum counts as flat
 
 
 class Products(NamedTuple):
-    """How many products each sample took, [B] int64, and the share of a model's FLOPs that its function evaluates."""
+    """The number of products for each sample, [B] int64, and the share of the model's FLOPs that its function
+    evaluates."""
 
     jvp: Tensor
     vjp: Tensor
@@ -36,10 +37,10 @@ class Subspace:
     """The top k right singular vectors of each sample's Jacobian.
 
     Attributes:
-        vectors: [B, n, k], orthonormal. Their signs are arbitrary. values: [B, k], falling.
+        vectors: [B, n, k], orthonormal. Their signs are arbitrary. values: [B, k], descending.
         residual: [B], the largest ||J^T J v - sigma^2 v|| / sigma_1^2.
-        settled: [B] bool. Of a sample that is not, the best that was found.
-        gap: [B], sigma_(k+1) / sigma_k: near 1 the subspace is hardly defined, and does not settle.
+        settled: [B] bool. If it is false, the other fields have the best result that was found.
+        gap: [B], sigma_(k+1) / sigma_k: if it is near 1, the subspace is ill-defined and does not settle.
     """
 
     vectors: Tensor
@@ -63,26 +64,26 @@ def top_subspace(
     rows: Tensor | None = None,
     chunk: int | None = None,
 ) -> Subspace:
-    """The k directions of x that move f(x) most, for each sample of x [B, *S] (n elements).
+    """The k directions of x that change f(x) most, for each sample of x [B, *S] (n elements).
 
-    A sample has settled, and leaves the batch, where the sine of the largest angle is at most ``tolerance``, both from
-    one iteration to the next, ||(I - V V^T) V_before||_2, and by the bound of Davis and Kahan, the residual over
-    (sigma_k^2 - sigma_(k+1)^2) / sigma_1^2.
+    A sample has settled, and leaves the batch, if the sine of the largest angle is at most ``tolerance`` by two
+    measures: the change in one iteration, ||(I - V V^T) V_before||_2, and the bound of Davis and Kahan, which is the
+    residual divided by (sigma_k^2 - sigma_(k+1)^2) / sigma_1^2.
 
     Args:
-        f: a ``TapFunction``, or any function [b, *S] -> [b, m] that treats every row alike and by itself.
+        f: a ``TapFunction``, or any function [b, *S] -> [b, m] that treats all rows equally and independently.
         k: 1 to min(n, m).
         method: ``krylov``: block Golub-Kahan bidiagonalization with full reorthogonalization and thick restart (Golub,
             Luk, Overton 1981; Baglama and Reichel 2006). ``subspace``: iteration with k + oversample vectors (Halko,
-            Martinsson, Tropp 2011, 0909.4061, algorithm 4.4). ``dense``: n JVPs and a decomposition. ``auto``: dense
-            where n <= 6 (k + oversample), else krylov.
-        oversample: more vectors than k, of ``subspace`` in each iteration, of ``krylov`` at a restart.
-        max_products: JVPs and VJPs of a sample, after which it counts as not settled; None: 64 (k + oversample).
+            Martinsson, Tropp 2011, 0909.4061, algorithm 4.4). ``dense``: n JVPs and a decomposition. ``auto``: dense if
+            n <= 6 (k + oversample), else krylov.
+        oversample: vectors in addition to k: for ``subspace`` in each iteration, for ``krylov`` at a restart.
+        max_products: limit of JVPs and VJPs for a sample, which is then not settled; None: 64 (k + oversample).
         seed, rows: the start vectors are random by (seed, row); rows [B] int64, None: 0..B-1.
-        chunk: as of ``jvp``.
+        chunk: as for ``jvp``.
 
     Raises:
-        InputError: arguments out of range or of other shapes, and what ``jvp`` refuses.
+        InputError: arguments out of range or with other shapes, and the errors of ``jvp``.
     """
     return _found(
         [f], x, k, method=method, oversample=oversample, tolerance=tolerance, max_products=max_products, seed=seed,
@@ -91,11 +92,11 @@ def top_subspace(
 
 
 def top_subspaces(taps: Sequence[TapFunction], x: Tensor, k: int, **options: Any) -> list[Subspace]:
-    """``top_subspace`` of several taps of a model. Where it is dense, one Jacobian of one forward serves all of them.
+    """``top_subspace`` for several taps of a model. If it is dense, all of them share one Jacobian from one forward.
 
     Args:
         taps: functions of the same model, time, prompt and level.
-        options: of ``top_subspace``.
+        options: as for ``top_subspace``.
     """
     if not taps:
         raise InputError.of("taps", "at least one TapFunction", "none")
@@ -154,7 +155,7 @@ def _found(
 
 
 def project(x: Tensor, vectors: Tensor) -> Tensor:
-    """(I - V V^T) x for x [B, *S] and orthonormal vectors [B, n, k]; x itself, to the bit, where k = 0."""
+    """(I - V V^T) x for x [B, *S] and orthonormal vectors [B, n, k]; if k = 0, x itself with the same bits."""
     if vectors.shape[2] == 0:
         return x
     flat = x.flatten(1)[:, :, None]
@@ -162,7 +163,7 @@ def project(x: Tensor, vectors: Tensor) -> Tensor:
 
 
 class _Search:
-    """The samples that have not settled, and what was found of the others."""
+    """The samples that have not settled, and the results of the others."""
 
     def __init__(
         self, f: Function, x: Tensor, k: int, m: int, tolerance: float, seed: int, rows: Tensor, chunk: int | None
@@ -181,7 +182,7 @@ class _Search:
         self._jvp, self._vjp = (torch.zeros(B, dtype=torch.int64, device=x.device) for _ in range(2))
 
     def begin(self, rows: Tensor, products: int) -> None:
-        """These samples are the active ones, of which so many J v are known."""
+        """Make these samples the active ones, for which this number of products J v was computed."""
         self.active = rows
         self._jvp[rows] += products
 
@@ -212,10 +213,10 @@ class _Search:
         return Q
 
     def settle(self, vectors: Tensor, values: Tensor, residual: Tensor, change: Tensor | None) -> Tensor:
-        """Keeps what was found, and the samples that go on; returns these as places among the active ones.
+        """Store results; returns the positions, among the active samples, of those that continue.
 
-        vectors [active, n, k], values [active, k or more], residual [active]; change [active]: of the subspace, None
-        where there was none before.
+        vectors [active, n, k], values [active, k or more], residual [active]; change [active]: of the subspace, None if
+        there was no earlier one.
         """
         k, at = self.k, self.active
         top, last = values[:, 0], values[:, k - 1]
@@ -237,8 +238,8 @@ class _Search:
 
 
 def _dense(searches: Sequence[_Search], f: Function) -> None:
-    """Some samples after others, so that memory holds few Jacobians at a time; ``f`` gives what each search's function
-    gives, one after another."""
+    """Processes the samples in groups, so that memory holds few Jacobians at a time; ``f`` returns the results of all
+    searches' functions, concatenated."""
     x, k, n = searches[0].x, searches[0].k, searches[0].n
     every = searches[0].active
     identity = torch.eye(n, dtype=x.dtype, device=x.device)
@@ -290,7 +291,7 @@ def _krylov(search: _Search, oversample: int) -> None:
         w = new.shape[2]
         if w:
             _, rest, S = _extended(search, V, search.backward(new), min(w, n - V.shape[2]))
-        else:  # U is everything, and so V has the whole row space
+        else:  # U spans the whole space, and so V has the whole row space
             rest, S = V[:, :, :0], V.new_zeros(len(V), 0, 0)
         X, sigma, Yh = torch.linalg.svd(H)
         if sigma.shape[1] < k:
@@ -314,14 +315,14 @@ def _krylov(search: _Search, oversample: int) -> None:
 
 
 def block(k: int) -> int:
-    """Vectors of a block of ``krylov``: narrow ones need fewer products, wide ones find equal singular values."""
+    """Vectors per block of ``krylov``: narrow blocks need fewer products, wide ones find equal singular values."""
     return min(k, max(2, -(-k // 4)))
 
 
 def _extended(search: _Search, basis: Tensor, P: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """(C, new, R) with P = basis C + new R and [basis, new] orthonormal, ``width`` more columns.
 
-    Directions in which nothing is left of P are random ones, of which R is 0.
+    Directions in which P has no remainder are random; R is 0 there.
     """
     C = basis.mT @ P
     Q, R = torch.linalg.qr(P - basis @ C)
@@ -340,13 +341,13 @@ def _extended(search: _Search, basis: Tensor, P: Tensor, width: int) -> tuple[Te
 
 
 def _sine(V: Tensor, W: Tensor) -> Tensor:
-    """Sine of the largest angle between the spans of orthonormal [B, n, k], by residuals: exact where it is small."""
+    """Sine of the largest angle between the spans of orthonormal [B, n, k], by residuals: exact for small angles."""
     value: Tensor = torch.linalg.matrix_norm(W - V @ (V.mT @ W), ord=2)
     return value
 
 
 def _relative(errors: Tensor, values: Tensor) -> Tensor:
-    """The largest of the errors [B, k] by sigma_1^2."""
+    """The largest of the errors [B, k] divided by sigma_1^2."""
     top = values[:, 0] ** 2
     value: Tensor = torch.where(top > 0, errors.amax(1) / top, 0)
     return value

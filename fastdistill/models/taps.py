@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taps: named places inside a model whose output of the last forward is kept for the feature loss."""
+"""Taps: named modules of a model whose output in the last forward is kept for the feature loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastdistill.models.calling import trial
 
 
 def _inert(*_: object) -> None:
-    """What a hook becomes in a deep copy or a pickle of the model."""
+    """Replaces a hook in a deep copy or a pickle of the model."""
 
 
 def _unpickled() -> Any:
@@ -27,7 +27,7 @@ def _unpickled() -> Any:
 
 
 class _Hook:
-    """A module hook that belongs to one model only: an EMA copy or a pickled model must not feed these taps."""
+    """A module hook for one model only: an EMA copy or an unpickled model must not write to these taps."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _inert
@@ -63,18 +63,18 @@ class _Output(NamedTuple):
 class Taps:
     """Keeps the outputs of the modules called ``names`` in the last forward of ``model``.
 
-    Names are resolved to module objects here, once, so wrapping the model afterwards (DDP, FSDP2, ``torch.compile``)
-    changes nothing. Build taps before compiling, as hooks are traced into the graph. Also a context manager, which
-    detaches on leaving.
+    Names are resolved to module objects once, here, so wrapping the model later (DDP, FSDP2, ``torch.compile``) has no
+    effect. Build taps before compiling, because hooks are traced into the graph. Can be used as a context manager,
+    which detaches on leaving.
 
-    Of a module that returns a tuple, list, dict or ``ModelOutput`` the tap takes the one tensor in it, not those nested
-    deeper: element 0 of diffusers' down blocks, which return ``(hidden_states, residuals)``. Of several tensors it
-    takes the one with the shape of the module's ``hidden_states``, else of its first argument: the image's tokens of
-    SD3's and Flux's blocks, which return ``(encoder_hidden_states, hidden_states)``. Where that is none or several, the
-    element has to be named: ``"transformer_blocks.3[1]"``, or ``"down_blocks.0[1][0]"`` for nested ones.
+    If a module returns a tuple, list, dict or ``ModelOutput``, the tap takes the only tensor at its top level: element
+    0 of diffusers' down blocks, which return ``(hidden_states, residuals)``. If there are several tensors, it takes the
+    one with the shape of the module's ``hidden_states``, or else of its first argument: the image tokens of SD3's and
+    Flux's blocks, which return ``(encoder_hidden_states, hidden_states)``. If no tensor or several have this shape,
+    give the index: ``"transformer_blocks.3[1]"``, or ``"down_blocks.0[1][0]"`` for nested ones.
 
-    Outputs are held by reference and keep their graph, dtype and memory layout. What fires after ``features()``, such
-    as the recomputation of a checkpointed segment in the backward, is ignored until the next forward.
+    Outputs are kept by reference, with their graph, dtype and memory layout. Calls after ``features()``, such as the
+    recomputation of a checkpointed segment in the backward, are ignored until the next forward.
 
     Raises:
         InputError: unknown names (near matches are shown), no names, or repeated ones.
@@ -101,7 +101,7 @@ class Taps:
 
     def clear(self) -> None:
         """Drop the outputs that were captured."""
-        self._outputs = [[] for _ in self.names]  # not emptied: compiled code would look at what is in them
+        self._outputs = [[] for _ in self.names]  # a new list: compiled code would guard the old one
 
     def remove(self) -> None:
         """Detach from the model; captured features are dropped."""
@@ -119,12 +119,12 @@ class Taps:
         self.remove()
 
     def features(self) -> list[Tensor]:
-        """The outputs of the last forward, in the order of ``names``. They are given away: a second call needs another
-        forward.
+        """The outputs of the last forward, in the order of ``names``. The taps do not keep them: a second call needs
+        another forward.
 
         Raises:
-            InputError: names the taps that did not fire, fired more than once in the forward, gave no tensor, or
-                several of which none is the module's main output.
+            InputError: names the taps that did not fire, fired more than once in the forward, returned no tensor, or
+                several tensors of which none is the module's main output.
         """
         counts = [len(outputs) for outputs in self._outputs]
         if any(count != 1 for count in counts):
@@ -152,9 +152,9 @@ class Taps:
         )
 
     def check_gradients(self, features: Sequence[Tensor]) -> None:
-        """Refuse ``features`` (of the student, from a training forward) that the feature loss could not train.
+        """InputError for ``features`` (of the student, from a training forward) that the feature loss could not train.
 
-        Called on the first step: a feature that needs no gradient adds a constant to the loss and nothing else.
+        Called at the first step: a feature without gradient would only add a constant to the loss.
         """
         dead = [name for name, feature in zip(self.names, features, strict=True) if not feature.requires_grad]
         if not dead:
@@ -175,7 +175,7 @@ class Taps:
         )
 
     def shapes(self, *args: Any, **kwargs: Any) -> list[tuple[int, ...]]:
-        """Shapes of the tapped features for these inputs of the model, from one forward that leaves no trace."""
+        """Shapes of the tapped features for these inputs of the model, from one forward without side effects."""
         try:
             with trial(self._model):
                 self._model(*args, **kwargs)
@@ -185,14 +185,14 @@ class Taps:
 
 
 def release(model: nn.Module) -> None:
-    """Let go of whatever taps on ``model`` captured."""
+    """Release the features that all taps on ``model`` captured."""
     for hook in model._forward_pre_hooks.values():
         if isinstance(hook, _Begin):
             hook.taps.clear()
 
 
 def resolve(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The module objects called ``names`` in ``model``, or in the model that it wraps, whatever index follows a name.
+    """The modules called ``names`` in ``model``, or in the model that it wraps; an index after a name is ignored.
 
     Raises:
         InputError: unknown names (near matches are shown), no names, or repeated ones.
@@ -220,19 +220,19 @@ def resolve(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
 
 
 def split_index(name: str) -> tuple[str, tuple[int, ...]]:
-    """``"transformer_blocks.3[1]"`` -> ``("transformer_blocks.3", (1,))``: the module, and where in its output."""
+    """``"transformer_blocks.3[1]"`` -> ``("transformer_blocks.3", (1,))``: the module, and the index in its output."""
     module = re.sub(r"(\[\d+\])+$", "", name)
     return module, tuple(int(number) for number in re.findall(r"\d+", name[len(module) :]))
 
 
 def feature(name: str, output: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The tensor of a tap ``name`` in what its module returned for these arguments; see ``Taps``."""
+    """The tensor for tap ``name`` in its module's output for these arguments; see ``Taps``."""
     return _tensor(name, split_index(name)[1], _Output(output, _main_input(args, kwargs)))
 
 
 def channels(shape: Sequence[int]) -> int:
-    """The channel count of a feature of this shape: axis 1 of vectors [B, C] and of maps [B, C, H, W] or [B, C, F, H,
-    W], the last axis of tokens [B, L, C]."""
+    """The number of channels of a feature with this shape: axis 1 of vectors [B, C] and of maps [B, C, H, W] or
+    [B, C, F, H, W], the last axis of tokens [B, L, C]."""
     return shape[2] if len(shape) == 3 else shape[1]
 
 
@@ -252,7 +252,7 @@ def _main_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | N
 
 
 def _tensor(name: str, place: tuple[int, ...], output: _Output) -> Tensor:
-    """The feature in what a module returned; see ``Taps``."""
+    """The feature in the output of a module; see ``Taps``."""
     value = output.value
     for number in place:
         elements = _elements(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of a model as plain tensors, quantized ones too."""
+"""The weights of a model, also quantized ones, as plain tensors."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastdistill.data.fingerprint import sha256_of_tensors
 def plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries of a ``state_dict`` as plain tensors, to hash or to compare.
 
-    Tensor subclasses of several tensors (torchao) are taken apart into these; torch's own quantized tensors into
-    integers, scales and zero points; tuples, such as the packed weights of ``torch.ao`` layers, lists and dicts into
-    their elements. Numbers become tensors; what else is not a tensor (a dtype, None) is left out.
+    Tensor subclasses of several tensors (torchao) are split into these; torch's own quantized tensors into integers,
+    scales and zero points; tuples (such as the packed weights of ``torch.ao`` layers), lists and dicts into their
+    elements. Numbers become tensors; other values (a dtype, None) are left out.
     """
     found: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -34,28 +34,28 @@ def weights_hash(model: nn.Module, dtype: torch.dtype | None = None) -> str:
 
 
 def quantized(model: nn.Module) -> bool:
-    """Whether some weights of a model are not plain floating-point tensors, so that they can neither be copied nor
-    counted by the parameters."""
+    """Whether some weights of a model are not plain floating-point tensors, so that they cannot be copied, and the
+    parameters do not show their number."""
     integers = any(not p.is_floating_point() and not p.is_complex() for p in model.parameters())
     return integers or any(isinstance(value, tuple) or _packed(value) for value in model.state_dict().values())
 
 
 def storage(tensor: Tensor) -> Hashable:
-    """The memory that a tensor is in, which others may share; its ``id`` where it has none of its own to tell by."""
+    """Identifies the memory of a tensor, which others can share; its ``id`` if it has no memory of its own."""
     if tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__"):
         return id(tensor)
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def memory(tensor: Tensor) -> Hashable:
-    """Where a tensor lies in memory: the same of two tensors only if they are one."""
+    """Identifies the position of a tensor in memory: equal for two tensors only if they are the same."""
     if isinstance(place := storage(tensor), int):
         return place
     return place, tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def shared(model: nn.Module, other: nn.Module) -> dict[int, Tensor]:
-    """The parameters of ``other`` that are in the memory of ``model``'s, by the ``id`` of those."""
+    """The parameters of ``other`` that share the memory of ``model``'s, by the ``id`` of the latter."""
     places = {memory(p): p for p in other.parameters()}
     return {id(p): places[where] for p in model.parameters() if (where := memory(p)) in places}
 

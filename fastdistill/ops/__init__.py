@@ -12,6 +12,7 @@
 ``layer_norm_modulate``  layer norm, scale and shift of a sample, with the gated residual before it where there is one
 ``noise_gather``         a batch of noised latents, timesteps and paired, random or null prompts from banks, by counter
 ``output_match``         a student's output against a guided teacher's and the draw's own target, with gradient
+``quantize_rows``        rows in float8 with a scale each, for products in front of a frozen linear layer
 =======================  =============================================================================================
 
 All can be captured in a CUDA graph after one call with the same shapes and dtypes: the first launch loads a kernel
@@ -29,6 +30,7 @@ from fastdistill.ops.group_norm_silu import group_norm_silu
 from fastdistill.ops.layer_norm_modulate import layer_norm_modulate, residual_layer_norm_modulate
 from fastdistill.ops.noise_gather import Draw, NoiseGather, empty_draw, noise_gather
 from fastdistill.ops.output_match import OutputMatch, Task, output_match
+from fastdistill.ops.quantize_rows import quantize_rows
 
 __all__ = [
     "OPS",
@@ -50,6 +52,7 @@ __all__ = [
     "layer_norm_modulate",
     "noise_gather",
     "output_match",
+    "quantize_rows",
     "residual_layer_norm_modulate",
     "tune_attention",
     "use",

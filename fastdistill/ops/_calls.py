@@ -21,11 +21,13 @@ from fastdistill.ops.noise_gather import banks
 Arguments = SimpleNamespace
 # In ``fastdistill.ops`` these names are functions.
 _NAMES = (
-    "adamw_ema add_bias cross_attention feature_match geglu group_norm_silu layer_norm_modulate output_match".split()
+    "adamw_ema add_bias cross_attention feature_match geglu group_norm_silu layer_norm_modulate output_match "
+    "quantize_rows".split()
 )
-adamw_ema, add_bias, cross_attention, feature_match, geglu, group_norm_silu, layer_norm_modulate, output_match = (
-    importlib.import_module(f"fastdistill.ops.{name}") for name in _NAMES
-)
+(
+    adamw_ema, add_bias, cross_attention, feature_match, geglu, group_norm_silu, layer_norm_modulate, output_match,
+    quantize_rows,
+) = (importlib.import_module(f"fastdistill.ops.{name}") for name in _NAMES)  # fmt: skip
 
 
 def check(op: str, arguments: Sequence[Any]) -> None:
@@ -88,6 +90,12 @@ def _bias_gradient(a: Arguments) -> None:
     _check.dtype(a.grad, "grad", *_check.FLOATS)
     _check.shape(a.grad, "grad", (None, None), "[N, C]")
     _like("total", a.total, a.grad.shape[1:], *_check.FLOATS)
+
+
+def _quantize_rows(a: Arguments) -> None:
+    quantize_rows._checked((a.x,))
+    _like("q", a.q, a.x.shape, torch.float8_e4m3fn)
+    _like("scale", a.scale, (len(a.x), 1), torch.float32)
 
 
 def _small(a: Arguments, given: dict[str, Sequence[int] | None]) -> None:
@@ -211,6 +219,7 @@ def _cross_attention(a: Arguments) -> None:
 CHECKS: dict[str, Callable[[Arguments], None]] = {
     "add_bias": _add_bias,
     "bias_gradient": _bias_gradient,
+    "quantize_rows": _quantize_rows,
     "geglu": _geglu,
     "geglu_backward": _geglu,
     "group_norm_silu": _group_norm,

@@ -303,17 +303,24 @@ def used() -> dict[str, list[str]]:
     return {name: [kernel for kernel, _ in op.calls.most_common()] for name, op in OPS.items() if op.calls}
 
 
-def quiet() -> bool:
-    """Whether torch's dispatcher, which takes as long as a small kernel, can be bypassed: no dispatch mode (such as
-    fake tensors), profiler, compiler, tracer, functorch transform or forward-mode differentiation is active."""
-    return not (
+def transformed() -> bool:
+    """Whether a compiler, a tracer, a functorch transform or forward-mode differentiation is active."""
+    return bool(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def quiet() -> bool:
+    """Whether torch's dispatcher, which takes as long as a small kernel, can be bypassed: no transform, dispatch mode
+    (such as fake tensors) or profiler is active. The numbers must not depend on it: modes and profilers only watch."""
+    return not (
+        transformed()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
     )
 
 

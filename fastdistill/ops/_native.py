@@ -121,5 +121,6 @@ def overlaps(tensor: Tensor) -> bool:
 
 def same_order(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape have their elements in the same order in memory."""
-    steps = zip(one.shape, one.stride(), other.stride(), strict=True)
-    return one.stride() == other.stride() or all(size < 2 or a == b for size, a, b in steps)
+    if (steps := one.stride()) == (others := other.stride()):
+        return True
+    return all(size < 2 or a == b for size, a, b in zip(one.shape, steps, others, strict=True))

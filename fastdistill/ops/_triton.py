@@ -171,9 +171,9 @@ def optional(pointer, at, inside, GIVEN: tl.constexpr, DEFAULT: tl.constexpr):
 
 @triton.jit
 def terms(a, b, ALONE: tl.constexpr):
-    """a b, to be summed over threads. ALONE: a thread may hold one term of a sum, as it may without tensor cores and in
-    small blocks; such a product must not be fused into the first addition, for each thread would round its neighbour's
-    and not its own, and what should be copies of one sum would differ."""
+    """a b, to be summed over threads. ALONE: a thread may hold only one term of the sum (possible without tensor cores
+    and in small blocks). Then the product must not be fused into the first addition: each thread would round its
+    neighbour's product but not its own, so the copies of the sum would differ."""
     return tl.fma(a, b, 0.0) if ALONE else a * b
 
 

@@ -23,6 +23,7 @@ from fastdistill.ops.group_norm_silu import group_norm_silu
 from fastdistill.ops.layer_norm_modulate import residual_layer_norm_modulate
 from fastdistill.ops.noise_gather import noise_gather
 from fastdistill.ops.output_match import output_match
+from fastdistill.ops.quantize_rows import quantize_rows
 
 
 def failures(device: str) -> dict[tuple[str, str], str]:
@@ -104,6 +105,7 @@ def _model_ops() -> None:
     _differentiated(residual_layer_norm_modulate, *tokens)
     _differentiated(geglu, _floats(2, 16))
     _differentiated(add_bias, *(_floats(2, 8, 4, 4) for _ in range(2)), _floats(8))
+    quantize_rows(_floats(2, 16))
     _differentiated(cross_attention, *(_floats(2, n, 1, 16) for n in (4, 3, 3)))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs before it begins: memory by part, time and disk, without a GPU and without weights."""
+"""The needs of a run before it starts: memory by part, time and disk; without a GPU and without weights."""
 
 from fastdistill.plan.cards import CARDS, GIB, Card, available, card_here, card_named
 from fastdistill.plan.plan import Plan, Remedy, default_micro_batch, fits, planned

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cards to plan for: their memory, and how fast they copy and multiply, measured here or by their makers' figures."""
+"""Devices to plan for: their memory and speed, measured here or from the makers' figures."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from fastdistill.errors import InputError
 
 GIB = 2**30
-#: What a large copy and a large bfloat16 product reach of a maker's figures, and a long training run: MLPerf 4.0 trains
-#: Stable Diffusion 2 at 315 TFLOP/s on each of eight H100.
+#: Fractions of the makers' figures for a large copy, a large bfloat16 product, and a long training run (MLPerf 4.0:
+#: Stable Diffusion 2 with 315 TFLOP/s on each of eight H100).
 _COPY, _MATMUL, _SUSTAINED = 0.9, 0.81, 315 / 989
-#: Makers' figures: name, GiB that torch can allocate in, GB/s, dense bfloat16 TFLOP/s with float32 sums.
+#: Makers' figures: name, GiB that torch can allocate, GB/s, dense bfloat16 TFLOP/s with float32 accumulation.
 CARDS = {
     "a100-40gb": ("NVIDIA A100 SXM4 40GB", 39.4, 1555, 312),
     "a100-80gb": ("NVIDIA A100 SXM4 80GB", 79.1, 2039, 312),
@@ -32,17 +32,19 @@ CARDS = {
     "rtx4090": ("NVIDIA GeForce RTX 4090", 23.6, 1008, 165),
     "rtx5090": ("NVIDIA GeForce RTX 5090", 31.4, 1792, 209),
 }
+#: Cards of the table whose products take no float8.
+WITHOUT_FLOAT8 = frozenset(CARDS[name][0] for name in ("a100-40gb", "a100-80gb", "rtx3090"))
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a plan knows of a device.
+    """The properties of a device that a plan uses.
 
     memory: bytes that torch can allocate. copy: bytes per second that a large copy reads and writes. matmul: operations
-    per second in a large matrix product, in bfloat16 on a GPU and in float32 on a CPU. sustained: the most operations
-    per second of a long training run. launch: the least seconds that a kernel takes. device: its type. source: where
-    these figures come from: "measured" (except ``sustained``), or "model": 0.9 of the maker's bandwidth, 0.81 of its
-    peak in a product and 0.32 in a run, as published for an H100.
+    per second in a large matrix product, in bfloat16 on a GPU and in float32 on a CPU. sustained: maximum operations
+    per second of a long training run. launch: minimum seconds of a kernel. device: its type. source: origin of these
+    figures: "measured" (except ``sustained``), or "model": 0.9 of the maker's bandwidth, 0.81 of its peak in a product
+    and 0.32 in a run, as published for an H100.
     """
 
     name: str
@@ -56,7 +58,7 @@ class Card:
 
 
 def card_named(name: str) -> Card:
-    """A card of the table. InputError: there is none of this name."""
+    """A card of the table; InputError if there is none with this name."""
     if name not in CARDS:
         raise InputError.of("card", f"one of {', '.join(CARDS)}", repr(name))
     full, memory, copy, matmul = CARDS[name]
@@ -66,7 +68,7 @@ def card_named(name: str) -> Card:
 
 @functools.cache
 def card_here(device: str) -> Card:
-    """The device of this machine, with what it reaches now; that takes a moment."""
+    """The device of this machine, with speeds that are measured now (this takes a moment)."""
     where = torch.device(device)
     cuda = where.type == "cuda"
     size, n = (2**30, 8192) if cuda else (2**26, 512)
@@ -85,7 +87,7 @@ def card_here(device: str) -> Card:
 
 
 def available(device: str | torch.device) -> int:
-    """Bytes that are free on a device now, those that torch has reserved and does not use with them."""
+    """Free bytes on a device, including those that torch has reserved but does not use."""
     where = torch.device(device)
     if where.type != "cuda":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -94,7 +96,7 @@ def available(device: str | torch.device) -> int:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The median of some runs, after some that are not counted."""
+    """The median time of several runs, after some that are not counted."""
     found = []
     for _ in range(8):
         if device.type == "cuda":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time of a step, operator by operator: what its products, its bytes or its launch take at the least."""
+"""The time of a step, operator by operator: the minimum time of its operations, its bytes or its launch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from fastdistill.plan.cards import Card
 from fastdistill.plan.trace import Trace
 
 PHASES = ("draw", "teacher", "student", "backward", "step", "optimizer")
-_ONCE = ("draw", "optimizer")  # a step, not a part of its batch
-_THROTTLED = 0.9  # of the speed of its first seconds that a GPU keeps up
+_ONCE = ("draw", "optimizer")  # once per step, not once per part of the batch
+_THROTTLED = 0.9  # fraction of its initial speed that a GPU sustains
 
 
 def flops(trace: Trace) -> dict[str, int]:
-    """Floating-point operations of a sample in each phase that has some."""
+    """Floating-point operations per sample, by phase."""
     samples = trace.unit * trace.parts
     found: dict[str, int] = {}
     for phase, operations, _, _ in trace.work:
@@ -23,10 +23,10 @@ def flops(trace: Trace) -> dict[str, int]:
 
 
 def seconds(trace: Trace, micro_batch: int, batch: int, card: Card) -> dict[str, float]:
-    """Time of a step of ``batch`` samples, ``micro_batch`` at once, in each phase, in the long run.
+    """Seconds of a step with ``batch`` samples, ``micro_batch`` at once, by phase, in a long run.
 
-    Each operator takes what is longest: its operations at the card's speed of products, its bytes at the card's speed
-    of copies, or a launch. The whole step is no faster than the card is in a long run.
+    Each operator takes the longest of three times: its operations at the card's matmul speed, its bytes at the card's
+    copy speed, or a launch. The whole step is not faster than the card's sustained speed.
     """
     phases, *work = zip(*trace.work, strict=True)
     operations, fixed, grown = np.asarray(work, dtype=np.float64) / [[trace.unit], [1], [trace.unit]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a step by part, at its peak, for any number of samples: from one trace of a step without memory."""
+"""The peak memory of a step by part, for any number of samples, from one trace of a step without memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdistill.plan.trace import Trace
 
-#: Parts of the memory, and what each is.
+#: Parts of the memory, with descriptions.
 PARTS = {
     "teacher": "weights of the teacher",
     "student": "weights of the student",
@@ -26,20 +26,20 @@ PARTS = {
     "gathered": "blocks of a sharded student that are whole for a moment",
     "workspace": "context of the device, libraries, fragmentation",
 }
-MODELLED = ("gathered", "workspace")  # the others are the sizes of tensors
-_WEIGHTS = ("student", "gradients", "masters", "moments", "averages")  # cut over the ranks by sharding
+MODELLED = ("gathered", "workspace")  # modelled; the others are sizes of tensors
+_WEIGHTS = ("student", "gradients", "masters", "moments", "averages")  # divided among the ranks by sharding
 CONTEXT = 600 * 2**20  # bytes of a CUDA context with torch's and the libraries' kernels
 _LIBRARIES = 64 * 2**20  # workspaces of cuBLAS and cuDNN
-_FRAGMENTS = 0.05  # of what is allocated and freed in each step
+_FRAGMENTS = 0.05  # fraction of the memory that each step allocates and frees
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where and how a step runs, as far as its memory goes by it.
+    """How a step runs, as far as it affects memory.
 
-    graph: in a CUDA graph, where the teacher's forward has memory of its own. banks: whether they are on the device.
-    ranks: processes that share a batch. sharded: whether the student is cut over them, and block: the bytes of weights
-    of its largest block. cuda: whether it is a GPU.
+    graph: in a CUDA graph, where the teacher's forward has its own memory. banks: whether they are on the device.
+    ranks: processes that share a batch. sharded: whether the student is divided among them; block: bytes of weights of
+    its largest block. cuda: whether it is a GPU.
     """
 
     graph: bool = False
@@ -51,7 +51,7 @@ class Layout:
 
 
 def memory(trace: Trace, micro_batch: int, batch: int, layout: Layout = Layout()) -> dict[str, int]:
-    """Bytes of each part (``PARTS``) at the peak, of a rank that has ``batch`` samples, ``micro_batch`` at once."""
+    """Bytes of each part (``PARTS``) at the peak, on a rank with ``batch`` samples, ``micro_batch`` at once."""
     sizes, labels = scaled(trace, micro_batch, batch), np.asarray(trace.labels)
     parts = dict.fromkeys(PARTS, 0)
     moving = sizes.copy()
@@ -60,7 +60,7 @@ def memory(trace: Trace, micro_batch: int, batch: int, layout: Layout = Layout()
     if layout.ranks > 1 and not layout.sharded:  # DDP's buckets stay
         parts["gradients"] = int(sizes[labels == "gradients"].sum())
         moving[labels == "gradients"] = 0
-    if layout.graph:  # what its branch of a graph has allocated, the other never uses
+    if layout.graph:  # a branch of a graph never uses memory of the other branch
         own = np.asarray(trace.origins) == "teacher"
         parts["activations"] = int(trace.live(np.where(own, moving, 0)).max(initial=0))
         moving[own] = 0
@@ -82,7 +82,7 @@ def total(parts: Mapping[str, int]) -> int:
 
 
 def scaled(trace: Trace, micro_batch: int, batch: int) -> np.ndarray:
-    """[storages] int64: the bytes that each would have for so many samples."""
+    """[storages] int64: the bytes that each storage would have with so many samples."""
     sizes = np.asarray(trace.sizes, dtype=np.int64)
     if not trace.unit:
         return sizes
@@ -95,7 +95,7 @@ def scaled(trace: Trace, micro_batch: int, batch: int) -> np.ndarray:
 
 
 def _alive(trace: Trace, event: int) -> list[int]:
-    """The numbers of the storages that are there after an event."""
+    """The numbers of the storages that exist after an event."""
     found: dict[int, None] = {}
     for number in trace.events[: event + 1]:
         if number >= 0:

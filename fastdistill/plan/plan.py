@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs: memory by part, time, disk; and what would make it fit."""
+"""The needs of a run: memory by part, time, disk; and changes that would make it fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from fastdistill.errors import InputError
 from fastdistill.plan import cost
-from fastdistill.plan.cards import GIB, Card
+from fastdistill.plan.cards import GIB, WITHOUT_FLOAT8, Card
 from fastdistill.plan.memory import Layout, memory, total
 from fastdistill.plan.step import Job, Traced
 from fastdistill.train.config import TrainConfig
@@ -22,11 +22,11 @@ from fastdistill.train.config import TrainConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs on each of its ranks, by ``planned``.
+    """What a run needs on each of its ranks; created by ``planned``.
 
-    micro_batch: samples that go through the models at once. batch: samples of a step on this rank. memory: bytes by
-    part (``fastdistill.plan.memory.PARTS``) at the peak. flops: floating-point operations of a sample, and seconds: of
-    a step, by phase. disk: bytes by what is kept. parameters: of teacher, student, and those that are trained.
+    micro_batch: samples per forward. batch: samples per step on this rank. memory: bytes by part
+    (``fastdistill.plan.memory.PARTS``) at the peak. flops: floating-point operations per sample, by phase. seconds: of
+    a step, by phase. disk: bytes by part. parameters: numbers for teacher, student, and the trained ones.
     """
 
     card: Card
@@ -59,17 +59,17 @@ class Plan:
 
     @property
     def images_per_second(self) -> float:
-        """Of all ranks."""
+        """Images per second of all ranks."""
         return self.ranks * self.batch / self.step_seconds
 
     @property
     def hours(self) -> float:
-        """Of all steps."""
+        """Hours of all steps."""
         return self.steps * self.step_seconds / 3600
 
     def changed(self, *, ranks: int | None = None, sharded: bool | None = None, **changes: Any) -> Plan:
-        """The plan of the same run with other settings: fields of ``TrainConfig``, ``teacher_dtype`` and ``stored``
-        of a ``Job``, ranks that share the batch, whether the student is cut over them."""
+        """The plan of the same run with other settings: fields of ``TrainConfig``, ``teacher_dtype`` and ``stored`` of
+        a ``Job``, the number of ranks that share the batch, whether the student is sharded."""
         own = {name: changes.pop(name) for name in ("teacher_dtype", "stored") if name in changes}
         given = {"micro_batch": self.micro_batch} | changes
         job = dataclasses.replace(self.job, config=dataclasses.replace(self.job.config, **given), **own)
@@ -82,7 +82,7 @@ class Plan:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """JSON values."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("job", "card")}
         found = {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
         own = ("total", "largest_micro_batch", "step_seconds", "images_per_second", "hours")
@@ -91,7 +91,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of settings, by their names in a run file, and the bytes that the run then needs."""
+    """A change of settings, by their names in a run file, and the bytes that the run needs with it."""
 
     settings: Mapping[str, Any]
     bytes: int
@@ -112,20 +112,22 @@ def planned(
 ) -> Plan:
     """What a job needs on a card.
 
-    A ``micro_batch`` of None is the largest one that fits, or the smallest where none does.
+    If ``micro_batch`` is None, the largest one that fits is used, or the smallest if none fits.
 
     Args:
-        ranks: processes that share the batch, each on such a card. sharded: whether the student is cut over them.
-        disk: bytes of what is stored beside the checkpoints.
+        ranks: number of processes that share the batch, each on its own card. sharded: whether the student is sharded.
+        disk: bytes of stored data except the checkpoints.
 
     Raises:
-        InputError: a batch that the ranks cannot share in equal parts, or a micro-batch that does not divide a part.
+        InputError: a batch that the ranks cannot share equally, or a micro-batch that does not divide a rank's part.
     """
     config = job.config
     if ranks < 1:
         raise InputError.of("ranks", "at least 1", ranks)
     if config.batch % ranks:
         raise InputError.of("train.batch", f"a multiple of the {ranks} ranks that share it", config.batch)
+    if config.teacher_fp8 and card.name in WITHOUT_FLOAT8:
+        raise InputError.of("train.teacher_fp8", f"false on the {card.name}, whose products take no float8", True)
     batch = config.batch // ranks
     if config.micro_batch is not None and batch % config.micro_batch:
         raise InputError.of("train.micro_batch", f"a divisor of the {batch} samples of each rank", config.micro_batch)
@@ -150,12 +152,12 @@ def planned(
 
 
 def default_micro_batch(job: Job, available: int, *, ranks: int = 1, sharded: bool = False) -> int | None:
-    """The largest divisor of a rank's part of the batch that fits in ``available`` bytes; None: not even the smallest
-    that the objective takes does, which is 1 for most."""
+    """The largest divisor of a rank's part of the batch that fits into ``available`` bytes; None: not even the smallest
+    one that the objective allows (mostly 1) fits."""
     batch, multiple = job.config.batch // ranks, job.traced(True).multiple
     for size in (size for size in range(batch, 0, -1) if batch % size == 0 == size % multiple):
         parts = _memory(job, job.traced(True), size, batch, ranks, sharded)
-        spared = 2 * parts["gradients"] if size == batch else 0  # at the most, where no parts are accumulated
+        spared = 2 * parts["gradients"] if size == batch else 0  # at most; only if gradients are not accumulated
         if available < total(parts) <= available + spared:
             parts = _memory(job, job.traced(False), size, batch, ranks, sharded)
         if total(parts) <= available:
@@ -164,15 +166,15 @@ def default_micro_batch(job: Job, available: int, *, ranks: int = 1, sharded: bo
 
 
 def _largest(job: Job, available: int, ranks: int, sharded: bool) -> int:
-    """The micro-batch by default, or the smallest where that does not fit either."""
+    """The default micro-batch, or the smallest one if that does not fit either."""
     found = default_micro_batch(job, available, ranks=ranks, sharded=sharded)
     return job.traced(True).multiple if found is None else found
 
 
 def fits(plan: Plan, available: int) -> list[Remedy] | None:
-    """None if a plan fits in ``available`` bytes; otherwise what would make it fit, with the bytes that it then needs.
+    """None if a plan fits into ``available`` bytes; otherwise remedies, with the bytes that the run needs with each.
 
-    Remedies that are enough alone come first. If none is, the last one is all of them together.
+    Remedies that are sufficient alone come first. If none is, the last one is all of them together.
     """
     if plan.total <= available:
         return None
@@ -194,7 +196,7 @@ def fits(plan: Plan, available: int) -> list[Remedy] | None:
 
 
 def _changes(plan: Plan, available: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """What could make a plan smaller: settings by their names in a run file, and the arguments of ``Plan.changed``."""
+    """Possible changes that reduce a plan: settings by their names in a run file, and arguments of ``Plan.changed``."""
     config = plan.job.config
     smaller = _largest(plan.job, available, plan.ranks, plan.sharded)
     if smaller < plan.micro_batch:
@@ -232,7 +234,7 @@ def _execution(job: Job, sharded: bool) -> str:
 
 def _memory(job: Job, traced: Traced, micro_batch: int, batch: int, ranks: int, sharded: bool) -> dict[str, int]:
     layout = Layout(
-        graph=_execution(job, sharded) == "graph",  # of a compiled one, teacher and student are one branch
+        graph=_execution(job, sharded) == "graph",  # in compiled code, teacher and student are one branch
         banks=job.config.banks == "device" and not job.stored,
         ranks=ranks,
         sharded=sharded,
@@ -243,7 +245,7 @@ def _memory(job: Job, traced: Traced, micro_batch: int, batch: int, ranks: int, 
 
 
 def _checkpoints(traced: Traced, config: TrainConfig) -> int:
-    """Bytes of the checkpoints that are kept, and of the one that is written before the oldest goes."""
+    """Bytes of the kept checkpoints, and of the one that is written before the oldest is removed."""
     kinds = ("student", "masters", "moments", "averages", "adapters")
     held = zip(traced.trace.sizes, traced.trace.labels, strict=True)
     kept = config.keep_checkpoints + 1 + (config.keep_best is not None)

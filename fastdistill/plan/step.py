@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step without memory: the trainer's own, on the meta device, traced."""
+"""A training step without memory: the trainer's own step, traced on the meta device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastdistill.diffusion.schedule import PredictionType, Schedule
 from fastdistill.distill.objective import Objective, Setting
-from fastdistill.models import families
+from fastdistill.models import families, float8
 from fastdistill.models.calling import Call
 from fastdistill.models.fuse import fuse
 from fastdistill.models.students import Student
@@ -29,14 +29,16 @@ from fastdistill.train.step import TrainStep
 META = torch.device("meta")
 
 
-#: Samples of a trace, of which one is taken that divides the size of no weight.
+#: Settings on which a trace depends.
+_KINDS = "precision", "fuse", "gradient_checkpointing", "teacher_ahead", "teacher_fp8", "teacher_null_once"
+#: Numbers of samples for a trace; one that divides no size of a weight is used.
 _UNITS = (61, 59, 53, 47, 43, 41, 37, 31)
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A trace, the numbers of parameters of teacher and student (and of those that are trained), the bytes of the
-    weights of the student's largest block, and what the samples of a part are a multiple of."""
+    """A trace, the numbers of parameters of teacher and student (and of the trained ones), the bytes of the weights in
+    the student's largest block, and the number that the samples of a part must be a multiple of."""
 
     trace: Trace
     parameters: dict[str, int]
@@ -46,11 +48,11 @@ class Traced:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, by its sizes.
+    """The models and data of a training, by their sizes.
 
-    teacher: makes it on the meta device. student: makes that of a teacher. latents: [N, *S] and prompts [M + 1, ...] by
-    name, on the meta device. device: the type of device that it is planned for. encoders: bytes of the text encoders
-    that are used while training. stored: whether latents and prompts stay on the disk.
+    teacher: creates the teacher on the meta device. student: creates the student from it. latents: [N, *S] and prompts
+    [M + 1, ...] by name, on the meta device. device: the type of device to plan for. encoders: bytes of the text
+    encoders used during training. stored: whether latents and prompts stay on disk.
     """
 
     teacher: Callable[[], nn.Module]
@@ -69,10 +71,10 @@ class Job:
     known: dict[Any, Traced] = field(default_factory=dict, compare=False, repr=False)
 
     def traced(self, accumulated: bool) -> Traced:
-        """A step without memory: of one part, or of two whose gradients are accumulated. It takes seconds; a job keeps
-        what it has found, and so do those that ``dataclasses.replace`` makes of it."""
+        """A step without memory, with one part, or with two whose gradients are accumulated. This takes seconds; the
+        result is kept by the job and by jobs that ``dataclasses.replace`` creates from it."""
         config = self.config
-        kind = config.precision, config.fuse, config.gradient_checkpointing, config.teacher_ahead
+        kind = tuple(getattr(config, name) for name in _KINDS)
         key = accumulated, self.device, self.teacher_dtype, *kind
         if key not in self.known:
             self.known[key] = self._traced(1 + accumulated)
@@ -82,7 +84,7 @@ class Job:
         teacher = self.teacher()
         made = self.student(teacher)
         devices.cast(teacher, META, self.teacher_dtype, {})
-        if any(not p.requires_grad for p in made.model.parameters()):  # adapters on the teacher's own weights
+        if any(not p.requires_grad for p in made.model.parameters()):  # adapters on the teacher's weights
             made = self.student(teacher)
         models = {"teacher": teacher, "student": made.model}
         counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
@@ -98,16 +100,17 @@ class Job:
 
 
 def _largest_block(model: nn.Module) -> int:
-    """Bytes of the weights of the largest element of the lists of modules in it; of all, if there are no lists."""
+    """Bytes of the weights in the largest element of the module's lists of modules; of all weights without such
+    lists."""
     lists = [module for module in model.children() if isinstance(module, nn.ModuleList)]
     blocks = [block for each in lists for block in each] or [model]
     return max(sum(p.nbytes for p in block.parameters()) for block in blocks)
 
 
 def trace(step: TrainStep, setting: Setting, unit: int = 0, parts: int = 1) -> Trace:
-    """The trace of the next step, on any device, of an optimizer that has its state."""
+    """The trace of the next step on any device; its optimizer must already have its state."""
     found = Trace(unit, parts)
-    step.prepare(1)  # a teacher that is ahead has answered
+    step.prepare(1)  # a teacher that runs ahead has computed its output
     hold(found, step, setting)
     objective: Any = step.objective
     draw = objective.draw
@@ -123,7 +126,7 @@ def trace(step: TrainStep, setting: Setting, unit: int = 0, parts: int = 1) -> T
         hook: Any = parameter.register_post_accumulate_grad_hook
         hooks.append(hook(lambda p: found.hold("gradients", [p.grad])))
     collecting = gc.isenabled()
-    gc.disable()  # what is freed, and when, is the step's own doing
+    gc.disable()  # so that memory is freed only by the step itself
     objective.draw = drawn
     try:
         with found:
@@ -140,7 +143,7 @@ def trace(step: TrainStep, setting: Setting, unit: int = 0, parts: int = 1) -> T
 
 
 def hold(found: Trace, step: TrainStep, setting: Setting) -> None:
-    """Label what a step keeps from one to the next."""
+    """Label the tensors that a step keeps for the next one."""
     teacher, student = setting.teacher, setting.student
     kept: list[tuple[str, list[Tensor]]] = [("student", _tensors(student)), ("teacher", _tensors(teacher))]
     for kind, label in {"master": "masters", "exp_avg": "moments", "exp_avg_sq": "moments", "ema": "averages"}.items():
@@ -159,7 +162,7 @@ def hold(found: Trace, step: TrainStep, setting: Setting) -> None:
 
 
 def _buffers(step: TrainStep) -> list[Tensor]:
-    """Gradients of the losses and answers of a teacher that is ahead, which stay where they are made once, and the
+    """Buffers that are created once and kept: gradients of the losses, outputs of a teacher that runs ahead, and the
     tensors of the step itself."""
     knowledge = getattr(step.objective, "_knowledge", None)
     own = [getattr(knowledge, name, None) for name in ("_gradient", "_gradients", "_held")]
@@ -181,7 +184,7 @@ def _leaves(tree: Any) -> list[Tensor]:
 def _step(
     job: Job, teacher: nn.Module, made: Student, micro_batch: int, parts: int
 ) -> Iterator[tuple[TrainStep, Setting]]:
-    """The step that a ``DistillTrainer`` makes, of models without values."""
+    """The step that a ``DistillTrainer`` creates, with models on the meta device."""
     student = made.model
     taken = {p.untyped_storage()._cdata: p for p in teacher.parameters()}
     common = {id(p): taken[key] for p in student.parameters() if (key := p.untyped_storage()._cdata) in taken}
@@ -201,6 +204,8 @@ def _step(
         if config.fused(job.device):
             fuse(teacher)
             fuse(student)
+        if config.teacher_fp8:
+            undo.callback(float8.quantize(teacher, student))
         low = any(p.dtype == torch.float16 for p in student.parameters() if p.requires_grad)
         scaling = LossScale(META) if low else None
         setting = Setting(
@@ -217,6 +222,7 @@ def _step(
             global_batch=batch,
             micro_batch=micro_batch,
             call=job.call,
+            null_once=config.teacher_null_once,
         )
         bound = job.objective(made).bind(setting)
         undo.callback(bound.close)

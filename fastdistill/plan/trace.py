@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step allocates and computes, seen by a dispatch mode: on meta tensors to plan it, on real ones to check that.
+"""What a step allocates and computes, recorded by a dispatch mode: on meta tensors for a plan, on real ones for tests.
 
-Memory is that of live tensor storage. What an operator allocates and frees inside of itself (workspaces of libraries)
-is not seen.
+Memory means live tensor storages. Memory that an operator allocates and frees internally (workspaces of libraries) is
+not recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 OTHER = "activations"
-_EMPTY = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}  # no kernels
+_EMPTY = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}  # run no kernels
 _aten = torch.ops.aten
 
 
@@ -56,22 +56,22 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, tuple[int, weakref.ref[Any]]] = {}  # number and a reference, by the storage's address
 
     def enter(self, phase: str) -> None:
-        """What follows belongs to this phase."""
+        """The following operators belong to this phase."""
         self._phase = phase
 
     def hold(self, label: str, tensors: Iterable[Tensor]) -> None:
-        """Label the storages of these tensors, new ones or known ones."""
+        """Label the storages of these tensors, new or known."""
         for tensor in tensors:
             number = self._number(tensor)
             if number is not None:
                 self.labels[number] = label
 
     def end(self) -> None:
-        """Note nothing more, also not what is freed."""
+        """Stop recording, also of freed storages."""
         self._live.clear()
 
     def live(self, sizes: np.ndarray | None = None) -> np.ndarray:
-        """[events] int64: bytes of live storage after each event; ``sizes`` in the place of the storages' own."""
+        """[events] int64: bytes of live storages after each event; ``sizes`` replaces the storages' own sizes."""
         numbers = np.asarray(self.events)
         freed = numbers < 0
         own = np.asarray(self.sizes if sizes is None else sizes, dtype=np.int64)[np.where(freed, ~numbers, numbers)]
@@ -93,7 +93,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any, made: list[Tensor]) -> None:
-        """What an operator, which is not a view, computes and moves."""
+        """Record what an operator (not a view) computes and moves."""
         updates = func.namespace == "fastdistill" and func.__name__.split(".")[0] in ("adamw_ema", "grad_square_sum")
         tensors = [(tensor, 1) for tensor in made]
         for argument, value in zip(func._schema.arguments, (*args, *kwargs.values()), strict=False):
@@ -107,7 +107,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def _number(self, tensor: Tensor) -> int | None:
-        """The number of a tensor's storage, given to it where it has none yet."""
+        """The number of a tensor's storage; a new storage gets one."""
         if tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__"):
             return None
         storage = tensor.untyped_storage()
@@ -154,13 +154,13 @@ def _layer_norm(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> An
 
 
 def _norm_backward(grad: Tensor, x: Tensor, *rest: Any) -> Any:
-    """Of either norm: the gradients of input, weight and bias that the mask asks for."""
+    """For both norms: the gradients of input, weight and bias that the mask selects."""
     channels = rest[4] if isinstance(rest[3], int) else rest[0]
     made = (torch.empty_like(x), x.new_empty(channels), x.new_empty(channels))
     return tuple(gradient if wanted else None for gradient, wanted in zip(made, rest[-1], strict=True))
 
 
-#: What torch takes to pieces on meta tensors, which no device does.
+#: Operators that torch decomposes on meta tensors but on no device.
 _NORMS: dict[Any, Callable[..., Any]] = {
     _aten.native_group_norm.default: _group_norm,
     _aten.native_layer_norm.default: _layer_norm,
@@ -171,7 +171,8 @@ _NORMS: dict[Any, Callable[..., Any]] = {
 
 @contextlib.contextmanager
 def attention_as(device: str) -> Iterator[None]:
-    """Inside, torch's attention on meta tensors is that of a type of device, which keeps no matrix of all scores."""
+    """Inside, torch's attention on meta tensors is that of a type of device that does not store the matrix of
+    scores."""
     original = F.scaled_dot_product_attention
 
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -213,7 +214,7 @@ def _attention(
 
 
 def phases(trace: Trace, teacher: nn.Module, student: nn.Module) -> list[Any]:
-    """Hooks by which a trace knows the forwards of both models; what comes after the student's is its backward."""
+    """Hooks that tell a trace the phases: the forwards of both models; what follows the student's is the backward."""
     return [
         teacher.register_forward_pre_hook(lambda *_: trace.enter("teacher")),
         teacher.register_forward_hook(lambda *_: trace.enter("step")),

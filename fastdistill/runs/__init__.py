@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model folder to an exported student: one run file, and a function for each thing that is done with it."""
+"""Runs: from a model folder to an exported student, described by one run file; one function per command."""
 
 from __future__ import annotations
 

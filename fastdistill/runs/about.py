@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself, in its directory for whoever looks at it later; and how much of its device it uses."""
+"""Information that a run writes about itself into its directory, and how much of its device it uses."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from fastdistill.plan import Plan
 from fastdistill.tasks.workers import versions
 from fastdistill.train import distributed
 
-ABOUT = "about.json"  # in the directory of a run, of its last sitting
+ABOUT = "about.json"  # in the directory of a run; about the last call of ``distill``
 
 
 class _Values(BaseModel):
-    """Of which any may be missing, as a version may not write it."""
+    """The fields of ``about.json``; any may be missing, because older versions do not write all."""
 
     model_config = ConfigDict(strict=True)
     command: str = ""
@@ -42,9 +42,9 @@ class _Values(BaseModel):
 
 
 class About:
-    """``about.json``: ``command``, ``versions``, ``device``, the ``lines`` of the beginning, and as ``ended`` why the
-    training ended before its last step, where it did and could say so. Of a run with a plan ``flops``: the operations
-    of a step on a rank, as the plan counts them, and ``ceiling``: those that the card reaches in a second in a large
+    """``about.json``: ``command``, ``versions``, ``device``, the ``lines`` printed at the beginning, and ``ended``: why
+    the training ended before its last step, if known. For a run with a plan also ``flops``, the operations of a step on
+    a rank according to the plan, and ``ceiling``, the operations per second that the device reaches in a large matrix
     product, with the ``source`` of that figure.
     """
 
@@ -64,22 +64,22 @@ class About:
             self.values |= {"flops": flops, "ceiling": card.matmul, "source": card.source}
 
     def begin(self, done: int) -> None:
-        """The time of the steps counts from now on."""
+        """Start measuring the time of the steps."""
         self._since = done, time.perf_counter()
 
     def add(self, lines: Sequence[str]) -> None:
-        """Add lines of the beginning, and write them."""
+        """Add lines printed at the beginning, and write the file."""
         self.values["lines"] += lines
         self._write()
 
     def end(self, error: BaseException) -> None:
-        """Write what has ended the training."""
+        """Record what has ended the training."""
         self.values["ended"] = str(error) if isinstance(error, Stopped) else quoted(error)
         self._write()
 
     def utilization(self, done: int) -> dict[str, float]:
-        """``mfu``: operations of the steps since the last call, of those that the card reaches; nothing without a
-        plan."""
+        """``mfu``: the operations of the steps since the last call, divided by those that the device can do in this
+        time; empty without a plan."""
         (before, start), self._since = self._since, (done, time.perf_counter())
         seconds = self._since[1] - start
         return {} if seconds <= 0 else utilization(self.values, (done - before) / seconds)
@@ -92,7 +92,7 @@ class About:
 
 
 def read_about(directory: Path) -> dict[str, Any]:
-    """What a run says of itself; nothing where it does not, or not in a way that can be read.
+    """The information that a run has written about itself; empty if there is none or it cannot be read.
 
     Raises:
         StorageError: a newer fastdistill wrote it.
@@ -109,13 +109,13 @@ def read_about(directory: Path) -> dict[str, Any]:
 
 
 def utilization(about: dict[str, Any], rate: float) -> dict[str, float]:
-    """``mfu`` of so many steps per second."""
+    """``mfu`` for ``rate`` steps per second."""
     flops, ceiling = about.get("flops"), about.get("ceiling")
     return {"mfu": rate * flops / ceiling} if flops and ceiling else {}
 
 
 def _command() -> str:
-    """The command line of this process; nothing of one that another command began."""
+    """The command line of this process; empty if another program called this package."""
     program, *rest = sys.argv or [""]
     if Path(program).name in ("fastdistill", "__main__.py"):
         program = "fastdistill"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself before its first step and after it."""
+"""The lines that a run prints before its first step and after it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from fastdistill.train import DistillTrainer
 
 
 def before(trainer: DistillTrainer, planned: Plan | None) -> list[str]:
-    """Lines on the models, the taps with the shapes of their features (the batch first), and the memory that the plan
+    """Lines about the models, the taps with the shapes of their features (batch first), and the memory that the plan
     expects."""
     student = trainer.student
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     count = sum(p.numel() for p in student.parameters())
     lines = [f"teacher: {_size(trainer.teacher)}; student: {_size(student)}, {_share(trained, count)} trained"]
+    lines += trainer.about_teacher
     for (theirs, own), wide, narrow in getattr(trainer.step.objective, "tapped", ()):
         adapter = "" if wide == narrow else " by an adapter"
         lines.append(f"tap: student {own} {list(narrow)} to teacher {theirs} {list(wide)}{adapter}")
@@ -30,11 +31,11 @@ def before(trainer: DistillTrainer, planned: Plan | None) -> list[str]:
         return [*lines, "memory: no plan, as models this small need far less than is free"]
     gflop, card = sum(planned.flops.values()) / 1e9, planned.card
     ceiling = f"{card.name} reaches {card.matmul / 1e12:.3g} TFLOP/s ({card.source})"
-    return [*lines, f"memory: {readable(planned.total)} planned", f"{gflop:,.3g} GFLOP an image; {ceiling}"]
+    return [*lines, f"memory: {readable(planned.total)} planned", f"{gflop:,.3g} GFLOP per image; {ceiling}"]
 
 
 def after(trainer: DistillTrainer) -> list[str]:
-    """Lines on what the first step used. It has refused a tap whose feature carries no gradient."""
+    """Lines about what the first step used. (The step itself refuses a tap whose feature has no gradient.)"""
     device = trainer.step.counter.device
     kernels = ", ".join(f"{op} {found[0]}" for op, found in sorted(ops.used().items()))
     if device.type == "cuda":

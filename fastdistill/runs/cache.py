@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reads besides its models: the encoded prompts, and the teacher's samples of those that are seen."""
+"""The data of a run: the encoded prompts, and the teacher's samples for the seen ones."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ Only = Literal["prompts", "latents"]
 
 @dataclass(frozen=True)
 class Cached:
-    """What is on the disk after ``cache``. With ``cache.encodings`` on_demand there is no bank on the disk.
+    """What is on the disk after ``cache``. If ``cache.encodings`` is on_demand, there is no bank on the disk.
 
-    prompts: directory of the bank. latents: directory for each size. texts: rows of the bank, with the null prompt.
-    samples: rows of all latents. made: how many of these rows the call made.
+    prompts: directory of the bank. latents: one directory per size. texts: number of rows of the bank, with the null
+    prompt. samples: number of rows of all latents. made: how many of these rows this call has made.
     """
 
     prompts: Path
@@ -57,25 +57,27 @@ def cache(
     progress: Progress | None = None,
     allow_code: bool = False,
 ) -> Cached:
-    """Encode the prompts of a run, then sample its teacher for the seen ones, or go on with what is there.
+    """Encode the prompts of a run, then sample its teacher for the seen ones; existing rows are kept.
 
-    With ``cache.encodings`` on_demand nothing is encoded beforehand, and the text encoders stay beside the teacher.
-    With ``cache.images`` the latents are those images through the VAE, and their captions are the seen prompts.
+    If ``cache.encodings`` is on_demand, nothing is encoded in advance, and the text encoders stay in memory together
+    with the teacher. With ``cache.images`` the latents are those images, encoded by the VAE; their captions are the
+    seen prompts.
 
-    The text encoders are freed before the teacher is loaded. Sample n depends on the seed, n and its prompt alone, and
-    both are written shard by shard: an interrupted call is continued by the next, and processes that make the same
-    call at once (``torchrun``) share the shards, all with the same result. What is finished is not made again.
+    The text encoders are freed before the teacher is loaded. Sample n depends only on the seed, n and its prompt.
+    Encodings
+    and samples are written shard by shard: an interrupted call is continued by the next one, and processes that make
+    the same call at once (``torchrun``) share the shards; the result is the same.
 
     Args:
-        only: "prompts" or "latents": the other is left as it is.
-        verify: read what is there, and make anew what is damaged.
+        only: "prompts" or "latents": do not change the other part.
+        verify: read existing rows, and make damaged ones again.
         progress: ``progress("prompts" or "latents", rows done, rows)``, at the start and after each batch; with several
-            sizes the second is called "latents HEIGHTxWIDTH".
+            sizes the second name is "latents HEIGHTxWIDTH".
         allow_code: whether ``config.call`` may be imported.
 
     Raises:
         InputError: what ``opened`` refuses; values that are not finite in ``cache.dtype``.
-        StorageError: a cache of other prompts, another encoder, teacher or other settings in that directory; a disk
+        StorageError: the directory has a cache with other prompts, another encoder, teacher or other settings; a disk
             that is too small; an image that is too small or cannot be opened. All before anything is written.
     """
     if only not in (None, "prompts", "latents"):
@@ -105,7 +107,7 @@ def cache(
         for size in sizes:
             report(_stage(size), len(index) - missing[size], len(index))
         if any(missing.values()):
-            _free()  # of the text encoders
+            _free()  # the text encoders
             _sample(run, bank, index, [size for size in sizes if missing[size]], report)
         made += sum(missing.values())
     places = [run.latents_place(size) for size in sizes] + [run.prompts_place]
@@ -121,14 +123,14 @@ def cache(
 
 
 def _encode(run: Run, missing: int, room: int, report: Progress) -> int:
-    """Encodes what is missing, on a disk with ``room`` for what follows; returns the number of rows."""
+    """Encodes missing rows, if the disk has ``room`` also for what follows; returns the number of encoded rows."""
     texts = run.pool.texts
     if not missing:
         report("prompts", len(texts) + 1, len(texts) + 1)
         return 0
     encode, encode_null = run.encoding()
     if run.pipeline.own_prompts() is not None:
-        encode(texts)  # a number or a few words each: whether there are such is soon known
+        encode(texts)  # labels or short texts: an invalid one is found at once
     null = encode_null("").values()
     stored = [bank[0].to(run.cache_dtype) if bank.is_floating_point() else bank[0] for bank in null]
     files.require_space(run.prompts_place, missing * sum(row.nbytes for row in stored) + room)
@@ -163,10 +165,10 @@ def _sample(run: Run, bank: PromptBank, index: Tensor, sizes: list[Size], report
 
 
 def _by_teacher(run: Run, bank: PromptBank) -> tuple[Callable[[Size], Generate], dict[str, Any]]:
-    """What samples the teacher, and what is told of it."""
+    """The function that samples the teacher, and its part of the fingerprint."""
     settings = run.config.cache
     model = run.pipeline.model(dtype=run.teacher_dtype)
-    # Trainers recognize a model in the precision of the hash or above.
+    # A trainer recognizes a model with the precision of this hash or a higher one.
     teacher = weights_hash(model, torch.float16 if run.teacher_dtype == torch.float16 else torch.bfloat16)
     model.to(run.config.device)
 
@@ -188,7 +190,7 @@ def _by_teacher(run: Run, bank: PromptBank) -> tuple[Callable[[Size], Generate],
 
 
 def _by_autoencoder(run: Run) -> tuple[Callable[[Size], Generate], dict[str, Any]]:
-    """What encodes the images of ``cache.images``, in float32."""
+    """The function that encodes the images of ``cache.images`` in float32, and its part of the fingerprint."""
     paths = [path for path, _ in run.pool.images]
     vae = run.pipeline.autoencoder(device=run.config.device)
     readers = ThreadPoolExecutor()
@@ -210,14 +212,14 @@ def _stage(size: Size) -> str:
 
 
 def _missing(run: Run, sizes: tuple[Size, ...], samples: int, prompts: str | None, verify: bool) -> dict[Size, int]:
-    """Latents of each size that are not there or damaged."""
+    """For each size, the number of latents that are missing or damaged."""
     return {
         size: _lacking(run.latents_place(size), run.stored_latents(size, prompts), samples, verify) for size in sizes
     }
 
 
 def _lacking(place: Path, stored: Manifest | None, rows: int, verify: bool) -> int:
-    """How many of the rows of a directory are not there, or damaged."""
+    """How many rows of a directory are missing or damaged."""
     if stored is None:
         return rows
     damaged = damaged_shards(place, stored) if verify else {}
@@ -225,12 +227,12 @@ def _lacking(place: Path, stored: Manifest | None, rows: int, verify: bool) -> i
 
 
 def _row_bytes(run: Run, size: Size) -> int:
-    """Of a latent and the number of its prompt."""
+    """Bytes of a latent and of the number of its prompt."""
     return math.prod(run.pipeline.latent_shape(size)) * run.cache_dtype.itemsize + torch.int64.itemsize
 
 
 def _free() -> None:
-    """Returns the memory of models that nothing refers to any more."""
+    """Free the memory of models that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run file: everything that a run consists of, from the teacher's folder to the student that is exported."""
+"""The run file: all settings of a run, from the teacher's folder to the exported student."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PromptSettings:
     column: str | None = None
     """Column or key of the prompts in a table; none: the only column, or the one called prompt, caption or text."""
     seen: Count | None = None
-    """How many prompts get latents, from the first; all prompts are in the pool. none: all of them."""
+    """Only the first n prompts get latents (none: all of them); the student learns all prompts of the pool."""
     strip: bool = True
     """Remove white space around prompts."""
     unique: bool = True
@@ -46,20 +46,20 @@ class PromptSettings:
 @documented
 @dataclass(frozen=True)
 class CacheSettings:
-    """Encoded prompts and samples of the teacher, made once and read by any number of runs."""
+    """Encoded prompts and samples of the teacher; they are created once, and any number of runs can read them."""
 
     directory: str = "caches/run"
-    """Where they are kept."""
+    """Folder of the cache."""
     images_per_prompt: Count = 1
     """Latents of each seen prompt."""
     images: str | None = None
-    """Folder of images with captions, which the VAE encodes, to use instead of samples of the teacher."""
+    """Folder of images with captions, to be encoded by the VAE and used instead of samples of the teacher."""
     sampler: Literal["scheduler"] = "scheduler"
-    """How the teacher samples: by the scheduler of its folder, with all its settings."""
+    """How the teacher samples: with the scheduler of its folder and all its settings."""
     steps: Count = 25
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Guidance scale g = 1 + w, as in diffusers; 1 is no guidance; none: 7.5, or what guidance says."""
+    """Guidance scale g = 1 + w, as in diffusers; 1: no guidance; none: 7.5, or the schedule in guidance."""
     guidance: str | float | None = None
     """Instead of guidance_scale, a schedule of the weight w = g - 1, such as 8@10,-1@2,0 (docs/guidance.md)."""
     seed: Seed | None = None
@@ -69,24 +69,24 @@ class CacheSettings:
     encodings: Literal["stored", "on_demand"] = "stored"
     """stored: every prompt is encoded once. on_demand: prompts are encoded during training, shortly before use."""
     batch: Count = 16
-    """How many samples the teacher makes at once, and how many texts are encoded at once."""
+    """Batch size of the teacher's sampling and of the text encoder."""
     read: Literal["auto", "memory", "disk"] = "auto"
-    """Where they are during training; auto: in memory, if they take at most a quarter of the free memory."""
+    """Where the cache is during training; auto: in memory if it needs at most a quarter of the free memory."""
     rows_per_shard: Count = 1024
     """Number of latents per file; an interruption loses at most one file."""
     sizes: tuple[tuple[Count, Count], ...] = ()
-    """Height and width in pixels; several: one cache each, drawn from in turn; none: the model's own size."""
+    """Heights and widths in pixels; one cache per size, used in proportion to its latents; none: the model's size."""
 
 
 @documented
 @dataclass(frozen=True)
 class LoraSettings:
-    """A student that is the teacher with low-rank adapters (PEFT), if a rank is given."""
+    """If a rank is given, the student is the teacher with low-rank adapters (PEFT)."""
 
     rank: Count | None = None
     """Rank of the adapters; none: no adapters."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """The adapters are scaled by alpha / rank; none: the rank, so by 1."""
+    """The adapters are scaled by alpha / rank; none: alpha = rank (a scale of 1)."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Modules that get an adapter: the ends of their names."""
 
@@ -99,9 +99,9 @@ class StudentSettings:
     spec: str | None = None
     """Name of a spec: bk_base, bk_small, ..., half_depth, half_width."""
     every: Count | None = None
-    """For transformers: with 2, keep every second block, counted back from the last."""
+    """For transformers: n keeps every n-th block, counted back from the last."""
     first: Count | None = None
-    """For transformers: how many blocks to keep, from the first."""
+    """For transformers: number of blocks to keep, from the first one on."""
     blocks: tuple[int, ...] | None = None
     """For transformers: the numbers of the blocks to keep."""
     width: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -116,37 +116,37 @@ class StudentSettings:
 @documented
 @dataclass(frozen=True)
 class RollingSettings:
-    """Samples of a batch that are states of a sampler, which runs along with the training."""
+    """Rolling states: some samples of a batch are states of a sampler that runs during the training."""
 
     every: Annotated[int, Field(ge=2)] | None = None
-    """With 2, every second sample of a batch is such a state; none: no sample is."""
+    """n replaces every n-th sample of a batch by such a state; none: no states."""
     by: Literal["teacher", "student"] = "teacher"
-    """The model whose output moves the states."""
+    """The model whose output advances the states."""
     steps: Count = 20
-    """Number of steps of a trajectory."""
+    """Number of sampling steps of a trajectory."""
     groups: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Groups of states that take turns, one per step."""
+    """Number of groups of states; each training step uses and advances one group."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Limit of the magnitude of the predicted clean sample; none: none."""
+    """Limit of the magnitude of the predicted clean sample; none: no limit."""
     null: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """How often a state is shown with the null prompt, and rests."""
+    """Probability that a state is shown with the null prompt; it does not advance then."""
 
 
 @documented
 @dataclass(frozen=True)
 class RegionSettings:
-    """Random prompts by the distance of student and teacher in regions of the pool."""
+    """Draw random prompts more often from regions of the pool in which student and teacher differ more."""
 
     count: Annotated[int, Field(ge=2, le=2**16)] | None = None
-    """Number of regions, of consecutive prompts; none: random prompts are drawn evenly."""
+    """Number of regions (groups of consecutive prompts); none: random prompts are drawn uniformly."""
     every: Count = 50
-    """Steps between two tables of their probabilities."""
+    """Steps between two updates of the regions' probabilities."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Decay of the average of the distances from table to table."""
+    """Decay of the moving average of the distances at each update."""
     uniform: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Share of the draws that stay even."""
+    """Fraction of the draws that are uniform over all prompts."""
     power: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Power of the distances to which the others go."""
+    """The other draws weight each prompt by the distance of its region to this power."""
 
 
 @documented
@@ -159,9 +159,9 @@ class RandomConditioningSettings:
     parameters: dict[str, float] = field(default_factory=dict)
     """Parameters of p(t) by name."""
     null: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """How often the null prompt replaces the chosen one."""
+    """Probability that the null prompt replaces the chosen one."""
     with_replacement: bool = False
-    """Draw the latents of an epoch with replacement."""
+    """Draw latents independently, instead of each one once per epoch."""
     rolling: RollingSettings = RollingSettings()
     regions: RegionSettings = RegionSettings()
 
@@ -172,9 +172,9 @@ class LossSettings:
     """Weights of the terms of the loss."""
 
     output: Amount = 1.0
-    """Weight of the distance of the outputs."""
+    """Weight of the distance between the outputs."""
     feature: Amount = 1.0
-    """Weight of the distance of the features at the taps."""
+    """Weight of the distance between the features at the taps."""
     task: Amount = 0.0
     """Weight of the denoising loss on the latents."""
 
@@ -189,11 +189,11 @@ class GuidanceSettings:
     scale: tuple[Finite, Finite] | None = None
     """Range of the scale (guidance_scale - 1) that the student gets as an input; none: it has no such input."""
     lowest: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the samples with the lowest scale of that range, which is hard to learn if it is 0."""
+    """Fraction of the samples with the lowest scale of that range (a scale of 0 is hard to learn)."""
     grid: str | None = None
-    """Sampler whose timesteps are drawn: trailing:20, karras:30@30..0.09 or flow:28@3; none: all of training."""
+    """Draw only timesteps of this sampler: trailing:20, karras:30@30..0.09 or flow:28@3; none: all timesteps."""
     weight_limit: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
-    """If loss_weighting is none, a loss on epsilon is weighted by 1 / abar up to this (on v and flow by 1)."""
+    """If loss_weighting is none, a loss on epsilon has the weight min(1 / abar, this limit); on v and flow 1."""
 
 
 @documented
@@ -205,22 +205,22 @@ class ObjectiveSettings:
     random_conditioning: RandomConditioningSettings = RandomConditioningSettings()
     weights: LossSettings = LossSettings()
     loss_weighting: LossWeighting | None = None
-    """Weight of the output and the task loss at each timestep; none: uniform (guidance: by its weight_limit)."""
+    """Weight of the output and the task loss at each timestep; none: uniform (with guidance: see its weight_limit)."""
     min_snr_gamma: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
     """Gamma of the min-SNR weighting."""
     feature_distance: Distance = "mse"
-    """normalized_mse: divided by the teacher's mean square; huber: linear above 1; cosine: per sample."""
+    """normalized_mse: MSE / mean square of the teacher; huber: linear above 1; cosine: one distance per sample."""
 
 
 @documented
 @dataclass(frozen=True)
 class PreviewSettings:
-    """Grids of images of teacher and student from the same prompts and noise, during training."""
+    """Grids of images from teacher and student during training, with the same prompts and noise."""
 
     every: Count | None = None
     """Steps between two previews; none: no previews."""
     prompts: Count | tuple[str, ...] = 4
-    """Texts, or a number: the first so many of the pool."""
+    """Texts; or a number n: the first n prompts of the pool."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Seeds of the initial noise; each gives one image per prompt."""
     steps: Count = 20
@@ -235,7 +235,7 @@ class EvaluateSettings:
     """The comparison of student and teacher."""
 
     prompts: Count | str = 64
-    """A number: the last so many prompts of the pool (the unseen ones); or a file of prompts."""
+    """A number n: the last n prompts of the pool (the unseen ones); or a file of prompts."""
     images_per_prompt: Annotated[int, Field(ge=1, le=2**20)] = 1
     """Images per prompt."""
     steps: Count | None = None
@@ -245,9 +245,9 @@ class EvaluateSettings:
     seed: Seed = 2**31
     """Seed of the initial noise; the default differs from that of the cache."""
     batch: Count = 16
-    """How many images a model makes at once."""
+    """Batch size of the sampling."""
     metrics: tuple[Literal["fid", "kid", "clip"], ...] = ()
-    """Further scores, which need weights on this machine; KID and Inception features need torchmetrics."""
+    """Additional scores; they need weights on this machine. KID and Inception features need torchmetrics."""
     features: str | None = None
     """Folder of a CLIP or DINO model whose features measure diversity; none: fixed features of the pixels."""
     inception: str | None = None
@@ -264,17 +264,17 @@ class RunConfig:
     """A run: from the teacher's folder to the exported student."""
 
     directory: str = "runs/run"
-    """Checkpoints, metrics and reports of the run."""
+    """Folder for the checkpoints, metrics and reports of the run."""
     device: str = "auto"
     """Device to run on; auto: a GPU if there is one, else the CPU."""
     seed: Seed = 0
     """Seed of the student, the cache and all random draws."""
     teacher: str = ""
-    """Pipeline folder of diffusers with the teacher, or task:digits, a teacher that is part of the package."""
+    """Folder of the teacher's diffusers pipeline; or task:digits, a teacher that is part of the package."""
     family: str = "auto"
     """Family of the teacher; auto: by its model_index.json."""
     call: str | None = None
-    """module:function that calls models of no known family; needs --allow-code."""
+    """module:function that calls a model whose family is unknown; needs --allow-code."""
     teacher_dtype: Dtype = "auto"
     """Dtype of the teacher's weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     shard: bool = False

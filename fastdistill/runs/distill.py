@@ -41,15 +41,15 @@ def distill(
     callbacks: Callbacks = (),
     tell: Callable[[str], object] | None = None,
 ) -> FitResult:
-    """Train the student of a run to its last step, or go on with the run in ``config.directory``.
+    """Train the student of a run to its last step, or continue the run in ``config.directory``.
 
-    If it is started by ``torchrun``, each process is a rank. Prompts and latents have to be there (``cache``). Other
-    arguments, and errors, are those of ``DistillTrainer.fit``.
+    Under ``torchrun`` each process is a rank. Prompts and latents must exist (``cache``). The other arguments and the
+    errors are those of ``DistillTrainer.fit``.
 
     Args:
-        allow_code: whether ``config.call``, code of the user's own, may be imported.
+        allow_code: whether ``config.call``, code of the user, may be imported.
         progress: as in ``DistillTrainer.fit``. If the run has a plan, the metrics also have ``mfu``: the operations
-            since the last line, as a share of those that the device reaches (docs/monitoring.md).
+            since the last line, as a fraction of those that the device can do in this time (docs/monitoring.md).
         tell: called on rank 0 with lines about models, taps and memory before the first step, and with one about
             execution, kernels and memory after it.
     """
@@ -65,7 +65,7 @@ def distill(
                 if calls == 1 and done > config.train.steps:
                     rule = f"at least the {done} that the run in {run.directory} has done"
                     raise InputError.of("train.steps", rule, config.train.steps)
-                if first and calls == 1:  # the directory is this run's by now
+                if first and calls == 1:  # by now the directory belongs to this run
                     kept = dataclasses.replace(config, train=run.config.train)
                     atomic_write(run.directory / RUN_FILE, run_yaml(kept).encode())
                 if first and calls <= 2:
@@ -83,27 +83,25 @@ def distill(
             try:
                 return trainer.fit(run.directory, progress=started, callbacks=callbacks)
             except BaseException as error:
-                if calls and distributed.rank() == 0:  # the directory is this run's
+                if calls and distributed.rank() == 0:  # the directory belongs to this run
                     about.end(error)
                 raise
 
 
 def fitted(run: Run) -> tuple[Run, Plan | None]:
-    """The run with its micro-batch: that of the sitting before, or the largest that fits, where the file has none. And
-    its plan; None if it is so small that none was made.
+    """The run with its micro-batch: if the run file has none, that of the previous call, or the largest that fits. And
+    its plan; None if the run is so small that none is made.
 
     Raises:
-        InputError: the run does not fit into the memory of its device, with what would make it fit.
+        InputError: the run does not fit into the memory of its device; the message says what would make it fit.
     """
     device, ranks = torch.device(run.config.device), distributed.size()
-    free = plans.available(device) + (
-        CONTEXT if device.type == "cuda" else 0
-    )  # which a plan counts, and is there by now
+    free = plans.available(device) + (CONTEXT if device.type == "cuda" else 0)  # planned, but exists already
     free = -distributed.largest(-free, device)
     part = run.config.train.batch // ranks
     micro_batch = run.config.train.micro_batch
     if micro_batch is None and (file := run.directory / RUN_FILE).exists():
-        before = from_yaml(RunConfig, file).train.micro_batch  # another one would round otherwise
+        before = from_yaml(RunConfig, file).train.micro_batch  # another micro-batch would change the rounding
         micro_batch = before if before is None or part % before == 0 else None
     if micro_batch is None:
         if _far_from(free, run):
@@ -120,20 +118,20 @@ def fitted(run: Run) -> tuple[Run, Plan | None]:
 
 
 def _far_from(free: int, run: Run) -> bool:
-    """Whether so many bytes are more than a batch of models this small could take: a sample's activations are some ten
-    times the weights at the most."""
+    """Whether ``free`` bytes are more than enough for a batch of models this small: the activations of a sample take at
+    most about ten times the memory of the weights."""
     size: int = sum(p.nbytes for p in run.pipeline.model(device="meta").parameters())
     return 100 * size * run.config.train.batch < free
 
 
 def trainer_of(run: Run, sources: tuple[PromptBank, Sequence[LatentCache]] | None = None) -> DistillTrainer:
-    """The trainer of a run, on the stored prompts and latents.
+    """The trainer of a run, with the stored prompts and latents.
 
     Args:
-        sources: others in their place, latents of each of the run's sizes.
+        sources: use these instead; latents for each of the run's sizes.
 
     Raises:
-        StorageError, InputError: they are not there or belong to another run; whatever ``DistillTrainer`` refuses.
+        StorageError, InputError: they are missing or belong to another run; whatever ``DistillTrainer`` refuses.
     """
     bank, latents = stored_sources(run) if sources is None else sources
     teacher, student = teacher_and_student(run)
@@ -156,7 +154,7 @@ def trainer_of(run: Run, sources: tuple[PromptBank, Sequence[LatentCache]] | Non
 
 
 def stored_sources(run: Run) -> tuple[PromptBank, Sequence[LatentCache]]:
-    """The stored prompts and the latents of each size, in memory or left on the disk."""
+    """The stored prompts and the latents of each size, in memory or on disk."""
     load = in_memory(run)
     bank = run.bank(load=load)
     return bank, [run.latents(size, bank, load=load) for size in run.sizes]
@@ -178,8 +176,8 @@ def train_config(run: Run, bank: PromptBank) -> TrainConfig:
 
 
 def in_memory(run: Run) -> bool:
-    """Whether prompts and latents are read into memory at the start, by ``cache.read``: auto where they take at most a
-    quarter of what is free."""
+    """Whether prompts and latents are read into memory at the start. For ``cache.read: auto``: if they need at most a
+    quarter of the free memory."""
     if run.config.cache.read != "auto":
         return run.config.cache.read == "memory"
     free = plans.available(run.config.device if run.config.train.banks == "device" else "cpu")
@@ -196,18 +194,18 @@ def _decoder(run: Run) -> Callable[[Tensor], Tensor]:
 
 
 def _preview_prompts(run: Run, bank: PromptBank) -> PromptBank | None:
-    """Encodings of the prompts of previews, where the pool does not have all of them."""
+    """Encodings of the prompts for previews, if the pool does not contain all of them; else None."""
     wanted = run.config.preview.prompts
     if isinstance(wanted, int) or set(wanted) <= set(bank.texts):
         return None
     encoders = run.pipeline.encoders(device=run.config.device, dtype=run.teacher_dtype)
     scale = run.guidance(run.config.preview.guidance_scale).get("guidance_scale")
     made = run.pipeline.encode(list(wanted), encoders, size=run.sizes[0], guidance_scale=scale)
-    return dataclasses.replace(made, encoder=bank.encoder)  # that of the same folder, by its files
+    return dataclasses.replace(made, encoder=bank.encoder)  # the encoder of the same folder, identified by its files
 
 
 def sharded_blocks(student: nn.Module) -> None:
-    """``fully_shard`` of each of the model's blocks, and of the rest."""
+    """Calls ``fully_shard`` for each of the model's blocks, and for the rest."""
     from torch.distributed.fsdp import fully_shard
 
     lists = {"down_blocks", "up_blocks", *(name for family in FAMILIES.values() for name in family.blocks)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student of a run beside its teacher, on the same prompts and noise (``fastdistill evaluate``)."""
+"""Compares the student of a run with its teacher, on the same prompts and noise (``fastdistill evaluate``)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ _SHOWN = 12
 
 
 class _Prompts(NamedTuple):
-    """texts: P. bank: of them, for the first size. seen: whether the student was trained on latents of each."""
+    """texts: P texts. bank: their encodings for the first size. seen: whether the student was trained on their
+    latents."""
 
     texts: list[str]
     bank: PromptBank
@@ -51,7 +52,7 @@ class _Prompts(NamedTuple):
 
 
 class _OfSize(NamedTuple):
-    """What was found of images of a size, which ``pixels`` names."""
+    """The results for images of one size, named ``pixels``."""
 
     pixels: str
     samples: Samples
@@ -68,18 +69,18 @@ def evaluate(
     allow_code: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, Any]:
-    """Compare the averaged student of a run to its teacher, with the settings ``config.evaluate``. Both compute in the
-    teacher's dtype. If there are several sizes of images, each is compared by itself.
+    """Compare the averaged student of a run with its teacher, with the settings ``config.evaluate``. Both compute in
+    the teacher's dtype. If there are several image sizes, each is compared separately.
 
     Writes ``evaluation/`` in the run's directory: ``report.html``, ``report.json``, ``samples.png`` (with several sizes
     ``samples-HEIGHTxWIDTH.png``) and ``run.yaml``, to repeat the comparison.
 
     Args:
-        student: a model, or a ``Student``, to compare instead of the run's; it is left as it is.
-        step: of the student's checkpoint; None: the newest.
-        features: images [b, 3, H, W] in [0, 1] -> features [b, D] for all figures that need some, in place of those
-            that ``config.evaluate`` names.
-        progress: called with (samples made by both models, all), of all sizes.
+        student: a model, or a ``Student``, to compare instead of the run's student; it is not changed.
+        step: step of the student's checkpoint; None: the newest.
+        features: images [b, 3, H, W] in [0, 1] -> features [b, D]; used for all figures that need features, instead of
+            those that ``config.evaluate`` names.
+        progress: called with (samples made by both models, total), over all sizes.
 
     Returns:
         The report, as in ``report.json`` (``fastdistill.evaluate.comparison.write_comparison``).
@@ -87,7 +88,7 @@ def evaluate(
     Raises:
         InputError: a value outside of its range, or a student that does not fit.
         StorageError: a folder, a file of weights or a checkpoint that is missing or damaged, before anything is
-            sampled. FastdistillError: a package that is missing.
+            sampled. FastdistillError: a missing package.
     """
     start = time.perf_counter()
     run = opened(config, allow_code=allow_code)
@@ -142,7 +143,7 @@ def evaluate(
 
 
 def _extractors(run: Run, features: Extractor | None) -> dict[str, Extractor]:
-    """By what they are for: ``features``, ``inception`` and ``clip``, as the settings ask for them."""
+    """Feature extractors by their purpose: ``features``, ``inception`` and ``clip``, as the settings require."""
     settings, device = run.config.evaluate, run.config.device
     if features is not None and not callable(features):
         raise InputError.of("features", "a function of images", described(features))
@@ -177,7 +178,7 @@ def _named(run: Run, features: Extractor | None) -> str:
 
 
 def _prompts(run: Run) -> _Prompts:
-    """The last prompts of the pool, or those of a file, by the run's text encoders."""
+    """The last prompts of the pool, or those of a file, encoded by the run's text encoders."""
     wanted = run.config.evaluate.prompts
     if isinstance(wanted, str):
         texts = prompts_in(run.config, wanted, "evaluate.prompts").texts
@@ -187,7 +188,7 @@ def _prompts(run: Run) -> _Prompts:
     texts = run.pool.texts[first:]
     seen = [row < run.pool.seen for row in range(first, len(run.pool.texts))]
     cache = run.config.cache
-    same = run.guidance(run.config.evaluate.guidance_scale) == run.guidance()  # which some families encode
+    same = run.guidance(run.config.evaluate.guidance_scale) == run.guidance()  # some families encode the guidance scale
     stored = cache.encodings == "stored" and same
     if not stored or not (run.prompts_place / "manifest.json").exists():
         return _Prompts(texts, _encoded(run, texts), seen)
@@ -233,7 +234,7 @@ def _taps(student: Student) -> list[tuple[str, str]]:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in this dtype, except for what diffusers keeps in float32."""
+    """The model in this dtype, except for the weights that diffusers keeps in float32."""
     kept = kept_in_float32(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point() and id(tensor) not in kept:
@@ -244,7 +245,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def _losses(
     run: Run, size: Size, teacher: Any, student: _Compared, samples: Samples, rows: Tensor, bank: PromptBank
 ) -> HeldOut:
-    """On the teacher's samples of this comparison."""
+    """The losses on the teacher's samples of this comparison."""
     device = torch.device(run.config.device)
     setting = Setting(
         teacher,
@@ -295,7 +296,7 @@ def _measures(
 def _features(
     files: list[Path], size: tuple[int, int], batch: int, extractors: Mapping[str, Extractor]
 ) -> dict[str, Tensor]:
-    """Of real images, by extractor."""
+    """The features of real images, by extractor."""
     found: dict[str, list[Tensor]] = {name: [] for name in extractors if name != "clip"}
     for first in range(0, len(files), batch):
         images = torch.stack([load_image(file, size, enlarge=True) for file in files[first : first + batch]])
@@ -354,7 +355,7 @@ def _report(
 
 
 def _values(found: _OfSize) -> dict[str, dict[str, Any]]:
-    """By model."""
+    """The figures of each model."""
     speed, values = found.samples.images_per_second, found.measures.values
     return {name: {"images_per_second": speed[name], "measures": values[name]} for name in MODELS}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student of a run in a form that needs nothing of this package (``fastdistill export``)."""
+"""Writes the student of a run in a form that does not need this package (``fastdistill export``)."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def export(
 ) -> Path:
     """Write the student of a checkpoint to ``to``, with a model card.
 
-    For a pipeline this is a whole folder that ``DiffusionPipeline.from_pretrained`` loads. For a task, which is no
-    pipeline, it is the folder of the model alone (``from_pretrained`` of its class). For a student with adapters it is
-    the adapters alone, in PEFT's format (``load_lora_weights``).
+    For a pipeline this is a whole folder that ``DiffusionPipeline.from_pretrained`` loads; for a task, which is not a
+    pipeline, a folder with only the model (``from_pretrained`` of its class); for a student with adapters only the
+    adapters in PEFT's format (``load_lora_weights``).
 
     Args:
         dtype: of the weights; None: float32. step: of the checkpoint; None: the newest.
-        averaged: write the averages of the weights; False: the weights of that step.
+        averaged: write the averaged weights; False: the weights of that step.
         link: make the other components of the pipeline symbolic links to the teacher's folder.
-        overwrite: replace a pipeline folder that exists already.
+        overwrite: replace an existing pipeline folder.
 
     Raises:
-        StorageError: no checkpoint, or of another student; ``to`` is there already or cannot be written.
-        InputError: a dtype that is none; ``link`` or ``overwrite`` for adapters.
+        StorageError: no checkpoint, or one of another student; ``to`` exists or cannot be written.
+        InputError: an invalid dtype; ``link`` or ``overwrite`` for adapters.
     """
     to = located(to, "to")
     if dtype not in (None, "float32", "bfloat16", "float16"):
@@ -72,7 +72,7 @@ def export(
             run.pipeline.export(model, to, dtype=target, link=link, overwrite=overwrite, texts={CARD: card})
         return to
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in key)  # what was trained
+        parameter.requires_grad_("lora_" in key)  # only the trained weights
     name = peft.chosen(model, None)
     weights = {key: p.detach() for key, p in model.named_parameters()}
     found = peft.exported(model, weights, name)
@@ -83,7 +83,7 @@ def export(
 
 
 def model_card(run: Run, saved: checkpoint.Checkpoint, made_by: Mapping[str, Any], model: nn.Module) -> str:
-    """Markdown with the metadata of the Hub: what the student is, of which teacher, how it was trained."""
+    """Markdown with metadata for the Hub: what the student is, its teacher, how it was trained."""
     pipeline, config = run.pipeline, _trained(run)
     adapted = config.student.lora.rank is not None
     teacher = sum(p.numel() for p in pipeline.model(device="meta").parameters())
@@ -127,13 +127,13 @@ def model_card(run: Run, saved: checkpoint.Checkpoint, made_by: Mapping[str, Any
 
 
 def _trained(run: Run) -> RunConfig:
-    """The settings of the run's last sitting, which the command line of ``distill`` may have changed."""
+    """The settings of the last call of ``distill``, whose command line may have changed them."""
     file = run.directory / RUN_FILE
     return from_yaml(RunConfig, file) if file.exists() else run.config
 
 
 def _settings(config: RunConfig) -> str:
-    """The parts of a run file that decide what the student is, without the paths of a machine."""
+    """The parts of a run file that determine the student, without paths of a machine."""
     values = parsed(to_yaml(config))
     for section in ("student", "objective", "train"):
         values[section] = {name: value for name, value in values[section].items() if value is not None}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the guidance of a run file can be: of the samples in its cache, and of a student that learns it."""
+"""Checks the guidance in a run file: for the samples in its cache, and for a student that learns it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdistill.runs.config import GuidanceSettings, RunConfig
 
 
 def check_cache(config: RunConfig, given: str | float, pipeline: PipelineFolder) -> None:
-    """InputError if the samples of the cache cannot go by a schedule."""
+    """InputError if the samples of the cache cannot use this schedule."""
     scale, rule = config.cache.guidance_scale, None
     if scale is not None:
         way = "--cache.guidance-scale null, or --cache.guidance null"
@@ -30,7 +30,7 @@ def check_cache(config: RunConfig, given: str | float, pipeline: PipelineFolder)
 def check_distilled(
     guidance: GuidanceSettings, text: str, pipeline: PipelineFolder, sizes: Iterable[tuple[int, int] | None]
 ) -> None:
-    """InputError if the levels that are drawn have no weights of this schedule: before the latents are made."""
+    """InputError if this schedule has no weights for the drawn noise levels; called before the latents are made."""
     if guidance.scale is not None and not guidance.scale[0] < guidance.scale[1]:
         raise InputError.of("objective.guidance.scale", "the lowest factor and the highest", guidance.scale)
     with called("objective.guidance.schedule"):
@@ -39,6 +39,6 @@ def check_distilled(
         schedule = pipeline.schedule(size)
         with called("objective.guidance.grid"):
             grid = None if guidance.grid is None else Grid.parse(guidance.grid, schedule)
-        if not isinstance(weights, PowerLaw | Cads):  # whose weights are those of samples
+        if not isinstance(weights, PowerLaw | Cads):  # those have weights per sample
             with called("objective.guidance.schedule"):
                 _ = weights.table(schedule) if grid is None else weights.weights(grid)

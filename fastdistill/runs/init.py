@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run file for a pipeline folder (``fastdistill init``), by itself or by a recipe of ``fastdistill/runs/recipes``."""
+"""Creates a run file for a pipeline folder (``fastdistill init``), optionally with a recipe of runs/recipes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastdistill.train.config import from_mapping, parsed
 RECIPES = Path(__file__).parent / "recipes"
 _UNET, _TRANSFORMER = ("bk_small", "koala_700m", "channel_micro"), ("half_depth", "half_width")  # the first that fits
 _WIDTH, _COLUMN = 118, 44
-#: What a run file shows of each section, besides what a recipe sets.
+#: The fields that a run file shows in each section, in addition to those of the recipe.
 _SHOWN = {
     "": "directory device seed teacher teacher_dtype log",
     "prompts": "file seen",
@@ -49,14 +49,14 @@ def init(
 
     Args:
         folder: a pipeline folder, or the id of a model on the Hub.
-        recipe: a name of ``recipes()``: the settings of a paper.
-        call: ``module:function`` that calls the model, which may then be of no known family.
+        recipe: a name from ``recipes()``: use the settings of a paper.
+        call: ``module:function`` that calls the model, whose family may then be unknown.
         allow_code: whether the module of ``call`` may be imported.
 
     Raises:
         StorageError: no pipeline folder, or a damaged one.
-        InputError: a pipeline of no known family without ``call``; a recipe that is not known, or whose student does
-            not fit the model.
+        InputError: a pipeline of an unknown family without ``call``; an unknown recipe, or one whose student does not
+            fit the model.
     """
     pipeline, _ = open_teacher(os.fspath(folder), call, allow_code)
     name = pipeline.name
@@ -110,7 +110,7 @@ def _recipe(name: str, pipeline: PipelineFolder) -> tuple[str, dict[str, Any]]:
 
 
 def _laid(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with others laid over them, section by section."""
+    """The values, replaced by the given ones, section by section."""
     laid = dict(values)
     for key, value in given.items():
         own = laid.get(key)
@@ -119,7 +119,7 @@ def _laid(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _student(pipeline: PipelineFolder) -> str:
-    """The first of the usual students that can be made of the model."""
+    """The first of the usual students that can be made from the model."""
     transformer = bool(pipeline.family.blocks)
     teacher = pipeline.model(device="meta")
     for name in _TRANSFORMER if transformer else _UNET:
@@ -152,7 +152,7 @@ def _head(pipeline: PipelineFolder, student: Any, comment: str) -> list[str]:
 
 
 def _section(config: Any, values: Mapping[str, Any], path: str, depth: int) -> Iterator[str]:
-    """The lines of a (nested) configuration: its shown fields, and those that ``values`` sets, with their help."""
+    """The lines of a (nested) configuration: its shown fields and the fields set by ``values``, with their help."""
     helps = field_texts(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), field.name

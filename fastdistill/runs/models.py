@@ -21,8 +21,8 @@ from fastdistill.train import checkpoint
 def teacher_and_student(run: Run) -> tuple[Any, Student]:
     """The teacher in its dtype and the student in float32, on the run's device.
 
-    The student's weights come from those of the folder, whatever dtype the teacher then has; one that is adapters on
-    the teacher shares its weights.
+    The student's weights come from the folder's weights, before the teacher is cast; a student with adapters on the
+    teacher shares the teacher's weights.
     """
     settings, dtype = run.config.student, run.teacher_dtype
     if settings.lora.rank is not None or dtype == torch.float32:
@@ -42,11 +42,11 @@ def require_checkpoint(run: Run, step: int | None = None) -> None:
 
 
 def checkpoint_of(run: Run, step: int | None = None) -> tuple[Path, checkpoint.Checkpoint, dict[str, Any]]:
-    """The newest whole checkpoint of a run, or that of a step: its file, itself, and the fingerprint of its run.
+    """The newest complete checkpoint of a run, or that of a step: its file, the checkpoint, the fingerprint of its run.
 
     Raises:
-        StorageError: none, or a damaged one.
-        InputError: none of this step.
+        StorageError: there is none, or it is damaged.
+        InputError: there is none of this step.
     """
     require_checkpoint(run, step)
     if step is not None:
@@ -58,11 +58,11 @@ def checkpoint_of(run: Run, step: int | None = None) -> tuple[Path, checkpoint.C
 
 
 def trained_student(run: Run, *, step: int | None = None, averaged: bool = True) -> Any:
-    """The student of a checkpoint, float32 and in eval mode on the run's device. It needs only the checkpoint, and for
+    """The student of a checkpoint, float32 and in eval mode on the run's device. Only the checkpoint is needed, and for
     adapters the teacher's weights below them.
 
     Args:
-        step: of the checkpoint; None: the newest. averaged: the averages of the weights; False: the weights themselves.
+        step: of the checkpoint; None: the newest. averaged: the averaged weights; False: the weights of that step.
 
     Raises:
         StorageError: no checkpoint, a damaged one, or one of another student.
@@ -73,10 +73,10 @@ def trained_student(run: Run, *, step: int | None = None, averaged: bool = True)
 
 
 def student_in(run: Run, path: Path, saved: checkpoint.Checkpoint, averaged: bool) -> Any:
-    """As ``trained_student``, of a checkpoint that was read from ``path``."""
+    """Like ``trained_student``, for a checkpoint that was read from ``path``."""
     adapted = run.config.student.lora.rank is not None
     model: Any = run.student(run.pipeline.model(device="cpu" if adapted else "meta")).model
-    if not adapted:  # with the buffers that no file has
+    if not adapted:  # with the buffers that are not stored
         with torch.random.fork_rng(devices=[]):
             model = type(model).from_config(dict(model.config))
     places = _places(model, saved.outline, "student", averaged)
@@ -89,11 +89,11 @@ def student_in(run: Run, path: Path, saved: checkpoint.Checkpoint, averaged: boo
 
 
 def adapters_in(run: Run, path: Path, saved: checkpoint.Checkpoint, channels: Sequence[tuple[int, int]]) -> Adapters:
-    """The averaged adapters of a checkpoint that was read from ``path``, for features of these (student channels,
+    """The averaged adapters of a checkpoint that was read from ``path``, for features with these (student channels,
     teacher channels), float32 on the run's device.
 
     Raises:
-        StorageError: the run has no adapters of these channels.
+        StorageError: the run has no adapters with these channels.
     """
     adapters = Adapters(channels)
     places = _places(adapters, saved.outline, "trained.0", averaged=True)
@@ -104,9 +104,9 @@ def adapters_in(run: Run, path: Path, saved: checkpoint.Checkpoint, channels: Se
 
 
 def _places(model: nn.Module, outline: Mapping[str, Any], kind: str, averaged: bool) -> dict[str, str]:
-    """Names in a checkpoint of the weights and buffers of a trained module (``student``, ``trained.0``), by those in
-    its ``state_dict``."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}  # of tied weights the first
+    """For the weights and buffers of a trained module (``student``, ``trained.0``): name in its ``state_dict`` -> name
+    in a checkpoint."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # the first name of tied weights
     found: dict[str, str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         trained = f"optimizer.{kind}.{names.get(id(tensor))}"
@@ -119,13 +119,13 @@ def _places(model: nn.Module, outline: Mapping[str, Any], kind: str, averaged: b
 
 
 def _unlike(own: Mapping[str, Any], places: Mapping[str, str], saved: checkpoint.Checkpoint) -> list[str]:
-    """Names of what one of a module and a checkpoint lacks, or has of another shape."""
+    """Names that only the module or only the checkpoint has, or that have different shapes."""
     theirs = {name: saved.outline[place] for name, place in places.items()}
     return [name for name in own.keys() | theirs.keys() if _shape(own.get(name)) != _shape(theirs.get(name))]
 
 
 def _load(model: nn.Module, places: Mapping[str, str], saved: checkpoint.Checkpoint) -> None:
-    """Fill the module, tensor by tensor: of those that are in several files one is in memory beside it."""
+    """Fill the module tensor by tensor; a tensor that is in several files needs additional memory."""
     own, others = model.state_dict(), {}
     for name, place in places.items():
         value = saved.state[place]

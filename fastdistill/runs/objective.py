@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the student of a run learns."""
+"""The objective of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastdistill.runs.config import ObjectiveSettings, RunConfig
 
 
 def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditioning:
-    """Random conditioning, or guidance distillation under it, with these settings at the student's taps."""
+    """Random conditioning, or guidance distillation with it, with these settings and the student's taps."""
     given, weights, guidance = settings.random_conditioning, settings.weights, settings.guidance
     kind: Any = RandomConditioning
     own: dict[str, Any] = {"loss_weighting": settings.loss_weighting or "uniform"}
@@ -36,7 +36,7 @@ def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditi
 
 
 def check_conditioning(config: RunConfig, timesteps: int, ranks: int) -> None:
-    """InputError for regions or rolling states that the rest of a run file, or its ranks, leave no room for."""
+    """InputError for regions or rolling states that do not fit the rest of the run file or the number of ranks."""
     _check_regions(config)
     objective, rolling = config.objective, config.objective.random_conditioning.rolling
     every, name = rolling.every, "objective.random_conditioning.rolling.every"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run file that has been checked: its pipeline, its student and its prompts, and where everything of the run is."""
+"""A checked run file: its pipeline, its student and its prompts, and the places of all its files."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
-    """The run of a run file; nothing is loaded but configurations, and nothing is written.
+    """Check a run file and return its run. Only configurations are loaded, and nothing is written.
 
     Args:
-        allow_code: whether ``config.call``, code of the user's own, may be imported.
+        allow_code: whether ``config.call``, code of the user, may be imported.
 
     Raises:
-        InputError: a value outside of its range; no teacher; a student that does not fit it; a device that is not
-            there; ``call`` without ``allow_code``.
+        InputError: a value outside of its range; no teacher; a student that does not fit it; a missing device; ``call``
+            without ``allow_code``.
         StorageError: a folder or file that is missing or damaged.
     """
     if not isinstance(config, RunConfig):
@@ -90,7 +90,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     elif dataclasses.replace(guidance, weight_limit=5.0) != GuidanceSettings():
         raise InputError.of("objective.guidance.schedule", "one, beside scale or grid", None)
     check_conditioning(config, len(pipeline.schedule(run.sizes[0])), distributed.size())
-    made = run.student(teacher)  # whether it fits
+    made = run.student(teacher)  # checks that it fits
     objective_of(config.objective, made).describe()
     if config.student.lora.rank is not None and not config.objective.weights.task and guidance.schedule is None:
         rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
@@ -100,7 +100,7 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run, by ``opened``; ``call`` is the function that ``config.call`` names."""
+    """A run, from ``opened``; ``call`` is the function that ``config.call`` names."""
 
     config: RunConfig
     pipeline: PipelineFolder
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def directory(self) -> Path:
-        """Checkpoints, metrics and reports."""
+        """The directory for checkpoints, metrics and reports."""
         return located(self.config.directory, "directory")
 
     @property
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """Height and width of the images, a cache for each; (None,): the size that the model is for."""
+        """Height and width of the images, with one cache for each; (None,): the size that the model is for."""
         return self.config.cache.sizes or (None,)
 
     @property
@@ -134,7 +134,7 @@ class Run:
 
     @property
     def cache_seed(self) -> int:
-        """Of the initial noise of the latents."""
+        """The seed of the initial noise of the latents."""
         own = self.config.cache.seed
         return self.config.seed if own is None else own
 
@@ -144,17 +144,17 @@ class Run:
 
     @cached_property
     def student_spec(self) -> StudentSpec | BlockSpec | Mapping[str, Any]:
-        """What ``make_student`` takes."""
+        """The spec for ``make_student``."""
         return student_spec_of(self.config.student, bool(self.pipeline.family.blocks))
 
     def student(self, teacher: Any, *, seed: int = 0) -> Student:
-        """The student of this teacher, with weights of the seed where they are random."""
+        """The student of this teacher; random weights depend on ``seed``."""
         reads = self.config.objective.guidance.scale is not None
         init = self.config.student.init
         return make_student(teacher, self.student_spec, init=init, seed=seed, guidance_embedding=reads)
 
     def guidance(self, own: float | None = None) -> dict[str, Any]:
-        """The guidance of samples as ``PipelineFolder.sample`` takes it: a scale of their own, or that of the cache."""
+        """The guidance of samples, as arguments of ``PipelineFolder.sample``: the given scale, or that of the cache."""
         cache = self.config.cache
         if own is None and cache.guidance is not None:
             return {"guidance": cache.guidance}
@@ -162,8 +162,8 @@ class Run:
         return {"guidance_scale": 7.5 if scale is None else scale}
 
     def student_guidance(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The guidance with which the student is sampled where the teacher is with this one: none of one that was
-        distilled with guidance and does not read the scale."""
+        """The guidance for sampling the student if the teacher uses ``given``: none if the student was distilled with
+        guidance and does not read the scale."""
         guidance = self.config.objective.guidance
         return {"guidance_scale": 1.0} if guidance.schedule is not None and guidance.scale is None else given
 
@@ -178,7 +178,7 @@ class Run:
 
     @cached_property
     def pool(self) -> Pool:
-        """The prompts; their files are read when they are first asked for."""
+        """The prompts; their files are read at the first use."""
         return pool_of(self.config, self.pipeline)
 
     @property
@@ -190,18 +190,19 @@ class Run:
 
     @property
     def samples(self) -> int:
-        """How many latents of each size there are: N of ``prompt_index``."""
+        """The number of latents of each size: N of ``prompt_index``."""
         images = self.pool.images if self.config.cache.images is not None else None
         return self.pool.seen * self.config.cache.images_per_prompt if images is None else len(images)
 
     @cached_property
     def hashes(self) -> FileHashes:
-        """Of files of the teacher's folder, remembered in the cache's."""
+        """Hashes of files in the teacher's folder, stored in the cache's directory."""
         return FileHashes(files.located(self.config.cache.directory) / ".hashes.json")
 
     @cached_property
     def encoder(self) -> dict[str, Any]:
-        """What decides the encodings of the prompts, the fingerprint of the bank: encoders, tokenizers, settings."""
+        """The fingerprint of the bank: encoders, tokenizers and settings, which determine the encodings of the
+        prompts."""
         family, config = self.pipeline.family, self.pipeline.config
         settings = {n: v for n, v in self.pipeline.index.items() if not isinstance(v, list) and not n.startswith("_")}
         options: dict[str, Any] = {}
@@ -220,7 +221,8 @@ class Run:
         )
 
     def encoding(self) -> tuple[Encode, Callable[[str], Mapping[str, torch.Tensor]]]:
-        """What encodes prompts and the null prompt: functions that hold the text encoders, loaded on the device."""
+        """Functions that encode prompts and the null prompt; they load the text encoders on the device and keep
+        them."""
         family, pipeline = (
             self.pipeline.family,
             self.pipeline.encoders(device=self.config.device, dtype=self.teacher_dtype),
@@ -245,10 +247,10 @@ class Run:
         )
 
     def stored_prompts(self) -> Manifest | None:
-        """The manifest of the encoded prompts, whole or unfinished; None: there are none.
+        """The manifest of the encoded prompts, complete or not; None if there are none.
 
         Raises:
-            StorageError: they are of other prompts, in another order, or were made by another encoder.
+            StorageError: they belong to other prompts or another order, or were made by another encoder.
         """
         place = self.prompts_place
         if not (place / MANIFEST_NAME).exists():
@@ -267,7 +269,7 @@ class Run:
         return manifest
 
     def mend_texts(self) -> None:
-        """Write the texts beside the encoded prompts anew if they are damaged; for ``stored_prompts``."""
+        """Write the texts of the encoded prompts again if they are damaged; for ``stored_prompts``."""
         for name, data in attachments(self.pool.texts, "").items():
             with contextlib.suppress(OSError):
                 if (self.prompts_place / name).read_bytes() == data:
@@ -275,11 +277,11 @@ class Run:
             files.atomic_write(self.prompts_place / name, data)
 
     def bank(self, *, load: bool = False, device: torch.device | str = "cpu") -> PromptBank:
-        """The stored encodings of ``pool``, left on the disk, or loaded; with ``cache.encodings`` on_demand the bank
-        that encodes its rows when they are read, with the text encoders on the run's device.
+        """The stored encodings of ``pool``, on disk or loaded. If ``cache.encodings`` is on_demand: a bank that encodes
+        its rows when they are read, with the text encoders on the run's device.
 
         Raises:
-            StorageError: they are not there or unfinished, or were made of other prompts or by another encoder.
+            StorageError: they are missing or incomplete, or were made from other prompts or by another encoder.
         """
         if self.config.cache.encodings == "on_demand":
             return self._on_demand
@@ -289,7 +291,7 @@ class Run:
         return PromptBank.load(place, device=device) if load else PromptBank.open(place, verify=False)
 
     def stored_latents(self, size: Size, prompts: str | None) -> Manifest | None:
-        """The manifest of the latents of a size, whole or unfinished; None: there are none.
+        """The manifest of the latents of a size, complete or not; None if there are none.
 
         ``prompts``: identity of the bank; None: not known yet.
 
@@ -306,11 +308,11 @@ class Run:
         return manifest
 
     def latents(self, size: Size, bank: PromptBank, *, load: bool = False) -> LatentCache:
-        """The stored latents of a size, left on the disk, or loaded.
+        """The stored latents of a size, on disk or loaded.
 
         Raises:
-            StorageError: they are not there or unfinished, or were made by another teacher, with other prompts or
-                settings.
+            StorageError: they are missing or incomplete, or were made by another teacher, with other prompts or
+            settings.
         """
         place = self.latents_place(size)
         if self.stored_latents(size, bank.identity) is None:
@@ -318,7 +320,7 @@ class Run:
         return LatentCache.load(place) if load else LatentCache.open(place)
 
     def sampling(self, size: Size) -> dict[str, Any]:
-        """What decides the latents of a size, besides teacher and prompts."""
+        """What determines the latents of a size, besides teacher and prompts."""
         cache = self.config.cache
         if cache.images is not None:
             images = self.hashes.each(path for path, _ in self.pool.images)
@@ -343,13 +345,13 @@ class Run:
         )
 
     def _check_dtype(self, place: Path, manifest: Manifest) -> None:
-        """StorageError if what is stored is not in ``cache.dtype``."""
+        """StorageError if the stored rows are not in ``cache.dtype``."""
         for name, tensor in manifest.tensors.items():
             if tensor.dtype.is_floating_point and tensor.dtype != self.cache_dtype:
                 dtypes = [dtype_name(dtype) for dtype in (self.cache_dtype, tensor.dtype)]
                 self.check_same(place, {f"cache.dtype of {name}": dtypes[0]}, {f"cache.dtype of {name}": dtypes[1]})
 
     def check_same(self, place: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        """StorageError if what is in a directory was made otherwise than this run wants it."""
+        """StorageError if the contents of a directory were made with other inputs than those of this run."""
         if changed := differences(plain(wanted), plain(found)):
             raise StorageError(f"{place}: made differently ({listed(changed)}); use another directory or delete it")

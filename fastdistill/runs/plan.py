@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs: memory by part, the micro-batch that fits, time and disk, without a GPU and without weights."""
+"""The needs of a run: memory by part, the micro-batch that fits, time and disk; without a GPU and without weights."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from fastdistill.train.config import TrainConfig, TrainSettings
 
 
 def plan(config: RunConfig, *, card: str | None = None, ranks: int = 1, allow_code: bool = False) -> Plan:
-    """What a run needs, on each of its ranks.
+    """What a run needs on each of its ranks.
 
-    A step of the run is traced on the meta device, without memory, which takes seconds. If ``train.micro_batch`` is
-    None, it is the largest that fits.
+    A step of the run is traced on the meta device, without memory; this takes seconds. If ``train.micro_batch`` is
+    None, the plan uses the largest one that fits.
 
     Args:
-        card: name of a card (``fastdistill.plan.card_named``); None: the run's device, as it is on this machine.
-        ranks: processes that share the batch, each on such a card.
+        card: name of a GPU (``fastdistill.plan.card_named``); None: the run's device on this machine.
+        ranks: number of processes that share the batch, each on its own card.
         allow_code: whether ``config.call`` may be imported.
 
     Raises:
-        InputError: what ``opened`` refuses; a card that is not known; a batch that the ranks cannot share.
+        InputError: what ``opened`` refuses; an unknown card; a batch that the ranks cannot share.
         StorageError: what ``opened`` refuses.
     """
     if not isinstance(ranks, int) or ranks < 1:
         raise InputError.of("ranks", "a whole number of at least 1", described(ranks))
     named = None if card is None else plans.card_named(card)
     if named is not None:
-        config = dataclasses.replace(config, device="cpu")  # any that is there
+        config = dataclasses.replace(config, device="cpu")  # the run's device need not exist
     run = opened(config, allow_code=allow_code)
     check_conditioning(config, len(run.pipeline.schedule(run.sizes[0])), ranks)
     return plan_of(run, named or plans.card_here(run.config.device), ranks=ranks)
@@ -53,15 +53,15 @@ def plan_of(run: Run, card: plans.Card, *, ranks: int = 1) -> Plan:
 
 
 def default_micro_batch(run: Run, available: int, *, ranks: int = 1) -> int | None:
-    """The largest micro-batch of an opened run that fits in so many bytes of its device; None: not even 1 does."""
+    """The largest micro-batch of an opened run that fits into ``available`` bytes of its device; None: not even 1
+    fits."""
     job = job_of(run, torch.device(run.config.device).type, ranks=ranks, available=available)
     return plans.default_micro_batch(job, available, ranks=ranks, sharded=run.config.shard)
 
 
 def job_of(run: Run, device: str, *, ranks: int = 1, available: int | None = None) -> Job:
-    """The sizes of an opened run, for a type of device with so many ``available`` bytes. Of several sizes of images the
-    largest stands for all; of prompts that are encoded on demand, the device holds those of the coming steps of each
-    size."""
+    """The sizes of an opened run, for a type of device with ``available`` bytes. With several image sizes, the largest
+    is used; if prompts are encoded on demand, the device has the encodings of the next steps for each size."""
     config = run.config
     shapes = [run.pipeline.latent_shape(size) for size in run.sizes]
     largest = max(range(len(shapes)), key=lambda i: math.prod(shapes[i]))
@@ -92,7 +92,7 @@ def job_of(run: Run, device: str, *, ranks: int = 1, available: int | None = Non
 
 
 def _banks(run: Run, rows: int) -> dict[str, Tensor]:
-    """The encoded prompts, without values."""
+    """The encoded prompts on the meta device."""
     stored = run.stored_prompts()
     if stored is not None:
         names = {stored_name(name): name for name in run.pipeline.row()}
@@ -107,7 +107,7 @@ def _stored(row: Tensor, dtype: torch.dtype) -> torch.dtype:
 
 
 def _encoders(run: Run, device: str) -> int:
-    """Bytes of the weights of the text encoders, in 16 bits on a GPU."""
+    """Bytes of the text encoders' weights, in 16 bits on a GPU."""
     count = 0
     for name in run.pipeline.components():
         if name.startswith("text_encoder"):
@@ -118,7 +118,7 @@ def _encoders(run: Run, device: str) -> int:
 
 
 def _disk(run: Run) -> dict[str, int]:
-    """Bytes of the caches, finished."""
+    """Bytes of the finished caches."""
     samples = run.pool.seen * run.config.cache.images_per_prompt
     latent = sum(math.prod(run.pipeline.latent_shape(size)) for size in run.sizes) * run.cache_dtype.itemsize
     found: dict[str, Any] = {"latents": samples * (latent + len(run.sizes) * torch.int64.itemsize), "prompts": 0}

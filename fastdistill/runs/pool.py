@@ -13,13 +13,13 @@ from fastdistill.files import located
 from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import RunConfig
 
-_MOST = 2**32  # latents of a cache, which draws number
+_MOST = 2**32  # maximum number of latents in a cache, limited by the draws
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The prompts of a run, in their order: the first ``seen`` get latents. empty, duplicates: how many were left out
-    of the file. images: of ``cache.images``, each with the number of its caption."""
+    """The prompts of a run, in order; the first ``seen`` get latents. empty, duplicates: how many prompts of the file
+    were left out. images: those of ``cache.images``, each with the number of its caption."""
 
     texts: list[str]
     seen: int
@@ -56,10 +56,10 @@ def pool_of(config: RunConfig, pipeline: PipelineFolder) -> Pool:
 
 
 def prompts_in(config: RunConfig, file: str, field: str) -> PromptFile:
-    """The prompts of a file that ``field`` names, cleaned as those of the run.
+    """The prompts of a file, cleaned like those of the run; ``field`` names the file in messages.
 
     Raises:
-        InputError, StorageError: as ``read_prompts``.
+        InputError, StorageError: those of ``read_prompts``.
     """
     given = config.prompts
     path = located(file, field)
@@ -68,12 +68,12 @@ def prompts_in(config: RunConfig, file: str, field: str) -> PromptFile:
             return read_prompts(
                 path, column=given.column, strip=given.strip, unique=given.unique, skip_empty=given.skip_empty
             )
-    except InputError as error:  # of the column, which has a field of its own
+    except InputError as error:  # about the column, which has its own field
         raise InputError(f"prompts.{error}") from error
 
 
 def _captions(config: RunConfig, folder: str, others: PromptFile) -> Pool:
-    """The captions of the images, which are the seen prompts, and other prompts."""
+    """The captions of the images, which are the seen prompts, and the other prompts."""
     given = config.prompts
     for name, value, wanted in (
         ("prompts.seen", given.seen, None),

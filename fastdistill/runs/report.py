@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a training (``fastdistill report``): read from its directory, whether it runs, was stopped or is done."""
+"""A page about a training (``fastdistill report``), from its directory; the training may be running, stopped or
+done."""
 
 from __future__ import annotations
 
@@ -30,14 +31,14 @@ from fastdistill.train.waits import WAITED
 
 FOLDER = "report"  # in the directory of the run
 _PREVIEW = re.compile(r"step-(\d{8})\.png")
-_PREVIEWS = 5  # on the page, the first and the last among them
+_PREVIEWS = 5  # number of previews on the page, including the first and the last
 
 
 def report(directory: str | Path, output: str | Path | None = None) -> dict[str, Any]:
-    """Write ``report.html`` and ``report.json`` of a training: losses, also of each tap, spread of features, norm of
-    the gradient, learning rate, images per second and waits over the steps, previews, what the run said of itself
-    (``runs.about``), settings, and how to reproduce it. Nothing of the run is changed, so it may be running; how one
-    ended that does not is told.
+    """Write ``report.html`` and ``report.json`` of a training: curves of the losses (also of each tap), spreads,
+    gradient norm, learning rate, images per second and waits; previews; the information of ``runs.about``; settings;
+    how to reproduce it; and how the training ended. Nothing of the run is changed, so it may be running. Damaged files
+    of the run are left out and listed in the ``concerns``.
 
     Args:
         directory: of a run, or of ``DistillTrainer.fit``. output: folder of the report; None: ``report`` in it.
@@ -46,7 +47,7 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
         The report, as in ``report.json`` (``fastdistill.evaluate.training.write_training``).
 
     Raises:
-        InputError: no directory, or one without a line of metrics. StorageError: it cannot be read or written.
+        InputError: no directory, or one without metrics. StorageError: it cannot be read or written.
     """
     from fastdistill.evaluate.training import write_training
 
@@ -57,17 +58,18 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
         rule = f"the directory of a training ({METRICS} with a line or more)"
         how = f", whose training ended before it ({ended})" if (ended := about.get("ended")) else ""
         raise InputError.of("directory", rule, f"{directory}{how}")
-    run, config, made = _settings(folder)
+    run, config, made, damaged = _settings(folder)
+    previews, unread = _previews(folder)
     steps = int(lines[-1]["step"])
-    rates = [float(rate) for rate in learning_rates(config)] if config is not None else []
+    rates = learning_rates(config) if config is not None else ()
     found: dict[str, Any] = {
         "title": f"Training in {directory}",
         "metrics": lines,
         "steps": max(steps, config.steps) if config is not None else steps,
         "batch": config.batch if config is not None else 1,
-        "rates": [rates[int(line["step"]) - 1] if line["step"] <= len(rates) else None for line in lines],
+        "rates": [float(rates[int(line["step"]) - 1]) if line["step"] <= len(rates) else None for line in lines],
         "settings": None if run is None else to_yaml(run),
-        "concerns": [f"{text}." for text in health.concerns(lines).values()],
+        "concerns": [f"{text}." for text in [*health.concerns(lines).values(), *damaged, *unread]],
         "seconds": {"total": lines[-1]["seconds"]} | _waited(lines),
         "versions": about.get("versions") or versions(),
         "date": datetime.date.today().isoformat(),
@@ -84,26 +86,37 @@ def report(directory: str | Path, output: str | Path | None = None) -> dict[str,
     before = {"step": 0, "seconds": 0.0} if len(lines) == 1 else lines[-2]
     if (seconds := lines[-1]["seconds"] - before["seconds"]) > 0:
         found |= utilization(about, (steps - before["step"]) / seconds)
-    write_training(folder / FOLDER if output is None else located(output, "output"), found, _previews(folder))
+    write_training(folder / FOLDER if output is None else located(output, "output"), found, previews)
     return found
 
 
-def _settings(folder: Path) -> tuple[RunConfig | None, TrainConfig | None, dict[str, Any] | None]:
-    """What the run file says; without one, the settings of the training in its newest checkpoint. And the fingerprint
-    there."""
+def _settings(folder: Path) -> tuple[RunConfig | None, TrainConfig | None, dict[str, Any] | None, list[str]]:
+    """The settings from the run file, or without a readable one, those of the training from its newest checkpoint; the
+    fingerprint in that checkpoint; and messages about files that could not be read."""
     checkpoints = reversed(checkpoint.steps(folder).items())
     step, made = next(((step, found) for step, path in checkpoints if (found := _made_by(path))), (0, None))
+    damaged = []
     file = folder / RUN_FILE
     if file.exists():
-        run = from_yaml(RunConfig, file)
-        return run, TrainConfig(**dataclasses.asdict(run.train), seed=run.seed), made
+        try:
+            run = from_yaml(RunConfig, file)
+            return run, TrainConfig(**dataclasses.asdict(run.train), seed=run.seed), made, []
+        except InputError as error:
+            damaged = [_left_out(RUN_FILE, error)]
     if made is not None and isinstance(known := made.get("config"), dict):
-        return None, from_mapping(TrainConfig, {"steps": step, **known}), made
-    return None, None, made
+        try:
+            return None, from_mapping(TrainConfig, {"steps": step, **known}), made, damaged
+        except InputError as error:
+            damaged += [_left_out(f"the settings in the checkpoint of step {step}", error)]
+    return None, None, made, damaged
+
+
+def _left_out(what: str, why: object) -> str:
+    return f"{what} could not be read and is left out ({' '.join(str(why).split())})"
 
 
 def _made_by(path: Path) -> dict[str, Any] | None:
-    """The fingerprint of a checkpoint, of which its tensors are not read; None if it is damaged."""
+    """The fingerprint of a checkpoint, without reading its tensors; None if it is damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(json_value(file.metadata()["fastdistill"])["fingerprint"])
@@ -112,13 +125,13 @@ def _made_by(path: Path) -> dict[str, Any] | None:
 
 
 def _waited(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of all waits, of lines that have them."""
+    """Seconds of all waits, from the lines that have them."""
     names = [name for name in WAITED.values() if any(name in line for line in lines)]
     return {name.replace("waited", "waiting_for"): sum(line.get(name, 0.0) for line in lines) for name in names}
 
 
 def _silence(folder: Path) -> str | None:
-    """What is known of a training that has not said how it ended; None if it goes on, or nobody can tell."""
+    """What is known if a training has not recorded its end; None if it is running, or nothing is known."""
     place = folder / LOCK_NAME
     try:
         held = lock(place, shared=True) if place.exists() else None
@@ -131,18 +144,22 @@ def _silence(folder: Path) -> str | None:
 
 
 def _commands(file: Path, directory: str | Path) -> list[str]:
-    """That make the run anew, beside the one that is there."""
+    """Commands that repeat the run in another directory."""
     own, other = shlex.quote(str(file)), shlex.quote(f"{directory}-again")
     return [f"fastdistill cache {own}", f"fastdistill distill {own} --directory {other}"]
 
 
-def _previews(folder: Path) -> dict[int, bytes]:
-    """Some of the previews, evenly over the training."""
+def _previews(folder: Path) -> tuple[dict[int, bytes], list[str]]:
+    """Some of the previews, evenly spaced over the training, and messages about those that could not be read."""
     files = {int(m[1]): p for p in (folder / PREVIEWS).glob("step-*.png") if (m := _PREVIEW.fullmatch(p.name))}
     steps = sorted(files)
     if len(steps) > _PREVIEWS:
         steps = [steps[round(i * (len(steps) - 1) / (_PREVIEWS - 1))] for i in range(_PREVIEWS)]
-    try:
-        return {step: files[step].read_bytes() for step in steps}
-    except OSError as error:
-        raise StorageError(f"{folder / PREVIEWS}: could not be read: {reason(error)}") from error
+    found: dict[int, bytes] = {}
+    damaged = []
+    for step in steps:
+        try:
+            found[step] = files[step].read_bytes()
+        except OSError as error:
+            damaged.append(_left_out(f"{PREVIEWS}/{files[step].name}", reason(error)))
+    return found, damaged

@@ -35,23 +35,24 @@ def sample(
     progress: Callable[[int, int], object] | None = None,
 ) -> list[Path]:
     """Write an image of each prompt for each seed to the new folder ``to``, with ``metadata.jsonl`` (file_name, text,
-    seed), as Hugging Face's image folders have it.
+    seed), in the format of Hugging Face's image folders.
 
-    An image depends on its prompt and seed alone, so teacher and student are compared by the same call.
+    An image depends only on its prompt and seed, so the same call with ``teacher`` gives images to compare.
 
     Args:
         prompts: texts, encoded by the pipeline of the teacher.
-        teacher: of the teacher instead of the student. step: of the student's checkpoint; None: the newest.
-        seeds: of the initial noise. steps, guidance_scale: None: those of the cache (of a student that was distilled
-            with guidance and does not read the scale: 1). size: height and width; None: the first of ``cache.sizes``.
-        progress: called with (images done, all).
+        teacher: sample the teacher instead of the student. step: of the student's checkpoint; None: the newest.
+        seeds: of the initial noise. steps, guidance_scale: None: those of the cache (guidance 1 for a student that was
+            distilled with guidance and does not read the scale). size: height and width; None: first of
+            ``cache.sizes``.
+        progress: called with (images done, total).
 
     Returns:
-        The files, those of a prompt together.
+        The files; those of a prompt are consecutive.
 
     Raises:
         InputError: no prompts, no seeds or a value outside of its range.
-        StorageError: ``to`` is there already or cannot be written; no checkpoint.
+        StorageError: ``to`` exists or cannot be written; no checkpoint.
     """
     to = located(to, "to")
     texts, own = list(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
@@ -92,7 +93,7 @@ def sample(
                     model,
                     bank,
                     part,
-                    torch.zeros_like(part),  # the first noise of the seed, whichever prompts are beside it
+                    torch.zeros_like(part),  # the first noise of the seed, independent of the other prompts
                     steps=steps,
                     **guidance,
                     seed=seed,

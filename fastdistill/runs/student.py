@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student that the settings of a run mean."""
+"""The student spec of a run's settings."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastdistill.runs.config import StudentSettings
 
 
 def student_spec_of(student: StudentSettings, transformer: bool) -> StudentSpec | BlockSpec | Mapping[str, Any]:
-    """The spec that the settings of a student mean, for a transformer or a U-Net.
+    """The spec for the settings of a student, for a transformer or a U-Net.
 
     Raises:
-        InputError: settings that say nothing, or two things.
+        InputError: no setting is given, or contradicting ones.
     """
     kinds = ("spec", "every", "first", "blocks", "channels")
     given = [name for name in kinds if getattr(student, name) is not None]

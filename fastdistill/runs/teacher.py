@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run file calls its teacher: a folder, a model of the Hub, an embedded task, with a function that calls it."""
+"""The teacher of a run file: a folder, a model on the Hub or an embedded task, optionally with a function to call
+it."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def open_teacher(teacher: str, call: str | None = None, allow_code: bool = False) -> tuple[PipelineFolder, Call | None]:
-    """The pipeline of ``teacher``: a folder, a model of the Hub, or an embedded task (``task:NAME``); and the function
-    that ``call`` names, with which the model of a folder may be of no family.
+    """The pipeline of ``teacher``: a folder, a model on the Hub, or an embedded task (``task:NAME``); and the function
+    that ``call`` names, which is needed for a model of an unknown family.
 
     Raises:
-        InputError, StorageError: as ``open_pipeline``, ``teacher_folder`` and ``open_task``.
+        InputError, StorageError: those of ``open_pipeline``, ``teacher_folder`` and ``open_task``.
     """
     function = None if call is None else _call(call, allow_code)
     if teacher.startswith(PREFIX):
@@ -31,11 +32,11 @@ def open_teacher(teacher: str, call: str | None = None, allow_code: bool = False
 
 
 def teacher_folder(teacher: str) -> Path:
-    """The folder of a teacher: itself, or the copy of a model of the Hub (``owner/name``), downloaded where there is
-    none.
+    """The folder of a teacher: itself, or the local copy of a model on the Hub (``owner/name``), downloaded if
+    necessary.
 
     Raises:
-        StorageError: neither is there; without a connection, or with ``HF_HUB_OFFLINE=1``, the Hub is not asked.
+        StorageError: neither exists; without a connection, or with ``HF_HUB_OFFLINE=1``, nothing is downloaded.
     """
     folder = files.located(teacher, "teacher")
     if folder.exists() or not _HUB_ID.fullmatch(teacher):

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher one step ahead: its output for the next step depends only on the counter. So it can be computed during
-the backward and the update of the current step, where small kernels leave the GPU partly idle."""
+"""Runs the teacher one step ahead. Its output for the next step depends only on the counter, so it can be computed
+during the backward and the update of the current step, when small kernels leave the GPU partly idle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fastdistill.errors import InputError
 
 class TeacherAhead:
     """Each step uses the output that the previous step computed (``TrainConfig.teacher_ahead``); the first step of a
-    run, or one without a direct predecessor, computes its own. The bits are the same as without this class.
+    run, or one without a direct predecessor, computes its own. The bits are the same as without this class, except
+    in a compiled step: the teacher is compiled separately there and rounds differently.
 
     In a CUDA graph both run in parallel on two streams; elsewhere one after the other, which gains nothing.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trainer is given: each argument is checked, and refused by name, before anything is launched or written."""
+"""The checks of a trainer's arguments, before anything is launched or written. An error names the argument."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastdistill.train.sources import Sources
 
 
 def config(value: Any) -> TrainConfig:
-    """A configuration whose rules hold; a mapping of fields will do."""
+    """A valid configuration, from a TrainConfig or a mapping of its fields."""
     if isinstance(value, Mapping):
         return from_mapping(TrainConfig, value)
     if not isinstance(value, TrainConfig):
@@ -36,11 +36,13 @@ def config(value: Any) -> TrainConfig:
 
 
 def model(value: Any, argument: str) -> nn.Module:
-    """A module whose weights have values; that of a ``Student``."""
+    """A module whose weights have values (not on the meta device); for a ``Student`` its module."""
     found = value.model if isinstance(value, Student) else value
     if not isinstance(found, nn.Module):
         part = next((name for name in ("unet", "transformer") if isinstance(getattr(found, name, None), nn.Module)), "")
-        raise InputError.of(argument, "a torch.nn.Module", described(found) + (f" (pass its {part})" if part else ""))
+        raise InputError.of(
+            argument, "a torch.nn.Module", str(described(found)) + (f" (pass its {part})" if part else "")
+        )
     for name, tensor in itertools.chain(found.named_parameters(), found.named_buffers()):
         if tensor.is_meta:
             offloaded = any(hasattr(part, "_hf_hook") for part in found.modules())
@@ -50,7 +52,7 @@ def model(value: Any, argument: str) -> nn.Module:
 
 
 def sources(latents: Any, prompts: Any) -> Sources:
-    """The cache and the bank of every shape of latents, of which several are given as lists; checked."""
+    """The checked pairs of a cache and a bank, one per shape of latents; lists are given for several shapes."""
     if not isinstance(latents, list | tuple):
         if isinstance(prompts, list | tuple):
             raise InputError.of("prompts", "a PromptBank, as there is one cache", described(prompts))
@@ -72,7 +74,7 @@ def sources(latents: Any, prompts: Any) -> Sources:
 
 
 def check_data(latents: Any, prompts: Any, place: str = "") -> None:
-    """A cache and a bank with values, the bank with every prompt that the cache names."""
+    """Check that the cache and the bank have values, and that the bank has every prompt that the cache refers to."""
     for name, value, kind in (("latents", latents, LatentCache), ("prompts", prompts, PromptBank)):
         if not isinstance(value, kind):
             raise InputError.of(name + place, f"a {kind.__name__}", described(value))
@@ -85,7 +87,7 @@ def check_data(latents: Any, prompts: Any, place: str = "") -> None:
 
 
 def preview_prompts(value: Any, pool: PromptBank) -> PromptBank:
-    """A bank whose rows the models read as they do those of the pool."""
+    """A bank whose rows have the same form as those of the pool, so that the models can read them."""
     if not isinstance(value, PromptBank):
         raise InputError.of("preview_prompts", "a PromptBank, or None", described(value))
     check_like(value, pool, "preview_prompts", "prompts")
@@ -93,7 +95,7 @@ def preview_prompts(value: Any, pool: PromptBank) -> PromptBank:
 
 
 def check_like(value: PromptBank, other: PromptBank, argument: str, like: str) -> None:
-    """The same banks as another, of the same text encoder."""
+    """Check that two prompt banks have the same names, row shapes and text encoder."""
     own, theirs = ({name: tuple(rows.shape[1:]) for name, rows in bank.banks.items()} for bank in (value, other))
     if own.keys() != theirs.keys():
         raise InputError.of(argument, f"the banks of {like}, {', '.join(theirs)}", ", ".join(own))
@@ -108,7 +110,7 @@ def check_like(value: PromptBank, other: PromptBank, argument: str, like: str) -
 def check_functions(objective: Any, **functions: Any) -> None:
     missing = [name for name in ("bind", "describe") if not callable(getattr(objective, name, None))]
     if missing or isinstance(objective, type):
-        got = described(objective) + (f" without {' and '.join(missing)}" if missing else "")
+        got = str(described(objective)) + (f" without {' and '.join(missing)}" if missing else "")
         raise InputError.of("objective", "an objective, such as RandomConditioning(...)", got)
     for name, value in functions.items():
         if value is not None:
@@ -134,20 +136,20 @@ def check_callbacks(value: Any) -> None:
 
 
 def check_surroundings(device: torch.device) -> None:
-    """No autocast: its copies of weights would stay as they are while the weights are trained."""
+    """Check that autocast is off: it would keep using copies of the weights from before the training."""
     if torch.is_autocast_enabled(device.type):
         rule = "to be called outside of autocast (config.precision is that of a run)"
         raise InputError.of("fit", rule, f"autocast to {dtype_name(torch.get_autocast_dtype(device.type))}")
 
 
 def layout(student: nn.Module) -> dict[str, str]:
-    """What has to stay as it is between a trainer's making and its fit."""
+    """The properties of the parameters that must not change between the creation of a trainer and its ``fit``."""
     named = student.named_parameters()
     return {name: f"{dtype_name(p.dtype)}, {'trained' if p.requires_grad else 'frozen'}" for name, p in named}
 
 
 def schedule(value: Any, prediction_type: Any, teacher: nn.Module, sources: Sources) -> tuple[Schedule, PredictionType]:
-    """The schedule and what the models predict, which a diffusers scheduler tells too."""
+    """The schedule, and what the models predict (a diffusers scheduler states both)."""
     family, own = families.find(teacher), None
     if not isinstance(value, Schedule):
         stated = getattr(value, "config", {})
@@ -174,7 +176,7 @@ def schedule(value: Any, prediction_type: Any, teacher: nn.Module, sources: Sour
 
 
 def device(value: Any, student: nn.Module) -> torch.device:
-    """The device to train on; None: that of the student's first weight."""
+    """The device to train on; None: the device of the student's first weight."""
     if value is None:
         tensor = next(itertools.chain(student.parameters(), student.buffers()), None)
         value = "cpu" if tensor is None else tensor.device
@@ -182,7 +184,7 @@ def device(value: Any, student: nn.Module) -> torch.device:
 
 
 def check_models(teacher: nn.Module, student: nn.Module) -> None:
-    """Two models that can be trained by one another."""
+    """Check that this student can be trained with this teacher."""
     for name, module in {"teacher": teacher, "student": student}.items():
         if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in module.modules()):
             rule = "the model itself, which the trainer wraps for its ranks"
@@ -207,8 +209,8 @@ def check_models(teacher: nn.Module, student: nn.Module) -> None:
 
 
 def dtype(student: nn.Module, where: torch.device, precision: str, shared: Mapping[int, Tensor]) -> torch.dtype | None:
-    """To train the student in, with ``measured`` that of before a measurement; None: as it is. ``shared``: its weights
-    that are the teacher's, which stay as they are; only adapters of PEFT compute in another dtype than the weights
+    """The dtype to train the student in (for ``measured``: before the measurement); None: keep its dtypes. ``shared``:
+    its weights that belong to the teacher and are not cast. Only PEFT adapters can have another dtype than the weights
     below them."""
     kept = kept_in_float32(student)
     fixed = {t.dtype for key, t in shared.items() if t.is_floating_point() and key not in kept}

@@ -37,14 +37,15 @@ PATIENCE = 20.0  # minimum seconds of remaining training; below, nothing is meas
 SHARE = 0.15  # fraction of the time of an eager step that compiling is expected to save
 COMPILING = 0.25  # estimated seconds of compiling per layer of the models, to decide whether to try it
 ROUNDS = 5
+PRECISION_ROUNDS = 3  # of each way in two precisions
 MARGIN = 0.98  # another way counts as faster only below this fraction of the first way's time
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The choice for the fields that the configuration leaves open. ``execution``, ``channels_last`` (4-D weights of
-    both models in that layout), ``fuse`` and ``precision`` are None if the configuration sets them, or nothing was
-    measured. ``why`` describes the measurement in a few words."""
+    """The choice for the fields that are "auto" in the configuration. ``execution``, ``channels_last`` (layout of 4-D
+    weights of both models), ``fuse`` and ``precision`` are None if the configuration sets them or nothing was measured.
+    ``why`` describes the measurement in a few words."""
 
     execution: Literal["eager", "compiled"] | None = None
     channels_last: bool | None = None
@@ -54,8 +55,8 @@ class Choice:
 
     @staticmethod
     def of(values: Any) -> Choice | None:
-        """The choice that a checkpoint stores; None if there is none. What this version does not know, such as a way
-        that a newer one has, counts as nothing measured."""
+        """The choice that a checkpoint stores; None if there is none. Values that this version does not know (from a
+        newer version) become None."""
         if not isinstance(values, Mapping):
             return None
         kept: dict[str, Any] = {name: values.get(name) for name, known in _VALUES.items() if values.get(name) in known}
@@ -87,7 +88,7 @@ def put(choice: Choice, step: TrainStep, student: nn.Module, teacher: nn.Module)
 
 
 def open_in(choice: Choice, config: TrainConfig) -> Choice:
-    """The part of a choice for fields that the configuration leaves open."""
+    """The part of a choice for the fields that are "auto" in the configuration."""
     if config.execution != "auto":
         choice = dataclasses.replace(choice, execution=None, channels_last=None)
     return choice if config.fuse == "auto" else dataclasses.replace(choice, fuse=None)
@@ -97,19 +98,14 @@ def choose(
     step: TrainStep, student: nn.Module, teacher: nn.Module, config: TrainConfig, choice: Choice | None = None
 ) -> Choice | None:
     """The fastest way to execute the steps of a new run, measured on the losses and gradients of the next step;
-    afterwards everything is restored. Returns ``choice`` itself if the configuration leaves nothing open, or the device
-    is not a CPU.
+    afterwards everything is restored. Returns ``choice`` itself if no field is "auto", or the device is not a CPU.
 
-    With several ranks all take part and the times of rank 0 decide; nothing is compiled then.
+    With several ranks, every rank must call this, the times of rank 0 decide, and nothing is compiled.
     """
     open_fuse, left = config.fuse == "auto", config.steps - int(step.counter[1])
     if step.counter.device.type != "cpu" or (config.execution != "auto" and not open_fuse):
         return choice
-    plain = dataclasses.replace(
-        choice or Choice(),
-        execution="eager" if config.execution == "auto" else None,
-        fuse=False if open_fuse else None,
-    )
+    plain = _plain(config, choice)
     if left < LEAST:
         return dataclasses.replace(plain, why=f"auto: {left} steps are too few to measure")
     if config.teacher_ahead:
@@ -126,7 +122,7 @@ def choose(
 
 
 def running(step: TrainStep, student: nn.Module, config: TrainConfig, choice: Choice | None) -> Callable[[], None]:
-    """The function that the loop calls for every step, according to the configuration and the choice."""
+    """The function that the loop calls for each step, according to the configuration and the choice."""
     if config.execution != "auto" or choice is None or choice.execution is None:
         return runner(step, student, config.execution)
     advance = runner(step, student, choice.execution)
@@ -134,28 +130,47 @@ def running(step: TrainStep, student: nn.Module, config: TrainConfig, choice: Ch
     return advance
 
 
-def faster_precision(own: Bench, low: Bench) -> Literal["float32", "bfloat16"]:
-    """Whether an eager step is faster with the student in bfloat16, as in ``low``; rank 0's times decide."""
-    with own.kept(), low.kept():
-        turns = [(own.seconds(Choice()), low.seconds(Choice())) for _ in range(1 + ROUNDS)][1:]
-    times = distributed.first(lambda: [min(each) for each in zip(*turns, strict=True)])
+def faster_precision(own: Bench, low: Bench, config: TrainConfig) -> Literal["float32", "bfloat16"]:
+    """Whether an eager step is faster with the student in bfloat16, as in ``low``; each in its fastest way among those
+    that the configuration leaves open. Rank 0's times decide."""
+    plain = _plain(config)
+    ways = _ways(own, plain, config)
+    with own.kept(), low.kept():  # both have the same teacher, so one way at a time
+        turns = [[[bench.seconds(way) for bench in (own, low)] for way in ways] for _ in range(1 + PRECISION_ROUNDS)]
+        for bench in (own, low):
+            bench.put(plain)
+    best = torch.tensor(turns[1:], dtype=torch.float64, device="cpu").amin((0, 1))
+    times = distributed.first(best.tolist)
     chosen: Literal["float32", "bfloat16"] = "float32" if times[0] <= times[1] else "bfloat16"
     if distributed.rank() == 0:
-        told = f"float32 {1e3 * times[0]:.1f} ms a step, bfloat16 {1e3 * times[1]:.1f} ms a step"
+        told = f"float32 {1e3 * times[0]:.1f} ms per step, bfloat16 {1e3 * times[1]:.1f} ms per step"
         logger.info("precision: %s (measured: %s)", chosen, told)
     return chosen
+
+
+def _plain(config: TrainConfig, choice: Choice | None = None) -> Choice:
+    """The first way, on top of what was chosen before."""
+    return dataclasses.replace(
+        choice or Choice(),
+        execution="eager" if config.execution == "auto" else None,
+        fuse=False if config.fuse == "auto" else None,
+    )
+
+
+def _ways(bench: Bench, plain: Choice, config: TrainConfig) -> list[Choice]:
+    """The eager ways that the configuration leaves open."""
+    layouts = [None] if config.execution != "auto" or not bench.has_layouts() else [None, True]
+    forms = [False, True] if plain.fuse is not None and bench.has_fused() else [plain.fuse]
+    return [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, forms)]
 
 
 def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Choice:
     first = bench.times([plain], rounds=1)[plain]
     if (total := first * left) < PATIENCE:
         return dataclasses.replace(plain, why=f"auto: the {left} steps that are left take some {total:.0f} s")
-    layouts = [None] if config.execution != "auto" or not bench.has_layouts() else [None, True]
-    forms = [False, True] if plain.fuse is not None and bench.has_fused() else [plain.fuse]
-    ways = [dataclasses.replace(plain, channels_last=c, fuse=f) for c, f in itertools.product(layouts, forms)]
-    times = bench.times(ways)
+    times = bench.times(_ways(bench, plain, config))
     best = _fastest(times)
-    told = [f"{way} {1e3 * seconds:.1f} ms a step" for way, seconds in times.items()]
+    told = [f"{way} {1e3 * seconds:.1f} ms per step" for way, seconds in times.items()]
     if config.execution == "auto":
         why_not = bench.refuse_compiled(left * times[best])
         if why_not is None:
@@ -166,7 +181,7 @@ def _measured(bench: Bench, plain: Choice, config: TrainConfig, left: int) -> Ch
             if (why_not := bench.failure(compiled)) is None:
                 spent = time.perf_counter() - began
                 again = bench.times([best, compiled])
-                told = [f"{way} {1e3 * seconds:.1f} ms a step" for way, seconds in (times | again).items()]
+                told = [f"{way} {1e3 * seconds:.1f} ms per step" for way, seconds in (times | again).items()]
                 told.append(f"compiling took {spent:.0f} s of {left} steps that are left")
                 best = _fastest(again)
         if why_not is not None:
@@ -198,7 +213,7 @@ class Bench:
         try:
             with Undisturbed(self.step, self.student, self.teacher, self._config.seed)(0):
                 self.step.prepare(int(self.step.counter[1]))
-                saved += [(tensor, tensor.clone()) for tensor in common]  # with what was made ready for the first step
+                saved += [(tensor, tensor.clone()) for tensor in common]  # including what ``prepare`` has written
                 yield
         finally:
             with torch.no_grad():
@@ -219,7 +234,7 @@ class Bench:
         self.step.compile() if choice.execution == "compiled" else self.step.uncompile()
 
     def seconds(self, choice: Choice) -> float:
-        """Time of one step; with one thread its CPU time, which does not depend on other load."""
+        """Seconds of one step; with one thread its CPU time, which does not depend on other processes."""
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         self.put(choice)
         began = clock()
@@ -230,7 +245,7 @@ class Bench:
         return took
 
     def times(self, ways: list[Choice], rounds: int = ROUNDS) -> dict[Choice, float]:
-        """The shortest time of each way over some alternating rounds; on all ranks that of rank 0."""
+        """The shortest time of each way over ``rounds`` alternating rounds; all ranks get the times of rank 0."""
         for way in ways:  # allocates buffers, chooses kernels
             self.seconds(way)
         turns = [[self.seconds(way) for way in ways] for _ in range(rounds)]
@@ -238,7 +253,7 @@ class Bench:
         return dict(zip(ways, found, strict=True))
 
     def has_layouts(self) -> bool:
-        """Whether there are weights that are not in channels_last and share their memory with no other tensor."""
+        """Whether some weights are not in channels_last, and the models share no weights."""
         others = [p for p, _ in self._flat if not p.is_contiguous(memory_format=torch.channels_last)]
         return bool(others) and not shared(self.student, self.teacher)
 
@@ -252,13 +267,11 @@ class Bench:
         return any(able)
 
     def refuse_compiled(self, seconds: float) -> str | None:
-        """Why compiling is not tried if eager training would take so many seconds."""
+        """Why compiling is not tried; None: it is. ``seconds``: of the remaining training in eager mode."""
         layers = sum(1 for model in (self.teacher, self.student) for m in model.modules() if not [*m.children()])
-        expected = COMPILING * layers
+        expected = COMPILING * layers * self.step.shapes  # torch compiles each shape by itself
         if distributed.size() > 1:
             return "there are several ranks"
-        if self.step.shapes > 1:
-            return f"it draws latents of {self.step.shapes} shapes"
         if draws := drawing(self._trained):
             return f"the student draws random numbers itself ({draws[0]})"
         if SHARE * seconds < expected:
@@ -277,7 +290,7 @@ class Bench:
 
 
 def _weights(models: tuple[nn.Module, ...]) -> Iterator[nn.Parameter]:
-    """Weights with a memory layout; torch gives no strides for quantized ones."""
+    """The weights that can be in channels_last (torch has no strides for quantized weights)."""
     parameters = (p for model in models for p in model.parameters() if not hasattr(p, "__tensor_flatten__"))
     return (p for p in parameters if p.dim() == 4 and p.is_floating_point() and not p.is_meta)
 

@@ -2,7 +2,7 @@
 """Typed configuration: plain dataclasses that define the command line options, the YAML fields and their checks.
 
 Constraints are part of the annotations (``Annotated[int, Field(gt=0)]``). Creating a configuration checks nothing;
-``validated`` checks all fields at once where the configuration is used. The docstring of a field, one line, is the help
+``validated`` checks all fields at once before the configuration is used. The one-line docstring of a field is the help
 text of its option.
 """
 
@@ -36,20 +36,20 @@ Execution = Literal["auto", "eager", "compiled", "graph", "compiled_graph"]
 @documented
 @dataclass(frozen=True)
 class PreviewConfig:
-    """Grids of images of the teacher and the averaged student, from the same prompts and noise."""
+    """Grids of images from the teacher and from the averaged student, with the same prompts and noise."""
 
     every: Annotated[int, Field(ge=1)] | None = None
-    """Steps between two previews (and one at the start and the end), in previews/ of the run; none: no previews."""
+    """Steps between two previews, in previews/ of the run (also one at the start and the end); none: no previews."""
     prompts: Annotated[int, Field(ge=1)] | tuple[int | str, ...] = 8
-    """A number: the first so many prompts of the bank; or a list of its rows or texts."""
+    """A number n: the first n prompts of the bank; or a list of row numbers or texts of the bank."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Seeds of the initial noise; each gives one image per prompt."""
     steps: Annotated[int, Field(ge=1)] = 20
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Guidance scale as in diffusers; 1, or none, is no guidance."""
+    """Guidance scale as in diffusers; 1 or none: no guidance."""
     guidance: str | float | None = None
-    """Instead of guidance_scale, a schedule of the weight w = guidance_scale - 1 (docs/guidance.md)."""
+    """Instead of guidance_scale: a schedule of the weight w = guidance_scale - 1 (docs/guidance.md)."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Limit of the magnitude of the predicted clean sample, for images in [-1, 1] and a NoiseSchedule."""
 
@@ -57,18 +57,18 @@ class PreviewConfig:
 @documented
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a student is trained. The defaults are those of random conditioning (arXiv 2504.02011, SD-1.4)."""
+    """How a student is trained. The defaults are from the paper on random conditioning (arXiv 2504.02011, SD-1.4)."""
 
     steps: Annotated[int, Field(ge=1, le=10**7)] = 1000
     """Number of optimizer steps."""
     batch: Annotated[int, Field(ge=1, le=2**20)] = 256
     """Samples per step, over all ranks."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Samples in the models at once on each rank, for the same gradient; none: all (in runs: what fits)."""
+    """Samples per forward on each rank; the gradient is that of the whole batch; none: all (in runs: what fits)."""
     gradient_checkpointing: bool = False
-    """Save memory by computing the student's activations again in the backward pass (diffusers models)."""
+    """Save memory: compute the student's activations again in the backward pass (only diffusers models)."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
-    """Learning rate of AdamW; with a schedule, its maximum."""
+    """Learning rate of AdamW, or its maximum if a schedule changes it."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or a cosine that ends at 0 after the last step."""
     warmup: Annotated[int, Field(ge=0)] = 0
@@ -80,38 +80,44 @@ class TrainSettings:
     eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
     """Epsilon of AdamW."""
     clip: Annotated[float, Field(gt=0)] = 1.0
-    """Maximum global norm of the gradient, including the adapters'."""
+    """Maximum global norm of the gradient (student and adapters together); larger gradients are scaled down."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    """Decay of the moving average of the student's weights, at most (1 + step) / (10 + step)."""
+    """Decay of the moving average of the student's weights; limited to (1 + step) / (10 + step)."""
     ema_schedule: Literal["constant", "power"] = "constant"
-    """power: the average reaches back over a share of the training, ema_width, in place of a fixed decay."""
+    """constant: decay ema_decay; power: the average covers a fixed fraction of the steps so far (ema_width)."""
     ema_width: Annotated[float, Field(gt=0, lt=0.28)] = 0.1
-    """Of ema_schedule power: standard deviation of the averaged steps, relative to the steps so far."""
+    """For ema_schedule power: standard deviation of the averaged steps, relative to the number of steps so far."""
     precision: Literal["auto", "measured", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the trained weights (16 bits: with float32 masters); auto: bfloat16 on a GPU, else the student's;
-    measured: on a CPU that multiplies bfloat16, bfloat16 where a step is faster then."""
+    measured: bfloat16 if the CPU has instructions for it and a step is measured to be faster with them."""
     fuse: bool | Literal["auto"] = False
-    """Use fused ops inside the teacher and the student (fastdistill.fuse); auto: on a GPU, on a CPU where measured to
+    """Use fused ops inside the teacher and the student (fastdistill.fuse); auto: on a GPU yes, on a CPU if measured to
     be faster."""
     execution: Execution = "auto"
     """How a step runs; auto: on a GPU one CUDA graph, or compiled if it cannot be captured; on a CPU what is measured
     to be the fastest. compiled_graph: one CUDA graph of the compiled step."""
     teacher_ahead: bool = False
-    """Ask the teacher for the next step beside the backward of this one (CUDA graphs; the same bits, more memory)."""
+    """Run the teacher for the next step during the backward of this one (CUDA graphs; more memory). Same bits, except
+    in a compiled step, where the teacher is compiled separately and rounds differently."""
+    teacher_fp8: bool = False
+    """Run the linear layers of a transformer teacher in float8 (GPUs from 8.9 on): faster, half the memory, other
+    targets; how far they move is measured at the start."""
+    teacher_null_once: bool = False
+    """Project the null prompt's keys and values once a step (guidance distillation, a fused U-Net, PixArt or Sana)."""
     banks: Literal["device", "pinned"] = "device"
-    """Where banks that were loaded are kept: on the device, or in pinned host memory that a GPU reads in place."""
+    """Where banks in memory are stored: on the device, or in pinned host memory that a GPU reads directly."""
     ahead: Annotated[int, Field(ge=1, le=1024)] = 3
-    """Number of steps whose rows are read in advance from banks on disk."""
+    """For how many steps rows are read in advance from banks on disk."""
     log_every: Annotated[int, Field(ge=1)] = 50
-    """Steps between two lines of metrics; only there does the host wait for the device."""
+    """Steps between two lines of metrics; the host waits for the device only for these lines."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 500
     """Steps between two checkpoints."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Number of most recent checkpoints to keep."""
     keep_every: Annotated[int, Field(ge=1)] | None = None
-    """Also keep a checkpoint every this many steps; none: no others."""
+    """Also keep the checkpoints whose step is a multiple of this; none: only the most recent."""
     keep_best: str | None = None
-    """Also keep the checkpoint for which a callback returned the best value of this name."""
+    """Also keep the checkpoint with the best value of this name; callbacks return the values."""
     best: Literal["lowest", "highest"] = "lowest"
     """Whether the lowest or the highest value of keep_best is the best."""
 
@@ -123,38 +129,39 @@ class TrainSettings:
 @documented
 @dataclass(frozen=True)
 class TrainConfig(TrainSettings):
-    """Settings of a training run, with its seed and what it shows."""
+    """Settings of a training run, with its seed, trackers and previews."""
 
     seed: Seed = 0
     """Seed of all random draws."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Experiment trackers that get metrics, settings and previews, beside metrics.jsonl."""
+    """Experiment trackers that get metrics, settings and previews, in addition to metrics.jsonl."""
     preview: PreviewConfig = PreviewConfig()
 
 
-#: Fields that change no result: what is kept and shown, how data are read, and when the teacher is asked.
+#: Fields that do not change the results beyond last bits: what is kept and shown, how data are read, when the teacher
+#: runs. ``teacher_fp8`` changes them; where it is on, a fingerprint has it (``train.sources``).
 APART = frozenset({
     "ahead", "banks", "best", "checkpoint_every", "keep_best", "keep_checkpoints", "keep_every", "preview",
-    "teacher_ahead", "trackers",
+    "teacher_ahead", "teacher_fp8", "teacher_null_once", "trackers",
 })  # fmt: skip
 
 
 def validated(config: Config, name: str = "config") -> Config:
-    """The configuration itself, after a check of all constraints.
+    """Checks all constraints and returns the configuration.
 
     Raises:
-        InputError: everything that is wrong, one line per field.
+        InputError: with one line for each invalid field.
     """
     return _checked(type(config), dataclasses.asdict(config), name, [])  # type: ignore[call-overload]
 
 
 def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "config") -> Config:
-    """A configuration from nested mappings, as read from YAML; fields that are not given keep their defaults.
-    ``schema`` among them is the version of all.
+    """A configuration from nested mappings, as read from YAML; fields that are not given keep their defaults. The field
+    ``schema``, if given, is the version of the file format.
 
     Raises:
-        InputError: all unknown fields (with near matches) and all violated constraints at once; or values of a newer
-            fastdistill.
+        InputError: with all unknown fields (and similar names) and all violated constraints; or the values are from a
+            newer fastdistill.
     """
     if not isinstance(values, Mapping):
         raise InputError.of(name, "a mapping of fields", described(values))
@@ -172,26 +179,28 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "con
 
 @functools.cache
 def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    """Made once per kind, which takes ten times as long as a check."""
+    """Created once per kind: creating one takes ten times as long as a check."""
     return pydantic.TypeAdapter(kind)
 
 
 def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems: list[str]) -> Config:
-    """The configuration of these values; InputError for the problems so far and all that pydantic finds."""
+    """The configuration with these values. InputError lists ``problems`` and everything that pydantic finds."""
+    values = _settled(kind, values)
     try:
         any_kind: Any = kind
         config: Config = _adapter(any_kind).validate_python(values)
     except pydantic.ValidationError as error:
-        rules: dict[tuple[str, str], list[str]] = {}  # by place and value: of a union each kind has its own
+        rules: dict[tuple[str, str], list[str]] = {}  # by place and value; each kind of a union adds a rule
         found = error.errors()
-        wrong = {e["loc"][:-1] for e in found}  # places with a wrong item, which pydantic then counts as too few
+        wrong = {e["loc"][:-1] for e in found}  # if an item is wrong, pydantic also says that there are too few
         for e in found:
             if e["type"] != "unexpected_keyword_argument" and not (e["type"] == "too_short" and e["loc"] in wrong):
                 place, rule = _place(kind, e["loc"]), e["msg"][0].lower() + e["msg"][1:]
-                rules.setdefault((place, described(e["input"])), []).append(rule)
+                rules.setdefault((place, str(described(e["input"]))), []).append(rule)
         problems += [f"{place}: {', or '.join(rule)}, got {value}" for (place, value), rule in rules.items()]
     else:
         problems += _converted(values, config, "")
+        problems += _without_effect(config, "")
     if problems:
         plural = "" if len(problems) == 1 else "s"
         raise InputError(f"{name}: {len(problems)} problem{plural}\n" + "\n".join(f"  {p}" for p in problems))
@@ -199,7 +208,7 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
 
 
 def _converted(given: Any, made: Any, place: str) -> Iterator[str]:
-    """Lines for the values that pydantic made numbers and switches of, though they are none: true as 1, 2.0 as 2."""
+    """One line for each value that pydantic converted from another type, such as true to 1, or 2.0 to 2."""
     if dataclasses.is_dataclass(made) and isinstance(given, Mapping):
         names = [field.name for field in dataclasses.fields(made) if field.name in given]
         pairs = [(name, given[name], getattr(made, name)) for name in names]
@@ -219,8 +228,33 @@ def _converted(given: Any, made: Any, place: str) -> Iterator[str]:
         yield from _converted(own, result, f"{place}.{key}".lstrip("."))
 
 
+def _settled(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, without the ``ema_decay`` that is a task's default where the average is of a power of time."""
+    settled = dict(values)
+    for field in dataclasses.fields(kind):
+        given, make = values.get(field.name), field.default_factory
+        if not isinstance(given, Mapping) or given.get("ema_schedule") != "power" or not callable(make):
+            continue
+        if getattr(make(), "ema_decay", None) == given.get("ema_decay"):
+            settled[field.name] = {**given, "ema_decay": TrainSettings.ema_decay}
+    return settled
+
+
+def _without_effect(config: Any, place: str) -> Iterator[str]:
+    """Lines for what is set of the average that is not the chosen one."""
+    if not dataclasses.is_dataclass(config):
+        return
+    if isinstance(config, TrainSettings):
+        schedule, idle = config.ema_schedule, "ema_width" if config.ema_schedule == "constant" else "ema_decay"
+        if (value := getattr(config, idle)) != (default := getattr(TrainSettings, idle)):
+            rule = f"expected {default} (its default), as it has no effect with ema_schedule {schedule}"
+            yield f"{place}{idle}: {rule}, got {value}"
+    for field in dataclasses.fields(config):
+        yield from _without_effect(getattr(config, field.name), f"{place}{field.name}.")
+
+
 def _place(kind: Any, parts: tuple[int | str, ...]) -> str:
-    """The name of a field by where pydantic found a problem, which includes the kind that it tried of a union."""
+    """The name of a field from pydantic's location of a problem, without the names of the kinds of a union in it."""
     place: list[int | str] = []
     union = False
     for part in parts:
@@ -233,9 +267,9 @@ def _place(kind: Any, parts: tuple[int | str, ...]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads numbers as YAML 1.2 does. To PyYAML, which follows YAML 1.1, 1e-4 is a string, 010 is 8, and 1:30 is 90.
-    Names of fields are what is written: to YAML, null and on are not strings. A field that is there twice is refused,
-    of which PyYAML takes the last."""
+    """Reads numbers like YAML 1.2. (PyYAML follows YAML 1.1, in which 1e-4 is a string, 010 is 8, and 1:30 is 90.)
+    Names of fields are always strings, also ``null`` and ``on``, which YAML would convert. A field that occurs twice is
+    an error (PyYAML would use the last one)."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -262,7 +296,7 @@ for _tag, _rule in _NUMBERS.items():
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that either reader of YAML would take for a number."""
+    """Quotes a text that PyYAML or ``_Loader`` would read as a number."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -276,8 +310,8 @@ _MOST_VALUES = 10**5
 
 
 def parsed(text: str) -> Any:
-    """The values of a YAML text; ValueError if aliases make a few lines of it into more than a message could hold,
-    or a value a part of itself."""
+    """The values of a YAML text. ValueError if there are too many (aliases can turn a few lines into millions) or a
+    value contains itself."""
     values = yaml.load(text, _Loader)
     if _count(values, {}) > _MOST_VALUES:
         raise ValueError(f"more than {_MOST_VALUES} values, those of aliases counted")
@@ -285,7 +319,7 @@ def parsed(text: str) -> Any:
 
 
 def _count(value: Any, known: dict[int, int | None]) -> int:
-    """How many values it holds, those that are there several times counted as often."""
+    """The number of values in it; a value that occurs several times is counted each time."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
@@ -309,7 +343,7 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
     except yaml.YAMLError as error:
         raise InputError.of("config", "YAML", f"{path}: {_told(error)}") from error
     except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
-        # A date, a number or a switch that there is not, by its value or by its tag; lists in lists in lists.
+        # An invalid date, number or boolean (by its value or its tag); too deeply nested lists.
         raise InputError.of("config", "YAML", f"{path}: {quoted(error)}") from error
     if not isinstance(values, dict | None):
         raise InputError.of(str(path), "a mapping of fields", type(values).__name__)
@@ -317,7 +351,7 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
 
 
 def _told(error: yaml.YAMLError) -> str:
-    """What is wrong and where, in one line."""
+    """The problem and its position, in one line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
     return " ".join(str(error).split())
@@ -331,12 +365,13 @@ def to_yaml(config: object) -> str:
 
 
 def run_yaml(config: object) -> str:
-    """The text of a run file, which states its schema."""
+    """The text of a run file: the configuration and the version of its schema."""
     return f"schema: {RUN.version}\n{to_yaml(config)}"
 
 
 def _onto(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings laid over the defaults, which may be another task's than those of the nested class."""
+    """The defaults, replaced by the given values, also in nested mappings. (The defaults of a task may differ from
+    those of the nested class.)"""
     laid = dict(values)
     for key, default in defaults.items():
         given = values.get(key, default)
@@ -344,11 +379,11 @@ def _onto(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     return laid
 
 
-_MOST = 16  # fields that a message names
+_MOST = 16  # maximum number of fields in a message
 
 
 def _unknown(kind: type, values: Mapping[str, Any], prefix: str) -> list[str]:
-    """Lines for the fields that a (nested) dataclass does not have."""
+    """One line for each field that a (nested) dataclass does not have."""
     hints = get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
     lines = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run happens: a device that can be used, and the models on it."""
+"""The device of a run: check it, move and cast the models, and change models temporarily."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _held: weakref.WeakKeyDictionary[nn.Module, dict[Change, tuple[Callable[[], None
 
 
 def usable(device: Any, argument: str = "device") -> torch.device:
-    """The device itself.
+    """The device, after a test that torch can compute on it.
 
     Raises:
-        InputError: it is no device, or this installation or machine cannot compute on it.
+        InputError: it is not a device, or this installation or machine cannot compute on it.
     """
     try:
         found = torch.device(device)
@@ -34,10 +34,11 @@ def usable(device: Any, argument: str = "device") -> torch.device:
 
 
 def moved(model: nn.Module, device: torch.device, argument: str) -> nn.Module:
-    """A model on a device, in its own dtypes. One that is there need not move, which some quantized ones forbid.
+    """Moves a model to a device without a change of dtypes. If it is already there, an error is ignored, because some
+    quantized models forbid ``to``.
 
     Raises:
-        InputError: it cannot be moved.
+        InputError: the model cannot be moved.
     """
     try:
         model.to(device)
@@ -49,13 +50,13 @@ def moved(model: nn.Module, device: torch.device, argument: str) -> nn.Module:
 
 
 def cast(model: nn.Module, device: torch.device, dtype: torch.dtype | None, shared: Mapping[int, torch.Tensor]) -> None:
-    """Move a model and cast its weights (None: leave their dtypes), except for those that diffusers keeps in float32,
-    and those that it shares with a model which is there already (``models.weights.shared``): it goes on sharing them.
+    """Move a model and cast its weights (None: keep their dtypes), except the weights that diffusers keeps in float32
+    and the weights that it shares with a model on the device (``models.weights.shared``); these stay shared.
 
-    Not by diffusers' own ``to``, which would cast these too.
+    This does not use diffusers' ``to``, because that would cast these weights too.
     """
     kept = kept_in_float32(model)
-    model.zero_grad(set_to_none=True)  # of a step before this run
+    model.zero_grad(set_to_none=True)  # gradients from before this run
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) in shared:
@@ -67,8 +68,8 @@ def cast(model: nn.Module, device: torch.device, dtype: torch.dtype | None, shar
 
 
 def held(model: nn.Module, change: Change) -> Callable[[], None]:
-    """Change a model, unless another trainer holds it so already; returns what lets go. The last one to let go, in
-    whatever order, undoes the change."""
+    """Change a model, unless another trainer has already made this change. Returns a function that releases it; the
+    last release, in any order, undoes the change."""
     of_model = _held.setdefault(model, {})
     undo = of_model[change][0] if change in of_model else change(model)
     of_model[change] = undo, of_model.get(change, (undo, 0))[1] + 1
@@ -85,10 +86,10 @@ def held(model: nn.Module, change: Change) -> Callable[[], None]:
 
 
 def checkpointed(student: nn.Module) -> Callable[[], None]:
-    """Enable diffusers' gradient checkpointing; returns what puts it back.
+    """Enable diffusers' gradient checkpointing; returns a function that undoes this.
 
     Raises:
-        InputError: a student that has none.
+        InputError: the student does not support it.
     """
     try:
         was = bool(student.is_gradient_checkpointing)
@@ -103,3 +104,12 @@ def checkpointed(student: nn.Module) -> Callable[[], None]:
             model.disable_gradient_checkpointing()  # type: ignore[operator]
 
     return undo
+
+
+def given_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
+    """Restore ``requires_grad`` and the training modes of the teacher."""
+    for parameter, before in trainable:
+        if before:
+            parameter.requires_grad_(True)
+    for module, training in modes:
+        module.training = training

@@ -249,7 +249,7 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
     """
     reason = None if execution in ("eager", "compiled") else refuse_graph(step, student)
     if execution == "eager" or (reason is not None and execution == "auto" and step.counter.device.type != "cuda"):
-        return _eager(step, _AS_SET if execution == "eager" else f"auto: {reason}")
+        return _eager(step, _AS_SET if execution == "eager" else "auto: nothing was measured")
     if draws := drawing([student, *step.objective.trained]):
         why = f"the student draws random numbers itself ({listed(draws)})"
         if execution != "auto":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Problems of a run that its metrics show."""
+"""Finds problems of a run in its metrics."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from fastdistill.train.waits import WAITED
 
-GROWTH = 10.0  # times the median of the lines before
-COLLAPSED = 1e-3  # of what a feature's spread was, and of the teacher's
-_LINES = 20  # that the median is of
+GROWTH = 10.0  # a term is reported above this multiple of its median
+COLLAPSED = 1e-3  # a feature has collapsed below this fraction of its earlier spread and of the teacher's
+_LINES = 20  # number of lines for the median
 _FEWEST = 3
 _SKIPPED = 0.1  # share of the updates of an interval
 _OTHER = ("step", "seconds", "skipped", "gradient_norm", "right", *WAITED.values())

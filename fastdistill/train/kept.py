@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of an op in a file, with its arguments: safetensors, with what is no tensor as JSON in the metadata.
+"""A saved call of an op with its arguments: a safetensors file, with the values that are not tensors as JSON metadata.
 
-The file may be a stranger's: nothing in it runs, what it states is checked before memory is taken, and a call that the
-op could not have got from this package is refused before a kernel, which trusts shapes, sees it.
+The file may come from a stranger: it contains no code, sizes are checked before memory is allocated, and a call that
+this package would not make is refused before a kernel gets it (kernels do not check shapes).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _KEY, _RULE = "fastdistill", "a file that a profile left"
 
 
 def save(path: Path, op: str, kernel: str, arguments: Sequence[Any]) -> None:
-    """Write a call; StorageError if that cannot be."""
-    import safetensors.torch  # here, as the ops are measured without it
+    """Write a call; StorageError if it cannot be written."""
+    import safetensors.torch  # imported here: measurements of ops do not need it
 
     tensors: dict[str, Tensor] = {}
 
@@ -49,8 +49,8 @@ def load(path: Path, device: str) -> tuple[str, list[Any]]:
     """The op of a file and its arguments, on a device.
 
     Raises:
-        InputError: no such file, not such a call, or none of an op of this version. StorageError: it cannot be
-            read, or a newer fastdistill wrote it.
+        InputError: no such file, no saved call, or a call of an op that this version does not have. StorageError: it
+            cannot be read, or a newer fastdistill wrote it.
     """
     import safetensors
 
@@ -88,7 +88,7 @@ def _argument(value: Any, tensors: dict[str, Tensor], device: str) -> Any:
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a tensor of these strides takes no more memory than its elements: checked before there is one."""
+    """Whether a tensor with these strides needs no more memory than its elements; checked before it is created."""
     steps = sorted((step, n) for step, n in zip(strides, shape, strict=True) if n != 1)
     sizes = [0, *(math.prod(n for _, n in steps[:i]) for i in range(len(steps)))][1:]
     largest = all(0 <= step <= 2**48 for step in strides)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of a run's metrics: one JSON line a log interval."""
+"""The file with the metrics of a run: one JSON line per log interval."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NEEDED = {"step", "loss", "seconds", "skipped"}  # in each of its lines
 
 
 def line_of(metrics: Metrics) -> str:
-    """A line of the file; each states the schema, as a kill may leave any."""
+    """A line of the file. Each line states the schema, because any part of the file may be missing after a kill."""
     return json.dumps({"schema": LINES.version, **metrics}) + "\n"
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a ``metrics.jsonl``; what a kill, the disk or an editor has left of others is left out.
+    """The complete lines of a ``metrics.jsonl``; damaged lines (by a kill, the disk, an editor) are skipped.
 
     Raises:
         StorageError: it cannot be read, or a newer fastdistill wrote it.

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of a compiled step on AMD processors with AVX-512: larger ones by oneDNN, attention over few tokens
-as two of them.
+"""Matrix products of a compiled step on AMD processors with AVX-512: large products use oneDNN, and attention over few
+tokens becomes two products and a softmax.
 
-torch multiplies float32 matrices by MKL, which runs AVX2 there: 105 GFLOP/s on a core of an AMD EPYC, where oneDNN's
-AVX-512 kernels reach 200 to 250. It has no setting for that, so a pass of the compiler puts oneDNN's op in their place.
-Its flash attention works in tiles of 32 queries or more: of 16 queries and 5 or 16 keys, forward and backward take 1.2
-to 1.4 times as long as products and a softmax do.
+torch multiplies float32 matrices with MKL, which uses only AVX2 on AMD: 105 GFLOP/s on a core of an AMD EPYC, where
+oneDNN's AVX-512 kernels reach 200 to 250. torch has no setting for this, so a pass of the compiler replaces the ops.
+torch's flash attention works in tiles of 32 queries or more. With 16 queries and 5 or 16 keys, its forward and backward
+take 1.2 to 1.4 times as long as products and a softmax in float32, and five times as long in bfloat16.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _NAME = "fastdistill::product"
-_FEWEST = 2**20  # multiplications from which on oneDNN is faster
-_SCORES = 1024  # of a head, up to which attention is written as products
-_NARROWEST = 64  # of a result that sums over many more terms than it has rows and columns
+_FEWEST = 2**20  # from this many multiplications on, oneDNN is faster
+_DTYPES = (torch.float32, torch.bfloat16)
+_SCORES = 1024  # attention with at most this many scores per head is written as products
+_NARROWEST = 64  # minimum rows and columns of a result whose sum has many more terms than these
 
 
 @functools.cache
 def wanted() -> bool:
-    """Whether oneDNN is the faster one here: by what the processor says, so that it is the same in every sitting."""
+    """Whether oneDNN is faster on this processor. Decided by its name and features, so every run decides the same."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
     try:
@@ -38,7 +39,7 @@ def wanted() -> bool:
 
 
 def options() -> dict[str, Any]:
-    """Of ``torch.compile`` with inductor."""
+    """Options for ``torch.compile`` with inductor."""
     return {"pre_grad_custom_pass": _pass(spell_out), "post_grad_custom_post_pass": _pass(replace)}
 
 
@@ -64,7 +65,7 @@ def _pass(change: Callable[[torch.fx.Graph], int]) -> Any:
 
 @functools.cache
 def _define() -> None:
-    """The op; the compiler calls oneDNN's in its place, without a detour through Python."""
+    """Define the op. Compiled code calls oneDNN's op instead of it, without Python."""
     torch.library.define(_NAME, "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
     torch.library.impl(_NAME, "CPU", _product)
     torch.library.register_fake(_NAME, lambda a, b, bias: a.new_empty(a.shape[0], b.shape[1]))
@@ -79,7 +80,7 @@ def _define() -> None:
 
 
 def replace(graph: torch.fx.Graph) -> int:
-    """Put oneDNN in the place of MKL where it is faster; returns how often."""
+    """Replace MKL by oneDNN for the products where it is faster; returns their number."""
     _define()
     aten, found = torch.ops.aten, 0
     for node in list(graph.nodes):
@@ -100,7 +101,7 @@ def replace(graph: torch.fx.Graph) -> int:
 
 
 def _put(graph: torch.fx.Graph, a: torch.fx.Node, b: torch.fx.Node, bias: Any) -> torch.fx.Node:
-    """The product; of a gradient's two transposed factors oneDNN copies the first, which is to be the smaller one."""
+    """Insert the product. oneDNN copies a transposed first factor (in gradients), so the smaller factor goes first."""
     op, turned = torch.ops.fastdistill.product.default, torch.ops.aten.permute.default
     rows, columns = a.meta["val"], b.meta["val"]
     if bias is not None or rows.stride(0) != 1 or len(rows) <= columns.shape[1]:
@@ -113,7 +114,7 @@ def _put(graph: torch.fx.Graph, a: torch.fx.Node, b: torch.fx.Node, bias: Any) -
 
 
 def spell_out(graph: torch.fx.Graph) -> int:
-    """Write attention over few tokens as products, before gradients are derived; returns how often."""
+    """Replace attention over few tokens by products, before gradients are derived; returns how many were replaced."""
     found = 0
     for node in list(graph.nodes):
         if node.target is F.scaled_dot_product_attention and _is_small(*node.args, **node.kwargs):
@@ -126,10 +127,10 @@ _QKV = ("query", "key", "value")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key' / sqrt(width)) value, of [..., tokens, width]."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    output: Tensor = scores.softmax(-1) @ value
-    return output
+    """softmax(query key^T / sqrt(width)) value, for tensors [..., tokens, width]; computed in float32, rounded once."""
+    scores = (query.float() * query.shape[-1] ** -0.5) @ key.float().transpose(-1, -2)
+    output: Tensor = scores.softmax(-1) @ value.float()
+    return output.to(query.dtype)
 
 
 def _is_small(
@@ -145,7 +146,7 @@ def _is_small(
     if attn_mask is not None or dropout_p or is_causal or scale is not None or enable_gqa:
         return False
     q, k, v = (n.meta.get("example_value") for n in (query, key, value))
-    if not all(isinstance(t, Tensor) and t.dtype == torch.float32 and t.device.type == "cpu" for t in (q, k, v)):
+    if not all(isinstance(t, Tensor) and t.dtype in _DTYPES and t.device.type == "cpu" for t in (q, k, v)):
         return False
     return q.dim() == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and bool(q.shape[2] * k.shape[2] <= _SCORES)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few training steps under a profiler, and single calls of an op kept to be replayed alone (docs/profiling.md).
+"""Profiles a few training steps, and saves one call per op so that it can be repeated alone (docs/profiling.md).
 
-Every op runs in a range of its own name, of NVTX for Nsight, else of torch.profiler. The ranges are put around the
-kernels when a profile begins and are gone when it ends: outside of one they cost nothing.
+Each op runs in a range with its name: an NVTX range for Nsight, else a range of torch.profiler. The ranges exist only
+during a profile; without one they cost nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fastdistill.train import kept
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """``trace``: a Chrome trace (chrome://tracing, ui.perfetto.dev), None under Nsight. ``calls``: a file per op with
-    the arguments of its last call. ``milliseconds``: of all steps together; ``ops``: each op's share of it."""
+    """``trace``: a Chrome trace (chrome://tracing, ui.perfetto.dev); None under Nsight. ``calls``: one file per op with
+    the arguments of its last call. ``milliseconds``: time of all steps together. ``ops``: the fraction per op."""
 
     trace: Path | None
     calls: dict[str, Path]
@@ -46,18 +46,18 @@ def profile_steps(
     models: Mapping[str, nn.Module] | None = None,
     nsight: bool = False,
 ) -> Profile:
-    """Profile ``steps`` calls of ``step`` after ``warm_up`` others and one whose calls of ops are kept.
+    """Profile ``steps`` calls of ``step``, after ``warm_up`` calls and one call in which the calls of ops are saved.
 
     Args:
-        step: one eager training step, such as ``DistillTrainer.step``. (A captured graph runs no Python and has no
-            ranges.)
-        directory: where ``trace.json`` and the calls ``<op>.safetensors`` go.
-        models: modules whose forward gets a range of the name given here.
-        nsight: mark the steps for Nsight Systems or Nsight Compute, with cudaProfilerStart and Stop around them and
-            NVTX ranges, in place of a trace of torch's own profiler, which cannot run beside them.
+        step: one eager training step, such as ``DistillTrainer.step``. (A captured graph executes no Python, so it has
+            no ranges.)
+        directory: folder for ``trace.json`` and the saved calls ``<op>.safetensors``.
+        models: modules by the name of the range that their forward gets.
+        nsight: mark the steps for Nsight Systems or Nsight Compute (NVTX ranges between cudaProfilerStart and Stop)
+            instead of writing a trace; torch's own profiler cannot run at the same time.
 
     Raises:
-        InputError: no steps, or ``nsight`` without a GPU. StorageError: the directory cannot be written.
+        InputError: ``steps`` is below 1, or ``nsight`` without a GPU. StorageError: the directory cannot be written.
     """
     if steps < 1:
         raise InputError.of("steps", "at least one", steps)
@@ -98,17 +98,18 @@ def profile_steps(
 def replay(
     call: str | Path, *, kernel: str | None = None, device: str | None = None, repeats: int = 20, nsight: bool = False
 ) -> list[float]:
-    """Run one kept call again and again; milliseconds of each. With ``nsight`` between cudaProfilerStart and Stop.
+    """Run one saved call ``repeats`` times and return the milliseconds of each run; with ``nsight`` between
+    cudaProfilerStart and Stop.
 
     Args:
-        call: a file that ``profile_steps`` left, of any machine; it need not be trusted.
-        kernel: force this kernel. device: where to run (None: a GPU if there is one).
+        call: a file written by ``profile_steps``, on any machine; files of strangers are safe.
+        kernel: use this kernel. device: where to run (None: a GPU if there is one).
 
     Raises:
-        InputError: not such a file, arguments that do not fit the op, no such kernel or device. StorageError: it cannot
-            be read. KernelError: the kernel cannot run this call.
+        InputError: not such a file, arguments that do not fit the op, no such kernel or device. StorageError: the file
+            cannot be read. KernelError: the kernel cannot run this call.
     """
-    from fastdistill.train.devices import usable  # here, as the ops are measured without diffusers
+    from fastdistill.train.devices import usable  # imported here: measurements of ops need no diffusers
 
     gpu = torch.cuda.is_available()
     device = str(usable(device or ("cuda" if gpu else "cpu")))
@@ -166,12 +167,12 @@ def _keeping(calls: dict[str, tuple[str, tuple[Any, ...]]]) -> Keep:
     return keep
 
 
-_profiling = threading.Lock()  # the ranges take the place of kernels in the whole process: one profile at a time
+_profiling = threading.Lock()  # the ranges replace the kernels in the whole process: only one profile at a time
 
 
 @contextlib.contextmanager
 def _ranges(keep: Keep | None, models: Mapping[str, nn.Module], nvtx: bool) -> Iterator[None]:
-    """Inside, ranges around the kernels of every op and the forwards of the models; calls go to ``keep`` first."""
+    """Inside, the kernels of every op and the forwards of the models run in ranges; ``keep`` gets each call first."""
 
     def around(op: str, kernel: str, launch: Callable[..., None]) -> Callable[..., None]:
         def run(*arguments: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers that models draw themselves: dropout, stochastic depth.
+"""Random numbers that models draw in their forward: dropout, stochastic depth.
 
 All other draws of a step come from its counter. These come from generators with a state, which checkpoints do not
 store. An eager step seeds them, so that a resumed run draws the same numbers; a compiled or captured step cannot.
@@ -39,7 +39,7 @@ def seeded(*key: int, device: torch.device) -> Iterator[None]:
 
 
 def generator_states(device: torch.device) -> list[bytes]:
-    """Of torch's default generators, the CPU's and the device's."""
+    """The state of torch's default generators, on the CPU and on the device."""
     states = [torch.random.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
     return [state.numpy().tobytes() for state in states]
 

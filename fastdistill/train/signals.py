@@ -11,16 +11,16 @@ from types import FrameType
 
 
 class Signal:
-    """The number of the signal that asked for the end; 0 before one did."""
+    """``number``: the signal that asked the run to stop; 0 if there was none."""
 
     number = 0
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[Signal]:
-    """Notes Ctrl-C or SIGTERM, so that a step is never cut in half; a second one interrupts at once.
+    """Inside, Ctrl-C or SIGTERM is only recorded, so that no step is interrupted; a second one interrupts at once.
 
-    A handler of the program's own is called too. A signal that is ignored stays so.
+    The program's own handler is called too. A signal that the program ignores stays ignored.
     """
     stopped = Signal()
     if threading.current_thread() is not threading.main_thread():

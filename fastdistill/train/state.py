@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run consists of, by its names in a checkpoint."""
+"""The state of a run, by the names in a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def modules(step: TrainStep, student: nn.Module) -> Iterator[tuple[str, nn.Modul
 
 
 def weights(step: TrainStep, student: nn.Module) -> State:
-    """What the state_dicts of all trained modules hold, by its name in a checkpoint; not the frozen weights below
-    adapters of PEFT."""
+    """The values of the state_dicts of all trained modules, by their names in a checkpoint, without the frozen weights
+    below PEFT adapters."""
     found = {p + k: v for p, module in modules(step, student) for k, v in module.state_dict(keep_vars=True).items()}
     for name in peft.left_out(student):
         found.pop(f"student.{name}", None)
@@ -35,15 +35,15 @@ def weights(step: TrainStep, student: nn.Module) -> State:
 
 
 def progress(step: TrainStep) -> dict[str, Tensor]:
-    """The tensors of a step that belong to no parameter; ``totals`` are this rank's own."""
+    """The tensors of a step that belong to no parameter; ``totals`` are those of this rank."""
     scaling = {} if step.scaling is None else {"loss_scale": step.scaling.value, "good_steps": step.scaling.good}
     return scaling | {"counter": step.counter, "totals": step.totals, "skipped": step.optimizer.skipped}
 
 
 def state_of(step: TrainStep, student: nn.Module) -> State:
-    """Everything a run consists of: weights, adapters, moments and averages of the optimizer, counter and metrics.
+    """The whole state of a run: weights, adapters, moments and averages of the optimizer, counter and metrics.
 
-    Every rank has to ask for it. Where the student is sharded, so are its tensors here; ``totals`` are all ranks'.
+    Every rank must call this. If the student is sharded, its tensors are sharded too; ``totals`` has a row per rank.
     """
     state = {k: v.detach() if isinstance(v, Tensor) else v for k, v in weights(step, student).items()}
     for name, parameter in step.parameters_by_name.items():
@@ -53,18 +53,18 @@ def state_of(step: TrainStep, student: nn.Module) -> State:
 
 
 def objective_state(step: TrainStep) -> dict[str, Tensor]:
-    """The tensors that the objective changes, by their name in a checkpoint: this rank's part of the second axis."""
+    """The tensors that the objective changes, by their names in a checkpoint; each rank has its part of dimension 1."""
     return {f"objective.{name}": value for name, value in getattr(step.objective, "state", {}).items()}
 
 
 def shared_state(step: TrainStep) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Those that are the same on every rank, and those of which each has a part of the sum."""
+    """The objective's tensors that are equal on all ranks, and those that are summed over the ranks."""
     common, sums = (getattr(step.objective, kind, {}) for kind in ("common", "sums"))
     return tuple({f"objective.{name}": value for name, value in kind.items()} for kind in (common, sums))  # type: ignore[return-value]
 
 
 def _of_objective(step: TrainStep) -> dict[str, Tensor]:
-    """All of them, of all ranks."""
+    """All tensors of the objective, from all ranks."""
     found, (common, sums) = objective_state(step), shared_state(step)
     if distributed.size() == 1:
         return found | common | sums
@@ -73,11 +73,11 @@ def _of_objective(step: TrainStep) -> dict[str, Tensor]:
 
 
 def check_storable(step: TrainStep, student: nn.Module, fingerprint: Mapping[str, Any]) -> int:
-    """Bytes of a checkpoint of this run. Tries whatever makes one but the writing.
+    """The size of a checkpoint of this run in bytes. Checks that one can be created, without writing it.
 
     Raises:
-        InputError: the state_dict of a trained module holds something that is neither a dense tensor nor a JSON value,
-            or the fingerprint holds something that is no JSON value.
+        InputError: the state_dict of a trained module contains a value that is neither a dense tensor nor a JSON value,
+            or the fingerprint contains one that is not a JSON value.
     """
     plain(fingerprint)
     state = weights(step, student)

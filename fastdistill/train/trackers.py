@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experiment trackers beside ``metrics.jsonl``: TensorBoard, and Weights & Biases, online or offline.
+"""Experiment trackers in addition to ``metrics.jsonl``: TensorBoard, and Weights & Biases (online or offline).
 
-They get the scalars of every log interval, the settings, previews, and what callbacks return. None of them can end a
-run: one that fails is left out from then on, with a warning.
+They get the scalars of every log interval, the settings, the previews, and the values that callbacks return. A tracker
+cannot end a run: if it fails, a warning is given and it is not called again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in ``<run>/tensorboard``. A run that goes on from step ``done`` takes back what came after it."""
+    """Event files in ``<run>/tensorboard``. If a run continues from step ``done``, later entries are discarded."""
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], done: int) -> None:
         module = importlib.import_module(_MODULES["tensorboard"])
@@ -59,8 +59,8 @@ class TensorBoard:
 
 
 class Wandb:
-    """The run that is active, else one that this directory goes on with: ``wandb/fastdistill.json`` has its name and
-    the last step it was told, below which a resumed run repeats itself. ``WANDB_*`` variables apply."""
+    """The active run of wandb, else a run that belongs to this directory. ``wandb/fastdistill.json`` contains its id
+    and the last logged step; a resumed run logs only later steps. The ``WANDB_*`` variables apply."""
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], done: int) -> None:
         self._wandb: Any = importlib.import_module(_MODULES["wandb"])
@@ -103,7 +103,7 @@ _KINDS: dict[str, type[TensorBoard] | type[Wandb]] = {"tensorboard": TensorBoard
 
 
 def check_installed(names: Iterable[str]) -> None:
-    """Raises ``FastdistillError`` where a tracker's package is missing, with the command that installs it."""
+    """Raises ``FastdistillError`` if the package of a tracker is missing; it contains the command that installs it."""
     for name in names:
         try:
             importlib.import_module(_MODULES[name])
@@ -115,7 +115,7 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 class Trackers:
-    """All trackers of a run; ``done``: the step from which it goes on."""
+    """All trackers of a run; ``done``: the step from which the run continues."""
 
     def __init__(self, names: Iterable[str], directory: Path, settings: Mapping[str, Any], done: int) -> None:
         self._open: dict[str, Tracker] = {}

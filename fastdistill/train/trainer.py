@@ -18,17 +18,16 @@ from fastdistill.data.fingerprint import differences, listed
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.diffusion.schedule import PredictionType, Schedule
-from fastdistill.distill.objective import Bucket, Objective, Setting, Trajectory
-from fastdistill.distill.trajectory import TrajectoryCache
+from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import InputError, quoted
 from fastdistill.files import located
 from fastdistill.models import families, peft
 from fastdistill.models.calling import Call
-from fastdistill.models.fuse import fuse
+from fastdistill.models.fuse import fuse, products
+from fastdistill.models.fuse.packed import pack
 from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student
 from fastdistill.models.weights import shared, storage
-from fastdistill.ops.noise_gather.banks import mapped
 from fastdistill.train import arguments, checkpoint, devices, distributed
 from fastdistill.train.callbacks import Callbacks, Progress
 from fastdistill.train.choice import LEAST, Bench, Choice, faster_precision, has_bfloat16, open_in, put
@@ -36,8 +35,9 @@ from fastdistill.train.config import TrainConfig
 from fastdistill.train.loop import FitResult, fit
 from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
-from fastdistill.train.sources import Sources, banks_of, check_sources, explain, fingerprint
+from fastdistill.train.sources import banks_of, check_sources, explain, fingerprint, placed
 from fastdistill.train.step import TrainStep
+from fastdistill.train.teacher import check_float8, check_null_once, in_float8
 
 
 class DistillTrainer:
@@ -49,8 +49,9 @@ class DistillTrainer:
     that the student draws itself (dropout, stochastic depth): these depend on seed, step and the rank's first sample,
     and so on how the batch is split.
 
-    A trainer has hooks on the modules that it taps, and keeps the teacher frozen in eval mode. ``close``, or leaving a
-    ``with`` statement, ends both; the end of ``fit`` also removes the hooks.
+    A trainer has hooks on the modules that it taps, and keeps the teacher frozen in eval mode, with
+    ``config.teacher_fp8`` in float8. ``close``, or leaving a ``with`` statement, ends all that; the end of ``fit`` also
+    removes the hooks. ``about_teacher`` has lines on what changes the teacher's numbers.
 
     Args:
         teacher: a diffusers model of a family (``fastdistill.models.families``), or any module of the call shape
@@ -117,12 +118,13 @@ class DistillTrainer:
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
+        check_float8(teacher, config, self.device)
         common = shared(student, teacher)
         dtype = arguments.dtype(student, self.device, config.precision, common)
         adapters = peft.identity(student, teacher)
         was = [(p, p.requires_grad) for p in teacher.parameters()], [(m, m.training) for m in teacher.modules()]
         with _computing(), contextlib.ExitStack() as undo:  # by close, or where something does not fit
-            undo.callback(_give_back, *was)
+            undo.callback(devices.given_back, *was)
             self.teacher = devices.moved(teacher, self.device, "teacher")
             self._freeze()
             devices.cast(student, self.device, dtype, common | {id(b): b for b in self.teacher.buffers()})
@@ -132,9 +134,11 @@ class DistillTrainer:
             if self.config.fused(self.device.type):
                 fuse(self.teacher)
                 fuse(self.student)
+            if self.device.type in products.PLACES and not common and not config.teacher_fp8:  # of a fused teacher
+                undo.callback(devices.held(self.teacher, pack))
             low = any(p.dtype == torch.float16 for p in self.student.parameters() if p.requires_grad)
             scaling = LossScale(self.device) if low else None
-            first, *others = _placed(sources, self.device, config)
+            first, *others = placed(sources, self.device, config)
             setting = self._setting = Setting(
                 teacher=self.teacher,
                 student=self.student,
@@ -149,6 +153,7 @@ class DistillTrainer:
                 call=call,
                 micro_batch=config.micro_batch,
                 others=tuple(others),
+                null_once=config.teacher_null_once,
             )
             self._fingerprint = fingerprint(setting, sources, objective, config)
             if adapters:
@@ -162,8 +167,14 @@ class DistillTrainer:
             layout = {name: [list(p.shape), p.requires_grad] for name, p in self.student.named_parameters()}
             given = {"config": each, "shard": "none" if shard is None else "given", "student": layout}
             distributed.check_same(self._fingerprint | given)
+            self.about_teacher: list[str] = []
+            if config.teacher_fp8:
+                as_it_was, line = in_float8(setting, objective)
+                undo.callback(as_it_was)
+                self.about_teacher.append(line)
             bound = objective.bind(setting)
             undo.callback(bound.close)
+            check_null_once(bound, self.teacher, config, self.device)
             if shard is not None:
                 distributed.shard(self.student, bound, shard)
             self.step = TrainStep(bound, self.student, config, self.device, scaling, shapes=len(sources))
@@ -290,7 +301,9 @@ class DistillTrainer:
         """The precision in which a step of the student is faster; None if there is no choice."""
         trained = {p.dtype for p in self.student.parameters() if p.requires_grad}
         fixed = self._given is None or self._given["shard"] is not None or shared(self.student, self.teacher)
-        if fixed or trained != {torch.float32} or not has_bfloat16(self.device) or self.config.steps < LEAST:
+        if fixed or trained != {torch.float32} or self.config.steps < LEAST:
+            return None
+        if not distributed.first(lambda: has_bfloat16(self.device)):  # for all ranks, whatever their processors
             return None
         assert self._given is not None
         low = dataclasses.replace(self.config, precision="bfloat16", execution="eager")
@@ -299,8 +312,8 @@ class DistillTrainer:
         except Exception:  # as of a module that holds what cannot be copied
             return None
         with DistillTrainer(self.teacher, copied, config=low, **self._given) as other, _computing():
-            both = (Bench(each.step, each.student, each.teacher, self.config) for each in (self, other))
-            return faster_precision(*both)
+            own, lower = (Bench(each.step, each.student, each.teacher, self.config) for each in (self, other))
+            return faster_precision(own, lower, self.config)
 
     def close(self) -> None:
         """Remove the trainer's hooks from the models, end its threads, and restore ``requires_grad`` and the training
@@ -393,41 +406,3 @@ def _computing() -> Iterator[None]:
     """Enable gradients, also inside ``torch.no_grad`` and ``torch.inference_mode``."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-def _give_back(trainable: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
-    """Restore ``requires_grad`` and the training modes of the teacher."""
-    for parameter, before in trainable:
-        if before:
-            parameter.requires_grad_(True)
-    for module, training in modes:
-        module.training = training
-
-
-def _placed(sources: Sources, device: torch.device, config: TrainConfig) -> tuple[Bucket, ...]:
-    """The banks in the memory that the configuration names; banks shared by several shapes are placed once. Banks on
-    disk or encoded on demand stay there."""
-    pinned = config.banks == "pinned" and device.type == "cuda"
-    known: dict[int, Tensor] = {}
-
-    def place(rows: Any) -> Any:
-        if not isinstance(rows, Tensor):
-            return rows
-        if id(rows) not in known:
-            known[id(rows)] = rows.cpu().pin_memory() if pinned else rows.to(device)
-        return known[id(rows)]
-
-    def placed(bank: PromptBank) -> Any:
-        whole = all(isinstance(rows, Tensor) for rows in bank.banks.values())
-        expanded = {id(rows): rows.contiguous() for rows in bank.banks.values() if whole and 0 in rows.stride()}
-        return mapped(lambda rows: place(expanded.get(id(rows), rows)), bank.rows)  # kernels read contiguous ones
-
-    def trajectory(cache: LatentCache) -> Trajectory | None:
-        if not isinstance(cache, TrajectoryCache) or cache.step is None:
-            return None
-        return Trajectory(cache.step.to(device), {name: cache.fingerprint[name] for name in ("guidance", "grid")})
-
-    return tuple(
-        Bucket(place(cache.latents), cache.prompt_index.to(device), placed(bank), trajectory(cache))
-        for cache, bank in sources
-    )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel compiled for the smallest sizes: ``python -m tests.build.ones``.
+"""Compiles every Triton kernel for the smallest sizes: ``python -m tests.build.ones``.
 
-Triton makes a constant of an argument that is 1, which has no methods; neither its interpreter nor the sizes of real
-models show where a kernel uses one.
+Triton turns an argument of 1 into a constant, which has no methods. Neither its interpreter nor the sizes of real
+models show if a kernel uses such a method.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _module(op: str) -> Any:
 
 
 def _ones(*dimensions: int, dtype: torch.dtype = FLOAT) -> list[Tensor]:
-    """Tensors of one element with these numbers of dimensions."""
+    """Tensors with one element and these numbers of dimensions."""
     return [torch.empty((1,) * n, dtype=dtype, device="meta") for n in dimensions]
 
 
@@ -128,9 +128,12 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     },
     "add_bias": lambda: _module("add_bias").add_bias(*_ones(2, 2, 1, 2)),
     "bias_gradient": lambda: _module("add_bias").bias_gradient(*_ones(2, 1)),
+    "quantize_rows": lambda: _module("quantize_rows").quantize_rows(
+        *_ones(1, 1), False, *_ones(1, 1, dtype=torch.float8_e4m3fn), *_ones(1, 1)
+    ),
     "grad_square_sum": lambda: _module("adamw_ema").grad_square_sum(_ones(1), *_ones(0, dtype=DOUBLE)),
 }
 
 if __name__ == "__main__":
-    for row in rows(LAUNCHES, (80,)):
+    for row in rows(LAUNCHES, (90,)):
         print(row.op, row.kernel)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel for a GPU compiles for GPUs that are not here, spills nothing and keeps copies of sums equal."""
+"""Every GPU kernel compiles without a GPU, has no spills, and keeps copies of sums equal."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_triton_ahead_of_time() -> None:
-    """In a process of its own: where Triton interprets, it does not compile."""
+    """In a new process, because Triton does not compile in a process in which it interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels.triton"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     for op in (name for name, op in OPS.items() if any(k.name == "triton" for k in op.kernels)):
-        for arch in ("sm_80", "sm_90", "sm_100"):
+        for arch in ("sm_90", "sm_100") if op == "quantize_rows" else ("sm_80", "sm_90", "sm_100"):
             compiled = [row for row in rows if row["op"].split()[0] == op and row["arch"] == arch]
             assert compiled, f"{op} was not compiled for {arch}"
             assert all(row["spill_bytes"] == 0 and row["registers"] > 0 for row in compiled), compiled
@@ -55,7 +55,7 @@ def test_cuda_as_built() -> None:
     [
         (80, 32, 0, 256, 1.0),
         (80, 64, 0, 256, 0.5),
-        (80, 33, 0, 256, 0.75),  # 40 registers a thread are 48 warps
+        (80, 33, 0, 256, 0.75),  # 40 registers per thread allow 48 warps
         (80, 255, 0, 256, 0.125),
         (86, 32, 0, 1024, 2 / 3),  # one block of 32 warps of 48
         (90, 32, 115 << 10, 256, 0.125),  # one block holds more than half of the shared memory
@@ -63,12 +63,13 @@ def test_cuda_as_built() -> None:
     ],
 )
 def test_occupancy(arch: int, registers: int, shared: int, threads: int, expected: float) -> None:
-    """The figures of the occupancy calculator."""
+    """The figures of NVIDIA's occupancy calculator."""
     assert occupancy(arch, registers, shared, threads) == pytest.approx(expected)
 
 
 def test_unequal_copies_of_a_sum() -> None:
-    """Sums of products over threads in float32 and float64 as Triton writes them, and what is none."""
+    """Sums of products over threads in float32 and float64 as Triton generates them, and similar code that is
+    correct."""
     fused = "fma.rn.f32 \t%r391, %r236, %r388, %r390;"
     wide = "fma.rn.f64 \t%rd5, %rd1, %rd2, %rd4;"
     ptx = f"""

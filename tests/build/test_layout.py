@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rule of the house: an op's name is its path everywhere; kernels are free of torch; files stay short."""
+"""The rule of the repository: an op's name is its path everywhere; kernels do not use torch; files stay short."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What costs time in a compiled kernel, and that no kernel's figures are worse than the committed ones."""
+"""What costs time in a compiled kernel, and that no figure is worse than the committed one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDE = set(
     "_adamw_ema_square_sum _adamw_ema_update _cross_attention_forward _cross_attention_backward_rows _feature_match "
     "_geglu_forward _geglu_backward _geglu_backward_summed _group_norm_moments _group_norm_output _group_norm_sums "
     "_group_norm_gradient _layer_norm_forward _layer_norm_backward _noise_gather gather match scale square_sum "
-    "update _add_bias _bias_gradient".split()
+    "update _add_bias _bias_gradient _quantize_rows".split()
 )
 NARROW = {"layer_norm_modulate affine", "layer_norm_modulate_backward affine"}  # 320 channels for 128 threads
 DUMP = """
@@ -48,7 +48,7 @@ def test_sass_is_read_with_what_the_scheduler_is_told() -> None:
     (code,) = parse(DUMP).values()
     load, add = code[1], code[2]
     assert (load.operation, load.name, load.predicate, load.bytes) == ("LDG.E.128", "LDG", "@!P1", 16)
-    assert (load.sets, load.frees, add.waits) == (2, 7, 1 << 2)  # the sum waits for what the load sets
+    assert (load.sets, load.frees, add.waits) == (2, 7, 1 << 2)  # the sum waits for the scoreboard of the load
     assert loops(code) == [(1, 4)]
     assert [i.name for i in main_loop(code)] == ["LDG", "FADD", "STG", "BRA"]
     figures = lint.figures("copy", "copy", "cuda 13.0", code, 128, 1.0)
@@ -68,18 +68,18 @@ def test_the_loop_that_loads_most_is_the_main_one() -> None:
         "EXIT",
     ]
     assert [i.operation for i in main_loop(body(*lines))] == ["LDG.E.128", "BRA"]
-    assert len(main_loop(body("LDG.E R1, [R2]", "EXIT", "BRA 0x20"))) == 2  # all of a kernel without a loop
+    assert len(main_loop(body("LDG.E R1, [R2]", "EXIT", "BRA 0x20"))) == 2  # without a loop, the whole kernel
     unrolled = body("LDG.E.128 R4, [R2]", "LDG.E R1, [R2]", "BRA 0x10", "EXIT", "BRA 0x40")
-    assert len(main_loop(unrolled)) == 4  # the loop is a rest's
+    assert len(main_loop(unrolled)) == 4  # the loop only handles the remainder
 
 
 @pytest.mark.parametrize(
     ("operation", "count", "warps", "blocks", "expected"),
     [
-        ("FFMA R1, R1, R1, R1", 64, 4, 1, 64),  # a warp a partition issues one a clock
+        ("FFMA R1, R1, R1, R1", 64, 4, 1, 64),  # one warp per partition issues one instruction per clock
         ("FFMA R1, R1, R1, R1", 64, 16, 2, 256),  # four warps of a block share a partition
-        ("MUFU.EX2 R1, R1", 32, 8, 4, 32 * 2 * 8),  # 16 lanes of an SM, 4 a partition
-        ("SHFL.BFLY PT, R1, R1, 1, 31", 64, 8, 2, 64 * 8),  # one a clock for all partitions
+        ("MUFU.EX2 R1, R1", 32, 8, 4, 32 * 2 * 8),  # 16 lanes per multiprocessor, 4 per partition
+        ("SHFL.BFLY PT, R1, R1, 1, 31", 64, 8, 2, 64 * 8),  # one per clock for all partitions
         ("HGMMA.64x128x16.F32.BF16 R8, gdesc[UR4], R8, gsb0", 16, 4, 2, 16 * 64),
     ],
 )  # fmt: skip
@@ -118,11 +118,11 @@ def test_what_became_worse_is_said_with_both_figures() -> None:
     assert lint.worse([before, before], [before]) == ["op, kernel, 1 (triton 3.9.0): no longer there"]
     assert not lint.worse(
         [before], [dataclasses.replace(now, compiler="triton 4.0.0")]
-    )  # another compiler's are its own
+    )  # other compilers have other figures
 
 
 def test_the_committed_figures() -> None:
-    """Nothing is kept in local memory, and what moves the most bytes moves 16 at a time."""
+    """Nothing is in local memory, and the kernels that move the most bytes use 16-byte accesses."""
     rows = lint.read()
     assert {row.compiler for row in rows} >= {"triton 3.6.0", "triton 3.9.0", "cuda 13.0"}
     assert not [row for row in rows if row.local]
@@ -133,7 +133,7 @@ def test_the_committed_figures() -> None:
 
 @pytest.mark.slow
 def test_no_figure_is_worse_than_committed() -> None:
-    """If it is meant to be: ``make kernels-report``, and commit the figures."""
+    """If it is intended: ``make kernels-report``, and commit the figures."""
     made = report.linted([OLDEST] if OLDEST.is_dir() else [])
     committed = lint.read()
     assert {row.compiler for row in made} & {row.compiler for row in committed}

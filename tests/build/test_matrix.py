@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installing in isolation: with and without nvcc, without a C++ compiler, and twice (``make build-matrix``)."""
+"""Isolated installation: with and without nvcc, without a C++ compiler, and twice (``make build-matrix``)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(json.dumps([used()["feature_match"], _native.cuda_reason() is None]))
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The tracked files in a folder of their own: no build folder, no extension in place."""
+    """The tracked files in another folder, without a build folder and without extensions."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
         (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def install(source: Path, target: Path, **environment: str) -> str:
-    """What pip says about an isolated build into ``target``."""
+    """The output of pip for an isolated build into ``target``."""
     command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-deps", "--target", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the C++ kernels are made of: Philox, dtype conversions, and equal results on every instruction set."""
+"""The building blocks of the C++ kernels: Philox, dtype conversions, equal results on every instruction set."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def results() -> list[tuple[str, str]]:
-    """What the ops give, by its kind."""
+    """The results of the ops, by their kind."""
     found = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         (student, teacher, weights, _) = make([(3, 33, 37, 41), (5, 7)], dtype, "mse").inputs
@@ -76,7 +76,7 @@ def results() -> list[tuple[str, str]]:
 
 
 def test_every_instruction_set_gives_the_same_bits() -> None:
-    """All of feature_match and all integers everywhere; the noise on those with a fused multiply-add."""
+    """Results of feature_match and all integers on every instruction set; noise on those with FMA."""
     cpu = _native.cpu()
     before, found = cpu.isa(), {}
     try:

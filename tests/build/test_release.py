@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is released: its metadata, the files of the sdist, and the wheel of ``make wheels`` in an empty environment."""
+"""The released files: metadata, the files of the sdist, and the wheel of ``make wheels`` in an empty environment."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import fastdistill
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-#: Tracked, but not released: what configures git, editors and the machines that test.
+#: Tracked but not released: the configuration of git, editors and test machines.
 APART = re.compile(r"\.(ci|github)/.*|\.gitignore|\.pre-commit-config\.yaml")
-# An op by the C++ kernel with two threads, and the files that the process has mapped.
+# Runs an op with the C++ kernel and two threads, and prints the files that the process has mapped.
 TRY = """
 import json, os, torch
 torch.set_num_threads(2)
@@ -65,7 +65,7 @@ def test_the_sdist_has_what_is_tracked(tmp_path: Path) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("no checkout: nothing is tracked")
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
-    environment = os.environ | {"FASTDISTILL_CPU": "0"}  # no compiler is asked
+    environment = os.environ | {"FASTDISTILL_CPU": "0"}  # no compiler is used
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     (listed,) = tmp_path.glob("*.egg-info/SOURCES.txt")
     released = set(listed.read_text(encoding="utf-8").splitlines()) | {"MANIFEST.in"}
@@ -89,7 +89,7 @@ def wheel_in(dist: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_is_for_any_linux_that_is_new_enough(dist: Path) -> None:
-    """And has no library of its own: torch's OpenMP is the one that its kernels use."""
+    """It contains no library; its kernels use torch's OpenMP."""
     wheel = wheel_in(dist)
     assert re.search(r"-manylinux_2_\d+_\w+\.whl$", wheel.name), wheel.name
     with zipfile.ZipFile(wheel) as file:
@@ -107,7 +107,7 @@ def test_the_wheel_is_for_any_linux_that_is_new_enough(dist: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder apart from the checkout, whose ``venv`` has the wheel and what it requires alone."""
+    """A folder outside of the checkout; its ``venv`` contains only the wheel and its requirements."""
     place = tmp_path_factory.mktemp("empty")
     subprocess.run([sys.executable, "-m", "venv", str(place / "venv")], check=True)
     for package in ("torch", f"{wheel_in(dist)}[demo]"):
@@ -118,7 +118,7 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone() -> dict[str, str]:
-    """The environment without what leads back to the checkout."""
+    """The environment without variables that lead to the checkout."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FASTDISTILL"))}
     return kept | {"OMP_NUM_THREADS": "2"}
 

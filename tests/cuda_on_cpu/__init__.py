@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of csrc/ on a machine without a GPU: compiled by g++ under ``emulation.h`` and run on the CPU."""
+"""The CUDA kernels of csrc/ on a machine without a GPU: compiled by g++ with ``emulation.h`` and run on the CPU."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.sanitizers import SANITIZE
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FLAGS = "-std=c++17 -O1 -g1 -fPIC -ffp-contract=off -Wno-unknown-pragmas -Wno-psabi".split()
-# What announces every access to memory.cpp, and traps at an index past an array and at a vector that is not aligned.
+# These options report every access to memory.cpp, and trap at bad indices and unaligned vectors.
 WATCHED = "-fsanitize=thread,bounds,alignment -fsanitize-undefined-trap-on-error".split()
 LINK = "-shared -Wl,-z,defs".split()
-if SANITIZE:  # the compiler's own instead
+if SANITIZE:  # the compiler's sanitizers instead
     WATCHED = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover", "-fno-omit-frame-pointer"]
     LINK = ["-shared", f"-fsanitize={SANITIZE}"]
-loaded: list[ctypes.CDLL] = []  # the libraries of kernels that can run
+loaded: list[ctypes.CDLL] = []  # libraries whose kernels can run
 
 
 @cache
 def kernels(sources: tuple[Path, ...]) -> Path:
-    """A library of kernels. It holds nothing else, as all its thread-local memory counts as shared memory of blocks."""
+    """A library with only kernels, because all its thread-local memory counts as shared memory of blocks."""
     scheduler = [(HERE / name, ("-O2",)) for name in ("emulation.cpp", "memory.cpp")]
     flags = (*WATCHED, "-include", str(HERE / "emulation.h"), "-x", "c++")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -44,8 +44,8 @@ def kernels(sources: tuple[Path, ...]) -> Path:
 
 
 def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
-    """The object of a source, made anew when the source or any header has changed."""
-    import pybind11  # here, as a machine with a GPU compiles nothing for the tests
+    """The object file of a source, compiled again if the source or any header has changed."""
+    import pybind11  # imported here: a machine with a GPU compiles nothing for the tests
 
     headers = [*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
     content = b"".join(path.read_bytes() for path in [source, *sorted(headers)])
@@ -62,7 +62,7 @@ def _made(name: str, content: bytes, options: list[str]) -> Path:
     path = ROOT / "build" / "cuda_on_cpu" / key / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes that run tests one makes it
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test processes compiles
         if not path.exists():
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             done = subprocess.run(["g++", *options, "-o", str(temporary)], capture_output=True, text=True)

@@ -61,7 +61,7 @@ std::string place() {
   return text;
 }
 
-// ``file.cu:12`` of an address in this library, where addr2line is at hand.
+// The source line (``file.cu:12``) of an address in this library, if addr2line is installed.
 std::string line_of(const void* code) {
   Dl_info info;
   if (!code || !dladdr(code, &info)) return "";
@@ -96,14 +96,14 @@ void wait(State state, int line, unsigned mask) {
   swapcontext(&current->context, &scheduler);
 }
 
-// A range of fibers or warps: those of the block of this rank.
+// A range of fibers or warps: those of the block with this rank.
 struct Range {
   size_t begin, end;
 };
 Range of_rank(size_t rank, size_t each) { return {rank * each, (rank + 1) * each}; }
 size_t threads_each, warps_each;  // of a block
 
-// Lets the lanes of a block go on whose whole mask waits at one place. Returns whether there were any.
+// Resumes the lanes of a block if all lanes of their mask wait at the same place. Returns whether there were any.
 bool release_warps(size_t rank) {
   bool any = false;
   const Range all = of_rank(rank, threads_each);
@@ -141,7 +141,7 @@ bool release_block(size_t rank) {
   return true;
 }
 
-// Lets the threads go on that wait for arrivals which all have made.
+// Resumes the threads that wait at the cluster's barrier if all threads have arrived.
 bool release_cluster() {
   int least = fibers[0].arrivals;
   for (const Fiber& f : fibers) least = std::min(least, f.arrivals);
@@ -159,7 +159,7 @@ bool all_of(const Range& range, State state) {
                      [=](const Fiber& f) { return f.state == state; });
 }
 
-// Runs the threads of one block until none can go on by itself.
+// Runs the threads of one block until all of them wait or have ended.
 void run_block(size_t rank, const std::vector<size_t>& order) {
   const Range all = of_rank(rank, threads_each);
   do {
@@ -179,7 +179,7 @@ void run_block(size_t rank, const std::vector<size_t>& order) {
   if (all_of(all, done)) end_block(unsigned(rank));
 }
 
-// Runs the blocks of one cluster; false: an error is set.
+// Runs the blocks of one cluster. Returns false after an error.
 bool run_cluster(std::mt19937_64& random, size_t first, size_t ranks) {
   std::vector<size_t> order(threads_each);
   for (size_t i = 0; i < fibers.size(); ++i) {

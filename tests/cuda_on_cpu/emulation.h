@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// A small CUDA on the CPU: enough of the language to run this project's kernels as they are written, one thread at a time.
+// An emulation of CUDA on the CPU: enough of the language to run this project's kernels unchanged, one thread at a time.
 //
-// The threads of a block are fibers that run until they wait: at __syncthreads, or at a warp's shuffle, vote or
-// __syncwarp, where the lanes of the mask meet. Blocks and threads take turns in an order that changes with every launch.
-// A barrier that not all threads reach, and whatever memory.cpp finds, end the launch with an error that names kernel,
-// block, thread and line. The blocks of a cluster run together, each as far as it comes by itself; what a thread does between
-// its arrival at their barrier and its wait counts as done before. Shared memory is also poisoned, differently each time, as
-// not every access is announced.
+// The threads of a block are fibers. Each runs until it has to wait: at __syncthreads, or for the other lanes of the mask at
+// a shuffle, vote or __syncwarp. Blocks and threads run in an order that changes with every launch. A barrier that not all
+// threads reach, and every error that memory.cpp detects, end the launch with an error that names kernel, block, thread and
+// line. The blocks of a cluster alternate; each runs until all its threads wait. Accesses of a thread between its arrival at
+// the cluster's barrier and its wait count as before the barrier. Shared memory is also filled with a pattern, which changes
+// with every launch, because the compiler does not report every access.
 #pragma once
 #include <ucontext.h>
 
@@ -22,7 +22,7 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define __grid_constant__
-// One thread of the system runs all, so that its thread-local memory of this module is the blocks' shared memory.
+// A single thread of the operating system runs everything; its thread-local memory in this module is the shared memory.
 #define __shared__ static thread_local
 
 struct uint3 {
@@ -58,7 +58,7 @@ extern dim3 block_size, grid_size;
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& body, unsigned cluster = 1);
 const char* take_error();
 void meet_block(int line);
-// Deposits ``bytes`` of a lane's value, waits for the lanes of the mask, and returns the values of the warp's 32 lanes.
+// Stores a lane's value (``bytes`` bytes), waits for the lanes of the mask, and returns the values of the warp's 32 lanes.
 const uint64_t* meet_warp(unsigned mask, uint64_t value, int line, bool orders = false);
 void* dynamic_shared();
 unsigned rank_in_cluster();
@@ -117,7 +117,7 @@ constexpr int warpSize = 32;
 #define __any_sync(mask, vote) (fd_emulation::ballot(mask, vote, __LINE__) != 0)
 #define __all_sync(mask, vote) (fd_emulation::ballot(mask, vote, __LINE__) == (mask))
 
-// One thread runs at a time, so an atomic operation is a plain one.
+// Only one thread runs at a time, so a plain operation is atomic.
 template <typename T, typename F> __attribute__((no_sanitize("thread"))) T fd_atomic(T* at, const F& change) {
   fd_emulation::atomically(at, sizeof(T));
   const T before = *at;
@@ -137,7 +137,7 @@ template <typename T> void __stcs(T* at, T value) { *at = value; }
 template <typename T> void __stwb(T* at, T value) { *at = value; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 
-// Copies that a kernel need not wait for are over at once here.
+// Asynchronous copies are executed immediately here.
 namespace fd {
 template <typename T> const T* of_block(const T* here, unsigned rank) {
   return static_cast<const T*>(fd_emulation::dynamic_of(here, rank));
@@ -153,7 +153,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return fd_emulation::take_e
 template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, F*) { return cudaSuccess; }
 template <typename F> cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return cudaSuccess; }
 
-// Each thread has a copy of the arguments, which nobody writes: the copying is not announced.
+// Each thread gets a copy of the arguments, which are never written, so these copies are not reported as accesses.
 #define FD_LAUNCH(kernel, grid, block, shared, stream, ...) \
   fd_emulation::launch(#kernel, grid, block, shared, [=]() __attribute__((no_sanitize("thread"))) { kernel(__VA_ARGS__); })
 #define FD_LAUNCH_CLUSTER(kernel, cluster, grid, block, shared, stream, ...) \

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors between pages that must not be touched: a kernel that goes out of bounds is stopped at the first byte."""
+"""Tensors between protected pages: a kernel that goes out of bounds is stopped at the first byte."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Guarded:
-    """A copy of a tensor whose memory ends at a forbidden page, and begins less than a page after another.
+    """A copy of a tensor whose memory ends at a protected page and begins less than a page after another.
 
-    It starts at a multiple of 16 bytes plus what the original's start is past one, so up to 15 bytes may lie behind it.
-    They and those before it hold a canary, and kernels that are watched may not touch them.
+    It has the same address modulo 16 as the original, so up to 15 bytes may lie behind it. These bytes and those before
+    it contain a canary, and watched kernels must not access them.
     """
 
     def __init__(self, original: Tensor) -> None:
@@ -60,7 +60,7 @@ class Guarded:
                 raise OSError(ctypes.get_errno(), "mprotect")
 
     def open(self) -> None:
-        """Let all of the memory be touched again."""
+        """Make all of the memory accessible again."""
         self._protect(mmap.PROT_READ | mmap.PROT_WRITE)
         self._forbid(False)
 
@@ -68,7 +68,7 @@ class Guarded:
         """Copy the content back.
 
         Raises:
-            AssertionError: bytes beside the tensor were written.
+            AssertionError: bytes next to the tensor were written.
         """
         if self.tensor is not self.original:
             self.original.copy_(self.tensor)
@@ -77,8 +77,8 @@ class Guarded:
 
 
 def guarded(launch: Callable[..., None]) -> Callable[..., None]:
-    """The launch function on guarded copies of its tensors; what it wrote is copied back. Sanitizers see to the ends of
-    the tensors' own memory."""
+    """The launch function with guarded copies of its tensors; afterwards they are copied back. Sanitizers themselves
+    check the ends of tensors."""
     if SANITIZE:
         return launch
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What csrc/hopper.cuh is on the CPU. Copies and products are done at once, a thread for its own accumulators; that they are
-// asynchronous is for compute-sanitizer and tests/gpu_simulated to check.
+// csrc/hopper.cuh on the CPU. Copies and products are executed immediately; each thread computes its own accumulators. Errors
+// that come from their asynchronous execution are left to compute-sanitizer and tests/gpu_simulated.
 #pragma once
 
 namespace fd {
@@ -55,7 +55,7 @@ inline void store_cores(void* row, uint32_t a, uint32_t b) {
   }
 }
 
-// ``a`` is of the thread's two rows; NaN where they are not worth a result.
+// ``a`` has the thread's two rows; the result is NaN for rows that are not used.
 template <int n, typename T, bool b_transposed>
 void multiply_rows(float (&d)[n / 2], const float (&a)[2][16], Operand b, bool add) {
   for (int i = 0; i < n / 2; ++i) {

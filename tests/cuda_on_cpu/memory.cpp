@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Watches every access of a kernel to memory. The compiler announces them by the calls that -fsanitize=thread puts in; no
-// library of a sanitizer is linked, the functions are here. Each byte remembers who wrote and who read it last, and when:
+// Checks every memory access of a kernel. The compiler's option -fsanitize=thread inserts a call for each access; the called
+// functions are in this file, no sanitizer library is linked. For each byte it stores who wrote and read it last, and when:
 //
-// a race         two threads touch a byte, one writes, and no barrier lies between: __syncthreads for a block, __syncwarp or
-//                __syncthreads for a warp, the cluster's barrier for its blocks, __threadfence of the writer for another
-//                block. A shuffle orders no memory
+// a race         two threads access a byte, one of them writes, and there is no barrier between them: __syncthreads for a
+//                block, __syncwarp or __syncthreads for a warp, the cluster's barrier for its blocks, __threadfence of the
+//                writer for another block. A shuffle orders no memory accesses
 // uninitialized  a read of shared memory that no thread of the block has written
 // ended          an access to the shared memory of a block of the cluster that has ended
 // out of bounds  an access beside a guarded tensor (guard.py), or past the dynamic shared memory
@@ -73,7 +73,7 @@ uint32_t scope_with(const Access& a) {
   return scope;
 }
 
-// Whether an access was over before the running thread passed its last barrier.
+// Whether an access happened before the running thread passed its last barrier.
 bool is_over(const Access& a) {
   switch (scope_with(a)) {
     case thread_scope: return true;
@@ -91,7 +91,7 @@ std::string others(const Access& a) {
   return scopes[a.scope] + std::to_string(a.id & 1023) + block;
 }
 
-// The access of the running thread to one byte.
+// Records and checks an access of the running thread to one byte.
 void check(Byte& b, Kind kind, bool shared, const void* caller) {
   const uint32_t begin = shared ? block_begin : launch_begin;
   const bool written = b.written.moment >= begin, was_read = b.read.moment >= begin;
@@ -189,7 +189,7 @@ void atomically(const void* address, size_t size) { touch(address, size, atomic,
 
 }  // namespace fd_emulation
 
-// Forbids (or allows again) bytes to all kernels of this library.
+// Forbids all kernels of this library to access these bytes, or allows it again.
 extern "C" void fd_forbid(uintptr_t from, uintptr_t until, bool forbid) {
   for (uintptr_t i = from; i < until; ++i) fd_emulation::byte_at(i).written.moment = forbid ? fd_emulation::forbidden : 0;
   if (!forbid) fd_emulation::forget();

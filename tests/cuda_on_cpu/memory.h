@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the scheduler tells the memory's watch, and what that tells back.
+// The interface between the scheduler and the checks of memory accesses.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fd_emulation {
 
-// A running thread: where it is, and the moments of the last barriers that it has passed.
+// A running thread: its position, and the times of the last barriers that it has passed.
 struct Runner {
   uint32_t id;  // block << 10 | thread of the block
   uint32_t warp_sync, block_sync, cluster_sync;
@@ -26,7 +26,7 @@ void watch_launch(unsigned cluster);
 void watch_cluster(size_t dynamic_bytes, int poison);  // shared memory is empty, its bytes hold the poison
 void end_block(unsigned rank);                         // its shared memory is gone
 
-// Ends the launch with an error at the running thread. ``caller``: where in the code, null if that is not known.
+// Ends the launch with an error of the running thread. ``caller``: the address in the code, null if unknown.
 [[noreturn]] void fail(const std::string& what, const void* caller = nullptr);
 
 }  // namespace fd_emulation

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulation of CUDA finds what it is there to find: one planted bug of each kind."""
+"""The emulation of CUDA detects one planted bug of each kind."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_a_correct_kernel(planted: Planted) -> None:
 
 @pytest.mark.parametrize("bug", BUGS[1:])
 def test_planted_bugs(planted: Planted, bug: str) -> None:
-    """In any order of the threads, and the message names kernel, block, thread and line."""
+    """In any order of the threads; the message names kernel, block, thread and line."""
     for _ in range(6):
         with pytest.raises(RuntimeError, match=FOUND[bug]) as error:
             launch(planted, bug)
         assert re.search(
             r"^\w+, block \(\d, 0, 0\), thread \(\d+, 0, 0\) .* (in line \d+|\(\w+\.cuh?:\d+\))", str(error.value)
         )
-    test_a_correct_kernel(planted)  # the next launch starts clean
+    test_a_correct_kernel(planted)  # the next launch is clean
 
 
 def test_a_write_that_is_not_watched(planted: Planted) -> None:

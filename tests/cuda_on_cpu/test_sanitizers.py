@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sanitizers of ``make sanitizers`` find a planted bug of each kind in each kind of kernel."""
+"""``make sanitizers`` detects a planted bug of each kind in each kind of kernel."""
 
 from __future__ import annotations
 

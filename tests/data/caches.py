@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small latent cache, and how it is made."""
+"""A small latent cache, and a function that creates it."""
 
 import torch
 
@@ -28,5 +28,5 @@ def make(path, generate=teacher, **changes):
 
 
 def content(path):
-    """Every file that a reader reads, byte by byte."""
+    """The bytes of every file that a reader reads."""
     return {entry.name: entry.read_bytes() for entry in path.iterdir() if not entry.name.startswith(".")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole cache: its files, and a directory of them that a test may damage."""
+"""A complete cache: its files, and a copy that a test may damage."""
 
 import pytest
 

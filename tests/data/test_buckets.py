@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents of several shapes: which step draws from which cache, and what."""
+"""Latents of several shapes: which step draws from which cache, and which rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def buckets(**options: int) -> Buckets:
 
 @pytest.mark.parametrize("sizes", [[5], [6, 4, 2], [1, 1], [1, 1000], [1000, 1], [7, 7, 3, 11], [10**9, 10**9 + 1]])
 def test_every_cache_has_its_share_of_the_steps(sizes: list[int]) -> None:
-    """Exactly, over as many steps as there are latents, and nearly at any time; its own steps are counted from 0."""
+    """Exact over as many steps as there are latents, nearly exact at any time; each cache counts its own steps from
+    0."""
     total, seen = sum(sizes), Counter[int]()
     for step in range(min(total, 2000)):
         bucket, own = turn(sizes, step)
@@ -47,7 +48,7 @@ def test_every_cache_has_its_share_of_the_steps(sizes: list[int]) -> None:
 def test_every_latent_comes_once_an_epoch() -> None:
     drawn, made = buckets(), Counter[float]()
     counter = torch.tensor([3, 0])
-    for step in range(sum(SIZES)):  # 2 samples each: two epochs of every cache
+    for step in range(sum(SIZES)):  # 2 samples per step: two epochs of every cache
         drawn.prepare(3, step)
         draw = drawn(counter)
         bucket, _ = turn(SIZES, step)
@@ -57,7 +58,7 @@ def test_every_latent_comes_once_an_epoch() -> None:
 
 
 def test_no_two_caches_have_the_same_draws() -> None:
-    """Nor does a cache of its own, and a cache alone has those of a run without buckets."""
+    """Other caches have other draws; a single cache has the draws of a run without buckets."""
     drawn, times = buckets(), []
     for step in range(24):
         drawn.prepare(3, step)

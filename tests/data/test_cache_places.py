@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places where a latent cache cannot be written: nothing is lost by it, and the error says why."""
+"""Places in which a latent cache cannot be written: no data are lost, and the error gives the reason."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ def test_full_disk_in_the_middle(tmp_path, monkeypatch, whole):
 
 
 def test_a_directory_that_vanishes(tmp_path, whole):
-    """Whatever was in it is made again."""
+    """Its contents are created again."""
 
     def vanish(rows, prompt_index):
         if rows[0] == 6:
@@ -83,9 +83,9 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path):
 
 
 def refusals(directory):
-    """Of one who may not write there: root may anywhere, and gives up its rights."""
+    """The errors for a user without permission (root gives up its rights for this)."""
     os.chdir(directory)
-    torch.ones(1).half()  # which loads what it needs, as long as it may
+    torch.ones(1).half()  # loads what it needs while this is possible
     if os.getuid() == 0:
         os.setgid(65534)
         os.setuid(65534)

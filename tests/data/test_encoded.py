@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Banks that are encoded on demand are those that are built, but for when a prompt is encoded."""
+"""Banks that are encoded on demand equal stored banks; only the time of encoding differs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_FINITE = r"expected finite values within \+-65504, the range of torch.float1
 
 
 def lengths(texts: list[str]) -> dict[str, Tensor]:
-    """Of each text its letters and how many it has, the same in a batch of any size."""
+    """The letters of each text and their number, independent of the batch size."""
     letters = [[float(ord(text[i])) if i < len(text) else 0.0 for i in range(6)] for text in texts]
     return {
         "encoder_hidden_states": torch.tensor(letters).reshape(-1, 3, 2) / 7,
@@ -35,7 +35,7 @@ def null(text: str) -> dict[str, Tensor]:
 
 
 class Counted:
-    """``lengths``, with what it was asked for."""
+    """``lengths``, with a record of its calls."""
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []

@@ -31,7 +31,7 @@ def test_hash_of_tensors_sees_names_dtypes_shapes_and_values_and_nothing_else():
 
 
 def test_the_hash_is_specified_to_the_byte():
-    """So the hash in a published file never changes with a version of this package."""
+    """So the hash in a published file never changes with a new version of this package."""
     header = b'["w", "float32", [2]]'
     specified = b"%d:%s" % (len(header), header) + struct.pack("<2f", 1.0, -2.5)
     assert sha256_of_tensors({"w": torch.tensor([1.0, -2.5])}) == hashlib.sha256(specified).hexdigest()

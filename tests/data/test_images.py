@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images with captions: found in the forms that people have them, cut to one size, named where something is wrong."""
+"""Images with captions: several usual forms of folders, cropped to one size; errors name the file."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_middle_is_cut_out(tmp_path: Path) -> None:
     wanted = torch.from_numpy(pixels[:, 2:8]).permute(2, 0, 1) / 255
     assert torch.equal(load_image(tmp_path / "a.png", (6, 6)), wanted)
     Image.fromarray(np.repeat(np.repeat(pixels[:, :1], 20, 1), 2, 0)).save(tmp_path / "b.png")
-    half = load_image(tmp_path / "b.png", (6, 6))  # 12 x 20 to 6 x 10, of which 6 x 6
+    half = load_image(tmp_path / "b.png", (6, 6))  # 12 x 20 scaled to 6 x 10 and cropped to 6 x 6
     assert half.shape == (3, 6, 6) and (half == half[:, :, :1]).all() and half.std() > 0
 
 
@@ -99,7 +99,7 @@ def test_images_are_upright_on_white_and_in_colour(tmp_path: Path) -> None:
     turned = Image.new("RGB", (4, 2), "red")
     turned.putpixel((0, 0), (0, 0, 255))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees clockwise to be seen
+    exif[0x0112] = 6  # must be rotated by 90 degrees clockwise
     turned.save(tmp_path / "a.png", exif=exif)
     image = load_image(tmp_path / "a.png", (4, 2))
     assert image[:, 0, 1].tolist() == [0, 0, 1] and image[:, 3, 0].tolist() == [1, 0, 0]
@@ -125,6 +125,6 @@ def test_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
     data = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    check_images([tmp_path / "cut.png"], (8, 8))  # whose header is whole
+    check_images([tmp_path / "cut.png"], (8, 8))  # its header is complete
     with pytest.raises(StorageError, match=r"cut\.png: the image could not be read"):
         load_image(tmp_path / "cut.png", (8, 8))

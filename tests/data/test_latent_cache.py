@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The on-disk format and the latent cache: what interrupts, damages or misuses them, and that nothing is lost by it."""
+"""The on-disk format and the latent cache: interruptions, damage and misuse lose no data."""
 
 import json
 import os
@@ -121,7 +121,7 @@ def test_interrupted_in_the_middle_of_writing(tmp_path, monkeypatch, whole, erro
         warnings.simplefilter("error")  # an interruption damages nothing
         make(tmp_path, counted)
     assert content(tmp_path) == whole
-    assert made == [row for row in range(23) if row // 6 not in before]  # what was finished is not made again
+    assert made == [row for row in range(23) if row // 6 not in before]  # finished rows are not made again
 
 
 def slow(rows, prompt_index):
@@ -188,7 +188,7 @@ def test_without_verification_sizes_and_shapes_are_still_checked(cache):
 
 
 def test_shards_swapped_with_those_of_another_layout_are_refused(cache, tmp_path):
-    """A manifest and shards that agree on checksums but not on shapes."""
+    """The checksums of manifest and shards agree, but not the shapes."""
     make(tmp_path / "other", prompt_index=PROMPT_INDEX, row_shape=(2, 5, 3), generate=lambda r, p: teacher(r, p).mT)
     other = json.loads((tmp_path / "other" / "manifest.json").read_text())
     mine = json.loads((cache / "manifest.json").read_text())
@@ -252,7 +252,7 @@ def test_a_manifest_that_makes_no_sense(cache, edit, message):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_no_damage_to_the_manifest_goes_unnoticed_or_crashes(tmp_path_factory, whole, data):
-    """Any byte replaced or any tail lost: one StorageError, or a cache equal to the original."""
+    """For any changed byte or lost tail: one StorageError, or a cache equal to the original."""
     path = tmp_path_factory.mktemp("m")
     for name, content_ in whole.items():
         (path / name).write_bytes(content_)
@@ -311,7 +311,8 @@ def test_arguments_are_checked_before_anything_is_written(tmp_path, changes, mes
 
 
 def test_identity(cache, tmp_path):
-    """Of the fingerprint, which values that another processor rounds otherwise do not change; else of the values."""
+    """It depends on the fingerprint, which does not change if another processor rounds differently; else on the
+    values."""
     loaded = LatentCache.load(cache)
     for same in (LatentCache.load(cache, dtype=torch.float32), LatentCache.open(cache)):
         assert same.identity == loaded.identity

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt bank of several banks by name: made, stored, moved and trained on as one."""
+"""A prompt bank with several named banks: created, stored, moved and used for training like a single one."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_the_encoding_may_be_a_numpy_array():
 
 
 def test_a_bank_of_a_known_encoder_is_identified_by_what_went_into_it(bank):
-    """So that it is the same bank where another processor computed other last bits."""
+    """So the bank stays the same if another processor computes other last bits."""
     elsewhere = bank.embeddings * (1 + torch.finfo(torch.float32).eps)
     assert not torch.equal(elsewhere, bank.embeddings)
     assert PromptBank(elsewhere, TEXTS, encoder=bank.encoder).identity == bank.identity

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Banks that are written as they are encoded: those of ``PromptBank.build``, whatever interrupts or shares the work."""
+"""Banks written during their encoding equal those of ``PromptBank.build``, also if interrupted or shared."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def wide(texts: list[str]) -> Tensor:
 
 
 def grown(path: Path) -> int:
-    """By how much the memory of a process grows that makes a bank of 20,000 prompts."""
+    """The growth of a process's memory while it creates a bank of 20,000 prompts."""
     texts = [str(n) for n in range(20_000)]
     build_prompt_bank(path / "small", texts[:2000], wide, encoder=ENCODER, dtype=torch.float16, rows_per_shard=1000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

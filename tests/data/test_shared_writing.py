@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes write one directory: they share its shards, and it ends with the bytes that one of them makes."""
+"""Several processes write one directory: they share its shards, and the bytes are those of a single process."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def counted(made: list[int], before: Generate = teacher) -> Generate:
 
 
 def stuck(rows: Tensor, prompts: Tensor) -> Tensor:
-    """Makes the first shard and begins with the second."""
+    """Makes the first shard and hangs in the second."""
     if rows[0] >= 6:
         time.sleep(600)
     return teacher(rows, prompts)
 
 
 def other(path: Path, log: Path) -> None:
-    """One of two writers: waits for the other before its first row, and tells what it has made."""
+    """One of two writers: waits for the other one before its first row, and logs the rows that it makes."""
     made: list[int] = []
     (log / f"{os.getpid()}.here").touch()
     until(lambda: len(list(log.glob("*.here"))) == 2)
@@ -81,7 +81,7 @@ def test_what_a_killed_writer_leaves_goes_to_the_others(tmp_path: Path, whole: d
 
     def progress(*done: int) -> None:
         seen.append((done[0], done[1]))
-        if done[0] == 17 and seen.count((17, 23)) == 2:  # all but its shard is written: waiting for it
+        if done[0] == 17 and seen.count((17, 23)) == 2:  # only its own shard is missing: the other one waits for it
             process.kill()
             process.join()
 
@@ -128,7 +128,8 @@ def test_others_do_not_write_what_is_made_differently(tmp_path: Path) -> None:
 
 
 def test_who_keeps_a_shard_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for each that takes long, with the process and since when; when it lets go, the shard is made here."""
+    """Once per shard that takes long, with the process and the time; when the shard is released, this process makes
+    it."""
     monkeypatch.setattr(shards, "_LONG", 0.0)
     monkeypatch.setattr(shards, "_PATIENCE", 0.01)
     make(tmp_path, rows_per_shard=3)
@@ -148,7 +149,7 @@ def test_who_keeps_a_shard_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_killed_writers_leave_goes(tmp_path: Path, whole: dict[str, bytes]) -> None:
-    """Also where all shards are there: a kill after the last one leaves its lock."""
+    """Also if all shards exist: a kill after the last one leaves its lock file."""
     make(tmp_path)
     for name in (".shard-00001.safetensors.lock", ".shard-00002.safetensors.1-ab.tmp", ".manifest.json.1-ab.tmp"):
         (tmp_path / name).touch()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Banks on the disk: the batches are those of banks in memory, whatever the disk does."""
+"""Banks on disk: the batches equal those of banks in memory, whatever the disk does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ N, M, T, BATCH, SEED = 11, 9, 40, 4, 2**40 + 3
 
 
 def on_disk(path: Path, bank: Tensor) -> StoredRows:
-    """A bank in two files, the second of them with a row of bytes before its rows."""
+    """A bank in two files; in the second, other bytes precede its rows."""
     path.mkdir(exist_ok=True)
     parts, cut = [], len(bank) // 2
     for rows, skipped in ((bank[:cut], 0), (bank[cut:], 13)):
@@ -50,7 +50,7 @@ def banks() -> dict[str, Any]:
 
 
 def encodings(prompts: dict[str, Tensor], batch: int = 3) -> Encodings:
-    """An encoder that looks its texts, which are numbers, up in banks that end in the null prompt."""
+    """An encoder whose texts are row numbers of these banks, which end with the null prompt."""
 
     def encode(texts: list[str]) -> dict[str, Tensor]:
         assert len(texts) <= batch and threading.current_thread().name.startswith("fastdistill-rows")
@@ -103,7 +103,7 @@ def stage(given: dict[str, Any], path: Path, which: str) -> dict[str, Any]:
 @pytest.mark.parametrize("which", ["latents", "prompts", "both", "one of the prompts", "encoded", "encoded latents"])
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_batches_are_those_of_banks_in_memory(tmp_path: Path, which: str, ahead: int) -> None:
-    """Over several epochs, at any step to begin with, back and forth."""
+    """Over several epochs, from any first step, forwards and backwards."""
     expected = run(batches(banks()), range(12))
     staged = batches(stage(banks(), tmp_path, which), ahead=ahead)
     assert same(run(staged, range(12)), expected)
@@ -113,7 +113,7 @@ def test_batches_are_those_of_banks_in_memory(tmp_path: Path, which: str, ahead:
 
 
 def test_the_task_of_a_staged_batch_is_that_of_banks_in_memory(tmp_path: Path) -> None:
-    """Where the latents are not at hand, the task is made of the target that the draw has stored."""
+    """If the latents are not in memory, the task uses the target that the draw has stored."""
     losses = []
     for given in (banks(), stage(banks(), tmp_path, "latents")):
         drawn = batches(given, task=True, target=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows on the disk: indexed as NumPy and torch index arrays, whatever part of a file they are."""
+"""Rows on disk: they are indexed like arrays of NumPy and torch, wherever they are in a file."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_an_index_reads_what_numpy_reads(rows: StoredRows, index: Any) -> None:
     expected = VALUES[index]
     backwards = [item for item in items if isinstance(item, slice) and (item.step or 1) < 0]
     if backwards and not (isinstance(items[0], slice) and len(backwards) == 1 and items[0] is backwards[0]):
-        return  # torch has no such slices of other axes: refused, below
+        return  # torch has no such slices for other dimensions: refused, see below
     read = rows[index]
     assert read.dtype == torch.float32 and np.array_equal(read.numpy(), expected)
 
@@ -134,7 +134,7 @@ def test_what_is_read_into_must_fit(rows: StoredRows, out: torch.Tensor) -> None
 
 @pytest.fixture
 def mapped(tmp_path: Path) -> np.memmap:
-    """9000 rows of 3 numbers behind a header, so that parts of it begin in other pages."""
+    """9000 rows with 3 numbers after a header, so that parts of it begin in other pages."""
     np.save(tmp_path / "bank.npy", np.arange(27_000, dtype=np.float32).reshape(9000, 3))
     return np.load(tmp_path / "bank.npy", mmap_mode="r")
 
@@ -211,7 +211,7 @@ def test_a_shard_that_was_replaced(cache: Path, tmp_path: Path) -> None:
 
 
 class Large(TorchDispatchMode):
-    """The sizes of the memory of tensors beyond two blocks that ops make."""
+    """Records the sizes of tensors that ops create and that are larger than two blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,8 @@ class Large(TorchDispatchMode):
 
 
 def test_no_bank_on_the_disk_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hashed, checked, opened: block by block. Saved: shard by shard. Loaded and moved: the result and a block."""
+    """Hashing, checking and opening work block by block, saving shard by shard; loading needs the result and a
+    block."""
     monkeypatch.setattr(values, "BLOCK", 2**14)
     embeddings = torch.randn(257, 8, 512, generator=torch.Generator().manual_seed(0))
     bank = PromptBank(embeddings, [f"prompt {i}" for i in range(256)])
@@ -234,7 +235,7 @@ def test_no_bank_on_the_disk_is_read_whole(tmp_path: Path, monkeypatch: pytest.M
     np.save(tmp_path / "bank.npy", embeddings.numpy())
     stored = StoredRows.of_memmap(np.load(tmp_path / "bank.npy", mmap_mode="r"))
     with Large():
-        LatentCache(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))  # what is imported at first use
+        LatentCache(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))  # for imports at first use
     tracemalloc.start()
     try:
         with Large() as large:
@@ -250,7 +251,7 @@ def test_no_bank_on_the_disk_is_read_whole(tmp_path: Path, monkeypatch: pytest.M
             memmapped.save(tmp_path / "again", rows_per_shard=32)
         assert max(large.found.values()) == embeddings[:32].nbytes
         with Large() as large:
-            memmapped.save(tmp_path / "again", rows_per_shard=32)  # only checks what is there
+            memmapped.save(tmp_path / "again", rows_per_shard=32)  # only checks the existing files
         assert not large.found
         assert tracemalloc.get_traced_memory()[1] < embeddings.nbytes / 2
     finally:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories and checkpoints that lie: refused before memory is taken for what they state, and in words that name the
-file."""
+"""Directories and checkpoints with false statements: they are refused before memory is allocated for the stated sizes,
+and the message names the file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_manifest_that_lies(cache: Path, change: str) -> None:
 
 
 def test_rows_without_bytes_are_read_at_once(tmp_path: Path) -> None:
-    """However many there are."""
+    """Whatever their number is."""
     from fastdistill.data.values import block_rows
 
     assert block_rows(0) > 2**60 and block_rows(1) == 64 * 2**20

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts of prompts in the forms that people have them, and files of them."""
+"""Texts of prompts in several usual forms, and files of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastdistill.errors import InputError, StorageError
 
 
 class Column:
-    """What matters of a pandas.Series: values in order, no truth value; of a DataFrame with two axes."""
+    """Behaves like a pandas.Series (values in order, no truth value), or with two axes like a DataFrame."""
 
     def __init__(self, values: list[Any], ndim: int = 1) -> None:
         self.values, self.ndim = values, ndim
@@ -150,7 +150,7 @@ ROWS += [{"id": "3", "prompt": "\u05d7\u05ea\u05d5\u05dc\u202e"}, {"id": "4", "p
 
 
 def table(file: Path, rows: list[dict[str, Any]]) -> Path:
-    """A file of these rows, in the format of its ending."""
+    """Write these rows to a file, in the format of its ending."""
     match file.suffix:
         case ".parquet":
             parquet = pytest.importorskip("pyarrow.parquet")

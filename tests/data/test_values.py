@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of banks: casts that lose none, values that are finite, whatever torch's defaults are."""
+"""Values of banks: casts without overflow, finite values, independence of torch's defaults."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_values_that_are_not_finite_are_refused(value: float, dtype: torch.dtype
         LatentCache(rows(value, dtype), index)
     with pytest.raises(InputError, match=rf"embeddings: expected finite values, got others in row {ROW}"):
         PromptBank(rows(value, dtype), texts())
-    if dtype == torch.float32:  # on the disk: where one asks for it
+    if dtype == torch.float32:  # banks on disk are checked on request
         np.save(tmp_path / "bank.npy", rows(value).numpy())
         stored = StoredRows.of_memmap(np.load(tmp_path / "bank.npy", mmap_mode="r"))
         for bank in (LatentCache(stored, index), PromptBank(stored, texts())):
@@ -143,7 +143,7 @@ def defaults(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("defaults")
 def test_torchs_defaults_change_nothing(tmp_path: Path) -> None:
-    """Other than the CPU as the default device ("meta" stands for any), float64 as the default dtype."""
+    """Another default device than the CPU ("meta" stands for any), float64 as the default dtype."""
     cpu, f32 = torch.device("cpu"), torch.float32
     index = torch.arange(6, device=cpu) % 2
     generate_latent_cache(

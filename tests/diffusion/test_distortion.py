@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guidance does to a Gaussian: closed forms against integration, the recursion against sampling by other code."""
+"""What guidance does to a Gaussian: closed forms compared with integration, the recursion with independent sampling."""
 
 import math
 import re
@@ -21,7 +21,7 @@ MU, C, U = 1.3, 0.4, 2.0
 
 
 def grid_of(sigmas, kind="ve"):
-    """Levels of these sigmas in variance-exploding, variance-preserving or rectified-flow coordinates."""
+    """Levels with these sigmas in variance-exploding, variance-preserving or rectified-flow coordinates."""
     s = torch.as_tensor(sigmas, dtype=torch.float64)
     signal = {"ve": torch.ones_like(s), "vp": (1 + s**2).rsqrt(), "flow": 1 / (1 + s)}[kind]
     noise = torch.where(s.isfinite(), signal * s, 1.0)
@@ -35,14 +35,14 @@ def karras(steps, high=80.0, low=0.002):
 
 
 def by_scores(sigmas, weights, mu, c, u, m, V, method="ddim", eta=1.0):
-    """The affine step of each method in variance-exploding units from the scores, in Python's numbers."""
+    """The affine step of each method from the scores, in variance-exploding units, in plain Python."""
 
     def eps(sigma, w):  # as (slope, offset)
         slope = sigma * ((1 + w) / (c + sigma**2) - w / (u + sigma**2))
         return slope, -(1 + w) * sigma * mu / (c + sigma**2)
 
     for s, t, w in zip(sigmas, sigmas[1:], weights, strict=False):
-        if s == math.inf:  # x says nothing of the data and is all of the noise
+        if s == math.inf:  # x is pure noise and has no information on the data
             m, V = (1 + w) * mu, t**2
             continue
         up = eta * math.sqrt(t**2 * (s**2 - t**2) / s**2) if method == "ancestral" else 0.0
@@ -57,7 +57,7 @@ def by_scores(sigmas, weights, mu, c, u, m, V, method="ddim", eta=1.0):
 
 
 def integrated(w_of, mu, m, V, first, last, steps=500):
-    """Mean and variance of the probability flow from log(tau) = first, where they are m and V, to last; Runge-Kutta."""
+    """Mean and variance of the probability flow, from m and V at log(tau) = first to last, by Runge-Kutta."""
 
     def slope(log_tau, m):
         tau = math.exp(log_tau)
@@ -113,7 +113,7 @@ def test_limits_of_the_closed_forms():
         null = closed_form(MU, C, U, -1.0, process)
         assert null.variance.item() == pytest.approx(U, rel=16 * EPS64) and abs(null.mean.item()) < EPS64
         assert closed_form(9.0, C, U, 2.0, process).variance.equal(closed_form(MU, C, U, 2.0, process).variance)
-    assert closed_form(MU, U, C, 2.0).variance > U and closed_form(MU, U, C, 2.0, "sde").variance > U  # u < c grows
+    assert closed_form(MU, U, C, 2.0).variance > U and closed_form(MU, U, C, 2.0, "sde").variance > U  # u < c: it grows
     several = closed_form(torch.tensor([1.0, 2.0]), C, torch.tensor([[2.0], [3.0]]), 1.0)
     assert several.mean.shape == (2, 2) and several.mean.dtype == torch.float64
 
@@ -182,7 +182,7 @@ def test_the_recursion_on_the_grids_of_samplers(grid, method, eta):
 @pytest.mark.parametrize(("method", "process"), [("ddim", "ode"), ("heun", "ode"), ("ancestral", "sde")])
 @pytest.mark.parametrize("kind", ["flow", "vp"])
 def test_the_limits_of_three_thousand_steps(kind, method, process):
-    """Errors against the mean of the class and its variance without guidance."""
+    """Compared with the mean of the class and its variance without guidance."""
     exact = closed_form(MU, C, U, 2.0, process)
 
     def errors(steps):
@@ -195,7 +195,7 @@ def test_the_limits_of_three_thousand_steps(kind, method, process):
 
 
 def test_a_rotation_changes_nothing():
-    """Full covariances with common eigenvectors: the sampler's map of each unit vector gives all of the law."""
+    """Full covariances with common eigenvectors: the sampler's map of the unit vectors gives the whole distribution."""
     turn, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     c, u, mu = (torch.tensor(v, dtype=torch.float64) for v in ([0.4, 1.0, 2.0], [2.0, 1.0, 0.5], [1.3, -2.0, 0.0]))
     C_, U_, m_ = turn @ c.diag() @ turn.T, turn @ u.diag() @ turn.T, turn @ mu
@@ -240,7 +240,7 @@ def test_a_start_without_signal_is_exact(method):
 
 @pytest.mark.parametrize("w", [-0.5, 0.0, 3.0])
 def test_the_recursion_is_what_ddim_samples(w):
-    """Two samples give the affine map of the sampler with exact predictions of the noise."""
+    """Two samples determine the affine map of the sampler with exact noise predictions."""
     schedule = NoiseSchedule.cosine(100)
     a, b = schedule.signal, schedule.noise
 

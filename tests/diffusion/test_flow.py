@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rectified flow: noise levels of diffusers and of the papers, targets of the training scripts."""
+"""Rectified flow: noise levels of diffusers and of papers, and the targets of training scripts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_schedulers_with_flow_sigmas_and_others() -> None:
 
 
 def logit_normal(sigma: float) -> float:
-    """Its distribution function."""
+    """Its cumulative distribution function."""
     return 0.5 * math.erfc(-(math.log(sigma / (1 - sigma)) - 0.5) / 2 / math.sqrt(2))
 
 
@@ -75,7 +75,7 @@ def logit_normal(sigma: float) -> float:
     (FlowSchedule(200, shift=4.0), lambda s: s / (4 - 3 * s) - 0.0025),
 ])  # fmt: skip
 def test_the_table_holds_quantiles(schedule: FlowSchedule, distribution: Callable[[float], float]) -> None:
-    """The distribution function of the density has the midpoint of each row there (a closed form in float64)."""
+    """At each row's value, the distribution function equals the midpoint of the row (closed form in float64)."""
     found = torch.tensor([distribution(s) for s in schedule.sigmas.tolist()], dtype=torch.float64)
     wanted = (torch.arange(200, dtype=torch.float64) + 0.5) / 200
     assert (found - wanted).abs().max() <= 64 * torch.finfo(torch.float64).eps
@@ -100,7 +100,7 @@ def test_weights_are_those_of_the_training_scripts(name: Any) -> None:
 
 
 def test_a_flow_model_is_trained_on_velocities_at_its_own_times() -> None:
-    """The task loss is the training scripts': noise - x against the output at sigma times 1000."""
+    """The task loss is that of training scripts: noise - x compared with the output at time 1000 sigma."""
     seen: list[torch.Tensor] = []
 
     def call(model: Any, x_t: torch.Tensor, timestep: torch.Tensor, rows: Any) -> Any:
@@ -120,7 +120,7 @@ def test_a_flow_model_is_trained_on_velocities_at_its_own_times() -> None:
     x = small.cache("sd3").latents[draw.latent_index]
     noise = (draw.x_t - (1 - sigma).view(-1, 1, 1, 1) * x) / sigma.view(-1, 1, 1, 1)
     output = student(draw.x_t, timestep=sigma * 1000, **draw.prompt).sample
-    errors = (output - (noise - x)).double().square().flatten(1).mean(1) * (draw.choice == 0)  # paired prompts alone
+    errors = (output - (noise - x)).double().square().flatten(1).mean(1) * (draw.choice == 0)  # only paired prompts
     errors = errors * compute_loss_weighting_for_sd3("cosmap", sigma)
     magnitude = errors.abs().mean() / sigma.min()  # the noise was recovered by a division by sigma
     assert (loss - errors.mean()).abs() <= 8 * torch.finfo(torch.float32).eps * magnitude

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grids of noise levels against the schedulers of diffusers, and against the equations that make them."""
+"""Grids of noise levels compared with the schedulers of diffusers and with their equations."""
 
 import math
 import re
@@ -20,7 +20,7 @@ SCHEDULE = NoiseSchedule.scaled_linear(1000)
 
 
 def near(got, wanted, eps=EPS64):
-    """Both have infinities in the same places, else a relative error of a few roundings."""
+    """Infinities are in the same places; otherwise the relative error is a few roundings."""
     wanted = torch.as_tensor(wanted, dtype=torch.float64)
     return torch.allclose(got, wanted, rtol=16 * eps, atol=0)
 

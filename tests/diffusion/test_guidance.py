@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules of guidance: where each weight applies, what a step costs, and texts that give the schedule back."""
+"""Schedules of guidance: where each weight applies, the cost of a step, and texts that are parsed back."""
 
 import math
 import re
@@ -19,7 +19,7 @@ SIGMAS = [math.inf, 20.0, 10.0, 8.0, 2.0, 1.0, 0.0]
 
 
 def grid_of(sigmas):
-    """Levels of these sigmas; an infinite one has no signal."""
+    """Levels with these sigmas; infinity means no signal."""
     sigma = torch.tensor(sigmas, dtype=torch.float64)
     count = torch.arange(len(sigmas) - 1, 0, -1, dtype=torch.float64)
     signal = sigma.isfinite().double()
@@ -122,7 +122,7 @@ def test_evaluations_of_one_image():
     grid = grid_of(SIGMAS)
     assert Guidance.constant(0).evaluations(grid) == 6 and Guidance.constant(2).evaluations(grid) == 12
     assert Guidance.window(8, -1, 10, 2).evaluations(grid) == 8
-    # Heun corrects neither the first step, from infinity, nor the last, to the data
+    # Heun corrects neither the first step (from infinity) nor the last one (to the data)
     assert Guidance.window(8, -1, 10, 2).evaluations(grid, order=2) == 8 + (2 + 1 + 1 + 1)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling with a schedule of guidance: against the exact recursion, ddim and diffusers, and by counting passes."""
+"""Sampling with a schedule of guidance: compared with the exact recursion, ddim and diffusers; passes are counted."""
 
 import math
 import re
@@ -28,7 +28,7 @@ WINDOW = Guidance.window(3, -1, 2.0, 0.5)
 
 
 def exact_model(grid, kind, calls=None):
-    """The prediction of a Gaussian at the levels of a grid; prompts are 1, the null prompt 0. Times tell the level."""
+    """The exact prediction for a Gaussian on a grid; prompts are 1, the null prompt is 0; times identify the level."""
     level = {
         float(t): (float(a), float(b)) for t, a, b in zip(grid.times.float(), grid.signal, grid.noise, strict=False)
     }

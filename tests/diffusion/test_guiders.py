@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules in diffusers' own pipelines: as the stock pipeline has a constant, and as our samplers have a window."""
+"""Schedules in diffusers' pipelines: a constant as in the stock pipeline, a window as in our samplers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run(name: str, pipeline: Any, noise: torch.Tensor, **options: Any) -> torch.
 
 
 def evaluated(model: Any) -> list[int]:
-    """The sizes of the batches that the model's first layer sees from now on."""
+    """A list of the batch sizes that the model's first layer gets from now on."""
     sizes: list[int] = []
     first = model.pos_embed if hasattr(model, "pos_embed") else model.conv_in
     first.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
@@ -114,7 +114,7 @@ def test_a_window_is_that_of_the_samplers(name: str, scheduler: Any, schedule: s
 
 
 def rounding(pipeline: Any, noise: torch.Tensor, found: torch.Tensor) -> float:
-    """A few roundings of each step's state, of which x_0 = (x - b eps) / a loses the digits of sigma."""
+    """A few roundings of each state; x_0 = (x - b eps) / a loses the digits of sigma."""
     grid = Grid.visited(pipeline.scheduler)
     sigma = float(grid.sigma[grid.sigma.isfinite()].max())
     return 64 * STEPS * torch.finfo(torch.float32).eps * (1 + sigma) * float(max(noise.abs().max(), found.abs().max()))
@@ -136,11 +136,11 @@ def test_calls_that_a_schedule_cannot_serve(name: str) -> None:
     for schedule, options, message in cases:
         with pytest.raises(InputError, match=re.escape(message)), scheduled_guidance(pipeline, schedule):
             run(name, pipeline, noise, **options)
-        assert "forward" not in vars(model) and not sizes  # refused before the model is evaluated, and unwrapped
+        assert "forward" not in vars(model) and not sizes  # refused before the model is evaluated
 
 
 def test_layers_cannot_be_skipped() -> None:
-    """The pipeline tells of it only by evaluating the model once more."""
+    """The pipeline reveals it only by evaluating the model once more."""
     pipeline, options = pipeline_of("sd3"), {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
     rule = "skip_guidance_layers: expected None with the schedule 3@4,-1@0.5,0"
     with pytest.raises(InputError, match=re.escape(rule)), scheduled_guidance(pipeline, WINDOW):
@@ -167,7 +167,7 @@ def test_pipelines_that_a_schedule_cannot_serve() -> None:
         part = SimpleNamespace(transformer=small.model(name), scheduler=pipeline.scheduler)
         refused(part, 1, "a pipeline that has (null prompts, prompts) evaluated in one batch, got SimpleNamespace")
     inner = pipeline.unet.forward
-    pipeline.unet.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # as hooks of offloading do
+    pipeline.unet.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # like hooks of offloading
     own = pipeline.unet.forward
     with scheduled_guidance(pipeline, WINDOW):
         refused(pipeline, 1, "pipeline: expected a denoiser without a schedule (it has 3@4,-1@0.5,0), got 1")
@@ -181,7 +181,7 @@ def test_pipelines_that_a_schedule_cannot_serve() -> None:
 
 
 def predicted(guider: Any, model: Any, x: torch.Tensor, t: torch.Tensor, data: dict[str, Any]) -> torch.Tensor:
-    """As the loop of a modular pipeline has it."""
+    """As in the loop of a modular pipeline."""
     states = guider.prepare_inputs(data)
     for state in states:
         guider.prepare_models(model)

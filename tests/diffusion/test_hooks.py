@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance with a weight for each sample, and with annealed prompts: against their equations, in any split."""
+"""Guidance with one weight per sample, and with annealed prompts: compared with their equations, for any split."""
 
 import re
 
@@ -23,7 +23,7 @@ KINDS = ("epsilon", "sample", "v_prediction")
 
 
 def linear_model(kind, grid=GRID):
-    """x_0 = prompt x / (1 + sigma^2), as this kind of prediction; prompts [B, 1]."""
+    """x_0 = prompt x / (1 + sigma^2), as a prediction of this type; prompts [B, 1]."""
     level = {int(t): (float(a), float(b)) for t, a, b in zip(grid.times, grid.signal, grid.noise, strict=False)}
 
     def model(x, t, encoder_hidden_states):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The noise that sampling begins with: of a seed and a row, whatever is beside it."""
+"""The initial noise of sampling depends on the seed and the row, not on the batch."""
 
 import math
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inversion: its order, its limits, and against closed forms."""
+"""Inversion: its order of accuracy, its limits, and a comparison with closed forms."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fastdistill.diffusion.schedule import NoiseSchedule, targets
 from fastdistill.errors import InputError
 from tests.harness import EPS64
 
-MU, C, TOP = 0.3, 0.4, 2.0  # one Gaussian, and the noise to which it is inverted
+MU, C, TOP = 0.3, 0.4, 2.0  # a Gaussian, and the noise level to which it is inverted
 X = torch.linspace(-2, 2, 7, dtype=torch.float64)[:, None]
 PROMPTS = torch.zeros(7, 1, 1)
 
 
 def levels(steps: int) -> Grid:
-    """Even steps in sigma, of a variance-preserving process."""
+    """Uniform steps in sigma for a variance-preserving process."""
     sigma = torch.linspace(TOP, 0, steps + 1, dtype=torch.float64)
     signal = (1 + sigma**2).rsqrt()
     return Grid(signal, sigma * signal, torch.arange(steps), sigma[:-1] / TOP)
 
 
 def gaussian(grid: Grid, kind: str = "epsilon") -> Callable[..., Tensor]:
-    """What a perfect model predicts; its time is the number of the level."""
+    """The exact prediction; its time is the number of the level."""
 
     def model(x: Tensor, level: Tensor, **_: Any) -> Tensor:
         sigma = grid.sigma[level][:, None]
@@ -48,7 +48,7 @@ EXACT = (MU + (X - MU) * ((C + TOP**2) / C) ** 0.5) / (1 + TOP**2) ** 0.5
 
 @pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("heun", 2)])
 def test_order(method: Any, order: int) -> None:
-    """The error against the probability flow falls with the step to this power, that of the round trip at least."""
+    """The error against the probability flow falls with this power of the step size, that of a round trip at least."""
 
     def errors(steps: int) -> Tensor:
         grid = levels(steps)
@@ -69,7 +69,7 @@ def test_fixed_point_passes_invert_the_sampler_itself(method: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["sample", "v_prediction", "flow_prediction"])
 def test_predictions_of_any_kind(kind: Any) -> None:
-    """x_0, v and flow say the same as eps."""
+    """x_0, v and flow predictions give the same result as eps."""
     grid = levels(5)
     for method in ("ddim", "heun"):
         expected = invert(gaussian(grid), X, PROMPTS, grid, method=method, correct=1)  # type: ignore[arg-type]

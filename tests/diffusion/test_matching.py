@@ -33,7 +33,7 @@ def coefficients(kind: str) -> Tensor:
 @pytest.mark.parametrize("student", KINDS)
 @pytest.mark.parametrize("teacher", KINDS)
 def test_conversions(student: str, teacher: str) -> None:
-    """Made of any x_0 and noise, the teacher's prediction becomes the student's at every timestep."""
+    """For any x_0 and noise, the teacher's prediction is converted to the student's type at every timestep."""
     own, theirs = coefficients(student).double(), coefficients(teacher).double()
     x, noise = torch.randn(2, T, 1, dtype=torch.float64).unbind()
     x_t = own[:, :1] * x + own[:, 1:2] * noise
@@ -56,7 +56,7 @@ def test_v_to_epsilon_as_diffusers_does_it() -> None:
 
 
 def test_tables_of_one_schedule_may_be_rounded_in_two_ways() -> None:
-    """diffusers multiplies in float32, ours in float64; another schedule is refused."""
+    """diffusers multiplies in float32, ours in float64; a different schedule is refused."""
     ours = NoiseSchedule.scaled_linear(T).coefficients("epsilon")
     torch.testing.assert_close(conversion(ours, coefficients("epsilon"))[:, 1], torch.ones(T, dtype=torch.float64))
     with pytest.raises(InputError, match="teacher: expected the same signal and noise"):
@@ -125,7 +125,7 @@ def test_bad_input(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_a_prediction_from_which_nothing_follows() -> None:
-    """At zero terminal signal x_t is the noise itself: an epsilon prediction says nothing about x_0."""
+    """At zero terminal SNR x_t is the noise itself, so an epsilon prediction does not determine x_0."""
     schedule = NoiseSchedule(torch.tensor([0.5, 0.0], dtype=torch.float64))
     with pytest.raises(InputError, match=r"teacher: expected predictions that determine x_0 \(at timestep 1 "):
         conversion(schedule.coefficients("v_prediction"), schedule.coefficients("epsilon"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DDIM against diffusers step by step, and against the exact law that guidance samples for a Gaussian."""
+"""DDIM compared with diffusers step by step, and with the exact distribution for a Gaussian under guidance."""
 
 import copy
 import itertools
@@ -33,7 +33,7 @@ NULL = torch.full((2, 4), 0.25)
 
 
 def smooth(x, t, encoder_hidden_states):
-    """Depends on everything, row by row."""
+    """Depends on all inputs, row by row."""
     shift = encoder_hidden_states.mean((1, 2)).reshape(-1, 1, 1, 1)
     return SimpleNamespace(sample=torch.tanh(0.7 * x + shift + t.reshape(-1, 1, 1, 1) / 1000))
 
@@ -126,7 +126,7 @@ def test_a_scheduler_brings_its_settings(settings, steps):
     _, moved = in_diffusers(*arguments, theirs, steps, 7.5, None, error=2.0**-30)
     ours = []
     ddim(*arguments, given, steps=steps, guidance_scale=7.5, callback=lambda index, t, x: ours.append((t, x)))
-    assert [t for t, _ in ours] == times and given.num_inference_steps is None  # the scheduler is left as it was
+    assert [t for t, _ in ours] == times and given.num_inference_steps is None  # the given scheduler is unchanged
     for (_, a), b, c in zip(ours, states, moved, strict=True):
         # Each of about 16 roundings of a step moves the state by at most half of 2**-52, relative to the largest
         # magnitude: 8 * 2**-52 is 2**-19 of the error that moved c, doubled for the two sides.

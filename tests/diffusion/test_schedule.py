@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Noise schedules against diffusers' float32 tables and the identities of the coefficients."""
+"""Noise schedules compared with diffusers' float32 tables, and identities of the coefficients."""
 
 import inspect
 import json
@@ -54,7 +54,7 @@ def test_tables_are_those_of_diffusers(name, scheduler, T):
 
 
 def test_the_bound_is_tight_enough_to_fail():
-    """Another schedule, or the same shifted by one timestep, is far outside it."""
+    """Another schedule, or the same one shifted by one timestep, is far outside of the bound."""
     cosine = NoiseSchedule.cosine()
     shifted = cosine.alphas_cumprod[1:] / cosine.alphas_cumprod[:-1] - 1
     assert bool((shifted.abs() > 10 * float32_bound(cosine)[:-1]).all())
@@ -63,7 +63,7 @@ def test_the_bound_is_tight_enough_to_fail():
 def test_cosine_ends_at_the_cap_and_known_values():
     abar = NoiseSchedule.cosine(1000).alphas_cumprod
     assert float(abar[999] / abar[998]) == pytest.approx(1e-3, rel=1000 * EPS64)  # beta is capped at .999
-    # Where no cap has acted the product telescopes: abar_t = f((t+1)/T) / f(0), f(u) = cos^2((u+.008)/1.008 pi/2).
+    # Before the cap, the product telescopes: abar_t = f((t+1)/T) / f(0), f(u) = cos^2((u+.008)/1.008 pi/2).
     u = torch.tensor([0.0, 0.5], dtype=torch.float64)
     f = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
     assert float(abar[499]) == pytest.approx(float(f[1] / f[0]), rel=1000 * EPS64)  # products of 500
@@ -95,7 +95,7 @@ def test_velocity_is_that_of_diffusers():
 
 
 def scheduler_classes():
-    """All of diffusers but those whose optional dependency is not installed."""
+    """All schedulers of diffusers except those with a missing optional dependency."""
     found = (getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler"))
     return {c.__name__: c for c in found if not c.__module__.startswith("diffusers.utils.dummy")}
 
@@ -123,7 +123,7 @@ def test_from_diffusers_is_exact_for_every_scheduler_of_betas(name):
         for zero in (False, True) if "rescale_betas_zero_snr" in inspect.signature(maker).parameters else (False,):
             try:
                 scheduler = maker(beta_schedule=betas, **({"rescale_betas_zero_snr": True} if zero else {}))
-            except (NotImplementedError, ValueError):  # a schedule that this class does not have
+            except (NotImplementedError, ValueError):  # this class does not have such a schedule
                 continue
             found, theirs = NoiseSchedule.from_diffusers(scheduler).alphas_cumprod, scheduler.alphas_cumprod.double()
             assert torch.equal(found[:-1], theirs[:-1])
@@ -140,7 +140,7 @@ def test_a_terminal_value_that_stands_for_zero_is_read_as_zero_only_there():
         NoiseSchedule.from_diffusers(scheduler).alphas_cumprod, NoiseSchedule.from_diffusers(reference).alphas_cumprod
     )
     betas = torch.tensor([0.5, 1 - 2.0**-23], dtype=torch.float64)
-    trained = DDPMScheduler(trained_betas=betas.tolist(), num_train_timesteps=2)  # not rescaled: 2**-24 is meant
+    trained = DDPMScheduler(trained_betas=betas.tolist(), num_train_timesteps=2)  # ends with 2**-24 on purpose
     assert NoiseSchedule.from_diffusers(trained).alphas_cumprod.tolist() == [0.5, 2.0**-24]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling by diffusers' schedulers: as their pipelines do it, each sample on its own."""
+"""Sampling with diffusers' schedulers: as in their pipelines, and independent of the other samples."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_guided_ddim_is_that_of_the_own_sampler() -> None:
     scheduler = DDIMScheduler(clip_sample=False)
     wanted = ddim(model, x, text, none, scheduler, steps=4, guidance_scale=3.0)
     found = sample_with(scheduler, model, x, text, none, steps=4, guidance_scale=3.0)
-    # the same operations, associated otherwise: a few roundings a step of states that are not larger than the largest
+    # the same operations in another order: a few roundings per step of states that are at most as large as the largest
     assert (found - wanted).abs().max() <= 4 * 32 * torch.finfo(torch.float32).eps * max(
         wanted.abs().max(), x.abs().max()
     )
@@ -60,7 +60,7 @@ def test_guided_ddim_is_that_of_the_own_sampler() -> None:
 @pytest.mark.parametrize("name", ["sdxl", "dit", "pixart_alpha"])
 @pytest.mark.parametrize("g", [1.0, 3.0, 0.0])
 def test_ddim_takes_all_banks_of_a_model(name: str, g: float) -> None:
-    """As diffusers' scheduler takes the model's steps; of models that learn their variance the prediction alone."""
+    """As diffusers' scheduler with the model's outputs; for models with a learned variance only the prediction."""
     model, x, rows, null = parts(name)
     scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
     found = ddim(model, x, rows, null, scheduler, steps=3, guidance_scale=g)
@@ -74,7 +74,7 @@ def test_ddim_takes_all_banks_of_a_model(name: str, g: float) -> None:
 
 @pytest.mark.parametrize("kind", [PNDMScheduler, HeunDiscreteScheduler, EulerDiscreteScheduler])
 def test_a_schedule_has_a_weight_for_each_evaluation(kind: Any) -> None:
-    """Those of the timestep that the model is given, also where a scheduler evaluates it twice at one."""
+    """The weight of the timestep that the model gets, also if a scheduler evaluates it twice at one."""
     scheduler, window, seen = kind(beta_schedule="scaled_linear"), Guidance.parse("5@3,-1@0.5,0"), []
     model, x, rows, null = parts("sd")
     call = family_of(model).call

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variances measured from data against covariances written out; windows solved for them against the recursion."""
+"""Variances measured from data compared with explicit covariances; solved windows compared with the recursion."""
 
 import json
 import math
@@ -25,7 +25,7 @@ SWITCH = 3**0.5
 
 
 def data(dtype=torch.float64, counts=(5, 9, 30)):
-    """Classes of several sizes around a common offset, of images [2, 3] that vary less from direction to direction."""
+    """Classes of several sizes around a common offset; images [2, 3] whose variance decreases over directions."""
     random = torch.Generator().manual_seed(0)
     labels = torch.repeat_interleave(torch.tensor([7, 2, 40]), torch.tensor(counts))
     scale = torch.tensor([3.0, 2.0, 1.0, 0.5, 0.3, 0.1]) * (1 + labels[:, None] / 40)
@@ -36,7 +36,7 @@ def data(dtype=torch.float64, counts=(5, 9, 30)):
 
 
 def written_out(images, labels, rank):
-    """c [K, rank], u [rank], and the traces, by covariances."""
+    """c [K, rank], u [rank], and the traces, from covariances."""
     x = images.double().flatten(1)
     known = labels.unique()
     means = torch.stack([x[labels == k].mean(0) for k in known])

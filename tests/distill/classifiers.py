@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A classifier of two layers, data and a canonical set for it, and what processes of their own do with them."""
+"""A classifier with two layers, data and a canonical set for it, and functions for other processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OBJECTIVE = CaDistill(posterior=0.25, augment=Augmentation(hue=0.25, noise=0.1))
 
 
 class Net(nn.Module):
-    """Images [B, 3, 4, 4] -> (feature [B, 5], logits [B, 3]), or the logits ``alone``."""
+    """Images [B, 3, 4, 4] -> (feature [B, 5], logits [B, 3]); with ``alone`` only the logits."""
 
     def __init__(self, alone: bool = False) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def setting(**changes: Any) -> ClassifierSetting:
 
 
 def run(directory: Path | None = None, progress: Any = None, objective: CaDistill = OBJECTIVE, **options: Any) -> Any:
-    """A whole run: its state at the end, and what was logged but for the time."""
+    """A complete run: its final state, and everything that was logged except times."""
     config = TrainConfig(
         **{"steps": 5, "batch": 8, "lr": 1e-2, "eps": 1e-2, "log_every": 2, "checkpoint_every": 2} | options
     )
@@ -78,7 +78,7 @@ def run(directory: Path | None = None, progress: Any = None, objective: CaDistil
 
 
 def killed(directory: Path) -> None:
-    """Killed in the midst of a run, once it has a checkpoint."""
+    """Kill itself in the middle of a run, after the first checkpoint."""
 
     def kill(done: int, _: object) -> None:
         while done == 3:

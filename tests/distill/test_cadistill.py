@@ -28,7 +28,7 @@ from tests.harness import EPS
 
 @torch.no_grad()
 def test_the_terms_of_the_loss() -> None:
-    """Written again, class by class, on what was drawn."""
+    """The terms are computed again, class by class, for the rows that were drawn."""
     own = setting()
     bound = OBJECTIVE.bind(own)
     counter = torch.tensor([3, 2])
@@ -65,7 +65,7 @@ def test_the_terms_of_the_loss() -> None:
 
 
 def test_prototypes_teach_the_images_and_are_not_taught_by_them() -> None:
-    """The gradient of L_align is that of cosines with constants."""
+    """The gradient of L_align is that of cosines with constant prototypes."""
     own = setting()
     bound = CaDistill(align=1, canonical=0, distance=0, own_labels=False).bind(own)
     counter = torch.tensor([0, 0])
@@ -116,7 +116,8 @@ def test_labels_in_place_of_the_teachers_feature() -> None:
 
 
 def test_a_named_module_gives_the_feature() -> None:
-    """To the bit as a classifier that returns it; the hook goes with ``close`` and comes back."""
+    """The bits are those of a classifier that returns the feature; ``close`` removes the hook, ``attach`` restores
+    it."""
     named, counter = setting(student=Net(alone=True), feature="body"), torch.tensor([1, 1])
     bound = OBJECTIVE.bind(named)
     wanted = OBJECTIVE.bind(setting())(counter)[1]
@@ -161,7 +162,7 @@ def test_images_and_canonical_rows_come_once_an_epoch_each_in_its_own_order() ->
         assert sorted(torch.cat([d[2] for d in drawn[2 * epoch : 2 * epoch + 2]]).tolist()) == list(range(OF_SET))
     whole = setting(canonical=None, images=setting().images[:OF_SET], labels=setting().labels[:OF_SET], batch=OF_SET)
     alone = CaDistill.plain().bind(whole).draw(torch.tensor([7, 0])).batch.latent_index
-    assert alone.tolist() != torch.cat([drawn[0][2], drawn[1][2]]).tolist()  # of as many rows and the same seed
+    assert alone.tolist() != torch.cat([drawn[0][2], drawn[1][2]]).tolist()  # drawn for as many rows with the same seed
 
 
 def test_draws_and_augmentations_do_not_depend_on_the_split_of_a_batch() -> None:
@@ -174,7 +175,7 @@ def test_draws_and_augmentations_do_not_depend_on_the_split_of_a_batch() -> None
 
 
 def test_a_part_of_a_batch_has_all_canonical_rows() -> None:
-    """So that the mean of the parts' losses is the loss, though the alignment compares rows."""
+    """Therefore the mean of the parts' losses is the loss, although the alignment compares rows with each other."""
     own = setting()
     bound, counter = OBJECTIVE.bind(own), torch.tensor([0, 4])
     draw = bound.draw(counter)
@@ -224,8 +225,8 @@ def test_a_run_goes_on_to_the_bit_after_a_kill(tmp_path: Path) -> None:
 
 
 def close(found: Any, wanted: Any) -> None:
-    """Gradients are sums in another order, some 1e-6 of them; with eps = 0.01 an update is at most a hundred times lr
-    = 0.01 of that."""
+    """Gradients are sums in another order, so they differ by about 1e-6 of their size; with eps = 0.01 an update
+    differs by at most a hundred times lr = 0.01 times that."""
     for name, value in wanted["state"].items():
         if name != "totals":
             torch.testing.assert_close(found["state"][name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -344,7 +345,7 @@ def test_a_setting_says_what_a_run_depends_on() -> None:
 
 
 def test_the_step_that_is_measured_is_the_scripts() -> None:
-    """Loss and gradients of the benchmark's two contestants."""
+    """The two contestants of the benchmark have the same loss and gradients."""
     from benchmarks.ops import cadistill
 
     model, tables = cadistill.Net(8, 8), cadistill.Tables(8, torch.device("cpu"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLARID: on a class whose law is known, on every family, and as a set on the disk."""
+"""CLARID: on a class with a known distribution, on every family, and as a set on disk."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_no_direction_is_the_identity() -> None:
 
 @pytest.mark.parametrize("name", ["sd", "dit", "pixart_sigma", "sd3"])
 def test_families(name: str) -> None:
-    """Texts and class labels; the latent has nothing left along the directions, which are the feature's."""
+    """With texts and class labels; the latent has no component left along the feature's directions."""
     model = tiny_families.model(name).eval()
     schedule = FlowSchedule(100) if name == "sd3" else SCHEDULE
     banks = tiny_families.banks(model)
@@ -99,7 +99,7 @@ def data() -> LatentCache:
 
 
 def extract(path: Path, **changes: Any) -> None:
-    """Of the three-layer model, four rows each of two prompts."""
+    """With the three-layer model, four rows for each of two prompts."""
     arguments: dict[str, Any] = {
         "model": tiny.Net().eval(), "data": data(), "prompts": tiny.bank(), "schedule": tiny.SCHEDULE, "per_class": 4,
         "clarid": Clarid(t_e=30, k=2, tap="mid", steps=2), "batch": 2, "rows_per_shard": 3,
@@ -108,7 +108,7 @@ def extract(path: Path, **changes: Any) -> None:
 
 
 def test_a_set_of_latents_with_directions_of_their_own(tmp_path: Path) -> None:
-    """The latents of one set, with other directions projected out of them; the fingerprint says so."""
+    """Other directions are projected out of the latents of a set; the fingerprint contains this."""
     extract(tmp_path / "whole", clarid=Clarid(t_e=30, k=0, tap="mid", steps=2))
     whole = CanonicalSet.load(tmp_path / "whole")
     latents = LatentCache(whole.clareps, whole.prompt_index)
@@ -119,7 +119,7 @@ def test_a_set_of_latents_with_directions_of_their_own(tmp_path: Path) -> None:
     extract(tmp_path / "other", directions=directions, **given)
     same, other = CanonicalSet.load(tmp_path / "same"), CanonicalSet.load(tmp_path / "other")
     assert torch.equal(same.clareps, whole.clareps[same.rows]) and other.fingerprint["inverted"] is True
-    # other batches: a matrix product may be summed in another order, twice a step
+    # other batches: a matrix product may be summed in another order, twice per step
     torch.testing.assert_close(same.samples, whole.samples[same.rows], rtol=1e-5, atol=1e-5)
     left = torch.einsum("bnk,bn->bk", directions[other.rows], other.clareps.flatten(1))
     assert float(left.abs().max()) <= 60 * EPS * float(other.clareps.flatten(1).norm(dim=1).max())
@@ -130,7 +130,7 @@ def test_a_set_of_latents_with_directions_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_set_that_was_interrupted(tmp_path: Path) -> None:
-    """It goes on to the same bytes; what it was made of is compared."""
+    """It is continued and has the same bytes as without the interruption; its inputs are compared."""
     extract(tmp_path / "whole")
     seen: list[tuple[int, int]] = []
 
@@ -160,7 +160,8 @@ def test_a_set_that_was_interrupted(tmp_path: Path) -> None:
 
 
 def test_a_set_through_a_vae(tmp_path: Path) -> None:
-    """``encode`` and ``decode`` are the caller's; without directions it holds what was inverted and decoded."""
+    """``encode`` and ``decode`` are functions of the caller; without directions the set has inverted and decoded
+    images."""
     extract(tmp_path, encode=lambda x: x / 2, decode=lambda x: x[:, :3].double() * 2, per_class=None, classes=[1],
             clarid=Clarid(t_e=30, k=0, tap="mid", steps=2))  # fmt: skip
     found = CanonicalSet.load(tmp_path)
@@ -171,7 +172,7 @@ def test_a_set_through_a_vae(tmp_path: Path) -> None:
 def test_draws_by_counter() -> None:
     index = torch.arange(60) % 3
     few, more, every = (draw_rows(index, n, seed=2) for n in (2, 5, None))
-    assert torch.equal(more.view(3, 5)[:, :2].flatten(), few)  # the draw of more begins as that of fewer
+    assert torch.equal(more.view(3, 5)[:, :2].flatten(), few)  # the first draws do not depend on how many are drawn
     assert torch.equal(every.sort().values, torch.arange(60))
     assert torch.equal(draw_rows(index, 5, classes=[1], seed=2), more.view(3, 5)[1])
     assert (
@@ -219,7 +220,7 @@ def test_wrong_settings(tmp_path: Path) -> None:
 
 
 def test_the_tolerance_of_a_projection() -> None:
-    """Projecting twice is projecting once."""
+    """A second projection changes nothing."""
     model, x, clarid = Gaussian().eval(), gaussian_images(), Clarid(t_e=60, k=2, tap="x0", steps=2)
     once = canonical(model, x, PROMPTS, clarid, schedule=SCHEDULE)
     twice = canonical(model, once.clareps, PROMPTS, clarid, schedule=SCHEDULE, inverted=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Centered kernel alignment: its two forms, what they do not depend on, gradients."""
+"""Centered kernel alignment: its two forms, its invariances, gradients."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance distillation against a literal recipe in plain torch: both predictions of one batch, the target written."""
+"""Guidance distillation compared with a simple version in plain torch: one batch for both predictions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCALE = {"schedule": "1@2,-1@0.5,0", "scale": (0.0, 8.0)}
 def setting(reads: bool = False, batch: int = 12) -> tuple[Setting, Any]:
     own = small.teacher().eval().requires_grad_(False)
     made = make_student(own, "bk_base", guidance_embedding=reads)
-    if reads:  # from zero, nothing of it would be seen
+    if reads:  # if they were zero, the input would have no effect
         nn.init.normal_(made.model.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(4))
     cache = small.cache()
     models = own, made.model.train()
@@ -44,12 +44,12 @@ def objective(made: Any, schedule: Any = WINDOW, **changes: Any) -> GuidanceDist
 
 
 def weights_of(config: GuidanceDistillation, draw: Any, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """v and w of each sample in float64; sigma of each timestep is ``levels``."""
+    """v and w of each sample in float64; ``levels``: sigma of each timestep."""
     word = philox.words(COUNTER[0], COUNTER[1], torch.arange(len(draw.timestep)), torch.tensor(0), 6)[0]
     low, high = config.scale or (1.0, 1.0)
     v = low + (high - low) * ((word >> 9).double() + 0.5) / 2**23
     schedule = config._checked().schedule
-    if schedule == Guidance.power_law(0.1, 0.5):  # what |Delta_eps / sigma|^0.5 is multiplied by
+    if schedule == Guidance.power_law(0.1, 0.5):  # the factor of |Delta_eps / sigma|^0.5
         h = 0.1 * levels[draw.timestep] ** -0.5
     else:
         h = schedule.weights_at(levels)[draw.timestep]
@@ -80,7 +80,7 @@ def test_loss_and_gradients_are_the_literal_recipe(name: str) -> None:
     time = draw.timestep if grid is None else grid.times[draw.timestep].long()
     v, w = weights_of(config, draw, sigma)
     assert (v - drawn).abs().max() <= 2 * EPS * 8
-    told = UNET.guidance_rows({"time_cond_proj_dim": 256}, drawn)  # in float32, as diffusers has it
+    told = UNET.guidance_rows({"time_cond_proj_dim": 256}, drawn)  # in float32, like diffusers
     assert (draw.prompt_index == 8).any() and len(set(w.tolist())) > 2
 
     def literal(
@@ -181,7 +181,7 @@ def test_samples_of_a_grid_are_its_levels() -> None:
 
 
 def test_a_model_that_reads_the_guidance_scale_is_given_the_drawn_one() -> None:
-    """Flux: the teacher has the scale of the bank, the student g = 1 + v in its place."""
+    """Flux: the teacher gets the scale of the bank, the student g = 1 + v instead."""
     teacher, student = tiny_families.model("flux"), tiny_families.model("flux", 1)
     cache, banks = tiny_families.cache("flux"), tiny_families.banks(tiny_families.model("flux"))
     where = Setting(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""p(t) from a measurement of how much the teacher's answer depends on the prompt."""
+"""p(t) measured by how much the teacher's output depends on the prompt."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_table_is_the_relative_distance_between_the_points() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_the_distance_is_that_of_clean_samples(prediction: str) -> None:
-    """Against the clean samples themselves, of the latents, prompts and noise that were drawn."""
+    """Compared with the clean samples, for the latents, prompts and noise that were drawn."""
     flow = prediction == "flow_prediction"
     run = made(schedule=FlowSchedule(50, 1.0) if flow else tiny.SCHEDULE, prediction_type=prediction)
     setting, seen = run._setting, []
@@ -110,7 +110,7 @@ def test_a_run_measures_once_and_draws_by_its_table(tmp_path: Path, monkeypatch:
 
 
 def test_stored_banks_are_read_by_the_measured_table(tmp_path: Path) -> None:
-    """What a thread has read ahead by the table before is read anew."""
+    """Rows that a thread has read ahead with the previous table are read again."""
     cache, bank = tiny.cache(), tiny.bank()
     generate_latent_cache(
         tmp_path / "latents",
@@ -135,10 +135,11 @@ def test_stored_banks_are_read_by_the_measured_table(tmp_path: Path) -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     for parameters, message in (
         ({"rate": 5.0}, "p\\(t\\) measured: expected parameters among points, samples, power, got rate"),
-        ({"points": 1.0}, "points: expected a whole number >= 2, got 1.0"),
-        ({"points": math.nan}, "points: expected a whole number >= 2, got nan"),
-        ({"samples": math.inf}, "samples: expected a whole number >= 1, got inf"),
-        ({"samples": 0.5}, "samples: expected a whole number >= 1, got 0.5"),
+        ({"points": 1.0}, "points: expected a whole number, 2 to 65536, got 1.0"),
+        ({"points": math.nan}, "points: expected a whole number, 2 to 65536, got nan"),
+        ({"samples": math.inf}, "samples: expected a whole number, 1 to 65536, got inf"),
+        ({"samples": 65537.0}, "samples: expected a whole number, 1 to 65536, got 65537.0"),
+        ({"samples": 0.5}, "samples: expected a whole number, 1 to 65536, got 0.5"),
         ({"power": 0.0}, "power: expected a finite number > 0, got 0.0"),
     ):
         with pytest.raises(InputError, match=message):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The objective against a literal recipe in plain torch, and the equations' details."""
+"""The objective compared with a simple version in plain torch, and details of the equations."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drawn(where: Setting, config: RandomConditioning, counter: Tensor) -> Draw:
 
 
 def outputs_of(model: nn.Module, names: list[str], draw: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Output and features by hooks of the test's own."""
+    """Output and features, from hooks of this test."""
     kept: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
     hooks = [
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_the_literal_recipe(kind: str, weights: Weights) 
         return [expected.detach(), *(part.detach() for part in parts)], [p.grad for p in twin.parameters()]
 
     (eager, gradients), (exact, exact_gradients) = literal(torch.float32), literal(torch.float64)
-    # Each is the mean of thousands of squares: the order in which they are summed is worth eps sqrt(n).
+    # Each is a mean of thousands of squares, so the order of the sum changes it by eps sqrt(n).
     count = where.batch * 3 * 8 * 8
     for one, truth, other in zip([loss, *metrics], [exact[0], *exact], [eager[0], *eager], strict=True):
         assert_close("metric", one.detach(), truth, other, 2.0, terms=(count, float(truth)))
@@ -128,12 +128,12 @@ def test_normalized_features_do_not_depend_on_the_scale_of_a_tap() -> None:
     where, made = setting()
     plain = small.objective(made, weights=Weights(output=0.0), feature_distance="normalized_mse")
     first = plain.bind(where)(torch.tensor([1, 1]))[0]
-    assert 0 < first < len(made.student_taps) * 3  # each tap is of the order of 1 at most
+    assert 0 < first < len(made.student_taps) * 3  # each tap contributes at most about 1
 
 
 @pytest.mark.parametrize("distance", ["huber", "cosine"])
 def test_other_distances_of_features(distance: Distance) -> None:
-    """Each is below the mean square: half of it at most, and 2 a tap."""
+    """Each distance is below the mean square: at most half of it, or 2 per tap."""
     where, made = setting()
     losses = {}
     for name in ("mse", distance):

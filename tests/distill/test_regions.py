@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random prompts by the distance of student and teacher in regions of the pool."""
+"""Random prompts drawn by region, according to the distance between student and teacher."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def made(objective: Any = None, **options: Any) -> Any:
     return DistillTrainer(tiny.Net(seed=1), tiny.Net(seed=2), *data, objective, config)
 
 
-def sampler(pool: int, count: int) -> RegionSampler:
-    return made(prompts=bank(pool), regions={"count": count}).step.objective._regions
+def sampler(pool: int, count: int, **regions: Any) -> RegionSampler:
+    return made(prompts=bank(pool), regions={"count": count, **regions}).step.objective._regions
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0], [0.0, 3.0, 1.0], [5.0, 1e-3, 2.0, 2.0, 0.7], [1e-30, 1.0]])
@@ -54,7 +54,7 @@ def test_the_alias_table_has_the_probabilities(weights: list[float]) -> None:
 
 
 def test_a_region_is_drawn_as_often_as_it_is_said() -> None:
-    own = sampler(POOL, 3)  # of 2, 2 and 3 prompts
+    own = sampler(POOL, 3)  # regions of 2, 2 and 3 prompts
     distance = [1.0, 4.0, 2.0]
     own._write(distance)
     weights = torch.tensor([2 * 1.0, 2 * 4.0, 3 * 2.0], dtype=torch.float64)
@@ -96,7 +96,7 @@ def test_random_prompts_alone_are_replaced() -> None:
 
 
 def watched(run: Any, steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Choice, prompt and distance of the samples of so many steps."""
+    """Choice, prompt and distance of the samples in the first ``steps`` steps."""
     seen, objective = [], run.step.objective
 
     def spy(draw: Any, distances: Tensor, choices: Any, add: Any = objective._regions.add) -> None:
@@ -137,6 +137,15 @@ def test_what_is_not_known_is_the_mean_of_the_others() -> None:
     assert own.probabilities([0.0, 0.0, -1.0]) == [1 / 3] * 3
     found = own.probabilities([1.0, 3.0, -1.0])
     assert found == pytest.approx([0.2 / 3 + 0.8 / 6, 0.2 / 3 + 0.8 / 2, 0.2 / 3 + 0.8 / 3])
+
+
+@pytest.mark.parametrize("power", [400.0, 1e3, 1e300])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_powers_beyond_floats_keep_their_shares(power: float, scale: float) -> None:
+    own = sampler(6, 3, power=power)
+    found = own.probabilities([scale, 0.5 * scale, -1.0])
+    assert found == pytest.approx([0.2 / 3 + 0.8, 0.2 / 3, 0.2 / 3])
+    assert own.probabilities([scale] * 3) == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize("rolling", [None, 2])

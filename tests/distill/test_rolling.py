@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States of a sampler that runs along with the training, against the sampler itself."""
+"""Rolling states compared with the sampler itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fastdistill.distill import GuidanceDistillation, RandomConditioning, Rollin
 from fastdistill.distill.regions import Regions
 from fastdistill.distill.rolling import ROLLING
 from fastdistill.errors import InputError
+from fastdistill.ops import philox
 from fastdistill.ops.noise_gather import NULL
 from fastdistill.train import DistillTrainer
 from fastdistill.train.graph import runner
@@ -25,7 +27,7 @@ from fastdistill.train.state import state_of
 from tests import tiny
 from tests.train.ranks import Interrupted, stop_after
 
-STEPS, GROUPS = 5, 2  # of the 50 timesteps every tenth
+STEPS, GROUPS = 5, 2  # every tenth of the 50 timesteps
 ROUNDS = GROUPS * (STEPS + 1)
 
 
@@ -39,7 +41,7 @@ def made(objective: Any = None, **options: Any) -> Any:
 
 
 def drawn(run: Any, steps: int) -> list[Any]:
-    """The batches of so many steps, each with the states after it."""
+    """The batches of the first ``steps`` steps, each with the states after it."""
     seen, objective, steps_of = [], run.step.objective, run.step
 
     def spy(draw: Any, counter: Tensor, loss: Any = objective.loss) -> Any:
@@ -58,7 +60,7 @@ def drawn(run: Any, steps: int) -> list[Any]:
 @pytest.mark.parametrize("by", ["teacher", "student"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_trajectory_is_that_of_the_sampler(by: str, prediction: str) -> None:
-    """From noise and a random prompt, by the model that moves it: the student's weights stay, at a rate of almost 0."""
+    """From noise and a random prompt; at a learning rate of almost 0 the student's weights do not change."""
     run = made(rolling={"by": by, "clip_sample": 2.0}, prediction_type=prediction)
     model = run.teacher if by == "teacher" else run.student
     seen = drawn(run, 4 * ROUNDS)
@@ -104,7 +106,7 @@ def test_the_other_samples_are_those_of_random_conditioning() -> None:
 
 
 def test_all_levels_are_under_way_from_the_start() -> None:
-    """In the first round the states are the batch's own samples, of all timesteps."""
+    """In the first round the states are the batch's own samples, with all timesteps."""
     run = made(batch=64, rolling={"groups": 4})
     seen = drawn(run, 8)
     later = torch.cat([draw.timestep[::2] for draw, _ in seen[4:]])
@@ -137,6 +139,19 @@ def test_some_states_are_shown_with_the_null_prompt_and_rest() -> None:
         assert torch.equal(later.prompt[::2][goes_on], kept["prompt.0"][0][goes_on])
         shares.append(resting.float().mean())
     assert abs(float(torch.stack(shares).mean()) - 0.25) < 5 * (0.1875 / (32 * len(shares))) ** 0.5
+
+
+def test_who_rests_is_drawn_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of the first round with the null prompt are the batch's own, not states that rest: they move."""
+    run = made(batch=64, rolling={"groups": 1, "null": 0.25}, execution="eager")
+    draws = []
+    words = SimpleNamespace(words=lambda *a: draws.append(a) or philox.words(*a), CHOICE=philox.CHOICE)
+    monkeypatch.setattr("fastdistill.distill.rolling.philox", words)
+    (draw, _), (later, _) = drawn(run, 2)
+    assert len(draws) == 2
+    null = draw.choice[::2] == NULL
+    ended = draw.timestep[::2] < 10
+    assert bool(null.any()) and bool((draw.timestep[::2] - 10 == later.timestep[::2])[null & ~ended].all())
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2])

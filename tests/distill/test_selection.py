@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice of a setting of CLARID, on a class whose law is known and on a small model."""
+"""The choice of a CLARID setting, on a class with a known distribution and on a small model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIELDS = (
     *("selectivity_random", "products", "seconds_per_image", "details"),
 )
 LABELS = torch.arange(24) % 4
-#: The axis of the largest variance is irrelevant, one that varies less is relevant; classes are all alike.
+#: The axis of the largest variance is irrelevant, an axis with less variance is relevant; all classes are equal.
 MEASURES = Measures(lambda x: (x @ AXES)[:, :1], lambda x: (x @ AXES)[:, 2:3], lambda x: LABELS.clone())
 
 
@@ -48,7 +48,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_a_gaussian_class(rows: list[dict[str, Any]]) -> None:
-    """Of the x_0 prediction, the axis of the largest variance is the first to go, and all of it goes."""
+    """With the x_0 prediction, the axis of the largest variance is removed first, and completely."""
     known = {(row["t_e"], row["k"], row["tap"]): row for row in rows}
     assert len(known) == 9 and all(tuple(row) == FIELDS for row in rows)
     json.dumps(rows, allow_nan=False)
@@ -92,8 +92,8 @@ def test_the_choice(rows: list[dict[str, Any]]) -> None:
 
 
 def test_random_directions_of_equal_energy() -> None:
-    """They take the given share to rounding, and are otherwise uniform: where what is measured varies equally, their
-    selectivity is 0 in the mean."""
+    """They remove the given energy up to rounding, and are otherwise uniform: if both measures vary equally, the mean
+    of their selectivity is 0."""
     x, energy = images(), torch.linspace(0, 1, 24, dtype=torch.float64)
     V = random_directions(x, energy, 3)
     assert (V.mT @ V - 1).abs().max() <= 8 * EPS64
@@ -111,8 +111,8 @@ def test_random_directions_of_equal_energy() -> None:
 
 
 def test_random_directions_are_not_selective() -> None:
-    """Where all of the latent varies equally, over several draws: 0 in the mean, and a share of both that is about the
-    energy."""
+    """If all of the latent varies equally: over several draws the mean selectivity is 0, and both removed shares are
+    about the energy."""
     model = Gaussian().eval()
     model.variances.data = torch.ones(6, dtype=torch.float64)
     x = torch.randn(24, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -127,8 +127,8 @@ def test_random_directions_are_not_selective() -> None:
 
 
 def test_the_leak_of_the_prompt() -> None:
-    """A model whose feature is the prompt alone but for a little of x: clusters find the classes in noise, in images
-    under another prompt those of the prompt, and under the null prompt nothing."""
+    """A model whose feature is the prompt plus very little of x: clusters find the classes in noise; in images under
+    another prompt they find the classes of that prompt, and under the null prompt nothing."""
     model = tiny.Net(width=6).double().eval()
     with torch.no_grad():
         model.first.weight *= 1e-3
@@ -152,7 +152,7 @@ def test_the_leak_of_the_prompt() -> None:
 
 
 def test_directions_of_fewer_are_the_first_of_more() -> None:
-    """One search at the largest k, by any method, gives those of each smaller one."""
+    """A search at the largest k, by any method, contains the directions of every smaller k."""
     model = tiny.Net(width=6).double().eval()
     x = torch.randn(9, 4, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     prompts = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -168,7 +168,7 @@ def test_directions_of_fewer_are_the_first_of_more() -> None:
 
 
 def test_an_interrupted_sweep(rows: list[dict[str, Any]]) -> None:
-    """Rows that are known are kept, and the others are as before; progress ends at what was announced."""
+    """Known rows are kept and the others do not change; the progress ends at the announced total."""
     settings = [Clarid(60, k, tap, 2) for tap in ("x0", "output") for k in (0, 1, 2, 3)]
     settings += [Clarid(40, 1, "x0", 2)]
     seen: list[tuple[int, int]] = []
@@ -185,7 +185,7 @@ def test_an_interrupted_sweep(rows: list[dict[str, Any]]) -> None:
 
 
 def test_a_classifier_in_place_of_measures() -> None:
-    """Its feature's variance goes; it agrees about sample and image on the side of the axis that is kept."""
+    """The variance of its feature is removed; it agrees on sample and image with respect to the axis that is kept."""
 
     def classifier(x: Tensor) -> tuple[Tensor, Tensor]:
         z = x @ AXES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an objective is given: models that are called in their own dtype, and checked before the first step."""
+"""What an objective gets: models that are called in their own dtype and checked before the first step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import tiny
 
 
 class Own:
-    """An objective of a user's own: the output loss, its models called directly or through the setting."""
+    """A user's objective: the output loss; it calls the models directly or through the setting."""
 
     def __init__(self, direct: bool = False) -> None:
         self.direct = direct
@@ -55,7 +55,7 @@ class BoundOwn:
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_banks_of_another_dtype(direct: bool) -> None:
-    """float16 rows reach float32 models as float32, whoever calls these."""
+    """float16 rows reach float32 models as float32, however these are called."""
     own = tiny.trainer(objective=Own(direct), latents=tiny.cache(dtype=torch.float16), prompts=tiny.bank(torch.float16))
     bound: Any = own.step.objective
     draw = bound.batches(own.step.counter)
@@ -68,11 +68,11 @@ def test_banks_of_another_dtype(direct: bool) -> None:
 
 
 def test_models_of_two_dtypes() -> None:
-    """The setting casts for each; a direct call is told to."""
+    """The setting casts for each model; the error of a direct call recommends it."""
     teacher = tiny.Net().bfloat16()
     run = tiny.trainer(teacher, objective=Own(), latents=tiny.cache(dtype=torch.float16))
     draw = run.step.objective.batches(run.step.counter)  # type: ignore[attr-defined]
-    assert draw.x_t.dtype == torch.float16  # as stored: each model gets its own rounding of it
+    assert draw.x_t.dtype == torch.float16  # as stored: each model gets its own cast
     assert run.fit().history[0]["loss"] > 0
     message = (
         r"objective: expected models called by Setting\.predict.*BFloat16 \(teacher bfloat16, student float32, lat"
@@ -101,7 +101,7 @@ def prompts(width: int) -> PromptBank:
 
 
 def test_a_bank_is_judged_by_the_model_not_by_names() -> None:
-    """PixArt reads prompts of its caption_channels and projects them to its cross_attention_dim."""
+    """PixArt reads prompts with caption_channels and projects them to cross_attention_dim."""
     latents = type(tiny.cache())(torch.randn(4, 4, 4, 4), torch.arange(4) % 2)
     objective = tiny.features(("transformer_blocks.1", "transformer_blocks.0"))
     run = tiny.trainer(pixart(), pixart(1), objective, latents=latents, prompts=prompts(12))
@@ -140,13 +140,13 @@ def test_a_model_that_does_not_fit_is_refused_before_the_first_step() -> None:
     assert tiny.trainer(student=Wrong(lambda x: torch.cat([x, x], 1)), objective=Denoising()).fit().steps == 2
     with pytest.raises(InputError, match=r"teacher: expected a prediction"):
         tiny.trainer(teacher=Wrong(lambda x: x[:, :3]))
-    assert tiny.trainer(teacher=Wrong(lambda x: x[:, :3]), objective=Denoising()).fit().steps == 2  # nobody asks it
+    assert tiny.trainer(teacher=Wrong(lambda x: x[:, :3]), objective=Denoising()).fit().steps == 2  # never used
 
 
 @pytest.mark.parametrize("dimensions", [0, 1, 2, 3])
 @pytest.mark.parametrize("width", [6, 5])
 def test_taps_of_every_layout(dimensions: int, width: int) -> None:
-    """Vectors, signals, images and videos; narrower signals [B, C, L] could be tokens, and are refused."""
+    """Vectors, signals, images and videos; narrow signals [B, C, L] could be tokens and are refused."""
 
     def run() -> Any:
         models = tiny.Net(6, dimensions), tiny.Net(width, dimensions, seed=1)
@@ -165,13 +165,13 @@ def test_taps_of_every_layout(dimensions: int, width: int) -> None:
         own = (own.movedim(1, -1) @ adapter.weight.double().T + adapter.bias.double()).movedim(-1, 1)
     expected = nn.functional.mse_loss(own, theirs)
     eps = torch.finfo(torch.float32).eps
-    rounding = 2 * (own - theirs).abs().mean() * 8 * eps * theirs.abs().max()  # of features, sums of 6 products
+    rounding = 2 * (own - theirs).abs().mean() * 8 * eps * theirs.abs().max()  # features are sums of 6 products
     found = objective(made.step.counter)[1][2]
     assert (found - expected).abs() <= rounding + eps * own.numel() ** 0.5 * expected
 
 
 class Tokens(nn.Module):
-    """Its middle layer gives ``length`` tokens of ``width`` channels."""
+    """Its middle layer returns ``length`` tokens with ``width`` channels."""
 
     def __init__(self, length: int, width: int) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ def test_tokens_agree_in_number_and_may_differ_in_width() -> None:
 
 
 class Strided(tiny.Net):
-    """Its middle layer leaves out positions of the last axis."""
+    """Its middle layer skips positions along the last axis."""
 
     def __init__(self, width: int, dimensions: int) -> None:
         super().__init__(width, dimensions)
@@ -210,7 +210,7 @@ def test_maps_of_other_sizes_are_refused() -> None:
     with pytest.raises(InputError, match=r"teacher's mid \(1, 6, 5, 3\), but for the channels .*got \(1, 5, 5, 2\)"):
         tiny.trainer(student=Strided(5, 2))
     with pytest.raises(InputError, match=r"teacher's mid \(1, 6, 5\), got \(1, 6, 3\)"):
-        tiny.trainer(tiny.Net(6, 1), Strided(6, 1), latents=tiny.cache(1))  # and not taken for tokens of 3 channels
+        tiny.trainer(tiny.Net(6, 1), Strided(6, 1), latents=tiny.cache(1))  # not mistaken for tokens with 3 channels
 
 
 @pytest.mark.parametrize(

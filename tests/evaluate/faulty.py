@@ -17,8 +17,8 @@ from fastdistill.errors import InputError
 def refused(
     write: Callable[[Path, Any], object], folder: Path, report: Any, path: str, value: Any, message: str
 ) -> None:
-    """The entry at ``path`` (keys and indices, with dots) has another value, or with None is gone: ``write`` says so in
-    words that have ``message``, and writes nothing."""
+    """Replace the entry at ``path`` (keys and indices, separated by dots), or remove it (None): ``write`` raises an
+    error that contains ``message``, and writes nothing."""
     bad: Any = copy.deepcopy(report)
     *parents, last = (int(key) if key.isdecimal() else key for key in path.split("."))
     place = bad

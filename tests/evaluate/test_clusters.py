@@ -14,7 +14,7 @@ from tests.harness import EPS64
 
 
 def blobs(apart: float, width: int = 300) -> tuple[Tensor, Tensor]:
-    """Thirty rows of five classes, whose centers are so far apart."""
+    """Thirty rows in five classes; ``apart``: the distance of their centers."""
     random = torch.Generator().manual_seed(1)
     labels = torch.arange(30) % 5
     centers = apart * torch.randn(5, width, generator=random, dtype=torch.float64)
@@ -23,7 +23,8 @@ def blobs(apart: float, width: int = 300) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("width", [2, 300])
 def test_as_scikit_learn(width: int) -> None:
-    """Known clusters are found; NMI is scikit-learn's; of clusters that overlap, the best of ten starts is as good."""
+    """Known clusters are found; NMI equals scikit-learn's; for overlapping clusters the best of ten starts is as
+    good."""
     sklearn = pytest.importorskip("sklearn.cluster")
     metrics = pytest.importorskip("sklearn.metrics")
     for apart in (30.0, 0.3):
@@ -43,7 +44,8 @@ def test_as_scikit_learn(width: int) -> None:
 
 
 def test_selections_are_clustered_by_themselves() -> None:
-    """As their rows alone are, and labels of rows that are left out do not count; the same rows give the same."""
+    """A selection is clustered like its rows alone; labels of other rows do not count; equal rows give equal
+    results."""
     x, labels = blobs(0.5)
     kept = left_out(labels, 3)
     found, inertia = kmeans(x, 5, kept=kept, seed=4)
@@ -67,7 +69,7 @@ def test_pooled() -> None:
 
 
 def test_groups_and_intervals() -> None:
-    """Of a mean, the jackknife's standard error is the textbook's; the reach is Student's."""
+    """For a mean, the jackknife standard error is that of the textbook; the interval uses Student's t."""
     labels = torch.tensor([0, 1, 0, 1, 1, 0, 1])
     kept = left_out(labels, 10)
     assert kept.shape == (4, 7) and kept[0].all() and (~kept[1:]).sum(0).eq(1).all()
@@ -80,7 +82,7 @@ def test_groups_and_intervals() -> None:
     assert (low, high) == pytest.approx((4 - reach, 4 + reach))
     for freedom, wanted in ((1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (9, 2.262), (1000, 1.962)):
         assert quantile(freedom) == pytest.approx(wanted, rel=3e-4)
-    assert interval(torch.tensor([1.0, 1.0]))[0] != interval(torch.tensor([1.0, 1.0]))[0]  # one group says nothing
+    assert interval(torch.tensor([1.0, 1.0]))[0] != interval(torch.tensor([1.0, 1.0]))[0]  # one group gives no interval
 
 
 def test_wrong_arguments() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two models make of the same noise, the figures of it, and their page."""
+"""The images of two models from the same noise, the measures of them, and their page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(rows: Tensor) -> Tensor:
 
 
 def made(batch: int = 5, images: int = 3, far: float = 0.5, **options: Any) -> Samples:
-    """A student that is ``far`` times the prompt's number from the teacher."""
+    """A student whose distance from the teacher is ``far`` times the number of the prompt."""
 
     def teacher(prompts: Tensor, rows: Tensor) -> Tensor:
         return noise(rows) + prompts[:, None, None, None]
@@ -154,7 +154,7 @@ def test_page(tmp_path: Path, report: dict[str, Any]) -> None:
     for words in ("56 %", "1.55×", "0.080 to 0.130", "12.3", "Recall left out: too few.", "steps", "colors", "2.13.0"):
         assert words in page.text, words
     assert page.text.index("<far>") < page.text.index("near")  # the largest distance first
-    assert "Precision" not in page.text and "Kernels" not in page.text  # of which nothing is known
+    assert "Precision" not in page.text and "Kernels" not in page.text  # for which there are no data
     sources = [value for _, found in page.tags for key, value in found.items() if key in ("src", "srcset", "href")]
     assert len(sources) == 4 and all(str(source).startswith("data:image/png;base64,") for source in sources)
     words = finding(report)
@@ -163,7 +163,7 @@ def test_page(tmp_path: Path, report: dict[str, Any]) -> None:
 
 
 def test_a_page_of_several_sizes(tmp_path: Path, report: dict[str, Any]) -> None:
-    """A table and the figures of each, by its name; the finding says of which it speaks."""
+    """A table and figures for each size, by name; the finding names its size."""
     values = {model: {name: report[model][name] for name in ("images_per_second", "measures")} for model in MODELS}
     report["sampling"]["pixels"] = "32 x 48, 64 x 24"
     report["sizes"] = {"64 x 24": copy.deepcopy(values) | {"left_out": {"coverage": "too few of them"}}}

@@ -29,7 +29,7 @@ RADII = [0.05, 0.1, 0.2]
 
 
 def made_up(seeds: int = 5) -> dict[str, Any]:
-    """A report with numbers near those of the first trials."""
+    """A report with numbers similar to those of the first trials."""
 
     def around(middle: float, n: int = 360, successes: bool = True) -> dict[str, Any]:
         return figure([middle + 0.004 * (i - (seeds - 1) / 2) for i in range(seeds)], n, successes=successes)
@@ -131,7 +131,7 @@ def test_the_page_shows_the_numbers(tmp_path: Path, report: dict[str, Any]) -> N
         "Projected noise, which has no image in it, clusters by class as well (0.96)",
     ):
         assert told in text, told
-    assert page.struck == "25.024.0"  # PGD and APGD of the masked student alone
+    assert page.struck == "25.024.0"  # PGD and APGD, only of the student that masks its gradients
     order = [str(attributes.get("id")) for _, attributes in page.tags if "id" in attributes]
     assert len(order) == len(set(order)) and order.index("figure-1") < order.index("students") < order.index("figure-2")
     assert sum(tag == "img" for tag, _ in page.tags) == 2
@@ -165,7 +165,8 @@ def test_what_nmi_shows_depends_on_noise() -> None:
 
 
 def test_a_figure_over_seeds() -> None:
-    """Student's t of four degrees of freedom has 95 % within 2.776; one seed has a Wilson interval on its images."""
+    """Student's t with four degrees of freedom has 95 % within 2.776; for one seed, a Wilson interval over its
+    images."""
     found = figure([0.1, 0.2, 0.3, 0.4, 0.5], 360)
     assert found["mean"] == pytest.approx(0.3) and found["n"] == 360 and found["each"] == [0.1, 0.2, 0.3, 0.4, 0.5]
     reach = 2.7764451 * found["std"] / math.sqrt(5)
@@ -254,7 +255,7 @@ def test_curves_have_the_means(report: dict[str, Any]) -> None:
 
 
 def test_maps_and_spectra_follow_the_colors_of_the_page() -> None:
-    """A map of no gradient and one of a single pixel: ink there, and nothing elsewhere, on a light and a dark page."""
+    """A map without gradient and one with a single pixel: ink only there, on a light and on a dark page."""
     maps = torch.zeros(2, 4, 4)
     maps[1, 0, 0] = 3
     drawn = saliency_grid(torch.zeros(2, 3, 4, 4), {"cadistill": maps})

@@ -89,7 +89,7 @@ def test_the_way_to_another_background_ends_there() -> None:
 
 
 def test_accuracies_of_five_severities() -> None:
-    """A classifier of the mean: of images that are all bright, contrast changes nothing, a swap to dark ones all."""
+    """A classifier of the mean: for bright images, contrast changes nothing, a swap to dark ones everything."""
 
     class Mean(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Diagnosis of models whose law is known."""
+"""Diagnosis of models with a known distribution."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ LABELS = torch.arange(3).repeat_interleave(40)
 
 
 def gaussians(guidance: Guidance, prompts: Tensor, noises: Tensor, seed: int) -> Tensor:
-    """A model that guidance moves by 1 + w / 4 and narrows to exp(-w / 2), a window less: its mean of w by half."""
+    """Guidance shifts this model by 1 + w / 4 and narrows it by exp(-w / 2); a window (its mean w) narrows half as
+    much."""
     w = guidance.weights(GRID)
     strength = float(w.clamp(min=0).max())
     narrow = math.exp(-strength / 4) if (w == strength).all() else math.exp(-strength / 8)
@@ -79,7 +80,7 @@ def test_figures_of_gaussians_against_their_closed_forms() -> None:
 
 
 def shift_without_error(x: Tensor, labels: Tensor, reference: Tensor, known: Tensor) -> float:
-    """The mean shift of three classes of ten, less the error of their means, by hand."""
+    """The mean shift of three classes with ten samples, minus the error of their means, computed independently."""
     means = torch.stack([reference[known == label].mean(0) for label in range(3)])
     found = 0.0
     for label in range(3):
@@ -90,7 +91,7 @@ def shift_without_error(x: Tensor, labels: Tensor, reference: Tensor, known: Ten
 
 
 def resampled(labels: Tensor, draws: int) -> list[Tensor]:
-    """The rows of each draw, of three classes of ten."""
+    """The rows of each resample, for three classes with ten samples."""
     random = torch.Generator().manual_seed(0)
     classes = [(labels == label).nonzero()[:, 0] for label in range(3)]
     picked = [chosen[torch.randint(10, (draws, 10), generator=random)] for chosen in classes]
@@ -98,7 +99,7 @@ def resampled(labels: Tensor, draws: int) -> list[Tensor]:
 
 
 def test_draws_of_a_spread_are_those_of_the_metrics() -> None:
-    """Of the samples themselves, and of one draw made by hand; other samples of the same labels have the same rows."""
+    """For the samples themselves and for one resample; other samples with the same labels use the same rows."""
     x, labels = real(10)
     reference, known = real(50)
     judged = right(x, labels)
@@ -116,7 +117,7 @@ def test_draws_of_a_spread_are_those_of_the_metrics() -> None:
     assert torch.allclose(value, torch.tensor(own, dtype=torch.float64), rtol=1e4 * EPS64, atol=0)
     again = resampled(labels, 3)[1]
     by_hand = class_separation(x[again], labels[again], reference, known)
-    moved_by = float(drawn[:, 0].mean()) - own[0]  # draws have the mean of the samples themselves
+    moved_by = float(drawn[:, 0].mean()) - own[0]  # resamples have the mean of the samples
     assert abs(moved_by) < 1e4 * EPS64 and abs(float(drawn[:, 2].mean()) - own[2]) < 1e4 * EPS64
     plain = sum(class_separation(x[rows], labels[rows], reference, known) for rows in resampled(labels, 3)) / 3
     assert abs(float(drawn[1, 0]) - (by_hand + own[0] - plain)) < 1e4 * EPS64
@@ -126,8 +127,9 @@ def test_draws_of_a_spread_are_those_of_the_metrics() -> None:
 
 
 def test_intervals_of_few_samples_hold_the_truth() -> None:
-    """Two classes of 12 samples, 8 directions, means that moved by 0.5: each of 60 intervals should hold the variance
-    ratio 1 and the shift 0.25 in 95 % of the cases; those of a bootstrap of 12 rows are short, so at least 80 %."""
+    """Two classes with 12 samples in 8 directions, whose means moved by 0.5. Each of 60 intervals should contain the
+    variance ratio 1 and the shift 0.25 in 95 % of the cases; a bootstrap of 12 rows gives short intervals, so at least
+    80 %."""
     random = torch.Generator().manual_seed(1)
     labels, known = torch.arange(2).repeat_interleave(12), torch.arange(2).repeat_interleave(4000)
     center = torch.zeros(2, 8, dtype=torch.float64)
@@ -158,7 +160,7 @@ def row(schedule: str, separation: float, variance: float, share: float, draws: 
 
 
 def test_the_frontier_of_a_curve() -> None:
-    """V = 1 / separation on the constants' line; accuracy saturates, and its first place counts."""
+    """V = 1 / separation on the line of the constants; accuracy saturates, and its first point counts."""
     constants = [row("0", 1.0, 1.0, 0.8), row("2", 2.0, 0.5, 1.0), row("1", 1.5, 0.75, 0.9), row("4", 4.0, 0.25, 1.0)]
     windows = [
         row("3@5,-1", 2.0, 0.75, 1.0), row("2@5,-1", 1.25, 0.875, 0.95),
@@ -175,7 +177,7 @@ def test_the_frontier_of_a_curve() -> None:
 
 
 def test_intervals_of_what_is_recovered() -> None:
-    """Of draws that are known: the variance of the window is uniform, all else is fixed."""
+    """For known resamples: the variance of the window is uniform, everything else is fixed."""
     n = 400
 
     def draws(separation: float, variance: Tensor | float, share: float) -> Tensor:
@@ -221,12 +223,12 @@ def test_a_diagnosis_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert one.separation == two.separation and one.vendi == two.vendi
     other = real()[0] + 1, real()[1]
     for changed in ({"grid": Grid.parse("karras:11@20..0.05", NoiseSchedule.cosine())}, {"reference": other}):
-        with pytest.raises(AssertionError):  # what is kept is of another call
+        with pytest.raises(AssertionError):  # the stored samples belong to another call
             run(never, **changed)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:20])
     run(counted, made_from="b")
-    run(counted)  # of damaged files
+    run(counted)  # with damaged files
     assert len(calls) == 7 + 6 + 6
     assert math.isnan(resumed.rows[0].right.value) and {r.at for r in resumed.recovered} <= {"separation"}
 

@@ -29,7 +29,7 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def counted(real: Tensor, fake: Tensor, k: int) -> tuple[float, float, float, float]:
-    """Precision, recall, density and coverage, one pair at a time."""
+    """Precision, recall, density and coverage, computed pair by pair."""
 
     def radius(points: Tensor, i: int) -> float:
         return sorted(float((points[i] - p).norm()) for j, p in enumerate(points) if j != i)[k - 1]
@@ -44,7 +44,7 @@ def counted(real: Tensor, fake: Tensor, k: int) -> tuple[float, float, float, fl
 
 @pytest.mark.parametrize("chunk", [2**26, 40])
 def test_neighbours_are_those_of_a_loop(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """Also far from the origin, in chunks of one row or two, and in lower precision."""
+    """Also far from the origin, in chunks of one or two rows, and in lower precision."""
     monkeypatch.setattr(diversity, "_CHUNK", chunk)
     real, fake = normal(0, 23, 3), 0.7 * normal(1, 17, 3) + 0.4
     for k in (1, 4):
@@ -61,7 +61,7 @@ def test_equal_samples_are_inside_of_balls_without_a_radius() -> None:
     x = normal(2, 6, 4) + 100
     twice = x.repeat(3, 1)
     assert precision_recall(twice, twice, 2) == (1, 1)
-    assert density_coverage(twice, x, 2) == (1.5, 1)  # each in the three balls of its copies, over k
+    assert density_coverage(twice, x, 2) == (1.5, 1)  # each is in the three balls of its copies, divided by k
     assert precision_recall(twice, x[:1].repeat(4, 1) + 1, 2) == (0, 0)
 
 
@@ -78,14 +78,14 @@ def test_density_and_coverage_of_one_distribution() -> None:
 def test_distant_sets_share_nothing() -> None:
     real = normal(3, 30, 2)
     assert precision_recall(real, real + 50) == (0, 0) and density_coverage(real, real + 50) == (0, 0)
-    narrow = 0.01 * normal(4, 30, 2)  # all real, but of one kind
+    narrow = 0.01 * normal(4, 30, 2)  # all realistic, but similar
     precision, recall = precision_recall(real, narrow)
     assert precision > 0.9 and recall < 0.2
 
 
 @pytest.mark.parametrize("width", [4, 50])
 def test_vendi_counts_what_is_different(width: int) -> None:
-    """More samples than values in a feature, and fewer."""
+    """With more samples than feature values, and with fewer."""
     kinds = torch.linalg.qr(normal(5, width, width)).Q[:4]
     near = 64 * EPS64 * 4
     assert abs(vendi_score(kinds.repeat_interleave(3, 0) * 7) - 4) < near
@@ -96,7 +96,7 @@ def test_vendi_counts_what_is_different(width: int) -> None:
 
 
 def test_vendi_of_a_kernel() -> None:
-    """Of two samples of similarity s the eigenvalues are (1 +- s) / 2."""
+    """For two samples with similarity s the eigenvalues are (1 +- s) / 2."""
     pair = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     s = math.exp(-0.5)
     shares = torch.tensor([1 + s, 1 - s], dtype=torch.float64) / 2
@@ -133,7 +133,7 @@ def test_classes_that_were_moved_and_narrowed() -> None:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Of a mean, both ways: 90 % of 80 intervals, within four standard errors."""
+    """For a mean, both methods: 90 % of 80 intervals, within four standard errors."""
     repeats, level = 80, 0.9
     for replace in (True, False):
         hits = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of images, and the scores that are made of them."""
+"""Features of images, and scores computed from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MEAN, _STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 
 
 def images(seed: int, *shape: int) -> Tensor:
-    """In [0, 1], of the values that 8 bits have."""
+    """Images in [0, 1] with 8-bit values."""
     return torch.randint(0, 256, shape, generator=generator(seed)) / 255
 
 
@@ -65,7 +65,7 @@ def test_pixels() -> None:
 
 
 def test_images_of_a_folders_model_are_prepared_as_transformers_does(clip: Path) -> None:
-    """Of the model's size exactly, of others but for their rounding to 8 bits before and after they are scaled."""
+    """Exact for images of the model's size; for others except for rounding to 8 bits before and after the scaling."""
     transformers = pytest.importorskip("transformers")
     processor = transformers.CLIPImageProcessor.from_pretrained(clip)
     encoder = FolderFeatures(clip)
@@ -92,7 +92,7 @@ def test_embeddings_of_a_clip_folder(clip: Path) -> None:
     assert (found - projected).abs().max() <= 64 * EPS * projected.abs().max()
     assert torch.equal(encoder.texts(texts[:1]), encoder.texts(["a cat"]))
     one = encoder.texts(texts[2:])
-    assert (one - words[2:]).abs().max() <= 64 * EPS * words.abs().max()  # whatever is padded beside it
+    assert (one - words[2:]).abs().max() <= 64 * EPS * words.abs().max()  # independent of padding
 
 
 def test_clip_scores_are_those_of_torchmetrics(clip: Path) -> None:
@@ -105,7 +105,7 @@ def test_clip_scores_are_those_of_torchmetrics(clip: Path) -> None:
             return {"pixel_values": encoder.preprocessed(torch.stack(images).float() / 255)}
         return encoder._tokenizer(text, padding=True, return_tensors="pt")
 
-    class Adapted(torch.nn.Module):  # the versions of transformers differ in what these functions return
+    class Adapted(torch.nn.Module):  # versions of transformers return different types here
         config = encoder.model.config
 
         def get_image_features(self, pixels: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def test_inception_gets_the_images_of_8_bits(tmp_path: Path, monkeypatch: pytest
 
 
 def test_fid_is_the_frechet_distance() -> None:
-    """As torchmetrics has it, also of fewer samples than features."""
+    """As in torchmetrics, also with fewer samples than features."""
     made: Any = pytest.importorskip("torchmetrics.image.fid").FrechetInceptionDistance
     for number, width in ((60, 5), (8, 12)):
         real = torch.randn(number, width, generator=generator(4), dtype=torch.float64)

@@ -28,7 +28,7 @@ def pixels(figure: Any, **options: Any) -> np.ndarray:
 
 
 def share(image: np.ndarray, color: str) -> float:
-    """Share of pixels near this color."""
+    """The fraction of pixels near this color."""
     wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
     return float((abs(image - wanted).max(-1) <= 3).mean())
 
@@ -52,7 +52,7 @@ def test_images_are_clipped_and_put_where_they_belong() -> None:
 
 @pytest.mark.parametrize(("shape", "sides"), [((4, 6), (2, 3)), ((6, 4), (3, 2)), ((1, 9), (1, 1))])
 def test_images_keep_their_proportions(shape: tuple[int, int], sides: tuple[int, int]) -> None:
-    """In the middle of a square; signals of a few lines fill it."""
+    """Centered in a square; signals with few rows fill it."""
     plain, found = (
         sample_grid({"teacher": torch.zeros(1, 3, *size)}, ["a"]).axes[0].get_images()[0].get_extent()
         for size in ((4, 4), shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of schedules of guidance, from a small made-up experiment."""
+"""The report of schedules of guidance, for a small artificial experiment."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def pairs(made: Student) -> list[tuple[str, str]]:
 
 
 def test_losses_are_those_of_the_objective() -> None:
-    """A step of plain distillation on all latents, but for the order of the sums."""
+    """The losses of a step of plain distillation on all latents, except for the order of sums."""
     given, made = setting()
     found = held_out_losses(given, pairs(made), seed=5, rounds=1)
     plain = {"probability": "const", "parameters": {"value": 0.0}, "null_probability": 0.0}
@@ -45,7 +45,7 @@ def test_losses_are_those_of_the_objective() -> None:
 
 
 def test_of_a_guided_student_against_the_guided_teacher() -> None:
-    """At the v that it is told: as an objective whose range is less than a rounding."""
+    """At the v that it gets: equal to an objective whose range of v is tiny."""
     given, _ = setting()
     made = make_student(given.teacher, "bk_base", guidance_embedding=True)
     nn.init.normal_(made.model.time_embedding.cond_proj.weight, generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any text in a figure: fonts, escapes, lines that fit."""
+"""Arbitrary texts in figures: fonts, escapes, line breaks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def only_the_fonts_of_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def chinese(tmp_path: Path) -> None:
-    """An installed font with squares for the Chinese of ``HARD``, and nothing but blanks for its emoji."""
+    """An installed font with squares for the Chinese of ``HARD``, and only blanks for its emoji."""
     characters = sorted({c for c in "".join(HARD) if "CJK" in unicodedata.name(c, "")})
     names = {ord(c): f"g{ord(c)}" for c in characters} | {0x1F98A: "blank", 0x1F469: "blank"}
     pen = pens.TTGlyphPen(None)
@@ -99,16 +99,16 @@ def test_no_text_is_clipped_or_overlaps_another_or_an_image(prompts: list[str]) 
 def test_characters_without_a_font_are_escaped_with_one_warning() -> None:
     with pytest.warns(UserWarning, match=r"no installed font has 19 of the characters .*; they are drawn") as caught:
         figure = grid(["x\ufdd0", *HARD[1:2], "\U0001f98a\u200d\ufe0f \U0001f469"])
-        png(figure, dpi=20)  # where matplotlib warns of the glyphs it lacks
+        png(figure, dpi=20)  # matplotlib warns about missing glyphs
     assert len(caught) == 1
     drawn = "".join(text.get_text() for text in texts(figure))
     assert "x\\ufdd0" in drawn and "\\u4e00\\u53ea" in drawn and "\\U0001f98a \\U0001f469" in drawn.replace("\n", " ")
-    assert HARD[1] in figure.get_label()  # the label keeps it
+    assert HARD[1] in figure.get_label()  # the label is unchanged
 
 
 def test_an_installed_font_that_has_them_is_used(chinese: None) -> None:
     with pytest.warns(UserWarning, match="has 1 of the characters of this figure \\(\U0001f98a\\)") as caught:
-        figure = grid([HARD[1], "\U0001f98a"], ("teacher",))  # of the emoji the font has no outline
+        figure = grid([HARD[1], "\U0001f98a"], ("teacher",))  # the font has no outline for the emoji
         png(figure, dpi=20)
     assert len(caught) == 1
     (caption,) = (text for text in texts(figure) if text.get_text().startswith("一"))
@@ -132,7 +132,7 @@ def test_a_prompt_that_is_no_text_is_refused() -> None:
         sample_grid({"teacher": torch.zeros(2, 4, 4)}, ["a", None])  # type: ignore[list-item]
 
 
-#: What stays together in a line, and the space.
+#: Texts, the parts that must stay together in a line, and the width.
 CLUSTERS = (" ", "a", "W", "红", "e\u0301", "\U0001f469\u200d\U0001f469", "\U0001f44b\U0001f3fd", "\u2764\ufe0f")
 
 

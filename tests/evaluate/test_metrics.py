@@ -13,7 +13,8 @@ from fastdistill.evaluate import bootstrap, frechet_distance, mean_spread, wilso
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (7, 10), (450, 512)])
 def test_wilson_interval_solves_its_equation(successes: int, n: int) -> None:
-    """The ends are the p at which the observed share is z standard errors away: (share - p)^2 = z^2 p (1 - p) / n."""
+    """The ends are the p for which the observed fraction is z standard errors away: (share - p)^2 = z^2 p (1 - p) /
+    n."""
     z = 1.959963984540054
     for end in wilson_interval(successes, n):
         assert (successes / n - end) ** 2 == pytest.approx(z * z * end * (1 - end) / n, abs=1e-12)
@@ -43,12 +44,12 @@ def test_mean_spread() -> None:
 
 
 def test_its_interval_holds_what_so_many_samples_have_on_average() -> None:
-    """Halves are further apart by their bias, which is no part of the interval; the spread is that of new samples."""
+    """Halves have a larger bias, which the interval excludes; its spread is that of new samples."""
 
     def sampled(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         random = torch.Generator().manual_seed(seed)
         one, noise = torch.randn(2, 80, 4, generator=random, dtype=torch.float64)
-        return one, 0.8 * one + 0.3 * noise  # of the same noise, as a student's
+        return one, 0.8 * one + 0.3 * noise  # from the same noise, like a student
 
     drawn = torch.tensor([frechet_distance(*sampled(seed)) for seed in range(200)])
     pair = sampled(0)
@@ -58,11 +59,11 @@ def test_its_interval_holds_what_so_many_samples_have_on_average() -> None:
     biased = sum(frechet_distance(pair[0][i], pair[1][i]) for i in halves) / 100
     assert found.low < drawn.mean() < found.high and biased > found.value
     spread = (found.high - found.low) / (2 * 1.96 * float(drawn.std()))
-    assert 0.5 < spread < 2  # a standard deviation of 80 samples is known within some 10 %
+    assert 0.5 < spread < 2  # the standard deviation of 80 samples is known to about 10 %
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
-    """Of N(m, diag a) and N(0, diag b), by exact moments: |m|^2 + sum (sqrt a - sqrt b)^2."""
+    """For N(m, diag a) and N(0, diag b) with exact moments: |m|^2 + sum (sqrt a - sqrt b)^2."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(64, 3, generator=random, dtype=torch.float64)
     x = x - x.mean(0)

@@ -89,7 +89,7 @@ def test_report(tmp_path: Path, report: dict[str, Any]) -> None:
         "540",
     ):
         assert words in page.text, words
-    assert "84.0 %" not in page.text  # the mean over seeds stands for the single value
+    assert "84.0 %" not in page.text  # the mean over seeds replaces the single value
     (image,) = (attributes for tag, attributes in page.tags if tag == "img")
     assert "0.100 at t = 0" in str(image["alt"])
     assert "script" not in {tag for tag, _ in page.tags}

@@ -32,7 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 class Linear(nn.Module):
-    """Logits of images [n, 2, 3, 3] as W x + b; with ``pair``, a feature before them."""
+    """Logits W x + b for images [n, 2, 3, 3]; with ``pair`` it also returns a feature."""
 
     def __init__(self, classes: int = 3, pair: bool = False) -> None:
         super().__init__()
@@ -48,14 +48,14 @@ class Linear(nn.Module):
 
 
 class Stepped(Linear):
-    """The same from images of 15 levels: without gradients, but no harder to fool."""
+    """The same after quantizing the images to 15 levels: without gradients, but as easy to fool."""
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return super().forward((7 * x).round() / 7)
 
 
 def data(model: nn.Module, n: int = 24) -> tuple[Tensor, Tensor]:
-    """Images away from the ends of the range, with the labels that the model gives them."""
+    """Images away from the ends of the range, labelled by the model."""
     images = torch.rand(n, 2, 3, 3, generator=torch.Generator().manual_seed(0)) - 0.5
     return images, logits_of(model, images).argmax(1)
 
@@ -79,7 +79,7 @@ def test_pgd_reaches_the_largest_loss_of_two_classes() -> None:
 
 
 def test_apgd_leaves_right_what_no_attack_can_change() -> None:
-    """An image of a linear model is safe where its margin to each class is above epsilon |w_own - w_other|_1."""
+    """For a linear model, an image is safe if its margin to each class is above epsilon |w_own - w_other|_1."""
     model = Linear(3, pair=True)
     images, labels = data(model, 64)
     logits, w = logits_of(model, images).double(), weights(model)
@@ -124,7 +124,7 @@ def test_results_repeat_and_nothing_is_left_behind() -> None:
 
 
 def test_small_and_odd_images_can_be_attacked_by_squares() -> None:
-    """The toolbox's Square fails where a square is as large as the image, and never reaches the last row and column."""
+    """The toolbox's Square fails if a square is as large as the image, and never changes the last row and column."""
 
     class Corner(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_calibration_of_known_logits() -> None:
-    """Ten images, each with 80 % for its first class: seven of them are right."""
+    """Ten images, each with 80 % for its first class; seven of them are right."""
     logits = torch.tensor([[math.log(4), 0.0]]).expand(10, 2)
     labels = torch.tensor([0] * 7 + [1] * 3)
     ece, nll = calibration(logits, labels)
@@ -192,7 +192,7 @@ def test_calibration_of_known_logits() -> None:
 
 
 def test_calibration_has_fifteen_bins_of_equal_width() -> None:
-    """Errors of two bins add up; those within a bin cancel out."""
+    """Errors of different bins add up; errors within a bin cancel."""
     confidence = torch.tensor([0.61, 0.65, 0.95, 0.95], dtype=torch.float64)
     logits = torch.stack([confidence.log(), (1 - confidence).log()], 1)
     ece, _ = calibration(logits, torch.tensor([0, 1, 0, 0]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.fuzz``: rounds of all targets in child processes until the wanted counts are reached.
+"""``python -m tests.fuzz``: runs rounds of all targets in child processes until the wanted counts are reached.
 
-``--replay TARGET ROUND`` runs one round again, here; ``--report`` writes docs/evidence/fuzz.md and .json.
+``--replay TARGET ROUND`` repeats one round in this process; ``--report`` writes docs/evidence/fuzz.md and .json.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.fuzz.targets import TARGETS, Target, calls_of, named
 
 ROOT = Path(__file__).parents[2]
 STATE = ROOT / "build" / "fuzz" / "state.json"
-PATIENCE = 300.0  # seconds without a finished round after which a child hangs: what it imports and builds is in it
-SLICE = 60.0  # seconds of a child
+PATIENCE = 300.0  # a child hangs if it finishes no round in so many seconds (including its imports)
+SLICE = 60.0  # seconds that a child runs
 
 
 class State:
-    """What was done, in a JSON file: by target the next round, the outcomes and the seconds; faults; sittings."""
+    """The record in a JSON file: for each target the next round, outcomes and seconds; faults; and the child runs."""
 
     def __init__(self, path: Path, seed: int) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class State:
         return found
 
     def add(self, target: Target, line: dict[str, Any]) -> None:
-        """A round that has ended, whatever way."""
+        """Record a round that has ended in any way."""
         mine, counts = self.of(target), Counter(line["counts"])
         mine["next"] = line["round"] + 1
         mine["calls"] += calls_of(counts, target)
@@ -76,7 +76,7 @@ def again(fault: dict[str, Any]) -> str:
 
 
 def sit(state: State, target: Target, seconds: float, patience: float = PATIENCE) -> None:
-    """A child with rounds of a target for some seconds."""
+    """Run a child with rounds of a target for some seconds."""
     first = state.of(target)["next"]
     command = [sys.executable, "-m", "tests.fuzz.rounds", target.name, str(state.value["seed"]), str(first)]
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FASTDISTILL_ATTENTION": "default"}
@@ -132,12 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
         return write(State(options.state, options.seed).value)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options.state.parent.mkdir(parents=True, exist_ok=True)
-    with locked(options.state.parent):  # of two, each would write over what the other has counted
+    with locked(options.state.parent):  # two processes would overwrite each other's counts
         return _go_on(State(options.state, options.seed), options)
 
 
 def _go_on(state: State, options: argparse.Namespace) -> int:
-    """Rounds until the wanted counts are reached or the time is over; 1 where there are faults."""
+    """Run rounds until the wanted counts are reached or the time is over; returns 1 if there are faults."""
     state.begin()
     end = time.monotonic() + 60 * options.minutes
     chosen = [target for target in TARGETS if target.name.startswith(options.only)]

@@ -56,7 +56,7 @@ def cross_attention_call(draw: Any) -> Call:
 
 
 def _eps(arguments: dict[str, Any]) -> float:
-    """Torch's attention rounds in between, twice for what is rounded here."""
+    """Torch's attention also rounds intermediate results, twice for those that are rounded here."""
     return 2 * torch.finfo(arguments["q"].dtype).eps
 
 
@@ -80,8 +80,8 @@ def _qkv(draw: Any) -> tuple[dict[str, Any], int]:
 
 
 class _Softmax(torch.autograd.Function):
-    """0 where every score is -inf. In its gradient the two numbers that nearly cancel are rounded apart, as they are
-    computed apart, by what is to be expected of sums over the head dim, whose terms' magnitudes are ``size``."""
+    """0 if every score is -inf. Its gradient is a difference of two numbers that nearly cancel. They are computed
+    separately, so each gets its own error, as expected for sums over the head dim with magnitudes ``size``."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, size: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class _Softmax(torch.autograd.Function):
 def _truth(
     q: Tensor, k: Tensor, v: Tensor, heads: Any, scale: Any, mask: Any, rows: Any, largest: float = torch.inf
 ) -> tuple[Tensor]:
-    """``largest``: of the scores that are known; torch's own attention may hold them in the dtype of its tensors."""
+    """``largest``: of the known scores; torch's attention may store them in the dtype of its tensors."""
     flat = q.dim() == 3
     if flat:
         q, k, v = (t.unflatten(2, (heads, -1)) for t in (q, k, v))
@@ -116,8 +116,8 @@ def _truth(
         scores = scores + bias[:, None, None].to(q.dtype)
     size = 2 * v.detach().abs().sum(-1).transpose(1, 2)[:, :, None]  # cotangents are at most 2
     weights = rounded(_Softmax.apply(scores, size.expand_as(scores)))
-    # A backward makes them again from the logarithm of their sum, which is as precise as it is large: beside a score of
-    # 10,000 in float32 they are off by a thousandth, in every attention that keeps no more.
+    # A backward recomputes the weights from the logarithm of their sum, whose precision depends on its size: next to
+    # a score of 10,000 in float32 they are off by a thousandth, in every attention that stores nothing else.
     top = scores.detach().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) + 1
     weights = weights * (1 + (rounded(top) - top) / 2)
     fits = scores.detach().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True) < largest

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of an op with its kernels, and what it has to give: the rule of equality of ``tests/harness.py`` against
-float64, or an error that names argument, rule and value; and nothing written but what is the op's to write."""
+"""A call of an op with its kernels, and its checks: the rule of equality of ``tests/harness.py`` against float64, or an
+error that names argument, rule and value; and the op writes only what it may write."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.harness import EPS, assert_close, nudged
 
 NAMED = re.compile(r"^[\w.\[\]']+: expected .+, got .*", re.DOTALL)
 GPU = ("triton", "cuda")
-LEAST = 1e-27  # an error below is none: the kernels' least exponential, of what should be 0, is 1.6e-38 before products
-AUTOMATIC = "automatic"  # the op's own choice
-REPEATS = len(VALUES)  # with other values
+LEAST = 1e-27  # smaller errors are ignored: an exponential that should be 0 is 1.6e-38, before products
+AUTOMATIC = "automatic"  # the kernel that the op chooses
+REPEATS = len(VALUES)  # with different values
 Outputs = tuple[Tensor, ...]
 
 
 class _Rounded(torch.autograd.Function):
-    """The value and its gradient, each off by what a computation in a precision is."""
+    """The value and its gradient, each changed by the error of a computation in a precision."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, eps: float) -> Tensor:
@@ -48,37 +48,37 @@ _near = contextvars.ContextVar("near", default=0.0)
 
 
 def rounded(value: Tensor, terms: int = 1, least: float = 0.0) -> Tensor:
-    """What a truth says of a value that is computed in ``Call.eps``, a sum of so many terms of one sign: itself, or,
-    where it is asked how far results move by that, a value near it, with a gradient near its gradient. ``least``: the
-    precision that it is stored in, where that is less."""
+    """Marks a value that the truth computes in ``Call.eps`` as a sum of ``terms`` terms with one sign. Normally returns
+    the value itself; to find out how far results move by rounding, a value near it, with a gradient near its gradient.
+    ``least``: the precision in which it is stored, if that is lower."""
     eps = _near.get()
     return _Rounded.apply(value, max(least / 4, eps * max(1.0, terms**0.5 / 4))) if eps else value
 
 
 class Fault(AssertionError):
-    """What must not be."""
+    """Something that must not happen."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """``function`` and ``truth`` take ``arguments``, in which a ``Spec`` stands for its tensor, and return tensors;
-    ``truth`` computes in whatever precision it is given (None: the kernels agree with the reference)."""
+    """``function`` and ``truth`` take ``arguments`` (with tensors in place of each ``Spec``) and return tensors.
+    ``truth`` computes in the precision of its arguments; None: the kernels are only compared with the reference."""
 
     op: str
     function: Callable[..., Outputs]
     arguments: dict[str, Any]
     truth: Callable[..., Outputs] | None
-    eager: Callable[..., Outputs] | None = None  # what a user writes, where that is another formula
+    eager: Callable[..., Outputs] | None = None  # the code of a user, if it uses another formula
     kernels: tuple[str, ...] = (REFERENCE, "cpp")
-    written: frozenset[str] = frozenset()  # arguments that the op writes to
-    exact: bool = False  # the kernels give the same bits, tensors of integers in any case
-    close: float = 0.0  # an absolute difference that is none
-    eps: float = EPS  # of the precision that is computed in
-    hidden: bool = False  # what is written is scratch
-    wrong: tuple[str, str] | None = None  # an argument, and what it is made
+    written: frozenset[str] = frozenset()  # arguments that the op overwrites
+    exact: bool = False  # whether the kernels must give equal bits (integers always must)
+    close: float = 0.0  # absolute differences up to this are ignored
+    eps: float = EPS  # eps of the precision of the computation
+    hidden: bool = False  # whether the written arguments are scratch memory
+    wrong: tuple[str, str] | None = None  # the name of an argument, and its invalid value
 
     def made(self, seed: int, values: str) -> dict[str, Any]:
-        """The arguments with tensors of these values."""
+        """The arguments, with tensors of these values."""
         g = torch.Generator().manual_seed(seed)
         made = mapped(lambda one: one.made(g, values) if isinstance(one, Spec) else one, self.arguments)
         if self.wrong is not None:
@@ -134,7 +134,7 @@ HUGE = ("1e308", "inf", "nan", "2**63", "10**400")
 
 
 def calls(one: Callable[[Any], Call], wrongs: bool = True) -> st.SearchStrategy[tuple[Call, int]]:
-    """Calls that ``one`` makes with a function that draws; some with one argument made wrong. And a seed."""
+    """Calls that ``one`` creates with a draw function, some with one invalid argument, each with a seed."""
 
     @st.composite
     def strategy(draw: Any) -> tuple[Call, int]:
@@ -149,7 +149,7 @@ def calls(one: Callable[[Any], Call], wrongs: bool = True) -> st.SearchStrategy[
 
 @dataclass
 class Result:
-    """What a call has come to with one kernel."""
+    """The outcome of a call with one kernel."""
 
     kernel: str
     outputs: list[Tensor] = field(default_factory=list)
@@ -158,7 +158,7 @@ class Result:
 
 
 def check(example: tuple[Call, int], counts: Counter[str], repeats: int = REPEATS) -> None:
-    """The call with its kernels and several kinds of values."""
+    """Check the call with its kernels and several kinds of values."""
     call, seed = example
     for at in range(1 if call.wrong else repeats):
         values = VALUES[(seed // 7 + 3 * at) % len(VALUES)]
@@ -191,7 +191,7 @@ def _check(call: Call, seed: int, values: str, counts: Counter[str]) -> None:
         if isinstance(other.error, KernelError):
             continue
         if other.kernel in GPU and other.error is None and "expected a row of" in str(first.error):
-            continue  # nothing is read back from a GPU: its result is NaN
+            continue  # no value is read back from a GPU: the result is NaN
         if (first.error is None) != (other.error is None) or str(first.error) != str(other.error):
             raise Fault(f"{first.kernel}: {first.error or 'accepts'}; {other.kernel}: {other.error or 'accepts'}")
     accepted = [r for r in results if r.error is None]
@@ -232,8 +232,8 @@ def _evaluate(
     if not (wrt and of) or any(o.is_meta for o in of):
         return [o.detach() for o in outputs], []
     g = torch.Generator().manual_seed(seed)
-    # In the dtype of the output, which the truth has in float64; not 0, by which a stored gradient that has overflown
-    # is multiplied.
+    # In the dtype of the output (float64 for the truth). Not 0, because a stored gradient may have overflowed and is
+    # multiplied by it.
     along = [torch.randint(-8, 8, o.shape, generator=g).to(o.dtype).add(0.5) / 4 for o in of]
     gradients = torch.autograd.grad(of, wrt, along, allow_unused=True)
     return [o.detach() for o in outputs], list(gradients)
@@ -273,7 +273,7 @@ def _alike(name: str, got: Tensor, known: Tensor, exact: bool) -> None:
 
 
 def _as_near(name: str, got: Tensor, known: Tensor, close: float) -> None:
-    """Two results of the same arguments of which no truth is known: as near as two roundings of either."""
+    """Compare two results for the same arguments without a known truth: they may differ by two roundings."""
     both = got.isfinite() & known.isfinite()
     if both.any():
         eps = max(torch.finfo(got.dtype).eps, EPS)
@@ -284,11 +284,11 @@ def _as_near(name: str, got: Tensor, known: Tensor, close: float) -> None:
 
 
 class _Truth:
-    """The call in float64; in the precision of its tensors, and near its arguments, where the first is not enough."""
+    """The call in float64; if that is not enough, also in the precision of its tensors, and near its arguments."""
 
     def __init__(self, call: Call, made: dict[str, Any], seed: int, huge: bool) -> None:
         self._call, self._made, self._seed, self._huge = call, made, seed, huge
-        # e^-87 is the least exponential of the kernels: of huge factors the product with it is not small.
+        # e^-87 is the smallest exponential of the kernels; its product with huge factors is not small.
         largest = [t.abs().max().item() for t in leaves(made) if _is_float(t) and huge and t.numel()]
         largest = [one for one in largest if math.isfinite(one)]
         self._floor = max([LEAST, *(4 * EPS * one for one in largest)])
@@ -302,9 +302,9 @@ class _Truth:
     def check(self, name: str, at: int, got: Tensor, factor: float) -> None:
         exact = self._exact[at]
         assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, should be {tuple(exact.shape)}"
-        limit = torch.finfo(got.dtype).max / 64  # a stored gradient has the loss scale in it
+        limit = torch.finfo(got.dtype).max / 64  # a stored gradient includes the loss scale
         known = exact.isfinite() & (exact.abs() < limit)
-        if self._huge:  # what overflows on the way depends on the way
+        if self._huge:  # whether intermediate results overflow depends on the order of operations
             known &= got.isfinite()
         if not known.any():
             return
@@ -339,7 +339,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _leaf(value: Any) -> Any:
-    """A tensor of its own, with gradient where it had one."""
+    """A separate tensor, with requires_grad if the original has it."""
     if not isinstance(value, Tensor):
         return value
     return value.detach().clone().requires_grad_(value.requires_grad)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run files and settings: what is accepted is written and read back as it is, what is not is refused field by field."""
+"""Run files and settings: valid ones are written and read back unchanged, invalid ones are refused field by field."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ KINDS = (RunConfig, TrainConfig)
 
 @functools.cache
 def fields(kind: type) -> st.SearchStrategy[dict[str, Any]]:
-    """Some fields of a configuration, nested ones too, with their values, others of their types, or any."""
+    """Some fields of a configuration, also nested, with their own values, other values of their types, or any
+    values."""
     hints = get_type_hints(kind)
     choices: list[st.SearchStrategy[tuple[str, Any]]] = []
     for field in dataclasses.fields(kind):
@@ -51,7 +52,7 @@ def mappings() -> Parts:
 
 
 def _kept(kind: Any, made: Any) -> None:
-    """A configuration that was accepted passes its own check, and reads back as it was written."""
+    """A valid configuration passes its own check and is read back as written."""
     validated(made)
     path = folder() / "kept.yaml"
     try:
@@ -73,7 +74,7 @@ PIECES = st.sampled_from((
 
 
 def texts() -> Parts:
-    """YAML: written from random values, with bytes changed, or of pieces that mean something to it."""
+    """YAML texts: written from random values, with changed bytes, or composed of YAML syntax."""
     some = st.lists(st.one_of(PIECES, st.text(max_size=3)), max_size=12).map("".join)
     drawn = st.tuples(st.sampled_from(KINDS), st.one_of(some, fields(RunConfig)), st.none() | BYTES)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can happen to a file, or be done to it: bytes flipped, cut, appended, a JSON value put in place of another, a
-safetensors header that lies. And how a reader has to take it."""
+"""Damage to a file: bytes flipped, cut or appended, a JSON value replaced by another, a wrong safetensors header. And
+the check of how a reader reacts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ WORDS = st.sampled_from(
 ATOMS = st.one_of(NUMBERS, WORDS, st.none(), st.booleans(), st.integers(-9, 9), st.text(max_size=4))
 VALUES = st.recursive(ATOMS, lambda one: st.one_of(st.lists(one, max_size=3), st.dictionaries(WORDS, one, max_size=3)))
 PLACES = st.lists(st.integers(0, 40), max_size=5)
-DEEP = "[" * 100_000 + "]" * 100_000  # more than Python's parser of JSON nests
+DEEP = "[" * 100_000 + "]" * 100_000  # nested more deeply than Python's JSON parser allows
 
-#: Each: what is done to bytes, as (kind, where, what).
+#: A change of bytes: (kind, position, bytes).
 BYTES = st.tuples(
     st.sampled_from(("flip", "zero", "cut", "append", "insert", "set")), st.integers(0, 2**16), st.binary(max_size=9)
 )
-#: What is done to JSON: (where, what); where by the numbers of children, modulo how many there are.
+#: A change of JSON: (path, kind, value); the path has child numbers, modulo the number of children.
 CHANGES = st.lists(st.tuples(PLACES, st.sampled_from(("set", "drop", "add", "swap")), VALUES), min_size=1, max_size=3)
 
 
@@ -83,12 +83,12 @@ def _change(value: Any, places: list[int], kind: str, new: Any) -> Any:
 
 
 def encoded(value: Any) -> bytes:
-    """A JSON value as the bytes of a file, lone surrogates and all."""
+    """A JSON value as the bytes of a file, including lone surrogates."""
     return json.dumps(value).encode()
 
 
 def with_header(data: bytes, changes: list[tuple[list[int], str, Any]], metadata: bool = False) -> bytes:
-    """A safetensors file whose header, or the JSON in its metadata, was changed."""
+    """A safetensors file with changes in its header, or in the JSON of its metadata."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if metadata:
@@ -102,7 +102,7 @@ def with_header(data: bytes, changes: list[tuple[list[int], str, Any]], metadata
 
 
 def read(name: str, reader: Callable[[], Any], counts: Counter[str], what: str) -> Any:
-    """What a reader returns; None where it refuses, in words of this package that name something."""
+    """What a reader returns; None if it refuses with one of this package's messages that names something."""
     try:
         found = reader()
     except FastdistillError as error:
@@ -121,7 +121,7 @@ def read(name: str, reader: Callable[[], Any], counts: Counter[str], what: str) 
 
 
 def _place(error: BaseException) -> str:
-    """The last lines of this package that an error went through."""
+    """The last lines of this package in an error's traceback."""
     lines, step = [], error.__traceback__
     while step is not None:
         code = step.tb_frame.f_code

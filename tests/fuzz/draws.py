@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of the draw of a batch. Its kernels agree with the reference to the bit, noise to 4e-6."""
+"""Arguments of the draw of a batch. Its kernels give the bits of the reference, and noise within 4e-6."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def noise_gather_call(draw: Any) -> Call:
         arguments["latents"] = Spec(**{**vars(latents), "shape": (ring * batch, *latents.shape[1:])})
         arguments["latent_prompts"] = Spec((arguments["latent_rows"],), torch.int64, below=texts)
 
-    if draw(st.booleans()):  # what the kernels take
+    if draw(st.booleans()):  # a layout that kernels support
         arguments = tree_map_only(Spec, lambda one: Spec(**{**vars(one), "layout": "contiguous"}), arguments)
 
     def function(**given: Any) -> tuple[Tensor, ...]:

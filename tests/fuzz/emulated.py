@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls of ``calls.py`` with kernels for a GPU on a CPU: Triton's interpreted, CUDA's emulated (slow: the values of
-a call are of one kind)."""
+"""The calls of ``calls.py`` with GPU kernels on a CPU: Triton's interpreted, CUDA's emulated. They are slow, so each
+call uses only one kind of values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = {"residual_layer_norm_modulate": "layer_norm_modulate"}
 
 
 def calls(one: Callable[[Any], Call]) -> st.SearchStrategy[tuple[Call, int]]:
-    """Right ones: what refuses wrong arguments is in front of all kernels."""
+    """Only valid calls: invalid arguments are refused before any kernel."""
     return plain.calls(one, wrongs=False)
 
 

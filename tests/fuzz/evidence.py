@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``docs/evidence/fuzz.md`` and ``.json`` from what was done."""
+"""Writes ``docs/evidence/fuzz.md`` and ``fuzz.json`` from the recorded rounds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.fuzz.targets import TARGETS
 FOLDER = Path(__file__).parents[2] / "docs" / "evidence"
 PACKAGES = ("torch", "numpy", "triton", "safetensors", "pydantic", "PyYAML", "pyarrow", "hypothesis")
 GROUPS = {
-    "ops": "Calls of the ops' functions, each with the reference and the C++ kernel (attention: torch's)",
+    "ops": "Calls of the ops' functions, each with the reference and with the C++ kernel (attention: with torch's)",
     "emulated": "Accepted calls of the Triton kernels in the interpreter and of the CUDA kernels in the emulation",
-    "others": "Configurations and files read",
+    "others": "Configurations and files that were read",
 }
 
 
 def write(state: dict[str, Any]) -> int:
-    """Both files; 1 where a target lacks calls."""
+    """Write both files; returns 1 if a target has fewer calls than wanted, else 0."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     state = state | {"faults": [fault | {"fault": _nowhere(fault["fault"])} for fault in state["faults"]]}
     versions = {name: metadata.version(name) for name in PACKAGES} | {"Python": platform.python_version()}
@@ -32,7 +32,7 @@ def write(state: dict[str, Any]) -> int:
 
 
 def _nowhere(fault: str) -> str:
-    """A fault without the places of this machine."""
+    """The text of a fault without paths of this machine."""
     for place in (FOLDER.parents[1], sys.prefix, sys.base_prefix):
         fault = fault.replace(f"{place}/", "")
     return fault
@@ -44,10 +44,11 @@ def text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:
     commits = list(dict.fromkeys(sitting["commit"] for sitting in state["sittings"]))
     lines = [
         "# Fuzzing", "",
-        "`make fuzz` (`tests/fuzz/`): hypothesis draws calls, files and configurations; a child process runs them"
-        " within limits of memory and time. Each round of a target is a run of hypothesis with the seed of its number,"
-        " so any can be repeated: `python -m tests.fuzz --replay TARGET ROUND`. Here is what was done and what was"
-        " found; `fuzz.json` has all counts and the rounds of each commit.", "",
+        "`make fuzz` (`tests/fuzz/`): hypothesis generates calls, files and configurations; a child process runs them"
+        " with limits on memory and time. Each round of a target is a run of hypothesis with a seed that follows from"
+        " the number of the round. So every round can be repeated: `python -m tests.fuzz --replay TARGET ROUND`. This"
+        " page lists the rounds and the faults that they found; `fuzz.json` has all counts and the rounds of each"
+        " commit.", "",
         f"Seed {state['seed']}, commits {', '.join(commits)}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".", "",
     ]  # fmt: skip
@@ -65,9 +66,9 @@ def text(state: dict[str, Any], versions: dict[str, str]) -> list[str]:
                 f" | {mine['seconds']:.0f} |"
             )
         lines.append("")
-    lines += ["## Faults", "", f"{len(state['faults'])} rounds with a fault, the first line of each:", ""]
+    lines += ["## Faults", "", f"{len(state['faults'])} rounds found a fault. The first line of each:", ""]
     for fault in state["faults"]:
         first = fault["fault"].splitlines()[0].replace("|", "\\|")[:300]
-        since = fault.get("mended", "open")  # in words, by whoever mended it
+        since = fault.get("mended", "open")  # written by the person who fixed it
         lines.append(f"- `{fault['target']}`, round {fault['round']}, at {fault['commit']}: {first} ({since})")
     return lines

@@ -41,7 +41,7 @@ def feature_match_call(draw: Any) -> Call:
     written: set[str] = set()
     if draw(st.integers(0, 3)) == 3:
         arguments["overwrite_teacher"] = True
-        written = {"teacher"}  # where all fits; else nothing is
+        written = {"teacher"}  # only if the op accepts the call
 
     def function(grad_scale: Any = None, **given: Any) -> tuple[Tensor, ...]:
         found = feature_match(grad_scale=grad_scale, **given)

@@ -32,7 +32,7 @@ def geglu_call(draw: Any) -> Call:
 
 
 def _geglu_truth(x: Tensor, approximate: str) -> tuple[Tensor]:
-    """Without the difference of 1 and nearly 1 that torch's own formula has far below 0."""
+    """Avoids torch's formula, in which 1 and nearly 1 cancel far below 0."""
     a, g = x.chunk(2, -1)
     if approximate == "tanh":
         return (a * g * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)),)
@@ -48,7 +48,7 @@ def group_norm_call(draw: Any) -> Call:
     for name in test_group_norm_silu.NAMES:
         shape = (channels,) if name in ("weight", "bias") else (batch, channels)
         arguments[name] = _given(draw, shape, small)
-    if each * math.prod(x.shape[2:]) == 1:  # one value a group: all that is left of x + time_bias is its rounding
+    if each * math.prod(x.shape[2:]) == 1:  # with one value per group, only the rounding of x + time_bias is left
         arguments["time_bias"] = None
 
     def function(x: Tensor, weight: Any, bias: Any, groups: Any, eps: Any, **rest: Any) -> tuple[Tensor]:
@@ -63,16 +63,37 @@ def group_norm_call(draw: Any) -> Call:
         return (F.silu(z) if silu else z,)
 
     def eager(x: Tensor, **given: Any) -> tuple[Tensor]:
-        """In float32, by the same formula: torch's own group norm can crash in its backward."""
+        """In float32 with the same formula, because torch's own group norm can crash in its backward."""
         return (truth(x.float(), **given)[0].to(x.dtype),)
 
     return Call("group_norm_silu", function, arguments, None if 0 in x.shape else truth, eager)
 
 
 def normalized(u: Tensor, eps: float, over: Any) -> Tensor:
-    u = rounded(u)
-    d = rounded(u - rounded(u.mean(tuple(over), keepdim=True)))
-    return rounded(d * rounded((d.square().mean(tuple(over), keepdim=True) + eps).rsqrt()))
+    u, over = rounded(u), tuple(over)
+    mean = u.mean(over, keepdim=True)
+    kept = rounded(mean)
+    d = rounded(u - kept)
+    r = rounded((d.square().mean(over, keepdim=True) + eps).rsqrt())
+    n = rounded(d * r)
+    return n + _Uncentred.apply(u, n.detach(), r.detach(), (kept - mean).detach(), over)
+
+
+class _Uncentred(torch.autograd.Function):
+    """0, with the gradient that a mean which is kept as a float is off by: n is off by as much in all of a row then,
+    and so, times mean(dn n), are the gradients r (dn - mean(dn) - n mean(dn n)), which take it for centred."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, n: Tensor, r: Tensor, off: Tensor, over: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(n, r, off)
+        ctx.over = over
+        return torch.zeros_like(u)
+
+    @staticmethod
+    def backward(ctx: Any, dn: Tensor) -> tuple[Tensor | None, ...]:
+        n, r, off = ctx.saved_tensors
+        error = r * r * off * (dn * n).mean(ctx.over, keepdim=True)
+        return torch.where(off == 0, 0.0, error).expand_as(dn), None, None, None, None
 
 
 def layer_norm_call(draw: Any) -> Call:

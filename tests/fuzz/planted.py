@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults that are there to be found: of a fuzzer that finds none it is not known whether it would."""
+"""Planted faults, to check that the fuzzer finds them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _at_the_third(fault: Callable[[], Any]) -> Parts:
 
 
 def crash() -> Parts:
-    """Ends the process."""
+    """Ends the process abruptly."""
     return _at_the_third(lambda: os.kill(os.getpid(), signal.SIGSEGV))
 
 
@@ -38,12 +38,12 @@ def hang() -> Parts:
 
 
 def memory() -> Parts:
-    """Takes more than it may."""
+    """Allocates more memory than allowed."""
     return _at_the_third(lambda: bytearray(2**30))
 
 
 def unclear() -> Parts:
-    """An error that says nothing."""
+    """Raises an error without information."""
 
     def fault() -> None:
         raise KeyError("x")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt files: what is read is text that UTF-8 can write, in the order of the file; else the line is refused."""
+"""Prompt files: the texts that are read can be written as UTF-8 and are in the file's order; other lines are
+refused."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def _check(name: str, path: Path, options: dict[str, Any], counts: Counter[str],
 
 
 def texts() -> Parts:
-    """Lines of text with odd ends and bytes."""
+    """Lines of text with unusual line ends and bytes."""
     lines = st.lists(st.tuples(CELLS, ENDS), max_size=6)
     drawn = st.tuples(lines, st.sampled_from((b"", b"\xef\xbb\xbf", b"\xff\xfe")), st.none() | BYTES, OPTIONS)
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A round of a target: one run of hypothesis with the seed of its number. A child runs one after the other, within
-limits, and writes a line of JSON after each: ``python -m tests.fuzz.rounds TARGET SEED FIRST SECONDS``."""
+"""A round of a target: one run of hypothesis; its seed follows from its number. A child with limited memory and time
+runs
+rounds one after another and writes a line of JSON after each: ``python -m tests.fuzz.rounds TARGET SEED FIRST
+SECONDS``."""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ from hypothesis import HealthCheck, Phase
 from tests.fuzz.targets import Target, named
 
 SETTINGS = {
-    "deadline": None,  # the parent has one
+    "deadline": None,  # the parent process has one
     "database": None,
     "suppress_health_check": list(HealthCheck),
     "phases": (Phase.generate, Phase.shrink),
@@ -32,7 +34,7 @@ SETTINGS = {
 
 
 def run(target: Target, seed: int, number: int, examples: int | None = None) -> tuple[Counter[str], str | None]:
-    """A round: how often each outcome was met, and the smallest example of a fault that hypothesis found, if any."""
+    """Run a round. Returns how often each outcome occurred, and the smallest example of a fault, if there is one."""
     counts: Counter[str] = Counter()
 
     @hypothesis.seed(seed * 10**9 + number)
@@ -51,7 +53,7 @@ def run(target: Target, seed: int, number: int, examples: int | None = None) -> 
 
 
 def _told(error: BaseException) -> str:
-    """The message of a fault; of another error its traceback too."""
+    """The message of a fault; for other errors also the traceback."""
     if isinstance(error, BaseExceptionGroup):
         return "\n".join(map(_told, error.exceptions))
     if isinstance(error, AssertionError) and str(error):
@@ -60,14 +62,14 @@ def _told(error: BaseException) -> str:
 
 
 def limit_memory(room: int) -> None:
-    """No more address space than now and ``room`` bytes."""
+    """Limit the address space to its current size plus ``room`` bytes."""
     with open("/proc/self/statm", encoding="ascii") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + room, resource.RLIM_INFINITY))
 
 
 def main(name: str, seed: int, first: int, seconds: float) -> None:
-    """Rounds from ``first`` on until the time is over; the last line says so."""
+    """Run rounds from ``first`` on until the time is over; the last line says so."""
     faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

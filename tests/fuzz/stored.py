@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches, banks, checkpoints and kept calls that a stranger gives: they are read as they are, or refused; nothing is
-allocated that the file's own size does not justify, and nothing in them runs."""
+"""Caches, banks, checkpoints and saved calls from a stranger: they are read correctly or refused. Memory is allocated
+only in proportion to the file's size, and no code in them is executed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROWS = 5
 
 @functools.cache
 def folder() -> Path:
-    """A folder of this process, removed at its end."""
+    """A folder of this process, removed at exit."""
     made = Path(tempfile.mkdtemp(prefix="fuzz-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return made
@@ -43,7 +43,7 @@ def folder() -> Path:
 
 @functools.cache
 def _directories() -> dict[str, dict[str, bytes]]:
-    """A cache and a bank: their files."""
+    """The files of a cache and of a bank."""
     rows = torch.arange(ROWS * 6, dtype=torch.float32).view(ROWS, 2, 3)
     generate_latent_cache(
         folder() / "cache", lambda at, _: rows[at], torch.arange(ROWS) % 3, (2, 3), torch.float32,
@@ -80,7 +80,7 @@ def _read(name: str, kind: str, reader: int, counts: Counter[str], what: str) ->
 
 
 def manifests() -> Parts:
-    """Manifests in which values were changed, with the hash that they state made right."""
+    """Manifests with changed values and a correct hash of them."""
     kinds = st.sampled_from(("cache", "bank"))
     drawn = st.tuples(kinds, st.integers(0, 3), CHANGES, st.booleans(), st.none() | BYTES, st.integers(0, 99))
 
@@ -115,8 +115,8 @@ def _put(kind: str, name: str, data: bytes) -> None:
 
 
 def shards() -> Parts:
-    """Shards and attachments with other bytes or a header that lies, also where the manifest has their size and hash
-    right."""
+    """Shards and attachments with changed bytes or a wrong header, also if the manifest has the correct size and
+    hash."""
     kinds = st.sampled_from(("cache", "bank"))
     drawn = st.tuples(
         kinds, st.integers(0, 3), st.integers(0, 9), st.one_of(BYTES, CHANGES), st.booleans(), st.integers(0, 99)
@@ -180,7 +180,7 @@ def _file(data: bytes, example: Any) -> bytes:
 
 
 def checkpoints() -> Parts:
-    """Checkpoints with other bytes, tensors or metadata."""
+    """Checkpoints with changed bytes, tensors or metadata."""
 
     def check(example: Any, counts: Counter[str]) -> None:
         data = _file(_checkpoint(), example)
@@ -196,7 +196,7 @@ def checkpoints() -> Parts:
 
 @functools.cache
 def _calls() -> list[bytes]:
-    """Kept calls of some ops, forward and backward."""
+    """Saved calls of some ops, forward and backward."""
 
     def step() -> None:
         x = torch.ones(2, 4, 3, requires_grad=True)
@@ -210,7 +210,7 @@ def _calls() -> list[bytes]:
 
 
 def kept_calls() -> Parts:
-    """Kept calls with other bytes, tensors or arguments."""
+    """Saved calls with changed bytes, tensors or arguments."""
 
     def check(example: Any, counts: Counter[str]) -> None:
         number, change, kernel = example

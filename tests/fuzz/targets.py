@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is fuzzed, and how often at least."""
+"""The targets of fuzzing, and the minimum number of calls for each."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Target:
-    """``module`` has a function ``function``: for ops one that draws a call (``calls.py``), else one that returns
-    (strategy, check)."""
+    """``function`` in ``module``: for ops a function that draws a call (``calls.py``), else one that returns (strategy,
+    check)."""
 
     name: str
-    wanted: int  # calls, of all kernels together
+    wanted: int  # minimum number of calls, over all kernels
     module: str
     function: str
-    examples: int = 100  # of a round
-    memory: int = 2 * GIB  # that a child may take beside what it has after its imports
+    examples: int = 100  # per round
+    memory: int = 2 * GIB  # additional memory that a child may use after its imports
 
     @property
     def group(self) -> str:
         return self.name.partition(".")[0]
 
     def prepare(self) -> None:
-        """Imports, before memory is limited."""
+        """Import everything before the memory is limited."""
         self._parts()
 
     def strategy(self) -> st.SearchStrategy[Any]:

@@ -42,7 +42,7 @@ class Spec:
     values: str | None = None  # always these
 
     def made(self, g: torch.Generator, values: str = "normal") -> Tensor:
-        """The tensor of these values."""
+        """A tensor with these values."""
         strides = strides_of(self.shape, self.layout)
         room = 1 + sum((n - 1) * step for n, step in zip(self.shape, strides, strict=True))
         count = (0 if 0 in self.shape else room) + 2 * MARGIN + self.offset
@@ -68,7 +68,7 @@ def _values(count: int, g: torch.Generator, kind: str) -> Tensor:
 
 
 def strides_of(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    """Of a contiguous tensor, or one in another order, with gaps, with elements that share their memory."""
+    """The strides of a contiguous tensor, or of one with permuted dimensions, gaps, or elements that share memory."""
     order = list(range(len(shape)))
     if layout == "channels_last" and len(shape) > 2:
         order = [0, *order[2:], 1]
@@ -88,7 +88,7 @@ def strides_of(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
 
 
 def limited(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape, with less of its largest sizes where it has many elements."""
+    """The shape, with its largest sizes reduced if it has many elements."""
     while math.prod(shape) > MOST:
         largest = max(shape)
         shape = tuple(2 if n == largest else n for n in shape)
@@ -96,18 +96,18 @@ def limited(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def spec(draw: Any, shape: tuple[int, ...], dtype: torch.dtype | None = None, **options: Any) -> Spec:
-    """A tensor of this shape in a layout that is drawn."""
+    """A tensor with this shape in a random layout."""
     dtype = draw(dtypes) if dtype is None else dtype
     return Spec(shape, dtype, draw(layouts), draw(st.booleans()), draw(st.sampled_from((0, 1, 3))), **options)
 
 
 def plain(made: Spec) -> Spec:
-    """The same without gradient."""
+    """The same without requires_grad."""
     return replace(made, grad=False)
 
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """The function's results for the leaves of dicts, lists and tuples. (Torch's ``tree_map`` knows much more, and
+    """Applies the function to the leaves of dicts, lists and tuples. (Torch's ``tree_map`` supports more types, but
     takes as long as a small kernel.)"""
     if isinstance(value, dict):
         return {key: mapped(function, one) for key, one in value.items()}
@@ -126,12 +126,12 @@ def leaves(value: Any) -> list[Any]:
 
 
 def line_of(tensor: Tensor) -> Tensor:
-    """All of the memory that a tensor is a window on, as bytes."""
+    """All of the memory that a tensor is a view of, as bytes."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether two elements share their memory."""
+    """Whether two elements share memory."""
     step = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -142,7 +142,7 @@ def overlaps(tensor: Tensor) -> bool:
 
 
 def described(value: Any) -> str:
-    """A value of a call for people."""
+    """A readable form of a call's value."""
     if isinstance(value, Tensor):
         grad = ", grad" if value.requires_grad else ""
         kind = str(value.dtype).removeprefix("torch.")

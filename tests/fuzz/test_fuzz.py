@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short forms of ``make fuzz``: a few examples of every target, and faults that its parent has to find."""
+"""Short forms of ``make fuzz``: a few examples for every target, and planted faults that the parent must detect."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_faults_are_found_and_told_how_to_repeat(
     fault, *_ = State(tmp_path / "state.json", 0).value["faults"]
     assert words in fault["fault"] and fault["round"] == 0
     assert f"--replay '{target.name}' 0" in capsys.readouterr().out
-    assert state.of(target)["next"] >= 1  # what is broken does not stop the rest
+    assert state.of(target)["next"] >= 1  # a fault does not stop the other rounds
 
 
 def test_the_evidence_is_what_was_counted() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of the optimizer's pass and of the norm before it."""
+"""Arguments of the optimizer's update and of the norm before it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def square_sum_call(draw: Any) -> Call:
         return (sum((rounded(g.double().square().sum(), g.numel()) for g in grads), zero).double(),)
 
     def function(grads: Any) -> tuple[Tensor]:
-        return (grad_square_sum(grads).float(),)  # it is as precise as that
+        return (grad_square_sum(grads).float(),)  # its precision is float32's
 
     return Call("grad_square_sum", function, arguments, truth)
 
@@ -35,7 +35,7 @@ STATE = ("params", "grads", "exp_avgs", "exp_avg_sqs", "averages", "copies")
 
 def adamw_call(draw: Any) -> Call:
     listed = draw(st.lists(shapes, min_size=1, max_size=3))
-    alike = draw(st.booleans())  # one layout for all tensors of a parameter
+    alike = draw(st.booleans())  # whether all tensors of a parameter have one layout
     base = [plain(spec(draw, s, torch.float32)) for s in listed]
 
     def like(dtype: Any = torch.float32, **options: Any) -> list[Spec]:
@@ -90,7 +90,7 @@ def _adamw_truth(
     group: Any, square_sum: Tensor, skipped: Tensor, max_norm: float, ema_warmup: bool, zero_grads: bool,
     grad_scale: Any, found_inf: Any, ema_weight: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """One step in whatever precision, into tensors of its own; in the order of the names of what is written to."""
+    """One step in any precision, into separate tensors; returned in the order of the names of the written arguments."""
     skip = not square_sum.isfinite() or (found_inf is not None and found_inf != 0)
     scale = 1.0 if grad_scale is None else grad_scale.double().item()
     clip = min(1.0, max_norm / (square_sum.sqrt().item() / scale + 1e-6)) if not skip else 0.0

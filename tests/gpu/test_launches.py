@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a launch on a real GPU can break: streams, graphs, devices.
+"""Errors that only a launch on a real GPU can show: streams, graphs, devices.
 
-Without one the same steps run emulated, where a graph is the step itself.
+Without a GPU the same steps run emulated, and a graph is the step itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pairs = pytest.mark.parametrize(("kernel", "work"), PAIRS)
 
 
 def on(*marks: Any) -> Callable[..., Any]:
-    """Decorators of a test of every step by every kernel."""
+    """Decorators for a test of every step with every kernel."""
 
     def decorate(test: Any) -> Any:
         for mark in (*marks, pairs):
@@ -45,7 +45,7 @@ def assert_equal(got: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
 
 
 def captured(work: Work) -> tuple[Callable[[], None], list[Tensor]]:
-    """A replay of the step in a CUDA graph and the memory that it writes; the state is as before."""
+    """A function that replays the step in a CUDA graph, and the memory that it writes; the state is unchanged."""
     before = [t.clone() for t in work.state]
     if here == "cpu":
         memory = [t.clone() for t in work.step()]
@@ -59,13 +59,13 @@ def captured(work: Work) -> tuple[Callable[[], None], list[Tensor]]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        work.step()  # kernels are loaded, and Triton's compiled, at their first launch
+        work.step()  # the first launch loads kernels and compiles Triton's
     torch.cuda.current_stream().wait_stream(stream)
     restore(work, before)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         memory = work.step()
-    assert all(map(torch.equal, work.state, before))  # a captured step has not run
+    assert all(map(torch.equal, work.state, before))  # capturing does not execute the step
     return graph.replay, memory
 
 
@@ -79,7 +79,7 @@ def test_equal_bits_on_every_run(work: str, kernel: str) -> None:
 
 @pytest.mark.skipif("triton" not in KERNELS, reason="no Triton")
 def test_cross_attention_has_equal_bits_where_a_gpu_is_full() -> None:
-    """Thousands of blocks at once, where a missing barrier or fence shows."""
+    """Thousands of blocks run at once, so a missing barrier or fence shows."""
     batch, queries, heads, runs = (16, 4096, 8, 5) if here == "cuda" else (1, 20, 1, 2)
     shapes = (batch, queries, heads, 40), *[(batch, 77, heads, 40)] * 2
     with use("triton"):
@@ -91,7 +91,7 @@ def test_cross_attention_has_equal_bits_where_a_gpu_is_full() -> None:
 
 @on(*([pytest.mark.slow] if here == "cpu" else []))
 def test_replays_of_a_graph_are_the_next_steps(work: str, kernel: str) -> None:
-    """Counters, weights and rates are read from device memory by each replay."""
+    """Each replay reads counters, weights and rates from device memory."""
     with use(kernel):
         made = WORKS[work](here)
         expected = steps_of(made)
@@ -104,7 +104,7 @@ def test_replays_of_a_graph_are_the_next_steps(work: str, kernel: str) -> None:
 
 
 def test_a_graph_of_a_whole_training_step() -> None:
-    """Draw, teacher, student, losses, backward and optimizer; what is not this project's may round differently."""
+    """Draw, teacher, student, losses, backward and optimizer; other libraries may round differently."""
     for name in ("diffusers", "pydantic", "safetensors", "yaml"):
         pytest.importorskip(name)
     from fastdistill.train import DistillTrainer
@@ -115,7 +115,7 @@ def test_a_graph_of_a_whole_training_step() -> None:
     made = small.student("channel_base", own)
     parts = small.SCHEDULE, small.cache(), small.bank(), small.objective(made), small.config()
     trainer = DistillTrainer(own, made.model, *parts, device=here)
-    trainer.step()  # makes the optimizer's state
+    trainer.step()  # creates the optimizer's state
 
     def step() -> list[Tensor]:
         trainer.step()
@@ -134,7 +134,7 @@ def test_a_graph_of_a_whole_training_step() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(here == "cpu", reason="no CUDA device")
 def test_a_graph_keeps_the_table_of_addresses_that_it_reads() -> None:
-    """Triton's is in device memory, and given up for newer ones where no graph holds it."""
+    """Triton's table is in device memory; it may be replaced by a newer one only if no graph uses it."""
     with use("triton"):
         made = adamw_ema_work(here)
         expected = steps_of(made)
@@ -152,7 +152,7 @@ def test_a_graph_keeps_the_table_of_addresses_that_it_reads() -> None:
 
 @on(*GPU)
 def test_a_stream_of_its_own(work: str, kernel: str) -> None:
-    """A step waits for what was queued on the current stream, and for nothing else."""
+    """A step waits for earlier work on the current stream, and for nothing else."""
     with use(kernel):
         made = WORKS[work](here)
         expected = steps_of(made)
@@ -162,7 +162,7 @@ def test_a_stream_of_its_own(work: str, kernel: str) -> None:
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(100_000_000)  # cycles; a launch elsewhere would see the zeros
+            torch.cuda._sleep(100_000_000)  # cycles; a launch on another stream would read the zeros
             restore(made, state)
             got = [[t.clone() for t in made.step()] for _ in expected]
         stream.synchronize()
@@ -179,7 +179,7 @@ def test_nothing_waits_for_the_gpu(work: str, kernel: str) -> None:
         try:
             torch.cuda._sleep(500_000_000)
             made.step()
-            assert not torch.cuda.current_stream().query()  # still asleep
+            assert not torch.cuda.current_stream().query()  # the sleep has not ended
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -195,7 +195,7 @@ def test_the_gpu_of_the_tensors_need_not_be_the_current_one(work: str, kernel: s
 
 @kernels
 def test_two_devices_draw_one_batch(kernel: str) -> None:
-    """Each draws its half of the global batch by the same seed; another seed draws another."""
+    """Each draws its half of the global batch with the same seed; another seed gives another draw."""
     devices = [f"cuda:{i % torch.cuda.device_count()}" for i in range(2)] if here == "cuda" else ["cpu"] * 2
     options = {"null_index": 8, "target": True, "global_batch": 12}
     with use(kernel):
@@ -221,7 +221,7 @@ def test_published_vectors_of_philox(counter: tuple[int, ...], key: tuple[int, i
 
 @kernels
 def test_a_backward_in_another_thread_takes_the_forced_kernel(kernel: str) -> None:
-    """On a GPU it runs in a thread of autograd's."""
+    """On a GPU, autograd runs it in its own thread."""
     s, t = torch.ones(5, device=here, requires_grad=True), torch.zeros(5, device=here)
     calls = OPS["scale_gradients"].calls
     with use(kernel):
@@ -234,7 +234,7 @@ def test_a_backward_in_another_thread_takes_the_forced_kernel(kernel: str) -> No
 
 
 class Elsewhere(Tensor):
-    """What says that it is on a GPU, which need not be there; a fake tensor asks for it where there is another."""
+    """Pretends to be on a GPU that need not exist; if there is a GPU, it is a fake tensor."""
 
     __torch_dispatch__ = None
 
@@ -244,7 +244,7 @@ class Elsewhere(Tensor):
 
 
 def test_the_guard_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several GPUs a kernel runs with that of the tensors as the current one; with one nothing is asked."""
+    """With several GPUs, the kernel's device is that of its tensors; with one GPU nothing is checked."""
     entered: list[int] = []
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from tests.gpu.work import KERNELS, PAIRS, main
 ROOT = Path(__file__).parents[2]
 PLACES = [os.environ.get("PATH", ""), *(f"{os.environ.get(v, '')}/bin" for v in ("CUDA_HOME", "CUDA_PATH"))]
 TOOL = shutil.which("compute-sanitizer", path=os.pathsep.join([*PLACES, "/usr/local/cuda/bin"]))
-# Every tensor is an allocation of its own, so that its ends are seen.
+# Every tensor is a separate allocation, so that accesses past its end are detected.
 WITHOUT_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 PLANTED = """
 import torch
@@ -29,7 +29,7 @@ torch.cuda.synchronize()
 
 
 def run(tool: str, *command: str) -> tuple[int, str]:
-    """The exit code and the output, which is also printed as it comes, for a run that may be stopped."""
+    """The exit code and the output; the output is also printed at once, because the run may be stopped."""
     assert TOOL is not None
     options = "--error-exitcode", "17", "--print-limit", "20"
     output = ""
@@ -65,6 +65,6 @@ def test_a_planted_bug_is_found() -> None:
 
 
 def test_what_the_process_that_is_watched_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every kernel; here emulated where there is no GPU."""
+    """Every kernel; emulated if there is no GPU."""
     main("cuda" if torch.cuda.is_available() else "cpu")
     assert [line.split(" wrote")[0] for line in capsys.readouterr().out.splitlines()] == [f"{k} {w}" for k, w in PAIRS]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One small step of every op with a kernel for a GPU, on memory that stays in place.
+"""One small step of every op with a GPU kernel, on memory at fixed addresses.
 
-``python -m tests.gpu.work DEVICE [KERNEL ...]`` runs each, for a tool that watches the process.
+``python -m tests.gpu.work DEVICE [KERNEL ...]`` runs each step, for a tool that watches the process.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from fastdistill.ops import (
     grad_square_sum,
     group_norm_silu,
     output_match,
+    quantize_rows,
     residual_layer_norm_modulate,
     use,
 )
 
 REASONS = {"triton": _native.triton_reason, "cuda": _native.cuda_reason}
-#: Kernels that run here: both emulated where there is no GPU.
+#: Kernels that can run here; without a GPU both are emulated.
 KERNELS = [name for name, reason in REASONS.items() if not torch.cuda.is_available() or reason() is None]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Work:
-    """``step`` reads and advances the ``state``, and returns what it wrote; all of it depends on the state alone."""
+    """``step`` reads and advances the ``state``, and returns what it wrote; the result depends only on the state."""
 
     state: list[Tensor]
     step: Callable[[], list[Tensor]]
 
 
 def banks(device: str, rows: int = 11) -> tuple[Tensor, ...]:
-    """What ``noise_gather`` draws from, and its counter; rows of a size that is no multiple of a vector."""
+    """The inputs of ``noise_gather`` and its counter; the row size is not a multiple of a vector."""
     g = torch.Generator().manual_seed(1)
     latents, prompts = torch.randn((rows, 3, 5, 7), generator=g), torch.randn((9, 4, 6), generator=g)
     alpha = torch.linspace(0.99, 0.05, 50)
@@ -94,7 +95,7 @@ def feature_match_work(device: str, distance: str) -> Work:
 
 
 def output_match_work(device: str) -> Work:
-    """On a draw, guided, with the teacher's prediction converted and the task's noise made again."""
+    """With a draw, guidance, a converted prediction of the teacher, and recomputed noise of the task."""
     *tables, counter = banks(device)
     latents, coefficients = tables[0], tables[3]
     draw = NoiseGather(*tables, counter, batch=6, null_index=8, target=True)
@@ -145,7 +146,7 @@ def adamw_ema_work(device: str) -> Work:
 def model_work(
     device: str, call: Callable[..., Tensor | tuple[Tensor, ...]], *shapes: tuple[int, ...], dtype: torch.dtype
 ) -> Work:
-    """An op of models and its backward; its inputs move along their gradients."""
+    """An op of models and its backward; each step moves the inputs along their gradients."""
     g = torch.Generator().manual_seed(5)
     inputs = [torch.randn(s, generator=g).to(device, dtype) for s in shapes]
 
@@ -163,7 +164,8 @@ def model_work(
 
 
 def cross_attention_work(device: str, dtype: torch.dtype, keys: int) -> Work:
-    """Samples that share rows, one of them masked; keys are all on chip at once, or in float32 in blocks of 16."""
+    """Samples that share rows, one of them masked; either all keys are on chip at once, or (float32) in blocks of
+    16."""
     rows = torch.tensor([1, 0, 1]).to(device)
     mask = torch.ones(3, keys).bool()
     mask[2, keys // 2 :] = False
@@ -172,7 +174,7 @@ def cross_attention_work(device: str, dtype: torch.dtype, keys: int) -> Work:
 
 
 def cross_attention_backward_work(device: str) -> Work:
-    """Its gradients alone, over two tiles of queries; one sample's of K and V are not those of the row beside it."""
+    """Only its gradients, with two tiles of queries; the K and V of one sample are not those of the next row."""
     g = torch.Generator().manual_seed(6)
     q, k, v, grad_out = (
         torch.randn((2, n, 1, 160), generator=g).to(device, torch.bfloat16) for n in (150, 21, 21, 150)
@@ -198,6 +200,18 @@ def group_norm_silu_work(device: str, last: bool) -> Work:
     return model_work(device, call, (2, 16, 5, 7), (16,), (16,), (2, 16), (2, 16), (2, 16), dtype=torch.bfloat16)
 
 
+def quantize_rows_work(device: str) -> Work:
+    """Rows of several vectors of a thread, and a rest."""
+    x = torch.randn((3, 530), generator=torch.Generator().manual_seed(8)).to(device, torch.bfloat16)
+
+    def step() -> list[Tensor]:
+        found = [quantize_rows(x), quantize_rows(x, gelu=True)]
+        x.sub_((found[0][0].float() * found[0][1]).to(x.dtype), alpha=0.01)
+        return [t for q, scale in found for t in (q.float(), scale)]
+
+    return Work([x], step)
+
+
 WORKS: dict[str, Callable[[str], Work]] = {
     "noise_gather": noise_gather_work,
     "feature_match-mse": lambda device: feature_match_work(device, "mse"),
@@ -219,13 +233,14 @@ WORKS: dict[str, Callable[[str], Work]] = {
     ),
     "geglu": lambda device: model_work(device, geglu, (2, 9, 80), dtype=torch.float16),
     "add_bias": lambda device: model_work(device, add_bias, (2, 70, 3, 5), (2, 70, 3, 5), (70,), dtype=torch.bfloat16),
+    "quantize_rows": quantize_rows_work,
     "geglu-bias": lambda device: model_work(
         device, lambda x, bias: geglu(x + bias.detach(), bias=bias), (2, 9, 80), (80,), dtype=torch.float16
     ),
 }
-#: Where positions are side by side; fewer keys than warpgroups take, or in float32.
+#: Contiguous layouts; fewer keys than warpgroups take, or float32.
 _REFUSED = {("cuda", w) for w in ("group_norm_silu", "cross_attention", "cross_attention-long")}
-#: Each kernel with the steps of the ops that have it; ``attention`` has none of this library.
+#: Each kernel with the steps of its ops; ``attention`` has no kernel of this library.
 PAIRS = [(k, w) for k in KERNELS for w in WORKS if k in OPS[w.split("-")[0]].kernel_names() and (k, w) not in _REFUSED]
 
 

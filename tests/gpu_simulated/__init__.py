@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's compiled kernels on a machine without a GPU: its own launcher on a driver that is not there, and an
-interpreter of PTX that watches every access. See README.md."""
+"""Runs Triton's compiled kernels without a GPU: Triton's own launcher with a simulated driver, and an interpreter of
+PTX that checks every access. See README.md."""

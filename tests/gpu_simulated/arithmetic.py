@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions without side effects, on one number a thread."""
+"""Instructions without side effects, on one number per thread."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tests.gpu_simulated.ptx import BYTES, NUMPY, UNSIGNED
@@ -22,7 +23,7 @@ def from_bf16(x: Array) -> NDArray[np.float32]:
 
 
 def to_bf16(x: Array) -> NDArray[np.uint16]:
-    """To the nearest, ties to even."""
+    """Rounds to nearest, ties to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), rounded)
@@ -37,11 +38,17 @@ def _to_half(x: Array, kind: str) -> NDArray[np.uint16]:
     return to_bf16(x) if kind == "bf16" else x.astype(np.float16).view(np.uint16)
 
 
+def _to_e4m3(x: Array) -> NDArray[np.uint16]:
+    """8-bit patterns: to the nearest, ties to even, limited to 448."""
+    limited = torch.from_numpy(np.ascontiguousarray(x, np.float32)).clamp(-448, 448)
+    return limited.to(torch.float8_e4m3fn).view(torch.uint8).numpy().astype(np.uint16)
+
+
 def compute(parts: tuple[str, ...], source: Source) -> Array:
-    """The number that an instruction gives each thread.
+    """The result of an instruction for each thread.
 
     Raises:
-        KeyError: an instruction that is not known.
+        KeyError: an unknown instruction.
     """
     kind = parts[-1]
     if kind == "pred":
@@ -56,7 +63,7 @@ def _fma(kind: str, a: Array, b: Array, c: Array) -> Array:
 
 def _quotient(a: Array, b: Array) -> Array:
     b = np.where(b == 0, np.ones(1, b.dtype), b)
-    q = a // b  # toward minus infinity, where PTX goes toward zero
+    q = a // b  # rounds toward minus infinity; PTX rounds toward zero
     return (q + ((q * b != a) & ((a < 0) != (b < 0)))).astype(a.dtype)
 
 
@@ -166,7 +173,7 @@ def _compare(parts: tuple[str, ...], kind: str, source: Source) -> NDArray[np.bo
 
 
 def compare(parts: tuple[str, ...], source: Source) -> NDArray[np.bool_]:
-    """``setp``, combined with a third operand where it has one."""
+    """``setp``, combined with a third operand if there is one."""
     value = _compare(parts, parts[-1], source)
     return _LOGIC[parts[2]](value, source(2, "pred")) if parts[2] in _LOGIC else value
 
@@ -181,6 +188,8 @@ def _convert(parts: tuple[str, ...], kind: str, source: Source) -> Array:
     if to in ("bf16x2", "f16x2"):
         high, low = (_to_half(source(i, "f32"), to[:-2]).astype(np.uint32) for i in (0, 1))
         return high << 16 | low
+    if to == "e4m3x2":
+        return _to_e4m3(source(0, "f32")) << 8 | _to_e4m3(source(1, "f32"))
     value = halves(source(0, "b16"), kind) if kind in ("bf16", "f16") else source(0, kind)
     if to in ("bf16", "f16"):
         return _to_half(value, to)

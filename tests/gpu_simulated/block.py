@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An interpreter of PTX: all threads of a block in lockstep, in NumPy.
 
-It covers what Triton makes of this project's kernels for sm_80 and sm_90a, and nvcc of cross_attention's. Data of a
-cp.async arrives when it is waited for, a wgmma computes at once and holds its registers and shared memory until it is
-waited for.
+It covers the code that Triton generates for this project's kernels for sm_80 and sm_90a, and nvcc's for
+cross_attention. The data of a cp.async arrive at its wait. A wgmma computes at once, and its registers and shared
+memory stay locked until its wait.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _NOTHING = {"nop", "membar", "prefetch"}
 
 @dataclass
 class _Wgmma:
-    """One under way: registers that it reads and writes, and bytes of shared memory that it reads."""
+    """A wgmma that has not been waited for: registers that it reads and writes, bytes of shared memory that it
+    reads."""
 
     operands: set[str]
     accumulators: set[str]
@@ -61,10 +62,11 @@ class Block:
         self._unfenced: set[str] = set()  # registers that were written since the last wgmma.fence
 
     def run(self) -> None:
-        """Where threads part, those that are furthest behind go first, until all are at one place again.
+        """After a divergent branch, the threads that are furthest behind run first, until all are at the same
+        instruction.
 
         Raises:
-            Fault: what no kernel may do, or an instruction that is not covered.
+            Fault: a forbidden operation, or an unsupported instruction.
         """
         end = len(self.kernel.instructions)
         at, apart, active = 0, None, None
@@ -109,7 +111,7 @@ class Block:
     # Registers.
 
     def value(self, operand: Operand, kind: str) -> Array:
-        """An operand as numbers of a type, one a thread."""
+        """An operand as numbers of a type, one per thread."""
         assert isinstance(operand, str), operand
         if operand in self._special:
             return np.broadcast_to(np.asarray(self._special[operand], NUMPY[kind]), (self.threads,))
@@ -135,7 +137,7 @@ class Block:
         return np.full(self.threads, number & (1 << 8 * n) - 1, UNSIGNED[n]).view(NUMPY.get(kind, UNSIGNED[n]))
 
     def put(self, operand: Operand, value: Array, mask: Array | None) -> None:
-        """A number each thread, extended to the register by its type."""
+        """Write one number per thread, extended to the register's size according to its type."""
         assert isinstance(operand, str), operand
         if operand == "_":
             return
@@ -217,7 +219,7 @@ class Block:
             self.put(to, self.value(source, f"b{8 * n}"), mask)
 
     def _bytes(self, operands: tuple[str, ...], n: int) -> NDArray[np.uint8]:
-        """n bytes of each operand after one another, [threads, bytes]."""
+        """n bytes of each operand, concatenated, [threads, bytes]."""
         parts = [np.ascontiguousarray(self.value(o, f"b{8 * n}")).view(np.uint8) for o in operands]
         return np.concatenate([part.reshape(self.threads, n) for part in parts], 1)
 
@@ -239,7 +241,7 @@ class Block:
         self._spread(to, self._move(parts, operands[1], len(to) * BYTES[kind], mask, None), kind, mask)
 
     def _load_parameter(self, operands: tuple[Operand, ...], kind: str, mask: Array) -> None:
-        """By name, or by an address in a register, which is one in the first parameter."""
+        """By name, or by an address in a register, which is an offset into the first parameter."""
         name, offset = address(operands[1])
         to = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
         named = name in self.kernel.parameters
@@ -256,7 +258,7 @@ class Block:
     def _move(
         self, parts: tuple[str, ...], operand: Operand, n: int, mask: Array, data: NDArray[np.uint8] | None
     ) -> NDArray[np.uint8]:
-        """Read or write n bytes a thread."""
+        """Read or write n bytes per thread."""
         name, offset = address(operand)
         if parts[1] == "global":
             at = self.value(name, "u64") + np.uint64(offset & 2**64 - 1)
@@ -321,7 +323,7 @@ class Block:
             self.shared.write(*rows(i), matrix.to_rows(words, "trans" in parts).reshape(-1, 16))
 
     def _rows(self, operand: Operand) -> Any:
-        """Of the i-th matrix of each warp: the bytes of its rows, whose addresses eight lanes hold, and their warps."""
+        """For the i-th matrix of each warp: the bytes of its rows (eight lanes hold the addresses), and their warps."""
         name, offset = address(operand)
         at = (self.value(name, "u32") + np.uint32(offset & 2**32 - 1)).reshape(-1, 32)
         warps = np.repeat(np.arange(len(at)), 8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cross_attention and its gradients as nvcc compiles csrc/cross_attention/cuda.cu for Hopper, on CPU tensors."""
+"""cross_attention and its gradients on CPU tensors, with nvcc's code of csrc/cross_attention/cuda.cu for Hopper."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class _Forward(ctypes.Structure):
 
 
 def compiled(folder: Path) -> str:
-    """PTX of all kernels."""
+    """The PTX of all kernels."""
     source, made = ROOT / "csrc" / "cross_attention" / "cuda.cu", folder / "kernels.ptx"
     options = ["-std=c++17", "-O3", "-arch=compute_90a", f"-I{ROOT / 'csrc'}", "-ptx"]
     subprocess.run(["nvcc", *options, str(source), "-o", str(made)], check=True)
@@ -73,7 +73,7 @@ def kernel(text: str, dim: int, dtype: torch.dtype, swizzled: bool = False, forw
 def gradients(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, grad_out: Tensor, chunks: int
 ) -> tuple[list[Tensor], Report]:
-    """Of Q, K and V, those of several chunks added up here; and what the launch must not do."""
+    """The gradients of Q, K and V (the chunks are added here), and forbidden operations of the launch."""
     (B, N, H, D), L = q.shape, k.shape[1]
     queries = 64 if D in SMALL else 128
     span = -(-N // queries // chunks) * queries

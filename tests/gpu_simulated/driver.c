@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// libcuda.so.1 where there is no GPU: what Triton's launcher calls, of which only a launch does anything (it calls
-// ``launched``).
+// A libcuda.so.1 for a machine without a GPU: the functions that Triton's launcher calls. Only a launch does something: it
+// calls ``launched``.
 #include <cuda.h>
 #include <stdint.h>
 
@@ -97,7 +97,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   return launched((void*)function, grid, config->blockDimX, config->sharedMemBytes, arguments) ? CUDA_ERROR_LAUNCH_FAILED
                                                                                                : CUDA_SUCCESS;
 }
-// Named by Triton's module, and never called by the kernels here.
+// Referenced by Triton's module, but never called by the kernels here.
 static CUresult never(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 extern __typeof__(cuTensorMapEncodeTiled) cuTensorMapEncodeTiled __attribute__((alias("never")));
 extern __typeof__(cuTensorMapEncodeIm2col) cuTensorMapEncodeIm2col __attribute__((alias("never")));

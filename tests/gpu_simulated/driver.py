@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's own compiler and launcher on CPU tensors, up to the launch itself."""
+"""Triton's own compiler and launcher on CPU tensors; only the launch itself is replaced."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _HOOK = ctypes.CFUNCTYPE(
 #: ``(compiled kernel, grid, threads, bytes of shared memory, addresses of the arguments)``
 Launched = Callable[[Any, tuple[int, ...], int, int, Any], None]
 
-_loaded: dict[int, Any] = {}  # compiled kernels by the driver's number of the function
+_loaded: dict[int, Any] = {}  # compiled kernels by the simulated driver's function handle
 
 
 def missing() -> str | None:
-    """Why kernels cannot be simulated here."""
+    """Why kernels cannot be simulated here; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "no Triton"
     return None if shutil.which("gcc") else "no gcc"
 
 
 def built(source: str, name: str, *options: str) -> Path:
-    """A library of a C file of this folder, made anew when that has changed."""
+    """A library from a C file of this folder, compiled again if the file has changed."""
     path = BUILT / name
     BUILT.mkdir(parents=True, exist_ok=True)
     with FileLock(BUILT / "lock"):
@@ -50,7 +50,7 @@ def built(source: str, name: str, *options: str) -> Path:
 
 @cache
 def _driver() -> ctypes.CDLL:
-    """``driver.c``, as the process's libcuda.so.1 from now on."""
+    """``driver.c``, loaded as libcuda.so.1 of this process."""
     spec = importlib.util.find_spec("triton")
     assert spec is not None and spec.origin is not None
     headers = Path(spec.origin).parent / "backends" / "nvidia" / "include"
@@ -63,8 +63,8 @@ def _driver() -> ctypes.CDLL:
 
 @contextmanager
 def simulated(launched: Launched, arch: int = 90) -> Iterator[None]:
-    """Inside, Triton launches what it compiled for ``arch`` by calling ``launched``. It needs a process in which Triton
-    does not interpret and has launched nothing."""
+    """Inside, Triton compiles for ``arch`` and a launch calls ``launched``. This needs a process in which Triton does
+    not interpret and has launched nothing."""
     os.environ["TRITON_LIBCUDA_PATH"] = str(BUILT)
     loaded = _driver()
     from triton.backends.compiler import GPUTarget
@@ -73,7 +73,7 @@ def simulated(launched: Launched, arch: int = 90) -> Iterator[None]:
     from triton.runtime import driver
 
     class Simulated(nvidia.CudaDriver):
-        def __init__(self) -> None:  # without the base class's, which asks torch for a device
+        def __init__(self) -> None:  # the base class would ask torch for a device
             self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
             self.get_current_device = lambda: 0
             self.set_current_device = lambda device: None
@@ -106,7 +106,7 @@ def simulated(launched: Launched, arch: int = 90) -> Iterator[None]:
     CompiledKernel._init_handles = remember
     try:
         yield
-    except Exception as error:  # Triton's, of a launch that failed
+    except Exception as error:  # Triton's error for a failed launch
         if errors:
             raise errors[0] from error
         raise

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers of a wgmma under way, in SASS: what an assembler may get wrong after the PTX was right (ptxas 12.9 reused
-registers that hold the operand A of an asynchronous wgmma: triton-lang/triton #9433, #11781)."""
+"""Register hazards of asynchronous wgmmas in SASS: errors of an assembler although the PTX is right. (ptxas 12.9 reused
+registers with the operand A of an asynchronous wgmma: triton-lang/triton #9433, #11781.)"""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks.kernels.sass import Instruction, loops
 OPERAND_WRITTEN = "operand of a wgmma under way written"
 ACCUMULATOR_WRITTEN = "accumulator of a wgmma under way written"
 ACCUMULATOR_READ = "accumulator of a wgmma under way read"
-# Without a destination in registers.
+# Without a destination register.
 _STORES = {"STG", "STS", "STSM", "STL", "RED", "LDGSTS"}
 _NONE = _STORES | set(
     "BRA BAR EXIT LDGDEPBAR DEPBAR FENCE MEMBAR NOP WARPSYNC ERRBAR CCTL BSYNC BSSY SYNCS WARPGROUP ISETP FSETP DSETP "
     "PLOP3 R2UR UMOV".split()
 )
-_WIDE = {"DADD", "DMUL", "DFMA", "CS2R"}  # two registers
+_WIDE = {"DADD", "DMUL", "DFMA", "CS2R"}  # two registers per value
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class _Wgmma:
 
 
 def hazards(instructions: Sequence[Instruction]) -> set[tuple[int, str]]:
-    """(address, what) of each instruction that touches what a wgmma before it still reads or writes. Every loop is gone
-    through twice, so that what one turn begins meets the next."""
+    """(address, description) of each instruction that accesses registers that an unfinished wgmma reads or writes.
+    Every loop is traversed twice, so that a wgmma of one iteration meets the next one."""
     groups: list[list[_Wgmma]] = []
     begun: list[_Wgmma] = []
     found: set[tuple[int, str]] = set()
@@ -44,7 +44,7 @@ def hazards(instructions: Sequence[Instruction]) -> set[tuple[int, str]]:
         for one in (wgmma for group in (*groups, begun) for wgmma in group):
             if written & one.operands:
                 found.add((i.address, OPERAND_WRITTEN))
-            if not multiplies and written & one.accumulators:  # wgmmas add to one another's in order
+            if not multiplies and written & one.accumulators:  # wgmmas add to the same accumulators in order
                 found.add((i.address, ACCUMULATOR_WRITTEN))
             if read & one.accumulators:
                 found.add((i.address, ACCUMULATOR_READ))
@@ -82,7 +82,7 @@ def _written(i: Instruction) -> set[int]:
 
 
 def _width(i: Instruction) -> int:
-    """Registers of a result."""
+    """The number of registers of a result."""
     if i.name == "LDSM":
         return next((n for n in (4, 2) if f".{n}" in i.operation), 1)
     if i.name in ("LDG", "LDS", "LDL", "LDC"):
@@ -93,7 +93,7 @@ def _width(i: Instruction) -> int:
 
 
 def _read(i: Instruction) -> set[int]:
-    """The first register of each source; those behind it in a wide one are its neighbours'."""
+    """The first register of each source; the following registers of a wide source belong to it."""
     sources = i.operands if i.name in _NONE else i.operands[1:]
     found = {int(n) for source in sources for n in re.findall(r"\bR(\d+)\b", source)}
     if i.name in _STORES and i.name != "LDGSTS":

@@ -17,10 +17,12 @@ from tests.gpu_simulated.ptx import BYTES, Kernel, parse
 
 
 def storages() -> set[tuple[int, int]]:
-    """(begin, end) of the memory of every tensor of this process."""
+    """(begin, end) of the memory of all tensors in this process."""
     found = set()
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+            if thing.layout is not torch.strided:  # no kernel is given one
+                continue
             storage = thing.untyped_storage()
             if storage.nbytes():
                 found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
@@ -31,10 +33,10 @@ def run(
     kernel: Kernel, arguments: list[bytes], places: Iterable[tuple[int, int]], report: Report,
     grid: tuple[int, ...] = (1, 1, 1), threads: int = 128, shared: int = 0,
 ) -> int:  # fmt: skip
-    """A launch, whose blocks run one after another; returns how many instructions they executed.
+    """A launch whose blocks run one after another; returns the number of executed instructions.
 
     Raises:
-        Fault: what ends a launch.
+        Fault: something that ends a launch.
     """
     memory, executed = Global(places), 0
     for z, y, x in itertools.product(*map(range, reversed(grid))):
@@ -45,8 +47,8 @@ def run(
 
 
 class Simulation:
-    """What ``driver.simulated`` calls. ``planted``: what is made of a kernel before it runs. ``found``: (kernel, what,
-    the instruction at that line) -> times; ``ran``: kernel -> blocks, instructions."""
+    """What ``driver.simulated`` calls. ``planted``: a function that changes a kernel before it runs. ``found``:
+    (kernel, finding, instruction) -> count; ``ran``: kernel -> blocks, instructions."""
 
     def __init__(self, planted: Callable[[Kernel], Kernel] = lambda kernel: kernel) -> None:
         self.planted = planted

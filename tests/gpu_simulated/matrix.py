@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix instructions: which thread holds which element, and what a descriptor of shared memory means (PTX ISA,
+"""Matrix instructions: which thread holds which element, and the meaning of a shared memory descriptor (PTX ISA,
 "Matrix multiply-accumulate", "Asynchronous warpgroup level")."""
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ LANE = np.arange(32)
 _SPAN, _SWIZZLE = (
     {0: 16, 1: 128, 2: 64, 3: 32},
     {0: 0, 1: 7, 2: 3, 3: 1},
-)  # bytes of a row, bits of it that are permuted
+)  # bytes of a row, and the permuted bits
 
 
 def descriptor(value: int, rows: int, depth: int, transposed: bool) -> NDArray[np.int64]:
-    """Addresses of the 16-bit elements [rows, depth] of a wgmma's operand. Transposed: ``rows`` is the dimension that
-    is contiguous, else ``depth``."""
+    """Addresses of the 16-bit elements [rows, depth] of a wgmma's operand. If transposed, ``rows`` is the contiguous
+    dimension, else ``depth``."""
     start, leading, stride = ((value >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     mode = value >> 62 & 3
     row, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
@@ -34,7 +34,7 @@ def descriptor(value: int, rows: int, depth: int, transposed: bool) -> NDArray[n
 
 
 def operand_a(registers: list[Array], kind: str, warps: int) -> NDArray[np.float32]:
-    """[warps, 16, 16] of four registers a thread that hold two elements each."""
+    """[warps, 16, 16] from four registers per thread with two elements each."""
     a = np.zeros((warps, 16, 16), np.float32)
     for i, register in enumerate(registers):
         row, column = LANE // 4 + 8 * (i % 2), 2 * (LANE % 4) + 8 * (i // 2)
@@ -43,7 +43,7 @@ def operand_a(registers: list[Array], kind: str, warps: int) -> NDArray[np.float
 
 
 def operand_b(registers: list[Array], kind: str, warps: int) -> NDArray[np.float32]:
-    """[warps, 16, 8] of two registers a thread."""
+    """[warps, 16, 8] from two registers per thread."""
     b = np.zeros((warps, 16, 8), np.float32)
     for i, register in enumerate(registers):
         k, column = 2 * (LANE % 4) + 8 * i, LANE // 4
@@ -56,17 +56,17 @@ def _pair(words: Array, kind: str) -> tuple[Array, Array]:
 
 
 def of_accumulator(c: Array, i: int) -> Array:
-    """What the threads of each warp hold of [warps, 16, columns] in their i-th accumulator, [warps, 32]."""
+    """The elements of [warps, 16, columns] in the i-th accumulator of each thread, [warps, 32]."""
     return c[:, LANE // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (LANE % 4) + i % 2]
 
 
 def product(a: Array, b: Array) -> NDArray[np.float32]:
-    """Summed as if exactly; tensor cores are no better."""
+    """The exact sum, rounded to float32; tensor cores are less precise."""
     return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32)
 
 
 def from_rows(rows: Array, transposed: bool) -> NDArray[np.uint32]:
-    """ldmatrix: what the threads get of 8 rows of 16 bytes each warp, [warps, 8, 16]."""
+    """ldmatrix: the words that threads get from 8 rows of 16 bytes per warp, [warps, 8, 16]."""
     m = np.ascontiguousarray(rows).view(np.uint16)
     m = m.transpose(0, 2, 1) if transposed else m
     low, high = (m[:, LANE // 4, 2 * (LANE % 4) + i].astype(np.uint32) for i in (0, 1))
@@ -74,7 +74,7 @@ def from_rows(rows: Array, transposed: bool) -> NDArray[np.uint32]:
 
 
 def to_rows(words: Array, transposed: bool) -> NDArray[np.uint8]:
-    """stmatrix: the 8 rows of 16 bytes each warp of what the threads hold, [warps, 32]."""
+    """stmatrix: the 8 rows of 16 bytes per warp from the words of its threads, [warps, 32]."""
     m = np.zeros((len(words), 8, 8), np.uint16)
     m[:, LANE // 4, 2 * (LANE % 4)], m[:, LANE // 4, 2 * (LANE % 4) + 1] = words & 0xFFFF, words >> 16
     return np.ascontiguousarray(m.transpose(0, 2, 1) if transposed else m).view(np.uint8)

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Accesses of an interpreted block to global memory, which is the host's.
+// Accesses of an interpreted block to global memory (the host's memory).
 #include <stdint.h>
 #include <string.h>
 
-// Memory that a kernel may touch, with the block of this launch that wrote each byte (-1: none) and the one that read
-// it (-2: several).
+// Memory that a kernel may access. For each byte: the block of this launch that wrote it (-1: none), and the block that
+// read it (-2: several).
 typedef struct {
   uint64_t begin, end;
   int32_t *writer, *reader;
@@ -27,8 +27,8 @@ static int access(uint64_t address, int bytes, int write, int block, const Regio
   return OUTSIDE;
 }
 
-// Each thread whose mask is set moves ``bytes`` between its address and its row of ``data``. Returns what was wrong, with
-// the thread in ``*thread``.
+// Each thread whose mask is set copies ``bytes`` bytes between its address and its row of ``data``. Returns an error code,
+// with the thread in ``*thread``.
 int simulated_access(int threads, const uint64_t* address, const uint8_t* mask, int bytes, int write, uint8_t* data, int block,
                      const Region* regions, int count, int* thread) {
   for (int i = 0; i < threads; ++i) {

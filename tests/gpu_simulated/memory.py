@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of an interpreted block, and what must not be done with it."""
+"""Memory of an interpreted block, and the detection of forbidden accesses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tests.gpu_simulated.driver import built
 
-# What is watched, in the words of a report.
+# What is detected, as a report names it.
 OUTSIDE, MISALIGNED = "global memory touched outside of every tensor", "misaligned access to global memory"
 BETWEEN_BLOCKS = "two blocks touch a byte of global memory that one of them writes"
 UNEQUAL = "threads write different values to a byte at once"
@@ -36,11 +36,11 @@ def _library() -> ctypes.CDLL:
 
 
 class Fault(Exception):
-    """What no kernel may do, or what this interpreter cannot."""
+    """A forbidden operation, or something that this interpreter does not support."""
 
 
 class Report(Counter[tuple[str, int]]):
-    """How often something was found at a line of the PTX. ``line``: of the instruction that runs."""
+    """How often each problem was found at each line of the PTX. ``line``: the current instruction."""
 
     line = 0
 
@@ -49,7 +49,7 @@ class Report(Counter[tuple[str, int]]):
 
 
 class Global:
-    """The host's memory as a kernel's: ``places`` are (begin, end) of what it may touch, for one launch."""
+    """The host's memory as global memory: for one launch, ``places`` are the (begin, end) that it may access."""
 
     def __init__(self, places: Iterable[tuple[int, int]]) -> None:
         whole = sorted(set(places))
@@ -60,10 +60,10 @@ class Global:
     def access(
         self, block: int, address: NDArray[np.uint64], mask: NDArray[np.bool_], n: int, data: NDArray[np.uint8] | None
     ) -> NDArray[np.uint8]:
-        """n bytes of each thread, [threads, n], read or (``data``) written.
+        """n bytes per thread, [threads, n], read or (with ``data``) written.
 
         Raises:
-            Fault: an access is outside of what may be touched, not aligned, or races with another block's.
+            Fault: an access is out of bounds, not aligned, or races with another block.
         """
         moved = np.zeros((len(address), n), np.uint8) if data is None else np.ascontiguousarray(data)
         address, on, thread = np.ascontiguousarray(address), np.ascontiguousarray(mask, np.uint8), ctypes.c_int()
@@ -79,19 +79,19 @@ class Global:
 
 
 class Shared:
-    """Shared memory of a block. Each byte knows the warps that last wrote and read it, and how many barriers were
-    before."""
+    """Shared memory of a block. For each byte it stores which warp last wrote and read it, and after how many
+    barriers."""
 
     def __init__(self, size: int, report: Report) -> None:
         self.size, self.report, self.barriers = size, report, 0
         self.bytes = np.zeros(size, np.uint8)
         self.written, self.fenced, self.arriving = (np.zeros(size, bool) for _ in range(3))
-        self.read_by_wgmma = np.zeros(size, np.int16)  # wgmmas under way that read it
+        self.read_by_wgmma = np.zeros(size, np.int16)  # number of unfinished wgmmas that read it
         self.writer, self.reader = (np.full(size, _NOBODY, np.int32) for _ in range(2))
         self.write_time, self.read_time = (np.full(size, -1, np.int64) for _ in range(2))
 
     def places(self, address: NDArray[np.uint32], n: int, alignment: int) -> NDArray[np.int64]:
-        """The bytes of each thread's access, [threads, n]."""
+        """The bytes that each thread accesses, [threads, n]."""
         at = address.astype(np.int64)
         if at.size and (at.min() < 0 or at.max() + n > self.size):
             raise Fault(f"{n} bytes of shared memory at {at.max()}, of {self.size}")
@@ -108,11 +108,11 @@ class Shared:
         if at.size:
             self._saw_write(at, warps[:, None])
             self.bytes[at], self.written[at] = data, True
-            if (self.bytes[at] != data).any():  # copies of one number are harmless
+            if (self.bytes[at] != data).any():  # writing equal values is harmless
                 self.report.add(UNEQUAL)
 
     def copy_begins(self, at: NDArray[np.int64], warps: NDArray[np.int64]) -> None:
-        """A cp.async may write from now on until it is waited for."""
+        """From now on, a cp.async may write here until its wait."""
         self._saw_write(at, warps[:, None])
         self.arriving[at] = True
 
@@ -121,11 +121,11 @@ class Shared:
         self.write(at, warps, data)
 
     def fence(self) -> None:
-        """fence.proxy.async: on the way from a write to a wgmma; before or after the barrier between is the same."""
+        """fence.proxy.async between a write and a wgmma; it may come before or after the barrier between them."""
         self.fenced[:] = True
 
     def wgmma_reads(self, at: NDArray[np.int64]) -> None:
-        """Two-byte elements that a wgmma reads from now on until it is waited for."""
+        """Two-byte elements that a wgmma reads from now on until its wait."""
         if not self.written[at].all():
             self.report.add(UNWRITTEN)
         if (self.write_time[at] == self.barriers).any():
@@ -136,7 +136,7 @@ class Shared:
             self.report.add(COPY_UNDER_WAY)
 
     def wgmma_ended(self, at: NDArray[np.int64]) -> None:
-        """A warp knows that its own is done, and nothing of the other warps' before a barrier."""
+        """A warp knows that its own wgmma has ended; for those of other warps a barrier is needed."""
         self.reader[at], self.read_time[at] = _SEVERAL, self.barriers
 
     def _saw_read(self, at: NDArray[np.int64], warp: NDArray[np.int64]) -> None:
@@ -146,7 +146,7 @@ class Shared:
             self.report.add(READ_AFTER_WRITE)
         if self.arriving[at].any():
             self.report.add(COPY_UNDER_WAY)
-        for one in np.unique(warp):  # of two warps that read a byte at once, both are seen
+        for one in np.unique(warp):  # if two warps read a byte at once, both are recorded
             own = at[warp[:, 0] == one]
             known = (self.read_time[own] == self.barriers) & (self.reader[own] != one)
             self.reader[own] = np.where(known, _SEVERAL, one)

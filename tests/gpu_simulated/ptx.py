@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PTX text as a list of instructions."""
+"""Parses PTX text into a list of instructions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Operand = str | tuple[str, ...]
 @dataclass(frozen=True)
 class Instruction:
     """``@!%p1 ld.global.b32 %r1, [%rd1]``: predicate ("%p1", True), parts ("ld", "global", "b32"), operands; a vector
-    in braces is a tuple. ``line`` of the text, from 1."""
+    in braces is a tuple. ``line``: line number in the text, from 1."""
 
     line: int
     predicate: tuple[str, bool] | None
@@ -35,8 +35,8 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """The entry of a module. ``parameters``: name -> (number, type). ``registers``: prefix or name -> bytes (0: a
-    predicate). ``arrays``: names of shared memory whose size the launch gives, all of which begin at 0."""
+    """The entry function of a module. ``parameters``: name -> (number, type). ``registers``: prefix or name -> bytes
+    (0: a predicate). ``arrays``: names of dynamic shared memory, which all begin at offset 0."""
 
     name: str
     parameters: dict[str, tuple[int, str]]
@@ -46,12 +46,12 @@ class Kernel:
     arrays: frozenset[str] = frozenset({"global_smem"})
 
     def width(self, register: str) -> int | None:
-        """Bytes of a register; None for what is none."""
+        """Bytes of a register; None if it is not a register."""
         found = self.registers.get(register)
         return self.registers.get(register.rstrip("0123456789")) if found is None else found
 
     def without(self, pattern: str) -> Kernel:
-        """The kernel with a planted bug: instructions that match do nothing."""
+        """The kernel with a planted bug: matching instructions do nothing."""
         nothing = ("nop",)
         kept = [Instruction(i.line, None, nothing, ()) if re.match(pattern, str(i)) else i for i in self.instructions]
         if kept == self.instructions:
@@ -60,7 +60,7 @@ class Kernel:
 
 
 def parse(text: str) -> Kernel:
-    """The kernel of a module that has one.
+    """The kernel of a module with one entry function.
 
     Raises:
         ValueError: there is none.
@@ -82,7 +82,7 @@ def parse(text: str) -> Kernel:
     for chunk in body.split(";"):
         statement = chunk.lstrip()
         at = line + chunk.count("\n", 0, len(chunk) - len(statement))
-        while statement:  # what may stand before an instruction
+        while statement:  # braces and labels may precede an instruction
             if statement[0] in "{}":
                 depth += 1 if statement[0] == "{" else -1
                 if depth < 0:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of cross_attention, compiled for Hopper, compute what they should and do nothing they must not."""
+"""The CUDA kernels for cross_attention, compiled for Hopper: right results, no forbidden operation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES = [
     (80, 77, False),
     (160, 77, False),
 ]
-#: Taken out, and what of it is found.
+#: The instruction that is removed, and what is then detected.
 PLANTED = {
     "bar.sync": {memory.READ_AFTER_WRITE, memory.NO_BARRIER},
     "fence.proxy.async": {memory.NO_FENCE},
@@ -47,7 +47,7 @@ def inputs(dim: int, keys: int, tokens: int, dtype: torch.dtype) -> list[torch.T
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize(("dim", "keys", "swizzled"), SHAPES)
 def test_gradients(text: str, dim: int, keys: int, swizzled: bool, chunks: int, dtype: torch.dtype) -> None:
-    """Each within what rounding of the products' operands allows, and nothing that must not be done."""
+    """Each gradient is within the rounding of the products' operands, and no forbidden operation is found."""
     q, k, v, g = inputs(dim, keys, 400, dtype)
     mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.7 if chunks == 2 else None
     got, report = gradients(kernel(text, dim, dtype, swizzled), q, k, v, mask, dim**-0.5, g, chunks)

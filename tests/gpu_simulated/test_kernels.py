@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel, as compiled for a GPU, computes what the reference does and does nothing that it must not."""
+"""Every Triton kernel, as compiled for a GPU, gives the reference's results and contains no forbidden operation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 OLDEST = ROOT / "build" / "triton-3.6.0"  # make kernels-report
 EPS = torch.finfo(torch.float32).eps
 QUICK = ["geglu", "layer_norm_modulate", "group_norm_silu", "cross_attention"]
-#: Taken out of every kernel of a step (``works.PLANTS``), and what of it is found.
+#: The instruction that is removed from every kernel of a step (``works.PLANTS``), and what is then detected.
 PLANTED = {
     "bar.sync": {
         memory.READ_AFTER_WRITE, memory.WRITE_AFTER_WRITE, memory.WRITE_AFTER_READ, memory.NO_BARRIER
@@ -35,13 +35,13 @@ PLANTED = {
     "cp.async.wait_group": {memory.COPY_UNDER_WAY, memory.UNWRITTEN, memory.NOT_AWAITED},
 }  # fmt: skip
 SUMS = {"cross_attention-77-fp32": 80}  # its head dim: a score's terms
-#: Triton 3.6 lets a wgmma read what a cp.async or a store wrote without a fence between, and in one place of
-#: ``_cross_attention_backward`` registers that were written after the wgmma.fence; 3.9 mended both.
+#: Triton 3.6 omits a fence between a cp.async or store and the wgmma that reads its data. In one place of
+#: ``_cross_attention_backward`` it writes registers after the wgmma.fence. 3.9 has fixed both.
 KNOWN = {"3.6": {memory.NO_FENCE, block.NOT_FENCED}}
 
 
 def simulate(*arguments: str, triton: Path | None = None) -> dict[str, Any]:
-    """What ``works`` prints, in a process of its own, with the installed Triton or that of a folder."""
+    """The output of ``works`` in a new process, with the installed Triton or the one in a folder."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if triton is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(triton), *filter(None, [environment.get("PYTHONPATH")])])
@@ -52,9 +52,9 @@ def simulate(*arguments: str, triton: Path | None = None) -> dict[str, Any]:
 
 
 def check(made: dict[str, Any], names: list[str] | None = None) -> None:
-    """Equal within 8 eps of the largest, as each of the two may be off by 4, and 4 of float32: what is left where terms
-    of size 1 cancel. Sums in float64 are of float32's terms. ``SUMS``: two sums of n terms, each off by eps sqrt(n) of
-    the terms' magnitudes, which add up to more than the largest result."""
+    """Equal within 8 eps of the largest value (both may be off by 4), plus 4 of float32, which is left if terms of size
+    1 cancel. Sums in float64 have float32 terms. ``SUMS``: two sums of n terms, each off by eps sqrt(n) of the terms'
+    magnitudes, whose sum is larger than the largest result."""
     known = KNOWN.get(".".join(made["triton"].split(".")[:2]), set())
     for name in names or made["works"]:
         work = made["works"][name]
@@ -91,7 +91,7 @@ def test_an_instruction_that_a_kernel_lacks_is_found(quick: dict[str, Any], patt
 
 
 def kernels() -> set[str]:
-    """The names of all Triton kernels, of the committed report."""
+    """The names of all Triton kernels in the committed report."""
     with (ROOT / "benchmarks" / "kernels" / "report.csv").open(encoding="utf-8") as file:
         return {row["kernel"] for row in csv.DictReader(file) if row["backend"] == "triton"}
 

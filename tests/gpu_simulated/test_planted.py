@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs written into small kernels: the interpreter reports each, and says nothing without it."""
+"""Bugs in small kernels: the interpreter reports each one, and nothing if it is removed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 from tests.gpu_simulated import block, memory
 from tests.gpu_simulated.driver import missing
-from tests.gpu_simulated.launch import run
+from tests.gpu_simulated.launch import run, storages
 from tests.gpu_simulated.memory import Fault, Report
 from tests.gpu_simulated.ptx import parse
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 THREADS = 128
-#: Each thread's number times two goes through shared memory to the thread 32 (mod 128) further on, which stores it.
+#: Each thread writes its number times two to shared memory; the thread 32 (mod 128) further on stores it.
 PASSED_ON = """
     mov.u32 %r1, %tid.x;
     shl.b32 %r2, %r1, 2;
@@ -29,7 +29,7 @@ PASSED_ON = """
     mad.wide.u32 %rd2, %r1, 4, %rd1;
     st.global.b32 [%rd2], %r5;
 """
-#: Thread 0's word of global memory comes by cp.async.
+#: Thread 0 gets its word of global memory with cp.async.
 COPIED = """
     mov.u32 %r1, %tid.x;
     shl.b32 %r2, %r1, 2;
@@ -42,7 +42,7 @@ COPIED = """
     add.s32 %r5, %r5, 1;
     st.global.b32 [%rd2], %r5;
 """
-#: Ones times ones: A of 64 rows and B of 8 columns of 16 bf16 each, in shared memory without a swizzle.
+#: Ones times ones: A with 64 rows and B with 8 columns of 16 bf16 each, in shared memory without a swizzle.
 MULTIPLIED = """
     mov.u32 %r1, %tid.x;
     shl.b32 %r2, %r1, 4;
@@ -70,7 +70,7 @@ EXPECTED = {
     "copied": torch.ones(THREADS),
     "multiplied": torch.full((THREADS,), 16.0),
 }
-#: Kernel, what is taken out, what stands there instead, and what is found.
+#: Kernel, the removed text, its replacement, and what is then detected.
 BUGS = {
     "a barrier before a read": ("passed on", "bar.sync 0;", "", memory.READ_AFTER_WRITE),
     "a barrier before a write": (
@@ -173,7 +173,7 @@ def test_blocks_that_touch_one_byte() -> None:
 
 
 def test_threads_that_part_and_meet_again() -> None:
-    """Odd threads take a way of their own; a barrier there is an error."""
+    """Odd threads take another path; a barrier there is an error."""
     body = """
         mov.u32 %r1, %tid.x;
         and.b32 %r2, %r1, 1;
@@ -196,3 +196,11 @@ def test_threads_that_part_and_meet_again() -> None:
 def test_an_instruction_that_is_not_covered_is_an_error() -> None:
     with pytest.raises(Fault, match="not covered: popc"):
         launched("mov.u32 %r1, %tid.x; popc.b32 %r2, %r1;", output("passed on"))
+
+
+def test_tensors_of_other_layouts_are_passed_over() -> None:
+    """Those of other tests in the same process: they have no storage that a launch could be given."""
+    others = [torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr()]
+    own = torch.ones(3)
+    places = storages()
+    assert (own.data_ptr(), own.data_ptr() + own.nbytes) in places and len(others) == 2

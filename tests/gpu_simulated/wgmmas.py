@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.gpu_simulated.wgmmas``: of every kernel with wgmmas a line: launch, kernel, how many take A from
-registers, hazards, and the number of those that there are if nothing waits."""
+"""``python -m tests.gpu_simulated.wgmmas``: a line for every kernel with wgmmas: launch, kernel, how many take A from
+registers, hazards, and the number of hazards if nothing waited."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.gpu_simulated.works [NAME ...]``: steps of ops by Triton's compiled kernels, as JSON.
+"""``python -m tests.gpu_simulated.works [NAME ...]``: steps of ops with Triton's compiled kernels, as JSON.
 
 Each step of tests/gpu/work.py (and more, until every kernel has run) is computed by the kernels and by the reference.
-``--plant`` adds the same with instructions taken out. It is a program, as Triton decides at its import whether it
-interprets.
+``--plant`` adds runs with removed instructions. This is a program of its own, because Triton decides at its import
+whether it interprets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import triton.language  # before tests.gpu_on_cpu, whose variable would make Triton interpret
+import triton.language  # must come before tests.gpu_on_cpu, which makes Triton interpret
 
 import tests.gpu_on_cpu  # noqa: F401 (registers the kernels for CPU tensors)
 
@@ -36,7 +36,7 @@ from tests.gpu_simulated.ptx import Kernel
 
 
 def _group_norm(device: str, last: bool) -> work.Work:
-    """Groups that do not fit into a program: moments, their merge, the output, and the same of the backward."""
+    """Groups that do not fit into a program: moments, their merge, the output, and the backward's counterparts."""
 
     def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last) if last else x
@@ -65,7 +65,9 @@ WORKS: dict[str, Callable[[str], work.Work]] = {
     "cross_attention-77-fp32": lambda device: _cross_attention(device, 35, 77, 80, dtype=torch.float32),
     "cross_attention-300": lambda device: _cross_attention(device, 70, 300, 72),
 }
-#: Instructions that are taken out of a kernel, by the step that runs it.
+#: Steps for architectures from this one on.
+SINCE = {"quantize_rows": 89}
+#: Instructions that are removed from a kernel, by the step that runs it.
 PLANTS = {
     "bar.sync": "cross_attention",
     "fence.proxy.async": "cross_attention",
@@ -76,8 +78,8 @@ PLANTS = {
 
 @dataclass
 class Result:
-    """``errors``: of each tensor of a dtype the largest error and magnitude. ``found``: (kernel, what, instruction,
-    times). ``ran``: kernel -> blocks, instructions. ``fault``: what ended it."""
+    """``errors``: for each tensor of a dtype the largest error and magnitude. ``found``: (kernel, finding, instruction,
+    count). ``ran``: kernel -> blocks, instructions. ``fault``: what ended it."""
 
     errors: list[tuple[str, float, float]] = field(default_factory=list)
     found: list[tuple[str, str, str, int]] = field(default_factory=list)
@@ -126,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plant", action="store_true")
     options = parser.parse_args(arguments)
     made: dict[str, Any] = {"triton": triton.__version__, "works": {}, "planted": {}}
-    for name in options.names or WORKS:
+    for name in options.names or (name for name in WORKS if options.arch >= SINCE.get(name, 0)):
         made["works"][name] = dataclasses.asdict(result(name, options.arch))
         print(name, made["works"][name]["fault"], file=sys.stderr, flush=True)
     for pattern, name in PLANTS.items() if options.plant else ():

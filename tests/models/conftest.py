@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small U-Nets of the shapes the students are made for."""
+"""Small U-Nets with the structures that students are made for."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 SD1: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-#: SD-1.x in small: the same blocks and the same proportions of channels.
+#: A small SD-1.x: the same blocks and the same ratios of channels.
 SMALL: dict[str, Any] = {
     "block_out_channels": (8, 16, 32, 32),
     "norm_num_groups": 4,
     "cross_attention_dim": 12,
     "attention_head_dim": 2,
 }
-#: The digits task: two stages of one layer.
+#: The digits task: two stages with one layer each.
 DIGITS: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 3,
@@ -36,7 +36,7 @@ DIGITS: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def sd1() -> UNet2DConditionModel:
-    """SD-1.x without memory."""
+    """SD-1.x on the meta device."""
     with torch.device("meta"):
         return UNet2DConditionModel(**SD1)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small models of every class that ``fuse`` knows, and their values and gradients."""
+"""Small models of every class that ``fuse`` supports, their outputs and gradients."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def dit() -> tuple[nn.Module, Inputs]:
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
         num_embeds_ada_norm=10,
     )  # fmt: skip
-    model.eval()  # its label embedding drops labels at random in training
+    model.eval()  # in training mode, its label embedding drops labels at random
     return model, {
         "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([3, 900]),
         "class_labels": torch.tensor([1, 7]),
@@ -125,9 +125,9 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     "SanaTransformer2DModel": sana,
     "SanaTransformer2DModel, 1.5": lambda: sana(qk_norm="rms_norm_across_heads"),
 }
-#: What has no op, by the start of a model's name: the rest of each model runs fused.
+#: Parts without an op, by the start of a model's name; the rest of each model runs fused.
 LEFT = {"SanaTransformer2DModel": {"SanaLinearAttnProcessor2_0", "GLUMBConv"}}
-#: One of each kind of block.
+#: One block of each kind.
 QUICK = {
     "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel, 3.5",
     "FluxTransformer2DModel", "SanaTransformer2DModel, 1.5",
@@ -138,7 +138,7 @@ def made(name: str) -> tuple[nn.Module, Inputs]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, inputs = MODELS[name]()
-        with torch.no_grad():  # zeros at the start would hide what they gate
+        with torch.no_grad():  # with zero gates, errors behind them would not be visible
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.05)
     return model, inputs
@@ -150,7 +150,7 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 
 
 def batches(inputs: Inputs, count: int = 4) -> list[Inputs]:
-    """The same shapes and layouts with other values, whichever tests ran before."""
+    """The same shapes and layouts with other values, independent of earlier tests."""
     drawn = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point() and k != "timestep"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -158,12 +158,12 @@ def batches(inputs: Inputs, count: int = 4) -> list[Inputs]:
 
 
 def run(model: nn.Module, inputs: list[Inputs]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The outputs, and every parameter's gradient of a weighted sum of each."""
+    """The outputs, and the gradients of every parameter for a weighted sum of each output."""
     outputs, gradients = [], []
     for given in inputs:
         model.zero_grad()
         output = model(**given).sample
-        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).view(output.shape)
         (output * weights).sum().backward()
         outputs.append(output.detach())
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})
@@ -174,8 +174,8 @@ _ROUNDED = ("sample", "hidden_states", "encoder_hidden_states", "pooled_projecti
 
 
 def moved(model: nn.Module, inputs: list[Inputs], eps: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """``run`` in float64 where each weight and input differs by up to 4 eps of itself: how far a result moves by what
-    float numbers cannot tell, its condition."""
+    """``run`` in float64 with every weight and input changed by up to 4 eps: how far rounding of the inputs moves a
+    result (its condition)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         model = copy.deepcopy(model).double()
@@ -192,8 +192,8 @@ def moved(model: nn.Module, inputs: list[Inputs], eps: float) -> tuple[Tensor, d
 def assert_close(
     name: str, got: Tensor, truth: Tensor, eager: Tensor, factor: float, condition: Callable[[], Tensor] | None = None
 ) -> None:
-    """The error's norm against float64 at most ``factor`` times the original's, or 4 eps of the norm, or what 4 eps of
-    the weights and inputs move the result by (``condition``: the result so moved)."""
+    """The norm of the error against float64 is at most ``factor`` times the original's, or 4 eps of the norm, or the
+    change caused by 4 eps of the weights and inputs (``condition``: the result after this change)."""
     error, own = ((t.double() - truth).norm().item() for t in (got, eager))
     bound = max(factor * own, 4 * torch.finfo(got.dtype).eps * truth.norm().item())
     if error > bound and condition is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published models without memory: their configurations in ``configs``, with where each was read."""
+"""Published models on the meta device: their configurations are in ``configs``, with their sources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdistill.models.families import EMBEDDINGS, Family, family_named
 
-#: Family and side of the latents by the name of a file in ``configs``.
+#: Family and side length of the latents, by the name of a file in ``configs``.
 MODELS: dict[str, tuple[str, int]] = {
     "sd15": ("unet", 64),
     "sd21_v": ("unet", 96),
@@ -49,7 +49,7 @@ def teacher(name: str) -> nn.Module:
 
 
 def inputs(name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Two samples of what the model is called with: latents, timesteps, rows of a prompt."""
+    """The arguments of a call with two samples: latents, timesteps, rows of a prompt."""
     side, config = MODELS[name][1], teacher(name).config
     with torch.device("meta"):
         x = torch.empty(2, family(name).channels(config), side, side)  # type: ignore[arg-type]
@@ -66,5 +66,5 @@ def forward(name: str, model: nn.Module) -> Any:
 
 
 def count(model: nn.Module) -> int:
-    """Numbers that a checkpoint of the model holds."""
+    """The number of values in a checkpoint of the model."""
     return sum(tensor.numel() for tensor in model.state_dict().values())

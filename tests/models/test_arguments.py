@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of another type than adapters and banks take: each is refused by its name."""
+"""Arguments of adapters and banks with a wrong type: each is refused by name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students of transformers: the blocks they keep, where their weights come from, and that they train."""
+"""Students of transformers: which blocks they keep, the source of their weights, and that they can be trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRANSFORMERS = [name for name, (family, _) in small.TINY.items() if family != "u
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_half_of_the_blocks(name: str) -> None:
-    """Each tensor is the teacher's of the block that was kept; the student is trained at the end of each."""
+    """Each tensor is that of the kept teacher block; the student has a tap at the end of each of its blocks."""
     teacher: Any = small.model(name)
     made = make_student(teacher, "half_depth")
     theirs = teacher.state_dict()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How models are called: the dtype of their inputs, their prediction, and forwards that leave no trace."""
+"""How models are called: the dtype of their inputs, their prediction, and trial forwards without side effects."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests import tiny
 
 
 class Kept(ModelMixin):
-    """A model of diffusers that keeps a part in float32, which comes first."""
+    """A model of diffusers that keeps its first part in float32."""
 
     _keep_in_fp32_modules = ["norm"]  # noqa: RUF012
 
@@ -79,11 +79,11 @@ def test_compute_dtype_of_packed_weights() -> None:
 
 def test_parts_that_diffusers_keeps_in_float32() -> None:
     model = Kept()
-    assert kept_in_float32(nn.Sequential(model)) == {id(model.norm.weight), id(model.norm.bias)}  # and not norm_out
+    assert kept_in_float32(nn.Sequential(model)) == {id(model.norm.weight), id(model.norm.bias)}  # but not norm_out
 
 
 class Recorder(nn.Module):
-    """Keeps its inputs; the timestep comes first, second or by name."""
+    """Records its inputs; the timestep is the first, the second or a keyword argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_the_sampler_calls_a_module_in_its_dtype(kind: type[Recorder]) -> None:
 
 
 class Restless(nn.Module):
-    """Changes whatever a forward can change, in eval mode too."""
+    """Changes everything that a forward can change, also in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def test_a_trial_leaves_no_trace() -> None:
 
 
 def test_a_trial_compiles_nothing() -> None:
-    """A compiled teacher is compiled for the batches of the run alone."""
+    """A compiled teacher is compiled only for the batches of the run."""
     graphs = []
     model = tiny.Net()
     model.compile(backend=lambda graph, _: graphs.append(graph) or graph)

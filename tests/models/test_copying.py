@@ -19,7 +19,7 @@ Make = Callable[..., UNet2DConditionModel]
 
 
 def mark(model: nn.Module) -> dict[str, float]:
-    """Fill every tensor with a number of its own."""
+    """Fill every tensor with a different number."""
     values = {}
     for index, (key, tensor) in enumerate(model.state_dict().items()):
         tensor.fill_(index + 1)
@@ -28,7 +28,7 @@ def mark(model: nn.Module) -> dict[str, float]:
 
 
 def expected_source(key: str, blocks_removed: int) -> str:
-    """BK-SDM's map written out for SD-1.x's shape, apart from the code under test."""
+    """BK-SDM's map for the structure of SD-1.x, written independently of the tested code."""
     match = re.match(r"up_blocks\.(\d)\.(.*)", key)
     if match is None:
         return key
@@ -52,7 +52,7 @@ def test_every_tensor_has_its_teacher_s_value(small: Make, name: str, blocks_rem
 
 
 def silence_resnet(resnet: nn.Module) -> None:
-    """Make a residual layer pass on the hidden states it is given and ignore the skip connection."""
+    """Make a residual layer return its hidden states and ignore the skip connection."""
     nn.init.zeros_(resnet.conv2.weight)
     nn.init.zeros_(resnet.conv2.bias)
     if resnet.conv_shortcut is not None:

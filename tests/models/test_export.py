@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students in the place of a pipeline's model: whole folders that diffusers loads, or nothing."""
+"""Students in a pipeline's folder: a complete folder that diffusers loads, or nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 
 def student_of(folder: PipelineFolder) -> Any:
-    """With fewer blocks; of the U-Nets with fewer layers."""
+    """A student with fewer blocks (for U-Nets with fewer layers)."""
     spec = {"layers_per_block": 1} if folder.family.part == "unet" else "half_depth"
     return make_student(folder.model(), spec)
 
@@ -49,11 +49,11 @@ def test_an_exported_student_samples_as_the_resident_one(pipelines: Folders, tmp
     resident.register_modules(**{folder.family.part: made.model.eval()})
     exported = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
     wanted, found = (tiny.sampled(p, name, x, prompts, scale, steps) for p in (resident, exported))
-    # the same operations on the same values, which may lie elsewhere in memory: a few roundings of a few steps
+    # the same operations at other addresses: a few roundings in each of a few steps
     assert (found - wanted).abs().max() <= 4 * 64 * EPS * max(1.0, float(x.abs().max()))
     assert (wanted - teacher).abs().max() > 1e-3
     again = open_pipeline(tmp_path / "student")
-    wanted_config = json.loads(json.dumps({**folder.config, **made.model.config}))  # its tuples as lists
+    wanted_config = json.loads(json.dumps({**folder.config, **made.model.config}))  # tuples become lists
     assert again.kind == folder.kind and json.loads(json.dumps(again.config)) == wanted_config
     state = again.model().state_dict()
     assert all(torch.equal(value, state[key]) for key, value in made.model.state_dict().items())
@@ -83,7 +83,7 @@ def test_dtypes_wrappers_and_links(folder: PipelineFolder, tmp_path: Path) -> No
 
 
 def test_published_names_of_a_class_are_written_as_its_own(folder: PipelineFolder, tmp_path: Path) -> None:
-    """DiT and PixArt are published as Transformer2DModel, which cannot load a student by itself."""
+    """DiT and PixArt are published as Transformer2DModel, a class that cannot load a student."""
     old = Path(shutil.copytree(folder.path, tmp_path / "old"))
     change(old / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
     change(old / "transformer" / "config.json", _class_name="Transformer2DModel", norm_type="ada_norm_zero")
@@ -107,7 +107,7 @@ def test_tied_weights_are_written_one_by_one(folder: PipelineFolder, tmp_path: P
 
 
 def test_a_folder_does_not_replace_what_it_links_to(folder: PipelineFolder, tmp_path: Path) -> None:
-    """The VAE of the source would be the link that points to it."""
+    """Otherwise the link to the source's VAE would point to itself."""
     model, original = folder.model(), tmp_path / "original"
     folder.export(model, original)
     open_pipeline(original).export(model, tmp_path / "linked", link=True)
@@ -119,7 +119,7 @@ def test_a_folder_does_not_replace_what_it_links_to(folder: PipelineFolder, tmp_
 
 
 def test_a_folder_of_a_variant_stays_one(folder: PipelineFolder, tmp_path: Path) -> None:
-    """fp16 alone, as often downloaded: the student's weights are named so too."""
+    """With only the fp16 files, as often downloaded: the student's weights also get such names."""
     half = diffusers.DiffusionPipeline.from_pretrained(folder.path)
     half.save_pretrained(tmp_path / "half", variant="fp16")
     source = open_pipeline(tmp_path / "half")
@@ -191,7 +191,7 @@ def test_students_that_do_not_belong_there(folder: PipelineFolder, tmp_path: Pat
 
     peft = pytest.importorskip("peft")
     infinite, adapted, wrapped, wider = (copy.deepcopy(model) for _ in range(4))
-    wrapped.proj_out_2 = nn.Sequential(wrapped.proj_out_2)  # as adapters that are not taken off entirely
+    wrapped.proj_out_2 = nn.Sequential(wrapped.proj_out_2)  # like adapters that were not completely removed
     wider.proj_out_2 = nn.Linear(wider.proj_out_2.in_features, 99)
     next(infinite.parameters()).data[0] = float("inf")
     adapted = peft.get_peft_model(adapted, peft.LoraConfig(target_modules=["to_q"]))
@@ -234,7 +234,7 @@ def test_students_that_do_not_belong_there(folder: PipelineFolder, tmp_path: Pat
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_a_guided_student_takes_one_pass_in_the_stock_pipeline(pipelines: Folders, tmp_path: Path, reads: bool) -> None:
-    """One that reads the guidance weight at any ``guidance_scale``, another at 1."""
+    """A student that reads the guidance weight works with any ``guidance_scale``, another one with 1."""
     folder = open_pipeline(pipelines("sd"))
     made = make_student(folder.model(), {"layers_per_block": 1}, guidance_embedding=reads)
     if reads:

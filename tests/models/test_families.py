@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families: what a prompt consists of, how a model is called with it, and what does not fit."""
+"""Families: the parts of a prompt, how a model is called with it, and what is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.models import tiny_families as small
 
 
 def direct(name: str, model: Any, x: Tensor, t: Tensor, rows: dict[str, Tensor]) -> Any:
-    """The calls as diffusers' pipelines make them."""
+    """The calls that diffusers' pipelines make."""
     text = rows.get("encoder_hidden_states")
     if name in ("sd", "lcm", "sdxl"):
         added = {key: rows[key] for key in ("text_embeds", "time_ids") if key in rows}
@@ -145,7 +145,7 @@ def test_a_model_of_no_family_is_called_as_it_is_told() -> None:
 
 
 def test_a_student_of_sdxl_is_made_and_trained() -> None:
-    """Fewer layers and transformer blocks, compared at its self-attentions, with everything that SDXL reads."""
+    """It has fewer layers and transformer blocks, taps at its self-attentions, and gets all inputs of SDXL."""
     spec = {"layers_per_block": 1, "transformer_layers": [1, 1], "taps": "self_attention"}
     teacher = small.model("sdxl")
     made = make_student(teacher, spec)
@@ -165,7 +165,7 @@ def test_a_student_of_sdxl_is_made_and_trained() -> None:
 
 
 def test_v_prediction_with_zero_terminal_snr() -> None:
-    """Stable Diffusion 2.x: the scheduler says what the models predict, and the last timestep is pure noise."""
+    """Stable Diffusion 2.x: the scheduler states what the models predict; the last timestep is pure noise."""
     scheduler = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     data = {"latents": small.cache("sd"), "prompts": small.bank("sd"), "schedule": scheduler}
     run = tiny.trainer(small.model("sd"), small.model("sd", 1), tiny.features(("mid_block",) * 2), **data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fuse`` against the models it is used on: values and gradients, and everything else as it was."""
+"""``fuse`` compared with the original models: outputs and gradients; and nothing else changes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch._inductor
 import torch._inductor.config
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from fastdistill.ops import (
     layer_norm_modulate,
     residual_layer_norm_modulate,
 )
+from fastdistill.ops.layer_norm_modulate import layer_norm_beside
 from tests.harness import assert_alike
 from tests.models.fusible import LEFT, MODELS, QUICK, assert_close, batches, call, cast, made, moved, run
 
@@ -39,7 +41,7 @@ SMALLEST = "PixArtTransformer2DModel"
 
 @pytest.fixture(autouse=True)
 def no_map_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused op at any size; by itself it leaves the maps of these models to torch on a CPU."""
+    """Use the fused op at any size; normally, on a CPU, torch computes such small maps."""
     monkeypatch.setattr(convolutional, "FEW", 0)
 
 
@@ -58,8 +60,8 @@ CASES = [
     [pytest.param(*case, marks=[] if quick else SLOW, id="-".join(map(str, case))) for *case, quick in CASES],
 )
 def test_values_and_gradients(name: str, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs within 2x, each parameter's gradient within 3x of the original's error, over four batches: the errors of
-    a few numbers of one batch would be a throw of dice. ``small``: maps that are left to torch on a CPU."""
+    """The error of outputs is at most 2x, that of each parameter's gradient 3x the original's, over four batches (a few
+    numbers of one batch would be too random). ``small``: maps that torch computes on a CPU."""
     model, inputs = made(name)
     if layout == "small":
         monkeypatch.setattr(convolutional, "FEW", 64)
@@ -86,7 +88,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, layout: str, monkey
 
 @pytest.mark.parametrize("name", MODELS)
 def test_everything_else_is_as_it_was(name: str) -> None:
-    """Names, classes by isinstance, pickles, copies, hooks; fusing twice and undoing."""
+    """Names, isinstance, pickles, copies, hooks; also after fusing twice and after undoing."""
     model, inputs = made(name)
     keys, kinds = list(model.state_dict()), [type(m) for m in model.modules()]
     expected = model(**inputs).sample
@@ -101,11 +103,11 @@ def test_everything_else_is_as_it_was(name: str) -> None:
     assert torch.equal(model(**inputs).sample, expected)
 
 
-#: The ops of each family's models, as docs/fuse.md has them.
+#: The ops of each family's models, as in docs/fuse.md.
 OPS = {
     "UNet2DConditionModel": {attention, cross_attention, geglu, group_norm_silu, residual_layer_norm_modulate},
-    "DiTTransformer2DModel": {attention, layer_norm_modulate, residual_layer_norm_modulate},
-    "PixArtTransformer2DModel": {attention, cross_attention, layer_norm_modulate, residual_layer_norm_modulate},
+    "DiTTransformer2DModel": {attention, layer_norm_beside, residual_layer_norm_modulate},
+    "PixArtTransformer2DModel": {attention, cross_attention, layer_norm_beside, residual_layer_norm_modulate},
     "SD3Transformer2DModel, 3.5": {attention, layer_norm_modulate, residual_layer_norm_modulate},
     "FluxTransformer2DModel": {attention, layer_norm_modulate, residual_layer_norm_modulate},
     "SanaTransformer2DModel": {cross_attention, layer_norm_modulate, residual_layer_norm_modulate},
@@ -114,7 +116,7 @@ OPS = {
 
 @pytest.mark.parametrize("name", OPS)
 def test_what_is_reported_runs_fused(name: str) -> None:
-    """No code of diffusers that a swap stands for is run, but the ops are."""
+    """No replaced code of diffusers is run, and the ops are."""
     model, inputs = made(name)
     swapped = {swap.name for swap in fuse(model) if swap.swapped}
     kinds = {type(module) for own, module in model.named_modules() if own in swapped}
@@ -126,14 +128,15 @@ def test_what_is_reported_runs_fused(name: str) -> None:
     finally:
         sys.setprofile(None)
     assert all(inspect.unwrap(op).__code__ in run for op in OPS[name])
-    left.discard(inspect.unwrap(Upsample2D.forward).__code__)  # which does what it did on a CPU
-    if name.startswith("Sana"):  # its other attentions are left to diffusers
+    for kind in (Upsample2D, CrossAttnUpBlock2D, UpBlock2D):  # on a CPU they are not replaced
+        left.discard(inspect.unwrap(kind.forward).__code__)
+    if name.startswith("Sana"):  # its other attentions are not replaced
         left.discard(inspect.unwrap(Attention.forward).__code__)
     assert kinds and not left & run
 
 
 def test_taps_and_hooks_of_what_a_fused_block_computes_itself() -> None:
-    """A tap inside of a block fires, and sees the original's value."""
+    """A tap inside of a block fires and gets the original's value."""
     model, inputs = made("UNet2DConditionModel")
     names = ["down_blocks.0", "down_blocks.0.resnets.0.norm2", "mid_block.attentions.0.transformer_blocks.0.norm3",
              "mid_block.attentions.0.proj_out", "down_blocks.0.attentions.0.norm"]  # fmt: skip
@@ -152,7 +155,7 @@ def test_taps_and_hooks_of_what_a_fused_block_computes_itself() -> None:
 
 
 def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """Of a model whose attentions are measured at their first call, inside of a checkpoint."""
+    """For a model whose attention is measured at its first call, inside of a checkpoint."""
     monkeypatch.delenv("FASTDISTILL_ATTENTION")
     monkeypatch.setenv("FASTDISTILL_CACHE", str(tmp_path))
     model, inputs = made("UNet2DConditionModel")
@@ -169,7 +172,7 @@ def test_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == SMALLEST else SLOW) for n in MODELS])
 def test_compiled(name: str, backend: str) -> None:
-    """Beside the unfused model by the same compiler, whose sines of timesteps are not torch's."""
+    """Compared with the original compiled by the same compiler, whose sines differ from torch's."""
     model, inputs = made(name)
     given = batches(inputs)
     truth, true_gradients = run(copy.deepcopy(model).double(), [cast(i, torch.float64) for i in given])
@@ -191,7 +194,7 @@ def test_compiled(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", [SMALLEST, pytest.param("UNet2DConditionModel", marks=SLOW)])
 @pytest.mark.parametrize("packaged", [False, pytest.param(True, marks=SLOW)])
 def test_exported(name: str, packaged: bool) -> None:
-    """A program of torch.export with the fused ops in it, and its package of AOTInductor."""
+    """A program of torch.export that contains the fused ops, and its AOTInductor package."""
     model, inputs = made(name)
     model.eval()
     exact = call(copy.deepcopy(model).double(), cast(inputs, torch.float64))

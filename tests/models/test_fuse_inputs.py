@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fuse`` for whatever diffusers takes: every precision, autocast, and unusual inputs of single blocks."""
+"""``fuse`` with all inputs that diffusers supports: every precision, autocast, and unusual inputs of single blocks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ DTYPES: dict[str, tuple[Callable[[nn.Module], nn.Module], torch.dtype, bool]] = 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else SLOW) for n in MODELS])
 @pytest.mark.parametrize("how", [*list(DTYPES)[:3], *(pytest.param(h, marks=SLOW) for h in list(DTYPES)[3:])])
 def test_dtypes(name: str, how: str) -> None:
-    """The result has the dtype of the model's without ``fuse``, and its accuracy."""
+    """The result has the same dtype as without ``fuse``, and the same accuracy."""
     model, inputs = made(name)
     convert, dtype, autocast = DTYPES[how]
     model, inputs = convert(model.eval()), cast(inputs, dtype)
@@ -131,7 +131,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_that_diffusers_takes(name: str) -> None:
-    """Blocks alone, with inputs that their models do not give them."""
+    """Single blocks with inputs that their models do not give them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         block = CALLS[name][0]().eval()
@@ -166,7 +166,7 @@ def test_a_mask_that_is_learned_has_its_gradient() -> None:
 
 
 def test_image_prompts_of_flux() -> None:
-    """Its attention, of another processor, has a third output, which the block adds."""
+    """Its attention, with another processor, has a third output, which the block adds."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         block = FluxTransformerBlock(16, 2, 8).eval()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions and projections of fused models with fewer passes, as they are on a GPU."""
+"""Convolutions and projections of fused models with fewer passes, as on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdistill.models.fuse import convolutional, fuse, products
+from fastdistill.models.fuse import convolutional, fuse, products, unfuse
+from fastdistill.train.guard import NoHostSync
 from tests.harness import assert_alike
 from tests.models.fusible import MODELS, assert_close, batches, call, cast, made, moved, parts, run
 
@@ -40,7 +41,7 @@ def laid_out(name: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 class Operations(TorchDispatchMode):
-    """Of convolutions: whether there was a bias; how many products there were, and of how many columns."""
+    """Records for convolutions whether they have a bias, and the number and the columns of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ CASES = [
 
 
 def compared(name: str, dtype: torch.dtype, device: str) -> None:
-    """The bounds of ``tests/models/test_fuse.py``."""
+    """Checks the bounds of ``tests/models/test_fuse.py``."""
     model, inputs = laid_out(name)
     given = batches(inputs)
     truth, true_gradients = run(copy.deepcopy(model).double(), [cast(i, torch.float64) for i in given])
@@ -100,8 +101,22 @@ def test_values_and_gradients_on_a_gpu(name: str) -> None:
     compared(name, torch.bfloat16, "cuda")
 
 
+@pytest.mark.parametrize("watch", [NoHostSync, torch.profiler.profile])
+@pytest.mark.parametrize("name", [UNETS[0], "DiTTransformer2DModel"])
+def test_same_bits_where_a_step_is_watched(name: str, watch: Any) -> None:
+    """A graph's last step before its capture runs in a mode that looks for what cannot be captured."""
+    model, inputs = laid_out(name)
+    fuse(model)
+    given = batches(inputs, 1)
+    output, gradients = run(model, given)
+    with watch():
+        watched, watched_gradients = run(model, given)
+    assert torch.equal(output, watched)
+    assert [key for key, value in gradients.items() if not torch.equal(value, watched_gradients[key])] == []
+
+
 def test_biases_that_are_passes() -> None:
-    """Of the convolutions that are no products, the first, the last and those of resampling keep their bias."""
+    """Of the convolutions that are not matrix products, the first, the last and the resampling ones keep their bias."""
     model, inputs = laid_out(UNETS[0])
     fuse(model)
     resnets = parts(model, ResnetBlock2D)
@@ -124,7 +139,7 @@ def test_projections_are_one_product() -> None:
 
 
 def test_in_another_layout_convolutions_stay() -> None:
-    """A product of channels that do not lie side by side would copy the map."""
+    """In other layouts a matrix product would have to copy the map."""
     conv, x = nn.Conv2d(8, 4, 1), torch.randn(2, 8, 5, 5)
     assert not products.is_product(conv, x) and products.is_product(conv, x.contiguous(memory_format=LAST))
     for other in (
@@ -138,7 +153,7 @@ def test_in_another_layout_convolutions_stay() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_map_is_doubled_bit_by_bit(dtype: torch.dtype) -> None:
-    """NaN and -0 too; gradients and the derivatives of those are torch's."""
+    """Also for NaN and -0; first and second derivatives are torch's."""
     x = torch.randn(3, 16, 5, 4).to(dtype)
     x[0, 0, 0, :2] = torch.tensor([torch.nan, -0.0])
     x = x.contiguous(memory_format=LAST)
@@ -163,6 +178,144 @@ def test_maps_that_are_not_doubled_so() -> None:
     assert products.doubles(many) and not products.doubles(many.requires_grad_())
     with torch.no_grad():
         assert products.doubles(many)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skips_are_joined_bit_by_bit(dtype: torch.dtype) -> None:
+    """NaN and -0 too; gradients and the derivatives of those are torch's, in one block of memory each."""
+    x, skip = torch.randn(3, 16, 5, 4).to(dtype), torch.randn(3, 24, 5, 4).to(dtype)
+    x[0, 0, 0, :2] = torch.tensor([torch.nan, -0.0])
+    x, skip = (t.contiguous(memory_format=LAST) for t in (x, skip))
+    assert products.joins(x, skip)
+    expected, got = torch.cat([x, skip], dim=1), products.joined(x, skip)
+    words = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(got.view(words), expected.view(words)) and got.stride() == expected.stride()
+    found = []
+    for join in (products.joined, lambda *maps: torch.cat(maps, dim=1)):
+        leaves = [t.nan_to_num().requires_grad_() for t in (x, skip)]
+        plain = torch.autograd.grad(join(*leaves).square().sum(), leaves)
+        first = torch.autograd.grad(join(*leaves).square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), leaves)
+        found.append([*plain, *first, *second])
+        if join is products.joined:
+            assert all(t.is_contiguous(memory_format=LAST) for t in plain)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_a_convolution(padding_mode: str) -> None:
+    conv = nn.Conv2d(8, 4, 3, padding=1, padding_mode=padding_mode).double()
+    found = []
+    for convolution in (products.convolution, lambda conv, x: conv(x)):
+        torch.manual_seed(0)
+        x = torch.randn(2, 8, 5, 3, dtype=torch.float64, requires_grad=True)
+        wanted = [x, *conv.parameters()]
+        out = convolution(conv, x)
+        first = torch.autograd.grad(out.sin().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)  # type: ignore[arg-type]
+        found.append([out, *first, *second])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("learned", [0, 1])
+def test_one_of_the_joined_maps_is_learned(learned: int) -> None:
+    maps = [torch.randn(2, 8, 3, 3).contiguous(memory_format=LAST) for _ in range(2)]
+    maps[learned].requires_grad_()
+    weights = torch.randn(2, 16, 3, 3).contiguous(memory_format=LAST)
+    (products.joined(*maps) * weights).sum().backward()
+    assert torch.equal(maps[learned].grad, weights.split(8, dim=1)[learned])  # type: ignore[arg-type]
+    assert maps[1 - learned].grad is None
+
+
+def test_maps_that_are_not_joined_so() -> None:
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=LAST)
+    assert products.joins(x, x)
+    assert not products.joins(x, x.contiguous()) and not products.joins(x, x[:, :4]) and not products.joins(x, x[:1])
+    assert not products.joins(x, x.bfloat16()) and not products.joins(x, x[..., :2])
+    assert not products.joins(x, torch.randn(2, 6, 4, 4).contiguous(memory_format=LAST))
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("bias",)])
+@pytest.mark.parametrize("biases", [(True, True), (True, False), (False, True), (False, False)])
+def test_a_branch(biases: tuple[bool, bool], frozen: tuple[str, ...]) -> None:
+    """The norm and the shortcut of a resnet's input: gradients and their derivatives."""
+    conv = nn.Conv2d(8, 4, 1, bias=biases[0]).double().to(memory_format=LAST)  # type: ignore[call-overload]
+    norm = nn.GroupNorm(2, 8).double()
+    other = torch.randn(4, dtype=torch.float64, requires_grad="bias" not in frozen) if biases[1] else None
+    conv.weight.requires_grad_("weight" not in frozen)
+    if conv.bias is not None:
+        conv.bias.requires_grad_("bias" not in frozen)
+    found = []
+    for branched in (products.branched, None):
+        torch.manual_seed(1)
+        x = torch.randn(2, 8, 5, 3, dtype=torch.float64).contiguous(memory_format=LAST)
+        x.requires_grad_("x" not in frozen)
+        if branched is not None:
+            beside, out = branched(conv, x, other)
+        else:
+            beside, out = x, conv(x) if other is None else conv(x) + other[:, None, None]
+        total = (norm(beside).sin().mean(1, keepdim=True) * out).cos().sum()
+        wanted = [t for t in (x, conv.weight, conv.bias, other) if t is not None and t.requires_grad]
+        plain = torch.autograd.grad(total, wanted, retain_graph=True)
+        again = torch.autograd.grad(total, wanted, retain_graph=True)
+        first = torch.autograd.grad(total, wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)  # type: ignore[arg-type]
+        found.append([beside, out, *plain, *again, *first, *second])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_branch_of_which_one_part_is_used(used: int) -> None:
+    conv = nn.Conv2d(8, 4, 1).to(memory_format=LAST)  # type: ignore[call-overload]
+    x = torch.randn(2, 8, 5, 3).contiguous(memory_format=LAST).requires_grad_()
+    products.branched(conv, x, None)[used].square().sum().backward()
+    got, x.grad = x.grad, None
+    (x, conv(x))[used].square().sum().backward()
+    torch.testing.assert_close(got, x.grad)
+
+
+def test_skips_of_a_model() -> None:
+    """Of every resnet of the up blocks, with checkpointing too; not with FreeU, whose maps change first."""
+    model, inputs = laid_out(UNETS[0])
+    model.train()
+    fuse(model)
+    count = sum(len(block.resnets) for block in model.up_blocks)  # type: ignore[union-attr, misc]
+    calls: list[int] = []
+    original = products.joined
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolutional, "joined", lambda *maps: (calls.append(1), original(*maps))[1])
+        for switch in ("disable_gradient_checkpointing", "enable_gradient_checkpointing"):
+            getattr(model, switch)()
+            calls.clear()
+            model(**inputs)
+            assert len(calls) == count
+        model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)  # type: ignore[operator]
+        calls.clear()
+        got = call(model, inputs)
+        assert not calls
+        plain, exact = copy.deepcopy(model), copy.deepcopy(model)
+        for other in (plain, exact):
+            unfuse(other)
+        assert_alike(got, call(plain, inputs), call(exact.double(), cast(inputs, torch.float64)))
+
+
+def test_additions_of_gradients() -> None:
+    """None has parts of a tensor for operands, which torch adds element by element."""
+
+    class Additions(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.add.Tensor and all(isinstance(a, Tensor) and a.dim() == 4 for a in args):
+                parts.extend(a for a in args if torch.empty_like(a).stride() != a.stride())
+            return func(*args, **(kwargs or {}))
+
+    parts: list[Tensor] = []
+    model, inputs = laid_out(UNETS[0])
+    fuse(model)
+    total = model(**inputs).sample.square().sum()
+    with Additions():
+        total.backward()
+    assert not parts
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -202,7 +355,7 @@ def parametrized(module: nn.Module) -> None:
 
 @pytest.mark.parametrize("change", [hooked, before, patched, another_class, parametrized])
 def test_modules_that_are_more_than_their_class(change: Any) -> None:
-    """Changed after the model was fused: the result is that of the model without ``fuse``."""
+    """If changed after ``fuse``, the result is that of the model without ``fuse``."""
     model, inputs = laid_out(UNETS[0])
     fused, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     fuse(fused)
@@ -218,7 +371,7 @@ def test_modules_that_are_more_than_their_class(change: Any) -> None:
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "SD3Transformer2DModel"])
 def test_compiled(name: str) -> None:
-    """Values and gradients by a compiler that traces the same code."""
+    """Outputs and gradients with a compiler that traces the same code."""
     model, inputs = laid_out(name)
     given = batches(inputs)
     truth, true_gradients = run(copy.deepcopy(model).double(), [cast(i, torch.float64) for i in given])
@@ -243,7 +396,7 @@ def test_gradient_checkpointing() -> None:
 
 
 def test_adapters() -> None:
-    """Of peft: the layers that they take the place of are called, the others put together."""
+    """With PEFT: layers with adapters are called; the other weights are concatenated."""
     peft = pytest.importorskip("peft")
     model, inputs = laid_out(UNETS[0])
     targets = ["to_q", "to_v", "conv1", "conv_shortcut", "proj_in", "proj"]
@@ -273,8 +426,8 @@ def process_group(tmp_path: Any) -> Any:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "SD3Transformer2DModel"])
 def test_sharded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks whose weights are gathered for a call: they are put together then, and values and gradients are those of
-    the whole model."""
+    """Blocks whose weights are gathered for a call: the weights are concatenated then; outputs and gradients are those
+    of the unsharded model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -299,7 +452,7 @@ def test_sharded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Quantized(Tensor):
-    """A weight that takes part in a layer's own call alone."""
+    """A weight that works only in a call of its own layer."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -325,8 +478,8 @@ def layers(bias: bool) -> tuple[list[nn.Linear], Tensor]:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2)])
 def test_gradients_of_projections(bias: bool, frozen: tuple[int, ...]) -> None:
-    """Of parameters and input, whichever of them are learned; also of a result of which a part is not used, and a
-    second time."""
+    """For parameters and input, whichever require a gradient; also if a part of the result is not used, and for second
+    derivatives."""
     own, x = layers(bias)
     for i in frozen:
         own[i].requires_grad_(False)

@@ -43,7 +43,7 @@ def of_family(name: str, at: str) -> tuple[TapFunction, Tensor]:
 
 
 def dense(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The Jacobian of every sample, by a backward for each output."""
+    """The Jacobian of every sample, by one backward per output."""
     x = x.clone().requires_grad_()
     y = f(x).flatten(1)
     found = [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0].flatten(1) for i in range(y.shape[1])]
@@ -57,7 +57,7 @@ def near(got: Tensor, exact: Tensor) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_products_of_families(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the Jacobian that backwards of the whole model give; J and J^T are adjoint; both ways to J v agree."""
+    """Compared with the Jacobian from backwards of the whole model; J and J^T are adjoint; both ways for J v agree."""
     f, x = of_family(name, tiny_families.tap(name))
     with Taps(f.model, [f.name]) as taps:
 
@@ -87,7 +87,7 @@ def test_the_prediction_and_the_clean_sample() -> None:
 
 
 def test_leaving_at_the_tap() -> None:
-    """The same bits as the whole forward, nothing behind the tap runs, and no hook stays, after an error neither."""
+    """The bits are those of the whole forward, nothing after the tap runs, and no hook stays, also after an error."""
     model, x = net(), rows(2, 4, 5, 3)
     f, ran = of_net(model=model), list[str]()
     model.last.register_forward_hook(lambda *_: ran.append("last"))
@@ -105,7 +105,7 @@ def test_leaving_at_the_tap() -> None:
 
 
 class Square(torch.autograd.Function):
-    """Without a forward mode."""
+    """Has no forward mode."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

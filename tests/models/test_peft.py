@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters of PEFT in a copy of the teacher whose weights are the teacher's own memory."""
+"""PEFT adapters in a copy of the teacher that uses the teacher's own weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lora(**options: Any) -> Any:
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """With adapters that change the output."""
+    """The model with random adapters that change the output."""
     generator = torch.Generator().manual_seed(5)
     for p in model.parameters():
         if p.requires_grad:
@@ -45,7 +45,7 @@ def output(model: nn.Module, name: str) -> Tensor:
 
 
 def assert_equal(model: nn.Module, wanted: nn.Module, name: str) -> None:
-    """Outputs but for rounding, which depends on where tensors begin in memory."""
+    """The outputs are equal except for rounding, which depends on the addresses of tensors."""
     assert_alike(output(model, name), output(wanted, name), output(copy.deepcopy(wanted).double(), name))
 
 
@@ -60,7 +60,7 @@ def test_the_student_is_the_teacher_and_adapters_beside_its_weights(name: str) -
     assert own and all("lora_" in n and p.requires_grad for n, p in own.items())
     assert not any(p.requires_grad for n, p in made.model.named_parameters() if n not in own)
     assert list(teacher.state_dict()) == keys and all(p.requires_grad for p in teacher.parameters())
-    assert_equal(made.model, teacher, name)  # lora_B begins at zero
+    assert_equal(made.model, teacher, name)  # lora_B is zero at first
     randomized(made.model)
     assert not torch.allclose(output(made.model, name), output(teacher, name))
     assert weights_hash(teacher) == before
@@ -87,7 +87,7 @@ def test_an_initialization_that_changes_the_weights_below_leaves_the_teachers_al
     assert weights_hash(teacher) == before
     weights = dict(student.named_parameters())
     changed = [n for n, p in teacher.named_parameters() if n in weights and not torch.equal(weights[n], p)]
-    assert not changed  # the others have a base_layer now
+    assert not changed  # the other layers are now a base_layer
     below = weights["transformer_blocks.0.attn.to_q.base_layer.weight"]
     assert not torch.equal(below, dict(teacher.named_parameters())["transformer_blocks.0.attn.to_q.weight"])
 
@@ -152,7 +152,7 @@ def test_a_wrapped_model_has_the_names_and_the_call_of_the_model_inside() -> Non
 
 @pytest.mark.parametrize(("name", "after"), [("sd", True), ("sd3", False), ("pixart_sigma", False)])
 def test_fused_blocks_run_the_adapters(name: str, after: bool) -> None:
-    """Layers with adapters are called as they are, whether these came before or after ``fuse``."""
+    """Layers with adapters are called unchanged, whether the adapters were added before or after ``fuse``."""
     model: Any = small.model(name)
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     if after:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipeline folders: their parts, prompts as the pipelines encode them, and latents as their VAEs scale them."""
+"""Pipeline folders: their parts, prompts encoded as in the pipelines, and latents scaled as for their VAEs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 
 def bound(x: torch.Tensor, latents: torch.Tensor) -> float:
-    """The same operations on the same values: a few roundings of each of up to 3 steps, whose states are not larger
-    than the largest, and of a VAE that does not enlarge them."""
+    """The same operations on the same values: a few roundings in each of up to 3 steps, where no state is larger than
+    the largest one, and in a VAE that does not enlarge them."""
     return 4 * 64 * EPS * max(1.0, float(x.abs().max()), float(latents.abs().max()))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_gives_the_images_of_its_pipeline(pipelines: Folders, name: str) -> None:
-    """Prompts, null prompt, scheduler, guidance and VAE, each by itself, are what the whole pipeline does."""
+    """Prompts, null prompt, scheduler, guidance and VAE, used one by one, give the result of the whole pipeline."""
     folder = open_pipeline(pipelines(name))
     texts, given = (["tom", "12"], [3, 12]) if name == "dit" else (["a cat", "dogs"], ["a cat", "dogs"])
     bank = folder.encode(texts, size=SIZE)
@@ -52,7 +52,7 @@ def test_a_folder_gives_the_images_of_its_pipeline(pipelines: Folders, name: str
     found = folder.family.decode(folder.autoencoder(), latents, batch=1)
     pipeline = diffusers.DiffusionPipeline.from_pretrained(pipelines(name))
     wanted = tiny.sampled(pipeline, name, x, given, scale, steps)
-    if name == "lcm":  # its pipeline has images whose negative values are not cut off yet
+    if name == "lcm":  # its pipeline returns images before negative values are cut off
         wanted = wanted.clamp(0, 1)
     assert found.shape == wanted.shape and (found - wanted).abs().max() <= bound(x, latents)
     assert found.std() > 1e-3
@@ -86,7 +86,7 @@ def test_a_sample_depends_on_its_prompt_and_its_row(pipelines: Folders) -> None:
     labels = {"class_labels": torch.tensor([1, 2, 2])}
     assert torch.equal(found, sample_with(folder.scheduler(), model, x, labels, null, steps=2, guidance_scale=2.0))
     alone = folder.sample(model, bank, torch.tensor([1]), rows[1:2], **options)
-    # matmuls of another size, in float64; the state between the steps is float32
+    # matrix products of another size, in float64; the state between the steps is float32
     assert (alone[0] - found[1]).abs().max() <= 16 * EPS * max(1.0, float(found.abs().max()), float(x.abs().max()))
     for index, message in (
         (torch.tensor([0, 3]), "rows of the bank, 0 to 2, got 3"),
@@ -152,7 +152,7 @@ def test_classes_have_names_and_numbers(pipelines: Folders) -> None:
 
 
 def test_a_bank_knows_its_encoders(pipelines: Folders) -> None:
-    """By their weights and options; the same again in another process or batch size, another with other sizes."""
+    """By weights and options: equal in another process or with another batch size, different with other sizes."""
     folder = open_pipeline(pipelines("sdxl"))
     encoders, done = folder.encoders(), []
     bank = folder.encode(["a", "b", "c"], encoders, size=SIZE, batch=2, progress=lambda *at: done.append(at))
@@ -225,7 +225,7 @@ def test_images_become_latents_of_the_model(name: str) -> None:
 
 
 def test_schedules_are_those_of_the_scheduler(pipelines: Folders, tmp_path: Path) -> None:
-    """A dynamic shift goes by the size; zero terminal SNR and v-prediction are found; old settings are mended."""
+    """A dynamic shift depends on the size; zero terminal SNR and v-prediction are found; old settings are corrected."""
     flux = _copy(pipelines("dit"), tmp_path / "flux")
     config = flux / "scheduler" / "scheduler_config.json"
     diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(config.parent)
@@ -246,7 +246,7 @@ def test_schedules_are_those_of_the_scheduler(pipelines: Folders, tmp_path: Path
 
 
 def test_sizes_between_those_of_the_training_are_warned_of() -> None:
-    """Their own pipelines would go to the nearest ones."""
+    """The models' own pipelines would use the nearest trained size."""
     vae, dc = {"block_out_channels": [1] * 4}, {"encoder_block_out_channels": [1] * 6}
     pixart, sana = {"in_channels": 4, "sample_size": 128}, {"in_channels": 32, "sample_size": 32}
     with warnings.catch_warnings():
@@ -353,7 +353,7 @@ def test_parts_that_are_missing_or_damaged(pipelines: Folders, tmp_path: Path) -
     folder = open_pipeline(_copy(pipelines("dit"), tmp_path / "dit"))
     weights = folder.path / "transformer" / "diffusion_pytorch_model.safetensors"
     state = {name: tensor.clone() for name, tensor in folder.model().state_dict().items()}  # the file is mapped
-    half = weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))  # only a variant is there
+    half = weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))  # only the variant exists
     assert all(torch.equal(value, state[name]) for name, value in folder.model().state_dict().items())
     half.write_bytes(half.read_bytes()[:2000])
     with pytest.raises(StorageError, match="transformer: could not be loaded: "):

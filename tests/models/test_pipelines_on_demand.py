@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every pipeline encodes prompts while a student trains: the rows of a stored bank but for rounding."""
+"""Every pipeline encodes prompts during training: the rows of a stored bank except for rounding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TEXTS = ["a cat", "dogs", "a house by the sea", "trees"]
 
 def bound(rows: torch.Tensor) -> float:
     """A batch of another size sums in another order: some roundings in each of the few operations of two layers, none
-    of which enlarges what it is given by much (as in the tests of what pipelines encode)."""
+    of which enlarges its input much (as in the tests of the pipelines' encoding)."""
     return 64 * EPS * float(rows.abs().max())
 
 
@@ -78,7 +78,7 @@ def test_truncated_prompts_are_told_of_once(pipelines: Folders) -> None:
 
 
 def losses(folder: PipelineFolder, prompts: PromptBank) -> torch.Tensor:
-    """Of two steps with an update after each."""
+    """The losses of two steps with an update after each."""
     teacher, student = folder.model(), tiny.noisy(folder.model(), 1)
     shape = folder.latent_shape(SIZE)
     latents = torch.randn(6, *shape, generator=torch.Generator().manual_seed(5))
@@ -90,7 +90,7 @@ def losses(folder: PipelineFolder, prompts: PromptBank) -> torch.Tensor:
 
 
 def test_losses_are_those_of_a_stored_bank(pipelines: Folders) -> None:
-    """But for what they change when each value of the bank is moved by the bound of its rounding."""
+    """Within the change of the losses if every value of the bank is moved by its rounding bound."""
     folder = open_pipeline(pipelines("sdxl"))
     stored = folder.encode(TEXTS, size=SIZE)
     signs = torch.Generator().manual_seed(6)

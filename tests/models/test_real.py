@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published models, from their own configurations and without memory: their size, their students, their taps."""
+"""Published models on the meta device, from their configurations: their sizes, students and taps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdistill.models.taps import channels
 from tests.models import real
 
 SLOW = pytest.mark.slow
-#: Students that have been published, by teacher: numbers in all, or millions of them where only these are known.
+#: Published students, by teacher: exact numbers of parameters, or millions if only these are known.
 PUBLISHED = {
     ("sd15", "bk_base"): 579_384_964,
     ("sd15", "bk_small"): 482_346_884,
@@ -23,7 +23,7 @@ PUBLISHED = {
     ("sdxl", "koala_700m"): 782,
 }
 DEPTHS = {"sana": BlockSpec(blocks=(1, 5, 19)), "flux": BlockSpec(blocks=(0, 9, 18), single_blocks=(0, 37))}
-#: Every kind of student of each model.
+#: Every kind of student for each model.
 STUDENTS: list[tuple[str, str | BlockSpec]] = []
 for name, (family, _) in real.MODELS.items():
     if family == "unet":
@@ -48,9 +48,9 @@ def made(name: str, spec: str | BlockSpec) -> Student:
 
 @pytest.mark.parametrize("name", real.MODELS)
 def test_parameters_as_published(name: str) -> None:
-    """All digits of a number, or those of a rounded one."""
+    """All digits of an exact number, or of a rounded one."""
     published, count = real.published(name)["parameters"], real.count(real.teacher(name))
-    if name == "dit_xl_2":  # diffusers has an embedder of times and labels in each block, the paper one for all
+    if name == "dit_xl_2":  # diffusers has an embedder of times and labels in each block, the paper only one
         blocks = real.teacher(name).transformer_blocks
         count -= sum(real.count(block.norm1.emb) for block in blocks[1:])  # type: ignore[index]
     if isinstance(published, str):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students by width: what is taken of the teacher's weights, and what such a student computes."""
+"""Narrower students: which parts of the teacher's weights they get, and what they compute."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import tiny
 from tests.harness import assert_alike
 from tests.models import tiny_families as small
 
-#: What a configuration of ``tiny_families`` has beside its heads where it is twice as wide.
+#: What else changes in a configuration of ``tiny_families`` that is twice as wide, besides its heads.
 TWICE: dict[str, dict[str, Any]] = {
     "sd": {"block_out_channels": (16, 32)},
     "sdxl": {"block_out_channels": (16, 32)},
@@ -35,7 +35,7 @@ HEADS = re.compile(r".*\.(to_q|to_k|to_v|add_[qkv]_proj|norm_q|norm_k)\.(weight|
 
 
 def doubled(values: Tensor, key: str, axis: int, head: int) -> Tensor:
-    """Each channel, or each head, is there twice, side by side."""
+    """Each channel, or each head, occurs twice, side by side."""
     of_heads = HEADS.fullmatch(key) if axis == 0 else re.fullmatch(r".*\.(to_out\.0|to_add_out)\.weight", key)
     if of_heads:
         shape = (*values.shape[:axis], -1, head, *values.shape[axis + 1 :])
@@ -44,7 +44,7 @@ def doubled(values: Tensor, key: str, axis: int, head: int) -> Tensor:
 
 
 def twice_as_wide(name: str, narrow: Any) -> Any:
-    """The same function, of every channel and head twice."""
+    """A model with every channel and head twice that computes the same function."""
     family, config = small.TINY[name]
     unet, width = family == "unet", TWICE[name]
     heads = {} if unet else {"num_attention_heads": 4}
@@ -63,7 +63,7 @@ def twice_as_wide(name: str, narrow: Any) -> Any:
                 values = doubled(values, key, axis, head)
             if axis == 1 and key.endswith("weight") and isinstance(layer, nn.Linear | nn.Conv2d):
                 values = values / 2
-        if unet and ".to_q." in key:  # its heads get wider
+        if unet and ".to_q." in key:  # its heads become wider
             values = values / math.sqrt(2)
         theirs[key].copy_(values)
     for module, other in zip(wide.modules(), narrow.modules(), strict=True):
@@ -75,10 +75,11 @@ def twice_as_wide(name: str, narrow: Any) -> Any:
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "sdxl" else n for n in TWICE])
 @torch.no_grad()
 def test_equal_copies_of_channels_and_heads_are_taken_apart(name: str) -> None:
-    """A teacher that is a narrow model with each channel and head twice gives that model, but for the size of sums: of
-    every axis of every tensor the entries that belong together are taken."""
+    """The teacher is a narrow model with each channel and head twice. Its student is that narrow model, except for the
+    size
+    of sums: for every axis of every tensor the matching entries are taken."""
     narrow: Any = small.model(name).eval()
-    if small.TINY[name][0] == "unet":  # sines of fewer frequencies are no copies of each other
+    if small.TINY[name][0] == "unet":  # sines of fewer frequencies are not copies of each other
         narrow.time_embedding.linear_1.weight.zero_()
     wide = twice_as_wide(name, narrow).eval()
     family, rows = family_named(small.TINY[name][0]), small.banks(narrow)
@@ -125,7 +126,7 @@ def test_evenly_spaced_channels_and_whole_heads() -> None:
 
 
 def test_positions_of_a_student_of_half_the_width_are_its_channels_of_the_teacher_s() -> None:
-    """DiT's and PixArt's tables are computed from the width, not stored."""
+    """The tables of DiT and PixArt are computed from the width, not stored."""
     teacher: Any = family_named("dit").kind(**small.TINY["dit"][1] | {"num_attention_heads": 4})
     made = make_student(teacher, "half_width").model
     own, theirs = made.pos_embed.pos_embed, teacher.pos_embed.pos_embed[..., ::2]
@@ -146,7 +147,7 @@ def test_a_narrow_student_is_trained_through_adapters(name: str) -> None:
 
 
 def test_the_first_blocks_of_sd3() -> None:
-    """Its last block is of another shape, which takes what it has of the block before."""
+    """Its last block has another structure; it gets the matching parts of the previous block."""
     teacher: Any = small.model("sd3").eval()
     made = make_student(teacher, BlockSpec(first=2)).model.eval()
     rows = {bank: values[:2] for bank, values in small.banks(teacher).items()}

@@ -24,7 +24,7 @@ from .conftest import count, inputs
 
 Make = Callable[..., UNet2DConditionModel]
 
-PUBLISHED = {  # random conditioning gives the widths in millions, BK-SDM's counts are exact
+PUBLISHED = {  # random conditioning states the widths in millions, BK-SDM's counts are exact
     "bk_base": 579_384_964,
     "bk_small": 482_346_884,
     "bk_tiny": 323_384_964,
@@ -77,7 +77,8 @@ SDXL = {
 
 @pytest.mark.parametrize(("name", "millions", "taps"), [("koala_700m", 782, 23), ("koala_1b", 1160, 26)])
 def test_koala_is_as_published(name: str, millions: int, taps: int) -> None:
-    """782M and 1.16B parameters; taps on self-attentions, the second of an up block's being the teacher's third."""
+    """782M and 1.16B parameters; taps on self-attentions; the second of an up block is compared with the teacher's
+    third."""
     with torch.device("meta"):
         teacher = UNet2DConditionModel(**SDXL)
     assert count(teacher) == 2_567_463_684
@@ -149,7 +150,7 @@ def test_students_of_the_digits_teacher(digits: UNet2DConditionModel, spec: obje
 def test_every_spec_runs_on_a_small_unet(small: Make) -> None:
     teacher = small()
     for name, spec in SPECS.items():
-        if name.startswith("koala"):  # of three stages
+        if name.startswith("koala"):  # with three stages
             continue
         student = make_student(teacher, spec, init="random")
         assert student.model(**inputs(teacher)).sample.shape == (2, 4, 8, 8), name

@@ -19,7 +19,7 @@ METHODS = get_args(Method)
 
 
 def spectrum(values: Tensor, m: int, n: int) -> Tensor:
-    """A matrix [m, n] of these singular values."""
+    """A matrix [m, n] with these singular values."""
     U, V = (torch.linalg.qr(rows(size, len(values), seed=size))[0] for size in (m, n))
     W: Tensor = (U * values) @ V.T
     return W
@@ -32,7 +32,7 @@ def sine(V: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("m", "n", "k"), [(30, 40, 5), (40, 30, 1), (6, 6, 6), (6, 9, 6)])
 def test_a_linear_map(method: Any, m: int, n: int, k: int) -> None:
-    """The right singular vectors; P = I - V V^T is a projector, and what it leaves of W has the norm sigma_(k+1)."""
+    """The right singular vectors; P = I - V V^T is a projector, and W P has the norm sigma_(k+1)."""
     W = spectrum(0.7 ** torch.arange(min(m, n), dtype=torch.float64), m, n)
     x = rows(2, n)
     found = top_subspace(lambda x: x @ W.T, x, k, method=method, tolerance=1e-7)
@@ -64,8 +64,8 @@ def test_a_model(method: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("method", ["dense", "krylov"])
 def test_several_taps_at_once(method: Any) -> None:
-    """One forward gives each tap what it has alone, and each its own directions, from one Jacobian where it is dense;
-    the forward ends at the last tap, unless the output is among them, and no hook is left."""
+    """One forward gives each tap the same as alone, and each its own directions (with one Jacobian if it is dense). The
+    forward ends at the last tap, unless the output is a tap; no hook stays."""
     model, x = of_net().model, rows(2, 4, 5, 3)
     level = {"level": (0.6, 0.8), "model": model}
     taps = [of_net(name, **level) for name in ("mid", "first")]
@@ -88,11 +88,11 @@ def test_several_taps_at_once(method: Any) -> None:
 
 
 def test_any_split_of_the_batch() -> None:
-    """The start is of (seed, row); a sample that has settled takes no more products."""
+    """The start vectors depend on (seed, row); a settled sample needs no more products."""
     W = torch.stack([spectrum(q ** torch.arange(40, dtype=torch.float64), 40, 40) for q in (0.3, 0.5, 0.9)])
 
     class Each:
-        """Another map for each row, told by its last element."""
+        """Another map for each row, selected by the row's last element."""
 
         def __call__(self, x: Tensor) -> Tensor:
             return (W[x.detach()[:, -1].round().long() % 3] @ x[:, :, None])[:, :, 0]
@@ -109,7 +109,7 @@ def test_any_split_of_the_batch() -> None:
 
 
 def test_flat_spectra_and_singular_ones() -> None:
-    """What does not settle is said, with sigma_(k+1) / sigma_k; a Jacobian of low rank, or 0, is no trouble."""
+    """``settled`` is false, and gap is sigma_(k+1) / sigma_k; a Jacobian of low rank, or 0, works too."""
     flat = spectrum(1 - 1e-5 * torch.arange(50, dtype=torch.float64), 50, 50)
     for method in ("krylov", "subspace"):
         found = top_subspace(lambda x: x @ flat.T, rows(2, 50), 3, method=method, max_products=40)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ Make = Callable[..., UNet2DConditionModel]
 
 
 class Net(nn.Module):
-    """first -> second (twice if asked, checkpointed if asked) -> third."""
+    """first -> second (optionally twice or checkpointed) -> third."""
 
     def __init__(self, repeat: int = 1, reentrant: bool | None = None, skip: bool = False) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_model_outputs_and_what_has_no_tensor(digits: UNet2DConditionModel) -> N
 
 
 def tapped(name: str, output: object, like: Tensor | None = None) -> Tensor:
-    """The feature of a tap ``name`` on a module ``second``, which is given ``like`` and returns ``output``."""
+    """The feature of a tap ``name`` on a module ``second`` with the input ``like`` and this output."""
     net = nn.Module()
     net.second = nn.Module()
     net.second.forward = lambda x, hidden_states=None: output  # type: ignore[method-assign]
@@ -85,7 +85,7 @@ def tapped(name: str, output: object, like: Tensor | None = None) -> Tensor:
 
 
 def test_which_of_several_tensors() -> None:
-    """The one of the shape of hidden_states, wherever it stands; named where that is none or several."""
+    """The tensor with the shape of hidden_states, wherever it is; by name if there is none or several."""
     image, text, other = torch.zeros(2, 16, 8), torch.zeros(2, 7, 8), torch.zeros(2, 16, 4)
     for output in ((image, text), (text, image), (text, (image.clone(), text), image, None), {"a": text, "b": image}):
         assert tapped("second", output, image) is image
@@ -113,7 +113,7 @@ TOKENS = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "attention_hea
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_blocks_that_return_the_prompt_first(family: str, checkpointed: bool) -> None:
-    """SD3's and Flux's blocks return (prompt, image): 16 tokens are the image's, 7 the prompt's."""
+    """Blocks of SD3 and Flux return (prompt, image): 16 tokens are the image's, 7 the prompt's."""
     torch.manual_seed(0)
     rows = {"encoder_hidden_states": torch.randn(2, 7, 32), "pooled_projections": torch.randn(2, 32)}
     time = torch.tensor([1.0, 2.0])
@@ -296,7 +296,8 @@ def test_shapes_leave_no_trace(digits: UNet2DConditionModel, device: str) -> Non
 
 
 class Constants(nn.Module):
-    """What cannot run without values: a tensor that is no buffer, a value read on the host, a table made on the way."""
+    """Cannot run without values: it has a tensor that is no buffer, a value read on the host, a table made in
+    forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,7 +334,7 @@ def test_adapters() -> None:
         error = (out[index].movedim(axis, -1) - expected).abs()
         assert (error <= 4 * torch.finfo(torch.float32).eps * size).all()
     assert set(adapters.state_dict()) == {f"{i}.{name}" for i in (0, 2, 3, 4) for name in ("weight", "bias")}
-    assert adapters.half()(features)[0].dtype == torch.float16  # of a student in float16 with a layer in float32
+    assert adapters.half()(features)[0].dtype == torch.float16  # for a float16 student with a float32 layer
     with pytest.raises(InputError, match="features: expected 5 tensors"):
         adapters(features[:2])
     with pytest.raises(InputError, match=r"features\[0\]: expected 4 channels, got shape \(2, 5, 4, 4\)"):

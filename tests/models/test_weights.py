@@ -18,7 +18,7 @@ from tests import tiny
 
 
 class TwoTensor(Tensor):
-    """A tensor of two, as the quantized ones of torchao are."""
+    """A tensor that consists of two tensors, like the quantized ones of torchao."""
 
     def __new__(cls, a: Tensor, b: Tensor) -> TwoTensor:
         made = a.clone().as_subclass(cls)
@@ -39,7 +39,7 @@ def test_plain_weights_are_themselves() -> None:
 
 
 def test_packed_weights_of_torch_ao() -> None:
-    """Each weight counts, and the copy of a model is the model."""
+    """The hash depends on every weight, and a copy of the model has the same hash."""
     models = [tiny.packed(nn.Sequential(nn.Linear(4, 4))) for _ in range(2)]
     assert all(map(quantized, models))
     assert fingerprint(models[0]) != fingerprint(models[1])
@@ -48,7 +48,7 @@ def test_packed_weights_of_torch_ao() -> None:
 
 
 def test_weights_that_are_several_tensors() -> None:
-    """Tensor subclasses, as torchao's, whose parts alone can be hashed."""
+    """Tensor subclasses, like torchao's: only their parts can be hashed."""
     parts = torch.arange(4.0), torch.arange(4.0) + 1
     state = {"weight": TwoTensor(*parts), "inner": {"scale": 0.5, "dtype": torch.int8, "rows": (parts[0], None)}}
     found = plain_tensors(state)
@@ -68,7 +68,7 @@ def test_integers_are_packed_weights() -> None:
 
 
 def test_a_student_is_not_made_of_quantized_weights(digits: UNet2DConditionModel) -> None:
-    """int8 weights have the shape of the student's, and would be copied as numbers up to 127."""
+    """int8 weights have the same shape as the student's and would be copied as numbers up to 127."""
     linear = digits.time_embedding.linear_1
     linear.weight = nn.Parameter((linear.weight.detach() * 100).to(torch.int8), requires_grad=False)
     with pytest.raises(InputError, match=r"teacher: expected weights to copy, .*init='random'\), got quantized ones"):

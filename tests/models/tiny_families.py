@@ -57,7 +57,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
                       "attention_head_dim": 8, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8,
                       "cross_attention_dim": 16, "caption_channels": 12, "sample_size": 8}),
 }  # fmt: skip
-#: Where a student and its teacher of the same shape are compared.
+#: The taps between a student and a teacher of the same structure.
 TAPS = {"unet": "up_blocks.0", "flux": "transformer_blocks.1[1]", "sd3": "transformer_blocks.1[1]"}
 
 
@@ -66,7 +66,7 @@ def model(name: str, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made: nn.Module = family_named(family).kind(**config)
-        for parameter in made.parameters():  # DiT and Sana have zeros, through which nothing would be seen
+        for parameter in made.parameters():  # DiT and Sana have zeros, behind which errors would not be visible
             parameter.data += 0.02 * torch.randn(parameter.shape)
     return made
 
@@ -81,7 +81,7 @@ def cache(name: str, rows: int = 6) -> LatentCache:
 
 
 def banks(made: nn.Module, prompts: int = 3) -> dict[str, Tensor]:
-    """Everything that a model reads, the optional banks too."""
+    """All inputs of a model, including the optional ones."""
     config, found = unwrapped(made).config, {}
     family = next(f for f, _ in TINY.values() if isinstance(unwrapped(made), family_named(f).kind))
     for bank, condition in family_named(family).conditions(config).items():

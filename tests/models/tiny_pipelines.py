@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny pipeline of every family, saved as diffusers saves them; all but DiT's have text encoders (transformers)."""
+"""A tiny pipeline of every family, saved by diffusers; all except DiT's have text encoders of transformers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fastdistill.models.families.flux import packed
 from tests.models import tiny_families as small
 from tests.processes import once
 
-SIZE = (32, 32)  # pixels of the images, with 16 x 16 latents
+SIZE = (32, 32)  # image size in pixels; the latents are 16 x 16
 NOISE = 3  # seed of ``noise``
 _LETTERS = [*string.ascii_lowercase, *string.digits, *string.punctuation]
 _FLOW = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
 
-#: Pipeline, denoiser (of ``tiny_families``) with changes to its configuration, text encoders by width, scheduler.
+#: Pipeline, denoiser (from ``tiny_families``) with changes to its configuration, text encoders by width, scheduler.
 PIPELINES: dict[str, tuple[str, str, dict[str, Any], list[tuple[str, int]], Any]] = {
     "dit": ("DiTPipeline", "dit", {"num_embeds_ada_norm": 1000, "sample_size": 16}, [],
             diffusers.DDIMScheduler(clip_sample=False)),
@@ -48,7 +48,7 @@ PIPELINES: dict[str, tuple[str, str, dict[str, Any], list[tuple[str, int]], Any]
 
 
 def saver(factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that gives the folder of the pipeline of a name, which is made when it is first asked for; tests
+    """A function that returns the folder of a pipeline by its name; the folder is created at the first request. Tests
     change copies of it."""
     return lambda name: once(factory, f"pipelines/{name}", lambda folder: save(name, folder))
 
@@ -73,12 +73,12 @@ def save(name: str, folder: Path) -> Path:
 
 
 def change(file: Path, **changes: Any) -> None:
-    """A JSON file with some values changed."""
+    """Change some values of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def noisy(model: nn.Module, seed: int = 0) -> Any:
-    """A model with weights of ``seed``, none of which are zero: nothing could be seen through those."""
+    """A model with random nonzero weights from ``seed``; behind zeros, errors would not be visible."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -101,7 +101,7 @@ def autoencoder(name: str, **options: Any) -> Any:
 
 
 def text(kind: str, width: int, projected: int) -> tuple[Any, Any]:
-    """A text encoder of this class and width with a tokenizer of single letters."""
+    """A text encoder with this class and width, and a tokenizer for single letters."""
     import transformers
 
     sizes = {"num_attention_heads": 2, "num_hidden_layers": 2}
@@ -127,9 +127,9 @@ def text(kind: str, width: int, projected: int) -> tuple[Any, Any]:
 
 
 def sampled(pipeline: Any, name: str, x: torch.Tensor, prompts: list[Any], scale: float, steps: int) -> torch.Tensor:
-    """Images [B, 3, H, W] in [0, 1] of the whole pipeline of diffusers, from this noise."""
+    """Images [B, 3, H, W] in [0, 1] from the whole pipeline of diffusers, with this noise."""
     pipeline.set_progress_bar_config(disable=True)
-    if name == "dit":  # which draws its noise itself
+    if name == "dit":  # it draws its own noise
         given: dict[str, Any] = {"class_labels": prompts, "generator": torch.Generator().manual_seed(NOISE)}
     else:
         start = packed(x) if name == "flux" else x
@@ -147,7 +147,7 @@ def noise(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def save_other(folder: Path) -> Path:
-    """A pipeline whose model is of no family: AuraFlow's, with two lists of blocks."""
+    """A pipeline whose model belongs to no family: AuraFlow's, with two lists of blocks."""
     text_encoder, tokenizer = text("T5EncoderModel", 12, 5)
     sizes = {"num_mmdit_layers": 2, "num_single_dit_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
     widths = {"joint_attention_dim": 12, "caption_projection_dim": 16, "pos_embed_max_size": 64, "sample_size": 8}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For tests of ``attention``: a cache of their own, and what is measured."""
+"""Fixtures for tests of ``attention``: an empty cache for each test, and a record of the measurements."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The random-number contract once more, in NumPy's uint64 and float64: what the engine's Philox is held against."""
+"""The random-number contract written again with NumPy's uint64 and float64, to compare the package's Philox with."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Words of ``tl.philox``, an implementation by others."""
+"""Words of ``tl.philox``, Triton's own implementation."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def words(out, seed, N: tl.constexpr):
-    """out: [N, 4] int64; of the samples from 0, block 65536, stream 3 and step 77 of the contract."""
+    """out: [N, 4] int64, for samples 0 to N - 1, block 65536, stream 3 and step 77 of the contract."""
     i = tl.arange(0, N)
     z = tl.zeros([N], dtype=tl.uint32)
     words = tl.philox(seed, i.to(tl.uint32), z + 65536, z + 3, z + 77)

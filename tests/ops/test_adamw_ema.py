@@ -15,12 +15,12 @@ from fastdistill.errors import InputError
 from fastdistill.ops import OPS, AdamWGroup, adamw_ema, grad_square_sum, use
 from tests.harness import Case, check_fake, check_op, crossed, detached, emulated, generator, kernels_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy, of gradients that are not finite
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # NumPy's, for gradients that are not finite
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {
     "odd": [(3, 5, 7), (1,), (), (16,), (2, 3, 1, 5, 3)],
     "empty": [(0, 4), (33,), (0,)],
-    "large": [(3, 33, 37, 41), (7,)],  # more than one chunk, and no multiple of a vector
+    "large": [(3, 33, 37, 41), (7,)],  # more than one chunk, not a multiple of a vector
     "two chunks": [(3, 5, 7, 107), (7,)],
 }
 KERNELS = kernels_of("adamw_ema")
@@ -36,7 +36,7 @@ def make(
     warmup: bool = True,
     steps: int = STEPS,
 ) -> Case:
-    """Several steps in two groups of unequal hyper-parameters; averages for all but the last parameter."""
+    """Several steps with two groups that have different hyper-parameters; averages for all but the last parameter."""
     g = generator(len(shapes))
     params = [torch.randn(s, generator=g) for s in shapes]
     grads = [[torch.randn(s, generator=g).to(dtype) for s in shapes] for _ in range(steps)]
@@ -79,7 +79,7 @@ def call(
 def by_torch(
     params: list[Tensor], grads: list[list[Tensor]], lr: list[Tensor], clip: float, warmup: bool
 ) -> tuple[Tensor, ...]:
-    """What a user writes: ``clip_grad_norm_``, the fused AdamW, then the average; in the dtype of the parameters."""
+    """The code of a user: ``clip_grad_norm_``, fused AdamW, then the average; in the dtype of the parameters."""
     twin = [p.clone() for p in params]
     averages = [p.clone() for p in twin]
     groups = [
@@ -123,7 +123,7 @@ def test_clip_and_warm_up(kernel: str, clip: float, warmup: bool) -> None:
 
 
 def update(kernel: str, **options: Any) -> dict[str, list[Tensor]]:
-    """One step of two small parameters with all that is optional; everything it may write."""
+    """One step with two small parameters and all options; returns everything that it may write."""
     params = [torch.linspace(-1, 1, 37), torch.ones(5)]
     grads = options.pop("grads", [torch.linspace(-2, 2, 37), torch.full((5,), 0.5)])
     twin, exp_avgs, exp_avg_sqs, _, steps = state_of(params)
@@ -181,7 +181,7 @@ def test_copies_are_the_weights_rounded_once(kernel: str, dtype: torch.dtype) ->
     weights = after["params"][0]
     if (
         emulated(kernel) and kernel == "triton" and dtype == torch.bfloat16
-    ):  # Triton's interpreter cuts the lower bits off
+    ):  # Triton's interpreter truncates instead of rounding
         weights = (weights.view(torch.int32) & -(2**16)).view(torch.float32)
     assert torch.equal(after["copies"][0], weights.to(dtype)) and after["copies"][1].numel() == 0
 
@@ -215,7 +215,7 @@ def test_square_sum(kernel: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kinds_may_be_mixed(kernel: str) -> None:
-    """Gradients and copies of several dtypes, with and without average, memory that starts anywhere."""
+    """Gradients and copies of several dtypes, with and without average, at addresses without alignment."""
 
     def run(kernel: str) -> list[Tensor]:
         g = generator(5)
@@ -237,7 +237,7 @@ def test_kinds_may_be_mixed(kernel: str) -> None:
         return [*params, *exp_avgs, *exp_avg_sqs, *steps, *averages]
 
     for got, expected in zip(run(kernel), run("reference"), strict=True):
-        # A dozen operations in another order; an update is at most the rate 0.1.
+        # About ten operations in another order; an update is at most the rate 0.1.
         torch.testing.assert_close(got, expected, rtol=8 * ROUNDING, atol=8 * ROUNDING * 0.1)
 
 
@@ -278,7 +278,7 @@ def test_same_bits_for_any_number_of_threads(kernel: str) -> None:
 
 
 def test_layouts_that_differ_run_on_the_reference() -> None:
-    """A gradient in another memory order than its parameter gives the same values."""
+    """If a gradient has another memory order than its parameter, the reference runs and gives the same values."""
     p = torch.randn(2, 8, 4, 6)
     results = []
     for memory in (torch.contiguous_format, torch.channels_last):

@@ -40,7 +40,7 @@ def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: str) -> Non
     check_op(make(SHAPES[shape], dtype), kernel, compiled=compiled, registration=thorough)
 
 
-#: Rows of several programs, columns of several, rows that are a part of wider ones.
+#: Rows and columns for several programs, and rows that are slices of wider ones.
 ROWS = {"few": (5, 7), "one": (1, 1), "rows": (300, 6), "columns": (70, 130), "apart": (150, 70)}
 
 
@@ -65,7 +65,7 @@ def test_sums_of_rows(kernel: str, dtype: torch.dtype, shape: str, monkeypatch: 
 
 @pytest.mark.parametrize("kernel", kernels_of("bias_gradient"))
 def test_a_bias_that_was_added(kernel: str) -> None:
-    """Values and gradients of h are as they are; of a bias of another dtype, too, and a second derivative."""
+    """h keeps its values and gradients, also with a bias of another dtype and for second derivatives."""
     h = torch.randn(2, 5, 6, generator=generator(3)).requires_grad_()
     bias = torch.randn(6, generator=generator(4)).double().requires_grad_()
     bias = bias.detach().bfloat16().requires_grad_()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of ops of another type than they take: each is refused by its name, before a kernel sees it."""
+"""Arguments with a wrong type: each is refused by name before a kernel gets it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_groups_of_no_channels() -> None:
 
 
 def test_attention_of_queries_that_share_their_memory() -> None:
-    """One token for all: torch's fused attention would give its result the strides of the queries."""
+    """One token for all queries: torch's fused attention would give its result the strides of the queries."""
     g = torch.Generator().manual_seed(0)
     line, k = torch.randn(60, generator=g), torch.randn(1, 7, 2, 8, generator=g)
     q = line.as_strided((1, 5, 2, 8), (1, 1, 1, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attention: values by every backend, which one is chosen and when."""
+"""attention: the values of every backend, which backend is chosen, and when."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_values(kernel: str, dtype: torch.dtype, D: int) -> None:
         pytest.skip("for half precision")
     tensors, sums = inputs(D=D, dtype=dtype), {}
     if kernel in ("efficient", "xformers") and dtype == torch.float32:
-        # On a GPU these make a float32 product of three of TF32, which is off by several times what one rounding is:
-        # eager's roundings are no measure of it, and the bound of a sum is.
+        # On a GPU these backends compute a float32 product as three TF32 products. Their error is several roundings,
+        # so the rounding error of eager code is no measure for it; the bound of a sum is used instead.
         sums = terms(*tensors, None, None, None)
     case = Case("attention", tensors, lambda *t: (attention(*t),), eager, eager, gradient_sums=sums)
     check_values(case, kernel)
@@ -66,7 +66,8 @@ def test_values(kernel: str, dtype: torch.dtype, D: int) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_chosen_one_is_measured_once(dtype: torch.dtype, measured: list[Any], cache: Path) -> None:
-    """The same values, by whichever is ahead; kept for other processes, told apart by shape and direction."""
+    """The values are the same with the fastest backend; other processes read the choice; shape and direction are
+    keys."""
     tensors = inputs(dtype=dtype)
     state = torch.get_rng_state()
     for _ in range(2):
@@ -76,7 +77,7 @@ def test_the_chosen_one_is_measured_once(dtype: torch.dtype, measured: list[Any]
     assert measured == [((2, 33, 2, 16), True, backends.candidates("cpu"))]
     (call,) = json.loads(cache.read_text())["calls"].values()
     assert call["backend"] == min(call["ms"], key=call["ms"].get) and set(call["ms"]) == {"flash", "math"}
-    table._read = None  # as in a new process
+    table._read = None  # like a new process
     attention(*tensors)
     assert len(measured) == 1
     with torch.no_grad():
@@ -87,7 +88,7 @@ def test_the_chosen_one_is_measured_once(dtype: torch.dtype, measured: list[Any]
 
 
 def test_a_wrong_backend_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor one that raises, nor one whose gradient alone is wrong, nor one that is NaN; if all are, the reference."""
+    """Nor one that raises, nor one with a wrong gradient or NaN; if all are wrong, the reference is chosen."""
 
     def gradient(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return backends.default(q, k, v, scale) + 0.1 * (q - q.detach())
@@ -109,7 +110,7 @@ def test_a_wrong_backend_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch, measured: list[Any]) -> None:
-    """Backwards that are not deterministic are no candidates; a claim that does not hold is found."""
+    """Backends with a nondeterministic backward are not candidates; a wrong claim of determinism is detected."""
     monkeypatch.setitem(
         backends.BACKENDS, "flash", backends.Backend("flash", ("cpu",), backends.default, deterministic=backends._never)
     )
@@ -133,7 +134,7 @@ def test_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch, measured: list[A
 
 
 def test_on_a_gpu_in_deterministic_mode() -> None:
-    """Torch's flash and efficient backwards are deterministic in its strict mode alone, cuDNN's and xformers' never."""
+    """Torch's flash and efficient backwards are deterministic only in strict mode, cuDNN's and xformers' never."""
 
     def deterministic() -> list[str]:
         return [name for name, b in backends.BACKENDS.items() if "cuda" in b.devices and b.deterministic("cuda")]
@@ -151,7 +152,7 @@ def test_on_a_gpu_in_deterministic_mode() -> None:
     ("library", "reason"),
     [
         ({"_cpp_library_load_exception": None, "_built_with_cuda": True}, None),
-        ({}, None),  # of another version
+        ({}, None),  # from another version
         ({"_cpp_library_load_exception": None, "_built_with_cuda": False}, "xformers was built without CUDA"),
         (
             {"_cpp_library_load_exception": OSError("Cannot load. It was built for:\n    PyTorch 1\n  Reinstall")},
@@ -176,7 +177,7 @@ def test_an_xformers_without_its_kernels_is_no_candidate(
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_measured_inside_of_a_checkpoint(reentrant: bool, measured: list[Any]) -> None:
-    """What the measurement saves for its own backwards is nothing that a recomputation would have to save again."""
+    """Tensors that the measurement saves for its own backward do not belong to the checkpoint's recomputation."""
     tensors = inputs()
     expected = torch.autograd.grad(attention(*tensors, backend="math").square().sum(), tensors)
     exact = tuple(t.detach().double().requires_grad_() for t in tensors)
@@ -197,8 +198,8 @@ def test_hooks_that_were_switched_off_stay_so(measured: list[Any]) -> None:
 
 
 def test_a_measured_backend_that_fails_later(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """The next fastest takes its calls, with one warning; other errors are the caller's, and a dead device has its
-    own."""
+    """The next fastest backend gets its calls, with one warning. Other errors are raised to the caller, and a dead
+    device has its own error."""
     tensors = inputs()
     key = module._key(*module._kind(*tensors))
     table.remember(key, {"backend": "gone", "ms": {"gone": 1.0, "math": 2.0, "flash": 3.0}, "refused": {}})
@@ -250,7 +251,7 @@ def test_a_capture_takes_what_is_known(measured: list[Any], monkeypatch: pytest.
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_it_takes_what_is_known(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the shapes are fixed, among torch's own; the table is read while the call is traced."""
+    """If the shapes are fixed, among torch's backends; the table is read while the call is traced."""
     run, ran = module._run, []
     monkeypatch.setattr(module, "_run", lambda name, *rest: ran.append(name) or run(name, *rest))
     for ms, expected in (({"math": 1.0, "flash": 2.0}, "math"), ({"xformers": 1.0, "flash": 2.0}, "flash")):
@@ -263,7 +264,8 @@ def test_compiled_it_takes_what_is_known(dynamic: bool, monkeypatch: pytest.Monk
 
 
 def test_overrides(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Argument before ``ops.use`` before the environment; kernels of other ops leave the choice alone."""
+    """The argument has priority over ``ops.use``, and that over the environment; kernels of other ops have no
+    effect."""
     calls = module.OPS["attention"].calls
 
     def by(expected: str, **options: Any) -> None:
@@ -292,7 +294,7 @@ def test_overrides(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_switches_of_torch_are_as_before_when_two_threads_have_set_them() -> None:
-    """They belong to the process: blocks that overlap would leave those of the second for good."""
+    """The switches belong to the process: overlapping blocks would leave those of the second block set."""
     q, k, v = (t.transpose(1, 2) for t in inputs(gradient=False))
     inside, left = threading.Event(), threading.Event()
     order: list[str] = []
@@ -304,7 +306,7 @@ def test_the_switches_of_torch_are_as_before_when_two_threads_have_set_them() ->
                     order.append(f"{name} in")
                     if name == "first":
                         inside.set()
-                        left.wait(0.3)  # for nothing where calls take turns
+                        left.wait(0.3)  # waits in vain if calls take turns
                     order.append(f"{name} out")
                 return func(*args, **(kwargs or {}))
 
@@ -328,7 +330,7 @@ def test_the_switches_of_torch_are_as_before_when_two_threads_have_set_them() ->
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_operator_behind_the_math_backend(dtype: torch.dtype) -> None:
-    """It is called without torch's switches; same inputs, same operator, same bits."""
+    """It is called without torch's switches; the same inputs and operator give the same bits."""
     tensors = [t.transpose(1, 2) for t in inputs(dtype=dtype)]
     ours = sdpa(*tensors, scale=0.3, backends=[SDPBackend.MATH])
     with sdpa_kernel(SDPBackend.MATH):
@@ -363,7 +365,7 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
         attention(**({name: torch.zeros(2, 9, 2, 8) for name in "qkv"} | changes))
 
 
-@pytest.mark.filterwarnings("ignore")  # of the tracer: shapes become constants, and it is no longer developed
+@pytest.mark.filterwarnings("ignore")  # from the tracer, which is deprecated: shapes become constants
 def test_a_tracer_measures_nothing() -> None:
     q = torch.linspace(-1, 1, 64).view(1, 4, 2, 8)
     traced = torch.jit.trace(lambda q: attention(q, q, q), q, check_trace=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file that keeps which backend of ``attention`` was the fastest: damage, other processes and threads, no place."""
+"""The file with the fastest backend of ``attention``: damaged, shared by processes and threads, or not writable."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_another_process_is_not_forgotten(cache: Path) -> None:
 def test_a_cache_that_cannot_be_written_has_a_stand_in(
     place: str, cache: Path, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file in its place; a disk that can only be read, as in a container; a user that is only a number."""
+    """A file in its place; a read-only disk, as in a container; a user without a name."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(table, "_warned", set())
@@ -78,13 +78,13 @@ def test_a_cache_that_cannot_be_written_has_a_stand_in(
     held = json.loads(table.path().read_text())["calls"]
     assert table.path().parent.stat().st_mode & 0o777 == 0o700
     assert ("of the image" in held) == (place == "read-only") and len(held) == 2 + (place == "read-only")
-    table._read = None  # as in a new process
+    table._read = None  # like a new process
     attention(*inputs(N=5))
     assert len(measured) == 2
 
 
 def test_no_place_at_all(cache: Path, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor among the temporary files, where the folder is another user's: what was measured is kept in memory."""
+    """If the temporary folder also belongs to another user, the measurements are kept in memory."""
     cache.parent.write_text("")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -101,7 +101,7 @@ def test_no_place_at_all(cache: Path, tmp_path: Path, measured: list[Any], monke
 
 
 def test_threads_measure_one_after_the_other(measured: list[Any], cache: Path) -> None:
-    """Together they would disturb each other's times; and what one has measured the others take."""
+    """At the same time they would disturb each other's times; a thread uses what another one has measured."""
     tensors = inputs()
     threads = [threading.Thread(target=lambda: attention(*tensors)) for _ in range(4)]
     filters = list(warnings.filters)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ops share: second derivatives and forward mode, inputs that have no gradient; and what the losses that make
-their gradient in the forward do: buffers, tracing."""
+"""Behavior of all ops: second derivatives, forward mode, inputs without a gradient. And of the losses that compute
+their
+gradient in the forward: buffers, tracing."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ EACH = [(kernel, name) for name in LOSSES for kernel in kernels_of(name)]
 
 @pytest.mark.parametrize(("kernel", "name"), EACH)
 def test_a_buffer_serves_one_forward_until_its_backward(kernel: str, name: str) -> None:
-    """Two forwards into one buffer would hand the second's gradient on twice; so would a graph that is kept."""
+    """Otherwise two forwards into one buffer, or a retained graph, would return the second gradient twice."""
     loss: Callable[..., Tensor] = LOSSES[name]
     s = torch.randn(2, 4, 5, requires_grad=True)
     buffer, message = torch.empty(2, 4, 5), f"{name}: a gradient buffer was written to between"
@@ -77,7 +78,7 @@ def test_a_buffer_of_inference_mode(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_forward_mode_is_refused(name: str) -> None:
-    """It would take the tangent for zero."""
+    """Otherwise the tangent would count as zero."""
     s = torch.randn(2, 4, 5)
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.jvp(LOSSES[name], (s,), (s,))
@@ -91,7 +92,7 @@ def test_traced_with_symbolic_sizes(name: str) -> None:
 
 
 def squared_gradient(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of |y|^2 + |dy/dx|^2 by all inputs: a gradient penalty, whose own cotangent requires no gradient."""
+    """Gradients of |y|^2 + |dy/dx|^2 for all inputs: a gradient penalty, whose cotangent requires no gradient."""
     first = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True)
     loss = function(*inputs).square().sum() + sum((g.square().sum() for g in first), torch.zeros(()))
     return list(torch.autograd.grad(loss, inputs))
@@ -152,7 +153,7 @@ TWICE: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor], list[t
     ("kernel", "name"), [(kernel, name) for name in TWICE for kernel in kernels_of(TWICE[name][0])]
 )
 def test_second_derivatives(kernel: str, name: str, layout: str) -> None:
-    """Also of tensors that the op copies, and where the cotangent of the first is a constant."""
+    """Also for tensors that the op copies, and if the first cotangent is a constant."""
     _, ours, eager, shapes = TWICE[name]
     inputs = [randn(*shape) for shape in shapes]
     if layout == "transposed":
@@ -175,7 +176,8 @@ def test_second_derivatives_where_one_tensor_is_two_inputs() -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_refuse_a_second_derivative(name: str) -> None:
-    """Even one by what the student was made of, whose graph does not lead through the gradient."""
+    """Also with respect to the tensors from which the student was computed; their graph does not include the
+    gradient."""
     w = randn(2, 4, 5).requires_grad_()
     student = 2 * w
     with pytest.raises(RuntimeError, match=f"{name}: its gradient cannot be differentiated again"):
@@ -233,7 +235,7 @@ CONSTANTS: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_what_has_no_gradient_refuses_to_be_differentiated(name: str) -> None:
-    """It would be left out of the backward without a word; without gradients asked for the call is as good as any."""
+    """Otherwise it would silently get no gradient; if no gradient is required, the call works."""
     t = torch.ones(2, 4, 5)
     CONSTANTS[name](t)
     argument = name.split()[0]

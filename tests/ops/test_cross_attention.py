@@ -30,13 +30,13 @@ from tests.harness import (
 )
 
 KERNELS = kernels_of("cross_attention")
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy, of samples without keys
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # from NumPy, for samples without keys
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 LOWEST = torch.finfo(torch.float32).min
 
 
 def multiply_numbers(patch: Callable[..., None] = setattr) -> None:
-    """Triton's interpreter multiplies the bits of bfloat16 numbers; then it multiplies the numbers."""
+    """Triton's interpreter multiplies the bits of bfloat16 numbers; with this patch it multiplies their values."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
     product = InterpreterBuilder.create_dot
@@ -58,7 +58,7 @@ def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def eager(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float | None = None
 ) -> tuple[Tensor]:
-    """What a user writes, in the tensors' own precision; the truth in float64."""
+    """The code of a user, in the tensors' own precision; in float64 it is the truth."""
     if rows is not None:
         k, v = k[rows], v[rows]
     scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)).transpose(1, 2) @ k.permute(0, 2, 3, 1)
@@ -85,7 +85,7 @@ def make(
     mask: str = "none", rows: list[int] | None = None, gradients: str = "qkv", scale: float | None = None,
 ) -> Case:  # fmt: skip
     g = generator(B * N * D * L)
-    count = B if rows is None else max(rows) + 2  # a row that nobody takes gets a gradient of zero
+    count = B if rows is None else max(rows) + 2  # a row that no sample uses gets a gradient of zero
     q = torch.randn(B, N, H, D, generator=g).to(dtype).requires_grad_("q" in gradients)
     k = torch.randn(count, L, H, D, generator=g).to(dtype).requires_grad_("k" in gradients)
     v = torch.randn(count, L, H, D, generator=g).to(dtype).requires_grad_("v" in gradients)
@@ -101,8 +101,8 @@ def make(
 def terms(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float | None
 ) -> dict[int, tuple[int, float]]:
-    """Of the gradients of Q and K: each term of dS = P (dP - sum_j P_j dP_j), dP = dO V^T, is itself a sum over D,
-    whose parts cancel; their magnitudes do not."""
+    """For the gradients of Q and K: each term of dS = P (dP - sum_j P_j dP_j), dP = dO V^T, is a sum over D. Its terms
+    cancel, so the bound uses their magnitudes."""
     cotangent = Case.cotangent
     with torch.no_grad():
         (q, k, v), own = (t.double() for t in (q, k, v)), torch.arange(len(q)) if rows is None else rows
@@ -126,7 +126,7 @@ def terms(
 def test_values_and_contract(kernel: str, mask: str, rows: list[int] | None) -> None:
     thorough = mask == "bool"
     case = make(2 + (rows is not None), 5, 1, L=7, mask=mask, rows=rows, scale=0.7 if thorough else None)
-    with use(kernel):  # for fake tensors too: torch's own attention has strides of its own
+    with use(kernel):  # also for fake tensors, because torch's attention has other strides
         check_op(case, kernel, compiled=("aot_eager",) if thorough else (), registration=thorough)
 
 
@@ -138,7 +138,8 @@ def test_compiled_by_inductor() -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @crossed("D, dtype", [40, 8, 13, 64, 72, 80, 160], [torch.float32, torch.float16])
 def test_head_dims(kernel: str, D: int, dtype: torch.dtype) -> None:
-    """Fitting and looping plans: float32 loops over keys in the kernel, float16 has them on chip at once up to 96."""
+    """Plans with and without a loop: in float32 the kernel loops over keys; in float16 up to 96 keys are on chip at
+    once."""
     N = 70 if dtype == torch.float16 else 34
     check_values(make(1, N, 1, D, 77, dtype, mask="bool"), kernel)
 
@@ -154,7 +155,7 @@ def test_numbers_of_keys(kernel: str, L: int, D: int) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @crossed("L, dtype", [5, 130], [torch.float32, torch.float16])
 def test_a_mask_that_adds_much_to_all_keys(kernel: str, L: int, dtype: torch.dtype) -> None:
-    """Whose exponential overflows: places of a tile that no query has must not have weights either."""
+    """The exponential overflows: positions of a tile beyond the last query must not have weights either."""
     q, k, v, mask, rows, scale = make(1, 19, 1, 8, L, dtype, mask="bias").inputs
     check_values(Case("cross_attention", (q, k, v, mask + 300, rows, scale), call, eager, eager), kernel)
 
@@ -162,7 +163,8 @@ def test_a_mask_that_adds_much_to_all_keys(kernel: str, L: int, dtype: torch.dty
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("L", "D"), [(77, 40), (300, 40)])
 def test_bfloat16(kernel: str, L: int, D: int) -> None:
-    """The interpreter cuts to bfloat16 where a GPU rounds: an ulp an operation, and two are made in a row."""
+    """The interpreter truncates to bfloat16 while a GPU rounds: one ulp per operation, and there are two in
+    sequence."""
     case = make(1, 40, 2, D, L, torch.bfloat16)
     if not emulated(kernel):
         check_values(case, kernel)
@@ -183,7 +185,7 @@ def test_gradients_that_nobody_asked_for(kernel: str, gradients: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_many_chunks(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients of K and V as sums over chunks of queries and over samples of a row."""
+    """Gradients of K and V are sums over chunks of queries and over the samples of a row."""
     if kernel == "triton":
         monkeypatch.setattr(importlib.import_module("fastdistill.ops.cross_attention.triton"), "PROGRAMS", 1)
         check_values(make(1, 200, 1, 16, 20, torch.float16), kernel)
@@ -195,7 +197,7 @@ def test_many_chunks(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @crossed("mask, L", ["bool", "bias"], [7, 300])
 def test_a_sample_whose_keys_are_all_left_out(kernel: str, mask: str, L: int) -> None:
-    """It gives zeros and no gradient, in torch's own attention on a CPU too."""
+    """It gives zeros and no gradient, also with torch's attention on a CPU."""
     case = make(2, 9, 1, 8, L, torch.float16)
     q, k, v, *_ = case.inputs
     kept = torch.tensor([True, False])[:, None].expand(2, L).clone()
@@ -210,7 +212,7 @@ def test_a_sample_whose_keys_are_all_left_out(kernel: str, mask: str, L: int) ->
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_layouts(kernel: str, dtype: torch.dtype) -> None:
-    """Heads before tokens, slices of one projection of all three, elements apart, memory that starts anywhere."""
+    """Heads before tokens, slices of one joint projection, strided elements, addresses without alignment."""
     case = make(2, 17, 2, 8, 5, dtype)
     (expected,), gradients = evaluate(case.call, detached(case.inputs), 1.75)
     for layout in ("heads first", "sliced", "elements apart", "shifted", "expanded"):
@@ -240,7 +242,7 @@ def test_layouts(kernel: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kernel", [*KERNELS, None])
 def test_projections_as_they_come(kernel: str | None) -> None:
-    """[B, N, H * D] with heads is [B, N, H, D]."""
+    """[B, N, H * D] with ``heads`` equals [B, N, H, D]."""
     q, k, v, *_ = make(D=8, H=2).inputs
     with use(kernel):
         expected = cross_attention(q, k, v).flatten(2)
@@ -250,7 +252,7 @@ def test_projections_as_they_come(kernel: str | None) -> None:
 
 @crossed("mask, dtype", ["none", "bool", "-inf"], FLOATS)
 def test_torch_itself_on_a_cpu(mask: str, dtype: torch.dtype) -> None:
-    """Where no kernel takes the call: the same values by torch's attention, its autograd, and compiled."""
+    """If no kernel supports the call, torch's attention gives the same values, also with autograd and compiled."""
     case = make(3, 19, 2, 40, 77, dtype, mask=mask, rows=[1, 0, 1])
     truth, gradients = evaluate(eager, detached(case.inputs, torch.float64), 1.75)
     torch._dynamo.reset()
@@ -337,7 +339,7 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("L", [5, 40])
 @pytest.mark.parametrize(("dtype", "low"), [("float16", -1e9), ("bfloat16", LOWEST), ("float32", LOWEST)])
 def test_a_sample_of_padding_attends_to_all_keys(kernel: str | None, L: int, dtype: str, low: float) -> None:
-    """A large finite bias is not -inf in any precision: the scores are lost beside it, so every key has one weight."""
+    """A large finite bias is not -inf in any precision: the scores vanish next to it, so all keys get equal weights."""
     q, k, v, g = (randn(2, n, 1, 8).to(getattr(torch, dtype)) for n in (4, L, L, 4))
     inputs, mask = [t.requires_grad_() for t in (q, k, v)], torch.full((2, L), low)
     mask[1, 1:] = 0.0
@@ -353,7 +355,7 @@ def test_a_sample_of_padding_attends_to_all_keys(kernel: str | None, L: int, dty
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k == "triton"])
 @pytest.mark.parametrize("row", [-1, 3])
 def test_where_an_error_cannot_be_raised_the_sample_is_nan(kernel: str, row: int) -> None:
-    """A kernel on a GPU reads nothing outside of the bank."""
+    """A kernel on a GPU reads nothing outside of the bank; the sample becomes NaN."""
     q, k = randn(2, 4, 1, 8).requires_grad_(), randn(3, 5, 1, 8).requires_grad_()
     with use(kernel), mock.patch.object(_check, "rows"):
         out = cross_attention(q, k, k, rows=torch.tensor([2, row]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""cross_attention and its gradients in CUDA for Hopper, by products of warpgroups."""
+"""cross_attention and its gradients in CUDA for Hopper (warpgroup products)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ module = importlib.import_module("fastdistill.ops.cross_attention.cuda")
 
 
 class _Gradients(torch.autograd.Function):
-    """The reference's values, and the gradients of the kernel that is asked for."""
+    """The values of the reference, and the gradients of the selected kernel."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
@@ -54,7 +54,7 @@ def of_gradients(case: Case, device: str) -> Case:
 @pytest.mark.parametrize("kernel", WARPGROUPS)
 @crossed("D, L, dtype", [40, 64, 80, 160, 72], [77, 80, 66], [torch.float16, torch.bfloat16])
 def test_gradients_by_warpgroups(kernel: str, D: int, L: int, dtype: torch.dtype) -> None:
-    """Several tiles, of which the last is not full."""
+    """Several tiles, the last of which is not full."""
     check_values(of_gradients(make(1, 130, 2, D, L, dtype), device_of(kernel)), kernel)
 
 
@@ -119,7 +119,7 @@ def test_swizzled_and_padded_matrices_give_the_same_bits(kernel: str, D: int, mo
 def test_gradients_by_warpgroups_over_tiles(
     kernel: str, D: int, queries: int, chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three tiles in one chunk, which writes the gradients of K and V itself, and in three."""
+    """Three tiles in one chunk (the kernel writes the gradients of K and V itself), and in three chunks."""
     monkeypatch.setattr(module, "chunks_of", lambda *_: (3 // chunks * queries, chunks))
     check_values(of_gradients(make(1, 2 * queries + 44, 1, D, 77, torch.float16), device_of(kernel)), kernel)
 
@@ -143,7 +143,7 @@ def test_clusters_and_partial_sums_give_the_same_bits(kernel: str, D: int, monke
 
 @pytest.mark.parametrize("kernel", WARPGROUPS)
 def test_gradients_by_warpgroups_of_nothing_and_of_what_is_not_there(kernel: str) -> None:
-    """A sample without keys has none, one of a row that is not there has NaN and adds to no row."""
+    """A sample without keys has no gradient; a sample whose row does not exist has NaN and adds to no row."""
     device = device_of(kernel)
     q, g = (randn(2, 20, 1, 160).half().to(device) for _ in range(2))
     k, v = (randn(3, 9, 1, 160).half().to(device) for _ in range(2))
@@ -159,7 +159,7 @@ def test_gradients_by_warpgroups_of_nothing_and_of_what_is_not_there(kernel: str
 
 @pytest.mark.parametrize("kernel", WARPGROUPS)
 def test_gradients_by_warpgroups_of_slices(kernel: str) -> None:
-    """K and V as one projection made them, heads before tokens; what begins elsewhere is refused."""
+    """K and V as slices of one projection, heads before tokens; other alignments are refused."""
     device = device_of(kernel)
     q, g = (randn(1, 2, 20, 40).half().to(device).transpose(1, 2) for _ in range(2))
     k, v = randn(1, 66, 4, 40).half().to(device).split(2, 2)
@@ -193,7 +193,7 @@ def test_warpgroups_where_they_are_faster() -> None:
 
 
 def test_chunks_of_warpgroups() -> None:
-    """As many as fill a GPU once, or nearly so; every query is in one."""
+    """There are enough chunks to fill a GPU (nearly) once; every query is in exactly one chunk."""
     chunks_of = module.chunks_of
     shapes = (4096, 40), (1024, 80), (256, 160)
     assert [chunks_of(16, n, 8, dim) for n, dim in shapes] == [(2048, 2), (1024, 1), (256, 1)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of a known kind: past torch's dispatcher where nobody listens there, through it where somebody does."""
+"""Calls of a known form: they skip torch's dispatcher if nothing intercepts there, else they go through it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BACKWARD = {"feature_match": "scale_gradients", "output_match": "scale_gradients
 
 
 def both(call: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Without gradient, with one, and the gradient."""
+    """The output without gradients, the output with gradients, and the gradient."""
     x = X.clone().requires_grad_()
     y = call(x)
     return call(x.detach()), y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
@@ -110,16 +110,16 @@ def test_a_tensor_that_outlived_its_transform(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["geglu", "group_norm_silu", "layer_norm_modulate"])
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.filterwarnings("ignore")  # of the tracer: shapes become constants, and it is no longer developed
+@pytest.mark.filterwarnings("ignore")  # from the tracer, which is deprecated: shapes become constants
 def test_a_tracer_hears_every_op(name: str, gradient: bool) -> None:
-    """Past the dispatcher its graph would hold the outputs' memory and not what is written there."""
+    """If a call skipped the dispatcher, the tracer's graph would contain the outputs' memory but not the op."""
     expected = CALLS[name](X.flip(0))
     traced = torch.jit.trace(CALLS[name], X.clone().requires_grad_(gradient), check_trace=False)
     assert torch.equal(traced(X.flip(0)), expected)
 
 
 def test_an_empty_list_that_comes_as_none() -> None:
-    """As packages of AOTInductor give it to an op, past the checks of torch's dispatcher."""
+    """Code from AOTInductor calls an op like this, without the checks of torch's dispatcher."""
     seen: list[tuple[Any, ...]] = []
     op = OPS["layer_norm_modulate"].overload
     _dispatch._with_lists(lambda *args: seen.append(args), op)(X, *[None] * 6, 1e-6, X, None, X, X)
@@ -133,7 +133,7 @@ def test_an_empty_list_that_comes_as_none() -> None:
 @pytest.mark.parametrize("kernel", [None, "reference"])
 @pytest.mark.parametrize("default", [torch.float64, "meta"], ids=str)
 def test_any_default(name: str, kernel: str | None, default: torch.dtype | str) -> None:
-    """Kernels read what stands for weights and scales that are not given as float32, on the device of the call."""
+    """Default weights and scales are float32 on the device of the call, whatever the default dtype and device are."""
     with use(kernel):
         expected = both(CALLS[name])
         loss_scale.cache_clear()
@@ -152,7 +152,7 @@ def test_any_default(name: str, kernel: str | None, default: torch.dtype | str) 
 
 
 def test_compiled_loops_run_after_the_ops_they_read() -> None:
-    """Sums of two outputs in loops of two shapes, which the compiler for CPUs fuses and then schedules by memory."""
+    """The compiler for CPUs fuses loops of two shapes that sum outputs, and then schedules them by memory."""
 
     def chain(x: Tensor, scale: Tensor, weight: Tensor, gate: Callable[[Tensor], Tensor] = geglu) -> Tensor:
         for _ in range(3):
@@ -170,13 +170,13 @@ def test_compiled_loops_run_after_the_ops_they_read() -> None:
         chain(*(x.double() * by for x in inputs), lambda x: x[..., :16] * torch.nn.functional.gelu(x[..., 16:]))
         for by in (1.0, 1.0 + 2**-20)
     )
-    # All terms are positive: no relative change of the inputs moves the result more than the same one of all of them.
+    # All terms are positive, so a relative change of all inputs bounds the relative change of the result.
     condition = ((moved - truth).abs() * 2**20).max().item()
     assert (got.double() - truth).abs().max().item() <= 4 * EPS * condition
 
 
 def test_calls_on_a_gpu_ask_kernels_each_time() -> None:
-    """Past torch's dispatcher too; what a kernel takes may depend on strides there."""
+    """Also without torch's dispatcher; whether a kernel supports a call may depend on its strides."""
     ran: list[str] = []
     refuse = lambda x: None if x.is_contiguous() else "strides"  # noqa: E731
     kernels = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel that cannot be compiled, loaded or launched: who takes the call, what is said, and what raises."""
+"""A kernel that cannot be compiled, loaded or launched: which kernel gets the call, the warning, and what raises."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REASON = "CompilationError: at 2:0: nothing is not defined"
 
 
 class Planted:
-    """An op y = 2 x with a kernel that raises, and counts how often it was tried."""
+    """An op y = 2 x with a kernel that raises and counts its calls."""
 
     def __init__(self, error: Exception, device: str = "cpu") -> None:
         self.tried, self.error = 0, error
@@ -71,7 +71,7 @@ def test_what_was_not_executed_goes_to_the_next_kernel(error: Exception) -> None
     assert str(error).splitlines()[0] in str(told[0].message)
     assert len(told) == planted.tried == 1 and planted.op.calls == {"cpp": 3}
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a kernel is named once
+        warnings.simplefilter("error")  # there is one warning per kernel
         planted(4, 3)
         planted(4, 3, dtype=torch.float16)
         planted(4, 3)
@@ -97,7 +97,7 @@ def test_a_kernel_that_is_asked_for_raises_its_reason() -> None:
         ValueError("of the launch itself"),
         InputError("x: expected a rule, got a value"),
         torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("planted: CUDA error: invalid configuration argument"),  # of several launches, perhaps
+        RuntimeError("planted: CUDA error: invalid configuration argument"),  # possibly after other launches
         RuntimeError("planted: CUDA error: operation failed due to a previous error during capture"),
     ],
     ids=lambda error: type(error).__name__,
@@ -136,7 +136,7 @@ def test_nothing_changes_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_compile_error_of_triton_itself() -> None:
-    """Whatever its type: raised in a frame of Triton's, or in one that its compiler has called."""
+    """Errors of any type, raised in a frame of Triton or in one that its compiler has called."""
 
     def compiler() -> None:
         raise OSError("cc: not found")
@@ -160,7 +160,7 @@ def test_a_module_that_does_not_load() -> None:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
-    """Put a kernel that cannot be compiled before those of an op."""
+    """Add a kernel that cannot be compiled before the other kernels of an op."""
 
     def plant(op: str, device: str) -> None:
         def launch(*args: Any) -> None:
@@ -184,7 +184,7 @@ def test_calls_past_the_dispatcher(broken: Callable[[str, str], None]) -> None:
 
 
 def test_what_writes_over_its_inputs_is_compiled_whole_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a second kernel that cannot be compiled would leave the first one's half of a step."""
+    """Otherwise, if a second kernel cannot be compiled, the first one has already done half of a step."""
     work = adamw_ema_work("cpu")
     with use("reference"):
         before = [t.clone() for t in work.state]
@@ -231,7 +231,7 @@ def test_launches_are_compiled_first_where_they_write_over_their_inputs() -> Non
     assert done == ["compile a", "load a", "compile b", "load b", "launch a", "launch b"]
     done.clear()
     _triton.launch_all(launches, in_place=False)
-    _triton.launch_all(launches[:1], in_place=True)  # it runs or it does not
+    _triton.launch_all(launches[:1], in_place=True)  # it either runs completely or raises
     assert done == ["launch a", "launch b", "launch a"]
 
 
@@ -257,7 +257,7 @@ def test_a_launch_that_fails_after_others_is_told_apart_where_they_wrote_over_in
 
 
 def test_cross_attention_goes_to_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For heads and keys that a kernel, forward or backward, could not be compiled for."""
+    """For head dims and numbers of keys for which a forward or backward kernel cannot be compiled."""
     monkeypatch.setattr(_native, "triton_reason", lambda: None)
     q, k = torch.empty(2, 9, 1, 16), torch.empty(2, 3, 1, 16)
     monkeypatch.setattr(OPS["cross_attention"], "failures", {})

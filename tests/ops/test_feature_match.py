@@ -34,7 +34,7 @@ SHAPES = {
     "odd": [(3, 5, 7), (1,), (13,), (2, 3, 1, 5, 3)],
     "one": [(1, 1, 1, 1)],
     "empty": [(0, 4), (3, 4)],
-    "large": [(3, 33, 37, 41)],  # more than one chunk, and no multiple of a vector
+    "large": [(3, 33, 37, 41)],  # more than one chunk, not a multiple of a vector
 }
 DELTA = 0.75
 DISTANCES = ["mse", "normalized_mse", "huber", "cosine"]
@@ -42,7 +42,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def truth(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distance: str) -> tuple[Tensor, Tensor]:
-    """The definition in autograd: independent of the op's hand-written gradient."""
+    """The definition in autograd; it does not use the op's handwritten gradient."""
     taps = []
     for s, t in zip(student, teacher, strict=True):
         if s.numel() == 0:
@@ -63,7 +63,7 @@ def truth(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distanc
 
 
 def eager(student: list[Tensor], teacher: list[Tensor], weights: Tensor, distance: str) -> tuple[Tensor, Tensor]:
-    """What a user writes: the same in float32 by ``.float()``."""
+    """The code of a user: the same in float32 with ``.float()``."""
     return truth([s.float() for s in student], [t.float() for t in teacher], weights, distance)
 
 
@@ -75,13 +75,13 @@ def make(
     shapes: list[tuple[int, ...]], dtype: torch.dtype, distance: str, teacher_dtype: torch.dtype | None = None
 ) -> Case:
     g = generator(sum(map(len, shapes)) + len(distance))
-    if distance == "cosine":  # of samples of several elements: the gradient of one is a difference that vanishes
+    if distance == "cosine":  # with several elements per sample: with one, the gradient is a difference that vanishes
         shapes = [s if math.prod(s[1:]) != 1 else (*s, 3) for s in shapes]
     student = [torch.randn(s, generator=g).to(dtype).requires_grad_() for s in shapes]
     teacher = [(1.5 * torch.randn(s, generator=g) + 0.5).to(teacher_dtype or dtype) for s in shapes]
     weights = torch.rand(len(shapes), generator=g) + 0.5
     sums = {}
-    if distance in ("mse", "huber"):  # every term is positive, so the sum of magnitudes is the value itself
+    if distance in ("mse", "huber"):  # all terms are positive, so the sum of magnitudes is the value itself
         with torch.no_grad():
             loss = truth([s.double() for s in student], [t.double() for t in teacher], weights, distance)[0].item()
         sums = {0: (max(sum(s.numel() for s in student), 1), loss)}
@@ -115,7 +115,7 @@ def test_student_and_teacher_of_different_dtypes(
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_layouts(kernel: str) -> None:
-    """Any mix of layouts gives the same values; the gradient comes in the student's layout where that is dense."""
+    """Any mix of layouts gives the same values; the gradient has the student's layout if that is dense."""
     case = make([(2, 8, 4, 6)], torch.float32, "mse")
     (student,), (teacher,), weights, distance = case.inputs
     for (sn, s), (_, t) in itertools.product(layouts(student), layouts(teacher)):
@@ -130,7 +130,7 @@ def test_layouts(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", large(KERNELS))
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_more_taps_than_a_launch_takes(kernel: str, distance: str) -> None:
-    """Forty taps, some empty, of dtypes that change on the way."""
+    """Forty taps, some of them empty, with different dtypes."""
     shapes = [(1 + i % 3, 7 * (i % 5)) for i in range(40)]
     case = make(shapes, torch.float32, distance)
     student, teacher, weights, _ = case.inputs
@@ -141,7 +141,7 @@ def test_more_taps_than_a_launch_takes(kernel: str, distance: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_weights_of_any_strides(kernel: str) -> None:
-    """Also after a call of the same shapes whose weights lay side by side."""
+    """Also after a call with the same shapes and contiguous weights."""
     student, teacher, weights, distance = make([(2, 8), (3, 5), (7,)], torch.float32, "mse").inputs
     spread, alike = torch.stack([weights, weights + 9], 1)[:, 0], torch.full((1,), 2.0).expand(3)
     with use(kernel):
@@ -169,7 +169,7 @@ def test_long_chunks_of_the_triton_kernel(kernel: str, distance: str, monkeypatc
 
 @pytest.mark.parametrize("distance", [MSE, NORMALIZED_MSE, HUBER, COSINE])
 def test_gradient_of_the_reference(distance: int) -> None:
-    """The hand-written gradient of the specification is autograd's, in float64."""
+    """The handwritten gradient of the reference equals autograd's, in float64."""
     s = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     t = torch.randn(3, 4, dtype=torch.float64)
     value, gradient = distance_and_gradient(s, t, distance, 0.5)
@@ -289,7 +289,7 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_the_gradient_over_the_teacher(kernel: str, distance: str) -> None:
-    """The same values, in the teacher's memory; autograd hands out that memory itself."""
+    """The same values, in the teacher's memory; autograd returns that memory itself."""
     student, teacher, weights, _ = make([(2, 8, 4, 4), (3, 5)], torch.float32, distance).inputs
     options = {"weights": weights, "distance": distance, "delta": DELTA}
     with use(kernel):
@@ -305,7 +305,7 @@ def test_the_gradient_over_the_teacher(kernel: str, distance: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference" and not emulated(k)])
 def test_more_than_2_to_the_31_elements(kernel: str) -> None:
-    """Offsets are 64-bit: the last elements count, and get their gradient. 9 GB."""
+    """Offsets are 64-bit: the last elements count and get their gradient. Needs 9 GB."""
     n = 2**31 + 70
     student, teacher = (torch.zeros(n, dtype=torch.bfloat16) for _ in range(2))
     student[-3:] = 2.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cosine distance of feature_match where samples matter: their memory, size, number, and those of no length."""
+"""The cosine distance of feature_match: layout, size and number of samples, and samples of length zero."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check(student: Tensor, teacher: Tensor, kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_samples_in_any_layout(kernel: str) -> None:
-    """Also where a sample is not one block of memory: it is copied."""
+    """Also if a sample is not contiguous; it is copied then."""
     (student,), (teacher,), _, _ = make([(3, 8, 4, 6)], torch.float32, COSINE).inputs
     pairs = zip(layouts(student), layouts(teacher), strict=True)
     for s, t in [
@@ -37,7 +37,7 @@ def test_samples_in_any_layout(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", large(KERNELS))
 def test_many_samples_and_long_ones(kernel: str) -> None:
-    """More samples than a block has warps; samples of several chunks that do not start at a vector."""
+    """More samples than a block has warps; samples with several chunks, at addresses without alignment."""
     check_op(make([(70, 5), (1, 9000), (3, 9001)], torch.float32, COSINE), kernel, compiled=(), registration=False)
     check_op(make([(3, 4099)], torch.bfloat16, COSINE, torch.float32), kernel, compiled=(), registration=False)
 
@@ -52,7 +52,7 @@ def test_taps_without_samples_or_elements(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_samples_of_no_length(kernel: str) -> None:
-    """Zero, and shorter than eps, where the gradient is that of a length that does not change."""
+    """A zero sample, and one shorter than eps, whose gradient treats the length as a constant."""
     (student,), (teacher,), _, _ = make([(6, 4, 5)], torch.float32, COSINE).inputs
     with torch.no_grad():
         student[0], teacher[1], student[2], teacher[2] = 0, 0, 0, 0
@@ -62,13 +62,13 @@ def test_samples_of_no_length(kernel: str) -> None:
     ordinary = student.detach().clone().requires_grad_()
     with use(kernel):
         (gradient,) = torch.autograd.grad(feature_match([ordinary], [teacher], distance=COSINE).loss, ordinary)
-    assert gradient[1:3].count_nonzero() == 0  # no direction to turn to, and none to turn from either
+    assert gradient[1:3].count_nonzero() == 0  # the gradient of a zero sample has no direction
     assert torch.equal(gradient[0].sign(), -teacher[0].sign())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_samples_of_one_element(kernel: str) -> None:
-    """All they have is a sign."""
+    """A sample with one element has only a sign."""
     s = torch.tensor([[2.0], [-3.0], [0.5], [0.0]], requires_grad=True)
     t = torch.tensor([[5.0], [7.0], [-0.1], [1.0]])
     with use(kernel):
@@ -82,7 +82,7 @@ def test_samples_of_one_element(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("tokens", [False, True])
 def test_it_is_the_cosine_similarity_of_torch(kernel: str, tokens: bool) -> None:
-    """Value and gradient, in float64 by autograd; tokens one by one as the documentation says it."""
+    """Value and gradient equal autograd's in float64; for tokens as the documentation describes."""
     s, t = torch.randn(2, 5, 7, 9)
     s = s.requires_grad_()
     with torch.no_grad():
@@ -94,13 +94,13 @@ def test_it_is_the_cosine_similarity_of_torch(kernel: str, tokens: bool) -> None
         loss = feature_match(*([x.flatten(0, 1) if tokens else x] for x in (s, t)), distance=COSINE).loss
     torch.testing.assert_close(loss.double(), expected, rtol=0, atol=4 * EPS)  # 1 - a mean of cosines
     (got,), (truth,) = torch.autograd.grad(loss, s), torch.autograd.grad(expected, double[0])
-    for g, e in zip(got.double(), truth, strict=True):  # a zero sample's gradient is a million times the others'
+    for g, e in zip(got.double(), truth, strict=True):  # a zero sample's gradient is 10^6 times larger
         torch.testing.assert_close(g, e, rtol=0, atol=4 * EPS * e.abs().max().item())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_gradient_is_rounded_once(kernel: str) -> None:
-    """Of parallel features the two parts cancel: rounded each to bfloat16 they would leave 1e-3 of them."""
+    """For parallel features the two parts cancel; if each were rounded to bfloat16, 1e-3 of them would remain."""
     t = torch.randn(2, 64).bfloat16()
     s = (2 * t).requires_grad_()
     with use(kernel):
@@ -131,12 +131,12 @@ def test_buffers_have_the_layout_that_is_written(layout: str) -> None:
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference"])
 def test_kernels_refuse_samples_that_are_not_blocks(kernel: str) -> None:
-    """The op itself, on memory that ``feature_match`` would copy."""
+    """The op itself refuses memory that ``feature_match`` would copy."""
     s, t, out = torch.randn(4, 3).T, torch.randn(4, 3).T, [torch.empty(()), torch.empty(1)]
     arguments = ([s], [t], torch.ones(1), torch.ones(()), 3, 1e-6, *out, [])
     with use(kernel), pytest.raises(KernelError, match=r"samples of student\[0\] are not each a block of memory"):
         torch.ops.fastdistill.feature_match(*arguments)
-    torch.ops.fastdistill.feature_match(*arguments)  # the reference takes it
+    torch.ops.fastdistill.feature_match(*arguments)  # the reference supports it
     assert torch.isclose(out[0], 1 - F.cosine_similarity(s, t).mean())
 
 

@@ -20,6 +20,7 @@ from tests.harness import (
     check_fake,
     check_op,
     crossed,
+    device_of,
     emulated,
     evaluate,
     generator,
@@ -69,7 +70,7 @@ def with_bias(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Cas
     return Case("geglu", inputs, call_with_bias, eager_with_bias, eager_with_bias)
 
 
-#: Rows of several programs, the last of which has fewer, and columns of several.
+#: Rows for several programs, the last of which has fewer, and columns for several programs.
 SUMMED = {**SHAPES, "rows": (5, 53, 6), "columns": (9, 2 * 520)}
 
 
@@ -130,7 +131,7 @@ def test_far_from_zero(kernel: str, approximate: str) -> None:
     y, dx = y.flatten(), dx.view(5, 2, 161).transpose(0, 1).flatten(1)
     pairs = torch.stack([torch.full((801,), 2.0), g[:801]], -1).double().requires_grad_()
     (expected,), (d,) = evaluate(eager, (pairs, approximate), 1.0)
-    # erf and tanh err by some EPS of 1, which the factors 2 and g, at most 5 where they are not saturated, magnify.
+    # erf and tanh have an error of some EPS; the factors 2 and g (at most 5 without saturation) amplify it.
     bounds = {"rtol": 8 * EPS, "atol": 16 * EPS}
     torch.testing.assert_close(y[:801].double(), expected.flatten(), **bounds)
     torch.testing.assert_close(dx[:, :801].double(), d.T, **bounds)
@@ -177,6 +178,23 @@ def test_slope_of_the_reference(tanh: bool) -> None:
     value, slope = gelu_and_slope(g, tanh)
     (expected,) = torch.autograd.grad(value.sum(), g)
     torch.testing.assert_close(slope, expected, rtol=0, atol=16 * torch.finfo(torch.float64).eps)  # of slopes up to 1.1
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "triton"])  # whose 1 + erf cancels there, as torch's
+def test_far_below_0_no_digits_are_lost(kernel: str) -> None:
+    """Relative to gelu itself, which a relative change of g moves by 1 + g^2 of it."""
+    g = torch.linspace(-12, -0.5, 999, device=device_of(kernel))
+    x = torch.cat([torch.ones_like(g), g]).requires_grad_()
+    with use(kernel):
+        y = call(x, "none")[0]
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    wide = g.double()
+    below, density = torch.special.erfc(-wide / 2**0.5) / 2, (-wide * wide / 2).exp() / (2 * torch.pi) ** 0.5
+    condition = 4 * EPS * (1 + wide * wide)
+    gelu, slope = wide * below, below + wide * density
+    for got in (y.detach(), dx[: len(g)]):
+        assert bool(((got - gelu).abs() <= condition * gelu.abs()).all())
+    assert bool(((dx[len(g) :] - slope).abs() <= condition * (below + density * wide.abs())).all())
 
 
 def test_fake_cuda_tensors() -> None:

@@ -49,7 +49,7 @@ def over(t: Tensor | None, x: Tensor, default: float) -> Tensor | float:
 
 
 def eager(x: Tensor, given: Given, groups: int, eps: float, silu: bool) -> tuple[Tensor]:
-    """What a user writes, in the dtype of x."""
+    """The code of a user, in the dtype of x."""
     weight, bias, time_bias, scale, shift = given
     if weight is None and bias is not None:  # F.group_norm has no gradient for this
         weight = torch.ones_like(bias)
@@ -122,7 +122,7 @@ def test_float32_weights_beside_half_precision(kernel: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", [(2, 32, 5, 7), (2, 6, 1, 9), (3, 8, 1, 1), (2, 1, 13, 11)])
 def test_layouts(kernel: str, shape: tuple[int, ...]) -> None:
-    """The same values in any layout; output and gradient in that of x, where it is one of the two."""
+    """The values are the same in any layout; output and gradient have the layout of x if it is a supported one."""
     names = NAMES if shape[1] > 1 else ("weight", "bias", "scale")  # one channel a group: time_bias has gradient 0
     case = make(shape, max(shape[1] // 4, 1), names=names)
     x, *rest = case.inputs
@@ -146,7 +146,7 @@ def test_channels_last_of_three_and_five_dimensions(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("last", [False, True])
 def test_mean_far_above_the_deviation(kernel: str, last: bool) -> None:
-    """Where E[x^2] - E[x]^2 has no digit left in float32."""
+    """Where E[x^2] - E[x]^2 has no correct digit in float32."""
     x, *rest = make((2, 16, 9, 11), 4, mean=3000.0).inputs
     if last:
         x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
@@ -156,7 +156,7 @@ def test_mean_far_above_the_deviation(kernel: str, last: bool) -> None:
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if not emulated(k)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_parts_of_an_image_that_differ(kernel: str, dtype: torch.dtype) -> None:
-    """Means far apart, at the ends of an image of several chunks; all of the variance is between them."""
+    """Very different means at the ends of an image with several chunks; nearly all variance is between them."""
     x, *rest = make((2, 24, 31, 27), 4, dtype).inputs
     ramp = torch.linspace(-50.0, 50.0, 31)[:, None].expand(31, 27).round()
     for base in (x.detach() + ramp.to(dtype), (ramp + torch.zeros_like(x, dtype=torch.float32)).to(dtype)):
@@ -166,7 +166,7 @@ def test_parts_of_an_image_that_differ(kernel: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradient_in_another_layout(kernel: str) -> None:
-    """As a convolution's backward may hand it over."""
+    """As the backward of a convolution may return it."""
     x, *rest = make((2, 8, 3, 5), 2).inputs
     grad = torch.randn(2, 8, 3, 5)
     with use(kernel):
@@ -178,7 +178,7 @@ def test_gradient_in_another_layout(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_of_a_projection(kernel: str) -> None:
-    """Chunks of one projection, and one row for all samples."""
+    """Slices of one projection, and one row for all samples."""
     x, (weight, bias, *_), *rest = make((3, 8, 6), 2).inputs
     given = (weight, bias, *(t.requires_grad_() for t in torch.randn(3, 24).chunk(3, 1)))
     check_op(Case("group_norm_silu", (x, given, *rest), call, eager, eager), kernel, compiled=(), registration=False)
@@ -202,7 +202,7 @@ def test_empty(kernel: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_only_what_is_wanted(kernel: str) -> None:
-    """A frozen block takes no gradient for its weights; a teacher none at all."""
+    """A frozen block needs no gradient of its weights; a teacher needs none at all."""
     case = make((2, 8, 3, 3), 2, grad=False)
     x, given, *rest = case.inputs
     with use(kernel):
@@ -216,7 +216,7 @@ def test_only_what_is_wanted(kernel: str) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups that do not fit into a program of the Triton kernel, in several tiles."""
+    """Groups that do not fit into a program of the Triton kernel are split into several tiles."""
     module = importlib.import_module("fastdistill.ops.group_norm_silu.triton")
     for name, value in {"WHOLE": 0, "TILE": 64, "SUMS": 16}.items():
         monkeypatch.setattr(module, name, value)
@@ -261,7 +261,7 @@ def test_same_bits_for_any_number_of_threads(kernel: str, last: bool) -> None:
 
 @pytest.mark.parametrize("embedding", ["default", "scale_shift"])
 def test_a_residual_block_of_diffusers(embedding: str) -> None:
-    """The block's own forward, with its norms, its time embedding and its activations taken over."""
+    """The block's own forward, with its norms, time embedding and activations replaced."""
     resnet = pytest.importorskip("diffusers.models.resnet")
     torch.manual_seed(0)
     block = resnet.ResnetBlock2D(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""group_norm_silu on clusters of blocks, which take calls with channels side by side: every dtype, option and size of a
-cluster, against float64, and what they refuse."""
+"""group_norm_silu on clusters of blocks (channels_last): every dtype, option and cluster size, compared with float64,
+and which calls are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SLICED = {
 
 
 def last_of(case: Case) -> Case:
-    """With channels side by side."""
+    """The case in channels_last."""
     x, *rest = case.inputs
     moved = x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_(x.requires_grad)
     return Case(case.op, (moved, *rest), call, eager, eager)
@@ -38,7 +38,7 @@ def last_of(case: Case) -> Case:
 
 @pytest.fixture(params=[1, 2, 4])
 def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """How many blocks share a slice, whatever its size."""
+    """The number of blocks per slice, independent of its size."""
     monkeypatch.setattr(cuda, "CLUSTERS", (request.param,))
     cuda._cut.cache_clear()
     yield request.param
@@ -78,7 +78,7 @@ def test_far_from_zero(kernel: str, cluster: int) -> None:
 @pytest.mark.parametrize("kernel", CLUSTERED)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_blocks_that_differ(kernel: str, cluster: int, dtype: torch.dtype) -> None:
-    """Means far apart at the ends of an image, and a first position unlike all others."""
+    """Very different means at the ends of an image, and a first position unlike all others."""
     x, *rest = make((2, 16, 31, 27), 2, dtype).inputs
     ramp = torch.linspace(-50.0, 50.0, 31)[:, None].expand(31, 27).round()
     outlier = torch.zeros(31, 27)
@@ -86,6 +86,19 @@ def test_blocks_that_differ(kernel: str, cluster: int, dtype: torch.dtype) -> No
     for added in (ramp, outlier):
         case = Case("group_norm_silu", ((x.detach() + added.to(dtype)).requires_grad_(), *rest), call, eager, eager)
         check_op(last_of(case), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", CLUSTERED)
+def test_clusters_that_take_several_slices(kernel: str, cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits however many clusters share the slices, here 9 or more."""
+    found, cut = [], cuda._cut
+    for clusters in (100, 1, 2, 4):
+        with monkeypatch.context() as patch, use(kernel):
+            patch.setattr(cuda, "_cut", lambda *args, clusters=clusters: (*cut(*args)[:2], clusters))
+            y, gradients = evaluate(call, last_of(make((3, 48, 21, 13), 6)).inputs, 1.0)
+        found.append([*y, *gradients])
+    for some in found[1:]:
+        assert all(map(torch.equal, some, found[0]))
 
 
 @pytest.mark.parametrize("kernel", CLUSTERED)
@@ -134,15 +147,15 @@ def test_what_starts_between_vectors(kernel: str) -> None:
         ((32, 1280, 256), torch.bfloat16, (2, 1), (2, 1)),
         ((32, 320, 4096), torch.float32, (4, 8), (2, 8)),
         ((32, 960, 4096), torch.bfloat16, (4, 8), None),
-        ((1, 128, 512 * 512), torch.bfloat16, None, None),  # of an autoencoder
+        ((1, 128, 512 * 512), torch.bfloat16, None, None),  # a size of an autoencoder
     ],
 )
 def test_how_models_are_cut(
-    shape: tuple[int, int, int], dtype: torch.dtype, forward: cuda.Cut | None, backward: cuda.Cut | None
+    shape: tuple[int, int, int], dtype: torch.dtype, forward: tuple[int, int] | None, backward: tuple[int, int] | None
 ) -> None:
     if not CLUSTERED or not emulated(CLUSTERED[0]):
         pytest.skip("of an emulated GPU")
     cuda._cut.cache_clear()
     for back, expected in ((False, forward), (True, backward)):
         cut = cuda._cut(-1, dtype, (*shape, 32), True, back)
-        assert isinstance(cut, str) if expected is None else cut == expected
+        assert isinstance(cut, str) if expected is None else cut[:2] == expected

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import layer_norm_modulate, residual_layer_norm_modulate, use
+from fastdistill.ops.layer_norm_modulate import layer_norm_beside
 from tests.harness import (
     Case,
     assert_alike,
@@ -40,7 +41,7 @@ def over(t: Tensor | None, x: Tensor, default: float) -> Tensor | float:
 
 
 def eager(x: Tensor, h: Tensor | None, given: Given, eps: float) -> tuple[Tensor, ...]:
-    """What a user writes, in the dtype of x."""
+    """The code of a user, in the dtype of x."""
     gate, scale, shift, weight, bias = given
     s = x if h is None else x + over(gate, x, 1.0) * h
     if weight is None and bias is not None:  # F.layer_norm has no gradient for this
@@ -95,6 +96,24 @@ def test_options(kernel: str, residual: bool, names: tuple[str, ...]) -> None:
     check_op(make((2, 6, 19), names=names, residual=residual), kernel, compiled=("aot_eager",))
 
 
+def call_beside(x: Tensor, h: Tensor | None, given: Given, eps: float) -> tuple[Tensor, ...]:
+    y, same = layer_norm_beside(x, *given[1:], eps)
+    return y, 2 * same
+
+
+def eager_beside(x: Tensor, h: Tensor | None, given: Given, eps: float) -> tuple[Tensor, ...]:
+    return *eager(x, h, given, eps), 2 * x
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@crossed("dtype, names", FLOATS, [NAMES[1:], ()])
+def test_the_gradient_of_what_is_beside(kernel: str, dtype: torch.dtype, names: tuple[str, ...]) -> None:
+    """Of the residual, added in the pass of the backward."""
+    case = make((2, 6, 19), dtype, names, residual=False)
+    case = Case(case.op, case.inputs, call_beside, eager_beside, eager_beside)
+    check_op(case, kernel, compiled=("aot_eager",) if dtype == torch.float32 else (), registration=False)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_weights_beside_half_precision(kernel: str, dtype: torch.dtype) -> None:
@@ -103,7 +122,7 @@ def test_float32_weights_beside_half_precision(kernel: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_mean_far_above_the_deviation(kernel: str) -> None:
-    """Where E[x^2] - E[x]^2 has no digit left in float32."""
+    """Where E[x^2] - E[x]^2 has no correct digit in float32."""
     for residual in (False, True):
         case = make((2, 6, 50), names=MODULATED, mean=3000.0, residual=residual)
         check_op(case, kernel, compiled=(), registration=False)
@@ -119,7 +138,7 @@ def test_layouts(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_chunks_of_a_projection(kernel: str) -> None:
-    """[B, 1, D] with the row stride of six chunks, as PixArt and DiT have them."""
+    """[B, 1, D] with the row stride of six chunks, as in PixArt and DiT."""
     x, h, (*_, weight, bias), eps = make((3, 5, 8)).inputs
     chunks = [t.requires_grad_() for t in torch.randn(3, 6, 8).chunk(6, 1)]
     given = (*chunks[1:4], weight, bias)
@@ -129,7 +148,7 @@ def test_chunks_of_a_projection(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_alone(kernel: str, used: int) -> None:
-    """The last block uses no y, a block without a residual stream no s."""
+    """The last block does not use y, a block without a residual stream does not use s."""
 
     def one(*inputs: object) -> tuple[Tensor]:
         return (call(*inputs)[used],)  # type: ignore[arg-type]
@@ -169,6 +188,31 @@ def test_only_what_is_wanted(kernel: str) -> None:
 def test_long_chunks_of_the_triton_kernel(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("fastdistill.ops.layer_norm_modulate.triton"), "PROGRAMS", 1)
     check_op(make((2, 37, 70)), kernel, compiled=(), registration=False)
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k == "triton"])
+@pytest.mark.parametrize(("rows", "held"), [(37, 64), (8, 64), (3, 64), (7, 32)])
+def test_several_rows_of_a_program(kernel: str, rows: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last program of a sample has fewer."""
+    module = importlib.import_module("fastdistill.ops.layer_norm_modulate.triton")
+    monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(module, "MANY", 1)
+    for residual in (True, False):
+        check_op(
+            make((2, rows, 470), names=NAMES[not residual :], residual=residual),
+            kernel,
+            compiled=(),
+            registration=False,
+        )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_without_a_gate_both_summands_have_one_gradient(kernel: str) -> None:
+    x, h, given, eps = make((2, 5, 12), names=("weight", "bias")).inputs
+    with use(kernel):
+        y, s = call(x, h, given, eps)
+        dx, dh = torch.autograd.grad((y * s).sum(), [x, h])
+    assert torch.equal(dx, dh)
 
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference" and not emulated(k)])

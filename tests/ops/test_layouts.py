@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op takes beside its own shapes: tensors that repeat their memory, sizes of zero, sizes that vary in a
-compiled function."""
+"""What every op supports: expanded tensors, sizes of zero, and sizes that vary in a compiled function."""
 
 from __future__ import annotations
 
@@ -61,7 +60,7 @@ def randn(*shape: int) -> Tensor:
 @pytest.mark.parametrize("dim", range(4))
 @pytest.mark.parametrize(("kernel", "name"), EACH)
 def test_expanded(kernel: str, name: str, dim: int) -> None:
-    """The bits of a copy, and its gradient summed."""
+    """The bits are those of a copy; its gradient is summed."""
     _, ours = OURS[name]
     shape = [2, 4, 2, 6]
     shape[dim] = 1
@@ -107,7 +106,7 @@ def test_attention_is_measured_for_expanded_tensors(dim: int) -> None:
 
 
 def tasked(x: Tensor, **options: Tensor) -> Tensor:
-    """output_match with everything that it takes; the student learns its variance."""
+    """output_match with all its options; the student has a learned variance."""
     index = torch.arange(len(x))
     table = TABLE.to(x.device)
     task = Task(torch.ones_like(x), index, 0 * index, table[:, :4].contiguous(), index[:2])
@@ -150,8 +149,8 @@ QUICK = ("output_match", "task", "masked")
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SIZED])
 def test_compiled_for_sizes_that_vary(name: str) -> None:
-    """As one graph; the same bits as eager code, but for the order in which a compiler sums the gradients of a tensor
-    that is given three times."""
+    """Compiled as one graph, it gives the bits of eager code, except that a compiler may sum the gradients of a tensor
+    that is used three times in another order."""
     ours = SIZED[name]
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="eager" if name in QUICK else "aot_eager")

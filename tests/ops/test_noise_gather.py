@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""noise_gather under ``check_op``, and the contract of its draws."""
+"""noise_gather under ``check_op``, and the contract of its random draws."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: tuple[int, 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_latents_of_several_pieces(kernel: str) -> None:
-    """Whatever a kernel cuts a latent into: the noise of a piece starts where the one before ended."""
+    """However a kernel divides a latent into pieces, the noise of a piece continues where the previous piece ended."""
     shape = (4, 23, 25) if emulated(kernel) else (4, 47, 53)
     check_op(case_of(banks(shape), 2), kernel, compiled=(), registration=False)
 
@@ -112,7 +112,7 @@ def test_dtypes_of_the_banks_are_independent(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_targets_by_table(kernel: str) -> None:
-    """epsilon, sample, v (x_0 = signal x_t - noise v) and flow (x_0 = x_t - s target) are tables of the one kernel."""
+    """epsilon, sample, v (x_0 = signal x_t - noise v) and flow (x_0 = x_t - s target) differ only in the table."""
     latents, own, prompts, _, replace, counter = banks((3, 5))
     schedule = NoiseSchedule.cosine(T)
     tables = {t: schedule.coefficients(t) for t in schedule.prediction_types} | {"flow": flow_coefficients(T, 3.0)}
@@ -143,8 +143,8 @@ def test_sizes(kernel: str, rows: int, batch: int) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_banks_in_any_layout(kernel: str) -> None:
-    """A kernel takes a bank with gaps or permuted rows, or refuses it with a reason and the reference runs: the draw is
-    the same."""
+    """A kernel either supports a bank with gaps or permuted rows, or it refuses it with a reason and the reference
+    runs: the draw is the same."""
     latents, own, prompts, *rest = banks((4, 6, 8))
     with use("reference"):
         expected = noise_gather(latents, own, prompts, *rest, batch=5, null_index=8)
@@ -174,7 +174,7 @@ def test_a_latent_of_a_prompt_that_is_not_there(kernel: str, row: int) -> None:
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k in ("triton", "cuda")])
 def test_where_an_error_cannot_be_raised_all_bits_are_set(kernel: str) -> None:
-    """A kernel on a GPU reads nothing outside of the bank."""
+    """A kernel on a GPU reads nothing outside of the bank; the rows get all bits set."""
     latents, own, *rest = banks()
     with use(kernel):
         draw = noise_gather(latents, torch.full_like(own, 9), *rest, batch=6, null_index=8, null_probability=0.0)
@@ -212,7 +212,7 @@ def test_each_latent_once_an_epoch(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if not emulated(k)])
 def test_rates_of_random_and_null_prompts(kernel: str) -> None:
-    """p(t) within 4 sigma in each tenth of the timesteps, the null rate over all, and the timesteps uniform."""
+    """p(t) within 4 sigma in each tenth of the timesteps, the null rate over all of them, and uniform timesteps."""
     n = 40_000
     latents, own, prompts, coefficients, replace, counter = banks((1,), rows=7)
     with use(kernel):

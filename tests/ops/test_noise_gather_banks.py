@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Banks of noise_gather: several of any dtype, staged ones, and those in host memory."""
+"""Banks of noise_gather: several banks of any dtype, staged banks, and banks in host memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.ops.test_noise_gather import KERNELS, banks, case_of, flat
 
 
 def several() -> dict[str, Tensor]:
-    """Nine rows each: embeddings, SDXL's pooled embeddings and time ids, masks and labels; also odd sizes of a row."""
+    """Nine rows each: embeddings, SDXL's pooled embeddings and time ids, masks and labels; also with odd row sizes."""
     g = generator(3)
     return {
         "mask": torch.rand((9, 7), generator=g) < 0.5,
@@ -48,7 +48,7 @@ def test_several_banks_in_any_structure(kernel: str, structure: Any) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", several())
 def test_each_bank_alone_and_first_or_last_beside_a_large_one(kernel: str, name: str) -> None:
-    """Labels [M] are a bank as well; whichever bank is the largest, rows are cut into pieces alike."""
+    """Labels [M] are a bank too; the division into pieces does not depend on which bank is the largest."""
     latents, own, _, *rest = banks((4, 4))
     large, bank = (
         torch.arange(9 * (9_000 if emulated(kernel) else 40_000), dtype=torch.int32).view(9, -1),
@@ -74,7 +74,7 @@ def test_more_banks_than_a_kernel_takes() -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("staged", ["latents", "prompts", "both"])
 def test_a_ring_of_staged_rows_draws_what_the_bank_does(kernel: str, staged: str) -> None:
-    """The ring holds the rows of one step in their place; the others are NaN and must not be read."""
+    """The ring contains the rows of one step at their places; the other rows are NaN and must not be read."""
     latents, own, _, *tables, counter = banks((3, 5))
     prompts, batch = several(), 3
     for step, turns in ((0, 1), (7, 4), (11, 2), (-3, 4)):
@@ -127,7 +127,7 @@ def test_buffers_of_another_structure() -> None:
 
 
 def test_banks_in_host_memory_beside_a_gpu() -> None:
-    """Fake tensors go through on the GPU's side; memory that is not pinned is refused before anything is launched."""
+    """Fake tensors follow the GPU's path; memory that is not pinned is refused before anything is launched."""
     latents, own, prompts, *rest = banks()
     with FakeTensorMode():
         tables = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (own, *rest)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""output_match under ``check_op``, against a float64 oracle with the noise of NumPy's Philox."""
+"""output_match under ``check_op``, compared with a float64 oracle that uses NumPy's Philox for the noise."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def table_of(*given: Any, **options: Any) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One call: which tensors there are, of which channels and dtypes."""
+    """One call: which tensors are given, with which channels and dtypes."""
 
     batch: int = 3
     size: tuple[int, ...] = (4, 5, 7)
@@ -91,7 +91,7 @@ def case_of(setting: Setting) -> Case:
     inputs = (
         rows(batch, of_student, setting.student_sigma).requires_grad_(),
         rows(batch, of_teacher, setting.teacher_sigma) if setting.teacher else None,
-        torch.arange(batch) * 17 % 40,  # the last timesteps of some conversions magnify beyond reason
+        torch.arange(batch) * 17 % 40,  # without the last timesteps, where some conversions amplify errors extremely
         table,
         rows(batch, of_teacher, setting.teacher_sigma) if setting.teacher and setting.guided else None,
         torch.rand(batch, generator=g) if setting.per_sample and setting.teacher and setting.guided else None,
@@ -112,7 +112,7 @@ def case_of(setting: Setting) -> Case:
         )  # fmt: skip
 
     def formula(dtype: type) -> Any:
-        """The definition, sample by sample, in this precision."""
+        """The definition in this precision, sample by sample."""
         real = torch.float64 if dtype is np.float64 else torch.float32
 
         def distance(d: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def test_any_layout(kernel: str) -> None:
                 assert torch.equal(one, two)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy, of a mean over nothing
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # from NumPy, for a mean over nothing
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", [(2, 0, 3), (2, 4, 0)])
 def test_samples_without_elements(kernel: str, shape: tuple[int, ...]) -> None:
@@ -225,7 +225,7 @@ def test_samples_without_elements(kernel: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_what_is_not_finite_spreads_no_further_than_its_use(kernel: str) -> None:
-    """An infinite teacher without guidance is an infinite difference; latents that no target holds are not read."""
+    """An infinite teacher without guidance is an infinite difference; latents that no target uses are not read."""
     s, t, time = torch.zeros(2, 4, 5, requires_grad=True), torch.zeros(2, 4, 5), torch.tensor([0, 1])
     t[0, 0, 0] = math.inf
     table = table_of(coefficients("epsilon"), guidance=2.0)
@@ -254,7 +254,7 @@ def test_no_samples(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
 def test_the_noise_made_again_is_the_draws(kernel: str, kind: str) -> None:
-    """The task loss needs no stored target: it is that of the target which noise_gather writes."""
+    """The task loss needs no stored target: it uses the target that noise_gather would write."""
     latents, own, prompts, _, replace, counter = banks((4, 6, 6))
     table = coefficients(kind)
     with use(kernel):
@@ -265,7 +265,7 @@ def test_the_noise_made_again_is_the_draws(kernel: str, kind: str) -> None:
         task = Task.of(draw, latents, table, counter, first_sample=2)
         loss, parts, samples = output_match(draw.x_t, None, draw.timestep, table_of(table), task=task)
     each = (draw.x_t - draw.target).square().flatten(1).mean(1)
-    # The stored target is rounded once more than the one made again, by EPS |target| at most.
+    # The stored target has one more rounding than the recomputed one, at most EPS |target|.
     bound = 8 * EPS * float((draw.x_t - draw.target).abs().max() * draw.target.abs().max())
     torch.testing.assert_close(samples[:, 1], each, rtol=4 * EPS, atol=bound)
     torch.testing.assert_close(loss, (each * (draw.choice != RANDOM)).mean(), rtol=4 * EPS, atol=bound)
@@ -316,7 +316,7 @@ def test_backward_again_and_buffers(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k in ("triton", "cuda")])
 @pytest.mark.parametrize("place", ["timestep", "latent_index"])
 def test_where_an_error_cannot_be_raised_the_loss_is_nan(kernel: str, place: str) -> None:
-    """A kernel on a GPU reads nothing outside of a table."""
+    """A kernel on a GPU reads nothing outside of a table; the loss becomes NaN."""
     case = case_of(Setting(student_kind="v_prediction", teacher_kind="v_prediction"))
     inputs = list(detached(case.inputs))
     if place == "timestep":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every bad argument of ``output_match`` is named, with what was expected and what was given."""
+"""Every invalid argument of ``output_match`` is named, with the expected and the given value."""
 
 from __future__ import annotations
 
@@ -58,6 +58,6 @@ TASK = Task(torch.ones(5, 4, 3), TIME, TIME, coefficients("epsilon"), TIME)
     ],
 )
 def test_bad_input(arguments: Any, options: dict[str, Any], message: str) -> None:
-    output_match(S, S, TIME, TABLE, grad=torch.ones(2, 4, 3))  # what passed once is not taken for what does not
+    output_match(S, S, TIME, TABLE, grad=torch.ones(2, 4, 3))  # an earlier valid call does not make this one valid
     with pytest.raises(InputError, match=message):
         output_match(*arguments, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The counter-based generator against the published vectors, an oracle in NumPy, Triton's own, and statistics."""
+"""The counter-based generator compared with published vectors, an oracle in NumPy and Triton's own, and statistics."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_blocks_beyond_32_bits_reach_the_second_word() -> None:
 
 
 def test_same_words_as_triton() -> None:
-    """``tl.philox`` is an implementation by others."""
+    """``tl.philox`` is an independent implementation."""
     pytest.importorskip("triton")
     from tests.ops.philox_of_triton import words
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``use`` belongs to a thread or task, and a backward to its forward; what threads share does not tear."""
+"""``use`` belongs to a thread or task, a backward uses its forward's kernel, and shared state is thread-safe."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def attend(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", [*CALLS, "cross_attention"])
 def test_a_backward_uses_the_kernel_of_its_forward(name: str) -> None:
-    """After the block, in another thread, in a block of that thread's own."""
+    """After the block, in another thread, and inside another block of that thread."""
     call = CALLS.get(name, attend)
-    kernel = "triton" if name == "cross_attention" else "reference"  # not what is chosen by itself
+    kernel = "triton" if name == "cross_attention" else "reference"  # a kernel that is not the default
     backward = BACKWARD.get(name, f"{name}_backward")
 
     def differentiate(y: Tensor, inside: str | None) -> Counter[str]:
@@ -125,10 +125,10 @@ def test_a_backward_uses_the_kernel_of_its_forward(name: str) -> None:
 
 
 def test_the_threads_of_autograd_see_the_block_around_backward() -> None:
-    """What is called in a backward without a forward of its own, such as a checkpoint's second forward."""
+    """For code that runs in a backward without a forward of its own, such as the second forward of a checkpoint."""
 
     def seen_from(context: contextvars.Context) -> str | None:
-        torch._C._stash_obj_in_tls("context", context)  # as torch does around a backward
+        torch._C._stash_obj_in_tls("context", context)  # torch does this around a backward
         try:
             return forced()
         finally:
@@ -142,7 +142,7 @@ def test_the_threads_of_autograd_see_the_block_around_backward() -> None:
 
 
 def test_a_thread_of_autograd_sees_the_block_around_backward() -> None:
-    """A GPU's backwards run in one; on a CPU one that is called inside of 60 others does."""
+    """A GPU's backward runs in such a thread; on a CPU, a backward nested in 60 others does."""
     here, seen = threading.get_ident(), []
 
     class Within(torch.autograd.Function):
@@ -186,7 +186,7 @@ def test_a_compiled_function_uses_the_kernel_that_is_asked_for_when_it_runs() ->
 
 
 def test_tables_of_two_optimizers_in_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each drops the other's copy when there is room for one."""
+    """If there is room for only one copy, each optimizer drops the other's."""
 
     class Slow(OrderedDict[Any, Any]):
         def move_to_end(self, key: Any, last: bool = True) -> None:
@@ -211,7 +211,7 @@ def test_profiles_of_two_threads_leave_nothing_behind(tmp_path: Path) -> None:
 
     def first() -> None:
         first_inside.set()
-        second_inside.wait(0.1)  # for nothing where profiles take turns
+        second_inside.wait(0.1)  # waits in vain if profiles take turns
 
     def second() -> None:
         second_inside.set()

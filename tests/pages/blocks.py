@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code in the pages of the documentation: fenced blocks, and commands between backticks in the text."""
+"""The code on the pages of the documentation: fenced blocks, and commands between backticks in the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-#: What a fenced block may be; ``text`` is output, or a picture made of letters.
+#: The kinds of fenced blocks; ``text`` is output or a drawing in letters.
 LANGUAGES = ("bash", "python", "yaml", "text")
 _FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _NEEDS = re.compile(r"\A(?:#!.*\n)?# needs (.+)\n")
@@ -20,8 +20,8 @@ _FILE = re.compile(r"\A# (\w+\.py)\n")
 class Block:
     """A fenced block.
 
-    needs: what its first line (``# needs ...``) says that it needs and the tests have not; empty for none. file: the
-    file that its first line (``# train.py``) names, which it is.
+    needs: what it needs but the tests do not have, from its first line (``# needs ...``); else empty. file: the name of
+    the file that it is, from its first line (``# train.py``).
     """
 
     language: str
@@ -32,7 +32,7 @@ class Block:
 
 
 def pages() -> list[str]:
-    """Every page that has code of its own, by its path: README, CONTRIBUTING and the site but for the reference."""
+    """The paths of all pages with their own code: README, CONTRIBUTING and the site, without the API reference."""
     found = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
     return ["README.md", "CONTRIBUTING.md", *found]
 
@@ -56,6 +56,6 @@ def prose(page: str) -> str:
 
 
 def inline(page: str) -> Iterator[str]:
-    """What stands between single backticks in the text, on one line or two."""
+    """The texts between single backticks, on one line or two."""
     for found in re.finditer(r"(?<!`)`([^`]+)`(?!`)", prose(page)):
         yield " ".join(found[1].split())

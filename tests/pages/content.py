@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pages need to run on small models, and what is expected of them: ``PAGES``."""
+"""What each page needs to run on small models, and what is checked afterwards: ``PAGES``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.tasks.test_guidance_demo import SMALL as GUIDANCE
 
 Names = dict[str, Any]
 
-#: Commands that take long even on small models: the quick tests check their options, the slow ones run them.
+#: Commands that take long even on small models: quick tests check their options, slow tests run them.
 LONG = (
     "demo digits",
     "demo guidance",
@@ -46,7 +46,7 @@ LONG = (
     "profile digits",
     "profile replay",
 )
-#: What makes them short in the slow tests.
+#: Options that make them short in the slow tests.
 SMALL = {
     "demo digits": "--config small-digits.yaml --workers 1",
     "demo guidance": "--config small-guidance.yaml --workers 1",
@@ -64,9 +64,9 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Page:
-    """prepare: makes the files that the page takes for granted, in the directory, and returns names for its Python.
-    smaller: replacements in its Python. small: options by command, beside those of every page. check: what holds at the
-    end. slow: whether the page takes long on any model.
+    """prepare: creates the files that the page assumes, in the directory, and returns names for its Python code.
+    smaller: replacements in its Python code. small: options by command, in addition to those of all pages. check:
+    called at the end. slow: whether the page takes long on any model.
     """
 
     prepare: Callable[[Path, pytest.TempPathFactory], Names | None] = lambda place, factory: None
@@ -81,7 +81,7 @@ def _saved(kind: str, folder: Path) -> None:
 
 
 def _of_three_stages(_: str, folder: Path) -> None:
-    """Stable Diffusion XL with the stages that the students of KOALA need."""
+    """Stable Diffusion XL with the stages that KOALA's students need."""
     stages = {
         "block_out_channels": (8, 16, 16),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -98,7 +98,7 @@ def _of_no_family(_: str, folder: Path) -> None:
     tiny_pipelines.save_other(folder)
 
 
-#: How folders are made that ``tiny_pipelines.save`` does not make.
+#: Functions for folders that ``tiny_pipelines.save`` does not create.
 SAVE: dict[str, Callable[[str, Path], None]] = {
     "aura": _of_no_family,
     "sdxl of three stages": _of_three_stages,
@@ -125,7 +125,7 @@ def folders(**kinds: str) -> Callable[[Path, pytest.TempPathFactory], None]:
 
 
 def a_cache(place: Path, factory: pytest.TempPathFactory) -> None:
-    """A run file whose cache is made."""
+    """A run file and its complete cache."""
     _copied("cache", place, factory)
 
 
@@ -149,7 +149,7 @@ def _copied(what: str, place: Path, factory: pytest.TempPathFactory) -> None:
 
 
 def a_run_file(place: Path, factory: pytest.TempPathFactory) -> None:
-    """A run file of a teacher without text encoders, with nothing made yet."""
+    """A run file for a teacher without text encoders, without a cache."""
     folders(dit="dit")(place, factory)
     (place / "run.yaml").write_text(to_yaml(run_config(place / "models" / "dit", place)))
 
@@ -256,7 +256,7 @@ def _families(names: Names, place: Path) -> None:
 PAGES: dict[str, Page] = {
     "README.md": Page(
         folders(sd15="sd"), check=_exported("student"), slow=True
-    ),  # stable-diffusion.md has its commands
+    ),  # stable-diffusion.md contains its commands
     "docs/quickstart.md": Page(check=_quickstart),
     "docs/stable-diffusion.md": Page(folders(sd15="sd"), check=_exported("student")),
     "docs/sdxl-pixart-sd3.md": Page(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the commands of a page in this process, which has imported everything, on small models: ``Shell``."""
+"""Runs the commands of a page on small models, in this process (which has imported everything): ``Shell``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from fastdistill.cli import main
 from tests.pages.blocks import ROOT
 from tests.processes import as_ranks
 
-#: Commands of a run, which take its file first.
+#: Commands of a run; their first argument is its file.
 OF_A_RUN = ("plan", "cache", "distill", "evaluate", "sample", "export")
-#: What makes a run of any page short.
+#: Fields that make the run of any page short.
 SHORT_RUN = (
     "--device cpu --seed 1 --cache.steps 2 --cache.batch 4 --train.steps 2 --train.batch 4 --train.micro-batch null "
     "--evaluate.prompts 2 --preview.every null"
@@ -40,14 +40,14 @@ _HEREDOC = re.compile(r"cat > (\S+) <<'(\w+)'$")
 class Shell:
     """A directory in which commands run.
 
-    small: options of a command that make it short. What is in ``long`` and has none is checked, not run.
+    small: options that make a command short. A command of ``long`` without such options is checked, not run.
     """
 
     def __init__(self, place: Path, small: Mapping[str, str], long: Sequence[str] = ()) -> None:
         self.place, self.small, self.long = place, small, long
 
     def run(self, text: str, *, check_only: bool = False) -> None:
-        """Run the lines of a block, or check their options alone."""
+        """Run the lines of a block, or only check their options."""
         for words, target in self._lines(text):
             command = words[0]
             if command == "fastdistill":
@@ -68,7 +68,7 @@ class Shell:
                 self._within(words)
 
     def _lines(self, text: str) -> Iterator[tuple[list[str], str | None]]:
-        """The words of each command, and the file that its output goes to; files that lines hold are written."""
+        """The words of each command, and the file for its output; files in heredocs are written."""
         lines = iter(text.replace("\\\n", " ").splitlines())
         for line in lines:
             if found := _HEREDOC.match(line):
@@ -105,14 +105,14 @@ class Shell:
             self._shorten(self.place / target)
 
     def _shorten(self, file: Path) -> None:
-        """Makes a run file that of a short run, for what reads it besides commands."""
+        """Change a run file to a short run, for code that reads it without commands."""
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             assert main(["plan", str(file), *SHORT_RUN, "--dry-run"]) == 0
         file.write_text(out.getvalue(), encoding="utf-8")
 
     def _check(self, name: str, rest: list[str]) -> None:
-        """That a command takes its options, without doing anything."""
+        """Check the options of a command without running it."""
         options = {word.partition("=")[0] for word in rest if word.startswith("--")}
         unknown = options - known_options(name)
         assert not unknown, f"fastdistill {name}: no options {', '.join(sorted(unknown))}"
@@ -139,13 +139,13 @@ class Shell:
             self._on_ranks(self.place / parsed.training_script)
 
     def _on_ranks(self, script: Path) -> None:
-        """Runs a script in two processes, as torchrun does."""
+        """Run a script in two processes, like torchrun."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         as_ranks(as_torchrun_does, str(script), str(port))
 
     def _within(self, words: list[str]) -> None:
-        """Checks the command of ours that another one starts, if it does."""
+        """If a command starts one of our commands, check that one."""
         for place, word in enumerate(words):
             if word == "fastdistill":
                 self._fastdistill([part for part in words[place + 1 :] if part != "&"], None, True)
@@ -168,7 +168,7 @@ def as_torchrun_does(rank: int, script: str, port: str) -> None:
 
 @functools.cache
 def known_options(name: str) -> frozenset[str]:
-    """The options of a command, as its help lists them."""
+    """The options of a command, from its help."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "400")
@@ -185,7 +185,7 @@ class _Parsed(Exception):
 
 
 def check_module(name: str, words: list[str]) -> None:
-    """That ``python -m name`` takes these options."""
+    """Check that ``python -m name`` has these options."""
     if name == "fastdistill":
         Shell(Path(), {})._fastdistill(words, None, True)
         return
@@ -206,7 +206,7 @@ def check_module(name: str, words: list[str]) -> None:
 
 
 def check_pip(words: Sequence[str]) -> None:
-    """That ``pip install`` names extras that this package has."""
+    """Check that ``pip install`` names extras of this package."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert words[1] == "install"
     for word in words[2:]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every block of code on a page of the documentation runs, on small models, and every command in its text is there.
+"""Every block of code on a page of the documentation runs on small models, and every command in its text exists.
 
-A block whose first line is ``# needs ...`` is checked instead: its syntax, its imports, the options of its commands.
+A block whose first line is ``# needs ...`` is only checked: its syntax, its imports, the options of its commands.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(
     name: str, place: Path, factory: pytest.TempPathFactory, *, long: bool = False, check_only: bool = False
 ) -> None:
-    """All blocks of a page in turn, the Python ones with the names of those before."""
+    """Run all blocks of a page in order; Python blocks see the names of earlier ones."""
     page = page_of(name)
     names: Names = {} if check_only else page.prepare(place, factory) or {}
     names["__name__"] = "__main__"
@@ -67,7 +67,7 @@ def run(
 
 
 def check_imports(code: str) -> None:
-    """That what it imports is there."""
+    """Check that its imports exist."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ImportFrom) and node.module:
             module = importlib.import_module(node.module)
@@ -79,7 +79,7 @@ def check_imports(code: str) -> None:
 
 @pytest.mark.parametrize("name", pages())
 def test_the_blocks_of_a_page_run(name: str, place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Those of a page that takes long are only checked here."""
+    """The blocks of a page that takes long are only checked here."""
     run(name, place, tmp_path_factory, check_only=page_of(name).slow)
 
 

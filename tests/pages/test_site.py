@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the site does to docstrings and links before it shows them."""
+"""What the site changes in docstrings and links before it shows them."""
 
 from __future__ import annotations
 

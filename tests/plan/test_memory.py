@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of planned steps against what real ones allocate, and against the sizes of what they keep."""
+"""The memory of planned steps compared with the allocations of real ones, and with the sizes of what they keep."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from benchmarks.measure import allocated_gb
-from fastdistill.models import make_student
+from fastdistill.errors import InputError
+from fastdistill.models import float8, make_student
 from fastdistill.models.families import family_of
-from fastdistill.plan import Job
+from fastdistill.plan import Job, card_named, planned
 from fastdistill.plan.memory import Layout, memory, total
 from fastdistill.train import DistillTrainer
 from fastdistill.train.graph import runner
@@ -34,7 +36,7 @@ QUICK = [("sd3", "checkpointed"), ("pixart_sigma", "fused"), ("dit", "parts"), (
 
 
 def job(run: DistillTrainer, name: str) -> Job:
-    """The run of a trainer, without its memory."""
+    """The run of a trainer as a ``Job``, without its tensors."""
     spec = trained.UNETS if small.TINY[name][0] == "unet" else "half_depth"
     setting = run._setting
     return Job(
@@ -57,7 +59,7 @@ def living() -> dict[int, int]:
     places = {}
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
-            with contextlib.suppress(RuntimeError):  # of the compiler's tensors without memory
+            with contextlib.suppress(RuntimeError):  # tensors of the compiler without memory
                 places[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return places
 
@@ -74,14 +76,14 @@ def cases() -> Iterator[Any]:
 def test_planned_memory_is_that_of_a_real_step(
     name: str, options: str, execution: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a tenth of what the allocator has given out at once: what operators of a CPU, or the compiler's kernels,
-    allocate differs a little from what those of the meta device do."""
-    monkeypatch.setenv("FASTDISTILL_ATTENTION", "default")  # not what is the fastest here
+    """Within a tenth of the most memory that the allocator had given out at once: a CPU's operators, or the compiler's
+    kernels, allocate slightly different amounts than those of the meta device."""
+    monkeypatch.setenv("FASTDISTILL_ATTENTION", "default")  # not the measured choice
     gc.collect()
     before = living()
     run = trained.make(name, execution=execution, **OPTIONS[options])
     advance = runner(run.step, run.student, run.config.execution)
-    for done in range(3):  # a compiled one is compiled anew while there are no gradients yet
+    for done in range(3):  # a compiled step is compiled again while there are no gradients yet
         run.step.prepare(done)
         advance()
     gc.collect()
@@ -91,3 +93,19 @@ def test_planned_memory_is_that_of_a_real_step(
     size = run.config.micro_batch or run.config.batch
     parts = memory(job(run, name).traced(size < run.config.batch).trace, size, run.config.batch, Layout(cuda=False))
     assert abs(total(parts) - parts["workspace"] - real) < 0.1 * real
+
+
+def test_a_teacher_in_float8_takes_half() -> None:
+    """Of its linear layers: a byte a weight and four an output channel, where there were two a weight."""
+    with trained.make("pixart_sigma", teacher_fp8=True) as run:
+        made = dataclasses.replace(job(run, "pixart_sigma"), teacher_dtype=torch.bfloat16)
+        plain = dataclasses.replace(made, config=dataclasses.replace(run.config, teacher_fp8=False))
+        found = [planned(each, card_named("h100")) for each in (plain, made)]
+        with pytest.raises(InputError, match=r"train.teacher_fp8: expected false on the NVIDIA A100 .* no float8"):
+            planned(made, card_named("a100-80gb"))
+    layers = float8.layers_of(small.model("pixart_sigma")).values()
+    spared = sum(layer.weight.numel() - 4 * layer.out_features for layer in layers)
+    assert found[0].memory["teacher"] - found[1].memory["teacher"] == spared > 0
+    assert {**found[0].memory, "teacher": 0, "activations": 0, "workspace": 0} == {
+        **found[1].memory, "teacher": 0, "activations": 0, "workspace": 0
+    }  # fmt: skip

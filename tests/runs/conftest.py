@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,26 +11,28 @@ import pytest
 
 from fastdistill import runs
 from fastdistill.runs import RunConfig
-from fastdistill.train.config import from_mapping
+from fastdistill.train.config import from_mapping, to_yaml
 from tests.models import tiny_pipelines as tiny
+from tests.processes import once
 
-#: A student that is smaller than each of the tiny teachers.
+#: A student that is smaller than every tiny teacher.
 STUDENTS = {"unet": {"width": 0.5}, "transformer": {"every": 2}}
 
 
 def quickly(names: Iterable[str], *quick: str) -> list[Any]:
-    """Parameters of which the others are slow tests."""
+    """Parameters of a test; all except ``quick`` are slow tests."""
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of the tiny pipeline of a name."""
+    """The folder of the tiny pipeline with this name."""
     return tiny.saver(tmp_path_factory)
 
 
 def run_config(folder: Path, directory: Path, **changes: Any) -> RunConfig:
-    """A run of a few steps with this teacher, everything in ``directory``; ``changes`` are laid over it by section."""
+    """A run of a few steps with this teacher, with all files in ``directory``; ``changes`` replace fields by
+    section."""
     file, texts = directory / "prompts.txt", "a cat\na dog\ntwo cats\na red bird\nthe sea\n"
     if not file.exists() or file.read_text() != texts:  # another process may be reading it
         file.write_text(texts)
@@ -48,6 +52,30 @@ def run_config(folder: Path, directory: Path, **changes: Any) -> RunConfig:
 
 
 def cached(config: RunConfig) -> RunConfig:
-    """The configuration itself, after its prompts were encoded and its teacher sampled."""
+    """Encode the prompts and sample the teacher; returns the configuration."""
     runs.cache(config)
     return config
+
+
+@pytest.fixture(scope="session")
+def ended(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A run of Stable Diffusion that has ended, and its run file."""
+
+    def make(place: Path) -> None:
+        place.mkdir()
+        preview = {"every": 2, "prompts": ["a cat", "no prompt of the pool"]}
+        config = cached(run_config(saved("sd"), place, preview=preview))
+        runs.distill(config)
+        (place / "run.yaml").write_text(to_yaml(config))
+
+    place = once(tmp_path_factory, "ended", make)
+    return runs.load(place / "run.yaml"), place / "run.yaml"
+
+
+@pytest.fixture
+def again(ended: tuple[RunConfig, Path], tmp_path: Path) -> Path:
+    """The run file of a copy of that run, for tests that go on with it: a process at a time may."""
+    config = dataclasses.replace(ended[0], directory=str(tmp_path / "again"))
+    shutil.copytree(ended[0].directory, config.directory)
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    return tmp_path / "run.yaml"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself in its directory."""
+"""What a run records about itself in its directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.runs.conftest import cached, run_config
 
 
 def test_of_a_run_that_fails(saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``micro_batch``: a run that has one has a plan."""
+    """With ``micro_batch``, the run has a plan."""
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/fastdistill", "distill", "my run.yaml"])
     config = cached(run_config(saved("sd"), tmp_path, train={"micro_batch": 2}))
     told: list[str] = []
@@ -37,9 +37,20 @@ def test_of_a_run_that_fails(saved: Callable[[str], Path], tmp_path: Path, monke
     assert found["command"] == "fastdistill distill 'my run.yaml'" and found["lines"] == told
     assert found["device"].startswith("CPU (") and found["versions"]["torch"] == torch.__version__
     assert found["ended"] == "ValueError: of my own" and len(seen) == 2 and all(line["mfu"] > 0 for line in seen)
-    said = next(line for line in told if "GFLOP an image; CPU reaches" in line)
+    said = next(line for line in told if "GFLOP per image; CPU reaches" in line)
     assert found["flops"] == pytest.approx(4e9 * float(said.split()[0]), rel=0.01)
     assert found["ceiling"] > 0 and found["source"] == "measured" and told[-1].startswith("first step: eager (auto")
+
+
+def test_what_float8_does_to_the_target(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """One line at the start, kept in the directory; and the student is exported as ever."""
+    config = cached(run_config(saved("pixart_sigma"), tmp_path, train={"teacher_fp8": True}))
+    told: list[str] = []
+    runs.distill(config, tell=told.append)
+    (line,) = (line for line in told if line.startswith("fp8 teacher: target changes by "))
+    found = json.loads((Path(config.directory) / ABOUT).read_text())
+    assert line in found["lines"] and told.index(line) == 1
+    assert "float8_e4m3fn" in told[0].split(";")[0] and "float8" not in told[0].split(";")[1]
 
 
 def test_of_steps_in_the_time_since_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``runs.cache``: the prompts as the pipeline encodes them, the teacher's samples, and what is already there."""
+"""``runs.cache``: the prompts as the pipeline encodes them, the teacher's samples, and existing rows."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_two_processes_make_the_cache_of_one(saved: Saved, tmp_path: Path) -> No
 
 
 def changed(folder: Path, target: Path, part: str) -> Path:
-    """The pipeline with another value in a file of one part."""
+    """The pipeline with one changed value in a file of one part."""
     shutil.copytree(folder, target)
     file = next(file for file in sorted((target / part).iterdir()) if file.suffix in (".safetensors", ".json"))
     for weights in (target / part).glob("*.safetensors"):
@@ -216,7 +216,7 @@ def test_sizes_have_caches_of_their_own(saved: Saved, tmp_path: Path) -> None:
 
 
 def test_prompts_that_are_encoded_on_demand(saved: Saved, tmp_path: Path) -> None:
-    """The latents of a run do not depend on where its prompts are encoded."""
+    """The latents of a run do not depend on whether its prompts are stored or encoded on demand."""
     stored = configured(saved, "sdxl", tmp_path, cache={"batch": 6})
     runs.cache(stored)
     changes = {"batch": 6, "encodings": "on_demand", "directory": str(tmp_path / "on demand")}
@@ -237,7 +237,7 @@ def test_guidance_that_the_model_reads_is_in_the_bank(saved: Saved, tmp_path: Pa
     assert run.encoder["options"] == {"guidance_scale": 2.0} and family.guided(config, 7.5) == 1
     plain = runs.opened(configured(saved, "sd", tmp_path))
     assert plain.encoder["options"] == {} and plain.pipeline.family.guided(plain.pipeline.config, 7.5) == 7.5
-    assert plain.pipeline.family.guided(plain.pipeline.config, 0.5) == 1  # as diffusers has it
+    assert plain.pipeline.family.guided(plain.pipeline.config, 0.5) == 1  # like diffusers
 
 
 def test_too_small_a_disk(saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_too_small_a_disk(saved: Saved, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_names_of_classes(saved: Saved, tmp_path: Path) -> None:
-    """A name that is not the class's alone (ImageNet has two cranes) gives way to another one, or to the number."""
+    """If two classes share a name (ImageNet has two cranes), another name or the number is used."""
     folder = tmp_path / "dit"
     shutil.copytree(saved("dit"), folder)
     config = run_config(folder, tmp_path, prompts={"file": None, "seen": None})
@@ -292,7 +292,7 @@ def pictures(directory: Path, captions: list[str]) -> Path:
 
 
 def test_images_count_by_their_content(saved: Saved, tmp_path: Path) -> None:
-    """Another image of the same name and size is another; the names themselves say nothing."""
+    """An image with the same name and size but other content is another image; names do not count."""
     images = pictures(tmp_path / "images", ["a tree", "the sea"])
     changes: dict[str, Any] = {"cache": {"images": str(images), "images_per_prompt": 1}, "prompts": {"seen": None}}
     config = run_config(saved("sd"), tmp_path, **changes)
@@ -311,7 +311,7 @@ def test_images_in_place_of_samples(saved: Saved, tmp_path: Path, monkeypatch: p
     config = configured(saved, "sd", tmp_path, **changes)
     model = PipelineFolder.model
     monkeypatch.setattr(PipelineFolder, "model", lambda self, device="cpu", **o: model(self, device="meta", **o))
-    runs.cache(config)  # for which the teacher is not needed
+    runs.cache(config)  # the teacher is not needed for this
     run = runs.opened(config)
     assert run.pool.texts == ["a tree", "the sea", "a house", "a cat", "a dog", "two cats", "a red bird"]
     assert (run.pool.seen, run.pool.empty, run.pool.duplicates) == (3, 1, 1)

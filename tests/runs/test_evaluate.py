@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A student beside its teacher, on the pipelines of every family."""
+"""A student compared with its teacher, for the pipelines of every family."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No figures are drawn, which take longest."""
+    """Without figures, which take most of the time."""
     monkeypatch.setattr(sys.modules["fastdistill.runs.evaluate"], "_write", lambda *_: None)
 
 
@@ -74,16 +74,16 @@ def test_a_student_of_every_family(name: str, saved: Folders, tmp_path: Path) ->
     assert student["images_per_second"] > 0 and teacher["images_per_second"] > 0
     measures = student["measures"]
     for key in ("images_distance", "latents_distance", "output_loss", "feature_loss"):
-        if key == "feature_loss" and name in ("sd", "sdxl", "lcm"):  # of students of other channels
+        if key == "feature_loss" and name in ("sd", "sdxl", "lcm"):  # for students with other channels
             continue
         low, high = measures[key]["interval"]
         assert 0 < low <= measures[key]["value"] <= high, key
     assert measures["vendi_ratio"]["value"] > 0 and measures["variance_ratio"]["value"] > 0
-    assert set(report["left_out"]) <= {"precision", "recall", "density", "coverage", "feature_loss"}  # of so few images
+    assert set(report["left_out"]) <= {"precision", "recall", "density", "coverage", "feature_loss"}  # too few images
 
 
 def test_a_student_that_is_the_teacher(saved: Folders, tmp_path: Path, unwritten: None) -> None:
-    """No distance, no loss, the same diversity."""
+    """The distance and the losses are 0, and the diversity is equal."""
     given = config(saved("sd"), tmp_path, evaluate={"images_per_prompt": 3})
     run = runs.opened(given)
     model = run.pipeline.model()
@@ -102,7 +102,7 @@ def test_a_student_that_is_the_teacher(saved: Folders, tmp_path: Path, unwritten
 def test_both_compute_in_the_teachers_dtype(
     changes: dict[str, Any], saved: Folders, tmp_path: Path, unwritten: None
 ) -> None:
-    """The student that is given stays as it is; new adapters change nothing."""
+    """The given student does not change; new adapters change nothing."""
     if "student" in changes:
         pytest.importorskip("peft")
     given = config(saved("sd"), tmp_path, **changes)
@@ -116,7 +116,7 @@ def test_both_compute_in_the_teachers_dtype(
 
 
 def test_what_is_compared_is_what_was_asked_for(saved: Folders, tmp_path: Path, unwritten: None) -> None:
-    """Prompts of a file, another number of steps and guidance; the distance is that of two samples."""
+    """Prompts of a file, another number of steps and another guidance; the distance is that of the two samples."""
     (tmp_path / "own.txt").write_text("a cat\na house\n")
     given = config(saved("sd"), tmp_path, evaluate={
         "prompts": str(tmp_path / "own.txt"), "steps": 3, "guidance_scale": 1.5, "seed": 7, "images_per_prompt": 1,
@@ -133,7 +133,7 @@ def test_what_is_compared_is_what_was_asked_for(saved: Folders, tmp_path: Path, 
     assert found == pytest.approx(float(wanted.mean()), rel=64 * EPS)
     assert report["sampling"]["steps"] == 3 and report["sampling"]["guidance_scale"] == 1.5
     assert report["left_out"]["variance_ratio"] == "there is one image of each prompt"
-    assert "feature_loss" in report["left_out"]  # a model alone has no taps
+    assert "feature_loss" in report["left_out"]  # a plain model has no taps
 
 
 def test_stored_prompts_are_those_of_the_encoders(
@@ -145,7 +145,7 @@ def test_stored_prompts_are_those_of_the_encoders(
     runs.cache(given, only="prompts")
     monkeypatch.setattr(sys.modules["fastdistill.runs.evaluate"], "_encoded", lambda *_: pytest.fail("encoded again"))
     stored = runs.evaluate(given, student=made)
-    for name in ("latents_distance", "output_loss"):  # how many are encoded at once changes the last bits
+    for name in ("latents_distance", "output_loss"):  # the batch size of the text encoder changes the last bits
         found, wanted = (report["student"]["measures"][name]["value"] for report in (stored, encoded))
         assert abs(found - wanted) <= 1024 * EPS * wanted
 
@@ -206,7 +206,7 @@ def test_the_student_of_a_run(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of its newest checkpoint or another, with the averages of its weights and, of other channels, of its adapters."""
+    """The newest checkpoint or another one, with averaged weights and, if the channels differ, with its adapters."""
     if changes:
         pytest.importorskip("peft")
     given = cached(config(saved("sd"), tmp_path, cache={"sizes": [[32, 32]]}, **changes))
@@ -218,7 +218,7 @@ def test_the_student_of_a_run(
     report = json.loads(capsys.readouterr().out)
     assert report["sampling"]["steps"] == 1 and report["student"]["measures"]["feature_loss"]["value"] > 0
     assert json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text()) == {"schema": 1} | report
-    assert read == [tmp_path / "run" / "step-00000003.safetensors"]  # once, also where the features have adapters
+    assert read == [tmp_path / "run" / "step-00000003.safetensors"]  # only once, also if the features have adapters
     again = runs.load(tmp_path / "run" / "evaluation" / "run.yaml")
     assert again.evaluate.steps == 1
     monkeypatch.setattr(sys.modules["fastdistill.runs.evaluate"], "evaluate", lambda *_, **__: report)
@@ -234,7 +234,7 @@ def test_the_student_of_a_run(
 
 @pytest.mark.parametrize("name", quickly(("sd", "sdxl"), "sd"))
 def test_each_of_several_sizes(name: str, saved: Folders, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """As if it were the only one, whatever the first is; in the report, and in pictures, by its name."""
+    """Each size is evaluated as if it were the only one; report and pictures have it by name."""
     few = {"prompts": 2, "images_per_prompt": 1, "steps": 1}
     both, alone = (
         config(saved(name), tmp_path, cache={"sizes": sizes}, evaluate=few)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance of a run: models that read the scale get it with the prompt and no guidance besides; schedules."""
+"""Guidance of a run: models that read the scale get it with the prompt and no other guidance; and schedules."""
 
 from __future__ import annotations
 

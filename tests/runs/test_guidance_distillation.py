@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guidance distillation by a run file: planned, trained, sampled in one pass, exported."""
+"""Guidance distillation with a run file: plan, training, sampling in one pass per step, export."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastdistill guidance solve``: windows for a run's latents, a cache, and given variances."""
+"""``fastdistill guidance solve``: windows for the latents of a run, for a cache, and for given variances."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_run_and_its_cache(saved: Callable[[str], Path], tmp_path: Path, capsy
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     latents = tmp_path / "cache" / "latents"
     measured = Spectrum.beside(latents, 2)
-    assert measured.c.shape == (3, 3)  # of a teacher that was never trained; for the rest:
+    assert measured.c.shape == (3, 3)  # the teacher was never trained; the other checks use given variances
     c, u = torch.tensor([[0.4, 0.1]]), torch.tensor([2.0, 0.3])
     given = Spectrum(c, u, torch.ones(2), torch.zeros(1).long(), measured.fingerprint)
     given.save(latents.with_name("latents.spectrum.json"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run files made from pipeline folders, and the recipes."""
+"""Run files created from pipeline folders, and the recipes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.models import tiny_pipelines as tiny
 from tests.models.real import teacher
 from tests.runs.conftest import quickly
 
-#: The recipes by the published configuration that they are for.
+#: The recipes, by the published configuration that they belong to.
 OF_REAL = {"sd15": "sd15", "sdxl": "sdxl", "pixart": "pixart_sigma", "dit": "dit_xl_2", "sd3": "sd3_medium"}
 
 

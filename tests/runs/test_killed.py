@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastdistill cache``, killed by SIGKILL while it writes: the same command goes on, and nothing of it is left."""
+"""``fastdistill cache``, killed by SIGKILL during a write: the same command continues, and no temporary file is
+left."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ PLACES = ("prompts", "latents")
 
 
 def run_file(place: Path) -> Path:
-    """Of a run with a cache of many shards in ``place``."""
+    """A run whose cache in ``place`` has many shards."""
     place.mkdir()
     files.atomic_write(place / "run.yaml", to_yaml(run_config(place, cache={"rows_per_shard": 8})).encode())
     return place / "run.yaml"
@@ -37,13 +38,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes
 
 
 def litter(cache: Path) -> list[str]:
-    """What only a killed process leaves."""
+    """Files that only a killed process leaves."""
     hidden = (path for path in cache.rglob(".*") if path.is_file())
     return sorted(p.name for p in hidden if p.name not in (".lock", ".writers", ".hashes.json"))
 
 
 def killed(file: Path, place: str, call: int) -> None:
-    """SIGKILL at the n-th time that something of a folder is brought to the disk."""
+    """SIGKILL at the n-th sync of a file or folder in a folder."""
     real, calls = os.fsync, itertools.count(1)
 
     def fsync(descriptor: int) -> None:
@@ -55,7 +56,7 @@ def killed(file: Path, place: str, call: int) -> None:
     main(["cache", str(file)])
 
 
-#: With what is left: of the hashes of the models, a shard with its lock, the manifest after it.
+#: The n-th sync of: the hashes of the models, a shard with its lock, the manifest after it.
 KILLS: dict[tuple[str, int], tuple[str, ...]] = {
     ("cache/..hashes", 1): ("..hashes.json.",),
     ("latents", 3): (".shard-00000.safetensors.",) * 2,
@@ -76,7 +77,7 @@ def test_a_killed_cache_goes_on(tmp_path: Path, whole: dict[str, dict[str, bytes
 
 
 def test_a_kill_after_the_last_shard_leaves_nothing_either(tmp_path: Path) -> None:
-    """Though nothing is left to be made."""
+    """Although nothing is left to do."""
     file = run_file(tmp_path / "done")
     runs.cache(runs.load(file))
     cache = tmp_path / "done" / "cache"

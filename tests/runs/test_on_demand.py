@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs whose prompts are encoded while the student trains, on latents of several sizes."""
+"""Runs whose prompts are encoded during the training, with latents of several sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.runs.conftest import run_config
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_prompts_encoded_on_demand(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    """Of the stored latents and of a run that began with stored prompts; nothing of the prompts need be stored."""
+    """With the stored latents, also if the run began with stored prompts; then the stored prompts are not needed."""
     pytest.importorskip("transformers")
     sizes = {"sizes": [[32, 32], [32, 64]]}
     config = run_config(saved("sdxl"), tmp_path, cache=sizes, train={"steps": 2})

@@ -131,7 +131,7 @@ def test_paths_are_named_by_their_field(
 
 
 def test_a_model_of_the_hub(saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its copy on this machine is used; where there is none and no connection, both are said."""
+    """Its local copy is used; without a copy and without a connection, the message states both."""
     hub = tmp_path / "hub"
     snapshot = hub / "models--someone--tiny-sd" / "snapshots" / "0123"
     shutil.copytree(saved("sd"), snapshot)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers of no family, which a function of the user's own calls: from the folder to the exported student."""
+"""Teachers of unknown families, called by a function of the user: from the folder to the exported student."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_model_of_diffusers_of_no_family(other: Path, module: Callable[[str], 
 
 
 def test_its_samples_are_its_pipelines(other: Path, module: Callable[[str], str], tmp_path: Path) -> None:
-    """The prompt, the null prompt, the shift and the guidance are what the pipeline of diffusers has."""
+    """Prompt, null prompt, shift and guidance are those of the pipeline of diffusers."""
     run = runs.opened(run_config(other, tmp_path, call=module(FLOW)), allow_code=True)
     bank = run.pipeline.encode(["a cat", "a dog"], size=(16, 16))
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -96,7 +96,7 @@ def test_its_samples_are_its_pipelines(other: Path, module: Callable[[str], str]
 
 @pytest.fixture(scope="module")
 def subclass(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Stable Diffusion's folder with the U-Net of a class in a module."""
+    """Stable Diffusion's folder with a U-Net whose class is in the user's module."""
 
     def made(name: str) -> Path:
         folder = tmp_path_factory.mktemp("subclass") / "sd"
@@ -108,7 +108,7 @@ def subclass(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_class_of_ones_own(subclass: Callable[[str], Path], module: Callable[[str], str], tmp_path: Path) -> None:
-    """Students, prompts and blocks are those of the family that it comes from; the exported model is of its class."""
+    """Students, prompts and blocks are those of its base class's family; the exported model has the user's class."""
     call = module(UNET)
     folder = subclass(call.partition(":")[0])
     config = run_config(folder, tmp_path, call=call, cache={"sizes": [[32, 32]]})
@@ -174,7 +174,7 @@ def test_a_run_file_for_it(other: Path, module: Callable[[str], str], tmp_path: 
 
 
 def test_the_blocks_are_found_by_trying() -> None:
-    """Also where other fields have the same number; a model without any says so."""
+    """Also if other fields have the same number; for a model without such a field there is a message."""
     kind: Any = diffusers.AuraFlowTransformer2DModel
     sizes = {"num_mmdit_layers": 4, "num_single_dit_layers": 4, "num_attention_heads": 4, "attention_head_dim": 4}
     config = kind(**sizes, joint_attention_dim=4, caption_projection_dim=16, sample_size=4).config

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of runs: their sizes are those of the caches and trainers that the same run file makes."""
+"""Plans of runs: their sizes equal those of the caches and trainers that the same run file creates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.runs.conftest import run_config
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch: pytest.MonkeyPatch) -> plans.Card:
-    """A CPU that was measured."""
+    """A simulated measured CPU."""
     made = plans.Card("a CPU", 2**30, 1e10, 1e11, 1e11, 5e-6, "cpu", "measured")
     monkeypatch.setattr(plans, "card_here", lambda device: made)
     return made
@@ -53,7 +53,7 @@ def test_a_plan_of_a_run_file(saved: Callable[[str], Path], tmp_path: Path) -> N
     shards = [p for place in (made.prompts, *made.latents) for p in place.glob("*.safetensors")]
     headers = len(shards) * 2000
     assert 0 <= sum(p.stat().st_size for p in shards) - found.disk["latents"] - found.disk["prompts"] <= headers
-    assert runs.plan(config).memory == found.memory  # the stored bank has the sizes that were expected
+    assert runs.plan(config).memory == found.memory  # the stored bank has the expected sizes
 
 
 def test_a_micro_batch_by_default_has_room_for_rolling_states(saved: Callable[[str], Path], tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_micro_batch_by_default_has_room_for_rolling_states(saved: Callable[[s
 
 
 def test_a_plan_needs_no_measurement(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    """The tables of a measured p(t) and of regions count, what fills them is not asked for."""
+    """The tables of a measured p(t) and of regions are counted, without a measurement."""
     plain = runs.plan(run_config(saved("sd"), tmp_path))
     own = {"random_conditioning": {"probability": "measured", "regions": {"count": 2}}}
     found = runs.plan(run_config(saved("sd"), tmp_path, objective=own))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of published models, from folders that hold nothing but configurations."""
+"""Plans of published models, from folders that contain only configurations."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_published_model_is_planned(name: str, tmp_path: Path) -> None:
     assert 2 < checkpointed < 3.6  # two products for each of the forward's, and those again, with attention's scores
     if "lora" in PIPELINES[name][3]:
         assert found.memory["masters"] == 4 * found.parameters["trained"] < found.parameters["student"] / 100
-        assert found.memory["student"] < found.memory["teacher"] / 50  # their weights are the same
+        assert found.memory["student"] < found.memory["teacher"] / 50  # it shares the teacher's weights
     else:
         assert found.memory["masters"] == 4 * found.parameters["trained"]
         assert found.largest_micro_batch is not None and found.total <= found.card.memory
@@ -78,7 +78,7 @@ def test_a_published_model_is_planned(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_operations_of_stable_diffusion(tmp_path: Path) -> None:
-    """Those of the benchmark of whole steps, in billions: 803 + 523, and 1082 of a backward with flash attention."""
+    """As in the benchmark of whole steps, in billions: 803 + 523, and 1082 for a backward with flash attention."""
     found = runs.plan(run_config("sd15", tmp_path, fuse=False, gradient_checkpointing=False), card="h100")
     assert {name: round(count / 1e9) for name, count in found.flops.items()} == {
         "teacher": 803,
@@ -89,7 +89,7 @@ def test_operations_of_stable_diffusion(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_figures_of_a_large_run(tmp_path: Path) -> None:
-    """Those of docs/scale.md."""
+    """The figures of docs/scale.md."""
     page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
     found = runs.plan(
         run_config("sd15", tmp_path, batch=256, precision="bfloat16", micro_batch=32), card="h100", ranks=8

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a training, from its directory."""
+"""The page about a training, from its directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ABOUT = {"command": "fastdistill distill my.yaml", "versions": {"torch": "2.12.0
 
 
 def training(folder: Path, lines: int = 6, **last: float) -> list[dict[str, Any]]:
-    """The metrics of a training, the last line cut by a kill."""
+    """The metrics of a training; a kill has cut the last line."""
     folder.mkdir(exist_ok=True)
     found = [{"step": 10 * i, "loss": 1 / i, "seconds": 2.0 * i} | LINE for i in range(1, lines + 1)]
     found[-1] |= last
@@ -37,7 +37,7 @@ def training(folder: Path, lines: int = 6, **last: float) -> list[dict[str, Any]
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take seconds."""
+    """Without figures, which take seconds."""
     monkeypatch.setattr("fastdistill.evaluate.training.write_training", lambda *_: None)
 
 
@@ -61,13 +61,13 @@ def test_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for heading in ("Feature loss of each tap", "Norm of the gradient", "Learning rate", "Images per second"):
         assert heading in page
     assert "teacher: task:digits" in page and "4\u202fimages" not in page and ">4.00</strong>" not in page
-    assert "40.0</strong> <span>images per second" in page  # 8 a step, 10 steps in 2 s
-    assert "Waiting" not in page and "Spread" not in page  # a version that did not log them
+    assert "40.0</strong> <span>images per second" in page  # 8 per step, 10 steps in 2 s
+    assert "Waiting" not in page and "Spread" not in page  # older versions did not log these
     assert "on its way" in page and report["seed"] == 0 and "waiting_for_data" not in report["seconds"]
 
 
 def test_of_what_a_run_says_of_itself(tmp_path: Path) -> None:
-    """Waits and spreads where a later version has logged them; the versions are those of the training."""
+    """Waits and spreads are shown if the metrics have them; the versions are those of the training."""
     lines = training(tmp_path / "run", **WAITS, **{"spread/mid_block": 0.0})
     lines[4] |= WAITS | {"spread/mid_block": 0.5}
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -75,7 +75,7 @@ def test_of_what_a_run_says_of_itself(tmp_path: Path) -> None:
     (tmp_path / "run" / "run.yaml").write_text(to_yaml(RunConfig(seed=17, train=TrainSettings(steps=100, batch=8))))
     found = runs.report(tmp_path / "run")
     assert found["seconds"] == {"total": 12.0, "waiting_for_data": 1.0, "waiting_for_checkpoint": 0.5}
-    assert found["mfu"] == pytest.approx(0.3)  # 5 steps of 3 TFLOP in a second, of 50
+    assert found["mfu"] == pytest.approx(0.3)  # 5 steps of 3 TFLOP in a second; the peak is 50
     assert found["versions"] == ABOUT["versions"] and found["device"] == "a card" and found["seed"] == 17
     page = (tmp_path / "run" / "report" / "report.html").read_text()
     for words in ("my.yaml", "of some size", "30.0\u202f%", "12.5\u202f%", "Waiting", "Spread of the student", "seed"):
@@ -95,7 +95,7 @@ def test_of_what_a_run_says_of_itself(tmp_path: Path) -> None:
 )
 @pytest.mark.usefixtures("undrawn")
 def test_how_a_training_ended(tmp_path: Path, ended: str | None, held: bool, said: str) -> None:
-    """One that goes on holds its directory, and its report leaves it so."""
+    """A running training holds the lock of its directory, and the report does not change that."""
     folder = tmp_path / "run"
     training(folder)
     (folder / "run.yaml").write_text(to_yaml(RunConfig(train=TrainSettings(steps=100))))
@@ -143,6 +143,58 @@ def test_of_a_directory_without_a_run_file(tmp_path: Path) -> None:
     (tmp_path / "fit" / "step-00000070.safetensors").write_bytes(content[:50])  # damaged
     found = runs.report(tmp_path / "fit")
     assert found["batch"] == 4 and found["rates"][0] > found["rates"][-1] > 0
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_damaged_files_are_left_out_and_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    training(folder)
+    (folder / "previews" / "step-00000010.png").mkdir(parents=True)
+    (folder / "previews" / "step-00000020.png").write_bytes(b"")
+    head = {"fingerprint": {"config": {"batch": 4, "lr_schedule": "cosine", "warmup": 0, "steps": 600}}}
+    content = safetensors.torch.save({"a": torch.ones(1)}, metadata={"fastdistill": json.dumps(head)})
+    (folder / "step-00000060.safetensors").write_bytes(content)
+    contents = (b"train: {steps: [", b"\xff\xfe", b"[1]", b"train: {steps: -1, batch: x}", b"schema: 99", b"a: b")
+    for damaged in contents:
+        (folder / "run.yaml").write_bytes(damaged)
+        found = runs.report(folder)
+        assert (found["steps"], found["batch"], found["settings"]) == (600, 4, None), "those of the checkpoint"
+        told, preview = found["concerns"]
+        assert told.startswith("run.yaml could not be read and is left out (") and "\n" not in told
+        assert preview == "previews/step-00000010.png could not be read and is left out (Is a directory)."
+    (folder / "run.yaml").unlink()
+    (folder / "run.yaml").mkdir()
+    assert "Is a directory" in runs.report(folder)["concerns"][0]
+
+    head["fingerprint"]["config"]["gone"] = 1
+    content = safetensors.torch.save({"a": torch.ones(1)}, metadata={"fastdistill": json.dumps(head)})
+    (folder / "step-00000060.safetensors").write_bytes(content)
+    found = runs.report(folder)
+    assert (found["steps"], found["rates"]) == (60, [None] * 6)
+    assert found["concerns"][1].startswith("the settings in the checkpoint of step 60 could not be read")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_of_several_directories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(tmp_path / name) for name in ("a", "b", "c", "d")]
+    for folder in (folders[0], folders[2], folders[3]):
+        training(Path(folder))
+    (tmp_path / "a" / "run.yaml").write_bytes(b"\xff")
+    (tmp_path / "c" / "metrics.jsonl").write_text("gone")
+    assert cli.main(["report", *folders]) == 2
+    told = capsys.readouterr()
+    assert [f"Report: {folder}/report/report.html" in told.out for folder in folders] == [True, False, False, True]
+    assert "run.yaml could not be read and is left out" in told.out
+    first, second, last = told.err.splitlines()
+    for line, folder in ((first, folders[1]), (second, folders[2])):
+        assert line.startswith("fastdistill: directory: expected the directory of a training") and folder in line
+    assert last == f"fastdistill: report: no page of 2 of 4: {folders[1]}, {folders[2]}"
+    assert cli.main(["report", folders[0], folders[3], "--json"]) == 0
+    assert [json.loads(line)["title"] for line in capsys.readouterr().out.splitlines()] == [
+        f"Training in {folder}" for folder in (folders[0], folders[3])
+    ]
+    assert cli.main(["report", *folders, "--output", "page"]) == 2
+    assert capsys.readouterr().err == "fastdistill: --output: expected none for several directories, got page\n"
 
 
 def test_what_is_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole way: from a pipeline folder to an exported student that a pipeline of diffusers samples with."""
+"""The complete way: from a pipeline folder to an exported student with which a pipeline of diffusers samples."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import json
-import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +26,12 @@ from fastdistill.train.config import to_yaml
 from fastdistill.train.metrics import read_metrics
 from tests import small
 from tests.models import tiny_pipelines as tiny
-from tests.processes import once
 from tests.runs.conftest import cached, run_config
 
 distilling: Any = importlib.import_module("fastdistill.runs.distill")
 QUICK = ("sd", "sd3")
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in tiny.PIPELINES]
 SMALL = {"cache": {"sizes": [[32, 32]]}}
-
-
-@pytest.fixture(scope="module")
-def ended(saved: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
-    """A run of Stable Diffusion that has ended, and its run file."""
-
-    def make(place: Path) -> None:
-        place.mkdir()
-        preview = {"every": 2, "prompts": ["a cat", "no prompt of the pool"]}
-        config = cached(run_config(saved("sd"), place, preview=preview))
-        runs.distill(config)
-        (place / "run.yaml").write_text(to_yaml(config))
-
-    place = once(tmp_path_factory, "ended", make)
-    return runs.load(place / "run.yaml"), place / "run.yaml"
-
-
-@pytest.fixture
-def again(ended: tuple[RunConfig, Path], tmp_path: Path) -> Path:
-    """The run file of a copy of that run, for tests that go on with it: a process at a time may."""
-    config = dataclasses.replace(ended[0], directory=str(tmp_path / "again"))
-    shutil.copytree(ended[0].directory, config.directory)
-    (tmp_path / "run.yaml").write_text(to_yaml(config))
-    return tmp_path / "run.yaml"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,11 +102,11 @@ def test_what_is_stored_is_read_once(ended: tuple[RunConfig, Path], read: Any, m
     counted("stored", "read_shard")
     bank, (latents,) = distilling.stored_sources(runs.opened(config))
     assert all(isinstance(rows, torch.Tensor) == (read == "memory") for rows in (bank.embeddings, latents.latents))
-    assert len(files) == len(set(files)) == (3 if read == "memory" else 2)  # prompts on the disk are not read at all
+    assert len(files) == len(set(files)) == (3 if read == "memory" else 2)  # prompts on disk are not read
 
 
 def test_a_run_goes_on(saved: Callable[[str], Path], tmp_path: Path, ended: tuple[RunConfig, Path]) -> None:
-    """To the last bit as without the interruption; with other settings it is refused."""
+    """The bits are those of an uninterrupted run; with other settings it is refused."""
     whole = ended[0]
     parts = run_config(saved("sd"), tmp_path, cache={"directory": whole.cache.directory})
 
@@ -154,7 +127,7 @@ def test_a_run_goes_on(saved: Callable[[str], Path], tmp_path: Path, ended: tupl
         runs.distill(other)
     with pytest.raises(InputError, match=r"train.steps: expected at least the 3 that the run in .* has done, got 2"):
         runs.distill(dataclasses.replace(parts, train=dataclasses.replace(parts.train, steps=2)))
-    assert runs.load(Path(parts.directory) / "run.yaml") == parts  # not of the refused ones
+    assert runs.load(Path(parts.directory) / "run.yaml") == parts  # not those of the refused calls
 
 
 def test_adapters_are_exported_alone(
@@ -187,7 +160,7 @@ def test_adapters_are_exported_alone(
 def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], tmp_path: Path) -> None:
     config, _ = ended
     runs.sample(config, ["a cat", "a dog"], tmp_path / "two", seeds=(3, 4))
-    runs.sample(config, ["a dog"], tmp_path / "one", seeds=(4, 4))  # once
+    runs.sample(config, ["a dog"], tmp_path / "one", seeds=(4, 4))  # equal seeds count once
     lines = [json.loads(line) for line in (tmp_path / "two" / "metadata.jsonl").read_text().splitlines()]
     assert [(line["file_name"], line["text"], line["seed"]) for line in lines] == [
         ("00000-3.png", "a cat", 3), ("00000-4.png", "a cat", 4),
@@ -196,7 +169,7 @@ def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], 
     assert len((tmp_path / "one" / "metadata.jsonl").read_text().splitlines()) == 1
     pair = [torch.frombuffer(bytearray(Image.open(file).tobytes()), dtype=torch.uint8).int() for file in (
         tmp_path / "two" / "00001-4.png", tmp_path / "one" / "00000-4.png")]  # fmt: skip
-    assert int((pair[0] - pair[1]).abs().max()) <= 1  # rounding of a batch of two
+    assert int((pair[0] - pair[1]).abs().max()) <= 1  # rounding in a batch of two
     taught = runs.sample(config, ["a dog"], tmp_path / "taught", seeds=(4,), teacher=True)
     assert taught[0].read_bytes() != (tmp_path / "one" / "00000-4.png").read_bytes()
     for options, message in (
@@ -214,7 +187,7 @@ def test_an_image_depends_on_its_prompt_and_seed(ended: tuple[RunConfig, Path], 
 
 
 def test_the_card_says_what_it_is(ended: tuple[RunConfig, Path], tmp_path: Path) -> None:
-    longer = dataclasses.replace(ended[0], train=dataclasses.replace(ended[0].train, steps=99))  # the file of today
+    longer = dataclasses.replace(ended[0], train=dataclasses.replace(ended[0].train, steps=99))  # the current file
     folder = runs.export(longer, tmp_path / "exported", link=True)
     card = (folder / "README.md").read_text()
     head = card.split("---\n")[1]
@@ -248,7 +221,7 @@ def test_nothing_is_there_yet(saved: Callable[[str], Path], tmp_path: Path) -> N
 def test_the_micro_batch_is_what_fits(
     ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the same in the next sitting, whatever fits then."""
+    """The same when the run is continued, whatever fits then."""
     monkeypatch.setattr(distilling.plans, "available", lambda device: 1_500_000)
     config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory})
     runs.distill(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
@@ -270,7 +243,7 @@ def test_a_run_that_does_not_fit(
 
 
 def test_the_student_of_a_sharded_checkpoint(again: Path, tmp_path: Path) -> None:
-    """The same, from the files of three ranks: exported by one command, sampled."""
+    """It is exported with one command from the files of three ranks, and sampled."""
     config = runs.load(again)
     whole = runs.export(config, tmp_path / "whole")
     path = Path(config.directory) / "step-00000003.safetensors"
@@ -287,7 +260,7 @@ def test_the_student_of_a_sharded_checkpoint(again: Path, tmp_path: Path) -> Non
 def test_a_sharded_run_of_two_processes_is_exported(
     ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """And goes on in one process."""
+    """The run then continues in one process."""
     config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory}, shard=True)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastdistill")
@@ -304,7 +277,7 @@ def test_a_sharded_run_of_two_processes_is_exported(
     student = runs.trained_student(runs.opened(config)).state_dict()
     assert model.keys() == student.keys() and all(torch.equal(model[key], value) for key, value in student.items())
     wanted = runs.trained_student(runs.opened(ended[0])).state_dict()
-    for key, value in student.items():  # AdamW's updates are at most lr, of whatever sign where a gradient is rounding
+    for key, value in student.items():  # updates are at most lr; the sign of a rounding error is random
         torch.testing.assert_close(value, wanted[key], rtol=0, atol=2 * 3 * config.train.lr)
     longer = dataclasses.replace(config, shard=False, train=dataclasses.replace(config.train, steps=4))
     assert runs.distill(longer).steps == 4
@@ -312,7 +285,7 @@ def test_a_sharded_run_of_two_processes_is_exported(
 
 @pytest.mark.slow
 def test_on_two_processes(ended: tuple[RunConfig, Path], saved: Callable[[str], Path], tmp_path: Path) -> None:
-    """The cache of one process, byte for byte, and its loss but for the rounding of sums in another order."""
+    """The cache has the bytes of one process, and the loss differs only by the order of sums."""
     config = run_config(saved("sd"), tmp_path)
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     for command in ("cache", "distill"):
@@ -330,7 +303,7 @@ def test_on_two_processes(ended: tuple[RunConfig, Path], saved: Callable[[str], 
         ]
         assert shards[0] == shards[1] and shards[0]
     one, two = (read_metrics(Path(c.directory) / "metrics.jsonl")[0]["loss"] for c in (ended[0], config))
-    count = 4 * 4 * 8 * 8  # elements of the largest mean, 4 eps of each
+    count = 4 * 4 * 8 * 8  # elements of the largest mean; 4 eps for each
     assert abs(one - two) <= 4 * torch.finfo().eps * count**0.5 * one
 
 
@@ -342,83 +315,3 @@ def test_prompts_in_another_order(ended: tuple[RunConfig, Path], saved: Callable
     config = run_config(saved("sd"), tmp_path, cache={"directory": ended[0].cache.directory, "steps": 9})
     with pytest.raises(StorageError, match=r"latents: made differently \(sampling.steps: expected 9, got 2\)"):
         runs.distill(config)
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(list(arguments))
-        out, error = capsys.readouterr()
-        return code, out, error
-
-    yield call
-
-
-def test_commands(
-    again: Path,
-    said: Callable[..., tuple[int, str, str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    saved: Callable[[str], Path],
-) -> None:
-    file = str(again)
-    code, out, error = said("init", str(saved("sd")))
-    assert code == 0 and out == runs.init(saved("sd")) and not error
-    code, out, error = said("distill", file, "--json")
-    assert code == 0 and json.loads(out)["steps"] == 3
-    given = ("--prompt", "a cat", "a dog", "--to", str(tmp_path / "images"), "--size", "16", "32", "--json")
-    code, out, error = said("sample", file, *given)
-    assert code == 0 and [Image.open(file).size for file in json.loads(out)] == [(32, 16)] * 2
-    code, out, error = said("export", file, "--to", str(tmp_path / "exported"), "--dtype", "bfloat16")
-    assert code == 0 and out.startswith(f"{tmp_path / 'exported'}: ") and (tmp_path / "exported" / "README.md").exists()
-    with monkeypatch.context() as ranks:  # another of torchrun's processes has nothing to do
-        ranks.setenv("TORCHELASTIC_RUN_ID", "a run")
-        ranks.setenv("RANK", "1")
-        assert said("export", file, "--to", str(tmp_path / "never")) == (0, "", "")
-    assert not (tmp_path / "never").exists()
-    code, out, _ = said("distill", file, "--train.steps", "7", "--dry-run")
-    assert code == 0
-    (tmp_path / "dry.yaml").write_text(out)
-    assert runs.load(tmp_path / "dry.yaml").train.steps == 7
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("distill",), r"distill: expected a run file \(fastdistill init FOLDER > run.yaml\), got nothing"),
-        (("distill", "--json"), "distill: expected a run file .*, got '--json'"),
-        (("distill", "nothing.yaml"), "nothing.yaml"),
-        (("init",), "init: expected a pipeline folder of diffusers, got nothing"),
-        (("init", "nothing"), "nothing: expected a pipeline folder of diffusers, got no folder"),
-        (("sample", "RUN"), "sample: expected one of --prompts FILE and --prompt TEXT"),
-        (("sample", "RUN", "--prompts", "nothing.txt"), r"--prompts: nothing.txt: could not be read: No such file"),
-        (("sample", "RUN", "--prompts", "."), r"--prompts: \.: could not be read: Is a directory"),
-        (("sample", "RUN", "--prompts", ""), r"--prompts: expected the path of a file or directory, got ''"),
-        (("sample", "RUN", "--prompt", "a", "--to", ""), r"to: expected the path of a file or directory, got ''"),
-        (
-            ("sample", "RUN", "--prompt", "a", "--seeds", "0", "-1"),
-            r"seeds: expected numbers in \[0, .*\), got -1",
-        ),
-        (
-            ("sample", "RUN", "--prompt", "a", "--guidance-scale", "nan"),
-            "guidance_scale: expected a finite .* nan",
-        ),
-        (
-            ("sample", "RUN", "--prompt", "a", "--size", "16", "65538"),
-            "width: expected at most 65,536 pixels",
-        ),
-        (("evaluate", "RUN", "--evaluate.features", ""), r"evaluate.features: expected the path of .*, got ''"),
-        (("export", "RUN", "--to", "x", "--dtype", "float17"), r"--dtype: expected one of .*, got float17"),
-        (("export", "RUN"), r"export: expected a new folder \(--to FOLDER\), got none"),
-        (("export", "RUN", "--to", "x", "--train.lr", "-3"), r"export: 1 problem"),
-    ],
-)
-def test_mistakes(
-    arguments: tuple[str, ...],
-    message: str,
-    ended: tuple[RunConfig, Path],
-    said: Callable[..., tuple[int, str, str]],
-) -> None:
-    code, out, error = said(*(str(ended[1]) if argument == "RUN" else argument for argument in arguments))
-    assert code == 2 and not out
-    assert error.startswith("fastdistill: ") and re.search(message, error), error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A module that does the parts that ``test_processes`` asks for."""
+"""A module with the parts that ``test_processes`` runs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of canonical latents on the task of contexts."""
+"""The commands of canonical latents on the context task."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SWEEP = ["canonical", "sweep", "--t-e", "650", "--k", "0", "2", "--tap", "down_b
 def test_a_sweep_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its rows are kept; those of another teacher are refused; what is printed names the choice."""
+    """Rows are kept, rows of another teacher are refused, and the output names the choice."""
     monkeypatch.chdir(tmp_path)
 
-    def searched(taps: Any, x: Tensor, k: int, **_: object) -> list[Any]:  # any directions will do here
+    def searched(taps: Any, x: Tensor, k: int, **_: object) -> list[Any]:  # any directions are sufficient here
         vectors = torch.eye(192)[:, :k].expand(len(x), -1, -1)
         return [SimpleNamespace(vectors=vectors, settled=torch.ones(len(x), dtype=torch.bool)) for _ in taps]
 
@@ -41,7 +41,7 @@ def test_a_sweep_that_goes_on(
     assert found["chosen"]["k"] == 2 and kept["chosen"] == found["chosen"]
     none, some = found["sweep"]
     assert none["irrelevant_removed"] == none["selectivity"] == none["energy"] == 0 and some["energy"] > 0
-    monkeypatch.setattr("fastdistill.distill.sweep_level.top_subspaces", None)  # nothing is searched again
+    monkeypatch.setattr("fastdistill.distill.sweep_level.top_subspaces", None)  # no new search
     assert main(few[:-1]) == 0
     out = capsys.readouterr().out
     assert "selectivity" in out and "chosen: t_e 650, k 2, down_blocks.1: " in out

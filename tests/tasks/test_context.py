@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data and measures of digits before colored backgrounds."""
+"""Data and measures of the context task: digits in front of colored backgrounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _apart(one: Tensor, two: Tensor) -> Tensor:
 
 
 def test_the_hue_tells_the_class_in_the_classifiers_data_alone() -> None:
-    """As often as the rule says, within four standard errors; the broad data's hues are uniform in every class."""
+    """As often as specified, within four standard errors; in the broad data the hues are uniform in every class."""
     students, broad, swapped = data.students(), data.broad(), data.held_out("swapped")
     assert students.images.shape == (1437, 3, 8, 8) and len(broad.images) == data.DRAWS * 1437
     own = students.hue == data.own_hue(students.digit)
@@ -46,7 +46,7 @@ def test_kinds_of_held_out_scans_differ_in_what_they_say() -> None:
 
 
 def test_a_scene_depends_on_its_own_row_alone() -> None:
-    """And is the same in every run: the first hues and waves by the words of the generator."""
+    """It is the same in every run: the first hues and waves are compared with words of the generator."""
     hue, rows = torch.tensor([0.1, 0.7, 0.4]), torch.tensor([5, 900, 3])
     whole = data.backgrounds(hue, rows, 1)
     assert torch.equal(data.backgrounds(hue[1:2], rows[1:2], 1), whole[1:2])
@@ -77,7 +77,7 @@ def test_the_measures_of_an_image_of_ink_alone() -> None:
 
 
 def test_the_variance_within_a_class() -> None:
-    """Of the classes' own means, in the mean over classes: shifting a class changes nothing."""
+    """Around the mean of each class, averaged over classes: shifting a class changes nothing."""
     features = torch.randn(60, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(60) % 4
     shifted = features + 10.0 * labels[:, None, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The context experiment from the command line: its jobs, its report, going on, and what it refuses."""
+"""The context experiment from the command line: its jobs, its report, continuing it, and what is refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def arguments(output: Path, changes: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def in_this_process() -> Iterator[list[str]]:
-    """Parts run here, which has imported everything; their names as they begin."""
+    """Parts run in this process, which has imported everything; yields their names as they begin."""
     begun: list[str] = []
 
     def work(_: Processes, job: Job, *__: object) -> None:
@@ -66,7 +66,7 @@ def in_this_process() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run. The processes of a parallel test run share it, so tests change copies of it."""
+    """A finished run. The processes of a parallel test run share it, so tests change only copies."""
     place = shared(tmp_path_factory)
     output = place / "context" / "whole"
     output.parent.mkdir(exist_ok=True)
@@ -106,7 +106,7 @@ def test_the_command_of_a_report_gives_its_configuration(
 
 @pytest.mark.slow
 def test_parts_that_are_there_are_not_done_again(whole: Path, tmp_path: Path) -> None:
-    """Nor are others where attacks change: those are of the classifiers, which are not trained again."""
+    """If attacks change, only these are repeated; classifiers are not trained again."""
     copy = shutil.copytree(whole, tmp_path / "copy")
     (weights,) = (copy / "parts" / "plain-0").glob("training-*/student.safetensors")
     weights.unlink()
@@ -133,7 +133,7 @@ def _jobs(config: DemoConfig, output: Path) -> dict[str, Job]:
 
 
 def test_a_result_depends_on_its_own_settings_alone(tmp_path: Path) -> None:
-    """Which jobs of the whole experiment have to be done again where a field changes."""
+    """Which jobs of the experiment must be repeated if a field changes."""
     config = dataclasses.replace(DemoConfig(), device="cpu", seeds=2)
     jobs = _jobs(config, tmp_path)
     assert {f"{kind.replace(' ', '-')}-{seed}" for kind in KINDS for seed in (0, 1)} < set(jobs)

@@ -27,7 +27,7 @@ SHORT = TrainSettings(steps=2, batch=8, lr=1e-3, log_every=1, checkpoint_every=1
 
 
 def a_set(seed: int) -> CanonicalSet:
-    """Two rows of each digit, of noise."""
+    """Two rows per digit, from noise."""
     labels, g = data.students().digit, torch.Generator().manual_seed(seed)
     rows = torch.cat([(labels == digit).nonzero().flatten()[:2] for digit in range(10)])
     made = torch.randn(20, *data.SHAPE, generator=g)
@@ -97,7 +97,7 @@ def test_the_command_refuses_and_shows_its_settings(capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_the_sets_of_the_task(tmp_path: Path) -> None:
-    """Of one image a digit; again they are read."""
+    """With one image per digit; a second call reads the sets."""
     made = make_sets(tmp_path, per_class=1)
     assert made.canonical is not None and made.samples is not None and made.random is not None
     assert made.generated is not None and made.originals is not None and made.posterior is not None
@@ -113,7 +113,7 @@ def test_the_sets_of_the_task(tmp_path: Path) -> None:
 
 
 def test_a_diffusion_model_as_a_classifier() -> None:
-    """Written again for each image, draw and class; the split of a batch changes nothing but rounding."""
+    """Computed again for each image, noise and class; splitting a batch changes only rounding."""
     model, schedule = tiny.Net().eval(), NoiseSchedule.linear(50)
     x, prompts = torch.randn(3, 4, 5, 3, generator=torch.Generator().manual_seed(0)), tiny.bank().embeddings
     found = diffusion_posterior(model, x, prompts, schedule=schedule, draws=2, seed=4, batch=4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teachers of digits before colored backgrounds."""
+"""The teachers of the context task."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_teacher_is_trained_on_from_the_digits(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shipped_teachers_are_what_they_say(kind: str) -> None:
-    """By their figures, and by 40 samples: the digit that is asked for, in hues like those of the data."""
+    """Checked by their figures, and by 40 samples: the requested digit, with hues like those of the data."""
     made = teacher.provenance(kind)
     assert teacher.weights(kind).stat().st_size <= 5_000_000 and made["start"] == digits.provenance()["sha256"]
     assert made["data"] == data.fingerprint() and made["recipe"]["kind"] == kind
@@ -53,7 +53,7 @@ def test_the_shipped_teachers_are_what_they_say(kind: str) -> None:
     digit = torch.arange(40) % 10
     images = sample(teacher.load_teacher(kind), teacher.prompts(), digit, torch.arange(40), 5, "karras:12@30..0.09")
     assert Judge().right(images, digit).double().mean() > 0.9
-    assert (within(chroma(images), digit) > 0.25) == (kind == "broad")  # half of what any hue has
+    assert (within(chroma(images), digit) > 0.25) == (kind == "broad")  # half of the variance of uniform hues
 
 
 def test_the_two_teachers_differ() -> None:

@@ -20,7 +20,7 @@ from fastdistill.tasks.guidance.diagnose import CONFIGS, ShadesDiagnosis, findin
 
 @pytest.mark.parametrize("task", ["shades", pytest.param("digits", marks=pytest.mark.slow)])
 def test_a_short_diagnosis(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its report, and that it goes on with what is sampled."""
+    """Checks its report, and that stored samples are used again."""
     kind = CONFIGS[task]
     schedules = ("0", "1", "cads:0.6..0.9,0.25,1:2@8,0")
     config = kind(schedules=schedules, grid="karras:3@30..0.09", seeds=1, images_per_prompt=1, draws=8, clip_sample=1.2)

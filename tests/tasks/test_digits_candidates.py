@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The script that measures options for unseen prompts on the digits, and the page that shows what it found."""
+"""The script that measures options for unseen prompts on the digits, and the page with its results."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The experiment from the command line, small: its report, and what happens when it is stopped, repeated or damaged."""
+"""The small experiment from the command line: its report, and what happens if it is stopped, repeated or damaged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture
 def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts for the models run in this process, which has imported everything: the results are the same."""
+    """The parts for the models run in this process, which has imported everything; the results are the same."""
     monkeypatch.setattr(Processes, "run", here)
 
 
@@ -114,7 +114,7 @@ def test_report(whole: Path) -> None:
 
 
 def test_each_student_is_a_run(whole: Path, tmp_path: Path) -> None:
-    """That the commands of a run file know, with the cache that the students share."""
+    """The commands of a run file accept it; the students share the cache."""
     file = whole / "models" / "paired-0" / "training" / "run.yaml"
     assert main(["export", str(file), "--to", str(tmp_path / "student")]) == 0
     weights = "diffusion_pytorch_model.safetensors"
@@ -137,7 +137,7 @@ def test_again_reuses_everything(copy: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in copy.glob("models/**/*") if path.is_file()}
     assert main(arguments(copy, {})) == 0
     assert figures(copy) == before and weights(copy) == trained
-    assert {path: path.stat().st_mtime_ns for path in times} == times  # no process was started either
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # no process was started
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -147,7 +147,7 @@ def checkpoints(output: Path) -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("workers_here")
 def test_stopped_while_students_train(whole: Path, tmp_path: Path) -> None:
-    """By each signal in turn, once it has gone on from where the one before stopped it."""
+    """By each signal in turn, after it has continued from the previous stop."""
     output = tmp_path / "stopped"
     for done in ("cache", "models/teacher"):
         shutil.copytree(whole / done, output / done)
@@ -174,7 +174,7 @@ def environment(process: Path) -> bytes:
 
 
 def wait_for_orphans(output: Path) -> None:
-    """Until no worker of the stopped run is left: each notices that its parent is gone after a step."""
+    """Wait until no worker of the stopped run is left: each one notices after a step that its parent is gone."""
     deadline, wanted = time.monotonic() + 60, f"STARTED_FOR={output}\0".encode()
     while time.monotonic() < deadline:
         if not any(wanted in environment(process) for process in Path("/proc").glob("[0-9]*")):
@@ -186,14 +186,14 @@ def wait_for_orphans(output: Path) -> None:
 def test_stopped_at_once(tmp_path: Path) -> None:
     process = start(tmp_path / "stopped")
     status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
-    while time.monotonic() < deadline:  # until the command has begun, which hears SIGTERM; before, Python itself starts
+    while time.monotonic() < deadline:  # until the command handles SIGTERM; before that, Python itself is starting
         (heard,) = re.findall(r"^SigCgt:\s*(\w+)$", status.read_text(), re.MULTILINE)
         if int(heard, 16) >> (signal.SIGTERM - 1) & 1:
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     code, out, error = finish(process)
-    # Where it met code given to exec, as in imports, Python ends itself by the signal; to a shell that is 130 too.
+    # If the signal arrives in code given to exec (as in imports), Python ends by the signal; a shell shows 130 too.
     assert code in (130, -signal.SIGINT) and not out, error
     assert error.strip() == "fastdistill: stopped; run the same command again to go on"
 
@@ -247,7 +247,7 @@ def test_a_damaged_shard_is_made_anew(whole: Path, copy: Path, capsys: pytest.Ca
     shutil.rmtree(student)
     assert main(arguments(copy, {"workers": 1})) == 0
     assert re.match(rf"fastdistill: {copy}/cache/latents/\S+\.safetensors: ", one_line(capsys))
-    # the damaged shard was made anew, and everything after it is the same
+    # the damaged shard was made again, and everything after it is the same
     assert figures(copy) == figures(whole) and weights(copy) == weights(whole)
 
 

@@ -63,7 +63,7 @@ def test_the_shipped_prompts_are_those_of_the_shipped_teacher() -> None:
 
 
 def encoded_in_float64(texts: list[str], relative: float = 0.0) -> np.ndarray:
-    """The text encoder written anew; its weights changed by +-``relative`` of their size."""
+    """The text encoder written again; its weights are changed by +-``relative`` of their size."""
     signs = np.random.default_rng(0)
     weights = [w.double().numpy() for w in text_encoder._weights()]
     weights = [w * (1 + relative * signs.choice([-1, 1], w.shape)) for w in weights]
@@ -80,10 +80,10 @@ def encoded_in_float64(texts: list[str], relative: float = 0.0) -> np.ndarray:
 
 
 def test_text_encoder() -> None:
-    """Made again, the shipped embeddings are the same but for what float32 loses on either machine.
+    """The shipped embeddings can be computed again, except for the rounding of float32 on both machines.
 
-    An evaluation in float32 is one in float64 with each of its ten stages (weights, sum, two norms, four projections,
-    softmax, mixing) changed by some units of rounding; what one unit in the weights changes is measured.
+    An evaluation in float32 equals one in float64 with each of its ten stages (weights, sum, two norms, four
+    projections, softmax, mixing) changed by some units of rounding; the effect of one unit in the weights is measured.
     """
     bank = prompt_bank()
     texts = [*bank.texts, ""]
@@ -92,7 +92,7 @@ def test_text_encoder() -> None:
     for embeddings in (bank.embeddings, encode(texts)):
         assert np.abs(embeddings.double().numpy() - truth).max() <= 10 * unit
     distance = torch.cdist(bank.embeddings.flatten(1), bank.embeddings.flatten(1)) + 10 * torch.eye(81)
-    assert distance.min() > 1  # no two prompts look alike
+    assert distance.min() > 1  # all prompts differ clearly
     with pytest.raises(InputError, match=r"text: expected words of .*got 'sevn' \(did you mean seven\?\)"):
         encode(["a red sevn"])
     with pytest.raises(InputError, match="text: expected at most 3 words, got 4"):
@@ -104,7 +104,7 @@ def test_judge_on_real_scans(judge: Judge) -> None:
     held_out = data.scans()[1]
     images, rows = data.tinted(held_out)
     right = judge.right(images, rows)
-    assert right.double().mean() == pytest.approx(judge.accuracy_on_real)  # the tint changes nothing
+    assert right.double().mean() == pytest.approx(judge.accuracy_on_real)  # the tint has no effect
     noisy = images + 0.2 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     assert judge.right(noisy, rows).double().mean() > 0.95
     assert judge.right(images[right], (rows[right] + 1) % 80).sum() == 0  # the next digit or color is wrong
@@ -118,7 +118,7 @@ def test_the_shipped_teacher_is_what_it_says(judge: Judge) -> None:
     assert sum(p.numel() for p in teacher.parameters()) == 984_867
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert made["metrics"]["right"] >= 0.95 and made["metrics"]["images"] >= 1280
-    assert made["recipe"]["train"]["steps"] == TeacherConfig().train.steps  # the recipe as it stands
+    assert made["recipe"]["train"]["steps"] == TeacherConfig().train.steps  # the current recipe
     rows = torch.arange(3, 80, 7)
     images = sample(teacher, prompt_bank(), rows, rows, 123, Sampling())
     assert judge.right(images, rows).double().mean() >= 0.9
@@ -134,7 +134,7 @@ def test_an_image_depends_on_its_own_row_alone() -> None:
 
 
 def test_bfloat16_weights_with_float32_masters() -> None:
-    """A student of the digits learns as one in float32 does; what is exported is the average in float32."""
+    """A student of the digits learns like one in float32; the exported weights are the average in float32."""
     teacher, bank = load_teacher(), prompt_bank()
     g = torch.Generator().manual_seed(0)
     rows = torch.arange(256) % 48
@@ -160,7 +160,7 @@ def test_bfloat16_weights_with_float32_masters() -> None:
 
 
 def test_a_recipe_is_compared_by_its_inputs() -> None:
-    """Weights of the same recipe differ from machine to machine."""
+    """The weights of a recipe differ between machines."""
     shipped = provenance()
     recipe = dataclasses.asdict(TeacherConfig())
     made = shipped | {"recipe": {k: recipe[k] for k in shipped["recipe"]}, "sha256": "0" * 64, "prompts": "1" * 64}
@@ -228,7 +228,7 @@ def test_the_recipe_runs_and_resumes_to_the_same_bits(tmp_path: Path, monkeypatc
         if done == 3:
             raise InterruptedError
 
-    monkeypatch.setattr(teacher, "judged", lambda *_: {})  # which takes most of the time, once is enough
+    monkeypatch.setattr(teacher, "judged", lambda *_: {})  # it takes most of the time, and once is enough
     halved = dataclasses.replace(recipe, output=str(tmp_path / "halved"))
     with pytest.raises(InterruptedError):
         train_teacher(halved, stop)
@@ -237,7 +237,7 @@ def test_the_recipe_runs_and_resumes_to_the_same_bits(tmp_path: Path, monkeypatc
 
 
 def test_a_schedule_of_guidance_samples_the_task() -> None:
-    """In the run of a student, and where models are sampled; not beside a scale."""
+    """In the run of a student, and for sampling; not together with a scale."""
     window = dataclasses.replace(DigitsConfig(), sampling=Sampling(steps=4, guidance="2@1,-1@0.3,0"))
     cache = window.run_file("paired", 0).cache
     assert (cache.guidance, cache.guidance_scale) == ("2@1,-1@0.3,0", None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task as the teacher of a run: the same way as a pipeline folder's, by the same functions."""
+"""The task as the teacher of a run: the same functions as for a pipeline folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.processes import once
 
 
 def run_config(place: Path, **changes: Any) -> RunConfig:
-    """The run file that ``init`` writes, small, in ``place``; ``changes`` by section."""
+    """The run file that ``init`` writes, for a small run in ``place``; ``changes`` by section."""
     values = parsed(runs.init("task:digits"))
     small: dict[str, Any] = {
         "directory": str(place / "run"),
@@ -54,7 +54,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def test_the_run_file() -> None:
-    """What ``init`` writes are the settings of the experiment."""
+    """``init`` writes the settings of the experiment."""
     config = from_mapping(RunConfig, parsed(runs.init("task:digits")))
     run = runs.opened(dataclasses.replace(config, device="cpu"))
     assert run.pool.seen == 48 and len(run.pool.texts) == 80
@@ -109,7 +109,7 @@ def test_adapters(ended: RunConfig, tmp_path: Path) -> None:
 
 
 def test_prompts_are_the_shipped_embeddings(ended: RunConfig) -> None:
-    """Other words are encoded by the task's encoder."""
+    """Other words are encoded with the task's encoder."""
     pipeline, shipped = runs.opened(ended).pipeline, prompt_bank()
     bank = pipeline.encode([" A red  seven", "seven"])
     assert torch.equal(bank.embeddings[0], shipped.embeddings[7]) and torch.equal(bank.null, shipped.null)
@@ -117,7 +117,7 @@ def test_prompts_are_the_shipped_embeddings(ended: RunConfig) -> None:
 
 
 def test_sampling_is_ddim_with_the_noise_of_the_clipped_image(ended: RunConfig) -> None:
-    """At the levels of the task, but for the rounding of a product of 1000 numbers in float32."""
+    """At the noise levels of the task, except for rounding in float32 of a product of 1000 numbers."""
     run, rows = runs.opened(ended), torch.tensor([3, 40, 77])
     schedule = run.pipeline.schedule()
     assert isinstance(schedule, NoiseSchedule)
@@ -137,7 +137,7 @@ def test_sampling_is_ddim_with_the_noise_of_the_clipped_image(ended: RunConfig) 
 
 
 def test_runs_of_several_seeds_share_a_cache(ended: RunConfig, tmp_path: Path) -> None:
-    """With ``cache.seed``; without it another seed is another cache."""
+    """With ``cache.seed``; without it, another seed needs another cache."""
     other = dataclasses.replace(ended, seed=1, directory=str(tmp_path / "other"))
     with pytest.raises(StorageError, match=r"latents: made differently \(seed: expected 1, got 0\)"):
         runs.cache(other)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guidance experiment from the command line, small: its report, going on, and what it refuses."""
+"""The small guidance experiment from the command line: its report, continuing it, and what is refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def arguments(output: Path, changes: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def in_this_process() -> Iterator[list[str]]:
-    """Parts run here, which has imported everything; their names as they begin."""
+    """Parts run in this process, which has imported everything; yields their names as they begin."""
     begun: list[str] = []
 
     def work(_: Processes, job: Job, *__: object) -> None:

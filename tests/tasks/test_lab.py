@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lab of guidance: what its rows say, its picture, and that an interrupted run goes on."""
+"""The guidance lab: its rows, its picture, and that an interrupted run is continued."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FIELDS = (
 
 
 def phase(kind: str, samples: int, **chosen: Any) -> list[dict[str, Any]]:
-    """The rows of the phase picture of a world."""
+    """The rows for the phase plot of a world."""
     config = LabConfig(samples=samples)
     points = [point for point in lab.points(kind, True) if point.phase]  # type: ignore[arg-type]
     return [
@@ -43,7 +43,7 @@ def phase(kind: str, samples: int, **chosen: Any) -> list[dict[str, Any]]:
 
 
 def test_two_classes_feel_less_guidance_the_further_they_are_apart() -> None:
-    """The law along the line between them, by quantiles of the noise: shift ~ 1 / sqrt(d), variance constant."""
+    """The distribution along the line between them, by quantiles: shift ~ 1 / sqrt(d), constant variance."""
     found = []
     for d in (4, 64, 1024):
         grid = Point("1", (100 * math.sqrt(d), 0.02), "heun").levels()
@@ -78,7 +78,7 @@ def test_the_phase_picture_as_a_whole() -> None:
 
 
 def test_random_centres_depend_on_alpha() -> None:
-    """The same alpha in two dimensions moves them alike, a larger one further."""
+    """With the same alpha in two dimensions the shift is equal; with a larger alpha it is larger."""
     few, same, many = (
         measure(RandomCentres(grid, d, k, m=1.0, s=0.7), grid, 1.0, method="heun", samples=1024)
         for d, k in ((5, 5), (10, 25), (10, 400))
@@ -89,7 +89,7 @@ def test_random_centres_depend_on_alpha() -> None:
 
 
 def test_windows_give_variance_back_at_equal_separation() -> None:
-    """The corners of a cube that are the classes of the shades, exactly known: 0.605 by quadrature."""
+    """The corners of a cube with the classes of the shades, computed exactly: 0.605 by quadrature."""
     schedules = ("0", "0.5", "1", "1.5", "2", "4@8,-1@2,0")
     points = [Point(s, dimension=3, m=lab._INK) for s in schedules]
     kept = [lab.row("hypercube", point, LabConfig(samples=4096)) for point in points]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far samples are from the teacher's, by samples whose distances are known."""
+"""The distance of samples from the teacher's, for samples with known distances."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def real() -> torch.Tensor:
-    """Scans of every prompt, [80 * 3, 3, 8, 8]."""
+    """Real scans for every prompt, [80 * 3, 3, 8, 8]."""
     images, rows = data.tinted(data.scans()[1])
     return torch.cat([images[rows == row][:IMAGES] for row in range(len(data.PROMPTS))])
 
 
 def noisy(images: torch.Tensor, kind: str, size: float) -> torch.Tensor:
-    """With a difference of ``size`` in every value of the images of a kind of prompt."""
+    """Add a difference of ``size`` to every value of the images for one kind of prompts."""
     signs = torch.randint(2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     chosen = torch.zeros(len(data.PROMPTS))
     chosen[list(data.KINDS[kind])] = size

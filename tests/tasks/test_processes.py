@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of an experiment in processes that are forked of one that has imported what they need."""
+"""Parts of an experiment in processes that are forked from one with all imports."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def gone(process: int) -> bool:
 def test_a_job_begins_from_what_was_imported(processes: Processes, tmp_path: Path) -> None:
     first, second = done(processes, tmp_path / "a", "one"), done(processes, tmp_path / "b", "two")
     assert first["parent"] == second["parent"] and first["process"] != second["process"]
-    assert first["done"] == ["one"] and second["done"] == ["two"]  # nothing is left of the one before
+    assert first["done"] == ["one"] and second["done"] == ["two"]  # nothing of the previous part is left
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from tests.harness import EPS64
 
 
 def test_tints_are_normal_around_the_corners_of_a_cube() -> None:
-    """By the reader, whose slope is that of the five darkest pixels: within four standard errors, and of accuracies."""
+    """As read by the reader (the slope of the five darkest pixels), within four standard errors; also the
+    accuracies."""
     images, rows = data.held_out()
     n = 3 * len(rows)
     along = read(images).tint * data.corners(rows)
@@ -46,7 +47,7 @@ def test_every_scan_is_there_in_every_color() -> None:
 
 
 def test_the_reader_finds_tint_and_ink() -> None:
-    """Whatever the signs of the tint, and with noise; an image of nothing has no tint."""
+    """For tints of any sign, and with noise; an empty image has no tint."""
     part = data.digits.scans()[1]
     ink, n = part.ink.double(), len(part.ink)
     tint = 2 * torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -64,8 +65,8 @@ def test_the_reader_finds_tint_and_ink() -> None:
 
 
 def test_the_exact_world_without_guidance() -> None:
-    """A grid that starts at sigma with no signal loses s / sqrt(s^2 + sigma^2) of the mean, up to its own error, and a
-    finer one with more noise loses nothing."""
+    """A grid that starts at a finite sigma with pure noise loses s / sqrt(s^2 + sigma^2) of the mean, up to its own
+    error; a finer grid that starts with more noise loses nothing."""
     color, mean, variance = exact()
     lost = data.SPREAD * data.norm() / math.hypot(data.SPREAD * data.norm(), 30.0)
     assert abs(1 - mean - lost) < 0.01 and 0.88 < variance < 0.92 and 0.75 < color < 0.79
@@ -87,7 +88,8 @@ def test_the_teacher_is_trained_on_from_the_digits(tmp_path: Path) -> None:
 
 
 def test_the_shipped_teacher_is_what_it_says() -> None:
-    """Its figures without guidance, of 640 images, against the exact world; and that it makes what it is asked for."""
+    """Its figures without guidance for 640 images, compared with exact scores; and that it draws the requested
+    image."""
     made = teacher.provenance()
     assert teacher.WEIGHTS.stat().st_size <= 5_000_000 and made["start"] == digits.provenance()["sha256"]
     assert made["data"] == data.fingerprint() and made["recipe"]["train"]["steps"] == TeacherConfig().train.steps

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What experiments share: the command of a report, and the seconds of all sittings."""
+"""Functions that experiments share: the command in a report, and the time of all calls together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_command_gives_the_configuration(quick: bool, tmp_path: Path, capsys
     train = dataclasses.replace(default.train, lr=1e-3, fuse=True, trackers=("tensorboard",))
     changed = dataclasses.replace(default, seeds=2, student="blocks", channels=(8, 16), train=train, workers=1)
     line = workers.command("demo digits", changed, default)
-    assert "workers" not in line  # which changes no result
+    assert "workers" not in line  # it does not change results
     assert main([*shlex.split(line)[1:], "--dry-run"]) == 0
     (tmp_path / "given.yaml").write_text(capsys.readouterr().out)
     given = from_yaml(DigitsConfig, tmp_path / "given.yaml").resolved()

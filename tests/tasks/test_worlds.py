@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worlds of classes with exact scores: against mixtures written out, closed forms, the recursion and quadrature."""
+"""Worlds with exact scores, compared with explicit mixtures, closed forms, the recursion and quadrature."""
 
 import math
 import re
@@ -20,7 +20,7 @@ from fastdistill.tasks.guidance.worlds import Gaussian, Hypercube, RandomCentres
 from tests.harness import EPS64
 
 SHADES = Grid.karras(NoiseSchedule.cosine(), 30, 30.0, 0.09)
-INK = 3.8743  # norm of a digit's ink, by which a tint is multiplied there
+INK = 3.8743  # norm of a digit's ink; it multiplies the tint
 SMALL = Grid.karras(NoiseSchedule.cosine(), 12, 20.0, 0.05)
 WORLDS = {
     "gaussian": lambda levels, **o: Gaussian(levels, [1.0, -0.5, 0.3], [0.4, 1.0, 0.1], [2.0, 1.5, 0.1], **o),
@@ -38,7 +38,7 @@ def centres(world):
 @pytest.mark.parametrize("kind", ["two_class", "hypercube", "random_centres"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "flow_prediction"])
 def test_the_null_prompt_is_the_mixture_of_all_classes(kind, prediction_type):
-    """Its score by differentiating the logarithm of the density."""
+    """Its score equals the derivative of the logarithm of the density."""
     world = WORLDS[kind](NoiseSchedule.cosine(50), prediction_type=prediction_type)
     x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     for t in (3, 25, 45):
@@ -79,7 +79,7 @@ def test_far_from_all_classes_nothing_overflows():
 
 
 def test_equal_worlds():
-    """One dimension has two corners; two classes act along one direction of any number; a turned Gaussian is one."""
+    """One dimension has two corners; two classes differ along one direction in any dimension; a rotated Gaussian."""
     random = torch.Generator().manual_seed(2)
     x = torch.randn(50, 1, dtype=torch.float64, generator=random)
     null = torch.zeros(50, 1)
@@ -121,7 +121,7 @@ def test_many_steps_give_the_closed_form(method, process):
     found = measure(Gaussian(grid, 1.3, 0.4, 2.0), grid, 1.0, method=method, limit=True, samples=8192)
     exact = closed_form(1.3, 0.4, 2.0, 1.0, process)
     assert found.source == "closed_form" and found.expected.mean == pytest.approx(float(exact.mean))
-    steps = recursion(grid, 1.0, 1.3, 0.4, 2.0, "noise", method)  # how far as many steps are from the limit
+    steps = recursion(grid, 1.0, 1.3, 0.4, 2.0, "noise", method)  # how far this number of steps is from the limit
     for name in ("mean", "variance"):
         error = getattr(found.found, name) - getattr(found.expected, name)
         limit = abs(float(getattr(steps, name) - getattr(exact, name)))
@@ -129,8 +129,8 @@ def test_many_steps_give_the_closed_form(method, process):
 
 
 def quadrature(guidance, dimension=3, n=400):
-    """Separation, variance ratio and share right of a hypercube on the shades' grid: a coordinate's law does not depend
-    on the others, and the sampler's map of it is monotone; n quantiles of the noise."""
+    """Separation, variance ratio and accuracy of a hypercube on the grid of the shades. Coordinates are independent,
+    and the sampler's map of one is monotone, so n quantiles of the noise are enough."""
     world = Hypercube(SHADES, 1, INK, 0.7 * INK)
     x = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)[:, None]
     end = sample(world, x, torch.ones(n, 1), torch.zeros(1), SHADES, guidance=guidance, prediction_type="v_prediction")
@@ -140,7 +140,7 @@ def quadrature(guidance, dimension=3, n=400):
 
 
 def test_the_known_numbers_of_two_classes_on_the_shades_grid():
-    """And the bar: a window gives back at least .55 of the variance that the constant of its separation lost."""
+    """Also the goal: a window restores at least .55 of the variance that a constant with its separation loses."""
     constants = np.array([quadrature(w) for w in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)])
     exact = recursion(SHADES, 0.0, INK, 0.49 * INK**2, 1.0, "noise")
     assert constants[0, 0] == pytest.approx(float(exact.mean) / INK, rel=1e-3)
@@ -162,8 +162,8 @@ def test_the_known_numbers_of_two_classes_on_the_shades_grid():
 
 
 def test_the_window_solved_for_gaussians_is_a_good_one_for_classes():
-    """Solved for variances c and u of a coordinate as if all were Gaussian: of classes it keeps less than all of the
-    variance, but is as far above the constants as the windows found by trial."""
+    """Solved for variances c and u of a coordinate as if all were Gaussian. For classes it restores less than all of
+    the variance, but it is as far above the constants as windows found by trial."""
     solved = variance_neutral(Spectrum.of(0.49 * INK**2, 1.49 * INK**2), SHADES, 4.0)
     assert solved.reachable and abs(solved.ratio - 1) < 1e-9
     separation, variance, _ = quadrature(solved.schedule)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of several processes does for ``test_sharded_checkpoints``: runs of a student that is cut over them."""
+"""What each of several processes does for ``test_sharded_checkpoints``: runs with a sharded student."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONS = {"batch": 6, "keep_checkpoints": 9}
 
 
 class Uneven(Tiny):
-    """Tensors that ranks have unequal parts of, or some none, and a buffer that all have."""
+    """Tensors whose shards differ in size (some are empty), and a buffer that all ranks have."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__(width)
@@ -44,7 +44,7 @@ class Uneven(Tiny):
 
 
 def run(directory: Path, *, cut: bool = True, steps: int = 4, **options: Any) -> dict[str, Any]:
-    """Train to that step, or restore it only; the whole state."""
+    """Train to that step, or only restore it; returns the whole state."""
     return finished(make(student=Uneven(), shard=shard if cut else None, steps=steps, **OPTIONS | options), directory)
 
 
@@ -60,7 +60,7 @@ def interrupted(rank: int, place: Path) -> Any:
 
 
 def from_one(rank: int, place: Path) -> Any:
-    """What one process wrote, with no tensor read but the rank's part of it."""
+    """Continue what one process wrote; each rank reads only its part of each tensor."""
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         whole = Stored.__getitem__
@@ -80,7 +80,7 @@ def sizes(rank: int, place: Path) -> Any:
 
 
 def failing(rank: int, place: Path) -> Any:
-    """Rank 1 cannot write the first checkpoint, nor rank 0 the third, which is the last."""
+    """Rank 1 cannot write the first checkpoint, rank 0 cannot write the third, which is the last."""
     written, told = writing.write, []
 
     def fails(path: Path, tensors: Any, head: Any, *rest: Any) -> str:
@@ -90,7 +90,7 @@ def failing(rank: int, place: Path) -> Any:
 
     def look(done: int, _: object) -> None:
         if done == 3:
-            while list(steps(place)) != [] or list(place.glob("step-*")):  # the other files go once all have told
+            while list(steps(place)) != [] or list(place.glob("step-*")):  # other ranks' files are removed later
                 time.sleep(0.01)
 
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
@@ -100,13 +100,13 @@ def failing(rank: int, place: Path) -> Any:
             make(student=Uneven(), shard=shard, steps=6, **OPTIONS).fit(place, progress=look)
         except StorageError as error:
             told = [str(error)]
-    torch.distributed.barrier()  # each has removed its own files
+    torch.distributed.barrier()  # each rank has removed its own files
     warned = [str(w.message) for w in caught if "checkpoint" in str(w.message)]
     return told, warned, [path.name for path in place.glob("step-*")]
 
 
 def pressed(rank: int, place: Path) -> Any:
-    """A second Ctrl-C while rank 1 writes: what is left."""
+    """A second Ctrl-C while rank 1 writes; returns the files that are left."""
     written = writing.write
 
     def slow(path: Path, tensors: Any, head: Any, going: Callable[[], None], *rest: Any) -> str:
@@ -132,12 +132,12 @@ def elsewhere(rank: int, place: Path) -> Any:
 
 
 def damaged(rank: int, place: Path) -> Any:
-    """The last value of rank 1's newest file is another, which one of the ranks finds."""
+    """The last value in rank 1's newest file was changed; one of the ranks detects it."""
     return run(place.parent.parent / "damaged", steps=2)
 
 
 def again(rank: int, place: Path) -> Any:
-    """As many ranks as there are go on with what two wrote: restored, and trained on."""
+    """Any number of ranks continues what two ranks wrote: restore it, and train on."""
     restored = run(place.parent.parent / "again")
     return {"restored": restored, "later": run(place.parent.parent / "again", steps=6)}
 
@@ -147,7 +147,7 @@ def uncut(rank: int, place: Path) -> Any:
 
 
 def hybrid(rank: int, place: Path) -> Any:
-    """Two copies of a student that is cut in two."""
+    """Two copies of a student that is sharded over two ranks (hybrid sharding)."""
     mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
 
     def shard(student: nn.Module) -> None:
@@ -160,7 +160,7 @@ def hybrid(rank: int, place: Path) -> Any:
 
 
 def columns(rank: int, place: Path) -> Any:
-    """Cut along another dimension, where it is even."""
+    """Sharded along another dimension, whose size is divisible."""
 
     def shard(student: nn.Module) -> None:
         fully_shard(student, shard_placement_fn=lambda p: Shard(1 if p.ndim > 1 and p.shape[1] % 2 == 0 else 0))
@@ -169,13 +169,13 @@ def columns(rank: int, place: Path) -> Any:
 
 
 def on_one(rank: int, place: Path) -> Any:
-    """A process group of one."""
+    """A process group with one rank."""
     shutil.copytree(place.parent.parent / "2" / "first", place)
     return run(place), len(list(place.glob("step-*"))), run(place, steps=6), len(list(place.glob("step-*")))
 
 
 def killed(rank: int, directory: Path) -> None:
-    """Rank 1 is killed in the midst of its second write; what rank 0 says of it is left in a file."""
+    """Rank 1 is killed in the middle of its second write; rank 0 writes its error message to a file."""
     torch.set_num_threads(1)
     distributed.ANSWER = 1.0
     wait = datetime.timedelta(seconds=10)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trainer is given: whatever does not fit is refused by name before the first step."""
+"""Arguments of a trainer: invalid ones are refused by name before the first step."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_student_and_a_mapping_will_do() -> None:
 
 @pytest.mark.parametrize("objective", [tiny.features(), Denoising(5.0)], ids=lambda o: type(o).__name__)
 def test_a_default_device_changes_nothing(objective: Any) -> None:
-    """Models and banks say where they are; "meta" stands for any other device."""
+    """Models and banks determine the device; "meta" stands for any other default device."""
     latents, prompts, models = tiny.cache(), tiny.bank(), (tiny.Net(), tiny.Net(5, seed=1))
     expected = tiny.trainer(*models[:1], tiny.Net(5, seed=1), objective, latents=latents, prompts=prompts).fit().history
     noise = torch.randn(2, 4, 5, 3)
@@ -154,7 +154,7 @@ def test_weights_of_the_teacher_that_the_student_would_train() -> None:
 
 
 class Quantized(tiny.Net):
-    """As bitsandbytes' models: some weights are integers, and neither moves nor casts are allowed."""
+    """Like models of bitsandbytes: some weights are integers, and moving or casting them raises an error."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Quantized(tiny.Net):
 
 
 class Layerwise(tiny.Net):
-    """With float8 weights that are cast to ``dtype`` for each forward, as diffusers' enable_layerwise_casting does."""
+    """Float8 weights that are cast to ``dtype`` for each forward, as diffusers' enable_layerwise_casting does."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         from diffusers.hooks import apply_layerwise_casting
@@ -188,7 +188,7 @@ TEACHERS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_teachers_in_other_dtypes(kind: str, tmp_path: Path) -> None:
-    """Their outputs and features are those of the same model called alone, in the dtype that it computes in."""
+    """Outputs and features equal those of the same model called directly, in the dtype in which it computes."""
     teacher = TEACHERS[kind]()
     run = tiny.trainer(teacher, objective=tiny.features())
     objective: Any = run.step.objective
@@ -222,7 +222,7 @@ def test_a_student_in_layerwise_casting_is_refused() -> None:
 
 
 class Mixed(tiny.Net):
-    """With a part that diffusers would keep in float32."""
+    """Has a part that diffusers would keep in float32."""
 
     _keep_in_fp32_modules = ["mid"]  # noqa: RUF012
 
@@ -235,7 +235,7 @@ class Mixed(tiny.Net):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_a_student_of_mixed_precision(precision: str) -> None:
-    """What is kept in float32 stays so, trains, and its features go through adapters of the other dtype."""
+    """Weights kept in float32 stay float32 and are trained; their features go through adapters of the other dtype."""
     student = Mixed(5)
     before = student.mid.weight.detach().clone()
     student.mid.weight.grad = torch.full_like(before, float("nan"))  # left behind by a loop before this one
@@ -249,7 +249,7 @@ def test_a_student_of_mixed_precision(precision: str) -> None:
 
 
 def test_the_dtype_before_a_measurement() -> None:
-    """What a plan, and the trainer before its first step, take: that of ``auto``."""
+    """Before the measurement, a plan and the trainer use the dtype of ``auto``."""
     for device in map(torch.device, ("cpu", "cuda")):
         measured, auto = (arguments.dtype(tiny.Net(), device, name, {}) for name in ("measured", "auto"))
         assert measured == auto

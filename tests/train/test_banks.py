@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training from banks wherever they lie: the same bits, clean ends."""
+"""Training from banks in memory or on disk gives the same bits; runs end cleanly."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def readers() -> list[threading.Thread]:
     return [t for t in threading.enumerate() if t.name.startswith("fastdistill-rows")]
 
 
-class Interrupted(BaseException):  # as a kill: nothing is saved
+class Interrupted(BaseException):  # like a kill: nothing is saved
     pass
 
 
@@ -61,7 +61,7 @@ class Interrupted(BaseException):  # as a kill: nothing is saved
 def test_resume_is_exact_and_from_memory_or_the_disk(
     directories: tuple[Path, Path], tmp_path: Path, stop_after: int
 ) -> None:
-    """Begun with banks on the disk, stopped anywhere, gone on with one of them in memory: the bits of neither."""
+    """Start with banks on disk, stop anywhere, continue with one bank in memory: the bits do not change."""
     latents, prompts = directories
     whole = trainer(LatentCache.load(latents), PromptBank.load(prompts))
     whole.fit()
@@ -131,7 +131,7 @@ def test_a_damaged_shard_is_named_when_it_is_opened(directories: tuple[Path, Pat
     else:
         data[{"flip": -1, "header": 3, "cut": -1}[damage]] ^= 0xFF
         file.write_bytes(data[:-1] if damage == "cut" else data)
-    if damage == "flip" and not verify:  # only the checksum can tell
+    if damage == "flip" and not verify:  # only the checksum detects it
         assert len(LatentCache.open(directories[0], verify=False)) == 20
         return
     with pytest.raises(StorageError, match=r"shard-00001\.safetensors: (damaged|missing)"):

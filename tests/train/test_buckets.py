@@ -26,7 +26,7 @@ from tests.models import tiny_families
 SHAPES, SIZES = [(5, 3), (3, 5), (4, 4)], [6, 4, 2]
 
 
-class Interrupted(BaseException):  # as a kill: nothing is saved
+class Interrupted(BaseException):  # like a kill: nothing is saved
     pass
 
 
@@ -49,7 +49,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 
 def seen_by(run: Any) -> list[tuple[tuple[int, ...], Tensor]]:
-    """The size of the latents, and the prompts, of each call of the teacher."""
+    """The size of the latents and the prompts in each call of the teacher."""
     seen: list[tuple[tuple[int, ...], Tensor]] = []
     forward = run.teacher.forward
 
@@ -100,7 +100,7 @@ def test_each_cache_may_have_a_bank_of_its_own() -> None:
 def test_sizes_that_sdxl_reads() -> None:
     bank, sizes = tiny_families.bank("sdxl"), [(8, 8), (8, 16)]
     ids = bank.banks["time_ids"]
-    rows = [torch.full((6,), size[1], dtype=ids.dtype).expand_as(ids) for size in sizes]  # the same for all prompts
+    rows = [torch.full((6,), size[1], dtype=ids.dtype).expand_as(ids) for size in sizes]  # equal for all prompts
     banks = [PromptBank(bank.banks | {"time_ids": own}, bank.texts) for own in rows]
     latents = [LatentCache(torch.randn(2, 4, *size), torch.arange(2)) for size in sizes]
     models = [tiny_families.model("sdxl", seed) for seed in (0, 1)]
@@ -121,7 +121,7 @@ def test_sizes_that_sdxl_reads() -> None:
 def test_compiled_steps_have_the_losses_of_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TrainStep.compile.__kwdefaults__, "backend", "aot_eager")  # type: ignore[attr-defined]
     eager, compiled = (trainer(execution=execution).fit().history for execution in ("eager", "compiled"))
-    for one, two in zip(eager, compiled, strict=True):  # the same operations: another draw would change them by more
+    for one, two in zip(eager, compiled, strict=True):  # rounding only: different draws would differ by more
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Callbacks: when they are called, that they change no step, and what becomes of a run that one of them ends."""
+"""Callbacks: when they are called, that they change no step, and how a run ends if one of them fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdistill.errors import InputError
 from fastdistill.train.checkpoint import steps
 from fastdistill.train.state import state_of
 from tests.train.ranks import make
-from tests.train.test_resume import Dropping
+from tests.train.test_randomness import Dropping
 
 
 def state(run: Any) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def globals_of_torch() -> tuple[Any, ...]:
 
 
 def disturb(run: Any) -> None:
-    """Whatever a validation may leave behind."""
+    """Side effects that a validation function may have."""
     x, rows = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 12)
     run.student(x, torch.tensor([1, 2]), rows).sum().backward()
     run.teacher(x, torch.tensor([1, 2]), rows)
@@ -71,7 +71,7 @@ def test_the_features_of_what_a_callback_ran_are_let_go() -> None:
 
 
 def test_when_callbacks_are_called_and_what_they_draw(tmp_path: Path) -> None:
-    """A run that goes on draws what one sitting would."""
+    """A continued run draws the same numbers as an uninterrupted one."""
     calls: list[tuple[int, bool, float]] = []
 
     def validate(done: int, metrics: Any) -> None:
@@ -82,7 +82,7 @@ def test_when_callbacks_are_called_and_what_they_draw(tmp_path: Path) -> None:
     drawn = [call[2] for call in calls]
     make(steps=3).fit(tmp_path, callbacks=[(3, validate)])
     make(steps=5).fit(tmp_path, callbacks=[(3, validate)])
-    make(steps=5).fit(tmp_path, callbacks=[(3, validate)])  # is finished
+    make(steps=5).fit(tmp_path, callbacks=[(3, validate)])  # already finished
     assert [call[0] for call in calls[2:]] == [3, 5] and [call[2] for call in calls[2:]] == drawn
     assert drawn[0] != drawn[1]
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints beside the training: what is in the file, what the loop waits for, what a failed write leaves, and which
-files are kept."""
+"""Checkpoints that are written during training: the contents of the file, what the loop waits for, what a failed write
+leaves behind, and which files are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DAY = {"lr_schedule": "constant", "log_every": 1}
 
 
 def test_a_file_is_what_safetensors_writes(tmp_path: Path) -> None:
-    """Whatever the dtypes, sizes and strides, from the memory that holds the copies."""
+    """For any dtypes, sizes and strides; written from the memory that holds the copies."""
     state = {
         "weights": torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last),
         "rows": torch.randn(1, 7).expand(4, 7),
@@ -79,7 +79,7 @@ class Held:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the step of the next one; what is written is the state of its own step."""
+    """It continues until the next checkpoint; the file contains the state of its own step."""
     held, seen = Held(monkeypatch), []
 
     def progress(done: int, _: object) -> None:
@@ -144,7 +144,7 @@ def test_what_is_no_longer_wanted_ends_at_its_next_block(tmp_path: Path) -> None
 
 
 def test_metrics_that_cannot_be_written_wait(tmp_path: Path) -> None:
-    """For a place to be written to, and are complete then."""
+    """They are written as soon as this is possible again, and are complete then."""
     file = tmp_path / "metrics.jsonl"
 
     def block(done: int, _: object) -> None:
@@ -161,7 +161,7 @@ def test_metrics_that_cannot_be_written_wait(tmp_path: Path) -> None:
 
 
 def test_metrics_of_steps_that_are_done_again_go(tmp_path: Path) -> None:
-    """Those of a process that was killed before its first checkpoint, and what is none."""
+    """Lines of a process that was killed before its first checkpoint, and invalid lines, are removed."""
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     make(**DAY, steps=2).fit(tmp_path)

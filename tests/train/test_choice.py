@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run on a CPU measures before its first step: it leaves no trace, is kept in checkpoints and used again."""
+"""The measurement of a run on a CPU before its first step: it has no side effects; checkpoints store the result."""
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from fastdistill.train import DistillTrainer, checkpoint, choice, products
 from fastdistill.train.choice import Bench, Choice
 from fastdistill.train.step import TrainStep
 from tests import small, tiny
-from tests.train import ranks
+from tests.train import ranks, scenarios
 
 Cost = Callable[[Choice], float]
 
 
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cost], list[Choice]]:
-    """Has every run measure, with these times of each way in place of its own; returns what is measured."""
+    """Every run measures, with these times instead of real ones; returns what is measured."""
     monkeypatch.setattr(choice, "LEAST", 1)
     monkeypatch.setattr("fastdistill.train.trainer.LEAST", 1)
     monkeypatch.setattr(choice, "PATIENCE", 0.0)
@@ -72,7 +73,7 @@ def test_what_is_named_is_not_measured(measuring: Any, monkeypatch: pytest.Monke
 
 
 class Normed(ranks.Tiny):
-    """With statistics that every forward changes, and random numbers of its own."""
+    """Has statistics that every forward changes, and draws random numbers itself."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -82,11 +83,11 @@ class Normed(ranks.Tiny):
 @pytest.mark.parametrize("kind", [Normed, ranks.Tiny])
 def test_a_measurement_leaves_no_trace(measuring: Any, kind: Callable[[int], nn.Module]) -> None:
     """The run is the eager one to the bit, where that is the fastest."""
-    runs = [ranks.make(student=kind(6), rolling=ranks.ROLLING, execution=way) for way in ("eager", "auto")]
+    runs = [ranks.make(student=kind(6), rolling=scenarios.ROLLING, execution=way) for way in ("eager", "auto")]
     seen = measuring(lambda way: 1.0 if way == Choice("eager") else 2.0)
     one, two = map(ranks.finished, runs)
     assert one["history"] == two["history"] and {way.channels_last for way in seen} == {None, True}
-    assert runs[1].step.execution == "eager" and "channels_last 2000.0 ms a step" in runs[1].step.why
+    assert runs[1].step.execution == "eager" and "channels_last 2000.0 ms per step" in runs[1].step.why
     assert one["state"].keys() == two["state"].keys() and "objective.timestep" in one["state"]
     for name, value in one["state"].items():
         assert torch.equal(value, two["state"][name]), name
@@ -98,7 +99,7 @@ def test_a_measurement_leaves_no_trace(measuring: Any, kind: Callable[[int], nn.
 
 @pytest.mark.parametrize("probability", ["const", "measured"])
 def test_no_trace_in_what_the_objective_sums(measuring: Any, probability: str) -> None:
-    """The distances of regions; a p(t) that was measured for the first step stays."""
+    """The distances of regions are not changed; a p(t) measured for the first step stays."""
     parameters = {"value": 1.0} if probability == "const" else {"samples": 2, "points": 2}
     given = {"probability": probability, "parameters": parameters, "regions": Regions(count=2, every=2)}
     runs = [ranks.make(conditioning=given, execution=way) for way in ("eager", "auto")]
@@ -132,14 +133,14 @@ def test_what_a_checkpoint_says_and_this_version_does_not_know(kept: Any, known:
 
 
 def best(way: Choice) -> float:
-    """Compiled, in channels_last, fused, and the student in bfloat16."""
+    """Compiled, channels_last, fused and bfloat16 are faster."""
     return 8.0 - 4 * (way.execution == "compiled") - 2 * bool(way.channels_last) - bool(way.fuse)
 
 
 def test_a_resumed_run_goes_on_as_chosen(
     measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """To the bit as without an interruption; the choice is said in one line."""
+    """The bits are those of an uninterrupted run; one line reports the choice."""
     caplog.set_level(logging.INFO, "fastdistill")
     measuring(best)
     whole = ranks.make(checkpoint_every=1)
@@ -159,7 +160,7 @@ def test_a_resumed_run_goes_on_as_chosen(
 
 
 def test_fused_ops_where_they_are_faster(measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept with the run, too; nothing else is measured where the execution is named."""
+    """The choice is stored too; nothing else is measured if the execution is named."""
     seen = measuring(best)
     options: dict[str, Any] = {"fuse": "auto", "execution": "eager", "checkpoint_every": 1, "steps": 3}
     run = small.trainer("channel_base", **options)
@@ -177,7 +178,7 @@ def test_fused_ops_where_they_are_faster(measuring: Any, tmp_path: Path, monkeyp
 def test_a_run_of_an_older_version_goes_on_eagerly(
     measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its checkpoints say nothing of a choice, as those of a run whose execution is named."""
+    """Like a run with a named execution, its checkpoints contain no choice."""
     run = tiny.trainer(steps=2, execution="eager", lr_schedule="constant")
     run.fit(tmp_path)
     assert checkpoint.chosen(tmp_path) is None
@@ -185,7 +186,7 @@ def test_a_run_of_an_older_version_goes_on_eagerly(
     refuse(monkeypatch)
     again = tiny.trainer(steps=3)
     again.fit(tmp_path)
-    assert again.step.execution == "eager" and "CUDA" in again.step.why
+    assert again.step.execution == "eager" and again.step.why == "auto: nothing was measured"
 
 
 def test_a_step_that_cannot_be_compiled_runs_eagerly(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +201,7 @@ def test_a_step_that_cannot_be_compiled_runs_eagerly(measuring: Any, monkeypatch
 
 
 def test_compiling_has_to_pay(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule of thumb says how long it takes."""
+    """Compiling is tried only if its estimated time is small compared with the run."""
     measuring(best)
     monkeypatch.setattr(choice, "COMPILING", 1.0)
     run = ranks.make(steps=5)
@@ -213,7 +214,7 @@ def test_compiling_has_to_pay(measuring: Any, monkeypatch: pytest.MonkeyPatch) -
 def test_a_measured_precision(
     measuring: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool, dtype: torch.dtype
 ) -> None:
-    """Kept with the run, whatever another sitting would measure."""
+    """The stored choice is used, whatever a new measurement would choose."""
     monkeypatch.setattr("fastdistill.train.trainer.has_bfloat16", lambda device: True)
     measuring(best)
     seconds = Bench.seconds
@@ -235,9 +236,67 @@ def test_a_measured_precision(
     again.close()
 
 
+def test_compiling_pays_for_every_shape(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents of two shapes take twice the time to compile."""
+    measuring(best)
+    compiled = ranks.make(latents=ranks.sizes(), steps=4)
+    eager = ranks.make(latents=ranks.sizes(), steps=4, execution="eager")
+    one, two = (ranks.finished(run) for run in (compiled, eager))
+    assert compiled.step.execution == "compiled, channels_last" and compiled.step.shapes == 2
+    for mine, theirs in zip(one["history"], two["history"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    monkeypatch.setattr(choice, "COMPILING", 0.5)
+    run = ranks.make(latents=ranks.sizes(), steps=5)
+    run.fit()
+    assert run.step.why.endswith("not compiled, as that takes some 8 s, and the steps that are left 30 s")
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_begins_anew(measuring: Any, tmp_path: Path) -> None:
+    """What a kill leaves is no choice: the run measures again, and is one that has chosen so from its start."""
+
+    def leave(done: int, _: object) -> None:
+        if done == 2:
+            shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+
+    measuring(best)
+    ranks.make(log_every=1, checkpoint_every=3).fit(tmp_path / "whole", progress=leave)
+    assert checkpoint.chosen(tmp_path / "killed") is None and (tmp_path / "killed" / "metrics.jsonl").stat().st_size
+    measuring(lambda way: -best(way))
+    again = ranks.make(log_every=1, checkpoint_every=3)
+    one = ranks.finished(again, tmp_path / "killed")
+    assert again.step.execution == "eager"
+    two = ranks.finished(ranks.make(execution="eager", log_every=1, checkpoint_every=3), tmp_path / "named")
+    assert one["history"] == two["history"]
+    for name, value in one["state"].items():
+        assert torch.equal(value, two["state"][name]), name
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().count("\n") for name in ("killed", "named")]
+    assert lines[0] == lines[1]
+
+
+def test_a_precision_counts_in_its_fastest_way(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 that is slower, except fused."""
+    monkeypatch.setattr("fastdistill.train.trainer.has_bfloat16", lambda device: True)
+    measuring(best)
+    seconds = Bench.seconds
+
+    def by_dtype(bench: Bench, way: Choice) -> float:
+        took = seconds(bench, way)
+        assert {any(map(is_fused, model.modules())) for model in (bench.teacher, bench.student)} == {bool(way.fuse)}
+        low = next(bench.student.parameters()).dtype == torch.bfloat16
+        return took + low * (1.0 if not way.fuse else -2.0)
+
+    monkeypatch.setattr(Bench, "seconds", by_dtype)
+    run = small.trainer("channel_base", steps=2, fuse="auto", precision="measured", execution="eager")
+    own = {name: p.clone() for name, p in run.teacher.named_parameters()}
+    run.fit()
+    assert next(run.student.parameters()).dtype == torch.bfloat16
+    for name, p in run.teacher.named_parameters():
+        assert torch.equal(p, own[name]) and p.is_contiguous()
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_second_call_goes_on_as_the_first(measuring: Any, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    """Also without a directory, and of a trainer that takes other arguments: it neither measures nor begins anew."""
+    """Also without a directory, and with a trainer that has other arguments: it neither measures nor starts again."""
 
     class Own(DistillTrainer):
         def __init__(self) -> None:
@@ -261,8 +320,8 @@ def test_a_second_call_goes_on_as_the_first(measuring: Any, monkeypatch: pytest.
 
 
 def test_products_by_onednn() -> None:
-    """Large ones only, with the result of torch's own; sums over many terms, as of a weight's gradient, if they are
-    wide enough."""
+    """Only large products, with the same result as torch's; also products that sum over many terms, like the gradient
+    of a weight, if the result is wide enough."""
 
     def computed(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, narrow: torch.Tensor) -> list[torch.Tensor]:
         y = torch.addmm(bias, x, w.t())
@@ -289,7 +348,7 @@ class Attending(nn.Module):
 
 
 def test_attention_over_few_tokens_as_products() -> None:
-    """Where it has neither mask nor scale of its own; output and gradients are torch's."""
+    """Only without a mask and without an explicit scale; output and gradients equal torch's."""
     g = torch.Generator().manual_seed(0)
     given = [torch.randn(2, 3, tokens, 8, generator=g) for tokens in (7, 5, 5)]
     mask = torch.zeros(7, 5)
@@ -307,9 +366,26 @@ def test_attention_over_few_tokens_as_products() -> None:
         outputs = model(*own, mask)
         sum(t.square().sum() for t in outputs).backward()
         outcomes.append([*outputs, *(t.grad for t in own)])
-    assert found == [3]
+    torch.compile(Attending(), backend=backend)(*(t.bfloat16() for t in given), mask.bfloat16())
+    assert found == [3, 3]
     for one, two in zip(*outcomes, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_attention_over_few_tokens_in_bfloat16() -> None:
+    """Computed in float32 and rounded at the end: the output differs from the exact one by no more than rounding it
+    does, and so do the gradients."""
+    g = torch.Generator().manual_seed(1)
+    own = [torch.randn(4, 2, tokens, 16, generator=g).bfloat16().requires_grad_() for tokens in (16, 5, 5)]
+    exact = [t.detach().double().requires_grad_() for t in own]
+    outputs = []
+    for attend, given in ((products.attention, own), (torch.nn.functional.scaled_dot_product_attention, exact)):
+        output = attend(*given)
+        output.backward(torch.ones_like(output).cumsum(-1))
+        outputs.append([output, *(t.grad for t in given)])
+    assert all(t.dtype == torch.bfloat16 for t in outputs[0])
+    for one, two in zip(*outputs, strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=2**-8, atol=1e-5 * float(two.abs().max()))
 
 
 def test_who_multiplies_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

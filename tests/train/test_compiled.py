@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compiled run is compiled once: nothing that Python keeps from one step to the next is part of the compiled code."""
+"""A run is compiled only once: no Python state that changes between steps is part of the compiled code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNTIMED = ("step", "skipped", "gradient_norm", *TIMED)
 
 
 class Counting:
-    """A backend that runs graphs as they are."""
+    """A backend that executes graphs without a change."""
 
     def __init__(self) -> None:
         self.graphs = 0
@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_is_compiled_once(name: str, backend: Counting, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With previews in between. The losses are those of the eager run: another draw would change them by far more."""
+    """Also with previews in between. The losses equal those of the eager run; different draws would differ far more."""
     losses = {}
     caplog.set_level(logging.INFO, "fastdistill")
     for execution in ("compiled", "eager"):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration: everything wrong is told at once, and YAML goes there and back."""
+"""Configuration: all errors are reported at once, and YAML is read back unchanged."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def test_fields_that_are_not_named_keep_their_defaults(tmp_path: Path) -> None:
 
 
 def test_names_of_fields_are_what_is_written(tmp_path: Path) -> None:
-    """To YAML null is no string, and on is true."""
+    """In YAML, null is not a string, and on is true."""
     (tmp_path / "c.yaml").write_text("objective: {random_conditioning: {probability: exp, null: 0.25}}")
     assert from_yaml(RunConfig, tmp_path / "c.yaml").objective.random_conditioning.null == 0.25
     (tmp_path / "c.yaml").write_text("on: 1\n3: 2\n")
@@ -71,7 +73,7 @@ def test_a_merged_field_may_be_given_anew(tmp_path: Path) -> None:
 
 
 def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
-    """As YAML 1.2 has them; PyYAML alone reads 1e-4 as a string."""
+    """As in YAML 1.2; PyYAML alone reads 1e-4 as a string."""
     (tmp_path / "c.yaml").write_text("lr: 1e-4\neps: 1.E-8\nclip: 2e0\nweight_decay: .5e-1\nbatch: 3\n")
     config = from_yaml(TrainConfig, tmp_path / "c.yaml")
     assert (config.lr, config.eps, config.clip, config.weight_decay, config.batch) == (1e-4, 1e-8, 2.0, 0.05, 3)
@@ -112,7 +114,7 @@ def test_numbers_and_switches_are_what_is_written(text: str, got: str, tmp_path:
 
 
 def test_numbers_in_code() -> None:
-    """Those of numpy too; a whole number is a number, and 6.5 the text of a schedule."""
+    """Numbers of NumPy are valid too; a whole number is valid as a float, and 6.5 as the text of a schedule."""
     made = validated(TrainConfig(lr=np.float64(0.5), clip=1, seed=2**63 - 1))
     assert (made.lr, made.clip, made.seed) == (0.5, 1.0, 2**63 - 1)
     assert from_mapping(RunConfig, {"objective": {"guidance": {"schedule": 6.5}}}).objective.guidance.schedule == "6.5"
@@ -158,7 +160,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 
 
 def test_a_field_of_several_kinds_is_one_line() -> None:
-    """As the file has it, without pydantic's names of the kinds."""
+    """The message shows the field as in the file, without pydantic's names of the kinds."""
     with pytest.raises(InputError, match=r"1 problem\n  preview.prompts: .* integer, .*, or .* tuple, got 'x'$"):
         from_mapping(TrainConfig, {"preview": {"prompts": "x"}})
     with pytest.raises(InputError, match=r"1 problem\n  micro_batch: .* greater than or equal to 1, got 0$"):
@@ -169,8 +171,23 @@ def test_a_field_of_several_kinds_is_one_line() -> None:
         from_mapping(TrainConfig, {"betas": [0, 2]})
 
 
+def test_settings_of_the_other_average() -> None:
+    """Refused, unless they are a task's defaults."""
+    rule = "(its default), as it has no effect with ema_schedule"
+    with pytest.raises(InputError, match=re.escape(f"  ema_width: expected 0.1 {rule} constant, got 0.2")):
+        validated(TrainConfig(ema_width=0.2))
+    with pytest.raises(InputError, match=re.escape(f"  train.ema_decay: expected 0.9999 {rule} power, got 0.9")):
+        from_mapping(RunConfig, {"train": {"ema_schedule": "power", "ema_decay": 0.9}})
+    assert validated(TrainConfig(ema_schedule="power", ema_width=0.2)).ema_width == 0.2
+    own = DigitsConfig()
+    assert own.train.ema_decay != TrainConfig.ema_decay
+    train = dataclasses.replace(own.train, ema_schedule="power")
+    assert validated(dataclasses.replace(own, train=train)).train.ema_decay == TrainConfig.ema_decay
+    assert from_mapping(DigitsConfig, {"train": {"ema_schedule": "power"}}).train.ema_decay == TrainConfig.ema_decay
+
+
 def test_counts_that_no_run_has() -> None:
-    """Tables and rows of so many would take all memory."""
+    """Tables and rows of this size would need all memory."""
     many = 10**20
     values = {"train": {"steps": many, "ahead": many}, "evaluate": {"images_per_prompt": many}}
     fields = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes train as one: the same draws to the bit, the same weights but for the order of sums."""
+"""Two processes train like one: the same draws to the bit; weights differ only by the order of sums."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ import torch
 from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.train import distributed
 from tests import processes
-from tests.train import ranks
+from tests.train import ranks, scenarios
 
 Found = dict[str, tuple[Any, Any]]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the scenarios have run on both ranks."""
+    """The folder in which both ranks have run the scenarios."""
 
     def make(directory: Path) -> None:
         directory.mkdir()
-        processes.as_ranks(ranks.work, str(directory))
+        processes.as_ranks(scenarios.both, str(directory))
 
     return processes.once(tmp_path_factory, "ranks", make)
 
 
 @pytest.fixture(scope="module")
 def found(place: Path) -> Found:
-    """What the scenarios gave on each rank."""
+    """The results of the scenarios on each rank."""
     one, two = (torch.load(place / f"{rank}.pt", weights_only=False) for rank in (0, 1))
-    return {name: (one[name], two[name]) for name in ranks.SCENARIOS}
+    return {name: (one[name], two[name]) for name in scenarios.SCENARIOS}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,14 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def parted(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the spread of features, which is that of two samples of each part of a batch."""
+    """Without the spread of features, which uses the first two samples of each part of a batch."""
     return [{name: value for name, value in line.items() if not name.startswith("spread/")} for line in history]
 
 
 def assert_close(one: dict[str, Any], two: dict[str, Any]) -> None:
-    """Gradients are sums in another order: of norm 0.5 at most after clipping, they differ by some 1e-7 of it. An
-    update is at most lr / eps = 0.1 of that, a few of them 1e-7; moments are the gradients' own size."""
+    """The order of summation of gradients differs. Their norm is at most 0.5 after clipping, so they differ by about
+    1e-7 of it. An update is at most lr / eps = 0.1 times that, several updates about 1e-7; moments are as large as
+    gradients."""
     for name, value in one["state"].items():
         if name != "totals":  # one row per rank
             torch.testing.assert_close(value, two["state"][name], rtol=2e-5, atol=1e-6, msg=name)
@@ -72,7 +73,7 @@ def assert_close(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["draws", "from_disk", "encoded"])
 def test_the_draws_are_those_of_one_process(found: Found, name: str) -> None:
-    for *halves, whole in zip(*found[name], ranks.draws(0, Path()), strict=True):
+    for *halves, whole in zip(*found[name], scenarios.draws(0, Path()), strict=True):
         for one, two, wanted in zip(*halves, whole, strict=True):
             assert torch.equal(torch.cat([one, two]), wanted)
 
@@ -82,14 +83,14 @@ def test_a_run_is_that_of_one_process(found: Found, alone: dict[str, Any], name:
     one, two = map(done, found[name])
     assert same(one, two)
     assert_close(one, alone)
-    assert one["history"][-1]["gradient_norm"] > 0.5  # which clips
+    assert one["history"][-1]["gradient_norm"] > 0.5  # clipped
 
 
 def test_rolling_states_are_those_of_one_process(found: Found) -> None:
-    """Each rank has its part of them; a checkpoint has all, with which a run goes on."""
+    """Each rank has its part of them; a checkpoint contains all, and a run can be continued from it."""
     one, two = map(done, found["rolling"])
     assert same(one, two) and one["state"]["objective.timestep"].shape == (1, 2)
-    assert_close(one, ranks.finished(ranks.make(rolling=ranks.ROLLING, steps=5)))
+    assert_close(one, ranks.finished(ranks.make(rolling=scenarios.ROLLING, steps=5)))
     again, other = map(done, found["rolling_interrupted"])
     assert same(again, other)
     for name, value in one["state"].items():
@@ -97,9 +98,9 @@ def test_rolling_states_are_those_of_one_process(found: Found) -> None:
 
 
 def test_ranks_agree_on_a_measured_probability_and_on_regions(found: Found) -> None:
-    """Their distances are summed over the ranks; checkpoints, between two tables here, have the sums."""
+    """Their distances are summed over the ranks; a checkpoint between two updates of the table contains the sums."""
     one, two = map(done, found["adaptive"])
-    alone = ranks.finished(ranks.make(**ranks.ADAPTIVE))
+    alone = ranks.finished(ranks.make(**scenarios.ADAPTIVE))
     assert same(one, two) and int(alone["state"]["objective.region_seen"].sum()) > 0
     assert torch.equal(one["state"]["objective.region_seen"], alone["state"]["objective.region_seen"])
     assert_close(one, alone)
@@ -110,35 +111,35 @@ def test_ranks_agree_on_a_measured_probability_and_on_regions(found: Found) -> N
 
 
 def test_a_closed_trainer_lets_go_of_the_process_group(found: Found) -> None:
-    """Whose end would wait for a thread of gloo's otherwise, at the end of the process and now and then for ever."""
+    """Otherwise its end would wait for a thread of gloo, at the end of the process and sometimes forever."""
     assert found["released"] == (True, True)
 
 
 def test_ranks_draw_from_the_same_of_several_caches(found: Found) -> None:
     one, two = map(done, found["buckets"])
     assert same(one, two)
-    assert_close(one, ranks.finished(ranks.make(latents=ranks.sizes())))
+    assert_close(one, ranks.finished(ranks.make(latents=scenarios.sizes())))
 
 
 @pytest.mark.parametrize(("name", "whole"), [("interrupted", "run"), ("shards_interrupted", "shards")])
 def test_resume_is_exact(found: Found, name: str, whole: str) -> None:
-    """Stopped on all ranks within a log interval; the ranks' own sums of metrics come back too."""
+    """All ranks stop within a log interval; the sums of metrics of each rank are restored too."""
     for outcome in found[name]:
         assert same(done(outcome), done(found[whole][0]))
 
 
 @pytest.mark.parametrize("name", ["run", "shards"])
 def test_any_number_of_ranks_goes_on(found: Found, place: Path, name: str) -> None:
-    """Begun on two ranks, finished on one."""
+    """Started on two ranks, finished on one."""
     done(found[name][0])
     assert_close(ranks.finished(ranks.make(steps=6), place / name), ranks.finished(ranks.make(steps=6)))
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_lower_precision(found: Found, precision: str) -> None:
-    """The ranks skip the same updates and keep the same scale, that of one process; shards too."""
+    """The ranks skip the same updates and have the same scale as one process; also with shards."""
     one, two = map(done, found[precision])
-    wanted = done(ranks.SCENARIOS[precision](0, Path()))
+    wanted = done(scenarios.SCENARIOS[precision](0, Path()))
     assert same(one, two)
     for mine, theirs in zip(parted(one["history"]), parted(wanted["history"]), strict=True):
         assert mine == pytest.approx(theirs, rel=0.01)
@@ -160,19 +161,19 @@ def test_a_sharded_student_is_cut_and_its_average_whole(found: Found) -> None:
 @pytest.mark.parametrize("name", ["fused", "shards_fused"])
 def test_fused_unets_too(found: Found, name: str) -> None:
     """Fused, then wrapped or sharded; in the mean of two steps."""
-    assert found[name] == pytest.approx((ranks.fused(0, Path()),) * 2, rel=1e-5)
+    assert found[name] == pytest.approx((scenarios.fused(0, Path()),) * 2, rel=1e-5)
 
 
 def test_guidance_weights_are_those_of_one_process(found: Found) -> None:
-    assert found["guided"] == pytest.approx((ranks.guided(0, Path()),) * 2, rel=1e-5)
+    assert found["guided"] == pytest.approx((scenarios.guided(0, Path()),) * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adapters", "shards_adapters"])
 def test_adapters_on_frozen_weights(found: Found, place: Path, name: str) -> None:
-    """Interrupted, as one process goes through; the averages are exported whole, by one rank."""
+    """Interrupted, and compared with an uninterrupted process; one rank exports the whole averages."""
     one, two = map(done, found[name])
     assert same(one, two)
-    single = ranks.make(student=ranks.adapted())
+    single = ranks.make(student=scenarios.adapted())
     wanted = ranks.finished(single)
     trained = {key for key in wanted["state"] if key.startswith("student.")}
     assert len(trained) == 6 and trained == {key for key in one["state"] if key.startswith("student.")}
@@ -194,7 +195,7 @@ def test_ctrl_c_on_one_rank_stops_all(found: Found) -> None:
 
 
 def test_shards_in_another_precision(found: Found) -> None:
-    """Continued in float32, sharded, from a checkpoint of bfloat16 shards: from its masters."""
+    """A run with bfloat16 shards continues sharded in float32, from the masters of its checkpoint."""
     for weights, masters in found["shards_in_float32"]:
         assert weights.keys() == masters.keys() and all(torch.equal(weights[k], masters[k]) for k in weights)
 
@@ -221,7 +222,7 @@ def test_shards_in_another_precision(found: Found) -> None:
     ],
 )
 def test_every_rank_has_the_error(found: Found, name: str, kind: type[Exception], message: str) -> None:
-    """Rank 0's own too, where it alone writes."""
+    """Also an error of rank 0, if only rank 0 writes."""
     for outcome in found[name]:
         with pytest.raises(kind, match=message):
             raise outcome
@@ -234,8 +235,13 @@ def test_rank_0_says_how_all_run(found: Found, alone: dict[str, Any]) -> None:
     assert_close(one, alone)
 
 
+def test_rank_0_says_whether_processors_multiply_bfloat16(found: Found) -> None:
+    one, two = map(done, found["unlike_processors"])
+    assert same(one, two) and one["dtypes"] == two["dtypes"] == {"torch.bfloat16"}
+
+
 def test_compiled_is_eager(found: Found) -> None:
-    """Around DDP the same bits; FSDP2's compiled gathers may round the norm another way."""
+    """With DDP the bits are equal; the compiled gathers of FSDP2 may round the norm differently."""
     assert same(done(found["compiled"][0]), done(found["run"][0]))
     if torch.__version__ < (2, 13):
         with pytest.raises(
@@ -255,7 +261,7 @@ def test_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_torch_has_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever another launcher left in the environment."""
+    """Environment variables of other launchers are ignored."""
     monkeypatch.setenv("WORLD_SIZE", "")
     ranks.make()
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -265,7 +271,7 @@ def test_where_torch_has_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_rank_0_says_reaches_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that is not ours keeps its type there, and has words elsewhere."""
+    """An error of another package keeps its type on rank 0; the other ranks get its message."""
     sent: list[Any] = []
 
     def broadcast(outcome: list[Any], src: int) -> None:

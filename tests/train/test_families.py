@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students of every family: half of the teacher's, fused or not, interrupted, and on two processes."""
+"""Students with half of the teacher's size, for every family: fused or not, interrupted, and on two processes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ UNETS = {"layers_per_block": 1}
 
 
 def make(name: str, **options: Any) -> DistillTrainer:
-    """A run of three steps, every loss, by the schedule that such models have."""
+    """A run of three steps with all losses and the schedule of such models."""
     teacher = small.model(name)
     made = make_student(teacher, UNETS if small.TINY[name][0] == "unet" else "half_depth")
     flow = family_of(teacher).prediction_type == "flow_prediction"
     schedule = FlowSchedule(50, 3.0, "logit_normal") if flow else tiny.SCHEDULE
     objective = tiny.features(*zip(made.teacher_taps, made.student_taps, strict=True))
-    smooth = {"clip": 0.5, "eps": 1e-2, "steps": 3}  # an update is then no sign of gradients that are rounding errors
+    smooth = {"clip": 0.5, "eps": 1e-2, "steps": 3}  # so that the sign of an update does not depend on rounding errors
     data = {"latents": small.cache(name), "prompts": small.bank(name), "schedule": schedule}
     return tiny.trainer(teacher, made, objective, **data, **smooth | options)
 
@@ -38,7 +38,7 @@ def weights(run: DistillTrainer) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in run.student.state_dict().items()}
 
 
-class Interrupted(BaseException):  # as a kill: nothing is saved
+class Interrupted(BaseException):  # like a kill: nothing is saved
     pass
 
 
@@ -62,7 +62,7 @@ def test_resume_is_exact(name: str, fuse: bool, tmp_path: Path) -> None:
 
 
 def work(rank: int, directory: str) -> None:
-    """One process of two."""
+    """One of two processes."""
     torch.set_num_threads(1)
     store, wait = f"file://{directory}/store", datetime.timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=wait)
@@ -76,8 +76,8 @@ def work(rank: int, directory: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Weights are equal on both, and but for rounding those of one process: updates of gradients of norm 0.5 at most,
-    summed in another order (a hundred roundings at most), times lr / eps = 0.1, three times."""
+    """Weights are equal on both ranks, and differ from those of one process only by rounding: gradients of norm 0.5 at
+    most are summed in another order (at most a hundred roundings), times lr / eps = 0.1, for three updates."""
     as_ranks(work, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     for name in small.TINY:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults while a run writes or waits: each ends as docs/reliability.md says, and the run goes on from there."""
+"""Faults while a run writes or waits: each ends as docs/reliability.md describes, and the run continues from there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def state(directory: Path) -> dict[str, Any]:
 
 
 def killed_in_a_write(directory: Path) -> None:
-    """SIGKILL with half of the second checkpoint in its temporary file, and half a line of metrics."""
+    """SIGKILL with half of the second checkpoint in its temporary file, and half of a line of metrics."""
     write = checkpoint.save
 
     def save(place: Path, tensors: Any, head: Any, going: Callable[[], None]) -> Path:
@@ -76,7 +76,7 @@ def test_a_directory_that_vanishes_is_warned_of_and_an_error_at_the_end(tmp_path
 
 
 def test_clocks_that_go_backwards_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither which checkpoint is the newest, nor which ones are kept."""
+    """Neither which checkpoint is the newest, nor which checkpoints are kept."""
     now = iter(range(10**9, 0, -(10**5)))
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
     make(steps=4).fit(tmp_path)
@@ -86,7 +86,8 @@ def test_clocks_that_go_backwards_change_nothing(tmp_path: Path, monkeypatch: py
 
 
 def test_a_disk_that_slows_to_a_crawl_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the next checkpoint and the end: what is written is whole, in its order, and of its own step."""
+    """The next checkpoint and the end of the run wait. Every file is complete, in order, and has the state of its
+    step."""
     make(steps=6, log_every=1).fit(tmp_path / "whole")
     real, begun = os.fsync, []
 
@@ -108,7 +109,7 @@ def test_a_disk_that_slows_to_a_crawl_is_waited_for(tmp_path: Path, monkeypatch:
 
 
 def test_a_run_goes_on_with_other_instructions(tmp_path: Path) -> None:
-    """As on a processor of another type, which rounds in another way: from the same cache and the same state."""
+    """As on another processor, which rounds differently: the run continues with the same cache and state."""
     smooth = {"log_every": 1, "eps": 1e-2, "lr_schedule": "constant"}
     losses = []
     for place in ("moved", "whole"):
@@ -125,13 +126,13 @@ def test_a_run_goes_on_with_other_instructions(tmp_path: Path) -> None:
 
 
 def rank_of_two(rank: int, directory: Path, fault: str) -> None:
-    """Rank 1 fails after step 2; what rank 0 says of it is left in a file."""
+    """Rank 1 fails after step 2; rank 0 writes its error message to a file."""
     torch.set_num_threads(1)
     distributed.ANSWER = 1.0
     torch.distributed.init_process_group("gloo", f"file://{directory}/store", rank=rank, world_size=2)
 
     def fail(done: int, _: object) -> None:
-        if done == 2:  # both are there by now, on however busy a machine
+        if done == 2:  # both ranks have reached this step, even on a busy machine
             distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3))
         if done == 2 and rank == 1 and fault == "fails":
             raise ValueError("no data")
@@ -147,7 +148,7 @@ def rank_of_two(rank: int, directory: Path, fault: str) -> None:
 
 @pytest.mark.parametrize("fault", ["dies", "hangs", "fails"])
 def test_a_rank_that_fails_is_named_and_the_run_goes_on(tmp_path: Path, fault: str) -> None:
-    """One that hangs after the timeout of the process group; one that fails with its own error."""
+    """If a rank hangs, after the timeout of the process group; if it fails, with the rank's own error."""
     ranks = [processes.begin(rank_of_two, rank, tmp_path, fault) for rank in (0, 1)]
     ranks[0].join(60)
     ranks[1].kill()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which steps are captured in a CUDA graph, and what becomes of those that are not, on a GPU that is not there."""
+"""Which steps are captured in a CUDA graph, and how the others are executed; with a simulated GPU."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ with FakeTensorMode():
 
 def test_where_there_can_be_no_graph() -> None:
     step = step_on("cpu")
-    runner(step, nn.Module(), "auto")()  # eagerly
+    runner(step, nn.Module(), "auto")()  # eager
     assert step.counter.tolist() == [0, 1]
-    assert (step.execution, step.why) == ("eager", "auto: it runs on cpu: a CUDA graph needs a CUDA device")
+    assert (step.execution, step.why) == ("eager", "auto: nothing was measured")
     runner(step, nn.Module(), "eager")
     assert (step.execution, step.why) == ("eager", "as set")
     message = "execution 'graph': it runs on cpu: a CUDA graph needs a CUDA device; use 'compiled'"
@@ -42,7 +42,7 @@ def test_where_there_can_be_no_graph() -> None:
 
 
 class OnGPU:
-    """As much of a step as a choice of execution looks at."""
+    """The attributes of a step that the choice of execution reads."""
 
     counter = type("counter", (), {"device": torch.device("cuda")})
     objective = SimpleNamespace(trained=())
@@ -58,7 +58,7 @@ class OnGPU:
 def test_a_sharded_model_is_not_captured_but_compiled(
     version: str, way: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where torch can compile it."""
+    """If torch can compile it."""
     step: Any = OnGPU()
     assert graph.refuse_graph(step, nn.Linear(2, 2)) is None
     model = nn.Sequential(nn.Linear(2, 2))
@@ -86,7 +86,7 @@ def test_a_sharded_model_is_not_captured_but_compiled(
 
 
 def test_what_torch_asks_of_ranks_for_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its notes on CUDA: NCCL 2.9.6, no asynchronous error handling, eleven steps before."""
+    """The conditions in its notes on CUDA: NCCL 2.9.6, no asynchronous error handling, eleven eager steps before."""
     step: Any = OnGPU()
 
     def refused() -> str | None:
@@ -125,7 +125,7 @@ def test_what_cannot_be_compiled_is_named() -> None:
 
 
 class FakeGraph:
-    """A CUDA graph of a machine without one: captures nothing, replays by running the step."""
+    """A simulated CUDA graph: it captures nothing, and a replay runs the step."""
 
     fails: RuntimeError | None = None
 
@@ -148,7 +148,7 @@ class FakeStream:
 
 
 class FakeCapture:
-    """Runs nothing of what a capture encloses."""
+    """Skips the code inside a capture."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -176,7 +176,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Counting:
-    """A step that counts, and does not when it is captured."""
+    """A step that counts its executions, but not during a capture."""
 
     stream, shapes = None, 1
     compiled = False
@@ -217,14 +217,14 @@ def test_every_step_of_a_graphed_run_counts_once(ranks: int, warm_up: int, monke
         advance()
         assert step.done == expected
     assert advance.graph.replays == step.told == 4
-    # In the last step before the capture the teacher has a stream of its own, as in the graph.
+    # In the last step before the capture the teacher runs on its own stream, as in the graph.
     assert step.on_streams[:warm_up] == [False] * (warm_up - 1) + [True]
 
 
 @pytest.mark.usefixtures("fake_cuda")
 @pytest.mark.parametrize("sin", [None, "item", "dropout"])
 def test_every_step_of_a_compiled_graph_counts_once(sin: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits for the device only its capture refuses."""
+    """Only the capture refuses operations that wait for the device."""
     drawn = sin == "dropout"
     step: Any = Counting(sin)
     FakeGraph.step = step
@@ -244,7 +244,7 @@ def test_every_step_of_a_compiled_graph_counts_once(sin: str | None, monkeypatch
 
 @pytest.mark.usefixtures("fake_cuda")
 def test_no_rank_replays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [False, True, True, True]  # last first: a capture failed there; for lack of memory; once more; it did not
+    answers = [False, True, True, True]  # last first: failed on a rank; out of memory; again; success
     monkeypatch.setattr(distributed, "anywhere", lambda *_: answers.pop())
     step: Any = Counting()
     advance = runner(step, nn.Module(), "auto")
@@ -261,7 +261,7 @@ def test_no_rank_replays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fake_cuda")
-@pytest.mark.parametrize("sin", ["dropout", "random"])  # noticed in the step, and after it
+@pytest.mark.parametrize("sin", ["dropout", "random"])  # noticed in the step and after it
 def test_a_student_that_draws_random_numbers_runs_eagerly_and_every_step_counts_once(sin: str) -> None:
     step: Any = Counting(sin)
     advance = runner(step, nn.Module(), "auto")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the metrics of a run say about its course."""
+"""Problems that the metrics of a run show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests import tiny
 
 
 def lines(**last: float) -> list[dict[str, Any]]:
-    """Six quiet lines, a hundred steps each, and a last one."""
+    """Six normal lines, a hundred steps each, and a last one with these values."""
     quiet = {"loss": 1.0, "output": 0.5, "feature/mid_block": 0.2, "gradient_norm": 1.0, "skipped": 2, "seconds": 1.0}
     found: list[dict[str, Any]] = [{"step": 100 * i} | quiet for i in range(1, 7)]
     return [*found, {"step": 700} | quiet | last]
@@ -21,7 +21,7 @@ def lines(**last: float) -> list[dict[str, Any]]:
 
 def test_a_quiet_run_is_of_no_concern() -> None:
     assert concerns(lines()) == {} and concerns(lines()[:2]) == {} and concerns([]) == {}
-    assert concerns(lines(loss=9.0, gradient_norm=50.0, skipped=12)) == {}  # a norm says nothing of a term
+    assert concerns(lines(loss=9.0, gradient_norm=50.0, skipped=12)) == {}  # the norm is not a term of the loss
 
 
 @pytest.mark.parametrize("name", ["loss", "output", "feature/mid_block"])
@@ -37,7 +37,7 @@ def test_skipped_updates_are_told() -> None:
 
 
 def test_a_feature_that_collapses_is_named() -> None:
-    """Against what it was, against the teacher's where it was larger, and where it never was anything."""
+    """Compared with its earlier spread, with the teacher's spread if that is larger, or if it never had a spread."""
     spread = "spread/mid_block"
     quiet = [line | {spread: 0.5} for line in lines()]
     assert concerns([*quiet, quiet[-1] | {spread: 0.002}]) == {}
@@ -46,16 +46,16 @@ def test_a_feature_that_collapses_is_named() -> None:
     assert found == {spread: f"the student's feature at mid_block has collapsed: {text}"}
     wide = [line | {spread: 400.0} for line in lines()]
     assert concerns([*wide, wide[-1] | {spread: 0.002}]) == {} and concerns([*wide, wide[-1] | {spread: 9e-4}])
-    small = [line | {spread: 1e-4} for line in lines()]  # before an adapter any scale will do
+    small = [line | {spread: 1e-4} for line in lines()]  # before an adapter, any scale is normal
     assert concerns(small) == {} and concerns([*small, small[-1] | {spread: 0.9e-7}])
     assert spread in concerns([line | {spread: 0.0} for line in lines()])
     slow = [line | {spread: 0.99**i} for i, line in enumerate(lines() * 200)]
-    assert spread in concerns(slow)  # by its beginning, not by the lines just before
+    assert spread in concerns(slow)  # compared with its first lines, not only with the previous ones
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1])
 def test_a_planted_collapse_is_told_once(micro_batch: int | None) -> None:
-    """What is before the tap becomes constant; the losses that hold the taps together are those of a quiet run."""
+    """The input of the tap becomes constant. The losses that include this tap are those of a normal run."""
     run = tiny.trainer(steps=9, lr=1e-6, micro_batch=micro_batch)
 
     def plant(done: int, _: object) -> None:
@@ -77,7 +77,7 @@ def test_a_quiet_run_tells_nothing(recwarn: pytest.WarningsRecorder) -> None:
 
 
 def test_a_teacher_whose_feature_is_constant() -> None:
-    """It asks for one: nothing has collapsed, and the metrics are finite."""
+    """The teacher's feature is constant, so a constant feature is no collapse, and the metrics are finite."""
     teacher = tiny.Net()
     with torch.no_grad():
         teacher.mid.weight.zero_()

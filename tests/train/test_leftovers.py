@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a trainer leaves behind on its models, what callbacks may do to them, and how a run ends that is stopped."""
+"""What a trainer changes on its models and restores, what callbacks may change, and how a stopped run ends."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_trainer_has_hooks_on_its_models_only_while_it_needs_them() -> None:
     assert not hooks(*models) and len(set(during)) == 1
     longer = trainer(*models, steps=4)
     longer.step.counter[1] = 2
-    assert longer.fit().steps == 4 and longer.fit().steps == 4  # and again, without a step to do
+    assert longer.fit().steps == 4 and longer.fit().steps == 4  # again, without a step to do
     with pytest.raises(InputError, match="step: expected one that was prepared"):
         longer.step()
 
@@ -95,7 +95,7 @@ def test_a_teacher_that_another_trainer_gave_back_is_frozen_again() -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_closed_trainer_takes_nothing_from_another_of_the_same_models(first: int) -> None:
-    """Whichever is closed first, the other one's student draws no labels and stays checkpointed."""
+    """In any order of closing, the other trainer's student still draws no labels and stays checkpointed."""
 
     def drawn() -> set[float]:
         return {m.dropout_prob for m in (*teacher.modules(), *student.modules()) if isinstance(m, LabelEmbedding)}
@@ -132,7 +132,7 @@ class Norm(Tiny):
 
 
 def test_a_callback_that_evaluates_changes_no_step() -> None:
-    """The modes are those of the start, submodules in eval mode on purpose too."""
+    """The training modes are restored, including those of submodules in eval mode."""
     results = []
     for evaluates in (False, True):
         teacher, student = Norm(12), Norm(6)
@@ -253,7 +253,7 @@ def test_gradients_are_computed_whatever_the_caller_has_switched_off(mode: Any) 
 
 
 def test_a_run_under_autocast_is_refused() -> None:
-    """Its copies of the weights would be those of the first step until the end."""
+    """Autocast would use its copies of the weights of the first step until the end."""
     trainer = tiny.trainer()
     message = r"fit: expected to be called outside of autocast \(config.precision .*, got autocast to bfloat16"
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match=message):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches in parts: the draws and the gradient of the whole batch; and students of which a part is trained."""
+"""Batches in parts: the draws and the gradient equal those of the whole batch; and students that are trained in
+part."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def _add(size: Tensor, gradient: Tensor) -> None:
 
 
 def gradients(run: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of the first step; and the sum of their magnitudes over the parts."""
+    """The gradients of the first step, and the sum of their magnitudes over the parts."""
     sizes = {name: torch.zeros_like(p, requires_grad=False) for name, p in run.step.parameters_by_name.items()}
     for name, p in run.step.parameters_by_name.items():
         p.register_hook(functools.partial(_add, sizes[name]))
@@ -47,8 +48,9 @@ def gradients(run: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_gradient_is_that_of_the_whole_batch(name: str) -> None:
-    """The same terms are summed in another order: at most 4 samples of 15 pixels, each addition off by at most eps / 2
-    of a partial sum, which is not larger than the sum of the magnitudes (that of the parts', within a few)."""
+    """The same terms are summed in another order: at most 4 samples with 15 pixels. Each addition has an error of at
+    most eps / 2 of a partial sum, and a partial sum is at most the sum of the magnitudes (of the parts: within a few
+    times)."""
 
     def make(micro_batch: int | None) -> Any:
         return tiny.trainer(tiny.Net(8), tiny.Net(6, seed=1), OBJECTIVES[name](), batch=4, micro_batch=micro_batch)
@@ -63,13 +65,13 @@ def test_the_gradient_is_that_of_the_whole_batch(name: str) -> None:
         for key, value in wanted.items():
             assert (found[key] - value).abs().max() <= 60 * EPS * sizes[key].max(), key
         for name, a, b in zip(whole.step.metric_names[:-1], whole.metrics, parts.metrics, strict=True):
-            if not name.startswith("spread/"):  # of two samples of each part
+            if not name.startswith("spread/"):  # the spread uses two samples of each part
                 assert (a - b).abs() <= 60 * EPS * a.abs()
 
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_the_draws_are_those_of_the_whole_batch(stored: bool, tmp_path: Any) -> None:
-    """With the target of the task, that of each sample, wherever the latents are."""
+    """Also with the target of the task loss of each sample, for latents in memory and on disk."""
     seen: dict[str, list[Tensor]] = {"whole": [], "parts": []}
     cache = tiny.cache()
     if stored:
@@ -132,7 +134,7 @@ def test_gradient_checkpointing_is_a_switch() -> None:
 
 
 class Adapted(tiny.Net):
-    """Frozen weights and a low-rank difference of the middle layer."""
+    """Frozen weights and a low-rank update of the middle layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +148,8 @@ class Adapted(tiny.Net):
 
 
 def test_a_low_rank_student_beside_its_teacher(tmp_path: Any) -> None:
-    """It has more parameters than the teacher, but trains few; what is frozen stays, and may be the teacher's own."""
+    """It has more parameters than the teacher, but trains few; frozen weights do not change and may be the
+    teacher's."""
     teacher, student = tiny.Net(seed=3), Adapted()
     for name in ("first", "mid", "last", "time", "prompt"):
         setattr(student, name, getattr(teacher, name).requires_grad_(False))
@@ -162,7 +165,7 @@ def test_a_low_rank_student_beside_its_teacher(tmp_path: Any) -> None:
 
 
 def test_a_compiled_step_in_parts() -> None:
-    """The losses of the parts are compiled, once; without code generation it is the same arithmetic."""
+    """The loss function of a part is compiled once; without code generation the arithmetic is the same."""
     runs = [tiny.trainer(micro_batch=1) for _ in range(2)]
     counter = CompileCounter()
     runs[1].step.compile(backend=counter)
@@ -175,7 +178,7 @@ def test_a_compiled_step_in_parts() -> None:
 
 
 def test_batches_are_told_that_they_come_in_parts() -> None:
-    """Whose noise is made again otherwise, from the first sample on."""
+    """Otherwise their noise would be computed again from the first sample on."""
     batches: Any = tiny.trainer().step.objective._batches  # type: ignore[attr-defined]
     counter = torch.tensor([0, 0])
     with pytest.raises(InputError, match="draw: expected the 4 samples of a batch, or in_parts, got 2 of them"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation's example of an objective: against diffusers' sampler, and in the trainer as it is."""
+"""The documentation's example of an objective: compared with diffusers' sampler, and used in the trainer."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_one_step_arrives_where_two_of_diffusers_do(example: ModuleType) -> None
         for step in two.timesteps[at[int(t)] : at[int(t)] + 2]:
             noise = teacher(x.float(), step[None], draw.prompt[sample : sample + 1])
             x = two.step(noise.double(), step, x).prev_sample
-        # Noise is divided by the signal, at least 0.7 in this schedule, in each step; a step's error is some EPS of x.
+        # Each step divides noise by the signal, at least 0.7 in this schedule; the error of a step is some EPS of x.
         torch.testing.assert_close(arrived, x, rtol=0, atol=32 * EPS * float(draw.x_t.abs().max()))
 
 
 def test_it_trains_and_goes_on(example: ModuleType, tmp_path: Path) -> None:
-    class Interrupted(BaseException):  # as a kill: nothing is saved
+    class Interrupted(BaseException):  # like a kill: nothing is saved
         pass
 
     def stop(done: int, metrics: object) -> None:
@@ -81,12 +81,12 @@ def test_it_trains_and_goes_on(example: ModuleType, tmp_path: Path) -> None:
 
 
 class Point(nn.Module):
-    """A teacher whose data is one point: it knows the noise exactly."""
+    """A teacher whose data are a single point, so that it knows the noise exactly."""
 
     def __init__(self, point: Tensor, schedule: Any) -> None:
         super().__init__()
         self.point, self.table = nn.Parameter(point), schedule.coefficients()
-        self.rest = nn.Parameter(torch.zeros(1000))  # no fewer parameters than the student's
+        self.rest = nn.Parameter(torch.zeros(1000))  # at least as many parameters as the student
 
     def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         a, b = self.table[timestep.long()][:, :2, None, None, None].unbind(1)
@@ -98,7 +98,7 @@ def test_the_target_of_a_teacher_that_knows_the_data_is_the_data(example: Module
     made = tiny.trainer(Point(point, tiny.SCHEDULE), objective=example.ProgressiveDistillation(5))
     bound: Any = made.step.objective
     draw = bound.draw(torch.tensor([3, 0]))
-    # x - a x_0 is divided by b >= 0.1 and multiplied again: EPS / 0.1 of the largest x in each of two steps.
+    # x - a x_0 is divided by b >= 0.1 and multiplied again: an error of EPS / 0.1 of the largest x in each step.
     bound_of = 40 * EPS * float(draw.x_t.abs().max() + point.abs().max())
     assert (bound.target(draw) - point).abs().max() <= bound_of
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training on prompts that are encoded on demand: the run of a stored bank, to the bit."""
+"""Training on prompts that are encoded on demand: the same bits as with a stored bank."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TEXTS = [f"prompt {row}" for row in range(8)]
 MADE = {"made": "by hand"}
 
 
-class Interrupted(BaseException):  # as a kill: nothing is saved
+class Interrupted(BaseException):  # like a kill: nothing is saved
     pass
 
 
 def looked_up(texts: list[str]) -> Tensor:
-    """Rows that are the same in a batch of any size."""
+    """Rows that do not depend on the size of the batch."""
     return ROWS[[TEXTS.index(text) for text in texts]]
 
 
@@ -54,7 +54,7 @@ def readers() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 2, "ahead": 1}], ids=str)
 def test_a_run_is_that_of_a_stored_bank(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Stopped and gone on with, on demand or stored."""
+    """Also if stopped and continued, on demand or stored."""
     stored = PromptBank(ROWS, TEXTS, encoder=MADE)
     whole = trainer(stored, **options)
     whole.fit()
@@ -75,7 +75,7 @@ def test_a_run_is_that_of_a_stored_bank(tmp_path: Path, options: dict[str, Any])
         again = trainer(banks[1], **options)
         again.fit(run)
         assert same(state(again), state(whole)) and not readers()
-    assert threads == {"MainThread", "fastdistill-rows"}  # the former for a trial of the models
+    assert threads == {"MainThread", "fastdistill-rows"}  # the main thread for a trial of the models
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(monkeypatch: pytest.Monke
     monkeypatch.setitem(TrainStep.compile.__kwdefaults__, "backend", "aot_eager")  # type: ignore[attr-defined]
     eager, compiled = (trainer(on_demand(), execution=execution) for execution in ("eager", "compiled"))
     pairs = zip(eager.fit().history, compiled.fit().history, strict=True)
-    for one, two in pairs:  # the same operations: another draw would change them by far more
+    for one, two in pairs:  # rounding only: different draws would differ by more
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 

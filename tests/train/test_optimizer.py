@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamWEMA against torch's fused AdamW with clipping and an average, and with what torch builds around optimizers."""
+"""AdamWEMA compared with torch's fused AdamW with clipping and an average, and used with torch's optimizer tools."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def backward(net: nn.Module, step: int, scale: float = 1.0) -> None:
-    """Gradients that depend on the step alone: a model's own would feed an optimizer's rounding back to it."""
+    """Gradients that depend only on the step: real ones would feed the rounding errors of the optimizer back to it."""
     g = torch.Generator().manual_seed(step)
     for p in net.parameters():
         made = torch.empty_like(p, requires_grad=False).copy_(scale * torch.randn(p.shape, generator=g))
@@ -37,7 +37,7 @@ def backward(net: nn.Module, step: int, scale: float = 1.0) -> None:
 
 
 def close(net: nn.Module, other: nn.Module, steps: int = 7) -> None:
-    """Weights of at most 1 after so many updates of at most 0.1, each rounded twice on either side."""
+    """The weights are at most 1, and each of ``steps`` updates is at most 0.1 and rounded twice on either side."""
     for a, b in zip(net.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=4 * steps * EPS, atol=0.4 * steps * EPS)
 
@@ -58,7 +58,7 @@ def test_parity_with_torch(clip: float, memory: torch.memory_format) -> None:
     average = torch.optim.swa_utils.AveragedModel(theirs, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     mine = AdamWEMA(ours.parameters(), **OPTIONS, max_norm=clip, ema_decay=0.9, ema_warmup=False)
     other = torch.optim.AdamW(theirs.parameters(), **OPTIONS, fused=True)
-    average.update_parameters(theirs)  # the first call copies: the average starts from the weights
+    average.update_parameters(theirs)  # the first call copies: the average starts with the weights
     for k in range(5):
         run(ours, mine, range(k, k + 1))
         run(theirs, other, range(k, k + 1), clip)
@@ -92,7 +92,7 @@ def test_state_goes_to_torch_and_back() -> None:
 @pytest.mark.parametrize("saver", ["torch", "ours"])
 def test_low_precision_weights_keep_float32_state(saver: str) -> None:
     net, truth = model(torch.bfloat16), model(torch.bfloat16).float()
-    options = OPTIONS | {"lr": 1e-5}  # far below what a bfloat16 weight of 0.1 can take up
+    options = OPTIONS | {"lr": 1e-5}  # far below the resolution of a bfloat16 weight of 0.1
     mine, other = AdamWEMA(net.parameters(), **options, ema_decay=0.5), torch.optim.AdamW(truth.parameters(), **options)
     for k in range(4):
         backward(net, k)
@@ -121,7 +121,7 @@ def test_low_precision_weights_keep_float32_state(saver: str) -> None:
 
 
 def test_what_torch_trained_meanwhile_is_not_lost_to_old_masters() -> None:
-    """Ours, torch's, ours: the weights of the moment count, whichever of weights and optimizer is loaded first."""
+    """Ours, torch's, ours: the current weights count, whether the weights or the optimizer are loaded first."""
     net = model(torch.bfloat16)
     mine = AdamWEMA(net.parameters(), lr=1e-4)
     run(net, mine, range(2))
@@ -161,7 +161,7 @@ def test_the_average_warms_up_with_the_step() -> None:
 
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler(unscale: bool) -> None:
-    """As with torch's fused optimizer: scaled gradients, a step that overflows, the scale that falls."""
+    """Like torch's fused optimizer: scaled gradients, a step that overflows, a scale that decreases."""
     results = []
     for ours in (True, False):
         net = model()
@@ -171,7 +171,7 @@ def test_grad_scaler(unscale: bool) -> None:
             if ours
             else torch.optim.AdamW(net.parameters(), **OPTIONS, fused=True)
         )
-        if ours:  # a copy of the optimizer takes the scale as well
+        if ours:  # a copy of the optimizer also gets the scale
             net, optimizer = copy.deepcopy((net, optimizer))
         for k in range(4):
             backward(net, k, scale=float(scaler.get_scale()) * (math.inf if k == 2 else 1.0))
@@ -253,7 +253,7 @@ def test_a_step_without_gradients_and_a_closure() -> None:
 
 
 def test_the_norm_and_the_update_are_separate() -> None:
-    """Two shards of one model, their sums added between the two calls, are the whole model."""
+    """Two shards of a model, whose sums are added between the two calls, give the same as the whole model."""
     whole, parts = model(), model()
     mine = AdamWEMA(whole.parameters(), **OPTIONS, max_norm=0.05)
     shards = [AdamWEMA(list(parts.parameters())[i::2], **OPTIONS, max_norm=0.05) for i in range(2)]
@@ -268,7 +268,7 @@ def test_the_norm_and_the_update_are_separate() -> None:
 
 
 def test_torch_distributed_reads_and_writes_its_state() -> None:
-    """``get_optimizer_state_dict`` steps a fresh optimizer with lr 0, which must move nothing."""
+    """``get_optimizer_state_dict`` steps a new optimizer with lr 0; this must not change anything."""
     net, source = model(), model()
     full = AdamWEMA(source.parameters(), **OPTIONS, ema_decay=0.9)
     run(source, full, range(2))
@@ -331,7 +331,7 @@ def test_what_it_refuses() -> None:
     ],
 )  # fmt: skip
 def test_an_option_of_a_group_that_is_not_offered(option: str, value: object, way: str) -> None:
-    """Whatever the way in, nothing is updated without it."""
+    """However the option is set, nothing is updated."""
     p, first = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
     p.grad, wanted = torch.ones(3), {"params": [p], option: value}
     mine = AdamWEMA([p] if way == "assigned" else [first])
@@ -347,7 +347,7 @@ def test_an_option_of_a_group_that_is_not_offered(option: str, value: object, wa
 
 
 def test_how_torch_computed_is_not_taken_over() -> None:
-    """State of any of torch's implementations, of its ``Adam`` too, whose decay torch's ``AdamW`` decouples."""
+    """State from any of torch's implementations, also from ``Adam`` (its decay is not decoupled)."""
     p, q = (torch.ones(3, requires_grad=True) for _ in range(2))
     for options in ({"foreach": True}, {"fused": False, "capturable": True}):
         other = torch.optim.Adam([q], lr=0.1, weight_decay=0.1, **options)  # type: ignore[arg-type]
@@ -364,7 +364,7 @@ def test_how_torch_computed_is_not_taken_over() -> None:
 
 
 def _sharded(rank: int, directory: str) -> None:
-    """One of two processes: conv weights sharded, the linear layer replicated, against the whole model."""
+    """One of two processes: conv weights sharded, the linear layer replicated; compared with the whole model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options and parameters that AdamWEMA does not take: each is refused by its name, on its own or in a group."""
+"""Options and parameters that AdamWEMA does not support: each is refused by name, globally or in a group."""
 
 from __future__ import annotations
 
@@ -91,3 +91,23 @@ def test_a_parameter_belongs_to_one_group() -> None:
     with pytest.raises(InputError, match=re.escape("param_groups[1]['params'][0]")):
         optimizer.add_param_group({"params": p})
     assert len(optimizer.param_groups) == 1
+
+
+def optimizer(shape: tuple[int, ...], *, named: str | None = None) -> AdamWEMA:
+    parameter = nn.Parameter(torch.ones(shape))
+    made = AdamWEMA([(named, parameter)] if named else [parameter], ema_decay=0.9)
+    parameter.grad = torch.ones(shape)
+    made.step()
+    return made
+
+
+def test_an_optimizer_takes_no_state_of_another_shape_or_name() -> None:
+    own = optimizer((2, 3))
+    before = {k: v.clone() for k, v in own.state[own.param_groups[0]["params"][0]].items()}
+    with pytest.raises(InputError, match=r"state_dict: exp_avg of parameter 0: expected \(2, 3\), got \(3,\)"):
+        own.load_state_dict(optimizer((3,)).state_dict())
+    after = own.state[own.param_groups[0]["params"][0]]
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    with pytest.raises(InputError, match=r"param_groups\[0\]: .*, got b in place of a"):
+        optimizer((3,), named="a").load_state_dict(optimizer((3,), named="b").state_dict())
+    optimizer((3,), named="a").load_state_dict(optimizer((3,)).state_dict())  # without names, by position

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Students with adapters of PEFT: trained beside the teacher's own weights, saved without them, exported, refused."""
+"""Students with PEFT adapters: trained on the teacher's own weights, saved without these, exported, refused."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def interrupt(done: int, _: object) -> None:
 
 
 def test_resume_is_exact_and_checkpoints_hold_no_frozen_weights(tmp_path: Path) -> None:
-    """Dropout of the adapters too; and the second sitting may have a copy of the weights in place of the teacher's."""
+    """Also with dropout in the adapters; the continued run may have a copy of the teacher's weights."""
     teacher = tiny.Net()
     options = {"steps": 4, "checkpoint_every": 2}
     whole = run(sharing(teacher, lora_dropout=0.3), teacher, **options)
@@ -200,7 +200,7 @@ def test_resume_is_exact_and_checkpoints_hold_no_frozen_weights(tmp_path: Path) 
     with safetensors.safe_open(tmp_path / "step-00000002.safetensors", "pt") as file:
         kept = {key for key in file.keys() if key.startswith("student.")}  # noqa: SIM118
     assert len(kept) == 4 and all("lora_" in key for key in kept)
-    torch.manual_seed(8)  # where the adapters begin is not where they go on
+    torch.manual_seed(8)  # the initial adapters differ, but the checkpoint replaces them
     again = run(peft.get_peft_model(tiny.Net(), lora(**LINEAR, lora_dropout=0.3)), **options)
     again.fit(tmp_path)
     states = [state_of(t.step, t.student) for t in (whole, again)]
@@ -239,7 +239,7 @@ def test_the_base_stays_the_teachers_in_every_precision() -> None:
 
 
 def test_frozen_weights_of_the_teacher_without_peft_keep_the_precision() -> None:
-    """Such layers cannot compute in two dtypes, and the teacher's own is not to change."""
+    """Such layers cannot compute in two dtypes, and the teacher's weights must not change."""
     teacher, student = tiny.Net(), tiny.Net(seed=1)
     student.first = teacher.first
     teacher.first.requires_grad_(False)
@@ -259,14 +259,14 @@ def test_students_that_would_change_their_teacher_are_refused() -> None:
     with pytest.raises(InputError, match=rule):
         tiny.trainer(teacher, teacher, taps, latents=small.cache("sd3"), prompts=small.bank("sd3"))
     net = tiny.Net()
-    student = peft.get_peft_model(net, lora(**LINEAR))  # puts the adapters into the teacher
+    student = peft.get_peft_model(net, lora(**LINEAR))  # this adds the adapters to the teacher itself
     with pytest.raises(InputError, match=rule):
         run(student, net)
     with pytest.raises(InputError, match=rule):
         run(net, net)
     plain = tiny.Net()
     other = tiny.Net()
-    other.load_state_dict(plain.state_dict(), assign=True)  # parameters of its own in the teacher's memory
+    other.load_state_dict(plain.state_dict(), assign=True)  # its own parameters, but in the teacher's memory
     with pytest.raises(InputError, match=r"student: expected trained parameters of its own, .* got the teacher's"):
         run(other, plain)
 
@@ -290,13 +290,13 @@ def test_adapters_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
 
 
 def moments(trainer: DistillTrainer) -> list[Tensor]:
-    """Of the gradients of one step, clipped."""
+    """The moments after one step with clipped gradients."""
     return [trainer.step.optimizer.state[p]["exp_avg"] for p in trainer.step.parameters]
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart_sigma"])
 def test_fused_checkpointed_and_in_parts(name: str) -> None:
-    """The same gradients but for rounding: within 1e-3 of the largest, which a layer left out would exceed."""
+    """The same gradients except for rounding: within 1e-3 of the largest; a missing layer would exceed this."""
     plain, other = make(name, steps=1), make(name, steps=1, fuse=True, gradient_checkpointing=True, micro_batch=2)
     for trainer in (plain, other):
         trainer.fit()
@@ -308,7 +308,7 @@ def test_fused_checkpointed_and_in_parts(name: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "lora_bias": True}])
 def test_a_step_reads_nothing_back(options: dict[str, Any]) -> None:
-    """As a CUDA graph asks for."""
+    """A CUDA graph requires this."""
     trainer = run(adapted(**options))
     trainer.step.prepare(0)
     trainer.step()
@@ -318,7 +318,7 @@ def test_a_step_reads_nothing_back(options: dict[str, Any]) -> None:
 
 
 def test_a_compiled_step_is_one_graph() -> None:
-    """Run as it is, it gives the bits of the eager step."""
+    """Executed without code generation, it gives the bits of the eager step."""
     runs, counter = [run(adapted()) for _ in range(2)], CompileCounter()
     runs[1].step.compile(backend=counter)
     for trainer in runs:
@@ -339,10 +339,10 @@ def test_a_compiled_step_of_a_diffusers_model_is_one_graph(name: str) -> None:
 
 
 def test_a_quantized_base_stays_as_it_is() -> None:
-    """Its integers are neither cast nor in a checkpoint."""
+    """Its integers are neither cast nor stored in a checkpoint."""
 
     class Integers(nn.Linear):
-        """Weights as int8 times a scale."""
+        """Weights as int8, times a scale."""
 
         def __init__(self, linear: nn.Linear) -> None:
             super().__init__(linear.in_features, linear.out_features)

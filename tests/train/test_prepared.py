@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that are prepared once: the bits of steps that are not, whatever happens in between."""
+"""Prepared steps give the same bits as steps that are not prepared, whatever happens in between."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Previews: grids of the same prompts and noise for every architecture, which leave no trace in the run."""
+"""Previews: grids with the same prompts and noise for every architecture; they change nothing in the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests import tiny
 from tests.harness import EPS
 from tests.models import tiny_families
 from tests.train.ranks import make
-from tests.train.test_resume import Dropping
+from tests.train.test_randomness import Dropping
 
 FLOW = ("sd3", "flux", "sana")
 
@@ -40,7 +40,7 @@ def pixels(png: bytes) -> Tensor:
 
 
 def test_previews_change_no_step_and_show_the_training(tmp_path: Path) -> None:
-    """At the start, every so many steps and at the end; the teacher's row stays, also in a run that goes on."""
+    """At the start, every n steps and at the end; the teacher's row stays the same, also in a continued run."""
     preview = {"every": 3, "prompts": 2, "steps": 1, "guidance_scale": 2.0}
     alone, watched = make(student=Dropping(6), steps=3), make(student=Dropping(6), steps=3, preview=preview)
     alone.fit()
@@ -74,13 +74,13 @@ def test_models_of_every_family(name: str) -> None:
     assert not torch.equal(made._samples(models[0]), samples) and bool(samples.isfinite().all())
     prompt, null = ({k: v[i] for k, v in bank.banks.items()} for i in ([0], [3]))
     noise = initial_noise(1, torch.arange(2), shape)[1:]
-    assert len(samples) == 4  # each prompt by both seeds
+    assert len(samples) == 4  # one for each prompt and seed
     assert torch.equal(sample_with(scheduler, models[1], noise, prompt, null, steps=2, guidance_scale=2.0), samples[3:])
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_the_scheduler_of_a_schedule(prediction: Any) -> None:
-    """DDIM's is the one of ``ddim``: some operations per step, each off by eps of values of a few times the state's."""
+    """DDIM of diffusers and ``ddim`` agree: some operations per step with an error of eps of a few times the state."""
     schedule, model = NoiseSchedule.scaled_linear(60), tiny.Net().eval()
     x, prompts = torch.randn(2, 4, 5, 3, generator=torch.Generator().manual_seed(0)), tiny.bank().embeddings[:2]
     ours = ddim(model, x, prompts, None, schedule, steps=6, guidance_scale=1.0, prediction_type=prediction)
@@ -91,7 +91,7 @@ def test_the_scheduler_of_a_schedule(prediction: Any) -> None:
     flow = scheduler_of(FlowSchedule(shift=3.0), "flow_prediction")
     flow.set_timesteps(4)
     assert flow.config["shift"] == 3 and float(flow.sigmas[0]) == 1 and float(flow.sigmas[-1]) == 0
-    assert flow.timesteps[0] == 1000 and float(flow.timesteps[1]) > 750  # shifted towards the noise
+    assert flow.timesteps[0] == 1000 and float(flow.timesteps[1]) > 750  # shifted towards more noise
 
 
 def test_latents_as_images() -> None:
@@ -117,7 +117,7 @@ def test_images_of_a_decoder_and_a_scheduler_of_ones_own(tmp_path: Path) -> None
     preview = {"every": 1, "prompts": ["b"], "steps": 1}
     run = tiny.trainer(schedule=scheduler, preview=preview, steps=1, decode=decode)
     (tmp_path / "previews").mkdir()
-    (tmp_path / "previews" / ".step-00000000.png.7-ab.tmp").touch()  # of a killed process, which goes
+    (tmp_path / "previews" / ".step-00000000.png.7-ab.tmp").touch()  # left by a killed process; it is removed
     run.fit(tmp_path)
     assert seen == [(1, 4, 5, 3)] * 3 and len(list((tmp_path / "previews").iterdir())) == 2
 
@@ -137,7 +137,7 @@ def test_prompts_that_are_not_in_the_pool_by_several_seeds(tmp_path: Path) -> No
         run.fit(tmp_path / texts[0])
     (first, again, same), (pool, *_) = seen[:3], seen[9:]
     assert len(seen) == 18 and torch.equal(first, same) and not torch.equal(first, again)
-    assert not torch.equal(first, pool)  # the same noise, another prompt
+    assert not torch.equal(first, pool)  # the same noise with another prompt
 
 
 def test_no_room_for_a_preview_is_a_warning(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Profiles: ranges with the ops' names in a trace, nothing left behind, calls that can be replayed."""
+"""Profiles: ranges with the ops' names in a trace, nothing changed afterwards, calls that can be replayed."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_kept_call_of_pickle_is_not_read(tmp_path: Path) -> None:
 
 
 def test_every_op_has_a_check_of_its_kept_calls() -> None:
-    assert CHECKS.keys() == OPS.keys() - {"attention"}  # whose kernels are others'
+    assert CHECKS.keys() == OPS.keys() - {"attention"}  # whose kernels belong to other packages
 
 
 def test_strides_are_kept_where_they_are_dense(tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""State by name: what a run continues from, what is converted, and what is refused before anything is touched."""
+"""State by name: what a run continues from, what is converted, and what is refused before anything changes."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from fastdistill import files
 from fastdistill.data.fingerprint import sha256_of_tensors
 from fastdistill.distill import RandomConditioning, Weights
 from fastdistill.errors import InputError, StorageError
-from fastdistill.train import AdamWEMA, DistillTrainer
+from fastdistill.train import DistillTrainer
 from fastdistill.train.checkpoint import steps
 from fastdistill.train.state import check_storable, state_of
 from tests import small
@@ -39,7 +38,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 
 
 def refused(trainer: DistillTrainer, directory: Path, message: str) -> None:
-    """It refuses the run of the directory, and is as it was."""
+    """It refuses to continue the run in the directory, and does not change."""
     before = state(trainer)
     with pytest.raises(StorageError, match=message):
         trainer.fit(directory)
@@ -95,7 +94,7 @@ def test_a_student_of_another_shape_or_other_names_is_refused(tmp_path: Path) ->
 
 
 def edited(directory: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
-    """Write the newest checkpoint again with other tensors, or another head, and a hash that is right."""
+    """Write the newest checkpoint again with other tensors or metadata, and the correct hash."""
     path = list(steps(directory).values())[-1]
     with safetensors.safe_open(path, framework="pt") as file:
         head = json.loads(file.metadata()["fastdistill"])
@@ -125,7 +124,7 @@ def test_checkpoints_of_another_schema_are_refused(tmp_path: Path) -> None:
 
 
 class Tied(Tiny):
-    """Two names of one parameter, a frozen parameter, and a buffer."""
+    """Two names for one parameter, a frozen parameter, and a buffer."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -144,11 +143,11 @@ def test_from_low_precision_to_float32_the_masters_carry_over(tmp_path: Path, lo
     first = make(student=Tied(6), precision=low, steps=3)
     first.fit(tmp_path)
     again = make(student=Tied(6), steps=3)
-    again.fit(tmp_path)  # restores only
+    again.fit(tmp_path)  # only restores
     for (name, p), old in zip(trained(again).items(), trained(first).values(), strict=True):
         theirs, own = first.step.optimizer.state[old], again.step.optimizer.state[p]
         assert p.dtype == torch.float32
-        if theirs:  # "again.bias" rests
+        if theirs:  # "again.bias" is not trained
             assert torch.equal(p, theirs["master"]), name
             assert own.keys() == theirs.keys() - {"master"} and all(torch.equal(own[k], theirs[k]) for k in own)
     student: Any = again.student
@@ -175,7 +174,7 @@ def test_from_float32_the_weights_are_rounded_and_kept_as_masters(tmp_path: Path
 
 
 class Extra(Tiny):
-    """Modules with state beside their tensors: JSON values, and a tensor whose length changes."""
+    """Modules with state in addition to their tensors: JSON values, and a tensor whose length changes."""
 
     def __init__(self, width: int, value: Any = None) -> None:
         super().__init__(width)
@@ -232,7 +231,7 @@ def test_extra_state_that_cannot_be_kept_is_refused_before_the_first_step(tmp_pa
         with pytest.raises(InputError, match=message):
             trainer.fit(tmp_path)
     assert trainer.step.counter.tolist() == [0, 0]
-    trainer.fit()  # which keeps nothing
+    trainer.fit()  # saves nothing
 
 
 def test_a_dtype_that_no_checkpoint_has_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -260,7 +259,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
-    """The run of the Python numbers, which its own goes on with."""
+    """The run is equal to that with Python numbers, and continues it."""
     weights = Weights(np.float32(1), torch.tensor(0.5), np.int64(0))  # type: ignore[arg-type]
     objective = RandomConditioning("const", {"value": np.float32(0.5)}, torch.tensor(0.25), weights, taps=TAPS)  # type: ignore[arg-type]
     given = Tiny(12), Tiny(6), small.SCHEDULE, small.cache(), small.bank(), objective
@@ -292,107 +291,8 @@ def test_nothing_to_train_is_an_error() -> None:
         make(student=Tiny(6).requires_grad_(False))
 
 
-def test_an_average_goes_by_name() -> None:
-    trainer = make(steps=2, ema_decay=0.5)
-    trainer.fit()
-    wanted = trainer.ema_student().state_dict()
-    found = trainer.ema_student(to=Reordered(6)).state_dict()
-    assert wanted.keys() == found.keys() and all(torch.equal(wanted[k], found[k]) for k in wanted)
-
-
-def test_an_average_is_written_only_where_it_fits() -> None:
-    trainer = make(steps=1)
-    trainer.fit()
-    other = Tiny(4)
-    before = [p.clone() for p in other.parameters()]
-    with pytest.raises(InputError, match=r"to: .*inner.weight: expected \[6, 3, 3, 3\], got \[4, 3, 3, 3\]"):
-        trainer.ema_student(to=other)
-    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
-    flat = Tiny(6)
-    flat.inner.bias = nn.Parameter(torch.ones(1))  # which could be broadcast
-    with pytest.raises(InputError, match=r"to: .*inner.bias: expected \[6\], got \[1\]"):
-        trainer.step.optimizer.copy_average(trainer.student, flat)
-    with pytest.raises(InputError, match=r"to: expected weights with values, got inner.weight on the meta device"):
-        trainer.ema_student(to=Tiny(6).to("meta"))
-    with pytest.raises(InputError, match=r"to: expected a model of its own, got one that shares inner\.weight"):
-        trainer.ema_student(to=trainer.student)
-    assert all(p.requires_grad for p in trainer.student.parameters())
-
-
-def test_a_student_that_cannot_be_copied_can_still_be_exported() -> None:
-    """As one whose hook keeps a feature of the last forward."""
-    trainer = make(steps=1)
-    trainer.fit(progress=lambda done, _: setattr(trainer.student, "kept", next(trainer.student.parameters()) * 2))
-    with pytest.raises(InputError, match=r"to: expected a model .*, and the student cannot be copied \(RuntimeError"):
-        trainer.ema_student()
-    trainer.ema_student(to=Tiny(6))
-
-
-def optimizer(shape: tuple[int, ...], *, named: str | None = None) -> AdamWEMA:
-    parameter = nn.Parameter(torch.ones(shape))
-    made = AdamWEMA([(named, parameter)] if named else [parameter], ema_decay=0.9)
-    parameter.grad = torch.ones(shape)
-    made.step()
-    return made
-
-
-def test_an_optimizer_takes_no_state_of_another_shape_or_name() -> None:
-    own = optimizer((2, 3))
-    before = {k: v.clone() for k, v in own.state[own.param_groups[0]["params"][0]].items()}
-    with pytest.raises(InputError, match=r"state_dict: exp_avg of parameter 0: expected \(2, 3\), got \(3,\)"):
-        own.load_state_dict(optimizer((3,)).state_dict())
-    after = own.state[own.param_groups[0]["params"][0]]
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    with pytest.raises(InputError, match=r"param_groups\[0\]: .*, got b in place of a"):
-        optimizer((3,), named="a").load_state_dict(optimizer((3,), named="b").state_dict())
-    optimizer((3,), named="a").load_state_dict(optimizer((3,)).state_dict())  # without names, by position
-
-
-class Dropping(Tiny):
-    """Dropout as a module, by a function, and by Python's and NumPy's generators."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.dropout = nn.Dropout(0.3)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        output = self.dropout(super().forward(*args, **kwargs))
-        if not self.training:
-            return output
-        output = nn.functional.dropout(output, 0.1)
-        return output * (1 + random.random() + np.random.rand())  # noqa: NPY002
-
-
-def test_a_student_that_draws_random_numbers_resumes_exactly(tmp_path: Path) -> None:
-    """Whatever else draws from the generators meanwhile, and without a change to these."""
-    torch.manual_seed(1)
-    whole = make(student=Dropping(6))
-    before = torch.get_rng_state()
-    whole.fit()
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
-    with pytest.raises(Interrupted):
-        make(student=Dropping(6)).fit(tmp_path, progress=stop_after(3))
-    again = make(student=Dropping(6))
-    again.fit(tmp_path, progress=lambda *_: torch.rand(3))
-    assert same(state(again), state(whole))
-    other = make(student=Dropping(6), seed=1)
-    other.fit()
-    assert not same(state(other), state(whole))
-
-
-def test_draws_differ_from_step_to_step_and_from_part_to_part_of_a_batch() -> None:
-    trainer, seen = make(), []
-    for number, first_sample in ((0, 0), (1, 0), (0, 2), (0, 0)):
-        trainer.step.prepare(number)
-        trainer.step._first_sample = first_sample
-        with trainer.step.randomness():
-            seen.append(torch.rand(2).tolist())
-    assert seen[0] == seen[3] and len({tuple(pair) for pair in seen}) == 3
-
-
 def test_a_run_of_a_version_that_logged_other_metrics_goes_on(tmp_path: Path) -> None:
-    """The weights to the last bit; the metrics of the interval are those of the steps that follow."""
+    """The weights are equal to the bit; the metrics of the interval cover only the later steps."""
     options: dict[str, Any] = {"steps": 6, "log_every": 4, "checkpoint_every": 3}
     older = make(**options)
     gradients, step = older.step.gradients, older.step

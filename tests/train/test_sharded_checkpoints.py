@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a sharded student: a file per rank, one checkpoint; read by any number of ranks, cut or whole."""
+"""Checkpoints of a sharded student: one file per rank; any number of ranks can read them, sharded or not."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LAUNCHES = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process wrote goes on on two ranks, and what two wrote on three."""
+    """Two ranks continue what one process wrote, and three what two wrote."""
 
     def make_all(directory: Path) -> None:
         run(directory / "one", cut=False, steps=2)
@@ -64,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(place: Path) -> dict[str, list[Any]]:
-    """What the scenarios gave on each rank."""
+    """The results of the scenarios on each rank."""
     told: dict[str, list[Any]] = {}
     for count in LAUNCHES:
         for rank in range(count):
@@ -75,12 +75,12 @@ def found(place: Path) -> dict[str, list[Any]]:
 
 @pytest.fixture
 def kept(place: Path, tmp_path: Path) -> Path:
-    """A copy of a run of two ranks: checkpoints 2 and 4."""
+    """A copy of a run of two ranks, with checkpoints 2 and 4."""
     return shutil.copytree(place / "2" / "first", tmp_path / "run")
 
 
 def change(file: Path) -> None:
-    """Another last value; a new file, as the old one may be mapped."""
+    """Change the last value, in a new file, because the old one may be memory-mapped."""
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.unlink()
@@ -125,7 +125,7 @@ def test_two_ranks_go_on_with_what_one_wrote(place: Path, found: dict[str, list[
 
 
 def test_three_ranks_go_on_with_what_two_wrote(place: Path, found: dict[str, list[Any]]) -> None:
-    """Cut, or whole on each; and they write on."""
+    """Sharded, or whole on each rank; they write new checkpoints."""
     for again, uncut in zip(found["again"], found["uncut"], strict=True):
         assert_same(again["restored"], found["first"][0], "totals")
         assert_same(uncut, found["first"][0], "totals")
@@ -142,7 +142,7 @@ def test_a_rank_stages_no_more_than_its_part(found: dict[str, list[Any]]) -> Non
 
 
 def test_a_write_that_fails_on_one_rank_fails_on_all(found: dict[str, list[Any]]) -> None:
-    """One warning, and nothing left of it; an error on every rank at the end of the run."""
+    """There is one warning and no file left; at the end of the run there is an error on every rank."""
     for rank, (told, warned, left) in enumerate(found["failing"]):
         assert len(told) == 1 and told[0].endswith("step-00000006.safetensors: could not be written: no room")
         assert sorted(left) == ["step-00000004.rank-1-of-2.safetensors", "step-00000004.safetensors"]
@@ -185,7 +185,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_of_a_rank_that_is_not_whole(kept: Path, fault: str) -> None:
-    """The checkpoint is damaged: the file is named, and the one before taken."""
+    """The checkpoint counts as damaged: the message names the file, and the previous checkpoint is used."""
     FAULTS[fault][0](kept / OTHER)
     with pytest.warns(UserWarning, match=rf"{FAULTS[fault][1]}.*; the one before is taken"):
         found = newest(kept)
@@ -195,13 +195,13 @@ def test_a_file_of_a_rank_that_is_not_whole(kept: Path, fault: str) -> None:
 def test_files_of_ranks_go_with_their_checkpoint(kept: Path) -> None:
     prune(kept, 1)
     assert sorted(path.name for path in kept.glob("step-*")) == [OTHER, NEWEST]
-    (kept / NEWEST).unlink()  # as where a process was killed before it was complete
+    (kept / NEWEST).unlink()  # as if a process was killed before the checkpoint was complete
     sweep(kept)
     assert not list(kept.glob("step-*"))
 
 
 def pieces(directory: Path, *parts: tuple[Tensor, list[int], list[int]]) -> Path:
-    """A checkpoint whose files have these parts of one tensor: values, shape, offset."""
+    """A checkpoint whose files contain these parts of one tensor: values, shape, offset."""
     head = {"schema": 5, "step": 7, "seconds": 0.0, "trained": [], "fingerprint": {}, "values": {"told": 1}}
     hashes = [sha256_of_tensors({"a": tensor}) for tensor, *_ in parts[1:]]
     path = directory / "step-00000007.safetensors"
@@ -222,10 +222,10 @@ def test_parts_along_any_dimension(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shape", "first", "second"),
     [
-        ([2, 5], [0, 0], [0, 2]),  # values twice
-        ([2, 6], [0, 0], [0, 3]),  # values that none has
+        ([2, 5], [0, 0], [0, 2]),  # values that two files have
+        ([2, 6], [0, 0], [0, 3]),  # values that no file has
         ([2, 5], [0, 0], [1, 3]),
-        ([2, 10**15], [0, 0], [0, 3]),  # more than could be allocated
+        ([2, 10**15], [0, 0], [0, 3]),  # too large to be allocated
         ([3, 5], [0, 0], [0, 3]),
         ([2, 5, 1], [0, 0, 0], [0, 3, 0]),
         ([2, -5], [0, 0], [0, 3]),
@@ -241,7 +241,7 @@ def test_parts_that_are_no_whole_are_refused(
 
 @pytest.mark.slow
 def test_meshes(place: Path, tmp_path: Path) -> None:
-    """Copies of the shards, columns, and one process: what is written once is what is read back."""
+    """Copies of the shards, columns, and one process: reading returns what was written."""
     (tmp_path / "2").symlink_to(place / "2")
     for count, scenario in ((4, sharded.hybrid), (2, sharded.columns), (1, sharded.on_one)):
         (tmp_path / "of").mkdir()
@@ -262,7 +262,7 @@ def test_meshes(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_while_it_writes(tmp_path: Path) -> None:
-    """There is no such checkpoint: the run goes on from the one before."""
+    """Such a checkpoint does not count: the run continues from the previous one."""
     ranks = [processes.begin(sharded.killed, rank, tmp_path) for rank in (0, 1)]
     for process in ranks:
         process.join(60)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The short form of ``make soak``: some kills of a run of some steps, in processes that are forked of one."""
+"""The short form of ``make soak``: a few kills during a short run, with forked processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_killed_at_random_a_run_ends_with_the_same_bits(tmp_path: Path, ranks: i
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_under_torchrun_is_named_by_the_other(tmp_path: Path) -> None:
-    """Though torchrun ends that one by SIGTERM."""
+    """Although torchrun then ends that other rank with SIGTERM."""
     config = run_config(tmp_path, train={"steps": 10**6, "checkpoint_every": 2, "execution": "eager"}, log=["jsonl"])
     (file := tmp_path / "run.yaml").write_text(to_yaml(config))
     runs.cache(config)
@@ -46,7 +46,7 @@ def test_of_the_command_under_torchrun(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_otherwise_is_seen(tmp_path: Path) -> None:
-    """A bit of a tensor, a value, a line of the metrics, a file that is left."""
+    """A difference in one bit of a tensor, in a value, in a line of the metrics, or an additional file."""
     state = {"weights": torch.ones(3), "none": torch.zeros(())}
     head = {
         "schema": checkpoint.SCHEMA,

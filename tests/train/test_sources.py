@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What identifies the sources of a run on any machine, what does not belong together, and what is not finite."""
+"""What identifies the data and models of a run on any machine, which do not fit together, and what is not finite."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make(**changes: Any) -> DistillTrainer:
 
 
 def other_machine(**changes: Any) -> dict[str, Any]:
-    """The same inputs as there, computed anew."""
+    """The same inputs, computed again on another machine."""
     bank = small.bank()
     abar = small.SCHEDULE.alphas_cumprod
     return {
@@ -65,7 +65,7 @@ def other_machine(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_run_goes_on_where_everything_computed_is_rounded_in_another_way(tmp_path: Path) -> None:
-    """Prompts encoded anew, tables of schedule and probability, initial weights of the student."""
+    """Also encoded prompts, the tables of schedule and probability, and the student's initial weights."""
     schedule = NoiseSchedule(small.SCHEDULE.alphas_cumprod)
     objective = RandomConditioning(lambda u: u, weights=Weights(1, 0, 0))
     make(schedule=schedule, objective=objective).fit(tmp_path)
@@ -132,9 +132,9 @@ def test_a_cache_of_another_teacher_or_bank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"prompts: expected the bank {pool} that .*, got {reordered.identity}"):
         make(latents=cache, prompts=reordered)
     unnamed = dataclasses.replace(cache, fingerprint={})
-    make(latents=unnamed, prompts=reordered, teacher=Tiny(13))  # claims nothing
+    make(latents=unnamed, prompts=reordered, teacher=Tiny(13))  # without hashes
     named = dataclasses.replace(cache, fingerprint={"teacher": "SD-1.4", "prompts": "captions 3"})
-    make(latents=named, prompts=bank, teacher=Tiny(13))  # names of its owner's
+    make(latents=named, prompts=bank, teacher=Tiny(13))  # with hashes of the user's own
 
 
 def test_a_cache_moves_to_another_bank_by_its_texts(tmp_path: Path) -> None:

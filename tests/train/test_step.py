@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a step runs: nothing of it waits for the device; eagerly, compiled and in a graph it gives the same numbers."""
+"""How a step is executed: it never waits for the device, and eager, compiled and captured steps give equal numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdistill.distill import Regions, Rolling, Weights
+from benchmarks.ops.step import digits
+from fastdistill.distill import RandomConditioning, Regions, Rolling, Weights
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Objective, Setting
 from fastdistill.errors import KernelError
@@ -52,7 +53,7 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_any_default_dtype(precision: str) -> None:
-    """Rates, loss scale, counts and metrics are float32, which kernels take them for."""
+    """Rates, loss scale, counts and metrics are float32, as the kernels require."""
     own = small.teacher()
     made = small.student("bk_base", own)
     given = own, made.model, small.SCHEDULE, small.cache(), small.bank(), small.objective(made)
@@ -78,7 +79,7 @@ def test_steps_past_the_last_keep_its_rate() -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_step_reads_nothing_back_and_draws_from_no_generator(device: str, objective: str) -> None:
-    """On the meta device there is nothing to read: whatever would wait for a GPU fails there."""
+    """The meta device has no values, so every operation that would wait for a GPU fails there."""
     step = step_on(device, OBJECTIVES[objective])
     for _ in range(2):
         with NoHostSync():
@@ -86,7 +87,7 @@ def test_a_step_reads_nothing_back_and_draws_from_no_generator(device: str, obje
 
 
 class Sins(nn.Module):
-    """What a model must not do inside of a step."""
+    """Operations that a model must not contain during a step."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -135,7 +136,7 @@ def test_the_guard_names_what_waits(kind: str, message: str) -> None:
     x = torch.ones(3, 4)
     with pytest.raises(KernelError, match=message), NoHostSync():
         Sins(kind)(x)
-    with NoHostSync():  # and lets pass what does not
+    with NoHostSync():  # other operations are allowed
         nn.functional.dropout(x, 0.0)
         nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])
         x[torch.tensor([0, 2])] = 1.0
@@ -150,7 +151,7 @@ def weights_after(execution: str, steps: int, device: str = "cpu", **options: An
 
 
 def test_compiled_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph of draw, models and losses; traced and run by the ops themselves it gives the same bits."""
+    """One graph with draw, models and losses; traced and executed by the ops, it gives the same bits."""
     monkeypatch.setattr(TrainStep.compile, "__kwdefaults__", {"backend": "aot_eager"})
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -160,7 +161,7 @@ def test_compiled_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradient_checkpoints_change_nothing() -> None:
-    """With taps inside of the checkpointed segments: the same weights, and still nothing that waits."""
+    """Also with taps inside of the checkpointed segments: the same weights, and no wait for the device."""
     results = []
     for wanted in (False, True):
         step = step_on("cpu")
@@ -177,7 +178,7 @@ def test_gradient_checkpoints_change_nothing() -> None:
 
 
 def test_gradient_checkpoints_around_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The attentions of a fused student are measured in its first step, inside of the checkpoints."""
+    """The attention of a fused student is measured in its first step, inside of the checkpointed segments."""
     monkeypatch.delenv("FASTDISTILL_ATTENTION")
     monkeypatch.setenv("FASTDISTILL_CACHE", str(tmp_path))
     results = []
@@ -196,7 +197,7 @@ def test_gradient_checkpoints_around_what_is_measured(monkeypatch: pytest.Monkey
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_graph_is_eager(precision: Any) -> None:
-    """The same bits after some replays, with every buffer of the process moved in between."""
+    """The bits are equal after several replays, although every other buffer of the process has moved in between."""
     for one, two in zip(
         weights_after("graph", WARM_UP + 4, "cuda", precision=precision),
         weights_after("eager", WARM_UP + 4, "cuda", precision=precision),
@@ -207,8 +208,24 @@ def test_a_graph_is_eager(precision: Any) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("rolling", [Rolling(), Rolling(every=2, steps=10, groups=4)])
+def test_a_graph_is_eager_with_fused_models(rolling: Rolling) -> None:
+    """The digits' U-Nets; also the step before the capture, which runs in a mode that watches it, has the same bits."""
+    weights = []
+    for execution in ("eager", "graph"):
+        setup = digits(torch.device("cuda"))
+        data = setup.schedule, setup.cache, setup.bank, RandomConditioning(taps=setup.taps, rolling=rolling)
+        config = TrainConfig(steps=WARM_UP + 4, batch=64, lr=1e-3, execution=execution, fuse=True)  # type: ignore[arg-type]
+        run = DistillTrainer(setup.teacher, setup.student, *data, config, device="cuda")
+        run.fit()
+        weights.append([p.detach().clone() for p in run.step.parameters])
+    assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_a_graph_of_compiled_steps_is_compiled_steps() -> None:
-    """The same kernels, so the same bits."""
+    """The kernels are the same, so the bits are equal."""
     steps = WARM_UP + 4
     for one, two in zip(
         weights_after("compiled_graph", steps, "cuda"), weights_after("compiled", steps, "cuda"), strict=True
@@ -219,7 +236,7 @@ def test_a_graph_of_compiled_steps_is_compiled_steps() -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_a_graph_holds_what_ddp_does(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one rank that takes itself for one of two: the same bits as its eager steps."""
+    """One rank acts as one of two; the bits are those of its eager steps."""
     monkeypatch.setenv(distributed.ERROR_HANDLING, "0")
     store = f"file://{tmp_path}/store"
     torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1)
@@ -234,7 +251,7 @@ def test_a_graph_holds_what_ddp_does(tmp_path: Any, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("width", [0.02, 0.1, 0.25])
 def test_the_average_of_a_power_of_time_has_its_width(width: float) -> None:
-    """After any number of steps: mean and standard deviation of the steps that it averages."""
+    """After any number of steps, mean and standard deviation of the averaged steps are as specified."""
     config = TrainConfig(steps=4000, ema_schedule="power", ema_width=width)
     weights = average_weights(config)
     assert weights is not None and float(weights[0]) == 1.0

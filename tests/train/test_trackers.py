@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trackers: their own files read back, a run that goes on in them, and that they cannot end one."""
+"""Trackers: their files are read back, also of continued runs; they cannot end a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(directory: Path, **options: Any) -> Any:
 
 
 def test_event_files_of_tensorboard(tmp_path: Path) -> None:
-    """By its own reader; a sitting that ended after its last checkpoint is overwritten from there on."""
+    """Read by TensorBoard's reader; entries after the last checkpoint of an interrupted run are replaced."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     options = {"trackers": ["tensorboard"], "steps": 6, "checkpoint_every": 2} | SHOWN
     with pytest.raises(KeyboardInterrupt):
@@ -47,11 +47,12 @@ def test_event_files_of_tensorboard(tmp_path: Path) -> None:
 
 def stop(done: int, _: object) -> None:
     if done == 3:
-        raise KeyboardInterrupt  # a second one: nothing is saved
+        raise KeyboardInterrupt  # the second one: nothing is saved
 
 
 def records(log: bytes) -> Iterator[bytes]:
-    """Of a log in LevelDB's format: blocks of 32 KiB, a header of 7 bytes a piece; kinds 1 and 4 end a record."""
+    """The records of a log in LevelDB's format: blocks of 32 KiB, 7 bytes of header each; kinds 1 and 4 end a
+    record."""
     at, record = 7, b""
     while at + 7 <= len(log):
         if (left := 2**15 - at % 2**15) < 7:
@@ -67,7 +68,7 @@ def records(log: bytes) -> Iterator[bytes]:
 
 @pytest.mark.slow
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it writes without a network, read from its own log."""
+    """What it writes without a network, read from its log."""
     protocol = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdistill.diffusion.schedule import NoiseSchedule
@@ -29,7 +29,7 @@ from fastdistill.train.metrics import read_metrics
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.state import state_of
 from fastdistill.train.step import learning_rates
-from tests import small
+from tests import small, tiny
 from tests.harness import EPS
 from tests.processes import begin
 
@@ -42,7 +42,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-class Interrupted(BaseException):  # as a kill: nothing is saved
+class Interrupted(BaseException):  # like a kill: nothing is saved
     pass
 
 
@@ -51,7 +51,7 @@ ALL_STOPS = [pytest.param(*of, marks=pytest.mark.slow) for of in ((1, "channel_b
 
 @pytest.mark.parametrize(("stop_after", "kind"), [(1, "bk_base"), (3, "channel_base"), (4, "channel_base"), *ALL_STOPS])
 def test_resume_is_exact(tmp_path: Path, kind: str, stop_after: int) -> None:
-    """Stopped anywhere, even between checkpoints, a run ends with the bits of one that never stopped."""
+    """A run that is stopped anywhere, even between checkpoints, ends with the bits of an uninterrupted run."""
     whole = small.trainer(kind)
     expected = whole.fit()
 
@@ -79,7 +79,7 @@ def test_resume_is_exact_in_low_precision(tmp_path: Path, precision: str) -> Non
 
 
 def test_float16_trains_under_a_loss_scale_that_finds_its_size(tmp_path: Path) -> None:
-    """Too large a scale skips updates and is halved until it fits; the losses are then close to float32's."""
+    """A scale that is too large skips updates and is halved until it fits; then the losses are close to float32's."""
     trainer = small.trainer("bk_base", precision="float16", log_every=1, steps=10)
     trainer.step.scaling.value.fill_(2.0**24)  # type: ignore[union-attr]
     history = trainer.fit().history
@@ -112,7 +112,7 @@ def test_the_loss_scale() -> None:
 
 
 def test_updates_that_are_skipped_are_counted_and_saved(tmp_path: Path) -> None:
-    """One gradient that is not finite does not end the run: the weights stay, metrics and checkpoints say so."""
+    """A gradient that is not finite does not end the run: the weights stay, metrics and checkpoints count it."""
     trainer = small.trainer(log_every=1)
     calls = iter(range(100))
     parameter = next(trainer.student.parameters())
@@ -127,7 +127,7 @@ def test_updates_that_are_skipped_are_counted_and_saved(tmp_path: Path) -> None:
 
 
 def test_the_norm_is_a_mean_over_the_updates(tmp_path: Path) -> None:
-    """Also where a run is gone on with inside of a log interval."""
+    """Also if a run is continued within a log interval."""
     each = small.trainer(log_every=1).fit().history
     trainer = small.trainer(log_every=3)
     assert trainer.fit(tmp_path).history[0]["gradient_norm"] == pytest.approx(
@@ -142,7 +142,7 @@ def test_the_norm_is_a_mean_over_the_updates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"micro_batch": 2}, {"precision": "float16"}], ids=str)
 def test_the_loss_of_each_tap_is_logged(tmp_path: Path, options: dict[str, Any]) -> None:
-    """In metrics.jsonl, by the student's modules; unscaled. The feature loss is rounded once, they once each."""
+    """In metrics.jsonl, by the names of the student's modules, unscaled. The sum and each tap are rounded once."""
     made = small.student()
     small.trainer(steps=2, log_every=1, **options).fit(tmp_path)
     for entry in read_metrics(tmp_path / "metrics.jsonl"):
@@ -185,7 +185,7 @@ def test_the_gradient_is_clipped_adapters_included() -> None:
     norm = torch.stack([m.norm() for m in moments]).norm().item()
     adapters = {id(p) for m in trainer.step.objective.trained for p in m.parameters()}
     assert adapters <= {id(p) for p in trainer.step.parameters}
-    # The first moment after one step; the clipping adds 1e-6 to a norm of more than 0.1.
+    # The first moment after one step; clipping adds 1e-6 to a norm that is above 0.1.
     assert norm == pytest.approx((1 - 0.9) * 1e-3, rel=2e-5)
 
 
@@ -195,7 +195,7 @@ def test_the_average_starts_from_the_student_and_is_what_is_exported() -> None:
     trainer.step()
     exported = dict(trainer.ema_student().named_parameters())
     for name, now in trainer.student.named_parameters():
-        expected = start[name] + (1 - 0.1) * (now - start[name])  # decay (1 + 0) / (10 + 0) at the first step
+        expected = start[name] + (1 - 0.1) * (now - start[name])  # the decay is (1 + 0) / (10 + 0) at the first step
         torch.testing.assert_close(exported[name], expected.detach(), rtol=4 * EPS, atol=4 * EPS * 1e-3)  # of the rate
     assert not any(p.requires_grad for p in exported.values())
 
@@ -208,7 +208,7 @@ def test_learning_rates() -> None:
 
 
 class NoReading(TorchDispatchMode):
-    """Fails where a value is brought to the host, or a shape depends on values."""
+    """Raises an error if a value is copied to the host, or a shape depends on values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
@@ -219,7 +219,7 @@ class NoReading(TorchDispatchMode):
 @pytest.mark.parametrize("changes", [{}, {"weights": Weights(task=0.5), "with_replacement": True}], ids=str)
 def test_the_step_reads_nothing_back(changes: dict[str, Any]) -> None:
     trainer = small.trainer("channel_base", changes)
-    trainer.step()  # the first one makes buffers
+    trainer.step()  # the first step creates buffers
     with NoReading():
         trainer.step()
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
@@ -236,7 +236,7 @@ def test_a_diffusers_scheduler_will_do() -> None:
         name: [m["loss"] for m in DistillTrainer(own, copy.deepcopy(made.model), schedule, *rest).fit().history]
         for name, schedule in {"diffusers": scheduler, "ours": small.SCHEDULE, "other": NoiseSchedule.linear()}.items()
     }
-    # The tables differ by float32's rounding, which training magnifies; another schedule's losses are far away.
+    # The tables differ by rounding in float32, which training amplifies; other schedules give very different losses.
     for theirs, ours, other in zip(*losses.values(), strict=True):
         assert abs(theirs - ours) < 0.01 * abs(theirs - other)
 
@@ -385,3 +385,14 @@ def test_the_teacher_is_left_alone() -> None:
     assert not any(p.requires_grad for p in trainer.teacher.parameters())
     held = {id(p) for group in trainer.step.optimizer.param_groups for p in group["params"]}
     assert held.isdisjoint(id(p) for p in trainer.teacher.parameters())
+
+
+def test_a_run_makes_no_text_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a tensor's text takes long and waits for the device; it belongs in messages alone."""
+
+    def refused(self: Tensor, **_: Any) -> str:
+        raise AssertionError("a text of a tensor")
+
+    monkeypatch.setattr(torch.Tensor, "__repr__", refused)
+    monkeypatch.setattr(nn.Parameter, "__repr__", refused)
+    tiny.trainer(steps=2).fit()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seconds for which a training stands still."""
+"""The seconds in which a training waits."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def slowly(act: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_data_and_checkpoints_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first checkpoint is written beside the second step, and waited for before the second one, which is after the
-    second line."""
+    """The first checkpoint is written during the second step. The second checkpoint has to wait for that write; this
+    wait comes after the second line of metrics."""
     quick = tiny.trainer(steps=4, checkpoint_every=1).fit().history
     assert all(line["waited_data"] > 0 and line["waited_checkpoint"] < SLOW for line in quick)
     run = tiny.trainer(steps=4, checkpoint_every=1)
@@ -42,7 +42,7 @@ def test_data_and_checkpoints_are_waited_for(tmp_path: Path, monkeypatch: pytest
 
 
 class Mark:
-    """An event of a device that comes to it at ``at`` milliseconds; ``now``: how far the device is."""
+    """An event that a device reaches at ``at`` milliseconds; ``now``: the device's current time."""
 
     now = 0.0
 
@@ -57,7 +57,7 @@ class Mark:
 
 
 def test_on_a_gpu_it_is_the_stream_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spans that the device has not reached are told later; many of them are added up before they are asked for."""
+    """Spans that the device has not yet reached are reported later; many are added before they are read."""
     waits = Waits(torch.device("cuda"))
     marks = iter([Mark(at) for step in range(100) for at in (10.0 * step, 10.0 * step + 4)])
     monkeypatch.setattr(waits, "_event", lambda: next(marks))

@@ -40,8 +40,9 @@ class Family(OfPipelines):
     """One architecture of diffusers, and its pipelines.
 
     name: by which it is asked for. kind: its class. blocks: of a transformer, the lists of its blocks with the field of
-    the configuration that says their number. prediction_type: what its published models predict, where their scheduler
-    does not say. guidance: of models that may read the guidance weight, the field of the configuration and its value
+    the configuration that says their number. products: the parts of such a block whose linear layers may be in float8
+    (``models.float8``). prediction_type: what its published models predict, where their scheduler does not say.
+    guidance: of models that may read the guidance weight, the field of the configuration and its value
     for those that do, and the module that reads it, whose last linear layer adds to the timestep's embedding.
     """
 
@@ -49,6 +50,7 @@ class Family(OfPipelines):
     kind: ClassVar[type[nn.Module]]
     prediction_type: ClassVar[str] = "epsilon"
     blocks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
+    products: ClassVar[tuple[str, ...]] = ()
     of_channels: ClassVar[str] = "in_channels"  # where its configuration has the channels of the latents
     guidance: ClassVar[tuple[str, Any, str]] = ("", None, "")  # of no model
 

@@ -23,6 +23,7 @@ class DiT(Family):
     """
 
     name, kind = "dit", DiTTransformer2DModel
+    products = ("attn1", "ff")
     pipelines, aliases = ("DiTPipeline",), ("Transformer2DModel",)
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:

@@ -40,6 +40,7 @@ class Flux(Family):
     ``pooled_projections`` [P] (CLIP); of guidance-distilled models also ``guidance`` (a number, such as 3.5)."""
 
     name, kind, prediction_type = "flux", FluxTransformer2DModel, "flow_prediction"
+    products = ("attn", "ff", "ff_context", "proj_mlp", "proj_out")
     blocks: ClassVar[Mapping[str, str]] = {
         "transformer_blocks": "num_layers",
         "single_transformer_blocks": "num_single_layers",

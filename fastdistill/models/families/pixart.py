@@ -22,6 +22,7 @@ class PixArt(Family):
     ``resolution`` [2] (height, width) and ``aspect_ratio`` [1] (height / width)."""
 
     name, kind = "pixart", PixArtTransformer2DModel
+    products = ("attn1", "attn2", "ff")
     pipelines, aliases = ("PixArtAlphaPipeline", "PixArtSigmaPipeline"), ("Transformer2DModel",)
     bins = ("diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma", 8)
     encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 2), "encoder_attention_mask": (1, 3)}

@@ -22,6 +22,7 @@ class SD3(Family):
     """``encoder_hidden_states`` [L, D] (CLIP and T5 side by side), ``pooled_projections`` [P]."""
 
     name, kind, prediction_type = "sd3", SD3Transformer2DModel, "flow_prediction"
+    products = ("attn", "attn2", "ff", "ff_context")
     pipelines = ("StableDiffusion3Pipeline",)
     encoded: ClassVar[Mapping[str, tuple[int, int]]] = {EMBEDDINGS: (0, 1), "pooled_projections": (2, 3)}
 

@@ -22,6 +22,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
@@ -33,6 +34,9 @@ from fastdistill.models.sharding import sharded
 _FORMS: dict[type, Form] = {
     ResnetBlock2D: convolutional.RESNET,
     Upsample2D: convolutional.UPSAMPLE,
+    CrossAttnUpBlock2D: convolutional.UP_WITH_ATTENTION,
+    UpBlock2D: convolutional.UP,
+    nn.GroupNorm: convolutional.OUT_NORM,
     Transformer2DModel: convolutional.TRANSFORMER,
     BasicTransformerBlock: transformer.BASIC,
     JointTransformerBlock: transformer.JOINT,
@@ -80,7 +84,7 @@ def fuse(model: nn.Module) -> list[Swap]:
     _check_module(model)
     if where := sharded(model):
         raise InputError.of("model", "a model that is not sharded yet: fuse first, then shard", where)
-    swaps = [_swap(name, module) for name, module in model.named_modules() if _root(module) is not None]
+    swaps = [_swap(name, module) for name, module in model.named_modules() if _is_candidate(name, module)]
     if not any(swap.swapped for swap in swaps):
         reasons = "; ".join(dict.fromkeys(f"{s.kind}: {s.reason}" for s in swaps))
         names = ", ".join(kind.__name__ for kind, form in _FORMS.items() if form.methods)
@@ -117,6 +121,12 @@ def _check_module(model: Any) -> None:
 def _root(module: nn.Module) -> type | None:
     """The class of the table that this is of, or of a subclass of."""
     return next((base for base in type(module).__mro__ if base in _FORMS), None)
+
+
+def _is_candidate(name: str, module: nn.Module) -> bool:
+    """Group norms are parts of the blocks, but for the last of a U-Net."""
+    root = _root(module)
+    return root is not None and (root is not nn.GroupNorm or name.rpartition(".")[2] == "conv_norm_out")
 
 
 def _swap(name: str, module: nn.Module) -> Swap:

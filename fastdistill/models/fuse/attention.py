@@ -16,8 +16,10 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor, cat
 
+from fastdistill.models import float8
 from fastdistill.models.fuse.form import Form, instead_of, own
 from fastdistill.models.fuse.products import affine, projected
+from fastdistill.models.fuse.repeated import distinct
 from fastdistill.ops import attention, cross_attention
 from fastdistill.ops._check import FLOATS
 
@@ -78,8 +80,10 @@ def _of_keys(mask: Tensor, x: Tensor, context: Tensor) -> bool:
 def _attend_to(attn: Attention, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
     if attn.norm_cross:
         context = attn.norm_encoder_hidden_states(context)
-    q, k, v = _heads(attn, attn.to_q(x), attn.to_k(context), attn.to_v(context))
-    return _out(attn, cross_attention(q, k, v, mask=None if mask is None else mask[:, 0]), x)
+    context, rows = distinct(attn, context)
+    k, v = float8.projected(context, (attn.to_k, attn.to_v)) or (attn.to_k(context), attn.to_v(context))
+    q, k, v = _heads(attn, attn.to_q(x), k, v)
+    return _out(attn, cross_attention(q, k, v, mask=None if mask is None else mask[:, 0], rows=rows), x)
 
 
 def _out(attn: Attention, out: Tensor, x: Tensor) -> Tensor:

@@ -8,12 +8,26 @@ from typing import Any
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdistill.models.fuse.attention import autocasts
 from fastdistill.models.fuse.form import Form, altered, instead_of
-from fastdistill.models.fuse.products import biased_sum, convolved, doubled, doubles, is_product, pointwise
+from fastdistill.models.fuse.products import (
+    bias_left,
+    biased_sum,
+    branched,
+    convolution,
+    convolved,
+    doubled,
+    doubles,
+    is_product,
+    joined,
+    joins,
+    pointwise,
+)
 from fastdistill.ops import group_norm_silu
 from fastdistill.ops._check import FLOATS
 
@@ -65,7 +79,11 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *ar
     if unusual:
         result: Tensor = ResnetBlock2D.forward(block, input_tensor, temb, *args, **kwargs)
         return result
-    x, hidden = input_tensor, _norm(block.norm1, input_tensor)
+    x, before, shortcut = input_tensor, input_tensor, block.conv_shortcut
+    product = shortcut is not None and block.upsample is block.downsample is None and is_product(shortcut, x)
+    if product:  # which adds the biases of both convolutions
+        before, x = branched(shortcut, x, bias_left(block.conv2, x))
+    hidden = _norm(block.norm1, before)
     for resample in (block.upsample, block.downsample):
         if resample is not None:
             if resample is block.upsample and hidden.shape[0] >= 64:  # torch fails in channels_last
@@ -82,10 +100,12 @@ def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *ar
         else:
             time["scale"], time["shift"] = projected.chunk(2, dim=1)
     hidden, bias = convolved(block.conv2, block.dropout(_norm(block.norm2, hidden, **time)))
-    if block.conv_shortcut is not None and is_product(block.conv_shortcut, x):  # which adds both biases
-        x, bias = pointwise(block.conv_shortcut, x, bias), None
-    elif block.conv_shortcut is not None:
-        x = block.conv_shortcut(x)
+    if product:
+        bias = None
+    elif shortcut is not None and is_product(shortcut, x):
+        x, bias = pointwise(shortcut, x, bias), None
+    elif shortcut is not None:
+        x = shortcut(x)
     total = x + hidden if bias is None else biased_sum(x, hidden, bias)
     return total if block.output_scale_factor == 1.0 else total / block.output_scale_factor
 
@@ -116,11 +136,112 @@ def _upsample(
         return result
     x = doubled(hidden_states)
     if block.use_conv:
-        x = block.conv(x) if block.name == "conv" else block.Conv2d_0(x)
+        x = convolution(block.conv if block.name == "conv" else block.Conv2d_0, x)
     return x
 
 
 UPSAMPLE = Form(_refuse_upsample, {"forward": _upsample})
+
+
+def _refuse_up(block: CrossAttnUpBlock2D | UpBlock2D) -> str | None:
+    return None
+
+
+def _joins(block: CrossAttnUpBlock2D | UpBlock2D, x: Tensor, skips: tuple[Tensor, ...]) -> bool:
+    """Whether the map and the first of the skips are put together by ``joined``; with FreeU they change first."""
+    if not skips or not joins(x, skips[-1]):
+        return False
+    return not all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
+
+
+def _resnet_of_up(block: Any, resnet: nn.Module, x: Tensor, temb: Tensor | None) -> Tensor:
+    kept = torch.is_grad_enabled() and block.gradient_checkpointing
+    result: Tensor = block._gradient_checkpointing_func(resnet, x, temb) if kept else resnet(x, temb)
+    return result
+
+
+@instead_of(CrossAttnUpBlock2D, "forward", _refuse_up)
+def _up_with_attention(
+    block: CrossAttnUpBlock2D,
+    hidden_states: Tensor,
+    res_hidden_states_tuple: tuple[Tensor, ...],
+    temb: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    upsample_size: int | None = None,
+    attention_mask: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Skip connections are put together with the map by 16 bytes at once."""
+    x, skips, given = hidden_states, res_hidden_states_tuple, cross_attention_kwargs
+    if not _joins(block, x, skips) or (given or {}).get("scale") is not None:
+        result: Tensor = CrossAttnUpBlock2D.forward(
+            block, x, skips, temb, encoder_hidden_states, given, upsample_size, attention_mask, encoder_attention_mask
+        )
+        return result
+    for resnet, attn in zip(block.resnets, block.attentions, strict=False):
+        x, skips = _with_skip(x, skips[-1]), skips[:-1]
+        x = _resnet_of_up(block, resnet, x, temb)
+        x = attn(
+            x,
+            encoder_hidden_states=encoder_hidden_states,
+            cross_attention_kwargs=given,
+            attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
+            return_dict=False,
+        )[0]
+    return _upsampled(block, x, upsample_size)
+
+
+@instead_of(UpBlock2D, "forward", _refuse_up)
+def _up(
+    block: UpBlock2D,
+    hidden_states: Tensor,
+    res_hidden_states_tuple: tuple[Tensor, ...],
+    temb: Tensor | None = None,
+    upsample_size: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """As ``_up_with_attention``."""
+    x, skips = hidden_states, res_hidden_states_tuple
+    if not _joins(block, x, skips) or args or kwargs:
+        result: Tensor = UpBlock2D.forward(block, x, skips, temb, upsample_size, *args, **kwargs)
+        return result
+    for resnet in block.resnets:
+        x, skips = _with_skip(x, skips[-1]), skips[:-1]
+        x = _resnet_of_up(block, resnet, x, temb)
+    return _upsampled(block, x, upsample_size)
+
+
+def _with_skip(x: Tensor, skip: Tensor) -> Tensor:
+    return joined(x, skip) if joins(x, skip) else torch.cat([x, skip], dim=1)
+
+
+def _upsampled(block: Any, x: Tensor, size: int | None) -> Tensor:
+    for upsampler in block.upsamplers or ():
+        x = upsampler(x, size)
+    return x
+
+
+UP_WITH_ATTENTION = Form(_refuse_up, {"forward": _up_with_attention})
+UP = Form(_refuse_up, {"forward": _up})
+
+
+def _refuse_out_norm(norm: nn.GroupNorm) -> str | None:
+    return None
+
+
+@instead_of(nn.GroupNorm, "forward", _refuse_out_norm)
+def _out_norm(norm: nn.GroupNorm, input: Tensor) -> Tensor:
+    """The last norm of a U-Net, as one op, which torch computes in the other layout on a GPU."""
+    if input.dim() != 4 or input.dtype not in FLOATS or autocasts(input.device):
+        result: Tensor = nn.GroupNorm.forward(norm, input)
+        return result
+    return _norm(norm, input, silu=False)
+
+
+OUT_NORM = Form(_refuse_out_norm, {"forward": _out_norm})
 
 
 def _refuse_transformer(model: Transformer2DModel) -> str | None:

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, cat, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdistill.models import float8
 from fastdistill.models.fuse.form import altered
-from fastdistill.ops._dispatch import quiet
+from fastdistill.models.fuse.packed import side_by_side
+from fastdistill.ops._dispatch import transformed
 from fastdistill.ops.add_bias import add_bias, with_bias
 
 #: Device types: cuDNN writes what it has convolved and torch adds the bias then, while oneDNN adds it as it writes.
@@ -40,10 +42,31 @@ def plain(*modules: Any, kind: type) -> bool:
 
 def convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The convolution, and its bias where that is left to what follows."""
-    if not saves(x) or not plain(conv, kind=nn.Conv2d) or conv.bias is None:
+    bias = bias_left(conv, x)
+    if bias is None:
         return conv(x), None
     assert isinstance(conv, nn.Conv2d)
-    return conv._conv_forward(x, conv.weight, None), conv.bias
+    return conv._conv_forward(x, conv.weight, None), bias
+
+
+def bias_left(conv: nn.Module, x: Tensor) -> Tensor | None:
+    """The bias that ``convolved`` leaves to what follows."""
+    if not saves(x) or not plain(conv, kind=nn.Conv2d):
+        return None
+    assert isinstance(conv, nn.Conv2d)
+    return conv.bias
+
+
+def convolution(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution; the gradient of its bias as that of ``affine``."""
+    bias = bias_left(conv, x)
+    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if bias is None or not learned or x.dim() != 4 or transformed():
+        result: Tensor = conv(x)
+        return result
+    assert isinstance(conv, nn.Conv2d)
+    out = conv._conv_forward(x, conv.weight, bias.detach())
+    return with_bias(out.permute(0, 2, 3, 1), bias).permute(0, 3, 1, 2)
 
 
 def is_product(conv: nn.Module, x: Tensor) -> bool:
@@ -65,9 +88,52 @@ def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     assert isinstance(conv, nn.Conv2d)
     if bias is not None and conv.bias is not None:
         bias = conv.bias + bias
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    out = _affine(rows, conv.weight.flatten(1), conv.bias if bias is None else bias)
+    out = _affine(_rows(x), conv.weight.flatten(1), conv.bias if bias is None else bias)
     return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def branched(conv: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x`` for what else reads it (one op, whose gradient of it is a tensor of its own), and ``pointwise``, whose
+    backward adds its product to that gradient."""
+    assert isinstance(conv, nn.Conv2d)
+    differentiated = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
+    if not differentiated or torch.is_autocast_enabled(x.device.type) or transformed():
+        return x, pointwise(conv, x, bias)
+    if bias is None:
+        bias = conv.bias
+    elif conv.bias is not None:
+        bias = conv.bias + bias
+    beside, out = _Branched.apply(x, conv.weight, None if bias is None else bias.detach())
+    if bias is not None and bias.requires_grad:
+        out = with_bias(out, bias)
+    return beside, out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+class _Branched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), F.linear(_rows(x), weight.flatten(1), bias)
+
+    @staticmethod
+    def backward(ctx: Any, beside: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if grad is None:
+            return beside, None, None
+        dx: Tensor | None = beside
+        if ctx.needs_input_grad[0]:
+            if beside is None or torch.is_grad_enabled() or not beside.is_contiguous(memory_format=torch.channels_last):
+                own = (grad @ weight.flatten(1)).view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+                dx = own if beside is None else beside + own
+            else:
+                _rows(beside).addmm_(grad, weight.flatten(1))
+        dw = (grad.t() @ _rows(x)).view_as(weight) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
 
 
 def affine(layer: nn.Module, x: Tensor) -> Tensor:
@@ -80,7 +146,7 @@ def affine(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or not quiet():
+    if bias is None or not bias.requires_grad or not torch.is_grad_enabled() or transformed():
         return F.linear(x, weight, bias)
     return with_bias(F.linear(x, weight, bias.detach()), bias)
 
@@ -101,7 +167,7 @@ def doubles(x: Tensor) -> bool:
     # Torch's backward has been known to fail for many samples in this layout.
     if x.shape[1] % unit or x.storage_offset() % unit or (learned and (len(x) >= 64 or 4 * x.numel() >= 2**31)):
         return False
-    return quiet()
+    return not transformed()
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -138,23 +204,25 @@ def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
     """Each linear projection of x [..., C], all by one product of their weights side by side.
 
     The weights are put together for the call alone, so that each stays a parameter of its own: 2 accesses of theirs
-    beside the accesses of x that are saved.
+    beside the accesses of x that are saved. Those of a frozen model may lie side by side already (``packed``).
     """
     layers: list[Any] = list(projections)
+    if (found := float8.projected(x, layers)) is not None:
+        return found
     fit = saves(x) and plain(*layers, kind=nn.Linear) and not torch.is_autocast_enabled(x.device.type)
     if not fit or len({layer.bias is None for layer in layers}) > 1:
         return [layer(x) for layer in layers]
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers if layer.bias is not None]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, *weights, *biases)):
         return _together(x, weights, biases)
-    if not quiet():  # a compiler, which has its own plan, or functorch
+    if transformed():  # a compiler has its own plan
         return [layer(x) for layer in layers]
     result: tuple[Tensor, ...] = _Projections.apply(x, len(layers), *weights, *biases)
     return result
 
 
 def _together(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    out = F.linear(x, cat(tuple(weights)), cat(tuple(biases)) if biases else None)
+    out = F.linear(x, side_by_side(weights), side_by_side(biases) if biases else None)
     return torch.unsafe_split_with_sizes(out, [len(weight) for weight in weights], dim=-1)
 
 
@@ -194,3 +262,66 @@ class _Projections(torch.autograd.Function):
             else []
         )
         return None if dx is None else dx.view_as(x), None, *dw, *db
+
+
+def joins(x: Tensor, skip: Tensor) -> bool:
+    """Whether ``joined`` takes two maps: as for ``doubles``, of the same positions."""
+    if not saves(x) or x.dim() != 4 or skip.dim() != 4 or x.dtype != skip.dtype or x.device != skip.device:
+        return False
+    if x.shape[0] != skip.shape[0] or x.shape[2:] != skip.shape[2:]:
+        return False
+    return _has_units(x) and _has_units(skip) and not transformed()
+
+
+def _has_units(x: Tensor) -> bool:
+    """Whether the channels of each position of a map in channels_last are whole units of 16 bytes."""
+    if not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
+        return False
+    return not (x.shape[1] * x.element_size() % 16 or x.storage_offset() * x.element_size() % 16)
+
+
+def joined(x: Tensor, skip: Tensor) -> Tensor:
+    """``cat([x, skip], dim=1)``, the same bits moved by 16 bytes. Gradients are maps in one block of memory each: parts
+    of one tensor would be copied or added element by element by what comes before."""
+    if not torch.is_grad_enabled() or not (x.requires_grad or skip.requires_grad):
+        return _join(x, skip)
+    result: Tensor = _Joined.apply(x, skip)
+    return result
+
+
+def _units(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).view(torch.complex128)
+
+
+def _join(*maps: Tensor) -> Tensor:
+    first = maps[0]
+    channels = sum(x.shape[1] for x in maps)
+    out = torch.empty(
+        (len(first), channels, *first.shape[2:]),
+        dtype=first.dtype, device=first.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    units, at = _units(out), 0
+    for x in maps:
+        part = _units(x)
+        units[..., at : at + part.shape[-1]] = part
+        at += part.shape[-1]
+    return out
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, skip: Tensor) -> Tensor:
+        ctx.channels = x.shape[1], skip.shape[1]
+        return _join(x, skip)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or not _has_units(grad):
+            parts = grad.split(ctx.channels, dim=1)
+        else:
+            units = [channels * grad.element_size() // 16 for channels in ctx.channels]
+            parts = [
+                part.contiguous().view(grad.dtype).permute(0, 3, 1, 2) if needed else part
+                for part, needed in zip(_units(grad).split(units, dim=-1), ctx.needs_input_grad, strict=True)
+            ]
+        return tuple(part if needed else None for part, needed in zip(parts, ctx.needs_input_grad, strict=True))

@@ -13,11 +13,13 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdistill.models import float8
 from fastdistill.models.fuse.attention import autocasts
 from fastdistill.models.fuse.form import Form, Part, altered, instead_of, own
 from fastdistill.models.fuse.products import affine, plain, saves
 from fastdistill.ops import geglu, layer_norm_modulate, residual_layer_norm_modulate
 from fastdistill.ops._check import FLOATS
+from fastdistill.ops.layer_norm_modulate import layer_norm_beside
 
 Modulation = tuple[Tensor | None, Tensor | None]  # scale, shift
 _NONE: Modulation = (None, None)
@@ -29,6 +31,14 @@ def modulated(norm: nn.LayerNorm, x: Tensor, modulation: Modulation = _NONE) -> 
         return layer_norm_modulate(x, scale, shift, norm.weight, norm.bias, norm.eps)
     y = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return y * (1 + scale[:, None]) + shift[:, None]  # in the wider dtype
+
+
+def modulated_beside(norm: nn.LayerNorm, x: Tensor, modulation: Modulation = _NONE) -> tuple[Tensor, Tensor]:
+    """``modulated``, and x for the residual, whose gradient the norm's backward adds."""
+    scale, shift = modulation
+    if scale is None or shift is None or scale.dtype == x.dtype:
+        return layer_norm_beside(x, scale, shift, norm.weight, norm.bias, norm.eps)
+    return modulated(norm, x, modulation), x
 
 
 def add(x: Tensor, h: Tensor, gate: Tensor | None) -> Tensor:
@@ -117,7 +127,7 @@ def _basic(
         return result
     first = block.norm1.norm if block.norm_type == "ada_norm_zero" else block.norm1
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = _modulation(block, x, timestep, class_labels)
-    y = modulated(first, x, (scale_msa, shift_msa))
+    y, x = modulated_beside(first, x, (scale_msa, shift_msa))
     context = encoder_hidden_states if block.only_cross_attention else None
     h = block.attn1(y, encoder_hidden_states=context, attention_mask=attention_mask, **given)
     gate = gate_msa
@@ -135,7 +145,10 @@ def _basic(
 
 def feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
     """Layer by layer, as the class does it."""
-    if not saves(x) or altered((("ff", ff, FeedForward),)) is not None:
+    own = altered((("ff", ff, FeedForward),)) is None
+    if own and (found := float8.feed_forward(list(ff.net), x)) is not None:  # type: ignore[arg-type]
+        return found
+    if not saves(x) or not own:
         result: Tensor = ff(x)
         return result
     assert isinstance(ff, FeedForward)
@@ -204,14 +217,14 @@ def _joint(
         return result
     ours = chunks(block.norm1, temb, 9 if block.use_dual_attention else 6, x)
     shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = ours[:6]
-    y = modulated(block.norm1.norm, x, (scale_msa, shift_msa))
+    y, x = modulated_beside(block.norm1.norm, x, (scale_msa, shift_msa))
     if block.context_pre_only:
         embedding = block.norm1_context.silu(temb).to(context.dtype)
         scale, shift = (t.expand(x.shape[0], -1) for t in block.norm1_context.linear(embedding).chunk(2, dim=1))
         theirs: tuple[Tensor, ...] = (shift, scale)
     else:
         theirs = chunks(block.norm1_context, temb, 6, context)
-    prompt = modulated(block.norm1_context.norm, context, (theirs[1], theirs[0]))
+    prompt, context = modulated_beside(block.norm1_context.norm, context, (theirs[1], theirs[0]))
     h, of_context = block.attn(hidden_states=y, encoder_hidden_states=prompt, **given)
     if block.use_dual_attention:
         shift2, scale2, gate2 = ours[6:]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-attention in Triton: the device functions that its kernels share.
 
-A matrix of D columns is held as a tuple of tiles, one a piece of its columns; pieces are powers of two.
+A matrix with D columns is a tuple of tiles, one per piece of its columns; the width of a piece is a power of two.
 """
 
 # ruff: noqa: RUF005 (Triton has no unpacking)
@@ -22,7 +22,7 @@ def zeros(M: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def get(base, at, end, step, D: tl.constexpr, PIECES: tl.constexpr, UNIT: tl.constexpr):
-    """Rows ``at`` of a matrix whose rows are ``step`` units of elements apart; zero from row ``end`` on."""
+    """Rows ``at`` of a matrix (``step``: units of elements from row to row); zero from row ``end`` on."""
     tiles = ()
     for i in tl.static_range(len(PIECES)):
         column = i * PIECES[0] + tl.arange(0, PIECES[i])
@@ -34,7 +34,8 @@ def get(base, at, end, step, D: tl.constexpr, PIECES: tl.constexpr, UNIT: tl.con
 
 @triton.jit
 def put(base, at, end, step, tiles, factor, D: tl.constexpr, PIECES: tl.constexpr, UNIT: tl.constexpr):
-    """``tiles`` times ``factor`` (a scalar, or one a row as [M, 1]) into rows ``at`` below ``end``."""
+    """Store ``tiles`` times ``factor`` (a scalar, or [M, 1] with one value per row) to the rows ``at`` below
+    ``end``."""
     for i in tl.static_range(len(PIECES)):
         column = i * PIECES[0] + tl.arange(0, PIECES[i])
         inside = (at < end)[:, None] & (column < D)[None, :]
@@ -44,7 +45,7 @@ def put(base, at, end, step, tiles, factor, D: tl.constexpr, PIECES: tl.constexp
 
 @triton.jit
 def product(a, b, PIECES: tl.constexpr):
-    """a b^T, over the pieces of their columns."""
+    """a b^T, summed over the pieces of their columns."""
     x = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
     for i in tl.static_range(1, len(PIECES)):
         x = tl.dot(a[i], tl.trans(b[i]), x, input_precision="ieee")
@@ -53,7 +54,7 @@ def product(a, b, PIECES: tl.constexpr):
 
 @triton.jit
 def scaled_product(a, b, scale, x, PIECES: tl.constexpr):
-    """scale a b^T + x, rounded at each piece of the columns; products of pieces are not one chain of additions."""
+    """scale a b^T + x, rounded after each piece of the columns, so that the sum is not one long chain of additions."""
     for i in tl.static_range(len(PIECES)):
         x += tl.dot(a[i], tl.trans(b[i]), input_precision="ieee") * scale
     return x
@@ -61,7 +62,7 @@ def scaled_product(a, b, scale, x, PIECES: tl.constexpr):
 
 @triton.jit
 def add_product(sums, weights, tiles, PIECES: tl.constexpr):
-    """sums + weights tiles, a piece of columns at a time."""
+    """sums + weights tiles, one piece of columns at a time."""
     added = ()
     for i in tl.static_range(len(PIECES)):
         added = added + (tl.dot(weights, tiles[i], sums[i], input_precision="ieee"),)
@@ -70,7 +71,7 @@ def add_product(sums, weights, tiles, PIECES: tl.constexpr):
 
 @triton.jit
 def zeros_across(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A matrix in fp32 in pieces of its rows and columns, row by row."""
+    """A zero matrix in fp32, in pieces of its rows and columns, row by row."""
     tiles = ()
     for i in tl.static_range(len(ROWS)):
         for j in tl.static_range(len(COLUMNS)):
@@ -80,7 +81,7 @@ def zeros_across(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def add_across(sums, tiles, weights, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """sums + tiles^T weights, where both come in pieces of their columns."""
+    """sums + tiles^T weights, where both are in pieces of their columns."""
     added = ()
     for i in tl.static_range(len(ROWS)):
         for j in tl.static_range(len(COLUMNS)):
@@ -91,7 +92,8 @@ def add_across(sums, tiles, weights, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def put_across(base, end, step, tiles, factor, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The transpose of ``tiles`` times ``factor`` into rows of D elements, ``step`` times D apart, below ``end``."""
+    """Store the transpose of ``tiles`` times ``factor`` to rows of D elements, ``step`` times D apart, below
+    ``end``."""
     for i in tl.static_range(len(ROWS)):
         for j in tl.static_range(len(COLUMNS)):
             column = i * ROWS[0] + tl.arange(0, ROWS[i])
@@ -103,7 +105,7 @@ def put_across(base, end, step, tiles, factor, D: tl.constexpr, ROWS: tl.constex
 
 @triton.jit
 def times_and_product(sums, factor, weights, tiles, PIECES: tl.constexpr):
-    """sums * factor + weights tiles, where the product is a sum of its own."""
+    """sums * factor + weights tiles; the product is summed separately."""
     added = ()
     for i in tl.static_range(len(PIECES)):
         x = tl.dot(weights, tiles[i], input_precision="ieee")
@@ -121,7 +123,7 @@ def times(tiles, factor, PIECES: tl.constexpr):
 
 @triton.jit
 def rounded(tiles, like, PIECES: tl.constexpr):
-    """``tiles`` in the dtype of what ``like`` points at."""
+    """``tiles`` in the dtype of the elements that ``like`` points to."""
     x = ()
     for i in tl.static_range(len(PIECES)):
         x = x + (tiles[i].to(like.dtype.element_ty),)
@@ -130,7 +132,7 @@ def rounded(tiles, like, PIECES: tl.constexpr):
 
 @triton.jit
 def key_bias(mask, at, end, MASK: tl.constexpr):
-    """What is added to the scores of keys ``at``, in units of the exponent of two; -inf leaves a key out."""
+    """The bias added to the scores of keys ``at``, times log2(e); -inf masks a key."""
     bias = tl.where(at < end, 0.0, float("-inf"))
     if MASK == 1:
         kept = tl.load(mask + at, mask=at < end, other=0)
@@ -144,20 +146,20 @@ def key_bias(mask, at, end, MASK: tl.constexpr):
 
 @triton.jit
 def finite(top):
-    """A maximum to subtract: 0 where every key is left out."""
+    """The maximum that the softmax subtracts: 0 if all keys are masked."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def inverse(total):
-    """One over a sum of weights: 0 where every key is left out, so that such a row's output and gradients are 0."""
+    """1 / (sum of the weights): 0 if all keys are masked, so that the output and the gradients of the row are 0."""
     return tl.where(total == 0.0, 0.0, 1.0 / total)
 
 
 @triton.jit
 def place(rows, R, scale, H, outer, ROWS: tl.constexpr):
-    """Of a program its head, its number among ``outer`` (int32) of the head's sample, the sample, the row of
-    K and V (int64); and the scale, NaN where the row is not one of R."""
+    """For a program: its head, its number among ``outer`` (int32) of the head's sample, the sample, the row of K and V
+    (int64); and the scale, NaN if the row is not one of R."""
     program = tl.program_id(0)
     b = (program // H // outer).to(tl.int64)
     row = b
@@ -171,5 +173,5 @@ def place(rows, R, scale, H, outer, ROWS: tl.constexpr):
 
 @triton.jit
 def start(strides, b, h, UNIT: tl.constexpr):
-    """Where (sample b, head h) begins. Strides count units, so that the compiler sees what offsets are multiples of."""
+    """The offset of (sample b, head h). Strides count units, so that the compiler knows the alignment of offsets."""
     return (b * strides[0] + h * strides[2]) * UNIT

@@ -123,7 +123,7 @@ def feature_match(
         factors = _ones(count) if on_cpu(kind) else torch.ones(count, dtype=torch.float32, device=device)
     elif factors is None:
         listed, rule = isinstance(weights, Iterable), f"a list of {len(student)} floats, one a tap"
-        _check.require(listed, "weights", rule, repr(weights))
+        _check.require(listed, "weights", rule, described(weights))
         try:
             factors = torch.tensor(list(weights), dtype=torch.float32, device=device)
         except (TypeError, ValueError, RuntimeError, OverflowError):

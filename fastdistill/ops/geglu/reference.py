@@ -21,7 +21,7 @@ def gelu_and_slope(g: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
         twice_u = root * (g + 0.044715 * g**3)
         s, rest = twice_u.sigmoid(), (-twice_u).sigmoid()
         return g * s, s + g * s * rest * root * (1 + 3 * 0.044715 * g * g)
-    below = torch.special.ndtr(g)
+    below = torch.special.erfc(g * -math.sqrt(0.5)) / 2  # ndtr of many floats adds 1 to nearly -1 below -1
     return g * below, below + g * (-0.5 * g * g).exp() / math.sqrt(2 * math.pi)
 
 

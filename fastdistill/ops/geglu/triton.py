@@ -32,11 +32,25 @@ def _gelu(g, TANH: tl.constexpr):
         near = 1.0 / (1.0 + e)
         far = e * near  # 1 - near, without cancellation
         s = tl.where(twice_u < 0.0, far, near)
+        value = g * s
         slope = s + g * near * far * 1.5957691216057308 * (1.0 + 0.134145 * g * g)
     else:
-        s = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
-        slope = s + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
-    return g * s, slope
+        # 1 - Phi(|g|) = e^(-g^2 / 2) t P(t), t = 1 / (1 + 0.23 |g|), as in csrc/activations.h: fewer instructions than
+        # erf, with which the kernel computed for as long as it moved data.
+        size = tl.minimum(tl.abs(g), 1e30)
+        t = 1.0 / (1.0 + 0.23 * size)
+        p = 0.2791156449 - 0.0762817742 * t
+        p = p * t - 0.2532405614
+        p = p * t + 0.2710405169
+        p = p * t - 0.01037977821
+        p = p * t + 0.1091846186
+        p = p * t + 0.08861670587
+        p = p * t + 0.09194460268
+        e = tl.exp2(-0.7213475204444817 * g * g)
+        above = e * (p * t)
+        slope = tl.where(g < 0.0, above, 1.0 - above) + 0.3989422804014327 * g * e
+        value = tl.maximum(g, 0.0) - size * above
+    return value, slope
 
 
 @triton.jit

@@ -14,55 +14,34 @@ from fastdistill.ops.group_norm_silu.layout import channels_last
 from fastdistill.ops.group_norm_silu.reference import spread
 
 CHANNELS = 1 << 14  # most channels per group: a thread or a program keeps a sum for each
+_NAMES = ("weight", "bias", "time_bias", "scale", "shift")
+
+Given = Sequence[Tensor | None]  # weight, bias, time_bias, scale, shift
 
 
-def refuse(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    y: Tensor,
-    *statistics: Tensor,
-) -> str | None:
-    """Kernels support two layouts, and need contiguous rows of channels."""
-    return _refuse(x, {"y": y}, (weight, bias, time_bias, scale, shift), groups)
+def refuse(x: Tensor, *args: Any) -> str | None:
+    """Kernels support two layouts, and need contiguous rows of channels. Arguments as in the reference."""
+    *given, groups, _, _, y, _, _ = args
+    return _refuse(x, {"y": y}, given, groups)
 
 
-def refuse_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    silu: bool,
-    wanted: int,
-    dx: Tensor,
-    small: Sequence[Tensor],
-) -> str | None:
+def refuse_backward(grad: Tensor, x: Tensor, *args: Any) -> str | None:
     """See ``refuse``; also, small gradients must be contiguous."""
-    if not all(g.is_contiguous() for g in small):
-        return "the gradients of what has no positions must be contiguous"
-    return _refuse(x, {"grad": grad, "dx": dx}, (weight, bias, time_bias, scale, shift), groups)
+    *given, _, _, groups, _, _, dx, small = args
+    for gradient in small:
+        if not gradient.is_contiguous():
+            return "the gradients of what has no positions must be contiguous"
+    return _refuse(x, {"grad": grad, "dx": dx}, given, groups)
 
 
-def _refuse(x: Tensor, like: dict[str, Tensor], given: tuple[Tensor | None, ...], groups: int) -> str | None:
+def _refuse(x: Tensor, like: dict[str, Tensor], given: Given, groups: int) -> str | None:
     if channels_last(x) is None:
         return f"x is neither contiguous nor channels last (strides {x.stride()})"
     for name, other in like.items():
-        if not _native.same_order(other, x) or other.dtype != x.dtype:
+        if other.dtype != x.dtype or not _native.same_order(other, x):
             return f"{name} must have the dtype and the strides of x"
-    for name, tensor in zip(("weight", "bias", "time_bias", "scale", "shift"), given, strict=True):
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    for name, tensor in zip(_NAMES, given, strict=True):
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"{name} must have neighboring channels side by side (strides {tensor.stride()})"
     if x.numel() == 0:
         return "x is empty"
@@ -70,62 +49,40 @@ def _refuse(x: Tensor, like: dict[str, Tensor], given: tuple[Tensor | None, ...]
     return None if most <= CHANNELS else f"a group has {most} channels, more than {CHANNELS}"
 
 
-def _row(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Address, dtype, and stride between samples."""
-    if tensor is None:
-        return 0, 0, 0
-    return tensor.data_ptr(), _native.DTYPES[tensor.dtype], tensor.stride(0) if tensor.dim() == 2 else 0
+def rows(given: Given) -> list[tuple[int, int, int]]:
+    """Address, dtype, and stride between samples of each."""
+    types = _native.DTYPES
+    return [
+        (0, 0, 0) if t is None else (t.data_ptr(), types[t.dtype], t.stride(0) if t.dim() == 2 else 0) for t in given
+    ]
 
 
-def _common(
-    x: Tensor, groups: int, silu: bool, eps: float, given: tuple[Tensor | None, ...], mean: Tensor, rstd: Tensor
-) -> tuple[Any, ...]:
+def sizes_of(x: Tensor, groups: int) -> tuple[int, int, int, int]:
+    """Batch, channels, positions, groups."""
     batch, channels = x.shape[:2]
-    sizes = batch, channels, x.numel() // (batch * channels), groups
+    return batch, channels, x.numel() // (batch * channels), groups
+
+
+def common(x: Tensor, given: Given, groups: int, silu: bool, eps: float, mean: Tensor, rstd: Tensor) -> tuple[Any, ...]:
+    """The arguments that begin every call of a compiled kernel."""
     return (
-        x.data_ptr(), _native.DTYPES[x.dtype], sizes, bool(channels_last(x)), silu, eps, [_row(t) for t in given],
-        mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), _native.DTYPES[x.dtype], sizes_of(x, groups), silu, eps, rows(given), mean.data_ptr(),
+        rstd.data_ptr(),
     )  # fmt: skip
 
 
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
+def group_norm_silu(x: Tensor, *args: Any) -> None:
     """One parallel loop over groups; arguments as in the reference."""
-    given = weight, bias, time_bias, scale, shift
-    _native.cpu().group_norm_silu(*_common(x, groups, silu, eps, given, mean, rstd), y.data_ptr())
+    *given, groups, eps, silu, y, mean, rstd = args
+    _native.cpu().group_norm_silu(
+        *common(x, given, groups, silu, eps, mean, rstd), bool(channels_last(x)), torch.get_num_threads(), y.data_ptr()
+    )
 
 
-def group_norm_silu_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    silu: bool,
-    wanted: int,
-    dx: Tensor,
-    small: Sequence[Tensor],
-) -> None:
+def group_norm_silu_backward(grad: Tensor, x: Tensor, *args: Any) -> None:
     """One parallel loop over groups, then the sums over samples; arguments as in the reference."""
-    given = weight, bias, time_bias, scale, shift
+    *given, mean, rstd, groups, silu, wanted, dx, small = args
     _native.cpu().group_norm_silu_backward(
-        *_common(x, groups, silu, 0.0, given, mean, rstd), grad.data_ptr(), dx.data_ptr(),
-        [_row(g) for g in spread(wanted, small)],
+        *common(x, given, groups, silu, 0.0, mean, rstd), bool(channels_last(x)), torch.get_num_threads(),
+        grad.data_ptr(), dx.data_ptr(), rows(spread(wanted, small)),
     )  # fmt: skip

@@ -5,7 +5,6 @@ channels last, if a slice (one or more groups of a sample) fits into the shared 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,9 +27,10 @@ BLOCKS = 132  # one per multiprocessor of an H100
 CLUSTERS = (1, 2, 4, 8)
 THREADS = COLUMNS = 256  # threads per block; most columns of 16 bytes per slice
 STEPS = 2  # minimum steps per thread
+EMULATED = 3  # clusters at once where there is no GPU
 
 Sizes = tuple[int, int, int, int]  # batch, channels, positions, groups
-Cut = tuple[int, int]  # groups per slice, blocks per cluster
+Cut = tuple[int, int, int]  # groups per slice, blocks per cluster, clusters at once (each takes several slices)
 
 
 @functools.cache
@@ -42,45 +42,16 @@ def reason() -> str | None:
     return None if newest >= ARCH else f"no GPU here has {MISSING}"
 
 
-def refuse(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    y: Tensor,
-    *statistics: Tensor,
-) -> str | None:
+def refuse(x: Tensor, *args: Any) -> str | None:
     """Like the C++ kernel; also refuses calls that do not fit into a cluster."""
-    reason = cpp.refuse(x, weight, bias, time_bias, scale, shift, groups, eps, silu, y, *statistics)
-    return reason or _refuse(x, {"x": x, "y": y}, groups, silu, False)
+    *_, groups, _, silu, y, _, _ = args
+    return cpp.refuse(x, *args) or _refuse(x, {"x": x, "y": y}, groups, silu, False)
 
 
-def refuse_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    silu: bool,
-    wanted: int,
-    dx: Tensor,
-    small: Sequence[Tensor],
-) -> str | None:
+def refuse_backward(grad: Tensor, x: Tensor, *args: Any) -> str | None:
     """See ``refuse``."""
-    reason = cpp.refuse_backward(
-        grad, x, weight, bias, time_bias, scale, shift, mean, rstd, groups, silu, wanted, dx, small
-    )
-    return reason or _refuse(x, {"x": x, "grad": grad, "dx": dx}, groups, silu, True)
+    *_, groups, silu, _, dx, _ = args
+    return cpp.refuse_backward(grad, x, *args) or _refuse(x, {"x": x, "grad": grad, "dx": dx}, groups, silu, True)
 
 
 def _refuse(x: Tensor, large: dict[str, Tensor], groups: int, silu: bool, backward: bool) -> str | None:
@@ -89,13 +60,8 @@ def _refuse(x: Tensor, large: dict[str, Tensor], groups: int, silu: bool, backwa
     for name, tensor in large.items():
         if tensor.data_ptr() % 16:
             return f"{name} must start at a multiple of 16 bytes"
-    cut = _cut(x.get_device(), x.dtype, _sizes(x, groups), silu, backward)
+    cut = _cut(x.get_device(), x.dtype, cpp.sizes_of(x, groups), silu, backward)
     return cut if isinstance(cut, str) else None
-
-
-def _sizes(x: Tensor, groups: int) -> Sizes:
-    batch, channels = x.shape[:2]
-    return batch, channels, x.numel() // (batch * channels), groups
 
 
 @functools.lru_cache(4096)
@@ -109,14 +75,14 @@ def _cut(device: int, dtype: torch.dtype, sizes: Sizes, silu: bool, backward: bo
         return f"the GPU has no {MISSING}"
     batch, channels, positions, groups = sizes
     step, number, cuda = channels // groups * dtype.itemsize, _native.DTYPES[dtype], _native.cuda()
-    found: list[tuple[tuple[Any, ...], Cut]] = []
+    found: list[tuple[tuple[Any, ...], tuple[int, int]]] = []
     for some in (n for n in range(1, groups + 1) if groups % n == 0):
         width = some * step
         if width % 16 or width > 16 * COLUMNS:
             continue
         whole, wide = width % SECTOR == 0, width >= min(NARROW, groups * step)
         for cluster in CLUSTERS:
-            shared = cuda.group_norm_silu_shared(number, sizes, (some, cluster), backward)
+            shared = cuda.group_norm_silu_shared(number, sizes, (some, cluster, 0), backward)
             blocks = batch * (groups // some) * cluster
             if shared <= SHARED and blocks < 1 << 31:
                 busy = cluster == 1 or positions * width >= STEPS * 16 * THREADS * cluster
@@ -126,64 +92,33 @@ def _cut(device: int, dtype: torch.dtype, sizes: Sizes, silu: bool, backward: bo
     if not found:
         return "no slice of whole groups of 16 bytes fits into the shared memory of a cluster"
     for _, cut in sorted(found, reverse=True):
-        if device < 0 or cuda.group_norm_silu_clusters(number, sizes, silu, cut, backward) > 0:
-            return cut
+        most = EMULATED if device < 0 else cuda.group_norm_silu_clusters(number, sizes, silu, (*cut, 0), backward)
+        if most > 0:
+            return *cut, most
     return "the GPU runs no cluster of this size"
 
 
 def _common(
-    x: Tensor, groups: int, silu: bool, eps: float, given: tuple[Tensor | None, ...], mean: Tensor, rstd: Tensor,
-    backward: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    sizes = _sizes(x, groups)
-    return (
-        x.data_ptr(), _native.DTYPES[x.dtype], sizes, silu, eps, [cpp._row(t) for t in given], mean.data_ptr(),
-        rstd.data_ptr(), _cut(x.get_device(), x.dtype, sizes, silu, backward), _native.queue(x),
-    )  # fmt: skip
+    x: Tensor, given: cpp.Given, groups: int, silu: bool, eps: float, mean: Tensor, rstd: Tensor, backward: bool
+) -> tuple[Any, ...]:
+    common = cpp.common(x, given, groups, silu, eps, mean, rstd)
+    return *common, _cut(x.get_device(), x.dtype, common[2], silu, backward), _native.queue(x)
 
 
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    silu: bool,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
+def group_norm_silu(x: Tensor, *args: Any) -> None:
     """One launch; arguments as in the reference."""
-    given = weight, bias, time_bias, scale, shift
-    _native.cuda().group_norm_silu(*_common(x, groups, silu, eps, given, mean, rstd, False), y.data_ptr())
+    *given, groups, eps, silu, y, mean, rstd = args
+    _native.cuda().group_norm_silu(*_common(x, given, groups, silu, eps, mean, rstd, False), y.data_ptr())
 
 
-def group_norm_silu_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    time_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    silu: bool,
-    wanted: int,
-    dx: Tensor,
-    small: Sequence[Tensor],
-) -> None:
+def group_norm_silu_backward(grad: Tensor, x: Tensor, *args: Any) -> None:
     """One launch, and one more for weight and bias; arguments as in the reference."""
-    given = weight, bias, time_bias, scale, shift
+    *given, mean, rstd, groups, silu, wanted, dx, small = args
     sums = 0
     if wanted & 3:
         held = torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
         sums = held.data_ptr()
     _native.cuda().group_norm_silu_backward(
-        *_common(x, groups, silu, 0.0, given, mean, rstd, True), grad.data_ptr(), dx.data_ptr(),
-        [cpp._row(g) for g in spread(wanted, small)], sums,
+        *_common(x, given, groups, silu, 0.0, mean, rstd, True), grad.data_ptr(), dx.data_ptr(),
+        cpp.rows(spread(wanted, small)), sums,
     )  # fmt: skip

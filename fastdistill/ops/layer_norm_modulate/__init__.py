@@ -81,6 +81,23 @@ def layer_norm_modulate(
     return _apply(x, None, None, scale, shift, weight, bias, eps)[0]
 
 
+def layer_norm_beside(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm_modulate`` and x itself, for the residual: the gradient of that is added in the backward's pass.
+
+    Returns:
+        ``(y, x)``. For the rest see ``layer_norm_modulate``.
+    """
+    y, beside = _apply(x, None, None, scale, shift, weight, bias, eps, beside=True)
+    return y, beside
+
+
 def residual_layer_norm_modulate(
     x: Tensor,
     h: Tensor,
@@ -117,6 +134,7 @@ def _apply(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    beside: bool = False,
 ) -> tuple[Tensor, ...]:
     given = h, gate, scale, shift, weight, bias
     _check.tensors(x=x)
@@ -126,8 +144,8 @@ def _apply(
     laid_out = _laid_out(x, h, *rows, weight, bias)
     if kind is not None and not wanted((x, *given)):
         y, s, _, _ = _run(kind, *laid_out, eps)
-        return (y, *s)
-    result: tuple[Tensor, ...] = apply(kind, _LayerNormModulate, *laid_out, eps)
+        return (y, x) if beside else (y, *s)
+    result: tuple[Tensor, ...] = apply(kind, _LayerNormModulate, *laid_out, eps, beside)
     return result
 
 
@@ -175,14 +193,17 @@ def _run(kind: Kind | None, x: Tensor, h: Tensor | None, *args: Any) -> tuple[Te
 class _LayerNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kind: Kind | None, *args: Any) -> tuple[Tensor, ...]:
-        *tensors, eps = args
+        *tensors, eps, beside = args
         ctx.set_materialize_grads(False)
         x, h, gate, scale, shift, weight, bias = tensors
         y, s, mean, rstd = _run(kind, x, h, gate, scale, shift, weight, bias, eps)
-        ctx.save_for_backward(s[0] if s else x, h, gate, scale, shift, weight, bias, mean, rstd)
+        # Without a gate the gradients of x and h are one.
+        own = None if gate is None else h
+        ctx.save_for_backward(s[0] if s else x, own, gate, scale, shift, weight, bias, mean, rstd)
+        ctx.both = h is not None and gate is None
         remember(ctx, kind)
         ctx.eps = eps
-        return (y, *s)
+        return (y, x.view_as(x)) if beside else (y, *s)
 
     @staticmethod
     @with_its_kernel
@@ -190,7 +211,8 @@ class _LayerNormModulate(torch.autograd.Function):
         kind = kind_of(ctx, grad, grad_s)
         s, h, gate, scale, shift, weight, bias, mean, rstd = ctx.saved_tensors
         if is_differentiated():
-            return None, *_backward_again(ctx.eps, grad, grad_s, s, h, gate, scale, shift, weight, bias), None
+            ds, of_h, *rest = _backward_again(ctx.eps, grad, grad_s, s, h, gate, scale, shift, weight, bias)
+            return None, ds, ds if ctx.both else of_h, *rest, None, None
         grad = torch.zeros_like(s) if grad is None else grad.contiguous()
         grad_s = None if grad_s is None else grad_s.contiguous()
         small = gradients((gate, scale, shift, weight, bias), ctx.needs_input_grad[3:8], s.numel() == 0)
@@ -200,7 +222,7 @@ class _LayerNormModulate(torch.autograd.Function):
             wanted = sum([1 << i for i, g in enumerate(small) if g is not None])
             held = [g for g in small if g is not None]
             _backward(kind, grad, grad_s, s, h, gate, scale, weight, bias, mean, rstd, wanted, dx, dh, held)
-        return None, dx, dh[0] if dh else None, *small, None
+        return None, dx, dx if ctx.both else dh[0] if dh else None, *small, None, None
 
 
 def _backward_again(
@@ -221,8 +243,7 @@ def _backward_again(
         ds = grad_s if ds is None else ds + grad_s
     if h is None or ds is None:
         return ds, None, None, *small
-    if gate is None:
-        return ds, ds, None, *small
+    assert gate is not None
     wide, over = ds.float(), gate.float().reshape(len(gate), *[1] * (s.dim() - 2), -1)
     dgate = (wide * h.float()).reshape(len(h), -1, h.shape[-1]).sum(1)
     return ds, (wide * over).to(h.dtype), dgate.to(gate.dtype), *small

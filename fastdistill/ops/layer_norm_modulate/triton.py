@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A gated residual, layer norm and modulation in Triton.
 
-Grid      forward one program per row; backward one per chunk of rows; the sums of the chunks are added in order
+Grid      forward one program per row, or per 2 or 4 short ones; backward one per chunk of rows; the sums of the chunks
+          are added in order
 Traffic   forward x read, y written; with a residual also h read and s written. Backward s and grad read, dx written;
           with a residual also grad_s and h read and dh written
 Precision a row and a chunk's sums in fp32, squares around the mean; chunks added in fp64; outputs rounded once
@@ -22,6 +23,7 @@ from fastdistill.ops.layer_norm_modulate.reference import spread
 
 ROWS, FEW = 32, 8  # rows per chunk; FEW if there would be fewer than PROGRAMS chunks
 PROGRAMS = 512
+HELD, MOST, MANY = 32, 4, 4096  # forward: numbers of several rows that a thread holds, most rows, fewest programs
 AHEAD = 2  # rows of a chunk that are prefetched, if they fit into SHARED bytes
 SHARED = 1 << 16
 THREADS = tl.constexpr(128)  # minimum threads per program
@@ -41,25 +43,44 @@ def _affine(sample, c, inside, given, strides, GIVEN: tl.constexpr):
 
 
 @triton.jit
+def _row_sum(v, ROWS: tl.constexpr):
+    """The sum of a row, or of each of several: [ROWS, 1]."""
+    return tl.sum(v) if ROWS == 1 else tl.sum(v, 1, keep_dims=True)
+
+
+@triton.jit
 def _layer_norm_forward(
-    x, h, y, s, mean, rstd, given, strides, eps, rows, D, GIVEN: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, h, y, s, mean, rstd, given, strides, eps, rows, D, chunks, GIVEN: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside, at = c < D, tl.program_id(0).to(tl.int64) * D + c
-    gate, scale, shift, w, b = _affine(row // rows, c, inside, given, strides, GIVEN)
+    sample, first = row // chunks, tl.program_id(0) % chunks * ROWS
+    if ROWS > 1:
+        row = sample * rows + first
+    inside, at = c < D, row * D + c
+    gate, scale, shift, w, b = _affine(sample, c, inside, given, strides, GIVEN)
+    exists = True
+    if ROWS > 1:  # side by side
+        i = tl.arange(0, ROWS)
+        row, exists, at = row + i, i < rows - first, at[None, :] + i[:, None] * D
+        inside = exists[:, None] & inside[None, :]
+        gate, scale, shift, w, b = gate[None, :], scale[None, :], shift[None, :], w[None, :], b[None, :]
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
         total = (v + gate * tl.load(h + at, mask=inside, other=0.0).to(tl.float32)).to(s.dtype.element_ty)
         tl.store(s + at, total, mask=inside)
         v = total.to(tl.float32)  # as rounded
     n = tl.cast(D, tl.float32)
-    middle = tl.sum(v) / n
-    middle += tl.sum(tl.where(inside, v - middle, 0.0)) / n  # corrects the rounding of the first sum
+    middle = _row_sum(v, ROWS) / n
+    middle += _row_sum(tl.where(inside, v - middle, 0.0), ROWS) / n  # corrects the rounding of the first sum
     d = tl.where(inside, v - middle, 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(terms(d, d, BLOCK <= THREADS)) / n + eps)
-    tl.store(mean + row, middle)
-    tl.store(rstd + row, r)
+    r = 1.0 / tl.sqrt(_row_sum(terms(d, d, BLOCK <= THREADS), ROWS) / n + eps)
+    if ROWS > 1:
+        tl.store(mean + row, tl.reshape(middle, (ROWS,)), mask=exists)
+        tl.store(rstd + row, tl.reshape(r, (ROWS,)), mask=exists)
+    else:
+        tl.store(mean + row, middle)
+        tl.store(rstd + row, r)
     tl.store(y + at, (d * r * (w * scale) + (b * scale + shift)).to(y.dtype.element_ty), mask=inside)
 
 
@@ -169,10 +190,13 @@ def layer_norm_modulate(
     """One launch; arguments as in the reference."""
     batch, rows, width, block = _cut(x)
     tensors, strides, given = _given(x, gate, scale, shift, weight, bias)
-    residual = h is not None
-    _layer_norm_forward[(batch * rows,)](
-        x, h if residual else x, y, s[0] if residual else y, mean, rstd, tensors, strides, eps, rows, width, given,
-        residual, block, num_warps=_warps(block, False), **FUSED,
+    residual, warps = h is not None, _warps(block, False)
+    length = min(max(HELD * 32 * warps // block, 1), MOST)
+    length = length if batch * cdiv(rows, length) >= MANY else 1
+    chunks = cdiv(rows, length)
+    _layer_norm_forward[(batch * chunks,)](
+        x, h if residual else x, y, s[0] if residual else y, mean, rstd, tensors, strides, eps, rows, width, chunks,
+        given, residual, length, block, num_warps=warps, **FUSED,
     )  # fmt: skip
 
 

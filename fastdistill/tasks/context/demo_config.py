@@ -42,22 +42,22 @@ _FULL: dict[str, Any] = {
 @documented
 @dataclass(frozen=True)
 class DemoConfig:
-    """Canonical latents of a diffusion teacher, and classifiers that learn from them not to look at the background."""
+    """Train classifiers with canonical images of a diffusion teacher, so that they ignore the background."""
 
     output: str = "runs/context"
     """Directory of the experiment; an interrupted experiment in it is continued."""
     quick: bool = False
     """Short version, two minutes (default output runs/context-quick)."""
     full: bool = False
-    """Longer attacks, and canonical images of up to all of the data."""
+    """Longer version: longer attacks, and canonical images of up to all of the data."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
-    """Classifiers to train of each kind."""
+    """Number of classifiers to train of each kind."""
     teacher: Kind = "broad"
-    """broad: it has seen backgrounds of any hue; same: only the classifier's own data."""
+    """Data of the teacher: broad: backgrounds of any hue; same: only the classifier's own data."""
     t_e: Annotated[tuple[Annotated[int, Field(ge=1, le=999)], ...], Field(min_length=1)] = (400, 500, 650)
-    """Timesteps of the latents, to choose from."""
+    """Candidates for the timestep of the latents."""
     k: Annotated[tuple[Annotated[int, Field(ge=1, le=192)], ...], Field(min_length=1)] = (5, 15, 40)
-    """Numbers of directions, to choose from."""
+    """Candidates for the number of directions."""
     taps: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "down_blocks.1",
         "mid_block",
@@ -65,25 +65,25 @@ class DemoConfig:
         "up_blocks.1",
         "x0",
     )
-    """Features, to choose from."""
+    """Candidates for the feature."""
     images: Annotated[int, Field(ge=30, le=360)] = 60
-    """Images on which a setting is chosen, as many of each digit."""
+    """Number of images on which a setting is chosen, the same for each digit."""
     share: Share = 0.1
-    """Share of the classifier's data of which there are canonical images."""
+    """Fraction of the classifier's data for which canonical images are made."""
     shares: tuple[Share, ...] = (0.01, 0.03, 0.1)
-    """Shares for the curve over them."""
+    """Fractions for the curve of accuracy over this fraction."""
     kinds: Annotated[tuple[Student, ...], Field(min_length=1)] = KINDS
-    """Classifiers, plain among them."""
+    """Kinds of classifiers to train; plain must be one of them."""
     epsilon: Annotated[tuple[Radius, ...], Field(min_length=1)] = (0.1,)
-    """Radii of the attacks, ascending, in units of the images, which are in [-1, 1]; the middle one counts."""
+    """Radii of the attacks, ascending, for images in [-1, 1]; the summary reports the middle one."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
-    """Steps of APGD; PGD has 20."""
+    """Number of steps of the attack APGD (PGD has 20)."""
     queries: Annotated[int, Field(ge=1, le=100_000)] = 500
-    """Queries of Square."""
+    """Number of queries of the attack Square."""
     square_images: Annotated[int, Field(ge=1, le=360)] = 100
-    """Images that Square attacks; the others attack 360."""
+    """Number of images that Square attacks; the other attacks use 360."""
     student: StudentConfig = field(default_factory=StudentConfig)
-    """How a classifier is trained; its kind and seed are those of the experiment."""
+    """How a classifier is trained; kind and seed come from the experiment."""
     workers: Annotated[int, Field(ge=1, le=64)] = field(default_factory=lambda: min(2, os.cpu_count() or 1))
     """Processes to run at the same time."""
     threads: Annotated[int, Field(ge=1, le=os.cpu_count() or 1)] = 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Canonical images of the task's scenes, and of a run's latents: the commands ``fastdistill canonical``."""
+"""The commands ``fastdistill canonical``: canonical images of the task's scenes, or of a run's latents."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ _BATCH = 20
 @documented
 @dataclass(frozen=True)
 class Options:
-    """What the commands of canonical latents share."""
+    """Options that all commands ``fastdistill canonical`` have."""
 
     task: Literal["context"] = "context"
     """The task: digits before colored backgrounds."""
     teacher: Kind = "broad"
-    """Its shipped teacher: broad has seen digits before backgrounds of any hue, same the classifier's data alone."""
+    """The shipped teacher: broad was trained on backgrounds of any hue, same only on the data of the classifiers."""
     steps: Annotated[int, Field(ge=1)] = 20
-    """Steps of the inversion, and of decoding."""
+    """Number of steps of the inversion, and of the decoding."""
     seed: Seed = 0
-    """Seed of the draw of images, and of what they are compared with."""
+    """Seed for the choice of images and for the controls (noise, random directions)."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads."""
     device: str = "cpu"
@@ -62,21 +62,21 @@ class Options:
 @documented
 @dataclass(frozen=True)
 class SweepConfig(Options):
-    """Measure settings of canonical latents, and choose one by its selectivity."""
+    """Measure several settings of canonical latents, and choose the one with the best selectivity."""
 
     t_e: Annotated[tuple[Timestep, ...], Field(min_length=1)] = (400, 500, 650)
     """Timesteps to which images are inverted."""
     k: Annotated[tuple[Directions, ...], Field(min_length=1)] = (0, 5, 15, 40)
-    """Directions that are projected out."""
+    """Numbers of directions that are projected out."""
     tap: Annotated[tuple[str, ...], Field(min_length=1)] = ("down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1",
                                                             "x0")  # fmt: skip
-    """Features whose directions they are: modules of the teacher, output or x0."""
+    """Features that the directions move most: modules of the teacher, output or x0."""
     part: Part = "independent"
-    """Scenes, of which the hue of independent ones says nothing about the digit."""
+    """Which scenes; in independent ones the hue is independent of the digit."""
     per_class: Annotated[int, Field(ge=3)] = 6
     """Images of each digit."""
     output: str = "runs/canonical-sweep"
-    """Directory of sweep.json; the rows of an interrupted call in it are kept."""
+    """Directory for sweep.json; an interrupted call in it is continued."""
 
 
 @documented
@@ -87,13 +87,13 @@ class Setting(Options):
     t_e: Timestep = 400
     """Timestep to which images are inverted."""
     k: Directions = 15
-    """Directions that are projected out; 0: none."""
+    """Number of directions that are projected out; 0: none."""
     tap: str = "up_blocks.0"
-    """The feature whose directions they are: a module of the teacher, output or x0."""
+    """Feature that the directions move most: a module of the teacher, output or x0."""
     guidance: str = "0"
-    """Schedule of the guidance weight of decoding (docs/guidance.md)."""
+    """Schedule of the guidance weight for the decoding (docs/guidance.md)."""
     part: Part = "students"
-    """Scenes: students are the data of a classifier, the others are held out."""
+    """Which scenes; students: the data of the classifiers; the others are held out."""
 
     def clarid(self) -> Clarid:
         return Clarid(self.t_e, self.k, self.tap, self.steps, self.guidance, seed=self.seed)
@@ -105,27 +105,27 @@ class ExtractConfig(Setting):
     """Write canonical images of some scenes of each class, or of a run's latents."""
 
     run: str | None = None
-    """Run file, whose teacher and cached latents are used in place of the task's. Also as the first argument."""
+    """Use the teacher and the cached latents of this run file instead of the task's. Also as the first argument."""
     per_class: Annotated[int, Field(ge=1)] | None = 14
     """Images of each class or prompt; none: all."""
     output: str = "runs/canonical"
-    """Directory of the rows; an interrupted call in it is continued."""
+    """Directory for the results; an interrupted call in it is continued."""
 
 
 @documented
 @dataclass(frozen=True)
 class ShowConfig(Setting):
-    """Draw a scene, inverted and decoded, its canonical image, and the directions between."""
+    """Draw a scene, the same inverted and decoded, its canonical image, and the directions that were removed."""
 
     row: Annotated[int, Field(ge=0)] = 0
-    """Number of the scene. Also as the first argument."""
+    """Row number of the scene. Also as the first argument."""
     png: str | None = "runs/canonical-show.png"
     """File of the picture; none: no picture."""
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A model with the data, the prompts and the noise that it was trained with."""
+    """A model with its data, prompts and noise schedule."""
 
     model: Any
     data: LatentCache
@@ -135,7 +135,7 @@ class Source:
 
 
 def source(config: Options, part: Part) -> Source:
-    """The task's."""
+    """The source of the task."""
     usable(config.device)
     torch.set_num_threads(config.threads)
     scenes = data.students() if part == "students" else data.held_out(part)
@@ -145,7 +145,7 @@ def source(config: Options, part: Part) -> Source:
 
 
 def source_of_run(file: str, config: Options, allow_code: bool = False) -> Source:
-    """Of a run file, for the first of its sizes."""
+    """The source of a run file, for the first of its sizes."""
     from fastdistill.runs import RunConfig
     from fastdistill.runs.opened import opened
     from fastdistill.train.config import from_yaml
@@ -161,11 +161,11 @@ def source_of_run(file: str, config: Options, allow_code: bool = False) -> Sourc
 
 
 def run_sweep(config: SweepConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """The settings' rows and the chosen one, written to ``sweep.json`` of the output directory as they are made.
+    """The rows of all settings and the chosen row. Each row is written at once to ``sweep.json`` in the output folder.
 
     Raises:
-        InputError: a wrong option, before anything is computed. StorageError: another process writes there, or the
-            rows there are of other images or another teacher.
+        InputError: an invalid option, before anything is computed. StorageError: another process writes there, or the
+            rows there belong to other images or another teacher.
     """
     config = validated(config, "canonical sweep")
     settings = [
@@ -205,7 +205,7 @@ def run_sweep(config: SweepConfig, progress: Progress | None = None) -> dict[str
 
 
 def run_extract(config: ExtractConfig, progress: Progress | None = None, *, allow_code: bool = False) -> CanonicalSet:
-    """Writes the set, or goes on with it, and opens it."""
+    """Writes the set, or continues an interrupted one, and opens it."""
     config = validated(config, "canonical extract")
     of_run = config.run is not None
     given = source_of_run(str(config.run), config, allow_code) if of_run else source(config, config.part)
@@ -219,7 +219,7 @@ def run_extract(config: ExtractConfig, progress: Progress | None = None, *, allo
 
 
 def run_show(config: ShowConfig) -> tuple[Canonical, Canonical, torch.Tensor]:
-    """Of one scene: what is made of it with the directions and without, and the scene [3, 8, 8] itself."""
+    """For one scene: the results with the directions projected out and without, and the scene itself [3, 8, 8]."""
     config = validated(config, "canonical show")
     given = source(config, config.part)
     rule = f"a scene of {config.part}, 0 to {len(given.data) - 1}"

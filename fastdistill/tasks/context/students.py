@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classifiers of the task: CaDistill and what it is compared with, trained by the same step, loop and budget.
+"""Classifiers of the task: CaDistill and baselines, trained with the same step, loop and budget.
 
 =============  ========================================================================================================
-kind           is trained by cross-entropy on its data, and
+kind           is trained with cross-entropy on its data, and
 =============  ========================================================================================================
 plain          nothing else
 samples        the losses of CaDistill on images that were inverted and decoded (k = 0)
-random         the same, without a random direction of the latent in place of the teacher's
-generated      the same on canonical images of noise: of no real image
-labels         CaDistill, with one-hot labels in place of the teacher's canonical feature
-feature_kd     alignment with the teacher's feature of the original images
-logit_kd       the teacher's posterior of the original images, as a diffusion classifier
-augment        its images with their hues turned and noise added: it is told what is irrelevant
-cadistill      canonical images, their labels and the teacher's feature of them
+random         the same, but a random direction of the latent is removed instead of the teacher's
+generated      the same on canonical images made from noise, not from real images
+labels         CaDistill with one-hot labels instead of the teacher's canonical feature
+feature_kd     alignment with the teacher's feature for the original images
+logit_kd       the teacher's posterior for the original images (the teacher as a diffusion classifier)
+augment        its images with random hues and added noise: it is told what is irrelevant
+cadistill      canonical images, their labels, and the teacher's feature for them
 =============  ========================================================================================================
 """
 
@@ -69,7 +69,7 @@ class StudentConfig:
     """How a classifier is trained."""
 
     kind: Kind = "cadistill"
-    """plain, cadistill, or one of what it is compared with (docs/canonical.md)."""
+    """plain, cadistill, or one of the baselines (docs/canonical.md)."""
     seed: Seed = 0
     """Seed of the initial weights and of all draws."""
     train: TrainSettings = field(
@@ -85,27 +85,27 @@ class StudentConfig:
         )
     )
     canonical_batch: Annotated[int, Field(ge=4)] = 64
-    """Rows of the canonical set of a step, at most all of it."""
+    """Rows of the canonical set per step; limited to the size of the set."""
     width: Annotated[int, Field(ge=8)] = 32
     """Channels of the first convolution."""
     align: Weight = 1.0
-    """Weight of the cosine distance of features from the prototype of their class."""
+    """Weight of the cosine distance between features and the prototype of their class."""
     canonical: Weight = 0.5
-    """Weight of the cosine distance of canonical features from their prototype."""
+    """Weight of the cosine distance between canonical features and their prototype."""
     distance: Weight = 0.5
-    """Weight of 1 - CKA of canonical features and the teacher's."""
+    """Weight of 1 - CKA between canonical features and the teacher's."""
     own_labels: bool = True
     """Add cross-entropy on the canonical images."""
     cka: Literal["debiased", "biased"] = "debiased"
-    """Form of the alignment."""
+    """Form of CKA."""
     pooled: bool = False
-    """Align with the teacher's feature averaged over its positions, in place of all of it."""
+    """Average the teacher's feature over its positions before the alignment."""
     posterior: Weight = 1.0
-    """Weight of the teacher's posterior, of the kind logit_kd."""
+    """For kind logit_kd: weight of the teacher's posterior."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.5
-    """Largest turn of the hues either way, in circles, of the kind augment."""
+    """For kind augment: maximum rotation of the hues in both directions, as a fraction of the circle."""
     noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
-    """Largest standard deviation of added noise, of the kind augment."""
+    """For kind augment: maximum standard deviation of the added noise."""
     device: str = "cpu"
     """Device to train on."""
 
@@ -130,14 +130,14 @@ def objective(config: StudentConfig) -> CaDistill:
 def train_student(
     config: StudentConfig, sets: Sets | None = None, directory: Path | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Trains a classifier; with a directory an interrupted run is continued, and ``student.safetensors`` written there.
+    """Trains a classifier. With a directory, an interrupted run is continued and ``student.safetensors`` is written.
 
     Returns:
         ``kind``, ``seed``, ``right`` by the kind of held-out images (``data.HELD_OUT``), ``seconds``, ``losses`` of the
         last log interval, ``weights`` by name and their ``sha256``.
 
     Raises:
-        InputError: a set that the kind needs and that there is not.
+        InputError: a set that the kind needs is missing.
     """
     config = validated(config, "student")
     device, scenes = torch.device(config.device), data.students()
@@ -177,7 +177,7 @@ def train_student(
 
 @torch.no_grad()
 def right(student: Classifier) -> dict[str, float]:
-    """The fraction of held-out images of each kind whose digit it sees."""
+    """The accuracy on each kind of held-out images."""
     device = next(student.parameters()).device
     found = {}
     for kind in data.HELD_OUT:
@@ -197,40 +197,40 @@ def restored(weights: Mapping[str, Tensor], width: int = 32) -> Classifier:
 @documented
 @dataclass(frozen=True)
 class StudentsConfig:
-    """Classifiers of the task, and the canonical images that they learn from."""
+    """Train classifiers of the task, and make the canonical images that they learn from."""
 
     kinds: Annotated[tuple[Kind, ...], Field(min_length=1)] = ("plain", "cadistill")
-    """What to train: plain, cadistill, or what it is compared with (docs/canonical.md)."""
+    """Kinds to train: plain, cadistill, or baselines (docs/canonical.md)."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
-    """A classifier of each kind for each."""
+    """For each seed, one classifier of each kind is trained."""
     student: StudentConfig = field(default_factory=StudentConfig)
     """How each is trained; kind and seed are those above."""
     teacher: TeacherKind = "broad"
-    """broad: it has seen backgrounds of any hue; same: only the classifier's own data."""
+    """Data of the teacher: broad: backgrounds of any hue; same: only the classifier's own data."""
     per_class: Annotated[int, Field(ge=1)] | None = PER_CLASS
-    """Images of each digit that there are canonical images of; none: all."""
+    """Number of images per digit for which canonical images are made; none: all."""
     t_e: Annotated[int, Field(ge=1, le=999)] = CLARID.t_e
     """Timestep of the canonical latents."""
     k: Annotated[int, Field(ge=1, le=192)] = CLARID.k
-    """Directions that are projected out."""
+    """Number of directions that are projected out."""
     tap: str = CLARID.tap
-    """Feature of the teacher whose directions they are."""
+    """Feature of the teacher that the directions move most."""
     steps: Annotated[int, Field(ge=1)] = CLARID.steps
-    """Steps of the inversion, and of decoding."""
+    """Number of steps of the inversion, and of the decoding."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads; one is fastest on small machines."""
     output: str = "runs/cadistill"
-    """Directory of the sets and of a directory for each classifier; what was interrupted there is continued."""
+    """Directory for the sets, with a subdirectory for each classifier; interrupted work in it is continued."""
 
 
 def train_students(
     config: StudentsConfig, progress: Callable[[str, int, int], object] | None = None
 ) -> list[dict[str, Any]]:
-    """Makes the sets that the kinds need and trains the classifiers, as ``train_student``, whose results it returns
-    without weights. One process at a time.
+    """Makes the sets that the kinds need and trains the classifiers. Returns the results of ``train_student`` without
+    the weights. Only one process at a time may use the output directory.
 
     Args:
-        progress: called with what is made, how much is done, and of how much.
+        progress: called with the name of the current part, how much of it is done, and its total.
     """
     config = validated(config, "cadistill")
     usable(config.student.device)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teachers of the task: the digits' shipped weights, trained on; both are shipped.
+"""The two teachers of the task: the shipped weights of the digits, trained further. Both are shipped.
 
-The broad one has seen digits before backgrounds of any hue, as a foundation model has seen more than the data of one
-classifier. The other one has seen the classifier's own data alone, where the hue is information about the class. With
-1,200 steps in place of 400 the broad one moves less with the hue: at t = 500 the selectivity of five directions of
+"broad" was trained on digits before backgrounds of any hue, like a foundation model that has seen more than the data of
+one classifier. "same" was trained only on the classifier's own data, where the hue tells the class. With 1,200 steps
+instead of 400, the feature of "broad" depends less on the hue: at t = 500 the selectivity of five directions of
 ``up_blocks.0`` fell from .69 to .58 (40 images).
 """
 
@@ -50,7 +50,7 @@ class TeacherConfig(digits.Recipe):
     """How the shipped weights were trained, from those of the digits."""
 
     kind: Kind = "broad"
-    """broad: trained on backgrounds of any hue; same: on the data of the classifier, whose hues are of the digits."""
+    """broad: trained on backgrounds of any hue; same: on the classifier's data, where the hue depends on the digit."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=400, batch=64, lr=3e-3, lr_schedule="cosine", warmup=50, ema_decay=0.995, seed=0, log_every=50
@@ -67,7 +67,7 @@ class TeacherConfig(digits.Recipe):
 
 
 def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """As ``digits.teacher.train_teacher``."""
+    """Like ``digits.teacher.train_teacher``."""
     made_from = {"data": data.fingerprint(), "start": digits.provenance()["sha256"]}
     lesson = digits.Lesson(
         lambda _: digits.load_teacher(), made_from, lambda: _images(config.kind), lambda m: judged(m, config), prompts
@@ -76,7 +76,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
 
 
 def load_teacher(kind: str = "broad") -> UNet2DConditionModel:
-    """A shipped teacher; as ``digits.teacher.load_teacher``."""
+    """A shipped teacher; like ``digits.teacher.load_teacher``."""
     return digits.load_teacher(weights(kind))
 
 
@@ -97,8 +97,8 @@ def prompts(device: torch.device | str = "cpu") -> PromptBank:
 
 @torch.no_grad()
 def judged(model: UNet2DConditionModel, config: TeacherConfig) -> dict[str, float]:
-    """Of images without guidance: the fraction of their digit, and the variances of hue and ink within a class over
-    those of the data; of held-out scans: the root mean square of inverting and decoding them."""
+    """For images without guidance: the fraction with the right digit, and the variances of hue and ink within a class
+    relative to the data. For held-out scans: the root mean square error of inversion and decoding."""
     bank = prompts(config.device)
     digit = torch.arange(len(data.PROMPTS)).repeat_interleave(config.images_per_prompt)
     images = sample(model, bank, digit, torch.arange(len(digit)), config.train.seed)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the digits experiment, from which the command line options and YAML fields are made."""
+"""Settings of the digits experiment; they define the command line options and the YAML fields."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from fastdistill.tasks.digits.pipeline import EXPERIMENT
 from fastdistill.tasks.digits.sampling import Sampling
 from fastdistill.train.config import PreviewConfig, TrainConfig, TrainSettings
 
-CACHE_SEED = 0  # of the latents, which students of all seeds share
+CACHE_SEED = 0  # seed of the latents; students of all seeds share them
 
 #: The students to compare: name -> p(t) and its parameters. Everything else is the same for all.
 STUDENTS: dict[str, tuple[str, dict[str, float]]] = {
@@ -49,23 +49,23 @@ class DigitsConfig:
     quick: bool = False
     """Short version, one minute instead of ten: fewer steps, latents and images (default output runs/digits-quick)."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
-    """Students to train of each kind; with several, results are mean and standard deviation."""
+    """Number of students to train of each kind; if above 1, results are mean and standard deviation."""
     student: Literal["narrow", "blocks"] = "narrow"
-    """narrow: fewer channels, from scratch, 1x1 adapters at the taps. blocks: no mid block, the teacher's weights."""
+    """narrow: fewer channels, random weights, 1x1 adapters at the taps. blocks: no mid block, the teacher's weights."""
     channels: tuple[int, int] = EXPERIMENT["student"]["channels"]
     """Channels per stage of the narrow student (the teacher has 32, 64)."""
     cache_images: Annotated[int, Field(ge=48, le=1_000_000)] = 1536
-    """Latents that the teacher generates, as many of each of the 48 seen prompts; rounded up."""
+    """Number of latents that the teacher generates, rounded up to a multiple of the 48 seen prompts."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 16
     """Images per prompt (there are 80) to evaluate each model."""
     feature_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of the feature loss, relative to the output loss."""
     feature_distance: Distance = "mse"
-    """normalized_mse: divided by the teacher's mean square; huber: linear above 1; cosine: per sample."""
+    """normalized_mse: MSE / mean square of the teacher; huber: linear above 1; cosine: one distance per sample."""
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Fraction of prompts that are replaced by the null prompt."""
     rolling: Annotated[int, Field(ge=2)] | None = 2
-    """With random conditioning every so many-th sample is a state of a sampler that runs along; None: none is."""
+    """With random conditioning, n replaces every n-th sample by a rolling state (docs/unseen_prompts.md); none: off."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             **EXPERIMENT["train"], preview=PreviewConfig(guidance_scale=Sampling().guidance_scale)
@@ -93,10 +93,10 @@ class DigitsConfig:
         return config
 
     def run_file(self, name: str, seed: int) -> RunConfig:
-        """The run of the student ``name`` (of ``STUDENTS``) and seed, in ``output``; all of them share a cache.
+        """The run of the student ``name`` (a key of ``STUDENTS``) with a seed, in ``output``; all runs share a cache.
 
         Raises:
-            InputError: another limit of the samples than the task's; a preview of a prompt that there is not.
+            InputError: the limit of the samples differs from the task's; a preview of an unknown prompt.
         """
         limit, preview, output = Sampling().clip_sample, self.train.preview, Path(self.output)
         for place, given in (
@@ -150,7 +150,7 @@ class DigitsConfig:
 
 
 def _texts(prompts: int | tuple[int | str, ...]) -> int | tuple[str, ...]:
-    """The prompts of previews, rows of ``PROMPTS`` by their texts."""
+    """The prompts of previews; row numbers of ``PROMPTS`` become texts."""
     if isinstance(prompts, int):
         return prompts
     for row in prompts:

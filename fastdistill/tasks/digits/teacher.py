@@ -56,7 +56,7 @@ ARCHITECTURE: dict[str, Any] = {
 @documented
 @dataclass(frozen=True)
 class Recipe:
-    """How a teacher is trained and evaluated, of this task or of another with the same model."""
+    """How a teacher is trained and evaluated, for this task or another one with the same model."""
 
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -78,7 +78,7 @@ class Recipe:
 
     @property
     def shipped(self) -> Path:
-        """The weights of the package that were trained so."""
+        """The file of the shipped weights that were trained with this recipe."""
         return WEIGHTS
 
 
@@ -94,8 +94,8 @@ class TeacherConfig(Recipe):
 class Lesson:
     """What a teacher learns.
 
-    start: the model before training, of a seed. made_from: what that and the data depend on, for the provenance.
-    images: [n, 3, 8, 8] and their rows of the prompts. judged: measures a trained model, in eval mode.
+    start: seed -> the model before training. made_from: what this model and the data depend on, for the provenance.
+    images: [n, 3, 8, 8] and the row of each image's prompt. judged: measures a trained model in eval mode.
     """
 
     start: Callable[[int], UNet2DConditionModel]
@@ -125,7 +125,7 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
 
 
 def trained(config: Recipe, lesson: Lesson, progress: Progress | None = None) -> dict[str, Any]:
-    """Trains by a recipe what a lesson says; as ``train_teacher``."""
+    """Trains the model of a lesson with a recipe; like ``train_teacher``."""
     config = validated(config, "teacher")
     for option in ("fuse", "precision", "banks", "gradient_checkpointing", "preview"):
         if (given := getattr(config.train, option)) != (only := getattr(TrainConfig(), option)):
@@ -166,7 +166,7 @@ def trained(config: Recipe, lesson: Lesson, progress: Progress | None = None) ->
 
 @torch.no_grad()
 def judged(model: UNet2DConditionModel, config: TeacherConfig) -> dict[str, float]:
-    """Fraction of images that match their prompt, for all, seen and unseen prompts, and the accuracy of the judge."""
+    """The fractions of images that match their prompt, for all, seen and unseen prompts, and the judge's accuracy."""
     judge, bank = Judge(), prompt_bank().to(config.device)
     prompt = torch.arange(len(data.PROMPTS)).repeat_interleave(config.images_per_prompt)
     images = sample(model, bank, prompt, torch.arange(len(prompt)), config.train.seed, config.sampling)
@@ -211,8 +211,8 @@ def provenance(path: str | Path = WEIGHTS) -> dict[str, Any]:
 
 
 def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
-    """What differs between the inputs of two teachers, one line per setting. If nothing does, their weights may still
-    differ: each processor rounds in its own way, and training amplifies that."""
+    """The differences between the inputs of two teachers, one line per setting. Without differences, the weights may
+    still differ: processors round differently, and training amplifies this."""
 
     def inputs(provenance: dict[str, Any]) -> dict[str, Any]:
         recipe = dict(provenance["recipe"])

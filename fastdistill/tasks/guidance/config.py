@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the commands of guidance, from which the command line options and YAML fields are made."""
+"""Settings of the commands ``fastdistill guidance``; they define the command line options and the YAML fields."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class LabConfig:
     """Measure what guidance does to distributions whose scores are known exactly."""
 
     output: str = "runs/guidance-lab"
-    """Directory of the results; what an interrupted run has measured in it is kept."""
+    """Directory for the results; an interrupted run in it is continued."""
     quick: bool = False
     """Short version, half a minute: fewer dimensions and samples (default output runs/guidance-lab-quick)."""
     world: Annotated[tuple[World, ...], Field(min_length=1)] = WORLDS
-    """Which distributions."""
+    """Distributions to measure."""
     samples: Annotated[int, Field(ge=64, le=1_000_000)] = 8192
-    """Samples for each row; of high-dimensional ones fewer."""
+    """Number of samples per row; fewer if they have many dimensions."""
     seed: Seed = 0
     """Seed of the noise, the classes and the random centres."""
 
@@ -46,16 +46,16 @@ class LabConfig:
 @documented
 @dataclass(frozen=True)
 class ShowConfig:
-    """Print a schedule of guidance over the steps of a sampler, with its evaluations, and draw it."""
+    """Print a schedule of guidance for the steps of a sampler, with the number of model evaluations, and draw it."""
 
     schedule: str | None = None
-    """Such as 8@10,-1@2,0 (docs/guidance.md). Also as the first argument."""
+    """Schedule, such as 8@10,-1@2,0 (docs/guidance.md). Also as the first argument."""
     grid: str = "karras:30"
     """Steps of the sampler: karras:30, karras:30@30..0.09, trailing:20, flow:28 or flow:28@3."""
     noise: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
-    """Noise of the model (scaled_linear: Stable Diffusion); flow grids need none."""
+    """Noise schedule of the model (scaled_linear: Stable Diffusion); not used by flow grids."""
     method: Literal["ddim", "euler", "heun", "ancestral"] = "ddim"
-    """The sampler, by which the evaluations are counted."""
+    """Sampler; it determines the number of model evaluations."""
     png: str | None = "runs/guidance-show.png"
     """File of the picture; none: no picture."""
 
@@ -63,32 +63,32 @@ class ShowConfig:
 @documented
 @dataclass(frozen=True)
 class SolveConfig:
-    """Solve the weight below a switch that gives back the variance which guidance takes above it.
+    """Guidance above a switch (a noise level) reduces the variance; find the weight below it that restores it.
 
-    The variances are those of a run's latents or of a latent cache, whose prompts are the classes, or given.
+    The variances are measured on the latents of a run or a cache (each prompt is a class), or given with --c and --u.
     """
 
     run: str | None = None
-    """Run file: the noise of its teacher, its latents. Also as the first argument."""
+    """Run file; its latents and the noise schedule of its teacher are used. Also as the first argument."""
     cache: str | None = None
-    """Directory of a latent cache."""
+    """Directory of a latent cache, whose latents are used."""
     c: tuple[Positive, ...] = ()
     """Variances within a class, one for each direction."""
     u: tuple[Positive, ...] = ()
     """Variances of all data in the same directions."""
     rank: Annotated[int, Field(ge=1)] = 16
-    """Directions that are measured; the others are taken to be alike."""
+    """Number of directions that are measured one by one; all others get one common variance."""
     noise: Literal["scaled_linear", "linear", "cosine"] = "scaled_linear"
-    """Noise of the model where no run file says it (scaled_linear: Stable Diffusion); flow grids need none."""
+    """Noise schedule if no run file is given (scaled_linear: Stable Diffusion); not used by flow grids."""
     grid: str = "karras:30"
     """Steps of the sampler: karras:30, karras:30@30..0.09, trailing:20, flow:28 or flow:28@3."""
     method: Literal["ddim", "euler", "heun", "ancestral"] = "ddim"
-    """The sampler."""
+    """Sampler."""
     w_plus: Positive = 4.0
     """Weight above the switch (guidance scale - 1)."""
     switch: Positive | None = None
-    """Sigma of the switch; none: the lowest at which the variance can be kept."""
+    """Sigma of the switch; none: the lowest sigma for which the variance can be restored."""
     stop: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Sigma below which there is no guidance."""
     floor: Annotated[float, Field(le=0, allow_inf_nan=False)] = -1.0
-    """Lowest weight below the switch."""
+    """Minimum weight below the switch."""

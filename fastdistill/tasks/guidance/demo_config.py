@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the guidance experiment, from which the command line options and YAML fields are made."""
+"""Settings of the guidance experiment; they define the command line options and the YAML fields."""
 
 from __future__ import annotations
 
@@ -28,42 +28,42 @@ _QUICK: dict[str, Any] = {
     "cache_images": 160,
 }
 _QUICK_STEPS = 60
-#: What ``full`` changes: between two constants their line is straight, which takes from what a window gives back.
+#: What ``full`` changes: one more constant, because the curve of the constants is interpolated linearly between them.
 _FULL: dict[str, Any] = {"constants": (0.0, 0.5, 1.0, 1.5, 2.0, 4.0)}
 
 
 @documented
 @dataclass(frozen=True)
 class DemoConfig:
-    """What schedules of guidance do to models, and students that make the guided images in one pass."""
+    """Measure what schedules of guidance do to models, and train students that make guided images with one pass."""
 
     output: str = "runs/guidance"
     """Directory of the experiment; an interrupted experiment in it is continued."""
     quick: bool = False
     """Short version, a minute (default output runs/guidance-quick)."""
     full: bool = False
-    """Also one more constant, a student of the window on noised images, students from caches by random conditioning."""
+    """Longer version: one more constant, a student trained on noised images, students with random conditioning."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
-    """Seeds of the images, and students to train of each kind."""
+    """Number of seeds for the images, and of students to train of each kind."""
     constants: Annotated[tuple[Weight, ...], Field(min_length=2)] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    """Constant guidance weights, 0 among them, with which windows are compared."""
+    """Constant guidance weights that windows are compared with; 0 must be one of them."""
     windows: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "4@8,-1@2,0",
         "8@10,-1@2,0",
         "11.2@12,-1@1.5,0",
         "8@8,-1@2,0",
     )
-    """Schedules of the shades' teacher beside the constants."""
+    """Schedules for the teacher of the shades, in addition to the constants."""
     student: str = "8@8,-1@2,0"
     """The schedule that a student learns."""
     scales: Annotated[tuple[Weight, ...], Field(min_length=2)] = (0.0, 1.0, 2.0, 4.0)
-    """Weights at which the student that reads it is measured; it learns those from the lowest to the highest."""
+    """Weights at which the student with a weight input is measured; it learns all weights between the extremes."""
     grid: str = "karras:30@30..0.09"
-    """Noise levels of the shades' sampler."""
+    """Noise levels of the sampler for the shades."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 8
     """Images per prompt (there are 80), model and seed."""
     cache_images: Annotated[int, Field(ge=80, le=1_000_000)] = 1536
-    """Images of the teacher that a student learns from."""
+    """Number of the teacher's images that a student learns from."""
     worlds: Annotated[tuple[World, ...], Field(min_length=1)] = WORLDS
     """Distributions with exact scores to measure."""
     train: TrainConfig = field(

@@ -54,23 +54,23 @@ class ShadesDiagnosis:
         *("0", "0.5", "1", "1.5", "2", "3"),
         *("4@8,-1@2,0", "8@10,-1@2,0", "11.2@12,-1@1.5,0", "8@8,-1@2,0"),
     )
-    """Schedules of w; windows are compared with the constants among them, of which 0 has to be one."""
+    """Schedules of w: constants, one of which must be 0, and windows, which are compared with the constants."""
     grid: str = GRID
     """Noise levels of the sampler: trailing:20, karras:30 or karras:30@30..0.09."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Limit of the magnitude of the predicted clean sample; none: no limit."""
     seeds: Annotated[int, Field(ge=1, le=100)] = 3
-    """Noises of each image; intervals are over the images of all of them."""
+    """Number of seeds; confidence intervals are over the images of all seeds."""
     images_per_prompt: Annotated[int, Field(ge=1, le=1000)] = 8
     """Images per prompt (there are 80), schedule and seed."""
     draws: Annotated[int, Field(ge=8, le=100_000)] = 400
-    """Draws of the bootstrap."""
+    """Number of bootstrap resamples."""
     quick: bool = False
-    """One seed of two images per prompt, of w = 0, 1, 2 and the first two windows (default output with -quick)."""
+    """Short version: one seed, two images per prompt, w = 0, 1, 2 and the first two windows (output ends in -quick)."""
     output: str = "runs/guidance-shades"
-    """Directory of the report; an interrupted call in it is continued."""
+    """Directory for the report; an interrupted call in it is continued."""
     batch: Annotated[int, Field(ge=1)] = 64
-    """Images that are sampled together."""
+    """Batch size of the sampling."""
     threads: Annotated[int, Field(ge=1)] = 1
     """CPU threads."""
     device: str = "cpu"
@@ -95,13 +95,13 @@ class DigitsDiagnosis(ShadesDiagnosis):
     """Sample the shipped teacher with schedules of guidance, and compare variance and accuracy with constants."""
 
     schedules: tuple[str, ...] = ("0", "1", "2", "4", "8", "2@0.74,-1@0.1,0", "2@1,-1@0.1,0", "4@1.5,-1@0.5,0")
-    """Schedules of w; windows are compared with the constants among them, of which 0 has to be one."""
+    """Schedules of w: constants, one of which must be 0, and windows, which are compared with the constants."""
     grid: str = "trailing:20"
     """Noise levels of the sampler: trailing:20, karras:30 or karras:30@30..0.09."""
     clip_sample: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 1.2
     """Limit of the magnitude of the predicted clean sample; none: no limit."""
     output: str = "runs/guidance-digits"
-    """Directory of the report; an interrupted call in it is continued."""
+    """Directory for the report; an interrupted call in it is continued."""
 
 
 CONFIGS: dict[str, type[ShadesDiagnosis]] = {"digits": DigitsDiagnosis, "shades": ShadesDiagnosis}
@@ -109,7 +109,7 @@ CONFIGS: dict[str, type[ShadesDiagnosis]] = {"digits": DigitsDiagnosis, "shades"
 
 @dataclass(frozen=True)
 class Subject:
-    """What of a task is measured.
+    """What is measured in a task.
 
     features: images -> [n, D]. classes: [80] int64, the class of each prompt. reference: real images and their classes.
     right: (images, prompts) -> [n] bool.
@@ -123,8 +123,8 @@ class Subject:
 
 
 def subject(task: str, model: nn.Module | None = None) -> Subject:
-    """The shipped teacher of a task, or another model, with what it is measured by: of the shades the tint by color, of
-    the digits 20 principal components of the ink by digit."""
+    """The shipped teacher of a task, or another model, with its measures. The variance is that within classes: for the
+    shades of the tint, by color; for the digits of 20 principal components of the ink, by digit."""
     judge, prompts = Judge(), torch.arange(len(data.PROMPTS))
     if task == "shades":
         images, rows = shades.held_out()
@@ -160,7 +160,7 @@ def measured(
     keep: Path | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Diagnosis:
-    """What the schedules of a configuration do to a task's teacher, or to another model of the task."""
+    """Measures the schedules of a configuration with a task's teacher, or with another model of the task."""
     grid = Grid.parse(config.grid, SCHEDULE)
     for schedule in config.schedules:
         Guidance.parse(schedule).passes(grid)  # before anything is loaded
@@ -193,11 +193,11 @@ def measured(
 def run(
     task: str, config: ShadesDiagnosis, progress: Callable[[int, int], object] | None = None
 ) -> tuple[Diagnosis, dict[str, Any]]:
-    """Measure a task's teacher and write ``report.json`` and ``report.html`` into the output directory; what an
-    interrupted call has sampled is not sampled again. Returns the diagnosis and the report.
+    """Measure a task's teacher and write ``report.json`` and ``report.html`` into the output directory. Samples of an
+    interrupted call are used again. Returns the diagnosis and the report.
 
     Raises:
-        InputError: a wrong option, before anything is sampled. StorageError: another process writes there.
+        InputError: an invalid option, before anything is sampled. StorageError: another process writes there.
     """
     from fastdistill.evaluate.guidance_figures import diversity_plane
 
@@ -226,7 +226,7 @@ def run(
 
 
 def finding(diagnosis: Diagnosis) -> str:
-    """What constant guidance takes, and what the windows give back at equal separation and at equal accuracy."""
+    """The variance that constant guidance loses, and how much of it windows restore at equal separation or accuracy."""
     rows = {row.schedule: row for row in diagnosis.rows}
     parts = []
     if (free := rows.get("0")) and (one := rows.get("1")):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher of the task: the digits' shipped weights, trained on; its own weights are shipped too."""
+"""The teacher of the task: the shipped weights of the digits, trained further. They are shipped too."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class TeacherConfig(digits.Recipe):
 
 
 def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """As ``digits.teacher.train_teacher``."""
+    """Like ``digits.teacher.train_teacher``."""
     made_from = {"data": data.fingerprint(), "start": digits.provenance()["sha256"]}
     lesson = digits.Lesson(lambda _: digits.load_teacher(), made_from, data.training, lambda m: judged(m, config))
     return digits.trained(config, lesson, progress)
 
 
 def load_teacher(path: str | Path = WEIGHTS) -> UNet2DConditionModel:
-    """The teacher from a file written by ``train_teacher``; as ``digits.teacher.load_teacher``."""
+    """The teacher from a file written by ``train_teacher``; like ``digits.teacher.load_teacher``."""
     return digits.load_teacher(path)
 
 
@@ -70,8 +70,8 @@ def provenance(path: str | Path = WEIGHTS) -> dict[str, Any]:
 
 @torch.no_grad()
 def judged(model: UNet2DConditionModel, config: TeacherConfig) -> dict[str, float]:
-    """Of images without guidance: the fractions with the right color and digit, the mean of the tint along its color
-    and its variance, both relative to the data's; and what ``exact`` gives for color, mean and variance."""
+    """For images without guidance: the fractions with the right color and digit, and the mean of the tint along its
+    color and its variance, both relative to the data; and the values of ``exact`` for color, mean and variance."""
     judge, bank = Judge(), prompt_bank().to(config.device)
     prompt = torch.arange(len(PROMPTS)).repeat_interleave(config.images_per_prompt)
     images = sample(model, bank, prompt, torch.arange(len(prompt)), config.train.seed)
@@ -103,11 +103,11 @@ def moments(images: torch.Tensor, rows: torch.Tensor) -> tuple[float, float]:
 
 
 def exact(grid: Grid | str = GRID) -> tuple[float, float, float]:
-    """What exact scores of the tints give on this grid without guidance: the fraction with the right color, and mean
-    and variance of a channel over those of the data.
+    """The results of exact scores of the tints on this grid without guidance: the fraction with the right color, and
+    mean and variance of a channel relative to the data.
 
-    Without guidance only the Gaussian of the prompt's color matters. It is as long as in an image of ``data.norm``, and
-    is sampled from noise, whose lack of signal shortens the mean.
+    Without guidance only the Gaussian of the prompt's color matters, with a mean of length ``data.norm``. Sampling
+    starts from noise without any signal, which shortens the mean.
     """
     levels = Grid.parse(grid, SCHEDULE) if isinstance(grid, str) else grid
     length = data.norm()
