@@ -21,7 +21,8 @@ int64_t group_norm_silu_cuda_shared(const fd::GroupNormSilu& a, const fd::GroupN
 int group_norm_silu_cuda_clusters(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, bool backward);
 const char* group_norm_silu_cuda(const fd::GroupNormSilu& a, const fd::GroupNormCut& how, float* sums, void* stream);
 const char* cross_attention_backward_cuda(const fd::CrossAttentionBackward& a, const fd::Queue& queue);
-bool cross_attention_backward_cuda_built();
+const char* cross_attention_cuda(const fd::CrossAttention& a, const fd::Queue& queue);
+bool cross_attention_cuda_built();
 const char* unavailable_cuda();
 const char* philox_cuda(const uint32_t* counter, const uint32_t* key, uint32_t* words, float* normals, int64_t n, void* stream);
 
@@ -138,17 +139,28 @@ using Strided = std::tuple<Address, int64_t, int64_t, int64_t>;
 
 fd::Heads heads_of(const Strided& x) { return {at<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)}; }
 
+void cross_attention(const Strided& q, const Strided& k, const Strided& v, const Strided& out, Address mask, int masking,
+                     int mask_dtype, Address rows, int64_t batch, int64_t queries, int64_t heads, int64_t dim, int64_t keys,
+                     int64_t bank, int64_t chunks, int64_t span, float scale, int dtype, bool swizzled, const Stream& stream) {
+  fd::CrossAttention a = {};
+  a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v), a.out = heads_of(out);
+  a.mask = at<void>(mask), a.masking = fd::Mask(masking), a.mask_dtype = fd::Dtype(mask_dtype), a.rows = at<int64_t>(rows);
+  a.B = batch, a.N = queries, a.H = heads, a.D = dim, a.L = keys, a.R = bank, a.chunks = chunks, a.span = span;
+  a.scale = scale, a.dtype = fd::Dtype(dtype), a.swizzled = swizzled;
+  check("cross_attention", cross_attention_cuda(a, queue_of(stream)));
+}
+
 void cross_attention_backward(const Strided& q, const Strided& k, const Strided& v, const Strided& grad_out,
                               const Strided& grad_q, Address mask, int masking, int mask_dtype, Address rows, Address grad_k,
                               Address grad_v, Address partials, int64_t batch, int64_t queries, int64_t heads, int64_t dim,
-                              int64_t keys, int64_t bank, int64_t chunks, int64_t span, float scale, int dtype,
+                              int64_t keys, int64_t bank, int64_t chunks, int64_t span, float scale, int dtype, bool swizzled,
                               const Stream& stream) {
   fd::CrossAttentionBackward a = {};
   a.q = heads_of(q), a.k = heads_of(k), a.v = heads_of(v), a.grad_out = heads_of(grad_out), a.grad_q = heads_of(grad_q);
   a.mask = at<void>(mask), a.masking = fd::Mask(masking), a.mask_dtype = fd::Dtype(mask_dtype), a.rows = at<int64_t>(rows);
   a.grad_k = at<void>(grad_k), a.grad_v = at<void>(grad_v), a.partials = at<float>(partials);
   a.B = batch, a.N = queries, a.H = heads, a.D = dim, a.L = keys, a.R = bank, a.chunks = chunks, a.span = span;
-  a.scale = scale, a.dtype = fd::Dtype(dtype);
+  a.scale = scale, a.dtype = fd::Dtype(dtype), a.swizzled = swizzled;
   check("cross_attention_backward", cross_attention_backward_cuda(a, queue_of(stream)));
 }
 
@@ -171,9 +183,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("grad_square_sum", &grad_square_sum, release());
   m.def("adamw_ema_workspace", &adamw_ema_cuda_workspace, "floats that adamw_ema needs for each parameter");
   m.def("adamw_ema", &adamw_ema, release());
+  m.def("cross_attention", &cross_attention, release());
   m.def("cross_attention_backward", &cross_attention_backward, release());
-  m.def("cross_attention_backward_built", &cross_attention_backward_cuda_built,
-        "whether this build contains the kernel for Hopper");
+  m.def("cross_attention_built", &cross_attention_cuda_built, "whether this build contains the kernels for Hopper");
   m.def("philox4x32", &philox, release(),
         "words[n, 4] and normals[n, 4] of counter[n, 4] under key[2], on the device and the stream");
 }

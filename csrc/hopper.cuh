@@ -17,11 +17,14 @@ namespace hopper {
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // The descriptor of an operand: its address, and the strides in bytes between cores along the dimension that the product
-// sums over and across it.
+// sums over and across it. A swizzled operand has no cores, but blocks of 64 columns with 128 bytes per row, in which the
+// 16-byte part i of row r is stored as part i ^ r % 8. It starts at a multiple of 1024 bytes; its strides are those between
+// such blocks and between groups of 8 rows (1024).
 struct Operand {
   uint64_t bits;
-  __device__ Operand(const void* at, int along, int across)
-      : bits(uint64_t(shared_address(at) >> 4 & 0x3FFF) | uint64_t(along >> 4) << 16 | uint64_t(across >> 4) << 32) {}
+  __device__ Operand(const void* at, int along, int across, bool swizzled = false)
+      : bits(uint64_t(shared_address(at) >> 4 & 0x3FFF) | uint64_t(along >> 4) << 16 | uint64_t(across >> 4) << 32 |
+             uint64_t(swizzled) << 62) {}
   __device__ Operand after(int bytes) const {
     Operand moved = *this;
     moved.bits += bytes >> 4;
@@ -35,6 +38,11 @@ __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync
 // Waits until at most ``left`` series are in flight.
 template <int left> __device__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
+}
+// Keeps reads of accumulators behind the last wait: if the compiler moved one ahead of it, it would make every product wait.
+template <int n> __device__ void settle(float (&d)[n]) {
+  FD_UNROLL
+  for (int i = 0; i < n; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 // fence.proxy.async: makes this thread's stores to shared memory visible to products that are issued after a later barrier.
 __device__ inline void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

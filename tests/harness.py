@@ -91,7 +91,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 #: Kernels that take some calls of an op alone: its own tests make those.
-PARTIAL = {("group_norm_silu", "cuda")}
+PARTIAL = {("group_norm_silu", "cuda"), ("cross_attention", "cuda")}
 
 
 def kernels_of(op: str, devices: Sequence[str] = DEVICES) -> list[str]:

@@ -14,13 +14,21 @@ from benchmarks.kernels.resources import SYSTEM_SHARED, Row, binary, cuobjdump, 
 
 ARCHS = (80, 90, 100)
 THREADS = {"add_squares": 1024, "finish": 1024, "prepare": 128}  # per block; 256 for all others
-THREADS |= {f"attention_gradients<{dim}, 80, {dtype}>": 128 for dim in (40, 64) for dtype in ("bf16", "f16")}
+THREADS |= {
+    f"attention_gradients<{dim}, 80, {swizzled}, {dtype}>": 128
+    for dim in (40, 64) for swizzled in ("false", "true") for dtype in ("bf16", "f16")
+}  # fmt: skip
+THREADS |= {"attention": 128}
 _OPS = {"match": "feature_match", "finish": "feature_match", "add_samples": "feature_match", "gather": "noise_gather"}
 _OPS |= {"scale": "scale_gradients", "square_sum": "grad_square_sum", "add_squares": "grad_square_sum"}
 _OPS |= {"match_output": "output_match", "finish_output": "output_match"}
 _OPS |= {"cluster_forward": "group_norm_silu"}
 _OPS |= {"cluster_backward": "group_norm_silu_backward", "add_channels": "group_norm_silu_backward"}
-_OPS |= {"attention_gradients": "cross_attention_backward", "add_chunks": "cross_attention_backward"}
+_OPS |= {
+    "attention": "cross_attention",
+    "attention_gradients": "cross_attention_backward",
+    "add_chunks": "cross_attention_backward",
+}
 _OPS |= {"prepare": "adamw_ema", "update": "adamw_ema", "philox_kernel": "philox4x32"}
 
 

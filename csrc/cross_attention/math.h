@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradients of cross_attention: S = scale Q K^T + bias, P = softmax(S) over the keys, dV = P^T dO, dP = dO V^T,
-// dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q. The softmax is computed with powers of two.
+// cross_attention, softmax(S) V, and its gradients: S = scale Q K^T + bias, P = softmax(S) over the keys, dV = P^T dO, dP = dO
+// V^T, dS = P (dP - sum_j P_j dP_j), dQ = scale dS K, dK = scale dS^T Q. The softmax is computed with powers of two.
 #pragma once
 #include "common.h"
 
@@ -14,6 +14,17 @@ struct Heads {
   int64_t batch, token, head;
 };
 
+struct CrossAttention {
+  Heads q, k, v, out;
+  const void* mask;     // [B, L]
+  const int64_t* rows;  // [B] row of K and V for each sample; null: row b for sample b
+  int64_t B, N, H, D, L, R, chunks, span;
+  Mask masking;
+  Dtype mask_dtype, dtype;
+  float scale;
+  bool swizzled;  // whether matrices in shared memory are swizzled; only for head dims that can choose
+};
+
 struct CrossAttentionBackward {
   Heads q, k, v, grad_out, grad_q;
   const void* mask;     // [B, L]
@@ -24,6 +35,7 @@ struct CrossAttentionBackward {
   Mask masking;
   Dtype mask_dtype, dtype;
   float scale;
+  bool swizzled;  // whether matrices in shared memory are swizzled; only for head dims that can choose
 };
 
 namespace FD_ISA {
@@ -55,7 +67,7 @@ FD_HD float bias_of(float given) {
   return infinite ? given : clamp(scaled, limit);
 }
 
-FD_HD float key_bias(const CrossAttentionBackward& a, int64_t b, int64_t key) {
+template <typename A> FD_HD float key_bias(const A& a, int64_t b, int64_t key) {
   if (key >= a.L) return minus_infinity();
   const int64_t at = b * a.L + key;
   if (a.masking == Mask::kept) return static_cast<const uint8_t*>(a.mask)[at] ? 0.0f : minus_infinity();
@@ -68,27 +80,35 @@ FD_HD float key_bias(const CrossAttentionBackward& a, int64_t b, int64_t key) {
 // The maximum that the softmax subtracts: 0 if the mask excludes every key.
 FD_HD float finite(float top) { return is_minus_infinity(top) ? 0.0f : top; }
 
-// 1 / (sum of the weights). It is 0 if the mask excludes every key, so that the gradients of the row are 0.
-FD_HD float inverse(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
+// 1 / (sum of the weights). It is 0 if the mask excludes every key, so that the output and gradients of the row are 0.
+FD_HD float inverse(float total) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(total));  // the sum is 0, NaN or (nearly) at least 1
+#else
+  const float y = 1.0f / total;
+#endif
+  return total == 0.0f ? 0.0f : y;
+}
 
 // The row of K and V that sample b uses; -1 if its index is out of range.
-FD_HD int64_t row_of(const CrossAttentionBackward& a, int64_t b) {
+template <typename A> FD_HD int64_t row_of(const A& a, int64_t b) {
   if (!a.rows) return b;
   const int64_t row = a.rows[b];
   return row >= 0 && row < a.R ? row : -1;
 }
 
 // Two numbers packed into a word, ``first`` in the lower half, rounded like from_float.
-template <typename T> FD_HD uint32_t two_of(float first, float second) {
+template <typename T> FD_HD uint32_t pair_of(float first, float second) {
   return uint32_t(from_float<T>(first).bits) | uint32_t(from_float<T>(second).bits) << 16;
 }
 #ifdef __CUDA_ARCH__
-template <> FD_HD uint32_t two_of<bf16>(float first, float second) {
+template <> FD_HD uint32_t pair_of<bf16>(float first, float second) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
   return both;
 }
-template <> FD_HD uint32_t two_of<f16>(float first, float second) {
+template <> FD_HD uint32_t pair_of<f16>(float first, float second) {
   uint32_t both;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
   return both;

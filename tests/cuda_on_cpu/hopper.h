@@ -9,9 +9,16 @@ namespace hopper {
 struct Operand {
   const unsigned char* at;
   int along, across;
-  Operand(const void* at, int along, int across) : at(static_cast<const unsigned char*>(at)), along(along), across(across) {}
-  Operand after(int bytes) const { return {at + bytes, along, across}; }
+  bool swizzled;
+  Operand(const void* at, int along, int across, bool swizzled = false)
+      : at(static_cast<const unsigned char*>(at)), along(along), across(across), swizzled(swizzled) {}
+  Operand after(int bytes) const { return {at + bytes, along, across, swizzled}; }
   template <typename T> float element(int row, int k, bool transposed) const {
+    if (swizzled) {
+      const int line = transposed ? k : row, column = transposed ? row : k;
+      const uintptr_t plain = uintptr_t(at) + line / 8 * across + line % 8 * 128 + column / 64 * along + column % 64 * 2;
+      return FD_ISA::to_float(*reinterpret_cast<const T*>(plain ^ (plain >> 7 & 7) << 4));
+    }
     const unsigned char* const core = at + row / 8 * across + k / 8 * along;
     const int outer = transposed ? k % 8 : row % 8, inner = transposed ? row % 8 : k % 8;
     return FD_ISA::to_float(*reinterpret_cast<const T*>(core + 16 * outer + 2 * inner));
@@ -21,6 +28,7 @@ struct Operand {
 inline void begin_products() {}
 inline void commit_products() {}
 template <int left> void wait_products() {}
+template <int n> void settle(float (&)[n]) {}
 inline void publish_to_products() {}
 inline void commit_copies() {}
 template <int left> void wait_copies() {}

@@ -49,7 +49,7 @@ const void* last_caller;
 std::unordered_map<uint32_t, uint32_t> fences;  // moment of each block's last
 uint32_t moment, launch_begin, block_begin;
 uintptr_t shared_begin, shared_end;  // static shared memory: the thread-local memory of this library
-alignas(16) char dynamic_memory[most_in_cluster * most_dynamic];
+alignas(1024) char dynamic_memory[most_in_cluster * most_dynamic];
 size_t dynamic_bytes;
 bool ended[most_in_cluster];
 unsigned blocks;                     // of a cluster

@@ -222,6 +222,9 @@ WORKS: dict[str, Callable[[str], Work]] = {
     "adamw_ema": adamw_ema_work,
     "cross_attention": lambda device: cross_attention_work(device, torch.bfloat16, 21),
     "cross_attention-long": lambda device: cross_attention_work(device, torch.float32, 20),
+    "cross_attention-160": lambda device: model_work(
+        device, cross_attention, (2, 150, 1, 160), (2, 21, 1, 160), (2, 21, 1, 160), dtype=torch.bfloat16
+    ),
     "cross_attention_backward": cross_attention_backward_work,
     "group_norm_silu": lambda device: group_norm_silu_work(device, last=False),
     "group_norm_silu-channels_last": lambda device: group_norm_silu_work(device, last=True),
@@ -235,9 +238,10 @@ WORKS: dict[str, Callable[[str], Work]] = {
         device, lambda x, bias: geglu(x + bias.detach(), bias=bias), (2, 9, 80), (80,), dtype=torch.float16
     ),
 }
-_REFUSED = ("cuda", "group_norm_silu")  # for contiguous layouts
+#: Contiguous layouts; fewer keys than warpgroups take, or float32.
+_REFUSED = {("cuda", w) for w in ("group_norm_silu", "cross_attention", "cross_attention-long")}
 #: Each kernel with the steps of its ops; ``attention`` has no kernel of this library.
-PAIRS = [(k, w) for k in KERNELS for w in WORKS if k in OPS[w.split("-")[0]].kernel_names() and (k, w) != _REFUSED]
+PAIRS = [(k, w) for k in KERNELS for w in WORKS if k in OPS[w.split("-")[0]].kernel_names() and (k, w) not in _REFUSED]
 
 
 def steps_of(work: Work, count: int = 3) -> list[list[Tensor]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of cross_attention on CPU tensors, with nvcc's code of csrc/cross_attention/cuda.cu for Hopper."""
+"""cross_attention and its gradients on CPU tensors, with nvcc's code of csrc/cross_attention/cuda.cu for Hopper."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("B", "N", "H", "D", "L", "R", "chunks", "span")),
         *((name, ctypes.c_int) for name in ("masking", "mask_dtype", "dtype")),
         ("scale", ctypes.c_float),
+        ("swizzled", ctypes.c_bool),
+    ]
+
+
+class _Forward(ctypes.Structure):
+    """``fd::CrossAttention``."""
+
+    _fields_ = [
+        *((name, _Heads) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_void_p) for name in ("mask", "rows")),
+        *((name, ctypes.c_int64) for name in ("B", "N", "H", "D", "L", "R", "chunks", "span")),
+        *((name, ctypes.c_int) for name in ("masking", "mask_dtype", "dtype")),
+        ("scale", ctypes.c_float),
+        ("swizzled", ctypes.c_bool),
     ]
 
 
@@ -47,10 +61,12 @@ def compiled(folder: Path) -> str:
     return made.read_text()
 
 
-def kernel(text: str, dim: int, dtype: torch.dtype) -> Kernel:
+def kernel(text: str, dim: int, dtype: torch.dtype, swizzled: bool = False, forward: bool = False) -> Kernel:
     head, *entries = re.split(r"^(?=(?:\.visible |\.weak )?\.entry )", text, flags=re.M)
     name = "4bf16" if dtype == torch.bfloat16 else "3f16"
-    (entry,) = (e for e in entries if re.match(rf".*attention_gradientsILi{dim}ELi\d+ENS_{name}E", e.split("(")[0]))
+    base = "9attention" if forward else "attention_gradients"
+    pattern = re.compile(rf".*{base}ILi{dim}ELi\d+ELb{swizzled:d}ENS_{name}E")
+    (entry,) = (e for e in entries if pattern.match(e.split("(")[0]))
     return parse(head + entry)
 
 
@@ -77,3 +93,20 @@ def gradients(
         sums = partials.view(2, B, chunks, L, H, D).sum(2)
         grads[1:] = [sums[0].to(k.dtype), sums[1].to(v.dtype)]
     return grads, report
+
+
+def outputs(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, chunks: int
+) -> tuple[Tensor, Report]:
+    (B, N, H, D), L = q.shape, k.shape[1]
+    span = -(-N // 64 // chunks) * 64
+    chunks = -(-N // span)
+    out, report = torch.full_like(q, torch.nan), Report()
+    a = _Forward()
+    for name, t in zip(("q", "k", "v", "out"), (q, k, v, out), strict=True):
+        setattr(a, name, _Heads(t.data_ptr(), *t.stride()[:3]))
+    a.mask, a.masking = (mask.data_ptr(), 1) if mask is not None else (None, 0)
+    a.B, a.N, a.H, a.D, a.L, a.R, a.chunks, a.span = B, N, H, D, L, B, chunks, span
+    a.scale, a.dtype = scale, _native.DTYPES[q.dtype]
+    run(kernel, [bytes(a)], storages(), report, (B * H * chunks, 1, 1), 128, SHARED)
+    return out, report

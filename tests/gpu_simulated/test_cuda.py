@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernel for cross_attention's gradients, compiled for Hopper: right results, no forbidden operation."""
+"""The CUDA kernels for cross_attention, compiled for Hopper: right results, no forbidden operation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ import torch
 
 from fastdistill.ops.cross_attention import reference
 from tests.gpu_simulated import block, memory
-from tests.gpu_simulated.cuda import compiled, gradients, kernel
+from tests.gpu_simulated.cuda import compiled, gradients, kernel, outputs
 from tests.gpu_simulated.driver import missing
 
 REASON = missing() or (None if shutil.which("nvcc") else "no nvcc")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+SHAPES = [
+    (40, 77, False),
+    (40, 77, True),
+    (64, 80, False),
+    (64, 80, True),
+    (72, 120, False),
+    (80, 77, False),
+    (160, 77, False),
+]
 #: The instruction that is removed, and what is then detected.
 PLANTED = {
     "bar.sync": {memory.READ_AFTER_WRITE, memory.NO_BARRIER},
@@ -36,17 +45,31 @@ def inputs(dim: int, keys: int, tokens: int, dtype: torch.dtype) -> list[torch.T
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize(("dim", "keys"), [(40, 77), (64, 80), (72, 120), (80, 77), (160, 77)])
-def test_gradients(text: str, dim: int, keys: int, chunks: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dim", "keys", "swizzled"), SHAPES)
+def test_gradients(text: str, dim: int, keys: int, swizzled: bool, chunks: int, dtype: torch.dtype) -> None:
     """Each gradient is within the rounding of the products' operands, and no forbidden operation is found."""
     q, k, v, g = inputs(dim, keys, 400, dtype)
     mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.7 if chunks == 2 else None
-    got, report = gradients(kernel(text, dim, dtype), q, k, v, mask, dim**-0.5, g, chunks)
+    got, report = gradients(kernel(text, dim, dtype, swizzled), q, k, v, mask, dim**-0.5, g, chunks)
     assert not report, list(report.items())[:8]
     exact = [torch.empty(t.shape, dtype=torch.float32) for t in (q, k, v)]
     reference.cross_attention_backward(q, k, v, mask, None, dim**-0.5, g, *exact)
     for one, two in zip(got, exact, strict=True):
         assert (one.float() - two).norm() <= torch.finfo(dtype).eps * two.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("dim", "keys", "swizzled"), SHAPES)
+def test_outputs(text: str, dim: int, keys: int, swizzled: bool, chunks: int, dtype: torch.dtype) -> None:
+    q, k, v, _ = inputs(dim, keys, 300, dtype)
+    mask = torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.7 if chunks == 2 else None
+    chosen = kernel(text, dim, dtype, swizzled, forward=True)
+    got, report = outputs(chosen, q, k, v, mask, dim**-0.5, chunks)
+    assert not report, list(report.items())[:8]
+    exact = torch.empty(q.shape)
+    reference.cross_attention(q, k, v, mask, None, dim**-0.5, exact)
+    assert (got.float() - exact).norm() <= torch.finfo(dtype).eps * exact.norm()
 
 
 @pytest.mark.parametrize("pattern", PLANTED)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradients of cross_attention in CUDA for Hopper (warpgroup products)."""
+"""cross_attention and its gradients in CUDA for Hopper (warpgroup products)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from torch import Tensor
 from fastdistill.errors import KernelError
 from fastdistill.ops import OPS, use
 from fastdistill.ops.cross_attention import reference
-from tests.harness import Case, check_values, crossed, device_of, kernels_of, on
+from tests.harness import Case, check_values, crossed, device_of, kernels_of, on, partial_kernels_of
 from tests.ops.test_cross_attention import make, randn
 
 WARPGROUPS = [k for k in kernels_of("cross_attention_backward") if k == "cuda"]
+FORWARD = partial_kernels_of("cross_attention")
+module = importlib.import_module("fastdistill.ops.cross_attention.cuda")
 
 
 class _Gradients(torch.autograd.Function):
@@ -65,6 +67,52 @@ def test_gradients_by_warpgroups_of_masks_and_rows(
     check_values(of_gradients(case, device_of(kernel)), kernel)
 
 
+@pytest.mark.parametrize("kernel", FORWARD)
+@crossed("D, L, dtype", [40, 64, 80, 160, 72], [77, 80, 66], [torch.float16, torch.bfloat16])
+def test_values_by_warpgroups(kernel: str, D: int, L: int, dtype: torch.dtype) -> None:
+    """Several tiles, of which the last is not full; the gradients by warpgroups, too."""
+    case = make(1, 150, 2, D, L, dtype)
+    check_values(dataclasses.replace(case, inputs=on(device_of(kernel), case.inputs)), kernel)
+
+
+@pytest.mark.parametrize("kernel", FORWARD)
+@crossed("mask, rows, D, L", ["bool", "none", "bias", "-inf"], [None, [1, 0, 1]], [40, 72], [77, 120])
+def test_values_by_warpgroups_of_masks_and_rows(kernel: str, mask: str, rows: list[int] | None, D: int, L: int) -> None:
+    case = make(2 + (rows is not None), 33, 1, D, min(L, 80 if D == 40 else L), torch.float16, mask=mask, rows=rows)
+    check_values(dataclasses.replace(case, inputs=on(device_of(kernel), case.inputs)), kernel)
+
+
+@pytest.mark.parametrize("kernel", FORWARD)
+@pytest.mark.parametrize(("D", "chunks"), [(40, 1), (160, 1), (72, 3)])
+def test_values_by_warpgroups_over_tiles(kernel: str, D: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six tiles in one chunk, and two in each of three."""
+    monkeypatch.setattr(module, "chunks_of", lambda *_, **__: (6 // chunks * 64, chunks))
+    q = randn(1, 6 * 64 - 20, 1, D).half().to(device_of(kernel))
+    k, v = (randn(1, 77, 1, D).half().to(q.device) for _ in range(2))
+    out, expected = torch.empty_like(q), torch.empty(q.shape, device=q.device)
+    with use(kernel):
+        OPS["cross_attention"](None, q, k, v, None, None, 0.2, out)
+    reference.cross_attention(q.float(), k.float(), v.float(), None, None, 0.2, expected)
+    assert (out.float() - expected).norm() < 5e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("kernel", FORWARD)
+@pytest.mark.parametrize("D", [40, 64])
+def test_swizzled_and_padded_matrices_give_the_same_bits(kernel: str, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = device_of(kernel)
+    q, g = (randn(1, 200, 1, D).half().to(device) for _ in range(2))
+    k, v = (randn(1, 77, 1, D).half().to(device) for _ in range(2))
+    got = []
+    for swizzled in ((), (40, 64)):
+        monkeypatch.setattr(module, "SWIZZLED", swizzled)
+        new = [torch.empty_like(t) for t in (q, q, k, v)]
+        with use(kernel):
+            OPS["cross_attention"](None, q, k, v, None, None, 0.2, new[0])
+            OPS["cross_attention_backward"](None, q, k, v, None, None, 0.2, g, *new[1:])
+        got.append(new)
+    assert all(map(torch.equal, *got)) and got[0][1].any()
+
+
 @pytest.mark.parametrize("kernel", WARPGROUPS)
 @pytest.mark.parametrize(("D", "queries"), [(40, 64), (80, 128), (160, 128)])
 @pytest.mark.parametrize("chunks", [1, 3])
@@ -72,9 +120,25 @@ def test_gradients_by_warpgroups_over_tiles(
     kernel: str, D: int, queries: int, chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three tiles in one chunk (the kernel writes the gradients of K and V itself), and in three chunks."""
-    module = importlib.import_module("fastdistill.ops.cross_attention.cuda")
     monkeypatch.setattr(module, "chunks_of", lambda *_: (3 // chunks * queries, chunks))
     check_values(of_gradients(make(1, 2 * queries + 44, 1, D, 77, torch.float16), device_of(kernel)), kernel)
+
+
+@pytest.mark.parametrize("kernel", WARPGROUPS)
+@pytest.mark.parametrize("D", [40, 72])
+def test_clusters_and_partial_sums_give_the_same_bits(kernel: str, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = device_of(kernel)
+    monkeypatch.setattr(module, "chunks_of", lambda *_: (128, 2))
+    q, g = (randn(2, 200, 1, D).half().to(device) for _ in range(2))
+    k, v = (randn(2, 77, 1, D).half().to(device) for _ in range(2))
+    got = []
+    for clusters in (1,), (1, 2):
+        monkeypatch.setattr(module, "CLUSTERS", clusters)
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        with use(kernel):
+            OPS["cross_attention_backward"](None, q, k, v, None, None, 0.2, g, *grads)
+        got.append(grads)
+    assert all(map(torch.equal, *got)) and got[0][1].any()
 
 
 @pytest.mark.parametrize("kernel", WARPGROUPS)
@@ -118,20 +182,23 @@ def test_gradients_by_warpgroups_of_slices(kernel: str) -> None:
 
 
 def test_warpgroups_where_they_are_faster() -> None:
-    refuse = importlib.import_module("fastdistill.ops.cross_attention.cuda").refuse
+    refuse = module.refuse
     for dim, first in ((40, False), (64, False), (72, True), (80, True), (160, True)):
         q, k = (torch.zeros(1, n, 1, dim, dtype=torch.float16) for n in (128, 77))
         assert (refuse(q, k, k, None, None, 0.1, q, q, k, k) is None) == first
+        assert module.refuse_forward(q, k, k, None, None, 0.1, q) is not None
         with use("cuda"):
             assert refuse(q, k, k, None, None, 0.1, q, q, k, k) is None
+            assert module.refuse_forward(q, k, k, None, None, 0.1, q) is None
 
 
 def test_chunks_of_warpgroups() -> None:
     """There are enough chunks to fill a GPU (nearly) once; every query is in exactly one chunk."""
-    chunks_of = importlib.import_module("fastdistill.ops.cross_attention.cuda").chunks_of
+    chunks_of = module.chunks_of
     shapes = (4096, 40), (1024, 80), (256, 160)
     assert [chunks_of(16, n, 8, dim) for n, dim in shapes] == [(2048, 2), (1024, 1), (256, 1)]
     assert chunks_of(4, 4096, 8, 80) == (1024, 4) and chunks_of(1, 19, 1, 40) == (64, 1)
+    assert [chunks_of(16, n, 8, dim, forward=True) for n, dim in shapes] == [(1024, 4), (384, 3), (128, 2)]
     for B, N, H, D in ((1, 4096, 8, 40), (3, 1000, 10, 64), (20, 77, 5, 160)):
         span, chunks = chunks_of(B, N, H, D)
         assert span % 64 == 0 and (chunks - 1) * span < N <= chunks * span

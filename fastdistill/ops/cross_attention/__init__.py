@@ -45,7 +45,10 @@ _cross_attention = register(
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? rows, float scale, Tensor(a!) out)",
     summary="softmax(scale q k^T + bias) v for at most 512 keys, all of them on chip",
     reference=reference.cross_attention,
-    kernels=[Kernel("triton", "cuda", later(f"{__name__}.triton", "cross_attention"), _native.triton_reason, _refuse)],
+    kernels=[
+        Kernel("cuda", "cuda", cuda.cross_attention, cuda.reason, cuda.refuse_forward),
+        Kernel("triton", "cuda", later(f"{__name__}.triton", "cross_attention"), _native.triton_reason, _refuse),
+    ],
 )
 _cross_attention_backward = register(
     "cross_attention_backward",
