@@ -129,7 +129,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "add_bias": lambda: _module("add_bias").add_bias(*_ones(2, 2, 1, 2)),
     "bias_gradient": lambda: _module("add_bias").bias_gradient(*_ones(2, 1)),
     "quantize_rows": lambda: _module("quantize_rows").quantize_rows(
-        *_ones(1, 1), False, *_ones(1, 1, dtype=torch.float8_e4m3fn), *_ones(1, 1)
+        *_ones(2), False, *_ones(2, dtype=torch.float8_e4m3fn), *_ones(2)
     ),
     "grad_square_sum": lambda: _module("adamw_ema").grad_square_sum(_ones(1), *_ones(0, dtype=DOUBLE)),
 }

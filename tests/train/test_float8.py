@@ -13,8 +13,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from fastdistill import GuidanceDistillation
-from fastdistill.distill import RandomConditioning, Weights
+from fastdistill import Grid, GuidanceDistillation
+from fastdistill.distill import RandomConditioning, TrajectoryCache, Weights, generate_trajectory_cache
 from fastdistill.errors import InputError, StorageError
 from fastdistill.models import float8, make_student
 from fastdistill.models.float8 import Float8Linear
@@ -37,6 +37,7 @@ def trainer(teacher: Any = None, objective: Any = None, **options: Any) -> Disti
     teacher = small.model("pixart_sigma") if teacher is None else teacher
     student = make_student(teacher, "half_depth", seed=1)
     data = {"latents": small.cache("pixart_sigma"), "prompts": small.bank("pixart_sigma")}
+    data["latents"] = options.pop("latents", data["latents"])
     objective = objective or RandomConditioning(weights=Weights(1.0, 0.0, 0.0))
     return tiny.trainer(teacher, student, objective, **data, **{"steps": 3, "teacher_fp8": True} | options)
 
@@ -87,6 +88,19 @@ def test_a_guided_target_moves_further() -> None:
             found.append(moved(run))
             run.fit()
     assert found[1] > found[0] > 0
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_states_of_a_sampler(stored: bool, tmp_path: Path) -> None:
+    """At their own times and weights; in memory or on the disk."""
+    grid, teacher = Grid.trailing(tiny.SCHEDULE, 4), small.model("pixart_sigma").eval()
+    bank, index = small.bank("pixart_sigma"), torch.arange(4) % 3
+    generate_trajectory_cache(tmp_path / "states", teacher, bank, index, (4, 8, 8), grid, 2.0, batch=4)
+    opened = TrajectoryCache.open if stored else TrajectoryCache.load
+    objective = GuidanceDistillation(2.0, grid=grid, states="trajectory", weights=Weights(1.0, 0.0, 0.0))
+    with trainer(teacher, objective, latents=opened(tmp_path / "states")) as run:
+        assert 0 < moved(run) < 0.1
+        run.fit()
 
 
 @pytest.mark.parametrize(
