@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fused form: functions in the place of a class's methods, on the instance.
+"""A fused form: functions that replace methods of a block's class, on the instance.
 
-The class stays, so that what is looked up by it or its name finds the block. A fused function leaves out calls of some
-submodules. In each call of the block it gives way to the class's own method where one of them is no longer what it was:
-another class, a patched or wrapped ``forward`` (diffusers' and accelerate's hooks, offloading), hooks of torch.
+The class does not change, so lookups by class or name still find the block. A fused function skips the calls of some
+submodules. In every call it checks whether one of them has changed: another class, a patched or wrapped ``forward``
+(hooks of diffusers or accelerate, offloading), hooks of torch. If so, it calls the class's own method instead.
 """
 
 from __future__ import annotations
