@@ -64,7 +64,7 @@ class OfPipelines:
             prompts: B texts; for DiT the names of classes, or their numbers as text.
             config: of the model; None: that of the pipeline's model.
             size: height and width in pixels, inputs of SDXL and PixArt-alpha; None: the size for which the model was
-            made.
+                made.
             guidance_scale: an input of guidance-distilled models (Flux, LCM); None: the default of the pipeline.
             options: further arguments of the pipeline's ``encode_prompt``, such as ``max_sequence_length`` or
                 ``clip_skip``; without them, the defaults of its call.
