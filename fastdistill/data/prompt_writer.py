@@ -46,7 +46,7 @@ def build_prompt_bank(
 
     Raises:
         InputError: arguments that ``PromptBank.build`` refuses; no ``encoder``; an encoding out of the range of
-        ``dtype``.
+            ``dtype``.
         StorageError: those of RowWriter, before anything is written; a full disk.
     """
     begun = Begun.of(texts, encode, encoder, null_text, encode_null, batch, dtype)

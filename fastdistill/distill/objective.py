@@ -170,7 +170,7 @@ class Setting:
 
         Raises:
             InputError: the model cannot process the latents and prompts, or its prediction has another shape than the
-            latents.
+                latents.
         """
         for bucket in reversed(self.buckets):  # so that the taps fire last for the first shape
             self._check(name, bucket.latents, bucket.prompts, timestep_cond)

@@ -95,7 +95,7 @@ def vendi_score(features: Any, kernel: Literal["cosine"] | Callable[[Tensor, Ten
 
     Raises:
         InputError: a feature of zeros with ``cosine``; a kernel matrix of another shape, asymmetric or not 1 on the
-        diagonal.
+            diagonal.
     """
     x = _features(features, "features")
     if callable(kernel):

@@ -36,7 +36,7 @@ class Previews:
     Args:
         scheduler: of diffusers (``sample_with``). shape: of one latent.
         wanted: the number of prompts, from the first, or a list of rows and texts of the bank. seeds: of the initial
-        noise.
+            noise.
         guidance: the argument ``guidance_scale`` or ``guidance`` of ``sample_with``.
         guided: whether a single forward of the student is guided already; then it is sampled without guidance.
         batch: samples per forward. call: how models are called (``Predictor``).

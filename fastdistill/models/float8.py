@@ -24,12 +24,12 @@ from fastdistill.models import families
 from fastdistill.models.weights import storage
 from fastdistill.ops.quantize_rows import OLDEST, quantize_rows
 
-UNIT = 16  # widths are multiples of it, as the GPU's products need
+UNIT = 16  # the GPU's products need widths that are multiples of it
 
 
 class Float8Linear(nn.Module):
-    """A linear layer without gradient. On a GPU the product is rounded to bfloat16 before it has another dtype; on a
-    CPU, which has no such product, it is computed from the same float8 numbers in float32."""
+    """A linear layer without gradient. On a GPU the product is rounded to bfloat16 before it is cast; on a CPU, which
+    has no such product, it is computed in float32 from the same float8 numbers."""
 
     scale: Tensor
 
@@ -46,7 +46,8 @@ class Float8Linear(nn.Module):
         return self.product(*quantize_rows(x.flatten(0, -2)), x)
 
     def product(self, q: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-        """Of rows in float8 with their scales; with the dtype and but for the last size the shape of ``like``."""
+        """For float8 rows with their scales; the dtype and the shape (except for the last size) are those of
+        ``like``."""
         dtype = like.dtype
         bias: Tensor | None = self.bias
         if q.device.type == "cpu":
@@ -66,7 +67,7 @@ class Float8Linear(nn.Module):
 
 
 def projected(x: Tensor, layers: Sequence[Any]) -> list[Tensor] | None:
-    """Several layers of the same tokens, whose rows are quantized once; None if not all are in float8."""
+    """Several layers with the same input, whose rows are quantized once; None if not all layers are in float8."""
     if not all(type(layer) is Float8Linear and _plain(layer) for layer in layers):
         return None
     q, scale = quantize_rows(x.flatten(0, -2))
@@ -74,7 +75,7 @@ def projected(x: Tensor, layers: Sequence[Any]) -> list[Tensor] | None:
 
 
 def feed_forward(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
-    """A feed-forward with the tanh GELU, which is computed where its result is quantized; None for another one."""
+    """A feed-forward with the tanh GELU, which is computed in the quantization of its result; None for other ones."""
     if len(layers) != 3:
         return None
     first, dropout, last = layers
@@ -87,13 +88,13 @@ def feed_forward(layers: Sequence[nn.Module], x: Tensor) -> Tensor | None:
 
 
 def _plain(module: Any) -> bool:
-    """Whether nothing else is called where the module is."""
+    """Whether calling the module runs nothing else (no hooks, no other forward)."""
     hooks = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()  # type: ignore[no-untyped-call]
     return not hooks and "forward" not in module.__dict__
 
 
 def refuse(device: torch.device) -> str | None:
-    """Why there are no such layers on a device."""
+    """Why such layers are not possible on a device."""
     if device.type in ("cpu", "meta"):
         return None
     if device.type != "cuda":
@@ -110,10 +111,10 @@ def refuse(device: torch.device) -> str | None:
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers of a model that would be in float8, by name.
+    """The layers of a model that ``quantize`` would replace, by name.
 
     Raises:
-        InputError: a model of another family than DiT, PixArt, SD3 and Flux, or without such layers.
+        InputError: a model of a family other than DiT, PixArt, SD3 and Flux, or without such layers.
     """
     family, core = families.find(model), families.unwrapped(model)
     if family is None or not family.products:
@@ -136,12 +137,12 @@ def _fits(linear: nn.Linear) -> bool:
 
 
 def quantize(teacher: nn.Module, student: nn.Module | None = None) -> Callable[[], None]:
-    """Replace ``layers_of`` a frozen model, in place; returns what puts them back, with the same bits.
+    """Replace ``layers_of`` a frozen model, in place; returns a function that restores them with the same bits.
 
-    Until then the weights of a model on a GPU are kept in host memory, except for those that ``student`` has too.
+    Until then the weights of a model on a GPU are kept in host memory, except for those that ``student`` shares.
 
     Raises:
-        InputError: no such layers, or some that are modules of the student, too.
+        InputError: no such layers, or some are also modules of the student.
     """
     core, layers = families.unwrapped(teacher), layers_of(teacher)
     theirs = set() if student is None else set(student.modules())

@@ -312,7 +312,7 @@ class Run:
 
         Raises:
             StorageError: they are missing or incomplete, or were made by another teacher, with other prompts or
-            settings.
+                settings.
         """
         place = self.latents_place(size)
         if self.stored_latents(size, bank.identity) is None:

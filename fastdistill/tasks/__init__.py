@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from fastdistill.models.pipelines import PipelineFolder
 
 PREFIX = "task:"
-#: Tasks whose teacher a run may have: each has a module ``pipeline`` with a function ``open_pipeline``.
+#: Tasks that can be the teacher of a run: each has a module ``pipeline`` with a function ``open_pipeline``.
 TEACHERS = ("digits",)
 
 
 def open_task(teacher: str) -> PipelineFolder:
-    """The pipeline of an embedded task, for ``task:NAME``; InputError for a name that there is not."""
+    """The pipeline of an embedded task, for ``task:NAME``; InputError for an unknown name."""
     name = teacher.removeprefix(PREFIX)
     if name not in TEACHERS:
         raise InputError.of("teacher", f"one of {', '.join(PREFIX + name for name in TEACHERS)}", repr(teacher))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that each do a part of an experiment.
+"""Runs the parts of an experiment in separate processes.
 
-``python -m MODULE``, whose ``main`` is ``serve(run)``, imports what the parts need, which takes seconds, and then forks
-a process for every job file that its input names, a JSON string in each line. ``python -m MODULE job.json`` does one.
-A part prints its progress as JSON lines and writes ``result.json`` beside the job. Ctrl-C and SIGTERM end it after the
-current step, and so does the end of the process that reads its progress.
+``python -m MODULE``, whose ``main`` is ``serve(run)``, imports the dependencies of the parts, which takes seconds, and
+then forks a process for every job file in its input (one JSON string per line). ``python -m MODULE job.json`` does one
+job. A part prints its progress as JSON lines and writes ``result.json`` beside the job. It ends after the current step
+on Ctrl-C, on SIGTERM, and if the process that reads its progress ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from fastdistill.errors import FastdistillError, StorageError
 from fastdistill.files import reason
 
-#: Called by a part with ``phase``, ``done``, ``total`` and perhaps ``loss``.
+#: Called by a part with ``phase``, ``done``, ``total`` and optionally ``loss``.
 Report = Callable[..., None]
 _PATIENCE = 20.0  # seconds for a process to write its checkpoint after Ctrl-C
 JOB = "job.json"
@@ -35,8 +35,8 @@ _LOG = "log.txt"
 
 @dataclass(frozen=True)
 class Job:
-    """A part of an experiment: ``title`` in the progress, its directory, the content of ``job.json`` there, and whether
-    the directory has its result already."""
+    """A part of an experiment: ``title`` for the progress display, its directory, the content of ``job.json`` there,
+    and whether the directory has its result already."""
 
     title: str
     directory: Path
@@ -45,7 +45,8 @@ class Job:
 
 
 class Processes:
-    """Does jobs of a module, up to ``count`` at a time. ``with`` ends the processes that have imported it."""
+    """Does jobs of a module, up to ``count`` at a time. Leaving ``with`` ends the processes with the imported
+    module."""
 
     def __init__(self, module: str, count: int) -> None:
         self.count = count
@@ -63,8 +64,8 @@ class Processes:
         """Do a job until it ends or ``stop`` is set. ``show`` gets the fields of its progress.
 
         Raises:
-            FastdistillError: it failed.
-            KeyboardInterrupt: it was stopped.
+            FastdistillError: the job failed.
+            KeyboardInterrupt: the job was stopped.
         """
         with self._ready(job.directory / _LOG) as process, _stopping(process, stop):
             error, code = None, None
@@ -88,7 +89,7 @@ class Processes:
 
     @contextlib.contextmanager
     def _ready(self, log: Path) -> Iterator[subprocess.Popen[str]]:
-        """A process to give a job to. It is kept for the next one, unless that job fails."""
+        """A process for a job. It is reused for the next job, unless the job fails."""
         try:
             with log.open("w", encoding="utf-8") as errors:
                 try:
@@ -105,13 +106,13 @@ class Processes:
         self._idle.append(process)
 
     def _started(self, errors: TextIO) -> subprocess.Popen[str]:
-        """In a session of its own, so that it gets no Ctrl-C of the terminal."""
+        """Starts it in its own session, so that it does not receive Ctrl-C from the terminal."""
         command, pipe = [sys.executable, "-m", self._module], subprocess.PIPE
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, start_new_session=True)
 
 
 def _told(process: subprocess.Popen[str], job: Job) -> Iterator[dict[str, Any]]:
-    """What a process tells while it does a job."""
+    """The messages of a process while it does a job."""
     assert process.stdin is not None and process.stdout is not None
     with contextlib.suppress(BrokenPipeError):  # the process has ended
         print(json.dumps(str(job.directory / JOB)), file=process.stdin, flush=True)
@@ -124,7 +125,7 @@ def _told(process: subprocess.Popen[str], job: Job) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _stopping(process: subprocess.Popen[str], stop: threading.Event) -> Iterator[None]:
-    """Interrupts the process and what it forked once ``stop`` is set."""
+    """Interrupts the process and its forks when ``stop`` is set."""
     over = threading.Event()
 
     def watch() -> None:
@@ -143,7 +144,7 @@ def _stopping(process: subprocess.Popen[str], stop: threading.Event) -> Iterator
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """By the end of its input; a job that it still does ends when it tells its progress."""
+    """Ends it by closing its input; a job in progress ends at its next progress message."""
     assert process.stdin is not None and process.stdout is not None
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(BrokenPipeError):
@@ -156,16 +157,16 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _send(process: subprocess.Popen[str], number: int) -> None:
-    """To the process and what it forked, which have a session of their own."""
+    """Sends a signal to the process and its forks, which have their own session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 def serve(run: Callable[[Path, Report], None], remedy: str) -> int:
-    """The ``main`` of a module: do the job of the command line, or those that the input names, by
-    ``run(job file, report)``. Returns the exit status.
+    """The ``main`` of a module: do the job on the command line, or those in the input, by ``run(job file, report)``.
+    Returns the exit status.
 
-    remedy: what helps where memory is not enough.
+    remedy: advice for the case that memory is not enough.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also if the parent runs in the background of a shell
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -183,7 +184,7 @@ def serve(run: Callable[[Path, Report], None], remedy: str) -> int:
 
 
 def _status(child: int) -> int:
-    """How a process ended, once it has; what interrupts this one interrupts it too."""
+    """The exit status of a process, after it has ended; an interrupt of this process interrupts it too."""
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -208,6 +209,6 @@ def _do(job: Path, run: Callable[[Path, Report], None], remedy: str) -> int:
 def _tell(**fields: Any) -> None:
     try:
         print(json.dumps(fields), flush=True)
-    except BrokenPipeError:  # nobody reads it any more: stop as for Ctrl-C
+    except BrokenPipeError:  # no reader any more: stop as for Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What experiments share: their directory, the results of their parts, and what their reports say of how they ran."""
+"""Functions shared by experiments: their directory, the results of their parts, and information for their reports."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from fastdistill.files import atomic_write, located, locked, make_directory, req
 from fastdistill.tasks.processes import JOB, Job, Processes, Report
 from fastdistill.train.devices import usable
 
-_SPACE = 200_000_000  # bytes, more than the data, checkpoints and exports of an experiment need
-#: Options that stand for changes of others.
+_SPACE = 200_000_000  # bytes; enough for the data, checkpoints and exports of an experiment
+#: Options that stand for other options.
 _SIZES = ("quick", "full")
 
 
 def bars(console: Console) -> Progress:
-    """Progress of parts, with the time that is left."""
+    """Progress of parts, with the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, refresh_per_second=2)
 
@@ -52,20 +52,20 @@ def versions() -> dict[str, str]:
 def images_per_second(
     contestants: Mapping[str, Callable[[], object]], images: int, report: Report, turns: int = 2
 ) -> dict[str, float]:
-    """Of calls that sample ``images`` images each, in turns in this process: the best of ``turns``."""
+    """Images per second of calls that sample ``images`` images each, in turns in this process: best of ``turns``."""
     best = dict.fromkeys(contestants, math.inf)
     for turn in range(turns):
         for place, (name, call) in enumerate(contestants.items()):
             report(phase="speed", done=turn * len(contestants) + place, total=turns * len(contestants))
             start = time.perf_counter()
-            call()  # its images are on the CPU
+            call()  # its images are on the CPU, so it has finished
             best[name] = min(best[name], time.perf_counter() - start)
     return {name: images / seconds for name, seconds in best.items()}
 
 
 @contextlib.contextmanager
 def experiment(config: Any) -> Iterator[tuple[Path, Callable[[], float]]]:
-    """The directory of an experiment, kept from other processes, and what tells the seconds since it began.
+    """The directory of an experiment, locked against other processes, and a function for the seconds since its start.
 
     ``config`` has ``output``, ``device`` and ``threads``.
     """
@@ -80,8 +80,8 @@ def experiment(config: Any) -> Iterator[tuple[Path, Callable[[], float]]]:
 
 @contextlib.contextmanager
 def timed(file: Path) -> Iterator[Callable[[], float]]:
-    """A function that tells the seconds since the experiment began, all calls that it took together, which the file
-    keeps."""
+    """A function that returns the seconds since the experiment began, in total over all its calls; the file stores
+    them."""
     start, before = time.perf_counter(), 0.0
     with contextlib.suppress(OSError, ValueError, TypeError):
         before = float(json.loads(file.read_text(encoding="utf-8")))
@@ -101,7 +101,7 @@ def device(name: str, threads: int, processes: int) -> str:
 
 
 def backend(found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """The kernels that each op used, over all results (their ``backend``, of ``ops.used``)."""
+    """The kernels that each op used, over all results (from their ``backend``, see ``ops.used``)."""
     used: dict[str, set[str]] = {}
     for result in found:
         for op, kernels in result["backend"].items():
@@ -110,8 +110,8 @@ def backend(found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def command(name: str, config: Any, default: Any) -> str:
-    """The shortest command that gives this configuration; fields that change no result are left out. ``default``: what
-    there is without any other option than the ``quick`` and ``full`` of the configuration."""
+    """The shortest command that gives this configuration; fields without effect on the results are left out.
+    ``default``: the configuration with only the ``quick`` and ``full`` of this one."""
     words = ["fastdistill", name]
     words += [f"--{name}" for name in _SIZES if getattr(config, name, False)]
     for option, value, switch in _changed(config, default):
@@ -124,7 +124,7 @@ def command(name: str, config: Any, default: Any) -> str:
 
 
 def _changed(config: Any, default: Any, within: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Options, their values, and whether one is a switch, which takes no value."""
+    """Options, their values, and whether they are switches without a value."""
     for field in dataclasses.fields(config):
         name, value, usual = field.name, getattr(config, field.name), getattr(default, field.name)
         if dataclasses.is_dataclass(value):
@@ -134,10 +134,10 @@ def _changed(config: Any, default: Any, within: str = "") -> Iterator[tuple[str,
 
 
 def results(jobs: Sequence[Job], processes: Processes, progress: Progress) -> list[dict[str, Any]]:
-    """The result of each job, in their order; those that are not finished are done.
+    """The result of each job, in order; unfinished jobs are done first.
 
     Raises:
-        FastdistillError: a part failed; the others are stopped, and what is finished is kept.
+        FastdistillError: a part failed; the others are stopped, and finished results are kept.
         KeyboardInterrupt: after Ctrl-C, when every process has written its checkpoint.
     """
     stop = threading.Event()
@@ -167,7 +167,7 @@ def result_in(directory: Path, fingerprint: str) -> dict[str, Any] | None:
     """The result in a directory, if there is one with this fingerprint; a damaged one does not count.
 
     Raises:
-        StorageError: a newer fastdistill wrote it.
+        StorageError: it is from a newer fastdistill.
     """
     file = directory / "result.json"
     try:

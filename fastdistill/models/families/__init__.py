@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families of models: everything that depends on an architecture is in its file here."""
+"""Families of models: all code that depends on an architecture is in its file here."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (UNet(), DiT(),
 
 
 def find(model: nn.Module) -> Family | None:
-    """The family of a model, or of the model inside of what wraps it; None for a model of no family."""
+    """The family of a model, or of the model inside its wrappers; None for a model of no known family."""
     core = unwrapped(model)
     return next((family for family in FAMILIES.values() if isinstance(core, family.kind)), None)
 
 
 def family_of(model: nn.Module, argument: str = "model") -> Family:
-    """The family of a model, ``Other`` for another one of diffusers; InputError for any that is none."""
+    """The family of a model, ``Other`` for any other model of diffusers; InputError for anything else."""
     core, family = unwrapped(model), find(model)
     if family is None and isinstance(core, ModelMixin) and isinstance(core, ConfigMixin):
         return Other(type(core), core.config)
@@ -57,7 +57,7 @@ def family_of(model: nn.Module, argument: str = "model") -> Family:
 
 
 def tokens_of(model: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """Tokens of a latent of this shape, by which dynamic shifts go; None: the model does not say it."""
+    """Tokens of a latent of this shape, which determine dynamic shifts; None: unknown for this model."""
     config = getattr(unwrapped(model), "config", None)
     if not isinstance(config, Mapping):
         return None
@@ -65,7 +65,7 @@ def tokens_of(model: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 
 def family_named(name: str) -> Family:
-    """The family of this name; InputError, with near ones, for any other."""
+    """The family of this name; InputError, with near matches, for any other."""
     if name not in FAMILIES:
         near = difflib.get_close_matches(str(name), FAMILIES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""

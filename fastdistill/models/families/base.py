@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What depends on a model's architecture: what a prompt consists of, and how the model is called with it."""
+"""The parts that depend on a model's architecture: the banks of a prompt, and how the model is called with them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _OUT_OF_HEADS = re.compile(r"(.+)\.(?:to_out\.0|to_add_out)\.weight")
 class Condition:
     """One bank of a prompt.
 
-    shape: of a row; None is any size. field: the name in the model's configuration that says its last size. integer:
-    whether the values may be integers or booleans, which are not cast (labels, masks, sizes in pixels). limit: they are
-    integers below it. required: whether the model cannot do without.
+    shape: of a row; None is any size. field: the name of the last size in the model's configuration. integer: whether
+    values can be integers or booleans, which are not cast (labels, masks, sizes in pixels). limit: if it is given,
+    values are integers below it. required: whether the model needs this bank.
     """
 
     shape: tuple[int | None, ...]
@@ -39,11 +39,11 @@ class Condition:
 class Family(OfPipelines):
     """One architecture of diffusers, and its pipelines.
 
-    name: by which it is asked for. kind: its class. blocks: of a transformer, the lists of its blocks with the field of
-    the configuration that says their number. products: the parts of such a block whose linear layers may be in float8
-    (``models.float8``). prediction_type: what its published models predict, where their scheduler does not say.
-    guidance: of models that may read the guidance weight, the field of the configuration and its value
-    for those that do, and the module that reads it, whose last linear layer adds to the timestep's embedding.
+    name: the name of the family. kind: the model's class. blocks: for transformers, the lists of blocks, each with the
+    configuration's field for their number. products: the parts of such a block whose linear layers can be in float8
+    (``models.float8``). prediction_type: what its published models predict, if their scheduler does not define it.
+    guidance: if there are models with the guidance weight as an input: the configuration's field and value for such
+    models, and the module for this input, whose last linear layer adds to the timestep's embedding.
     """
 
     name: ClassVar[str]
@@ -51,19 +51,19 @@ class Family(OfPipelines):
     prediction_type: ClassVar[str] = "epsilon"
     blocks: ClassVar[Mapping[str, str]] = {"transformer_blocks": "num_layers"}
     products: ClassVar[tuple[str, ...]] = ()
-    of_channels: ClassVar[str] = "in_channels"  # where its configuration has the channels of the latents
-    guidance: ClassVar[tuple[str, Any, str]] = ("", None, "")  # of no model
+    of_channels: ClassVar[str] = "in_channels"  # the configuration's field for the channels of the latents
+    guidance: ClassVar[tuple[str, Any, str]] = ("", None, "")  # no such models
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
-        """The banks that a model of this configuration reads, by the names of its arguments."""
+        """The banks that a model with this configuration needs, by the names of its arguments."""
         raise NotImplementedError
 
     def call(self, model: nn.Module, x_t: Tensor, timestep: Tensor, rows: Mapping[str, Tensor]) -> Any:
-        """The output of ``model``, this family's or a wrapper of one.
+        """The output of ``model``, which is of this family or wraps such a model.
 
         Args:
-            x_t: [B, C, H, W]. timestep: [B], int64 or, of flow matching, float (sigma times 1000).
-            rows: the rows of this batch, by ``conditions``.
+            x_t: [B, C, H, W]. timestep: [B], int64, or for flow matching float (sigma times 1000).
+            rows: the rows of this batch, as in ``conditions``.
         """
         raise NotImplementedError
 
@@ -72,17 +72,17 @@ class Family(OfPipelines):
         return int(config["in_channels"])
 
     def tokens(self, config: Mapping[str, Any], shape: tuple[int, ...]) -> int:
-        """Tokens of a latent of this shape [C, H, W], by which schedules with a dynamic shift go."""
+        """Tokens of a latent of this shape [C, H, W], which determine dynamic shifts."""
         patch = self.patch(config)
         return (shape[-2] // patch) * (shape[-1] // patch)
 
     def sigmas(self, steps: int) -> list[float] | None:
-        """The noise levels that this family's pipeline samples at, before the scheduler's shift; None: the scheduler's
+        """The noise levels of this family's pipeline, before the scheduler's shift; None: the scheduler's
         own."""
         return None
 
     def thinned(self, config: dict[str, Any], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        """A student's configuration, except for the number of blocks: where it says something of single ones.
+        """A student's configuration, without the number of blocks: updates fields about single blocks.
 
         kept: the teacher's blocks in each of the lists that ``blocks`` names.
         """
@@ -97,21 +97,21 @@ class Family(OfPipelines):
         return config | {"num_attention_heads": max(1, round(factor * int(config["num_attention_heads"])))}
 
     def ratio(self, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Fraction:
-        """The student's width of the teacher's."""
+        """The student's width divided by the teacher's."""
         return Fraction(self.width(student), self.width(teacher))
 
     def heads(self, key: str) -> tuple[str, int] | None:
-        """Of a tensor with an attention's heads on one of its axes: the attention's name and the axis."""
+        """For a tensor with an attention's heads on one of its axes: the attention's name and the axis."""
         if (found := _INTO_HEADS.fullmatch(key)) is not None:
             return found[1], 0
         found = _OUT_OF_HEADS.fullmatch(key)
         return None if found is None else (found[1], 1)
 
     def reading_guidance(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A configuration whose model reads the guidance weight.
+        """A configuration whose model has the guidance weight as an input.
 
         Raises:
-            InputError: no model of this family does.
+            InputError: there is no such model in this family.
         """
         field, value, _ = self.guidance
         if not field:
@@ -119,19 +119,19 @@ class Family(OfPipelines):
         return config if self.guidance_bank(config) else config | {field: value}
 
     def rows(self, source: str, own: tuple[int, ...], theirs: tuple[int, ...], ratio: Fraction) -> Tensor | None:
-        """The rows of the teacher's tensor ``source`` of shape ``theirs`` that one of a student of shape ``own`` stands
-        for before it is narrowed, where they differ; None: all, in their order."""
+        """If the tensors differ before narrowing: the rows of the teacher's tensor ``source`` (shape ``theirs``) that
+        correspond to the student's tensor (shape ``own``); None: all rows, in order."""
         return None
 
     def prepare(self, model: nn.Module) -> Callable[[], None]:
-        """Switch off what a model draws by itself that a step draws by counter; returns what undoes it."""
+        """Switch off the model's own random draws that a step replaces by draws from counters; returns the undo."""
         return lambda: None
 
     def check(self, name: str, model: nn.Module, latents: tuple[int, ...], banks: Mapping[str, Any]) -> None:
-        """Whether the model ``name`` can be called with latents [N, C, H, W] and these banks [M, ...].
+        """InputError unless the model ``name`` can be called with latents [N, C, H, W] and these banks [M, ...].
 
         Raises:
-            InputError: names the argument and the field of the model's configuration that it goes against.
+            InputError: names the argument and the field of the model's configuration that do not agree.
         """
         config = unwrapped(model).config
         channels = self.channels(config)
@@ -175,7 +175,7 @@ def _check_bank(label: str, condition: Condition, bank: Any, name: str) -> None:
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model inside of what wraps it: torch.compile, DistributedDataParallel, PEFT."""
+    """The model inside its wrappers: torch.compile, DistributedDataParallel, PEFT."""
     for _ in range(8):
         inner = next(_inside(model), None)
         if inner is None:
@@ -194,5 +194,5 @@ def _inside(model: Any) -> Iterator[nn.Module]:
 
 
 def mask() -> Condition:
-    """Which tokens of the embeddings count: [L], 1 or True if they do."""
+    """The valid tokens of the embeddings: [L], 1 or True if a token is valid."""
     return Condition((None,), integer=True, required=False)

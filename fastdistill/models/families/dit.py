@@ -17,9 +17,9 @@ from fastdistill.models.families.base import Condition, Family
 
 
 class DiT(Family):
-    """``class_labels``: int64, a number per prompt; ``num_embeds_ada_norm`` is no class (the null prompt).
+    """``class_labels``: int64, a number per prompt; ``num_embeds_ada_norm`` stands for no class (the null prompt).
 
-    In training mode DiT replaces labels by no class at random; that is the draw's part here, so it is switched off.
+    In training mode DiT randomly drops labels; here the draw does this, so it is switched off in the model.
     """
 
     name, kind = "dit", DiTTransformer2DModel
@@ -57,7 +57,7 @@ class DiT(Family):
 
 
 def _number(text: str, place: int, labels: Mapping[str, int], classes: int) -> int:
-    """The number of the class of this name or number."""
+    """The number of the class with this name or number."""
     if text in labels:
         return int(labels[text])
     if text.isdecimal() and int(text) < classes:

@@ -37,7 +37,7 @@ def positions(height: int, width: int, device: torch.device) -> Tensor:
 
 class Flux(Family):
     """Latents [C, H, W] with even H and W, which are packed here; ``encoder_hidden_states`` [L, D] (T5),
-    ``pooled_projections`` [P] (CLIP); of guidance-distilled models also ``guidance`` (a number, such as 3.5)."""
+    ``pooled_projections`` [P] (CLIP); for guidance-distilled models also ``guidance`` (a number, such as 3.5)."""
 
     name, kind, prediction_type = "flux", FluxTransformer2DModel, "flow_prediction"
     products = ("attn", "ff", "ff_context", "proj_mlp", "proj_out")
@@ -69,7 +69,7 @@ class Flux(Family):
         return 128 * factor, 128 * factor
 
     def guided(self, config: Mapping[str, Any], guidance_scale: float) -> float:
-        """None: its pipeline gives the scale to models that read it, and to others nothing."""
+        """No guidance: its pipeline passes the scale to models with this input, and ignores it for others."""
         return 1.0
 
     def guidance_rows(self, config: Mapping[str, Any], w: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Flux(Family):
         return [1 - i / steps for i in range(steps)]
 
     def heads(self, key: str) -> tuple[str, int] | None:
-        """Single blocks project the attention's heads and the feed-forward's channels, in this order, at once."""
+        """Single blocks project an attention's heads and the feed-forward's channels, in this order, in one layer."""
         found = re.fullmatch(r"(single_transformer_blocks\.\d+)\.proj_out\.weight", key)
         return super().heads(key) if found is None else (f"{found[1]}.attn", 1)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model of diffusers of no family: its blocks are found by trying, its prompts are what its pipeline encodes."""
+"""A diffusers model of no family: its blocks are found by trial, its prompts are encoded by its pipeline."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from fastdistill.errors import InputError
 from fastdistill.models.families.base import Condition, Family
 from fastdistill.own_code import imported
 
-_POSITIONS = "_ids"  # of the tokens, the same for all prompts
+_POSITIONS = "_ids"  # of the tokens, equal for all prompts
 
 
 class Other(Family):
-    """Called by a function of the user's own (``call``), with whatever banks its pipeline encodes.
+    """Called by a user's function (``call``), with the banks that its pipeline encodes.
 
     Args:
         kind: the class of the model. config: its configuration.
         part: the component of a pipeline that is the model.
-        pipeline: name of the pipeline's class. like: the family whose pipeline that is, where it is one's.
+        pipeline: name of the pipeline's class. like: the family whose pipeline that is, if there is one.
     """
 
-    name, prediction_type = "other", ""  # which its schedule says
+    name, prediction_type = "other", ""  # the schedule defines it
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Other(Family):
         self.blocks = _blocks(kind, config)  # type: ignore[misc]
 
     def conditions(self, config: Mapping[str, Any]) -> dict[str, Condition]:
-        return {}  # the function that calls it knows
+        return {}  # the function that calls it defines them
 
     def scheduler(self, kind: str, scheduler: Any) -> Any:
         return scheduler if self.like is None else self.like.scheduler(kind, scheduler)
@@ -61,7 +61,7 @@ class Other(Family):
         self, config: Mapping[str, Any], vae: Mapping[str, Any], size: tuple[int, int] | None = None
     ) -> tuple[int, int, int]:
         own, height, width = super().latent_shape(config, vae, size)
-        return int(vae.get("latent_channels", own)), height, width  # the model's tokens may be several latents
+        return int(vae.get("latent_channels", own)), height, width  # a token can be several latent positions
 
     def narrowed(self, config: dict[str, Any], factor: float) -> dict[str, Any]:
         raise InputError.of("spec.width", f"None, as {self} is of no family: blocks can be left out", factor)
@@ -88,7 +88,7 @@ class Other(Family):
 
 
 def denoiser(place: str, index: Mapping[str, Any]) -> str:
-    """The component of a pipeline of no family that is its model."""
+    """The component with the model in a pipeline of no family."""
     found = [name for name in ("transformer", "unet") if isinstance(index.get(name), list)]
     if len(found) != 1:
         rule = "a pipeline with one model, called transformer or unet"
@@ -97,7 +97,7 @@ def denoiser(place: str, index: Mapping[str, Any]) -> str:
 
 
 def model_class(place: str, library: str, name: str) -> type[nn.Module]:
-    """The class of a model, of diffusers or of a module of the user's own."""
+    """The class of a model, from diffusers or from a module of the user."""
     found = imported(library, name, place)
     if not (isinstance(found, type) and issubclass(found, ModelMixin) and issubclass(found, ConfigMixin)):
         raise InputError.of(place, "a class of diffusers' ModelMixin and ConfigMixin", f"{name} of {library}")
@@ -107,7 +107,7 @@ def model_class(place: str, library: str, name: str) -> type[nn.Module]:
 def other_family(
     place: str, known: Family | None, kind: str, part: str, model: type[nn.Module], config: Mapping[str, Any]
 ) -> Family:
-    """What is known of a model of another class than the families have; ``known``: the family of its pipeline."""
+    """The family of a model whose class is in no known family; ``known``: the family of its pipeline."""
     if known is not None and issubclass(model, known.kind):
         own: Family = type(type(known).__name__, (type(known),), {"kind": model})()
         return own
@@ -118,14 +118,14 @@ def other_family(
 
 
 def defaults(kind: type[nn.Module]) -> dict[str, Any]:
-    """The arguments of a model's class that have a default."""
+    """The arguments of a model's class that have defaults."""
     takes = inspect.signature(kind.__init__).parameters.values()
     return {p.name: p.default for p in takes if p.default is not inspect.Parameter.empty}
 
 
 def _returned(pipeline: str) -> dict[str, tuple[int, int]]:
-    """The names of what the pipeline's ``encode_prompt`` returns, as its last line has them, each with its place and
-    that of its ``negative_`` counterpart, or else, as the null prompt is then the empty one, its own."""
+    """The names returned by the pipeline's ``encode_prompt`` (from its last line), each with its position and that of
+    its ``negative_`` counterpart; without a counterpart its own position, because the null prompt is the empty one."""
     import diffusers
 
     function = getattr(getattr(diffusers, pipeline, None), "encode_prompt", None)
@@ -143,8 +143,8 @@ def _returned(pipeline: str) -> dict[str, tuple[int, int]]:
 
 
 def _blocks(kind: Any, config: Mapping[str, Any]) -> dict[str, str]:
-    """The lists of blocks of a model, each with the field of its configuration that says how many there are: with one
-    less there, that list has one less and every other as many as before."""
+    """The lists of blocks of a model, each with the configuration's field for its number: reducing this field by one
+    removes one block from this list and none from others."""
     plain = {name: value for name, value in config.items() if not name.startswith("_")}
     sizes = _lists(kind, plain)
     found: dict[str, str] = {}
@@ -161,6 +161,6 @@ def _blocks(kind: Any, config: Mapping[str, Any]) -> dict[str, str]:
 
 def _lists(kind: Any, config: Mapping[str, Any]) -> dict[str, int]:
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes that make no model
+        warnings.simplefilter("ignore")  # about sizes that do not give a model
         children = kind.from_config(dict(config)).named_children()
     return {name: len(child) for name, child in children if isinstance(child, nn.ModuleList)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a family knows of diffusers' pipelines: how they encode prompts, and which latents their models read."""
+"""A family's pipelines in diffusers: how they encode prompts, and the latents of their models."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch import Tensor
 from fastdistill.data.texts import checked, listed
 from fastdistill.errors import InputError, described
 
-_GUIDANCE = {"guidance", "timestep_cond"}  # banks that say the guidance scale to a model
+_GUIDANCE = {"guidance", "timestep_cond"}  # banks with the guidance scale
 _OWN = {"prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance", "negative_prompt", "self", "kwargs"}
-_LARGEST = 2**16  # pixels of a side of an image
+_LARGEST = 2**16  # pixels per side of an image
 
 
 class OfPipelines:
     """The part of a ``Family`` that has to do with pipelines.
 
-    pipelines: classes of diffusers that sample from its models. part: the component that is the model. aliases: other
-    names under which the model's class was published. encoded: for each bank the places of the prompts' rows and of the
-    null prompt's in what ``encode_prompt`` returns. bins: the module of diffusers with the tables of sizes that its
-    pipelines go to (``use_resolution_binning``), and the pixels for one of ``sample_size`` that choose the table.
+    pipelines: classes of diffusers that sample from its models. part: the component with the model. aliases: other
+    names under which the model's class was published. encoded: for each bank the positions of the prompts' rows and of
+    the null prompt's in the output of ``encode_prompt``. bins: the module of diffusers with the tables of sizes for
+    ``use_resolution_binning``, and the pixels per unit of ``sample_size`` that select the table.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -44,7 +44,7 @@ class OfPipelines:
         raise NotImplementedError
 
     def patch(self, config: Mapping[str, Any]) -> int:
-        """Rows and columns of a latent that make one token."""
+        """Rows and columns of a latent per token."""
         return int(config.get("patch_size") or 1)
 
     def encode(
@@ -57,20 +57,21 @@ class OfPipelines:
         guidance_scale: float | None = None,
         **options: Any,
     ) -> dict[str, Tensor]:
-        """The rows [B, ...] of ``prompts`` in every bank that the model reads, as the pipeline encodes them.
+        """The rows [B, ...] of ``prompts`` in every bank that the model needs, as the pipeline encodes them.
 
         Args:
             pipeline: one of ``pipelines`` with its text encoders; it needs neither model nor VAE.
-            prompts: B texts; of DiT the names of classes, or their numbers as text.
-            config: of the model; None: of the one in the pipeline.
-            size: height and width in pixels, which SDXL and PixArt-alpha read; None: the size that the model is for.
-            guidance_scale: which guidance-distilled models read (Flux, LCM); None: the default of the pipeline.
+            prompts: B texts; for DiT the names of classes, or their numbers as text.
+            config: of the model; None: that of the pipeline's model.
+            size: height and width in pixels, inputs of SDXL and PixArt-alpha; None: the size for which the model was
+                made.
+            guidance_scale: an input of guidance-distilled models (Flux, LCM); None: the default of the pipeline.
             options: further arguments of the pipeline's ``encode_prompt``, such as ``max_sequence_length`` or
-                ``clip_skip``; if nothing is given, the defaults of its call.
+                ``clip_skip``; without them, the defaults of its call.
 
         Raises:
-            InputError: a pipeline of another family, without text encoders or model; texts that are none; an option
-                that ``encode_prompt`` does not take. Nothing is encoded by then.
+            InputError: a pipeline of another family, without text encoders or model; invalid texts; an option that
+                ``encode_prompt`` does not have. All before anything is encoded.
         """
         texts = listed(prompts, "prompts")
         if not texts:
@@ -87,10 +88,10 @@ class OfPipelines:
         guidance_scale: float | None = None,
         **options: Any,
     ) -> dict[str, Tensor]:
-        """The row [1, ...] of the null prompt in every bank: what the pipeline guides away from.
+        """The row [1, ...] of the null prompt in every bank: the negative side of the pipeline's guidance.
 
         It is not always the encoding of the empty text: SDXL has zeros (``force_zeros_for_empty_prompt``), Sana leaves
-        its instruction out, DiT has a class of its own. text: a negative prompt instead. Other arguments as ``encode``.
+        its instruction out, DiT has a class for it. text: a negative prompt instead. Other arguments as in ``encode``.
         """
         return self._rows(pipeline, [checked(text, "text")], True, config, size, guidance_scale, options)
 
@@ -143,7 +144,7 @@ class OfPipelines:
         if absent and options.get("clean_caption"):
             raise InputError.of("clean_caption", "bs4 and ftfy, which it needs", f"no {' and no '.join(absent)}")
         if absent and given.get("clean_caption"):
-            given["clean_caption"] = False  # as the pipeline does, with a warning at each call
+            given["clean_caption"] = False  # as in the pipeline, but there with a warning at each call
         given |= {"prompt": texts, "device": pipeline._execution_device, "num_images_per_prompt": 1}
         if "do_classifier_free_guidance" in takes:
             given["do_classifier_free_guidance"] = null
@@ -156,19 +157,19 @@ class OfPipelines:
     def added(
         self, pipeline: Any, config: Mapping[str, Any], size: tuple[int, int] | None, guidance_scale: float
     ) -> dict[str, Tensor]:
-        """What the model reads besides the encoding of a prompt, a row of each bank."""
+        """The model's inputs besides the encoding of a prompt, a row for each bank."""
         return {"guidance": torch.tensor(guidance_scale)} if config.get("guidance_embeds") else {}
 
     def of_size(self, config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
-        """The part of ``added`` that says the size of the images."""
+        """The part of ``added`` with the size of the images."""
         return {}
 
     def reads_guidance(self, config: Mapping[str, Any]) -> bool:
-        """Whether the model itself reads the guidance scale, as guidance-distilled ones do."""
+        """Whether the guidance scale is an input of the model, as in guidance-distilled models."""
         return self.guidance_bank(config) is not None
 
     def guidance_bank(self, config: Mapping[str, Any]) -> str | None:
-        """The bank in which a model of this configuration reads the guidance weight; None: in none."""
+        """The bank with the guidance weight for a model of this configuration; None: it has no such input."""
         return next((bank for bank in self.conditions(config) if bank in _GUIDANCE), None)
 
     def guidance_rows(self, config: Mapping[str, Any], w: Tensor) -> Tensor:
@@ -176,19 +177,19 @@ class OfPipelines:
         raise InputError.of("model", "one that reads the guidance weight", f"a {self}")
 
     def guided(self, config: Mapping[str, Any], guidance_scale: float) -> float:
-        """The scale of classifier-free guidance with which the pipelines sample: 1, without, if it is not above 1 or
-        the model reads it."""
+        """The scale of classifier-free guidance in the pipelines: 1 (no guidance) if it is not above 1 or is an input
+        of the model."""
         return 1.0 if guidance_scale <= 1 or self.reads_guidance(config) else guidance_scale
 
     def length(self, kind: str, longest: int) -> int:
-        """Tokens of a prompt that a pipeline of class ``kind`` encodes; ``longest``: that its first tokenizer takes."""
+        """Tokens of a prompt in a pipeline of class ``kind``; ``longest``: the maximum of its first tokenizer."""
         import diffusers
 
         call = inspect.signature(getattr(diffusers, kind).__call__).parameters
         return int(call["max_sequence_length"].default) if "max_sequence_length" in call else longest
 
     def row(self, config: Mapping[str, Any], kind: str, longest: int) -> dict[str, Tensor]:
-        """A row of each bank that ``encode`` makes, without values: on the meta device. Arguments as ``length``."""
+        """A row of each bank that ``encode`` makes, without values (on the meta device). Arguments as in ``length``."""
         length, found = self.length(kind, longest), {}
         for name, condition in self.conditions(config).items():
             if condition.required or not condition.integer or name in self.encoded:
@@ -198,11 +199,11 @@ class OfPipelines:
         return found
 
     def scheduler(self, kind: str, scheduler: Any) -> Any:
-        """The scheduler of a folder as a pipeline of class ``kind`` sets it."""
+        """The scheduler of a folder, with the changes that a pipeline of class ``kind`` makes."""
         return scheduler
 
     def size(self, config: Mapping[str, Any], factor: int) -> tuple[int, int]:
-        """Height and width in pixels that a model is for; ``factor``: pixels of an image for one of a latent."""
+        """Height and width in pixels for which a model was made; ``factor``: image pixels per latent position."""
         found = config.get("sample_size")
         if found is None:
             raise InputError.of("size", "height and width, as the model's sample_size does not say them", None)
@@ -212,14 +213,14 @@ class OfPipelines:
     def latent_shape(
         self, config: Mapping[str, Any], vae: Mapping[str, Any], size: tuple[int, int] | None = None
     ) -> tuple[int, int, int]:
-        """[C, H, W] of the latents of images of ``size`` (height, width); None: the size that the model is for.
+        """[C, H, W] of the latents for images of ``size`` (height, width); None: the size for which the model was made.
 
-        config, vae: configurations of the model and of the VAE. A size that the model was not trained on, for which its
-        pipeline would take the nearest one (PixArt, Sana), gives a warning.
+        config, vae: configurations of the model and of the VAE. There is a warning for a size on which the model was
+        not trained and which its pipeline would replace by the nearest one (PixArt, Sana).
 
         Raises:
-            InputError: a size that is no multiple of the VAE's factor times the model's patch, or beyond the positions
-                that the model has.
+            InputError: a size that is not a multiple of the VAE's factor times the model's patch, or is larger than the
+                model's positions allow.
         """
         factor = vae_factor(vae)
         height, width = self.size(config, factor) if size is None else _two(size)
@@ -242,7 +243,7 @@ class OfPipelines:
         module, factor = self.bins
         try:
             sizes = getattr(importlib.import_module(module), f"ASPECT_RATIO_{config['sample_size'] * factor}_BIN", {})
-        except ImportError:  # no transformers
+        except ImportError:  # without transformers
             return
         if sizes and [height, width] not in sizes.values():
             nearest = " x ".join(
@@ -258,7 +259,7 @@ class OfPipelines:
         """Images [B, 3, height, width], float32 in [0, 1] on the VAE's device, of the model's latents [B, C, H, W].
 
         vae: of a pipeline, or a pipeline with one; its ``scaling_factor``, ``shift_factor``, ``latents_mean`` and
-        ``latents_std`` apply. A float16 VAE that overflows (``force_upcast``) is used in float32.
+        ``latents_std`` are applied. A float16 VAE that would overflow (``force_upcast``) is used in float32.
         """
         vae = _vae_for(vae, latents, "latent_channels", "latents")
         images = []
@@ -272,7 +273,7 @@ class OfPipelines:
     def to_latents(self, vae: Any, images: Tensor, *, batch: int = 8) -> Tensor:
         """The inverse of ``decode``: latents [B, C, H, W] float32 of images [B, 3, height, width] in [0, 1].
 
-        They are the most probable ones, without the noise that the VAE's posterior has.
+        They are the most probable latents, without the noise of the VAE's posterior.
         """
         vae = _vae_for(vae, images, "in_channels", "images")
         latents = []
@@ -285,9 +286,9 @@ class OfPipelines:
 
 
 class _Truncated(logging.Filter):
-    """Lets one message of a pipeline on truncated prompts pass: a pool may have millions of them."""
+    """Shows only the first message of a pipeline about truncated prompts: a pool can have millions of them."""
 
-    told: ClassVar[set[str]] = set()  # pipelines that have said it
+    told: ClassVar[set[str]] = set()  # pipelines whose message was shown
 
     def filter(self, record: logging.LogRecord) -> bool:
         if "was truncated because" not in record.msg:
@@ -308,7 +309,7 @@ class _Truncated(logging.Filter):
 
 
 def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels of an image, in height and width, for one of a latent of this VAE's configuration."""
+    """Image pixels per latent position, in height and width, for a VAE with this configuration."""
     stages = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     if not stages:
         raise InputError.of("vae", "a configuration with block_out_channels", ", ".join(config))
@@ -316,7 +317,7 @@ def vae_factor(config: Mapping[str, Any]) -> int:
 
 
 def unscaled(config: Mapping[str, Any], latents: Tensor) -> Tensor:
-    """What a VAE of this configuration decodes, from the latents that models read."""
+    """The VAE's input for decoding (with this configuration), from the model's latents."""
     scale = config.get("scaling_factor") or 1.0
     if (moments := _moments(config, latents)) is not None:
         mean, std = moments
@@ -334,7 +335,7 @@ def scaled(config: Mapping[str, Any], encoded: Tensor) -> Tensor:
 
 
 def _moments(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and deviation of each channel, where the configuration has both."""
+    """Mean and standard deviation of each channel, if the configuration has both."""
     found = [config.get(name) for name in ("latents_mean", "latents_std")]
     if any(values is None for values in found):
         return None
@@ -355,7 +356,7 @@ def _vae_for(vae: Any, given: Any, channels: str, argument: str) -> Any:
 
 @contextmanager
 def _safe(vae: Any) -> Iterator[None]:
-    """In float32, where float16 overflows in this VAE."""
+    """In float32, if float16 overflows in this VAE."""
     upcast = vae.dtype == torch.float16 and vae.config.get("force_upcast")
     if upcast:
         vae.to(torch.float32)

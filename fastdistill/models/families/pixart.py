@@ -18,7 +18,7 @@ _SIZES = ("resolution", "aspect_ratio")
 
 
 class PixArt(Family):
-    """``encoder_hidden_states`` [L, D] (of T5), ``encoder_attention_mask`` [L]; of PixArt-alpha at 1024 pixels also
+    """``encoder_hidden_states`` [L, D] (T5), ``encoder_attention_mask`` [L]; for PixArt-alpha at 1024 pixels also
     ``resolution`` [2] (height, width) and ``aspect_ratio`` [1] (height / width)."""
 
     name, kind = "pixart", PixArtTransformer2DModel

@@ -14,7 +14,7 @@ from fastdistill.models.families.base import Condition, Family, mask, unwrapped
 
 
 class Sana(Family):
-    """``encoder_hidden_states`` [L, D] (of Gemma), ``encoder_attention_mask`` [L]; of Sana-Sprint also ``guidance`` (a
+    """``encoder_hidden_states`` [L, D] (Gemma), ``encoder_attention_mask`` [L]; for Sana-Sprint also ``guidance`` (a
     number, which is multiplied by the model's ``guidance_embeds_scale``)."""
 
     name, kind, prediction_type = "sana", SanaTransformer2DModel, "flow_prediction"

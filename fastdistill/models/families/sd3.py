@@ -45,7 +45,7 @@ class SD3(Family):
         return config | {"caption_projection_dim": self.width(config)}
 
     def rows(self, source: str, own: tuple[int, ...], theirs: tuple[int, ...], ratio: Fraction) -> Tensor | None:
-        """The last block modulates the prompt by (scale, shift) alone, the others by (shift, scale, ...) of six."""
+        """The last block modulates the prompt only by (scale, shift), the others by six: (shift, scale, ...)."""
         if _OF_PROMPT.fullmatch(source) is None or Fraction(own[0], theirs[0]) != ratio / 3:
             return None
         channels = theirs[0] // 6

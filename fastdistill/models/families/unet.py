@@ -19,9 +19,9 @@ _ADDED = ("text_embeds", "time_ids")
 
 
 class UNet(Family):
-    """``encoder_hidden_states`` [L, D]; of SDXL also ``text_embeds`` [P] and ``time_ids`` [6] (height and width before
-    cropping, crop, target height and width); ``class_labels`` and ``timestep_cond`` (the embedding of a guidance scale)
-    where the model has them."""
+    """``encoder_hidden_states`` [L, D]; for SDXL also ``text_embeds`` [P] and ``time_ids`` [6] (height and width before
+    cropping, crop position, target height and width); ``class_labels`` and ``timestep_cond`` (the embedding of a
+    guidance scale) if the model has them."""
 
     name, kind, part, blocks = "unet", UNet2DConditionModel, "unet", {}
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
@@ -47,7 +47,7 @@ class UNet(Family):
         return found
 
     def ratio(self, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> Fraction:
-        """Of every stage, or the student's weights cannot be slices of the teacher's."""
+        """The ratio must be the same in every stage; otherwise the student's weights are no slices of the teacher's."""
         own, theirs = student["block_out_channels"], teacher["block_out_channels"]
         found = {Fraction(a, b) for a, b in zip(own, theirs, strict=False)}
         if len(found) > 1:
@@ -75,7 +75,7 @@ class UNet(Family):
         return found
 
     def scheduler(self, kind: str, scheduler: Any) -> Any:
-        if kind == "StableDiffusionPipeline":  # which mends configurations from before these settings
+        if kind == "StableDiffusionPipeline":  # it corrects configurations from before these settings
             mended = {"steps_offset": 1, "clip_sample": False}
             scheduler.register_to_config(**{name: v for name, v in mended.items() if name in scheduler.config})
         return scheduler
@@ -90,7 +90,7 @@ class UNet(Family):
 
     def guidance_rows(self, config: Mapping[str, Any], w: Tensor) -> Tensor:
         """[B, time_cond_proj_dim]: sines and cosines of 1000 w f_i, f_i = 10000^(-i / (n - 1)) (Meng et al. 2210.03142;
-        ``get_guidance_scale_embedding`` of the pipelines of diffusers)."""
+        ``get_guidance_scale_embedding`` in the pipelines of diffusers)."""
         dim = config["time_cond_proj_dim"]
         rate = torch.full((), 10000.0, device=w.device).log() / (dim // 2 - 1)
         phase = (w * 1000.0)[:, None] * (torch.arange(dim // 2, dtype=torch.float32, device=w.device) * -rate).exp()

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fuse``: fused ops inside of a diffusers model, in place and reversible.
+"""``fuse``: fused ops inside a diffusers model, in place and reversible.
 
-A block gets a ``forward`` of its own on the instance; its class, parameters, buffers, hooks and name stay. So
-state_dict keys, pickles, taps that were resolved before, gradient checkpointing and whatever diffusers looks up by
-class are as they were.
+A block instance gets another ``forward``; its class, parameters, buffers, hooks and name do not change. Therefore
+state_dict keys, pickles, existing taps, gradient checkpointing and lookups by class in diffusers work as before.
 """
 
 from __future__ import annotations

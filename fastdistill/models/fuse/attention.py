@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention with torch's processors: a prompt's few keys by ``cross_attention``, an image's own by the backend that is
-fastest."""
+"""Attention with torch's processors: attention to a prompt's few keys by ``cross_attention``, self-attention by the
+fastest backend."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def fits(tokens: Tensor, beside: Tensor) -> bool:
 
 
 def _of_keys(mask: Tensor, x: Tensor, context: Tensor) -> bool:
-    """One value for each key, none that is learned: ``cross_attention`` has no gradient of it."""
+    """Whether the mask has one value per key and needs no gradient, which ``cross_attention`` does not compute."""
     learned = mask.requires_grad and torch.is_grad_enabled()
     return mask.shape == (x.shape[0], 1, context.shape[1]) and not learned
 

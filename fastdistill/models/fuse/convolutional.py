@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of U-Nets: group norm with what stands around it in one op, and no copies between memory layouts."""
+"""The blocks of U-Nets: group norm and the operations next to it in one op, and no copies between memory layouts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _refuse_resnet(block: ResnetBlock2D) -> str | None:
 
 @instead_of(ResnetBlock2D, "forward", _refuse_resnet)
 def _resnet(block: ResnetBlock2D, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-    """Norm, time embedding and SiLU in one op each; the shortcut reads its input as it lies in memory."""
+    """Time embedding, norm and SiLU as one op each time; the shortcut reads its input without a copy."""
     unusual = args or kwargs or input_tensor.dtype not in FLOATS or not _fits(block, temb, input_tensor.shape[0])
     if unusual:
         result: Tensor = ResnetBlock2D.forward(block, input_tensor, temb, *args, **kwargs)
@@ -130,7 +130,7 @@ def _refuse_upsample(block: Upsample2D) -> str | None:
 def _upsample(
     block: Upsample2D, hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Positions are repeated by 16 bytes at once."""
+    """Positions are repeated in units of 16 bytes."""
     if args or kwargs or output_size is not None or not doubles(hidden_states):
         result: Tensor = Upsample2D.forward(block, hidden_states, output_size, *args, **kwargs)
         return result
@@ -148,7 +148,7 @@ def _refuse_up(block: CrossAttnUpBlock2D | UpBlock2D) -> str | None:
 
 
 def _joins(block: CrossAttnUpBlock2D | UpBlock2D, x: Tensor, skips: tuple[Tensor, ...]) -> bool:
-    """Whether the map and the first of the skips are put together by ``joined``; with FreeU they change first."""
+    """Whether the map and the first skip can be concatenated by ``joined``; FreeU would have to change them before."""
     if not skips or not joins(x, skips[-1]):
         return False
     return not all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2"))
@@ -172,7 +172,7 @@ def _up_with_attention(
     attention_mask: Tensor | None = None,
     encoder_attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """Skip connections are put together with the map by 16 bytes at once."""
+    """Skip connections are concatenated with the map in units of 16 bytes."""
     x, skips, given = hidden_states, res_hidden_states_tuple, cross_attention_kwargs
     if not _joins(block, x, skips) or (given or {}).get("scale") is not None:
         result: Tensor = CrossAttnUpBlock2D.forward(
@@ -234,7 +234,7 @@ def _refuse_out_norm(norm: nn.GroupNorm) -> str | None:
 
 @instead_of(nn.GroupNorm, "forward", _refuse_out_norm)
 def _out_norm(norm: nn.GroupNorm, input: Tensor) -> Tensor:
-    """The last norm of a U-Net, as one op, which torch computes in the other layout on a GPU."""
+    """The last norm of a U-Net as one op; on a GPU, torch would change the memory layout for it."""
     if input.dim() != 4 or input.dtype not in FLOATS or autocasts(input.device):
         result: Tensor = nn.GroupNorm.forward(norm, input)
         return result

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocks of Flux: their modulated norms in one op each, their attention by the backend that is fastest."""
+"""The blocks of Flux: each modulated norm is one op, and attention uses the fastest backend."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A fused form: functions in the place of a class's methods, on the instance.
+"""A fused form: functions that replace methods of a block's class, on the instance.
 
-The class stays, so that what is looked up by it or its name finds the block. A fused function leaves out calls of some
-submodules. In each call of the block it gives way to the class's own method where one of them is no longer what it was:
-another class, a patched or wrapped ``forward`` (diffusers' and accelerate's hooks, offloading), hooks of torch.
+The class does not change, so lookups by class or name still find the block. A fused function skips the calls of some
+submodules. In every call it checks whether one of them has changed: another class, a patched or wrapped ``forward``
+(hooks of diffusers or accelerate, offloading), hooks of torch. If so, it calls the class's own method instead.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ class Form(NamedTuple):
             block.__dict__[name] = functools.partial(method, block)
 
     def take_off(self, block: nn.Module) -> None:
-        """Also where a hook has wrapped the fused function since: that passes its calls on from now."""
+        """Removes the fused functions. One that a hook has wrapped since then passes its calls to the class's
+        method."""
         del block.__dict__[_MARK], block.__dict__["_replicate_for_data_parallel"]
         for name, method in self.methods.items():
             if _function(block.__dict__.get(name)) is method:
                 del block.__dict__[name]
 
     def replaced(self, block: nn.Module) -> str | None:
-        """A method that the instance has of its own, of another's making."""
+        """The name of a method that something else has set on the instance; None: there is none."""
         return next((name for name in self.methods if name in block.__dict__), None)
 
 
 def _replicate(block: nn.Module) -> nn.Module:
-    """For ``DataParallel``: a copy that refers to itself."""
+    """For ``DataParallel``: a copy whose functions refer to the copy."""
     replica: nn.Module = type(block)._replicate_for_data_parallel(block)
     for name, value in block.__dict__.items():
         if isinstance(value, functools.partial) and value.args == (block,):
@@ -71,7 +72,7 @@ def is_fused(block: nn.Module) -> bool:
 def instead_of(
     kind: type, name: str, refuse: Callable[[Any], str | None]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A fused function, where the block can run it, in place of this method of the class."""
+    """Decorates a fused function that replaces this method of the class whenever the block can run it."""
     original = own(kind, name)
 
     def decorate(fused: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,7 +106,7 @@ _FORWARD: dict[type, Any] = {
 
 
 def altered(parts: Iterable[Part]) -> str | None:
-    """Why a call of one of these submodules may not be left out."""
+    """Why the call of one of these submodules must not be skipped; None: all can be."""
     if _has_any_global_hook():
         return "there are hooks on all modules"
     for name, module, kind in parts:

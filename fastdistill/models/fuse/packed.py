@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of queries, keys and values of a frozen model, side by side in memory: one product reads them without a copy.
+"""Packs the weights of queries, keys and values of a frozen model, so that one product reads them without a copy.
 
-``products.projected`` puts the three weights together in every call, so that each stays a parameter with memory of
-its own. A frozen model can have them together for good: its parameters are then parts of one tensor, with the same
-values.
+``products.projected`` concatenates the three weights in every call, so each remains a parameter with its own memory. In
+a frozen model they can stay concatenated: the parameters are then slices of one tensor, with the same values.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ _GROUPS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 
 
 def pack(model: nn.Module) -> Callable[[], None]:
-    """Put the projections of fused attentions side by side, in place; returns what gives each its own memory again.
-    Names, parameters and values stay as they are."""
+    """Pack the projections of fused attentions, in place; returns a function that gives each its own memory again.
+    Names, parameters and values do not change."""
     uses = [id(p) for module in model.modules() for p in module._parameters.values() if p is not None]
     moved: list[nn.Parameter] = []
     for parameters in _groups(model):
@@ -40,7 +39,7 @@ def pack(model: nn.Module) -> Callable[[], None]:
 
 
 def _groups(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Weights, and biases, that one product may read."""
+    """Groups of weights, and of biases, that one product can read."""
     for attention in filter(is_fused, model.modules()):
         for names in _GROUPS:
             layers: list[Any] = [getattr(attention, name, None) for name in names]
@@ -61,7 +60,7 @@ def _kind(p: Tensor) -> Any:
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-    """One tensor of several along their first dimension: the memory that they are in where they lie side by side."""
+    """Several tensors concatenated along the first dimension, without a copy if they are adjacent in memory."""
     first = tensors[0]
     if torch.compiler.is_compiling() or not _side_by_side(tensors):
         return cat(tuple(tensors))

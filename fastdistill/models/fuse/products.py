@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convolutions and projections with fewer passes over memory, on devices whose libraries add a convolution's bias in a
-pass of its own.
+"""Convolutions and projections with fewer passes over memory, for devices whose libraries add a convolution's bias in a
+separate pass.
 
-Each gives way to a call of the module where that has hooks, a patched ``forward`` or another class (adapters,
-offloading, quantization).
+Each function calls the module itself if it has hooks, a patched ``forward`` or another class (adapters, offloading,
+quantization).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastdistill.models.fuse.packed import side_by_side
 from fastdistill.ops._dispatch import transformed
 from fastdistill.ops.add_bias import add_bias, with_bias
 
-#: Device types: cuDNN writes what it has convolved and torch adds the bias then, while oneDNN adds it as it writes.
+#: Device types: torch adds the bias in a pass after cuDNN's convolution, while oneDNN adds it within the convolution.
 PLACES = {"cuda"}
 
 
@@ -41,7 +41,7 @@ def plain(*modules: Any, kind: type) -> bool:
 
 
 def convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The convolution, and its bias where that is left to what follows."""
+    """The convolution without its bias, and the bias; or with its bias, and None."""
     bias = bias_left(conv, x)
     if bias is None:
         return conv(x), None
@@ -50,7 +50,7 @@ def convolved(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def bias_left(conv: nn.Module, x: Tensor) -> Tensor | None:
-    """The bias that ``convolved`` leaves to what follows."""
+    """The bias that ``convolved`` does not add; None: it adds it."""
     if not saves(x) or not plain(conv, kind=nn.Conv2d):
         return None
     assert isinstance(conv, nn.Conv2d)
@@ -58,7 +58,7 @@ def bias_left(conv: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def convolution(conv: nn.Module, x: Tensor) -> Tensor:
-    """A convolution; the gradient of its bias as that of ``affine``."""
+    """A convolution; the gradient of its bias is computed as in ``affine``."""
     bias = bias_left(conv, x)
     learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
     if bias is None or not learned or x.dim() != 4 or transformed():
@@ -70,7 +70,7 @@ def convolution(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_product(conv: nn.Module, x: Tensor) -> bool:
-    """Whether a convolution is one product of the channels of a map in channels_last, whose epilogue adds the bias."""
+    """Whether a convolution is a single matrix product over the channels of a channels_last map, with a fused bias."""
     if not saves(x) or x.dim() != 4 or not plain(conv, kind=nn.Conv2d):
         return False
     c: Any = conv
@@ -80,7 +80,7 @@ def is_product(conv: nn.Module, x: Tensor) -> bool:
 
 
 def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A 1 x 1 convolution, as a product where it is one; ``bias``: another one, to be added too (of a product)."""
+    """A 1 x 1 convolution, as a matrix product if ``is_product``; then ``bias`` is an additional bias."""
     if not is_product(conv, x):
         assert bias is None
         result: Tensor = conv(x)
@@ -93,8 +93,8 @@ def pointwise(conv: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def branched(conv: nn.Module, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``x`` for what else reads it (one op, whose gradient of it is a tensor of its own), and ``pointwise``, whose
-    backward adds its product to that gradient."""
+    """``x`` for one other op (which must return its gradient for x as a separate tensor), and the result of
+    ``pointwise``, whose backward adds its product to this gradient in place."""
     assert isinstance(conv, nn.Conv2d)
     differentiated = torch.is_grad_enabled() and (x.requires_grad or conv.weight.requires_grad)
     if not differentiated or torch.is_autocast_enabled(x.device.type) or transformed():
@@ -137,7 +137,8 @@ class _Branched(torch.autograd.Function):
 
 
 def affine(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer of [..., C]; the gradient of its bias, which torch sums slowly, by an op of its own."""
+    """A linear layer for [..., C]; the gradient of its bias is computed by a separate op, because torch's sum is
+    slow."""
     if not saves(x) or not plain(layer, kind=nn.Linear):
         result: Tensor = layer(x)
         return result
@@ -152,14 +153,14 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def biased_sum(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
-    """x + h + bias in one pass where the maps are in channels_last."""
+    """x + h + bias, in one pass if the maps are in channels_last."""
     if x.shape == h.shape and x.dtype == h.dtype and all(t.movedim(1, -1).is_contiguous() for t in (x, h)):
         return add_bias(x, h, bias)
     return x + (h + bias.to(h.dtype)[:, None, None])
 
 
 def doubles(x: Tensor) -> bool:
-    """Whether ``doubled`` takes a map: in channels_last, whose channels are whole units of 16 bytes."""
+    """Whether ``doubled`` supports a map: in channels_last, with channels in whole units of 16 bytes."""
     if not saves(x) or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
         return False
     unit = 16 // x.element_size()
@@ -171,8 +172,8 @@ def doubles(x: Tensor) -> bool:
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Every position four times, as ``F.interpolate(x, scale_factor=2.0, mode="nearest")`` gives it: the same bits,
-    moved by 16 bytes where torch moves one element."""
+    """``F.interpolate(x, scale_factor=2.0, mode="nearest")`` with the same bits, but copied in units of 16 bytes
+    instead of single elements."""
     if not torch.is_grad_enabled() or not x.requires_grad:
         return _double(x)
     result: Tensor = _Doubled.apply(x)
@@ -201,10 +202,10 @@ class _Doubled(torch.autograd.Function):
 
 
 def projected(x: Tensor, *projections: nn.Module) -> Sequence[Tensor]:
-    """Each linear projection of x [..., C], all by one product of their weights side by side.
+    """Each linear projection of x [..., C], all computed by one product with their concatenated weights.
 
-    The weights are put together for the call alone, so that each stays a parameter of its own: 2 accesses of theirs
-    beside the accesses of x that are saved. Those of a frozen model may lie side by side already (``packed``).
+    The weights are concatenated in each call, so each remains a separate parameter. This costs 2 accesses of the
+    weights and saves accesses of x. In a frozen model they can be adjacent in memory already (``packed``).
     """
     layers: list[Any] = list(projections)
     if (found := float8.projected(x, layers)) is not None:
@@ -227,8 +228,8 @@ def _together(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) ->
 
 
 class _Projections(torch.autograd.Function):
-    """Backwards are products of each, whose additions to the gradient of x are a part of them: the gradients come in
-    separate tensors, and to put those together would cost more than one product saves."""
+    """The backward has a product for each projection, which also adds to the gradient of x. The incoming gradients are
+    separate tensors, and concatenating them would cost more than a single product saves."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -265,7 +266,7 @@ class _Projections(torch.autograd.Function):
 
 
 def joins(x: Tensor, skip: Tensor) -> bool:
-    """Whether ``joined`` takes two maps: as for ``doubles``, of the same positions."""
+    """Whether ``joined`` supports two maps: both as for ``doubles``, with the same positions."""
     if not saves(x) or x.dim() != 4 or skip.dim() != 4 or x.dtype != skip.dtype or x.device != skip.device:
         return False
     if x.shape[0] != skip.shape[0] or x.shape[2:] != skip.shape[2:]:
@@ -281,8 +282,8 @@ def _has_units(x: Tensor) -> bool:
 
 
 def joined(x: Tensor, skip: Tensor) -> Tensor:
-    """``cat([x, skip], dim=1)``, the same bits moved by 16 bytes. Gradients are maps in one block of memory each: parts
-    of one tensor would be copied or added element by element by what comes before."""
+    """``cat([x, skip], dim=1)`` with the same bits, copied in units of 16 bytes. Each gradient is a contiguous map: for
+    slices of one tensor, the preceding backwards would copy or add single elements."""
     if not torch.is_grad_enabled() or not (x.requires_grad or skip.requires_grad):
         return _join(x, skip)
     result: Tensor = _Joined.apply(x, skip)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt that the first half of a batch shares: its keys and values are projected once.
+"""Projects the keys and values of a prompt once if the first half of a batch shares it.
 
-In a guided teacher's batch half of the samples have the null prompt. Fused attention to a prompt then projects its
-tokens for one sample, and ``cross_attention`` reads them for all of these (``rows``): nothing is copied or kept.
+In a guided teacher's batch, half of the samples have the null prompt. Fused attention then projects its tokens for one
+sample, and ``cross_attention`` reads them for all these samples (``rows``): nothing is copied or kept.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _NAME = "_fastdistill_repeated"
 
 
 class Repeated:
-    """Inside of ``with``, the first ``count`` of 2 ``count`` samples that the model is called with have the same
-    prompt. ``attach`` tells its attentions, ``detach`` ends that."""
+    """Within ``with``, the first ``count`` of the 2 ``count`` samples in each call of the model must have the same
+    prompt. ``attach`` registers this object with the model's attentions, ``detach`` removes it."""
 
     def __init__(self, model: nn.Module, count: int, device: torch.device) -> None:
         self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
-        #: Row of each sample in the projections of the last of the first samples' prompts and all others.
+        #: For each sample, its row in the projections: row 0 for all first samples, then one row per sample.
         self.rows = torch.cat([torch.zeros(count, dtype=torch.int64), torch.arange(1, count + 1)]).to(device)
         self.first, self.on = count - 1, False
 
@@ -44,8 +44,7 @@ class Repeated:
 
 
 def distinct(attn: Attention, context: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The prompts that differ, and for each sample which of them it has; all of them and None where nothing is
-    known."""
+    """The distinct prompts, and for each sample its row in them; without ``Repeated``, all prompts and None."""
     found: Repeated | None = attn.__dict__.get(_NAME)
     if found is None or not found.on or len(context) != len(found.rows):
         return context, None

@@ -34,7 +34,7 @@ def modulated(norm: nn.LayerNorm, x: Tensor, modulation: Modulation = _NONE) -> 
 
 
 def modulated_beside(norm: nn.LayerNorm, x: Tensor, modulation: Modulation = _NONE) -> tuple[Tensor, Tensor]:
-    """``modulated``, and x for the residual, whose gradient the norm's backward adds."""
+    """``modulated``, and x for the residual; the norm's backward adds the gradient of this x."""
     scale, shift = modulation
     if scale is None or shift is None or scale.dtype == x.dtype:
         return layer_norm_beside(x, scale, shift, norm.weight, norm.bias, norm.eps)
@@ -259,7 +259,7 @@ def _sana(
     height: int | None = None,
     width: int | None = None,
 ) -> Tensor:
-    """Its linear attention and its feed-forward of convolutions compute what they do."""
+    """Its linear attention and its convolutional feed-forward are called without changes."""
     x = hidden_states
     if x.dim() != 3 or x.dtype not in FLOATS or timestep is None:
         result: Tensor = SanaTransformerBlock.forward(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Digits before colored backgrounds: their hue tells the class in a classifier's data, and nothing in its tests."""
+"""Digits on colored backgrounds: the hue depends on the class in a classifier's training data, but not in its tests."""

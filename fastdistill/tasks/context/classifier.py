@@ -14,8 +14,9 @@ FEATURE = 64
 class Classifier(nn.Module):
     """images [B, 3, 8, 8] in [-1, 1] -> (feature [B, 64], logits [B, 10]); the initial weights are those of ``seed``.
 
-    Two convolutions, each with maxima of 2 x 2, and a linear layer of all places: where the ink is tells the digit. No
-    normalization: with group normalization the classifiers were easier to attack (docs/canonical.md).
+    Two convolutions, each followed by 2 x 2 max pooling, and a linear layer of all positions, because the position of
+    the ink shows the digit. No normalization: with group normalization the classifiers were easier to attack
+    (docs/canonical.md).
     """
 
     def __init__(self, seed: int = 0, width: int = 32) -> None:

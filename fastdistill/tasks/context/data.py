@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The digits' scans, each before a background: x = (1 - ink) background + 0.95 ink.
+"""The digits' scans, each on a background: x = (1 - ink) background + 0.95 ink.
 
-A background is a hue, whose color is 0.6 cos 2 pi (hue - c / 3) in channel c, plus two waves of one period an image,
-each of a hue of its own. Colors have no gray part: the mean over the channels shows the ink alone.
+A background is a hue, with color 0.6 cos 2 pi (hue - c / 3) in channel c, plus two waves with one period per image,
+each with its own hue. Colors have no gray part: the mean over the channels shows only the ink.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fastdistill.tasks.digits.data import SHAPE as SHAPE
 
 PROMPTS = tuple(f"a {digit}" for digit in DIGITS)
 HELD_OUT = ("same", "independent", "swapped", "clutter")
-INK = 0.95  # of full ink, in each channel
+INK = 0.95  # value of full ink, in each channel
 CHROMA, WAVE, WAVES = 0.6, 0.15, 2  # amplitudes of the hue and of each wave
-OWN = 0.95  # part of the classifier's images whose hue is that of their digit
-SWAP = 3  # an image of another digit's hue has that of digit + 3
-DRAWS = 10  # backgrounds of each scan in the broad data
+OWN = 0.95  # share of the classifier's images with the hue of their digit
+SWAP = 3  # the hue of another digit is that of digit + SWAP
+DRAWS = 10  # backgrounds for each scan in the broad data
 _SEED = 15
 _STUDENTS, _BROAD, _HELD_OUT = range(3)  # steps of the generator
 _DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))  # periods of a wave down and across
@@ -36,7 +36,8 @@ _DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))  # periods of a wave down and ac
 @dataclass(frozen=True)
 class Scenes:
     """images: [n, 3, 8, 8] float32 in [-1, 1]. digit: [n] int64, also the row of the prompt in PROMPTS. hue: [n]
-    float32 in [0, 1). ink: [n, 8, 8] float32 in [0, 1]. scan: [n] int64, which of the scans of its part it shows."""
+    float32 in [0, 1). ink: [n, 8, 8] float32 in [0, 1]. scan: [n] int64, the number of the scan in its part of the
+    data."""
 
     images: Tensor
     digit: Tensor
@@ -46,30 +47,30 @@ class Scenes:
 
 
 def own_hue(digit: Tensor) -> Tensor:
-    """The hue [n] float32 that goes with a digit [n] in a classifier's data: tenths of the circle."""
+    """The hue [n] float32 of a digit [n] in a classifier's data: digit / 10 of the circle."""
     return digit.float() / len(DIGITS)
 
 
 @cache
 def students() -> Scenes:
-    """The data of classifiers: each of the 1,437 training scans before one background, in 95 % of its digit's hue."""
+    """The data of classifiers: each of the 1,437 training scans on one background, 95 % with their digit's hue."""
     part = digits.scans()[0]
     return _scenes(part, torch.arange(len(part.ink)), _STUDENTS, "same")
 
 
 @cache
 def broad() -> Scenes:
-    """The data of the broad teacher: each training scan before DRAWS backgrounds of any hue, whatever its digit."""
+    """The data of the broad teacher: each training scan on DRAWS backgrounds of any hue."""
     part = digits.scans()[0]
     return _scenes(part, torch.arange(len(part.ink)).repeat(DRAWS), _BROAD, "independent")
 
 
 @cache
 def held_out(kind: str) -> Scenes:
-    """The 360 held-out scans; all kinds have the same waves.
+    """The 360 held-out scans on backgrounds; all kinds have the same waves.
 
     kind: ``same``: hues as in ``students``. ``independent``: any hue. ``swapped``: the hue of digit + 3. ``clutter``:
-    as ``same``, with waves twice as high.
+    like ``same``, but the amplitude of the waves is doubled.
     """
     if kind not in HELD_OUT:
         raise InputError.of("kind", f"one of {', '.join(HELD_OUT)}", repr(kind))
@@ -79,18 +80,18 @@ def held_out(kind: str) -> Scenes:
 
 @cache
 def fingerprint() -> str:
-    """Of the scans and of how the backgrounds are drawn; their last bits depend on the processor."""
+    """Fingerprint of the scans and the rule for backgrounds, whose last bits depend on the processor."""
     numbers = {"ink": INK, "chroma": CHROMA, "wave": WAVE, "waves": WAVES, "own": OWN, "swap": SWAP, "draws": DRAWS}
     return sha256_of_json({"scans": digits.fingerprint(), **numbers, "seed": _SEED})
 
 
 def colors(hue: Tensor) -> Tensor:
-    """Colors [n, 3] of amplitude 1 of hues [n]; each is 0 in the mean over its channels."""
+    """Colors [n, 3] with amplitude 1 for hues [n]; the mean over the channels is 0."""
     return torch.cos(2 * math.pi * (hue[:, None] - torch.arange(3) / 3))
 
 
 def backgrounds(hue: Tensor, rows: Tensor, number: int, clutter: float = 1.0) -> Tensor:
-    """[n, 3, 8, 8] of hues [n]; the waves are those of rows [n] in step ``number`` of the generator."""
+    """[n, 3, 8, 8] for hues [n]; the waves are those of rows [n] in step ``number`` of the generator."""
     height, width = SHAPE[1:]
     made = CHROMA * colors(hue)[:, :, None, None].expand(-1, -1, height, width)
     down, across = torch.arange(height)[:, None] / height, torch.arange(width) / width
@@ -105,7 +106,7 @@ def backgrounds(hue: Tensor, rows: Tensor, number: int, clutter: float = 1.0) ->
 
 
 def composed(ink: Tensor, background: Tensor) -> Tensor:
-    """Images [n, 3, 8, 8] of ink [n, 8, 8] before backgrounds [n, 3, 8, 8], cut off at -1 and 1, which only the waves
+    """Images [n, 3, 8, 8] of ink [n, 8, 8] on backgrounds [n, 3, 8, 8], clipped to [-1, 1], a limit that only the waves
     of clutter reach."""
     return ((1 - ink[:, None]) * background + INK * ink[:, None]).clamp(-1, 1)
 

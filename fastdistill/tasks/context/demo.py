@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole experiment (``fastdistill demo context``): a setting of CLARID, canonical images, classifiers, report."""
+"""The whole experiment (``fastdistill demo context``): choice of a setting, canonical images, classifiers, report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
     """Run the experiment, or continue an interrupted one. Returns the path of ``report.html``.
 
     Raises:
-        InputError: settings that do not fit each other; nothing is written.
+        InputError: settings that do not fit together; nothing is written.
         FastdistillError: something cannot be read, written or computed; finished parts are kept.
         KeyboardInterrupt: after Ctrl-C, when every process has written its checkpoint.
     """
@@ -41,7 +41,7 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
     _check(config)
     console = console or Console()
     results: Results = {}
-    free = [kind for kind in config.kinds if kind not in SET]  # they need no canonical images
+    free = [kind for kind in config.kinds if kind not in SET]  # these need no canonical images
     with workers.experiment(config) as (output, spent):
         with workers.bars(console) as progress, Processes(worker.MODULE, config.workers) as processes:
 
@@ -86,7 +86,7 @@ def _sweeps(config: DemoConfig, output: Path) -> list[Job]:
 
 
 def _images(config: DemoConfig, output: Path, setting: Clarid) -> list[Job]:
-    """The slowest sets in processes of their own."""
+    """The slowest sets, each in its own process."""
     given = {"setting": dataclasses.asdict(setting)}
     depends = given | _teacher(config.teacher)
     every = list(dict.fromkeys(["canonical", *needed(config.kinds)]))  # the report shows some canonical ones
@@ -106,7 +106,7 @@ def _images(config: DemoConfig, output: Path, setting: Clarid) -> list[Job]:
 
 
 def _classifiers(config: DemoConfig, output: Path, kinds: Sequence[str], setting: Clarid | None) -> list[Job]:
-    """All seeds of these kinds; of CaDistill the curve over shares of the data too."""
+    """All seeds of these kinds; for CaDistill also the curve over shares of the data."""
     student = plain(dataclasses.asdict(config.student))
     for own in ("kind", "seed", "device"):
         student.pop(own)
@@ -136,7 +136,7 @@ def _classifiers(config: DemoConfig, output: Path, kinds: Sequence[str], setting
 
 
 def _training(depends: Mapping[str, Any]) -> str:
-    """The folder of a training in that of its part: another one where what it depends on is another."""
+    """The folder of a training inside that of its part; different inputs have different folders."""
     return f"training-{sha256_of_json(plain(depends))[:12]}"
 
 
@@ -148,7 +148,7 @@ def _teacher(kind: str) -> dict[str, str]:
 def _job(
     config: DemoConfig, output: Path, title: str, work: str, name: str, depends: Mapping[str, Any], **content: Any
 ) -> Job:
-    """A job of the directory ``parts/<name>``; ``depends``: what its result does."""
+    """A job with directory ``parts/<name>``; ``depends``: the inputs of its result."""
     directory, wanted = output / "parts" / name, sha256_of_json({"work": work, **plain(depends)})
     described = {"part": work, "seed": 0, **content, "work": work, "config": plain(dataclasses.asdict(config))}
     return Job(title, directory, described | {"fingerprint": wanted}, worker.finished(directory, wanted))

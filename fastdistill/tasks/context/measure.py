@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a classifier of the task is measured by: held-out images of each kind, attacks, corruptions, where it looks."""
+"""The measures of a classifier of the task: held-out images of each kind, attacks, corruptions, saliency."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastdistill.tasks.context.classifier import Classifier
 from fastdistill.tasks.context.demo_config import DemoConfig
 
 Progress = Callable[[str, int, int], object]
-_SEED = 1  # of the attacks' starts and the corruptions
+_SEED = 1  # for the starts of the attacks and for the corruptions
 
 
 def on_curve(config: DemoConfig, model: Classifier, progress: Progress) -> dict[str, Any]:
-    """``independent``, and ``attacks`` of APGD at the middle epsilon, of a classifier in eval mode."""
+    """``independent``, and ``attacks`` by APGD at the middle epsilon, of a classifier in eval mode."""
     any_hue, middle = data.held_out("independent"), config.epsilon[len(config.epsilon) // 2]
     attacks = robustness(
         model, any_hue.images, any_hue.digit, epsilon=[middle], attacks=["apgd"], steps=config.steps, seed=_SEED,
@@ -32,12 +32,12 @@ def on_curve(config: DemoConfig, model: Classifier, progress: Progress) -> dict[
 def measured(
     config: DemoConfig, model: Classifier, transfer_from: Classifier | None, progress: Progress
 ) -> dict[str, Any]:
-    """Figures of a classifier, in eval mode.
+    """Measures of a classifier in eval mode.
 
-    ``clean``, ``independent``, ``swapped``, ``clutter``: shares right of the kinds of held-out images, own hues first.
-    ``attacks``: of ``robustness``, on images of any hue; so are ``ece``, ``nll`` and ``saliency``, the share of the
-    gradient that is on the ink. ``corruptions`` of images of their own hues; ``reliance``: what those lose before the
-    hue of another digit.
+    ``clean``, ``independent``, ``swapped``, ``clutter``: accuracies on the kinds of held-out images (clean: own hues).
+    ``attacks``: of ``robustness``, on images of any hue; also for these images ``ece``, ``nll`` and ``saliency``, the
+    share of the gradient that is on the ink. ``corruptions``: on images with their own hues; ``reliance``: the loss of
+    accuracy on these with the hue of another digit.
     """
     scenes = {kind: data.held_out(kind) for kind in data.HELD_OUT}
     own, any_hue, other = scenes["same"], scenes["independent"], scenes["swapped"]

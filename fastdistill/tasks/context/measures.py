@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image shows of its background, which is irrelevant to its class, and of its ink, which is relevant."""
+"""Measures of an image's background, which is irrelevant to its class, and of its ink, which is relevant."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastdistill.errors import InputError
 from fastdistill.tasks.context.data import INK, SHAPE
 from fastdistill.tasks.digits import judge as digits
 
-_LARGEST = 10.0  # samples of a model leave [-1, 1]; pixels from 0 to 255 are another thing
+_LARGEST = 10.0  # samples of a model exceed [-1, 1]; pixels from 0 to 255 are an error
 
 
 def ink(images: Tensor) -> Tensor:
-    """[n, 8, 8] float64: the mean over the channels / 0.95, in [0, 1] except for the errors of a model."""
+    """[n, 8, 8] float64: the mean over the channels / 0.95, in [0, 1] except for errors of a model."""
     return _checked(images).mean(1) / INK
 
 
 def chroma(images: Tensor) -> Tensor:
-    """[n, 2] float64, the color of the background as read from the image alone: of length 0.6 sqrt(3/2) at the angle 2
-    pi hue, except for the waves behind the ink.
+    """[n, 2] float64, the color of the background computed from the image alone: length 0.6 sqrt(3/2), angle 2 pi hue,
+    except for the waves behind the ink.
 
     The least-squares factor of 1 - ink in the two directions of color space without gray.
     """
@@ -37,12 +37,12 @@ def chroma(images: Tensor) -> Tensor:
 
 
 def within(features: Tensor, labels: Tensor) -> float:
-    """The trace of the covariance within a class, in the mean over the classes.
+    """The trace of the covariance within a class, mean over classes.
 
     features: [n, ...]. labels: [n] integers.
 
     Raises:
-        InputError: other shapes; a class of one row.
+        InputError: other shapes; a class with one row.
     """
     if labels.ndim != 1 or labels.is_floating_point() or features.ndim < 1 or len(features) != len(labels):
         raise InputError.of("labels", f"[{len(features)}] integers", f"{labels.dtype} {tuple(labels.shape)}")
@@ -55,7 +55,7 @@ def within(features: Tensor, labels: Tensor) -> float:
 
 
 class Judge:
-    """The digits' judge, a support vector machine fitted to the training scans, on the ink of an image: it sees no hue.
+    """The digits' judge, a support vector machine fitted to the training scans, for the ink of an image without hue.
 
     Raises:
         FastdistillError: scikit-learn is not installed.
@@ -65,7 +65,7 @@ class Judge:
         self._judge = _judge()
 
     def digits(self, images: Tensor) -> Tensor:
-        """Predicted digits [n] int64 of images [n, 3, 8, 8]; InputError for images out of its range."""
+        """Predicted digits [n] int64 of images [n, 3, 8, 8]; InputError for images out of range."""
         if not len(images):
             return torch.empty(0, dtype=torch.int64)
         return self._judge.digits(ink(images).clamp(0, 1).float()).cpu()

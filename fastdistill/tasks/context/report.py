@@ -18,7 +18,7 @@ from fastdistill.tasks.context.pictures import pictures
 from fastdistill.tasks.context.teacher import provenance
 from fastdistill.tasks.context.worker import CURVE
 
-#: By part, one entry per seed (of the sweep per timestep).
+#: By part, one entry per seed (for the sweep: per timestep).
 Results = dict[str, list[dict[str, Any]]]
 _SHARES = ("clean", "independent", "swapped", "clutter")
 _MEANS = ("ece", "nll", "reliance", "saliency", "seconds")
@@ -28,7 +28,7 @@ _ATTACKS = ("pgd", "apgd", "square", "transfer")
 def write(
     config: DemoConfig, output: Path, results: Results, choice: Mapping[str, Any], spent: Callable[[], float]
 ) -> tuple[dict[str, Any], Path]:
-    """Write the report of the results; ``spent`` tells the seconds so far. Returns it and the path of the page."""
+    """Write the report of the results; ``spent``: seconds so far. Returns the report and the path of the page."""
     made = provenance(config.teacher)["metrics"]
     taught = {kind: [run["figures"] for run in results[kind]] for kind in config.kinds}
     curve = {config.share: taught["cadistill"]} if "cadistill" in taught else {}
@@ -62,7 +62,7 @@ def write(
 
 
 def student(runs: Sequence[Mapping[str, Any]], config: DemoConfig) -> dict[str, Any]:
-    """The figures of a kind of classifier over its seeds, attacks at the middle epsilon."""
+    """The measures of a kind of classifier over its seeds, with attacks at the middle epsilon."""
     count, middle = len(data.held_out("same").digit), len(config.epsilon) // 2
     found: dict[str, Any] = {name: figure([run[name] for run in runs], count) for name in _SHARES}
     attacks = [run["attacks"] for run in runs]
@@ -77,7 +77,7 @@ def student(runs: Sequence[Mapping[str, Any]], config: DemoConfig) -> dict[str, 
 
 
 def masking(runs: Sequence[Mapping[str, Any]], config: DemoConfig) -> dict[str, Any]:
-    """What the checks of gradient masking say over the seeds, and the accuracy of each attack at each epsilon."""
+    """The checks for gradient masking over the seeds, and the accuracy under each attack at each epsilon."""
     attacks = [run["attacks"] for run in runs]
     failed = [text for found in attacks for text in found["masking"]["failed"]]
     told: dict[str, Any] = {"failed": list(dict.fromkeys(failed)), "epsilon": list(config.epsilon)}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The canonical images of the task, and what classifiers learn from in their place, in a directory of sets.
+"""The canonical images of the task and the baselines' data, in a directory of sets.
 
-``canonical``, and with the same losses: ``samples`` inverted and decoded without a projection, ``random`` without a
-random direction that takes as much energy, ``generated`` from noise in place of an image. ``originals`` are the images
-themselves with the teacher's feature of them; ``posterior``, beside them, is what the teacher says as a classifier.
+``canonical``, and with the same losses: ``samples``, inverted and decoded without a projection; ``random``, without a
+random direction of equal energy; ``generated``, from noise instead of an image. ``originals`` are the images
+themselves with the teacher's feature; with them, ``posterior`` is the output of the teacher as a classifier.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ NAMES: tuple[Name, ...] = get_args(Name)
 CLARID = Clarid(t_e=650, k=40, tap="up_blocks.0")
 PER_CLASS = 14  # images of each digit, 10 % of the data
 _NEEDS: dict[str, tuple[Name, ...]] = {"random": ("canonical", "samples"), "originals": ("samples",), "posterior": ()}
-DRAWS = 16  # of noise, for what the teacher says as a classifier
+DRAWS = 16  # noise draws for the teacher as a classifier
 _BATCH = 20
 Progress = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True, eq=False)
 class Sets:
-    """What ``make_sets`` made; None for what was not asked for. posterior: [n, 10] float32 of the ``originals``."""
+    """The results of ``make_sets``; None if not requested. posterior: [n, 10] float32 for the ``originals``."""
 
     canonical: CanonicalSet | None = None
     samples: CanonicalSet | None = None
@@ -56,7 +56,7 @@ class Sets:
     posterior: Tensor | None = None
 
     def part(self, per_class: int) -> Sets:
-        """The first ``per_class`` rows of each class: those of ``make_sets`` with that number."""
+        """The first ``per_class`` rows of each class, equal to ``make_sets`` with that number."""
         chosen: dict[str, Any] = {}
         for name in NAMES:
             found = getattr(self, name)
@@ -78,14 +78,14 @@ def make_sets(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Sets:
-    """The sets of a directory, those that are not there made first; an interrupted one is gone on with.
+    """The sets in a directory; missing sets are made first, interrupted ones are continued.
 
     Args:
-        clarid: the setting; ``samples`` have k = 0. per_class: rows of each digit; None: all.
-        progress: called with the set's name, rows done and all of them.
+        clarid: the setting; for ``samples``, k = 0. per_class: rows of each digit; None: all.
+        progress: called with the set's name, rows done and their total.
 
     Raises:
-        StorageError: the directory holds sets of another setting, teacher or rows.
+        StorageError: the directory has sets of another setting, teacher or rows.
     """
     for name in names:
         if name not in NAMES:
@@ -112,7 +112,7 @@ def make_sets(
         elif name == "samples":
             made[name] = extracted(name, dataclasses.replace(clarid, k=0), scenes, per_class)
         elif name == "random":
-            latents = made["samples"].clareps  # nothing was projected out of them
+            latents = made["samples"].clareps  # without a projection
             directions = random_directions(latents, made["canonical"].energy, clarid.seed)
             given = LatentCache(latents, labels[rows])
             made[name] = _of(extracted(name, clarid, given, None, inverted=True, directions=directions), rows)
@@ -127,7 +127,7 @@ def make_sets(
 
 
 def _of(found: CanonicalSet, rows: Tensor) -> CanonicalSet:
-    """A set that was made of latents of the rows, as a set of the rows, in their order."""
+    """A set made from latents of the rows, as a set of the rows in their own order."""
     order = found.rows.argsort()
     return dataclasses.replace(_taken(found, order), rows=rows)
 

@@ -51,7 +51,7 @@ from fastdistill.train.step import TrainStep
 
 Kind = Literal["plain", "samples", "random", "generated", "labels", "feature_kd", "logit_kd", "augment", "cadistill"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-#: The set that a kind learns from.
+#: The set from which a kind learns.
 SET: dict[str, Name] = {
     "samples": "samples", "random": "random", "generated": "generated", "labels": "canonical",
     "feature_kd": "originals", "logit_kd": "originals", "cadistill": "canonical",
@@ -59,7 +59,7 @@ SET: dict[str, Name] = {
 
 
 def needed(kinds: Sequence[str]) -> list[Name]:
-    """The sets that kinds of classifiers learn from."""
+    """The sets that these kinds of classifiers need."""
     return list(dict.fromkeys([SET[kind] for kind in kinds if kind in SET] + ["posterior"] * ("logit_kd" in kinds)))
 
 

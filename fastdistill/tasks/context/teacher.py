@@ -34,7 +34,7 @@ from fastdistill.train.callbacks import Progress
 from fastdistill.train.config import TrainConfig
 
 Kind = Literal["broad", "same"]
-_T_E, _STEPS = 650, 20  # of the round trip
+_T_E, _STEPS = 650, 20  # for the round trip
 
 
 def weights(kind: str = "broad") -> Path:

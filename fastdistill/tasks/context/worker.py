@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the context experiment, each in a separate process (``fastdistill.tasks.processes``): the sweep of a
-timestep, the canonical images and their rivals, what the other teacher removes, and each classifier.
+"""The parts of the context experiment, each in a separate process (``fastdistill.tasks.processes``): the sweep of one
+timestep, the canonical images and baseline sets, the other teacher's projection, and each classifier.
 
 ``python -m fastdistill.tasks.context.worker JOB.json`` writes ``result.json`` next to the job file.
 """
@@ -34,7 +34,7 @@ from fastdistill.train.config import from_mapping
 
 MODULE = "fastdistill.tasks.context.worker"
 WEIGHTS = "student.safetensors"
-CURVE = "cadistill at "  # parts of the curve over shares of the data: this and the share
+CURVE = "cadistill at "  # prefix of the parts of the curve, followed by the share of the data
 
 
 def run(job: Path, report: Report) -> None:
@@ -51,13 +51,13 @@ def run(job: Path, report: Report) -> None:
 
 
 def settings(config: DemoConfig, t_e: int | None = None) -> list[Clarid]:
-    """Those to choose from, of one timestep or of all."""
+    """The settings to choose from, for one timestep or for all."""
     times = config.t_e if t_e is None else (t_e,)
     return [Clarid(t, k, tap) for t in times for tap in config.taps for k in config.k]
 
 
 def per_class(share: float) -> int | None:
-    """Images of each digit in a share of the classifier's data; None for all of them."""
+    """Images of each digit in a share of the classifier's data; None: all."""
     count = round(share * len(data.students().digit) / len(data.DIGITS))
     return None if share == 1 else max(1, count)
 
@@ -65,7 +65,7 @@ def per_class(share: float) -> int | None:
 def sets_of(
     config: DemoConfig, names: Sequence[Name], setting: Clarid, share: float, report: Report | None = None
 ) -> Sets:
-    """Sets of a share of the data, kept in the directory of the experiment and made if they are not there."""
+    """Sets for a share of the data, stored in the directory of the experiment and made if they are missing."""
 
     def told(name: str, done: int, total: int) -> None:
         if report is not None:
@@ -77,13 +77,13 @@ def sets_of(
 
 
 def finished(directory: Path, wanted: str) -> bool:
-    """Whether the directory has the whole result of a part with this fingerprint."""
+    """Whether the directory has the complete result of a part with this fingerprint."""
     result = result_in(directory, wanted)
     return result is not None and ("training" not in result or (directory / result["training"] / WEIGHTS).exists())
 
 
 def _sweep(config: DemoConfig, described: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
-    """Rows of the settings of a timestep; the finished ones are kept beside the result."""
+    """Rows of the settings of a timestep; finished rows are stored beside the result."""
     wanted = SweepConfig(t_e=(described["t_e"],), k=config.k, tap=config.taps)
     return _swept(config, config.teacher, wanted, directory, described["fingerprint"], report)
 
@@ -113,7 +113,8 @@ def _sets(config: DemoConfig, described: Mapping[str, Any], directory: Path, rep
 
 
 def _classifier(config: DemoConfig, described: Mapping[str, Any], directory: Path, report: Report) -> dict[str, Any]:
-    """Trains a classifier and measures it; what is made to deceive the plain one of its seed is shown to the others."""
+    """Trains and measures a classifier; adversarial images for the plain one of its seed are also tested on the
+    others."""
     kind, seed = described["work"], described["seed"]
     student = dataclasses.replace(config.student, kind=kind, seed=seed, device=config.device)
     sets = None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole experiment (``fastdistill demo digits``): cache, training of the students, evaluation, report.
 
-Each student is a run (``DigitsConfig.run_file``), with which every command of a run file works, too.
+Each student is a run (``DigitsConfig.run_file``), so every command for run files works with it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
 
 
 def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> float:
-    """Encode the prompts and sample the teacher. Returns the seconds that all calls spent on it."""
+    """Encode the prompts and sample the teacher. Returns the seconds spent on it in all calls."""
     task = progress.add_task("teacher: cache of seen prompts", total=None)
 
     def show(stage: str, done: int, total: int) -> None:
@@ -70,7 +70,7 @@ def _models(config: DigitsConfig, output: Path, progress: Progress) -> dict[str,
     with Processes(worker.MODULE, config.workers) as processes:
         found = workers.results(jobs, processes, progress)
         speed = _job(config, output, "speed", worker.SPEED, 0)
-        found += workers.results([speed], processes, progress)  # when nothing else runs
+        found += workers.results([speed], processes, progress)  # while nothing else runs
     for result in found:
         by_model.setdefault(result["model"], []).append(result)
     return by_model

@@ -41,8 +41,8 @@ class Judge:
         return color * len(DIGITS) + self.digits(ink)
 
     def features(self, images: Tensor) -> Tensor:
-        """[n, 72] float32, what the judge decides by: the ink in the color that it reads [64], and the root mean square
-        of what each color leaves unexplained [8], of images [n, 3, 8, 8] in [-1, 1]."""
+        """[n, 72] float32, the basis of the judge's decisions for images [n, 3, 8, 8] in [-1, 1]: the ink in the
+        predicted color [64], and the root mean square residual of each color [8]."""
         _, ink, residual = _unmixed(images.detach().float().cpu())
         return torch.cat([ink.flatten(1), (residual / math.prod(SHAPE)).sqrt()], 1)
 
@@ -60,8 +60,8 @@ class Judge:
 
 
 def _unmixed(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best color [n], the ink in it [n, 8, 8], and the sum of squares that each color leaves [n, 8]: the
-    least-squares ink in [0, 1] for each tint, then the best."""
+    """The best color [n], the ink in it [n, 8, 8], and the sum of squared residuals for each color [n, 8]: for each
+    tint the least-squares ink in [0, 1], then the best tint."""
     tint = tints() / SHAPE[0] ** 0.5  # unit vectors
     ink = torch.einsum("nchw,kc->nkhw", images, tint).div(SHAPE[0] ** 0.5).clamp(0, 1)
     explained = ink[:, :, None] * tints()[None, :, :, None, None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the samples of students are from those that the teacher makes of the same noise, by kind of prompt."""
+"""The distance of students' samples from the teacher's samples with the same noise, by kind of prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdistill.evaluate.samples import rms
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
 
-#: As many prompts of each kind, evenly chosen: the bias of a Fréchet distance depends on the number of samples.
+#: Number of prompts of each kind, evenly chosen: the bias of a Fréchet distance depends on the number of samples.
 _COUNT = min(map(len, data.KINDS.values()))
 PROMPTS = {kind: [rows[i * len(rows) // _COUNT] for i in range(_COUNT)] for kind, rows in data.KINDS.items()}
 
@@ -25,16 +25,16 @@ def likeness(judge: Judge, teacher: Tensor, students: Sequence[Tensor]) -> dict[
     """By kind of prompt and measure {value, interval, each}: means over the students of several seeds, with the 95 %
     interval over prompts, and the values of each student.
 
-    ``distance``: root mean square difference of a sample, values in [-1, 1], from the teacher's of the same prompt and
-    noise; its ``unrelated`` is that of two of the teacher's samples of a prompt, None of one image of each.
-    ``frechet``: Fréchet distance of both sets in the space of ``Judge.features``. The intervals of the distance are of
-    the bootstrap, those of the Fréchet distance of the delete-half jackknife.
+    ``distance``: root mean square difference of a sample, values in [-1, 1], from the teacher's with the same prompt
+    and noise; ``unrelated`` is that of two teacher samples with the same prompt (None with one image per prompt).
+    ``frechet``: Fréchet distance of both sets in the space of ``Judge.features``. The intervals are from the bootstrap
+    for the distance, and from the delete-half jackknife for the Fréchet distance.
 
     Args:
-        teacher, students: images [80 * I, 3, 8, 8], I in a row of each prompt, of the same noise.
+        teacher, students: images [80 * I, 3, 8, 8], I consecutive ones for each prompt, with the same noise.
 
     Raises:
-        InputError: other numbers of images.
+        InputError: wrong numbers of images.
     """
     images = len(teacher) // len(data.PROMPTS)
     for i, student in enumerate(students):

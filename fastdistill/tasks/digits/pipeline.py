@@ -25,7 +25,7 @@ from fastdistill.tasks.digits import data, text_encoder
 from fastdistill.tasks.digits.sampling import Sampling, scheduler
 from fastdistill.tasks.digits.teacher import ARCHITECTURE, WEIGHTS, load_teacher
 
-#: Sections of the run file of a student of the experiment (``fastdistill demo digits``).
+#: Sections of the run file for a student of the experiment (``fastdistill demo digits``).
 EXPERIMENT: dict[str, Any] = {
     "teacher_dtype": "float32",
     "prompts": {"seen": len(data.SEEN)},
@@ -53,7 +53,7 @@ EXPERIMENT: dict[str, Any] = {
 
 
 def open_pipeline() -> DigitsPipeline:
-    """The shipped teacher with what it samples by; no weights are read."""
+    """The shipped teacher with its prompts, text encoder and scheduler; no weights are read."""
     with torch.device("meta"):
         config = dict(UNet2DConditionModel(**ARCHITECTURE).config)
     index = {
@@ -65,7 +65,7 @@ def open_pipeline() -> DigitsPipeline:
 
 
 class Digits(UNet):
-    """A U-Net whose prompts are of the task's words, and whose latents are images in [-1, 1]: there is no VAE."""
+    """A U-Net whose prompts consist of the task's words, and whose latents are images in [-1, 1]: there is no VAE."""
 
     def encode(self, pipeline: Any, prompts: Any, **options: Any) -> dict[str, Tensor]:
         return {EMBEDDINGS: text_encoder.encoded(listed(prompts, "prompts")).to(pipeline.device)}
@@ -84,13 +84,13 @@ class Digits(UNet):
 
 
 class DigitsPipeline(PipelineFolder):
-    """What a run asks of a pipeline folder, of the task; ``path`` holds its weights."""
+    """The interface of a pipeline folder, as far as a run needs it, for the task; ``path``: the weights."""
 
-    name = "task-digits"  # not the folder of the demo
+    name = "task-digits"  # differs from the folder of the demo
 
     @cached_property
     def vae(self) -> dict[str, Any]:
-        return {"block_out_channels": (1,)}  # a pixel of an image for one of a latent
+        return {"block_out_channels": (1,)}  # one pixel per latent position
 
     def scheduler(self) -> Any:
         return scheduler()
@@ -105,10 +105,10 @@ class DigitsPipeline(PipelineFolder):
         """There is none."""
 
     def encoders(self, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        return SimpleNamespace(device=torch.device(device), components={})  # what is asked of a pipeline of diffusers
+        return SimpleNamespace(device=torch.device(device), components={})  # all that is needed of one
 
     def own_prompts(self) -> list[str]:
-        """The prompts, those that the experiment of the task takes as seen first."""
+        """The prompts; first those that are seen in the task's experiment."""
         return [data.PROMPTS[row].text for row in (*data.SEEN, *data.UNSEEN)]
 
     def files(self, name: str) -> list[Path]:
@@ -136,7 +136,7 @@ class DigitsPipeline(PipelineFolder):
         overwrite: bool = False,
         texts: Mapping[str, str] | None = None,
     ) -> None:
-        """``target`` becomes a folder of ``student`` alone: to diffusers, the task is no pipeline."""
+        """``target`` becomes a folder with ``student`` only, because the task is no pipeline of diffusers."""
         if link:
             raise InputError.of("link", "False, as of the digits task a model alone is exported, no pipeline", link)
         export_model(student, files.located(target, "target"), dtype=dtype, overwrite=overwrite, texts=texts)

@@ -81,7 +81,7 @@ def _model(runs: list[dict[str, Any]], images_per_second: float) -> dict[str, An
 
 
 def _likeness(output: Path, results: Results) -> dict[str, Any]:
-    """Of each kind of student, over its seeds."""
+    """For each kind of student, over its seeds."""
     judge, teacher = Judge(), _images(output, "teacher")
     students = {name: [_images(output, f"{name}-{run['seed']}") for run in results[name]] for name in STUDENTS}
     return {name: likeness(judge, teacher, images) for name, images in students.items()}

@@ -31,7 +31,7 @@ class ClippedDDIM(DDIMScheduler):  # type: ignore[misc]
 
 
 def scheduler() -> ClippedDDIM:
-    """The levels of ``SCHEDULE`` and the sampler of the task, as a scheduler of diffusers."""
+    """The noise levels of ``SCHEDULE`` and the sampler of the task, as a scheduler of diffusers."""
     limit = Sampling().clip_sample
     return ClippedDDIM(1000, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", clip_sample_range=limit)
 
@@ -54,7 +54,7 @@ class Sampling:
         """The argument ``guidance_scale`` or ``guidance`` of samplers.
 
         Raises:
-            InputError: a schedule beside another scale than the default.
+            InputError: a schedule together with a scale other than the default.
         """
         if self.guidance is None:
             return {"guidance_scale": self.guidance_scale}
@@ -103,7 +103,8 @@ def in_batches(
     batch: int,
     progress: Callable[[int], object] | None,
 ) -> Tensor:
-    """The images of ``make``, called with noise [b, 3, 8, 8], embeddings [b, ...] and rows [b] on the device."""
+    """The images of ``make``, which is called with noise [b, 3, 8, 8], embeddings [b, ...] and rows [b] on the
+    device."""
     if not len(rows):
         return torch.empty(0, *SHAPE)
     device = next(model.parameters()).device

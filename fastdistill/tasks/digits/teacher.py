@@ -218,7 +218,7 @@ def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
         recipe = dict(provenance["recipe"])
         for name, defaults in (("train", TrainConfig()), ("sampling", Sampling())):
             if name in recipe:
-                recipe[name] = _completed(recipe[name], asdict(defaults))  # newer than the file: had their defaults
+                recipe[name] = _completed(recipe[name], asdict(defaults))  # newer settings: defaults applied
         for shown in ("preview", "trackers"):
             recipe["train"].pop(shown, None)
         others = {name: provenance[name] for name in ("data", "architecture", "start") if name in provenance}
@@ -228,7 +228,7 @@ def other_recipe(made: dict[str, Any], shipped: dict[str, Any]) -> list[str]:
 
 
 def _completed(settings: Any, defaults: Any) -> Any:
-    """Settings with the defaults of those that they lack, at any depth."""
+    """Settings with defaults for missing ones, at any depth."""
     if not isinstance(settings, dict) or not isinstance(defaults, dict):
         return settings
     return defaults | {name: _completed(value, defaults.get(name)) for name, value in settings.items()}

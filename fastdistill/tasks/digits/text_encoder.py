@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small frozen text encoder: "a red seven" becomes five tokens of 32 numbers, so that a condition is [L, D].
 
-Word embeddings with positions, one residual attention layer in which the words of a prompt mix, a layer norm. Its
+Word embeddings with positions, one residual attention layer that mixes the words of a prompt, and a layer norm. Its
 weights are not learned: they are counter-based normals (``fastdistill.ops.philox``).
 
-Matrix products differ in their last bits from one processor to another, so the embeddings of the task's prompts, which
-the shipped teacher was trained with, are shipped too: ``PromptBank.build([p.text for p in PROMPTS], encode)``, saved.
+The last bits of matrix products depend on the processor. Therefore the embeddings with which the shipped teacher was
+trained are shipped too: ``PromptBank.build([p.text for p in PROMPTS], encode)``, saved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BANK = Path(__file__).parent / "weights" / "prompts"
 LENGTH, WIDTH = 5, 32  # <start> a red seven <end>
 VOCABULARY = ("<pad>", "<start>", "<end>", "a", *COLORS, *DIGITS)
 _SEED = 7
-_MIX = 0.25  # of the attention layer's output into the residual stream
+_MIX = 0.25  # factor of the attention layer's output in the residual stream
 
 
 @cache
@@ -69,7 +69,7 @@ def encode(texts: Sequence[str]) -> Tensor:
 
 
 def encoded(texts: Sequence[str]) -> Tensor:
-    """As ``encode``, with the shipped embeddings where there are such: the same on every machine."""
+    """Like ``encode``, but with the shipped embeddings if there are any: the same on every machine."""
     made, bank = encode(texts), _shipped()
     known = {text: row for row, text in enumerate([*bank.texts, bank.null_text])}
     for row, text in enumerate(texts):
@@ -84,5 +84,5 @@ def _shipped() -> PromptBank:
 
 
 def prompt_bank() -> PromptBank:
-    """The 80 prompts in PROMPTS' order, then the null prompt, as they are shipped; StorageError if they are damaged."""
+    """The shipped 80 prompts in the order of PROMPTS, then the null prompt; StorageError if they are damaged."""
     return PromptBank.load(BANK)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of the experiment for one model, in a separate process: train a student (or load the teacher), sample and
-evaluate; and the part that measures how fast all of them sample.
+evaluate; and the part that measures the sampling speed of all models.
 
 ``python -m fastdistill.tasks.digits.worker JOB.json`` prints its progress as JSON lines and writes ``result.json`` and
 ``samples.safetensors`` next to the job file (``fastdistill.tasks.processes``).
@@ -34,11 +34,11 @@ from fastdistill.tasks.workers import images_per_second, keep_result, result_in
 from fastdistill.train.config import APART, from_mapping
 
 MODULE = "fastdistill.tasks.digits.worker"
-SPEED = "speed"  # the part that measures how fast the models sample
-SAMPLES = "samples.safetensors"  # all images [80 * I, 3, 8, 8], I in a row of each prompt, and whether they are right
+SPEED = "speed"  # the part that measures the sampling speed
+SAMPLES = "samples.safetensors"  # images [80 * I, 3, 8, 8], I consecutive ones per prompt, and whether they are right
 EXPORTED = ("config.json", "diffusion_pytorch_model.safetensors")
-EVALUATION_SEED = 2**31  # initial noise of the evaluated images, other than that of the cache
-_BATCH = 64  # images that are sampled at once
+EVALUATION_SEED = 2**31  # initial noise of the evaluated images, different from that of the cache
+_BATCH = 64  # images per batch
 
 
 def run(job: Path, report: Report) -> None:
@@ -77,7 +77,7 @@ def _model(config: DigitsConfig, name: str, seed: int, directory: Path, report: 
 
 
 def _speed(config: DigitsConfig, report: Report) -> dict[str, float]:
-    """Images per second by the teacher and by the trained student of each kind."""
+    """Images per second of the teacher and of a trained student of each kind."""
     prompts = torch.arange(_BATCH)
     contestants = {}
     for name in ("teacher", *STUDENTS):
@@ -91,7 +91,7 @@ def _speed(config: DigitsConfig, report: Report) -> dict[str, float]:
 
 
 def fingerprint(config: DigitsConfig, model: str, seed: int) -> str:
-    """What a result depends on, whichever machine made it."""
+    """The inputs of a result, independent of the machine."""
     settings = plain(dataclasses.asdict(config))
     for free in ("output", "seeds", "workers", "threads", "quick", "device"):
         del settings[free]

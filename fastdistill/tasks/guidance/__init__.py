@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guidance does to distributions whose scores are known exactly."""
+"""The effect of guidance on distributions whose scores are known exactly."""

@@ -44,7 +44,7 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
         with workers.bars(console) as progress, Processes(worker.MODULE, config.workers) as processes:
             *jobs, speed = _jobs(config, output)
             found = workers.results(jobs, processes, progress)
-            found += workers.results([speed], processes, progress)  # when nothing else runs
+            found += workers.results([speed], processes, progress)  # while nothing else runs
         for result in found:
             results.setdefault(result["part"], []).append(result)
         report, path = write(config, output, results, spent)
@@ -63,7 +63,7 @@ def _check(config: DemoConfig) -> None:
 
 
 def _jobs(config: DemoConfig, output: Path) -> list[Job]:
-    """The longest first; that of the speed last."""
+    """The longest jobs first; the speed measurement last."""
     made_from = {
         "shades": weights_hash(shades.load_teacher()),
         "digits": weights_hash(digits.load_teacher()),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What schedules of guidance do to the shipped teachers of the digits and the shades (``fastdistill guidance
+"""The effect of guidance schedules on the shipped teachers of the digits and the shades (``fastdistill guidance
 diagnose``)."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fastdistill.train.config import validated
 from fastdistill.train.devices import usable
 
 _COMPONENTS = 20  # of the ink, in which the digits' variance is measured
-SEED = 2**31  # of the initial noise, other than that of caches and training
+SEED = 2**31  # of the initial noise, different from caches and training
 
 
 @documented

@@ -36,23 +36,23 @@ from fastdistill.tasks.guidance.worlds import Gaussian, Hypercube, RandomCentres
 from fastdistill.tasks.guidance.worlds import World as Model
 from fastdistill.train.config import validated
 
-#: Called with (rows done, rows in all, what is measured).
+#: Called with (rows done, total rows, what is measured).
 Progress = Callable[[int, int, str], object]
 _SCHEDULE = NoiseSchedule.cosine()
 _SHADES = "karras:30@30..0.09"  # the grid of the task shades
-_INK = 3.87  # root mean square norm of its digits: there a tint of 1 is this long, and sigma acts on it as sigma / 3.87
+_INK = 3.87  # norm (root mean square) of its digits, there the length of a tint of 1; sigma acts as sigma / 3.87
 _CONSTANTS = ("0", "0.1", "0.25", "0.5", "0.75", "1", "1.5", "2", "3", "4", "6")
 _WINDOWS = ("4@8,-1@2,0", "4@10,-0.5@2,0", "8@10,-1@2,0", "8@8,-1@2,0", "8@7,-1@3,0")
 _SWEEP = tuple(f"{w}@{switch},-1@{stop},0" for w in (4, 6, 8, 12) for switch in (7, 8, 10, 12) for stop in (1, 2, 3))
-_DRAWS = 400  # of an interval of what is recovered
+_DRAWS = 400  # draws for the interval of ``recovered``
 _PHASE = "1"  # the weight of the phase picture
 _GAUSSIAN = (1.3, 0.4, 2.0)  # mu, c, u
 _ANISOTROPIC = ([1.3, -0.5, 0.2], [0.4, 1.0, 0.05], [2.0, 1.2, 0.5])
 
 
 def run(config: LabConfig, console: Console | None = None) -> Path:
-    """Measure, or go on with what an interrupted run has measured. Returns the path of ``report.json``, which lies
-    beside ``phase.png`` and ``phase-dark.png``.
+    """Measure, or continue an interrupted run. Returns the path of ``report.json``; ``phase.png`` and
+    ``phase-dark.png`` are in the same folder.
 
     Raises:
         FastdistillError: the output cannot be written, or another process is writing there.
@@ -89,9 +89,9 @@ def run(config: LabConfig, console: Console | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Point:
-    """What a row measures. grid: a text, or the highest and lowest sigma of 48 levels in equal ratios. limit: its
-    expected moments are those of infinitely many steps. m: size of the centres' values; the spread of a class is 0.7 m.
-    phase: whether the row belongs to the phase picture."""
+    """The settings of a row. grid: a text, or the highest and lowest sigma of 48 levels in equal ratios. limit: the
+    expected moments are those in the limit of infinitely many steps. m: magnitude of the centers' values; the spread of
+    a class is 0.7 m. phase: whether the row belongs to the phase figure."""
 
     schedule: str
     grid: str | tuple[float, float] = _SHADES
@@ -122,7 +122,7 @@ class Point:
 
 
 def points(kind: World, quick: bool) -> list[Point]:
-    """What is measured of a world."""
+    """The points that are measured in a world."""
     if kind == "gaussian":
         schedules = ("0", "2", "2@2,-0.6@0.3,0") if quick else ("-0.5", "0", "1", "2", "4", "2@2,-0.6@0.3,0", "4@2,0")
         methods: tuple[Method, ...] = ("ddim", "heun", "ancestral")
@@ -145,7 +145,7 @@ def points(kind: World, quick: bool) -> list[Point]:
 
 
 def row(kind: World, point: Point, config: LabConfig) -> tuple[dict[str, Any], list[list[float]]]:
-    """A row of ``worlds.<world>.rows[]``, JSON values: None if nothing is known exactly; and ``Measured.groups``."""
+    """A row of ``worlds.<world>.rows[]``, JSON values (None if no exact value is known); and ``Measured.groups``."""
     grid = point.levels()
     world = point.world(kind, grid, config.seed)
     samples = min(config.samples, point.samples or config.samples)
@@ -155,11 +155,11 @@ def row(kind: World, point: Point, config: LabConfig) -> tuple[dict[str, Any], l
 
 
 def measured(config: LabConfig, directory: Path, progress: Progress | None = None) -> dict[str, dict[str, Any]]:
-    """The part ``worlds`` of a report: for each its ``rows``, which of them (``phase``) make the phase picture,
-    ``fits`` of those, and where there are constants and windows on the grid of the shades, what these give back
-    (``recovered``, as of a model).
+    """The part ``worlds`` of a report. For each world: its ``rows``; which of them (``phase``) form the phase figure;
+    ``fits`` of those; and, if there are constants and windows on the grid of the shades, what the windows restore
+    (``recovered``, as for a model).
 
-    Rows are kept in ``directory/<world>.json``, from which the next call with the same configuration goes on.
+    Rows are stored in ``directory/<world>.json``; the next call with the same configuration continues from there.
     """
     report = progress or (lambda done, total, what: None)
     plan = {kind: points(kind, config.quick) for kind in dict.fromkeys(config.world)}
@@ -187,7 +187,7 @@ def measured(config: LabConfig, directory: Path, progress: Progress | None = Non
 
 
 def pictures(worlds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of the part ``worlds`` of a report, by the name of a report's figures."""
+    """The figures of the part ``worlds`` of a report, by name."""
     phase = {name: [world["rows"][i] for i in world["phase"]] for name, world in worlds.items() if world["phase"]}
     return {"phase": phase_picture(phase)} if phase else {}
 
@@ -218,7 +218,7 @@ def _words(key: str, fit: Mapping[str, float]) -> str:
 
 
 def _phase(dimension: int, classes: int | None = None, samples: int | None = None) -> Point:
-    """A point of the phase picture: grids from where nothing of the classes can be seen to where all is decided."""
+    """A point of the phase figure: grids from levels without any information on the classes to the final decision."""
     reach = 100.0 * math.sqrt(dimension) if classes is None else 100.0
     most = max(1024, 2**19 // dimension) if samples is None else samples
     return Point(_PHASE, (reach, 0.02), "heun", dimension, classes, phase=True, samples=most)
@@ -248,7 +248,7 @@ def _row(point: Point, grid: Grid, world: Model, found: Measured) -> dict[str, A
 
 
 def _kept(file: Path, made_from: str) -> list[Any]:
-    """The rows that a run with the same points has left."""
+    """The rows from an earlier run with the same points."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         WORLD.check(found.get("schema", 1), file)
@@ -260,7 +260,7 @@ def _kept(file: Path, made_from: str) -> list[Any]:
 
 
 def _recovered(kept: Sequence[tuple[Mapping[str, Any], list[list[float]]]]) -> list[dict[str, Any]]:
-    """What windows give back, with intervals by drawing groups of samples, the same ones of every schedule."""
+    """What windows restore, with intervals from draws of groups of samples, which are the same for every schedule."""
     groups = torch.tensor([groups for _, groups in kept], dtype=torch.float64)  # [rows, G, 3]
     random = torch.Generator().manual_seed(0)
     chosen = torch.randint(groups.shape[1], (_DRAWS, groups.shape[1]), generator=random, device="cpu")
@@ -280,15 +280,15 @@ def _recovered(kept: Sequence[tuple[Mapping[str, Any], list[list[float]]]]) -> l
 
 
 def _fits(kind: World, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Of ``shift`` and ``variance_ratio`` in the phase picture: ``slope``, the exponent of the dimension, with
-    ``slope_error``; of random centres ``collapse``: the largest distance of the curves of two dimensions at the same
-    alpha, over the range of all."""
+    """Fits of ``shift`` and ``variance_ratio`` in the phase figure: ``slope``, the exponent of the dimension, with
+    ``slope_error``; for random centers ``collapse``: the largest distance between the curves of two dimensions at the
+    same alpha, divided by the range of all."""
     if kind == "random_centres":
         return {name: {"collapse": _collapse(rows, name)} for name in ("shift", "variance_ratio")}
     found: dict[str, dict[str, float]] = {}
     for name, part in (("shift", "mean"), ("variance_ratio", "variance")) if rows else ():
         d, values = np.log([row["dimension"] for row in rows]), np.array([row[name] for row in rows])
-        unit = np.array([row[part] for row in rows]) / (values + (name == "shift"))  # of the class itself
+        unit = np.array([row[part] for row in rows]) / (values + (name == "shift"))  # of the class without guidance
         weights = np.abs(values) * unit / np.array([row["standard_error"][part] for row in rows])
         slopes, covariance = np.polyfit(d, np.log(np.abs(values)), 1, w=weights, cov="unscaled")
         found[name] = {"slope": float(slopes[0]), "slope_error": float(covariance[0, 0] ** 0.5)}

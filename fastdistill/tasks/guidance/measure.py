@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sampler with guidance makes of the classes of a world, from samples, beside what is known exactly."""
+"""Measures what a guided sampler does to the classes of a world, from samples, compared with exact values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Source = Literal["closed_form", "recursion"]
 class Moved:
     """Mean and variance of samples within their class.
 
-    mean: along the direction from the origin to the class's mean, root mean square over the k coordinates of the world.
+    mean: in the direction from the origin to the class's mean, root mean square over the k coordinates of the world.
     variance: mean over the coordinates.
     """
 
@@ -36,11 +36,12 @@ class Moved:
 
 @dataclass(frozen=True)
 class Measured:
-    """What guidance did to the classes of a world.
+    """The effect of guidance on the classes of a world.
 
-    separation: ``found.mean`` over that of the class; shift: separation - 1; variance_ratio: ``found.variance`` over
-    that of the class. right: share of samples for which no other class is likelier. expected: exact, by ``source``.
-    groups: [G, 3] float64, separation, variance_ratio and right (NaN: not known) of each group of samples.
+    separation: ``found.mean`` divided by that of the class; shift: separation - 1; variance_ratio: ``found.variance``
+    divided by that of the class. right: share of samples for which no other class is more likely. expected: exact
+    values, by ``source``. groups: [G, 3] float64, separation, variance_ratio and right (NaN: unknown) of each group of
+    samples.
     """
 
     found: Moved
@@ -68,13 +69,13 @@ def measure(
     """Samples of a world with a schedule of guidance, from pure noise.
 
     Args:
-        samples: shared by ``groups`` groups, each of one class drawn by ``seed``; standard errors are from the groups'
+        samples: total over ``groups`` groups, each of one class drawn by ``seed``; standard errors are from the groups'
             own means and variances.
-        limit: the expected moments are ``closed_form``'s (a constant w, as many steps as make no difference), not
-            those of ``recursion`` on this grid. Of classes they are known where w = 0.
+        limit: the expected moments are those of ``closed_form`` (a constant w, and enough steps to be at the limit),
+            not those of ``recursion`` on this grid. For classes they are only known if w = 0.
 
     Raises:
-        InputError: fewer than two groups, or than two samples in each; what ``sample`` refuses.
+        InputError: fewer than two groups, or fewer than two samples in each; the errors of ``sample``.
     """
     schedule = Guidance.parse(guidance)
     _check.whole(groups, "groups", "at least 2")
@@ -116,7 +117,7 @@ def measure(
 
 
 def _along(world: World, mean: Tensor) -> Tensor:
-    """Means [..., k] along that of the class, root mean square over k."""
+    """Means [..., k] in the direction of the class's mean, root mean square over k."""
     direction: Tensor = world.mean / world.mean.norm().clamp(min=1e-300)
     return mean @ direction / math.sqrt(direction.numel())
 
@@ -129,7 +130,7 @@ def _expected(
     if around is None:
         if weights.any():
             return None, None
-        around = world.variance  # whatever it is: it counts if w is not 0
+        around = world.variance  # any value: it only matters if w is not 0
     if limit:
         constant = bool((weights == weights[0]).all())
         _check.require(constant, "guidance", "a constant w, for a closed form", guidance)

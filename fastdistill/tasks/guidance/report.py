@@ -27,13 +27,13 @@ from fastdistill.tasks.shades import data
 #: By part, one entry per seed.
 Results = dict[str, list[dict[str, Any]]]
 _WORLD = ("rows", "fits", "recovered")
-_DECIDED = 0.8  # share of what constant guidance takes of the logarithm of the variance, in the band of the figure
+_DECIDED = 0.8  # share of the logarithm of the variance that constant guidance removes in the band of the figure
 
 
 def write(
     config: DemoConfig, output: Path, results: Results, spent: Callable[[], float]
 ) -> tuple[dict[str, Any], Path]:
-    """Write the report of the results; ``spent`` tells the seconds so far. Returns it and the path of the page."""
+    """Write the report of the results; ``spent``: seconds so far. Returns the report and the path of the page."""
     worlds = results["worlds"][0]["worlds"]
     taught = [row for runs in results.values() for row in _named(runs)]
     speed = results["speed"][0]["images_per_second"]
@@ -69,7 +69,7 @@ def write(
 
 
 def found(report: Mapping[str, Any]) -> str:
-    """The finding of the report: of the shades, of the students beside their teachers, and of the digits."""
+    """The finding of the report: on the shades, on the students compared with their teachers, and on the digits."""
     rows = {row["schedule"]: row for row in report["models"]["shades"]["rows"]}
     parts = [finding(report)]
     for title, chosen in (("A student of the window", ("window",)), ("A student that reads the weight", ())):
@@ -97,15 +97,16 @@ def found(report: Mapping[str, Any]) -> str:
 
 
 def _apart(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Points of right images, and shares of separation and variance, between a student and its teacher."""
+    """Percentage points of right images, and shares of separation and variance, of a student relative to its
+    teacher."""
     separation, variance = (abs(student[name] / teacher[name] - 1) for name in ("separation", "variance_ratio"))
     return 100 * abs(student["right"] - teacher["right"]), separation, variance
 
 
 def band() -> tuple[float, float]:
-    """Lowest and highest sigma between which constant guidance takes four fifths of the logarithm of the variance of a
-    tint: with c and u its variances within a color and in all, L(tau) = ln((u + tau) / (c + tau)) falls there from nine
-    tenths of L(0) to one (``distortion.neutral_window``)."""
+    """Lowest and highest sigma between which constant guidance removes four fifths of the logarithm of a tint's
+    variance. L(tau) = ln((u + tau) / (c + tau)), with variance c within a color and u in total, falls there from nine
+    tenths of L(0) to one tenth (``distortion.neutral_window``)."""
     c = (data.SPREAD * data.norm()) ** 2
     u = c + data.norm() ** 2
 
@@ -117,8 +118,8 @@ def band() -> tuple[float, float]:
 
 
 def student_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A student's row from those of its seeds: means, and over several seeds their standard deviations (``_std``) and
-    ``seeds``; intervals of one seed as they are."""
+    """A student's row as the mean of its seeds' rows; with several seeds also their standard deviations (``_std``) and
+    ``seeds``; with one seed its intervals."""
     if len(runs) == 1:
         return dict(runs[0])
     row: dict[str, Any] = {}
@@ -134,12 +135,12 @@ def student_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _names(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names in the report of the rows of a student; none of another part."""
+    """The names of a student's rows in the report; none for other parts."""
     return list(runs[0]["rows"]) if "parameters" in runs[0] else []
 
 
 def _named(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Rows of a student of each seed by the name that they have in the report."""
+    """Rows of a student for each seed, by their name in the report."""
     more = [{name: run.get(name) for name in ("parameters", "seconds")} for run in runs]
     return [(name, [run["rows"][name] | own for run, own in zip(runs, more, strict=True)]) for name in _names(runs)]
 

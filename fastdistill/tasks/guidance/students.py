@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The students of the guidance experiment: what they learn from, how they are trained and how they sample."""
+"""The students of the guidance experiment: their data, training and sampling."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from fastdistill.tasks.processes import Report
 from fastdistill.tasks.shades.sampling import sample
 from fastdistill.train import DistillTrainer, FitResult
 
-_NARROW = (24, 48)  # channels of the students from caches, as of the digits
-_SEED = 0  # of the images in a cache
+_NARROW = (24, 48)  # channels of the students trained on caches, as in the digits
+_SEED = 0  # for the images in a cache
 
 
 @dataclass(frozen=True)
 class Student:
-    """weights: schedules of its cache, which the images take in turn. scales: weights at which it is measured; none: it
-    does not read the weight; lowest: share of its samples that have the lowest. trajectory: it learns on the states of
-    guided sampling. conditioned: it learns by random conditioning, and is sampled with the schedule."""
+    """weights: schedules of its cache, assigned to the images in turn. scales: weights at which it is measured; none:
+    the weight is not one of its inputs. lowest: share of its samples with the lowest weight. trajectory: it is trained
+    on the states of guided sampling. conditioned: trained by random conditioning, and sampled with the schedule."""
 
     weights: tuple[str, ...]
     scales: tuple[float, ...] = ()
     trajectory: bool = False
     conditioned: bool = False
     lowest: float = 0.0
-    weight_limit: float = 50.0  # where windows act, at sigma = 2 to 10, 1 / abar is 5 to 101
+    weight_limit: float = 50.0  # windows act at sigma = 2 to 10, where 1 / abar is 5 to 101
 
 
 def students(config: DemoConfig) -> dict[str, Student]:
@@ -93,15 +93,15 @@ def trained(
 
 
 def initial(student: Student, teacher: nn.Module, seed: int = 0) -> Made:
-    """A student before its training: of the teacher's size, or narrower and from scratch."""
+    """A student before its training: of the teacher's size, or narrower and not from the teacher's weights."""
     if student.conditioned:
         return make_student(teacher, StudentSpec(block_out_channels=_NARROW), init="random", seed=seed)
     return make_student(teacher, StudentSpec(), seed=seed, guidance_embedding=bool(student.scales))
 
 
 def sampler(config: DemoConfig, student: Student, model: nn.Module, bank: PromptBank, scale: float) -> Sample:
-    """(schedule, prompts [n], noises [n], seed) -> images: in one pass per step, except for a student by random
-    conditioning, which the schedule guides. scale: the weight for a student that reads it."""
+    """(schedule, prompts [n], noises [n], seed) -> images: with one evaluation per step, except for the student by
+    random conditioning, which is guided by the schedule. scale: the weight for a student with this input."""
     grid = Grid.parse(config.grid, SCHEDULE)
     family, own = families.find(model), families.unwrapped(model).config
     assert family is not None
@@ -123,7 +123,8 @@ def sampler(config: DemoConfig, student: Student, model: nn.Module, bank: Prompt
 def _trajectories(
     config: DemoConfig, student: Student, teacher: nn.Module, bank: PromptBank, report: Report
 ) -> LatentCache:
-    """The states of the sampler that the student's schedule guides; processes that need the same make it together."""
+    """The states of the sampler guided by the student's schedule; processes that need the same states share the
+    work."""
     grid, (schedule,) = Grid.parse(config.grid, SCHEDULE), student.weights
     path = located(config.output) / "cache" / f"trajectories-{_named(student)}"
     progress = _told(report)
@@ -134,7 +135,7 @@ def _trajectories(
 
 
 def _cache(config: DemoConfig, student: Student, teacher: nn.Module, bank: PromptBank, report: Report) -> LatentCache:
-    """The teacher's images that a student learns from; processes that need the same make it together."""
+    """The teacher's images from which a student learns; processes that need the same images share the work."""
     prompts, kinds = _prompts(config, student), student.weights
     turn = len(set(prompts.tolist()))
     made_from = {
@@ -167,7 +168,7 @@ def _cache(config: DemoConfig, student: Student, teacher: nn.Module, bank: Promp
 
 
 def _prompts(config: DemoConfig, student: Student) -> Tensor:
-    """The prompts of a cache, in turn; of random conditioning those that the digits' experiment has in its own."""
+    """The prompts of a cache, in turn; for random conditioning the same prompts as in the digits' experiment."""
     rows = data.SEEN if student.conditioned else range(len(data.PROMPTS))
     return torch.tensor(list(rows)).repeat(-(-config.cache_images // len(rows)))[: config.cache_images]
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of the guidance experiment, each in a separate process (``fastdistill.tasks.processes``): the teachers of
-the shades and the digits, the exact worlds, each student, and how fast all of them sample.
+the shades and the digits, the exact worlds, each student, and the sampling speed of all models.
 
-``python -m fastdistill.tasks.guidance.worker JOB.json`` writes ``result.json`` next to the job file, and
-``samples.safetensors`` of the shades' teacher.
+``python -m fastdistill.tasks.guidance.worker JOB.json`` writes ``result.json`` next to the job file, and for the
+shades' teacher ``samples.safetensors``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MODULE = "fastdistill.tasks.guidance.worker"
 TEACHERS = ("shades", "digits")
 SHOWN = ("a red seven", "a blue three")  # prompts of the samples in the report
 _COLUMNS = 12
-_BATCH = 64  # of the measurement of speed
+_BATCH = 64  # for the measurement of speed
 
 
 def run(job: Path, report: Report) -> None:
@@ -74,7 +74,7 @@ def run(job: Path, report: Report) -> None:
 
 
 def fingerprint(config: DemoConfig, part: str, seed: int, made_from: Any) -> str:
-    """What the result of a part depends on, whichever machine made it: a part is kept if only others' settings
+    """The inputs of the result of a part, independent of the machine: a part is kept if only settings of other parts
     change. ``made_from``: the teachers and the prompts."""
     settings: dict[str, Any]
     if part in TEACHERS:
@@ -97,7 +97,7 @@ def fingerprint(config: DemoConfig, part: str, seed: int, made_from: Any) -> str
 
 
 def finished(directory: Path, wanted: str) -> bool:
-    """Whether the directory has the whole result of a part with this fingerprint."""
+    """Whether the directory has the complete result of a part with this fingerprint."""
     result = result_in(directory, wanted)
     if result is None or result["part"] != "shades":
         return result is not None
@@ -109,7 +109,7 @@ def finished(directory: Path, wanted: str) -> bool:
 
 
 def _shown(config: DemoConfig, result: dict[str, Any], file: Path) -> list[str]:
-    """Writes twelve samples of two prompts: without guidance, of a window, and of the constant weight with its
+    """Writes twelve samples of two prompts: without guidance, with a window, and with the constant weight of equal
     separation. Returns their schedules."""
     rows = {row["schedule"]: row for row in result["rows"]}
     constants = sorted((float(text), row["separation"]) for text, row in rows.items() if "@" not in text)
@@ -130,7 +130,7 @@ def _shown(config: DemoConfig, result: dict[str, Any], file: Path) -> list[str]:
 
 
 def _student(config: DemoConfig, part: str, seed: int, directory: Path, report: Report) -> dict[str, Any]:
-    """Rows of ``students`` by name, of the images of one seed."""
+    """Rows of ``students`` by name, from the images of one seed."""
     student = students(config)[part]
     task, bank = subject("shades"), prompt_bank().to(config.device)
     model, fitted = trained(config, part, seed, task.model.to(config.device), bank, directory, report)
@@ -158,8 +158,8 @@ def _student(config: DemoConfig, part: str, seed: int, directory: Path, report: 
 
 
 def _speed(config: DemoConfig, report: Report) -> dict[str, float]:
-    """Images per second by the teacher with each schedule and by each student (``student <name>``), in turns in one
-    process. It depends on no weights, so that students are as before their training."""
+    """Images per second of the teacher with each schedule and of each student (``student <name>``), in turns in one
+    process. Speed does not depend on weights, so the students are untrained."""
     task, bank = subject("shades"), prompt_bank().to(config.device)
     teacher, grid = task.model.to(config.device), Grid.parse(config.grid, SCHEDULE)
     prompts = torch.arange(_BATCH) % len(data.PROMPTS)
@@ -176,7 +176,7 @@ def _speed(config: DemoConfig, report: Report) -> dict[str, float]:
 
 
 def measured_at(config: DemoConfig, part: str, student: Student) -> list[tuple[str, str, float]]:
-    """(name in the report, schedule, weight that is given) of each row of a student."""
+    """(name in the report, schedule, input weight) for each row of a student."""
     if student.scales:
         return [(f"{part}_{scale:g}", f"{scale:g}", scale) for scale in student.scales]
     return [(part, config.student, 0.0)]

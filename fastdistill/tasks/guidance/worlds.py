@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distributions of classes with exact scores, as models that samplers run: guidance without a network's error.
+"""Distributions of classes with exact scores, as models for samplers: guidance without a network's error.
 
-A class is a Gaussian around its centre; the null prompt is the mixture of all. Of signal a, noise b and the variance
-s^2 of a class, v = a^2 s^2 + b^2 and E[x_0 | x] = (a s^2 x + b^2 E[centre | x]) / v, where z = a x / v decides on the
-centre. Ventura et al. 2026 (2602.00716) study these distributions.
+A class is a Gaussian around its center; the null prompt is the mixture of all. With signal a, noise b and the variance
+s^2 of a class, v = a^2 s^2 + b^2 and E[x_0 | x] = (a s^2 x + b^2 E[center | x]) / v; the posterior of the center
+depends on z = a x / v. Ventura et al. 2026 (2602.00716) study these distributions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastdistill.ops import _check
 
 
 class Prediction(NamedTuple):
-    """What a denoiser of diffusers returns."""
+    """The output of a denoiser in diffusers."""
 
     sample: Tensor
 
@@ -32,11 +32,11 @@ class World(nn.Module, ABC):
     """A model of x [B, d] for prompts [B, e], called as a U-Net of diffusers; computes in float64.
 
     Args:
-        levels: the grid, or the schedule, that the timesteps are of.
-        prediction_type: what it predicts; ``v_prediction`` tells x_0 at every level.
+        levels: the grid, or the schedule, of the timesteps.
+        prediction_type: what it predicts; ``v_prediction`` determines x_0 at every level.
 
-    ``dimension`` is d, ``classes`` their number (None: not of classes). ``mean``, ``variance`` [k]: of a class in its
-    ``coordinates``; ``around``: the variance of all there, where that is a Gaussian.
+    ``dimension``: d; ``classes``: their number (None: no classes). ``mean``, ``variance`` [k]: of a class in its
+    ``coordinates``; ``around``: the variance of all data there, if they are Gaussian.
     """
 
     classes: int | None = None
@@ -100,11 +100,11 @@ class World(nn.Module, ABC):
 
     @abstractmethod
     def coordinates(self, x: Tensor, prompts: Tensor) -> Tensor:
-        """[B, k]: x in the directions on which guidance acts, along the class: there its law is N(``mean``,
-        ``variance``)."""
+        """[B, k]: x in the directions in which guidance acts, along the class's mean; its distribution there is
+        N(``mean``, ``variance``)."""
 
     def right(self, x: Tensor, prompts: Tensor) -> Tensor | None:
-        """[B] bool: whether no other class is likelier for x; None if there are no classes."""
+        """[B] bool: whether no other class is more likely for x; None if there are no classes."""
         return None
 
     def _levels(self, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ class World(nn.Module, ABC):
 
 class Gaussian(World):
     """p(x | c) = N(mu, c) and p(x) = N(0, u) in each of d directions, the columns of ``basis`` [d, d] (None: the axes).
-    There is one prompt.
+    There is only one prompt.
 
     Args:
         mu, c, u: numbers or [d].
@@ -140,7 +140,7 @@ class Gaussian(World):
         axes = torch.eye(len(mean), dtype=torch.float64, device="cpu")
         turn = axes if basis is None else basis.double()
         _check.shape(turn, "basis", (len(mean), len(mean)), f"[{len(mean)}, {len(mean)}]")
-        orthogonal = bool((turn.T @ turn - axes).abs().max() < 1e-6)  # as one of float32 is
+        orthogonal = bool((turn.T @ turn - axes).abs().max() < 1e-6)  # with the tolerance of a float32 matrix
         _check.require(orthogonal, "basis", "orthonormal columns", "others")
         for name, value in (("mean", mean), ("variance", inner), ("around", outer), ("basis", turn)):
             self.register_buffer(name, value)
@@ -160,7 +160,7 @@ class Gaussian(World):
 
 
 class Classes(World):
-    """Classes N(m centre, s^2) with centres of d values +1 or -1, which are their prompts."""
+    """Classes N(m center, s^2); each center has d values +1 or -1, which are also the prompt."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class Classes(World):
 
     @abstractmethod
     def centre(self, z: Tensor) -> Tensor:
-        """E[centre | x] by z = a x / (a^2 s^2 + b^2), [B, d]."""
+        """E[center | x] by z = a x / (a^2 s^2 + b^2), [B, d]."""
 
     def conditional(self, x: Tensor, prompts: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return (a * self.s**2 * x + b**2 * self.m * prompts) / (a**2 * self.s**2 + b**2)
@@ -193,7 +193,8 @@ class Classes(World):
 
 
 class TwoClass(Classes):
-    """Two classes at +-m in each of d dimensions: their distance grows as sqrt(d). One direction is theirs."""
+    """Two classes at +-m in each of d dimensions: their distance is proportional to sqrt(d). They vary in one
+    direction."""
 
     classes = 2
 

@@ -14,13 +14,13 @@ from fastdistill.tasks.digits import data as digits
 from fastdistill.tasks.digits.data import COLORS, DIGITS, SHAPE, Scans
 
 SPREAD = 0.7  # standard deviation of a channel of the tint around that of its color
-DRAWS = 10  # tints of each scan in each color
+DRAWS = 10  # tints for each scan in each color
 _SEED = 11
-_KEPT, _HELD_OUT = 0, 1  # parts of the scans, whose tints are of different steps of the generator
+_KEPT, _HELD_OUT = 0, 1  # parts of the scans; their tints are from different steps of the generator
 
 
 def corners(rows: Tensor) -> Tensor:
-    """The colors [n, 3] float32, +-1 a channel, of the prompts in these rows of PROMPTS."""
+    """The colors [n, 3] float32, +-1 per channel, of the prompts in these rows of PROMPTS."""
     return digits.tints()[rows.cpu() // len(DIGITS)]
 
 
@@ -31,19 +31,19 @@ def training() -> tuple[Tensor, Tensor]:
 
 @cache
 def held_out() -> tuple[Tensor, Tensor]:
-    """The same of the held-out scans: the real images that a model is compared with."""
+    """The same for the held-out scans: the real images with which a model is compared."""
     return _shades(digits.scans()[1], _HELD_OUT)
 
 
 @cache
 def norm() -> float:
-    """Root mean square of the norms of the training scans' ink: a tint of 1 is this long in an image, 3.9, and noise of
-    sigma is sigma / 3.9 in a tint."""
+    """Root mean square norm of the training scans' ink: a tint of 1 has this length, 3.9, in an image, and noise of
+    sigma in an image is sigma / 3.9 in a tint."""
     return float(digits.scans()[0].ink.double().square().sum((1, 2)).mean().sqrt())
 
 
 def fingerprint() -> str:
-    """Of the scans and of how the tints are drawn; their last bits depend on the processor."""
+    """Fingerprint of the scans and the rule for tints, whose last bits depend on the processor."""
     made = {"scans": digits.fingerprint(), "spread": SPREAD, "draws": DRAWS, "seed": _SEED}
     return sha256_of_json(made)
 

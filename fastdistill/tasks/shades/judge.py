@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the tint and the ink of an image, and says whether they are of its prompt."""
+"""Determines the tint and the ink of an image, and whether they match its prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdistill.tasks.digits.data import DIGITS
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.shades.data import corners
 
-_DARKEST = 5  # pixels of full ink
+_DARKEST = 5  # pixels that define full ink
 
 
 class Shades(NamedTuple):
@@ -32,8 +32,8 @@ class Right(NamedTuple):
 def read(images: Tensor) -> Shades:
     """Tint and ink of images [n, 3, 8, 8]: the best product of the two (the first singular vectors of [64, 3] pixels).
 
-    The ink is positive on the whole, and 1 in the mean of its five darkest pixels: one alone would be that with the
-    most noise. Of the scans, whose darkest pixel is 1, that makes the tint 1.4 % smaller.
+    The ink is mainly positive, and the mean of its five darkest pixels is 1 (the darkest pixel alone would be the one
+    with the most noise). The darkest pixel of scans is 1, so their tint becomes 1.4 % smaller.
     """
     pixels = images.detach().to("cpu", torch.float64).flatten(2)  # [n, 3, 64]
     direction = torch.linalg.eigh(pixels @ pixels.mT).eigenvectors[..., -1]
@@ -45,7 +45,7 @@ def read(images: Tensor) -> Shades:
 
 
 def right(judge: Judge, images: Tensor, rows: Tensor) -> Right:
-    """Whether the images [n, 3, 8, 8] are of the prompts in these rows [n] of PROMPTS."""
+    """Whether the images [n, 3, 8, 8] match the prompts in these rows [n] of PROMPTS."""
     found = read(images)
     color = (found.tint.sign() == corners(rows)).all(1)
     return Right(color, judge.digits(found.ink) == rows.cpu() % len(DIGITS))

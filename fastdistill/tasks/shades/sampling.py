@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling on a grid with a schedule of guidance, of the models of this task and of the digits."""
+"""Sampling on a grid with a guidance schedule, for the models of this task and of the digits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.guided import sample as guided
 from fastdistill.tasks.digits.sampling import SCHEDULE, in_batches
 
-GRID = "karras:30@30..0.09"  # from where an epsilon prediction says something, so that nothing has to be clipped
+GRID = "karras:30@30..0.09"  # starts where an epsilon prediction contains information, so that no clipping is needed
 
 
 def sample(
