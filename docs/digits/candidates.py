@@ -4,7 +4,8 @@
 ``python docs/digits/candidates.py --seeds 3`` trains each of ``CANDIDATES``, as ``fastdistill demo digits`` trains the
 student with random conditioning, samples it as the demo does, and writes ``candidates.json`` beside this file and the
 table of ``docs/unseen_prompts.md``. Finished students in the output folder are kept, and a student that was interrupted
-goes on. A student takes some three minutes on a core. ``--only NAME`` trains these, ``--table`` writes the table alone.
+goes on. A student takes three minutes on a CPU core. ``--only NAME`` trains only these candidates, ``--device cuda``
+trains on a GPU, ``--table`` only writes the table.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 
 
-def run_file(name: str, seed: int, output: Path) -> tuple[DigitsConfig, RunConfig]:
-    config = DigitsConfig(output=str(output), device="cpu", images_per_prompt=IMAGES, rolling=None).resolved()
+def run_file(name: str, seed: int, output: Path, device: str = "cpu") -> tuple[DigitsConfig, RunConfig]:
+    config = DigitsConfig(output=str(output), device=device, images_per_prompt=IMAGES, rolling=None).resolved()
     own = plain(dataclasses.asdict(config.run_file("random_conditioning", seed)))
     changed = _onto(own, CANDIDATES[name])
-    changed["train"]["execution"] = "eager"  # on every machine
+    changed["train"]["execution"] = "graph" if device == "cuda" else "eager"  # nothing that is measured
     if changed["train"]["ema_schedule"] == "power":
         changed["train"]["ema_decay"] = TrainConfig.ema_decay  # the demo's own is for the other schedule
     changed["directory"] = str(output / "students" / f"{name} {seed}" / "training")
@@ -88,12 +89,12 @@ def sampled(config: DigitsConfig, run: Any, model: Any) -> tuple[Tensor, Tensor]
     return torch.cat([worker._sampled(config, run, model, prompt[part], part) for part in parts]), prompt
 
 
-def student(name: str, seed: int, output: Path) -> dict[str, Any]:
-    """What became of a student, which is trained where it is not finished."""
-    config, own = run_file(name, seed, output)
+def student(name: str, seed: int, output: Path, device: str = "cpu") -> dict[str, Any]:
+    """Result and samples of a student; it is trained first if it is not finished."""
+    config, own = run_file(name, seed, output, device)
     folder = Path(own.directory).parent
     result, images = folder / "result.json", folder / "samples.safetensors"
-    made = sha256_of_json({"options": CANDIDATES[name], "steps": own.train.steps, "images": IMAGES})
+    made = sha256_of_json({"options": CANDIDATES[name], "steps": own.train.steps, "images": IMAGES, "device": device})
     if result.exists() and (found := json.loads(result.read_text()))["made"] == made:
         return found | {"images": safetensors.torch.load_file(images)["images"]}
     if result.exists():
@@ -102,20 +103,26 @@ def student(name: str, seed: int, output: Path) -> dict[str, Any]:
     opened = runs.opened(own)
     found, _ = sampled(config, opened, runs.trained_student(opened))
     atomic_write(images, safetensors.torch.save({"images": found}))
-    told = {"made": made, "seconds": fitted.seconds, "steps": fitted.steps, "loss": fitted.history[-1]["loss"]}
+    told = {
+        "made": made,
+        "device": device,
+        "seconds": fitted.seconds,
+        "steps": fitted.steps,
+        "loss": fitted.history[-1]["loss"],
+    }
     atomic_write(result, json.dumps(told).encode())
     return told | {"images": found}
 
 
-def teacher(output: Path) -> tuple[Tensor, Tensor]:
-    """Samples of the teacher and the rows of their prompts; the cache of all students is made, too."""
-    config, own = run_file("random conditioning", 0, output)
+def teacher(output: Path, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Samples of the teacher and the rows of their prompts. The cache that all students share is made as well."""
+    config, own = run_file("random conditioning", 0, output, device)
     runs.cache(own)
     path, prompt = output / "teacher.safetensors", torch.arange(len(data.PROMPTS))
     if path.exists():
         return safetensors.torch.load_file(path)["images"], prompt.repeat_interleave(config.images_per_prompt)
     opened = runs.opened(own)
-    images, prompt = sampled(config, opened, opened.pipeline.model(device="cpu", dtype=torch.float32))
+    images, prompt = sampled(config, opened, opened.pipeline.model(device=device, dtype=torch.float32))
     atomic_write(path, safetensors.torch.save({"images": images}))
     return images, prompt
 
@@ -123,6 +130,7 @@ def teacher(output: Path) -> tuple[Tensor, Tensor]:
 def figures(name: str, made: list[dict[str, Any]], real: Tensor, prompt: Tensor, judge: Judge) -> dict[str, Any]:
     """Of the students of a candidate: shares of right samples, and distances from the teacher's."""
     found: dict[str, Any] = {"seeds": len(made), "steps": made[0]["steps"], "options": CANDIDATES[name]}
+    found["device"] = made[0]["device"]
     found["seconds"] = [one["seconds"] for one in made]
     like = likeness(judge, real, [one["images"] for one in made])
     right = [judge.right(one["images"], prompt) for one in made]
@@ -174,15 +182,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(CANDIDATES), default=list(CANDIDATES))
     parser.add_argument("--output", type=Path, default=Path("runs/digits-candidates"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if not given.table:
         torch.set_num_threads(1)
-        real, prompt = teacher(given.output)
+        real, prompt = teacher(given.output, given.device)
         judge = Judge()
         known = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
         for name in given.only:
-            made = [student(name, seed, given.output) for seed in range(given.seeds)]
+            made = [student(name, seed, given.output, given.device) for seed in range(given.seeds)]
             known[name] = figures(name, made, real, prompt, judge)
             print(table({name: known[name]}).splitlines()[-1], flush=True)
             known = {name: known[name] for name in CANDIDATES if name in known}
