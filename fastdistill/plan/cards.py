@@ -32,7 +32,7 @@ CARDS = {
     "rtx4090": ("NVIDIA GeForce RTX 4090", 23.6, 1008, 165),
     "rtx5090": ("NVIDIA GeForce RTX 5090", 31.4, 1792, 209),
 }
-#: Cards of the table whose products take no float8.
+#: Cards of the table without products in float8.
 WITHOUT_FLOAT8 = frozenset(CARDS[name][0] for name in ("a100-40gb", "a100-80gb", "rtx3090"))
 
 

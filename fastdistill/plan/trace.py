@@ -26,22 +26,22 @@ _aten = torch.ops.aten
 
 
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, every storage that an operator returns is noted with its size, from then until it is freed.
+    """Within ``with``, records the size of every storage that an operator returns, from then until it is freed.
 
-    Storages have a label: that of ``hold`` for those that are there before or that are told apart afterwards, else
+    Storages have a label: the one given to ``hold`` (for existing storages, or to label them later), else
     ``"activations"``. Operators have the phase that was last set with ``enter``.
 
     Args:
-        unit: samples that go through the models at once, by which what grows with them is told from what does not: a
-            prime that divides nothing else. 0: that is not asked for.
-        parts: how often a step does that.
+        unit: samples per forward: a prime that divides no other size, so that sizes that grow with the samples can be
+            recognized. 0: they are not distinguished.
+        parts: number of forwards per step.
 
     Attributes:
         sizes, labels, origins: of each storage its bytes, its label and the phase in which it was allocated.
         events: the number of a storage, twice: where it is allocated, and as ``~number`` where it is freed.
-        work: of each operator that computes something (phase, floating-point operations, bytes that it reads and writes
-            whatever the samples, and for the samples). A multiplication and an addition are two operations; those of
-            the operators that torch's flop counter knows and of attention are counted.
+        work: for each operator that computes something (phase, floating-point operations, bytes read and written
+            independently of the samples, and for the samples). A multiplication and an addition are two operations;
+            they are counted for attention and for the operators in torch's flop counter.
     """
 
     def __init__(self, unit: int = 0, parts: int = 1) -> None:

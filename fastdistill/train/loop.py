@@ -380,7 +380,7 @@ def _read_scores(path: Path, name: str | None) -> dict[int, float]:
     """The values of that name; none if the file does not exist or is not valid."""
     try:
         found = json_value(path.read_bytes())
-        if type(found.get("schema")) is int:  # else the scores alone, of before 0.1.0
+        if type(found.get("schema")) is int:  # files from before 0.1.0 have only the scores
             BEST.check(found["schema"], path)
             found = found["scores"]
         return {int(step): float(value) for step, value in found.get(name, {}).items()}

@@ -64,7 +64,7 @@ def fingerprint(setting: Setting, sources: Sources, objective: Objective, config
     free |= {"ema_schedule", "ema_width"} if constant else {"ema_decay"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     if config.teacher_fp8:
-        settings["teacher_fp8"] = True  # which runs of before do not have
+        settings["teacher_fp8"] = True  # older runs do not have it
     schedule = setting.schedule.to_config()
     if isinstance(setting.schedule, NoiseSchedule) and "alphas_cumprod" in schedule:
         schedule["alphas_cumprod"] = up_to_rounding(setting.schedule.alphas_cumprod)

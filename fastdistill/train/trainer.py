@@ -309,7 +309,7 @@ class DistillTrainer:
         low = dataclasses.replace(self.config, precision="bfloat16", execution="eager")
         try:
             copied = copy.deepcopy(self.student)
-        except Exception:  # as of a module that holds what cannot be copied
+        except Exception:  # for example a module with attributes that cannot be copied
             return None
         with DistillTrainer(self.teacher, copied, config=low, **self._given) as other, _computing():
             own, lower = (Bench(each.step, each.student, each.teacher, self.config) for each in (self, other))

@@ -260,7 +260,7 @@ def unlike(rank: int, directory: Path) -> Any:
 
 
 def unlike_logs(rank: int, directory: Path) -> Any:
-    """A setting that a run may be gone on with, but not one rank."""
+    """A setting that may change when a run is resumed, but must be the same on all ranks."""
     return make(log_every=rank + 1)
 
 

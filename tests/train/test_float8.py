@@ -155,7 +155,7 @@ def test_given_back_by_close() -> None:
 
 
 def test_adapters_on_the_teachers_own_weights() -> None:
-    """The student goes on with them as they are."""
+    """The student continues with them unchanged."""
     teacher = small.model("pixart_sigma")
     student = make_student(teacher, LoraConfig(r=2, target_modules=["to_q"]))
     data = {"latents": small.cache("pixart_sigma"), "prompts": small.bank("pixart_sigma")}

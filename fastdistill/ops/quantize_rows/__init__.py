@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows in float8 (e4m3) with a scale each: what a product of float8 matrices takes, made in one pass.
+"""Quantizes rows to float8 (e4m3) with a scale for each row, the input of a float8 matrix product, in one pass.
 
     scale = max |x| / 448,    q = x / scale
 
@@ -37,16 +37,16 @@ _quantize_rows = register(
 
 
 def quantize_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
-    """Each row in float8 (e4m3), over the scale that makes its largest magnitude 448.
+    """Each row divided by its scale, in float8 (e4m3); the scale makes the row's largest magnitude 448.
 
     Args:
         x: [N, C], float32, bfloat16 or float16, without gradient.
-        gelu: quantize the tanh GELU of x instead, which is not rounded in between.
+        gelu: quantize the tanh GELU of x instead, without rounding it before.
 
     Returns:
-        q [N, C] float8_e4m3fn and scale [N, 1] float32: x is about q * scale. The error of an element is at most 1/16
-        of its magnitude, or 2^-10 of the scale where that is larger. A row with a NaN or an infinity has the scale
-        infinity, so that its products are NaN.
+        q [N, C] float8_e4m3fn and scale [N, 1] float32: x is about q * scale. The error of an element is at most the
+        larger of 1/16 of its magnitude and 2^-10 of the scale. A row with a NaN or an infinity has the scale infinity,
+        so its products are NaN.
 
     Raises:
         InputError: the shape or dtype does not match, or x requires gradient.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows in float8 with a scale each, in eager torch: the specification of the op's kernels."""
+"""Rows in float8 with a scale for each row, in eager torch: the specification of the op's kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
-LEAST = 2.0**-100  # of the largest magnitude of a row, so that its scale and the inverse of it are finite
+LEAST = 2.0**-100  # lower limit of a row's largest magnitude, so that the scale and its inverse are finite
 
 
 def refuse(x: Tensor, gelu: bool, q: Tensor, scale: Tensor) -> str | None:
@@ -22,8 +22,8 @@ def refuse(x: Tensor, gelu: bool, q: Tensor, scale: Tensor) -> str | None:
 
 
 def quantize_rows(x: Tensor, gelu: bool, q: Tensor, scale: Tensor) -> None:
-    """Fill ``q`` [N, C] with the rows of x over their scales, and ``scale`` [N, 1] with the largest magnitude of each
-    row over 448; of the tanh GELU of x where ``gelu``. Computed in float32."""
+    """Fill ``q`` [N, C] with the rows of x divided by their scales, and ``scale`` [N, 1] with the largest magnitude of
+    each row divided by 448; with ``gelu``, of the tanh GELU of x. Computed in float32."""
     values = x.float()
     if gelu:
         values = F.gelu(values, approximate="tanh")

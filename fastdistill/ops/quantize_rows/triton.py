@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows in float8 with a scale each, in Triton.
+"""Rows in float8 with a scale for each row, in Triton.
 
 Grid      one program per row, which keeps it in registers
 Traffic   one read and one write per element: 3 bytes in bf16
@@ -34,7 +34,7 @@ def _quantize_rows(x, q, scale, width, LEAST: tl.constexpr, GELU: tl.constexpr, 
     if GELU:
         values = _gelu(values)
     magnitudes = tl.abs(values)
-    # A maximum on a GPU passes over NaN, which must stay visible: such a row has the scale infinity.
+    # A maximum on a GPU ignores NaN, which must stay visible: such a row has the scale infinity.
     largest = tl.max(tl.where(magnitudes == magnitudes, magnitudes, float("inf")), 0)
     largest = tl.where(largest > LEAST, largest, LEAST)
     tl.store(scale + row, largest * (1.0 / 448.0))
