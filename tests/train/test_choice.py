@@ -239,14 +239,14 @@ def test_a_measured_precision(
 def test_compiling_pays_for_every_shape(measuring: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents of two shapes take twice the time to compile."""
     measuring(best)
-    compiled = ranks.make(latents=ranks.sizes(), steps=4)
-    eager = ranks.make(latents=ranks.sizes(), steps=4, execution="eager")
+    compiled = ranks.make(latents=scenarios.sizes(), steps=4)
+    eager = ranks.make(latents=scenarios.sizes(), steps=4, execution="eager")
     one, two = (ranks.finished(run) for run in (compiled, eager))
     assert compiled.step.execution == "compiled, channels_last" and compiled.step.shapes == 2
     for mine, theirs in zip(one["history"], two["history"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5)
     monkeypatch.setattr(choice, "COMPILING", 0.5)
-    run = ranks.make(latents=ranks.sizes(), steps=5)
+    run = ranks.make(latents=scenarios.sizes(), steps=5)
     run.fit()
     assert run.step.why.endswith("not compiled, as that takes some 8 s, and the steps that are left 30 s")
 
