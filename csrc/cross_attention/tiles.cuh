@@ -19,9 +19,10 @@ struct alignas(1024) Shared {
   unsigned char bytes[1024];
 };
 
-// A matrix with ``rows`` rows in shared memory, as operand of products that sum over its columns or over its rows: byte offset
-// of (row, column) if both, or the column, are multiples of 8; bytes to the i-th 16 columns and to the i-th 16 rows; and of
-// 64 columns.
+// A matrix with ``rows`` rows in shared memory, an operand of products that sum over its columns or over its rows. offset: in
+// bytes, of an element whose column is a multiple of 8. moved: the offset of an element some rows (a multiple of 8) and columns
+// (a multiple of 32) further on. after_columns(i), after_rows(i): bytes from an operand to the one 16 i columns or rows further
+// on. next_64: the same for 64 columns.
 template <int rows, bool swizzled> struct Matrix;
 
 // In cores of 8 rows of 16 bytes, 8 columns after 8 columns. A product that sums over rows seems to read the same row of eight
