@@ -73,7 +73,7 @@ def sample(
     if not isinstance(grid, Grid):
         raise InputError.of("grid", "a Grid", described(grid))
     _check.require(0 <= _check.real(eta, "eta") <= 1, "eta", "a number in [0, 1]", eta)
-    if clip_sample is not None and not _check.real(clip_sample, "clip_sample") > 0:
+    if clip_sample is not None and not _check.single(clip_sample, "clip_sample") > 0:
         raise InputError.of("clip_sample", "a limit above 0, or None", clip_sample)
     levels = list(zip(grid.signal.tolist(), grid.noise.tolist(), strict=True))
     kind = check_prediction_type(prediction_type)

@@ -103,7 +103,7 @@ def ddim(
         raise InputError.of("x_T", "floating point [B, ...]", f"{x_T.dtype} {tuple(x_T.shape)}")
     weights = one_guidance(guidance_scale, guidance)
     _check.require(not isinstance(weights, Cads), "guidance", "a schedule without cads", repr(str(weights)))
-    if clip_sample is not None and not _check.real(clip_sample, "clip_sample") > 0:
+    if clip_sample is not None and not _check.single(clip_sample, "clip_sample") > 0:
         raise InputError.of("clip_sample", "a limit above 0, or None", clip_sample)
     if isinstance(schedule, NoiseSchedule):
         plan = _schedule_plan(schedule, steps, prediction_type, timesteps, clip_sample)

@@ -60,7 +60,7 @@ class RandomConditioning:
     """
 
     probability: str | Callable[[float], float] = "exp"
-    parameters: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=dict)
     null_probability: Annotated[float, Field(ge=0, le=1)] = 0.1
     weights: Weights = Weights()
     feature_distance: Distance = "mse"

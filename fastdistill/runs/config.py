@@ -156,7 +156,7 @@ class RandomConditioningSettings:
 
     probability: str = "exp"
     """Name of p(t), the probability of a random prompt: exp, exp_two_sided, sigmoid, quadratic, const or measured."""
-    parameters: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, Finite] = field(default_factory=dict)
     """Parameters of p(t) by name."""
     null: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Probability that the null prompt replaces the chosen one."""

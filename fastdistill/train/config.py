@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -177,6 +178,9 @@ def from_mapping(kind: type[Config], values: Mapping[str, Any], name: str = "con
     return _checked(kind, laid, name, _unknown(kind, values, ""))
 
 
+_LARGEST = 3.4028234663852886e38  # of float32
+
+
 @functools.cache
 def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
     """Created once per kind: creating one takes ten times as long as a check."""
@@ -223,6 +227,8 @@ def _converted(given: Any, made: Any, place: str) -> Iterator[str]:
             given = given.item()
         if not isinstance(given, kind) or (isinstance(given, bool) and kind is not bool and name):
             yield f"{place}: input should be a valid {name}, got {described(given)}"
+        elif kind is Real and _LARGEST < abs(made) < math.inf:
+            yield f"{place}: input should be within float32, got {described(given)}"
         return
     for key, own, result in pairs:
         yield from _converted(own, result, f"{place}.{key}".lstrip("."))

@@ -300,6 +300,12 @@ def release(evaluate: Evaluate) -> None:
             wrapped.__dict__.pop(name, None)
 
 
+def require_group(argument: str) -> None:
+    """InputError unless there is a process group to cut a student over, or ``torchrun`` would have one made."""
+    if not (dist.is_available() and (dist.is_initialized() or "RANK" in os.environ)):
+        raise InputError.of(argument, "none without a process group (torchrun) to cut the student over", "one")
+
+
 def shard(student: nn.Module, objective: BoundObjective, how: Callable[[nn.Module], object]) -> None:
     """Let ``how`` shard the student, from rank 0's weights; its adapters stay whole, their gradients averaged."""
     if size() > 1:

@@ -234,6 +234,26 @@ def _compiled(step: TrainStep, why: str) -> Callable[[], None]:
     return advance
 
 
+def check(step: TrainStep, student: nn.Module, execution: Execution) -> None:
+    """FastdistillError if a step cannot run as it is named, as far as this is known before it starts."""
+    if execution in ("auto", "eager"):
+        return
+    if draws := drawing([student, *step.objective.trained]):
+        why = f"the student draws random numbers itself ({listed(draws)})"
+        raise FastdistillError(f"execution '{execution}': {why}, {_UNSEEDED}")
+    why_not = refuse_compiled(step, student)
+    if execution == "compiled":
+        if why_not is not None:
+            raise FastdistillError(f"execution 'compiled': {why_not}; use 'eager'")
+        return
+    reason = refuse_graph(step, student)
+    if execution == "compiled_graph":
+        reason = reason or why_not or _of_ranks()
+    if reason is not None:
+        instead = "compiled" if why_not is None else "eager"
+        raise FastdistillError(f"execution '{execution}': {reason}; use '{instead}'")
+
+
 def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callable[[], None]:
     """The function that the loop calls for every step.
 
@@ -247,28 +267,21 @@ def runner(step: TrainStep, student: nn.Module, execution: Execution) -> Callabl
             is not ``eager`` or ``auto``; ``compiled`` with a sharded student before torch 2.13; ``compiled_graph`` with
             several ranks; in the first three steps, something cannot be compiled.
     """
-    reason = None if execution in ("eager", "compiled") else refuse_graph(step, student)
-    if execution == "eager" or (reason is not None and execution == "auto" and step.counter.device.type != "cuda"):
+    check(step, student, execution)
+    if execution == "compiled":
+        return _compiled(step, _AS_SET)
+    if execution in ("graph", "compiled_graph"):
+        return GraphedStep(step, student, strict=True, compiled=execution == "compiled_graph")
+    reason = refuse_graph(step, student) if execution == "auto" else None
+    if execution == "eager" or (reason is not None and step.counter.device.type != "cuda"):
         return _eager(step, _AS_SET if execution == "eager" else "auto: nothing was measured")
     if draws := drawing([student, *step.objective.trained]):
         why = f"the student draws random numbers itself ({listed(draws)})"
-        if execution != "auto":
-            raise FastdistillError(f"execution '{execution}': {why}, {_UNSEEDED}")
         warnings.warn(f"step: no CUDA graph, as {why}; it runs eagerly", stacklevel=2)
         return _eager(step, why)
-    why_not = refuse_compiled(step, student)
-    if execution == "compiled":
-        if why_not is not None:
-            raise FastdistillError(f"execution 'compiled': {why_not}; use 'eager'")
-        return _compiled(step, _AS_SET)
-    if execution == "compiled_graph" and (reason := reason or why_not or _of_ranks()) is None:
-        return GraphedStep(step, student, strict=True, compiled=True)
     if reason is None:
-        return GraphedStep(step, student, strict=execution == "graph")
-    if execution in ("graph", "compiled_graph"):
-        instead = "compiled" if why_not is None else "eager"
-        raise FastdistillError(f"execution '{execution}': {reason}; use '{instead}'")
-    if why_not is not None:
+        return GraphedStep(step, student, strict=False)
+    if (why_not := refuse_compiled(step, student)) is not None:
         warnings.warn(f"step: neither a CUDA graph nor compiled, as {why_not}; it runs eagerly", stacklevel=2)
         return _eager(step, why_not)
     warnings.warn(f"step: no CUDA graph, as {reason}; it is compiled", stacklevel=2)

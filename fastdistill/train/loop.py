@@ -27,7 +27,7 @@ from fastdistill.data.fingerprint import plain
 from fastdistill.errors import FastdistillError, InputError, Stopped, StorageError, described
 from fastdistill.files import atomic_write, json_value, locked, make_directory, reason, require_space, sweep
 from fastdistill.schemas import BEST
-from fastdistill.train import checkpoint, distributed, health
+from fastdistill.train import checkpoint, distributed, graph, health
 from fastdistill.train.callbacks import Callbacks, Metrics, Progress, Undisturbed
 from fastdistill.train.choice import Choice, choose, running
 from fastdistill.train.config import TrainConfig
@@ -77,6 +77,7 @@ def fit(
     metrics that are not finite. ``choice``: a choice that was made before, in an earlier session or for this one.
     """
     check_installed(config.trackers)
+    graph.check(step, student, config.execution)
     with contextlib.ExitStack() as stack:
         run = _Run(step, student, fingerprint, config, explain)
         run.choice = choice

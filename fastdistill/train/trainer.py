@@ -109,6 +109,8 @@ class DistillTrainer:
         pool = sources[0][1]
         shown = pool if preview_prompts is None else arguments.preview_prompts(preview_prompts, pool)
         arguments.check_functions(objective, shard=shard, call=call, decode=decode)
+        if shard is not None:
+            distributed.require_group("shard")
         again: dict[str, Any] = {"schedule": schedule, "latents": latents, "prompts": prompts, "objective": objective}
         again |= {"device": device, "prediction_type": prediction_type, "call": call, "decode": decode}
         again |= {"preview_prompts": preview_prompts, "shard": shard}

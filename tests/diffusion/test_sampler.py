@@ -341,6 +341,7 @@ def test_zero_terminal_signal():
         ({"guidance_scale": math.nan}, "guidance_scale: expected a finite number, got nan"),
         ({"guidance_scale": "2"}, "guidance_scale: expected a finite number, got '2'"),
         ({"clip_sample": 0.0}, "clip_sample: expected a limit above 0"),
+        ({"clip_sample": 1e300}, "clip_sample: expected a number within float32, got 1e+300"),
         ({"prediction_type": "eps"}, "prediction_type: expected one of epsilon, sample, v_prediction, got 'eps'"),
         ({"model": lambda *a, **k: torch.ones(1)}, "model: expected a prediction of shape (6, 1, 2, 2), got (1,)"),
         ({"model": lambda *a, **k: None}, "model: expected a prediction of shape (6, 1, 2, 2), got NoneType"),

@@ -193,3 +193,9 @@ def test_the_teacher_may_have_another_dtype() -> None:
     loss.backward()
     assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in where.student.parameters())
     assert all(p.dtype == torch.float32 for p in where.student.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_parameters_that_are_no_numbers_of_a_model_are_refused_by_name(value: float) -> None:
+    with pytest.raises(InputError, match=r"objective: 1 problem\n  parameters.value: input should be "):
+        RandomConditioning("const", {"value": value}).describe()

@@ -206,6 +206,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"rolling": {"steps": 51}}, "rolling.steps: expected at most the 50 timesteps of the schedule, got 51"),
         ({"rolling": {"every": 4}, "micro_batch": 2}, "a divisor of the config.micro_batch, 2, got 4"),
         ({"rolling": {"every": 1}}, "every"),
+        ({"rolling": {"clip_sample": 1e300}}, r"rolling.clip_sample: input should be within float32, got 1e\+300"),
         ({"rolling": {"every": None}}, "rolling.every: expected a number, as other fields of rolling are set.*None"),
     ):
         with pytest.raises(InputError, match=message):

@@ -89,6 +89,8 @@ def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "got"),
     [
+        ("train: {lr: 1e300}", r"train.lr: input should be within float32, got 1e\+300"),
+        ("preview: {guidance_scale: 4.0e38}", r"preview.guidance_scale: input should be within float32, .* 4e\+38"),
         ("train: {steps: true}", r"train.steps: input should be a valid integer, got True"),
         ("train: {steps: 20.0}", r"train.steps: input should be a valid integer, got 20.0"),
         ("train: {steps: 4e5}", r"train.steps: input should be a valid integer, got 400000.0"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastdistill.distill.objective import has_streams
 from fastdistill.errors import DeviceError, FastdistillError, KernelError
 from fastdistill.train import distributed, graph
 from fastdistill.train.graph import WARM_UP, runner
+from tests.train.ranks import make
 from tests.train.test_step import Sins, step_on
 
 with FakeTensorMode():
@@ -39,6 +41,14 @@ def test_where_there_can_be_no_graph() -> None:
         runner(step, nn.Module(), "graph")
     with pytest.raises(FastdistillError, match=message.replace("graph'", "compiled_graph'", 1)):
         runner(step, nn.Module(), "compiled_graph")
+
+
+def test_an_execution_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for execution in ("graph", "compiled_graph"):
+        run = make(execution=execution)
+        with pytest.raises(FastdistillError, match=f"execution '{execution}': it runs on cpu"):
+            run.fit(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class OnGPU:

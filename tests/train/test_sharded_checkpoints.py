@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import Replicate, Shard
 
 from fastdistill.data.fingerprint import sha256_of_tensors
-from fastdistill.errors import StorageError
+from fastdistill.errors import InputError, StorageError
 from fastdistill.train import checkpoint, distributed
 from fastdistill.train.checkpoint import newest, prune, read, steps, sweep
 from fastdistill.train.state import state_of
@@ -286,3 +286,9 @@ def test_parts_along_several_dimensions_are_refused() -> None:
     copied = types.SimpleNamespace(placements=(Replicate(), Shard(1)))
     assert distributed.uncommon(twice) == "a DTensor cut as (Shard(dim=0), Shard(dim=1)), not along one dimension"
     assert distributed.uncommon(copied) is None
+
+
+def test_a_student_is_sharded_over_a_group_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match=r"shard: expected none without a process group .*, got one"):
+        make(shard=lambda student: None)
