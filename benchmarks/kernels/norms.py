@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -99,9 +100,9 @@ def _geglu(dtype: torch.dtype, tanh: bool, backward: bool, summed: bool = False)
     return launch
 
 
-def _add_bias() -> None:
+def _add_bias(given: bool = True) -> None:
     x, bias = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((32, 64, 64, 320), (320,)))
-    _module("add_bias").add_bias(x, x, bias, x)
+    _module("add_bias").add_bias(x if given else None, x, bias, x)
 
 
 def _bias_gradient() -> None:
@@ -157,6 +158,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
         )
     },
     "add_bias": _add_bias,
+    "add_bias without x": functools.partial(_add_bias, False),
     "bias_gradient": _bias_gradient,
     "quantize_rows": _quantize_rows(1152, False),
     "quantize_rows gelu": _quantize_rows(4608, True),

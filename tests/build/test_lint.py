@@ -20,7 +20,7 @@ WIDE = set(
     "_group_norm_gradient _layer_norm_forward _layer_norm_backward _noise_gather gather match scale square_sum "
     "update _add_bias _bias_gradient _quantize_rows".split()
 )
-NARROW = {"layer_norm_modulate affine", "layer_norm_modulate_backward affine"}  # 320 channels for 128 threads
+NARROW = {"layer_norm_modulate_backward affine", "layer_norm_modulate_backward affine residual"}  # 320 for 128 threads
 DUMP = """
 		Function : _Z4copyPf
         /*0000*/                   LDC R1, c[0x0][0x28] ;                     /* 0x00000a00ff017b82 */

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdistill.errors import InputError, KernelError
 from fastdistill.ops import add_bias, use
-from fastdistill.ops.add_bias import with_bias
+from fastdistill.ops.add_bias import plus_bias, with_bias
 from tests.harness import Case, check_fake, check_op, crossed, evaluate, generator, kernels_of, layouts
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,6 +38,17 @@ def test_values_and_contract(kernel: str, dtype: torch.dtype, shape: str) -> Non
     thorough = dtype == torch.float32 and shape == "map"
     compiled = ("aot_eager", "inductor") if thorough else ()
     check_op(make(SHAPES[shape], dtype), kernel, compiled=compiled, registration=thorough)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@crossed("dtype, shape", FLOATS, SHAPES)
+def test_without_x(kernel: str, dtype: torch.dtype, shape: str) -> None:
+    _, h, bias = make(SHAPES[shape], dtype).inputs
+    case = Case(
+        "add_bias", (h, bias), lambda h, bias: (plus_bias(h, bias),),
+        *[lambda h, bias: (h + bias.reshape(-1, *[1] * (h.dim() - 2)),)] * 2,
+    )  # fmt: skip
+    check_op(case, kernel, compiled=("aot_eager",) if dtype == torch.float32 else (), registration=False)
 
 
 #: Rows and columns for several programs, and rows that are slices of wider ones.

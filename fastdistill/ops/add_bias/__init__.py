@@ -19,7 +19,7 @@ from fastdistill.ops.add_bias import reference
 
 _add_bias = register(
     "add_bias",
-    "(Tensor x, Tensor h, Tensor bias, Tensor(a!) y)",
+    "(Tensor? x, Tensor h, Tensor bias, Tensor(a!) y)",
     summary="x + h + bias of each channel, channels last",
     reference=reference.add_bias,
     kernels=[
@@ -48,35 +48,46 @@ def add_bias(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
         bias: [C], of any of these dtypes.
 
     Returns:
-        A tensor like ``x``, differentiable twice. Computed in float32, rounded once.
+        A tensor like ``h``, differentiable twice. Computed in float32, rounded once.
 
     Raises:
         InputError: the shapes, dtypes or devices do not match.
     """
     _check.tensors(x=x, h=h, bias=bias)
+    return _added(x, h, bias)
+
+
+def plus_bias(h: Tensor, bias: Tensor) -> Tensor:
+    """h + bias: ``add_bias`` without x."""
+    _check.tensors(h=h, bias=bias)
+    return _added(None, h, bias)
+
+
+def _added(x: Tensor | None, h: Tensor, bias: Tensor) -> Tensor:
     kind = _check.once(_checked, (x, h, bias), None)
-    x, h = (t.movedim(1, -1).contiguous() for t in (x, h))
+    x, h = None if x is None else x.movedim(1, -1).contiguous(), h.movedim(1, -1).contiguous()
     if kind is not None and not wanted((x, h, bias)):
         return _forward(kind, x, h, bias).movedim(-1, 1)
     result: Tensor = apply(kind, _AddBias, x, h, bias)
     return result.movedim(-1, 1)
 
 
-def _checked(tensors: tuple[Tensor, ...], _: Any = None) -> None:
+def _checked(tensors: tuple[Any, ...], _: Any = None) -> None:
     x, h, bias = tensors
-    _check.dtype(x, "x", *_check.FLOATS)
-    _check.require(x.dim() >= 2, "x", "[batch, channels, *positions]", tuple(x.shape))
+    first, x = ("h", h) if x is None else ("x", x)
+    _check.dtype(x, first, *_check.FLOATS)
+    _check.require(x.dim() >= 2, first, "[batch, channels, *positions]", tuple(x.shape))
     _check.shape(h, "h", tuple(x.shape), f"the shape of x {tuple(x.shape)}")
     _check.dtype(h, "h", x.dtype)
     _check.shape(bias, "bias", (x.shape[1],), f"one number a channel ({x.shape[1]},)")
     _check.dtype(bias, "bias", *_check.FLOATS)
     for name, tensor in (("h", h), ("bias", bias)):
-        _check.device(tensor, name, x.device, "x")
+        _check.device(tensor, name, x.device, first)
 
 
-def _forward(kind: Kind | None, x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
+def _forward(kind: Kind | None, x: Tensor | None, h: Tensor, bias: Tensor) -> Tensor:
     """For channels last."""
-    y = torch.empty_like(x)
+    y = torch.empty_like(h)
     if y.numel():
         _add_bias(kind, x, h, bias.contiguous(), y)
     return y
@@ -84,7 +95,7 @@ def _forward(kind: Kind | None, x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
 
 class _AddBias(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kind: Kind | None, x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, kind: Kind | None, x: Tensor | None, h: Tensor, bias: Tensor) -> Tensor:
         ctx.dtype = bias.dtype
         remember(ctx, kind)
         return _forward(kind, x, h, bias)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 
-def refuse(x: Tensor, h: Tensor, bias: Tensor, y: Tensor) -> str | None:
+def refuse(x: Tensor | None, h: Tensor, bias: Tensor, y: Tensor) -> str | None:
     """Kernels need contiguous rows of channels."""
-    if not all(t.is_contiguous() for t in (x, h, bias, y)):
+    if not all(t.is_contiguous() for t in (x, h, bias, y) if t is not None):
         return "tensors must be contiguous"
     return None if y.numel() else "a tensor is empty"
 
@@ -21,9 +21,10 @@ def refuse_gradient(grad: Tensor, total: Tensor) -> str | None:
     return None if grad.numel() else "a tensor is empty"
 
 
-def add_bias(x: Tensor, h: Tensor, bias: Tensor, y: Tensor) -> None:
+def add_bias(x: Tensor | None, h: Tensor, bias: Tensor, y: Tensor) -> None:
     """Fill ``y`` [..., C] with x + h + bias; x and h have its shape, bias is [C]. Computed in float32."""
-    y.copy_(x.float() + h.float() + bias.float())
+    total = h.float() if x is None else x.float() + h.float()
+    y.copy_(total + bias.float())
 
 
 def bias_gradient(grad: Tensor, total: Tensor) -> None:

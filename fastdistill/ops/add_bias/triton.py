@@ -22,14 +22,15 @@ PROGRAMS, MOST_ROWS = 1024, 1024  # for sums: minimum number of programs (if the
 
 
 @triton.jit
-def _add_bias(x, h, bias, y, rows, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _add_bias(x, h, bias, y, rows, C, GIVEN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     pieces = tl.cdiv(C, CHANNELS)
     row = (tl.program_id(0) // pieces).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) % pieces * CHANNELS + tl.arange(0, CHANNELS)
     inside = (row < rows)[:, None] & (c < C)[None, :]
     at = row[:, None] * C + c[None, :]
-    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+    if GIVEN:
+        total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + total
     total += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
@@ -58,12 +59,13 @@ def _bias_gradient_merge(partials, total, chunks, C, LANES: tl.constexpr, CHANNE
     tl.store(total + c, tl.sum(found, 0).to(tl.float32).to(total.dtype.element_ty), mask=c < C)
 
 
-def add_bias(x: Tensor, h: Tensor, bias: Tensor, y: Tensor) -> None:
+def add_bias(x: Tensor | None, h: Tensor, bias: Tensor, y: Tensor) -> None:
     """One launch; arguments as in the reference."""
     channels = bias.shape[0]
     rows = y.numel() // channels
     grid = (triton.cdiv(rows, ROWS) * triton.cdiv(channels, CHANNELS),)
-    _add_bias[grid](x, h, bias, y, rows, channels, ROWS, CHANNELS, num_warps=WARPS, **FUSED)
+    given = x is not None
+    _add_bias[grid](x if given else h, h, bias, y, rows, channels, given, ROWS, CHANNELS, num_warps=WARPS, **FUSED)
 
 
 def bias_gradient(grad: Tensor, total: Tensor) -> None:
