@@ -67,6 +67,10 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 
 
+def label(name: str, device: str) -> str:
+    return name if device == "cpu" else f"{name}, on a GPU"
+
+
 def run_file(name: str, seed: int, output: Path, device: str = "cpu") -> tuple[DigitsConfig, RunConfig]:
     config = DigitsConfig(output=str(output), device=device, images_per_prompt=IMAGES, rolling=None).resolved()
     own = plain(dataclasses.asdict(config.run_file("random_conditioning", seed)))
@@ -74,7 +78,7 @@ def run_file(name: str, seed: int, output: Path, device: str = "cpu") -> tuple[D
     changed["train"]["execution"] = "graph" if device == "cuda" else "eager"  # nothing that is measured
     if changed["train"]["ema_schedule"] == "power":
         changed["train"]["ema_decay"] = TrainConfig.ema_decay  # the demo's own is for the other schedule
-    changed["directory"] = str(output / "students" / f"{name} {seed}" / "training")
+    changed["directory"] = str(output / "students" / f"{label(name, device)} {seed}" / "training")
     return config, from_mapping(RunConfig, changed)
 
 
@@ -94,7 +98,7 @@ def student(name: str, seed: int, output: Path, device: str = "cpu") -> dict[str
     config, own = run_file(name, seed, output, device)
     folder = Path(own.directory).parent
     result, images = folder / "result.json", folder / "samples.safetensors"
-    made = sha256_of_json({"options": CANDIDATES[name], "steps": own.train.steps, "images": IMAGES, "device": device})
+    made = sha256_of_json({"options": CANDIDATES[name], "steps": own.train.steps, "images": IMAGES})
     if result.exists() and (found := json.loads(result.read_text()))["made"] == made:
         return found | {"images": safetensors.torch.load_file(images)["images"]}
     if result.exists():
@@ -117,10 +121,10 @@ def student(name: str, seed: int, output: Path, device: str = "cpu") -> dict[str
 def teacher(output: Path, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Samples of the teacher and the rows of their prompts. The cache that all students share is made as well."""
     config, own = run_file("random conditioning", 0, output, device)
-    runs.cache(own)
     path, prompt = output / "teacher.safetensors", torch.arange(len(data.PROMPTS))
     if path.exists():
         return safetensors.torch.load_file(path)["images"], prompt.repeat_interleave(config.images_per_prompt)
+    runs.cache(own)
     opened = runs.opened(own)
     images, prompt = sampled(config, opened, opened.pipeline.model(device=device, dtype=torch.float32))
     atomic_write(path, safetensors.torch.save({"images": images}))
@@ -130,7 +134,6 @@ def teacher(output: Path, device: str = "cpu") -> tuple[Tensor, Tensor]:
 def figures(name: str, made: list[dict[str, Any]], real: Tensor, prompt: Tensor, judge: Judge) -> dict[str, Any]:
     """Of the students of a candidate: shares of right samples, and distances from the teacher's."""
     found: dict[str, Any] = {"seeds": len(made), "steps": made[0]["steps"], "options": CANDIDATES[name]}
-    found["device"] = made[0]["device"]
     found["seconds"] = [one["seconds"] for one in made]
     like = likeness(judge, real, [one["images"] for one in made])
     right = [judge.right(one["images"], prompt) for one in made]
@@ -192,9 +195,11 @@ def main() -> None:
         known = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
         for name in given.only:
             made = [student(name, seed, given.output, given.device) for seed in range(given.seeds)]
-            known[name] = figures(name, made, real, prompt, judge)
-            print(table({name: known[name]}).splitlines()[-1], flush=True)
-            known = {name: known[name] for name in CANDIDATES if name in known}
+            row = label(name, given.device)
+            known[row] = figures(name, made, real, prompt, judge)
+            print(table({row: known[row]}).splitlines()[-1], flush=True)
+            rows = [label(one, device) for one in CANDIDATES for device in ("cpu", "cuda")]
+            known = {row: known[row] for row in rows if row in known}
             atomic_write(FIGURES, (json.dumps(known, indent=1) + "\n").encode())
     write_table()
 
