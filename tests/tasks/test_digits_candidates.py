@@ -32,6 +32,9 @@ def test_every_candidate_is_a_run_file(script: Any, tmp_path: Path) -> None:
 
 def test_the_page_has_the_figures(script: Any) -> None:
     report = json.loads(script.FIGURES.read_text(encoding="utf-8"))
-    assert list(report) == [name for name in script.CANDIDATES if name in report]
-    assert all(one["options"] == script.CANDIDATES[name] for name, one in report.items())
+    rows = {
+        script.label(name, device): options for name, options in script.CANDIDATES.items() for device in ("cpu", "cuda")
+    }
+    assert list(report) == [row for row in rows if row in report]
+    assert all(one["options"] == rows[row] for row, one in report.items())
     assert script.table(report) in script.PAGE.read_text(encoding="utf-8")
