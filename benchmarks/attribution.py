@@ -25,11 +25,12 @@ GROUPS = {
     "loss": r"feature_match|output_match|scale_gradients|mse_loss|mseloss"
     r"|match<|finish<|add_samples|(match|finish)_output",
     "attention": r"attention|flash|fmha|sdpa|softmax",
-    "norms+activations": r"norm|silu|sigmoid|gelu|geglu|modulate|welford|tanh|add_bias|bias_gradient",
+    "norms+activations": r"norm|silu|sigmoid|gelu|geglu|modulate|welford|tanh|add_bias|bias_gradient"
+    r"|cluster_(forward|backward)|add_channels",
     "conv+matmul": r"conv|gemm|gemv|(^|[^a-z])(add|b|badd)?mm(_|$|[^a-z])|addmm|bmm|linear|cutlass|cublas|xmma|wgrad"
     r"|dgrad|nvjet|matmul|einsum",
     "copies+casts": r"copy|memcpy|memset|clone|contiguous|(^|::)_?to(_copy)?$|tobackward|transpose_?kernel|nchwto"
-    r"|nhwcto|(^|::|_)cat(_|$|[^a-z])|catarray|fill|zero|ones",
+    r"|nhwcto|quantize|(^|::|_)cat(_|$|[^a-z])|catarray|fill|zero|ones",
 }
 _PATTERNS = {group: re.compile(pattern) for group, pattern in GROUPS.items()}
 
