@@ -136,8 +136,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
     for parameters, message in (
         ({"rate": 5.0}, "p\\(t\\) measured: expected parameters among points, samples, power, got rate"),
         ({"points": 1.0}, "points: expected a whole number, 2 to 65536, got 1.0"),
-        ({"points": math.nan}, "points: expected a whole number, 2 to 65536, got nan"),
-        ({"samples": math.inf}, "samples: expected a whole number, 1 to 65536, got inf"),
+        ({"points": math.nan}, "parameters.points: input should be a finite number, got nan"),
+        ({"samples": math.inf}, "parameters.samples: input should be a finite number, got inf"),
         ({"samples": 65537.0}, "samples: expected a whole number, 1 to 65536, got 65537.0"),
         ({"samples": 0.5}, "samples: expected a whole number, 1 to 65536, got 0.5"),
         ({"power": 0.0}, "power: expected a finite number > 0, got 0.0"),
