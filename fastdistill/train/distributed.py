@@ -267,6 +267,13 @@ class _Trained(nn.Module):
         return self._evaluate[0](*given)
 
 
+class _Averaging(nn.parallel.DistributedDataParallel):
+    """A script may end its process group and drop its trainer without ``close``: the group is released in any case."""
+
+    def __del__(self) -> None:
+        release(self)
+
+
 def averaged(
     objective: BoundObjective, student: nn.Module, stream: torch.cuda.Stream | None, evaluate: Evaluate | None = None
 ) -> Evaluate:
@@ -279,7 +286,7 @@ def averaged(
         return evaluate
     if stream is None:
         trained = _Trained(objective, student, evaluate)
-        return nn.parallel.DistributedDataParallel(trained, gradient_as_bucket_view=True)
+        return _Averaging(trained, gradient_as_bucket_view=True)
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
@@ -291,8 +298,9 @@ def averaged(
 def release(evaluate: Evaluate) -> None:
     """Release the process group of the result of ``averaged``, which cannot be called any more.
 
-    Call it while the group is initialized. Otherwise DDP's reducer is the last owner at the end of the process, and
-    waits for gloo's thread while it holds Python's lock, for which that thread may be waiting: a deadlock.
+    DDP's reducer must not be the last owner of the group: it would wait for gloo's thread while it holds Python's
+    lock, for which that thread may be waiting, a deadlock. Python's own reference, which is the last one here, is
+    released without that lock.
     """
     wrapped: Any = getattr(evaluate, "_orig_mod", evaluate)  # inside of torch.compile
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,26 @@ def test_a_sharded_model_is_not_captured_but_compiled(
         assert step.why.startswith("0 is sharded by FSDPLinear")
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_ddp_that_is_dropped_releases_its_group(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``close`` too: as the last owner of the group DDP's reducer could wait for gloo's thread forever."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    objective: Any = SimpleNamespace(trained=[])
+    wrapped: Any = distributed.averaged(objective, nn.Linear(2, 2), None, lambda counter: (counter, []))
+    torch.distributed.destroy_process_group()
+    left: list[set[str]] = []
+    release = distributed.release
+
+    def watched(ddp: Any) -> None:
+        release(ddp)
+        left.append({"logger", "reducer", "process_group"} & ddp.__dict__.keys())
+
+    monkeypatch.setattr(distributed, "release", watched)
+    del wrapped
+    gc.collect()
+    assert left == [set()]
 
 
 def test_what_torch_asks_of_ranks_for_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
