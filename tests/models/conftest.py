@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def small() -> Callable[..., UNet2DConditionModel]:
 def digits() -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(**DIGITS)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone, on a CPU."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def count(model: torch.nn.Module) -> int:

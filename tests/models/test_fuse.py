@@ -234,13 +234,6 @@ def test_what_is_left_alone_and_why() -> None:
     assert_alike(call(model, inputs), expected, exact)
 
 
-@pytest.fixture
-def process_group(tmp_path: Any) -> Any:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 def test_fused_then_sharded_and_not_the_other_way() -> None:
     from torch.distributed.device_mesh import init_device_mesh

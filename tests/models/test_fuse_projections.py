@@ -21,13 +21,6 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "PLACES", {"cpu", "cuda"})
 
 
-@pytest.fixture
-def process_group(tmp_path: Any) -> Any:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "SD3Transformer2DModel"])
 def test_sharded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

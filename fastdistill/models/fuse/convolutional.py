@@ -143,7 +143,7 @@ def _upsample(
 UPSAMPLE = Form(_refuse_upsample, {"forward": _upsample})
 
 
-def _refuse_up(block: CrossAttnUpBlock2D | UpBlock2D) -> str | None:
+def _refuse_none(module: nn.Module) -> str | None:
     return None
 
 
@@ -160,7 +160,7 @@ def _resnet_of_up(block: Any, resnet: nn.Module, x: Tensor, temb: Tensor | None)
     return result
 
 
-@instead_of(CrossAttnUpBlock2D, "forward", _refuse_up)
+@instead_of(CrossAttnUpBlock2D, "forward", _refuse_none)
 def _up_with_attention(
     block: CrossAttnUpBlock2D,
     hidden_states: Tensor,
@@ -193,7 +193,7 @@ def _up_with_attention(
     return _upsampled(block, x, upsample_size)
 
 
-@instead_of(UpBlock2D, "forward", _refuse_up)
+@instead_of(UpBlock2D, "forward", _refuse_none)
 def _up(
     block: UpBlock2D,
     hidden_states: Tensor,
@@ -224,15 +224,11 @@ def _upsampled(block: Any, x: Tensor, size: int | None) -> Tensor:
     return x
 
 
-UP_WITH_ATTENTION = Form(_refuse_up, {"forward": _up_with_attention})
-UP = Form(_refuse_up, {"forward": _up})
+UP_WITH_ATTENTION = Form(_refuse_none, {"forward": _up_with_attention})
+UP = Form(_refuse_none, {"forward": _up})
 
 
-def _refuse_out_norm(norm: nn.GroupNorm) -> str | None:
-    return None
-
-
-@instead_of(nn.GroupNorm, "forward", _refuse_out_norm)
+@instead_of(nn.GroupNorm, "forward", _refuse_none)
 def _out_norm(norm: nn.GroupNorm, input: Tensor) -> Tensor:
     """The last norm of a U-Net as one op; on a GPU, torch would change the memory layout for it."""
     if input.dim() != 4 or input.dtype not in FLOATS or autocasts(input.device):
@@ -241,7 +237,7 @@ def _out_norm(norm: nn.GroupNorm, input: Tensor) -> Tensor:
     return _norm(norm, input, silu=False)
 
 
-OUT_NORM = Form(_refuse_out_norm, {"forward": _out_norm})
+OUT_NORM = Form(_refuse_none, {"forward": _out_norm})
 
 
 def _refuse_transformer(model: Transformer2DModel) -> str | None:
