@@ -17,6 +17,7 @@ Limits    1..512 keys, head dim 1..256, any strides if a head's elements are con
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -307,14 +308,12 @@ def _plan_of_q(plan: _Plan, dtype: torch.dtype, capability: int, unit: int) -> _
 
 def _unit(D: int, *tensors: Tensor) -> int:
     """Elements of the widest access (at most 16 bytes) that divides every stride and the head dim."""
-    unit = 16 // tensors[0].itemsize
-    while any(n % unit for n in (D, *(s for t in tensors for s in t.stride()[:3]))):
-        unit //= 2
-    return unit
+    return math.gcd(16 // tensors[0].itemsize, D, *[s for t in tensors for s in t.stride()[:3]])
 
 
 def _strides(tensor: Tensor, unit: int) -> tuple[int, ...]:
-    return tuple(s // unit for s in tensor.stride()[:3])
+    batch, row, head, _ = tensor.stride()
+    return batch // unit, row // unit, head // unit
 
 
 def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
