@@ -130,7 +130,7 @@ def _cross_attention(
     return launch
 
 
-# (head dim, keys) of SD-1.5, SDXL, PixArt (alpha, sigma), and the limits.
+# (head dim, keys) of SD-1.5, SDXL, PixArt (alpha, sigma), Sana, and the limits.
 CROSS_ATTENTION = {
     "SD-1.5 64x64": (40, 77),
     "SD-1.5 32x32": (80, 77),
@@ -138,6 +138,7 @@ CROSS_ATTENTION = {
     "SDXL": (64, 77),
     "PixArt 120": (72, 120),
     "PixArt 300": (72, 300),
+    "Sana": (112, 300),
     "512 keys": (64, 512),
     "256 dims": (256, 512),
 }
@@ -151,6 +152,7 @@ def _cross_attentions() -> dict[str, Callable[[], None]]:
         launches[f"{name} fp16 bool mask shared rows"] = _cross_attention(
             torch.float16, 40, 77, backward, torch.bool, True
         )
+        launches[f"{name} PixArt 300 bias"] = _cross_attention(torch.bfloat16, 72, 300, backward, torch.bfloat16)
         launches[f"{name} fp32 bias"] = _cross_attention(torch.float32, 80, 77, backward, torch.float32)
     return launches
 

@@ -59,11 +59,13 @@ WORKS: dict[str, Callable[[str], work.Work]] = {
     "group_norm_silu-tiled": lambda device: _group_norm(device, False),
     "group_norm_silu-tiled-channels_last": lambda device: _group_norm(device, True),
     "cross_attention-77": lambda device: _cross_attention(device, 130, 77, 40),
+    "cross_attention-77-narrow": lambda device: _cross_attention(device, 70, 77, 36),
     "cross_attention-77-masked": lambda device: _cross_attention(device, 70, 77, 80, masked=True),
     "cross_attention-120": lambda device: _cross_attention(device, 70, 120, 72),
     "cross_attention-160-fp16": lambda device: _cross_attention(device, 70, 77, 160, dtype=torch.float16),
     "cross_attention-77-fp32": lambda device: _cross_attention(device, 35, 77, 80, dtype=torch.float32),
     "cross_attention-300": lambda device: _cross_attention(device, 70, 300, 72),
+    "cross_attention-300-masked": lambda device: _cross_attention(device, 70, 300, 112, masked=True),
 }
 #: Steps for architectures from this one on.
 SINCE = {"quantize_rows": 89}

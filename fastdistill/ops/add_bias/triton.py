@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED
+from fastdistill.ops._triton import FUSED, cdiv
 
 ROWS, CHANNELS, WARPS = 64, 64, 4
 PROGRAMS, MOST_ROWS = 1024, 1024  # for sums: minimum number of programs (if there are enough rows), most rows of one
@@ -63,7 +63,7 @@ def add_bias(x: Tensor | None, h: Tensor, bias: Tensor, y: Tensor) -> None:
     """One launch; arguments as in the reference."""
     channels = bias.shape[0]
     rows = y.numel() // channels
-    grid = (triton.cdiv(rows, ROWS) * triton.cdiv(channels, CHANNELS),)
+    grid = (cdiv(rows, ROWS) * cdiv(channels, CHANNELS),)
     given = x is not None
     _add_bias[grid](x if given else h, h, bias, y, rows, channels, given, ROWS, CHANNELS, num_warps=WARPS, **FUSED)
 
@@ -71,13 +71,11 @@ def add_bias(x: Tensor | None, h: Tensor, bias: Tensor, y: Tensor) -> None:
 def bias_gradient(grad: Tensor, total: Tensor) -> None:
     """Two launches; arguments as in the reference."""
     rows, channels = grad.shape
-    pieces = triton.cdiv(channels, CHANNELS)
+    pieces = cdiv(channels, CHANNELS)
     each = min(max(1 << max(rows * pieces // PROGRAMS, 1).bit_length() - 1, ROWS), MOST_ROWS)
-    chunks = triton.cdiv(rows, each)
+    chunks = cdiv(rows, each)
     partials = torch.empty((chunks, channels), dtype=torch.float32, device=grad.device)
     _bias_gradient[(chunks * pieces,)](
         grad, partials, rows, grad.stride(0), channels, each, ROWS, CHANNELS, num_warps=WARPS, **FUSED
     )
-    _bias_gradient_merge[(triton.cdiv(channels, 16),)](
-        partials, total, chunks, channels, 128, 16, num_warps=WARPS, **FUSED
-    )
+    _bias_gradient_merge[(cdiv(channels, 16),)](partials, total, chunks, channels, 128, 16, num_warps=WARPS, **FUSED)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _check, _native
-from fastdistill.ops._backward import again, distinct, is_differentiated, remember, wanted, with_its_kernel
-from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, constant, forced, later, register
+from fastdistill.ops._backward import again, apply, is_differentiated, kind_of, remember, wanted, with_its_kernel
+from fastdistill.ops._dispatch import OPS, REFERENCE, Kernel, Kind, constant, forced, later, register
 from fastdistill.ops.cross_attention import cuda, reference
 
 KEYS, DIMS = 512, 256  # most of each that the kernels take
@@ -108,7 +108,7 @@ def cross_attention(
     if flat:
         _check.whole(heads, "heads", "the number of heads, beside [B, N, H * D]")
         q, k, v = (_split(t, name, heads) for t, name in ((q, "q"), (k, "k"), (v, "v")))
-    _check.once(_checked, (q, k, v, mask, rows), None)
+    kind = _check.once(_checked, (q, k, v, mask, rows), None)
     _check.constants(mask=mask)
     if heads is not None:
         rule = f"the {q.shape[2]} heads of q, or None"
@@ -124,9 +124,9 @@ def cross_attention(
             OPS["cross_attention"].calls[REFERENCE] += 1
         out = reference.attend(q, k, v, mask, rows, scale)
     elif wanted((q, k, v)):
-        out = _CrossAttention.apply(*distinct((q, k, v)), mask, rows, scale)
+        out = apply(_on_gpu(kind), _CrossAttention, q, k, v, mask, rows, scale)
     else:
-        out = _launch(q, k, v, mask, rows, scale)
+        out = _launch(_on_gpu(kind), q, k, v, mask, rows, scale)
     return out.flatten(2) if flat else out
 
 
@@ -173,9 +173,16 @@ def _checked(tensors: tuple[Any, ...], _: Any) -> None:
         _check.device(rows, "rows", q.device, "q")
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float) -> Tensor:
+def _on_gpu(kind: Kind | None) -> Kind | None:
+    """None on a CPU, where a kind's kernel serves every layout: here the kernels (of tests) refuse some."""
+    return None if kind is None or kind.on_cpu else kind
+
+
+def _launch(
+    kind: Kind | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float
+) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _cross_attention(None, q, k, v, mask, rows, scale, out)
+    _cross_attention(kind, q, k, v, mask, rows, scale, out)
     return out
 
 
@@ -190,22 +197,31 @@ class _CrossAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float
+        ctx: Any,
+        kind: Kind | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        rows: Tensor | None,
+        scale: float,
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, mask, rows)
-        remember(ctx, None)
+        remember(ctx, kind)
         ctx.scale = scale
-        return _launch(q.detach(), k.detach(), v.detach(), mask, rows, scale)
+        return _launch(kind, q.detach(), k.detach(), v.detach(), mask, rows, scale)
 
     @staticmethod
     @with_its_kernel
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, rows = ctx.saved_tensors
+        kind, (q, k, v, mask, rows) = kind_of(ctx, grad_out), ctx.saved_tensors
         if is_differentiated():
             given: tuple[Any, ...] = (mask, rows, ctx.scale)
-            return *again(lambda *own: _by_reference(*own, *given), (q, k, v), grad_out), None, None, None
-        of_q, of_kv = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        grads = [torch.empty(t.shape if of else 0, dtype=t.dtype, device=t.device)
-                 for t, of in ((q, of_q), (k, of_kv), (v, of_kv))]  # fmt: skip
-        _cross_attention_backward(None, q, k, v, mask, rows, ctx.scale, grad_out, *grads)
-        return *(g if of else None for g, of in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None
+            grads = again(lambda *own: _by_reference(*own, *given), (q, k, v), grad_out)
+            return None, *grads, None, None, None
+        needed = ctx.needs_input_grad[1:4]
+        of_q, of_kv = needed[0], needed[1] or needed[2]
+        made = [torch.empty(t.shape if of else 0, dtype=t.dtype, device=t.device)
+                for t, of in ((q, of_q), (k, of_kv), (v, of_kv))]  # fmt: skip
+        _cross_attention_backward(kind, q, k, v, mask, rows, ctx.scale, grad_out, *made)
+        return None, *[g if of else None for g, of in zip(made, needed, strict=True)], None, None, None

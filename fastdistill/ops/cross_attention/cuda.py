@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -82,6 +84,7 @@ def _unaligned(*tensors: Tensor) -> str | None:
     return None
 
 
+@functools.lru_cache(4096)
 def chunks_of(B: int, N: int, H: int, D: int, forward: bool = False) -> tuple[int, int]:
     """Queries per chunk, and chunks per sample, with the least estimated time on the whole GPU. A block's time is that
     of its tiles plus two more for K, V and its sums."""

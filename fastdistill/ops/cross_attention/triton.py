@@ -16,6 +16,8 @@ Limits    1..512 keys, head dim 1..256, any strides if a head's elements are con
 # ruff: noqa: RUF005 (Triton has no unpacking)
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdistill.ops._triton import FUSED, capability
+from fastdistill.ops._triton import FUSED, capability, cdiv, power_of_2
 from fastdistill.ops.cross_attention.triton_long import (
     cross_attention_backward_long_kv,
     cross_attention_backward_long_q,
@@ -244,41 +246,45 @@ class _Plan(NamedTuple):
 
 def pieces(n: int) -> tuple[int, ...]:
     """At most two powers of two (each at least 16) with the smallest sum that is >= n; the larger first."""
-    one = max(16, triton.next_power_of_2(n))
-    rest = max(16, triton.next_power_of_2(n - one // 2))
+    one = max(16, power_of_2(n))
+    rest = max(16, power_of_2(max(n - one // 2, 1)))
     return (one // 2, rest) if one > 16 and one // 2 + rest < one else (one,)
 
 
+@functools.lru_cache(4096)
 def _plan(
     L: int, D: int, dtype: torch.dtype, capability: int, backward: bool = False, masked: bool = False, unit: int = 8
 ) -> _Plan:  # fmt: skip
     """The largest tiles without register spills (``make kernels-report``), for the GPU's major compute capability.
 
     If products read their operands from shared memory (9, 10), tiles are larger; otherwise warps hold copies. On Hopper
-    (9) several blocks of four warps are better than one of eight, because each waits only for its own products. With a
-    mask (more than 64 keys) or narrow accesses, registers do not suffice for a backward with queries as rows.
+    (9) several blocks of four warps are better than one of eight, because each waits only for its own products; tiles
+    of 64 x 32 leave registers for two or three. With a mask (more than 64 keys) or narrow accesses, registers do not
+    suffice for a backward with queries as rows.
     """
     dims, shared = pieces(D), capability in (9, 10)
     wide = sum(dims)
     if dtype == torch.float32:  # without tensor cores
-        if backward:
-            return _Plan(dims, (16,), True, 16, 8)
-        return _Plan((16,) * triton.cdiv(D, 16), (16,), True, 16, 4 if D <= 96 else 8)
+        return _Plan(dims if backward else (16,) * cdiv(D, 16), (16,), True, 16, 4 if D <= 96 else 8)
     if not backward:
         keys = pieces(L)
         if wide <= 160 and sum(keys) <= 128 and wide * sum(keys) <= 12800:
             return _Plan(dims, keys, False, 128, 8) if capability == 10 else _Plan(dims, keys, False, 64, 4)
+        if capability == 9 and unit == 8:
+            return _loop(dims, 96)
         if shared:
             return _Plan(dims, (64,), True, 64, 8)
-        return _Plan(dims, (64,), True, 64, 4) if wide <= 128 else _Plan(dims, (32,), True, 32, 4)
+        return _Plan(dims, (64,), True, 64, 4) if wide <= 96 or D == 128 else _Plan(dims, (32,), True, 32, 4)
     if capability == 9 and unit == 8:
-        keys, one = pieces(L), max(16, triton.next_power_of_2(L))
+        keys, one = pieces(L), max(16, power_of_2(L))
         if D <= 64 and sum(keys) <= (64 if masked else 80):
             return _Plan((64,), keys, False, 64, 4, 3, True)  # a transposed product has at least 64 rows
         if D <= 64 and sum(keys) <= 96:
             return _Plan((64,), keys, False, 128, 8, 3, True)
         if 64 < D <= 128 and one <= 64:
             return _Plan((128,), (one,), False, 128, 8, 2, True)
+        if wide <= 160:
+            return _Plan(dims, (64,), True, 32, 4)
     if L <= 128 and wide <= (96 if shared else 64):  # with fewer rows of keys several warps hold copies
         return _Plan(dims, (128,), False, 64 if shared else 32, 8)
     if shared and wide <= 160:
@@ -288,16 +294,26 @@ def _plan(
     return _Plan((256,), (32,), True, 32, 4)
 
 
+def _loop(dims: tuple[int, ...], most: int) -> _Plan:
+    """A loop over keys with queries as rows, on Hopper; over 64 keys at a time if the head dim has at most this
+    width."""
+    return _Plan(dims, (64 if sum(dims) <= most else 32,), True, 64, 4)
+
+
+def _plan_of_q(plan: _Plan, dtype: torch.dtype, capability: int, unit: int) -> _Plan:
+    """Of the gradient of Q if the gradients of K and V have this plan, a loop."""
+    rows = capability == 9 and unit == 8 and dtype != torch.float32 and sum(plan.dims) <= 160
+    return _loop(plan.dims, 64) if rows else plan
+
+
 def _unit(D: int, *tensors: Tensor) -> int:
     """Elements of the widest access (at most 16 bytes) that divides every stride and the head dim."""
-    unit = 16 // tensors[0].itemsize
-    while any(n % unit for n in (D, *(s for t in tensors for s in t.stride()[:3]))):
-        unit //= 2
-    return unit
+    return math.gcd(16 // tensors[0].itemsize, D, *[s for t in tensors for s in t.stride()[:3]])
 
 
 def _strides(tensor: Tensor, unit: int) -> tuple[int, ...]:
-    return tuple(s // unit for s in tensor.stride()[:3])
+    batch, row, head, _ = tensor.stride()
+    return batch // unit, row // unit, head // unit
 
 
 def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
@@ -306,9 +322,9 @@ def _contiguous_heads(*tensors: Tensor) -> list[Tensor]:
 
 def _spans(B: int, N: int, H: int, M: int) -> tuple[int, int]:
     """Queries per chunk and chunks per sample. They depend only on shape and plan, because they determine the sums."""
-    tiles = triton.cdiv(N, M)
+    tiles = cdiv(N, M)
     span = max(1, min(tiles, B * H * tiles // PROGRAMS)) * M
-    return span, triton.cdiv(N, span)
+    return span, cdiv(N, span)
 
 
 def _masking(mask: Tensor | None, rows: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -324,9 +340,10 @@ def cross_attention(
     if not q.numel():
         return
     q, k, v = _contiguous_heads(q, k, v)
-    plan, unit = _plan(L, D, q.dtype, capability(q)), _unit(D, q, k, v, out)
+    unit = _unit(D, q, k, v, out)
+    plan = _plan(L, D, q.dtype, capability(q), unit=unit)
     masked, indexed, kind = _masking(mask, rows, q)
-    span, chunks = (plan.M, triton.cdiv(N, plan.M)) if plan.loop else _spans(B, N, H, plan.M)
+    span, chunks = (plan.M, cdiv(N, plan.M)) if plan.loop else _spans(B, N, H, plan.M)
     strides = [_strides(t, unit) for t in (q, k, v, out)]
     common = q, k, v, masked, indexed, out, N, L, len(k), H, scale * LOG2E, chunks
     grid, constants = (B * H * chunks,), (plan.M, kind, rows is not None, unit)
@@ -370,11 +387,13 @@ def cross_attention_backward(
             plan.dims, keys, *constants, of_q, of_kv, unit, **options,
         )  # fmt: skip
     else:
-        tiles, blocks, block = triton.cdiv(N, plan.M), triton.cdiv(L, plan.keys[0]), plan.keys[0]
-        statistics = torch.empty((B, H, N, 3), dtype=torch.float32, device=q.device)
+        of_queries = _plan_of_q(plan, q.dtype, capability(q), unit)
+        tiles, blocks, block = cdiv(N, of_queries.M), cdiv(L, plan.keys[0]), plan.keys[0]
+        statistics = torch.empty((B, H, 3, N), dtype=torch.float32, device=q.device)
         cross_attention_backward_long_q[(B * H * tiles,)](
             q, k, v, masked, indexed, grad_out, dq, statistics, *sizes, tiles, *strides, _strides(dq, unit), D,
-            plan.dims, block, *constants, of_q, unit, **options,
+            plan.dims, of_queries.keys[0], of_queries.M, *constants[1:], of_q, unit,
+            num_warps=of_queries.warps, num_stages=of_queries.stages, **FUSED,
         )  # fmt: skip
         if of_kv:
             cross_attention_backward_long_kv[(B * H * chunks * blocks,)](
@@ -383,6 +402,6 @@ def cross_attention_backward(
             )  # fmt: skip
     if partial:
         size = L * H * D
-        _cross_attention_add[(R, triton.cdiv(size, ADDED), 2)](
+        _cross_attention_add[(R, cdiv(size, ADDED), 2)](
             partials, grad_k, grad_v, indexed, B, chunks, size, rows is not None, ADDED, **FUSED
         )

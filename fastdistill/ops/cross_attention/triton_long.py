@@ -102,10 +102,10 @@ def cross_attention_backward_long_q(
         top = higher
     top, share = finite(top), inverse(total)
     delta *= share
-    kept = statistics + (b * H + h) * N * 3 + query.to(tl.int64) * 3
+    kept = statistics + (b * H + h) * N * 3 + query
     tl.store(kept, top, mask=query < N)
-    tl.store(kept + 1, share, mask=query < N)
-    tl.store(kept + 2, delta, mask=query < N)
+    tl.store(kept + N, share, mask=query < N)
+    tl.store(kept + 2 * N, delta, mask=query < N)
     if GRAD_Q:
         sums = zeros(M, DIMS)
         for first in range(0, L, KEYS):
@@ -115,7 +115,7 @@ def cross_attention_backward_long_q(
             p = product(g, get(v, at, L, v_strides[1], D, DIMS, UNIT), DIMS)
             sums = add_product(sums, (w * (p - delta[:, None])).to(q.dtype.element_ty), keys, DIMS)
         tl.debug_barrier()  # load it again: keeping it over the loop would need one register too many
-        share = factor * tl.load(kept + 1, mask=query < N, other=0.0)[:, None]
+        share = factor * tl.load(kept + N, mask=query < N, other=0.0)[:, None]
         put(grad_q + start(dq_strides, b, h, UNIT), query, N, dq_strides[1], sums, share, D, DIMS, UNIT)
 
 
@@ -140,11 +140,11 @@ def cross_attention_backward_long_kv(
         query = begin + tl.arange(0, M)
         x = get(q, query, N, q_strides[1], D, DIMS, UNIT)
         g = get(grad_out, query, N, g_strides[1], D, DIMS, UNIT)
-        delta = tl.load(statistics + query * 3 + 2, mask=query < N, other=0.0)
+        delta = tl.load(statistics + 2 * N + query, mask=query < N, other=0.0)
         s = product(values, g, DIMS) - delta[None, :]
-        top = tl.load(statistics + query * 3, mask=query < N, other=float("inf"))  # weight 0 with any mask
+        top = tl.load(statistics + query, mask=query < N, other=float("inf"))  # weight 0 with any mask
         w = tl.exp2(product(keys, x, DIMS) * scale + bias[:, None] - top[None, :])
-        w *= tl.load(statistics + query * 3 + 1, mask=query < N, other=0.0)[None, :]
+        w *= tl.load(statistics + N + query, mask=query < N, other=0.0)[None, :]
         value_sums = add_product(value_sums, w.to(q.dtype.element_ty), g, DIMS)
         key_sums = add_product(key_sums, (w * s).to(q.dtype.element_ty), x, DIMS)
     slot = ((b * chunks + chunk) * L * H + h) * D
