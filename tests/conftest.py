@@ -4,6 +4,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,3 +31,13 @@ def _made_on_the_device_of_the_kernel(request: pytest.FixtureRequest) -> Iterato
         yield
     finally:
         torch.set_default_device(None)
+
+
+@pytest.fixture
+def counter() -> Any:
+    """A backend that counts compiled graphs. Torch limits how often a function is compiled again in a process, and
+    other tests have compiled the same one."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    return CompileCounter()

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 from fastdistill.data.latent_cache import LatentCache, generate_latent_cache
 from fastdistill.distill import GuidanceDistillation, RandomConditioning, Weights
@@ -164,10 +163,9 @@ def test_a_low_rank_student_beside_its_teacher(tmp_path: Any) -> None:
     assert torch.equal(average.mid.weight, teacher.mid.weight) and average.mid.weight is not teacher.mid.weight
 
 
-def test_a_compiled_step_in_parts() -> None:
+def test_a_compiled_step_in_parts(counter: Any) -> None:
     """The loss function of a part is compiled once; without code generation the arithmetic is the same."""
     runs = [tiny.trainer(micro_batch=1) for _ in range(2)]
-    counter = CompileCounter()
     runs[1].step.compile(backend=counter)
     for run in runs:
         run.step.prepare(0)

@@ -13,7 +13,6 @@ import pytest
 import safetensors
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 
 from fastdistill.diffusion.flow import FlowSchedule
 from fastdistill.errors import InputError, StorageError
@@ -317,9 +316,9 @@ def test_a_step_reads_nothing_back(options: dict[str, Any]) -> None:
     assert int(trainer.step.counter[1]) == 2
 
 
-def test_a_compiled_step_is_one_graph() -> None:
+def test_a_compiled_step_is_one_graph(counter: Any) -> None:
     """Executed without code generation, it gives the bits of the eager step."""
-    runs, counter = [run(adapted()) for _ in range(2)], CompileCounter()
+    runs = [run(adapted()) for _ in range(2)]
     runs[1].step.compile(backend=counter)
     for trainer in runs:
         trainer.step.prepare(0)
@@ -330,8 +329,8 @@ def test_a_compiled_step_is_one_graph() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd", "sd3", "pixart_sigma"])
-def test_a_compiled_step_of_a_diffusers_model_is_one_graph(name: str) -> None:
-    trainer, counter = make(name, steps=1), CompileCounter()
+def test_a_compiled_step_of_a_diffusers_model_is_one_graph(name: str, counter: Any) -> None:
+    trainer = make(name, steps=1)
     trainer.step.compile(backend=counter)
     trainer.step.prepare(0)
     trainer.step()
