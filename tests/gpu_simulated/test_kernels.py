@@ -35,6 +35,8 @@ PLANTED = {
     "cp.async.wait_group": {memory.COPY_UNDER_WAY, memory.UNWRITTEN, memory.NOT_AWAITED},
 }  # fmt: skip
 SUMS = {"cross_attention-77-fp32": 80}  # its head dim: a score's terms
+#: A step of float8 at 448, its largest number, for results that are such numbers: of two neighbors either may be found.
+STEPS = {"quantize_rows": (448.0, 32.0)}
 #: Triton 3.6 omits a fence between a cp.async or store and the wgmma that reads its data. In one place of
 #: ``_cross_attention_backward`` it writes registers after the wgmma.fence. 3.9 has fixed both.
 KNOWN = {"3.6": {memory.NO_FENCE, block.NOT_FENCED}}
@@ -67,6 +69,8 @@ def check(made: dict[str, Any], names: list[str] | None = None) -> None:
             eps = max(torch.finfo(number).eps, EPS) if number.is_floating_point else 0.0
             factor = max(8.0, 2 * math.sqrt(SUMS.get(name, 1)))
             allowed = factor * eps * largest + (4 * EPS if eps else 0)
+            if name in STEPS and largest == STEPS[name][0]:
+                allowed = STEPS[name][1]
             assert error <= allowed, f"{name}: off by {error} of {largest} in {dtype}, allowed {allowed}"
 
 
