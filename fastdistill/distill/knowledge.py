@@ -265,8 +265,13 @@ class Knowledge:
                 output = self._predict_teacher(draw.x_t, draw.timestep, draw.prompt)
                 return output, None, self._taps[0].features() if self._taps else []
             both = after_null(draw.prompt, self._null[tuple(draw.x_t.shape[1:])])
-            with contextlib.nullcontext() if self._repeated is None else self._repeated:
+            if self._repeated is not None:
+                self._repeated.on = True
+            try:
                 output = self._predict_teacher(torch.cat([draw.x_t] * 2), torch.cat([draw.timestep] * 2), both)
+            finally:
+                if self._repeated is not None:
+                    self._repeated.on = False
             unconditional, output = output.chunk(2)
             features = self._taps[0].features() if self._taps else []
             return output, unconditional, [feature.chunk(2)[1] for feature in features]

@@ -7,8 +7,6 @@ sample, and ``cross_attention`` reads them for all these samples (``rows``): not
 
 from __future__ import annotations
 
-from types import TracebackType
-
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
@@ -17,8 +15,10 @@ _NAME = "_fastdistill_repeated"
 
 
 class Repeated:
-    """Within ``with``, the first ``count`` of the 2 ``count`` samples in each call of the model must have the same
-    prompt. ``attach`` registers this object with the model's attentions, ``detach`` removes it."""
+    """While ``on`` is True, the first ``count`` of the 2 ``count`` samples in each call of the model must have the same
+    prompt. ``attach`` registers this object with the model's attentions, ``detach`` removes it.
+
+    An attribute and not a context manager, because torch 2.11 cannot compile ``with`` of an object's attribute."""
 
     def __init__(self, model: nn.Module, count: int, device: torch.device) -> None:
         self._attentions = [module for module in model.modules() if isinstance(module, Attention)]
@@ -34,17 +34,9 @@ class Repeated:
         for module in self._attentions:
             module.__dict__.pop(_NAME, None)
 
-    def __enter__(self) -> None:
-        self.on = True
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.on = False
-
 
 def distinct(attn: Attention, context: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The distinct prompts, and for each sample its row in them; without ``Repeated``, all prompts and None."""
+    """The distinct prompts, and for each sample its row in them; unless ``Repeated`` is on, all prompts and None."""
     found: Repeated | None = attn.__dict__.get(_NAME)
     if found is None or not found.on or len(context) != len(found.rows):
         return context, None
