@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import contextlib
 import gc
 import itertools
 from collections.abc import Callable, Iterable
@@ -24,8 +25,9 @@ def storages() -> set[tuple[int, int]]:
             if thing.layout is not torch.strided:  # no kernel is given one
                 continue
             storage = thing.untyped_storage()
-            if storage.nbytes():
-                found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+            with contextlib.suppress(RuntimeError):  # a tensor of a compiler, without memory
+                if storage.nbytes():
+                    found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
     return found
 
 
