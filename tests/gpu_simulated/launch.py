@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import contextlib
+import ctypes
 import gc
 import itertools
 from collections.abc import Callable, Iterable
