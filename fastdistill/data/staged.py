@@ -175,7 +175,7 @@ class Batches:
     def _cast(self, draw: Draw[Any]) -> Draw[Any]:
         if self._dtype is None:
             return draw
-        return draw._replace(x_t=cast(draw.x_t, self._dtype), prompt=cast(draw.prompt, self._dtype))
+        return draw.replaced(x_t=cast(draw.x_t, self._dtype), prompt=cast(draw.prompt, self._dtype))
 
     def task(self, draw: Draw[Any], counter: Tensor) -> Task:
         """The argument ``task`` of ``output_match`` for this batch: the latents and the counter; or, if the latents are

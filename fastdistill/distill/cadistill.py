@@ -231,7 +231,7 @@ class BoundCaDistill:
     def draw(self, counter: Tensor) -> CanonicalDraw:
         batch = self._batches(counter)
         if (augment := self._config.augment) is not None:
-            batch = batch._replace(x_t=augment.turned(batch.x_t, counter, self._samples))
+            batch = batch.replaced(x_t=augment.turned(batch.x_t, counter, self._samples))
         if self._canonical is None:
             return CanonicalDraw(batch, None)
         self._counter.copy_(counter + self._key)

@@ -195,7 +195,7 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
         if not self._step:
             return batch
         step = self._step[tuple(batch.x_t.shape[1:])]
-        return batch._replace(timestep=step.index_select(0, batch.latent_index))
+        return batch.replaced(timestep=step.index_select(0, batch.latent_index))
 
     def loss(self, draw: GuidedDraw, counter: Tensor) -> tuple[Tensor, list[Tensor]]:  # type: ignore[override]
         batch, scale = draw

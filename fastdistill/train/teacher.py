@@ -106,7 +106,7 @@ def _samples(setting: Setting, objective: Objective) -> tuple[Setting, Draw[Any]
     draw = batches(torch.tensor([_OWN_KEY, 0], device=setting.device))
     batches.close()
     if setting.trajectory is not None:
-        draw = draw._replace(timestep=setting.trajectory.step.index_select(0, draw.latent_index))
+        draw = draw.replaced(timestep=setting.trajectory.step.index_select(0, draw.latent_index))
     null = None
     if weights is not None:
         row = len(listed(setting.prompts)[0]) - 1

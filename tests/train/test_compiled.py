@@ -83,3 +83,18 @@ def test_a_run_is_compiled_once(name: str, backend: Counting, tmp_path: Path, ca
         losses[execution] = [v for m in run.fit(progress=preview).history for k, v in m.items() if k not in UNTIMED]
         assert backend.graphs == 1 and caplog.text.count("compiling the training step") == 1
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-3)
+
+
+def test_a_model_that_torch_compiles_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the step holds at a graph break is complete after it: torch 2.11 empties a tuple made by ``_replace``."""
+    forward = tiny.Net.forward
+
+    def broken(self: tiny.Net, *args: Any, **kwargs: Any) -> Any:
+        torch._dynamo.graph_break()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrainStep.compile, "__kwdefaults__", {"backend": "eager"})
+    monkeypatch.setattr(tiny.Net, "forward", broken)
+    torch._dynamo.reset()
+    found = [tiny.trainer(execution=execution).fit().history[-1]["loss"] for execution in ("eager", "compiled")]
+    assert found[0] == found[1]

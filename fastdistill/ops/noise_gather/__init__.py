@@ -53,10 +53,14 @@ class Draw(NamedTuple, Generic[Banks]):
     prompt_index: Tensor  # [B] int64
     choice: Tensor  # [B] int64
 
+    def replaced(self, **parts: Any) -> Draw[Any]:
+        """A batch with other parts. ``_replace`` is empty after a graph break of a function that torch 2.11 compiles."""
+        return Draw(*[parts.get(name, part) for name, part in zip(self._fields, self, strict=True)])
+
     def part(self, start: int, stop: int) -> Draw[Banks]:
         """Samples ``start`` to ``stop`` (exclusive), in the same memory."""
         parts = {name: getattr(self, name)[start:stop] for name in self._fields if name != "prompt"}
-        return self._replace(prompt=banks.mapped(lambda bank: bank[start:stop], self.prompt), **parts)
+        return self.replaced(prompt=banks.mapped(lambda bank: bank[start:stop], self.prompt), **parts)
 
 
 def empty_draw(
