@@ -54,7 +54,7 @@ class Draw(NamedTuple, Generic[Banks]):
     choice: Tensor  # [B] int64
 
     def replaced(self, **parts: Any) -> Draw[Any]:
-        """A batch with other parts. ``_replace`` is empty after a graph break of a function that torch 2.11 compiles."""
+        """A batch with other parts. (In torch 2.11 the result of ``_replace`` is empty after a graph break.)"""
         return Draw(*[parts.get(name, part) for name, part in zip(self._fields, self, strict=True)])
 
     def part(self, start: int, stop: int) -> Draw[Banks]:
