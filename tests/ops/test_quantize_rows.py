@@ -49,9 +49,11 @@ def test_values(kernel: str, dtype: torch.dtype, shape: str, gelu: bool) -> None
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bits_of_the_reference(kernel: str, dtype: torch.dtype) -> None:
-    """Ties, the smallest numbers and zeros too."""
+    """Ties, the smallest numbers and zeros too, and a quotient that is a tie if 448 / 184 is rounded once."""
     x = rows((6, 80), dtype)
     x[1], x[2, :3], x[3] = 0.0, torch.tensor([1.0, 17 / 16, 19 / 16], dtype=dtype), torch.linspace(-1, 1, 80)
+    x[4, :2] = torch.tensor([184.0, -34.5], dtype=dtype)
+    x[4, 2:] = 1.0
     with use("reference"):
         expected = quantize_rows(x)
     with use(kernel):

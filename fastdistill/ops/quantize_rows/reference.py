@@ -31,4 +31,4 @@ def quantize_rows(x: Tensor, gelu: bool, q: Tensor, scale: Tensor) -> None:
     magnitudes = values.abs().nan_to_num(nan=math.inf, posinf=math.inf)
     largest = magnitudes.amax(1, keepdim=True).clamp_min(LEAST)
     scale.copy_(largest * (1 / LARGEST))
-    q.copy_(values * (LARGEST / largest))
+    q.copy_(values * (torch.full_like(largest, LARGEST) / largest))  # number / tensor rounds twice
