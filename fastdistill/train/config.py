@@ -8,6 +8,7 @@ text of its option.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -204,6 +205,8 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
         problems += [f"{place}: {', or '.join(rule)}, got {value}" for (place, value), rule in rules.items()]
     else:
         problems += _converted(values, config, "")
+        problems += _rounded_away(kind, config)
+        problems += _empty(config, "")
         problems += _without_effect(config, "")
     if problems:
         plural = "" if len(problems) == 1 else "s"
@@ -232,6 +235,51 @@ def _converted(given: Any, made: Any, place: str) -> Iterator[str]:
         return
     for key, own, result in pairs:
         yield from _converted(own, result, f"{place}.{key}".lstrip("."))
+
+
+def _rounded_away(kind: Any, config: Any) -> Iterator[str]:
+    """One line for each number that violates its constraint as float32, such as 1e-50, which is 0 then."""
+    given = dataclasses.asdict(config)
+    try:
+        _adapter(kind).validate_python(_in_float32(given))
+    except pydantic.ValidationError as error:
+        for e in error.errors():
+            rule = e["msg"][0].lower() + e["msg"][1:]
+            value: Any = given
+            part: Any
+            for part in e["loc"]:
+                value = value[part] if isinstance(value, dict | list | tuple) else value
+            yield f"{_place(kind, e['loc'])}: {rule} in float32, got {described(value)}"
+
+
+def _in_float32(value: Any) -> Any:
+    """The same with each number as float32 has it; larger ones are refused anyway."""
+    if isinstance(value, dict):
+        return {key: _in_float32(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_in_float32, value))
+    if isinstance(value, float) and abs(value) <= _LARGEST:
+        return ctypes.c_float(value).value
+    return value
+
+
+_PROMPTS = ("prompt", "prompts")  # lists of texts, of which an empty one is the null prompt
+
+
+def _empty(value: Any, place: str) -> Iterator[str]:
+    """One line for each text that is empty or white space, unless this is the field's default."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            own = getattr(value, field.name)
+            if not (isinstance(own, str) and own == field.default) and not (
+                field.name in _PROMPTS and isinstance(own, tuple)
+            ):
+                yield from _empty(own, f"{place}{field.name}.")
+    elif isinstance(value, tuple):
+        for at, one in enumerate(value):
+            yield from _empty(one, f"{place}{at}.")
+    elif isinstance(value, str) and not value.strip():
+        yield f"{place.removesuffix('.')}: input should be a text that is not empty, got {described(value)}"
 
 
 def _settled(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
