@@ -11,6 +11,20 @@ from fastdistill.errors import InputError
 from fastdistill.models import Student
 from fastdistill.runs.config import ObjectiveSettings, RunConfig
 
+_CONDITIONING = "objective.random_conditioning"
+#: Settings of the trainer and of the objective by the names that their errors have, and the fields that set them.
+OF_TRAINER = {"config": "train", "config.seed": "seed", "config.trackers": "log", "config.preview": "preview"}
+OF_OBJECTIVE = {
+    **{name: f"{_CONDITIONING}.{name}" for name in ("probability", "rolling", "regions", "with_replacement")},
+    "parameters": f"{_CONDITIONING}.parameters",
+    "p(t)": f"{_CONDITIONING}.parameters: p(t)",
+    "null_probability": f"{_CONDITIONING}.null",
+    **{name: f"objective.{name}" for name in ("weights", "loss_weighting", "min_snr_gamma", "feature_distance")},
+    **{name: f"objective.guidance.{name}" for name in ("scale", "lowest", "grid", "weight_limit")},
+}
+#: The same, for errors that are not of a trainer, which has a schedule of noise, and previews with guidance.
+OF_GUIDANCE = {"schedule": "objective.guidance.schedule", "guidance": "objective.guidance.schedule"}
+
 
 def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditioning:
     """Random conditioning, or guidance distillation with it, with these settings and the student's taps."""

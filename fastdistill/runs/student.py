@@ -48,3 +48,12 @@ def student_spec_of(student: StudentSettings, transformer: bool) -> StudentSpec 
         if getattr(student, name) is not None:
             raise InputError.of(f"student.{name}", "none, as the teacher is a U-Net (spec)", getattr(student, name))
     return StudentSpec(width=student.width, block_out_channels=student.channels)
+
+
+def fields_of(student: StudentSettings) -> dict[str, str]:
+    """The names that errors of ``make_student`` have, and the fields of the run file that set them."""
+    size = "student.channels" if student.width is None else "student.width"
+    whole = "student.lora" if student.lora.rank is not None else "student"
+    sizes = dict.fromkeys(("spec.block_out_channels", "student.block_out_channels"), size)
+    reads = "objective.guidance.scale (guidance_embedding)"
+    return {"spec": whole, **sizes, "init": "student.init", "guidance_embedding": reads}
