@@ -14,7 +14,7 @@ from fastdistill import plan as plans
 from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, read_manifest
 from fastdistill.data.prompt_bank import PromptBank
-from fastdistill.errors import InputError, set_by
+from fastdistill.errors import InputError
 from fastdistill.files import atomic_write
 from fastdistill.models.families import FAMILIES
 from fastdistill.plan import Plan
@@ -23,7 +23,7 @@ from fastdistill.runs import beginning
 from fastdistill.runs.about import About
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import teacher_and_student
-from fastdistill.runs.objective import OF_OBJECTIVE, OF_TRAINER, objective_of
+from fastdistill.runs.objective import as_fields, objective_of
 from fastdistill.runs.opened import Run, opened
 from fastdistill.runs.plan import default_micro_batch, plan_of
 from fastdistill.train import DistillTrainer, FitResult, TrainConfig, distributed
@@ -81,7 +81,7 @@ def distill(
                 return progress(done, None if metrics is None else metrics | about.utilization(done))
 
             try:
-                with set_by(OF_TRAINER):
+                with as_fields(objective=False):
                     return trainer.fit(run.directory, progress=started, callbacks=callbacks)
             except BaseException as error:
                 if calls and distributed.rank() == 0:  # the directory belongs to this run
@@ -137,7 +137,7 @@ def trainer_of(run: Run, sources: tuple[PromptBank, Sequence[LatentCache]] | Non
     bank, latents = stored_sources(run) if sources is None else sources
     teacher, student = teacher_and_student(run)
     previews = run.config.preview.every is not None
-    with set_by(OF_TRAINER | OF_OBJECTIVE):
+    with as_fields():
         return DistillTrainer(
             teacher,
             student,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastdistill import plan as plans
 from fastdistill.data.prompt_bank import stored_name
-from fastdistill.errors import InputError, described, set_by
+from fastdistill.errors import InputError, described
 from fastdistill.plan import Job, Plan
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.objective import OF_OBJECTIVE, OF_TRAINER, check_conditioning, objective_of
+from fastdistill.runs.objective import as_fields, check_conditioning, objective_of
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train.config import TrainConfig, TrainSettings
 
@@ -49,7 +49,7 @@ def plan(config: RunConfig, *, card: str | None = None, ranks: int = 1, allow_co
 def plan_of(run: Run, card: plans.Card, *, ranks: int = 1) -> Plan:
     """What an opened run needs on a card."""
     job = job_of(run, card.device, ranks=ranks, available=card.memory)
-    with set_by(OF_TRAINER | OF_OBJECTIVE):
+    with as_fields():
         return plans.planned(job, card, ranks=ranks, sharded=run.config.shard, disk=_disk(run))
 
 
@@ -57,7 +57,7 @@ def default_micro_batch(run: Run, available: int, *, ranks: int = 1) -> int | No
     """The largest micro-batch of an opened run that fits into ``available`` bytes of its device; None: not even 1
     fits."""
     job = job_of(run, torch.device(run.config.device).type, ranks=ranks, available=available)
-    with set_by(OF_TRAINER | OF_OBJECTIVE):
+    with as_fields():
         return plans.default_micro_batch(job, available, ranks=ranks, sharded=run.config.shard)
 
 

@@ -207,7 +207,7 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
         problems += _converted(values, config, "")
         problems += _rounded_away(kind, config)
         problems += _empty(config, "")
-        problems += _without_effect(config, "")
+        problems += _apart(config, "")
     if problems:
         plural = "" if len(problems) == 1 else "s"
         raise InputError(f"{name}: {len(problems)} problem{plural}\n" + "\n".join(f"  {p}" for p in problems))
@@ -294,17 +294,20 @@ def _settled(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return settled
 
 
-def _without_effect(config: Any, place: str) -> Iterator[str]:
-    """Lines for what is set of the average that is not the chosen one."""
+def _apart(config: Any, place: str) -> Iterator[str]:
+    """Lines for settings of a training that do not fit each other: parts that are none of the batch, and what is set of
+    the average that is not the chosen one."""
     if not dataclasses.is_dataclass(config):
         return
     if isinstance(config, TrainSettings):
+        if config.micro_batch is not None and config.batch % config.micro_batch:
+            yield f"{place}micro_batch: expected a divisor of batch, {config.batch}, got {config.micro_batch}"
         schedule, idle = config.ema_schedule, "ema_width" if config.ema_schedule == "constant" else "ema_decay"
         if (value := getattr(config, idle)) != (default := getattr(TrainSettings, idle)):
             rule = f"expected {default} (its default), as it has no effect with ema_schedule {schedule}"
             yield f"{place}{idle}: {rule}, got {value}"
     for field in dataclasses.fields(config):
-        yield from _without_effect(getattr(config, field.name), f"{place}{field.name}.")
+        yield from _apart(getattr(config, field.name), f"{place}{field.name}.")
 
 
 def _place(kind: Any, parts: tuple[int | str, ...]) -> str:

@@ -78,7 +78,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     for arguments, message in (
         (("letters",), "guidance diagnose: expected digits or shades, got letters"),
         ((), "guidance diagnose: expected digits or shades, got nothing"),
-        (("digits", "--schedules", "0", "2@9e9,-1"), "guidance: expected thresholds of sigma from 0 to below"),
+        (("digits", "--schedules", "0", "2@9e9,-1"), "schedules: expected thresholds of sigma from 0 to below"),
         (("digits", "--schedules", "0", "2@x"), "guidance"),
         (("digits", "--grid", "karas:30"), "grid"),
         (("digits", "--schedules", "1", "1.0"), "schedules: expected each once, got '1' twice"),

@@ -20,7 +20,7 @@ from fastdistill.data.fingerprint import plain
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.documented import documented
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, called
 from fastdistill.evaluate.diagnosis import diagnose
 from fastdistill.evaluate.frontier import Diagnosis, Recovered, Row
 from fastdistill.evaluate.guidance import write_guidance_report
@@ -152,6 +152,16 @@ def subject(task: str, model: nn.Module | None = None) -> Subject:
     return Subject(model or digits_teacher(), features, digits, (white, kept.digit), judge.right)
 
 
+def _checked(config: ShadesDiagnosis) -> Grid:
+    """The grid; InputError for one that does not exist, or a schedule that does not fit it."""
+    with called("grid"):
+        grid = Grid.parse(config.grid, SCHEDULE)
+    for schedule in config.schedules:
+        with called("schedules"):
+            Guidance.parse(schedule).passes(grid)
+    return grid
+
+
 def measured(
     task: str,
     config: ShadesDiagnosis,
@@ -161,9 +171,7 @@ def measured(
     progress: Callable[[int, int], object] | None = None,
 ) -> Diagnosis:
     """Measures the schedules of a configuration with a task's teacher, or with another model of the task."""
-    grid = Grid.parse(config.grid, SCHEDULE)
-    for schedule in config.schedules:
-        Guidance.parse(schedule).passes(grid)  # before anything is loaded
+    grid = _checked(config)  # before anything is loaded
     measure = subject(task, model)
     network = measure.model.to(config.device).eval()
     bank = prompt_bank().to(config.device)
@@ -203,6 +211,7 @@ def run(
 
     config = validated(config, f"guidance diagnose {task}").resolved()
     usable(config.device)
+    _checked(config)
     torch.set_num_threads(config.threads)
     output = located(config.output, "output")
     make_directory(output)
