@@ -21,7 +21,7 @@ from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.documented import documented
 from fastdistill.errors import InputError, called
-from fastdistill.evaluate.diagnosis import diagnose
+from fastdistill.evaluate.diagnosis import checked_schedules, diagnose
 from fastdistill.evaluate.frontier import Diagnosis, Recovered, Row
 from fastdistill.evaluate.guidance import write_guidance_report
 from fastdistill.evaluate.page import percent
@@ -153,12 +153,11 @@ def subject(task: str, model: nn.Module | None = None) -> Subject:
 
 
 def _checked(config: ShadesDiagnosis) -> Grid:
-    """The grid; InputError for one that does not exist, or a schedule that does not fit it."""
+    """The grid; InputError for one that does not exist, or schedules that do not fit it."""
     with called("grid"):
         grid = Grid.parse(config.grid, SCHEDULE)
-    for schedule in config.schedules:
-        with called("schedules"):
-            Guidance.parse(schedule).passes(grid)
+    with called("schedules"):
+        checked_schedules(config.schedules, grid)
     return grid
 
 
