@@ -296,12 +296,15 @@ def _settled(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _apart(config: Any, place: str) -> Iterator[str]:
     """Lines for settings of a training that do not fit each other: parts that are none of the batch, and what is set of
-    the average that is not the chosen one."""
+    an average that is not the chosen one, or of a value that is not there."""
     if not dataclasses.is_dataclass(config):
         return
     if isinstance(config, TrainSettings):
         if config.micro_batch is not None and config.batch % config.micro_batch:
             yield f"{place}micro_batch: expected a divisor of batch, {config.batch}, got {config.micro_batch}"
+        if config.keep_best is None and config.best != TrainSettings.best:
+            rule = f"expected {TrainSettings.best} (its default), as it has no effect without keep_best"
+            yield f"{place}best: {rule}, got {config.best}"
         schedule, idle = config.ema_schedule, "ema_width" if config.ema_schedule == "constant" else "ema_decay"
         if (value := getattr(config, idle)) != (default := getattr(TrainSettings, idle)):
             rule = f"expected {default} (its default), as it has no effect with ema_schedule {schedule}"
