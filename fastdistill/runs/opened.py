@@ -126,7 +126,7 @@ def check_objective(objective: RandomConditioning, run: Run) -> None:
     for size in run.sizes:
         schedule = run.pipeline.schedule(size)
         if objective.probability != MEASURED:
-            objective.p(schedule.clock)
+            objective.check_regions(objective.p(schedule.clock))
         weighting = objective.loss_weighting
         if weighting is not None and (objective.weights.output or objective.weights.task):
             coefficients = schedule.coefficients(run.pipeline.prediction_type)

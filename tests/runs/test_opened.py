@@ -68,6 +68,7 @@ def regions(**objective: Any) -> dict[str, Any]:
         ({"student": {"spec": "bk_smal"}}, "student.spec: expected one of bk_base, bk_small, .*, got 'bk_smal'"),
         ({"student": {"every": 2}}, r"student.every: expected none, as the teacher is a U-Net \(spec\), got 2"),
         ({"student": {"channels": [4, 4, 4, 4, 4]}}, "^student.channels: expected one value for each of 2 stages"),
+        ({"student": {"spec": "bk_small", "lora": {"alpha": 8.0}}}, "^student.lora.rank: expected a number, as other fie"),
         ({"student": {"width": 0.001}}, "^student.width: expected one and the same part of the teacher"),
         (rolling(3), r"rolling.every: expected a divisor of train.batch, 4, got 3"),
         (rolling(4) | {"train": {"micro_batch": 2}}, "a divisor of train.micro_batch, 2, got 4"),
@@ -90,6 +91,10 @@ def regions(**objective: Any) -> dict[str, Any]:
         ),
         (conditioned(probability="expp"), "^objective.random_conditioning.probability: expected .*; did you mean exp"),
         (conditioned(rolling={"null": 0.5}), "^objective.random_conditioning.rolling.every: expected a number, as ot"),
+        (
+            conditioned(probability="const", regions={"count": 2}),
+            "^objective.random_conditioning.regions.count: expected None, as no prompt is drawn at random: .*, got 2",
+        ),
         ({"objective": {"min_snr_gamma": 4.0}}, "^objective.min_snr_gamma: expected its default 5.0 where"),
         (guided(min_snr_gamma=4.0), "^objective.min_snr_gamma: expected its default 5.0, as the loss has no weight"),
         (
