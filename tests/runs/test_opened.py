@@ -68,7 +68,7 @@ def regions(**objective: Any) -> dict[str, Any]:
         ({"student": {"spec": "bk_smal"}}, "student.spec: expected one of bk_base, bk_small, .*, got 'bk_smal'"),
         ({"student": {"every": 2}}, r"student.every: expected none, as the teacher is a U-Net \(spec\), got 2"),
         ({"student": {"channels": [4, 4, 4, 4, 4]}}, "^student.channels: expected one value for each of 2 stages"),
-        ({"student": {"spec": "bk_small", "lora": {"alpha": 8.0}}}, "^student.lora.rank: expected a number, as other fie"),
+        ({"student": {"spec": "bk_small", "lora": {"alpha": 8.0}}}, "^student.lora.rank: expected a number, as other"),
         ({"student": {"width": 0.001}}, "^student.width: expected one and the same part of the teacher"),
         (rolling(3), r"rolling.every: expected a divisor of train.batch, 4, got 3"),
         (rolling(4) | {"train": {"micro_batch": 2}}, "a divisor of train.micro_batch, 2, got 4"),

@@ -93,7 +93,7 @@ def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
         ("preview: {guidance_scale: 4.0e38}", r"preview.guidance_scale: input should be within float32, .* 4e\+38"),
         ("train: {lr: 1e-50}", r"train.lr: input should be greater than 0 in float32, got 1e-50"),
         ("train: {betas: [0.9, 0.99999999999]}", r"train.betas.1: input should be less than 1 in float32, got 0.9999+"),
-        ("student: {lora: {rank: 1000000}}", r"student.lora.rank: input should be less than or equal to 32768, got 10+"),
+        ("student: {lora: {rank: 1000000}}", r"student.lora.rank: input should be less than or equal to 32768,.*"),
         ("train: {best: highest}", r"train.best: expected lowest .* no effect without keep_best, got highest"),
         ("train: {batch: 6, micro_batch: 4}", r"train.micro_batch: expected a divisor of batch, 6, got 4"),
         ("train: {keep_best: ''}", r"train.keep_best: input should be a text that is not empty, got ''"),
