@@ -114,6 +114,14 @@ def check_teacher(config: RunConfig, teacher: nn.Module) -> None:
             reason = "there is no objective.guidance.schedule"
         if reason is not None:
             raise InputError.of("train.teacher_null_once", "false", f"true, and {reason}")
+    if train.teacher_ahead:
+        given = config.objective.random_conditioning
+        states, regions = given.rolling.every is not None, given.regions.count is not None
+        reason = "the prompts of the next step (regions) may go by distances of this one" if regions else None
+        reason = "the states of the next step (rolling) come out of this one" if states else reason
+        reason = "there are latents of several shapes (cache.sizes)" if len(config.cache.sizes) > 1 else reason
+        if reason is not None:
+            raise InputError.of("train.teacher_ahead", "false", f"true, and {reason}")
     if train.teacher_fp8:
         float8.layers_of(teacher)
         if train.precision == "measured":

@@ -109,6 +109,12 @@ def regions(**objective: Any) -> dict[str, Any]:
         ({"cache": {"guidance": "1e300", "guidance_scale": None}}, "^cache.guidance: expected a weight within float32"),
         ({"train": {"teacher_null_once": True}}, "^train.teacher_null_once: .* there is no objective.guidance.sched"),
         (guided() | {"train": {"teacher_null_once": True}}, "^train.teacher_null_once: .*, and train.fuse is false"),
+        (rolling(2) | {"train": {"teacher_ahead": True}}, "^train.teacher_ahead: .*, and the states of the next step"),
+        (regions() | {"train": {"teacher_ahead": True}}, "^train.teacher_ahead: .*, and the prompts of the next step"),
+        (
+            {"cache": {"sizes": [[16, 16], [32, 16]]}, "train": {"teacher_ahead": True}},
+            "^train.teacher_ahead: expected false, got true, and there are latents of several shapes",
+        ),
         ({"train": {"teacher_fp8": True}}, "^teacher: expected a transformer of .*, for float8, got UNet"),
     ],
 )  # fmt: skip
