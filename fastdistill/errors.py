@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 
 class FastdistillError(Exception):
@@ -69,6 +69,19 @@ def called(field: str, argument: str | None = None) -> Iterator[None]:
         if argument not in (None, name):
             raise
         raise InputError(f"{field}: {rule}") from error
+
+
+@contextlib.contextmanager
+def set_by(fields: Mapping[str, str]) -> Iterator[None]:
+    """Names, in an InputError about an argument (or a part of it), the field of a file that sets this argument."""
+    try:
+        yield
+    except InputError as error:
+        name, colon, rule = str(error).partition(": ")
+        for end in [len(name), *(at for at in reversed(range(len(name))) if name[at] in ".[ ")]:
+            if name[:end] in fields:
+                raise InputError(fields[name[:end]] + name[end:] + colon + rule) from error
+        raise
 
 
 class KernelError(FastdistillError, RuntimeError):

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from fastdistill.commands._options import configured, import_pydantic, quiet, taken
-from fastdistill.errors import FastdistillError
+from fastdistill.errors import FastdistillError, called
 
 
 def run(arguments: list[str]) -> None:
@@ -29,8 +29,10 @@ def run(arguments: list[str]) -> None:
     from fastdistill.diffusion.guidance import Guidance
     from fastdistill.diffusion.schedule import NoiseSchedule
 
-    schedule = Guidance.parse(config.schedule)
-    grid = Grid.parse(config.grid, NoiseSchedule.from_config({"name": config.noise}))
+    with called("schedule"):
+        schedule = Guidance.parse(config.schedule)
+    with called("grid"):
+        grid = Grid.parse(config.grid, NoiseSchedule.from_config({"name": config.noise}))
     weights, passes = schedule.weights(grid).tolist(), schedule.passes(grid).tolist()
     sigma = [None if math.isinf(value) else value for value in grid.sigma[:-1].tolist()]
     levels = zip(grid.times.tolist(), sigma, weights, passes, strict=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdistill.commands._bars import Bars
 from fastdistill.commands._options import configured, import_pydantic, quiet, taken
-from fastdistill.errors import FastdistillError
+from fastdistill.errors import FastdistillError, called
 
 if TYPE_CHECKING:
     from fastdistill.diffusion.schedule import Schedule
@@ -34,7 +34,8 @@ def run(arguments: list[str]) -> None:
     from fastdistill.diffusion.spectrum import variance_neutral
 
     spectrum, schedule = _given(config, allow_code, not as_json)
-    grid = Grid.parse(config.grid, schedule)
+    with called("grid"):
+        grid = Grid.parse(config.grid, schedule)
     found = variance_neutral(
         spectrum, grid, config.w_plus, config.switch, config.stop, config.floor, method=config.method
     )

@@ -3,7 +3,6 @@
 
 At small t a noised latent still shows its image; at large t it shows hardly anything of it. p(t) usually increases with
 t, so that random prompts are mainly combined with latents that contain little information about their own prompt.
-that random prompts are mainly combined with latents that say little about their own prompt.
 """
 
 from __future__ import annotations

@@ -152,7 +152,8 @@ class Guidance(ABC):
         """w of each step, float64 [steps].
 
         Raises:
-            InputError: a threshold outside of the grid, a stretch with no step in it, a weight that is not finite.
+            InputError: a threshold outside of the grid, a stretch with no step in it, a weight that is not finite in
+                float32.
         """
         if not isinstance(grid, Grid):
             raise InputError.of("grid", "a Grid", described(grid))
@@ -167,8 +168,9 @@ class Guidance(ABC):
         Args:
             levels: a schedule, or coefficients [T, 4] whose first two columns are signal and noise; t is then t/T.
 
-        InputError: ``by="step"``, which has no meaning in training; a threshold outside of the levels.
-            InputError: ``by="step"``, which training does not know; a threshold outside of the levels.
+        Raises:
+            InputError: ``by="step"``, which has no meaning in training; a threshold outside of the levels; a weight
+                that is not finite in float32.
         """
         if self.by == "step":
             rule = "thresholds as sigma or t for a table of timesteps, which are of no step"
@@ -208,8 +210,10 @@ class Guidance(ABC):
     def _finite(self, values: Tensor) -> Tensor:
         w = self.weights_at(values)
         for weight, value in zip(w.tolist(), values.tolist(), strict=True):
-            if not math.isfinite(weight):
+            if not abs(weight) <= _check.LARGEST:
                 rule = f"a finite weight at every level ({self})"
+                if math.isfinite(weight):
+                    rule = f"a weight within float32 at every level ({self})"
                 raise InputError.of("guidance", rule, f"{weight} at {self.by} {value:g}")
         return w
 
@@ -250,9 +254,8 @@ class Piecewise(Guidance):
         return "w = " + ", ".join([*ends, f"then {shown(self.tail)}" if ends else shown(self.tail)])
 
     def weights_at(self, values: Tensor) -> Tensor:
-        return torch.tensor([self.tail, *(w for _, w in self.stretches[::-1])], dtype=torch.float64)[
-            self._place(values)
-        ]
+        weights = [self.tail, *(w for _, w in self.stretches[::-1])]
+        return torch.tensor(weights, dtype=torch.float64, device="cpu")[self._place(values)]
 
     def _place(self, values: Tensor) -> Tensor:
         """Number of the stretch of each value, counted from the end; 0 is the tail."""
@@ -327,6 +330,7 @@ def _check_by(by: Any) -> None:
 def finite(value: Any, argument: str = "w") -> float:
     number = _check.real(value, argument, "a finite weight")
     _check.require(math.isfinite(number) and value is not True, argument, "a finite weight", described(value))
+    _check.require(abs(number) <= _check.LARGEST, argument, "a weight within float32", described(value))
     return number
 
 

@@ -20,7 +20,7 @@ from fastdistill.diffusion.guided import sample
 from fastdistill.diffusion.inversion import Method, invert
 from fastdistill.diffusion.prompts import Rows, check_prompts
 from fastdistill.diffusion.schedule import PredictionType, Schedule, check_prediction_type
-from fastdistill.errors import InputError, described
+from fastdistill.errors import InputError, called, described
 from fastdistill.models.jacobian import TapFunction
 from fastdistill.models.subspace import Method as Search
 from fastdistill.models.subspace import Subspace, project, top_subspace
@@ -66,7 +66,8 @@ class Clarid:
             0 < _check.real(self.tolerance, "tolerance") < 1, "tolerance", "a sine between 0 and 1", self.tolerance
         )
         _check.seed(self.seed)
-        object.__setattr__(self, "guidance", str(Guidance.parse(self.guidance)))
+        with called("guidance"):
+            object.__setattr__(self, "guidance", str(Guidance.parse(self.guidance)))
 
     def grid(self, schedule: Schedule) -> Grid:
         """The noise levels from t_e to the data.

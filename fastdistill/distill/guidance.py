@@ -100,6 +100,13 @@ class GuidanceDistillation(RandomConditioning, _Guided):
         if config.rolling.every is not None:
             rule = "None, as a step has no guided output of the sampler's states to move them by"
             raise InputError.of("rolling.every", rule, config.rolling.every)
+        weighting, (limit, gamma) = config.loss_weighting, (_Guided.weight_limit, RandomConditioning.min_snr_gamma)
+        if weighting is None and config.min_snr_gamma != gamma:
+            rule = f"its default {gamma}, as the loss has no weighting min_snr"
+            raise InputError.of("min_snr_gamma", rule, config.min_snr_gamma)
+        if weighting is not None and config.weight_limit != limit:
+            rule = f"its default {limit}, as the loss has the weighting {weighting}"
+            raise InputError.of("weight_limit", rule, config.weight_limit)
         schedule = Guidance.parse(self.schedule)
         if isinstance(schedule, Cads):
             rule = "a schedule without cads, whose prompts are noised anew in every step: no function to learn"
@@ -110,7 +117,8 @@ class GuidanceDistillation(RandomConditioning, _Guided):
 class Guiding:
     """The guidance weights of samples at the timesteps of a setting's schedule.
 
-    positive, negative: [T] float32, the schedule's weights above and below 0 (for a power law, omega).
+    positive, negative: [T] float32, the schedule's weights above and below 0 (for a power law, omega). largest: the
+    largest of all weights.
     """
 
     def __init__(self, guidance: Guidance, setting: Setting) -> None:
@@ -125,6 +133,7 @@ class Guiding:
             weights = guidance.weights(schedule.grid)
         else:
             weights = guidance.table(schedule)
+        self.largest = float(weights.float().max())  # read here: a plan has its tensors on the meta device
         self.positive = weights.clamp(min=0).to(device, torch.float32)
         self.negative = weights.clamp(max=0).to(device, torch.float32)
 
@@ -163,7 +172,7 @@ class BoundGuidanceDistillation(BoundRandomConditioning):
         self._samples = setting.first_sample + torch.arange(setting.batch, device=device)
         self._ones = torch.ones(setting.batch, device=device)
         if config.scale is not None:
-            self._embed = _embedding(config, setting, bool((self._guiding.positive > 0).any()))
+            self._embed = _embedding(config, setting, self._guiding.largest)
         self._null_row = {
             tuple(bucket.latents.shape[1:]): len(listed(bucket.prompts)[0]) - 1 for bucket in setting.buckets
         }
@@ -241,12 +250,21 @@ def _check_trajectory(config: GuidanceDistillation, setting: Setting) -> Tensor:
     return stored
 
 
-def _embedding(config: GuidanceDistillation, setting: Setting, positive: bool) -> Callable[[Tensor], Tensor]:
+def check_products(scale: tuple[float, float], largest: float) -> None:
+    """InputError if a factor of this range times the largest weight is too large for float32."""
+    low, high = scale
+    if max(-low, high, high - low) * max(largest, 1.0) > torch.finfo(torch.float32).max:
+        rule = f"factors whose products with the schedule's weights, up to {largest:g}, are within float32"
+        raise InputError.of("scale", rule, scale)
+
+
+def _embedding(config: GuidanceDistillation, setting: Setting, largest: float) -> Callable[[Tensor], Tensor]:
     """The function that computes the student's input from v [B]."""
     low, high = config.scale or (0.0, 0.0)
     if not low < high:
         raise InputError.of("scale", "(lowest, highest) guidance weight", (low, high))
-    if not positive:
+    check_products((low, high), largest)
+    if largest <= 0:
         raise InputError.of("scale", "None for a schedule without positive weights to multiply", str(config.schedule))
     student = families.unwrapped(setting.student)
     family = families.find(student)

@@ -84,6 +84,12 @@ class RandomConditioning:
             raise InputError.of("probability", rule, repr(self.probability) + hint)
         return replacement_probability(self.probability, T, **self.parameters)
 
+    def check_regions(self, p: Tensor) -> None:
+        """InputError for regions that no prompt is drawn from with this p(t) [T]."""
+        if self.regions.count is not None and self.rolling.every is None and not bool(p.any()):
+            rule = "None, as no prompt is drawn at random: p(t) is 0 (probability), and there are no rolling states"
+            raise InputError.of("regions.count", rule, self.regions.count)
+
     def bind(self, setting: Setting) -> BoundRandomConditioning:
         return BoundRandomConditioning(self._validated(), setting)
 
@@ -135,7 +141,9 @@ class BoundRandomConditioning:
             self._measured = MeasuredProbability(Measurement.of(config.parameters), setting)
             replace = self._measured.replace
         else:
-            replace = thresholds(config.p(setting.schedule.clock))
+            p = config.p(setting.schedule.clock)
+            config.check_regions(p)
+            replace = thresholds(p)
         self._make_batches = functools.partial(
             setting.batches,
             replace,

@@ -83,7 +83,7 @@ def diagnose(
         InputError: before anything is sampled: a schedule that does not fit the grid, no schedule, a schedule twice,
             classes that are not in the reference or have one sample, features of another width, too few samples.
     """
-    parsed = _schedules(schedules, grid)
+    parsed = checked_schedules(schedules, grid)
     _check.valued(prompts=prompts)
     _check.dtype(prompts, "prompts", torch.int64)
     _check.shape(prompts, "prompts", (None,), "one per sample, [N]")
@@ -278,7 +278,8 @@ def _whole(features: Callable[[Tensor], Tensor], samples: Tensor, batch: int) ->
     return torch.cat([first, *(_featured(features, part, first.shape[1]) for part in parts[1:])])
 
 
-def _schedules(schedules: Sequence[Guidance | str | float], grid: Grid) -> list[Guidance]:
+def checked_schedules(schedules: Sequence[Guidance | str | float], grid: Grid) -> list[Guidance]:
+    """The schedules; InputError for none, one of them twice, or one that does not fit the grid."""
     parsed = [Guidance.parse(schedule) for schedule in schedules]
     if not parsed:
         raise InputError.of("schedules", "at least one", "none")

@@ -122,7 +122,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
         raise InputError.of("teacher", f"a transformer of {kinds}, for float8", type(core).__name__)
     inside = re.compile(rf"(?:{'|'.join(family.blocks)})\.\d+\.(?:{'|'.join(family.products)})(?:\.|$)")
     found = {}
-    for name, module in core.named_modules():
+    for name, module in core.named_modules(remove_duplicate=False):  # a layer may be in several places
         if type(module) is nn.Linear and inside.match(name) and _fits(module):
             found[name] = module
     if not found:
@@ -152,13 +152,17 @@ def quantize(teacher: nn.Module, student: nn.Module | None = None) -> Callable[[
     if same := [place for place, _, _ in places.values() if core.get_submodule(place) in theirs]:
         raise InputError.of("student", "modules of its own beside a teacher in float8", f"the teacher's {same[0]}")
     undo: list[Callable[[], None]] = []
+    made: dict[nn.Linear, Float8Linear] = {}
     for name, linear in layers.items():
         place, _, last = places[name]
         parent = core.get_submodule(place)
-        setattr(parent, last, Float8Linear(linear))
+        first = linear not in made
+        if first:
+            made[linear] = Float8Linear(linear)
+        setattr(parent, last, made[linear])
         undo.append(_restoring(parent, last, linear))
         weight: Any = linear.weight
-        if weight.is_cuda and storage(weight) not in common and uses.count(id(weight)) == 1:
+        if first and weight.is_cuda and storage(weight) not in common and uses.count(id(weight)) == 1:
             undo.append(_kept_on_the_host(weight))
 
     def put_back() -> None:

@@ -90,7 +90,7 @@ def with_adapters(teacher: nn.Module, config: Any, seed: int) -> Any:
                 model = peft.get_peft_model(model, made)
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # also too little memory
         raise InputError.of("spec", "adapters that PEFT can put into the teacher", quoted(error)) from error
     taken = {storage(p) for p in whole.parameters()}
     for p in model.parameters():

@@ -83,7 +83,7 @@ class CacheSettings:
 class LoraSettings:
     """If a rank is given, the student is the teacher with low-rank adapters (PEFT)."""
 
-    rank: Count | None = None
+    rank: Annotated[int, Field(ge=1, le=2**15)] | None = None
     """Rank of the adapters; none: no adapters."""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The adapters are scaled by alpha / rank; none: alpha = rank (a scale of 1)."""

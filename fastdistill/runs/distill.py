@@ -23,7 +23,7 @@ from fastdistill.runs import beginning
 from fastdistill.runs.about import About
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import teacher_and_student
-from fastdistill.runs.objective import objective_of
+from fastdistill.runs.objective import as_fields, objective_of
 from fastdistill.runs.opened import Run, opened
 from fastdistill.runs.plan import default_micro_batch, plan_of
 from fastdistill.train import DistillTrainer, FitResult, TrainConfig, distributed
@@ -81,7 +81,8 @@ def distill(
                 return progress(done, None if metrics is None else metrics | about.utilization(done))
 
             try:
-                return trainer.fit(run.directory, progress=started, callbacks=callbacks)
+                with as_fields(objective=False):
+                    return trainer.fit(run.directory, progress=started, callbacks=callbacks)
             except BaseException as error:
                 if calls and distributed.rank() == 0:  # the directory belongs to this run
                     about.end(error)
@@ -136,21 +137,22 @@ def trainer_of(run: Run, sources: tuple[PromptBank, Sequence[LatentCache]] | Non
     bank, latents = stored_sources(run) if sources is None else sources
     teacher, student = teacher_and_student(run)
     previews = run.config.preview.every is not None
-    return DistillTrainer(
-        teacher,
-        student,
-        run.pipeline.scheduler(),
-        latents,
-        [run.pipeline.sized(bank, size) for size in run.sizes],
-        objective_of(run.config.objective, student),
-        train_config(run, bank),
-        device=run.config.device,
-        prediction_type=run.pipeline.prediction_type,
-        call=run.call,
-        decode=_decoder(run) if previews else None,
-        preview_prompts=_preview_prompts(run, bank) if previews else None,
-        shard=sharded_blocks if run.config.shard else None,
-    )
+    with as_fields():
+        return DistillTrainer(
+            teacher,
+            student,
+            run.pipeline.scheduler(),
+            latents,
+            [run.pipeline.sized(bank, size) for size in run.sizes],
+            objective_of(run.config.objective, student),
+            train_config(run, bank),
+            device=run.config.device,
+            prediction_type=run.pipeline.prediction_type,
+            call=run.call,
+            decode=_decoder(run) if previews else None,
+            preview_prompts=_preview_prompts(run, bank) if previews else None,
+            shard=sharded_blocks if run.config.shard else None,
+        )
 
 
 def stored_sources(run: Run) -> tuple[PromptBank, Sequence[LatentCache]]:

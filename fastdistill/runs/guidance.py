@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.diffusion.hooks import Cads, PowerLaw
+from fastdistill.distill.guidance import check_products
 from fastdistill.errors import InputError, called
 from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import GuidanceSettings, RunConfig
@@ -39,6 +40,10 @@ def check_distilled(
         schedule = pipeline.schedule(size)
         with called("objective.guidance.grid"):
             grid = None if guidance.grid is None else Grid.parse(guidance.grid, schedule)
-        if not isinstance(weights, PowerLaw | Cads):  # those have weights per sample
-            with called("objective.guidance.schedule"):
-                _ = weights.table(schedule) if grid is None else weights.weights(grid)
+        if isinstance(weights, PowerLaw | Cads):  # those have weights per sample
+            continue
+        with called("objective.guidance.schedule"):
+            found = weights.table(schedule) if grid is None else weights.weights(grid)
+        if guidance.scale is not None:
+            with called("objective.guidance.scale"):
+                check_products(guidance.scale, float(found.max()))

@@ -3,13 +3,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from fastdistill.distill import GuidanceDistillation, RandomConditioning, Regions, Rolling, Weights
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, set_by
 from fastdistill.models import Student
 from fastdistill.runs.config import ObjectiveSettings, RunConfig
+from fastdistill.train.config import TrainConfig
+
+_CONDITIONING = "objective.random_conditioning"
+#: Settings of the trainer, and fields of a run file that are not in ``train``.
+_ELSEWHERE = {"seed": "seed", "trackers": "log", "preview": "preview"}
+_OF_TRAINER = re.compile(rf"\bconfig\.({'|'.join(field.name for field in dataclasses.fields(TrainConfig))})\b")
+#: Settings of the objective by the names that its errors have, and the fields that set them.
+OF_OBJECTIVE = {
+    **{name: f"{_CONDITIONING}.{name}" for name in ("probability", "rolling", "regions", "with_replacement")},
+    "parameters": f"{_CONDITIONING}.parameters",
+    "p(t)": f"{_CONDITIONING}.parameters: p(t)",
+    "null_probability": f"{_CONDITIONING}.null",
+    **{name: f"objective.{name}" for name in ("weights", "loss_weighting", "min_snr_gamma", "feature_distance")},
+    **{name: f"objective.guidance.{name}" for name in ("scale", "lowest", "grid", "weight_limit")},
+}
+#: The same, for errors that are not of a trainer, which has a schedule of noise, and previews with guidance.
+OF_GUIDANCE = {"schedule": "objective.guidance.schedule", "guidance": "objective.guidance.schedule"}
+
+
+@contextlib.contextmanager
+def as_fields(*, objective: bool = True) -> Iterator[None]:
+    """Names, in the InputErrors of a trainer (and of its objective), the fields of the run file."""
+    try:
+        with set_by(OF_OBJECTIVE if objective else {}):
+            yield
+    except InputError as error:
+        text = _OF_TRAINER.sub(lambda found: _ELSEWHERE.get(found[1], f"train.{found[1]}"), str(error))
+        if text == str(error):
+            raise
+        raise InputError(text) from error
 
 
 def objective_of(settings: ObjectiveSettings, student: Student) -> RandomConditioning:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastdistill import files
 from fastdistill.data.encoded import Encode
@@ -22,17 +23,20 @@ from fastdistill.data.latent_cache import LatentCache
 from fastdistill.data.manifest import MANIFEST_NAME, Manifest, StoredFile, read_manifest
 from fastdistill.data.prompt_bank import PromptBank, attachments
 from fastdistill.diffusion.guidance import Guidance, shown
-from fastdistill.errors import InputError, StorageError, described, named
+from fastdistill.diffusion.matching import named_weights
+from fastdistill.distill import RandomConditioning
+from fastdistill.distill.measured import MEASURED
+from fastdistill.errors import InputError, StorageError, described, named, set_by
 from fastdistill.files import located
-from fastdistill.models import BlockSpec, Student, StudentSpec, make_student
+from fastdistill.models import BlockSpec, Student, StudentSpec, float8, make_student
 from fastdistill.models.calling import Call
 from fastdistill.models.families import FAMILIES
 from fastdistill.models.pipelines import PipelineFolder
 from fastdistill.runs.config import GuidanceSettings, RunConfig
 from fastdistill.runs.guidance import check_cache, check_distilled
-from fastdistill.runs.objective import check_conditioning, objective_of
+from fastdistill.runs.objective import OF_GUIDANCE, OF_OBJECTIVE, check_conditioning, objective_of
 from fastdistill.runs.pool import Pool, pool_of
-from fastdistill.runs.student import student_spec_of
+from fastdistill.runs.student import fields_of, student_spec_of
 from fastdistill.runs.teacher import open_teacher
 from fastdistill.train import distributed
 from fastdistill.train.config import validated
@@ -87,15 +91,54 @@ def opened(config: RunConfig, *, allow_code: bool = False) -> Run:
     guidance = config.objective.guidance
     if guidance.schedule is not None:
         check_distilled(guidance, guidance.schedule, pipeline, run.sizes)
-    elif dataclasses.replace(guidance, weight_limit=5.0) != GuidanceSettings():
-        raise InputError.of("objective.guidance.schedule", "one, beside scale or grid", None)
+    elif guidance != GuidanceSettings():
+        raise InputError.of("objective.guidance.schedule", "one, beside scale, grid or weight_limit", None)
     check_conditioning(config, len(pipeline.schedule(run.sizes[0])), distributed.size())
-    made = run.student(teacher)  # checks that it fits
-    objective_of(config.objective, made).describe()
+    check_teacher(config, teacher)
+    with set_by(fields_of(config.student)):
+        made = run.student(teacher)  # checks that it fits
+    with set_by(OF_OBJECTIVE | OF_GUIDANCE):
+        check_objective(objective_of(config.objective, made), run)
     if config.student.lora.rank is not None and not config.objective.weights.task and guidance.schedule is None:
         rule = "above 0 for a student with adapters, which begins as its teacher and differs from it by the task alone"
         raise InputError.of("objective.weights.task", rule, config.objective.weights.task)
     return run
+
+
+def check_teacher(config: RunConfig, teacher: nn.Module) -> None:
+    """InputError for options of the frozen teacher that cannot work on any device."""
+    train = config.train
+    if train.teacher_null_once:
+        reason = "train.fuse is false" if train.fuse is False else None
+        if config.objective.guidance.schedule is None:
+            reason = "there is no objective.guidance.schedule"
+        if reason is not None:
+            raise InputError.of("train.teacher_null_once", "false", f"true, and {reason}")
+    if train.teacher_ahead:
+        given = config.objective.random_conditioning
+        states, regions = given.rolling.every is not None, given.regions.count is not None
+        reason = "the prompts of the next step (regions) may go by distances of this one" if regions else None
+        reason = "the states of the next step (rolling) come out of this one" if states else reason
+        reason = "there are latents of several shapes (cache.sizes)" if len(config.cache.sizes) > 1 else reason
+        if reason is not None:
+            raise InputError.of("train.teacher_ahead", "false", f"true, and {reason}")
+    if train.teacher_fp8:
+        float8.layers_of(teacher)
+        if train.precision == "measured":
+            raise InputError.of("train.teacher_fp8", "false with train.precision measured", True)
+
+
+def check_objective(objective: RandomConditioning, run: Run) -> None:
+    """InputError for settings that the objective refuses, and for p(t) and loss weights that this schedule has not."""
+    objective.describe()
+    for size in run.sizes:
+        schedule = run.pipeline.schedule(size)
+        if objective.probability != MEASURED:
+            objective.check_regions(objective.p(schedule.clock))
+        weighting = objective.loss_weighting
+        if weighting is not None and (objective.weights.output or objective.weights.task):
+            coefficients = schedule.coefficients(run.pipeline.prediction_type)
+            named_weights(coefficients, weighting, objective.min_snr_gamma, "loss_weighting", "min_snr_gamma")
 
 
 @dataclass(frozen=True, eq=False)

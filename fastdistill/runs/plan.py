@@ -16,7 +16,7 @@ from fastdistill.data.prompt_bank import stored_name
 from fastdistill.errors import InputError, described
 from fastdistill.plan import Job, Plan
 from fastdistill.runs.config import RunConfig
-from fastdistill.runs.objective import check_conditioning, objective_of
+from fastdistill.runs.objective import as_fields, check_conditioning, objective_of
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train.config import TrainConfig, TrainSettings
 
@@ -49,14 +49,16 @@ def plan(config: RunConfig, *, card: str | None = None, ranks: int = 1, allow_co
 def plan_of(run: Run, card: plans.Card, *, ranks: int = 1) -> Plan:
     """What an opened run needs on a card."""
     job = job_of(run, card.device, ranks=ranks, available=card.memory)
-    return plans.planned(job, card, ranks=ranks, sharded=run.config.shard, disk=_disk(run))
+    with as_fields():
+        return plans.planned(job, card, ranks=ranks, sharded=run.config.shard, disk=_disk(run))
 
 
 def default_micro_batch(run: Run, available: int, *, ranks: int = 1) -> int | None:
     """The largest micro-batch of an opened run that fits into ``available`` bytes of its device; None: not even 1
     fits."""
     job = job_of(run, torch.device(run.config.device).type, ranks=ranks, available=available)
-    return plans.default_micro_batch(job, available, ranks=ranks, sharded=run.config.shard)
+    with as_fields():
+        return plans.default_micro_batch(job, available, ranks=ranks, sharded=run.config.shard)
 
 
 def job_of(run: Run, device: str, *, ranks: int = 1, available: int | None = None) -> Job:

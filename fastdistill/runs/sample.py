@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdistill.errors import InputError, StorageError
+from fastdistill.errors import FastdistillError, InputError, StorageError
 from fastdistill.files import atomic_directory, located
 from fastdistill.runs.config import RunConfig
 from fastdistill.runs.models import require_checkpoint, trained_student
@@ -53,6 +53,7 @@ def sample(
     Raises:
         InputError: no prompts, no seeds or a value outside of its range.
         StorageError: ``to`` exists or cannot be written; no checkpoint.
+        FastdistillError: an image that is not finite; nothing is written.
     """
     to = located(to, "to")
     texts, own = list(prompts), list(dict.fromkeys(int(seed) for seed in seeds))
@@ -101,6 +102,10 @@ def sample(
                     call=run.call,
                 )
                 for row, image in zip(part.tolist(), run.pipeline.family.decode(vae, latents), strict=True):
+                    if not image.isfinite().all():
+                        got = f"NaN or infinity for {texts[row]!r} with seed {seed}"
+                        why = "guidance that is too large, or a dtype that the model or the VAE does not bear"
+                        raise FastdistillError(f"sample: expected finite images, got {got} ({why})")
                     name = f"{row:05d}-{seed}.png"
                     (folder / name).write_bytes(as_png(image))
                     lines.append((row, own.index(seed), {"file_name": name, "text": texts[row], "seed": seed}))

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdistill.errors import InputError
 from fastdistill.models import BLOCK_SPECS, SPECS, BlockSpec, StudentSpec
-from fastdistill.runs.config import StudentSettings
+from fastdistill.runs.config import LoraSettings, StudentSettings
 
 
 def student_spec_of(student: StudentSettings, transformer: bool) -> StudentSpec | BlockSpec | Mapping[str, Any]:
@@ -21,6 +21,9 @@ def student_spec_of(student: StudentSettings, transformer: bool) -> StudentSpec 
     given = [name for name in kinds if getattr(student, name) is not None]
     if student.lora.rank is not None:
         given.append("lora.rank")
+    elif student.lora != LoraSettings():
+        rule = "a number, as other fields of lora are set, which have no effect without it"
+        raise InputError.of("student.lora.rank", rule, None)
     alone = student.width is not None and (not given or given[0] in ("every", "first", "blocks"))
     if len(given) > 1 or (student.width is not None and not alone) or not (given or alone):
         rule = "one of spec, every, first, blocks, width, channels and lora.rank (width goes with the blocks too)"
@@ -48,3 +51,12 @@ def student_spec_of(student: StudentSettings, transformer: bool) -> StudentSpec 
         if getattr(student, name) is not None:
             raise InputError.of(f"student.{name}", "none, as the teacher is a U-Net (spec)", getattr(student, name))
     return StudentSpec(width=student.width, block_out_channels=student.channels)
+
+
+def fields_of(student: StudentSettings) -> dict[str, str]:
+    """The names that errors of ``make_student`` have, and the fields of the run file that set them."""
+    size = "student.channels" if student.width is None else "student.width"
+    whole = "student.lora" if student.lora.rank is not None else "student"
+    sizes = dict.fromkeys(("spec.block_out_channels", "student.block_out_channels"), size)
+    reads = "objective.guidance.scale (guidance_embedding)"
+    return {"spec": whole, **sizes, "init": "student.init", "guidance_embedding": reads}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,7 +22,7 @@ from fastdistill.models.sharding import sharded
 from fastdistill.models.students import Student, check_parameters
 from fastdistill.models.weights import storage
 from fastdistill.train import devices
-from fastdistill.train.config import TrainConfig, from_mapping, validated
+from fastdistill.train.config import TrainConfig, TrainSettings, from_mapping, validated
 from fastdistill.train.sources import Sources
 
 
@@ -105,6 +105,25 @@ def check_like(value: PromptBank, other: PromptBank, argument: str, like: str) -
     changed = differences(plain(other.encoder), plain(value.encoder))
     if changed and other.encoder and value.encoder:
         raise InputError.of(argument, f"the text encoder of {like}", listed(changed))
+
+
+#: Settings of models that are distilled from a frozen diffusion teacher, which other trainings do not read.
+OF_TEACHER = (
+    "teacher_ahead",
+    "teacher_fp8",
+    "teacher_null_once",
+    "fuse",
+    "precision",
+    "banks",
+    "gradient_checkpointing",
+)
+
+
+def check_idle(train: TrainSettings, options: Sequence[str], why: str, place: str = "train") -> None:
+    """InputError for settings that have no effect; ``why`` continues "expected DEFAULT, "."""
+    for option in options:
+        if (given := getattr(train, option)) != (only := getattr(type(train)(), option)):
+            raise InputError.of(f"{place}.{option}", f"{only!r}, {why}", given)
 
 
 def check_functions(objective: Any, **functions: Any) -> None:

@@ -8,6 +8,7 @@ text of its option.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -204,7 +205,9 @@ def _checked(kind: type[Config], values: Mapping[str, Any], name: str, problems:
         problems += [f"{place}: {', or '.join(rule)}, got {value}" for (place, value), rule in rules.items()]
     else:
         problems += _converted(values, config, "")
-        problems += _without_effect(config, "")
+        problems += _rounded_away(kind, config)
+        problems += _empty(config, "")
+        problems += _apart(config, "")
     if problems:
         plural = "" if len(problems) == 1 else "s"
         raise InputError(f"{name}: {len(problems)} problem{plural}\n" + "\n".join(f"  {p}" for p in problems))
@@ -234,6 +237,51 @@ def _converted(given: Any, made: Any, place: str) -> Iterator[str]:
         yield from _converted(own, result, f"{place}.{key}".lstrip("."))
 
 
+def _rounded_away(kind: Any, config: Any) -> Iterator[str]:
+    """One line for each number that violates its constraint as float32, such as 1e-50, which is 0 then."""
+    given = dataclasses.asdict(config)
+    try:
+        _adapter(kind).validate_python(_in_float32(given))
+    except pydantic.ValidationError as error:
+        for e in error.errors():
+            rule = e["msg"][0].lower() + e["msg"][1:]
+            value: Any = given
+            part: Any
+            for part in e["loc"]:
+                value = value[part] if isinstance(value, dict | list | tuple) else value
+            yield f"{_place(kind, e['loc'])}: {rule} in float32, got {described(value)}"
+
+
+def _in_float32(value: Any) -> Any:
+    """The same with each number as float32 has it; larger ones are refused anyway."""
+    if isinstance(value, dict):
+        return {key: _in_float32(one) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_in_float32, value))
+    if isinstance(value, float) and abs(value) <= _LARGEST:
+        return ctypes.c_float(value).value
+    return value
+
+
+_PROMPTS = ("prompt", "prompts")  # lists of texts, of which an empty one is the null prompt
+
+
+def _empty(value: Any, place: str) -> Iterator[str]:
+    """One line for each text that is empty or white space, unless this is the field's default."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            own = getattr(value, field.name)
+            if not (isinstance(own, str) and own == field.default) and not (
+                field.name in _PROMPTS and isinstance(own, tuple)
+            ):
+                yield from _empty(own, f"{place}{field.name}.")
+    elif isinstance(value, tuple):
+        for at, one in enumerate(value):
+            yield from _empty(one, f"{place}{at}.")
+    elif isinstance(value, str) and not value.strip():
+        yield f"{place.removesuffix('.')}: input should be a text that is not empty, got {described(value)}"
+
+
 def _settled(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values, without the ``ema_decay`` that is a task's default where the average is of a power of time."""
     settled = dict(values)
@@ -246,17 +294,23 @@ def _settled(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return settled
 
 
-def _without_effect(config: Any, place: str) -> Iterator[str]:
-    """Lines for what is set of the average that is not the chosen one."""
+def _apart(config: Any, place: str) -> Iterator[str]:
+    """Lines for settings of a training that do not fit each other: parts that are none of the batch, and what is set of
+    an average that is not the chosen one, or of a value that is not there."""
     if not dataclasses.is_dataclass(config):
         return
     if isinstance(config, TrainSettings):
+        if config.micro_batch is not None and config.batch % config.micro_batch:
+            yield f"{place}micro_batch: expected a divisor of batch, {config.batch}, got {config.micro_batch}"
+        if config.keep_best is None and config.best != TrainSettings.best:
+            rule = f"expected {TrainSettings.best} (its default), as it has no effect without keep_best"
+            yield f"{place}best: {rule}, got {config.best}"
         schedule, idle = config.ema_schedule, "ema_width" if config.ema_schedule == "constant" else "ema_decay"
         if (value := getattr(config, idle)) != (default := getattr(TrainSettings, idle)):
             rule = f"expected {default} (its default), as it has no effect with ema_schedule {schedule}"
             yield f"{place}{idle}: {rule}, got {value}"
     for field in dataclasses.fields(config):
-        yield from _without_effect(getattr(config, field.name), f"{place}{field.name}.")
+        yield from _apart(getattr(config, field.name), f"{place}{field.name}.")
 
 
 def _place(kind: Any, parts: tuple[int | str, ...]) -> str:

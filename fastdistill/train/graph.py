@@ -157,7 +157,7 @@ def _checkpoints_without_rng(model: nn.Module) -> Iterator[None]:
 def refuse_graph(step: TrainStep, student: nn.Module) -> str | None:
     """Why this run cannot use one CUDA graph, as far as this is known before it starts."""
     if step.counter.device.type != "cuda":
-        return f"it runs on {step.counter.device.type}: a CUDA graph needs a CUDA device"
+        return _no_graph_on(step.counter.device)
     if step.shapes > 1:
         return f"it draws latents of {step.shapes} shapes, and a CUDA graph has one"
     if where := sharded(student):
@@ -232,6 +232,16 @@ def _compiled(step: TrainStep, why: str) -> Callable[[], None]:
             raise FastdistillError(f"step: the student draws random numbers itself, {_UNSEEDED}")
 
     return advance
+
+
+def check_device(execution: Execution, device: torch.device) -> None:
+    """FastdistillError if a step on this device cannot run as it is named, before there is one."""
+    if execution in ("graph", "compiled_graph") and device.type != "cuda":
+        raise FastdistillError(f"execution '{execution}': {_no_graph_on(device)}; use 'compiled'")
+
+
+def _no_graph_on(device: torch.device) -> str:
+    return f"it runs on {device.type}: a CUDA graph needs a CUDA device"
 
 
 def check(step: TrainStep, student: nn.Module, execution: Execution) -> None:

@@ -137,6 +137,7 @@ def fit(
             if distributed.rank() == 0:
                 print(f"\nfastdistill: {error}", file=sys.stderr, flush=True)
             raise error
+        run.check_scores()
         return FitResult(done, run.seconds(), run.history)
 
 
@@ -334,6 +335,13 @@ class _Run:
                 self._write_lines(self.directory / METRICS)
 
         distributed.first(wait)
+
+    def check_scores(self) -> None:
+        """Warn at the end of a run if no checkpoint has a value of ``keep_best``."""
+        name = self.config.keep_best
+        if name is not None and self.directory is not None and not self._scores and distributed.rank() == 0:
+            rule = f"a callback that returns a value named {name!r} at the step of a checkpoint, got none"
+            warnings.warn(f"keep_best: expected {rule}; no checkpoint is kept as the best", stacklevel=3)
 
     def close(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End the writing thread: a checkpoint that is being written is completed, except after Ctrl-C."""

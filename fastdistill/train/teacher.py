@@ -5,9 +5,10 @@ far its target moves by that; the null prompt projected once (``teacher_null_onc
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,8 +43,22 @@ def check_float8(teacher: nn.Module, config: TrainConfig, device: torch.device) 
         rule = "false with precision 'measured', which makes the trainer anew from the teacher"
         raise InputError.of("config.teacher_fp8", rule, True)
     if any(isinstance(module, float8.Float8Linear) for module in teacher.modules()):
-        raise InputError.of("teacher", "one that no other trainer has in float8 (close that one first)", "such a one")
+        raise InputError.of("teacher", "one whose layers are not in float8 already", "such a one")
     float8.layers_of(teacher)
+
+
+def check_others(teacher: nn.Module, config: TrainConfig, others: Iterable[Any]) -> None:
+    """InputError where a teacher would be in float8 for one of two open trainers alone. ``others``: open trainers."""
+
+    def has_it() -> bool:
+        here = [other for other in others if families.unwrapped(other.teacher) is families.unwrapped(teacher)]
+        return any(config.teacher_fp8 or other.config.teacher_fp8 for other in here)
+
+    if has_it():
+        gc.collect()  # those that nobody can close any more
+        if has_it():
+            rule = "one that no other trainer has, if it is in float8 for one of them (close that one first)"
+            raise InputError.of("teacher", rule, "such a one")
 
 
 def check_null_once(bound: object, teacher: nn.Module, config: TrainConfig, device: torch.device) -> None:

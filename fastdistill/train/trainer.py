@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +38,9 @@ from fastdistill.train.optimizer import by_name, named_tensors
 from fastdistill.train.scaling import LossScale
 from fastdistill.train.sources import banks_of, check_sources, explain, fingerprint, placed
 from fastdistill.train.step import TrainStep
-from fastdistill.train.teacher import check_float8, check_null_once, in_float8
+from fastdistill.train.teacher import check_float8, check_null_once, check_others, in_float8
+
+_open: weakref.WeakSet[DistillTrainer] = weakref.WeakSet()
 
 
 class DistillTrainer:
@@ -120,6 +123,7 @@ class DistillTrainer:
         self.device = arguments.device(device, student)
         first_sample, batch = distributed.part(config.batch, self.device)
         arguments.check_models(teacher, student)
+        check_others(teacher, config, _open)
         check_float8(teacher, config, self.device)
         common = shared(student, teacher)
         dtype = arguments.dtype(student, self.device, config.precision, common)
@@ -193,6 +197,7 @@ class DistillTrainer:
             self._layout = arguments.layout(self.student)
             self._closed = self._fitting = False
             self._undo = undo.pop_all()
+        _open.add(self)
 
     def fit(
         self,
@@ -324,7 +329,9 @@ class DistillTrainer:
             return
         self._check_idle()
         self._closed = True
-        self._undo.close()
+        _open.discard(self)
+        with _computing():  # restored weights would otherwise be tensors that no other training can use
+            self._undo.close()
 
     def __enter__(self) -> Self:
         return self

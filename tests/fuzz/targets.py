@@ -64,6 +64,7 @@ OPS = {
     "cross_attention": ("attentions", "cross_attention_call", 40_000, 700),
     "attention": ("attentions", "attention_call", 10_000, 0),
     "noise_gather": ("draws", "noise_gather_call", 4_000, 600),
+    "quantize_rows": ("rows", "quantize_rows_call", 100_000, 1_300),
 }
 OTHERS = {
     "configurations": ("configurations", "mappings", 20_000),

@@ -71,6 +71,17 @@ def test_layers_of_a_family(name: str) -> None:
     assert all("norm" in n or "blocks." not in n for n in rest)
 
 
+def test_a_layer_in_several_places() -> None:
+    """Each place has the same layer in float8, and gets the same one back."""
+    model = small.model("pixart_sigma").requires_grad_(False)
+    one, other = (block.attn1 for block in model.transformer_blocks[:2])
+    other.to_q = shared = one.to_q
+    undo = float8.quantize(model)
+    assert type(one.to_q) is float8.Float8Linear and one.to_q is other.to_q
+    undo()
+    assert one.to_q is other.to_q is shared
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_and_back(name: str, fused: bool) -> None:

@@ -127,6 +127,16 @@ def test_a_trainer_packs_its_teacher_until_it_is_closed(
         assert all(torch.equal(value, plain.student.state_dict()[key]) for key, value in weights(run).items())
 
 
+def test_closed_inside_of_inference_mode() -> None:
+    """The weights are given back as tensors that any training can use."""
+    run = make("pixart_sigma", fuse=True)
+    with torch.inference_mode():
+        run.close()
+    assert not any(p.is_inference() for p in run.teacher.parameters())
+    x = torch.ones(1, run.teacher.transformer_blocks[0].attn1.to_q.in_features)
+    run.teacher.requires_grad_(True).transformer_blocks[0].attn1.to_q(x).sum().backward()
+
+
 def test_not_where_nothing_is_fused() -> None:
     run = tiny.trainer()
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in run.teacher.parameters())

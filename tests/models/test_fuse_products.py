@@ -201,6 +201,25 @@ def test_skips_are_joined_bit_by_bit(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 1), (1, 4, 1), (2, 1, 5), (1, 1, 6)])
+def test_maps_with_sizes_of_one(size: tuple[int, int, int]) -> None:
+    """They are in both layouts at once, and the strides of sizes of 1 may be those of the other layout."""
+    batch, *positions = size
+    x, skip = torch.randn(batch, 16, *positions), torch.randn(batch, 8, *positions)
+    for t in (x, skip) if positions == [1, 1] else ():
+        assert t.is_contiguous() and t.is_contiguous(memory_format=LAST)
+    x, skip = (t.contiguous(memory_format=LAST).requires_grad_() for t in (x, skip))
+    assert products.doubles(x) and products.joins(x, skip)
+    for mine, plain in (
+        (products.doubled(x), torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")),
+        (products.joined(x, skip), torch.cat([x, skip], dim=1)),
+    ):
+        along = torch.randn(plain.shape)
+        found = [torch.autograd.grad(out, (x, skip), along, allow_unused=True) for out in (mine, plain)]
+        assert torch.equal(mine, plain)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_convolution(padding_mode: str, dtype: torch.dtype) -> None:

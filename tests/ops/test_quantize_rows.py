@@ -49,9 +49,11 @@ def test_values(kernel: str, dtype: torch.dtype, shape: str, gelu: bool) -> None
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "reference"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bits_of_the_reference(kernel: str, dtype: torch.dtype) -> None:
-    """Ties, the smallest numbers and zeros too."""
+    """Ties, the smallest numbers and zeros too, and a quotient that is a tie if 448 / 184 is rounded once."""
     x = rows((6, 80), dtype)
     x[1], x[2, :3], x[3] = 0.0, torch.tensor([1.0, 17 / 16, 19 / 16], dtype=dtype), torch.linspace(-1, 1, 80)
+    x[4, :2] = torch.tensor([184.0, -34.5], dtype=dtype)
+    x[4, 2:] = 1.0
     with use("reference"):
         expected = quantize_rows(x)
     with use(kernel):
@@ -80,12 +82,25 @@ def test_tiny_and_huge_rows(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_the_tail_of_gelu(kernel: str) -> None:
+    x = -torch.arange(1.0, 10.0)[:, None].expand(9, 3)
+    with use(kernel):
+        q, scale = quantize_rows(x, gelu=True)
+    u = math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)
+    exact = x.double() * (2 * u).sigmoid()
+    torch.testing.assert_close(q.double() * scale.double(), exact, rtol=4e-5, atol=0)  # exponents down to -67
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_layouts_and_empty_ones(kernel: str) -> None:
     x = rows((8, 12))
     with use(kernel):
         q, scale = quantize_rows(x.t().contiguous().t())
         for empty in (x[:0], x[:, :0]):
             assert quantize_rows(empty)[0].shape == empty.shape
+        of_zeros = quantize_rows(torch.zeros(8, 1))[1]
+        torch.full((8, 1), torch.nan)  # what memory that is used again may hold
+        assert torch.equal(quantize_rows(x[:, :0])[1], of_zeros)
         expected = quantize_rows(x)
     assert torch.equal(q.float(), expected[0].float()) and torch.equal(scale, expected[1])
 
@@ -120,3 +135,9 @@ def test_rows_that_the_kernel_refuses(kernel: str) -> None:
 def test_bad_input(x: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         quantize_rows(x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gelu", [None, 1, "tanh", torch.tensor([True, False])])
+def test_gelu_is_a_switch(gelu: object) -> None:
+    with pytest.raises(InputError, match="gelu: expected True or False, got"):
+        quantize_rows(torch.ones(2, 3), gelu=gelu)  # type: ignore[arg-type]

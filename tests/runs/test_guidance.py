@@ -11,7 +11,7 @@ import pytest
 
 from fastdistill import runs
 from fastdistill.data.manifest import read_manifest
-from fastdistill.errors import InputError
+from fastdistill.errors import FastdistillError, InputError
 from fastdistill.runs.distill import train_config
 from tests.runs.conftest import run_config
 
@@ -25,6 +25,13 @@ def test_samples_are_of_the_scale_that_is_asked_for(saved: Saved, tmp_path: Path
         runs.sample(config, ["a cat"], tmp_path / name, teacher=True, guidance_scale=scale, steps=1)
         made.append((tmp_path / name / "00000-0.png").read_bytes())
     assert made[0] == made[1] != made[2]
+
+
+def test_images_that_are_not_finite_are_not_written(saved: Saved, tmp_path: Path) -> None:
+    config = run_config(saved("sd"), tmp_path)
+    with pytest.raises(FastdistillError, match="sample: expected finite images, got NaN or infinity for 'a cat'"):
+        runs.sample(config, ["a cat"], tmp_path / "none", teacher=True, guidance_scale=3e38, steps=2)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("lcm", 1.0), ("sd", 2.0)])

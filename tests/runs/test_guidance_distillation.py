@@ -87,7 +87,7 @@ def test_a_plan_counts_both_passes_of_the_teacher(saved: Saved, tmp_path: Path) 
 
 def test_bad_input(saved: Saved, tmp_path: Path) -> None:
     for objective, message in (
-        ({"guidance": {"scale": [0, 4]}}, r"objective\.guidance\.schedule: expected one, beside scale or grid"),
+        ({"guidance": {"scale": [0, 4]}}, r"objective\.guidance\.schedule: expected one, beside scale, grid or weight"),
         ({"guidance": {"schedule": "2@x"}}, "^objective.guidance.schedule: expected a schedule such as"),
         ({"guidance": {"schedule": "2@50%,0"}}, "^objective.guidance.schedule: expected thresholds as sigma or t"),
         ({"guidance": {"schedule": "2", "grid": "leading:4"}}, "^objective.guidance.grid: .*, got 'leading:4'"),
@@ -96,5 +96,5 @@ def test_bad_input(saved: Saved, tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             runs.opened(run_config(saved("sd"), tmp_path, objective=objective))
-    with pytest.raises(InputError, match="guidance_embedding: expected False for a DiTTransformer2DModel"):
+    with pytest.raises(InputError, match=r"^objective.guidance.scale \(guidance_embedding\): expected False for a DiT"):
         runs.opened(run_config(saved("dit"), tmp_path, objective=READS))

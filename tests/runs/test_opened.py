@@ -38,6 +38,11 @@ def conditioned(**options: Any) -> dict[str, Any]:
     return {"objective": {"random_conditioning": options}}
 
 
+def guided(schedule: str | None = "1", objective: Any = None, **options: Any) -> dict[str, Any]:
+    own = {name: options.pop(name) for name in ("min_snr_gamma",) if name in options}
+    return {"objective": {"guidance": {"schedule": schedule, **options}, **own, **(objective or {})}}
+
+
 def regions(**objective: Any) -> dict[str, Any]:
     return {"objective": {"random_conditioning": {"regions": {"count": 2}}, **objective}}
 
@@ -62,7 +67,9 @@ def regions(**objective: Any) -> dict[str, Any]:
         ({"student": {"lora": {"rank": 4}}}, "objective.weights.task: expected above 0 for a student with adapters"),
         ({"student": {"spec": "bk_smal"}}, "student.spec: expected one of bk_base, bk_small, .*, got 'bk_smal'"),
         ({"student": {"every": 2}}, r"student.every: expected none, as the teacher is a U-Net \(spec\), got 2"),
-        ({"student": {"channels": [4, 4, 4, 4, 4]}}, "block_out_channels"),
+        ({"student": {"channels": [4, 4, 4, 4, 4]}}, "^student.channels: expected one value for each of 2 stages"),
+        ({"student": {"spec": "bk_small", "lora": {"alpha": 8.0}}}, "^student.lora.rank: expected a number, as other"),
+        ({"student": {"width": 0.001}}, "^student.width: expected one and the same part of the teacher"),
         (rolling(3), r"rolling.every: expected a divisor of train.batch, 4, got 3"),
         (rolling(4) | {"train": {"micro_batch": 2}}, "a divisor of train.micro_batch, 2, got 4"),
         (rolling(2, steps=1001), "random_conditioning.rolling.steps: expected at most the 1000 timesteps .*, got 1001"),
@@ -74,7 +81,41 @@ def regions(**objective: Any) -> dict[str, Any]:
         (regions() | {"train": {"banks": "pinned"}}, r"regions.count: .* \(train.banks: device\), got pinned"),
         (regions() | {"cache": {"sizes": [[16, 16], [32, 16]]}}, "regions.count: expected none for latents of several"),
         (regions(weights={"output": 0.0}), "objective.weights.output: expected above 0 with regions, .*, got 0.0"),
-        (conditioned(probability="measured", parameters={"rate": 5.0}), "p.t. measured: expected parameters among poi"),
+        (
+            conditioned(probability="measured", parameters={"rate": 5.0}),
+            r"^objective.random_conditioning.parameters: p\(t\) measured: expected parameters among poi",
+        ),
+        (
+            conditioned(probability="const", parameters={"value": 2.0}),
+            r"^objective.random_conditioning.parameters: p\(t\) const: expected probabilities, within .*, got 2.0",
+        ),
+        (conditioned(probability="expp"), "^objective.random_conditioning.probability: expected .*; did you mean exp"),
+        (conditioned(rolling={"null": 0.5}), "^objective.random_conditioning.rolling.every: expected a number, as ot"),
+        (
+            conditioned(probability="const", regions={"count": 2}),
+            "^objective.random_conditioning.regions.count: expected None, as no prompt is drawn at random: .*, got 2",
+        ),
+        ({"objective": {"min_snr_gamma": 4.0}}, "^objective.min_snr_gamma: expected its default 5.0 where"),
+        (guided(min_snr_gamma=4.0), "^objective.min_snr_gamma: expected its default 5.0, as the loss has no weight"),
+        (
+            guided(schedule="1", weight_limit=2.0, objective={"loss_weighting": "snr"}),
+            "^objective.guidance.weight_limit: expected its default 5.0, as the loss has the weighting snr, got 2.0",
+        ),
+        (guided(schedule=None, weight_limit=2.0), "^objective.guidance.schedule: expected one, beside .* or weight_li"),
+        (guided(schedule="1e300"), r"^objective.guidance.schedule: expected a weight within float32, got 1e\+300"),
+        (guided(schedule="power:1e300^1"), "^objective.guidance.schedule: expected a weight within float32, got 1e"),
+        (guided(schedule="linear:0+3e38"), r"^objective.guidance.schedule: .* within float32 at every level \(linear"),
+        (guided(schedule="1e30", scale=[0, 1e30]), r"^objective.guidance.scale: .*, up to 1e\+30, are within float32"),
+        ({"cache": {"guidance": "1e300", "guidance_scale": None}}, "^cache.guidance: expected a weight within float32"),
+        ({"train": {"teacher_null_once": True}}, "^train.teacher_null_once: .* there is no objective.guidance.sched"),
+        (guided() | {"train": {"teacher_null_once": True}}, "^train.teacher_null_once: .*, and train.fuse is false"),
+        (rolling(2) | {"train": {"teacher_ahead": True}}, "^train.teacher_ahead: .*, and the states of the next step"),
+        (regions() | {"train": {"teacher_ahead": True}}, "^train.teacher_ahead: .*, and the prompts of the next step"),
+        (
+            {"cache": {"sizes": [[16, 16], [32, 16]]}, "train": {"teacher_ahead": True}},
+            "^train.teacher_ahead: expected false, got true, and there are latents of several shapes",
+        ),
+        ({"train": {"teacher_fp8": True}}, "^teacher: expected a transformer of .*, for float8, got UNet"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(changes: dict[str, Any], message: str, saved: Callable[[str], Path], tmp_path: Path) -> None:

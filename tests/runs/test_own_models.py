@@ -128,8 +128,8 @@ def test_a_class_of_ones_own(subclass: Callable[[str], Path], module: Callable[[
     ("changes", "message"),
     [
         ({"call": None}, r"_class_name: expected one of .*, got 'AuraFlowPipeline' \(a model of another kind"),
-        ({"student": {"width": 0.5}}, r"spec.width: expected None, as AuraFlowTransformer2DModel is of no family"),
-        ({"student": {"every": 9}}, r"spec.every: expected 1 to 2, the blocks of the teacher, got 9"),
+        ({"student": {"width": 0.5}}, r"student.width: expected None, as AuraFlowTransformer2DModel is of no family"),
+        ({"student": {"every": 9}}, r"student.every: expected 1 to 2, the blocks of the teacher, got 9"),
         ({"family": "sd3"}, "family: expected auto, or other, which"),
         ({"prompts": {"file": None}}, r"prompts\.file: expected a file of prompts, got none"),
     ],

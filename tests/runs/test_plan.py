@@ -66,6 +66,21 @@ def test_a_micro_batch_by_default_has_room_for_rolling_states(saved: Callable[[s
         runs.plan(config, ranks=2)
 
 
+def test_a_plan_of_a_student_that_reads_the_scale(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its tensors have no values, and the weights that the scale multiplies are read."""
+    guidance: dict[str, Any] = {"schedule": "1", "scale": [0, 11]}
+    assert runs.plan(run_config(saved("sd"), tmp_path, objective={"guidance": guidance})).total > 0
+    guidance["schedule"] = "-1"
+    with pytest.raises(InputError, match=r"^objective.guidance.scale: expected None for a schedule without positive"):
+        runs.plan(run_config(saved("sd"), tmp_path, objective={"guidance": guidance}))
+
+
+def test_errors_of_a_bound_objective_name_the_field(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    many = {"random_conditioning": {"regions": {"count": 60}}}
+    with pytest.raises(InputError, match=r"^objective.random_conditioning.regions.count: expected at most the 5 prom"):
+        runs.plan(run_config(saved("sd"), tmp_path, objective=many))
+
+
 def test_a_plan_needs_no_measurement(saved: Callable[[str], Path], tmp_path: Path) -> None:
     """The tables of a measured p(t) and of regions are counted, without a measurement."""
     plain = runs.plan(run_config(saved("sd"), tmp_path))

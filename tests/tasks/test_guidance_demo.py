@@ -178,9 +178,9 @@ def test_a_student_of_each_kind_learns(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"constants": [1, 2]}, "constants: expected weights among which is 0, got (1.0, 2.0)"),
-        ({"windows": ["8@90,-1"]}, "guidance: expected thresholds of sigma from 0 to below"),
-        ({"student": "8@"}, "guidance: expected"),
-        ({"grid": "karras:3@9..0.09"}, "guidance: expected stretches in each of which a step of the grid starts"),
+        ({"windows": ["8@90,-1"]}, "windows: expected thresholds of sigma from 0 to below"),
+        ({"student": "8@"}, "student: expected"),
+        ({"grid": "karras:3@9..0.09"}, "windows: expected stretches in each of which a step of the grid starts"),
         ({"scales": [1]}, "scales: "),
     ],
 )

@@ -197,3 +197,8 @@ def test_the_best_checkpoint_is_kept_over_sittings(tmp_path: Path, best: str, ke
     for count in (4, 6, 8):
         sitting(count)
     assert list(steps(tmp_path)) == [kept, 8]
+
+
+def test_a_value_that_nothing_returns_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="keep_best: expected a callback that returns a value named 'fid' at the step"):
+        make(steps=2, keep_best="fid").fit(tmp_path, callbacks=[(1, lambda done, _: {"kid": 1.0})])

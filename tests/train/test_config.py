@@ -91,6 +91,16 @@ def test_numbers_in_scientific_notation(tmp_path: Path) -> None:
     [
         ("train: {lr: 1e300}", r"train.lr: input should be within float32, got 1e\+300"),
         ("preview: {guidance_scale: 4.0e38}", r"preview.guidance_scale: input should be within float32, .* 4e\+38"),
+        ("train: {lr: 1e-50}", r"train.lr: input should be greater than 0 in float32, got 1e-50"),
+        ("train: {betas: [0.9, 0.99999999999]}", r"train.betas.1: input should be less than 1 in float32, got 0.9999+"),
+        ("student: {lora: {rank: 1000000}}", r"student.lora.rank: input should be less than or equal to 32768,.*"),
+        ("train: {best: highest}", r"train.best: expected lowest .* no effect without keep_best, got highest"),
+        ("train: {batch: 6, micro_batch: 4}", r"train.micro_batch: expected a divisor of batch, 6, got 4"),
+        ("train: {keep_best: ''}", r"train.keep_best: input should be a text that is not empty, got ''"),
+        ("directory: ' '", r"directory: input should be a text that is not empty, got ' '"),
+        ("cache: {images: ''}", r"cache.images: input should be a text that is not empty, got ''"),
+        ("evaluate: {prompts: ''}", r"evaluate.prompts: input should be a text that is not empty, got ''"),
+        ("student: {lora: {targets: [to_q, '']}}", r"student.lora.targets.1: input should be a text that is not .*"),
         ("train: {steps: true}", r"train.steps: input should be a valid integer, got True"),
         ("train: {steps: 20.0}", r"train.steps: input should be a valid integer, got 20.0"),
         ("train: {steps: 4e5}", r"train.steps: input should be a valid integer, got 400000.0"),
@@ -113,6 +123,20 @@ def test_numbers_and_switches_are_what_is_written(text: str, got: str, tmp_path:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InputError, match=rf"1 problem\n  {got}$"):
         from_yaml(RunConfig, tmp_path / "c.yaml")
+
+
+def test_texts_that_may_be_empty() -> None:
+    """The null prompt among texts to preview, and defaults."""
+    made = from_mapping(RunConfig, {"preview": {"every": 1, "prompts": ["", "a cat"]}})
+    assert made.preview.prompts == ("", "a cat") and made.teacher == ""
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, DigitsConfig, TeacherConfig, RunConfig])
+def test_no_text_is_empty(kind: Any) -> None:
+    names = [name for name, value in dataclasses.asdict(kind()).items() if isinstance(value, str) and value]
+    for name in names:
+        with pytest.raises(InputError, match=f"{name}: input should be"):
+            validated(dataclasses.replace(kind(), **{name: ""}))
 
 
 def test_numbers_in_code() -> None:

@@ -144,14 +144,25 @@ def test_given_back_by_close() -> None:
     state, modules = copy.deepcopy(teacher.state_dict()), dict(teacher.named_modules())
     with trainer(teacher) as run:
         assert any(isinstance(module, Float8Linear) for module in run.teacher.modules())
-        with pytest.raises(InputError, match="teacher: expected one that no other trainer has in float8"):
-            trainer(teacher)
+        for asked in (True, False):  # the other one would be taught by it, too
+            with pytest.raises(InputError, match="teacher: expected one that no other trainer has, if it is in float8"):
+                trainer(teacher, teacher_fp8=asked)
         run.fit()
     assert dict(teacher.named_modules()) == modules
     assert all(torch.equal(value, state[key]) for key, value in teacher.state_dict().items())
     with pytest.raises(InputError, match="weights"):
         trainer(teacher, RandomConditioning(weights=Weights(0.0, 0.0, 0.0)))
     assert dict(teacher.named_modules()) == modules
+
+
+def test_a_teacher_that_another_trainer_has() -> None:
+    """Its target would change in the middle of a run; a trainer that is gone has none."""
+    teacher = small.model("pixart_sigma")
+    with trainer(teacher, teacher_fp8=False):
+        with pytest.raises(InputError, match="teacher: expected one that no other trainer has"):
+            trainer(teacher)
+        trainer(teacher, teacher_fp8=False)
+    trainer(teacher).close()
 
 
 def test_adapters_on_the_teachers_own_weights() -> None:

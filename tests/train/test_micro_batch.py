@@ -105,7 +105,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         def close(self) -> None: ...
 
     for options, message in (
-        ({"micro_batch": 3}, "config.micro_batch: expected a divisor of the 4 samples of each rank, got 3"),
+        ({"micro_batch": 3}, "config: 1 problem\n  micro_batch: expected a divisor of batch, 4, got 3"),
         ({"micro_batch": 2, "objective": Own()}, "objective: expected an objective with draw and loss"),
         (
             {"micro_batch": 2, "objective": tiny.features(feature_distance="normalized_mse")},

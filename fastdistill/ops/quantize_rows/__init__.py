@@ -49,9 +49,10 @@ def quantize_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
         so its products are NaN.
 
     Raises:
-        InputError: the shape or dtype does not match, or x requires gradient.
+        InputError: the shape or dtype does not match, x requires gradient, or gelu is not True or False.
     """
     _check.tensors(x=x)
+    _check.flag(gelu, "gelu")
     kind = _check.once(_checked, (x,), None)
     _check.constants(x=x)
     x = x.detach().contiguous()
@@ -59,6 +60,8 @@ def quantize_rows(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
     scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
     if x.numel():
         _quantize_rows(kind, x, gelu, q, scale)
+    else:
+        scale.fill_(reference.LEAST / reference.LARGEST)  # rows without elements have that of zeros
     return q, scale
 
 

@@ -7,7 +7,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from fastdistill.ops.geglu.reference import gelu_and_slope
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -26,8 +27,8 @@ def quantize_rows(x: Tensor, gelu: bool, q: Tensor, scale: Tensor) -> None:
     each row divided by 448; with ``gelu``, of the tanh GELU of x. Computed in float32."""
     values = x.float()
     if gelu:
-        values = F.gelu(values, approximate="tanh")
+        values = gelu_and_slope(values, tanh=True)[0]  # torch's formula cancels far below 0
     magnitudes = values.abs().nan_to_num(nan=math.inf, posinf=math.inf)
     largest = magnitudes.amax(1, keepdim=True).clamp_min(LEAST)
     scale.copy_(largest * (1 / LARGEST))
-    q.copy_(values * (LARGEST / largest))
+    q.copy_(values * (torch.full_like(largest, LARGEST) / largest))  # number / tensor rounds twice

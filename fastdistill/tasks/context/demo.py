@@ -21,7 +21,7 @@ from fastdistill.tasks import workers
 from fastdistill.tasks.context import data, worker
 from fastdistill.tasks.context.demo_config import DemoConfig
 from fastdistill.tasks.context.report import Results, write
-from fastdistill.tasks.context.students import SET, needed
+from fastdistill.tasks.context.students import SET, check_training, needed
 from fastdistill.tasks.context.teacher import SCHEDULE, provenance
 from fastdistill.tasks.processes import Job, Processes
 from fastdistill.train.config import APART, validated
@@ -75,6 +75,7 @@ def _check(config: DemoConfig) -> None:
         raise InputError.of("epsilon", "ascending radii", config.epsilon)
     for setting in worker.settings(config):
         setting.grid(SCHEDULE)
+    check_training(dataclasses.replace(config.student, device=config.device), "student.train")
 
 
 def _sweeps(config: DemoConfig, output: Path) -> list[Job]:

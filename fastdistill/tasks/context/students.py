@@ -43,9 +43,11 @@ from fastdistill.tasks.context.classifier import Classifier
 from fastdistill.tasks.context.sets import CLARID, PER_CLASS, Name, Sets, make_sets
 from fastdistill.tasks.context.teacher import SCHEDULE
 from fastdistill.tasks.context.teacher import Kind as TeacherKind
+from fastdistill.train.arguments import OF_TEACHER, check_idle
 from fastdistill.train.callbacks import Progress
 from fastdistill.train.config import Seed, TrainConfig, TrainSettings, validated
 from fastdistill.train.devices import usable
+from fastdistill.train.graph import check_device
 from fastdistill.train.loop import fit
 from fastdistill.train.step import TrainStep
 
@@ -110,6 +112,16 @@ class StudentConfig:
     """Device to train on."""
 
 
+def check_training(config: StudentConfig, place: str = "train") -> None:
+    """Refuse settings of the training that a classifier does not read, and a device that has not what they need.
+
+    Raises:
+        InputError, FastdistillError: the message names the setting.
+    """
+    check_idle(config.train, OF_TEACHER, "as a classifier has no other", place)
+    check_device(config.train.execution, usable(config.device))
+
+
 def objective(config: StudentConfig) -> CaDistill:
     """The losses of a kind."""
     names = ("align", "canonical", "distance", "own_labels", "cka", "pooled")
@@ -140,6 +152,7 @@ def train_student(
         InputError: a set that the kind needs is missing.
     """
     config = validated(config, "student")
+    check_training(config)
     device, scenes = torch.device(config.device), data.students()
     student = Classifier(config.seed, config.width).to(device).train()
     wanted, found = SET.get(config.kind), sets or Sets()
@@ -233,7 +246,7 @@ def train_students(
         progress: called with the name of the current part, how much of it is done, and its total.
     """
     config = validated(config, "cadistill")
-    usable(config.student.device)
+    check_training(config.student, "student.train")
     clarid = Clarid(config.t_e, config.k, config.tap, config.steps)
     clarid.grid(SCHEDULE)
     output, show = located(config.output, "output"), progress or (lambda name, done, total: None)

@@ -24,16 +24,20 @@ from fastdistill.tasks.digits.config import STUDENTS, DigitsConfig
 from fastdistill.tasks.digits.report import write
 from fastdistill.tasks.processes import Job, Processes
 from fastdistill.train.config import validated
+from fastdistill.train.devices import usable
+from fastdistill.train.graph import check_device
 
 
 def run(config: DigitsConfig, console: Console | None = None) -> Path:
     """Run the experiment, or continue an interrupted one. Returns the path of ``report.html``.
 
     Raises:
+        InputError: settings that the students' runs refuse; nothing is written.
         FastdistillError: something cannot be read, written or computed; finished parts are kept.
         KeyboardInterrupt: after Ctrl-C, when every process has written its checkpoint.
     """
     config = validated(config, "digits").resolved()
+    _check(config)
     console = console or Console()
     with workers.experiment(config) as (output, spent):
         with workers.bars(console) as progress:
@@ -43,6 +47,14 @@ def run(config: DigitsConfig, console: Console | None = None) -> Path:
     _summarize(console, json.loads((path.parent / "report.json").read_text(encoding="utf-8")))
     console.print(f"\nReport: [bold]{path}[/bold]", soft_wrap=True)
     return path
+
+
+def _check(config: DigitsConfig) -> None:
+    """What the runs of the students refuse, before anything is written."""
+    check_device(config.train.execution, usable(config.device))
+    for name in STUDENTS:
+        for seed in {0, config.seeds - 1}:
+            runs.opened(config.run_file(name, seed))
 
 
 def _prepare(config: DigitsConfig, output: Path, progress: Progress) -> float:

@@ -25,15 +25,17 @@ from fastdistill.data.prompt_bank import PromptBank
 from fastdistill.distill.denoising import Denoising
 from fastdistill.distill.objective import Setting
 from fastdistill.documented import documented
-from fastdistill.errors import InputError, StorageError
+from fastdistill.errors import StorageError
 from fastdistill.files import atomic_write, located, make_directory, reason
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.judge import Judge
 from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling, sample
 from fastdistill.tasks.digits.text_encoder import WIDTH, prompt_bank
+from fastdistill.train.arguments import OF_TEACHER, check_idle
 from fastdistill.train.callbacks import Progress
 from fastdistill.train.config import TrainConfig, validated
 from fastdistill.train.devices import usable
+from fastdistill.train.graph import check_device
 from fastdistill.train.loop import fit
 from fastdistill.train.step import TrainStep
 
@@ -127,10 +129,8 @@ def train_teacher(config: TeacherConfig, progress: Progress | None = None) -> di
 def trained(config: Recipe, lesson: Lesson, progress: Progress | None = None) -> dict[str, Any]:
     """Trains the model of a lesson with a recipe; like ``train_teacher``."""
     config = validated(config, "teacher")
-    for option in ("fuse", "precision", "banks", "gradient_checkpointing", "preview"):
-        if (given := getattr(config.train, option)) != (only := getattr(TrainConfig(), option)):
-            raise InputError.of(f"train.{option}", f"{only!r}, as the teacher has no other", given)
-    usable(config.device)
+    check_idle(config.train, (*OF_TEACHER, "preview"), "as the teacher has no other")
+    check_device(config.train.execution, usable(config.device))
     torch.set_num_threads(config.threads)
     output = located(config.output, "output")
     make_directory(output)

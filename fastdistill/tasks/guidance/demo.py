@@ -12,7 +12,7 @@ from rich.console import Console
 from fastdistill.data.fingerprint import plain
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
-from fastdistill.errors import InputError
+from fastdistill.errors import InputError, called
 from fastdistill.models.weights import weights_hash
 from fastdistill.tables import print_table
 from fastdistill.tasks import workers
@@ -25,7 +25,10 @@ from fastdistill.tasks.guidance.report import Results, write
 from fastdistill.tasks.guidance.students import students
 from fastdistill.tasks.processes import Job, Processes
 from fastdistill.tasks.shades import teacher as shades
+from fastdistill.train.arguments import check_idle
 from fastdistill.train.config import validated
+from fastdistill.train.devices import usable
+from fastdistill.train.graph import check_device
 
 
 def run(config: DemoConfig, console: Console | None = None) -> Path:
@@ -55,11 +58,16 @@ def run(config: DemoConfig, console: Console | None = None) -> Path:
 
 
 def _check(config: DemoConfig) -> None:
-    grid = Grid.parse(config.grid, SCHEDULE)
+    check_device(config.train.execution, usable(config.device))
+    check_idle(config.train, ("teacher_fp8",), "as the teachers are U-Nets")
+    with called("grid"):
+        grid = Grid.parse(config.grid, SCHEDULE)
     if 0 not in config.constants:
         raise InputError.of("constants", "weights among which is 0", config.constants)
-    for schedule in (*config.windows, config.student):
-        Guidance.parse(schedule).weights(grid)
+    for name, schedules in (("windows", config.windows), ("student", (config.student,))):
+        for schedule in schedules:
+            with called(name):
+                Guidance.parse(schedule).weights(grid)
 
 
 def _jobs(config: DemoConfig, output: Path) -> list[Job]:

@@ -20,8 +20,8 @@ from fastdistill.data.fingerprint import plain
 from fastdistill.diffusion.grid import Grid
 from fastdistill.diffusion.guidance import Guidance
 from fastdistill.documented import documented
-from fastdistill.errors import InputError
-from fastdistill.evaluate.diagnosis import diagnose
+from fastdistill.errors import InputError, called
+from fastdistill.evaluate.diagnosis import checked_schedules, diagnose
 from fastdistill.evaluate.frontier import Diagnosis, Recovered, Row
 from fastdistill.evaluate.guidance import write_guidance_report
 from fastdistill.evaluate.page import percent
@@ -152,6 +152,15 @@ def subject(task: str, model: nn.Module | None = None) -> Subject:
     return Subject(model or digits_teacher(), features, digits, (white, kept.digit), judge.right)
 
 
+def _checked(config: ShadesDiagnosis) -> Grid:
+    """The grid; InputError for one that does not exist, or schedules that do not fit it."""
+    with called("grid"):
+        grid = Grid.parse(config.grid, SCHEDULE)
+    with called("schedules"):
+        checked_schedules(config.schedules, grid)
+    return grid
+
+
 def measured(
     task: str,
     config: ShadesDiagnosis,
@@ -161,9 +170,7 @@ def measured(
     progress: Callable[[int, int], object] | None = None,
 ) -> Diagnosis:
     """Measures the schedules of a configuration with a task's teacher, or with another model of the task."""
-    grid = Grid.parse(config.grid, SCHEDULE)
-    for schedule in config.schedules:
-        Guidance.parse(schedule).passes(grid)  # before anything is loaded
+    grid = _checked(config)  # before anything is loaded
     measure = subject(task, model)
     network = measure.model.to(config.device).eval()
     bank = prompt_bank().to(config.device)
@@ -203,6 +210,7 @@ def run(
 
     config = validated(config, f"guidance diagnose {task}").resolved()
     usable(config.device)
+    _checked(config)
     torch.set_num_threads(config.threads)
     output = located(config.output, "output")
     make_directory(output)
