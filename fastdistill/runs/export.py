@@ -21,7 +21,8 @@ from fastdistill.runs.distill import RUN_FILE
 from fastdistill.runs.models import checkpoint_of, student_in
 from fastdistill.runs.opened import Run, opened
 from fastdistill.train import checkpoint
-from fastdistill.train.config import from_yaml, parsed, to_yaml
+from fastdistill.train.config import from_yaml, to_yaml
+from fastdistill.train.yaml_text import parsed
 
 CARD = "README.md"
 

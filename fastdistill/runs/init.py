@@ -22,7 +22,8 @@ from fastdistill.runs.config import RunConfig
 from fastdistill.runs.student import student_spec_of
 from fastdistill.runs.teacher import open_teacher
 from fastdistill.schemas import RUN
-from fastdistill.train.config import from_mapping, parsed
+from fastdistill.train.config import from_mapping
+from fastdistill.train.yaml_text import parsed
 
 RECIPES = Path(__file__).parent / "recipes"
 _UNET, _TRANSFORMER = ("bk_small", "koala_700m", "channel_micro"), ("half_depth", "half_width")  # the first that fits

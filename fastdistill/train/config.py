@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import functools
 import math
-import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from fastdistill.documented import documented
 from fastdistill.errors import InputError, StorageError, described, quoted
 from fastdistill.files import located
 from fastdistill.schemas import RUN
+from fastdistill.train import yaml_text
 
 Config = TypeVar("Config")
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -326,82 +326,17 @@ def _place(kind: Any, parts: tuple[int | str, ...]) -> str:
     return ".".join(map(str, place))
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads numbers like YAML 1.2. (PyYAML follows YAML 1.1, in which 1e-4 is a string, 010 is 8, and 1:30 is 90.)
-    Names of fields are always strings, also ``null`` and ``on``, which YAML would convert. A field that occurs twice is
-    an error (PyYAML would use the last one)."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        names = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"
-                if key.value in names:
-                    raise yaml.composer.ComposerError(None, None, f"{key.value} is there a second time", key.start_mark)
-                names.add(key.value)
-        return node
-
-
-_NUMBERS = {
-    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$",
-    "tag:yaml.org,2002:float": r"[-+]?(([\d_]+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)$|\.nan$",
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag not in _NUMBERS]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _rule in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(_rule, re.IGNORECASE), list("-+.0123456789"))
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a text that PyYAML or ``_Loader`` would read as a number."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *rules]
-    for first, rules in ({**yaml.SafeDumper.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}).items()
-}
-_MOST_VALUES = 10**5
-
-
-def parsed(text: str) -> Any:
-    """The values of a YAML text. ValueError if there are too many (aliases can turn a few lines into millions) or a
-    value contains itself."""
-    values = yaml.load(text, _Loader)
-    if _count(values, {}) > _MOST_VALUES:
-        raise ValueError(f"more than {_MOST_VALUES} values, those of aliases counted")
-    return values
-
-
-def _count(value: Any, known: dict[int, int | None]) -> int:
-    """The number of values in it; a value that occurs several times is counted each time."""
-    if not isinstance(value, dict | list):
-        return 1
-    if id(value) not in known:
-        known[id(value)] = None
-        parts = value.values() if isinstance(value, dict) else value
-        known[id(value)] = 1 + sum(_count(part, known) for part in parts)
-    if (count := known[id(value)]) is None:
-        raise ValueError("a value that is a part of itself")
-    return count
-
-
 def from_yaml(kind: type[Config], path: str | Path) -> Config:
     """A configuration from a YAML file; see ``from_mapping``."""
     path = located(path, "config")
     try:
-        values = parsed(path.read_text(encoding="utf-8"))
+        values = yaml_text.parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError.of("config", "a readable YAML file", f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError.of("config", "YAML in UTF-8", f"{path}: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
-        raise InputError.of("config", "YAML", f"{path}: {_told(error)}") from error
+        raise InputError.of("config", "YAML", f"{path}: {yaml_text.told(error)}") from error
     except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         # An invalid date, number or boolean (by its value or its tag); too deeply nested lists.
         raise InputError.of("config", "YAML", f"{path}: {quoted(error)}") from error
@@ -410,18 +345,11 @@ def from_yaml(kind: type[Config], path: str | Path) -> Config:
     return from_mapping(kind, values or {}, str(path))
 
 
-def _told(error: yaml.YAMLError) -> str:
-    """The problem and its position, in one line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
-    return " ".join(str(error).split())
-
-
 def to_yaml(config: object) -> str:
     """A configuration as YAML that ``from_yaml`` reads back."""
     kind: Any = type(config)
     values = _adapter(kind).dump_python(config, mode="json")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+    return yaml_text.dumped(values)
 
 
 def run_yaml(config: object) -> str:

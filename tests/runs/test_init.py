@@ -15,7 +15,8 @@ from fastdistill.models import make_student
 from fastdistill.models.families import family_named
 from fastdistill.runs.init import RECIPES
 from fastdistill.runs.student import student_spec_of
-from fastdistill.train.config import from_mapping, parsed
+from fastdistill.train.config import from_mapping
+from fastdistill.train.yaml_text import parsed
 from tests.models import tiny_pipelines as tiny
 from tests.models.real import teacher
 from tests.runs.conftest import quickly

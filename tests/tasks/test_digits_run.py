@@ -20,7 +20,8 @@ from fastdistill.runs import RunConfig
 from fastdistill.tasks.digits import data
 from fastdistill.tasks.digits.sampling import SCHEDULE, Sampling
 from fastdistill.tasks.digits.text_encoder import encode, prompt_bank
-from fastdistill.train.config import from_mapping, parsed
+from fastdistill.train.config import from_mapping
+from fastdistill.train.yaml_text import parsed
 from tests.harness import EPS
 from tests.processes import once
 
