@@ -16,8 +16,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,8 +30,6 @@ from triton.runtime.jit import JITFunction
 
 import fastdistill
 from fastdistill.ops import (
-    OPS,
-    _dispatch,
     _native,
     cross_attention,
     feature_match,
@@ -40,8 +38,8 @@ from fastdistill.ops import (
     layer_norm_modulate,
     use,
 )
-from fastdistill.ops._dispatch import Kernel, Kind
 from fastdistill.ops._triton import target
+from tests.gpu_simulated.dispatch import as_on_a_gpu
 from tests.gpu_simulated.driver import simulated
 
 PACKAGE = str(Path(fastdistill.__file__).parent)
@@ -97,29 +95,6 @@ WORKS: dict[str, tuple[Callable[[], Call], tuple[str, ...]]] = {
     "cross_attention 80": (lambda: _cross_attention(80), ("cuda", "triton")),
     "feature_match 9 taps": (_feature_match, ("cuda", "triton")),
 }
-
-
-class _Extension:
-    """The CUDA extension, if it was built, without its launches."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.endswith(("_shared", "_workspace")):  # how much memory a call needs is computed on the host
-            return getattr(_native._load("_cuda")[0], name)
-        return lambda *args: None
-
-
-@contextmanager
-def as_on_a_gpu(kernel: str) -> Iterator[None]:
-    """Inside, calls with CPU tensors go the way of a GPU's, and take this kernel where an op has it."""
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(Kind, "of", classmethod(lambda cls, tensors: cls(on_cpu=False))))
-        stack.enter_context(patch.object(_dispatch, "_several_gpus", lambda: False))
-        stack.enter_context(patch.object(_native, "cuda", lambda extension=_Extension(): extension))  # noqa: B008
-        for op in OPS.values():
-            found = [k for k in op.kernels if k.device == "cuda" and k.name in (kernel, "triton")]
-            kernels = [Kernel(k.name, "cuda", k.launch, lambda: None, k.refuse) for k in found]
-            stack.enter_context(patch.object(op, "kernels", kernels))
-        yield
 
 
 def _median(call: Callable[[], float]) -> float:

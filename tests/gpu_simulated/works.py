@@ -29,6 +29,7 @@ import torch
 from fastdistill.ops import cross_attention, group_norm_silu, use
 from fastdistill.ops._triton import target
 from tests.gpu import work
+from tests.gpu_simulated.dispatch import as_on_a_gpu
 from tests.gpu_simulated.driver import simulated
 from tests.gpu_simulated.launch import Simulation
 from tests.gpu_simulated.memory import Fault
@@ -92,7 +93,7 @@ class Result:
 def result(name: str, arch: int, planted: Callable[[Kernel], Kernel] = lambda kernel: kernel, steps: int = 2) -> Result:
     simulation, made = Simulation(planted), Result()
     try:
-        with simulated(simulation, arch), target(arch // 10), use("triton"):
+        with simulated(simulation, arch), target(arch // 10), as_on_a_gpu("triton"), use("triton"):
             written = work.steps_of(WORKS[name]("cpu"), steps)
     except Fault as fault:
         made.fault = str(fault)
