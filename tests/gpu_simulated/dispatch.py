@@ -24,10 +24,11 @@ class _Extension:
 @contextmanager
 def as_on_a_gpu(kernel: str) -> Iterator[None]:
     """Inside, calls with CPU tensors go the way of a GPU's, and take this kernel where an op has it."""
+    extension = _Extension()
     with ExitStack() as stack:
         stack.enter_context(patch.object(Kind, "of", classmethod(lambda cls, tensors: cls(on_cpu=False))))
         stack.enter_context(patch.object(_dispatch, "_several_gpus", lambda: False))
-        stack.enter_context(patch.object(_native, "cuda", lambda extension=_Extension(): extension))  # noqa: B008
+        stack.enter_context(patch.object(_native, "cuda", lambda: extension))
         for op in OPS.values():
             found = [k for k in op.kernels if k.device == "cuda" and k.name in (kernel, "triton")]
             kernels = [

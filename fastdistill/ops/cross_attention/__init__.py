@@ -197,15 +197,9 @@ class _CrossAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        kind: Kind | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        rows: Tensor | None,
+        ctx: Any, kind: Kind | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rows: Tensor | None,
         scale: float,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(q, k, v, mask, rows)
         remember(ctx, kind)
         ctx.scale = scale

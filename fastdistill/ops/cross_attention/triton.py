@@ -300,10 +300,9 @@ def _loop(dims: tuple[int, ...], most: int) -> _Plan:
     return _Plan(dims, (64 if sum(dims) <= most else 32,), True, 64, 4)
 
 
-def _plan_of_q(plan: _Plan, dtype: torch.dtype, capability: int, unit: int) -> _Plan:
-    """Of the gradient of Q if the gradients of K and V have this plan, a loop."""
-    rows = capability == 9 and unit == 8 and dtype != torch.float32 and sum(plan.dims) <= 160
-    return _loop(plan.dims, 64) if rows else plan
+def _plan_of_q(plan: _Plan, capability: int, unit: int) -> _Plan:
+    """Of the gradient of Q if the gradients of K and V have this plan, a loop. (In float32 the unit is at most 4.)"""
+    return _loop(plan.dims, 64) if capability == 9 and unit == 8 and sum(plan.dims) <= 160 else plan
 
 
 def _unit(D: int, *tensors: Tensor) -> int:
@@ -387,7 +386,7 @@ def cross_attention_backward(
             plan.dims, keys, *constants, of_q, of_kv, unit, **options,
         )  # fmt: skip
     else:
-        of_queries = _plan_of_q(plan, q.dtype, capability(q), unit)
+        of_queries = _plan_of_q(plan, capability(q), unit)
         tiles, blocks, block = cdiv(N, of_queries.M), cdiv(L, plan.keys[0]), plan.keys[0]
         statistics = torch.empty((B, H, 3, N), dtype=torch.float32, device=q.device)
         cross_attention_backward_long_q[(B * H * tiles,)](
